@@ -1,0 +1,1 @@
+"""The contracts (Trainable, Drafter), the frozen target, its KV cache and the shared layers."""

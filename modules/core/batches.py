@@ -1,0 +1,77 @@
+"""What training and the target consume: batches of text and the rows that layers run over.
+
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+StateName = int | str
+"""`k` (input of layer k, Hugging Face `hidden_states[k]`), `"pre_norm"` or `"final"`."""
+
+PADDING_DOCUMENT = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to run through layers: where each one stands and which others it sees.
+
+    position_ids_BN: int64 [B,N].
+    visible_BNN: bool [B,N,N], `visible[b, i, j]`: row i attends to row j of the same call (itself included).
+    cached: the rows also attend to the target's committed KV cache, and their own keys and values are written
+        behind it, for `Target.commit` to keep.
+    """
+
+    position_ids_BN: Tensor
+    visible_BNN: Tensor
+    cached: bool = False
+
+
+@dataclass
+class TextBatch:
+    """Packed token rows. A padding token has document id -1, sees only itself and is never in the loss mask.
+
+    input_ids: int64 [B,T].
+    loss_mask: bool [B,T], true on assistant tokens (as *labels*: a token is trained on when it is to be predicted).
+    position_ids: int64 [B,T], restarting at 0 with each document.
+    document_ids: int64 [B,T], distinct per document within a row.
+    states: `{name: [B,T,H]}` of the frozen target, read from the feature cache or filled in online.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    states: dict[StateName, Tensor] = field(default_factory=dict)
+
+    def rows(self) -> Rows:
+        """Causal attention inside each document."""
+        length = self.input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.input_ids.device).tril()
+        same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
+        real = (self.document_ids != PADDING_DOCUMENT)[:, :, None]
+        itself = torch.eye(length, dtype=torch.bool, device=self.input_ids.device)
+        return Rows(self.position_ids, (same & causal & real) | itself)
+
+
+@dataclass
+class PreferenceBatch:
+    """Pairs for preference training: `chosen` and `rejected` answers to the same prompts, row by row."""
+
+    chosen: TextBatch
+    rejected: TextBatch
+    chosen_reference: Tensor | None = None
+    """Cached log-probabilities of the reference model [B,T], if computed."""
+    rejected_reference: Tensor | None = None
+
+
+@dataclass
+class LabelledBatch:
+    """Text whose tokens carry a right (1) / wrong (0) label [B,T]; `text.loss_mask` says where labels count."""
+
+    text: TextBatch
+    labels: Tensor

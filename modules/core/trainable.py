@@ -1,0 +1,104 @@
+"""The contract of everything that is trained: a loss over a batch, declared parameters, arguments that are the config."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from modules.core.batches import StateName
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class Mean(NamedTuple):
+    """A metric that averages correctly over batches and ranks: sum and count, both scalars."""
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one batch gives: the scalar to minimise and the metrics to log (detached)."""
+
+    total: Tensor
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """The target's dimensions that trained modules are built from; stored in their config.json.
+
+    `rope` holds Hugging Face's `rope_parameters`; `activation` its `hidden_act`.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float = 1e-5
+    max_positions: int = 2048
+    activation: str = "silu"
+    attention_bias: bool = False
+    qk_norm: bool = False
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+
+
+class Trainable(nn.Module):
+    """A module that Slipstream trains.
+
+    A subclass's constructor takes `shape: TargetShape` first and JSON-able keyword arguments after it; they are
+    remembered in `arguments` and *are* the saved config. Weights that start from the target are copied in
+    `initialise`, so that loading a saved module never needs the target.
+    """
+
+    arguments: dict[str, Any]
+    batch_kind: ClassVar[str] = "text"
+    """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Trainable:
+        """Remember the constructor's arguments, defaults filled in."""
+        module = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
+        bound.apply_defaults()
+        module.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])
+        return module
+
+    @property
+    def training_states(self) -> tuple[StateName, ...]:
+        """Names of the target states that `loss` reads from `batch.states`."""
+        return ()
+
+    @property
+    def online(self) -> bool:
+        """Whether `loss` runs the target itself (then cached states are of no use)."""
+        return False
+
+    def initialise(self, target: Target) -> None:
+        """Copy whatever starts from the target's weights. Called once, before training from scratch."""
+
+    def declared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that training changes, and the only ones that gradients may reach."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups; `lr_scale` multiplies the recipe's learning rate."""
+        return [{"params": list(self.declared_parameters()), "lr_scale": 1.0}]
+
+    @abstractmethod
+    def loss(self, batch: Any, target: Target, progress: float) -> Losses:
+        """The training loss of one batch; `progress` runs from 0 to 1 over training (for schedules)."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON-able values."""
+        return {key: asdict(value) if isinstance(value, TargetShape) else value
+                for key, value in self.arguments.items()}

@@ -1,0 +1,1 @@
+"""Drafting heads on the target's last hidden state."""
