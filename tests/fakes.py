@@ -1,0 +1,133 @@
+"""Tiny random models, a tokenizer made in memory, and drafters that are always, never or sometimes right."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modules.core.batches import TextBatch
+from modules.core.drafter import Context, Drafter, DraftState
+from modules.core.target import Target
+from modules.core.trainable import Losses, TargetShape
+from modules.trees.tree import TokenTree, Topology
+
+_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+_SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,?!:;'0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ\n-+=()"
+
+DIMENSIONS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 64, "max_position_embeddings": 512,
+}
+ARCHITECTURES = {
+    "llama": ("llama", {}), "qwen3": ("qwen3", {}), "gemma2": ("gemma2", {"sliding_window": 6}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "mistral": ("mistral", {"sliding_window": 6}), "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+}
+
+
+def tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
+    """One token per character, a chat template, end of turn = id 0. Unknown characters map to `<unk>`."""
+    pieces = [*_SPECIAL, *dict.fromkeys(LETTERS)]
+    pieces += [f"<{i}>" for i in range(vocab - len(pieces))]
+    model = models.WordLevel({piece: i for i, piece in enumerate(pieces[:vocab])}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token="<unk>",
+                                        additional_special_tokens=_SPECIAL[1:4])
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def tiny_target(arch: str = "llama", dtype: torch.dtype = torch.float64, vocab: int = 128, layers: int = 2,
+                seed: int = 0) -> Target:
+    """A random-weight target with laws sharp enough to be told apart."""
+    kind, extra = ARCHITECTURES[arch]
+    dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | ({"n_layer": layers} if arch == "gpt2" else {})
+    config = CONFIG_MAPPING[kind](vocab_size=vocab, bos_token_id=1, eos_token_id=0, pad_token_id=0, **{**dimensions, **extra})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return Target(model, tiny_tokenizer(vocab), f"tiny-{arch}")
+
+
+def tiny_batch(target: Target, rows: int = 2, length: int = 24, seed: int = 0) -> TextBatch:
+    """Two documents a row, the second padded; the later half of each document is the assistant's."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, target.shape.vocab_size, (rows, length), generator=generator)
+    half, end = length // 2, length - 3
+    documents = torch.full((rows, length), -1)
+    documents[:, :half], documents[:, half:end] = 0, 1
+    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).expand(rows, -1).clone()
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    mask[:, half // 3:half], mask[:, half + 3:end] = True, True
+    return TextBatch(ids, mask, positions, documents)
+
+
+class ScriptedDrafter(Drafter):
+    """Drafts from a script: `right` = the share of drafted tokens that equal the target's own greedy future.
+
+    The future is found by greedy decoding with the raw model, so the drafter is an oracle at `right=1.0`, always
+    wrong at 0, and sometimes right between. `decoys` adds that many wrong siblings per node before the right one.
+    """
+
+    binds_to = "nothing"
+
+    def __init__(self, shape: TargetShape, right: float = 1.0, depth: int = 3, decoys: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.vocab, self.right, self.depth, self.decoys = shape.vocab_size, right, depth, decoys
+        self.coin = torch.Generator().manual_seed(seed)
+
+    def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
+        """Nothing to learn."""
+        return Losses(torch.zeros((), requires_grad=True))
+
+    def start(self, context: Context) -> DraftState:
+        """Remember the prompts; the future is computed when asked for."""
+        state = DraftState(context, context.newest_B, context.lengths_B)
+        rows = zip(context.input_ids_BT.tolist(), context.lengths_B.tolist(), strict=True)
+        state.text = [ids[:n] for ids, n in rows]  # type: ignore[attr-defined]
+        return state
+
+    def propose(self, state: DraftState, budget: int) -> TokenTree:
+        """A chain of the (possibly spoiled) future, with decoys as earlier siblings."""
+        futures = [self._future(state.context.target, [*text, int(new)])
+                   for text, new in zip(state.text, state.newest_B, strict=True)]  # type: ignore[attr-defined]
+        tokens, parents = [state.newest_B.tolist()], [-1]
+        trunk = 0
+        for level in range(self.depth):
+            for decoy in range(self.decoys):
+                tokens.append([(f[level] + 1 + decoy) % self.vocab for f in futures])
+                parents.append(trunk)
+            tokens.append([f[level] for f in futures])
+            parents.append(trunk)
+            trunk = len(parents) - 1
+        topology = Topology(torch.tensor(parents).expand(len(futures), -1))
+        return TokenTree(torch.tensor(tokens).T.contiguous(), topology)
+
+    def _future(self, target: Target, ids: list[int]) -> list[int]:
+        drafts: list[int] = []
+        for _ in range(self.depth):
+            logits: Tensor = target.model(input_ids=torch.tensor([ids + drafts])).logits[0, -1]
+            token = int(logits.argmax())
+            if torch.rand((), generator=self.coin) >= self.right:
+                token = (token + 1) % self.vocab
+            drafts.append(token)
+        return drafts
+
+    def absorb(self, state, verified, accepted):  # noqa: ANN001, ANN201 (the base class's contract)
+        """Append what was emitted."""
+        text = [list(t) for t in state.text]
+        emitted = accepted.emitted(verified.tree)
+        for row, ids in enumerate(text):
+            ids += [int(state.newest_B[row]), *emitted[row, :int(accepted.lengths_B[row]) - 1].tolist()]
+        after = super().absorb(state, verified, accepted)
+        after.text = text
+        return after
