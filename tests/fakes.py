@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -9,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.core.batches import TextBatch
-from modules.core.drafter import Context, Drafter, DraftState
+from modules.core.drafter import Accepted, Context, Drafter, DraftState, Verified
 from modules.core.target import Target
 from modules.core.trainable import Losses, TargetShape
-from modules.trees.tree import TokenTree, Topology
+from modules.trees.tree import Law, TokenTree, Topology
 
 _TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -71,6 +73,21 @@ def tiny_batch(target: Target, rows: int = 2, length: int = 24, seed: int = 0) -
     return TextBatch(ids, mask, positions, documents)
 
 
+class Texts(list[list[int]]):
+    """Token lists that can be selected like tensors."""
+
+    def select(self, sequences_S: Tensor) -> "Texts":
+        """The texts of these sequences."""
+        return Texts(self[i] for i in sequences_S.tolist())
+
+
+@dataclass
+class ScriptState(DraftState):
+    """The text so far, per sequence."""
+
+    text: Texts
+
+
 class ScriptedDrafter(Drafter):
     """Drafts from a script: `right` = the share of drafted tokens that equal the target's own greedy future.
 
@@ -79,6 +96,7 @@ class ScriptedDrafter(Drafter):
     """
 
     binds_to = "nothing"
+    law = Law.POINT
 
     def __init__(self, shape: TargetShape, right: float = 1.0, depth: int = 3, decoys: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -91,15 +109,13 @@ class ScriptedDrafter(Drafter):
 
     def start(self, context: Context) -> DraftState:
         """Remember the prompts; the future is computed when asked for."""
-        state = DraftState(context, context.newest_B, context.lengths_B)
         rows = zip(context.input_ids_BT.tolist(), context.lengths_B.tolist(), strict=True)
-        state.text = [ids[:n] for ids, n in rows]  # type: ignore[attr-defined]
-        return state
+        return ScriptState(context, context.newest_B, context.lengths_B, Texts(ids[:n] for ids, n in rows))
 
-    def propose(self, state: DraftState, budget: int) -> TokenTree:
+    def propose(self, state: ScriptState, budget: int) -> TokenTree:
         """A chain of the (possibly spoiled) future, with decoys as earlier siblings."""
         futures = [self._future(state.context.target, [*text, int(new)])
-                   for text, new in zip(state.text, state.newest_B, strict=True)]  # type: ignore[attr-defined]
+                   for text, new in zip(state.text, state.newest_B, strict=True)]
         tokens, parents = [state.newest_B.tolist()], [-1]
         trunk = 0
         for level in range(self.depth):
@@ -122,12 +138,9 @@ class ScriptedDrafter(Drafter):
             drafts.append(token)
         return drafts
 
-    def absorb(self, state, verified, accepted):  # noqa: ANN001, ANN201 (the base class's contract)
+    def absorb(self, state: ScriptState, verified: Verified, accepted: Accepted) -> DraftState:
         """Append what was emitted."""
-        text = [list(t) for t in state.text]
         emitted = accepted.emitted(verified.tree)
-        for row, ids in enumerate(text):
-            ids += [int(state.newest_B[row]), *emitted[row, :int(accepted.lengths_B[row]) - 1].tolist()]
-        after = super().absorb(state, verified, accepted)
-        after.text = text
-        return after
+        text = Texts([*ids, int(state.newest_B[row]), *emitted[row, :int(accepted.lengths_B[row]) - 1].tolist()]
+                     for row, ids in enumerate(state.text))
+        return replace(super().absorb(state, verified, accepted), text=text)

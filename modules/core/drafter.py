@@ -7,11 +7,12 @@ vocabulary, D draft vocabulary, H hidden size.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from modules.core.batches import StateName
 from modules.core.trainable import Trainable
@@ -56,6 +57,12 @@ class Context:
     states: dict[StateName, Tensor] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     generator: torch.Generator | None = None
+
+    def select(self, sequences_S: Tensor) -> Context:
+        """The context of these sequences alone (int64 [S])."""
+        return replace(self, input_ids_BT=self.input_ids_BT[sequences_S], lengths_B=self.lengths_B[sequences_S],
+                       newest_B=self.newest_B[sequences_S],
+                       states={name: state[sequences_S] for name, state in self.states.items()})
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,14 @@ class DraftState:
     newest_B: Tensor
     lengths_B: Tensor
 
+    def select(self, sequences_S: Tensor) -> Self:
+        """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have a `select` of their own."""
+        def chosen(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return part[sequences_S]
+            return part.select(sequences_S) if hasattr(part, "select") else part
+        return replace(self, **{f.name: chosen(getattr(self, f.name)) for f in fields(self) if f.init})
+
 
 class TreeBuilder(Protocol):
     """Grows a tree by asking a drafter for laws, level by level."""
@@ -161,6 +176,11 @@ class Drafter(Trainable):
     def builder(self) -> TreeBuilder:
         """The tree builder it uses unless a method names another."""
         raise ValueError(f"{type(self).__name__} has no default tree builder: name one under `builder:`")
+
+    @property
+    def law(self) -> Law:
+        """How the siblings of its own trees are drawn, which decides the rules it may be verified with."""
+        return self.builder.law
 
     @property
     def vocabulary_D(self) -> Tensor | None:

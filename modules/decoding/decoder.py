@@ -1,0 +1,109 @@
+"""What every way of decoding looks like from outside, and our own: the speculative loop.
+
+Shape legend: B sequences, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.target import Target
+from modules.decoding.clock import Clock
+from modules.decoding.loop import Run, Trace
+from modules.decoding.rules import AcceptanceRule, check_pairing, default_rule
+from modules.trees.tree import Law
+
+__all__ = ["Decoder", "SpeculativeDecoder", "Trace"]
+
+
+class Decoder(Protocol):
+    """Anything the harness can measure."""
+
+    name: str
+
+    def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
+        """Continue every prompt by at most `limit` tokens, as one batch."""
+        ...
+
+
+@dataclass
+class SpeculativeDecoder:
+    """Propose, verify, accept, commit, until every sequence has ended.
+
+    Args:
+        target: the model whose text this is.
+        drafter: None is plain autoregressive decoding, through the same loop with a one-node tree.
+        rule: None chooses the lossless rule that fits the drafter's trees and the temperature.
+        builder: grows the trees instead of the drafter's own builder.
+        budget: drafted nodes per step at most; None is the drafter's own.
+        name: what reports call it.
+
+    Raises:
+        ValueError: a rule that may not verify this drafter's trees; a prompt that leaves no room for an answer.
+    """
+
+    target: Target
+    drafter: Drafter | None = None
+    rule: AcceptanceRule | None = None
+    builder: TreeBuilder | None = None
+    budget: int | None = None
+    name: str = ""
+    stop_ids: frozenset[int] = field(default=frozenset())
+
+    def __post_init__(self) -> None:
+        """Check the pairing of rule and trees."""
+        if self.rule is not None and self.drafter is not None:
+            check_pairing(self.rule, self.law)
+        if not self.name:
+            self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
+        self.stop_ids = self.stop_ids or self.target.eos_ids
+
+    @property
+    def law(self) -> Law:
+        """How the siblings of the trees are drawn."""
+        if self.builder is not None:
+            return self.builder.law
+        return Law.POINT if self.drafter is None else self.drafter.law
+
+    @property
+    def nodes(self) -> int:
+        """Drafted nodes per step at most."""
+        if self.drafter is None:
+            return 0
+        return self.drafter.default_budget if self.budget is None else self.budget
+
+    def rule_for(self, sampling: Sampling) -> AcceptanceRule:
+        """The acceptance rule used at this temperature."""
+        return self.rule or default_rule(self.law, sampling)
+
+    def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
+        """Continue every prompt by at most `limit` tokens, as one batch."""
+        run = self._begin(prompts, sampling, limit)
+        for _ in run:
+            pass
+        return run.traces
+
+    def stream(self, prompt: list[int], sampling: Sampling, limit: int) -> Iterator[tuple[int, bool]]:
+        """The tokens of one answer as they come, each with whether it was drafted."""
+        run, shown = self._begin([prompt], sampling, limit), 0
+        for _ in run:
+            trace = run.traces[0]
+            yield from zip(trace.ids[shown:], trace.drafted[shown:], strict=True)
+            shown = len(trace.ids)
+
+    def _begin(self, prompts: Sequence[list[int]], sampling: Sampling, limit: int) -> Run:
+        longest = max(map(len, prompts))
+        if min(map(len, prompts)) == 0:
+            raise ValueError("a prompt has no tokens: give at least one")
+        if longest + limit > self.target.max_positions:
+            raise ValueError(f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
+                             f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens")
+        generators = [torch.Generator(self.target.device).manual_seed(sampling.seed + i) for i in range(len(prompts))]
+        return Run(target=self.target, drafter=self.drafter, rule=self.rule_for(sampling), builder=self.builder,
+                   budget=self.nodes, stop_ids=self.stop_ids, prompts=list(prompts), sampling=sampling, limit=limit,
+                   generators=generators, clock=Clock(self.target.device))

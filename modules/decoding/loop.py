@@ -1,0 +1,167 @@
+"""The speculative loop over one batch: propose, verify, accept, commit.
+
+Shape legend: B sequences still running, T prompt tokens, N nodes, A accepted rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modules.core.batches import StateName
+from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling, TreeBuilder, Verified
+from modules.core.target import Target
+from modules.decoding.clock import Clock
+from modules.decoding.rules import AcceptanceRule, Draws
+from modules.trees.tree import TokenTree
+
+
+@dataclass
+class Trace:
+    """What decoding one prompt gave.
+
+    ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id, whether it was an
+    accepted draft. accepted: tokens emitted per target call, before the cut. offered: depth of each call's tree.
+    nodes: drafted candidates of each call. seconds: per phase, for the whole batch. time_to_first_token: seconds.
+    """
+
+    prompt_tokens: int
+    ids: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    time_to_first_token: float = 0.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Everything but prefill."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "prefill")
+
+
+@dataclass
+class Run:
+    """One batch being decoded; iterating over it runs the steps (the first iteration is the prefill)."""
+
+    target: Target
+    drafter: Drafter | None
+    rule: AcceptanceRule
+    builder: TreeBuilder | None
+    budget: int
+    stop_ids: frozenset[int]
+    prompts: list[list[int]]
+    sampling: Sampling
+    limit: int
+    generators: list[torch.Generator]
+    clock: Clock
+    traces: list[Trace] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is computed yet."""
+        self.traces = [Trace(len(prompt)) for prompt in self.prompts]
+        self._alive = list(range(len(self.prompts)))
+        self._draws = Draws(self.sampling, self.generators)
+        self._state: DraftState | None = None
+        self._newest_B: Tensor
+
+    @property
+    def states(self) -> tuple[StateName, ...]:
+        """Target states that drafter and rule read."""
+        wanted = (*(self.drafter.decoding_states if self.drafter else ()), *self.rule.states)
+        return tuple(dict.fromkeys(wanted))
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[None]:
+        """Prefill, then step until every sequence has ended."""
+        self._prefill()
+        yield
+        while self._alive:
+            self._step()
+            yield
+
+    def _prefill(self) -> None:
+        device = self.target.device
+        lengths = [len(prompt) for prompt in self.prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
+        ids_BT, lengths_B = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+        with self.clock.phase("prefill"):
+            self.target.open(len(lengths), max(lengths) + self.limit + self.budget + 1)
+            logits_BV, states = self.target.prefill(ids_BT, lengths_B, self.states)
+            self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
+        first = self.clock.elapsed()
+        if self.drafter is not None:
+            with self.clock.phase("draft"):
+                self._state = self.drafter.start(Context(self.target, ids_BT, lengths_B, self._newest_B, states,
+                                                         self.sampling, self.generators[0]))
+        for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
+            trace.time_to_first_token = first
+            trace.ids.append(token)
+            trace.drafted.append(False)
+        self._drop_finished()
+
+    def _step(self) -> None:
+        with self.clock.phase("draft"):
+            tree = self._propose()
+        with self.clock.phase("verify"):
+            verified = self.target.verify(tree, self.states)
+        with self.clock.phase("accept"):
+            accepted = self.rule(tree, verified, self._draws)
+            emitted, lengths = accepted.emitted(tree).tolist(), accepted.lengths_B.tolist()
+        with self.clock.phase("commit"):
+            self.target.commit(accepted)
+        self._absorb(verified, accepted)
+        self._record(tree, emitted, lengths)
+        self._drop_finished()
+
+    def _propose(self) -> TokenTree:
+        if self.drafter is None or self._state is None:
+            return TokenTree.root(self._newest_B)
+        if self.builder is not None:
+            return self.builder.build(self.drafter, self._state, self.budget)
+        return self.drafter.propose(self._state, self.budget)
+
+    def _absorb(self, verified: Verified, accepted: Accepted) -> None:
+        self._newest_B = accepted.next_B
+        if self.drafter is not None and self._state is not None:
+            with self.clock.phase("draft"):
+                self._state = self.drafter.absorb(self._state, verified, accepted)
+
+    def _record(self, tree: TokenTree, emitted: list[list[int]], lengths: list[int]) -> None:
+        depths = torch.where(tree.acceptable_BN, tree.topology.depth, 0).max(1).values.tolist()
+        nodes = (tree.acceptable_BN.sum(1) - 1).tolist()
+        for row, sequence in enumerate(self._alive):
+            trace = self.traces[sequence]
+            trace.accepted.append(lengths[row])
+            trace.offered.append(depths[row])
+            trace.nodes.append(nodes[row])
+            trace.ids += emitted[row][:lengths[row]]
+            trace.drafted += [True] * (lengths[row] - 1) + [False]
+            self._cut(trace)
+
+    def _cut(self, trace: Trace) -> None:
+        """End the answer at its first stop token or at the limit: after verification, never before."""
+        end = next((i + 1 for i, token in enumerate(trace.ids) if token in self.stop_ids), self.limit)
+        del trace.ids[min(end, self.limit):], trace.drafted[min(end, self.limit):]
+
+    def _finished(self, trace: Trace) -> bool:
+        return len(trace.ids) >= self.limit or trace.ids[-1] in self.stop_ids
+
+    def _drop_finished(self) -> None:
+        """Ended sequences leave the batch: the cache, the drafter's state and the generators."""
+        running = [row for row, sequence in enumerate(self._alive) if not self._finished(self.traces[sequence])]
+        if len(running) == len(self._alive):
+            return
+        for sequence in self._alive:
+            if self._finished(self.traces[sequence]):
+                self.traces[sequence].seconds = self.clock.snapshot()
+        self._alive = [self._alive[row] for row in running]
+        if self._alive:
+            rows_B = torch.tensor(running, device=self._newest_B.device)
+            assert self.target.cache is not None
+            self.target.cache.keep(running)
+            self._newest_B, self._draws = self._newest_B[rows_B], self._draws.select(running)
+            self._state = None if self._state is None else self._state.select(rows_B)

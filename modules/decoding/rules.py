@@ -1,0 +1,259 @@
+"""Acceptance rules: what is kept of a verified tree, and which token follows.
+
+A rule is a function (tree, verified, draws) -> Accepted that declares whether it keeps the target's law and which
+draft laws it may be paired with.
+
+Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from modules.core.batches import StateName
+from modules.core.drafter import Accepted, Sampling, Verified
+from modules.trees.tree import Law, TokenTree
+
+EVERY_LAW = frozenset(Law)
+
+
+class Draws:
+    """The randomness of a decoding run: the warped target law and draws from it, one generator per sequence.
+
+    Args:
+        sampling: temperature and warpers, applied to the target before anything is accepted.
+        generators: one per sequence of the batch.
+    """
+
+    def __init__(self, sampling: Sampling, generators: list[torch.Generator]) -> None:
+        self.sampling, self.generators = sampling, generators
+        self._warpers = LogitsProcessorList()
+        if sampling.temperature not in (0.0, 1.0):
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def select(self, sequences: list[int]) -> Draws:
+        """The draws of these sequences alone."""
+        return Draws(self.sampling, [self.generators[i] for i in sequences])
+
+    def law(self, logits: Tensor) -> Tensor:
+        """The warped law [..., V] in float64; at temperature 0 all its mass is on the argmax."""
+        if self.sampling.temperature == 0:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+        flat = logits.reshape(-1, logits.shape[-1])
+        warped = self._warpers(torch.empty(0, dtype=torch.long), flat.double())  # type: ignore[arg-type]
+        return torch.as_tensor(warped).softmax(-1).reshape(logits.shape)
+
+    def uniform(self, sequence: int, count: int = 1) -> Tensor:
+        """float64 [count] in [0, 1) for one sequence."""
+        generator = self.generators[sequence]
+        return torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
+
+    def choose(self, logits_BNV: Tensor) -> Tensor:
+        """One token per row, int64 [B,N]: the argmax at temperature 0, else drawn from the warped law."""
+        if self.sampling.temperature == 0:
+            return logits_BNV.argmax(-1)
+        uniform_BN = torch.stack([self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])])
+        return sample_law(self.law(logits_BNV), uniform_BN.to(logits_BNV.device))
+
+
+def sample_law(law: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: law [..., V] (need not sum to 1), uniform [...] -> int64 [...]. Never a token of law 0."""
+    cumulative = law.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
+    return drawn.clamp(max=law.shape[-1] - 1)
+
+
+class AcceptanceRule(Protocol):
+    """See the module's docstring. `states` are the target states it reads from `verified`."""
+
+    name: str
+    lossless: bool
+    laws: frozenset[Law]
+    states: tuple[StateName, ...]
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """The accepted path of each sequence and the token after it."""
+        ...
+
+
+class GreedyRule:
+    """Longest path on which every token is the target's argmax (temperature 0 only; any draft law)."""
+
+    name, lossless = "greedy", True
+    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    states: tuple[StateName, ...] = ()
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """Match every node against its parent's argmax."""
+        if draws.sampling.temperature != 0:
+            raise ValueError("rule 'greedy' needs temperature 0: use 'point' or 'ratio' when sampling")
+        return _follow(tree, verified.logits_BNV.argmax(-1))
+
+
+class PointRule:
+    """One draw of the target per node; a child that equals it is accepted (trees chosen by value).
+
+    Acceptance at a node is the target's mass on its children. Lossless because the draw does not look at the tree.
+    """
+
+    name, lossless = "point", True
+    laws: ClassVar[frozenset[Law]] = frozenset({Law.POINT})
+    states: tuple[StateName, ...] = ()
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """Match every node against one draw at its parent."""
+        return _follow(tree, draws.choose(verified.logits_BNV))
+
+
+class RatioRule:
+    """Recursive rejection: accept a sibling x of law q with probability min(1, R(x)/q(x)), else R <- norm([R - q]+).
+
+    A sampled chain is speculative sampling (Leviathan et al. 2023; Chen et al. 2023), independent siblings are
+    SpecInfer's multi-round rule (Miao et al. 2023), siblings without replacement recursive speculative decoding
+    (Jeon et al. 2024); a point mass is accepted with R(x). Rounds of duplicate siblings are run too.
+    """
+
+    name, lossless = "ratio", True
+    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    states: tuple[StateName, ...] = ()
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """Walk down from node 0, sequence by sequence."""
+        walks = [self._walk(tree, verified, draws, b) for b in range(tree.tokens_BN.shape[0])]
+        return _accepted([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
+
+    def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int) -> tuple[list[int], int]:
+        parents, usable = tree.parents_BN[sequence].tolist(), tree.acceptable_BN[sequence].tolist()
+        path = [0]
+        while True:
+            residual_V = draws.law(verified.logits_BNV[sequence, path[-1]])
+            children = [n for n, parent in enumerate(parents) if parent == path[-1] and usable[n]]
+            chosen, residual_V = recursive_rejection(tree, sequence, children, residual_V, draws)
+            if chosen is None:
+                return path, int(sample_law(residual_V, draws.uniform(sequence)[0]))
+            path.append(chosen)
+
+
+def recursive_rejection(tree: TokenTree, sequence: int, children: list[int], residual_V: Tensor, draws: Draws
+                        ) -> tuple[int | None, Tensor]:
+    """Try siblings in draw order: the accepted node (None: none) and the residual law [V] left for the next token."""
+    tried: list[int] = []
+    for node in children:
+        token = int(tree.tokens_BN[sequence, node])
+        law_V = sibling_law(tree, sequence, node, tried, residual_V)
+        if draws.uniform(sequence)[0] * law_V[token] < residual_V[token]:
+            return node, residual_V
+        left_V = (residual_V - law_V).clamp(min=0)
+        residual_V = left_V / left_V.sum() if left_V.sum() > 0 else residual_V
+        tried.append(token)
+    return None, residual_V
+
+
+def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor) -> Tensor:
+    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's vocabulary."""
+    law = Law.POINT if tree.law_BN is None else Law(int(tree.law_BN[sequence, node]))
+    law_V = torch.zeros_like(like_V)
+    if law is Law.POINT:
+        law_V[tree.tokens_BN[sequence, node]] = 1
+        return law_V
+    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, "a sampled node travels with its law"
+    row_D = tree.laws_BRD[sequence, tree.law_rows_BN[sequence, node]].to(like_V.dtype)
+    if tree.vocabulary_D is None:
+        law_V[:] = row_D
+    else:
+        law_V[tree.vocabulary_D] = row_D
+    if law is Law.WITHOUT_REPLACEMENT and tried:
+        law_V[tried] = 0
+    return law_V / law_V.sum()
+
+
+class TypicalRule:
+    """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))) (Cai et al. 2024, 2.3.1).
+
+    Of the longest accepted paths the likeliest wins. The next token is the target's argmax, as in the release; at
+    temperature 0 this is argmax matching.
+    """
+
+    name, lossless = "typical", False
+    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    states: tuple[StateName, ...] = ()
+
+    def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
+        self.epsilon, self.delta = epsilon, delta
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """Threshold every node by its parent's entropy."""
+        law_BNV = draws.law(verified.logits_BNV)
+        entropy_BN = -(law_BNV * (law_BNV + 1e-5).log()).sum(-1)
+        threshold_BN = torch.minimum(torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp())
+        parents = tree.parents_BN.clamp(min=0)
+        probability_BN = law_BNV[torch.arange(len(parents))[:, None], parents, tree.tokens_BN]
+        score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(-1)
+        return _longest(tree, probability_BN > threshold_BN.gather(1, parents), verified.logits_BNV.argmax(-1), score_BN)
+
+
+RULES = {rule.name: rule for rule in (GreedyRule, PointRule, RatioRule, TypicalRule)}
+
+
+def rule_named(name: str) -> AcceptanceRule:
+    """A rule by name, with its default settings."""
+    if name not in RULES:
+        raise ValueError(f"rule {name!r} is unknown: use one of {', '.join(RULES)}")
+    return RULES[name]()
+
+
+def default_rule(law: Law, sampling: Sampling) -> AcceptanceRule:
+    """The lossless rule for trees of this law: greedy at temperature 0, else point or ratio."""
+    if sampling.temperature == 0:
+        return GreedyRule()
+    return PointRule() if law is Law.POINT else RatioRule()
+
+
+def check_pairing(rule: AcceptanceRule, law: Law) -> None:
+    """Refuse, by name, a rule that may not verify trees of this law."""
+    if law not in rule.laws:
+        fitting = ", ".join(name for name, kind in RULES.items() if law in kind.laws and kind.lossless)
+        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees without changing the output: "
+                         f"use one of {fitting}")
+
+
+def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:
+    """Accept the nodes that equal what the target chose at their parents."""
+    wanted_BN = choice_BN.gather(1, tree.parents_BN.clamp(min=0))
+    return _longest(tree, tree.tokens_BN == wanted_BN, choice_BN)
+
+
+def _longest(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor | None = None) -> Accepted:
+    """The deepest node whose whole path is good (the first such; or the one of highest score), and its path."""
+    good_BN = good_BN & tree.acceptable_BN
+    good_BN[:, 0] = True
+    topology = tree.topology
+    whole_BN = ~(topology.ancestors & ~good_BN[:, None]).any(-1) & ~topology.padding
+    depth_BN = torch.where(whole_BN, topology.depth, -1)
+    deepest_B = depth_BN.max(1).values
+    if score_BN is None:
+        last_B = depth_BN.argmax(1)
+    else:
+        last_B = score_BN.masked_fill(depth_BN < deepest_B[:, None], -torch.inf).argmax(1)
+    rows = torch.arange(len(last_B), device=last_B.device)
+    on_path_BN = topology.ancestors[rows, last_B]
+    path_BA = torch.zeros_like(tree.tokens_BN)
+    nodes = torch.arange(tree.size, device=last_B.device).expand_as(path_BA)
+    slots = torch.where(on_path_BN, topology.depth, tree.size - 1)
+    path_BA = path_BA.scatter_reduce(1, slots, torch.where(on_path_BN, nodes, 0), "amax", include_self=True)
+    return Accepted(path_BA[:, :int(deepest_B.max()) + 1], deepest_B + 1, next_BN[rows, last_B])
+
+
+def _accepted(paths: list[list[int]], tokens: list[int], device: torch.device) -> Accepted:
+    width = max(map(len, paths))
+    padded = [path + [0] * (width - len(path)) for path in paths]
+    return Accepted(torch.tensor(padded, device=device), torch.tensor([len(path) for path in paths], device=device),
+                    torch.tensor(tokens, device=device))

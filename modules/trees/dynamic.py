@@ -1,0 +1,93 @@
+"""Trees whose shape follows the drafter's probabilities.
+
+Shape legend: B sequences, W frontier nodes, K candidates per node, N nodes, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.core.drafter import Drafter, DraftState, Frontier
+from modules.trees.tree import Law, TokenTree, Topology
+
+
+@dataclass
+class _Growth:
+    """A tree under construction: every node was handed to `expand`, so its row number is its node index."""
+
+    tokens: list[Tensor]
+    parents: list[Tensor]
+    real: list[Tensor]
+    scores_BW: Tensor
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        """Nodes so far."""
+        return self.start + self.tokens[-1].shape[1]
+
+
+class ThresholdTree:
+    """Clover's sampler (Xiao et al. 2024, section 3.4): likely children only, level by level.
+
+    Of each node keep the children inside the top-p mass and at least `ratio` as likely as the best one; of each level
+    keep the `width` best joint probabilities, as long as the budget lasts. Chosen by value, hence point masses.
+
+    Args:
+        depth: levels. width: nodes kept per level. top_p, ratio: the two thresholds.
+    """
+
+    law = Law.POINT
+
+    def __init__(self, depth: int, width: int = 4, top_p: float = 0.8, ratio: float = 0.25) -> None:
+        if depth < 1 or width < 1:
+            raise ValueError(f"tree depth and width must be at least 1, got {depth} and {width}")
+        self.depth, self.width, self.top_p, self.ratio = depth, width, top_p, ratio
+
+    def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
+        """A tree of at most `budget` drafted nodes."""
+        root = state.newest_B[:, None]
+        growth = _Growth([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)],
+                         torch.zeros(root.shape, device=root.device))
+        remaining = budget
+        for depth in range(self.depth):
+            count = min(self.width, remaining)
+            if count < 1:
+                break
+            logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
+            remaining -= self._level(growth, logits_BWD, drafter.vocabulary_D, count)
+        return _finish(growth, drafter.vocabulary_D)
+
+    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, count: int) -> int:
+        """Append the best `count` children; returns how many columns that took."""
+        log_BWK, tokens_BWK = logits_BWD.log_softmax(-1).topk(min(count, logits_BWD.shape[-1]), dim=-1)
+        allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
+        joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)
+        scores, best = joint.topk(min(count, joint.shape[1]), dim=1)
+        tokens = tokens_BWK.flatten(1).gather(1, best)
+        parents = growth.start + best // log_BWK.shape[-1]
+        growth.start = growth.size
+        growth.tokens.append(tokens if vocabulary_D is None else vocabulary_D[tokens])
+        growth.parents.append(parents)
+        growth.real.append(scores.isfinite())
+        growth.scores_BW = scores
+        return int(growth.real[-1].sum(1).max())
+
+    def _likely(self, probability_BWK: Tensor) -> Tensor:
+        before = probability_BWK.cumsum(-1) - probability_BWK
+        return (before < self.top_p) & (probability_BWK >= self.ratio * probability_BWK[..., :1])
+
+
+def _finish(growth: _Growth, vocabulary_D: Tensor | None) -> TokenTree:
+    """Rows that no sequence uses are dropped, the others' unused ones become padding."""
+    tokens, parents, real = (torch.cat(part, dim=1) for part in (growth.tokens, growth.parents, growth.real))
+    used = real.any(0)
+    order = used.cumsum(0) - 1
+    parents = torch.where(parents < 0, parents, order[parents.clamp(min=0)])[:, used]
+    own = torch.arange(parents.shape[1], device=parents.device)
+    real = real[:, used]
+    topology = Topology(torch.where(real, parents, own))
+    return TokenTree(tokens[:, used], topology, vocabulary_D=vocabulary_D)

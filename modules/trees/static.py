@@ -1,0 +1,106 @@
+"""Static trees: fixed paths of ranks, filled with the drafter's most likely tokens.
+
+Shape legend: B sequences, W frontier nodes, N nodes, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from modules.core.drafter import Drafter, DraftState, Frontier
+from modules.trees.tree import Law, TokenTree, Topology
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Nodes of one depth that have children, and where those children's tokens come from."""
+
+    nodes: Tensor
+    """Node index of each expanded node [W]."""
+    parent_rows: Tensor
+    """Row number of its parent [W]."""
+    sources: Tensor
+    """For each child, in node order: index into this level's expanded nodes."""
+    ranks: Tensor
+    """For each child: its rank among its parent's tokens."""
+    widest: int
+    """Ranks needed."""
+
+
+@dataclass(frozen=True)
+class _Template:
+    topology: Topology
+    levels: tuple[_Level, ...]
+
+
+class StaticTree:
+    """Fills fixed paths: (i, j) is the rank-j token under the rank-i token (Cai et al. 2024, section 2.3).
+
+    Args:
+        paths: prefix-closed, the most valuable first: a smaller budget takes the first ones.
+
+    Raises:
+        ValueError: a path whose prefix does not stand before it.
+    """
+
+    law = Law.POINT
+
+    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        self.paths = tuple(tuple(path) for path in paths)
+        known: set[Path] = {()}
+        for path in self.paths:
+            if path[:-1] not in known:
+                raise ValueError(f"tree path {list(path)} stands before its prefix {list(path[:-1])}: list prefixes first")
+            known.add(path)
+
+    @staticmethod
+    def chain(depth: int) -> StaticTree:
+        """The most likely token at each of `depth` steps."""
+        return StaticTree([(0,) * (i + 1) for i in range(depth)])
+
+    @property
+    def depth(self) -> int:
+        """Longest path."""
+        return max((len(path) for path in self.paths), default=0)
+
+    def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
+        """A tree of the first `budget` paths."""
+        template = _template(self.paths[:budget])
+        columns = [state.newest_B[:, None]]
+        tokens_BN = columns[0]
+        for depth, level in enumerate(template.levels):
+            frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
+            logits_BWD = drafter.expand(state, frontier)
+            best_BWR = logits_BWD.topk(level.widest, dim=-1).indices
+            drafted = best_BWR[:, level.sources, level.ranks]
+            columns.append(drafted if drafter.vocabulary_D is None else drafter.vocabulary_D[drafted])
+            tokens_BN = torch.cat(columns, dim=1)
+        return TokenTree(tokens_BN, template.topology.expand(len(tokens_BN)), vocabulary_D=drafter.vocabulary_D)
+
+
+@lru_cache(maxsize=64)
+def _template(paths: tuple[Path, ...]) -> _Template:
+    """Node order, parents and index tensors: nodes sorted by (depth, path), node 0 the root."""
+    nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
+    index = {path: i for i, path in enumerate(nodes)}
+    parents = [-1] + [index[path[:-1]] for path in nodes[1:]]
+    expanded = [path for path in nodes if any(child[:-1] == path for child in nodes[1:])]
+    row = {path: i for i, path in enumerate(expanded)}
+    levels = []
+    for depth in range(max((len(path) for path in expanded), default=-1) + 1):
+        at = [path for path in expanded if len(path) == depth]
+        children = [path for path in nodes if len(path) == depth + 1]
+        levels.append(_Level(
+            nodes=torch.tensor([index[path] for path in at]),
+            parent_rows=torch.tensor([row[path[:-1]] if path else -1 for path in at]),
+            sources=torch.tensor([at.index(path[:-1]) for path in children]),
+            ranks=torch.tensor([path[-1] for path in children]),
+            widest=max(path[-1] for path in children) + 1))
+    return _Template(Topology(torch.tensor([parents])), tuple(levels))
