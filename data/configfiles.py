@@ -1,0 +1,88 @@
+"""Config files by name, and command lines whose mistakes are one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_FLAG = "--config"
+_SUBJECT = re.compile(r'Parser key "([^"]+)"')
+_TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
+_WRAPPING = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path",
+             "- Expected a <class 'NoneType'>")
+
+
+def resolve(name: str, folder: Path = CONFIGS) -> Path:
+    """The config file that `name` means: a path, or else a file under configs/ (with or without `.yaml`).
+
+    Raises:
+        ValueError: there is none; the line lists the closest names.
+    """
+    candidates = [Path(name), folder / name, folder / f"{name}.yaml"]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is not None:
+        return found
+    known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+    raise ValueError(f"--config {name!r} is neither a file nor a config: try {', '.join(close) or 'a path'}")
+
+
+def resolve_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line with every `--config NAME` turned into `--config PATH` (several merge left to right)."""
+    resolved, expecting = [], False
+    for word in arguments:
+        if expecting:
+            word = str(resolve(word))
+        elif word.startswith(_FLAG + "="):
+            word = f"{_FLAG}={resolve(word[len(_FLAG) + 1:])}"
+        expecting = not expecting and word == _FLAG
+        resolved.append(word)
+    return resolved
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse a command line whose parser has `exit_on_error=False` and a `--config` argument.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a missing file, as one line that names the key.
+    """
+    try:
+        return parser.parse_args(resolve_arguments(arguments))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(one_line(str(error))) from error
+
+
+def one_line(message: str) -> str:
+    """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    keys = _SUBJECT.findall(message)
+    value = next((line.removeprefix("Given value: ") for line in reversed(lines) if line.startswith("Given value:")), None)
+    kept = [line.removeprefix("- ") for line in lines if not line.startswith((*_WRAPPING, "Given value"))]
+    text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
+    text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
+    subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
+    return f"{subject}{text}" + (f", got {value!r}" if value is not None and value not in text else "")
+
+
+def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Call an entry point; a user's mistake (`ValueError`) is printed as one line and gives exit status 2."""
+    try:
+        return command(arguments)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def config_parser(prog: str, description: str, **options: Any) -> ArgumentParser:
+    """A parser with `--config` that raises instead of exiting."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, **options)
+    parser.add_argument(_FLAG, action="config", help="a path, or a file under configs/; several merge left to right")
+    return parser
