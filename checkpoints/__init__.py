@@ -1,0 +1,1 @@
+"""What a trained component looks like outside this repository: folders, formats, cards, provenance."""

@@ -1,0 +1,1 @@
+"""Writers for the file formats of serving engines."""

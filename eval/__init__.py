@@ -1,0 +1,1 @@
+"""The shared harness: tasks, baselines, metrics, measurements and reports."""

