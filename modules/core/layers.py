@@ -1,0 +1,225 @@
+"""Layers that drafters are built from, and the KV cache of a drafter's own layers.
+
+Shape legend: B sequences, N rows of one call, S attended slots, C cache capacity, H hidden size, X = H times an input
+width, Y = H times an output width, Q query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from modules.core.batches import Rows
+from modules.core.trainable import TargetShape
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(W x + b) with W = 0 at the start (Medusa, Cai et al. 2024)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return hidden_NH + F.silu(self.linear(hidden_NH))
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one drafter layer, behind a length of its own for each sequence.
+
+    `write` puts rows behind the lengths without counting them; `keep` then counts the first so many of each sequence,
+    and the next `write` covers the rest.
+
+    keys_BCGD, values_BCGD: [B,C,G,D]; lengths_B: int64 [B].
+    """
+
+    keys_BCGD: Tensor
+    values_BCGD: Tensor
+    lengths_B: Tensor
+
+    @staticmethod
+    def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
+        """A cache without rows for as many sequences as `lengths_B` has."""
+        size = (lengths_B.shape[0], 0, shape.num_kv_heads, shape.head_dim)
+        blank = torch.empty(size, dtype=dtype, device=lengths_B.device)
+        return LayerCache(blank, blank, torch.zeros_like(lengths_B))
+
+    def write(self, keys_BNGD: Tensor, values_BNGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Put N rows behind each sequence's length; returns the slots [B,S,G,D] that rows may attend to."""
+        batch, count = keys_BNGD.shape[:2]
+        used = int(self.lengths_B.max()) + count
+        self._grow(used)
+        sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
+        slots_BN = self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
+        self.keys_BCGD[sequences, slots_BN] = keys_BNGD
+        self.values_BCGD[sequences, slots_BN] = values_BNGD
+        return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
+
+    def keep(self, counts_B: Tensor) -> None:
+        """Count the first `counts_B` of the rows written last."""
+        self.lengths_B = self.lengths_B + counts_B
+
+    def visible(self, rows: Rows, slots: int) -> Tensor:
+        """bool [B,N,S]: what is kept, and of the rows of this call what `rows` lets each one see."""
+        count = rows.visible_BNN.shape[-1]
+        offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
+        inside_BS = (offset_BS >= 0) & (offset_BS < count)
+        index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, count, -1)
+        own = rows.visible_BNN.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
+        return own | (offset_BS < 0)[:, None]
+
+    def _grow(self, needed: int) -> None:
+        capacity = self.keys_BCGD.shape[1]
+        if needed > capacity:
+            extra = (0, 0, 0, 0, 0, max(needed, 2 * capacity, 64) - capacity)
+            self.keys_BCGD, self.values_BCGD = F.pad(self.keys_BCGD, extra), F.pad(self.values_BCGD, extra)
+
+
+def causal_rows(start_B: Tensor, count: int) -> Rows:
+    """`count` consecutive rows behind `start_B` kept ones, each seeing those before it."""
+    order = torch.arange(count, device=start_B.device)
+    visible = (order[:, None] >= order).expand(start_B.shape[0], -1, -1)
+    return Rows(start_B[:, None] + order, visible, cached=True)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, in the shape of the target's own.
+
+    Args:
+        shape: the target's dimensions.
+        input_width: inputs are [.., input_width * H] (EAGLE-3 feeds embedding and feature side by side).
+    """
+
+    def __init__(self, shape: TargetShape, input_width: int = 1) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        inputs, queries, keys = input_width * shape.hidden_size, shape.num_heads, shape.num_kv_heads
+        self.q_proj = nn.Linear(inputs, queries * shape.head_dim, bias=shape.attention_bias)
+        self.k_proj = nn.Linear(inputs, keys * shape.head_dim, bias=shape.attention_bias)
+        self.v_proj = nn.Linear(inputs, keys * shape.head_dim, bias=shape.attention_bias)
+        self.o_proj = nn.Linear(queries * shape.head_dim, shape.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.rotary = LlamaRotaryEmbedding(rotary_config(shape))
+
+    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind it."""
+        heads = (*hidden_BNX.shape[:2], -1, self.head_dim)
+        queries = self.q_norm(self.q_proj(hidden_BNX).view(heads))
+        keys = self.k_norm(self.k_proj(hidden_BNX).view(heads))
+        values = self.v_proj(hidden_BNX).view(heads)
+        cosine, sine = self.rotary(values, rows.position_ids_BN)
+        queries, keys = apply_rotary_pos_emb(queries, keys, cosine, sine, unsqueeze_dim=2)
+        visible = rows.visible_BNN
+        if cache is not None:
+            keys, values = cache.write(keys, values)
+            visible = cache.visible(rows, keys.shape[1])
+        mixed = F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None],
+            enable_gqa=queries.shape[2] != keys.shape[2])
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def rotary_config(shape: TargetShape) -> LlamaConfig:
+    """What Hugging Face's rotary embedding reads of a configuration."""
+    return LlamaConfig(hidden_size=shape.hidden_size, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
+                       max_position_embeddings=shape.max_positions, rope_parameters=dict(shape.rope))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward network [.., H] -> [.., output_width * H]."""
+
+    def __init__(self, shape: TargetShape, output_width: int = 1) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, output_width * shape.hidden_size, bias=False)
+        self.activation = ACT2FN[shape.activation]
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """[..., H] -> [..., Y]."""
+        return self.down_proj(self.activation(self.gate_proj(hidden_NH)) * self.up_proj(hidden_NH))
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm decoder layer of the Llama and Qwen type, named as Hugging Face names it.
+
+    Args:
+        shape: the target's dimensions.
+        input_norm: whether attention reads normalised inputs (EAGLE's layer does not).
+        input_width: width of the attention inputs in multiples of H; above 1 the residual is passed apart.
+        output_width: width of the output in multiples of H; the residual is repeated (FSPAD's split output).
+        attention, feed_forward: leave out one of the two halves (Clover's ablations).
+    """
+
+    def __init__(self, shape: TargetShape, *, input_norm: bool = True, input_width: int = 1, output_width: int = 1,
+                 attention: bool = True, feed_forward: bool = True) -> None:
+        super().__init__()
+        self.output_width, self.shape = output_width, shape
+        self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
+        if attention:
+            if input_norm:
+                self.input_layernorm = nn.RMSNorm(input_width * shape.hidden_size, shape.norm_eps)
+            self.self_attn = Attention(shape, input_width)
+        if feed_forward:
+            self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.norm_eps)
+            self.mlp = FeedForward(shape, output_width)
+
+    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
+                residual_BNH: Tensor | None = None) -> Tensor:
+        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, the inputs themselves by default."""
+        hidden = hidden_BNX if residual_BNH is None else residual_BNH
+        if self.self_attn is not None:
+            inputs = hidden_BNX if self.input_layernorm is None else self.input_layernorm(hidden_BNX)
+            hidden = hidden + self.self_attn(inputs, rows, cache)
+        if self.mlp is not None and self.post_attention_layernorm is not None:
+            residual = hidden.repeat(*[1] * (hidden.dim() - 1), self.output_width)
+            hidden = residual + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+    def copy_from(self, target: Target, layer: int = -1) -> bool:
+        """Start from a layer of the target (the last by default); False, and nothing changed, when they differ.
+
+        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or is not a plain
+        pre-norm layer (Gemma 2 and 3 also normalise what their halves put out).
+        """
+        prefix = f"layers.{layer % self.shape.num_layers}."
+        weights = {name: target_weight(target, prefix + name) for name, _ in self.named_parameters()}
+        sandwiched = target_weight(target, prefix + "pre_feedforward_layernorm.weight") is not None
+        own = dict(self.named_parameters())
+        if sandwiched or any(weight is None or weight.shape != own[name].shape for name, weight in weights.items()):
+            return False
+        for name, weight in weights.items():
+            assert weight is not None
+            own[name].data.copy_(weight)
+        return True
+
+
+def target_weight(target: Target, name: str) -> Tensor | None:
+    """A copy of one of the target's weights, or None when it has no such weight."""
+    try:
+        return target.copy_weight(name)
+    except KeyError:
+        return None
+
+
+def run_layers(layers: Sequence[DecoderLayer] | nn.ModuleList, hidden_BNH: Tensor, rows: Rows,
+               caches: Sequence[LayerCache] | None = None) -> Tensor:
+    """Layers one after the other [B,N,H] -> [B,N,H], each with its own cache if there are any."""
+    for index, layer in enumerate(layers):
+        hidden_BNH = layer(hidden_BNH, rows, None if caches is None else caches[index])
+    return hidden_BNH

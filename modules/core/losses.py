@@ -1,0 +1,178 @@
+"""Training losses of drafters: pure functions of tensors, computed only on the rows that count.
+
+Index contract: at position t the target's state f_t is its law of x_{t+1}; step d of a drafter, given the tokens up to
+x_{t+1+d}, drafts x_{t+2+d}.
+
+Shape legend: B sequences, T tokens of a packed row, M training rows (positions that count), K draft steps, H hidden
+size, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from modules.core.batches import PADDING_DOCUMENT, TextBatch
+from modules.core.trainable import Mean
+
+IGNORED = -1
+"""Label of a row that no loss counts."""
+MAX_LOGITS = 2 ** 25
+"""Logits [M,D] above this many are computed in chunks of rows, and once more in the backward pass."""
+
+Head = Callable[[Tensor], Tensor]
+"""Features [M,H] -> logits [M,D]."""
+Laws = Callable[[Tensor], Tensor]
+"""Flat positions [M] -> the target's probabilities [M,D] there, over the draft vocabulary."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The positions t that are trained on, and the tokens that follow them.
+
+    flat_MK1: int64 [M,K+1], t … t + K as indices into the batch's flattened [B*T] (held inside it where not valid).
+    tokens_MK1: int64 [M,K+1], x_{t+1} … x_{t+1+K}: step d is given columns up to d and predicts column d + 1.
+    valid_MK: bool [M,K], whether step d's label counts.
+    """
+
+    flat_MK1: Tensor
+    tokens_MK1: Tensor
+    valid_MK: Tensor
+
+    def take(self, rows_BTX: Tensor) -> Tensor:
+        """Rows [B,T,...] at the training positions [M,...]."""
+        return rows_BTX.flatten(0, 1)[self.flat_MK1[:, 0]]
+
+
+def training_rows(batch: TextBatch, steps: int) -> TrainingRows:
+    """The positions whose first draft is an assistant token.
+
+    Step d of position t counts when x_{t+2+d} is in the loss mask and in t's own document.
+    """
+    length = batch.input_ids.shape[1]
+    ahead = torch.arange(1, steps + 2, device=batch.input_ids.device)
+    index_TK1 = torch.arange(length, device=ahead.device)[:, None] + ahead
+    inside_TK1 = index_TK1 < length
+    index_TK1 = index_TK1.clamp(max=length - 1)
+    documents = batch.document_ids
+    same_BTK1 = (documents[:, index_TK1] == documents[..., None]) & (documents != PADDING_DOCUMENT)[..., None]
+    valid_BTK = (inside_TK1 & same_BTK1 & batch.loss_mask[:, index_TK1])[..., 1:]
+    flat_M = valid_BTK[..., 0].flatten().nonzero()[:, 0]
+    tokens = batch.input_ids[:, index_TK1].flatten(0, 1)[flat_M]
+    flat_MK1 = (flat_M[:, None] + ahead - 1).clamp(max=batch.input_ids.numel() - 1)
+    return TrainingRows(flat_MK1, tokens, valid_BTK.flatten(0, 1)[flat_M])
+
+
+def draft_labels(tokens: Tensor, vocabulary_D: Tensor | None) -> Tensor:
+    """Indices of target token ids in a draft vocabulary (sorted ids), `IGNORED` for those outside it."""
+    if vocabulary_D is None:
+        return tokens
+    index = torch.searchsorted(vocabulary_D, tokens).clamp(max=len(vocabulary_D) - 1)
+    return torch.where(vocabulary_D[index] == tokens, index, IGNORED)
+
+
+def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int, laws: Laws | None = None,
+                  flat_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M`.
+
+    Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens stand above the
+    label (0: it is the best), D where the label is ignored. Never holds more than `MAX_LOGITS` logits: above that the
+    rows are cut into chunks, recomputed going back.
+
+    Args:
+        features_MH: inputs of the head.
+        head: features to logits over the draft vocabulary.
+        labels_M: draft vocabulary indices; `IGNORED` rows get no loss.
+        width: D.
+        laws: the target's probabilities (renormalised over the draft vocabulary) for soft labels.
+        flat_M: flat positions of those laws.
+    """
+    rows = max(1, MAX_LOGITS // width)
+    if len(labels_M) <= rows:
+        return _score(features_MH, head, labels_M, laws, flat_M)
+    parts = [checkpoint(_score, features_MH[part], head, labels_M[part], laws,
+                        None if flat_M is None else flat_M[part], use_reentrant=False)
+             for part in _slices(len(labels_M), rows)]
+    losses, ranks = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(ranks)
+
+
+def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None, flat_M: Tensor | None
+           ) -> tuple[Tensor, Tensor]:
+    logits = full_precision(head(features_MH))
+    if laws is None:
+        losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
+    else:
+        assert flat_M is not None
+        losses = F.cross_entropy(logits, laws(flat_M), reduction="none").where(labels_M != IGNORED, 0.0)
+    return losses, label_ranks(logits.detach(), labels_M)
+
+
+def label_ranks(logits_MD: Tensor, labels_M: Tensor) -> Tensor:
+    """int64 [M]: how many logits stand above the label's (0: it is the best); D for ignored labels."""
+    own = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
+    return (logits_MD > own).sum(1).where(labels_M != IGNORED, logits_MD.shape[1])
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) -> Laws:
+    """The target's probabilities over the draft vocabulary, by flat position.
+
+    Steps share most positions, so the laws are computed once for all of `positions` where they fit in memory
+    (`MAX_LOGITS`), and anew at each request where they do not.
+    """
+    final_PH = final_BTH.flatten(0, 1)
+
+    @torch.no_grad()
+    def laws(flat_M: Tensor) -> Tensor:
+        return torch.softmax(full_precision(head(final_PH[flat_M])), dim=-1)
+
+    unique = positions.unique()
+    if len(unique) * width > MAX_LOGITS:
+        return laws
+    table = laws(unique)
+    return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
+
+
+def likely_labels(laws: Laws, flat_M: Tensor, labels_M: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
+    """bool [M]: whether the label is among the law's `top_k` tokens (0: any) and begins inside its `top_p` mass."""
+    parts = []
+    for part in _slices(len(labels_M), max(1, MAX_LOGITS // width)):
+        law = laws(flat_M[part])
+        better = law > law.gather(1, labels_M[part].clamp(min=0)[:, None])
+        parts.append((better.sum(1) < (top_k or width)) & ((law * better).sum(1) < top_p))
+    return torch.cat(parts) if parts else torch.zeros_like(labels_M, dtype=torch.bool)
+
+
+def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
+    """Smooth L1 distance per row [M], mean over H, in full precision."""
+    distance = F.smooth_l1_loss(full_precision(features_MH), full_precision(states_MH), reduction="none")
+    return distance.mean(-1)
+
+
+def masked_mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
+    """Mean over the rows that count; 0 (with a gradient of 0) when none does."""
+    return (values_M * counted_M).sum() / counted_M.sum().clamp(min=1)
+
+
+def depth_weights(steps: int, decay: float, first: float = 1.0) -> list[float]:
+    """Loss weights first * decay**d of the draft steps."""
+    return [first * decay ** step for step in range(steps)]
+
+
+def accuracy(ranks_M: Tensor, valid_M: Tensor, best: int) -> Mean:
+    """How often the label is among the `best` drafts. Labels outside the draft vocabulary are misses."""
+    return Mean(((ranks_M < best) & valid_M).sum(), valid_M.sum())
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))

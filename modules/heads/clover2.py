@@ -1,0 +1,106 @@
+"""Clover-2: Clover with an information-augmented start and knowledge distillation (Xiao et al. 2024, arXiv 2408.00264).
+
+Shape legend: B sequences, N rows of one call, M training rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from modules.core.batches import Rows, StateName, TextBatch
+from modules.core.layers import DecoderLayer, LayerCache, target_weight
+from modules.core.losses import likely_labels, masked_mean, smooth_l1
+from modules.core.trainable import TargetShape
+from modules.heads.clover import AttentionDecoder
+from modules.heads.head_drafter import DraftStep, HeadDrafter
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class Clover2(HeadDrafter):
+    """Start: h_0 = RMSNorm(layers(ResAttn_1(g_t, y_{t+1}))), g the target's output before its final norm.
+
+    Step 0: feature = head_norm(FC_1 h_0). Step i: h_i = ResAttn_2(h_{i-1}, e_i), feature = head_norm(FC_2 [h_i ; e_i]).
+    Logits by the frozen LM head; token vectors are that head's rows. Layers and norms start as copies of the target's
+    last ones, every other part close to the identity.
+
+    Args:
+        shape: the target's dimensions.
+        heads: K.
+        layers: decoder layers at the start.
+        draft_vocabulary: how many token ids can be drafted; None for all.
+        tree: paths, or a name of `modules.trees.paths` (the paper's: `eagle_25`).
+        decay: step i = 0 … K-1 weighs decay^i.
+        feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft cross-entropy.
+        label_top_k, label_top_p: train a row only if its label is among the target's top k and inside its top-p mass
+            (the paper's optional mask: 8 and 0.8); 0 and 1 turn them off.
+    """
+
+    reads: ClassVar[StateName] = "pre_norm"
+    soft_labels: ClassVar[bool] = True
+    first_exponent: ClassVar[int] = 0
+
+    def __init__(self, shape: TargetShape, heads: int = 5, layers: int = 2, draft_vocabulary: int | None = None,
+                 tree: list[list[int]] | str = "narrow", decay: float = 0.7, feature_weight: float = 10.0,
+                 label_top_k: int = 0, label_top_p: float = 1.0) -> None:
+        super().__init__(shape, heads, draft_vocabulary, decay)
+        size = shape.hidden_size
+        self.feature_weight, self.label_top_k, self.label_top_p = feature_weight, label_top_k, label_top_p
+        self.start_attention, self.step_attention = _residual_attention(shape), _residual_attention(shape)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
+        self.start_norm, self.head_norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(2))
+        self.first = nn.Linear(size, size, bias=False)
+        self.later = nn.Linear(2 * size, size, bias=False)
+        nn.init.eye_(self.first.weight)
+        nn.init.uniform_(self.later.weight, 0, 0.01)
+        nn.init.eye_(self.later.weight.data[:, :size])
+        self.use_static_tree(tree)
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """Start both norms from the target's final one too."""
+        super().initialise(target)
+        weight = target_weight(target, "norm")
+        if weight is not None:
+            self.start_norm.weight.copy_(weight)
+            self.head_norm.weight.copy_(weight)
+
+    def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
+              caches: list[LayerCache] | None) -> Tensor:
+        """h_0 at every position, given the token that follows it."""
+        hidden = self.start_attention(hidden_BNH, target.lm_head_rows(next_BN))
+        return self.start_norm(self.run_own_layers(hidden, rows, caches))
+
+    def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
+        """The first step's token is in the start already; each later one is attended to."""
+        return memory_NX if depth == 0 else self.step_attention(memory_NX, target.lm_head_rows(tokens_N))
+
+    def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
+        """An estimate of the target's final state at the drafted position."""
+        if depth == 0:
+            return self.head_norm(self.first(memory_NX))
+        return self.head_norm(self.later(torch.cat([memory_NX, target.lm_head_rows(tokens_N)], dim=-1)))
+
+    def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
+        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law."""
+        counted = step.counted_M
+        if self.label_top_k or self.label_top_p < 1:
+            assert step.laws is not None
+            counted = counted & likely_labels(step.laws, step.flat_M, step.labels_M, self.draft_size, self.label_top_k,
+                                              self.label_top_p)
+        distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
+        return masked_mean(self.feature_weight * distance + step.losses_M, counted)
+
+
+def _residual_attention(shape: TargetShape) -> AttentionDecoder:
+    """With the released starting values: W_Q, W_K = I + U(0, 0.01), W_V = U(0, 0.01), no bias."""
+    attention = AttentionDecoder(shape, "cosine", bias=True)
+    for projection in (attention.query, attention.key):
+        nn.init.eye_(projection.weight)
+        projection.weight.data.add_(torch.rand_like(projection.weight), alpha=0.01)
+    nn.init.uniform_(attention.value.weight, 0, 0.01)
+    return attention
