@@ -1,0 +1,72 @@
+"""The model card of a trained component: what it is, what was measured, how it was made and how to use it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpoints.provenance import Provenance
+    from modules.core.trainable import Trainable
+
+_MEANINGS = {"probe/tau": "tokens per target call on a few held-out prompts, greedy, bonus token counted",
+             "val/loss": "held-out loss", "train/loss": "training loss, last logged"}
+
+
+def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
+    """Markdown with a YAML header the Hub understands."""
+    parts = [_header(config, provenance), _what(trainable, config, provenance), _measured(provenance.measured),
+             _training(provenance), _use(provenance), _origin(provenance)]
+    return "\n".join(part for part in parts if part)
+
+
+def _header(config: Mapping[str, Any], provenance: Provenance) -> str:
+    target = provenance.target["name"]
+    base = f"base_model: {target}\n" if "/" in target and not target.startswith(("/", ".")) else ""
+    return (f"---\nlibrary_name: slipstream\ntags: [speculative-decoding, {config['drafter_type']}]\n{base}---\n\n"
+            f"# {config['class']} for {target}\n")
+
+
+def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
+    summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
+    total = sum(parameter.numel() for parameter in trainable.parameters())
+    trained = sum(parameter.numel() for parameter in trainable.declared_parameters())
+    name, weights = provenance.target["name"], provenance.target["fingerprint"]
+    return (f"{summary}\n\nA speculative-decoding component: it serves the target `{name}` with weights `{weights}`. "
+            f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of them trained.\n")
+
+
+def _measured(measured: Mapping[str, float]) -> str:
+    if not measured:
+        return "## Measured\n\nNothing was measured in this run.\n"
+    rows = [f"| {name} | {value:.4f} | {_MEANINGS.get(name, '')} |" for name, value in sorted(measured.items())]
+    return "\n".join(["## Measured", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
+                      "Figures are those of the weights in this folder, measured during training.", ""])
+
+
+def _training(provenance: Provenance) -> str:
+    data = "\n".join(f"- {name}: {value}" for name, value in provenance.data.items())
+    return f"## Training\n\n    {provenance.command}\n\nData:\n\n{data or '- not recorded'}\n"
+
+
+def _use(provenance: Provenance) -> str:
+    code = textwrap.dedent(f"""\
+        ```python
+        from checkpoints.pretrained import load_pretrained
+        from modules.core.drafter import Sampling
+        from modules.core.loading import load_target
+        from modules.decoding.decoder import SpeculativeDecoder
+
+        target = load_target("{provenance.target['name']}")
+        drafter = load_pretrained("THIS_FOLDER_OR_HUB_ID", target)
+        prompt = target.tokenizer("Why is the sky blue?").input_ids
+        trace = SpeculativeDecoder(target, drafter).decode([prompt], Sampling(), limit=64)[0]
+        print(target.tokenizer.decode(trace.ids))
+        ```""")
+    return f"## Use\n\n{code}\n"
+
+
+def _origin(provenance: Provenance) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in provenance.packages.items())
+    return f"## Made with\n\nRevision `{provenance.git_revision or 'unknown'}`, {provenance.created}. {packages}.\n"

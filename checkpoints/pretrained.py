@@ -1,0 +1,241 @@
+"""Saving and loading trained components: `config.json`, `model.safetensors`, `provenance.json`, `README.md`.
+
+A saved component names its class by the stem of its file (`drafter_type`), and loading searches the `modules`
+package only: a downloaded folder can never name code to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import modules
+from checkpoints.card import model_card
+from checkpoints.provenance import Provenance
+from modules.core.trainable import TargetShape, Trainable
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, PROVENANCE, CARD = "config.json", "model.safetensors", "provenance.json", "README.md"
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+# -- saving -------------------------------------------------------------------------------------------------------
+
+def save_pretrained(trainable: Trainable, folder: str | Path, provenance: Provenance) -> Path:
+    """Write a component's folder, whole or not at all (an earlier one of the same name is replaced).
+
+    Args:
+        trainable: the component; its `state_dict` is written whole, tensors that share memory once.
+        folder: where to.
+        provenance: what it was trained for, on and with; goes into the model card too.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = describe(trainable, provenance)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        _write_json(fresh / CONFIG, config)
+        _write_json(fresh / PROVENANCE, provenance.as_dict())
+        _write_weights(trainable, fresh / WEIGHTS)
+        (fresh / CARD).write_text(model_card(trainable, config, provenance), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        fresh.rename(folder)
+    return folder
+
+
+def describe(trainable: Trainable, provenance: Provenance) -> dict[str, Any]:
+    """The `config.json` of a component."""
+    arguments = trainable.config()
+    shape = arguments.pop("shape")
+    return {"drafter_type": type(trainable).__module__.rsplit(".", 1)[-1], "class": type(trainable).__name__,
+            "format_version": FORMAT_VERSION, "arguments": arguments, "target": {**provenance.target, "shape": shape}}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(trainable: Trainable, file: Path) -> None:
+    kept: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in trainable.state_dict().items():
+        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and memory in first:
+            aliases[name] = first[memory]
+        else:
+            first[memory] = name
+            kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    save_file(kept, file, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable:
+    """Load a component from a run folder, its own folder or the Hub.
+
+    Args:
+        name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`, `USER/NAME@REVISION`).
+        target: the target it is to serve; then the binding is checked.
+
+    Raises:
+        ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape, another target.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    trainable = _build(config, folder)
+    load_weights(trainable, folder / WEIGHTS)
+    if target is not None:
+        check_binding(trainable, config["target"], target, str(name))
+    return trainable.eval()
+
+
+def _build(config: Mapping[str, Any], folder: Path) -> Trainable:
+    found = trainable_class(config["drafter_type"], config["class"])
+    try:
+        return found(TargetShape(**config["target"]["shape"]), **config["arguments"])
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG} does not fit {found.__name__}: {error}") from error
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder that holds a component's `config.json`; downloaded from the Hub if `name` is no local folder."""
+    path = Path(name)
+    for folder in (path / "drafter", path):
+        if (folder / CONFIG).is_file():
+            return folder
+    if path.exists():
+        raise ValueError(f"{str(name)!r} holds no trained component: neither drafter/{CONFIG} nor {CONFIG} is in it")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise ValueError(f"{str(name)!r} does not exist: give a run folder, a drafter folder or a Hub id (USER/NAME)")
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", WEIGHTS, CARD])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})") from error
+    if not (Path(folder) / CONFIG).is_file():
+        raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a Slipstream component")
+    return Path(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A component's `config.json`, checked."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from error
+    missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
+    if missing:
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component")
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{folder / CONFIG}: format_version {config['format_version']} cannot be read, only "
+                         f"{FORMAT_VERSION}: update Slipstream")
+    return config
+
+
+def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
+    """The class `name` of the one file `drafter_type.py` inside the `modules` package."""
+    root = Path(str(modules.__file__)).parent
+    if not _IDENTIFIER.fullmatch(drafter_type) or not _IDENTIFIER.fullmatch(name):
+        raise ValueError(f"drafter_type {drafter_type!r}, class {name!r}: these are not names of a module and a class")
+    files = sorted(root.rglob(f"{drafter_type}.py"))
+    if len(files) != 1:
+        raise ValueError(f"drafter_type {drafter_type!r} names {len(files)} files under modules/: it must name one")
+    path = ".".join(files[0].relative_to(root.parent).with_suffix("").parts)
+    found = getattr(importlib.import_module(path), name, None)
+    if not isinstance(found, type) or not issubclass(found, Trainable):
+        raise ValueError(f"class {name!r} is not a trainable component of {path}")
+    return found
+
+
+def load_weights(trainable: Trainable, file: Path) -> None:
+    """Load a safetensors file strictly; the module takes the precision of the file."""
+    tensors = _read_weights(file)
+    expected = trainable.state_dict(keep_vars=True)
+    reshaped = {f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+                for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape}
+    wrong = {"missing": set(expected) - set(tensors), "unexpected": set(tensors) - set(expected), "reshaped": reshaped}
+    if any(wrong.values()):
+        raise ValueError(f"{file} does not fit {type(trainable).__name__}: " + "; ".join(
+            f"{kind}: {_some(names)}" for kind, names in wrong.items() if names))
+    for name, tensor in tensors.items():
+        if expected[name].dtype != tensor.dtype:
+            expected[name].data = expected[name].data.to(tensor.dtype)
+    trainable.load_state_dict(tensors)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: the component is incomplete")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            aliases: Mapping[str, str] = json.loads((opened.metadata() or {}).get("aliases", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
+    return {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
+
+
+def _some(names: set[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(sorted(names)[:shown]) + more
+
+
+def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
+    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`)."""
+    binds_to = getattr(trainable, "binds_to", "weights")
+    there, here = TargetShape(**trained_for["shape"]), target.shape
+    told = f"{name!r} was trained for {trained_for['name']} with"
+    if binds_to != "nothing" and there.vocab_size != here.vocab_size:
+        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has {here.vocab_size}")
+    if binds_to != "weights":
+        return
+    if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
+        raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
+                         f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
+    if trained_for["fingerprint"] != target.fingerprint():
+        raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
+                         f"{target.fingerprint()}: train it for this target")
+
+
+def warm_start(trainable: Trainable, name: str | Path) -> None:
+    """Take the weights of an earlier component of the same class into `trainable`.
+
+    Raises:
+        ValueError: another class, or tensors that do not fit.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    found = f"{config['drafter_type']}.{config['class']}"
+    wanted = f"{type(trainable).__module__.rsplit('.', 1)[-1]}.{type(trainable).__name__}"
+    if found != wanted:
+        raise ValueError(f"init_from {str(name)!r} is a {found}, the config trains a {wanted}: they must agree")
+    dtype = {key: tensor.dtype for key, tensor in trainable.state_dict().items()}
+    load_weights(trainable, folder / WEIGHTS)
+    for key, tensor in trainable.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(dtype[key])
+
+
+__all__ = ["Provenance", "load_pretrained", "save_pretrained", "warm_start"]

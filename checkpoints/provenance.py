@@ -1,0 +1,71 @@
+"""Where a trained component comes from: what was run, on what, with which code, and how well it did."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What `provenance.json` holds.
+
+    target: `name` and `fingerprint` of the target that was trained for. data: what it was trained on (`train`,
+    `fingerprint`, counts). measured: figures by name (`probe/tau`, `val/loss`, …). settings: the run's config.
+    """
+
+    target: Mapping[str, str]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str = field(default_factory=lambda: command_line())
+    git_revision: str | None = field(default_factory=lambda: git_revision())
+    packages: Mapping[str, str] = field(default_factory=lambda: package_versions())
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    @classmethod
+    def of(cls, target: Target, **found: Any) -> Provenance:
+        """Provenance of something trained for `target`; `found` gives data, measured and settings."""
+        return cls({"name": target.name, "fingerprint": target.fingerprint()}, **found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def command_line() -> str:
+    """This process's command, as it would be typed (folders of the script left out)."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def git_revision() -> str | None:
+    """Commit of this checkout, with `+` when files differ from it; None outside a git checkout."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=_ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide the outcome."""
+    installed = {package.metadata["Name"].lower() for package in metadata.distributions() if package.metadata["Name"]}
+    found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
+    return {"python": sys.version.split()[0], **found}
