@@ -138,11 +138,15 @@ class DraftState:
 
     def select(self, sequences_S: Tensor) -> Self:
         """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have a `select` of their own."""
-        def chosen(part: Any) -> Any:
-            if isinstance(part, Tensor):
-                return part[sequences_S]
-            return part.select(sequences_S) if hasattr(part, "select") else part
-        return replace(self, **{f.name: chosen(getattr(self, f.name)) for f in fields(self) if f.init})
+        return replace(self, **{f.name: _selected(getattr(self, f.name), sequences_S) for f in fields(self) if f.init})
+
+
+def _selected(part: Any, sequences_S: Tensor) -> Any:
+    if isinstance(part, Tensor):
+        return part[sequences_S]
+    if hasattr(part, "select"):
+        return part.select(sequences_S)
+    return [_selected(item, sequences_S) for item in part] if isinstance(part, list) else part
 
 
 class TreeBuilder(Protocol):
