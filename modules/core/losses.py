@@ -54,18 +54,28 @@ def training_rows(batch: TextBatch, steps: int) -> TrainingRows:
 
     Step d of position t counts when x_{t+2+d} is in the loss mask and in t's own document.
     """
-    length = batch.input_ids.shape[1]
-    ahead = torch.arange(1, steps + 2, device=batch.input_ids.device)
-    index_TK1 = torch.arange(length, device=ahead.device)[:, None] + ahead
-    inside_TK1 = index_TK1 < length
-    index_TK1 = index_TK1.clamp(max=length - 1)
-    documents = batch.document_ids
-    same_BTK1 = (documents[:, index_TK1] == documents[..., None]) & (documents != PADDING_DOCUMENT)[..., None]
-    valid_BTK = (inside_TK1 & same_BTK1 & batch.loss_mask[:, index_TK1])[..., 1:]
-    flat_M = valid_BTK[..., 0].flatten().nonzero()[:, 0]
-    tokens = batch.input_ids[:, index_TK1].flatten(0, 1)[flat_M]
-    flat_MK1 = (flat_M[:, None] + ahead - 1).clamp(max=batch.input_ids.numel() - 1)
-    return TrainingRows(flat_MK1, tokens, valid_BTK.flatten(0, 1)[flat_M])
+    tokens, valid = _following(batch, steps + 1)
+    flat_M = valid[:, 1].nonzero()[:, 0]
+    ahead = torch.arange(steps + 1, device=flat_M.device)
+    flat_MK1 = (flat_M[:, None] + ahead).clamp(max=len(tokens) - 1)
+    return TrainingRows(flat_MK1, tokens[flat_M], valid[flat_M, 1:])
+
+
+def next_token_rows(batch: TextBatch) -> tuple[Tensor, Tensor]:
+    """Flat positions t [M] whose next token is an assistant token, and those tokens [M]: a language model's rows."""
+    tokens, valid = _following(batch, 1)
+    flat_M = valid[:, 0].nonzero()[:, 0]
+    return flat_M, tokens[flat_M, 0]
+
+
+def _following(batch: TextBatch, count: int) -> tuple[Tensor, Tensor]:
+    """x_{t+1} … x_{t+count} of every position [B*T,count], and whether each is a label in t's own document."""
+    length, documents = batch.input_ids.shape[1], batch.document_ids
+    index = torch.arange(length)[:, None] + torch.arange(1, count + 1)
+    inside, index = (index < length).to(documents.device), index.clamp(max=length - 1).to(documents.device)
+    same = (documents[:, index] == documents[..., None]) & (documents != PADDING_DOCUMENT)[..., None]
+    valid = inside & same & batch.loss_mask[:, index]
+    return batch.input_ids[:, index].flatten(0, 1), valid.flatten(0, 1)
 
 
 def draft_labels(tokens: Tensor, vocabulary_D: Tensor | None) -> Tensor:
@@ -151,6 +161,13 @@ def likely_labels(laws: Laws, flat_M: Tensor, labels_M: Tensor, width: int, top_
         better = law > law.gather(1, labels_M[part].clamp(min=0)[:, None])
         parts.append((better.sum(1) < (top_k or width)) & ((law * better).sum(1) < top_p))
     return torch.cat(parts) if parts else torch.zeros_like(labels_M, dtype=torch.bool)
+
+
+def entropies(laws: Laws, flat_M: Tensor, width: int) -> Tensor:
+    """Entropy of the laws at flat positions [M], natural logarithm."""
+    chunks = _slices(len(flat_M), max(1, MAX_LOGITS // width))
+    parts = [torch.special.entr(laws(flat_M[part])).sum(1) for part in chunks]
+    return torch.cat(parts) if parts else torch.zeros(0, device=flat_M.device)
 
 
 def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
