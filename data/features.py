@@ -1,0 +1,253 @@
+"""The feature cache: states of the frozen target, computed once per document and found by a hash of its tokens.
+
+A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor [tokens, H] per state,
+its documents one after the other, and is written atomically: an interrupted run goes on where it stopped, and a
+cache can be extended with more documents at any time.
+
+Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.conversations import Tokens
+from data.packing import collate
+from modules.core.batches import StateName
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+FORMAT = 1
+CacheDtype = Literal["bfloat16", "float32"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class FeatureCache:
+    """Reads cached states, memory-mapped.
+
+    Args:
+        folder: of the cache.
+        fingerprint: of the target the states are wanted from.
+        names: the states wanted.
+
+    Raises:
+        ValueError: no cache there, a foreign target, or states that it does not hold.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str, names: Sequence[StateName] = ()) -> None:
+        self.folder, self.names = Path(folder), tuple(names)
+        self.manifest = _read_manifest(self.folder)
+        _check(self.manifest, self.folder, fingerprint, names)
+        self._index: dict[str, tuple[int, int, int]] = {}
+        for number, shard in enumerate(self.manifest["shards"]):
+            start = 0
+            for key, length in shard["documents"]:
+                self._index[key] = (number, start, start + length)
+                start += length
+        self._opened: dict[int, Any] = {}
+        self._verified: set[int] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the document with this key is cached."""
+        return key in self._index
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory maps, which each process opens for itself."""
+        return {**self.__dict__, "_opened": {}}
+
+    def require(self, documents: Sequence[Tokens]) -> None:
+        """Check that all documents are cached and their shards intact, before anything expensive.
+
+        Raises ValueError naming the shard, or how many documents are missing.
+        """
+        missing = sum(document.key not in self for document in documents)
+        if missing:
+            raise ValueError(f"features {str(self.folder)!r} lack {missing} of {len(documents)} documents: "
+                             "run `python -m data.features` with the same data and max_length to add them")
+        for number in sorted({self._index[document.key][0] for document in documents}):
+            self.verify(number)
+
+    def verify(self, number: int) -> None:
+        """Compare a shard with its checksum; ValueError names a damaged one."""
+        shard = self.manifest["shards"][number]
+        if number in self._verified:
+            return
+        path = self.folder / shard["file"]
+        if not path.is_file() or _sha256(path) != shard["sha256"]:
+            raise ValueError(f"features shard {str(path)!r} is missing or damaged: delete it and run "
+                             "`python -m data.features` again")
+        self._verified.add(number)
+
+    def read(self, key: str) -> dict[StateName, Tensor]:
+        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype."""
+        number, start, stop = self._index[key]
+        if number not in self._opened:
+            path = self.folder / self.manifest["shards"][number]["file"]
+            self._opened[number] = safe_open(path, framework="pt")
+        return {name: self._opened[number].get_slice(str(name))[start:stop] for name in self.names}
+
+
+def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
+                   dtype: CacheDtype = "bfloat16", batch_tokens: int = 2048, shard_tokens: int = 32768,
+                   progress: bool = True) -> Path:
+    """Compute the target's states of all documents that the cache does not hold yet.
+
+    Args:
+        names: state names, see `Target.features`; a cache holds the same ones for all its documents.
+        dtype: of the stored states, for a new cache.
+        batch_tokens: tokens per target call (padding included).
+        shard_tokens: tokens per shard, about.
+
+    Returns the folder. Raises ValueError for a cache of another target or with other states.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder):
+        manifest = _open_manifest(folder, target, names, dtype)
+        held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
+        pending = list({document.key: document for document in documents if document.key not in held}.values())
+        with _bar(len(held & {d.key for d in documents}), len({d.key for d in documents}), progress) as advance:
+            for group in _groups(pending, shard_tokens):
+                states = _states(target, group, manifest, batch_tokens, advance)
+                _append_shard(folder, manifest, group, states)
+    return folder
+
+
+def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int,
+            advance: Any) -> dict[str, Tensor]:
+    """States [S,H] of a shard's documents in order; they are run sorted by length, so that little is padded."""
+    names = [_name(text) for text in manifest["states"]]
+    found: dict[int, dict[StateName, Tensor]] = {}
+    order = sorted(range(len(group)), key=lambda i: len(group[i]))
+    for chosen in _length_batches(order, group, batch_tokens):
+        batch = collate([[group[i]] for i in chosen], device=target.device)
+        states_BTH = target.features(batch, names)
+        for row, i in enumerate(chosen):
+            found[i] = {n: states_BTH[n][row, :len(group[i])].to("cpu", _DTYPES[manifest["dtype"]]) for n in names}
+        advance(len(chosen))
+    return {str(name): torch.cat([found[i][name] for i in range(len(group))]).contiguous() for name in names}
+
+
+def _length_batches(order: list[int], group: list[Tokens], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(group[i]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tokens]]:
+    group: list[Tokens] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document)
+        if size >= shard_tokens:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor]) -> None:
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in states.values())
+    if not finite:
+        raise ValueError(f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype float32")
+    digest = hashlib.sha256("".join(document.key for document in group).encode()).hexdigest()
+    path = folder / f"shard-{digest[:16]}.safetensors"
+    scratch = path.with_suffix(".partial")
+    save_file(states, scratch)
+    os.replace(scratch, path)
+    manifest["shards"].append({"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
+                               "documents": [[document.key, len(document)] for document in group]})
+    _write_manifest(folder, manifest)
+
+
+def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dtype: str) -> dict[str, Any]:
+    if not (folder / "manifest.json").exists():
+        return {"format": FORMAT, "target": target.name, "fingerprint": target.fingerprint(), "dtype": dtype,
+                "hidden_size": target.shape.hidden_size, "states": [str(name) for name in names], "shards": []}
+    manifest = _read_manifest(folder)
+    _check(manifest, folder, target.fingerprint(), names)
+    kept = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
+    return {**manifest, "shards": kept}
+
+
+def _check(manifest: dict[str, Any], folder: Path, fingerprint: str, names: Sequence[StateName]) -> None:
+    if manifest["fingerprint"] != fingerprint:
+        raise ValueError(f"features {str(folder)!r} belong to target {manifest['target']!r} (fingerprint "
+                         f"{manifest['fingerprint']}), not to this one ({fingerprint}): give another folder")
+    missing = [str(name) for name in names if str(name) not in manifest["states"]]
+    if missing:
+        raise ValueError(f"features {str(folder)!r} hold states {', '.join(manifest['states'])} and lack "
+                         f"{', '.join(missing)}: build another folder with --states")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"features {str(folder)!r} hold no feature cache: build it with `python -m data.features`")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"features manifest {str(path)!r} is not JSON ({error}): delete the folder") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"features {str(folder)!r} are of format {manifest.get('format')}: this version reads {FORMAT}")
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    scratch = folder / "manifest.partial"
+    scratch.write_text(json.dumps(manifest))
+    os.replace(scratch, folder / "manifest.json")
+
+
+def _name(text: str) -> StateName:
+    return int(text) if text.isdigit() else text
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"features {str(folder)!r} are being written by another process: wait for it") from None
+        yield
+
+
+@contextmanager
+def _bar(done: int, total: int, visible: bool) -> Iterator[Any]:
+    columns = (TextColumn("target states"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"),
+               TimeRemainingColumn())
+    with Progress(*columns, disable=not visible) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,82 @@
+"""Packing documents into rows of at most T tokens, and rows into batches.
+
+Shape legend: B rows, T tokens of a row, H hidden size.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.conversations import Tokens
+from modules.core.batches import PADDING_DOCUMENT, StateName, TextBatch
+
+
+def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+    """Rows of document indices whose lengths sum to at most `max_length`, best fit first.
+
+    The documents are shuffled by (seed, epoch), then each goes to the fullest row that still holds it, so that
+    rows are well filled and differ from epoch to epoch. A document longer than `max_length` is a caller's mistake.
+    """
+    assert not lengths or max(lengths) <= max_length, "documents are truncated before they are packed"
+    shuffled = torch.randperm(len(lengths), generator=generator(seed, epoch)).tolist()
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []
+    for document in shuffled:
+        at = bisect.bisect_left(space, (lengths[document], -1))
+        if at == len(space):
+            rows.append([])
+            free, row = max_length, len(rows) - 1
+        else:
+            free, row = space.pop(at)
+        rows[row].append(document)
+        bisect.insort(space, (free - lengths[document], row))
+    return rows
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """The random numbers of one epoch."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def collate(rows: Sequence[Sequence[Tokens]], states: Sequence[Sequence[dict[StateName, Tensor]]] | None = None,
+            dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextBatch:
+    """One batch of packed rows, padded to the longest.
+
+    Positions restart at 0 with each document; documents of a row are numbered from 0; padding is -1 and sees itself.
+
+    Args:
+        states: per row and document, `{name: [T,H]}` from the feature cache.
+        dtype: of the batch's states.
+    """
+    width = max(sum(map(len, row)) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    positions, documents = torch.zeros_like(ids), torch.full_like(ids, PADDING_DOCUMENT)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row):
+            span = slice(start, start + len(document))
+            ids[b, span], mask[b, span] = document.input_ids, document.loss_mask
+            positions[b, span], documents[b, span] = torch.arange(len(document)), number
+            start += len(document)
+    filled = {} if states is None else _place(states, width, dtype)
+    return TextBatch(ids.to(device), mask.to(device), positions.to(device), documents.to(device),
+                     {name: tensor.to(device) for name, tensor in filled.items()})
+
+
+def _place(states: Sequence[Sequence[dict[StateName, Tensor]]], width: int, dtype: torch.dtype
+           ) -> dict[StateName, Tensor]:
+    """Cached states laid out like their rows [B,T,H], zero on padding."""
+    first = states[0][0]
+    placed = {name: torch.zeros(len(states), width, tensor.shape[-1], dtype=dtype) for name, tensor in first.items()}
+    for b, row in enumerate(states):
+        start = 0
+        for document in row:
+            for name, tensor in document.items():
+                placed[name][b, start:start + tensor.shape[0]] = tensor
+            start += next(iter(document.values())).shape[0] if document else 0
+    return placed
