@@ -1,0 +1,196 @@
+"""Hugging Face's own ways of decoding, as decoders that the harness measures beside ours.
+
+They run on the very model that the target wraps, with its own cache. The prefill ends, as in our loop, when the first
+token is known; a streamer takes the times, so nothing is patched.
+
+Shape legend: B sequences, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from modules.core.drafter import Sampling
+from modules.core.target import Target
+from modules.decoding.decoder import Trace
+
+_NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
+"""Said outright, because what a call leaves open is taken from the model's own generation config."""
+
+
+class _Stopwatch:
+    """A streamer that notes when tokens arrive, and how many at a time. The first thing it is given is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.counts: list[int] = []
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with the prompt, then with the tokens of each call (already on the CPU)."""
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+            self.counts.append(value.shape[-1] if value.dim() > 1 else 1)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called by `generate` when it is done."""
+
+
+class HuggingFaceGenerate:
+    """`generate` as it comes: one token per call. The row `hf_generate`.
+
+    Args:
+        target: the target whose model is called.
+    """
+
+    engine: ClassVar[str] = "transformers"
+    name = "hf_generate"
+    batched: ClassVar[bool] = True
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def options(self) -> dict[str, Any]:
+        """What this way of decoding adds to the generation config."""
+        return {}
+
+    def arguments(self) -> dict[str, Any]:
+        """What it adds to the call of `generate`."""
+        return {}
+
+    def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
+        """Continue every prompt by at most `limit` tokens, as one batch.
+
+        Raises:
+            ValueError: several prompts at once for a decoder that takes one.
+        """
+        if len(prompts) > 1 and not self.batched:
+            raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
+        watch, began = _Stopwatch(), self._now()
+        rows = self._generate(prompts, sampling, limit, watch)
+        ended = self._now()
+        prefill = watch.times[0] - began
+        seconds = {"prefill": prefill, "other": ended - watch.times[0]}
+        return [self._trace(prompt, row, watch, seconds) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _now(self) -> float:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, limit: int, watch: _Stopwatch) -> list[list[int]]:
+        padding = min(self.target.eos_ids, default=0)
+        width = max(map(len, prompts))
+        ids_BT = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(
+            max_new_tokens=limit, eos_token_id=sorted(self.target.eos_ids) or None, pad_token_id=padding,
+            **_NEUTRAL, **_sampling_options(sampling), **self.options())
+        with torch.random.fork_rng(devices=[self.target.device] if self.target.device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            model: Any = self.target.model
+            text_BT = model.generate(
+                ids_BT.to(self.target.device), attention_mask=mask_BT.to(self.target.device), generation_config=config,
+                streamer=watch, **self.arguments())
+        return [self._cut(row) for row in text_BT[:, width:].tolist()]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        ends = [index for index, token in enumerate(ids) if token in self.target.eos_ids]
+        return ids[:ends[0] + 1] if ends else ids
+
+    def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
+        """A trace whose phases are only prefill and the rest: `generate` does not tell more."""
+        return Trace(len(prompt), ids, [False] * len(ids), [], [], [], seconds, seconds["prefill"])
+
+
+def _sampling_options(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+
+
+class _HuggingFaceSpeculation(HuggingFaceGenerate):
+    """What its two speculative modes share: one sequence, several tokens per call."""
+
+    batched = False
+
+    def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
+        drafted = [position < count - 1 for count in watch.counts for position in range(count)]
+        return Trace(len(prompt), ids, drafted[:len(ids)], watch.counts[1:], [], [], seconds, seconds["prefill"])
+
+
+class HuggingFacePromptLookup(_HuggingFaceSpeculation):
+    """`generate(prompt_lookup_num_tokens=…)`: drafts copied from the text so far. The row `hf_prompt_lookup`.
+
+    Args:
+        target: the target whose model is called.
+        tokens: drafted tokens per call at most.
+        longest: longest n-gram to look up.
+    """
+
+    name = "hf_prompt_lookup"
+
+    def __init__(self, target: Target, tokens: int = 10, longest: int = 2) -> None:
+        super().__init__(target)
+        self.tokens, self.longest = tokens, longest
+
+    def options(self) -> dict[str, Any]:
+        """Switches prompt lookup on."""
+        return {"prompt_lookup_num_tokens": self.tokens, "max_matching_ngram_size": self.longest}
+
+
+class HuggingFaceAssisted(_HuggingFaceSpeculation):
+    """`generate(assistant_model=…)` with the target's own first layers as the assistant. The row `hf_assisted`.
+
+    Args:
+        target: the target whose model is called.
+        layers: layers that the assistant keeps (its weights are the target's own, shared).
+        tokens: drafted tokens per call.
+    """
+
+    name = "hf_assisted"
+
+    def __init__(self, target: Target, layers: int = 4, tokens: int = 4) -> None:
+        super().__init__(target)
+        if not 0 < layers < target.shape.num_layers:
+            raise ValueError(f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for {target.name}")
+        self.assistant = truncated_copy(target.model, layers)
+        self.assistant.generation_config.num_assistant_tokens = tokens
+        self.assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        self.assistant.generation_config.assistant_confidence_threshold = 0.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Hands over the assistant."""
+        return {"assistant_model": self.assistant}
+
+
+def truncated_copy(model: nn.Module, layers: int) -> Any:
+    """A model of the same kind that keeps the first `layers` layers; its weights share memory with the original's."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    with torch.device("meta"):
+        shallow = AutoModelForCausalLM.from_config(config)
+    missing, _ = shallow.load_state_dict(model.state_dict(), strict=False, assign=True)
+    assert not missing, missing
+    shallow.tie_weights()
+    _copy_buffers(model, shallow)
+    return shallow.eval().requires_grad_(False)
+
+
+def _copy_buffers(source: nn.Module, into: nn.Module) -> None:
+    """Buffers that no state dict carries (rotary frequencies) are still on the meta device: take the original's."""
+    found = dict(source.named_buffers())
+    for name, buffer in list(into.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            into.get_submodule(owner)._buffers[leaf] = found[name]

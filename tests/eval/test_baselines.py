@@ -1,0 +1,64 @@
+"""Hugging Face's decoders give the same tokens as plain decoding with the raw model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eval.baselines import HuggingFaceAssisted, HuggingFaceGenerate, HuggingFacePromptLookup
+from modules.core.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from tests.fakes import tiny_target
+
+GREEDY = Sampling()
+PROMPTS = [[10, 11, 12, 13, 10, 11], [20, 21, 22], [30, 31, 32, 33]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", [HuggingFaceGenerate, HuggingFacePromptLookup, HuggingFaceAssisted])
+def test_greedy_tokens_equal_our_own_loop(kind: type, arch: str) -> None:
+    target = tiny_target(arch)
+    other = kind(target, layers=1) if kind is HuggingFaceAssisted else kind(target)
+    for prompt in PROMPTS:
+        expected = SpeculativeDecoder(target).decode([prompt], GREEDY, 20)[0]
+        found = other.decode([prompt], GREEDY, 20)[0]
+        assert found.ids == expected.ids and found.prompt_tokens == len(prompt)
+        assert len(found.drafted) == len(found.ids)
+        assert found.time_to_first_token == found.seconds["prefill"] > 0 and found.decode_seconds >= 0
+
+
+def test_a_batch_is_padded_on_the_left_and_cut_at_the_end_token() -> None:
+    target = tiny_target()
+    together = HuggingFaceGenerate(target).decode(PROMPTS, GREEDY, 16)
+    alone = [HuggingFaceGenerate(target).decode([prompt], GREEDY, 16)[0] for prompt in PROMPTS]
+    assert [trace.ids for trace in together] == [trace.ids for trace in alone]
+
+
+def test_calls_account_for_the_tokens_that_follow_the_first_call() -> None:
+    trace = HuggingFaceAssisted(tiny_target(), layers=1, tokens=3).decode([PROMPTS[0]], GREEDY, 20)[0]
+    assert all(1 <= count <= 4 for count in trace.accepted)
+    assert sum(trace.accepted) < len(trace.ids) <= sum(trace.accepted) + 4
+
+
+def test_assistant_shares_the_targets_memory() -> None:
+    target = tiny_target()
+    assistant = HuggingFaceAssisted(target, layers=1).assistant
+    weights = {parameter.data_ptr() for parameter in target.model.parameters()}
+    assert all(parameter.data_ptr() in weights for parameter in assistant.parameters())
+    assert not any(buffer.is_meta for buffer in assistant.buffers())
+
+
+def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    decoder, state = HuggingFaceGenerate(tiny_target()), torch.get_rng_state()
+    hot = Sampling(temperature=1.5, seed=3)
+    first, again = (decoder.decode([PROMPTS[1]], hot, 20)[0].ids for _ in range(2))
+    assert first == again != decoder.decode([PROMPTS[1]], Sampling(temperature=1.5, seed=4), 20)[0].ids
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    target = tiny_target()
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        HuggingFacePromptLookup(target).decode(PROMPTS, GREEDY, 4)
+    with pytest.raises(ValueError, match="layers 2 must lie between 1 and 1"):
+        HuggingFaceAssisted(target, layers=2)
