@@ -1,0 +1,38 @@
+"""`python -m eval.latency`: what verification costs by tree width here, and the τ that each width needs to win."""
+
+from __future__ import annotations
+
+import torch
+from jsonargparse import auto_cli
+
+from modules.core.loading import load_target
+from modules.decoding.latency import LatencyTable, measure_latency
+
+
+def table(latency: LatencyTable) -> str:
+    """A Markdown table: rows per call, milliseconds, cost against one row, τ to break even with drafting at 0, 10, 20 %
+    of a one-row call."""
+    lines = ["| rows | ms | × one row | τ needed, free drafting | drafting 10 % | drafting 20 % |",
+             "|---:|---:|---:|---:|---:|---:|"]
+    one = latency.seconds[1]
+    for rows, seconds in latency.seconds.items():
+        needed = " | ".join(f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2))
+        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {seconds / one:.2f} | {needed} |")
+    return "\n".join(lines)
+
+
+def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = "float32") -> None:
+    """Measure t(rows) of a target on this device and print the break-even table.
+
+    Args:
+        target: Hub id, folder, .gguf file or smollm2-135m.
+        context: committed tokens behind which the rows stand.
+        repeats: passes; the table holds medians.
+        dtype: of the target.
+    """
+    print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}\n")
+    print(table(measure_latency(load_target(target, dtype), context=context, repeats=repeats)))
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,59 @@
+"""How long the target takes to verify trees of each width on this device, and what a drafter must give to win.
+
+Shape legend: N rows of a call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from modules.core.target import Target
+from modules.trees.tree import TokenTree
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Median seconds of one target call by rows in it (the newest token's row included), behind `context` tokens."""
+
+    context: int
+    seconds: dict[int, float]
+
+    def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
+        """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.
+
+        One call costs t(rows) + draft_seconds and gives tau tokens; plain decoding gives one per t(1).
+        """
+        return (self.seconds[rows] + draft_seconds) / self.seconds[1]
+
+
+@torch.no_grad()
+def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15
+                    ) -> LatencyTable:
+    """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(target.shape.vocab_size, (1, context), generator=generator).to(target.device)
+    target.open(1, context + max(widths))
+    target.prefill(ids, torch.tensor([context], device=target.device))
+    trees = {width: TokenTree.chain(ids[:, :1].expand(1, width).contiguous()) for width in widths}
+    samples: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(repeats + 1):
+        for width, tree in trees.items():
+            samples[width].append(_seconds(target, tree))
+    return LatencyTable(context, {width: statistics.median(taken[1:]) for width, taken in samples.items()})
+
+
+def _seconds(target: Target, tree: TokenTree) -> float:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    target.verify(tree)
+    if target.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
