@@ -60,10 +60,20 @@ class Tokens:
         """How many tokens are trained on."""
         return int(self.loss_mask.sum())
 
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the assistant's first token."""
+        return self.input_ids[:int(self.loss_mask.int().argmax())].tolist()
+
     @cached_property
     def key(self) -> str:
         """Hash of the token ids: what cached states are found by."""
-        return hashlib.sha256(self.input_ids.numpy().tobytes()).hexdigest()[:32]
+        return hash_ids(self.input_ids)
+
+
+def hash_ids(ids: Tensor | Sequence[int]) -> str:
+    """128 bits of the SHA-256 of token ids, in hexadecimal."""
+    return hashlib.sha256(torch.as_tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()[:32]
 
 
 class Skipped(ValueError):
@@ -92,21 +102,28 @@ def load_conversations(source: str, limit: int | None = None, split: str = "trai
     return found
 
 
-def _rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+def local_file(source: str) -> Path | None:
+    """The file that `source` names; None for a Hub data set. ValueError: it does not exist or is of an unknown kind."""
     path = EMBEDDED_ANSWERS if source == EMBEDDED else Path(source)
     if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         if not path.is_file():
             raise ValueError(f"data file {str(path)!r} does not exist: check the path")
-        return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+        return path
     if path.is_file():
         raise ValueError(f"data file {source!r} is of an unknown kind: use .jsonl, .jsonl.gz or .parquet")
-    return _hub_rows(source, split, limit)
+    return None
+
+
+def _rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    path = local_file(source)
+    if path is None:
+        return _hub_rows(source, split, limit)
+    return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a `.jsonl` or `.jsonl.gz` file; a line that is not a JSON object raises ValueError with its number."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _parsed(line, path, number)
@@ -131,11 +148,12 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _hub_rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split, streaming=limit is not None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"data set {source!r} (split {split!r}) is neither a file nor loadable: {reason}") from error
     return (dict(row) for row in loaded)
@@ -155,7 +173,8 @@ def _conversation(row: dict[str, Any], where: str) -> Conversation:
 def _message(turn: Any, role: str, content: str, where: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or not isinstance(turn.get(content), str):
         raise ValueError(f"{where}: a turn must hold text under `{role}` and `{content}`, got {str(turn)[:80]}")
-    return {"role": _ROLES.get(turn[role], turn[role]), "content": turn[content]}
+    speaker: str = turn[role]
+    return {"role": _ROLES.get(speaker, speaker), "content": turn[content]}
 
 
 def _pair(row: dict[str, Any], where: str) -> list[Message]:

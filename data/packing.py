@@ -16,10 +16,10 @@ from modules.core.batches import PADDING_DOCUMENT, StateName, TextBatch
 
 
 def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
-    """Rows of document indices whose lengths sum to at most `max_length`, best fit first.
+    """Rows of document indices whose lengths sum to at most `max_length`, deterministic in (seed, epoch).
 
-    The documents are shuffled by (seed, epoch), then each goes to the fullest row that still holds it, so that
-    rows are well filled and differ from epoch to epoch. A document longer than `max_length` is a caller's mistake.
+    The documents are shuffled, then each goes to the fullest row that still holds it (best fit), so that rows are
+    mixed and well filled. A document longer than `max_length` is a caller's mistake.
     """
     assert not lengths or max(lengths) <= max_length, "documents are truncated before they are packed"
     shuffled = torch.randperm(len(lengths), generator=generator(seed, epoch)).tolist()
@@ -43,14 +43,13 @@ def generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def collate(rows: Sequence[Sequence[Tokens]], states: Sequence[Sequence[dict[StateName, Tensor]]] | None = None,
-            dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextBatch:
+            device: torch.device | str = "cpu") -> TextBatch:
     """One batch of packed rows, padded to the longest.
 
     Positions restart at 0 with each document; documents of a row are numbered from 0; padding is -1 and sees itself.
 
     Args:
-        states: per row and document, `{name: [T,H]}` from the feature cache.
-        dtype: of the batch's states.
+        states: per row and document, `{name: [T,H]}` from the feature cache; the batch keeps their dtype.
     """
     width = max(sum(map(len, row)) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -63,16 +62,16 @@ def collate(rows: Sequence[Sequence[Tokens]], states: Sequence[Sequence[dict[Sta
             ids[b, span], mask[b, span] = document.input_ids, document.loss_mask
             positions[b, span], documents[b, span] = torch.arange(len(document)), number
             start += len(document)
-    filled = {} if states is None else _place(states, width, dtype)
+    filled = {} if states is None else _place(states, width)
     return TextBatch(ids.to(device), mask.to(device), positions.to(device), documents.to(device),
                      {name: tensor.to(device) for name, tensor in filled.items()})
 
 
-def _place(states: Sequence[Sequence[dict[StateName, Tensor]]], width: int, dtype: torch.dtype
-           ) -> dict[StateName, Tensor]:
+def _place(states: Sequence[Sequence[dict[StateName, Tensor]]], width: int) -> dict[StateName, Tensor]:
     """Cached states laid out like their rows [B,T,H], zero on padding."""
     first = states[0][0]
-    placed = {name: torch.zeros(len(states), width, tensor.shape[-1], dtype=dtype) for name, tensor in first.items()}
+    placed = {name: torch.zeros(len(states), width, tensor.shape[-1], dtype=tensor.dtype)
+              for name, tensor in first.items()}
     for b, row in enumerate(states):
         start = 0
         for document in row:

@@ -1,0 +1,257 @@
+"""Conversations as batches: read, tokenised with the target's template, packed, with cached states if asked.
+
+Shape legend: B rows, T tokens of a row, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.conversations import Tokens, hash_ids, load_conversations, local_file, tokenize_all
+from data.features import CacheDtype, FeatureCache, cache_features
+from data.packing import collate, generator, pack
+from data.vocabulary import coverage, frequent_tokens
+from modules.core.batches import StateName, TextBatch
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+logger = logging.getLogger(__name__)
+
+
+class Batches:
+    """Batches of packed rows in an order that (seed, epoch) decides, and that can be taken up at any batch.
+
+    Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with its
+    checkpoints, so a resumed training goes on with the batch after the last one it trained on. Rows are packed once;
+    their order changes with the epoch. Over several ranks each takes every world-th batch; the order is continued
+    from its beginning where the count does not come out even.
+
+    Args:
+        documents: what to batch.
+        max_length: tokens per row.
+        rows: rows per batch.
+        cache: states to bring along, if any.
+        shuffle: whether the order changes with the epoch; if not, rows come in the order they were packed.
+        workers: processes that prepare batches.
+    """
+
+    def __init__(self, documents: Sequence[Tokens], max_length: int, rows: int, cache: FeatureCache | None = None,
+                 seed: int = 0, shuffle: bool = True, workers: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.documents, self.cache, self.seed, self.shuffle, self.workers = documents, cache, seed, shuffle, workers
+        self.rank, self.world, self.rows = rank, world, rows
+        self.packed = pack([len(document) for document in documents], max_length, seed)
+        self.sampler = self
+        self.epoch = self.batch = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank."""
+        return math.ceil(len(self.packed) / (self.rows * self.world))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, unless it is the one that a restored state is in the middle of."""
+        if epoch != self.epoch:
+            self.epoch, self.batch = epoch, 0
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """This rank's batches of an epoch, as indices of packed rows."""
+        count = len(self.packed)
+        shuffled = torch.randperm(count, generator=generator(self.seed + 1, epoch)).tolist()
+        order = shuffled if self.shuffle else list(range(count))
+        batches = [order[start:start + self.rows] for start in range(0, count, self.rows)]
+        return [batches[(self.rank + k * self.world) % len(batches)] for k in range(len(self))]
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        """The rest of the epoch; a finished one starts again."""
+        if self.batch >= len(self):
+            self.batch = 0
+        remaining = self.order(self.epoch)[self.batch:]
+        loader = DataLoader(self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+        for batch in loader:
+            self.batch += 1
+            yield batch
+
+    def __getitem__(self, row: int) -> list[Tokens]:
+        """The documents of one packed row."""
+        return [self.documents[i] for i in self.packed[row]]
+
+    def _collate(self, rows: list[list[Tokens]]) -> TextBatch:
+        if self.cache is None:
+            return collate(rows)
+        return collate(rows, [[self.cache.read(document.key) for document in row] for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"epoch": self.epoch, "batch": self.batch, "order": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. ValueError: the state is of other data or of another order."""
+        if state["order"] != self._fingerprint():
+            raise ValueError("--resume: the data or their order (data.*, number of processes) changed since the checkpoint: "
+                             "restore them, or start a new run with --init_from")
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _fingerprint(self) -> str:
+        keys = "".join(self.documents[i].key for row in self.packed for i in row)
+        return hashlib.sha256(f"{keys}{self.rows}{self.seed}{self.world}".encode()).hexdigest()[:16]
+
+
+class ConversationData(LightningDataModule):
+    """Training and validation conversations for one target.
+
+    Args:
+        train: `.jsonl`, `.jsonl.gz` or `.parquet` file, Hub data set (`owner/name`, `owner/name:config`), or `embedded`.
+        validation: the same; null holds out `validation_fraction` of `train`, whole prompts at a time.
+        split: split of a Hub data set to train on.
+        validation_split: split of a Hub data set to validate on.
+        validation_fraction: share of the prompts held out when `validation` is null.
+        max_length: tokens of a packed row, and of a conversation at most.
+        rows: packed rows per batch.
+        max_response_tokens: stop reading after this many response tokens (null: read all), held-out ones included.
+        max_validation_tokens: the same for `validation`.
+        features: folder of the feature cache; what it lacks is added before training. null: states are computed online.
+        features_dtype: of a new cache.
+        seed: of packing and order.
+        workers: processes that prepare batches.
+    """
+
+    def __init__(self, train: str = "embedded", validation: str | None = None, split: str = "train",
+                 validation_split: str = "validation", validation_fraction: float = 0.05, max_length: int = 1024,
+                 rows: int = 2, max_response_tokens: int | None = None, max_validation_tokens: int | None = None,
+                 features: str | None = None, features_dtype: CacheDtype = "bfloat16", seed: int = 0,
+                 workers: int = 0) -> None:
+        super().__init__()
+        self.train, self.validation, self.split, self.validation_split = train, validation, split, validation_split
+        self.validation_fraction, self.max_length, self.rows = validation_fraction, max_length, rows
+        self.max_response_tokens, self.max_validation_tokens = max_response_tokens, max_validation_tokens
+        self.features, self.seed, self.workers = features, seed, workers
+        self.features_dtype: CacheDtype = features_dtype
+        self.documents: list[Tokens] = []
+        self.held_out: list[Tokens] = []
+        self._target: Target | None = None
+        self._cache: FeatureCache | None = None
+        self._check()
+
+    def _check(self) -> None:
+        for name, least in (("max_length", 2), ("rows", 1), ("workers", 0), ("max_response_tokens", 1),
+                            ("max_validation_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name} must be {least} or above, got {value}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+        for source in (self.train, self.validation):
+            if source is not None:
+                local_file(source)
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def bind(self, target: Target, states: Sequence[StateName] = ()) -> None:
+        """Read and tokenise the data for `target`, and cache the states that a training reads. Call it before fit.
+
+        Args:
+            target: gives tokenizer, chat template and context length.
+            states: `Trainable.training_states`; none are cached for a component that runs the target itself.
+
+        Raises:
+            ValueError: `max_length` beyond the target's context, no usable conversation, or a foreign cache.
+        """
+        if self.max_length > target.max_positions:
+            raise ValueError(f"data.max_length is {self.max_length}, but the context of target {target.name!r} has "
+                             f"{target.max_positions} positions: lower it")
+        self._target = target
+        found = self._tokenized(self.train, self.split, self.max_response_tokens)
+        if self.validation is None:
+            self.documents, self.held_out = hold_out(found, self.validation_fraction)
+        else:
+            self.documents = found
+            self.held_out = self._tokenized(self.validation, self.validation_split, self.max_validation_tokens)
+        self._cache = self._open_cache(target, states) if self.features and states else None
+
+    def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
+        assert self._target is not None
+        conversations = load_conversations(source, split=split)
+        return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
+
+    def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache:
+        assert self.features is not None
+        everything = [*self.documents, *self.held_out]
+        cache_features(target, everything, states, self.features, self.features_dtype)
+        cache = FeatureCache(self.features, target.fingerprint(), states)
+        cache.require(everything)
+        return cache
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Batches:
+        """Shuffled batches of the training documents."""
+        return self._batches(self.documents, shuffle=True)
+
+    def val_dataloader(self) -> Batches:
+        """Batches of the held-out documents, always in the same order."""
+        return self._batches(self.held_out, shuffle=False)
+
+    def _batches(self, documents: Sequence[Tokens], shuffle: bool) -> Batches:
+        assert self._target is not None, "bind() the data to a target first"
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Batches(documents, self.max_length, self.rows, self._cache, self.seed, shuffle, self.workers, rank,
+                       world)
+
+    # -- what it holds ----------------------------------------------------------------------------------------
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the training documents that are trained on."""
+        return sum(document.response_tokens for document in self.documents)
+
+    def fingerprint(self) -> str:
+        """Hash of all documents and their masks."""
+        parts = (document.key + hash_ids(document.loss_mask.long()) for document in [*self.documents, *self.held_out])
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+    def summary(self) -> dict[str, Any]:
+        """What provenance and model card say about the data."""
+        return {"train": self.train, "validation": self.validation, "documents": len(self.documents),
+                "response_tokens": self.response_tokens, "held_out_documents": len(self.held_out),
+                "max_length": self.max_length, "fingerprint": self.fingerprint()}
+
+    def probe_prompts(self, count: int) -> list[list[int]]:
+        """Token ids of up to `count` held-out prompts, spread over the held-out documents, for decoding."""
+        prompts = list(dict.fromkeys(tuple(document.prompt) for document in self.held_out))
+        step = max(1.0, len(prompts) / max(1, count))
+        return [list(prompts[int(k * step)]) for k in range(min(count, len(prompts)))]
+
+    def vocabulary(self, size: int) -> Tensor:
+        """The `size` most frequent assistant tokens of the training documents (end of turn included), ids [D]."""
+        assert self._target is not None, "bind() the data to a target first"
+        return frequent_tokens(self.documents, size, self._target.shape.vocab_size, self._target.eos_ids)
+
+    def vocabulary_coverage(self, vocabulary_D: Tensor) -> float:
+        """Share of the held-out assistant tokens that a draft vocabulary holds."""
+        assert self._target is not None, "bind() the data to a target first"
+        return coverage(self.held_out, vocabulary_D, self._target.shape.vocab_size)
+
+
+def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
+    """(training, held-out) documents: a prompt's hash decides, so all answers to it stay on one side and more data
+    never move a document across.
+
+    Raises:
+        ValueError: there is only one prompt.
+    """
+    hashes = [int(hash_ids(document.prompt)[:8], 16) / 2**32 for document in documents]
+    if len(set(hashes)) < 2:
+        raise ValueError("the data set has one prompt only, so nothing can be held out: name a data.validation set")
+    threshold = min(max(fraction, min(hashes)), sorted(set(hashes))[-2])
+    kept = [document for document, value in zip(documents, hashes, strict=True) if value > threshold]
+    held = [document for document, value in zip(documents, hashes, strict=True) if value <= threshold]
+    return kept, held
