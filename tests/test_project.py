@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,12 @@ def test_every_package_says_what_it_is_for() -> None:
         assert (folder / "__init__.py").read_text().startswith('"""'), folder
 
 
-def test_package_data_names_files_that_exist(project: dict[str, Any]) -> None:
-    for package, patterns in project["tool"]["setuptools"]["package-data"].items():
-        for pattern in patterns:
-            assert any((ROOT / package).glob(pattern)), f"{package}/{pattern}"
+def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) -> None:
+    shipped = {path for package, patterns in project["tool"]["setuptools"]["package-data"].items()
+               for pattern in patterns for path in (ROOT / package).glob(pattern) if path.is_file()}
+    present = {path for room in (*ROOMS, "configs") for path in (ROOT / room).rglob("*")
+               if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert present == shipped
 
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
@@ -59,3 +63,10 @@ def test_shims_do_not_hide_the_packages(name: str, monkeypatch: pytest.MonkeyPat
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin) == ROOT / name / "__init__.py"
     assert (ROOT / f"{name}.py").read_text().count(f"from {name}.cli import main") == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_bench_without_its_data_says_what_to_give() -> None:
+    result = subprocess.run(["make", "bench", "DATA=nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "DATA='nowhere.jsonl' is not a file" in result.stderr
