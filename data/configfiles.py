@@ -64,7 +64,8 @@ def one_line(message: str) -> str:
     """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     keys = _SUBJECT.findall(message)
-    value = next((line.removeprefix("Given value: ") for line in reversed(lines) if line.startswith("Given value:")), None)
+    given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")]
+    value = given[-1] if given else None
     kept = [line.removeprefix("- ") for line in lines if not line.startswith((*_WRAPPING, "Given value"))]
     text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")

@@ -172,7 +172,7 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         return {"assistant_model": self.assistant}
 
 
-def truncated_copy(model: nn.Module, layers: int) -> Any:
+def truncated_copy(model: Any, layers: int) -> Any:
     """A model of the same kind that keeps the first `layers` layers; its weights share memory with the original's."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers

@@ -114,7 +114,7 @@ def _rates(speeds_P2: Floats, drawn_SP: NDArray[np.int64]) -> Floats:
 
 def predicted_speedup(emitted: Sequence[int], seconds: Mapping[str, float], baseline_calls: int,
                       baseline_seconds: Mapping[str, float]) -> float | None:
-    """τ × seconds of a plain call ÷ seconds of a drafting call (Leviathan et al. 2023, theorem 3.8, with measured costs).
+    """τ × seconds of a plain call ÷ seconds of a drafting call (Leviathan et al. 2023, theorem 3.8, costs measured).
 
     A call is its draft, verify, accept and commit phases. What separates it from the measured speedup is time that
     no phase owns and tokens cut at the end of an answer.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from data.conversations import read_jsonl
 
 EMBEDDED = "embedded"
 HELD_OUT = Path(__file__).resolve().parent.parent / "data" / "prompts" / "heldout.jsonl"
@@ -71,29 +71,14 @@ def _read(source: str, several: bool) -> Iterator[Prompt]:
         raise ValueError(f"prompts {source!r} does not exist: give a JSONL file (`--prompts PATH`) or `embedded`")
     stem = EMBEDDED if source == EMBEDDED else path.name.split(".")[0]
     found = 0
-    for number, row in _rows(path):
+    for number, row in enumerate(read_jsonl(path), 1):
         task = str(row.get("category") or "")
         name = "/".join(part for part in (stem if several or not task else "", task) if part)
         key = next((str(row[k]) for k in _ID_KEYS if k in row), str(number))
         found += 1
-        yield Prompt(f"{name}/{key}", name, _turns(row, f"{path}:{number}"), source == EMBEDDED)
+        yield Prompt(f"{name}/{key}", name, _turns(row, f"{path} row {number}"), source == EMBEDDED)
     if not found:
         raise ValueError(f"prompts {source!r} has no rows: give a JSONL file with `turns`, `prompt` or `question`")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg}): one object per line is wanted") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} is a {type(row).__name__}: one object per line is wanted")
-            yield number, row
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[str, ...]:

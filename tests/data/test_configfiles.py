@@ -41,7 +41,7 @@ def write(folder: Path, name: str, text: str) -> str:
 def test_a_name_is_a_path_or_a_file_under_the_folder(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     path = write(tmp_path / "eval", "smoke.yaml", "limit: 1\n")
-    assert resolve("eval/smoke.yaml", tmp_path) == resolve("eval/smoke", tmp_path) == resolve(path, tmp_path) == Path(path)
+    assert all(resolve(name, tmp_path) == Path(path) for name in ("eval/smoke.yaml", "eval/smoke", path))
 
 
 def test_an_unknown_name_lists_the_closest(tmp_path: Path) -> None:
@@ -60,7 +60,8 @@ def test_several_configs_merge_left_to_right_and_the_command_line_wins(tmp_path:
 
 @pytest.mark.parametrize(("text", "words"), [
     ("limt: 3", ["limt"]), ("limit: abc", ["limit", "int", "abc"]),
-    ("entries:\n  - name: x\n    budgt: 3", ["entries", "budgt"]), ("entries:\n  - budget: many", ["entries.budget", "int", "many"]),
+    ("entries:\n  - name: x\n    budgt: 3", ["entries", "budgt"]),
+    ("entries:\n  - budget: many", ["entries.budget", "int", "many"]),
 ])
 def test_mistakes_in_a_file_are_one_line_naming_the_key(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:

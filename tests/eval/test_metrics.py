@@ -24,14 +24,15 @@ def test_marginal_acceptance_by_hand_and_tau_is_one_plus_its_sum() -> None:
 
 
 def test_conditional_acceptance_counts_only_calls_that_got_so_far_and_offered_more() -> None:
-    # depth 1: four calls offered one, three accepted; depth 2: calls 1 and 4 got there and had one; depth 3: call 4 only.
+    # Depth 1: four calls offered it, three accepted; depth 2: calls 1 and 4 got there and had it; depth 3: call 4.
     assert metrics.conditional_acceptance_by_depth(EMITTED, OFFERED) == pytest.approx([3 / 4, 1.0, 0.0])
     assert metrics.conditional_acceptance_by_depth(EMITTED, []) == []
 
 
 def test_conditional_is_the_ratio_of_marginals_when_every_tree_is_deep() -> None:
     marginal = metrics.acceptance_by_depth(EMITTED)
-    assert metrics.conditional_acceptance_by_depth(EMITTED, [2] * 5) == pytest.approx([marginal[0], marginal[1] / marginal[0]])
+    conditional = metrics.conditional_acceptance_by_depth(EMITTED, [2] * 5)
+    assert conditional == pytest.approx([marginal[0], marginal[1] / marginal[0]])
 
 
 def test_histogram_of_accepted_drafts() -> None:
@@ -66,7 +67,8 @@ def test_pairing_makes_the_interval_narrower_than_independent_rows_would() -> No
 
 def test_predicted_speedup_from_phases() -> None:
     seconds = {"prefill": 9.0, "draft": 1.0, "verify": 3.0, "accept": 0.5, "commit": 0.5, "other": 7.0}
-    assert metrics.predicted_speedup([2] * 5, seconds, 10, {"verify": 8.0, "prefill": 3.0}) == pytest.approx(2 * 0.8 / 1.0)
+    plain = {"verify": 8.0, "prefill": 3.0}
+    assert metrics.predicted_speedup([2] * 5, seconds, 10, plain) == pytest.approx(2 * 0.8 / 1.0)
     assert metrics.predicted_speedup([], seconds, 10, {"verify": 8.0}) is None
 
 

@@ -17,7 +17,8 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def spec_bench(path: Path) -> str:
-    return write(path, [{"question_id": i, "category": f"c{i % 3}", "turns": [f"q{i}", f"again {i}"]} for i in range(12)])
+    rows = [{"question_id": i, "category": f"c{i % 3}", "turns": [f"q{i}", f"again {i}"]} for i in range(12)]
+    return write(path, rows)
 
 
 def test_each_category_is_a_task_and_limit_counts_per_task(tmp_path: Path) -> None:
@@ -51,8 +52,9 @@ def test_the_embedded_prompts_may_be_shown() -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "has no rows"), ("not json\n", ":1 is not JSON"), ("[1]\n", ":1 is a list"), ('{"text": "x"}\n', ":1 asks nothing"),
-    ('{"prompt": "x"}\n{"turns": []}\n', ":2 asks nothing"), ('{"turns": [1]}\n', "asks nothing")])
+    ("", "has no rows"), ("not json\n", "line 1 is not JSON"), ("[1]\n", "line 1 is not a JSON object"),
+    ('{"text": "x"}\n', "row 1 asks nothing"), ('{"prompt": "x"}\n{"turns": []}\n', "row 2 asks nothing"),
+    ('{"turns": [1]}\n', "row 1 asks nothing")])
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -60,6 +62,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_file_no_file_and_no_prompt() -> None:
-    for arguments, message in (((["nowhere.jsonl"],), "does not exist"), (([],), "names no file"), ((["embedded"], 0), "limit 0")):
+    for sources, limit, message in ((["nowhere.jsonl"], 1, "does not exist"), ([], 1, "names no file"),
+                                    (["embedded"], 0, "limit 0")):
         with pytest.raises(ValueError, match=message):
-            load_tasks(*arguments)
+            load_tasks(sources, limit)

@@ -1,0 +1,244 @@
+"""The rows of an evaluation: what a config says (`Method`) and what runs (`Row`)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints.pretrained import load_pretrained
+from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.target import Target
+from modules.decoding.decoder import Decoder, SpeculativeDecoder
+from modules.decoding.rules import rule_named
+
+AUTOREGRESSIVE = "autoregressive"
+ClassSpec = Mapping[str, Any]
+"""`{class_path: package.module.Class, init_args: {…}}`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row as a config names it: a drafter with a builder, a rule and a budget, or another decoder.
+
+    Args:
+        name: what the report calls it; by default the drafter's folder or the class in lower case.
+        drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that needs no training.
+        decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such as
+            `eval.baselines.HuggingFaceGenerate`.
+        builder: a tree builder `{class_path, init_args}` instead of the drafter's own.
+        rule: acceptance rule; by default the lossless one that fits the trees and the temperature.
+        budget: drafted nodes per call at most; by default the drafter's own.
+        temperature: by default the evaluation's.
+    """
+
+    name: str = ""
+    drafter: str | dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+    builder: dict[str, Any] | None = None
+    rule: str | None = None
+    budget: int | None = None
+    temperature: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, given or derived."""
+        if self.name:
+            return self.name
+        source = self.drafter if self.drafter is not None else self.decoder
+        if isinstance(source, str):
+            path = Path(source)
+            return path.parent.name if path.name == "drafter" and path.parent.name else path.resolve().name
+        kind = class_of(source or {}, f"methods: {self}")
+        return getattr(kind, "name", None) or kind.__module__.rsplit(".", 1)[-1]
+
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what can never run.
+
+        Raises:
+            ValueError: the key, its value and the fix.
+        """
+        where = f"methods: {self.name or self.drafter or self.decoder}"
+        if (self.drafter is None) == (self.decoder is None):
+            raise ValueError(f"{where}: give either `drafter` or `decoder` (the autoregressive row is always there)")
+        if self.decoder is not None and (self.builder or self.rule or self.budget is not None):
+            raise ValueError(f"{where}: builder, rule and budget belong to a `drafter`, not to a `decoder`")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
+        if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
+            _folder_exists(Path(self.drafter), where)
+        elif isinstance(self.drafter, str) and (self.drafter.count("/") != 1 or Path(self.drafter).parent.is_dir()):
+            raise ValueError(f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a Hub id")
+        for spec, given in ((self.drafter, 1), (self.decoder, 1), (self.builder, 0)):
+            if isinstance(spec, Mapping):
+                class_of(spec, where, given)
+        if self.rule is not None:
+            rule_named(self.rule)
+
+
+def _folder_exists(folder: Path, where: str) -> None:
+    if not any((place / "config.json").is_file() for place in (folder, folder / "drafter")):
+        raise ValueError(f"{where}: {folder} holds no drafter (no config.json): give a finished run")
+
+
+def class_of(spec: ClassSpec, where: str, given: int = 0) -> type:
+    """The class that a spec names, with its `init_args` checked against the constructor.
+
+    Args:
+        spec: `{class_path, init_args}`.
+        where: what the error speaks of.
+        given: positional arguments that the caller will add in front.
+
+    Raises:
+        ValueError: an unknown key, a class that does not exist, an argument that it does not take or misses.
+    """
+    unknown = sorted(set(spec) - {"class_path", "init_args"})
+    path = spec.get("class_path")
+    if unknown or not isinstance(path, str) or "." not in path:
+        raise ValueError(f"{where}: {unknown[0] if unknown else 'class_path'} is wrong in {dict(spec)}: give "
+                         "`class_path` (package.module.Class) and perhaps `init_args`")
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}: class_path {path!r} cannot be found: {error}") from error
+    try:
+        inspect.signature(found).bind(*[None] * given, **spec.get("init_args") or {})
+    except TypeError as error:
+        raise ValueError(f"{where}: init_args of {path}: {error}") from error
+    return found
+
+
+def construct(spec: ClassSpec, where: str, *given: Any) -> Any:
+    """An instance of the class that a spec names, `given` arguments first."""
+    return class_of(spec, where, len(given))(*given, **spec.get("init_args") or {})
+
+
+@dataclass
+class Row:
+    """A row that is ready to run.
+
+    baseline: name of the autoregressive row on the same target at the same temperature (its own for that row).
+    drafter_parameters: of the drafter's own weights.
+    """
+
+    name: str
+    decoder: Decoder
+    target: Target
+    sampling: Sampling
+    baseline: str
+    claims_lossless: bool = True
+    engine: str = "slipstream"
+    builder: str = ""
+    rule: str = ""
+    budget: int | None = None
+    drafter_parameters: int = 0
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether token identity can be asked for."""
+        return self.sampling.temperature == 0
+
+
+def unique_labels(methods: Sequence[Method]) -> list[str]:
+    """The methods' names.
+
+    Raises:
+        ValueError: two methods share a name, or one takes the baseline's.
+    """
+    labels = [method.label for method in methods]
+    repeated = sorted({label for label in labels if labels.count(label) > 1 or label == AUTOREGRESSIVE})
+    if repeated:
+        raise ValueError(f"methods: the name {repeated[0]!r} is taken twice: give each row its own `name`")
+    return labels
+
+
+def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling) -> list[Row]:
+    """Load every method's parts; an autoregressive row is added for each target and temperature that occurs.
+
+    Args:
+        methods: checked methods.
+        target: what they serve. A drafter that adapts it (Medusa-2) brings its own target and baseline.
+        sampling: the evaluation's sampling; a method may have its own temperature.
+    """
+    loaded: dict[str, tuple[Drafter, Target]] = {}
+    rows = [_autoregressive(AUTOREGRESSIVE, target, sampling)]
+    for method, label in zip(methods, unique_labels(methods)):
+        own = sampling if method.temperature is None else Sampling(
+            method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+        row = _decoder_row(method, label, target, own) if method.decoder is not None else _drafter_row(
+            method, label, target, own, loaded)
+        row.baseline = _baseline_for(row, rows)
+        rows.append(row)
+    return rows
+
+
+def _autoregressive(name: str, target: Target, sampling: Sampling) -> Row:
+    decoder = SpeculativeDecoder(target, name=name)
+    return Row(name, decoder, target, sampling, name, rule=decoder.rule_for(sampling).name, budget=0)
+
+
+def _baseline_for(row: Row, rows: list[Row]) -> str:
+    """The matching autoregressive row's name; the row is made when there is none yet."""
+    for other in rows:
+        if other.name == other.baseline and other.target is row.target and other.sampling == row.sampling:
+            return other.name
+    adapted = "" if row.target is rows[0].target else f" of {row.name}"
+    heat = "" if row.sampling == rows[0].sampling else f" at {row.sampling.temperature:g}"
+    rows.append(_autoregressive(f"{AUTOREGRESSIVE}{adapted}{heat}", row.target, row.sampling))
+    return rows[-1].name
+
+
+def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
+    decoder = construct(method.decoder or {}, f"methods: {label}", target)
+    return Row(label, decoder, target, sampling, "", getattr(decoder, "claims_lossless", True),
+               getattr(decoder, "engine", "slipstream"))
+
+
+def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
+                 loaded: dict[str, tuple[Drafter, Target]]) -> Row:
+    where = f"methods: {label}"
+    key = method.drafter if isinstance(method.drafter, str) else label
+    if key not in loaded:
+        fresh = load_drafter(method.drafter or "", target, where)
+        loaded[key] = fresh, fresh.adapt(target)
+    drafter, adapted = loaded[key]
+    builder = construct(method.builder, where) if method.builder else None
+    rule = rule_named(method.rule) if method.rule else None
+    if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
+        fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
+        raise ValueError(f"{where}: rule 'greedy' does not sample (temperature {sampling.temperature:g}): use {fitting!r}")
+    decoder = SpeculativeDecoder(adapted, drafter, rule, builder, method.budget, label)
+    used = decoder.rule_for(sampling)
+    return Row(label, decoder, adapted, sampling, "", used.lossless, "slipstream", builder_name(drafter, builder),
+               used.name, decoder.nodes, sum(parameter.numel() for parameter in drafter.parameters()))
+
+
+def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter") -> Drafter:
+    """A drafter at the target's precision: from a folder or the Hub, or made from a class that needs no training.
+
+    Args:
+        source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
+        target: what it is to serve.
+        where: what errors speak of.
+
+    Raises:
+        ValueError: nothing there, another target's drafter, or a component that does not draft.
+    """
+    found = load_pretrained(source, target) if isinstance(source, str) else construct(source, where, target.shape)
+    if not isinstance(found, Drafter):
+        raise ValueError(f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter")
+    return found.to(target.device, target.dtype).eval()
+
+
+def builder_name(drafter: Drafter, builder: TreeBuilder | None) -> str:
+    """The class of the tree builder that runs, or `own` for a drafter that makes its own trees."""
+    if builder is not None:
+        return type(builder).__name__
+    if type(drafter).propose is not Drafter.propose:
+        return "own"
+    return type(drafter.builder).__name__

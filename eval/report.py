@@ -1,0 +1,205 @@
+"""The report of an evaluation: `report.json` (schema 1), `report.md`, and the tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from checkpoints.provenance import command_line, git_revision, package_versions
+from eval.summary import Summary
+from modules.core.target import Target
+
+SCHEMA = 1
+Figures = Mapping[str, Any]
+
+
+def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The report as JSON-able values: environment, targets, settings, methods."""
+    targets = {id(summary.row.target): summary.row.target for summary in summaries}
+    return {"schema": SCHEMA, "environment": environment(), "targets": [describe(one) for one in targets.values()],
+            "settings": dict(settings), "methods": [summary.figures for summary in summaries]}
+
+
+def describe(target: Target) -> dict[str, Any]:
+    """A target's entry."""
+    return {"name": target.name, "parameters": sum(parameter.numel() for parameter in target.parameters()),
+            "dtype": str(target.dtype).removeprefix("torch."), "fingerprint": target.fingerprint()}
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the settings."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"device": gpu or _processor(), "cores": os.cpu_count(), "system": platform.platform(),
+            "packages": package_versions(), "git_revision": git_revision(), "command": command_line()}
+
+
+def _processor() -> str:
+    """The CPU's own name where the system tells it."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+def load_report(path: str | Path) -> dict[str, Any]:
+    """Read a `report.json`.
+
+    Raises:
+        ValueError: no such file, no JSON, or another schema.
+    """
+    path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"report {str(path)!r} does not exist: give a report.json or its folder")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"report {str(path)!r} is not JSON ({error.msg}): give a report.json") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"report {str(path)!r} has schema {schema}, only {SCHEMA} can be read")
+    return report
+
+
+def failures(report: Mapping[str, Any]) -> list[str]:
+    """Names of the methods that promise losslessness, decode greedily, and gave other tokens."""
+    return [method["name"] for method in report["methods"]
+            if method["claims_lossless"] and method["temperature"] == 0 and method["lossless"] is False]
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """A 95% interval."""
+    return "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}"
+
+
+def lossless(method: Figures) -> str:
+    """What was seen: all identical (ties counted), or how many were not; sampled rows cannot be compared."""
+    if method["lossless"] is None:
+        return "sampled"
+    ties = f", {method['tie_divergences']} ties" if method["tie_divergences"] else ""
+    if method["lossless"]:
+        return f"yes ({method['identical_outputs']}/{method['prompts']}{ties})"
+    return f"{'NO' if method['claims_lossless'] else 'lossy'} ({method['identical_outputs']}/{method['prompts']}{ties})"
+
+
+COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
+
+
+def cells(method: Figures) -> list[str]:
+    """One line of the main table."""
+    speedup = method["speedup"]
+    return [method["name"], number(speedup["micro"], 2, "×"), interval(speedup["ci95"]), number(speedup["macro"], 2, "×"),
+            number(method["predicted_speedup"], 2, "×"), number(method["mean_accepted_tokens"]),
+            number(method["tokens_per_second"], 1), number(1000 * method["time_to_first_token"], 0, " ms"),
+            lossless(method)]
+
+
+def noise_lines(report: Mapping[str, Any]) -> list[str]:
+    """How far the two runs of each baseline differ: what no smaller difference can mean anything against."""
+    found = [(method["name"], method["quality"]["noise"]) for method in report["methods"] if "noise" in method["quality"]]
+    return [f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval {interval(noise['ci95'])})"
+            for name, noise in found]
+
+
+def caption(report: Mapping[str, Any]) -> str:
+    """What was run, in a line."""
+    settings, method = report["settings"], report["methods"][0]
+    targets = ", ".join(f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})" for one in report["targets"])
+    return (f"{targets}; {method['prompts']} prompts in {len(settings['tasks'])} tasks, up to "
+            f"{settings['max_new_tokens']} new tokens; {report['environment']['device']}, {settings['threads']} threads")
+
+
+# -- terminal -----------------------------------------------------------------------------------------------------
+
+def main_table(report: Mapping[str, Any]) -> Table:
+    """The Rich table of all methods."""
+    table = Table(title="Speedup over autoregressive decoding", caption=escape(caption(report)), title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
+    bad = set(failures(report))
+    for method in report["methods"]:
+        table.add_row(*map(escape, cells(method)), style="red" if method["name"] in bad else None)
+    return table
+
+
+def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any]) -> Table:
+    """Two reports side by side, by method name. A difference inside either interval is called a tie.
+
+    Raises:
+        ValueError: no method is in both.
+    """
+    others = {method["name"]: method for method in right["methods"]}
+    pairs = [(method, others[method["name"]]) for method in left["methods"] if method["name"] in others]
+    if not pairs:
+        raise ValueError("compare: the two reports have no method in common")
+    table = Table(title="Second report against the first", title_justify="left")
+    for column in ("method", "speedup", "", "verdict", "τ", "", "tokens/s", ""):
+        table.add_column(column, justify="left" if column in ("method", "verdict") else "right")
+    for one, two in pairs:
+        table.add_row(
+            escape(one["name"]), number(one["speedup"]["micro"], 2, "×"), number(two["speedup"]["micro"], 2, "×"),
+            verdict(one["speedup"], two["speedup"]), number(one["mean_accepted_tokens"]),
+            number(two["mean_accepted_tokens"]), number(one["tokens_per_second"], 1), number(two["tokens_per_second"], 1))
+    return table
+
+
+def verdict(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
+    """Faster or slower, or a tie when the intervals of the two speedups overlap."""
+    if None in (one["ci95"], two["ci95"], one["micro"], two["micro"]):
+        return "unknown"
+    if one["ci95"][0] <= two["ci95"][1] and two["ci95"][0] <= one["ci95"][1]:
+        return "tie"
+    return "faster" if two["micro"] > one["micro"] else "slower"
+
+
+# -- markdown -----------------------------------------------------------------------------------------------------
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """`report.md`: the main table, speedup by task, time per phase, and how to read them."""
+    methods = report["methods"]
+    tasks = list(methods[0]["by_task"])
+    by_task = [[method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods]
+    phases = list(methods[0]["seconds_by_phase"])
+    by_phase = [[method["name"], *(number(method["seconds_by_phase"][phase], 2) for phase in phases)] for method in methods]
+    depths = max((len(method["acceptance_by_depth"]) for method in methods), default=0)
+    parts = ["# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
+             *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
+             "## Speedup by task", _table(["method", *tasks], by_task)]
+    if depths:
+        rows = [[m["name"], *map(number, m["acceptance_by_depth"])] for m in methods if m["acceptance_by_depth"]]
+        parts += ["## Share of calls that accept at least d drafts", _table(["method", *map(str, range(1, depths + 1))], rows)]
+    parts += ["## Seconds by phase", _table(["method", *phases], by_phase), "## Reading", READING]
+    return "\n\n".join(parts) + "\n"
+
+
+READING = """\
+Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same prompts, in
+the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the mean over tasks.
+τ is tokens emitted per verification call, its bonus token counted. Predicted is τ times the seconds of a plain call over
+the seconds of a drafting call: where it exceeds the measured speedup, time goes to what no phase owns or tokens were cut
+at the end of answers. Lossless: token ids identical to the autoregressive row's; a tie is a first divergence between
+two tokens whose teacher-forced logits differ by at most 0.001. On a CPU, peak memory is the whole process's."""
+
+
+def _task_cell(method: Figures, task: str) -> str:
+    entry = method["by_task"].get(task)
+    return "–" if entry is None else f"{number(entry['speedup'], 2)} ({interval(entry['ci95'])})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *(list(row) + [""] * (len(header) - len(row)) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

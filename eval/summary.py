@@ -1,0 +1,180 @@
+"""From records to the figures of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from eval import metrics
+from eval.journal import Record
+from eval.losslessness import Verdict, judge
+from eval.methods import Row
+from eval.metrics import Identity, Speed
+from modules.decoding.clock import PHASES
+from modules.decoding.decoder import Trace
+
+Answers = Mapping[str, Record]
+"""One row's answers by prompt id, passes folded into one."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method's figures. `figures` is its entry in the report; the rest is for pictures and printing."""
+
+    row: Row
+    figures: dict[str, Any]
+    answers: Answers
+    verdicts: Mapping[str, Verdict]
+
+
+def summarise(rows: Sequence[Row], records: Sequence[Record], batch_size: int) -> list[Summary]:
+    """Every row's summary, in the order of `rows`."""
+    folded = {row.name: fold([record for record in records if record.row == row.name]) for row in rows}
+    return [_summary(row, folded[row.name], folded[row.baseline], records, batch_size) for row in rows]
+
+
+def fold(records: Sequence[Record]) -> dict[str, Record]:
+    """One record per prompt: the first one's tokens, the median of all passes' seconds, the highest memory."""
+    by_prompt: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (record.repeat, record.again)):
+        by_prompt.setdefault(record.prompt, []).append(record)
+    return {prompt: _middle(runs) for prompt, runs in by_prompt.items()}
+
+
+def _middle(runs: Sequence[Record]) -> Record:
+    seconds = {phase: median(run.trace.seconds.get(phase, 0.0) for run in runs) for phase in PHASES}
+    trace = replace(runs[0].trace, seconds=seconds,
+                    time_to_first_token=median(run.trace.time_to_first_token for run in runs))
+    return replace(runs[0], trace=trace, peak_memory=max(run.peak_memory for run in runs))
+
+
+def speed(trace: Trace) -> Speed:
+    """Tokens after the prefill's and the seconds they took."""
+    return Speed(max(0, len(trace.ids) - 1), trace.decode_seconds)
+
+
+def _summary(row: Row, answers: Answers, plain: Answers, records: Sequence[Record], batch_size: int) -> Summary:
+    verdicts: dict[str, Verdict] = {}
+    if row.greedy:
+        for prompt, answer in answers.items():
+            ids, expected = answer.trace.ids, plain[prompt].trace.ids
+            verdicts[prompt] = judge(row.target, answer.prompt_ids, expected, ids)
+    figures = {**_description(row, batch_size), **_identity(row, answers, verdicts), **_speeds(answers, plain),
+               **_acceptance(answers), **_costs(row, answers), "quality": _quality(row, records, verdicts),
+               "by_task": _by_task(answers, plain, verdicts)}
+    return Summary(row, {key: figures[key] for key in METHOD_KEYS}, answers, verdicts)
+
+
+METHOD_KEYS = (
+    "name", "target", "engine", "builder", "rule", "budget", "temperature", "batch_size", "claims_lossless", "lossless",
+    "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens", "seconds", "tokens_per_second",
+    "time_to_first_token", "speedup", "predicted_speedup", "mean_accepted_tokens", "acceptance_by_depth",
+    "conditional_acceptance_by_depth", "accepted_length_histogram", "seconds_by_phase", "peak_memory_bytes",
+    "drafter_parameters", "quality", "by_task")
+"""Keys of a method in `report.json`, schema 1, in order."""
+
+
+def _description(row: Row, batch_size: int) -> dict[str, Any]:
+    return {"name": row.name, "target": row.target.name, "engine": row.engine, "builder": row.builder, "rule": row.rule,
+            "budget": row.budget, "temperature": row.sampling.temperature, "batch_size": batch_size,
+            "claims_lossless": row.claims_lossless, "drafter_parameters": row.drafter_parameters}
+
+
+def _identity(row: Row, answers: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    kinds = [verdict.identity for verdict in verdicts.values()]
+    same, ties = kinds.count(Identity.IDENTICAL), kinds.count(Identity.TIE)
+    return {"prompts": len(answers), "lossless": same + ties == len(answers) if row.greedy else None,
+            "identical_outputs": same if row.greedy else None, "tie_divergences": ties if row.greedy else None,
+            "first_divergence": _first_divergence(verdicts)}
+
+
+def _first_divergence(verdicts: Mapping[str, Verdict]) -> dict[str, Any] | None:
+    """The first true difference, or else the first tie; token ids, never text."""
+    for kind in (Identity.DIFFERENT, Identity.TIE):
+        for prompt, verdict in verdicts.items():
+            if verdict.identity is kind:
+                return {"prompt": prompt, "position": verdict.position, "expected": verdict.expected,
+                        "actual": verdict.actual, "logit_gap": verdict.gap}
+    return None
+
+
+def _pairs(answers: Answers, plain: Answers, task: str | None = None) -> tuple[list[Speed], list[Speed]]:
+    prompts = [prompt for prompt, answer in answers.items() if task is None or answer.task == task]
+    return [speed(answers[prompt].trace) for prompt in prompts], [speed(plain[prompt].trace) for prompt in prompts]
+
+
+def _speeds(answers: Answers, plain: Answers) -> dict[str, Any]:
+    own, baseline = _pairs(answers, plain)
+    tasks = {task: _pairs(answers, plain, task) for task in tasks_of(answers)}
+    interval = metrics.bootstrap_interval(own, baseline)
+    return {"new_tokens": sum(len(answer.trace.ids) for answer in answers.values()),
+            "seconds": sum(one.seconds for one in own), "tokens_per_second": metrics.rate(own),
+            "time_to_first_token": median(answer.trace.time_to_first_token for answer in answers.values()),
+            "speedup": {"micro": metrics.micro_speedup(own, baseline), "macro": metrics.macro_speedup(tasks),
+                        "ci95": list(interval) if interval else None},
+            "predicted_speedup": metrics.predicted_speedup(
+                emitted(answers), phases(answers), len(emitted(plain)), phases(plain))}
+
+
+def tasks_of(answers: Answers) -> list[str]:
+    """Task names in order of appearance."""
+    return list(dict.fromkeys(answer.task for answer in answers.values()))
+
+
+def emitted(answers: Answers) -> list[int]:
+    """Tokens emitted per call, all calls of all prompts."""
+    return [count for answer in answers.values() for count in answer.trace.accepted]
+
+
+def phases(answers: Answers) -> dict[str, float]:
+    """Seconds per phase over all prompts."""
+    return {phase: sum(answer.trace.seconds[phase] for answer in answers.values()) for phase in PHASES}
+
+
+def _acceptance(answers: Answers) -> dict[str, Any]:
+    counts = emitted(answers)
+    offered = [depth for answer in answers.values() for depth in answer.trace.offered]
+    return {"mean_accepted_tokens": metrics.mean_accepted_tokens(counts),
+            "acceptance_by_depth": metrics.acceptance_by_depth(counts),
+            "conditional_acceptance_by_depth": metrics.conditional_acceptance_by_depth(counts, offered),
+            "accepted_length_histogram": metrics.accepted_length_histogram(counts)}
+
+
+def _costs(row: Row, answers: Answers) -> dict[str, Any]:
+    return {"seconds_by_phase": phases(answers),
+            "peak_memory_bytes": max(answer.peak_memory for answer in answers.values())}
+
+
+def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    """Noise of a baseline (its second runs against its first), flips at low precision, drafted nodes per call."""
+    found: dict[str, Any] = {**row.quality}
+    own = [record for record in records if record.row == row.name]
+    nodes = [count for record in own if not record.again for count in record.trace.nodes]
+    if any(nodes):
+        found["drafted_nodes_per_call"] = sum(nodes) / len(nodes)
+    flips = [verdict.flips for verdict in verdicts.values() if verdict.flips is not None]
+    if flips:
+        found["flip_rate"] = sum(flips) / len(flips)
+    again = [record for record in own if record.again]
+    if again:
+        second, first = _pairs(fold(again), fold([record for record in own if not record.again]))
+        found["noise"] = {"micro": metrics.micro_speedup(second, first),
+                          "ci95": metrics.bootstrap_interval(second, first)}
+    return found
+
+
+def _by_task(answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    return {task: _task(task, answers, plain, verdicts) for task in tasks_of(answers)}
+
+
+def _task(task: str, answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    here = {prompt: answer for prompt, answer in answers.items() if answer.task == task}
+    own, baseline = _pairs(here, plain)
+    same = [verdicts[prompt].identity is Identity.IDENTICAL for prompt in here if prompt in verdicts]
+    return {"prompts": len(here), "new_tokens": sum(len(answer.trace.ids) for answer in here.values()),
+            "seconds": sum(one.seconds for one in own), "tokens_per_second": metrics.rate(own),
+            "speedup": metrics.micro_speedup(own, baseline), "ci95": metrics.bootstrap_interval(own, baseline),
+            "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
+            "identical_outputs": sum(same) if verdicts else None}
