@@ -58,6 +58,10 @@ class LayerCache:
         blank = torch.empty(size, dtype=dtype, device=lengths_B.device)
         return LayerCache(blank, blank, torch.zeros_like(lengths_B))
 
+    def select(self, sequences_S: Tensor) -> LayerCache:
+        """The cache of these sequences alone (int64 [S])."""
+        return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
+
     def write(self, keys_BNGD: Tensor, values_BNGD: Tensor) -> tuple[Tensor, Tensor]:
         """Put N rows behind each sequence's length; returns the slots [B,S,G,D] that rows may attend to."""
         batch, count = keys_BNGD.shape[:2]
@@ -72,6 +76,10 @@ class LayerCache:
     def keep(self, counts_B: Tensor) -> None:
         """Count the first `counts_B` of the rows written last."""
         self.lengths_B = self.lengths_B + counts_B
+
+    def select(self, sequences_S: Tensor) -> LayerCache:
+        """The cache of these sequences alone."""
+        return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows of this call what `rows` lets each one see."""

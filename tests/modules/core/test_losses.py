@@ -1,0 +1,105 @@
+"""Every loss against a slow, obvious recomputation."""
+
+from __future__ import annotations
+
+from math import log
+
+import pytest
+import torch
+
+from modules.core import losses
+from modules.core.batches import TextBatch
+from tests.fakes import tiny_batch, tiny_target
+
+STEPS = 3
+
+
+@pytest.fixture
+def batch() -> TextBatch:
+    return tiny_batch(tiny_target("llama"))
+
+
+def counts(batch: TextBatch, b: int, t: int, label: int) -> bool:
+    """Whether x_label may be predicted from position t of row b."""
+    documents = batch.document_ids[b]
+    return (label < len(documents) and int(documents[t]) >= 0 and bool(batch.loss_mask[b, label])
+            and all(documents[i] == documents[t] for i in range(t, label + 1)))
+
+
+def test_training_rows(batch: TextBatch) -> None:
+    length = batch.input_ids.shape[1]
+    expected = [(b, t) for b in range(2) for t in range(length) if counts(batch, b, t, t + 2)]
+    rows = losses.training_rows(batch, STEPS)
+    assert rows.flat_MK1[:, 0].tolist() == [b * length + t for b, t in expected]
+    for m, (b, t) in enumerate(expected):
+        for d in range(STEPS):
+            assert bool(rows.valid_MK[m, d]) == counts(batch, b, t, t + 2 + d)
+            if rows.valid_MK[m, d]:
+                assert rows.tokens_MK1[m, d:d + 2].tolist() == batch.input_ids[b, t + 1 + d:t + 3 + d].tolist()
+                assert int(rows.flat_MK1[m, d + 1]) == b * length + t + 1 + d
+
+
+def test_next_token_rows(batch: TextBatch) -> None:
+    length = batch.input_ids.shape[1]
+    flat, labels = losses.next_token_rows(batch)
+    expected = [(b, t) for b in range(2) for t in range(length) if counts(batch, b, t, t + 1)]
+    assert flat.tolist() == [b * length + t for b, t in expected]
+    assert labels.tolist() == [int(batch.input_ids[b, t + 1]) for b, t in expected]
+
+
+def test_labels_outside_the_draft_vocabulary_are_ignored() -> None:
+    vocabulary = torch.tensor([3, 5, 9])
+    assert losses.draft_labels(torch.tensor([5, 4, 9, 11, 0, 3]), vocabulary).tolist() == [1, -1, 2, -1, -1, 0]
+
+
+@pytest.mark.parametrize("chunk", [10 ** 6, 40])
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) -> None:
+    monkeypatch.setattr(losses, "MAX_LOGITS", chunk)
+    torch.manual_seed(0)
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    states = torch.randn(1, 30, 4, dtype=torch.float64)
+    features = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
+    labels, flat = torch.randint(-1, 7, (20,)), torch.randint(0, 30, (20,))
+    laws = losses.target_laws(lambda hidden: hidden @ weight.T, states, flat, 7) if soft else None
+    found, ranks = losses.cross_entropy(features, lambda hidden: hidden @ weight.T, labels, 7, laws, flat)
+    found.sum().backward()
+    total, again = torch.zeros((), dtype=torch.float64), features.detach().clone().requires_grad_()
+    for m, label in enumerate(labels.tolist()):
+        if label < 0:
+            assert float(found[m]) == 0 and int(ranks[m]) == 7
+            continue
+        logits = weight @ again[m]
+        law = logits.exp() / logits.exp().sum()
+        true = torch.eye(7, dtype=torch.float64)[label]
+        if soft:
+            true = (weight @ states[0, flat[m]]).exp() / (weight @ states[0, flat[m]]).exp().sum()
+        own = -(true * law.log()).sum()
+        torch.testing.assert_close(found[m], own)
+        assert int(ranks[m]) == sum(float(x) > float(logits[label]) for x in logits)
+        total = total + own
+    total.backward()
+    torch.testing.assert_close(features.grad, again.grad)
+
+
+def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
+    found = losses.smooth_l1(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+    torch.testing.assert_close(found, torch.tensor([(0.5 * 0.25 + 2.5) / 2]))
+
+
+def test_likely_labels_and_entropies() -> None:
+    law = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    def laws(flat): return law[flat]
+    flat, labels = torch.zeros(4, dtype=torch.long), torch.arange(4)
+    assert losses.likely_labels(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [True, True, True, False]
+    assert losses.likely_labels(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [True, True, False, False]
+    expected = -sum(p * log(p) for p in law[0].tolist())
+    torch.testing.assert_close(losses.entropies(laws, flat[:1], 4), torch.tensor([expected]))
+
+
+def test_means_weights_and_accuracy() -> None:
+    assert float(losses.masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, True, False]))) == 3
+    assert float(losses.masked_mean(torch.zeros(0), torch.zeros(0, dtype=torch.bool))) == 0
+    assert losses.depth_weights(3, 0.5, 0.5) == [0.5, 0.25, 0.125]
+    found = losses.accuracy(torch.tensor([0, 4, 5, 0]), torch.tensor([True, True, True, False]), 5)
+    assert (int(found.total), int(found.count)) == (2, 3)

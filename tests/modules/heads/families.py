@@ -1,0 +1,102 @@
+"""The head families and their ablations, and the data that tests feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modules.core.batches import TextBatch
+from modules.core.drafter import Accepted, Context, DraftState, Frontier
+from modules.core.target import Target
+from modules.core.trainable import TargetShape
+from modules.heads.clover import Clover
+from modules.heads.clover2 import Clover2
+from modules.heads.head_drafter import HeadDrafter
+from modules.heads.hydra import Hydra
+from modules.heads.medusa import Medusa
+from modules.trees.tree import TokenTree
+
+Build = Callable[[TargetShape], HeadDrafter]
+DRAFTED = 40
+
+FAMILIES: dict[str, Build] = {
+    "medusa": lambda shape: Medusa(shape, 3, 2, draft_vocabulary=DRAFTED),
+    "medusa_shared": lambda shape: Medusa(shape, 3, lm_head="shared"),
+    "clover": lambda shape: Clover(shape, 3, draft_vocabulary=DRAFTED),
+    "clover_cosine": lambda shape: Clover(shape, 3, gate="cosine"),
+    "clover_mlp_fusion": lambda shape: Clover(shape, 3, fusion="mlp"),
+    "clover_no_token": lambda shape: Clover(shape, 3, token_input=False),
+    "clover_attention_block": lambda shape: Clover(shape, 3, augmenting="attention"),
+    "clover_mlp_block": lambda shape: Clover(shape, 3, augmenting="mlp"),
+    "clover_no_block": lambda shape: Clover(shape, 3, augmenting="none", tree="narrow"),
+    "clover2": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED),
+    "clover2_label_mask": lambda shape: Clover2(shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"),
+    "hydra": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED),
+    "hydra_shared": lambda shape: Hydra(shape, 3, prefix=False, lm_head="shared"),
+}
+
+
+def built(name: str, target: Target, shake: float = 0.0) -> HeadDrafter:
+    """A drafter of the family in float64, started from the target, its parameters then shaken by Gaussian noise."""
+    torch.manual_seed(1)
+    drafter = FAMILIES[name](target.shape).double()
+    if drafter.vocabulary_D is not None:
+        drafter.set_vocabulary(torch.randperm(target.shape.vocab_size)[:DRAFTED])
+    drafter.initialise(target)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=shake)
+    return drafter.eval()
+
+
+def documents(rows: list[list[int]], labels_from: int = 0) -> TextBatch:
+    """One document a row, right-padded, every token from `labels_from` on a label."""
+    length = max(map(len, rows))
+    ids, documents = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -1)
+    for b, row in enumerate(rows):
+        ids[b, :len(row)], documents[b, :len(row)] = torch.tensor(row), 0
+    positions = torch.arange(length).expand(len(rows), -1).clone()
+    return TextBatch(ids, (documents == 0) & (positions >= labels_from), positions, documents)
+
+
+def filled(batch: TextBatch, drafter: HeadDrafter, target: Target) -> TextBatch:
+    """The batch with the states that the drafter's loss reads."""
+    batch.states = target.features(batch, drafter.training_states)
+    return batch
+
+
+class Reader:
+    """Feeds a drafter known text as decoding would: a prompt, then accepted chains of given lengths."""
+
+    def __init__(self, drafter: HeadDrafter, target: Target, batch: TextBatch, lengths: list[int]) -> None:
+        self.drafter, self.target, self.ids = drafter, target, torch.nn.functional.pad(batch.input_ids, (0, 8))
+        self.read = torch.tensor(lengths)
+        target.open(len(lengths), 64)
+        prompts = self.ids[:, :max(lengths)]
+        _, states = target.prefill(prompts, self.read, drafter.decoding_states)
+        context = Context(target, prompts, self.read, self.token(0), states)
+        self.state: DraftState = drafter.start(context)
+
+    def token(self, ahead: int) -> Tensor:
+        """The token `ahead` places behind the newest [B]."""
+        return self.ids.gather(1, self.read[:, None] + ahead)[:, 0]
+
+    def accept(self, lengths: list[int]) -> None:
+        """One verification that lets the next `lengths` tokens through."""
+        width = max(lengths) + 1
+        tree = TokenTree.chain(torch.stack([self.token(i) for i in range(width)], 1))
+        verified = self.target.verify(tree, self.drafter.decoding_states)
+        counts = torch.tensor(lengths)
+        self.read = self.read + counts
+        path = torch.arange(max(lengths)).expand(len(lengths), -1)
+        accepted = Accepted(path * (path < counts[:, None]), counts, self.token(0))
+        self.target.commit(accepted)
+        self.state = self.drafter.absorb(self.state, verified, accepted)
+
+    def logits(self) -> Tensor:
+        """Draft logits [B,K,D] of every step, each told the text's own tokens."""
+        steps = [self.drafter.expand(self.state, Frontier(self.token(d)[:, None], torch.full_like(self.read, d - 1)[:, None], d))
+                 for d in range(self.drafter.heads)]
+        return torch.cat(steps, 1)
