@@ -7,8 +7,9 @@ from __future__ import annotations
 
 Path = list[int]
 
-NARROW: list[Path] = [[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2]]
-"""Seven nodes and the root: as many rows as a CPU verifies for little more than one."""
+NARROW: list[Path] = [[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 0, 0], [3], [0, 0, 1], [2, 0], [0, 2],
+                      [1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0]]
+"""The first seven and the root are as many rows as a CPU verifies for little more than one."""
 
 # The released trees, of Medusa (63 nodes) and of EAGLE-1 and Clover-2 (25 nodes), a node as a string of ranks.
 _MC_SIM_7B_63 = """0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21
