@@ -172,13 +172,17 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
 
 def load_weights(trainable: Trainable, file: Path) -> None:
     """Load a safetensors file strictly; the module takes the precision of the file."""
-    tensors = _read_weights(file)
+    assign_weights(trainable, _read_weights(file), str(file))
+
+
+def assign_weights(trainable: Trainable, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors strictly; the module takes their precision. `source` is what error messages call them."""
     expected = trainable.state_dict(keep_vars=True)
     reshaped = {f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
                 for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape}
     wrong = {"missing": set(expected) - set(tensors), "unexpected": set(tensors) - set(expected), "reshaped": reshaped}
     if any(wrong.values()):
-        raise ValueError(f"{file} does not fit {type(trainable).__name__}: " + "; ".join(
+        raise ValueError(f"{source} does not fit {type(trainable).__name__}: " + "; ".join(
             f"{kind}: {_some(names)}" for kind, names in wrong.items() if names))
     for name, tensor in tensors.items():
         if expected[name].dtype != tensor.dtype:
@@ -209,7 +213,8 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
     if binds_to != "nothing" and there.vocab_size != here.vocab_size:
-        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has {here.vocab_size}")
+        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
+                         f"{here.vocab_size}")
     if binds_to != "weights":
         return
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):

@@ -1,0 +1,150 @@
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from checkpoints.pretrained import load_pretrained
+from train.cli import command, make_parser
+from train.module import TrainableModule
+
+
+def run(recipe, output, *more):
+    return command(["--config", str(recipe), "--output", str(output), *more])
+
+
+def weights(output):
+    return load_pretrained(output).state_dict()
+
+
+def test_a_run_leaves_its_config_a_drafter_a_card_and_logs(tiny, recipe, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run(recipe, output, "--drafter.heads", "3") == 0
+    assert f"trained: {output / 'drafter'}" in capsys.readouterr().out
+    drafter = load_pretrained(output, tiny)
+    assert drafter.heads == 3 and drafter.vocabulary_D is not None and len(drafter.vocabulary_D) == 48
+    provenance = json.loads((output / "drafter" / "provenance.json").read_text())
+    assert {"val/loss", "val/top1_0", "val/top5_2", "probe/tau"} <= set(provenance["measured"])
+    assert provenance["data"]["fingerprint"] and provenance["settings"]["drafter"]["init_args"]["heads"] == 3
+    assert "val/loss" in (output / "drafter" / "README.md").read_text()
+    rows = list(csv.DictReader((output / "lightning" / "version_0" / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/loss"]] == [str(step) for step in range(1, 7)]
+    assert list((output / "lightning" / "version_0").glob("events.*"))
+
+
+def test_its_config_trains_the_same_again(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "a")
+    run(tmp_path / "a" / "config.yaml", tmp_path / "b")
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Stop(Callback):
+    """Stops hard after some steps, as a lost machine would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny, recipe, tmp_path, monkeypatch, at):
+    run(recipe, tmp_path / "whole")
+    whole_probe = __import__("train.run", fromlist=["RunProgress"]).RunProgress
+    monkeypatch.setattr("train.run.RunProgress", lambda: Stop(at))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(recipe, tmp_path / "broken")
+    monkeypatch.setattr("train.run.RunProgress", whole_probe)
+    assert run(recipe, tmp_path / "broken", "--resume", "last") == 0
+    unbroken, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_the_best_weights_are_exported_with_their_own_figures(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "best", "--optimizer.lr", "5", "--trainer.gradient_clip_val", "0")
+    found = json.loads((tmp_path / "best" / "drafter" / "provenance.json").read_text())["measured"]
+    logged = csv.DictReader((tmp_path / "best" / "lightning" / "version_0" / "metrics.csv").open())
+    losses = [float(row["val/loss"]) for row in logged if row["val/loss"]]
+    assert found["val/loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_weights_between_two_validations_compete_too(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "run", "--trainer.max_steps", "5", "--trainer.val_check_interval", "4")
+    last = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+    exported = weights(tmp_path / "run")
+    assert torch.equal(exported["blocks.0.0.linear.weight"], last["state_dict"]["trainable.blocks.0.0.linear.weight"])
+
+
+def test_a_warm_start_begins_with_the_weights_of_an_earlier_run(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "a")
+    run(recipe, tmp_path / "b", "--init_from", str(tmp_path / "a"), "--optimizer.lr", "1e-12")
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_an_output_that_is_taken_is_refused_unless_overwritten(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run: add --resume last, --overwrite"):
+        run(recipe, tmp_path / "run")
+    assert run(recipe, tmp_path / "run", "--overwrite") == 0
+    assert not (tmp_path / "run" / "lightning" / "version_1").exists()
+
+
+def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume: drafter is .* but the run was begun with"):
+        run(recipe, tmp_path / "run", "--resume", "last", "--drafter.heads", "3")
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--drafter.hads", "3"], "drafter.*'hads' is not accepted"),
+    (["--drafter.heads", "many"], "drafter.heads.*expected int"),
+    (["--trainer.max_steps", "x"], "trainer.max_steps: expected int"),
+    (["--trainer.steps", "3"], "--trainer.steps"),
+    (["--trainer.max_steps", "-1"], "trainer.max_steps and trainer.max_epochs are both -1"),
+    (["--data.max_lenth", "3"], "data.*'max_lenth' is not accepted"),
+    (["--data.train", "none.jsonl"], "none.jsonl.* does not exist"),
+    (["--optimizer.lr", "0"], "optimizer.lr must be above 0"),
+    (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
+    (["--resume", "last"], "last.ckpt does not exist"),
+    (["--init_from", "/none"], "'/none' does not exist"),
+])
+def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr("train.run.load_target", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=words) as caught:
+        run(recipe, tmp_path / "run", *flags)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_merge_left_to_right_and_flags_win(recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("drafter: {init_args: {heads: 7}}\ntrainer: {max_steps: 2}\nseed: 5\n")
+    config = make_parser().parse_args(["--config", str(recipe), "--config", str(tmp_path / "more.yaml"), "--seed", "9"])
+    assert config.drafter.init_args.heads == 7 and config.drafter.init_args.draft_vocabulary == 48
+    assert (config.trainer.max_steps, config.optimizer.lr, config.seed) == (2, 0.01, 9)
+
+
+def test_the_help_fits_on_one_screen():
+    lines = make_parser().format_help().splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 120
+    shown = "\n".join(lines)
+    assert all(f"--{name}" in shown for name in ("config", "drafter", "output", "resume", "init_from", "trainer.KEY"))
+
+
+def test_the_printed_config_is_a_config(recipe, capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--config", str(recipe), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["optimizer"]["lr"] == 0.01
+
+
+def test_the_target_stays_out_of_the_checkpoints(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
+    names = TrainableModule.__name__, list(saved["state_dict"])
+    assert all(name.startswith("trainable.") for name in names[1])

@@ -1,0 +1,86 @@
+"""What happens around the training loop: the acceptance probe, the progress bar, the checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+
+from modules.core.drafter import Drafter, Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from train.module import TrainableModule
+from train.settings import CheckpointSettings, ProbeSettings
+
+PROBE = "probe/tau"
+
+
+class AcceptanceProbe(Callback):
+    """After each validation, decodes held-out prompts greedily with the drafter as it stands, and logs τ (`probe/tau`).
+
+    τ = tokens emitted by target calls ÷ those calls, bonus token counted, pooled over the prompts.
+
+    It runs on every rank, because parameters and target may be sharded.
+
+    Args:
+        prompts: token ids of held-out prompts.
+        settings: how many tokens, with what budget.
+    """
+
+    def __init__(self, prompts: list[list[int]], settings: ProbeSettings) -> None:
+        self.prompts, self.settings = prompts, settings
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decode, and log."""
+        assert isinstance(pl_module, TrainableModule) and isinstance(pl_module.trainable, Drafter)
+        pl_module.log(PROBE, self.measure(pl_module), prog_bar=True, sync_dist=True)
+
+    def measure(self, module: TrainableModule) -> float:
+        """τ of the current weights."""
+        drafter = module.trainable
+        assert isinstance(drafter, Drafter)
+        decoder = SpeculativeDecoder(drafter.adapt(module.target), drafter, budget=self.settings.budget)
+        emitted = calls = 0
+        for prompt in self.prompts:
+            trace = decoder.decode([prompt], Sampling(), self.settings.max_new_tokens)[0]
+            emitted, calls = emitted + sum(trace.accepted), calls + len(trace.accepted)
+        return emitted / max(1, calls)
+
+
+class RunProgress(RichProgressBar):
+    """A progress bar, and one line per validation that stays."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Without the run's version number."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was measured."""
+        super().on_validation_end(trainer, pl_module)
+        shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name in ("val/loss", PROBE)}
+        if trainer.is_global_zero and shown:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items()))
+            _console(self).print(f"step {trainer.global_step}  {figures}")
+
+
+def _console(bar: RichProgressBar) -> Any:
+    return bar.progress.console if bar.progress is not None else bar._console
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`, at the end of training too."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The weights that training ended on."""
+        assert self.dirpath is not None
+        trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+
+def checkpoint_callbacks(folder: Path, settings: CheckpointSettings) -> list[ModelCheckpoint]:
+    """Writers of `last.ckpt` and `best.ckpt`."""
+    mode = "max" if settings.best_by == PROBE else "min"
+    common: dict[str, Any] = {"dirpath": folder, "save_on_train_epoch_end": False, "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor=settings.best_by, mode=mode, **common)
+    last = LastCheckpoint(filename="last", every_n_train_steps=settings.every_n_steps, **common)
+    return [best, last]

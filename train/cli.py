@@ -1,0 +1,142 @@
+"""`python train.py`: the command line and the YAML have the keys of `train.run.Recipe`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
+
+from checkpoints.pretrained import PROVENANCE, find_folder, read_config
+from data.configfiles import parse, run
+from data.datamodule import ConversationData
+from train.run import CONFIG, Place, Recipe, claim, same_run, train
+
+_LASTING = ("target", "dtype", "drafter", "data", "seed")
+"""Keys that a resumed run may not change."""
+_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite")
+"""Flags that are no part of the recipe."""
+_FLAGS = ("config", "drafter", "target", "dtype", "seed", "output", "resume", "init_from", "overwrite")
+_SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint")
+_EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
+
+
+class TrainParser(ArgumentParser):
+    """A parser whose help fits on one screen: a section is a few lines of keys, not a paragraph per key."""
+
+    def format_help(self) -> str:
+        """Flags of their own, then the sections with their keys and defaults."""
+        flags = [_flag(action) for action in self._actions if action.dest in _FLAGS]
+        sections = [_section(name, _defaults(self, name)) for name in _SECTIONS]
+        return "\n".join([f"usage: {self.prog} --config NAME [--config NAME ...] [--KEY VALUE ...]", "",
+                          str(self.description), f"For example: {_EXAMPLE}", "", *flags, "", *sections, "",
+                          _row("--drafter.help CLASS", "what a drafter's keys mean"),
+                          _row("--print_config", "print the merged config, every key, and stop"), ""])
+
+
+def _row(left: str, right: str) -> str:
+    return f"  {left:<22}  " + ("\n" + " " * 26).join(textwrap.wrap(right, 92, break_on_hyphens=False))
+
+
+def _flag(action: Any) -> str:
+    default = f" [{action.default}]" if isinstance(action.default, str) or action.dest == "seed" else ""
+    return _row(f"--{action.dest}", str(action.help).split(" (type:")[0].split(" (required")[0] + default)
+
+
+def _section(name: str, defaults: Mapping[str, Any]) -> str:
+    return _row(f"--{name}.KEY", ", ".join(f"{key}={_written(value)}" for key, value in defaults.items()))
+
+
+def _written(value: Any) -> str:
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+
+
+def _defaults(parser: ArgumentParser, name: str) -> dict[str, Any]:
+    if name == "data":
+        parameters = list(inspect.signature(ConversationData.__init__).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+    return {action.dest.split(".", 1)[1]: action.default for action in parser._actions
+            if action.dest.startswith(f"{name}.") and not action.dest.endswith(".help")}
+
+
+def make_parser() -> TrainParser:
+    """The parser of `python train.py`: the keys of `Recipe`, and the flags of one run."""
+    parser = TrainParser(prog="python train.py", exit_on_error=False,
+                         description="Train a decoding accelerator for a frozen target.")
+    parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
+    parser.add_class_arguments(Recipe, fail_untyped=True)
+    parser.set_defaults({"data": {"class_path": "data.datamodule.ConversationData"}})
+    parser.add_argument("--output", type=str | None, help="folder of the run [runs/NAME of the first config]")
+    parser.add_argument("--resume", type=str | None, help="`last` or a checkpoint: go on with the same batches")
+    parser.add_argument("--init_from", type=str | None, help="run, drafter or Hub id whose weights to start from")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same output")
+    return parser
+
+
+def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
+    """What a command line asks for; nothing is loaded, and every mistake that can be seen is seen here.
+
+    Raises:
+        ValueError: a value out of range, an output that is taken, nothing to resume or to start from.
+    """
+    settings = recipe_settings(parser, config)
+    output = Path(config.output or f"runs/{_stem(config)}")
+    resume = claim(output, config.resume, config.overwrite)
+    if resume is not None:
+        same_run(output / CONFIG, settings, _LASTING)
+    if config.init_from is not None:
+        read_config(find_folder(config.init_from))
+    built = vars(parser.instantiate(config))
+    recipe = Recipe(**{key.name: built[key.name] for key in fields(Recipe)})
+    return recipe, Place(output, resume, config.init_from, settings)
+
+
+def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The config without the flags that belong to one run only, as plain values."""
+    whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+    return {name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN}
+
+
+def _stem(config: Namespace) -> str:
+    if config.config:
+        return Path(str(config.config[0])).stem
+    return str(config.drafter.class_path).rsplit(".", 1)[-1].lower()
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse, write the run's config, train, and say where the result is."""
+    parser = make_parser()
+    recipe, place = prepare(parser, parse(parser, arguments))
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    write_config(place)
+    report(train(recipe, place))
+    return 0
+
+
+@rank_zero_only
+def write_config(place: Place) -> None:
+    """`DIR/config.yaml`, which trains the same again."""
+    place.output.mkdir(parents=True, exist_ok=True)
+    (place.output / CONFIG).write_text(yaml.safe_dump(dict(place.settings), sort_keys=False), encoding="utf-8")
+
+
+@rank_zero_only
+def report(folder: Path) -> None:
+    """The last lines of a training."""
+    measured = json.loads((folder / PROVENANCE).read_text())["measured"]
+    shown = [f"{name} {measured[name]:.4f}" for name in ("val/loss", "probe/tau") if name in measured]
+    print(f"trained: {folder}  {'  '.join(shown)}")
+
+
+def main() -> None:
+    """Entry point; exit status 2 after a user's mistake."""
+    sys.exit(run(command, sys.argv[1:]))

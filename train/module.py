@@ -1,0 +1,196 @@
+"""The LightningModule that trains any `Trainable` beside a frozen target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from modules.core.batches import LabelledBatch, PreferenceBatch, TextBatch
+from modules.core.target import Target
+from modules.core.trainable import Mean, Trainable
+from train.settings import OptimizerSettings
+
+AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite; training stops, and the last checkpoint is from before."""
+
+
+class RunningMeans:
+    """Sums and counts of metrics, so that means over batches and ranks are weighted properly."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Mean]) -> None:
+        """Add one batch."""
+        for name, mean in metrics.items():
+            pair = torch.stack([mean.total.detach().double(), mean.count.detach().double()])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def take(self, reduce: Any) -> dict[str, float]:
+        """The means since the last call, of what was counted at all; `reduce` sums a tensor over the ranks."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = reduce(torch.stack([self.sums[name] for name in names]))
+        self.sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
+
+class TrainableModule(LightningModule):
+    """Trains `trainable`; the target stands beside it and is no part of the module's parameters or checkpoints.
+
+    Args:
+        trainable: what learns.
+        target: the frozen target; moved to the training device, never changed.
+        optimizer: learning rate, schedule and decay.
+        log_every: optimiser steps between two logged training means.
+    """
+
+    target: Target
+
+    def __init__(self, trainable: Trainable, target: Target, optimizer: OptimizerSettings, log_every: int = 10) -> None:
+        super().__init__()
+        self.trainable = trainable
+        self.settings, self.log_every = optimizer, log_every
+        self.__dict__["target"] = target
+        self.means = {"train": RunningMeans(), "val": RunningMeans()}
+        self._logged_step = 0
+        self.validated_step = -1
+        self._random_state: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Put the target on this rank's device."""
+        self.target.to(self.trainer.strategy.root_device)
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: AnyBatch, batch_idx: int) -> Tensor:
+        """The loss to minimise."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: AnyBatch, batch_idx: int) -> None:
+        """Only counted."""
+        self._step(batch, "val")
+
+    def _step(self, batch: AnyBatch, stage: str) -> Tensor:
+        self.fill_states(batch)
+        losses = self.trainable.loss(batch, self.target, self.progress)
+        if not torch.isfinite(losses.total):
+            raise NonFiniteLoss(
+                f"the {stage} loss is {losses.total.item()} at step {self.global_step}: lower optimizer.lr (now "
+                f"{self.settings.lr}) or trainer.gradient_clip_val, then continue with --resume last or start again")
+        count = sum(text.loss_mask.sum() for text in text_batches(batch))
+        self.means[stage].add({"loss": Mean(losses.total.detach() * count, torch.as_tensor(count)), **losses.metrics})
+        return losses.total
+
+    def fill_states(self, batch: AnyBatch) -> None:
+        """Compute the states that the loss reads and the feature cache did not bring, at the target's own precision."""
+        if self.trainable.online:
+            return
+        dtype = next((parameter.dtype for parameter in self.trainable.parameters()), self.target.dtype)
+        for text in text_batches(batch):
+            wanted = [name for name in self.trainable.training_states if name not in text.states]
+            if wanted:
+                with torch.autocast(self.device.type, enabled=False):
+                    text.states |= self.target.features(text, wanted)
+            text.states |= {name: state.to(dtype) for name, state in text.states.items()}
+
+    @property
+    def progress(self) -> float:
+        """How much of the training is done, from 0 to 1."""
+        return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+
+    # -- logging ----------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the means of the last steps."""
+        step = self.global_step
+        if step == self._logged_step or step % self.log_every:
+            return
+        self._logged_step = step
+        means = self._take("train")
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for logger in self.loggers:
+            logger.log_metrics({**means, "lr": learning_rate, "epoch": self.current_epoch}, step=step)
+        self.log("loss", means["train/loss"], prog_bar=True, logger=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the whole validation set."""
+        self.validated_step = self.global_step
+        self.log_dict(self._take("val"), sync_dist=True)
+
+    def _take(self, stage: str) -> dict[str, float]:
+        def total(tensor: Tensor) -> Tensor:
+            reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+            assert isinstance(reduced, Tensor)
+            return reduced
+        return {f"{stage}/{name}": value for name, value in self.means[stage].take(total).items()}
+
+    # -- optimiser --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the declared parameter groups, with the schedule per step."""
+        settings = self.settings
+        groups = [group for declared in self.trainable.parameter_groups() for group in decay_groups(declared, settings)]
+        optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+
+    def _schedule(self, optimizer: Optimizer) -> LambdaLR:
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.settings.warmup_steps
+        if warmup is None:
+            warmup = round(self.settings.warmup_ratio * total)
+        return LambdaLR(optimizer, lambda step: learning_rate_share(step, total, warmup, self.settings.floor))
+
+    # -- resuming ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state, so that a resumed training draws the same numbers."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the random state until training goes on."""
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_start(self) -> None:
+        """Go on with the saved random state."""
+        self._logged_step = self.global_step
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if self._random_state["cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
+
+
+def text_batches(batch: AnyBatch) -> Iterable[TextBatch]:
+    """The text batches that a batch of any kind is made of."""
+    if isinstance(batch, PreferenceBatch):
+        return batch.chosen, batch.rejected
+    return (batch.text,) if isinstance(batch, LabelledBatch) else (batch,)
+
+
+def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """One declared group as one or two optimiser groups: decay falls on matrices only."""
+    parameters, rate = list(declared["params"]), settings.lr * declared.get("lr_scale", 1.0)
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [{**group, "lr": rate} for group in groups if group["params"]]
+
+
+def learning_rate_share(step: int, total: int, warmup: int, floor: float) -> float:
+    """Share of the peak learning rate at optimiser step `step` (0-based): linear warm-up, then a cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,222 @@
+"""One training run, from a checked config to `DIR/drafter/`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
+from data.datamodule import ConversationData
+from modules.core.drafter import Drafter
+from modules.core.loading import load_target
+from modules.core.target import Target
+from modules.core.trainable import TargetShape, Trainable
+from train.callbacks import AcceptanceProbe, RunProgress, checkpoint_callbacks
+from train.module import TrainableModule
+from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
+from train.strategy import strategy_named
+
+LIGHTNING, CHECKPOINTS, DRAFTER, CONFIG = "lightning", "lightning/checkpoints", "drafter", "config.yaml"
+
+
+@dataclass
+class Recipe:
+    """What to train, on what and how: every key of a config.
+
+    Args:
+        drafter: what to train: class_path and init_args; `--drafter.heads 4` sets one of the latter.
+        data: what to train on, see data/datamodule.py.
+        target: Hub id, folder, .gguf file or smollm2-135m.
+        dtype: of the target: float32, bfloat16, float16 or float64.
+        seed: of weights, order and dropout.
+        optimizer: see train/settings.py.
+        trainer: see train/settings.py.
+        probe: see train/settings.py.
+        checkpoint: see train/settings.py.
+    """
+
+    drafter: Callable[[TargetShape], Trainable]
+    data: ConversationData
+    target: str = "smollm2-135m"
+    dtype: str = "float32"
+    seed: int = 0
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass
+class Place:
+    """Where a recipe is run and what it goes on from.
+
+    Args:
+        output: folder of the run.
+        resume: checkpoint to go on from.
+        init_from: run, drafter folder or Hub id whose weights to start from.
+        settings: the recipe as plain values, for the record.
+    """
+
+    output: Path
+    resume: Path | None = None
+    init_from: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
+    """Train, and leave `DIR/drafter/`.
+
+    Args:
+        recipe: what to train.
+        place: where to.
+        target: an already loaded target; None loads `recipe.target`.
+
+    Returns:
+        The folder of the trained component.
+    """
+    seed_everything(recipe.seed, verbose=False)
+    target = target or load_target(recipe.target, recipe.dtype)
+    trainable = build(recipe, target, place.init_from)
+    module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps)
+    trainer = lightning_trainer(recipe, place.output, trainable)
+    trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
+    return export(recipe, place, trainer, module)
+
+
+def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Trainable:
+    """The component, its weights started from the target's or from an earlier run's."""
+    trainable = recipe.drafter(target.shape)
+    recipe.data.bind(target, () if trainable.online else trainable.training_states)
+    choose_vocabulary(trainable, recipe.data)
+    trainable.initialise(target)
+    if init_from is not None:
+        warm_start(trainable, init_from)
+    return trainable
+
+
+def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:
+    """Give a component with a trimmed draft vocabulary the most frequent assistant tokens of the training data."""
+    size = trainable.arguments.get("draft_vocabulary")
+    if size is not None and isinstance(trainable, Drafter) and trainable.vocabulary_D is not None:
+        cast(Any, trainable).set_vocabulary(data.vocabulary(size))
+
+
+def lightning_trainer(recipe: Recipe, folder: Path, trainable: Trainable) -> Trainer:
+    """Lightning's Trainer as the recipe asks for it."""
+    settings = recipe.trainer
+    callbacks: list[Callback] = [RunProgress(), *checkpoint_callbacks(folder / CHECKPOINTS, recipe.checkpoint)]
+    if recipe.probe.prompts and isinstance(trainable, Drafter):
+        callbacks.insert(0, AcceptanceProbe(recipe.data.probe_prompts(recipe.probe.prompts), recipe.probe))
+    return Trainer(
+        default_root_dir=folder, callbacks=callbacks, logger=loggers(settings, folder),
+        accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
+        precision=cast(Any, settings.precision),
+        strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
+        max_epochs=settings.max_epochs, accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val or None, val_check_interval=settings.val_check_interval,
+        check_val_every_n_epoch=None if isinstance(settings.val_check_interval, int) else 1,
+        log_every_n_steps=settings.log_every_n_steps, num_sanity_val_steps=0, inference_mode=False,
+        enable_model_summary=False)
+
+
+def loggers(settings: TrainerSettings, folder: Path) -> list[Logger]:
+    """The loggers asked for, or CSV and TensorBoard files under `DIR/lightning/version_N`."""
+    if settings.logger is not None:
+        return settings.logger
+    csv = CSVLogger(folder, name=LIGHTNING)
+    return [csv, TensorBoardLogger(folder, name=LIGHTNING, version=csv.version, default_hp_metric=False)]
+
+
+# -- what remains of a run ----------------------------------------------------------------------------------------
+
+def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModule) -> Path:
+    """Validate the chosen weights and write them, with what was measured, to `DIR/drafter/`."""
+    checkpoint, measured = chosen(recipe, place.output / CHECKPOINTS, trainer, module)
+    folder = place.output / DRAFTER
+    if trainer.is_global_zero:
+        trainable = type(module.trainable)(**module.trainable.arguments)
+        assign_weights(trainable, component_weights(checkpoint), str(checkpoint))
+        provenance = Provenance.of(module.target, data=recipe.data.summary(), measured=measured,
+                                   settings=place.settings)
+        save_pretrained(trainable, folder, provenance)
+    trainer.strategy.barrier()
+    return folder
+
+
+def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModule) -> tuple[Path, dict[str, float]]:
+    """The checkpoint to export and its figures. Weights that training ended on between two validations compete too."""
+    last, best, key = folder / "last.ckpt", folder / "best.ckpt", recipe.checkpoint.best_by
+    candidates = [last]
+    if recipe.checkpoint.export == "best" and best.exists():
+        candidates = [best] if module.validated_step == trainer.global_step else [best, last]
+    measured = {path: _validated(trainer, module, recipe, path) for path in candidates}
+    worth = {path: figures.get(key, 0.0) * (-1 if key == "val/loss" else 1) for path, figures in measured.items()}
+    winner = max(candidates, key=lambda path: worth[path])
+    return winner, measured[winner]
+
+
+def _validated(trainer: Trainer, module: TrainableModule, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
+    figures = trainer.validate(module, datamodule=recipe.data, ckpt_path=checkpoint, verbose=False)[0]
+    return {name: float(value) for name, value in figures.items()}
+
+
+def component_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The component's tensors in a Lightning checkpoint: a file, or DeepSpeed's folder of shards."""
+    if checkpoint.is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
+    else:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    assert state is not None
+    prefix = "trainable."
+    return {name[name.index(prefix) + len(prefix):]: tensor for name, tensor in state.items() if prefix in name}
+
+
+# -- where a run lives --------------------------------------------------------------------------------------------
+
+def claim(output: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Check that a run may be written to `output`; returns the checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: there is a run already and none is to be resumed or overwritten; or nothing to resume.
+    """
+    if resume is not None:
+        return resume_point(output, resume)
+    if not (output / LIGHTNING).exists() or rank_zero_only.rank != 0:
+        return None
+    if not overwrite:
+        raise ValueError(f"output {str(output)!r} already holds a run: add --resume last, --overwrite, or give another "
+                         "--output")
+    for name in (LIGHTNING, DRAFTER):
+        shutil.rmtree(output / name, ignore_errors=True)
+    return None
+
+
+def resume_point(output: Path, resume: str) -> Path:
+    """The checkpoint that `--resume` means: `last` of this output, or a path."""
+    path = output / CHECKPOINTS / "last.ckpt" if resume == "last" else Path(resume)
+    if not path.exists():
+        raise ValueError(f"--resume {resume}: {path} does not exist: start without --resume, or name the run's "
+                         "--output")
+    return path
+
+
+def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse to resume a run whose config (`file`) has changed where it may not."""
+    if not file.is_file():
+        raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in keys:
+        if saved.get(key) != settings.get(key):
+            raise ValueError(f"--resume: {key} is {settings.get(key)!r}, but the run was begun with "
+                             f"{saved.get(key)!r}: restore it, or start a new run (--init_from takes the weights)")

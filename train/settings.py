@@ -1,0 +1,105 @@
+"""The sections of a training config. Every field is a key of the YAML and a flag: `--optimizer.lr 0.001`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch.loggers import Logger
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with linear warm-up, then a cosine down to a floor.
+
+    Args:
+        lr: peak learning rate; a component's parameter groups may scale it.
+        betas: of AdamW.
+        weight_decay: on matrices; vectors (norms, biases) are not decayed.
+        warmup_ratio: share of the steps that warm up.
+        warmup_steps: how many steps warm up; overrides the ratio.
+        floor: the learning rate ends at this share of its peak.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.05
+    warmup_steps: int | None = None
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train."""
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr must be above 0, got {self.lr}")
+        for name in ("warmup_ratio", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass
+class TrainerSettings:
+    """How long, on what and how precisely to train; the names are Lightning's.
+
+    Args:
+        max_epochs: passes over the data (-1: as many as max_steps takes).
+        max_steps: optimiser steps (-1: as many as max_epochs takes).
+        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`.
+        accumulate_grad_batches: batches per optimiser step.
+        gradient_clip_val: largest gradient norm (0: no clipping; with DeepSpeed too).
+        accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes per machine, or `auto` (one per GPU; one on a CPU).
+        num_nodes: machines.
+        strategy: `auto`, `ddp`, `deepspeed_1`, `deepspeed_2`, `deepspeed_3`, or any other name of Lightning's.
+        val_check_interval: validate every so many batches, or (0.5) that share of an epoch.
+        log_every_n_steps: optimiser steps between two logged training means.
+        logger: Lightning loggers by class path; the default writes CSV and TensorBoard files.
+    """
+
+    max_epochs: int = 1
+    max_steps: int = -1
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float = 1.0
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    val_check_interval: int | float = 1.0
+    log_every_n_steps: int = 10
+    logger: list[Logger] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a training without an end."""
+        if self.max_steps < 0 and self.max_epochs < 0:
+            raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
+
+
+@dataclass
+class ProbeSettings:
+    """The acceptance probe: after each validation, a few held-out prompts are decoded for real.
+
+    Args:
+        prompts: how many (0: no probe).
+        max_new_tokens: per prompt.
+        budget: drafted nodes per step; null is the drafter's own.
+    """
+
+    prompts: int = 4
+    max_new_tokens: int = 48
+    budget: int | None = None
+
+
+@dataclass
+class CheckpointSettings:
+    """What is kept while training and what becomes `drafter/`.
+
+    Args:
+        best_by: the figure that decides which weights are best.
+        export: which weights become `drafter/`.
+        every_n_steps: how often `last` is written; null is after each validation.
+    """
+
+    best_by: Literal["val/loss", "probe/tau"] = "val/loss"
+    export: Literal["best", "last"] = "best"
+    every_n_steps: int | None = None
