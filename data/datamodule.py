@@ -50,7 +50,7 @@ class Batches:
         self.documents, self.cache, self.seed, self.shuffle, self.workers = documents, cache, seed, shuffle, workers
         self.rank, self.world, self.rows = rank, world, rows
         self.packed = pack([len(document) for document in documents], max_length, seed)
-        self.sampler = self
+        self.sampler, self.batch_sampler = self, None
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
@@ -96,8 +96,8 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. ValueError: the state is of other data or of another order."""
         if state["order"] != self._fingerprint():
-            raise ValueError("--resume: the data or their order (data.*, number of processes) changed since the checkpoint: "
-                             "restore them, or start a new run with --init_from")
+            raise ValueError("--resume: data.* or the number of processes changed since the checkpoint: restore "
+                             "them, or start a new run with --init_from")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
     def _fingerprint(self) -> str:
@@ -109,7 +109,7 @@ class ConversationData(LightningDataModule):
     """Training and validation conversations for one target.
 
     Args:
-        train: `.jsonl`, `.jsonl.gz` or `.parquet` file, Hub data set (`owner/name`, `owner/name:config`), or `embedded`.
+        train: `.jsonl`, `.jsonl.gz` or `.parquet` file, Hub data set (`owner/name[:config]`), or `embedded`.
         validation: the same; null holds out `validation_fraction` of `train`, whole prompts at a time.
         split: split of a Hub data set to train on.
         validation_split: split of a Hub data set to validate on.

@@ -9,14 +9,12 @@ Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.configfiles import config_parser, parse, run
 from data.conversations import Tokens
 from data.packing import collate
 from modules.core.batches import StateName
@@ -218,7 +215,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"features manifest {str(path)!r} is not JSON ({error}): delete the folder") from None
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"features {str(folder)!r} are of format {manifest.get('format')}, this version reads {FORMAT}: "
+        raise ValueError(f"features {str(folder)!r} are of format {manifest.get('format')}, not {FORMAT}: "
                          "delete the folder")
     return manifest
 
@@ -262,42 +259,6 @@ def _bar(done: int, total: int, visible: bool) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-# -- command line -----------------------------------------------------------------------------------------------
-
-
-def command(arguments: Sequence[str]) -> int:
-    """`python -m data.features --config clover.yaml --data.features FOLDER`: cache what a recipe's training reads."""
-    from data.datamodule import ConversationData
-    from modules.core.loading import load_target
-    from modules.core.trainable import TargetShape, Trainable
-
-    def build(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
-              drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None) -> None:
-        """Compute the states of a frozen target over a data set, once.
-
-        Args:
-            data: what to read; `data.features` is the folder to write.
-            target: Hub id, folder, .gguf file or smollm2-135m.
-            dtype: of the target: float32, bfloat16, float16 or float64.
-            drafter: the component whose states are wanted.
-            states: state names instead of the drafter's.
-        """
-        if data.features is None:
-            raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
-        if drafter is None and not states:
-            raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
-        loaded = load_target(target, dtype)
-        data.bind(loaded, states or (drafter(loaded.shape).training_states if drafter else ()))
-        print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens: {data.features}")
-
-    parser = config_parser("python -m data.features", "Cache the target's states over a data set.")
-    parser.add_function_arguments(build, fail_untyped=True)
-    for section in ("seed", "optimizer", "trainer", "probe", "checkpoint"):
-        parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
-    built = parser.instantiate(parse(parser, arguments))
-    build(built.data, built.target, built.dtype, built.drafter, built.states)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    from data.cache_command import main
+    main()

@@ -1,0 +1,56 @@
+"""`python -m data.features`: cache what a recipe's training reads from its target."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data.configfiles import config_parser, parse, run
+from data.datamodule import ConversationData
+from modules.core.batches import StateName
+from modules.core.loading import load_target
+from modules.core.trainable import TargetShape, Trainable
+
+_OF_TRAINING = ("seed", "optimizer", "trainer", "probe", "checkpoint")
+"""Sections of a recipe that do not matter here."""
+
+
+def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
+          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None) -> None:
+    """Compute the states of a frozen target over a data set, once.
+
+    Args:
+        data: what to read; `data.features` is the folder to write.
+        target: Hub id, folder, .gguf file or smollm2-135m.
+        dtype: of the target: float32, bfloat16, float16 or float64.
+        drafter: the component whose states are wanted.
+        states: state names instead of the drafter's.
+
+    Raises:
+        ValueError: no folder, or nothing says which states.
+    """
+    if data.features is None:
+        raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
+    if drafter is None and not states:
+        raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
+    loaded = load_target(target, dtype)
+    data.bind(loaded, states or (drafter(loaded.shape).training_states if drafter else ()))
+    print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens: {data.features}")
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse a recipe's config and flags, and cache."""
+    parser = config_parser("python -m data.features", "Cache the target's states over a data set.")
+    parser.add_function_arguments(cache, fail_untyped=True)
+    for section in _OF_TRAINING:
+        parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
+    built = parser.instantiate(parse(parser, arguments))
+    cache(built.data, built.target, built.dtype, built.drafter, built.states)
+    return 0
+
+
+def main() -> None:
+    """Entry point; exit status 2 after a user's mistake."""
+    sys.exit(run(command, sys.argv[1:]))
