@@ -77,10 +77,6 @@ class LayerCache:
         """Count the first `counts_B` of the rows written last."""
         self.lengths_B = self.lengths_B + counts_B
 
-    def select(self, sequences_S: Tensor) -> LayerCache:
-        """The cache of these sequences alone."""
-        return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
-
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows of this call what `rows` lets each one see."""
         count = rows.visible_BNN.shape[-1]

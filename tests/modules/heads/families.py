@@ -97,6 +97,6 @@ class Reader:
 
     def logits(self) -> Tensor:
         """Draft logits [B,K,D] of every step, each told the text's own tokens."""
-        steps = [self.drafter.expand(self.state, Frontier(self.token(d)[:, None], torch.full_like(self.read, d - 1)[:, None], d))
-                 for d in range(self.drafter.heads)]
-        return torch.cat(steps, 1)
+        parent = torch.full_like(self.read, -1)[:, None]
+        return torch.cat([self.drafter.expand(self.state, Frontier(self.token(d)[:, None], parent + d, d))
+                          for d in range(self.drafter.heads)], 1)

@@ -157,7 +157,8 @@ def test_mistakes_are_one_line() -> None:
     for build, words in ((lambda: Medusa(shape, 0), "heads must"), (lambda: Medusa(shape, lm_head="x"), "lm_head"),
                          (lambda: Clover(shape, fusion="x"), "fusion"), (lambda: Clover(shape, gate="x"), "gate"),
                          (lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]), "deeper than the 2 draft heads"),
-                         (lambda: Medusa(shape, tree="oak"), "tree 'oak'"), (lambda: Hydra(shape, lm_head="x"), "lm_head"),
+                         (lambda: Medusa(shape, tree="oak"), "tree 'oak'"),
+                         (lambda: Hydra(shape, lm_head="x"), "lm_head"),
                          (lambda: Medusa(shape, draft_vocabulary=0), "draft_vocabulary")):
         with pytest.raises(ValueError, match=words):
             build()

@@ -1,0 +1,127 @@
+"""Clover, Clover-2 and Hydra: where they start, their gates, their losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modules.core.losses import training_rows
+from modules.heads.clover import AttentionDecoder
+from modules.heads.clover2 import Clover2
+from modules.trees.paths import NAMED, tree_paths
+from modules.trees.static import StaticTree
+from tests.fakes import tiny_batch, tiny_target
+from tests.modules.heads.families import Reader, built, documents, filled
+
+TARGET = tiny_target("llama")
+
+
+@pytest.mark.parametrize("name", ["clover", "clover_cosine", "clover_mlp_fusion", "clover_no_block", "clover_no_token"])
+@torch.no_grad()
+def test_clover_starts_as_the_augmenting_blocks_prediction(name: str) -> None:
+    drafter, batch = built(name, TARGET), documents([[9, 20, 31, 42, 53, 64, 75]])
+    for block in drafter.blocks:
+        block.linear.bias.zero_()
+    before = TARGET.features(batch, ("pre_norm",))["pre_norm"]
+    hidden = before if name == "clover_no_block" else drafter.layers[0](before, batch.rows())
+    expected = TARGET.logits(TARGET.final_norm(hidden)[0, 4], drafter.vocabulary_D)
+    for logits in Reader(drafter, TARGET, batch, [5]).logits()[0]:
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_augmenting_block_starts_as_the_targets_last_layer() -> None:
+    drafter = built("clover", TARGET)
+    for name, parameter in drafter.layers[0].named_parameters():
+        assert torch.equal(parameter, TARGET.copy_weight(f"layers.1.{name}"))
+
+
+@torch.no_grad()
+def test_token_vectors_are_normalised_rows_of_the_lm_head() -> None:
+    drafter, seen = built("clover_no_block", TARGET, shake=0.1), []
+    drafter.fusion.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    tokens = torch.tensor([[7, 90]])
+    drafter.step(0, torch.randn(1, 2, 32).double(), tokens, TARGET)
+    rows = TARGET.copy_weight("lm_head")[tokens]
+    torch.testing.assert_close(seen[0], rows / rows.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("gate", ["silu", "cosine"])
+@torch.no_grad()
+def test_attention_decoder_slowly(gate: str) -> None:
+    torch.manual_seed(0)
+    cell = AttentionDecoder(TARGET.shape, gate, bias=True)
+    for parameter in cell.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    hidden, token = torch.randn(5, 32), torch.randn(5, 32)
+    found = cell(hidden, token)
+    for row in range(5):
+        query, key, value = cell.query(cell.norm(hidden[row])), cell.key(token[row]), cell.value(token[row])
+        for head in range(4):
+            part = slice(8 * head, 8 * head + 8)
+            product = float(query[part] @ key[part])
+            weight = (F.silu(torch.tensor(product / 8 ** 0.5)) if gate == "silu"
+                      else product / float(query[part].norm() * key[part].norm()))
+            torch.testing.assert_close(found[row, part], hidden[row, part] + weight * value[part])
+        if gate == "cosine":
+            assert (found[row] - hidden[row]).norm() <= value.norm() + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [{}, {"label_top_k": 30, "label_top_p": 0.95}])
+def test_clover2_loss_slowly(mask: dict) -> None:
+    torch.manual_seed(0)
+    drafter = Clover2(TARGET.shape, 3, draft_vocabulary=40, **mask).double()
+    drafter.initialise(TARGET)
+    batch = filled(tiny_batch(TARGET), drafter, TARGET)
+    batch.input_ids.remainder_(60)
+    rows, total, length = training_rows(batch, 3), 0.0, batch.input_ids.shape[1]
+    for i, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows)):
+        terms = []
+        for m, flat in enumerate(rows.flat_MK1[:, 0].tolist()):
+            b, t = divmod(flat, length)
+            if not rows.valid_MK[m, i] or batch.input_ids[b, t + 2 + i] >= 40:
+                continue
+            state = batch.states["final"][b, t + 1 + i]
+            law = torch.softmax(TARGET.logits(state)[:40], 0)
+            own = law[batch.input_ids[b, t + 2 + i]]
+            if mask and ((law > own).sum() >= 30 or law[law > own].sum() >= 0.95):
+                continue
+            soft = -(law * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum()
+            terms.append(10 * F.smooth_l1_loss(feature[m], state) + soft)
+        total += 0.7 ** i * float(torch.stack(terms).mean())
+    assert float(drafter.loss(batch, TARGET, 0.0).total) == pytest.approx(total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_clover2_starts_from_the_targets_parts() -> None:
+    drafter = built("clover2", TARGET)
+    for layer in drafter.layers:
+        assert torch.equal(layer.mlp.gate_proj.weight, TARGET.copy_weight("layers.1.mlp.gate_proj.weight"))
+    assert torch.equal(drafter.head_norm.weight, TARGET.copy_weight("norm"))
+    assert torch.equal(drafter.first.weight, torch.eye(32).double())
+    assert torch.equal(drafter.later.weight[:, :32], torch.eye(32).double())
+    assert float(drafter.later.weight[:, 32:].min()) >= 0 and float(drafter.later.weight[:, 32:].max()) <= 0.01
+
+
+@torch.no_grad()
+def test_hydra_starts_affine_in_its_inputs() -> None:
+    drafter = built("hydra", TARGET)
+    first, second = (torch.randn(32 * 4, dtype=torch.float64) for _ in range(2))
+    zero, token = torch.zeros_like(first), torch.tensor(0)
+    for head in range(3):
+        a, b, both, none = (drafter.feature(head, x, token, TARGET) for x in (first, second, first + second, zero))
+        torch.testing.assert_close(a + b, both + none)
+
+
+@pytest.mark.parametrize("name, nodes, by_depth", [
+    ("mc_sim_7b_63", 63, [10, 28, 23, 2]), ("eagle_25", 25, [4, 8, 8, 3, 2]), ("narrow", 15, None)])
+def test_named_trees(name: str, nodes: int, by_depth: list[int] | None) -> None:
+    paths = tree_paths(name, 5)
+    StaticTree(paths)
+    assert len(paths) == len({tuple(path) for path in paths}) == nodes
+    if by_depth is not None:
+        assert [sum(len(path) == d + 1 for path in paths) for d in range(len(by_depth))] == by_depth
+    assert max(map(len, tree_paths(name, 2))) == 2
+    assert NAMED[name] == paths
