@@ -226,21 +226,25 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
 
 
 def warm_start(trainable: Trainable, name: str | Path) -> None:
-    """Take the weights of an earlier component of the same class into `trainable`.
+    """Take the weights of an earlier component into `trainable`, which keeps its precision.
+
+    An earlier component of a base class gives the weights it has (Medusa-2 starts from Medusa-1 heads); one of the same
+    class gives them all.
 
     Raises:
-        ValueError: another class, or tensors that do not fit.
+        ValueError: an unrelated class, or tensors that do not fit.
     """
     folder = find_folder(name)
     config = read_config(folder)
-    found = f"{config['drafter_type']}.{config['class']}"
-    wanted = f"{type(trainable).__module__.rsplit('.', 1)[-1]}.{type(trainable).__name__}"
-    if found != wanted:
-        raise ValueError(f"init_from {str(name)!r} is a {found}, the config trains a {wanted}: they must agree")
-    dtype = {key: tensor.dtype for key, tensor in trainable.state_dict().items()}
-    load_weights(trainable, folder / WEIGHTS)
-    for key, tensor in trainable.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(dtype[key])
+    found = trainable_class(config["drafter_type"], config["class"])
+    if not isinstance(trainable, found):
+        raise ValueError(f"init_from {str(name)!r} is a {found.__name__}, the config trains a "
+                         f"{type(trainable).__name__}: they must agree")
+    own, tensors = trainable.state_dict(), _read_weights(folder / WEIGHTS)
+    if type(trainable) is not found:
+        tensors = {**own, **tensors}
+    given = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()}
+    assign_weights(trainable, given, str(folder / WEIGHTS))
 
 
 __all__ = ["Provenance", "load_pretrained", "save_pretrained", "warm_start"]

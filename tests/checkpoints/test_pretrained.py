@@ -165,9 +165,22 @@ def test_warm_start_takes_weights_but_not_precision(saved, target):
     fresh = Tiny(target.shape, width=5).double()
     warm_start(fresh, saved[1])
     assert torch.equal(fresh.first.weight, saved[0].first.weight.double())
-    edit(saved[1], drafter_type="clover")
-    with pytest.raises(ValueError, match="is a clover.Tiny"):
-        warm_start(fresh, saved[1])
+
+
+def test_warm_start_takes_what_a_base_class_has_and_refuses_a_stranger(saved, target, monkeypatch):
+    class Larger(Tiny):
+        """A tiny one and more."""
+
+        def __init__(self, shape: TargetShape, width: int = 4) -> None:
+            super().__init__(shape, width)
+            self.extra = nn.Parameter(torch.ones(3))
+
+    larger = Larger(target.shape, width=5)
+    warm_start(larger, saved[1])
+    assert torch.equal(larger.first.weight, saved[0].first.weight) and torch.equal(larger.extra, torch.ones(3))
+    monkeypatch.setattr(pretrained, "trainable_class", lambda *_: Larger)
+    with pytest.raises(ValueError, match="is a Larger, the config trains a Tiny"):
+        warm_start(Tiny(target.shape), saved[1])
 
 
 def test_shapes_differing_only_in_positions_are_the_same_target(target):

@@ -7,7 +7,7 @@ import torch
 
 from tests.fakes import tiny_target
 
-WORDS = "the cat sat on a mat and ate nine red figs then ran home to sleep".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ate", "nine", "red", "figs", "then", "ran", "home"]
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +15,8 @@ def conversations(tmp_path_factory) -> Path:
     """Forty prompts with answers, as JSON lines."""
     chance = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "conversations.jsonl"
-    rows = [{"prompt": " ".join(chance.choices(WORDS, k=4)) + f" {i}?", "response": " ".join(chance.choices(WORDS, k=8))}
-            for i in range(40)]
+    rows = [{"prompt": f"{' '.join(chance.choices(WORDS, k=4))} {i}?",
+             "response": " ".join(chance.choices(WORDS, k=8))} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
