@@ -1,0 +1,165 @@
+"""Reading every shape, and masks that hold what the assistant said and nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from tokenizers import decoders
+
+from data.conversations import Conversation, Skipped, Tokens, load_conversations, prompt_ids, tokenize, tokenize_all
+from tests.fakes import tiny_tokenizer
+
+END, USER, ASSISTANT = 0, 1, 2
+PAIR = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.fixture()
+def tokenizer() -> Any:
+    """One token per character; decoding gives the text back exactly."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def said(tokens: Tokens, tokenizer: Any) -> str:
+    """The masked tokens as text."""
+    return tokenizer.decode(tokens.input_ids[tokens.loss_mask])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": PAIR},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+    {"prompt": "hi", "response": "yes"},
+    {"question": "hi", "answer": "yes"},
+])
+def test_every_shape_and_kind_of_file_reads_the_same(row: dict[str, Any], tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    sources = [write(tmp_path / "a.jsonl", [row]), write(tmp_path / "a.jsonl.gz", [row]), str(tmp_path / "a.parquet")]
+    for source in sources:
+        assert load_conversations(source)[0].messages == PAIR
+
+
+def test_a_hub_data_set_is_loaded_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    asked: list[Any] = []
+
+    def load(name: str, config: str | None, split: str, streaming: bool) -> Any:
+        asked.append((name, config, split, streaming))
+        return datasets.Dataset.from_list([{"question": "hi", "answer": "yes"}] * 3)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(load_conversations("someone/chats:main", limit=2, split="test")) == 2
+    assert asked == [("someone/chats", "main", "test", True)]
+
+
+def test_an_unreachable_hub_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nmore")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"'someone/chats' .*no route$"):
+        load_conversations("someone/chats")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "is empty"), ("{", "line 1 is not JSON"), ("[1]", "line 1 is not a JSON object"),
+    ('{"text": "x"}', "row 1 has keys text: expected"), ('{"messages": [{"role": "user"}]}', "must hold text under"),
+])
+def test_bad_files_are_one_line(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_conversations(str(tmp_path / "bad.jsonl"))
+
+
+def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_conversations(str(tmp_path / "none.jsonl"))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match="unknown kind"):
+        load_conversations(str(tmp_path / "a.csv"))
+
+
+def test_the_mask_decodes_to_what_the_assistant_said(tokenizer: Any) -> None:
+    turns = [{"role": "system", "content": "be kind"}, *PAIR, {"role": "user", "content": "why?"},
+             {"role": "assistant", "content": "so, and so"}]
+    tokens = tokenize(Conversation(turns), tokenizer, 100)
+    assert said(tokens, tokenizer) == "yes<|end|>so, and so<|end|>"
+    assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokens.prompt == prompt_ids(turns[:2], tokenizer)
+    assert tokens.prompt[-1] == ASSISTANT
+
+
+def test_glue_behind_the_end_of_turn_is_not_masked(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|>\n'")
+    tokens = tokenize(Conversation([*PAIR, *PAIR]), tokenizer, 100)
+    assert said(tokens, tokenizer) == "yes<|end|>yes<|end|>"
+    assert int(tokens.input_ids[-1]) == END
+
+
+def test_exact_ids_win_when_they_are_this_tokenizers(tokenizer: Any) -> None:
+    exact = [*tokenizer("yes", add_special_tokens=False)["input_ids"], END]
+    foreign = [token + 1 for token in exact]
+    unfinished = exact[:-1]
+    for ids, finished, expected in ((exact, True, exact), (foreign, True, exact), (unfinished, False, unfinished),
+                                    (None, False, unfinished)):
+        tokens = tokenize(Conversation(PAIR, ids, finished), tokenizer, 100)
+        assert tokens.input_ids[tokens.loss_mask].tolist() == expected
+
+
+def test_truncation_cuts_the_end(tokenizer: Any) -> None:
+    whole = tokenize(Conversation(PAIR), tokenizer, 100)
+    cut = tokenize(Conversation(PAIR), tokenizer, len(whole) - 2)
+    assert cut.input_ids.tolist() == whole.input_ids[:-2].tolist()
+    assert said(cut, tokenizer) == "ye"
+
+
+def test_a_template_that_rewrites_history_keeps_what_agrees(tokenizer: Any) -> None:
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] if loop.last or "
+                               "m['role'] == 'user' else '-') + '<|end|>' }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    assert said(tokenize(Conversation([*PAIR, *PAIR]), tokenizer, 100), tokenizer) == "yes<|end|>"
+
+
+def test_skips_are_counted_and_logged(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    silent, long = Conversation(PAIR[:1]), Conversation([{"role": "user", "content": "x" * 50}, PAIR[1]])
+    with caplog.at_level(logging.WARNING):
+        kept = tokenize_all([silent, Conversation(PAIR), long, silent, Conversation(PAIR)], tokenizer, 20)
+    assert len(kept) == 1
+    assert caplog.messages == ["skipped 2 conversations: no assistant turn",
+                               "skipped 1 conversation: prompt longer than the context (20 tokens)",
+                               "skipped 1 conversation: seen before"]
+
+
+def test_nothing_left_is_one_line(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="1 × no assistant turn"):
+        tokenize_all([Conversation(PAIR[:1])], tokenizer, 20)
+    with pytest.raises(ValueError, match="it is empty"):
+        tokenize_all([], tokenizer, 20)
+
+
+def test_a_template_that_refuses_is_a_skip_and_none_is_an_error(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(Skipped, match="refused by the chat template"):
+        tokenize(Conversation(PAIR), tokenizer, 20)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize(Conversation(PAIR), tokenizer, 20)
+
+
+def test_the_budget_stops_in_order(tokenizer: Any) -> None:
+    answers = [Conversation([PAIR[0], {"role": "assistant", "content": letter * 3}]) for letter in "abcdef"]
+    kept = tokenize_all(answers, tokenizer, 50, max_response_tokens=9)
+    assert [said(tokens, tokenizer) for tokens in kept] == ["aaa<|end|>", "bbb<|end|>", "ccc<|end|>"]

@@ -1,0 +1,127 @@
+"""The feature cache gives back what the target computes, grows, resumes, and refuses what is foreign or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.conversations import Tokens
+from data.features import FeatureCache, cache_features
+from data.packing import collate
+from modules.core.target import Target
+from tests.data.test_packing import document
+from tests.fakes import tiny_target
+
+SMALL = {"batch_tokens": 32, "shard_tokens": 40, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Tokens]:
+    return [document(3 + 5 * i % 17, i) for i in range(14)]
+
+
+def alone(target: Target, tokens: Tokens, name: str | int) -> torch.Tensor:
+    return target.features(collate([[tokens]]), [name])[name][0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens], tmp_path: Path, dtype: str,
+                                         tolerance: float) -> None:
+    cache_features(target, documents, ["final", 1], tmp_path, dtype=dtype, **SMALL)
+    cache = FeatureCache(tmp_path, target.fingerprint(), [1, "final"])
+    cache.require(documents)
+    for tokens in documents:
+        states = cache.read(tokens.key)
+        assert list(states) == [1, "final"] and states["final"].dtype == getattr(torch, dtype)
+        for name, found in states.items():
+            torch.testing.assert_close(found.float(), alone(target, tokens, name), rtol=tolerance, atol=tolerance)
+
+
+def test_a_cache_is_extended_and_only_with_what_it_lacks(target: Target, documents: list[Tokens], tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_features(target, documents[:6], ["final"], tmp_path, **SMALL)
+    ran: list[int] = []
+    features = Target.features
+    monkeypatch.setattr(Target, "features", lambda self, batch, names: (
+        ran.append(int((batch.document_ids >= 0).sum())), features(self, batch, names))[1])
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    assert sum(ran) == sum(map(len, documents[6:]))
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_an_interrupted_run_keeps_its_finished_shards(target: Target, documents: list[Tokens], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    import data.features as module
+    write, written = module.save_file, []
+
+    def killed(states: dict, path: Path) -> None:
+        if len(written) == 2:
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path)
+        write(states, path)
+    monkeypatch.setattr(module, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    monkeypatch.setattr(module, "save_file", write)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.safetensors")}
+    assert len(before) == 2
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_a_deleted_shard_is_made_again(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    victim = sorted(tmp_path.glob("shard-*"))[0]
+    victim.unlink()
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    assert victim.exists()
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_a_damaged_shard_is_refused_by_name(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    victim = sorted(tmp_path.glob("shard-*"))[1]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{victim.name}.* is missing or damaged"):
+        FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_foreign_targets_states_and_documents_are_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+    cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
+    other = tiny_target(dtype=torch.float32, seed=1)
+    with pytest.raises(ValueError, match="belong to target 'tiny-llama'"):
+        cache_features(other, documents, ["final"], tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="hold states final and lack pre_norm"):
+        FeatureCache(tmp_path, target.fingerprint(), ["pre_norm"])
+    with pytest.raises(ValueError, match="lack 11 of 14 documents"):
+        FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+    with pytest.raises(ValueError, match="hold no feature cache"):
+        FeatureCache(tmp_path / "none", target.fingerprint())
+
+
+def test_the_manifest_says_what_the_cache_holds(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["fingerprint"] == target.fingerprint() and manifest["dtype"] == "bfloat16"
+    assert sum(shard["tokens"] for shard in manifest["shards"]) == sum(map(len, documents))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_states_that_overflow_are_refused(target: Target, documents: list[Tokens], tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Target, "features", lambda self, batch, names: {
+        name: torch.full((*batch.input_ids.shape, 4), float("nan")) for name in names})
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        cache_features(target, documents, ["final"], tmp_path, **SMALL)
