@@ -16,6 +16,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _FLAG = "--config"
 _SUBJECT = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
+_CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
+_NAMESPACE = re.compile(r"\.? ?Got value: Namespace\(.*\)$", re.MULTILINE)
 _WRAPPING = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path",
              "- Expected a <class 'NoneType'>")
 
@@ -62,6 +64,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 def one_line(message: str) -> str:
     """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
+    message = _NAMESPACE.sub("", _CALLABLE.sub("", message))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     keys = _SUBJECT.findall(message)
     given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")]
@@ -70,7 +73,7 @@ def one_line(message: str) -> str:
     text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
     subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
-    return f"{subject}{text}" + (f", got {value!r}" if value is not None and value not in text else "")
+    return f"{subject}{text}" + (f", got {value!r}" if value is not None and repr(value) not in text else "")
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

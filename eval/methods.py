@@ -52,8 +52,9 @@ class Method:
         if isinstance(source, str):
             path = Path(source)
             return path.parent.name if path.name == "drafter" and path.parent.name else path.resolve().name
-        kind = class_of(source or {}, f"methods: {self}")
-        return getattr(kind, "name", None) or kind.__module__.rsplit(".", 1)[-1]
+        kind = class_of(source or {}, "methods", 1)
+        named = getattr(kind, "name", None)
+        return named if isinstance(named, str) else kind.__module__.rsplit(".", 1)[-1]
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what can never run.
@@ -211,7 +212,7 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     rule = rule_named(method.rule) if method.rule else None
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
         fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
-        raise ValueError(f"{where}: rule 'greedy' does not sample (temperature {sampling.temperature:g}): use {fitting!r}")
+        raise ValueError(f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}")
     decoder = SpeculativeDecoder(adapted, drafter, rule, builder, method.budget, label)
     used = decoder.rule_for(sampling)
     return Row(label, decoder, adapted, sampling, "", used.lossless, "slipstream", builder_name(drafter, builder),

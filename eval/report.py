@@ -81,6 +81,11 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     return "–" if value is None else f"{value:.{digits}f}{unit}"
 
 
+def times(value: float | None) -> str:
+    """A ratio."""
+    return number(value, 2, "×")
+
+
 def interval(bounds: Sequence[float] | None) -> str:
     """A 95% interval."""
     return "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}"
@@ -97,30 +102,32 @@ def lossless(method: Figures) -> str:
 
 
 COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
+_ONLY_ON_PAPER = ("macro", "predicted", "first token")
 
 
 def cells(method: Figures) -> list[str]:
     """One line of the main table."""
     speedup = method["speedup"]
-    return [method["name"], number(speedup["micro"], 2, "×"), interval(speedup["ci95"]), number(speedup["macro"], 2, "×"),
-            number(method["predicted_speedup"], 2, "×"), number(method["mean_accepted_tokens"]),
+    return [method["name"], times(speedup["micro"]), interval(speedup["ci95"]), times(speedup["macro"]),
+            times(method["predicted_speedup"]), number(method["mean_accepted_tokens"]),
             number(method["tokens_per_second"], 1), number(1000 * method["time_to_first_token"], 0, " ms"),
             lossless(method)]
 
 
 def noise_lines(report: Mapping[str, Any]) -> list[str]:
     """How far the two runs of each baseline differ: what no smaller difference can mean anything against."""
-    found = [(method["name"], method["quality"]["noise"]) for method in report["methods"] if "noise" in method["quality"]]
+    found = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
     return [f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval {interval(noise['ci95'])})"
-            for name, noise in found]
+            for name, noise in found if noise]
 
 
 def caption(report: Mapping[str, Any]) -> str:
     """What was run, in a line."""
     settings, method = report["settings"], report["methods"][0]
     targets = ", ".join(f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})" for one in report["targets"])
-    return (f"{targets}; {method['prompts']} prompts in {len(settings['tasks'])} tasks, up to "
-            f"{settings['max_new_tokens']} new tokens; {report['environment']['device']}, {settings['threads']} threads")
+    tasks, limit = len(settings["tasks"]), settings["max_new_tokens"]
+    asked = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
+    return f"{targets}; {asked}; {report['environment']['device']}, {settings['threads']} threads"
 
 
 # -- terminal -----------------------------------------------------------------------------------------------------
@@ -128,11 +135,13 @@ def caption(report: Mapping[str, Any]) -> str:
 def main_table(report: Mapping[str, Any]) -> Table:
     """The Rich table of all methods."""
     table = Table(title="Speedup over autoregressive decoding", caption=escape(caption(report)), title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
+    shown = [index for index, column in enumerate(COLUMNS) if column not in _ONLY_ON_PAPER]
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="left" if index in (0, len(COLUMNS) - 1) else "right", no_wrap=True)
     bad = set(failures(report))
     for method in report["methods"]:
-        table.add_row(*map(escape, cells(method)), style="red" if method["name"] in bad else None)
+        line = cells(method)
+        table.add_row(*(escape(line[index]) for index in shown), style="red" if method["name"] in bad else None)
     return table
 
 
@@ -151,9 +160,9 @@ def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any]) -> Table
         table.add_column(column, justify="left" if column in ("method", "verdict") else "right")
     for one, two in pairs:
         table.add_row(
-            escape(one["name"]), number(one["speedup"]["micro"], 2, "×"), number(two["speedup"]["micro"], 2, "×"),
-            verdict(one["speedup"], two["speedup"]), number(one["mean_accepted_tokens"]),
-            number(two["mean_accepted_tokens"]), number(one["tokens_per_second"], 1), number(two["tokens_per_second"], 1))
+            escape(one["name"]), times(one["speedup"]["micro"]), times(two["speedup"]["micro"]),
+            verdict(one["speedup"], two["speedup"]), *(number(each["mean_accepted_tokens"]) for each in (one, two)),
+            *(number(each["tokens_per_second"], 1) for each in (one, two)))
     return table
 
 
@@ -171,28 +180,31 @@ def verdict(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """`report.md`: the main table, speedup by task, time per phase, and how to read them."""
     methods = report["methods"]
-    tasks = list(methods[0]["by_task"])
+    tasks, phases = list(methods[0]["by_task"]), list(methods[0]["seconds_by_phase"])
     by_task = [[method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods]
-    phases = list(methods[0]["seconds_by_phase"])
-    by_phase = [[method["name"], *(number(method["seconds_by_phase"][phase], 2) for phase in phases)] for method in methods]
-    depths = max((len(method["acceptance_by_depth"]) for method in methods), default=0)
-    parts = ["# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
-             *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-             "## Speedup by task", _table(["method", *tasks], by_task)]
-    if depths:
-        rows = [[m["name"], *map(number, m["acceptance_by_depth"])] for m in methods if m["acceptance_by_depth"]]
-        parts += ["## Share of calls that accept at least d drafts", _table(["method", *map(str, range(1, depths + 1))], rows)]
-    parts += ["## Seconds by phase", _table(["method", *phases], by_phase), "## Reading", READING]
-    return "\n\n".join(parts) + "\n"
+    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases)] for method in methods]
+    return "\n\n".join([
+        "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
+        *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
+        "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
+        "## Seconds by phase", _table(["method", *phases], by_phase), "## Reading", READING]) + "\n"
 
 
 READING = """\
-Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same prompts, in
-the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the mean over tasks.
-τ is tokens emitted per verification call, its bonus token counted. Predicted is τ times the seconds of a plain call over
-the seconds of a drafting call: where it exceeds the measured speedup, time goes to what no phase owns or tokens were cut
-at the end of answers. Lossless: token ids identical to the autoregressive row's; a tie is a first divergence between
-two tokens whose teacher-forced logits differ by at most 0.001. On a CPU, peak memory is the whole process's."""
+Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same prompts,
+in the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the mean over
+tasks. τ is tokens emitted per verification call, its bonus token counted. Predicted is τ times the seconds of a plain
+call over the seconds of a drafting call: where it exceeds the measured speedup, time goes to what no phase owns or
+tokens were cut at the end of answers. Lossless: token ids identical to the autoregressive row's; a tie is a first
+divergence between two tokens whose teacher-forced logits differ by at most 0.001. On a CPU, peak memory is the whole
+process's."""
+
+
+def _acceptance(methods: Sequence[Figures]) -> list[str]:
+    rows = [[m["name"], *map(number, m["acceptance_by_depth"])] for m in methods if m["acceptance_by_depth"]]
+    depths = range(1, max(map(len, rows), default=1))
+    title = "## Share of calls that accept at least d drafts"
+    return [title, _table(["method", *map(str, depths)], rows)] if rows else []
 
 
 def _task_cell(method: Figures, task: str) -> str:

@@ -1,0 +1,77 @@
+"""`python eval.py`: the command line and the YAML have the keys of `eval.evaluation.Evaluation`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from data.configfiles import parse, run
+from eval.evaluation import Evaluation, evaluate
+from eval.methods import Method
+from eval.report import comparison_table, failures, load_report
+
+NOT_LOSSLESS = 1
+"""Exit status when a method that promises the autoregressive row's tokens gave others."""
+_LISTS = ("drafters", "prompts")
+_USAGE = """\
+python eval.py --config eval/smoke.yaml --drafters runs/clover [--KEY VALUE ...]
+       python eval.py --compare A.json B.json"""
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `python eval.py`: the keys of `Evaluation`, and the flags of one run."""
+    parser = ArgumentParser(prog="python eval.py", usage=_USAGE, exit_on_error=False, description=(
+        "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, 1 when a lossless "
+        "method was not, 2 for a mistake in what was asked."))
+    parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
+    parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
+    parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")
+    parser.add_argument("--compare", nargs=2, type=str, metavar=("A", "B"), help="compare two reports instead")
+    for name in _LISTS:
+        default = next(field.default_factory() for field in fields(Evaluation) if field.name == name)  # type: ignore
+        parser.add_argument(f"--{name}", nargs="+", type=str, default=default, help=_described(name))
+    parser.add_class_arguments(Evaluation, skip=set(_LISTS), fail_untyped=True)
+    return parser
+
+
+def _described(name: str) -> str:
+    lines = inspect.getdoc(Evaluation) or ""
+    return next(line.split(": ", 1)[1] for line in lines.splitlines() if line.strip().startswith(f"{name}: "))
+
+
+def read(settings: Namespace) -> Evaluation:
+    """The evaluation that a parsed command line means."""
+    values = settings.as_dict()
+    known = {field.name: values[field.name] for field in fields(Evaluation)}
+    return Evaluation(**{**known, "methods": [Method(**method) for method in known["methods"]]})
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Evaluate or compare; returns the exit status.
+
+    Raises:
+        ValueError: a mistake in what was asked, in one line.
+    """
+    settings = parse(make_parser(), arguments)
+    if settings.compare:
+        Console().print(comparison_table(*map(load_report, settings.compare)))
+        return 0
+    configs = [str(path) for path in settings.config or []]
+    name = Path(configs[-1]).stem if configs else "evaluation"
+    report = evaluate(read(settings), Path(settings.output or Path("runs/eval") / name), settings.resume)
+    return NOT_LOSSLESS if failures(report) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python eval.py` and exit with its status."""
+    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""One evaluation from its settings to its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from checkpoints.pretrained import find_folder, read_config
+from eval.harness import Harness, fitting, units
+from eval.html import Sample, is_baseline, page
+from eval.journal import Journal
+from eval.methods import Method, Row, build_rows, unique_labels
+from eval.report import build_report, failures, main_table, markdown, noise_lines
+from eval.summary import Summary, summarise
+from eval.tasks import Task, Turns, load_tasks
+from eval.text import pieces
+from modules.core.drafter import Sampling
+from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
+from modules.core.loading import load_target
+
+JOURNAL = "journal.jsonl"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, on what.
+
+    Args:
+        target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was trained for.
+        drafters: run folders, drafter folders or Hub ids, each with its own defaults.
+        methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
+        prompts: JSONL files with `turns`, `prompt` or `question` (Spec-Bench), or `embedded`.
+        turns: `first`, or `all` to ask later turns too.
+        limit: prompts per task.
+        max_new_tokens: per answer.
+        temperature: 0 is greedy.
+        top_k: sample among the k likeliest tokens; 0 is all.
+        top_p: sample within this probability mass.
+        batch_size: prompts decoded together.
+        repeats: passes over all prompts; medians are reported.
+        dtype: float32, float64, bfloat16 or float16.
+        device: a torch device; by default the GPU if there is one.
+        threads: of the CPU; by default as torch chooses.
+        seed: of sampling; every prompt has its own, the same for all methods.
+    """
+
+    target: str | None = None
+    drafters: list[str] = field(default_factory=list)
+    methods: list[Method] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=lambda: ["embedded"])
+    turns: Turns = "first"
+    limit: int | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 1
+    repeats: int = 1
+    dtype: str = "float32"
+    device: str | None = None
+    threads: int | None = None
+    seed: int = 0
+
+    @property
+    def rows(self) -> list[Method]:
+        """The drafters in shorthand, then the methods in full."""
+        return [*(Method(drafter=name) for name in self.drafters), *self.methods]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+    def check(self) -> list[Task]:
+        """Refuse what cannot run, before anything is loaded; returns the tasks.
+
+        Raises:
+            ValueError: the key, its value and the fix.
+        """
+        for name in ("max_new_tokens", "batch_size", "repeats", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        for temperature in (method.temperature for method in self.methods):
+            Sampling(temperature or 0.0)
+        assert self.sampling
+        for method in self.rows:
+            method.check()
+        unique_labels(self.rows)
+        return load_tasks(self.prompts, self.limit, self.turns)
+
+    def target_name(self) -> str:
+        """The target as given, or the one that the first drafter was trained for, or the embedded one."""
+        trained = next((method.drafter for method in self.rows if isinstance(method.drafter, str)), None)
+        if self.target is not None or trained is None:
+            return self.target or EMBEDDED_TARGET
+        return read_config(find_folder(trained))["target"]["name"]
+
+
+def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console: Console | None = None
+             ) -> dict[str, Any]:
+    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report.
+
+    Raises:
+        ValueError: settings that cannot run (before anything is loaded), or a drafter that does not fit the target.
+    """
+    console = console or Console()
+    tasks = evaluation.check()
+    if evaluation.threads is not None:
+        torch.set_num_threads(evaluation.threads)
+    device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(evaluation.target_name(), evaluation.dtype, device)
+    rows = build_rows(evaluation.rows, target, evaluation.sampling)
+    tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
+    if skipped:
+        console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
+    settings = settings_of(evaluation, tasks)
+    journal = Journal(output / JOURNAL, {**settings, "rows": [identify(row) for row in rows]}, resume)
+    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console), evaluation.batch_size)
+    report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
+    write(report, output, choose_sample(summaries, tasks))
+    show(report, output, console)
+    return report
+
+
+def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The report's `settings`, all of which a resumed journal must share."""
+    chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
+    return {"tasks": [task.name for task in tasks], "prompts": [Path(name).name for name in evaluation.prompts],
+            **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
+
+
+def identify(row: Row) -> dict[str, Any]:
+    """What makes a row the same row when a journal is resumed."""
+    weights = sum(float(tensor.double().abs().sum()) for tensor in _drafter_weights(row))
+    return {"name": row.name, "target": row.target.fingerprint(), "dtype": str(row.target.dtype), "rule": row.rule,
+            "builder": row.builder, "budget": row.budget, "sampling": asdict(row.sampling), "weights": f"{weights:.6g}"}
+
+
+def _drafter_weights(row: Row) -> list[torch.Tensor]:
+    drafter = getattr(row.decoder, "drafter", None)
+    return [] if drafter is None else [parameter.detach() for parameter in drafter.parameters()]
+
+
+def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console
+             ) -> list[Any]:
+    work = units(tasks, evaluation.batch_size, evaluation.repeats)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"{len(rows)} rows", total=len(work))
+        harness = Harness(rows, evaluation.max_new_tokens, evaluation.seed,
+                          lambda unit: progress.update(bar, advance=1, description=unit.task))
+        return harness.run(work, journal)
+
+
+def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:
+    """The fastest drafting method's answer with most accepted drafts, among embedded prompts; None without either."""
+    prompts = {prompt.id: prompt for task in tasks for prompt in task.prompts if prompt.embedded}
+    drafting = [one for one in summaries if not is_baseline(one.figures)
+                and any(any(answer.trace.drafted) for answer in one.answers.values())]
+    if not prompts or not drafting:
+        return None
+    best = max(drafting, key=lambda one: one.figures["speedup"]["micro"] or 0.0)
+    shown = [answer for answer in best.answers.values() if answer.prompt in prompts]
+    answer = max(shown, key=lambda answer: sum(answer.trace.drafted))
+    tokens = zip(answer.trace.ids, answer.trace.drafted)
+    return Sample(best.row.name, prompts[answer.prompt].turns[0], list(pieces(tokens, best.row.target.tokenizer)))
+
+
+def write(report: Mapping[str, Any], output: Path, sample: Sample | None) -> None:
+    """The three files of a report."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(markdown(report), encoding="utf-8")
+    (output / "report.html").write_text(page(report, sample), encoding="utf-8")
+
+
+def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
+    """The table on the terminal, the noise, what failed, and where the report is."""
+    console.print(main_table(report))
+    for line in noise_lines(report):
+        console.print(line, highlight=False)
+    for name in failures(report):
+        console.print(f"[bold red]{name} promises the autoregressive row's tokens and gave others[/]")
+    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)

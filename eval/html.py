@@ -1,0 +1,114 @@
+"""`report.html`: one page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from eval import plots
+from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; color: var(--ink); background: #fff;
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 60rem; } .quiet { color: var(--quiet); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; font-size: .85rem; } td:first-child, th:first-child { text-align: left; }
+tr.bad td { color: #b3261e; background: #fdf1f0; } .alarm { color: #b3261e; font-weight: 600; }
+svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
+.pair > figure { flex: 1 1 24rem; } figure { margin: 0; }
+.answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; }
+.answer mark { background: #d5ebf7; color: inherit; border-radius: 2px; box-shadow: inset 0 -2px 0 #8cc4e4; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to show: pieces of text, each with whether it was an accepted draft. Embedded prompts only."""
+
+    method: str
+    question: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+def page(report: Mapping[str, Any], sample: Sample | None) -> str:
+    """The whole page."""
+    measured = [method for method in report["methods"] if not is_baseline(method)]
+    return "\n".join([
+        '<!doctype html>', '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>Slipstream evaluation</title>",
+        f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
+        f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
+        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
+        *_pictures(report["methods"], measured), *_sample(sample),
+        f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
+
+
+def is_baseline(method: Mapping[str, Any]) -> bool:
+    """Whether this is an autoregressive row (they run twice, and carry the noise)."""
+    return "noise" in method["quality"]
+
+
+def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
+    return (f'<p class="alarm">{escape(name)} promises the autoregressive row’s tokens and gave others.</p>'
+            for name in failures(report))
+
+
+def main_table(report: Mapping[str, Any]) -> str:
+    """All methods, one line each."""
+    bad = set(failures(report))
+    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    body = "".join(
+        f'<tr{" class=bad" if method["name"] in bad else ""}>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(method)) + "</tr>" for method in report["methods"])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    if measured:
+        yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(measured)}</figure>"
+    yield '<div class="pair">'
+    drafting = [method for method in measured if method["acceptance_by_depth"]]
+    if drafting:
+        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(drafting)}</figure>"
+    yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
+
+
+def _sample(sample: Sample | None) -> Iterable[str]:
+    if sample is None:
+        return
+    share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(1, sum(len(t) for t, _ in sample.pieces))
+    yield f"<h2>A sample answer</h2><p>{escape(sample.question)}</p>"
+    yield f'<p class="quiet">{escape(sample.method)}; shaded: drafted and accepted, {share:.0%} of the text.</p>'
+    yield f'<div class="answer">{shaded(sample.pieces)}</div>'
+
+
+def shaded(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Text with the drafted pieces marked; neighbouring drafts share one mark."""
+    parts, open_mark = [], False
+    for text, drafted in pieces:
+        if drafted != open_mark:
+            parts.append("<mark>" if drafted else "</mark>")
+            open_mark = drafted
+        parts.append(escape(text))
+    return "".join(parts) + ("</mark>" if open_mark else "")
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    environment, settings = report["environment"], report["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    facts = {"device": environment["device"], "system": environment["system"], "packages": packages,
+             "revision": environment["git_revision"] or "unknown", "command": environment["command"],
+             **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
+             "targets": ", ".join(f"{one['name']} {one['fingerprint']}" for one in report["targets"])}
+    entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    return f"<h2>Settings</h2><dl>{entries}</dl>"

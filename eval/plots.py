@@ -1,0 +1,100 @@
+"""The report's pictures, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Figures = Mapping[str, Any]
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#7F7F7F")
+"""Okabe and Ito's palette: told apart by colour-blind readers too."""
+PHASE_COLOURS = {"draft": "#E69F00", "verify": "#0072B2", "accept": "#009E73", "commit": "#CC79A7", "other": "#B8BDC6"}
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+          "axes.spines.right": False, "axes.edgecolor": "#8a93a3", "axes.axisbelow": True, "legend.frameon": False}
+
+
+def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) -> str:
+    """An SVG element of what `draw` puts on one pair of axes; text stays text."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return text[text.index("<svg"):]
+
+
+def speedup_by_task(methods: Sequence[Figures]) -> str:
+    """Grouped bars with 95% intervals; the first group is all tasks together."""
+    groups = ["all", *methods[0]["by_task"]]
+
+    def draw(axes: Axes) -> None:
+        width = 0.8 / len(methods)
+        for index, method in enumerate(methods):
+            heights, errors = _bars(method, groups)
+            places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
+            axes.bar(places, heights, width * 0.92, yerr=errors, label=method["name"],
+                     color=COLOURS[index % len(COLOURS)], error_kw={"elinewidth": 0.8, "ecolor": "#39404d"})
+        axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0,
+                        ha="right" if len(groups) > 6 else "center")
+        axes.set_ylabel("speedup over autoregressive")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+
+    return svg(draw, min(14.0, 3.0 + 0.32 * len(groups) * max(2, len(methods))), 3.6, "speedup")
+
+
+def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarray]:
+    entries = [(method["speedup"]["micro"], method["speedup"]["ci95"])]
+    entries += [(method["by_task"][task]["speedup"], method["by_task"][task]["ci95"]) for task in groups[1:]]
+    heights = [value or 0.0 for value, _ in entries]
+    bounds = [bounds or (height, height) for height, (_, bounds) in zip(heights, entries)]
+    errors = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, bounds)]
+    return heights, np.array(errors).T
+
+
+def acceptance_by_depth(methods: Sequence[Figures]) -> str:
+    """Marginal (solid) and conditional (dashed) acceptance."""
+    def draw(axes: Axes) -> None:
+        for index, method in enumerate(methods):
+            colour = COLOURS[index % len(COLOURS)]
+            for key, style, label in (("acceptance_by_depth", "-", method["name"]),
+                                      ("conditional_acceptance_by_depth", "--", None)):
+                shares = method[key]
+                axes.plot(range(1, len(shares) + 1), shares, style, marker="o", markersize=3, color=colour, label=label)
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("draft depth (solid: of all calls; dashed: of calls that got there)")
+        axes.set_ylabel("accepted")
+        axes.grid(axis="y", color="#e3e7ee")
+        axes.legend(loc="upper right")
+
+    return svg(draw, 5.6, 3.4, "acceptance")
+
+
+def time_per_phase(methods: Sequence[Figures]) -> str:
+    """Milliseconds of decoding per new token, by phase."""
+    def draw(axes: Axes) -> None:
+        names = [method["name"] for method in methods]
+        left = np.zeros(len(methods))
+        for phase, colour in PHASE_COLOURS.items():
+            lengths = np.array([_milliseconds(method, phase) for method in methods])
+            axes.barh(names, lengths, left=left, height=0.62, color=colour, label=phase)
+            left += lengths
+        axes.invert_yaxis()
+        axes.set_xlabel("milliseconds per token")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
+
+    return svg(draw, 5.6, 1.2 + 0.36 * len(methods), "phases")
+
+
+def _milliseconds(method: Figures, phase: str) -> float:
+    tokens = method["new_tokens"] - method["prompts"]
+    return 1000 * method["seconds_by_phase"][phase] / tokens if tokens > 0 else 0.0
