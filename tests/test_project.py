@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import re
 import shutil
@@ -63,6 +65,27 @@ def test_shims_do_not_hide_the_packages(name: str, monkeypatch: pytest.MonkeyPat
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin) == ROOT / name / "__init__.py"
     assert (ROOT / f"{name}.py").read_text().count(f"from {name}.cli import main") == 1
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "Makefile"])
+def test_documents_name_configs_that_exist(document: str) -> None:
+    names = re.findall(r"--config ([\w/]+\.yaml)", (ROOT / document).read_text())
+    assert [name for name in names if not (ROOT / "configs" / name).is_file()] == []
+
+
+def test_documents_name_commands_that_exist() -> None:
+    modules = {name for document in ("README.md", "CONTRIBUTING.md", "Makefile")
+               for name in re.findall(r"-m ((?:data|eval|checkpoints)\.\w+)", (ROOT / document).read_text())}
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def test_readme_imports_resolve() -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None
+    for node in ast.walk(ast.parse(example.group(1))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
