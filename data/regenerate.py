@@ -154,8 +154,9 @@ def _generate(target: Target, jobs: Sequence[Job], generation: Generation) -> li
     if temperature:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": generation.top_p, "top_k": 0}
     torch.manual_seed(generation.seed + 1_000_003 * jobs[0].index + jobs[0].number)
-    out_BT = cast(Any, target.model).generate(input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=generation.max_new_tokens,
-                                   eos_token_id=sorted(target.eos_ids), pad_token_id=padding, **drawn)
+    out_BT = cast(Any, target.model).generate(
+        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=generation.max_new_tokens,
+        eos_token_id=sorted(target.eos_ids), pad_token_id=padding, **drawn)
     return [_through_end(row, target.eos_ids) for row in out_BT[:, width:].tolist()]
 
 

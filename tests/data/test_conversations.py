@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as parquet
 import pytest
 from tokenizers import decoders
 
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     {"question": "hi", "answer": "yes"},
 ])
 def test_every_shape_and_kind_of_file_reads_the_same(row: dict[str, Any], tmp_path: Path) -> None:
-    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     sources = [write(tmp_path / "a.jsonl", [row]), write(tmp_path / "a.jsonl.gz", [row]), str(tmp_path / "a.parquet")]
     for source in sources:
         assert load_conversations(source)[0].messages == PAIR

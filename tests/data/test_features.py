@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.conversations import Tokens
-from data.features import FeatureCache, cache_features
+from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate
 from modules.core.target import Target
 from tests.data.test_packing import document
@@ -33,7 +33,7 @@ def alone(target: Target, tokens: Tokens, name: str | int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens], tmp_path: Path, dtype: str,
+def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens], tmp_path: Path, dtype: CacheDtype,
                                          tolerance: float) -> None:
     cache_features(target, documents, ["final", 1], tmp_path, dtype=dtype, **SMALL)
     cache = FeatureCache(tmp_path, target.fingerprint(), [1, "final"])
@@ -98,7 +98,7 @@ def test_a_damaged_shard_is_refused_by_name(target: Target, documents: list[Toke
         FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
 
 
-def test_foreign_targets_states_and_documents_are_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_what_is_foreign_or_missing_is_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
     cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
     other = tiny_target(dtype=torch.float32, seed=1)
     with pytest.raises(ValueError, match="belong to target 'tiny-llama'"):

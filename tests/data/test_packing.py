@@ -6,6 +6,7 @@ import torch
 
 from data.conversations import Tokens
 from data.packing import collate, pack
+from modules.core.batches import StateName
 from tests.fakes import tiny_target
 
 
@@ -48,6 +49,7 @@ def test_packed_states_equal_those_of_each_document_alone() -> None:
 
 def test_states_are_laid_out_like_their_rows() -> None:
     rows = [[document(3), document(2)], [document(4)]]
-    states = [[{"final": torch.full((len(d), 2), float(len(d)))} for d in row] for row in rows]
+    states: list[list[dict[StateName, torch.Tensor]]] = [
+        [{"final": torch.full((len(d), 2), float(len(d)))} for d in row] for row in rows]
     batch = collate(rows, states)
     assert batch.states["final"][..., 0].tolist() == [[3, 3, 3, 2, 2], [4, 4, 4, 4, 0]]

@@ -1,0 +1,57 @@
+"""`python -m data.features` reads a recipe's config, and its mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import data.cache_command as module
+from data.cache_command import command
+from data.features import FeatureCache
+from modules.core.target import Target
+from tests.fakes import tiny_target
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(dtype=torch.float32)
+
+
+@pytest.fixture()
+def source(tmp_path: Path) -> str:
+    rows = [{"prompt": f"number {n}", "response": "so it is"} for n in range(12)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "chats.jsonl")
+
+
+def test_a_recipe_caches_what_its_drafter_reads(target: Target, source: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    recipe = {"target": "tiny", "drafter": {"class_path": "modules.heads.medusa.Medusa"}, "optimizer": {"lr": 0.1},
+              "data": {"train": source, "max_length": 64}, "trainer": {"max_epochs": 3}, "seed": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert command(["--config", str(tmp_path / "recipe.yaml"), "--data.features", str(tmp_path / "cache")]) == 0
+    cache = FeatureCache(tmp_path / "cache", target.fingerprint(), ["final"])
+    assert sum(len(shard["documents"]) for shard in cache.manifest["shards"]) == 12
+
+
+def test_states_can_be_named(target: Target, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    folder = str(tmp_path / "cache")
+    assert command(["--data.train", source, "--data.max_length", "64", "--states", "[1, pre_norm]",
+                    "--data.features", folder]) == 0
+    assert FeatureCache(folder, target.fingerprint(), [1, "pre_norm"]).manifest["states"] == ["1", "pre_norm"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--states", "[final]"], "data.features is not set"), (["--data.features", "x"], "states is not set"),
+    (["--data.rows", "x"], "data.rows"), (["--data.trian", "x"], "trian"), (["--config", "none"], "--config 'none'"),
+])
+def test_mistakes_are_one_line(arguments: list[str], message: str, source: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        command(["--data.train", source, *arguments])
+    assert "\n" not in str(caught.value)
