@@ -51,7 +51,7 @@ class Batches:
         self.rank, self.world, self.rows = rank, world, rows
         self.packed = pack([len(document) for document in documents], max_length, seed)
         self.sampler, self.batch_sampler = self, None
-        self.epoch = self.batch = 0
+        self.epoch = self.batch = self._start = 0
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
@@ -60,7 +60,7 @@ class Batches:
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, unless it is the one that a restored state is in the middle of."""
         if epoch != self.epoch:
-            self.epoch, self.batch = epoch, 0
+            self.epoch, self.batch, self._start = epoch, 0, 0
 
     def order(self, epoch: int) -> list[list[int]]:
         """This rank's batches of an epoch, as indices of packed rows."""
@@ -71,9 +71,9 @@ class Batches:
         return [batches[(self.rank + k * self.world) % len(batches)] for k in range(len(self))]
 
     def __iter__(self) -> Iterator[TextBatch]:
-        """The rest of the epoch; a finished one starts again."""
-        if self.batch >= len(self):
-            self.batch = 0
+        """The epoch's batches; the first time after a state was restored, only those that were left."""
+        self.batch = self._start if self._start < len(self) else 0
+        self._start = 0
         remaining = self.order(self.epoch)[self.batch:]
         loader = DataLoader(self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
         for batch in loader:
@@ -98,7 +98,7 @@ class Batches:
         if state["order"] != self._fingerprint():
             raise ValueError("--resume: data.* or the number of processes changed since the checkpoint: restore "
                              "them, or start a new run with --init_from")
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
     def _fingerprint(self) -> str:
         keys = "".join(self.documents[i].key for row in self.packed for i in row)

@@ -78,6 +78,11 @@ def test_a_restored_order_goes_on_with_the_next_batch(workers: int) -> None:
     assert len(ids(resumed)) == len(loader)
 
 
+def test_a_walk_left_early_starts_again() -> None:
+    loader = batches()
+    assert next(iter(loader)).input_ids.tolist() == next(iter(loader)).input_ids.tolist()
+
+
 def test_a_state_of_another_order_is_refused() -> None:
     with pytest.raises(ValueError, match="--resume"):
         batches(seed=1).load_state_dict(batches().state_dict())
