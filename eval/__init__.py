@@ -1,1 +1,23 @@
-"""The shared harness: tasks, baselines, metrics, measurements and reports."""
+"""The evaluation room: tasks, methods, the harness, its figures and reports.
+
+The same few objects are the Python API::
+
+    from checkpoints.pretrained import load_pretrained
+    from data.conversations import prompt_ids
+    from modules.core.drafter import Sampling
+    from modules.core.loading import load_target
+    from modules.decoding.decoder import SpeculativeDecoder
+
+    target = load_target("smollm2-135m")                     # Hub id, folder, .gguf file, or this embedded one
+    drafter = load_pretrained("runs/clover", target)         # run folder, drafter folder or Hub id
+    decoder = SpeculativeDecoder(drafter.adapt(target), drafter)
+    ids = prompt_ids([{"role": "user", "content": "Why is the sky blue?"}], target.tokenizer)
+    trace = decoder.decode([ids], Sampling(temperature=0.0), limit=64)[0]
+    print(target.tokenizer.decode(trace.ids), trace.accepted)
+
+and an evaluation is::
+
+    from pathlib import Path
+    from eval.evaluation import Evaluation, evaluate
+    report = evaluate(Evaluation(drafters=["runs/clover"], limit=1), Path("runs/eval/clover"))
+"""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from eval import cli, evaluation
+from eval import cli, evaluation, plots
 from eval.summary import METHOD_KEYS
+from modules.core.target import Target
 from tests.fakes import tiny_target
 
 FAKE = "tests.eval.fakes."
@@ -18,9 +20,15 @@ FAKE = "tests.eval.fakes."
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every target is tiny, and every path relative to a scratch folder."""
-    monkeypatch.setattr(evaluation, "load_target", lambda name, dtype, device: tiny_target(dtype=getattr(torch, dtype)))
+    """Every target is tiny, pictures are left out, and every path is relative to a scratch folder."""
+    monkeypatch.setattr(evaluation, "load_target", lambda name, dtype, device: target_of(dtype))
+    monkeypatch.setattr(plots, "svg", lambda *_: "<svg></svg>")
     monkeypatch.chdir(tmp_path)
+
+
+@cache
+def target_of(dtype: str) -> Target:
+    return tiny_target(dtype=getattr(torch, dtype))
 
 
 def config(path: Path, decoders: list[str], **settings: Any) -> str:

@@ -1,0 +1,158 @@
+"""One prompt, streamed, with what was drafted shown: `python -m eval.generate --drafter runs/clover --prompt "…"`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.text import Text
+
+from checkpoints.pretrained import find_folder, read_config
+from data.configfiles import parse, run
+from data.conversations import prompt_ids
+from eval.methods import load_drafter
+from eval.text import pieces
+from modules.core.drafter import Sampling
+from modules.core.loading import load_target
+from modules.decoding.decoder import SpeculativeDecoder
+
+DRAFTED = "black on light_sky_blue1"
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is asked.
+
+    Args:
+        drafter: run folder, drafter folder or Hub id.
+        prompt: the user's question.
+        target: Hub id, folder or .gguf file; by default what the drafter was trained for.
+        max_new_tokens: of the answer.
+        temperature: 0 is greedy.
+        top_k: sample among the k likeliest tokens; 0 is all.
+        top_p: sample within this probability mass.
+        seed: of sampling.
+        budget: drafted nodes per call at most; by default the drafter's own.
+        dtype: float32, float64, bfloat16 or float16.
+        device: a torch device; by default the GPU if there is one.
+        compare: decode once more without the drafter, to compare speed and tokens.
+    """
+
+    drafter: str
+    prompt: str
+    target: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    budget: int | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    compare: bool = True
+
+
+class Stopwatch:
+    """Passes a stream of tokens on, remembers them, and times the wait for each but the first (which is the prefill);
+    what is done with a token between two waits costs nothing.
+    """
+
+    def __init__(self, stream: Iterator[tuple[int, bool]], device: torch.device) -> None:
+        self.tokens: list[tuple[int, bool]] = []
+        self.seconds = 0.0
+        self._stream, self._cuda = stream, device.type == "cuda"
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        """The stream's tokens, each with whether it was drafted."""
+        while True:
+            began = time.perf_counter()
+            token = next(self._stream, None)
+            if self._cuda:
+                torch.cuda.synchronize()
+            if self.tokens:
+                self.seconds += time.perf_counter() - began
+            if token is None:
+                return
+            self.tokens.append(token)
+            yield token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens behind the first one; 0 when there are none."""
+        return (len(self.tokens) - 1) / self.seconds if self.seconds > 0 and len(self.tokens) > 1 else 0.0
+
+
+def generate(asked: Generation, console: Console) -> None:
+    """Stream the answer, then print the speed with and without the drafter.
+
+    Raises:
+        ValueError: an empty prompt, no such drafter, another target's drafter, a prompt longer than the context.
+    """
+    if not asked.prompt.strip():
+        raise ValueError("prompt is empty: give a question")
+    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
+    name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
+    target = load_target(name, asked.dtype, asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    drafter = load_drafter(asked.drafter, target)
+    adapted = drafter.adapt(target)
+    drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)
+    ids = prompt_ids([{"role": "user", "content": asked.prompt}], adapted.tokenizer)
+    with_drafter = answer(drafting, ids, sampling, asked.max_new_tokens, console)
+    report(with_drafter, "with the drafter", console)
+    if asked.compare:
+        plain = answer(SpeculativeDecoder(adapted), ids, sampling, asked.max_new_tokens, None)
+        report(plain, "without", console)
+        console.print(comparison(with_drafter, plain, sampling), highlight=False)
+
+
+def answer(decoder: SpeculativeDecoder, ids: list[int], sampling: Sampling, limit: int, console: Console | None
+           ) -> Stopwatch:
+    """Decode one prompt after a short warm-up; the text is shown as it comes where there is a console."""
+    decoder.decode([ids], sampling, min(limit, WARM_UP_TOKENS))
+    watch = Stopwatch(decoder.stream(ids, sampling, limit), decoder.target.device)
+    for text, drafted in pieces(watch, decoder.target.tokenizer):
+        if console is not None:
+            console.print(Text(text, style=DRAFTED if drafted else ""), end="", soft_wrap=True)
+    if console is not None:
+        console.print()
+    return watch
+
+
+def report(watch: Stopwatch, label: str, console: Console) -> None:
+    """One line: tokens, speed, share drafted."""
+    drafted, count = sum(drafted for _, drafted in watch.tokens), len(watch.tokens)
+    share = f", {drafted / count:.0%} drafted" if drafted else ""
+    console.print(f"{label}: {watch.tokens_per_second:.1f} tokens/s ({count} tokens{share})", highlight=False)
+
+
+def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str:
+    """How much faster, and whether the tokens agree (greedy decoding only)."""
+    ratio = f"{drafting.tokens_per_second / plain.tokens_per_second:.2f}×" if plain.tokens_per_second else "–"
+    if sampling.temperature > 0:
+        return f"{ratio} (sampled: the two answers differ, their law is the same)"
+    same = [token for token, _ in drafting.tokens] == [token for token, _ in plain.tokens]
+    return f"{ratio}, {'the same tokens' if same else 'other tokens (a tie in rounding, or a lossy drafter)'}"
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line and generate; returns the exit status."""
+    parser = ArgumentParser(prog="python -m eval.generate", exit_on_error=False, description=__doc__)
+    parser.add_class_arguments(Generation, fail_untyped=True)
+    values = parse(parser, arguments).as_dict()
+    generate(Generation(**values), Console())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m eval.generate` and exit with its status."""
+    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()

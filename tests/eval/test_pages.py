@@ -1,0 +1,95 @@
+"""Text pieces, the page, the pictures and the comparison of reports."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from eval import plots
+from eval.html import Sample, page, shaded
+from eval.report import comparison_table, markdown, verdict
+from eval.summary import METHOD_KEYS
+from eval.text import pieces
+from tests.fakes import tiny_tokenizer
+
+
+class Bytes:
+    """A tokenizer of single bytes, as byte-level vocabularies have them; id 0 is special."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert skip_special_tokens and not clean_up_tokenization_spaces
+        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
+
+
+def method(name: str, micro: float = 1.5, **other: Any) -> dict[str, Any]:
+    entry = {"speedup": micro, "ci95": [micro - 0.1, micro + 0.1]}
+    values: dict[str, Any] = {
+        **dict.fromkeys(METHOD_KEYS), "name": name, "claims_lossless": True, "lossless": True, "temperature": 0.0,
+        "prompts": 4, "identical_outputs": 3, "tie_divergences": 1, "new_tokens": 40, "tokens_per_second": 20.0,
+        "time_to_first_token": 0.05, "speedup": {"micro": micro, "macro": micro, "ci95": [micro - 0.1, micro + 0.1]},
+        "acceptance_by_depth": [0.8, 0.4], "conditional_acceptance_by_depth": [0.8, 0.5], "mean_accepted_tokens": 2.2,
+        "seconds_by_phase": dict.fromkeys(("prefill", "draft", "verify", "accept", "commit", "other"), 0.5),
+        "quality": {}, "by_task": {"a": entry, "b & <c>": entry}}
+    return {**values, **other}
+
+
+def report(*methods: dict[str, Any]) -> dict[str, Any]:
+    environment = {"device": "cpu", "system": "any", "packages": {"torch": "2"}, "command": "x <y>", "git_revision": None}
+    return {"schema": 1, "environment": environment,
+            "targets": [{"name": "tiny", "parameters": 1_000_000, "dtype": "float32", "fingerprint": "f"}],
+            "settings": {"tasks": ["a", "b & <c>"], "max_new_tokens": 8, "threads": 1}, "methods": list(methods)}
+
+
+def test_pieces_wait_for_whole_characters_and_join_to_the_text() -> None:
+    text = "naïve 🙂!"
+    tokens = [(byte, index % 2 == 0) for index, byte in enumerate(text.encode())] + [(0, False)]
+    found = list(pieces(tokens, Bytes()))
+    assert "".join(piece for piece, _ in found) == text and "�" not in "".join(piece for piece, _ in found)
+    assert [piece for piece, _ in found][2] == "ï"
+
+
+def test_pieces_leave_special_tokens_out_and_show_what_stays_broken() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [*tokenizer("hi", add_special_tokens=False)["input_ids"], 0]
+    assert "".join(p for p, _ in pieces([(i, False) for i in ids], tokenizer)).replace(" ", "") == "hi"
+    assert list(pieces([(0xF0, True)], Bytes())) == [("�", True)]
+
+
+def test_neighbouring_drafts_share_a_mark_and_text_is_escaped() -> None:
+    assert shaded([("a", False), ("<", True), ("b", True), ("c", False), ("d", True)]) == \
+        "a<mark>&lt;b</mark>c<mark>d</mark>"
+
+
+def test_pictures_are_svg_with_text_and_errors_bars_for_every_task() -> None:
+    methods = [method("one"), method("two", 0.9)]
+    for picture in (plots.speedup_by_task(methods), plots.acceptance_by_depth(methods), plots.time_per_phase(methods)):
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert "b &amp; &lt;c&gt;" in plots.speedup_by_task(methods)
+
+
+def test_the_page_is_self_contained_and_shows_a_failure() -> None:
+    bad = method("liar", lossless=False)
+    baseline = method("autoregressive", 1.0, quality={"noise": {"micro": 1.01, "ci95": None}}, acceptance_by_depth=[])
+    text = page(report(baseline, method("one"), bad), Sample("one", "Why <so>?", [("Because", False), (" &", True)]))
+    for words in ("liar promises", "<tr class=bad>", "Why &lt;so&gt;?", "<mark> &amp;</mark>", "x &lt;y&gt;"):
+        assert words in text
+    assert "<script" not in text and "http-equiv" not in text and 'href="http' not in text.replace("xlink:", "")
+    assert text.count("<svg") == 3
+
+
+def test_markdown_has_every_method_and_task() -> None:
+    text = markdown(report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[])))
+    for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b & <c>", "sampled", "yes (3/4, 1 ties)"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("one", "two", "expected"), [(1.5, 1.55, "tie"), (1.5, 1.8, "faster"), (1.5, 1.2, "slower")])
+def test_differences_inside_an_interval_are_ties(one: float, two: float, expected: str) -> None:
+    assert verdict(method("m", one)["speedup"], method("m", two)["speedup"]) == expected
+
+
+def test_reports_without_a_common_method_do_not_compare() -> None:
+    with pytest.raises(ValueError, match="no method in common"):
+        comparison_table(report(method("one")), report(method("two")))
