@@ -36,7 +36,7 @@ def method(name: str, micro: float = 1.5, **other: Any) -> dict[str, Any]:
 
 
 def report(*methods: dict[str, Any]) -> dict[str, Any]:
-    environment = {"device": "cpu", "system": "any", "packages": {"torch": "2"}, "command": "x <y>", "git_revision": None}
+    environment = {"device": "cpu", "system": "any", "packages": {}, "command": "x <y>", "git_revision": None}
     return {"schema": 1, "environment": environment,
             "targets": [{"name": "tiny", "parameters": 1_000_000, "dtype": "float32", "fingerprint": "f"}],
             "settings": {"tasks": ["a", "b & <c>"], "max_new_tokens": 8, "threads": 1}, "methods": list(methods)}
