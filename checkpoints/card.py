@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,12 @@ if TYPE_CHECKING:
     from checkpoints.provenance import Provenance
     from modules.core.trainable import Trainable
 
-_MEANINGS = {"probe/tau": "tokens per target call on a few held-out prompts, greedy, bonus token counted",
-             "val/loss": "held-out loss", "train/loss": "training loss, last logged"}
+_MEANINGS = {
+    r"probe/tau": "tokens per target call on a few held-out prompts, greedy, bonus token counted",
+    r"val/loss": "held-out loss",
+    r"val/top(\d+)_(\d+)": r"held-out share of tokens among the \1 likeliest at draft step \2",
+    r"val/cross_entropy_(\d+)": r"held-out cross-entropy at draft step \1",
+}
 
 
 def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
@@ -40,9 +45,14 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
 def _measured(measured: Mapping[str, float]) -> str:
     if not measured:
         return "## Measured\n\nNothing was measured in this run.\n"
-    rows = [f"| {name} | {value:.4f} | {_MEANINGS.get(name, '')} |" for name, value in sorted(measured.items())]
+    rows = [f"| {name} | {value:.4f} | {_meaning(name)} |" for name, value in sorted(measured.items())]
     return "\n".join(["## Measured", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
                       "Figures are those of the weights in this folder, measured during training.", ""])
+
+
+def _meaning(name: str) -> str:
+    found = ((re.fullmatch(pattern, name), text) for pattern, text in _MEANINGS.items())
+    return next((match.expand(text) for match, text in found if match), "")
 
 
 def _training(provenance: Provenance) -> str:
@@ -54,13 +64,14 @@ def _use(provenance: Provenance) -> str:
     code = textwrap.dedent(f"""\
         ```python
         from checkpoints.pretrained import load_pretrained
+        from data.conversations import prompt_ids
         from modules.core.drafter import Sampling
         from modules.core.loading import load_target
         from modules.decoding.decoder import SpeculativeDecoder
 
         target = load_target("{provenance.target['name']}")
         drafter = load_pretrained("THIS_FOLDER_OR_HUB_ID", target)
-        prompt = target.tokenizer("Why is the sky blue?").input_ids
+        prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
         trace = SpeculativeDecoder(target, drafter).decode([prompt], Sampling(), limit=64)[0]
         print(target.tokenizer.decode(trace.ids))
         ```""")

@@ -82,6 +82,7 @@ def _write_weights(trainable: Trainable, file: Path) -> None:
             first[memory] = name
             kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
     save_file(kept, file, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    file.chmod(0o644)
 
 
 # -- loading ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,8 @@ class TrainParser(ArgumentParser):
 
     def format_help(self) -> str:
         """Flags of their own, then the sections with their keys and defaults."""
+        if not any(action.dest == "config" for action in self._actions):
+            return super().format_help()
         flags = [_flag(action) for action in self._actions if action.dest in _FLAGS]
         sections = [_section(name, _defaults(self, name)) for name in _SECTIONS]
         return "\n".join([f"usage: {self.prog} --config NAME [--config NAME ...] [--KEY VALUE ...]", "",
@@ -116,10 +119,17 @@ def command(arguments: Sequence[str]) -> int:
     """Parse, write the run's config, train, and say where the result is."""
     parser = make_parser()
     recipe, place = prepare(parser, parse(parser, arguments))
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quieten()
     write_config(place)
     report(train(recipe, place))
     return 0
+
+
+def quieten() -> None:
+    """Leave out what libraries say about themselves."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", "Checkpoint directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 @rank_zero_only

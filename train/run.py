@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
@@ -21,7 +22,7 @@ from modules.core.drafter import Drafter
 from modules.core.loading import load_target
 from modules.core.target import Target
 from modules.core.trainable import TargetShape, Trainable
-from train.callbacks import AcceptanceProbe, RunProgress, checkpoint_callbacks
+from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
 from train.strategy import strategy_named
@@ -55,6 +56,11 @@ class Recipe:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
+    def __post_init__(self) -> None:
+        """Refuse to choose by what is not measured."""
+        if self.checkpoint.best_by == PROBE and not self.probe.prompts:
+            raise ValueError(f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by val/loss")
+
 
 @dataclass
 class Place:
@@ -85,10 +91,12 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
         The folder of the trained component.
     """
     seed_everything(recipe.seed, verbose=False)
+    trainer = lightning_trainer(recipe, place.output)
     target = target or load_target(recipe.target, recipe.dtype)
     trainable = build(recipe, target, place.init_from)
     module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps)
-    trainer = lightning_trainer(recipe, place.output, trainable)
+    if recipe.probe.prompts and isinstance(trainable, Drafter):
+        cast(Any, trainer).callbacks.insert(0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe))
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
     return export(recipe, place, trainer, module)
 
@@ -111,21 +119,39 @@ def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:
         cast(Any, trainable).set_vocabulary(data.vocabulary(size))
 
 
-def lightning_trainer(recipe: Recipe, folder: Path, trainable: Trainable) -> Trainer:
-    """Lightning's Trainer as the recipe asks for it."""
-    settings = recipe.trainer
-    callbacks: list[Callback] = [RunProgress(), *checkpoint_callbacks(folder / CHECKPOINTS, recipe.checkpoint)]
-    if recipe.probe.prompts and isinstance(trainable, Drafter):
-        callbacks.insert(0, AcceptanceProbe(recipe.data.probe_prompts(recipe.probe.prompts), recipe.probe))
+def probe_prompts(recipe: Recipe, target: Target) -> list[list[int]]:
+    """The held-out prompts that leave room for an answer in the target's context."""
+    prompts = recipe.data.probe_prompts(recipe.probe.prompts)
+    fitting = [ids for ids in prompts if len(ids) + recipe.probe.max_new_tokens <= target.max_positions]
+    if not fitting:
+        raise ValueError(f"probe.max_new_tokens is {recipe.probe.max_new_tokens}: no held-out prompt leaves room for "
+                         f"that in the target's context of {target.max_positions} tokens, lower it")
+    return fitting
+
+
+def lightning_trainer(recipe: Recipe, folder: Path) -> Trainer:
+    """Lightning's Trainer as the recipe asks for it.
+
+    Raises:
+        ValueError: a strategy, precision or device that Lightning does not know or this machine does not have.
+    """
+    try:
+        return _lightning_trainer(recipe.trainer, recipe.checkpoint, folder)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings, folder: Path) -> Trainer:
     return Trainer(
-        default_root_dir=folder, callbacks=callbacks, logger=loggers(settings, folder),
+        default_root_dir=folder, logger=loggers(settings, folder),
+        callbacks=[RunProgress(), *checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)],
         accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
         precision=cast(Any, settings.precision),
         strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
         max_epochs=settings.max_epochs, accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val or None, val_check_interval=settings.val_check_interval,
         check_val_every_n_epoch=None if isinstance(settings.val_check_interval, int) else 1,
-        log_every_n_steps=settings.log_every_n_steps, num_sanity_val_steps=0, inference_mode=False,
+        log_every_n_steps=1, num_sanity_val_steps=0, inference_mode=False,
         enable_model_summary=False)
 
 
@@ -144,8 +170,7 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
     checkpoint, measured = chosen(recipe, place.output / CHECKPOINTS, trainer, module)
     folder = place.output / DRAFTER
     if trainer.is_global_zero:
-        trainable = type(module.trainable)(**module.trainable.arguments)
-        assign_weights(trainable, component_weights(checkpoint), str(checkpoint))
+        trainable = restored(module.trainable, checkpoint)
         provenance = Provenance.of(module.target, data=recipe.data.summary(), measured=measured,
                                    settings=place.settings)
         save_pretrained(trainable, folder, provenance)
@@ -166,8 +191,16 @@ def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModu
 
 
 def _validated(trainer: Trainer, module: TrainableModule, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
-    figures = trainer.validate(module, datamodule=recipe.data, ckpt_path=checkpoint, verbose=False)[0]
+    fresh = TrainableModule(restored(module.trainable, checkpoint), module.target, recipe.optimizer)
+    figures = trainer.validate(fresh, datamodule=recipe.data, verbose=False)[0]
     return {name: float(value) for name, value in figures.items()}
+
+
+def restored(trainable: Trainable, checkpoint: Path) -> Trainable:
+    """A copy of a component, built anew, with the weights of a checkpoint (the original may be in shards)."""
+    fresh = type(trainable)(**trainable.arguments)
+    assign_weights(fresh, component_weights(checkpoint), str(checkpoint))
+    return fresh
 
 
 def component_weights(checkpoint: Path) -> dict[str, Tensor]:

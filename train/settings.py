@@ -46,7 +46,7 @@ class TrainerSettings:
         max_steps: optimiser steps (-1: as many as max_epochs takes).
         precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`.
         accumulate_grad_batches: batches per optimiser step.
-        gradient_clip_val: largest gradient norm (0: no clipping; with DeepSpeed too).
+        gradient_clip_val: largest gradient norm (0: no clipping).
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.

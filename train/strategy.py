@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 
 _DEEPSPEED = re.compile(r"deepspeed_([123])")
@@ -16,6 +18,12 @@ class CpuDeepSpeedStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """What the parent does, without asking for a GPU."""
         DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """What the parent does, without comparing GPU indices."""
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
 
     @property
     def root_device(self) -> torch.device:
@@ -33,7 +41,7 @@ def strategy_named(name: str, accelerator: str) -> str | Strategy:
     found = _DEEPSPEED.fullmatch(name)
     if found is None:
         return name
-    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        return DeepSpeedStrategy(stage=int(found[1]))
-    return CpuDeepSpeedStrategy(stage=int(found[1]), process_group_backend="gloo")
+    options: dict[str, Any] = {"stage": int(found[1]), "logging_batch_size_per_gpu": 1}
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return DeepSpeedStrategy(**options)
+    return CpuDeepSpeedStrategy(**options, process_group_backend="gloo")

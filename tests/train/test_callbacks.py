@@ -1,11 +1,9 @@
 import pytest
-import torch
 
 from tests.fakes import ScriptedDrafter, tiny_target
 from train.callbacks import AcceptanceProbe, checkpoint_callbacks
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings
-from train.strategy import CpuDeepSpeedStrategy, strategy_named
 
 
 @pytest.mark.parametrize(("right", "tau"), [(1.0, 4.0), (0.0, 1.0)])
@@ -21,9 +19,3 @@ def test_best_is_the_highest_tau_or_the_lowest_loss(tmp_path):
     best, last = checkpoint_callbacks(tmp_path, CheckpointSettings(best_by="probe/tau", every_n_steps=3))
     assert (best.monitor, best.mode, last.monitor) == ("probe/tau", "max", None)
     assert checkpoint_callbacks(tmp_path, CheckpointSettings(best_by="val/loss"))[0].mode == "min"
-
-
-def test_deepspeed_is_named_by_its_stage_and_everything_else_is_lightnings():
-    assert strategy_named("ddp", "auto") == "ddp"
-    found = strategy_named("deepspeed_2", "cpu")
-    assert isinstance(found, CpuDeepSpeedStrategy) and found.root_device == torch.device("cpu", 0)
