@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
+from transformers.utils import logging
 
 from data.configfiles import parse, run
 from eval.evaluation import Evaluation, evaluate
@@ -59,6 +60,7 @@ def command(arguments: Sequence[str]) -> int:
         ValueError: a mistake in what was asked, in one line.
     """
     settings = parse(make_parser(), arguments)
+    quieten()
     if settings.compare:
         Console().print(comparison_table(*map(load_report, settings.compare)))
         return 0
@@ -66,6 +68,12 @@ def command(arguments: Sequence[str]) -> int:
     name = Path(configs[-1]).stem if configs else "evaluation"
     report = evaluate(read(settings), Path(settings.output or Path("runs/eval") / name), settings.resume)
     return NOT_LOSSLESS if failures(report) else 0
+
+
+def quieten() -> None:
+    """Keep the libraries' own progress bars and advice out of the output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -125,7 +125,8 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
     if skipped:
         console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
     settings = settings_of(evaluation, tasks)
-    journal = Journal(output / JOURNAL, {**settings, "rows": [identify(row) for row in rows]}, resume)
+    header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [identify(row) for row in rows]}
+    journal = Journal(output / JOURNAL, header, resume)
     summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console), evaluation.batch_size)
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
     write(report, output, choose_sample(summaries, tasks))

@@ -15,6 +15,7 @@ from rich.text import Text
 from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
 from data.conversations import prompt_ids
+from eval.cli import quieten
 from eval.methods import load_drafter
 from eval.text import pieces
 from modules.core.drafter import Sampling
@@ -145,6 +146,7 @@ def command(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="python -m eval.generate", exit_on_error=False, description=__doc__)
     parser.add_class_arguments(Generation, fail_untyped=True)
     values = parse(parser, arguments).as_dict()
+    quieten()
     generate(Generation(**values), Console())
     return 0
 

@@ -24,6 +24,7 @@ th { color: var(--quiet); font-weight: 600; font-size: .85rem; } td:first-child,
 tr.bad td { color: #b3261e; background: #fdf1f0; } .alarm { color: #b3261e; font-weight: 600; }
 svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 .pair > figure { flex: 1 1 24rem; } figure { margin: 0; }
+.lines { white-space: pre-line; }
 .answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; }
 .answer mark { background: #d5ebf7; color: inherit; border-radius: 2px; box-shadow: inset 0 -2px 0 #8cc4e4; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
@@ -77,9 +78,8 @@ def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[s
     if measured:
         yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(measured)}</figure>"
     yield '<div class="pair">'
-    drafting = [method for method in measured if method["acceptance_by_depth"]]
-    if drafting:
-        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(drafting)}</figure>"
+    if any(method["acceptance_by_depth"] for method in measured):
+        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(measured)}</figure>"
     yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
 
 
@@ -87,7 +87,7 @@ def _sample(sample: Sample | None) -> Iterable[str]:
     if sample is None:
         return
     share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(1, sum(len(t) for t, _ in sample.pieces))
-    yield f"<h2>A sample answer</h2><p>{escape(sample.question)}</p>"
+    yield f'<h2>A sample answer</h2><p class="lines">{escape(sample.question)}</p>'
     yield f'<p class="quiet">{escape(sample.method)}; shaded: drafted and accepted, {share:.0%} of the text.</p>'
     yield f'<div class="answer">{shaded(sample.pieces)}</div>'
 

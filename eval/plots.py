@@ -31,9 +31,21 @@ def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) ->
     return text[text.index("<svg"):]
 
 
+def figure_of(axes: Axes) -> Figure:
+    """The figure that the axes stand in."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def palette(methods: Sequence[Figures]) -> dict[str, str]:
+    """One colour per method, the same in every picture."""
+    return {method["name"]: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+
+
 def speedup_by_task(methods: Sequence[Figures]) -> str:
     """Grouped bars with 95% intervals; the first group is all tasks together."""
-    groups = ["all", *methods[0]["by_task"]]
+    groups, colours = ["all", *methods[0]["by_task"]], palette(methods)
 
     def draw(axes: Axes) -> None:
         width = 0.8 / len(methods)
@@ -41,12 +53,12 @@ def speedup_by_task(methods: Sequence[Figures]) -> str:
             heights, errors = _bars(method, groups)
             places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
             axes.bar(places, heights, width * 0.92, yerr=errors, label=method["name"],
-                     color=COLOURS[index % len(COLOURS)], error_kw={"elinewidth": 0.8, "ecolor": "#39404d"})
+                     color=colours[method["name"]], error_kw={"elinewidth": 0.8, "ecolor": "#39404d"})
         axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0,
                         ha="right" if len(groups) > 6 else "center")
         axes.set_ylabel("speedup over autoregressive")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        figure_of(axes).legend(loc="outside upper left", ncols=4)
 
     return svg(draw, min(14.0, 3.0 + 0.32 * len(groups) * max(2, len(methods))), 3.6, "speedup")
 
@@ -61,14 +73,16 @@ def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarr
 
 
 def acceptance_by_depth(methods: Sequence[Figures]) -> str:
-    """Marginal (solid) and conditional (dashed) acceptance."""
+    """Marginal (solid) and conditional (dashed) acceptance of the methods that tell it."""
+    colours = palette(methods)
+
     def draw(axes: Axes) -> None:
-        for index, method in enumerate(methods):
-            colour = COLOURS[index % len(COLOURS)]
+        for method in (method for method in methods if method["acceptance_by_depth"]):
             for key, style, label in (("acceptance_by_depth", "-", method["name"]),
                                       ("conditional_acceptance_by_depth", "--", None)):
                 shares = method[key]
-                axes.plot(range(1, len(shares) + 1), shares, style, marker="o", markersize=3, color=colour, label=label)
+                axes.plot(range(1, len(shares) + 1), shares, style, marker="o", markersize=3, label=label,
+                          color=colours[method["name"]])
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("draft depth (solid: of all calls; dashed: of calls that got there)")
@@ -90,7 +104,7 @@ def time_per_phase(methods: Sequence[Figures]) -> str:
             left += lengths
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds per token")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
+        figure_of(axes).legend(loc="outside upper left", ncols=5)
 
     return svg(draw, 5.6, 1.2 + 0.36 * len(methods), "phases")
 
