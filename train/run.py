@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -7,6 +8,10 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from checkpoints.pretrained import load_pretrained
+from data.configfiles import run as one_line_run
+from modules.core.drafter import Drafter, Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from tests.fakes import tiny_target
 from train.cli import command, make_parser
 
 
@@ -147,3 +152,23 @@ def test_the_target_stays_out_of_the_checkpoints(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(name.startswith("trainable.") for name in saved["state_dict"])
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+def test_other_architectures_train_and_decode_losslessly(recipe, tmp_path, monkeypatch, arch):
+    target = tiny_target(arch, dtype=torch.float64)
+    monkeypatch.setattr("train.run.load_target", lambda *_: target)
+    run(recipe, tmp_path / "run", "--trainer.precision", "64-true")
+    drafter = load_pretrained(tmp_path / "run", target)
+    assert isinstance(drafter, Drafter) and next(drafter.parameters()).dtype == torch.float64
+    prompts = [[7, 8, 9], [20, 21, 22, 23]]
+    drafted, plain = (SpeculativeDecoder(target, one).decode(prompts, Sampling(), 24) for one in (drafter, None))
+    assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(tiny, recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), "--output", str(tmp_path / "run"), "--optimizer.lr", "1e30",
+                 "--trainer.gradient_clip_val", "0"]
+    assert one_line_run(command, arguments) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: the (train|val) loss is (nan|inf) at step \d: lower optimizer.lr", said)
