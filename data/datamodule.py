@@ -118,7 +118,8 @@ class ConversationData(LightningDataModule):
         rows: packed rows per batch.
         max_response_tokens: stop reading after this many response tokens (null: read all), held-out ones included.
         max_validation_tokens: the same for `validation`.
-        features: folder of the feature cache; what it lacks is added before training. null: states are computed online.
+        features: folder of the feature cache; what it lacks is added before training. `{target}` in it stands for the
+            target's fingerprint and `{states}` for the states, so that runs can share it. null: computed online.
         features_dtype: of a new cache.
         seed: of packing and order.
         workers: processes that prepare batches.
@@ -185,8 +186,9 @@ class ConversationData(LightningDataModule):
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache:
         assert self.features is not None
         everything = [*self.documents, *self.held_out]
-        cache_features(target, everything, states, self.features, self.features_dtype)
-        cache = FeatureCache(self.features, target.fingerprint(), states)
+        folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
+        cache_features(target, everything, states, folder, self.features_dtype)
+        cache = FeatureCache(folder, target.fingerprint(), states)
         cache.require(everything)
         return cache
 
