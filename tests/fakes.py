@@ -50,7 +50,8 @@ def tiny_target(arch: str = "llama", dtype: torch.dtype = torch.float64, vocab: 
     """A random-weight target with laws sharp enough to be told apart."""
     kind, extra = ARCHITECTURES[arch]
     dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | ({"n_layer": layers} if arch == "gpt2" else {})
-    config = CONFIG_MAPPING[kind](vocab_size=vocab, bos_token_id=1, eos_token_id=0, pad_token_id=0, **{**dimensions, **extra})
+    ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+    config = CONFIG_MAPPING[kind](vocab_size=vocab, **{**ids, **dimensions, **extra})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def tiny_batch(target: Target, rows: int = 2, length: int = 24, seed: int = 0) -
 class Texts(list[list[int]]):
     """Token lists that can be selected like tensors."""
 
-    def select(self, sequences_S: Tensor) -> "Texts":
+    def select(self, sequences_S: Tensor) -> Texts:
         """The texts of these sequences."""
         return Texts(self[i] for i in sequences_S.tolist())
 

@@ -33,6 +33,7 @@ class Anatomy:
         self._layers_name = next(name for name in _LAYERS if hasattr(self.decoder, name))
         norm_name = next((name for name in _NORMS if getattr(self.decoder, name, None) is not None), None)
         self.norm: nn.Module | None = getattr(self.decoder, norm_name) if norm_name else None
+        self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
@@ -65,7 +66,7 @@ class Anatomy:
     def weight(self, name: str) -> Tensor:
         """A weight by its canonical name; KeyError if the model has none such."""
         if name == "embed":
-            return self.decoder.get_input_embeddings().weight
+            return self.embedding.get_parameter("weight")
         if name == "lm_head":
             return self.head.weight
         if name == "norm":
@@ -84,7 +85,8 @@ class Anatomy:
         seen = _visible(rows, cache)
         full = _additive(seen, embeddings_BNH.dtype)
         window = getattr(self.config, "sliding_window", None)
-        if not window or "sliding_attention" not in (getattr(self.config, "layer_types", None) or ["sliding_attention"]):
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
+        if not window or "sliding_attention" not in kinds:
             window = None
         narrow = full if window is None else _additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
         if self.config.model_type in _MASK_BY_LAYER_TYPE:

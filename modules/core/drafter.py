@@ -108,7 +108,7 @@ class Accepted:
         return rows_BNX[torch.arange(rows_BNX.shape[0], device=rows_BNX.device), self.last_B]
 
     def emitted(self, tree: TokenTree) -> Tensor:
-        """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B` (columns past `lengths_B` are void)."""
+        """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B`; void past `lengths_B`."""
         drafts = torch.cat([self.along_path(tree.tokens_BN)[:, 1:], self.next_B[:, None]], dim=1)
         return drafts.scatter(1, self.lengths_B[:, None] - 1, self.next_B[:, None])
 
@@ -137,7 +137,7 @@ class DraftState:
     lengths_B: Tensor
 
     def select(self, sequences_S: Tensor) -> Self:
-        """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have a `select` of their own."""
+        """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have their own `select`."""
         return replace(self, **{f.name: _selected(getattr(self, f.name), sequences_S) for f in fields(self) if f.init})
 
 

@@ -33,7 +33,8 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
     folder = locate(name)
     options: dict[str, Any] = {"dtype": _DTYPES[dtype], "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loader: Any = AutoModelForCausalLM
+        model = loader.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -75,8 +76,9 @@ def _dequantised(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation stays behind."""
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config = loaded.config
+    loader: Any = AutoModelForCausalLM
+    loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fresh = type(loaded)(config)

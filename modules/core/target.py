@@ -100,7 +100,7 @@ class Target(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., H] of token ids."""
-        return self.model.get_input_embeddings()(ids)
+        return self.anatomy.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """`final` states from `pre_norm` ones (identity for models without a final norm)."""
@@ -219,7 +219,8 @@ class Target(nn.Module):
             self._seen.setdefault("pre_norm", final)
             return {name: final if name == "final" else self._seen[name] for name in names}
         except KeyError as error:
-            raise ValueError(f"state {error} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'") from None
+            known = f"0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'"
+            raise ValueError(f"state {error} is not one of {known}") from None
         finally:
             self._wanted, self._seen, self._inject = frozenset(), {}, {}
 

@@ -1,4 +1,4 @@
-"""The contract of everything that is trained: a loss over a batch, declared parameters, arguments that are the config."""
+"""The contract of everything that is trained: a loss, declared parameters, arguments that are the config."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = {phase: 0.0 for phase in PHASES}
         self._cuda = device.type == "cuda"
         self._began = self._now()
 

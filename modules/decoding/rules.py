@@ -8,7 +8,7 @@ Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class GreedyRule:
     """Longest path on which every token is the target's argmax (temperature 0 only; any draft law)."""
 
     name, lossless = "greedy", True
-    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    laws: frozenset[Law] = EVERY_LAW
     states: tuple[StateName, ...] = ()
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
@@ -105,7 +105,7 @@ class PointRule:
     """
 
     name, lossless = "point", True
-    laws: ClassVar[frozenset[Law]] = frozenset({Law.POINT})
+    laws: frozenset[Law] = frozenset({Law.POINT})
     states: tuple[StateName, ...] = ()
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
@@ -122,7 +122,7 @@ class RatioRule:
     """
 
     name, lossless = "ratio", True
-    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    laws: frozenset[Law] = EVERY_LAW
     states: tuple[StateName, ...] = ()
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
@@ -176,14 +176,14 @@ def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], lik
 
 
 class TypicalRule:
-    """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))) (Cai et al. 2024, 2.3.1).
+    """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))).
 
-    Of the longest accepted paths the likeliest wins. The next token is the target's argmax, as in the release; at
-    temperature 0 this is argmax matching.
+    Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token is the target's
+    argmax, as in the release; at temperature 0 this is argmax matching.
     """
 
     name, lossless = "typical", False
-    laws: ClassVar[frozenset[Law]] = EVERY_LAW
+    laws: frozenset[Law] = EVERY_LAW
     states: tuple[StateName, ...] = ()
 
     def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
@@ -197,7 +197,8 @@ class TypicalRule:
         parents = tree.parents_BN.clamp(min=0)
         probability_BN = law_BNV[torch.arange(len(parents))[:, None], parents, tree.tokens_BN]
         score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(-1)
-        return _longest(tree, probability_BN > threshold_BN.gather(1, parents), verified.logits_BNV.argmax(-1), score_BN)
+        typical_BN = probability_BN > threshold_BN.gather(1, parents)
+        return _longest(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
 
 
 RULES = {rule.name: rule for rule in (GreedyRule, PointRule, RatioRule, TypicalRule)}

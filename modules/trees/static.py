@@ -57,7 +57,7 @@ class StaticTree:
         known: set[Path] = {()}
         for path in self.paths:
             if path[:-1] not in known:
-                raise ValueError(f"tree path {list(path)} stands before its prefix {list(path[:-1])}: list prefixes first")
+                raise ValueError(f"tree path {list(path)} stands before {list(path[:-1])}: list prefixes first")
             known.add(path)
 
     @staticmethod

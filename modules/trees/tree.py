@@ -121,7 +121,8 @@ class TokenTree:
         if self.law_BN is None:
             return frozenset({Law.POINT})
         drafted = self.acceptable_BN[:, 1:]
-        return frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist()) or frozenset({Law.POINT})
+        found = frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
+        return found or frozenset({Law.POINT})
 
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify behind `lengths_B` committed tokens."""
