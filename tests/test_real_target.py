@@ -1,0 +1,57 @@
+"""The real 135M target: tree verification rounds like plain decoding, and speculation gives the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data.conversations import prompt_ids
+from modules.core.drafter import Sampling
+from modules.core.loading import load_target
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.heads.clover import Clover
+from modules.heads.medusa import Medusa
+from modules.trees.tree import TokenTree, Topology
+from tests.fakes import ScriptedDrafter
+
+pytestmark = pytest.mark.slow
+QUESTIONS = ("Name three fruits.", "What is 12 times 3?")
+
+
+@pytest.fixture(scope="module")
+def target():
+    return load_target("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def prompts(target):
+    return [prompt_ids([{"role": "user", "content": question}], target.tokenizer) for question in QUESTIONS]
+
+
+def test_tree_and_chain_agree_to_rounding(target, prompts):
+    ids = torch.tensor([prompts[0]])
+    tree = TokenTree(torch.randint(100, 40000, (1, 8), generator=torch.Generator().manual_seed(0)),
+                     Topology(torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 6]])))
+    target.open(1, 128)
+    target.prefill(ids, torch.tensor([ids.shape[1]]))
+    verified = target.verify(tree).logits_BNV[0]
+    for node, path in ((7, [0, 1, 3, 6, 7]), (5, [0, 2, 5])):
+        chain = torch.cat([ids, tree.tokens_BN[:, path]], dim=1)
+        with torch.no_grad():
+            plain = target.model(input_ids=chain).logits[0, -1]
+        assert (verified[node] - plain).abs().max() < 1e-3
+
+
+def test_greedy_speculation_is_token_identical(target, prompts):
+    expected = [target.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids):].tolist()
+                for ids in prompts]
+    drafters = [None, ScriptedDrafter(target.shape, right=0.7, decoys=1)]
+    for kind in (Medusa, Clover):
+        drafter = kind(target.shape, heads=3, draft_vocabulary=1024)
+        drafter.initialise(target)
+        drafters.append(drafter.eval())
+    for drafter in drafters:
+        traces = [SpeculativeDecoder(target, drafter).decode([ids], Sampling(), 16)[0] for ids in prompts]
+        assert [trace.ids for trace in traces] == expected
+    together = SpeculativeDecoder(target, drafters[-1]).decode(prompts, Sampling(), 16)
+    assert [trace.ids for trace in together] == expected
