@@ -97,7 +97,7 @@ class HeadDrafter(Drafter):
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
-    default_budget: ClassVar[int] = 7
+    default_budget: ClassVar[int] = 3
     reads: ClassVar[StateName] = "final"
     """The target state it starts from."""
     soft_labels: ClassVar[bool] = False
