@@ -149,7 +149,8 @@ def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings
         precision=cast(Any, settings.precision),
         strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
         max_epochs=settings.max_epochs, accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.gradient_clip_val or None, val_check_interval=settings.val_check_interval,
+        gradient_clip_val=settings.gradient_clip_val or None,
+        gradient_clip_algorithm=settings.gradient_clip_algorithm, val_check_interval=settings.val_check_interval,
         check_val_every_n_epoch=None if isinstance(settings.val_check_interval, int) else 1,
         log_every_n_steps=1, num_sanity_val_steps=0, inference_mode=False,
         enable_model_summary=False)

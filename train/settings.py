@@ -47,6 +47,7 @@ class TrainerSettings:
         precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`.
         accumulate_grad_batches: batches per optimiser step.
         gradient_clip_val: largest gradient norm (0: no clipping).
+        gradient_clip_algorithm: `norm`, or `value` to clip every element.
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.
@@ -61,6 +62,7 @@ class TrainerSettings:
     precision: str = "32-true"
     accumulate_grad_batches: int = 1
     gradient_clip_val: float = 1.0
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1

@@ -56,13 +56,15 @@ class Context:
     newest_B: Tensor
     states: dict[StateName, Tensor] = field(default_factory=dict)
     sampling: Sampling = Sampling()
-    generator: torch.Generator | None = None
+    generators: tuple[torch.Generator, ...] = ()
+    """One per sequence."""
 
     def select(self, sequences_S: Tensor) -> Context:
         """The context of these sequences alone (int64 [S])."""
         return replace(self, input_ids_BT=self.input_ids_BT[sequences_S], lengths_B=self.lengths_B[sequences_S],
                        newest_B=self.newest_B[sequences_S],
-                       states={name: state[sequences_S] for name, state in self.states.items()})
+                       states={name: state[sequences_S] for name, state in self.states.items()},
+                       generators=tuple(self.generators[i] for i in sequences_S.tolist()))
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class TreeBuilder(Protocol):
     law: Law
     """How its siblings are drawn."""
 
+    @property
+    def depth(self) -> int:
+        """Levels of its trees at most."""
+        ...
+
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A tree of at most `budget` drafted nodes."""
         ...
@@ -169,7 +176,6 @@ class Drafter(Trainable):
 
     binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
     """Which targets it may serve: the one it was trained for, any with the same tokenizer, or any."""
-    default_budget: ClassVar[int] = 8
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -180,6 +186,16 @@ class Drafter(Trainable):
     def builder(self) -> TreeBuilder:
         """The tree builder it uses unless a method names another."""
         raise ValueError(f"{type(self).__name__} has no default tree builder: name one under `builder:`")
+
+    @property
+    def default_budget(self) -> int:
+        """Drafted nodes per step unless a method says otherwise."""
+        return 8
+
+    @property
+    def max_depth(self) -> int | None:
+        """Tokens that it can draft in a row; None: any number."""
+        return None
 
     @property
     def law(self) -> Law:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from modules.core.narrow import narrow_linear, use_narrow_linears
 from modules.core.trainable import TargetShape
 from modules.trees.tree import TokenTree
 
+SLICED_HEADS = 4
+"""Draft vocabularies whose LM-head rows are kept at a time."""
 Injection = Callable[[Tensor], Tensor]
 """Replaces the input of a layer: hidden [B,N,H] -> hidden [B,N,H]."""
 
@@ -51,7 +54,7 @@ class Target(nn.Module):
         self._inject: Mapping[int, Injection] = {}
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
-        self._sliced: tuple[Tensor, Tensor] | None = None
+        self._sliced: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
         self._watch()
         if self.device.type == "cpu":
@@ -109,11 +112,14 @@ class Target(nn.Module):
     def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
         """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token ids.
 
-        The rows of the last vocabulary used are kept, so a trimmed draft head costs D rows, not V.
+        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V.
         """
         head = self.anatomy.head
+        hidden = hidden.to(self.dtype)
         if vocabulary_D is None:
             logits = head(hidden)
+        elif not isinstance(head, nn.Linear):
+            logits = head(hidden)[..., vocabulary_D]
         else:
             bias = None if head.bias is None else head.bias[vocabulary_D]
             logits = narrow_linear(hidden, self._head_rows(vocabulary_D), bias)
@@ -121,9 +127,14 @@ class Target(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
-        if self._sliced is None or self._sliced[0] is not vocabulary_D:
-            self._sliced = (vocabulary_D, self.anatomy.head.weight[vocabulary_D].contiguous())
-        return self._sliced[1]
+        weight = self.anatomy.head.weight
+        state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
+        kept = self._sliced.get(id(vocabulary_D))
+        if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
+            if len(self._sliced) >= SLICED_HEADS:
+                self._sliced.clear()
+            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, weight[vocabulary_D].contiguous())
+        return kept[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
         """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
@@ -197,6 +208,7 @@ class Target(nn.Module):
             assert tree.embedded_BN is not None
             embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
         rows = tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device))
+        rows = replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
         seen = self._forward(embeddings, rows, [*states, "final"], inject or {})
         return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
 

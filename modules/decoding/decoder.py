@@ -59,6 +59,10 @@ class SpeculativeDecoder:
         """Check the pairing of rule and trees."""
         if self.rule is not None and self.drafter is not None:
             check_pairing(self.rule, self.law)
+        longest = None if self.drafter is None else self.drafter.max_depth
+        if self.builder is not None and longest is not None and self.builder.depth > longest:
+            raise ValueError(f"builder draws trees of depth {self.builder.depth}, but the drafter has {longest} heads: "
+                             "lower the depth or train more heads")
         if not self.name:
             self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
         self.stop_ids = self.stop_ids or self.target.eos_ids

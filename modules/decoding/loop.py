@@ -90,13 +90,14 @@ class Run:
         ids_BT, lengths_B = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
         with self.clock.phase("prefill"):
             self.target.open(len(lengths), max(lengths) + self.limit + self.budget + 1)
+            self._cache = self.target.cache
             logits_BV, states = self.target.prefill(ids_BT, lengths_B, self.states)
             self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
         first = self.clock.elapsed()
         if self.drafter is not None:
             with self.clock.phase("draft"):
                 self._state = self.drafter.start(Context(self.target, ids_BT, lengths_B, self._newest_B, states,
-                                                         self.sampling, self.generators[0]))
+                                                         self.sampling, tuple(self.generators)))
         for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
             trace.time_to_first_token = first
             trace.ids.append(token)
@@ -104,6 +105,7 @@ class Run:
         self._drop_finished()
 
     def _step(self) -> None:
+        self.target.cache = self._cache
         with self.clock.phase("draft"):
             tree = self._propose()
         with self.clock.phase("verify"):

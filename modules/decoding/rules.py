@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Sampling, Verified
+from modules.core.sampling import sample_law
 from modules.trees.tree import Law, TokenTree
 
 EVERY_LAW = frozenset(Law)
@@ -62,13 +63,6 @@ class Draws:
             return logits_BNV.argmax(-1)
         uniform_BN = torch.stack([self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])])
         return sample_law(self.law(logits_BNV), uniform_BN.to(logits_BNV.device))
-
-
-def sample_law(law: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw: law [..., V] (need not sum to 1), uniform [...] -> int64 [...]. Never a token of law 0."""
-    cumulative = law.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
-    return drawn.clamp(max=law.shape[-1] - 1)
 
 
 class AcceptanceRule(Protocol):
@@ -222,7 +216,7 @@ def check_pairing(rule: AcceptanceRule, law: Law) -> None:
     """Refuse, by name, a rule that may not verify trees of this law."""
     if law not in rule.laws:
         fitting = ", ".join(name for name, kind in RULES.items() if law in kind.laws and kind.lossless)
-        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees without changing the output: "
+        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees, whose draft law it ignores: "
                          f"use one of {fitting}")
 
 

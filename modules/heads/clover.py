@@ -128,7 +128,7 @@ class Clover(HeadDrafter):
         """Fuse the token into the hidden state."""
         if self.fusion is None:
             return memory_NX
-        return self.fusion(memory_NX, F.normalize(target.lm_head_rows(tokens_N), dim=-1))
+        return self.fusion(memory_NX, F.normalize(target.lm_head_rows(tokens_N).to(memory_NX.dtype), dim=-1))
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The step's residual block."""

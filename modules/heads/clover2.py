@@ -72,18 +72,20 @@ class Clover2(HeadDrafter):
     def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
               caches: list[LayerCache] | None) -> Tensor:
         """h_0 at every position, given the token that follows it."""
-        hidden = self.start_attention(hidden_BNH, target.lm_head_rows(next_BN))
+        hidden = self.start_attention(hidden_BNH, target.lm_head_rows(next_BN).to(hidden_BNH.dtype))
         return self.start_norm(self.run_own_layers(hidden, rows, caches))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The first step's token is in the start already; each later one is attended to."""
-        return memory_NX if depth == 0 else self.step_attention(memory_NX, target.lm_head_rows(tokens_N))
+        vectors = target.lm_head_rows(tokens_N).to(memory_NX.dtype)
+        return memory_NX if depth == 0 else self.step_attention(memory_NX, vectors)
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """An estimate of the target's final state at the drafted position."""
         if depth == 0:
             return self.head_norm(self.first(memory_NX))
-        return self.head_norm(self.later(torch.cat([memory_NX, target.lm_head_rows(tokens_N)], dim=-1)))
+        vectors = target.lm_head_rows(tokens_N).to(memory_NX.dtype)
+        return self.head_norm(self.later(torch.cat([memory_NX, vectors], dim=-1)))
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law."""

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from modules.core.target import Target
 
 
+CHEAP_BUDGET = 3
+"""Drafted nodes that, with the root, a CPU verifies in the time of one row."""
+
+
 @dataclass
 class HeadState(DraftState):
     """A head drafter's knowledge of its sequences.
@@ -97,7 +101,6 @@ class HeadDrafter(Drafter):
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
-    default_budget: ClassVar[int] = 3
     reads: ClassVar[StateName] = "final"
     """The target state it starts from."""
     soft_labels: ClassVar[bool] = False
@@ -116,6 +119,7 @@ class HeadDrafter(Drafter):
         self.layers = nn.ModuleList()
         self.lm_heads = nn.ModuleList()
         self._builder: TreeBuilder = StaticTree.chain(heads)
+        self._budget = CHEAP_BUDGET
 
     # -- draft vocabulary and LM heads ------------------------------------------------------------------------
 
@@ -243,14 +247,25 @@ class HeadDrafter(Drafter):
         """The tree it was built with."""
         return self._builder
 
+    @property
+    def default_budget(self) -> int:
+        """All of a tree that was asked for; of `narrow` and of dynamic trees what a CPU verifies almost for free."""
+        return self._budget
+
+    @property
+    def max_depth(self) -> int:
+        """As many as it has heads."""
+        return self.heads
+
     def use_static_tree(self, tree: list[Path] | str) -> None:
         """Draft fixed paths, given in full or by name (`modules.trees.paths`)."""
-        self._builder = StaticTree(tree_paths(tree, self.heads))
+        static = StaticTree(tree_paths(tree, self.heads))
+        self._builder, self._budget = static, CHEAP_BUDGET if tree == "narrow" else len(static.paths)
 
     def start(self, context: Context) -> HeadState:
         """Read the prompts' states."""
         hidden = context.states[self.reads]
-        caches = [LayerCache.empty(self.shape, context.lengths_B, hidden.dtype) for _ in self.layers]
+        caches = [LayerCache.empty(self.shape, context.lengths_B, self.precision) for _ in self.layers]
         last = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         starts = self._read(hidden, following, context.lengths_B, context.target, caches)
@@ -268,6 +283,7 @@ class HeadDrafter(Drafter):
     def _read(self, hidden_BNH: Tensor, next_BN: Tensor, counts_B: Tensor, target: Target,
               caches: list[LayerCache]) -> Tensor:
         """Starts at the last of each sequence's `counts_B` new rows [B,X]."""
+        hidden_BNH = hidden_BNH.to(self.precision)
         if not caches:
             last = counts_B[:, None] - 1
             hidden_BNH = _at(hidden_BNH, last)
@@ -289,6 +305,11 @@ class HeadDrafter(Drafter):
         kept = [memory] if frontier.depth == 0 or state.rows_BRX is None else [state.rows_BRX, memory]
         state.rows_BRX = torch.cat(kept, dim=1)
         return self.head(frontier.depth, target)(self.feature(frontier.depth, memory, frontier.tokens_BW, target))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of its own weights, which may differ from the target's."""
+        return next(self.parameters()).dtype
 
     def run_own_layers(self, hidden_BNH: Tensor, rows: Rows, caches: list[LayerCache] | None) -> Tensor:
         """Its own decoder layers [B,N,H] -> [B,N,H]."""

@@ -80,7 +80,8 @@ class Hydra(HeadDrafter):
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """Write the token's embedding behind those of its path."""
         used, size = (depth + 1) * self.shape.hidden_size, self.shape.hidden_size
-        return torch.cat([memory_NX[..., :used], target.embed(tokens_N), memory_NX[..., used + size:]], dim=-1)
+        vectors = target.embed(tokens_N).to(memory_NX.dtype)
+        return torch.cat([memory_NX[..., :used], vectors, memory_NX[..., used + size:]], dim=-1)
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The head's blocks on c_depth."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modules.core.drafter import Drafter, DraftState, Frontier
+from modules.core.drafter import Context, Drafter, DraftState, Frontier
+from modules.core.sampling import sample_law
 from modules.trees.tree import Law, TokenTree
 
 
@@ -27,12 +28,12 @@ class SampledChain:
         self.depth = depth
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
-        """A chain of `min(depth, budget)` drafted tokens."""
+        """A chain of `min(depth, budget)` drafted tokens, one at least."""
         columns, laws = [state.newest_B], []
-        for depth in range(min(self.depth, budget)):
+        for depth in range(max(1, min(self.depth, budget))):
             parents = torch.full_like(columns[-1][:, None], depth - 1)
             logits_BD = drafter.expand(state, Frontier(columns[-1][:, None], parents, depth))[:, 0]
-            law_BD, drawn_B = _draw(logits_BD, state.context.sampling.temperature, state.context.generator)
+            law_BD, drawn_B = _draw(logits_BD, state.context)
             laws.append(law_BD)
             columns.append(drawn_B if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_B])
         rows = torch.arange(-1, len(laws), device=columns[0].device).expand(len(columns[0]), -1)
@@ -40,9 +41,12 @@ class SampledChain:
                                laws_BRD=torch.stack(laws, 1), law_rows_BN=rows, vocabulary_D=drafter.vocabulary_D)
 
 
-def _draw(logits_BD: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _draw(logits_BD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Laws [B,D] in float64 and one token from each [B], every sequence by its own generator."""
+    temperature = context.sampling.temperature
     if temperature == 0:
-        drawn = logits_BD.argmax(-1)
-        return torch.nn.functional.one_hot(drawn, logits_BD.shape[-1]).to(logits_BD.dtype), drawn
-    law = (logits_BD / temperature).softmax(-1)
-    return law, torch.multinomial(law, 1, generator=generator)[:, 0]
+        drawn_B = logits_BD.argmax(-1)
+        return torch.nn.functional.one_hot(drawn_B, logits_BD.shape[-1]).double(), drawn_B
+    law_BD = (logits_BD.double() / temperature).softmax(-1)
+    uniforms = [torch.rand((), generator=one, dtype=torch.float64, device=one.device) for one in context.generators]
+    return law_BD, sample_law(law_BD, torch.stack(uniforms).to(law_BD.device))

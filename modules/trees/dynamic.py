@@ -52,17 +52,17 @@ class ThresholdTree:
         root = state.newest_B[:, None]
         growth = _Growth([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)],
                          torch.zeros(root.shape, device=root.device))
-        remaining = budget
+        remaining_B = torch.full_like(state.newest_B, budget)
         for depth in range(self.depth):
-            count = min(self.width, remaining)
-            if count < 1:
+            if int(remaining_B.max()) < 1:
                 break
             logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
-            remaining -= self._level(growth, logits_BWD, drafter.vocabulary_D, count)
+            remaining_B = remaining_B - self._level(growth, logits_BWD, drafter.vocabulary_D, remaining_B)
         return _finish(growth, drafter.vocabulary_D)
 
-    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, count: int) -> int:
-        """Append the best `count` children; returns how many columns that took."""
+    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, remaining_B: Tensor) -> Tensor:
+        """Append the best children, `width` or what remains of the budget; returns how many each sequence took [B]."""
+        count = min(self.width, int(remaining_B.max()))
         log_BWK, tokens_BWK = logits_BWD.log_softmax(-1).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
         joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)
@@ -72,9 +72,10 @@ class ThresholdTree:
         growth.start = growth.size
         growth.tokens.append(tokens if vocabulary_D is None else vocabulary_D[tokens])
         growth.parents.append(parents)
-        growth.real.append(scores.isfinite())
+        affordable = torch.arange(scores.shape[1], device=scores.device) < remaining_B[:, None]
+        growth.real.append(scores.isfinite() & affordable)
         growth.scores_BW = scores
-        return int(growth.real[-1].sum(1).max())
+        return growth.real[-1].sum(1)
 
     def _likely(self, probability_BWK: Tensor) -> Tensor:
         before = probability_BWK.cumsum(-1) - probability_BWK

@@ -72,7 +72,7 @@ class StaticTree:
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A tree of the first `budget` paths."""
-        template = _template(self.paths[:budget])
+        template = _template(self.paths[:budget], state.newest_B.device)
         columns = [state.newest_B[:, None]]
         tokens_BN = columns[0]
         for depth, level in enumerate(template.levels):
@@ -86,7 +86,7 @@ class StaticTree:
 
 
 @lru_cache(maxsize=64)
-def _template(paths: tuple[Path, ...]) -> _Template:
+def _template(paths: tuple[Path, ...], device: torch.device) -> _Template:
     """Node order, parents and index tensors: nodes sorted by (depth, path), node 0 the root."""
     nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     index = {path: i for i, path in enumerate(nodes)}
@@ -98,9 +98,9 @@ def _template(paths: tuple[Path, ...]) -> _Template:
         at = [path for path in expanded if len(path) == depth]
         children = [path for path in nodes if len(path) == depth + 1]
         levels.append(_Level(
-            nodes=torch.tensor([index[path] for path in at]),
-            parent_rows=torch.tensor([row[path[:-1]] if path else -1 for path in at]),
-            sources=torch.tensor([at.index(path[:-1]) for path in children]),
-            ranks=torch.tensor([path[-1] for path in children]),
+            nodes=torch.tensor([index[path] for path in at], device=device),
+            parent_rows=torch.tensor([row[path[:-1]] if path else -1 for path in at], device=device),
+            sources=torch.tensor([at.index(path[:-1]) for path in children], device=device),
+            ranks=torch.tensor([path[-1] for path in children], device=device),
             widest=max(path[-1] for path in children) + 1))
-    return _Template(Topology(torch.tensor([parents])), tuple(levels))
+    return _Template(Topology(torch.tensor([parents], device=device)), tuple(levels))

@@ -7,6 +7,9 @@ import torch
 
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.heads.medusa import Medusa
+from modules.trees.chain import SampledChain
+from modules.trees.static import StaticTree
 from tests.fakes import ScriptedDrafter, tiny_target
 
 PROMPTS = [[7, 9, 11, 30], [12, 8], [40, 41, 42, 43, 44, 45, 46], [99]]
@@ -84,3 +87,38 @@ def test_bad_input_is_refused_before_anything_runs():
         SpeculativeDecoder(target).decode([[]], GREEDY, 10)
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=-1)
+
+
+def test_a_builder_deeper_than_the_heads_is_refused():
+    target = tiny_target()
+    with pytest.raises(ValueError, match="has 3 heads"):
+        SpeculativeDecoder(target, Medusa(target.shape, heads=3), builder=StaticTree.chain(4))
+
+
+def test_two_answers_can_be_streamed_at_once():
+    target = tiny_target()
+    decoders = [SpeculativeDecoder(target), SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.7))]
+    streams = [decoder.stream(PROMPTS[i], GREEDY, 12) for i, decoder in enumerate(decoders)]
+    told: list[list[int]] = [[], []]
+    for _ in range(12):
+        for ids, stream in zip(told, streams, strict=True):
+            ids += [token for token, _ in [next(stream, (None, None))] if token is not None]
+    assert told == [reference(target, PROMPTS[i], 12) for i in range(2)]
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_an_answer_may_fill_the_context(arch):
+    target = tiny_target(arch)
+    prompt = [5 + i % 90 for i in range(500)]
+    trace = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=5)).decode([prompt], GREEDY, 12)[0]
+    assert trace.ids == reference(target, prompt, 12)
+
+
+def test_sampled_text_does_not_depend_on_the_batch():
+    target = tiny_target(vocab=20, seed=2)
+    drafter = Medusa(target.shape, heads=3).double().eval()
+    decoder = SpeculativeDecoder(target, drafter, builder=SampledChain(3), stop_ids=frozenset({-1}))
+    together = decoder.decode([[3, 1], [4, 2, 9], [7]], Sampling(temperature=1.0), 12)
+    for i, prompt in enumerate([[3, 1], [4, 2, 9], [7]]):
+        alone = decoder.decode([prompt], Sampling(temperature=1.0, seed=i), 12)[0]
+        assert alone.ids == together[i].ids and alone.accepted == together[i].accepted

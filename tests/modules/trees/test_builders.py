@@ -43,7 +43,8 @@ class Table(Drafter):
 def state(batch=2, temperature=0.0):
     newest = torch.arange(1, batch + 1)
     context = Context(tiny_target(vocab=10), newest[:, None], torch.ones_like(newest), newest,
-                      sampling=Sampling(temperature), generator=torch.Generator().manual_seed(0))
+                      sampling=Sampling(temperature),
+                      generators=tuple(torch.Generator().manual_seed(b) for b in range(batch)))
     return DraftState(context, newest, torch.ones_like(newest))
 
 
@@ -103,8 +104,7 @@ def test_threshold_tree_equals_the_node_by_node_algorithm(budget):
         for node in range(1, tree.size):
             if parents[node] != node:
                 paths[node] = (*paths.get(parents[node], ()), tokens[node])
-        if b == 0 or budget >= 12:
-            assert set(paths.values()) == expected
+        assert set(paths.values()) == expected
 
 
 def test_sampled_chain_carries_the_law_it_was_drawn_from():
@@ -113,7 +113,7 @@ def test_sampled_chain_carries_the_law_it_was_drawn_from():
     assert tree.parents_BN[0].tolist() == [-1, 0, 1, 2]
     for b in range(2):
         for node in range(1, 4):
-            law = (drafter.table[tree.tokens_BN[b, node - 1]] / 0.7).softmax(-1)
+            law = (drafter.table[tree.tokens_BN[b, node - 1]].double() / 0.7).softmax(-1)
             torch.testing.assert_close(tree.laws_BRD[b, tree.law_rows_BN[b, node]], law)
     greedy = SampledChain(2).build(drafter, state(), 8)
     assert greedy.tokens_BN[0, 1] == drafter.table[1].argmax()
