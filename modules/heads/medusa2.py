@@ -5,14 +5,14 @@ Shape legend: B sequences, T tokens of a packed row, M training rows, H hidden s
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from math import pi, sin, sqrt
-from typing import TYPE_CHECKING, Any, Literal, cast
+from math import pi, sin
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from modules.core.adapters import Adapters, LowRank
 from modules.core.batches import StateName, TextBatch
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Losses, Mean, TargetShape
@@ -20,15 +20,6 @@ from modules.heads.medusa import Medusa
 
 if TYPE_CHECKING:
     from modules.core.target import Target
-
-
-class LowRank(nn.Module):
-    """The factors of a linear layer's change of weight, up · down: zero at the start (LoRA, Hu et al. 2021)."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.down, a=sqrt(5))
 
 
 class Medusa2(Medusa):
@@ -57,14 +48,10 @@ class Medusa2(Medusa):
             raise ValueError(f"schedule must be 'constant' or 'sine', got {schedule!r}")
         if not 0 < ramp <= 1:
             raise ValueError(f"ramp must lie in (0, 1], got {ramp}")
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.coefficient, self.schedule, self.ramp = coefficient, schedule, ramp
         self.self_distillation, self.head_lr_scale = self_distillation, head_lr_scale
-        self.adapters = nn.ModuleList(
-            nn.ModuleDict({name: LowRank(*size, rank) for name, size in _layer_sizes(shape).items()})
-            for _ in range(shape.num_layers))
+        self.adapters = Adapters(shape, rank, alpha, dropout, name="medusa2")
         self.lm_head_adapter = LowRank(shape.hidden_size, shape.vocab_size, rank)
-        self._twin: tuple[Target, Target] | None = None
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -110,60 +97,16 @@ class Medusa2(Medusa):
 
     def adapted_twin(self, target: Target) -> Target:
         """A target that shares all weights with `target` and runs through this module's adapters (made once)."""
-        if self._twin is None or self._twin[0] is not target:
-            self._twin = (target, self._make_twin(target))
-        for _, module in self._adapted_modules(self._twin[1]):
-            module.lora_dropout.train(self.training)
-        return self._twin[1]
-
-    def _make_twin(self, target: Target) -> Target:
-        from peft import LoraConfig, inject_adapter_in_model
         self._refuse_other_layers(target)
-        tensors = [*target.model.parameters(), *target.model.buffers()]
-        shared = copy.deepcopy(target.model, {id(target): target} | {id(tensor): tensor for tensor in tensors})
-        config = LoraConfig(r=self.rank, lora_alpha=cast(int, self.alpha), lora_dropout=self.dropout,
-                            target_modules=[*_layer_sizes(self.shape), "lm_head"])
-        twin = type(target)(inject_adapter_in_model(config, shared), target.tokenizer, self._adapted_name(target))
-        for factors, module in self._adapted_modules(twin):
-            module.lora_A["default"].weight, module.lora_B["default"].weight = factors.down, factors.up
-            factors.requires_grad_(True)
-        return twin
+        return self.adapters.twin(target, self.lm_head_adapter)
 
-    # -- the target it decodes with -----------------------------------------------------------------------------
-
-    @torch.no_grad()
     def adapt(self, target: Target) -> Target:
         """A copy of the target with the adapters added to its weights: a different model, with its own fingerprint."""
         self._refuse_other_layers(target)
-        adapted = type(target)(copy.deepcopy(target.model, {id(target): target}), target.tokenizer,
-                               self._adapted_name(target))
-        for factors, module in self._adapted_modules(adapted):
-            change = (self.alpha / self.rank) * (factors.up @ factors.down)
-            module.weight = nn.Parameter(module.weight + change.to(module.weight), requires_grad=False)
-        cast(Any, adapted.model).config.tie_word_embeddings = False
-        return adapted
-
-    def _adapted_modules(self, target: Target) -> list[tuple[LowRank, Any]]:
-        pairs: list[tuple[LowRank, Any]] = [(self.lm_head_adapter, target.anatomy.head)]
-        for adapters, layer in zip(self.adapters, target.anatomy.layers, strict=True):
-            found = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
-            pairs += [(cast(LowRank, factors), found[name]) for name, factors in cast(nn.ModuleDict, adapters).items()]
-        return pairs
-
-    def _adapted_name(self, target: Target) -> str:
-        return f"{target.name}+medusa2"
+        return self.adapters.merged(target, self.lm_head_adapter)
 
     def _refuse_other_layers(self, target: Target) -> None:
-        names = {name.rsplit(".", 1)[-1] for name, _ in target.anatomy.layers[0].named_modules()}
-        missing = [name for name in _layer_sizes(self.shape) if name not in names]
-        if missing:
-            raise ValueError(f"target {target.name!r} has no layers {', '.join(missing)} to adapt: Medusa-2 needs a "
-                             "Llama-type target; use modules.heads.medusa.Medusa with this one")
-
-
-def _layer_sizes(shape: TargetShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's linear parts."""
-    size, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    inner = shape.intermediate_size
-    return {"q_proj": (size, queries), "k_proj": (size, keys), "v_proj": (size, keys), "o_proj": (queries, size),
-            "gate_proj": (size, inner), "up_proj": (size, inner), "down_proj": (inner, size)}
+        try:
+            self.adapters.refuse_other_layers(target)
+        except ValueError as error:
+            raise ValueError(f"{error}; use modules.heads.medusa.Medusa with this one") from None
