@@ -1,7 +1,7 @@
 """Hugging Face's own ways of decoding, as decoders that the harness measures beside ours.
 
-They run on the very model that the target wraps, with its own cache. The prefill ends, as in our loop, when the first
-token is known; a streamer takes the times, so nothing is patched.
+They run on the target's own weights with the library's kernels and cache, as its users run it. The prefill ends, as
+in our loop, when the first token is known; a streamer takes the times, so nothing is patched.
 
 Shape legend: B sequences, T prompt tokens.
 """
@@ -96,7 +96,7 @@ class HuggingFaceGenerate:
             **_NEUTRAL, **_sampling_options(sampling), **self.options())
         with torch.random.fork_rng(devices=[self.target.device] if self.target.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
-            model: Any = self.target.model
+            model: Any = self.target.stock
             text_BT = model.generate(
                 ids_BT.to(self.target.device), attention_mask=mask_BT.to(self.target.device), generation_config=config,
                 streamer=watch, **self.arguments())
@@ -162,7 +162,7 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         super().__init__(target)
         if not 0 < layers < target.shape.num_layers:
             raise ValueError(f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for {target.name}")
-        self.assistant = truncated_copy(target.model, layers)
+        self.assistant = truncated_copy(target.stock, layers)
         self.assistant.generation_config.num_assistant_tokens = tokens
         self.assistant.generation_config.num_assistant_tokens_schedule = "constant"
         self.assistant.generation_config.assistant_confidence_threshold = 0.0

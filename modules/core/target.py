@@ -6,6 +6,7 @@ D draft vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from modules.core.anatomy import Anatomy
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
-from modules.core.narrow import narrow_linear, use_narrow_linears
+from modules.core.narrow import narrow_linear, use_narrow_kernels
 from modules.core.trainable import TargetShape
 from modules.trees.tree import TokenTree
 
@@ -56,9 +57,11 @@ class Target(nn.Module):
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
-        self._watch()
+        self._stock: tuple[Any] = (model,)
         if self.device.type == "cpu":
-            use_narrow_linears(model)
+            self._stock = (_sharing_weights(model),)
+            use_narrow_kernels(model)
+        self._watch()
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -66,6 +69,11 @@ class Target(nn.Module):
     def shape(self) -> TargetShape:
         """Its dimensions."""
         return self.anatomy.shape
+
+    @property
+    def stock(self) -> Any:
+        """The model as its library runs it, without our kernels and hooks; the weights are the same tensors."""
+        return self._stock[0]
 
     @property
     def device(self) -> torch.device:
@@ -260,6 +268,10 @@ class Target(nn.Module):
     def _at_norm(self, _: nn.Module, args: tuple) -> None:
         if "pre_norm" in self._wanted:
             self._seen["pre_norm"] = args[0]
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
