@@ -95,7 +95,7 @@ def load_conversations(source: str, limit: int | None = None, split: str = "trai
     Raises:
         ValueError: no such file or data set, a row of an unknown shape, or nothing in it.
     """
-    rows = islice(_rows(source, split, limit), limit)
+    rows = islice(read_rows(source, split, limit), limit)
     found = [_conversation(row, f"{source!r} row {number}") for number, row in enumerate(rows, 1)]
     if not found:
         raise ValueError(f"data set {source!r} is empty: give one with at least one conversation")
@@ -114,7 +114,8 @@ def local_file(source: str) -> Path | None:
     return None
 
 
-def _rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+def read_rows(source: str, split: str = "train", limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a file or of a Hub data set, see `load_conversations`; `limit` only spares a Hub download."""
     path = local_file(source)
     if path is None:
         return _hub_rows(source, split, limit)
@@ -161,16 +162,17 @@ def _hub_rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, 
 
 def _conversation(row: dict[str, Any], where: str) -> Conversation:
     if isinstance(turns := row.get("messages"), list):
-        messages = [_message(turn, "role", "content", where) for turn in turns]
+        messages = [read_message(turn, "role", "content", where) for turn in turns]
     elif isinstance(turns := row.get("conversations"), list):
-        messages = [_message(turn, "from", "value", where) for turn in turns]
+        messages = [read_message(turn, "from", "value", where) for turn in turns]
     else:
         messages = _pair(row, where)
     ids = row.get("response_ids")
     return Conversation(messages, list(ids) if ids else None, bool(row.get("finished", True)))
 
 
-def _message(turn: Any, role: str, content: str, where: str) -> Message:
+def read_message(turn: Any, role: str, content: str, where: str) -> Message:
+    """A turn with its role named as chat templates name it; `role` and `content` are its keys, `where` the row."""
     if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or not isinstance(turn.get(content), str):
         raise ValueError(f"{where}: a turn must hold text under `{role}` and `{content}`, got {str(turn)[:80]}")
     speaker: str = turn[role]
@@ -189,7 +191,7 @@ def _pair(row: dict[str, Any], where: str) -> list[Message]:
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """Token ids of a chat up to where the assistant is to speak."""
-    return _encode(_render(messages, tokenizer, generate=True), tokenizer)
+    return _encode(render(messages, tokenizer, generate=True), tokenizer)
 
 
 def tokenize(conversation: Conversation, tokenizer: Any, max_length: int,
@@ -214,8 +216,8 @@ def tokenize(conversation: Conversation, tokenizer: Any, max_length: int,
     mask: list[bool] = []
     text = ""
     for turn in answers:
-        prompt = _render(messages[:turn], tokenizer, generate=True)
-        through = _render(messages[:turn + 1], tokenizer)
+        prompt = render(messages[:turn], tokenizer, generate=True)
+        through = render(messages[:turn + 1], tokenizer)
         if not prompt.startswith(text) or not through.startswith(prompt):
             break
         asked = _encode(prompt[len(text):], tokenizer)
@@ -240,7 +242,11 @@ def _document(ids: list[int], mask: list[bool], max_length: int) -> Tokens:
     return Tokens(torch.tensor(ids[:end]), torch.tensor(mask[:end]))
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, generate: bool = False) -> str:
+def render(messages: Sequence[Message], tokenizer: Any, generate: bool = False) -> str:
+    """A chat as the tokenizer's template writes it; `generate` opens the assistant's turn behind it.
+
+    Raises ValueError for a tokenizer without a template, `Skipped` for messages that it refuses.
+    """
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned target")
     try:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -20,7 +20,7 @@ from data.conversations import Tokens, hash_ids, load_conversations, local_file,
 from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
 from data.vocabulary import coverage, frequent_tokens
-from modules.core.batches import StateName, TextBatch
+from modules.core.batches import StateName
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -45,11 +45,11 @@ class Batches:
         workers: processes that prepare batches.
     """
 
-    def __init__(self, documents: Sequence[Tokens], max_length: int, rows: int, cache: FeatureCache | None = None,
+    def __init__(self, documents: Sequence[Any], max_length: int, rows: int, cache: FeatureCache | None = None,
                  seed: int = 0, shuffle: bool = True, workers: int = 0, rank: int = 0, world: int = 1) -> None:
         self.documents, self.cache, self.seed, self.shuffle, self.workers = documents, cache, seed, shuffle, workers
         self.rank, self.world, self.rows = rank, world, rows
-        self.packed = pack([len(document) for document in documents], max_length, seed)
+        self.packed = self._pack(max_length)
         self.sampler, self.batch_sampler = self, None
         self.epoch = self.batch = self._start = 0
 
@@ -70,7 +70,7 @@ class Batches:
         batches = [order[start:start + self.rows] for start in range(0, count, self.rows)]
         return [batches[(self.rank + k * self.world) % len(batches)] for k in range(len(self))]
 
-    def __iter__(self) -> Iterator[TextBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """The epoch's batches; the first time after a state was restored, only those that were left."""
         self.batch = self._start if self._start < len(self) else 0
         self._start = 0
@@ -80,11 +80,14 @@ class Batches:
             self.batch += 1
             yield batch
 
-    def __getitem__(self, row: int) -> list[Tokens]:
+    def __getitem__(self, row: int) -> list[Any]:
         """The documents of one packed row."""
         return [self.documents[i] for i in self.packed[row]]
 
-    def _collate(self, rows: list[list[Tokens]]) -> TextBatch:
+    def _pack(self, max_length: int) -> list[list[int]]:
+        return pack([len(document) for document in self.documents], max_length, self.seed)
+
+    def _collate(self, rows: list[list[Any]]) -> Any:
         if self.cache is None:
             return collate(rows)
         return collate(rows, [[self.cache.read(document.key) for document in row] for row in rows])
@@ -124,6 +127,9 @@ class ConversationData(LightningDataModule):
         seed: of packing and order.
         workers: processes that prepare batches.
     """
+
+    batches: ClassVar[type[Batches]] = Batches
+    """What puts its documents into batches."""
 
     def __init__(self, train: str = "embedded", validation: str | None = None, split: str = "train",
                  validation_split: str = "validation", validation_fraction: float = 0.05, max_length: int = 1024,
@@ -183,7 +189,7 @@ class ConversationData(LightningDataModule):
         conversations = load_conversations(source, split=split)
         return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
 
-    def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache:
+    def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
         assert self.features is not None
         everything = [*self.documents, *self.held_out]
         folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
@@ -205,8 +211,8 @@ class ConversationData(LightningDataModule):
     def _batches(self, documents: Sequence[Tokens], shuffle: bool) -> Batches:
         assert self._target is not None, "bind() the data to a target first"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Batches(documents, self.max_length, self.rows, self._cache, self.seed, shuffle, self.workers, rank,
-                       world)
+        return self.batches(documents, self.max_length, self.rows, self._cache, self.seed, shuffle, self.workers, rank,
+                            world)
 
     # -- what it holds ----------------------------------------------------------------------------------------
 

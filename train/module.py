@@ -180,11 +180,13 @@ def text_batches(batch: AnyBatch) -> Iterable[TextBatch]:
 
 
 def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """One declared group as one or two optimiser groups: decay falls on matrices only."""
+    """One declared group as one or two optimiser groups: decay falls on matrices only, by the group's own
+    `weight_decay` or else the recipe's."""
+    decay = declared.get("weight_decay", settings.weight_decay)
     parameters, rate = list(declared["params"]), settings.lr * declared.get("lr_scale", 1.0)
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return [{**group, "lr": rate} for group in groups if group["params"]]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from data.datamodule import ConversationData
 from modules.core.drafter import Drafter
 from modules.core.loading import load_target
 from modules.core.target import Target
-from modules.core.trainable import TargetShape, Trainable
+from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
@@ -95,6 +95,8 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
     target = target or load_target(recipe.target, recipe.dtype)
     trainable = build(recipe, target, place.init_from)
     module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps)
+    if place.resume is None:
+        train_stages(recipe, place, trainable, target)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
         cast(Any, trainer).callbacks.insert(0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe))
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
@@ -110,6 +112,17 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
     if init_from is not None:
         warm_start(trainable, init_from)
     return trainable
+
+
+def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Target) -> None:
+    """Train what comes before the whole (`Trainable.stages`); a resumed run has it in its checkpoint."""
+    for stage in trainable.stages:
+        settings = replace(recipe.trainer, max_epochs=stage.epochs, max_steps=-1)
+        trainer = _lightning_trainer(settings, None, place.output, f"{LIGHTNING}/{stage.name}")
+        optimizer = replace(recipe.optimizer, lr=stage.lr)
+        stage.part.requires_grad_(True)
+        trainer.fit(TrainableModule(stage.part, target, optimizer, settings.log_every_n_steps), datamodule=recipe.data)
+        stage.part.requires_grad_(False)
 
 
 def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:
@@ -141,10 +154,13 @@ def lightning_trainer(recipe: Recipe, folder: Path) -> Trainer:
         raise ValueError(f"trainer: {error}") from error
 
 
-def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings, folder: Path) -> Trainer:
+def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings | None, folder: Path,
+                       logs: str = LIGHTNING) -> Trainer:
+    """`checkpoint` None keeps none; `logs` is the folder of the default loggers, LIGHTNING or a folder in it."""
+    kept = [] if checkpoint is None else checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)
     return Trainer(
-        default_root_dir=folder, logger=loggers(settings, folder),
-        callbacks=[RunProgress(), *checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)],
+        default_root_dir=folder, logger=loggers(settings, folder, logs), callbacks=[RunProgress(), *kept],
+        enable_checkpointing=checkpoint is not None,
         accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
         precision=cast(Any, settings.precision),
         strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
@@ -156,12 +172,12 @@ def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings
         enable_model_summary=False)
 
 
-def loggers(settings: TrainerSettings, folder: Path) -> list[Logger]:
-    """The loggers asked for, or CSV and TensorBoard files under `DIR/lightning/version_N`."""
+def loggers(settings: TrainerSettings, folder: Path, logs: str = LIGHTNING) -> list[Logger]:
+    """The loggers asked for, or CSV and TensorBoard files under `DIR/{logs}/version_N`."""
     if settings.logger is not None:
         return settings.logger
-    csv = CSVLogger(folder, name=LIGHTNING)
-    return [csv, TensorBoardLogger(folder, name=LIGHTNING, version=csv.version, default_hp_metric=False)]
+    csv = CSVLogger(folder, name=logs)
+    return [csv, TensorBoardLogger(folder, name=logs, version=csv.version, default_hp_metric=False)]
 
 
 # -- what remains of a run ----------------------------------------------------------------------------------------
@@ -172,11 +188,27 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
     folder = place.output / DRAFTER
     if trainer.is_global_zero:
         trainable = restored(module.trainable, checkpoint)
-        provenance = Provenance.of(module.target, data=recipe.data.summary(), measured=measured,
+        outcome = finish(recipe, module, trainable)
+        provenance = Provenance.of(module.target, data=recipe.data.summary(), measured={**measured, **outcome.figures},
                                    settings=place.settings)
         save_pretrained(trainable, folder, provenance)
+        for name, text in outcome.pages.items():
+            (place.output / name).write_text(text, encoding="utf-8")
     trainer.strategy.barrier()
     return folder
+
+
+def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Outcome:
+    """The component's own last touches, over the held-out batches with their states."""
+    ready = TrainableModule(trainable.to(module.target.device).eval(), module.target, recipe.optimizer)
+
+    def batches() -> Iterator[Any]:
+        for batch in recipe.data.val_dataloader():
+            batch = recipe.data.transfer_batch_to_device(batch, module.target.device, 0)
+            ready.fill_states(batch)
+            yield batch
+    with torch.no_grad():
+        return trainable.finish(batches(), module.target)
 
 
 def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModule) -> tuple[Path, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -53,6 +53,27 @@ class TargetShape:
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of a component that is trained before the whole, on the same data and by its own loss.
+
+    name: of the part. part: what is trained; frozen otherwise. epochs: passes over the data. lr: peak learning rate.
+    """
+
+    name: str
+    part: Trainable
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `Trainable.finish` found out: figures by name, and texts to leave in the run's folder by file name."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    pages: dict[str, str] = field(default_factory=dict)
+
+
 class Trainable(nn.Module):
     """A module that Slipstream trains.
 
@@ -93,6 +114,15 @@ class Trainable(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups; `lr_scale` multiplies the recipe's learning rate."""
         return [{"params": list(self.declared_parameters()), "lr_scale": 1.0}]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Parts that are trained first, in this order."""
+        return ()
+
+    def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
+        """Last touches on trained weights before they are saved, with the held-out batches (a threshold, a page)."""
+        return Outcome()
 
     @abstractmethod
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:

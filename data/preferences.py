@@ -1,0 +1,224 @@
+"""Pairs of a better and a worse answer to the same prompt, as batches.
+
+Shape legend: B pairs, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from data.arithmetic import EMBEDDED_SOLUTIONS
+from data.conversations import (
+    Conversation,
+    Message,
+    Skipped,
+    Tokens,
+    read_message,
+    read_rows,
+    tokenize,
+)
+from data.datamodule import Batches, ConversationData
+from data.packing import collate
+from data.solutions import frequent_wrong, is_problem, read_problem
+from modules.core.batches import PreferenceBatch, StateName
+
+if TYPE_CHECKING:
+    from data.features import FeatureCache
+    from modules.core.target import Target
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_PAIRS = Path(__file__).parent / "prompts" / "preferences.jsonl"
+EMBEDDED_SOURCES = {"embedded": EMBEDDED_PAIRS, "embedded_solutions": EMBEDDED_SOLUTIONS}
+SHAPES = ("`chosen` + `rejected` (text with a `prompt`, lists of messages, or `Human:`/`Assistant:` dialogues), or a "
+          "`question` with solutions known to be right or wrong")
+_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Messages up to where the assistant is to speak, and two answers to them."""
+
+    messages: list[Message]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone."""
+
+    chosen: Tokens
+    rejected: Tokens
+
+    def __len__(self) -> int:
+        """T of the longer document."""
+        return max(len(self.chosen), len(self.rejected))
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """Both documents' ids, one after the other."""
+        return torch.cat([self.chosen.input_ids, self.rejected.input_ids])
+
+    @cached_property
+    def loss_mask(self) -> Tensor:
+        """Both documents' masks, one after the other."""
+        return torch.cat([self.chosen.loss_mask, self.rejected.loss_mask])
+
+    @property
+    def key(self) -> str:
+        """Of both documents."""
+        return self.chosen.key + self.rejected.key
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the answers."""
+        return self.chosen.prompt
+
+    @property
+    def response_tokens(self) -> int:
+        """Of both answers."""
+        return self.chosen.response_tokens + self.rejected.response_tokens
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_preferences(row: dict[str, Any], where: str) -> list[Preference]:
+    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one.
+
+    Raises:
+        ValueError: a row of an unknown shape.
+        Skipped: dialogues that differ before their last answer, or do not end in one.
+    """
+    if is_problem(row):
+        problem = read_problem(row)
+        asked = [{"role": "user", "content": problem.question}]
+        return [Preference(asked, problem.right[0].text, wrong.text) for wrong in frequent_wrong(problem)]
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return [_dialogues(*(_messages(prompt, turns, where) for turns in (chosen, rejected)))]
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+    if prompt:
+        return [Preference(_messages(prompt, [], where), chosen, rejected)]
+    return [_dialogues(_turns(chosen, where), _turns(rejected, where))]
+
+
+def _messages(prompt: Any, turns: Sequence[Any], where: str) -> list[Message]:
+    """A prompt (text, messages or nothing) and the turns behind it; turns that begin with the prompt hold all."""
+    said = [read_message(turn, "role", "content", where) for turn in turns]
+    if not prompt or (said and said[0]["role"] != "assistant"):
+        return said
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}, *said]
+    return [*(read_message(turn, "role", "content", where) for turn in prompt), *said]
+
+
+def _turns(dialogue: str, where: str) -> list[Message]:
+    """A dialogue written as `\\n\\nHuman: … \\n\\nAssistant: …`."""
+    before, *parts = _TURN.split(dialogue if dialogue.startswith("\n\n") else "\n\n" + dialogue)
+    if before.strip() or not parts:
+        raise ValueError(f"{where}: `chosen` without a `prompt` must begin with 'Human:', got {dialogue[:40]!r}")
+    return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]
+
+
+def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
+    if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise Skipped("the dialogue does not end with the assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise Skipped("the dialogues differ before the last answer")
+    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------
+
+
+def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
+                  ) -> Pair:
+    """Both answers behind the target's chat template; `Skipped` when one leaves nothing to compare."""
+    sides = [_last_answer([*preference.messages, {"role": "assistant", "content": answer}], tokenizer, max_length,
+                          end_ids) for answer in (preference.chosen, preference.rejected)]
+    if sides[0].key == sides[1].key:
+        raise Skipped("both answers are the same")
+    return Pair(*sides)
+
+
+def _last_answer(messages: list[Message], tokenizer: Any, max_length: int, end_ids: Collection[int] | None) -> Tokens:
+    whole = tokenize(Conversation(messages), tokenizer, max_length, end_ids)
+    begins = whole.loss_mask & ~whole.loss_mask.roll(1)
+    begins[0] = whole.loss_mask[0]
+    if int(begins.sum()) != sum(message["role"] == "assistant" for message in messages):
+        raise Skipped(f"dialogue longer than the context ({max_length} tokens)")
+    start = int(begins.nonzero()[-1])
+    return Tokens(whole.input_ids, whole.loss_mask & (torch.arange(len(whole)) >= start))
+
+
+def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
+                   max_response_tokens: int | None = None, end_ids: Collection[int] | None = None) -> list[Pair]:
+    """All usable pairs in order, each once, up to a budget of response tokens; skips are counted and logged.
+
+    Raises:
+        ValueError: a row of an unknown shape, or nothing is left.
+    """
+    pairs: dict[str, Pair] = {}
+    skips: Counter[str] = Counter()
+    for number, row in enumerate(rows, 1):
+        if max_response_tokens and sum(pair.response_tokens for pair in pairs.values()) >= max_response_tokens:
+            break
+        try:
+            for preference in read_preferences(row, f"{source!r} row {number}"):
+                pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
+                pairs.setdefault(pair.key, pair)
+        except Skipped as reason:
+            skips[str(reason)] += 1
+    for reason, count in skips.items():
+        logger.warning("skipped %d pair%s: %s", count, "s" * (count != 1), reason)
+    if not pairs:
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or "it is empty"
+        raise ValueError(f"no pair of data set {source!r} can be trained on: {reasons}")
+    return list(pairs.values())
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+class PairBatches(Batches):
+    """Batches of pairs, one to a row of each side; they are not packed."""
+
+    def _pack(self, max_length: int) -> list[list[int]]:
+        return [[i] for i in range(len(self.documents))]
+
+    def _collate(self, rows: list[list[Pair]]) -> PreferenceBatch:
+        return PreferenceBatch(collate([[pair.chosen] for pair, in rows]), collate([[pair.rejected] for pair, in rows]))
+
+
+class PreferenceData(ConversationData):
+    """Preference pairs; the keys are those of `ConversationData`.
+
+    `train` and `validation` are `.jsonl`, `.jsonl.gz` or `.parquet` files or Hub data sets whose rows hold `chosen` and
+    `rejected` (text with a `prompt`, lists of messages, `Human:`/`Assistant:` dialogues) or a question with right and
+    wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word problems). `rows` are
+    pairs per batch. States that a loss reads are computed online: `features` is not used.
+    """
+
+    batches: ClassVar[type[Batches]] = PairBatches
+
+    def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
+        assert self._target is not None
+        rows = read_rows(str(EMBEDDED_SOURCES.get(source, source)), split)
+        return tokenize_pairs(rows, source, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
+
+    def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
+        return None

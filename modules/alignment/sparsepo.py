@@ -1,0 +1,168 @@
+"""SparsePO: token masks on the reward and on the divergence of DPO (Christopoulou et al. 2024, arXiv 2410.05102).
+
+Shape legend: B pairs, T tokens of a row, M tokens that count, L layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.alignment.activations import GROUPS, Group, mean_activations, residual_states
+from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens
+from modules.alignment.token_dpo import Side, activation_mask, binary_mask, sparse_loss
+from modules.core.batches import PreferenceBatch, TextBatch
+from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
+from modules.core.trainable import Mean, TargetShape
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+Masks = Literal["learned", "activations", "binarised", "random", "ones"]
+MASK_DROPOUT = 0.01
+
+
+class MaskHead(nn.Module):
+    """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each layer's state.
+
+    Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off, which is what makes
+    it sparse. It starts close to 1: w small, b = 1, v = 1/L. (The norm has no weights of its own: w and b hold them.)
+    """
+
+    def __init__(self, shape: TargetShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(shape.num_layers, shape.hidden_size))
+        self.bias = nn.Parameter(torch.ones(shape.num_layers))
+        self.mix = nn.Parameter(torch.full((1, shape.num_layers), 1 / shape.num_layers))
+
+    def forward(self, states_LBTH: Tensor) -> Tensor:
+        """The reference's residual states [L,B,T,H] -> mask [B,T]."""
+        normal_LBTH = F.layer_norm(states_LBTH, states_LBTH.shape[-1:])
+        units_LBT = torch.einsum("lbth,lh->lbt", normal_LBTH, self.weight) + self.bias[:, None, None]
+        units_LBT = F.relu(F.dropout(units_LBT, MASK_DROPOUT, self.training))
+        mixed_BT = torch.einsum("lbt,l->bt", units_LBT, self.mix[0])
+        return F.relu(F.dropout(mixed_BT, MASK_DROPOUT, self.training))
+
+
+class TokenMasks(NamedTuple):
+    """m^u and m^d [B,T], 0 where no token counts."""
+
+    reward_BT: Tensor
+    divergence_BT: Tensor
+
+
+class SparsePO(PreferenceTrainable):
+    """−log σ(β [(u_w − u_l) − (d_w − d_l)]) with u = Σ m^u_t r_t and d = −Σ m^d_t KL(π_ref ‖ π_θ)_t.
+
+    Masks are learned with the policy from the reference's states, or read from its activations without parameters.
+
+    Args:
+        shape: the target's dimensions (Llama-type layers only).
+        rank, alpha, dropout: of the policy's adapters, on every linear layer.
+        beta: strength of the tie to the reference.
+        masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and `"ones"` (TDPO).
+        activations: which of the reference's activations are read: `residual`, `attention`, `feed_forward`, `logits`.
+        common_mask: whether the reward and the divergence share one learned mask.
+        sparsity: weight of the L1 penalty on the learned masks' means.
+        mask_lr_scale, mask_weight_decay: of the learned masks' parameters.
+        detach_chosen: no gradient through the chosen side's divergence (TDPO's second form).
+    """
+
+    method: ClassVar[str] = "sparsepo"
+
+    def __init__(self, shape: TargetShape, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0,
+                 beta: float = 0.1, masks: Masks = "learned", activations: list[Group] | None = None,
+                 common_mask: bool = False, sparsity: float = 1e-3, mask_lr_scale: float = 1.0,
+                 mask_weight_decay: float = 0.01, detach_chosen: bool = False) -> None:
+        super().__init__(shape, rank, alpha, dropout, beta)
+        self.groups: list[Group] = ["residual"] if activations is None else activations
+        _check(masks, self.groups, sparsity)
+        self.masks, self.sparsity, self.detach_chosen = masks, sparsity, detach_chosen
+        self.mask_lr_scale, self.mask_weight_decay = mask_lr_scale, mask_weight_decay
+        heads = 0 if masks != "learned" else 1 if common_mask else 2
+        self.mask_heads = nn.ModuleList(MaskHead(shape) for _ in range(heads))
+        self._fixed = RowCache()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The masks have a learning rate and a weight decay of their own."""
+        groups = [{"params": list(self.policy.parameters()), "lr_scale": 1.0}]
+        if self.mask_heads:
+            groups.append({"params": list(self.mask_heads.parameters()), "lr_scale": self.mask_lr_scale,
+                           "weight_decay": self.mask_weight_decay})
+        return groups
+
+    # -- masks ------------------------------------------------------------------------------------------------
+
+    def token_masks(self, text: TextBatch, counted_BT: Tensor, target: Target) -> TokenMasks:
+        """The two masks of one side, learned or fixed."""
+        if not self.mask_heads:
+            mask_BT = self._fixed(text, target, self._fixed_mask)
+            return TokenMasks(mask_BT, mask_BT)
+        states = target.features(text, residual_states(target))
+        precision = self.mask_heads[0].get_parameter("weight").dtype
+        states_LBTH = torch.stack(list(states.values())).to(precision)
+        masks = [head(states_LBTH) * counted_BT for head in self.mask_heads]
+        return TokenMasks(masks[0], masks[-1])
+
+    def _fixed_mask(self, text: TextBatch, target: Target) -> Tensor:
+        counted_BT = at_tokens(text, torch.ones_like(next_token_rows(text)[0])).bool()
+        ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
+        if self.masks == "ones":
+            return ones_BT
+        if self.masks == "random":
+            return torch.rand_like(ones_BT) * ones_BT
+        groups = [group.to(ones_BT.dtype) for group in mean_activations(target, text, self.groups)]
+        return activation_mask(groups, counted_BT) if self.masks == "activations" else binary_mask(groups, counted_BT)
+
+    # -- loss -------------------------------------------------------------------------------------------------
+
+    def divergences(self, text: TextBatch, response: Response, target: Target) -> Tensor:
+        """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T]."""
+        flat_M, labels_M = next_token_rows(text)
+        size, twin = self.shape.vocab_size, self.policy.twin(target)
+        laws = target_laws(target.logits, target.features(text, ("final",))["final"], flat_M, size)
+        features_MH = response.final_BTH.flatten(0, 1)[flat_M]
+        cross_M = cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0]
+        return at_tokens(text, cross_M - entropies(laws, flat_M, size))
+
+    def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
+                    ) -> tuple[Tensor, dict[str, Mean]]:
+        """`sparse_loss` plus the masks' L1 penalty [B]; sparsity and divergence of either side as metrics."""
+        sides, masks, metrics = [], [], {}
+        for name, text, response in (("chosen", batch.chosen, chosen), ("rejected", batch.rejected, rejected)):
+            masks.append(self.token_masks(text, response.counted_BT, target))
+            divergence_BT = self.divergences(text, response, target)
+            sides.append(Side(response.ratio_BT, divergence_BT, *masks[-1]))
+            metrics |= _mask_metrics(name, masks[-1], divergence_BT, response.counted_BT)
+        losses_B = sparse_loss(sides[0], sides[1], self.beta, self.detach_chosen)
+        return losses_B + self.sparsity * self._penalty(masks, (chosen, rejected)), metrics
+
+    def _penalty(self, masks: list[TokenMasks], responses: tuple[Response, Response]) -> Tensor:
+        """Mean of |m^u| plus mean of |m^d| over each side's tokens (a common mask counts once); 0 for fixed masks."""
+        total = torch.zeros((), device=masks[0].reward_BT.device)
+        if self.mask_heads:
+            for mask, response in zip(masks, responses, strict=True):
+                both = sum(one.abs().sum() for one in mask) * len(self.mask_heads) / 2
+                total = total + both / response.counted_BT.sum().clamp(min=1)
+        return total
+
+
+def _mask_metrics(side: str, masks: TokenMasks, divergence_BT: Tensor, counted_BT: Tensor) -> dict[str, Mean]:
+    tokens = counted_BT.sum()
+    found = {f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
+             for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))}
+    rows = torch.as_tensor(len(divergence_BT), device=divergence_BT.device)
+    return {**found, f"{side}_divergence": Mean(divergence_BT.detach().sum(), rows)}
+
+
+def _check(masks: str, groups: list[Group], sparsity: float) -> None:
+    if masks not in get_args(Masks):
+        raise ValueError(f"masks must be one of {', '.join(get_args(Masks))}, got {masks!r}")
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown or not groups:
+        raise ValueError(f"activations must be among {', '.join(GROUPS)}, got {unknown or groups}")
+    if sparsity < 0:
+        raise ValueError(f"sparsity must be 0 or above, got {sparsity}")

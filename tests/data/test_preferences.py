@@ -1,0 +1,134 @@
+"""Preference rows of every shape, their tokens, and batches of pairs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
+from data.conversations import Skipped, prompt_ids, read_jsonl
+from data.preferences import EMBEDDED_PAIRS, PreferenceData, read_preferences, tokenize_pairs
+from data.solutions import frequent_wrong, is_problem, read_problem
+from tests.fakes import tiny_target, tiny_tokenizer
+
+ASKED = {"role": "user", "content": "say a"}
+DIALOGUE = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: say a\n\nAssistant: "
+OPENAI = {
+    "question": "How many?", "ground_truth": "2+3 = <<2+3=5>>5 pens.\nThen 5*2 = <<5*2=10>>10.\nA: 10",
+    "small": {"is_correct": False, "solution": "2+3 = <<2+3=6>>6 pens.\nThen 6*2 = <<6*2=12>>12.\nA: 12"},
+    "large": {"is_correct": True, "solution": "(2+3)*2 = <<(2+3)*2=10.0>>10.0\nA: 10"},
+    "other": {"is_correct": False, "solution": "3*2 = <<3*2=7>>7\nA: 7"},
+    "again": {"is_correct": False, "solution": "6*2 = <<6*2=12>>12\nA: 12"},
+}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "say a", "chosen": "a", "rejected": "b"},
+    {"prompt": [ASKED], "chosen": "a", "rejected": "b"},
+    {"prompt": "say a", "chosen": [{"role": "assistant", "content": "a"}],
+     "rejected": [{"role": "assistant", "content": "b"}]},
+    {"prompt": "say a", "chosen": [ASKED, {"role": "assistant", "content": "a"}],
+     "rejected": [ASKED, {"role": "assistant", "content": "b"}]},
+    {"chosen": [ASKED, {"role": "assistant", "content": "a"}], "rejected": [ASKED, {"role": "gpt", "content": "b"}]},
+])
+def test_rows_of_every_shape_mean_the_same(row):
+    (found,) = read_preferences(row, "row 1")
+    assert (found.messages, found.chosen, found.rejected) == ([ASKED], "a", "b")
+
+
+def test_dialogues_share_everything_but_the_last_answer():
+    (found,) = read_preferences({"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "b"}, "row 1")
+    assert [message["role"] for message in found.messages] == ["user", "assistant", "user"]
+    assert (found.messages[1]["content"], found.chosen, found.rejected) == ("yes?", "a", "b")
+    for row, reason in (({"chosen": DIALOGUE + "a", "rejected": "\n\nHuman: b\n\nAssistant: b"}, "differ before"),
+                        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "does not end")):
+        with pytest.raises(Skipped, match=reason):
+            read_preferences(row, "row 1")
+    with pytest.raises(ValueError, match="must begin with 'Human:', got"):
+        read_preferences({"chosen": "plain", "rejected": "text"}, "row 1")
+    with pytest.raises(ValueError, match="row 7 has keys text: expected `chosen`"):
+        read_preferences({"text": "a"}, "row 7")
+
+
+def test_problems_give_the_frequent_wrong_solutions_against_a_right_one():
+    assert is_problem(OPENAI)
+    problem = read_problem(OPENAI)
+    assert [solution.answer for solution in problem.right] == ["10", "10"]
+    assert [solution.text[slice(*solution.error)] for solution in problem.wrong if solution.error] == ["6", "7", "12"]
+    assert "<<" not in problem.wrong[0].text and problem.wrong[0].text.startswith("2+3 = 6 pens.")
+    assert {solution.answer for solution in frequent_wrong(problem, 0.5)} == {"12"}
+    assert len(frequent_wrong(problem, 0.9)) == 3
+    pairs = read_preferences(OPENAI, "row 1")
+    assert [pair.rejected for pair in pairs] == [problem.wrong[0].text, problem.wrong[2].text]
+    assert {pair.chosen for pair in pairs} == {problem.right[0].text}
+
+
+def test_only_the_last_answer_is_learned_and_pairs_share_their_prompt():
+    tokenizer = tiny_tokenizer()
+    rows: list[dict[str, Any]] = [{"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "bcd"},
+                                  {"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "a"},
+                                  {"prompt": "x" * 90, "chosen": "a", "rejected": "b"}]
+    (pair,) = tokenize_pairs(iter(rows), "rows", tokenizer, 64)
+    prompt = prompt_ids(read_preferences(rows[0], "")[0].messages, tokenizer)
+    for document, answer in ((pair.chosen, "a"), (pair.rejected, "bcd")):
+        assert document.prompt == pair.prompt == prompt
+        assert tokenizer.decode(document.input_ids[document.loss_mask]).replace(" ", "") == f"{answer}<|end|>"
+    assert pair.response_tokens == 6 and len(pair) == len(pair.rejected)
+    with pytest.raises(ValueError, match="no pair of data set 'rows' can be trained on: 1 × both answers are the same"):
+        tokenize_pairs(iter(rows[1:2]), "rows", tokenizer, 64)
+
+
+def test_batches_hold_a_pair_to_a_row(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {letter}", "chosen": letter, "rejected": letter + "!"} for letter in "abcdefghij"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = PreferenceData(str(file), validation_fraction=0.2, max_length=64, rows=3, features=str(tmp_path / "unused"))
+    data.bind(tiny_target(), ("final",))
+    assert len(data.documents) + len(data.held_out) == 10 and len(data.held_out) >= 1
+    seen = 0
+    for batch in data.train_dataloader():
+        assert batch.chosen.input_ids.shape[0] == batch.rejected.input_ids.shape[0] <= 3
+        assert not batch.chosen.document_ids.gt(0).any()
+        prompts = [(text.input_ids * ~text.loss_mask * (text.document_ids == 0))[:, :9]
+                   for text in (batch.chosen, batch.rejected)]
+        assert torch.equal(*prompts)
+        seen += batch.chosen.input_ids.shape[0]
+    assert seen == len(data.documents)
+    assert data.summary()["documents"] == seen and not (tmp_path / "unused").exists()
+
+
+def embedded(source: str) -> Iterator[dict[str, Any]]:
+    return read_jsonl(EMBEDDED_PAIRS if source == "embedded" else EMBEDDED_SOLUTIONS)
+
+
+def test_the_embedded_pairs_are_readable_and_different():
+    rows = list(embedded("embedded"))
+    assert len(rows) >= 60 and len({row["prompt"] for row in rows}) == len(rows)
+    assert all(read_preferences(row, "row")[0].chosen != row["rejected"] for row in rows)
+
+
+def test_the_embedded_problems_are_what_the_script_makes_and_their_arithmetic_is_known():
+    rows = list(embedded("embedded_solutions"))
+    assert rows == embedded_problems(len(rows))
+    for row in rows:
+        problem = read_problem(row)
+        (right,), (wrong,) = problem.right, problem.wrong
+        assert wrong.error is not None and right.answer != wrong.answer
+        before = wrong.text[:wrong.error[0]]
+        assert right.text.startswith(before) and not right.text.startswith(wrong.text[:wrong.error[1]] + "\n")
+        sums = re.findall(r"(\d+ [*+-] \d+) = (\d+)", right.text)
+        assert sums and all(calculated(left) == int(result) for left, result in sums)
+        slips = [left for left, result in re.findall(r"(\d+ [*+-] \d+) = (\d+)", wrong.text)
+                 if calculated(left) != int(result)]
+        assert len(slips) == 1 and before.rstrip().endswith(slips[0] + " =")
+
+
+def calculated(expression: str) -> int:
+    left, sign, right = expression.split()
+    a, b = int(left), int(right)
+    return {"*": a * b, "+": a + b, "-": a - b}[sign]

@@ -1,0 +1,291 @@
+"""DPO, cDPO and SparsePO on tiny targets: what makes each one itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import pytest
+import torch
+
+from modules.alignment.activations import GROUPS, mean_activations
+from modules.alignment.cdpo import CDPO, PAGE, ContrastiveEstimator
+from modules.alignment.dpo import DPO
+from modules.alignment.preference import PreferenceTrainable, counted
+from modules.alignment.sparsepo import SparsePO
+from modules.core.batches import PreferenceBatch, TextBatch
+from modules.core.target import Target
+from modules.core.trainable import Losses
+from tests.fakes import tiny_batch, tiny_target
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def batch(target) -> PreferenceBatch:
+    return PreferenceBatch(tiny_batch(target), tiny_batch(target, seed=1))
+
+
+def made(kind: type[PreferenceTrainable], target: Target, shake: float = 0.1, **arguments: Any) -> Any:
+    """A component in float64 whose policy has moved away from the reference."""
+    torch.manual_seed(0)
+    trainable = kind(target.shape, rank=4, **arguments).double()
+    with torch.no_grad():
+        for parameter in trainable.policy.parameters():
+            parameter += shake * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+    return trainable.eval()
+
+
+def total(trainable: PreferenceTrainable, batch: PreferenceBatch, target: Target) -> Losses:
+    return trainable.loss(batch, target, 0.5)
+
+
+def same_loss_and_gradient(one: Any, other: Any, batch: PreferenceBatch, target: Target) -> None:
+    losses = [total(trainable, batch, target).total for trainable in (one, other)]
+    torch.testing.assert_close(*losses)
+    found = [torch.autograd.grad(loss, list(trainable.policy.parameters()))
+             for loss, trainable in zip(losses, (one, other))]
+    for first, second in zip(*found):
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [
+    (DPO, {}), (CDPO, {}), (CDPO, {"positionwise": True}), (SparsePO, {"masks": "ones"}),
+    (SparsePO, {"masks": "activations"})])
+def test_the_loss_is_log_2_before_training(kind, arguments, target, batch):
+    losses = total(made(kind, target, shake=0.0, **arguments), batch, target)
+    assert float(losses.total.detach()) == pytest.approx(log(2))
+    assert float(losses.metrics["reward_margin"].total) == pytest.approx(0)
+    assert float(losses.metrics["preference_accuracy"].count) == 2
+
+
+def test_cdpo_with_scores_of_0_is_dpo(target, batch, monkeypatch):
+    critical = made(CDPO, target, gamma=0.3)
+    monkeypatch.setattr(critical, "scores", lambda text, _: torch.zeros(text.input_ids.shape, dtype=torch.float64))
+    same_loss_and_gradient(critical, made(DPO, target, beta=0.3), batch, target)
+
+
+def test_cdpo_with_scores_of_1_does_not_look_at_the_rejected_response(target, batch, monkeypatch):
+    critical = made(CDPO, target, gamma=0.3)
+    monkeypatch.setattr(critical, "scores", lambda text, _: torch.ones(text.input_ids.shape, dtype=torch.float64))
+    other = PreferenceBatch(batch.chosen, tiny_batch(target, seed=5))
+    torch.testing.assert_close(total(critical, batch, target).total, total(critical, other, target).total)
+
+
+def test_sparsepo_masks_make_it_dpo_or_tdpo(target, batch, monkeypatch):
+    plain = made(DPO, target, beta=0.3)
+    sparse = made(SparsePO, target, beta=0.3, masks="ones")
+    whole = sparse.token_masks
+
+    def without_divergence(*arguments: Any) -> Any:
+        masks = whole(*arguments)
+        return masks._replace(divergence_BT=torch.zeros_like(masks.divergence_BT))
+    tdpo = float(total(sparse, batch, target).total.detach())
+    monkeypatch.setattr(sparse, "token_masks", without_divergence)
+    same_loss_and_gradient(sparse, plain, batch, target)
+    assert tdpo != pytest.approx(float(total(plain, batch, target).total.detach()), abs=1e-4)
+
+
+def test_tdpo_from_whole_distributions(target, batch):
+    """SparsePO with masks of 1 against laws computed in full, row by row."""
+    sparse = made(SparsePO, target, beta=0.3, masks="ones")
+    twin, parts = sparse.policy.twin(target), []
+    for text in (batch.chosen, batch.rejected):
+        with torch.no_grad():
+            laws = [model.logits(model.features(text, ("final",))["final"]).log_softmax(-1) for model in (twin, target)]
+        ratio, divergence = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for b, t in counted(text).nonzero().tolist():
+            policy, reference = (law[b, t - 1] for law in laws)
+            ratio[b] += policy[text.input_ids[b, t]] - reference[text.input_ids[b, t]]
+            divergence[b] += (reference.exp() * (reference - policy)).sum()
+        assert bool((divergence > 0).all())
+        parts.append((ratio, divergence))
+    (chosen, chosen_kl), (rejected, rejected_kl) = parts
+    margin = 0.3 * (chosen - rejected) - 0.3 * (rejected_kl - chosen_kl)
+    expected = -torch.nn.functional.logsigmoid(margin).mean()
+    torch.testing.assert_close(total(sparse, batch, target).total.detach(), expected)
+
+
+def test_the_divergence_grows_with_the_distance_from_the_reference(target, batch):
+    found = []
+    for shake in (0.0, 0.05, 0.2):
+        metrics = total(made(SparsePO, target, shake=shake, masks="ones"), batch, target).metrics
+        found.append(float(metrics["chosen_divergence"].total))
+    assert found[0] == pytest.approx(0, abs=1e-9) and 0 < found[1] < found[2]
+
+
+def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, batch):
+    shares = {}
+    for sparsity in (0.0, 3.0):
+        sparse = made(SparsePO, target, sparsity=sparsity)
+        states = [parameter for parameter in target.parameters()]
+        first = sparse.token_masks(batch.chosen, counted(batch.chosen), target)
+        values = first.reward_BT[counted(batch.chosen)]
+        assert bool(((values - 1).abs() < 0.2).all()) and not first.reward_BT[~counted(batch.chosen)].any()
+        optimizer = torch.optim.Adam(sparse.mask_heads.parameters(), 0.2)
+        for _ in range(10):
+            optimizer.zero_grad()
+            total(sparse, batch, target).total.backward()
+            optimizer.step()
+        assert all(parameter.grad is not None for parameter in sparse.mask_heads.parameters())
+        assert all(state.grad is None for state in states)
+        metrics = total(sparse, batch, target).metrics
+        shares[sparsity] = float(metrics["chosen_reward_sparsity"].total / metrics["chosen_reward_sparsity"].count)
+    assert shares[3.0] > shares[0.0]
+
+
+def test_a_common_mask_is_penalised_once_and_masks_decay_by_themselves(target, batch):
+    for common, heads in ((True, 1), (False, 2)):
+        sparse = made(SparsePO, target, common_mask=common, sparsity=1.0)
+        assert len(sparse.mask_heads) == heads
+        masks = sparse.token_masks(batch.chosen, counted(batch.chosen), target)
+        assert (masks.reward_BT is masks.divergence_BT) == common
+        groups = sparse.parameter_groups()
+        assert groups[1]["weight_decay"] == 0.01 and len(groups[1]["params"]) == 3 * heads
+    free = made(SparsePO, target, common_mask=True, sparsity=0.0)
+    penalty = total(made(SparsePO, target, common_mask=True, sparsity=1.0), batch, target).total - total(
+        free, batch, target).total
+    means = []
+    for text in (batch.chosen, batch.rejected):
+        mask = free.token_masks(text, counted(text), target).reward_BT
+        means.append(mask.sum() / counted(text).sum())
+    torch.testing.assert_close(penalty, means[0] + means[1])
+
+
+@pytest.mark.parametrize("masks", ["activations", "binarised", "random"])
+def test_masks_without_parameters_are_the_same_each_time(masks, target, batch):
+    sparse = made(SparsePO, target, masks=masks, activations=list(GROUPS))
+    assert not list(sparse.mask_heads.parameters())
+    first, second = (sparse.token_masks(batch.chosen, counted(batch.chosen), target) for _ in range(2))
+    torch.testing.assert_close(first.reward_BT, second.reward_BT)
+    assert float(first.reward_BT.min()) >= 0 and float(first.reward_BT.max()) <= 1
+    assert not first.reward_BT.requires_grad
+
+
+def test_mean_activations_are_those_of_the_models_parts(target, batch):
+    residual, attention, feed_forward, logits = mean_activations(target, batch.chosen, GROUPS)
+    assert residual.shape == attention.shape == feed_forward.shape == (2, *batch.chosen.input_ids.shape)
+    states = target.features(batch.chosen, (0, 1, "final"))
+    with torch.no_grad():
+        after = states[1].mean(-1) - states[0].mean(-1)
+    torch.testing.assert_close(residual[0], states[1].mean(-1))
+    torch.testing.assert_close(attention[0] + feed_forward[0], after)
+    torch.testing.assert_close(logits[0], target.logits(states["final"]).mean(-1))
+    assert not target.anatomy.layers[0].self_attn._forward_hooks
+
+
+def test_the_reference_is_run_once_per_row_whatever_the_padding(target, batch, monkeypatch):
+    plain, calls = made(DPO, target), []
+    features = target.features
+    monkeypatch.setattr(target, "features", lambda *args, **options: calls.append(1) or features(*args, **options))
+    total(plain, batch, target)
+    assert len(calls) == 2
+
+    def padded(text: TextBatch) -> TextBatch:
+        wider = [torch.nn.functional.pad(part, (0, 4), value=value) for part, value in (
+            (text.input_ids, 0), (text.loss_mask, False), (text.position_ids, 0), (text.document_ids, -1))]
+        return TextBatch(*wider)
+    first = total(plain, batch, target).total
+    second = total(plain, PreferenceBatch(padded(batch.chosen), padded(batch.rejected)), target).total
+    assert len(calls) == 2
+    torch.testing.assert_close(first, second)
+    given = replace(batch, **{f"{side}_reference": plain.response(getattr(batch, side), None, target).reference_BT
+                              for side in ("chosen", "rejected")})
+    torch.testing.assert_close(first, total(made(DPO, target), given, target).total)
+
+
+def test_dpo_learns_its_pairs_and_the_adapted_target_prefers_them(target, batch):
+    plain = made(DPO, target, shake=0.0, beta=0.5).train()
+    optimizer = torch.optim.Adam(plain.policy.parameters(), 1e-2)
+    for _ in range(12):
+        optimizer.zero_grad()
+        total(plain, batch, target).total.backward()
+        optimizer.step()
+    metrics = total(plain, batch, target).metrics
+    assert float(metrics["preference_accuracy"].total) == 2 and float(metrics["reward_margin"].total) > 1
+    adapted = plain.adapt(target)
+    assert adapted.name.endswith("+dpo") and adapted.fingerprint() != target.fingerprint()
+    assert all("policy" in name for name in plain.state_dict())
+
+
+# -- the contrastive estimator ------------------------------------------------------------------------------------
+
+PLANTED, RIGHT, WRONG = 9, 70, 71
+
+
+def trajectories(seed: int, wrong: bool) -> TextBatch:
+    """Prompts of six random tokens that the answer repeats; its planted token is RIGHT or WRONG, the rest is shared."""
+    generator = torch.Generator().manual_seed(seed)
+    asked = torch.randint(5, 60, (8, 6), generator=generator)
+    ids = torch.cat([asked, asked], 1)
+    ids[:, PLANTED] = WRONG if wrong else RIGHT
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 6:] = True
+    return TextBatch(ids, mask, torch.arange(12).expand(8, -1), torch.zeros_like(ids))
+
+
+def test_a_planted_error_gets_the_lowest_score(target):
+    torch.manual_seed(0)
+    estimator = ContrastiveEstimator(target.shape, rank=8, dropout=0.0).double()
+    optimizer = torch.optim.Adam(estimator.parameters(), 2e-2)
+    for step in range(40):
+        pairs = PreferenceBatch(trajectories(step, False), trajectories(step, True))
+        optimizer.zero_grad()
+        estimator.loss(pairs, target, 0.0).total.backward()
+        optimizer.step()
+    unseen = trajectories(1000, True)
+    scores = estimator.scores(unseen, target)
+    assert not scores[:, :6].any() and float(scores.min()) >= 0 and float(scores.max()) <= 1
+    lowest = scores[:, 6:].argmin(1) + 6
+    assert float((lowest == PLANTED).double().mean()) >= 0.8
+    assert all(parameter.grad is None for parameter in target.parameters())
+
+
+def test_scores_are_those_of_the_contrast_and_cost_one_pass(target, batch, monkeypatch):
+    critical = made(CDPO, target)
+    with torch.no_grad():
+        for parameter in critical.estimator.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    positive, negative = (adapters.merged(target) for adapters in (critical.estimator.positive,
+                                                                    critical.estimator.negative))
+    with torch.no_grad():
+        law = (2 * positive.logits(positive.features(batch.rejected, ("final",))["final"]).log_softmax(-1)
+               - negative.logits(negative.features(batch.rejected, ("final",))["final"]).log_softmax(-1)).softmax(-1)
+    found = critical.scores(batch.rejected, target)
+    for b, t in counted(batch.rejected).nonzero().tolist():
+        assert float(found[b, t]) == pytest.approx(float(law[b, t - 1, batch.rejected.input_ids[b, t]]), abs=1e-6)
+    monkeypatch.setattr(critical.estimator, "scores", None)
+    torch.testing.assert_close(found, critical.scores(batch.rejected, target))
+
+
+def test_the_estimator_is_a_stage_of_its_own_and_frozen_behind_it(target):
+    critical = made(CDPO, target, estimator_epochs=3, estimator_lr=0.5)
+    (stage,) = critical.stages
+    assert (stage.part, stage.epochs, stage.lr) == (critical.estimator, 3, 0.5)
+    own = {id(parameter) for parameter in critical.declared_parameters()}
+    assert own == {id(parameter) for parameter in critical.policy.parameters()}
+    assert {name.rsplit(".", 2)[-2] for name, _ in critical.estimator.named_parameters()} == {
+        "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_page_shows_every_token_of_the_wrong_response(target, batch):
+    page = made(CDPO, target).finish([batch], target).pages[PAGE]
+    assert page.startswith("<!doctype html>") and page.count('class="lowest"') == 2
+    assert page.count("title=\"s = ") == int(counted(batch.rejected).sum())
+    assert "http" not in page and "<script" not in page
+
+
+def test_wrong_settings_are_named(target):
+    for kind, arguments, key in ((DPO, {"beta": 0.0}, "beta"), (DPO, {"rank": 0}, "rank"),
+                                 (CDPO, {"contrast": -1.0}, "contrast"), (CDPO, {"estimator_epochs": 0}, "epochs"),
+                                 (CDPO, {"estimator_lr": 0.0}, "estimator_lr"), (SparsePO, {"masks": "none"}, "masks"),
+                                 (SparsePO, {"activations": ["keys"]}, "activations"),
+                                 (SparsePO, {"sparsity": -1.0}, "sparsity")):
+        with pytest.raises(ValueError, match=key):
+            kind(target.shape, **arguments)
+    with pytest.raises(ValueError, match="dpo needs a Llama-type target"):
+        DPO(tiny_target("gpt2").shape).adapt(tiny_target("gpt2"))
