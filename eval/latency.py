@@ -7,17 +7,19 @@ from jsonargparse import auto_cli
 
 from modules.core.loading import load_target
 from modules.decoding.latency import LatencyTable, measure_latency
+from modules.decoding.roofline import Roofline, measure_roofline
 
 
-def table(latency: LatencyTable) -> str:
-    """A Markdown table: rows per call, milliseconds, cost against one row, τ to break even with drafting at 0, 10, 20 %
-    of a one-row call."""
-    lines = ["| rows | ms | × one row | τ needed, free drafting | drafting 10 % | drafting 20 % |",
-             "|---:|---:|---:|---:|---:|---:|"]
+def table(latency: LatencyTable, roofline: Roofline) -> str:
+    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row, τ to break even
+    with drafting at 0, 10, 20 % of a one-row call."""
+    lines = ["| rows | ms | limit, ms | × one row | τ needed, free drafting | drafting 10 % | drafting 20 % |",
+             "|---:|---:|---:|---:|---:|---:|---:|"]
     one = latency.seconds[1]
     for rows, seconds in latency.seconds.items():
         needed = " | ".join(f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2))
-        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {seconds / one:.2f} | {needed} |")
+        limit = roofline.seconds(rows) * 1e3
+        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} | {needed} |")
     return "\n".join(lines)
 
 
@@ -30,8 +32,12 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         repeats: passes; the table holds medians.
         dtype: of the target.
     """
-    print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}\n")
-    print(table(measure_latency(load_target(target, dtype), context=context, repeats=repeats)))
+    loaded = load_target(target, dtype)
+    roofline = measure_roofline(loaded)
+    print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
+          f"Measured limits: {roofline.bytes_per_second / 1e9:.1f} GB/s, {roofline.flops_per_second / 1e9:.0f} GFLOP/s; a call "
+          f"reads {roofline.weight_bytes / 1e6:.0f} MB of weights.\n")
+    print(table(measure_latency(loaded, context=context, repeats=repeats), roofline))
 
 
 if __name__ == "__main__":

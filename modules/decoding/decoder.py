@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.narrow import use_narrow_linears
 from modules.core.target import Target
 from modules.decoding.clock import Clock
 from modules.decoding.loop import Run, Trace
@@ -65,6 +66,8 @@ class SpeculativeDecoder:
                              "lower the depth or train more heads")
         if not self.name:
             self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
+        if self.drafter is not None and self.target.device.type == "cpu":
+            use_narrow_linears(self.drafter)
         self.stop_ids = self.stop_ids or self.target.eos_ids
 
     @property
