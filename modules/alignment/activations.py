@@ -37,8 +37,7 @@ def mean_activations(target: Target, batch: TextBatch, groups: Sequence[Group] =
     with ExitStack() as hooks:
         watched = {group: list(_watch(target, group, hooks)) for group in groups if group in _PARTS}
         states = target.features(batch, (*names, "final"))
-    found: dict[Group, Tensor] = {group: torch.stack([means[0] for means in layers])
-                                  for group, layers in watched.items()}
+    found = {str(group): torch.stack([means[0] for means in layers]) for group, layers in watched.items()}
     if "residual" in groups:
         found["residual"] = torch.stack([states[name].mean(-1) for name in names])
     if "logits" in groups:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from modules.core.batches import StateName
 
@@ -86,7 +87,7 @@ class Trainable(nn.Module):
     batch_kind: ClassVar[str] = "text"
     """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Trainable:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the constructor's arguments, defaults filled in."""
         module = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)

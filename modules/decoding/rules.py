@@ -122,7 +122,7 @@ class RatioRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Walk down from node 0, sequence by sequence."""
         walks = [self._walk(tree, verified, draws, b) for b in range(tree.tokens_BN.shape[0])]
-        return _accepted([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
+        return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
 
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int) -> tuple[list[int], int]:
         parents, usable = tree.parents_BN[sequence].tolist(), tree.acceptable_BN[sequence].tolist()
@@ -192,7 +192,7 @@ class TypicalRule:
         probability_BN = law_BNV[torch.arange(len(parents))[:, None], parents, tree.tokens_BN]
         score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(-1)
         typical_BN = probability_BN > threshold_BN.gather(1, parents)
-        return _longest(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
+        return longest_path(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
 
 
 RULES = {rule.name: rule for rule in (GreedyRule, PointRule, RatioRule, TypicalRule)}
@@ -223,10 +223,10 @@ def check_pairing(rule: AcceptanceRule, law: Law) -> None:
 def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:
     """Accept the nodes that equal what the target chose at their parents."""
     wanted_BN = choice_BN.gather(1, tree.parents_BN.clamp(min=0))
-    return _longest(tree, tree.tokens_BN == wanted_BN, choice_BN)
+    return longest_path(tree, tree.tokens_BN == wanted_BN, choice_BN)
 
 
-def _longest(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor | None = None) -> Accepted:
+def longest_path(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor | None = None) -> Accepted:
     """The deepest node whose whole path is good (the first such; or the one of highest score), and its path."""
     good_BN = good_BN & tree.acceptable_BN
     good_BN[:, 0] = True
@@ -247,7 +247,8 @@ def _longest(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor
     return Accepted(path_BA[:, :int(deepest_B.max()) + 1], deepest_B + 1, next_BN[rows, last_B])
 
 
-def _accepted(paths: list[list[int]], tokens: list[int], device: torch.device) -> Accepted:
+def accepted_paths(paths: list[list[int]], tokens: list[int], device: torch.device) -> Accepted:
+    """What walks down the trees, one per sequence, let through: node indices from node 0 on, and the next tokens."""
     width = max(map(len, paths))
     padded = [path + [0] * (width - len(path)) for path in paths]
     return Accepted(torch.tensor(padded, device=device), torch.tensor([len(path) for path in paths], device=device),
