@@ -33,11 +33,11 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         dtype: of the target.
     """
     loaded = load_target(target, dtype)
-    roofline = measure_roofline(loaded)
+    limits = measure_roofline(loaded)
     print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
-          f"Measured limits: {roofline.bytes_per_second / 1e9:.1f} GB/s, {roofline.flops_per_second / 1e9:.0f} GFLOP/s; a call "
-          f"reads {roofline.weight_bytes / 1e6:.0f} MB of weights.\n")
-    print(table(measure_latency(loaded, context=context, repeats=repeats), roofline))
+          f"Measured limits: {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; "
+          f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
+    print(table(measure_latency(loaded, context=context, repeats=repeats), limits))
 
 
 if __name__ == "__main__":
