@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from checkpoints.pretrained import load_pretrained
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
 from modules.core.target import Target
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
-from modules.decoding.rules import rule_named
+from modules.decoding.rules import RULES, AcceptanceRule, rule_named
 
 AUTOREGRESSIVE = "autoregressive"
 ClassSpec = Mapping[str, Any]
@@ -30,7 +30,9 @@ class Method:
         decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such as
             `eval.baselines.HuggingFaceGenerate`.
         builder: a tree builder `{class_path, init_args}` instead of the drafter's own.
-        rule: acceptance rule; by default the lossless one that fits the trees and the temperature.
+        rule: acceptance rule; by default the lossless one that fits the trees and the temperature. A name; a class
+            `{class_path, init_args}`; or a trained judge: its folder or Hub id, or `{trained, init_args}`, such as
+            `{trained: runs/judge, init_args: {threshold: 0.7}}`.
         budget: drafted nodes per call at most; by default the drafter's own.
         temperature: by default the evaluation's.
     """
@@ -39,7 +41,7 @@ class Method:
     drafter: str | dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     builder: dict[str, Any] | None = None
-    rule: str | None = None
+    rule: str | dict[str, Any] | None = None
     budget: int | None = None
     temperature: float | None = None
 
@@ -77,12 +79,56 @@ class Method:
             if isinstance(spec, Mapping):
                 class_of(spec, where, given)
         if self.rule is not None:
-            rule_named(self.rule)
+            _check_rule(self.rule, where)
 
 
 def _folder_exists(folder: Path, where: str) -> None:
     if not any((place / "config.json").is_file() for place in (folder, folder / "drafter")):
         raise ValueError(f"{where}: {folder} holds no drafter (no config.json): give a finished run")
+
+
+def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
+    if isinstance(rule, Mapping) and "trained" not in rule:
+        class_of(rule, where)
+        return
+    folder, _ = _trained(rule, where)
+    if Path(folder).is_dir():
+        _folder_exists(Path(folder), where)
+    elif isinstance(rule, str) and "/" not in rule:
+        rule_named(rule)
+    elif folder.count("/") != 1 or Path(folder).parent.is_dir():
+        raise ValueError(f"{where}: rule {folder!r} does not exist: give a rule's name, a judge's run or a Hub id")
+
+
+def _trained(rule: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """Folder or Hub id of a trained rule, and its settings."""
+    if isinstance(rule, str):
+        return rule, {}
+    unknown = sorted(set(rule) - {"trained", "init_args"})
+    if unknown or not isinstance(rule["trained"], str):
+        raise ValueError(f"{where}: {unknown[0] if unknown else 'trained'} is wrong in {dict(rule)}: give `trained` (a "
+                         "folder or Hub id) and perhaps `init_args`")
+    return rule["trained"], dict(rule.get("init_args") or {})
+
+
+def acceptance_rule(rule: str | Mapping[str, Any], target: Target, where: str) -> AcceptanceRule:
+    """The rule that a method names: one of `RULES`, a class, or a trained component that gives one.
+
+    Raises:
+        ValueError: no such rule, a component that gives none, or settings that it does not take.
+    """
+    if isinstance(rule, str) and rule in RULES:
+        return rule_named(rule)
+    if isinstance(rule, Mapping) and "trained" not in rule:
+        return construct(rule, where)
+    folder, settings = _trained(rule, where)
+    found = load_pretrained(folder, target).to(target.device)
+    if not hasattr(found, "acceptance_rule"):
+        raise ValueError(f"{where}: rule {folder!r} is a {type(found).__name__}, which accepts nothing: give a judge")
+    try:
+        return cast(Any, found).acceptance_rule(target, **settings)
+    except TypeError as error:
+        raise ValueError(f"{where}: rule {folder!r}: init_args: {error}") from error
 
 
 def class_of(spec: ClassSpec, where: str, given: int = 0) -> type:
@@ -209,7 +255,7 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
         loaded[key] = fresh, fresh.adapt(target)
     drafter, adapted = loaded[key]
     builder = construct(method.builder, where) if method.builder else None
-    rule = rule_named(method.rule) if method.rule else None
+    rule = acceptance_rule(method.rule, adapted, where) if method.rule else None
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
         fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
         raise ValueError(f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}")

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from checkpoints.pretrained import load_pretrained
+from data.arithmetic import embedded_problems
+from eval.methods import Method, build_rows
 from modules.alignment.cdpo import CDPO, PAGE
+from modules.core.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.verifiers.judge import Judge
 from tests.train.conftest import WORDS
 from train.cli import command
 
@@ -68,3 +73,37 @@ def test_a_resumed_run_keeps_the_parts_it_trained_first(tiny, pairs, tmp_path):
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]) or name.startswith("policy"), name
     assert not (output / "lightning" / "estimator" / "version_1").exists()
+
+
+def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
+    file, config, output = tmp_path / "solutions.jsonl", tmp_path / "judge.yaml", tmp_path / "judge"
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
+    config.write_text(json.dumps({
+        "drafter": {"class_path": "modules.verifiers.judge.Judge", "init_args": {"precision": 0.6}},
+        "data": {"class_path": "data.labelled.LabelledData", "init_args": {
+            "train": str(file), "validation_fraction": 0.3, "max_length": 400, "rows": 2, "corruptions": 1}},
+        "optimizer": {"lr": 0.01}, "trainer": {"max_steps": 4, "max_epochs": -1, "accelerator": "cpu"}}))
+    assert command(["--config", str(config), "--output", str(output)]) == 0
+    judge = load_pretrained(output, tiny)
+    measured = json.loads((output / "drafter" / "provenance.json").read_text())["measured"]
+    assert isinstance(judge, Judge) and float(judge.threshold) == pytest.approx(measured["held_out/threshold"])
+    assert 0 <= measured["held_out/auc"] <= 1 and "val/auc" in measured
+    drafter = {"class_path": "tests.fakes.ScriptedDrafter"}
+    methods = [Method("calibrated", drafter, rule=str(output)),
+               Method("strict", drafter, rule={"trained": str(output), "init_args": {"threshold": 2.0}}),
+               Method("near", drafter, rule={"class_path": "modules.decoding.relaxed.TopKRule", "init_args": {"k": 2}})]
+    for method in methods:
+        method.check()
+    rows = build_rows(methods, tiny, Sampling())[1:]
+    assert [row.rule.split()[0] for row in rows] == ["judge", "judge", "top_k"]
+    assert not any(row.claims_lossless for row in rows)
+    plain = SpeculativeDecoder(tiny).decode([[7, 8, 9]], Sampling(), 12)[0].ids
+    assert rows[1].decoder.decode([[7, 8, 9]], Sampling(), 12)[0].ids == plain
+    for rule, message in (("runs/nowhere", "does not exist"), ("nothing", "rule 'nothing' is unknown"),
+                          ({"trained": str(output), "other": 1}, "other is wrong"),
+                          (str(tmp_path), "holds no drafter")):
+        with pytest.raises(ValueError, match=message):
+            Method("wrong", drafter, rule=rule).check()
+    with pytest.raises(ValueError, match="init_args"):
+        build_rows([Method("wrong", drafter, rule={"trained": str(output), "init_args": {"delta": 1}})], tiny,
+                   Sampling())

@@ -1,0 +1,208 @@
+"""Answers whose tokens are labelled right or wrong, as batches: what a judge learns from.
+
+Shape legend: B rows, T tokens of a row or document.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from data.arithmetic import EMBEDDED_SOLUTIONS, mistaken
+from data.conversations import Message, Skipped, Tokens, prompt_ids, read_message, read_rows
+from data.datamodule import Batches, ConversationData
+from data.solutions import Problem, is_problem, read_problem
+from modules.core.batches import LabelledBatch
+
+logger = logging.getLogger(__name__)
+
+SHAPES = ("`question` with solutions known to be right or wrong, or `prompt` (text or messages), `response` and "
+          "`spans` of [start, end, label]")
+_RESULT = re.compile(r"(?<== )\d+")
+LabelledSpan = tuple[int, int, int]
+"""Characters of a response and their label: 1 right, 0 wrong."""
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """An answer, and the characters of it that are known to be right or wrong; the others teach nothing."""
+
+    messages: list[Message]
+    response: str
+    spans: tuple[LabelledSpan, ...]
+
+
+@dataclass(frozen=True)
+class LabelledTokens(Tokens):
+    """A tokenised answer. The loss mask is true where a label counts.
+
+    labels: bool [T], true for right. prompt_length: tokens before the answer.
+    """
+
+    labels: Tensor
+    prompt_length: int
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the answer."""
+        return self.input_ids[:self.prompt_length].tolist()
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: int = 0) -> list[LabelledAnswer]:
+    """The labelled answers of one row.
+
+    A problem gives each right solution (all of it right), `corruptions` copies of each with one result changed, and its
+    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled.
+
+    Raises:
+        ValueError: a row of an unknown shape.
+    """
+    if is_problem(row):
+        problem = read_problem(row)
+        asked = [{"role": "user", "content": problem.question}]
+        chance = random.Random(f"{seed} {problem.question}")
+        return [LabelledAnswer(asked, text, spans) for text, spans in _answers(problem, corruptions, chance)]
+    prompt, response, spans = row.get("prompt"), row.get("response"), row.get("spans")
+    if not isinstance(prompt, str | list) or not isinstance(response, str) or not isinstance(spans, list):
+        raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [read_message(turn, "role", "content", where) for turn in turns]
+    return [LabelledAnswer(messages, response, tuple(_span(span, response, where) for span in spans))]
+
+
+def _span(span: Any, response: str, where: str) -> LabelledSpan:
+    if not isinstance(span, list) or len(span) != 3 or not 0 <= span[0] < span[1] <= len(response) or span[2] not in (
+            0, 1):
+        raise ValueError(f"{where}: a span must be [start, end, label] inside the response with label 0 or 1, "
+                         f"got {str(span)[:60]}")
+    return span[0], span[1], span[2]
+
+
+def _answers(problem: Problem, corruptions: int, chance: random.Random
+             ) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
+    for solution in problem.right:
+        yield solution.text, ((0, len(solution.text), 1),)
+        for _ in range(corruptions):
+            yield from corrupted(solution.text, chance)
+    for solution in problem.wrong:
+        if solution.error is not None:
+            start, end = solution.error
+            yield solution.text[:end], ((0, start, 1), (start, end, 0)) if start else ((start, end, 0),)
+
+
+def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
+    """A right solution with one of its results changed, cut behind it: only the digits that differ are wrong.
+
+    Nothing for a text without a result, or when the change only leaves out the last digits.
+    """
+    results = list(_RESULT.finditer(text))
+    if not results:
+        return
+    found = chance.choice(results)
+    wrong = str(mistaken(int(found[0]), chance))
+    same = next((i for i, (old, new) in enumerate(zip(found[0], wrong)) if old != new), min(len(found[0]), len(wrong)))
+    start, end = found.start() + same, found.start() + len(wrong)
+    if start < end:
+        yield text[:found.start()] + wrong, ((0, start, 1), (start, end, 0))
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------
+
+
+def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -> LabelledTokens:
+    """The answer behind the target's chat template, as in decoding. A token that touches a wrong character is wrong.
+
+    Raises:
+        Skipped: no labelled token within `max_length`.
+    """
+    prompt = prompt_ids(answer.messages, tokenizer)
+    encoded = tokenizer(answer.response, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [_label(start, end, answer.spans) for start, end in encoded["offset_mapping"]]
+    ids = torch.tensor([*prompt, *encoded["input_ids"]])[:max_length]
+    found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
+    if not bool((found >= 0).any()):
+        raise Skipped(f"no labelled token within the context ({max_length} tokens)")
+    return LabelledTokens(ids, found >= 0, found == 1, min(len(prompt), max_length))
+
+
+def _label(start: int, end: int, spans: Iterable[LabelledSpan]) -> int:
+    touched = [label for first, last, label in spans if start < last and first < end]
+    return min(touched, default=-1)
+
+
+def tokenize_labelled_rows(rows: Iterable[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
+                           max_labels: int | None = None, corruptions: int = 1, seed: int = 0) -> list[LabelledTokens]:
+    """All labelled answers in order, each once, up to a budget of labelled tokens; skips are counted and logged.
+
+    Raises:
+        ValueError: a row of an unknown shape, or nothing is left.
+    """
+    documents: dict[str, LabelledTokens] = {}
+    skips: Counter[str] = Counter()
+    spent = 0
+    for number, row in enumerate(rows, 1):
+        if max_labels is not None and spent >= max_labels:
+            break
+        for answer in read_labelled(row, f"{source!r} row {number}", corruptions, seed):
+            try:
+                document = tokenize_labelled(answer, tokenizer, max_length)
+            except Skipped as reason:
+                skips[str(reason)] += 1
+                continue
+            spent += document.response_tokens if document.key not in documents else 0
+            documents.setdefault(document.key, document)
+    for reason, count in skips.items():
+        logger.warning("skipped %d answer%s: %s", count, "s" * (count != 1), reason)
+    if not documents:
+        raise ValueError(f"data set {source!r} has no labelled answer: {'; '.join(skips) or 'it is empty'}")
+    return list(documents.values())
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+class LabelledBatches(Batches):
+    """Batches of packed labelled answers."""
+
+    def _collate(self, rows: list[list[LabelledTokens]]) -> LabelledBatch:
+        text = super()._collate(rows)
+        labels = torch.zeros_like(text.input_ids)
+        for b, row in enumerate(rows):
+            joined = torch.cat([document.labels for document in row])
+            labels[b, :len(joined)] = joined
+        return LabelledBatch(text, labels)
+
+
+class LabelledData(ConversationData):
+    """Answers labelled token by token; the other keys are those of `ConversationData`.
+
+    Args:
+        corruptions: copies of each right solution in which one result is changed.
+        kwargs: `train` and `validation` are files or Hub data sets whose rows hold a question with right and wrong
+            solutions, or labelled spans; `embedded` are word problems written for this project.
+    """
+
+    batches: ClassVar[type[Batches]] = LabelledBatches
+
+    def __init__(self, corruptions: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if corruptions < 0:
+            raise ValueError(f"data.corruptions must be 0 or above, got {corruptions}")
+        self.corruptions = corruptions
+
+    def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
+        assert self._target is not None
+        rows = read_rows(str(EMBEDDED_SOLUTIONS) if source == "embedded" else source, split)
+        return tokenize_labelled_rows(rows, source, self._target.tokenizer, self.max_length, budget, self.corruptions,
+                                      self.seed)

@@ -1,0 +1,213 @@
+"""Judge decoding: a linear head on the target's own states that says whether a drafted token is right.
+
+Bachmann et al. 2025, arXiv 2501.19309: having read a wrong token, the target's last hidden state tells. The state is
+the row of the token that is judged, not of the one before it, which could not know.
+
+Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.core.batches import LabelledBatch, StateName
+from modules.core.drafter import Verified
+from modules.core.trainable import Losses, Mean, Outcome, TargetShape, Trainable
+from modules.decoding.relaxed import RelaxedRule
+from modules.decoding.rules import Draws
+from modules.trees.tree import TokenTree
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+NOTHING = 2.0
+"""A threshold that no score reaches."""
+
+
+class Judge(Trainable):
+    """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is right.
+
+    Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch, at most
+    `largest_weight`. Mean and deviation of the states are gathered while training, and fold into one dot product. After
+    training the threshold is set on held-out tokens.
+
+    Args:
+        shape: the target's dimensions.
+        state: the target state it reads; the paper finds the last one, before the final norm, the best.
+        precision: share of right tokens among those that are accepted, right and wrong ones weighed alike: the
+            threshold is the lowest that reaches it on held-out tokens.
+        largest_weight: cap on the weight of a wrong token.
+        focus: γ of the focal loss (1 − p)^γ CE; 0 is plain cross-entropy.
+    """
+
+    batch_kind: ClassVar[str] = "labelled"
+    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
+    threshold: Tensor
+    mean_H: Tensor
+    deviation_H: Tensor
+    seen: Tensor
+
+    def __init__(self, shape: TargetShape, state: int | str = "pre_norm", precision: float = 0.9,
+                 largest_weight: float = 20.0, focus: float = 0.0) -> None:
+        super().__init__()
+        if not 0.5 <= precision <= 1:
+            raise ValueError(f"precision must lie in [0.5, 1], got {precision}")
+        if largest_weight < 1:
+            raise ValueError(f"largest_weight must be at least 1, got {largest_weight}")
+        if focus < 0:
+            raise ValueError(f"focus must be 0 or above, got {focus}")
+        self.state, self.precision, self.largest_weight, self.focus = state, precision, largest_weight, focus
+        self.linear = nn.Linear(shape.hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean_H", torch.zeros(shape.hidden_size))
+        self.register_buffer("deviation_H", torch.ones(shape.hidden_size))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("threshold", torch.tensor(0.5))
+
+    @property
+    def training_states(self) -> tuple[StateName, ...]:
+        """The one it reads."""
+        return (self.state,)
+
+    def logits(self, states_NH: Tensor) -> Tensor:
+        """States [..., H] -> logits [...], by one dot product."""
+        weight_H = self.linear.weight[0] / self.deviation_H
+        bias = self.linear.bias[0] - weight_H @ self.mean_H
+        return states_NH.to(weight_H.dtype) @ weight_H + bias
+
+    def scores(self, states_NH: Tensor) -> Tensor:
+        """Probability [...] that the token of each state is right."""
+        return self.logits(states_NH).sigmoid()
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def loss(self, batch: LabelledBatch, target: Target, progress: float) -> Losses:
+        """Weighted cross-entropy over the labelled tokens; area under the curve within batches, and mean scores."""
+        states_MH, labels_M = self._labelled(batch)
+        if self.training:
+            self._observe(states_MH)
+        logits_M = self.logits(states_MH)
+        losses_M = F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="none")
+        losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
+        weights_M = class_weights(labels_M, self.largest_weight)
+        total = (weights_M * losses_M).sum() / weights_M.sum().clamp(min=1)
+        return Losses(total, _metrics(losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M))
+
+    def _labelled(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        counted_BT = batch.text.loss_mask
+        states_MH = batch.text.states[self.state][counted_BT].to(self.linear.weight.dtype)
+        return states_MH, batch.labels[counted_BT].to(states_MH.dtype)
+
+    @torch.no_grad()
+    def _observe(self, states_MH: Tensor) -> None:
+        """Mean and deviation over all states seen so far (Chan et al. 1979)."""
+        count = len(states_MH)
+        if count < 2:
+            return
+        total, shift_H = self.seen + count, states_MH.mean(0) - self.mean_H
+        own_H = self.deviation_H.square() * self.seen + states_MH.var(0, correction=0) * count
+        variance_H = (own_H + shift_H.square() * self.seen * count / total) / total
+        self.mean_H += shift_H * count / total
+        self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
+        self.seen.copy_(total)
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
+        """Set the threshold on held-out tokens; the area under the curve over all of them, and errors at it."""
+        found = [self._labelled(batch) for batch in batches]
+        scores_M = self.scores(torch.cat([states for states, _ in found])).double()
+        right_M = torch.cat([labels for _, labels in found]) > 0.5
+        self.threshold.fill_(calibrated_threshold(scores_M, right_M, self.precision))
+        kept_M = scores_M >= self.threshold.double()
+        return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
+                        "held_out/threshold": float(self.threshold),
+                        "held_out/accepted_right": _share(kept_M[right_M]),
+                        "held_out/accepted_wrong": _share(kept_M[~right_M])})
+
+    # -- decoding ---------------------------------------------------------------------------------------------
+
+    def acceptance_rule(self, target: Target, threshold: float | None = None, guard: bool = True) -> JudgeRule:
+        """The rule that accepts what this head calls right.
+
+        Args:
+            target: what it serves.
+            threshold: instead of the calibrated one; 0 accepts every token, above 1 none.
+            guard: leave end-of-sequence and other special tokens to the standard rule.
+        """
+        special = target.eos_ids | set(getattr(target.tokenizer, "all_special_ids", ())) if guard else set()
+        return JudgeRule(self, float(self.threshold) if threshold is None else threshold, special)
+
+
+class JudgeRule(RelaxedRule):
+    """A token is good when the judge's score of it is at least the threshold.
+
+    Args:
+        judge: the trained head.
+        threshold: see `Judge.acceptance_rule`.
+        special: token ids that the judge may not wave through.
+    """
+
+    def __init__(self, judge: Judge, threshold: float, special: Iterable[int] = ()) -> None:
+        self.name = f"judge {threshold:g}"
+        self.judge, self.threshold, self.special = judge, threshold, sorted(special)
+        self.states: tuple[StateName, ...] = (judge.state,)
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Score each node by its own row, which has read its token."""
+        scores_BN = self.judge.scores(verified.states[self.judge.state])
+        special = torch.tensor(self.special, dtype=torch.long, device=scores_BN.device)
+        return (scores_BN >= self.threshold) & ~torch.isin(tree.tokens_BN, special)
+
+
+# -- pure functions -----------------------------------------------------------------------------------------------
+
+
+def class_weights(labels_M: Tensor, largest: float) -> Tensor:
+    """1 for right tokens (label 1), n_right / n_wrong within [1, largest] for wrong ones [M]."""
+    right = labels_M.sum()
+    ratio = (right / (len(labels_M) - right).clamp(min=1)).clamp(1, largest)
+    return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
+
+
+def area_under_curve(scores_M: Tensor, right_M: Tensor) -> float:
+    """How often a right token scores above a wrong one, ties counting half; 0.5 when one class is missing."""
+    right, wrong = int(right_M.sum()), int((~right_M).sum())
+    if not right or not wrong:
+        return 0.5
+    _, order_M, counts = scores_M.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    ranks_M = (ends - (counts - 1) / 2)[order_M]
+    return float((ranks_M[right_M].sum() - right * (right + 1) / 2) / (right * wrong))
+
+
+def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:
+    """The lowest score at or above which `precision` of the tokens are right, either class weighing the same.
+
+    `NOTHING` if no score reaches it, and where no wrong token was seen to calibrate on.
+    """
+    if not bool(right_M.any()) or bool(right_M.all()):
+        return NOTHING
+    levels = scores_M.unique()
+    kept = scores_M >= levels[:, None]
+    rates = [(kept & one).sum(1) / one.sum() for one in (right_M, ~right_M)]
+    reached = rates[0] >= precision * (rates[0] + rates[1])
+    return float(levels[reached][0]) if bool(reached.any()) else NOTHING
+
+
+def _share(kept_M: Tensor) -> float:
+    return float(kept_M.double().mean()) if len(kept_M) else 0.0
+
+
+def _metrics(losses_M: Tensor, weights_M: Tensor, scores_M: Tensor, labels_M: Tensor) -> dict[str, Mean]:
+    right_M = labels_M > 0.5
+    pairs = cast(Tensor, right_M.sum() * (~right_M).sum())
+    return {"loss": Mean(losses_M.sum(), weights_M.sum()),
+            "auc": Mean(pairs * area_under_curve(scores_M, right_M), pairs),
+            "right_score": Mean(scores_M[right_M].sum(), right_M.sum()),
+            "wrong_score": Mean(scores_M[~right_M].sum(), (~right_M).sum())}

@@ -1,0 +1,91 @@
+"""Labelled answers: which tokens are right, which wrong, and which teach nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from data.conversations import prompt_ids
+from data.labelled import LabelledData, corrupted, read_labelled, tokenize_labelled
+from modules.core.batches import LabelledBatch
+from tests.data.test_preferences import OPENAI
+from tests.fakes import tiny_target, tiny_tokenizer
+
+OURS = {"question": "2 plus 3?", "solution": "2 + 3 = 5 pens.", "wrong": "2 + 3 = 6 pens.", "error": [8, 9]}
+
+
+def marked(text: str, spans) -> list[tuple[str, int]]:
+    return [(text[start:end], label) for start, end, label in spans]
+
+
+def test_a_problem_gives_right_changed_and_wrong_answers():
+    right, changed, wrong = read_labelled(OURS, "row 1")
+    assert marked(right.response, right.spans) == [("2 + 3 = 5 pens.", 1)]
+    assert wrong.response == "2 + 3 = 6" and marked(wrong.response, wrong.spans) == [("2 + 3 = ", 1), ("6", 0)]
+    assert changed.response.startswith("2 + 3 = ") and changed.spans[-1][2] == 0
+    assert "5" not in changed.response and changed.response[changed.spans[-1][0]:].isdigit()
+    assert len(read_labelled(OURS, "row 1", corruptions=0)) == 2
+    assert read_labelled(OURS, "row 1", 3) == read_labelled(OURS, "row 1", 3)
+    answers = read_labelled(OPENAI, "row 1", corruptions=0)
+    assert [answer.response for answer in answers if answer.spans[-1][2] == 0] == ["2+3 = 6", "3*2 = 7", "6*2 = 12"]
+
+
+def test_only_the_digits_that_differ_are_wrong():
+    chance = random.Random(0)
+    seen = 0
+    for _ in range(60):
+        for response, spans in corrupted("First 7 * 6 = 42 in all.", chance):
+            (_, start, good), (same, end, bad) = spans
+            assert (good, bad, same, end) == (1, 0, start, len(response))
+            assert "First 7 * 6 = 42".startswith(response[:start]) and response[start] != "First 7 * 6 = 42 "[start]
+            seen += 1
+    assert seen > 40 and list(corrupted("no result here", chance)) == []
+
+
+def test_tokens_get_the_labels_of_their_characters():
+    tokenizer = tiny_tokenizer()
+    answer = read_labelled({"prompt": "ask", "response": "abcdef", "spans": [[0, 3, 1], [3, 4, 0]]}, "row 1")[0]
+    tokens = tokenize_labelled(answer, tokenizer, 64)
+    prompt = prompt_ids(answer.messages, tokenizer)
+    assert tokens.prompt == prompt and tokens.prompt_length == len(prompt)
+    assert tokens.loss_mask[len(prompt):].tolist() == [True] * 4 + [False] * 2
+    assert tokens.labels[len(prompt):].tolist() == [True] * 3 + [False] * 3
+    assert not tokens.loss_mask[:len(prompt)].any()
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"text": "a"}, "row 3 has keys text: expected `question`"),
+    ({"prompt": "a", "response": "b", "spans": [[0, 5, 1]]}, "inside the response"),
+    ({"prompt": "a", "response": "b", "spans": [[0, 1, 2]]}, "label 0 or 1"),
+])
+def test_rows_that_cannot_be_read_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        read_labelled(row, "row 3")
+
+
+def test_batches_bring_labels_and_cached_states(tmp_path):
+    file = tmp_path / "solutions.jsonl"
+    rows = [{**OURS, "question": f"2 plus 3, the {i}th time?"} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = LabelledData(train=str(file), validation_fraction=0.25, max_length=128, rows=2,
+                        features=str(tmp_path / "features"), features_dtype="float32")
+    target = tiny_target(dtype=torch.float32)
+    data.bind(target, ("pre_norm",))
+    questions = [{tuple(document.prompt) for document in side} for side in (data.documents, data.held_out)]
+    assert not questions[0] & questions[1] and len(questions[1]) >= 1
+    wrong = 0
+    for batch in data.train_dataloader():
+        assert isinstance(batch, LabelledBatch)
+        torch.testing.assert_close(batch.text.states["pre_norm"][batch.text.loss_mask],
+                                   target.features(batch.text, ("pre_norm",))["pre_norm"][batch.text.loss_mask],
+                                   atol=1e-4, rtol=1e-4)
+        at = batch.text.loss_mask & (batch.labels == 0)
+        said = target.tokenizer.decode(batch.text.input_ids[at]).replace(" ", "")
+        assert said.isdigit()
+        wrong += int(at.sum())
+    assert wrong >= len(questions[0])
+    with pytest.raises(ValueError, match="data.corruptions must be 0 or above"):
+        LabelledData(corruptions=-1)
