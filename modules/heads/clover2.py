@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.layers import DecoderLayer, LayerCache, target_weight
+from modules.core.learned import DraftStep
 from modules.core.losses import likely_labels, masked_mean, smooth_l1
 from modules.core.trainable import TargetShape
 from modules.heads.clover import AttentionDecoder
-from modules.heads.head_drafter import DraftStep, HeadDrafter
+from modules.heads.head_drafter import HeadDrafter
 
 if TYPE_CHECKING:
     from modules.core.target import Target

@@ -83,12 +83,12 @@ class ThresholdTree:
 
 
 def _finish(growth: _Growth, vocabulary_D: Tensor | None) -> TokenTree:
-    """Rows that no sequence uses are dropped, the others' unused ones become padding."""
+    """Every sequence's real nodes moved to the front, in order; what then no sequence uses is dropped."""
     tokens, parents, real = (torch.cat(part, dim=1) for part in (growth.tokens, growth.parents, growth.real))
-    used = real.any(0)
-    order = used.cumsum(0) - 1
-    parents = torch.where(parents < 0, parents, order[parents.clamp(min=0)])[:, used]
-    own = torch.arange(parents.shape[1], device=parents.device)
-    real = real[:, used]
-    topology = Topology(torch.where(real, parents, own))
-    return TokenTree(tokens[:, used], topology, vocabulary_D=vocabulary_D)
+    width = int(real.sum(1).max())
+    order = real.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    moved = (real.cumsum(1) - 1).gather(1, parents.clamp(min=0))
+    parents = torch.where(parents < 0, parents, moved).gather(1, order)
+    own = torch.arange(width, device=parents.device)
+    topology = Topology(torch.where(real.gather(1, order), parents, own))
+    return TokenTree(tokens.gather(1, order), topology, vocabulary_D=vocabulary_D)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from modules.core.drafter import Sampling
+from modules.core.learned import measured_accuracies
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.heads.head_drafter import measured_accuracies
 from modules.heads.medusa import Medusa
 from modules.heads.medusa2 import Medusa2
 from tests.fakes import tiny_batch, tiny_target

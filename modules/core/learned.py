@@ -1,0 +1,214 @@
+"""What trained drafters share: a draft vocabulary, training step by step, a default tree.
+
+Step d of a drafter, given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
+
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, W chosen rows, M training rows, K draft steps,
+H hidden size, X any width, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from modules.core.batches import StateName, TextBatch
+from modules.core.drafter import Drafter, TreeBuilder
+from modules.core.losses import (
+    IGNORED,
+    Head,
+    Laws,
+    TrainingRows,
+    accuracy,
+    cross_entropy,
+    depth_weights,
+    draft_labels,
+    masked_mean,
+    target_laws,
+    training_rows,
+)
+from modules.core.trainable import Losses, Mean, TargetShape
+from modules.trees.paths import Path, tree_paths
+from modules.trees.static import StaticTree
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+CHEAP_BUDGET = 5
+"""Drafted nodes that, with the root, a CPU verifies for a fifth more than one row takes."""
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """One draft step over the training rows.
+
+    feature_MH: what its LM head read. labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
+    valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see `cross_entropy`.
+    flat_M: flat positions of the target's laws of the labels. laws: those laws, if they are learnt.
+    """
+
+    depth: int
+    feature_MH: Tensor
+    labels_M: Tensor
+    valid_M: Tensor
+    losses_M: Tensor
+    ranks_M: Tensor
+    flat_M: Tensor
+    laws: Laws | None
+
+    @property
+    def counted_M(self) -> Tensor:
+        """bool [M]: rows with a label to learn."""
+        return self.labels_M != IGNORED
+
+    def metrics(self) -> dict[str, Mean]:
+        """Cross-entropy, top-1 and top-5 accuracy (a label that cannot be drafted is a miss)."""
+        entropies = Mean(self.losses_M.detach().sum(), self.counted_M.sum())
+        return {f"cross_entropy_{self.depth}": entropies, f"top1_{self.depth}": accuracy(self.ranks_M, self.valid_M, 1),
+                f"top5_{self.depth}": accuracy(self.ranks_M, self.valid_M, 5)}
+
+
+class LearnedDrafter(Drafter):
+    """Base of the drafters that learn to draft K steps ahead from the target's states.
+
+    Subclasses give `teacher_forced`, the inputs of their LM head step by step, and `head`.
+
+    Args:
+        shape: the target's dimensions.
+        steps: K, draft steps that are trained.
+        draft_vocabulary: D, how many token ids can be drafted; None, or as many as the target has, means all of them.
+        decay: loss weight of step d, `decay ** (d + first_exponent)`.
+    """
+
+    reads: ClassVar[StateName] = "final"
+    """The target state it starts from."""
+    soft_labels: ClassVar[bool] = False
+    """Whether it learns the target's law (restricted to the draft vocabulary) rather than the tokens of the data."""
+    first_exponent: ClassVar[int] = 1
+
+    def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float) -> None:
+        super().__init__()
+        if draft_vocabulary is not None and draft_vocabulary < 1:
+            raise ValueError(f"draft_vocabulary must be at least 1 (or null for all tokens), got {draft_vocabulary}")
+        self.shape, self.draft_steps, self.decay = shape, steps, decay
+        trimmed = draft_vocabulary is not None and draft_vocabulary < shape.vocab_size
+        self.register_buffer("vocabulary", torch.arange(cast(int, draft_vocabulary)) if trimmed else None)
+        self._builder: TreeBuilder = StaticTree.chain(max(1, steps))
+        self._budget = CHEAP_BUDGET
+
+    # -- draft vocabulary -------------------------------------------------------------------------------------
+
+    @property
+    def vocabulary_D(self) -> Tensor | None:
+        """Target ids that can be drafted [D], ascending; None: all of them."""
+        return cast(Tensor | None, self.vocabulary)
+
+    @property
+    def draft_size(self) -> int:
+        """D."""
+        return self.shape.vocab_size if self.vocabulary_D is None else len(self.vocabulary_D)
+
+    def set_vocabulary(self, ids: Tensor | Iterable[int]) -> None:
+        """Choose the tokens that can be drafted; before `initialise`, which copies the LM head's rows for them.
+
+        Raises ValueError unless there are exactly `draft_vocabulary` different ids of the target's vocabulary.
+        """
+        chosen = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().unique()
+        if len(chosen) != self.draft_size or int(chosen[0]) < 0 or int(chosen[-1]) >= self.shape.vocab_size:
+            raise ValueError(f"draft_vocabulary is {self.draft_size} but {len(chosen)} different ids were given: give "
+                             f"that many ids below {self.shape.vocab_size}, or set draft_vocabulary to {len(chosen)}")
+        if self.vocabulary_D is not None:
+            self.vocabulary = chosen.to(self.vocabulary_D.device)
+
+    @abstractmethod
+    def head(self, depth: int, target: Target) -> Head:
+        """Features [..., H] of step `depth` -> logits [..., D]."""
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    @property
+    def training_states(self) -> tuple[StateName, ...]:
+        """The state it starts from, and the target's laws if it learns those."""
+        return tuple(dict.fromkeys((self.reads, "final"))) if self.soft_labels else (self.reads,)
+
+    @abstractmethod
+    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+        """The LM head's inputs [M,H], step by step, given the data's own tokens."""
+
+    def labels(self, rows: TrainingRows) -> Tensor:
+        """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted."""
+        labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
+        return labels.masked_fill(~rows.valid_MK, IGNORED)
+
+    def laws(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Laws | None:
+        """The target's laws of the labels, if they are learnt."""
+        if not self.soft_labels:
+            return None
+        return target_laws(lambda hidden: target.logits(hidden, self.vocabulary_D), batch.states["final"],
+                           rows.flat_MK1[:, 1:], self.draft_size)
+
+    def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
+        """Every draft step over the batch's training rows, given the data's own tokens."""
+        rows = training_rows(batch, self.draft_steps)
+        labels, laws = self.labels(rows), self.laws(batch, target, rows)
+        for depth, feature in enumerate(self.teacher_forced(batch, target, rows)):
+            labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
+            losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M)
+            yield DraftStep(depth, feature, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
+
+    def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
+        """What a step contributes to the loss, before its weight."""
+        return masked_mean(step.losses_M, step.counted_M)
+
+    def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
+        """Σ_d decay^(d+first_exponent) · loss of step d; per-step accuracies as metrics."""
+        weights = depth_weights(self.draft_steps, self.decay, self.decay ** self.first_exponent)
+        total, metrics = torch.zeros((), device=batch.input_ids.device), {}
+        for step in self.steps(batch, target):
+            total = total + weights[step.depth] * self.step_loss(step, batch)
+            metrics |= step.metrics()
+        return Losses(total, metrics)
+
+    # -- decoding ---------------------------------------------------------------------------------------------
+
+    @property
+    def builder(self) -> TreeBuilder:
+        """The tree it was built with."""
+        return self._builder
+
+    @property
+    def default_budget(self) -> int:
+        """All of a tree that was asked for; of `narrow` and of dynamic trees what a CPU verifies almost for free."""
+        return self._budget
+
+    def use_static_tree(self, tree: list[Path] | str) -> None:
+        """Draft fixed paths, given in full or by name (`modules.trees.paths`)."""
+        static = StaticTree(tree_paths(tree, self.draft_steps))
+        self._builder, self._budget = static, CHEAP_BUDGET if tree == "narrow" else len(static.paths)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of its own weights, which may differ from the target's."""
+        return next(self.parameters()).dtype
+
+
+def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
+    """Rows [B,N,X] at per-sequence indices [B,W,X]."""
+    return rows_BNX.gather(1, index_BW[..., None].expand(-1, -1, rows_BNX.shape[-1]))
+
+
+@torch.no_grad()
+def measured_accuracies(drafter: LearnedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
+                        ) -> Tensor:
+    """Table [K,ranks]: how often the rank-i draft of step k is the token that came (for `trees.optimise`)."""
+    hits, counts = torch.zeros(drafter.draft_steps, ranks), torch.zeros(drafter.draft_steps)
+    for batch in batches:
+        for step in drafter.steps(batch, target):
+            found = step.ranks_M[step.valid_M].clamp(max=ranks)
+            hits[step.depth] += found.bincount(minlength=ranks + 1)[:ranks].cpu()
+            counts[step.depth] += len(found)
+    return hits / counts.clamp(min=1)[:, None]
