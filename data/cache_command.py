@@ -13,7 +13,7 @@ from modules.core.batches import StateName
 from modules.core.loading import load_target
 from modules.core.trainable import TargetShape, Trainable
 
-_OF_TRAINING = ("seed", "optimizer", "trainer", "probe", "checkpoint")
+_OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint")
 """Sections of a recipe that do not matter here."""
 
 

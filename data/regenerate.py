@@ -249,7 +249,7 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 # -- command line -----------------------------------------------------------------------------------------------
 
-_OF_TRAINING = ("seed", "drafter", "data", "optimizer", "trainer", "probe", "checkpoint")
+_OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", "probe", "checkpoint")
 """Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype` do."""
 
 

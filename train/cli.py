@@ -22,11 +22,11 @@ from data.configfiles import parse, run
 from data.datamodule import ConversationData
 from train.run import CONFIG, Place, Recipe, claim, same_run, train
 
-_LASTING = ("target", "dtype", "drafter", "data", "seed")
+_LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
 _ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite")
 """Flags that are no part of the recipe."""
-_FLAGS = ("config", "drafter", "target", "dtype", "seed", "output", "resume", "init_from", "overwrite")
+_FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint")
 _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
 

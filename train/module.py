@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.batches import LabelledBatch, PreferenceBatch, TextBatch
 from modules.core.target import Target
-from modules.core.trainable import Mean, Trainable
+from modules.core.trainable import Losses, Mean, Trainable
 from train.settings import OptimizerSettings
 
 AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
@@ -54,13 +55,15 @@ class TrainableModule(LightningModule):
         target: the frozen target; moved to the training device, never changed.
         optimizer: learning rate, schedule and decay.
         log_every: optimiser steps between two logged training means.
+        objective: a loss on the component instead of its own; it has begun.
     """
 
     target: Target
 
-    def __init__(self, trainable: Trainable, target: Target, optimizer: OptimizerSettings, log_every: int = 10) -> None:
+    def __init__(self, trainable: Trainable, target: Target, optimizer: OptimizerSettings, log_every: int = 10,
+                 objective: AlignedDrafting | None = None) -> None:
         super().__init__()
-        self.trainable = trainable
+        self.trainable, self.objective = trainable, objective
         self.settings, self.log_every = optimizer, log_every
         self.__dict__["target"] = target
         self.means = {"train": RunningMeans(), "val": RunningMeans()}
@@ -84,7 +87,7 @@ class TrainableModule(LightningModule):
 
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
-        losses = self.trainable.loss(batch, self.target, self.progress)
+        losses = self._losses(batch)
         if not torch.isfinite(losses.total):
             raise NonFiniteLoss(
                 f"the {stage} loss is {losses.total.item()} at step {self.global_step}: lower optimizer.lr (now "
@@ -92,6 +95,12 @@ class TrainableModule(LightningModule):
         count = sum(text.loss_mask.sum() for text in text_batches(batch))
         self.means[stage].add({"loss": Mean(losses.total.detach() * count, torch.as_tensor(count)), **losses.metrics})
         return losses.total
+
+    def _losses(self, batch: AnyBatch) -> Losses:
+        if self.objective is None:
+            return self.trainable.loss(batch, self.target, self.progress)
+        assert isinstance(batch, TextBatch), "drafters are trained on text"
+        return self.objective.loss(self.trainable, batch, self.target, self.progress)
 
     def fill_states(self, batch: AnyBatch) -> None:
         """Compute the states that the loss reads and the feature cache did not bring, at the target's own precision."""

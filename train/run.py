@@ -18,6 +18,7 @@ from torch import Tensor
 
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
 from data.datamodule import ConversationData
+from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.drafter import Drafter
 from modules.core.loading import load_target
 from modules.core.target import Target
@@ -40,6 +41,7 @@ class Recipe:
         target: Hub id, folder, .gguf file or smollm2-135m.
         dtype: of the target: float32, bfloat16, float16 or float64.
         seed: of weights, order and dropout.
+        objective: a loss instead of the component's own, modules.alignment.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
         trainer: see train/settings.py.
         probe: see train/settings.py.
@@ -51,6 +53,7 @@ class Recipe:
     target: str = "smollm2-135m"
     dtype: str = "float32"
     seed: int = 0
+    objective: AlignedDrafting | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
@@ -94,7 +97,9 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
     trainer = lightning_trainer(recipe, place.output)
     target = target or load_target(recipe.target, recipe.dtype)
     trainable = build(recipe, target, place.init_from)
-    module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps)
+    if recipe.objective is not None:
+        recipe.objective.begin(trainable)
+    module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)
     if place.resume is None:
         train_stages(recipe, place, trainable, target)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
@@ -224,7 +229,8 @@ def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModu
 
 
 def _validated(trainer: Trainer, module: TrainableModule, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
-    fresh = TrainableModule(restored(module.trainable, checkpoint), module.target, recipe.optimizer)
+    fresh = TrainableModule(restored(module.trainable, checkpoint), module.target, recipe.optimizer,
+                            objective=recipe.objective)
     figures = trainer.validate(fresh, datamodule=recipe.data, verbose=False)[0]
     return {name: float(value) for name, value in figures.items()}
 

@@ -107,3 +107,19 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     with pytest.raises(ValueError, match="init_args"):
         build_rows([Method("wrong", drafter, rule={"trained": str(output), "init_args": {"delta": 1}})], tiny,
                    Sampling())
+
+
+def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--drafter", "modules.heads.medusa.Medusa", "--drafter.heads", "2", "--data.train", str(conversations),
+              "--data.max_length", "128", "--data.validation_fraction", "0.2", "--trainer.max_steps", "2",
+              "--trainer.max_epochs=-1", "--trainer.accelerator", "cpu", "--probe.prompts", "1",
+              "--probe.max_new_tokens", "4"]
+    assert command([*common, "--output", str(first)]) == 0
+    objective = "modules.alignment.aligned_drafting.AlignedDrafting"
+    arguments = [*common, "--init_from", str(first), "--objective", objective, "--objective.anchor", "0.0"]
+    assert command([*arguments, "--output", str(second)]) == 0
+    before, after = load_pretrained(first, tiny).state_dict(), load_pretrained(second, tiny).state_dict()
+    assert set(before) == set(after) and any(not torch.equal(before[name], after[name]) for name in before)
+    measured = json.loads((second / "drafter" / "provenance.json").read_text())["measured"]
+    assert "val/alignment" in measured and "probe/tau" in measured
