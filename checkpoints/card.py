@@ -7,22 +7,32 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from modules.core.drafter import Drafter
+
 if TYPE_CHECKING:
     from checkpoints.provenance import Provenance
     from modules.core.trainable import Trainable
 
+_KINDS = {"drafter": "A speculative-decoding component: it serves",
+          "rule": "A lossy acceptance rule for speculative decoding: it judges drafts for",
+          "adapters": "Low-rank adapters: they change"}
 _MEANINGS = {
     r"probe/tau": "tokens per target call on a few held-out prompts, greedy, bonus token counted",
     r"val/loss": "held-out loss",
     r"val/top(\d+)_(\d+)": r"held-out share of tokens among the \1 likeliest at draft step \2",
     r"val/cross_entropy_(\d+)": r"held-out cross-entropy at draft step \1",
+    r"val/preference_accuracy": "held-out share of pairs whose chosen response has the higher reward",
+    r"val/reward_margin": "held-out mean reward of the chosen response minus that of the rejected one",
+    r"held_out/auc": "how often a right held-out token scores above a wrong one",
+    r"held_out/threshold": "score from which on a token is accepted, set on held-out tokens",
+    r"held_out/accepted_(right|wrong)": r"share of the \1 held-out tokens that the threshold accepts",
 }
 
 
 def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
     """Markdown with a YAML header the Hub understands."""
     parts = [_header(config, provenance), _what(trainable, config, provenance), _measured(provenance.measured),
-             _training(provenance), _use(provenance), _origin(provenance)]
+             _training(provenance), _use(trainable, provenance), _origin(provenance)]
     return "\n".join(part for part in parts if part)
 
 
@@ -38,7 +48,7 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
     total = sum(parameter.numel() for parameter in trainable.parameters())
     trained = sum(parameter.numel() for parameter in trainable.declared_parameters())
     name, weights = provenance.target["name"], provenance.target["fingerprint"]
-    return (f"{summary}\n\nA speculative-decoding component: it serves the target `{name}` with weights `{weights}`. "
+    return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target `{name}` with weights `{weights}`. "
             f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of them trained.\n")
 
 
@@ -60,7 +70,10 @@ def _training(provenance: Provenance) -> str:
     return f"## Training\n\n    {provenance.command}\n\nData:\n\n{data or '- not recorded'}\n"
 
 
-def _use(provenance: Provenance) -> str:
+def _use(trainable: Trainable, provenance: Provenance) -> str:
+    made = {"drafter": "SpeculativeDecoder(target, component)",
+            "adapters": "SpeculativeDecoder(component.adapt(target))",
+            "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target), component.acceptance_rule(target))'}
     code = textwrap.dedent(f"""\
         ```python
         from checkpoints.pretrained import load_pretrained
@@ -70,12 +83,19 @@ def _use(provenance: Provenance) -> str:
         from modules.decoding.decoder import SpeculativeDecoder
 
         target = load_target("{provenance.target['name']}")
-        drafter = load_pretrained("THIS_FOLDER_OR_HUB_ID", target)
+        component = load_pretrained("THIS_FOLDER_OR_HUB_ID", target)
+        decoder = {made[_kind(trainable)]}
         prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
-        trace = SpeculativeDecoder(target, drafter).decode([prompt], Sampling(), limit=64)[0]
-        print(target.tokenizer.decode(trace.ids))
+        print(target.tokenizer.decode(decoder.decode([prompt], Sampling(), limit=64)[0].ids))
         ```""")
     return f"## Use\n\n{code}\n"
+
+
+def _kind(trainable: Trainable) -> str:
+    """`drafter`, `rule` (a judge) or `adapters` (a changed target)."""
+    if isinstance(trainable, Drafter):
+        return "drafter"
+    return "rule" if hasattr(trainable, "acceptance_rule") else "adapters"
 
 
 def _origin(provenance: Provenance) -> str:

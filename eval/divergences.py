@@ -1,0 +1,69 @@
+"""`python -m eval.divergences`: label where a drafter leaves its target, as training data for a judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.progress import track
+
+from checkpoints.pretrained import find_folder, read_config
+from data.configfiles import parse, run
+from data.conversations import read_jsonl
+from data.divergences import mine
+from data.regenerate import messages_of
+from eval.cli import quieten
+from eval.methods import load_drafter
+from modules.core.loading import load_target
+
+
+def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
+              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = "float32", device: str = "cpu") -> None:
+    """Write a `.jsonl` file that `data.labelled.LabelledData` reads.
+
+    Args:
+        drafter: run folder, drafter folder or Hub id.
+        prompts: JSONL file of rows with `prompt`, `question` or `messages` that end in a number as the answer.
+        output: the `.jsonl` to write.
+        target: Hub id, folder or .gguf file; by default what the drafter was trained for.
+        limit: only the first so many prompts.
+        max_new_tokens: of each answer.
+        per_prompt: mismatches of each answer that are labelled.
+        dtype: of the target: float32, bfloat16, float16 or float64.
+        device: a torch device.
+    """
+    place = Path(output)
+    if place.suffix != ".jsonl" or place.exists():
+        raise ValueError(f"output {output!r} must be a new file that ends in .jsonl")
+    if not Path(prompts).is_file():
+        raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
+    asked = [messages_of(row, index) for index, row in enumerate(read_jsonl(Path(prompts)))][:limit]
+    loaded = load_target(target or read_config(find_folder(drafter))["target"]["name"], dtype, device)
+    found = load_drafter(drafter, loaded)
+    rows = [row for messages in track(asked, "mining", disable=not sys.stderr.isatty())
+            for row in mine(found.adapt(loaded), found, messages, max_new_tokens, per_prompt)]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.with_name(place.name + ".partial")
+    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(scratch, place)
+    wrong = sum(1 - row["spans"][0][2] for row in rows)
+    print(f"{len(rows)} mismatches, {wrong} of them change the answer: {place}")
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse and mine."""
+    parser = ArgumentParser(prog="python -m eval.divergences", exit_on_error=False,
+                            description="Label where a drafter leaves its target.")
+    parser.add_function_arguments(mine_file, fail_untyped=True)
+    given = vars(parse(parser, arguments))
+    quieten()
+    mine_file(**given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))
