@@ -62,13 +62,16 @@ class LayerCache:
         """The cache of these sequences alone (int64 [S])."""
         return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
 
-    def write(self, keys_BNGD: Tensor, values_BNGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Put N rows behind each sequence's length; returns the slots [B,S,G,D] that rows may attend to."""
+    def write(self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
+        """Put N rows behind each sequence's length and `ahead` rows that were written there before and not kept.
+
+        Returns the slots [B,S,G,D] that rows may attend to.
+        """
         batch, count = keys_BNGD.shape[:2]
-        used = int(self.lengths_B.max()) + count
+        used = int(self.lengths_B.max()) + ahead + count
         self._grow(used)
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
-        slots_BN = self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
+        slots_BN = self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
         self.keys_BCGD[sequences, slots_BN] = keys_BNGD
         self.values_BCGD[sequences, slots_BN] = values_BNGD
         return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
@@ -78,11 +81,14 @@ class LayerCache:
         self.lengths_B = self.lengths_B + counts_B
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
-        """bool [B,N,S]: what is kept, and of the rows of this call what `rows` lets each one see."""
-        count = rows.visible_BNN.shape[-1]
+        """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
+
+        The last N columns of its `visible_BNN` are the rows of this call, columns before them rows written ahead of it.
+        """
+        own_rows, count = rows.visible_BNN.shape[1:]
         offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
         inside_BS = (offset_BS >= 0) & (offset_BS < count)
-        index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, count, -1)
+        index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, own_rows, -1)
         own = rows.visible_BNN.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
         return own | (offset_BS < 0)[:, None]
 
@@ -122,20 +128,29 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
         """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind it."""
+        queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN)
+        visible = rows.visible_BNN
+        if cache is not None:
+            keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
+            visible = cache.visible(rows, keys.shape[1])
+        return self.mix(queries, keys, values, visible)
+
+    def mix(self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor) -> Tensor:
+        """Values mixed by attention, projected [B,N,H]."""
+        mixed = F.scaled_dot_product_attention(
+            queries_BNQD.transpose(1, 2), keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2),
+            attn_mask=visible_BNS[:, None], enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2])
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B,N,Q,D], keys and values [B,N,G,D], rotated to their positions."""
         heads = (*hidden_BNX.shape[:2], -1, self.head_dim)
         queries = self.q_norm(self.q_proj(hidden_BNX).view(heads))
         keys = self.k_norm(self.k_proj(hidden_BNX).view(heads))
         values = self.v_proj(hidden_BNX).view(heads)
-        cosine, sine = self.rotary(values, rows.position_ids_BN)
+        cosine, sine = self.rotary(values, position_ids_BN)
         queries, keys = apply_rotary_pos_emb(queries, keys, cosine, sine, unsqueeze_dim=2)
-        visible = rows.visible_BNN
-        if cache is not None:
-            keys, values = cache.write(keys, values)
-            visible = cache.visible(rows, keys.shape[1])
-        mixed = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None],
-            enable_gqa=queries.shape[2] != keys.shape[2])
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return queries, keys, values
 
 
 def rotary_config(shape: TargetShape) -> LlamaConfig:
@@ -188,8 +203,15 @@ class DecoderLayer(nn.Module):
         """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, the inputs themselves by default."""
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
-            inputs = hidden_BNX if self.input_layernorm is None else self.input_layernorm(hidden_BNX)
-            hidden = hidden + self.self_attn(inputs, rows, cache)
+            hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache)
+        return self.after_attention(hidden)
+
+    def attention_inputs(self, hidden_BNX: Tensor) -> Tensor:
+        """What attention reads [..., X]: normalised where the layer has an input norm."""
+        return hidden_BNX if self.input_layernorm is None else self.input_layernorm(hidden_BNX)
+
+    def after_attention(self, hidden: Tensor) -> Tensor:
+        """The feed-forward half, [..., H] -> [..., Y]."""
         if self.mlp is not None and self.post_attention_layernorm is not None:
             residual = hidden.repeat(*[1] * (hidden.dim() - 1), self.output_width)
             hidden = residual + self.mlp(self.post_attention_layernorm(hidden))

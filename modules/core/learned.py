@@ -46,13 +46,15 @@ CHEAP_BUDGET = 5
 class DraftStep:
     """One draft step over the training rows.
 
-    feature_MH: what its LM head read. labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
+    feature_MH: what its LM head read. carried_MH: what the next step goes on from, where that is a feature too.
+    labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
     valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see `cross_entropy`.
     flat_M: flat positions of the target's laws of the labels. laws: those laws, if they are learnt.
     """
 
     depth: int
     feature_MH: Tensor
+    carried_MH: Tensor
     labels_M: Tensor
     valid_M: Tensor
     losses_M: Tensor
@@ -139,6 +141,10 @@ class LearnedDrafter(Drafter):
     def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
         """The LM head's inputs [M,H], step by step, given the data's own tokens."""
 
+    def unrolled(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[tuple[Tensor, Tensor]]:
+        """The LM head's inputs [M,H] and what the next step goes on from [M,H], step by step."""
+        return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
+
     def labels(self, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted."""
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
@@ -155,10 +161,10 @@ class LearnedDrafter(Drafter):
         """Every draft step over the batch's training rows, given the data's own tokens."""
         rows = training_rows(batch, self.draft_steps)
         labels, laws = self.labels(rows), self.laws(batch, target, rows)
-        for depth, feature in enumerate(self.teacher_forced(batch, target, rows)):
+        for depth, (feature, carried) in enumerate(self.unrolled(batch, target, rows)):
             labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M)
-            yield DraftStep(depth, feature, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
+            yield DraftStep(depth, feature, carried, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """What a step contributes to the loss, before its weight."""

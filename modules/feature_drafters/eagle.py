@@ -1,0 +1,89 @@
+"""EAGLE: autoregression on the target's features, with the token one step ahead (Li et al. 2024, arXiv 2401.15077).
+
+With the builder `modules.trees.rerank.RerankedTree` it is EAGLE-2 (Li et al. 2024, arXiv 2406.16858): the same weights.
+
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from modules.core.batches import StateName, TextBatch
+from modules.core.layers import DecoderLayer
+from modules.core.learned import DraftStep
+from modules.core.losses import Head, masked_mean, smooth_l1
+from modules.core.trainable import TargetShape
+from modules.feature_drafters.feature_drafter import FeatureDrafter
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class Eagle(FeatureDrafter):
+    """z_t = W [e(x_{t+1}) ; f_t], then a decoder layer without input norm; f̂_{t+1} its output, logits by the frozen head.
+
+    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy, teacher forcing.
+
+    Args:
+        shape: the target's dimensions.
+        draft_vocabulary: how many token ids can be drafted; None for all.
+        bias: whether W has a bias (engines that serve it expect none, or zeros).
+        feature_weight: weight of the distance between drafted and true features (0: ablation).
+        token_weight: weight of the soft cross-entropy.
+        noise: half-width of the uniform noise on input features in training, scaled by 512 / T (0: ablation).
+        steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
+        decay: step j weighs decay^j.
+        depth: levels of its default tree.
+    """
+
+    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, bias: bool = False,
+                 feature_weight: float = 1.0, token_weight: float = 0.1, noise: float = 0.1, steps: int = 1,
+                 decay: float = 0.8, depth: int = 5) -> None:
+        super().__init__(shape, steps, draft_vocabulary, decay, depth)
+        self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
+        self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
+        self.layer = DecoderLayer(shape, input_norm=False)
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """Pass features through at first, and start the layer from the target's last, where it is of its kind."""
+        size = self.shape.hidden_size
+        nn.init.eye_(self.fc.weight[:, size:])
+        self.layer.copy_from(target)
+
+    def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
+        """The target's final states."""
+        return states[self.reads]
+
+    def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
+        """Uniform noise on the input features in training."""
+        if not (self.training and self.noise):
+            return features_BTH
+        width = self.noise * 512 / features_BTH.shape[1]
+        return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width
+
+    def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """z, twice."""
+        fused = self.fc(torch.cat([vectors_NH, features_NH], dim=-1))
+        return fused, fused
+
+    def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
+        """f̂ serves both."""
+        return hidden_NY, hidden_NY
+
+    def head(self, depth: int, target: Target) -> Head:
+        """The target's frozen LM head on the draft vocabulary."""
+        return lambda hidden: target.logits(hidden, self.vocabulary_D)
+
+    def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
+        """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""
+        loss = self.token_weight * masked_mean(step.losses_M, step.counted_M)
+        if self.feature_weight:
+            truth = batch.states["final"].flatten(0, 1)[step.flat_M]
+            loss = loss + self.feature_weight * masked_mean(smooth_l1(step.carried_MH, truth), step.valid_M)
+        return loss

@@ -1,0 +1,93 @@
+"""EAGLE-3: fused features of several layers and training on its own outputs (Li et al. 2025, arXiv 2503.01840).
+
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from modules.core.batches import StateName
+from modules.core.layers import DecoderLayer
+from modules.core.losses import Head
+from modules.core.narrow import narrow_linear
+from modules.core.trainable import TargetShape
+from modules.feature_drafters.feature_drafter import FeatureDrafter
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class Eagle3(FeatureDrafter):
+    """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ; RMSNorm(g_t)] and adds to g_t; its
+    output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
+
+    Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant positions whose token
+    can be drafted. (The paper asks this of the target's most likely token; on text that the target wrote it is nearly
+    always the same, and the whole LM head need not be computed.)
+
+    Args:
+        shape: the target's dimensions.
+        draft_vocabulary: how many token ids can be drafted; None for all.
+        fused_layers: states that are fused, `k` the input of layer k; None: 2, L // 2 and L - 3 of L layers.
+        steps: draft steps unrolled in training (1: ablation, no training-time test).
+        decay: step j weighs decay^j.
+        norm_before_residual: whether attention is added to the normalised feature (engines assume what is exported).
+        fc_norm: whether each fused state is normalised first.
+        norm_output: whether the next step goes on from the normalised output.
+        depth: levels of its default tree.
+    """
+
+    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, fused_layers: list[int] | None = None,
+                 steps: int = 3, decay: float = 0.8, norm_before_residual: bool = False, fc_norm: bool = False,
+                 norm_output: bool = False, depth: int = 5) -> None:
+        super().__init__(shape, steps, draft_vocabulary, decay, depth)
+        size, count = shape.hidden_size, shape.num_layers
+        layers = fused_layers if fused_layers is not None else sorted({2 % count, count // 2, max(count - 3, 0)})
+        if not layers or min(layers) < 0 or max(layers) >= count:
+            raise ValueError(f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}")
+        self.fused_layers = layers
+        self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
+        self.fc = nn.Linear(len(layers) * size, size, bias=False)
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in layers) if fc_norm else None
+        self.input_layernorm, self.hidden_norm, self.norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(3))
+        self.layer = DecoderLayer(shape, input_norm=False, input_width=2)
+        self.lm_head = nn.Linear(size, self.draft_size, bias=False)
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """The draft head starts from the target's rows, the final norm from the target's."""
+        every = torch.arange(self.shape.vocab_size, device=target.device)
+        rows = every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
+        self.lm_head.weight.copy_(target.lm_head_rows(rows))
+
+    @property
+    def feature_states(self) -> tuple[StateName, ...]:
+        """The fused layers' inputs."""
+        return tuple(self.fused_layers)
+
+    def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
+        """g, from the fused states side by side."""
+        parts = [states[layer].to(self.precision) for layer in self.fused_layers]
+        if self.fc_norm is not None:
+            parts = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+        return self.fc(torch.cat(parts, dim=-1))
+
+    def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Both normalised, side by side; attention is added to the feature as it came, unless asked otherwise."""
+        normalised = self.hidden_norm(features_NH)
+        inputs = torch.cat([self.input_layernorm(vectors_NH), normalised], dim=-1)
+        return inputs, normalised if self.norm_before_residual else features_NH
+
+    def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised output for the LM head, the output itself for the next step."""
+        normalised = self.norm(hidden_NY)
+        return normalised, normalised if self.norm_output else hidden_NY
+
+    def head(self, depth: int, target: Target) -> Head:
+        """Its own LM head."""
+        return lambda hidden: narrow_linear(hidden, self.lm_head.weight)

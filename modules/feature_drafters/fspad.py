@@ -1,0 +1,79 @@
+"""FSPAD: feature sampling and partial alignment distillation on top of EAGLE (Gui et al. 2024, arXiv 2408.15562).
+
+Shape legend: N rows of one call, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.core.layers import DecoderLayer
+from modules.core.trainable import TargetShape
+from modules.feature_drafters.eagle import Eagle
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+
+class Fspad(Eagle):
+    """EAGLE with two changes, each its own flag.
+
+    Feature sampling: z + W_down(SiLU(W_gate e) ⊙ W_up RMSNorm(z)) in place of z = W [e ; f]: the token's embedding
+    picks what the next step needs of the feature. W_down starts at zero, so that the start is EAGLE's fusion.
+    Partial alignment: the layer puts out [ô ; f̂]; the LM head reads ô, the next step and the feature loss take f̂.
+
+    Args:
+        shape: the target's dimensions.
+        draft_vocabulary: how many token ids can be drafted; None for all.
+        feature_sampling: the gated fusion (False: ablation).
+        partial_alignment: the split output (False: ablation).
+        bias: whether W has a bias.
+        feature_weight, token_weight, noise: as EAGLE's.
+        steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
+        decay: step j weighs decay^j.
+        depth: levels of its default tree.
+    """
+
+    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, feature_sampling: bool = True,
+                 partial_alignment: bool = True, bias: bool = True, feature_weight: float = 1.0,
+                 token_weight: float = 0.1, noise: float = 0.1, steps: int = 1, decay: float = 0.8, depth: int = 5
+                 ) -> None:
+        super().__init__(shape, draft_vocabulary, bias, feature_weight, token_weight, noise, steps, decay, depth)
+        size, inner = shape.hidden_size, shape.intermediate_size
+        self.feature_sampling, self.partial_alignment = feature_sampling, partial_alignment
+        if feature_sampling:
+            self.norm = nn.RMSNorm(size, shape.norm_eps)
+            self.gate, self.up = (nn.Linear(size, inner, bias=False) for _ in range(2))
+            self.down = nn.Linear(inner, size, bias=False)
+            nn.init.zeros_(self.down.weight)
+        if partial_alignment:
+            self.layer = DecoderLayer(shape, input_norm=False, output_width=2)
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """As EAGLE; both halves of a split output start as the target's."""
+        super().initialise(target)
+        if self.partial_alignment:
+            single = DecoderLayer(self.shape, input_norm=False)
+            if single.copy_from(target):
+                assert single.mlp is not None
+                twice = torch.cat([single.mlp.down_proj.weight] * 2)
+                self.layer.load_state_dict({**single.state_dict(), "mlp.down_proj.weight": twice})
+
+    def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """The fused vector, twice."""
+        fused, _ = super().fuse(vectors_NH, features_NH)
+        if self.feature_sampling:
+            fused = fused + self.down(F.silu(self.gate(vectors_NH)) * self.up(self.norm(fused)))
+        return fused, fused
+
+    def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
+        """ô and f̂."""
+        if not self.partial_alignment:
+            return hidden_NY, hidden_NY
+        logit_feature, feature = hidden_NY.chunk(2, dim=-1)
+        return logit_feature, feature
