@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from checkpoints.pretrained import load_pretrained
+from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from data.arithmetic import embedded_problems
+from data.configfiles import CONFIGS
 from eval.methods import Method, build_rows
 from modules.alignment.cdpo import CDPO, PAGE
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.heads.clover import Clover
 from modules.verifiers.judge import Judge
 from tests.train.conftest import WORDS
 from train.cli import command
@@ -107,6 +110,22 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     with pytest.raises(ValueError, match="init_args"):
         build_rows([Method("wrong", drafter, rule={"trained": str(output), "init_args": {"delta": 1}})], tiny,
                    Sampling())
+
+
+def test_the_relaxed_evaluation_names_every_rule(tiny, tmp_path):
+    """The shipped rows, with a folder for each part that is to be trained first."""
+    runs = {"runs/clover": Clover(tiny.shape, heads=3, draft_vocabulary=64), "runs/judge": Judge(tiny.shape)}
+    for name, component in runs.items():
+        save_pretrained(component, tmp_path / name, Provenance.of(tiny))
+    text = (CONFIGS / "eval" / "relaxed.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
+    methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
+    for method in methods:
+        method.check()
+    rows = build_rows(methods, tiny, Sampling())
+    found = {row.name: row.decoder.decode([[7, 8, 9]], Sampling(), 8)[0] for row in rows}
+    assert set(found) == {"autoregressive", "lossless", "judge", "judge_strict", "typical", "top_3", "divergence"}
+    assert found["lossless"].ids == found["typical"].ids == found["autoregressive"].ids
+    assert all(len(trace.ids) for trace in found.values())
 
 
 def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
