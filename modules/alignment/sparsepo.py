@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modules.alignment.activations import GROUPS, Group, mean_activations, residual_states
 from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens
 from modules.alignment.token_dpo import Side, activation_mask, binary_mask, sparse_loss
-from modules.core.batches import PreferenceBatch, TextBatch
+from modules.core.batches import PreferenceBatch, StateName, TextBatch
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Mean, TargetShape
 
@@ -96,14 +96,18 @@ class SparsePO(PreferenceTrainable):
 
     # -- masks ------------------------------------------------------------------------------------------------
 
-    def token_masks(self, text: TextBatch, counted_BT: Tensor, target: Target) -> TokenMasks:
-        """The two masks of one side, learned or fixed."""
+    def reference_states(self, text: TextBatch, target: Target) -> dict[StateName, Tensor]:
+        """What one side needs of the reference: its `final` states, and the residual stream for learned masks."""
+        return target.features(text, (*(residual_states(target) if self.mask_heads else ()), "final"))
+
+    def token_masks(self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
+                    ) -> TokenMasks:
+        """The two masks of one side, learned from the reference's states or fixed."""
         if not self.mask_heads:
             mask_BT = self._fixed(text, target, self._fixed_mask)
             return TokenMasks(mask_BT, mask_BT)
-        states = target.features(text, residual_states(target))
         precision = self.mask_heads[0].get_parameter("weight").dtype
-        states_LBTH = torch.stack(list(states.values())).to(precision)
+        states_LBTH = torch.stack([states[name] for name in residual_states(target)]).to(precision)
         masks = [head(states_LBTH) * counted_BT for head in self.mask_heads]
         return TokenMasks(masks[0], masks[-1])
 
@@ -119,11 +123,11 @@ class SparsePO(PreferenceTrainable):
 
     # -- loss -------------------------------------------------------------------------------------------------
 
-    def divergences(self, text: TextBatch, response: Response, target: Target) -> Tensor:
-        """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T]."""
+    def divergences(self, text: TextBatch, response: Response, reference_BTH: Tensor, target: Target) -> Tensor:
+        """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T], from the reference's `final` states."""
         flat_M, labels_M = next_token_rows(text)
         size, twin = self.shape.vocab_size, self.policy.twin(target)
-        laws = target_laws(target.logits, target.features(text, ("final",))["final"], flat_M, size)
+        laws = target_laws(target.logits, reference_BTH, flat_M, size)
         features_MH = response.final_BTH.flatten(0, 1)[flat_M]
         cross_M = cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0]
         return at_tokens(text, cross_M - entropies(laws, flat_M, size))
@@ -133,8 +137,9 @@ class SparsePO(PreferenceTrainable):
         """`sparse_loss` plus the masks' L1 penalty [B]; sparsity and divergence of either side as metrics."""
         sides, masks, metrics = [], [], {}
         for name, text, response in (("chosen", batch.chosen, chosen), ("rejected", batch.rejected, rejected)):
-            masks.append(self.token_masks(text, response.counted_BT, target))
-            divergence_BT = self.divergences(text, response, target)
+            states = self.reference_states(text, target)
+            masks.append(self.token_masks(text, response.counted_BT, states, target))
+            divergence_BT = self.divergences(text, response, states["final"], target)
             sides.append(Side(response.ratio_BT, divergence_BT, *masks[-1]))
             metrics |= _mask_metrics(name, masks[-1], divergence_BT, response.counted_BT)
         losses_B = sparse_loss(sides[0], sides[1], self.beta, self.detach_chosen)

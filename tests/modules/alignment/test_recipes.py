@@ -13,7 +13,7 @@ from modules.alignment.activations import GROUPS, mean_activations
 from modules.alignment.cdpo import CDPO, PAGE, ContrastiveEstimator
 from modules.alignment.dpo import DPO
 from modules.alignment.preference import PreferenceTrainable, counted
-from modules.alignment.sparsepo import SparsePO
+from modules.alignment.sparsepo import SparsePO, TokenMasks
 from modules.core.batches import PreferenceBatch, TextBatch
 from modules.core.target import Target
 from modules.core.trainable import Losses
@@ -42,6 +42,10 @@ def made(kind: type[PreferenceTrainable], target: Target, shake: float = 0.1, **
 
 def total(trainable: PreferenceTrainable, batch: PreferenceBatch, target: Target) -> Losses:
     return trainable.loss(batch, target, 0.5)
+
+
+def masks_of(sparse: SparsePO, text: TextBatch, target: Target) -> TokenMasks:
+    return sparse.token_masks(text, counted(text), sparse.reference_states(text, target), target)
 
 
 def same_loss_and_gradient(one: Any, other: Any, batch: PreferenceBatch, target: Target) -> None:
@@ -123,7 +127,7 @@ def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, ba
     for sparsity in (0.0, 3.0):
         sparse = made(SparsePO, target, sparsity=sparsity)
         states = [parameter for parameter in target.parameters()]
-        first = sparse.token_masks(batch.chosen, counted(batch.chosen), target)
+        first = masks_of(sparse, batch.chosen, target)
         values = first.reward_BT[counted(batch.chosen)]
         assert bool(((values - 1).abs() < 0.2).all()) and not first.reward_BT[~counted(batch.chosen)].any()
         optimizer = torch.optim.Adam(sparse.mask_heads.parameters(), 0.2)
@@ -142,7 +146,7 @@ def test_a_common_mask_is_penalised_once_and_masks_decay_by_themselves(target, b
     for common, heads in ((True, 1), (False, 2)):
         sparse = made(SparsePO, target, common_mask=common, sparsity=1.0)
         assert len(sparse.mask_heads) == heads
-        masks = sparse.token_masks(batch.chosen, counted(batch.chosen), target)
+        masks = masks_of(sparse, batch.chosen, target)
         assert (masks.reward_BT is masks.divergence_BT) == common
         groups = sparse.parameter_groups()
         assert groups[1]["weight_decay"] == 0.01 and len(groups[1]["params"]) == 3 * heads
@@ -151,7 +155,7 @@ def test_a_common_mask_is_penalised_once_and_masks_decay_by_themselves(target, b
         free, batch, target).total
     means = []
     for text in (batch.chosen, batch.rejected):
-        mask = free.token_masks(text, counted(text), target).reward_BT
+        mask = masks_of(free, text, target).reward_BT
         means.append(mask.sum() / counted(text).sum())
     torch.testing.assert_close(penalty, means[0] + means[1])
 
@@ -160,7 +164,7 @@ def test_a_common_mask_is_penalised_once_and_masks_decay_by_themselves(target, b
 def test_masks_without_parameters_are_the_same_each_time(masks, target, batch):
     sparse = made(SparsePO, target, masks=masks, activations=list(GROUPS))
     assert not list(sparse.mask_heads.parameters())
-    first, second = (sparse.token_masks(batch.chosen, counted(batch.chosen), target) for _ in range(2))
+    first, second = (masks_of(sparse, batch.chosen, target) for _ in range(2))
     torch.testing.assert_close(first.reward_BT, second.reward_BT)
     assert float(first.reward_BT.min()) >= 0 and float(first.reward_BT.max()) <= 1
     assert not first.reward_BT.requires_grad
