@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: TargetShape, input_width: int = 1) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.head_dim, self.heads, self.kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
         inputs, queries, keys = input_width * shape.hidden_size, shape.num_heads, shape.num_kv_heads
         self.q_proj = nn.Linear(inputs, queries * shape.head_dim, bias=shape.attention_bias)
         self.k_proj = nn.Linear(inputs, keys * shape.head_dim, bias=shape.attention_bias)
@@ -144,10 +144,9 @@ class Attention(nn.Module):
 
     def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B,N,Q,D], keys and values [B,N,G,D], rotated to their positions."""
-        heads = (*hidden_BNX.shape[:2], -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(hidden_BNX).view(heads))
-        keys = self.k_norm(self.k_proj(hidden_BNX).view(heads))
-        values = self.v_proj(hidden_BNX).view(heads)
+        queries = self.q_norm(self.q_proj(hidden_BNX).unflatten(-1, (self.heads, self.head_dim)))
+        keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
+        values = self.v_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim))
         cosine, sine = self.rotary(values, position_ids_BN)
         queries, keys = apply_rotary_pos_emb(queries, keys, cosine, sine, unsqueeze_dim=2)
         return queries, keys, values

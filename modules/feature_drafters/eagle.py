@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Eagle(FeatureDrafter):
-    """z_t = W [e(x_{t+1}) ; f_t], then a decoder layer without input norm; f̂_{t+1} its output, logits by the frozen head.
+    """z_t = W [e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by the frozen LM head.
 
     Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy, teacher forcing.
 

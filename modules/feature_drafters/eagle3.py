@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class Eagle3(FeatureDrafter):
-    """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ; RMSNorm(g_t)] and adds to g_t; its
-    output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
+    """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ; RMSNorm(g_t)] and adds to g_t;
+    its output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
 
     Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant positions whose token
     can be drafted. (The paper asks this of the target's most likely token; on text that the target wrote it is nearly

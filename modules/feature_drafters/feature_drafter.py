@@ -61,7 +61,7 @@ class FeatureDrafter(LearnedDrafter):
         depth: levels of its default tree, `ThresholdTree`.
     """
 
-    soft_labels: ClassVar[bool] = True
+    soft_labels: bool = True
     first_exponent: ClassVar[int] = 0
     layer: DecoderLayer
 
@@ -233,8 +233,8 @@ def hanging_attention(queries_MQE: Tensor, keys_TGE: Tensor, values_TGE: Tensor,
     queries [M,Q,E], keys and values [T,G,E], visible bool [M,T], own keys and values J times [M,G,E] -> [M,Q,E].
     """
     rows, heads, size = queries_MQE.shape
-    length = len(keys_TGE)
-    queries = queries_MQE.view(rows, keys_TGE.shape[1], -1, size) * size**-0.5
+    length, groups = len(keys_TGE), keys_TGE.shape[1]
+    queries = queries_MQE.view(rows, groups, heads // groups, size) * size**-0.5
     scores = torch.einsum("mgre,tge->mgrt", queries, keys_TGE).masked_fill(~visible_MT[:, None, None], -torch.inf)
     if own_keys_JMGE:
         own = torch.stack([(queries * keys[:, :, None]).sum(-1) for keys in own_keys_JMGE], dim=-1)

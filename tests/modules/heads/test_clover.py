@@ -12,7 +12,7 @@ from modules.heads.clover2 import Clover2
 from modules.trees.paths import NAMED, tree_paths
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
-from tests.modules.heads.families import Reader, built, documents, filled
+from tests.modules.families import Reader, built, documents, filled
 
 TARGET = tiny_target("llama")
 

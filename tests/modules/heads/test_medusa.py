@@ -9,11 +9,13 @@ import torch
 
 from modules.core.drafter import Sampling
 from modules.core.learned import measured_accuracies
+from modules.core.losses import training_rows
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.medusa import Medusa
 from modules.heads.medusa2 import Medusa2
+from modules.trees.optimise import optimised_tree
 from tests.fakes import tiny_batch, tiny_target
-from tests.modules.heads.families import Reader, built, documents, filled
+from tests.modules.families import Reader, built, documents, filled
 
 
 @torch.no_grad()
@@ -61,18 +63,37 @@ def test_loss_is_the_papers() -> None:
     assert float(losses.total) == pytest.approx(total, rel=1e-6)
 
 
-def test_accuracy_table_agrees_with_the_metrics() -> None:
+@torch.no_grad()
+def test_the_accuracy_table_counts_the_targets_greedy_tokens() -> None:
     target = tiny_target("llama")
-    drafter = built("medusa_shared", target)
+    drafter = built("medusa_shared", target, shake=0.05).train()
     batch = filled(tiny_batch(target), drafter, target)
     table = measured_accuracies(drafter, [batch, batch], target, ranks=128)
-    metrics = drafter.loss(batch, target, 0.0).metrics
-    assert table.shape == (3, 128)
+    assert table.shape == (3, 128) and drafter.training
     torch.testing.assert_close(table.sum(1), torch.ones(3))
-    for k in range(3):
-        for name, best in (("top1", 1), ("top5", 5)):
-            mean = metrics[f"{name}_{k}"]
-            assert float(table[k, :best].sum()) == pytest.approx(int(mean.total) / int(mean.count))
+    rows = training_rows(batch, 3)
+    final_PH = batch.states["final"].flatten(0, 1)
+    for k, feature_MH in enumerate(drafter.teacher_forced(batch, target, rows)):
+        law_MV = target.logits(feature_MH)[rows.valid_MK[:, k]]
+        greedy_M = target.logits(final_PH[rows.flat_MK1[:, k + 1]]).argmax(-1)[rows.valid_MK[:, k]]
+        best = (law_MV.topk(5).indices == greedy_M[:, None]).double().mean(0)
+        torch.testing.assert_close(table[k, :5].double(), best, atol=1e-6, rtol=0)
+
+
+def test_an_optimised_tree_is_found_after_training_and_saved() -> None:
+    target = tiny_target("llama")
+    drafter = Medusa(target.shape, 3, lm_head="shared", tree="optimised_9").double()
+    batch = filled(tiny_batch(target), drafter, target)
+    with torch.no_grad():
+        outcome = drafter.finish([batch], target)
+    paths = drafter.config()["tree"]
+    assert len(paths) == 9 == drafter.default_budget and 1 <= outcome.figures["tree/expected_tokens"] <= 10
+    table = measured_accuracies(drafter, [batch], target).tolist()
+    assert paths == optimised_tree(table, 9)
+    assert Medusa(**drafter.arguments).builder.paths == drafter.builder.paths  # pyright: ignore[reportAttributeAccessIssue]
+    assert not Medusa(target.shape, 3).finish([batch], target).figures
+    with pytest.raises(ValueError, match="optimised_N"):
+        Medusa(target.shape, 3, tree="optimised_0")
 
 
 def joint(target, **changes) -> Medusa2:

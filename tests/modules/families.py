@@ -1,4 +1,4 @@
-"""The head families and their ablations, and the data that tests feed them."""
+"""The families of learned drafters and their ablations, and the data that tests feed them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor
 
 from modules.core.batches import TextBatch
 from modules.core.drafter import Accepted, Context, DraftState, Frontier
+from modules.core.learned import LearnedDrafter
 from modules.core.target import Target
 from modules.core.trainable import TargetShape
+from modules.feature_drafters.eagle import Eagle
+from modules.feature_drafters.eagle3 import Eagle3
+from modules.feature_drafters.fspad import Fspad
 from modules.heads.clover import Clover
 from modules.heads.clover2 import Clover2
-from modules.heads.head_drafter import HeadDrafter
 from modules.heads.hydra import Hydra
 from modules.heads.medusa import Medusa
 from modules.trees.tree import TokenTree
 
-Build = Callable[[TargetShape], HeadDrafter]
+Build = Callable[[TargetShape], LearnedDrafter]
 DRAFTED = 40
 
 FAMILIES: dict[str, Build] = {
@@ -34,11 +37,18 @@ FAMILIES: dict[str, Build] = {
     "clover2": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED),
     "clover2_label_mask": lambda shape: Clover2(shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"),
     "hydra": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED),
+    "eagle": lambda shape: Eagle(shape, draft_vocabulary=DRAFTED, steps=3),
+    "eagle3": lambda shape: Eagle3(shape, draft_vocabulary=DRAFTED),
+    "eagle3_one_layer": lambda shape: Eagle3(shape, fused_layers=[1], norm_before_residual=True, norm_output=True,
+                                             fc_norm=True),
+    "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
+    "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),
+    "fspad_alignment": lambda shape: Fspad(shape, feature_sampling=False, steps=3),
     "hydra_shared": lambda shape: Hydra(shape, 3, prefix=False, lm_head="shared"),
 }
 
 
-def built(name: str, target: Target, shake: float = 0.0) -> HeadDrafter:
+def built(name: str, target: Target, shake: float = 0.0) -> LearnedDrafter:
     """A drafter of the family in float64, started from the target, its parameters then shaken by Gaussian noise."""
     torch.manual_seed(1)
     drafter = FAMILIES[name](target.shape).double()
@@ -61,7 +71,7 @@ def documents(rows: list[list[int]], labels_from: int = 0) -> TextBatch:
     return TextBatch(ids, (documents == 0) & (positions >= labels_from), positions, documents)
 
 
-def filled(batch: TextBatch, drafter: HeadDrafter, target: Target) -> TextBatch:
+def filled(batch: TextBatch, drafter: LearnedDrafter, target: Target) -> TextBatch:
     """The batch with the states that the drafter's loss reads."""
     batch.states = target.features(batch, drafter.training_states)
     return batch
@@ -70,7 +80,7 @@ def filled(batch: TextBatch, drafter: HeadDrafter, target: Target) -> TextBatch:
 class Reader:
     """Feeds a drafter known text as decoding would: a prompt, then accepted chains of given lengths."""
 
-    def __init__(self, drafter: HeadDrafter, target: Target, batch: TextBatch, lengths: list[int]) -> None:
+    def __init__(self, drafter: LearnedDrafter, target: Target, batch: TextBatch, lengths: list[int]) -> None:
         self.drafter, self.target, self.ids = drafter, target, torch.nn.functional.pad(batch.input_ids, (0, 8))
         self.read = torch.tensor(lengths)
         target.open(len(lengths), 64)
@@ -99,4 +109,4 @@ class Reader:
         """Draft logits [B,K,D] of every step, each told the text's own tokens."""
         parent = torch.full_like(self.read, -1)[:, None]
         return torch.cat([self.drafter.expand(self.state, Frontier(self.token(d)[:, None], parent + d, d))
-                          for d in range(self.drafter.heads)], 1)
+                          for d in range(self.drafter.draft_steps)], 1)

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from modules.core.drafter import Sampling
-from modules.core.losses import training_rows
+from modules.core.learned import LearnedDrafter
+from modules.core.losses import draft_labels, training_rows
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.clover import Clover
-from modules.heads.clover2 import Clover2
-from modules.heads.head_drafter import HeadDrafter
 from modules.heads.hydra import Hydra
 from modules.heads.medusa import Medusa
+from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
-from tests.modules.heads.families import FAMILIES, Reader, built, documents, filled
+from tests.modules.families import FAMILIES, Reader, built, documents, filled
 
 TARGET = tiny_target("llama")
 SEES_TOKENS = [name for name in FAMILIES if not name.startswith("medusa") and name != "clover_no_token"]
 
 
-def train(drafter: HeadDrafter, batch, steps: int, lr: float = 1e-2) -> float:
+def train(drafter: LearnedDrafter, batch, steps: int, lr: float = 1e-2) -> float:
     optimizer = torch.optim.Adam(drafter.parameters(), lr)
     loss = torch.zeros(())
     for _ in range(steps):
@@ -39,7 +39,7 @@ def test_decoding_computes_what_training_does(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     batch = documents([torch.randint(5, 128, (n,), generator=generator).tolist() for n in (22, 19)])
     drafter = filled_drafter(name, batch)
-    rows = training_rows(batch, drafter.heads)
+    rows = training_rows(batch, drafter.draft_steps)
     expected = torch.stack([drafter.head(d, TARGET)(feature)
                             for d, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows))], 1)
     row_of = {int(flat): m for m, flat in enumerate(rows.flat_MK1[:, 0])}
@@ -53,7 +53,7 @@ def test_decoding_computes_what_training_does(name: str) -> None:
             torch.testing.assert_close(found[b], expected[m], atol=3e-5, rtol=1e-4)
 
 
-def filled_drafter(name: str, batch) -> HeadDrafter:
+def filled_drafter(name: str, batch) -> LearnedDrafter:
     drafter = built(name, TARGET, shake=0.05)
     filled(batch, drafter, TARGET)
     return drafter
@@ -65,6 +65,23 @@ def test_greedy_output_is_the_targets_own(name: str) -> None:
     plain = SpeculativeDecoder(TARGET).decode(prompts, Sampling(), 14)
     drafted = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.05)).decode(prompts, Sampling(), 14)
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_drafts_what_each_prompt_alone_does(name: str) -> None:
+    prompts = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44, 45, 46]]
+    drafter = built(name, TARGET, shake=0.02)
+    together = SpeculativeDecoder(TARGET, drafter).decode(prompts, Sampling(), 12)
+    alone = [SpeculativeDecoder(TARGET, drafter).decode([prompt], Sampling(), 12)[0] for prompt in prompts]
+    assert [trace.accepted for trace in together] == [trace.accepted for trace in alone]
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "clover"])
+def test_reranked_trees_change_no_token(name: str) -> None:
+    prompts = [[7, 8, 9, 10], [20, 30]]
+    decoder = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.02), builder=RerankedTree(3, 3), budget=6)
+    plain = SpeculativeDecoder(TARGET).decode(prompts, Sampling(), 14)
+    assert [trace.ids for trace in decoder.decode(prompts, Sampling(), 14)] == [trace.ids for trace in plain]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -87,8 +104,18 @@ def test_a_batch_without_labels_costs_nothing(name: str) -> None:
     assert float(loss) == 0
 
 
-@pytest.mark.parametrize("name", ["medusa", "clover", "clover_mlp_fusion", "clover2", "hydra"])
-def test_drafts_continue_a_cycle_they_learnt(name: str) -> None:
+def teach(drafter: LearnedDrafter, batch, monkeypatch) -> None:
+    """Let the target's laws be the text itself, and nothing else count."""
+    labels = draft_labels(batch.input_ids.roll(-1, 1).flatten(), drafter.vocabulary_D).clamp(min=0)
+    sharp = torch.nn.functional.one_hot(labels, drafter.draft_size).double()
+    monkeypatch.setattr(drafter, "laws", lambda *_: lambda flat_M: sharp[flat_M])
+    if hasattr(drafter, "feature_weight"):
+        drafter.feature_weight = 0.0
+
+
+@pytest.mark.parametrize("name", ["medusa", "clover", "clover_mlp_fusion", "clover2", "hydra", "eagle", "eagle3",
+                                  "fspad"])
+def test_drafts_continue_a_cycle_they_learnt(name: str, monkeypatch) -> None:
     """Trained on x_t = t mod m, every step must draft the token that decoding needs from it: no step is off by one."""
     period, ids = 7, list(range(50, 57)) * 4
     batch = documents([ids])
@@ -96,10 +123,8 @@ def test_drafts_continue_a_cycle_they_learnt(name: str) -> None:
     drafter.set_vocabulary(range(30, 70)) if drafter.vocabulary_D is not None else None
     drafter.initialise(TARGET)
     filled(batch, drafter, TARGET)
-    if drafter.soft_labels:  # the target's laws become those of the cycle: sharp states that its LM head reads so
-        batch.states["final"] = 40 * TARGET.lm_head_rows(batch.input_ids.roll(-1, 1))
-        if isinstance(drafter, Clover2):
-            drafter.feature_weight = 0.0
+    if drafter.soft_labels:
+        teach(drafter, batch, monkeypatch)
     train(drafter, batch, 80)
     for prompt in (7, 10, 12):
         reader = Reader(drafter, TARGET, batch, [prompt])

@@ -1,0 +1,78 @@
+"""EAGLE-2's trees against a search through every tree they could have been."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from modules.trees.rerank import RerankedTree
+from tests.modules.trees.test_builders import SHAPE, Table, state
+
+
+def candidates(table: torch.Tensor, root: int, depth: int, width: int) -> dict[tuple[int, ...], float]:
+    """Every path that expansion sees, with its log-probability."""
+    seen: dict[tuple[int, ...], float] = {}
+    frontier: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    for _ in range(depth):
+        level = {}
+        for path, score in frontier:
+            law = table[path[-1] if path else root].log_softmax(-1)
+            for token in law.topk(width).indices.tolist():
+                level[(*path, token)] = score + float(law[token])
+        seen |= level
+        frontier = sorted(level.items(), key=lambda item: -item[1])[:width]
+    return seen
+
+
+def paths_of(tree, b: int) -> set[tuple[int, ...]]:
+    paths: dict[int, tuple[int, ...]] = {0: ()}
+    for node in range(1, tree.size):
+        paths[node] = (*paths[int(tree.parents_BN[b, node])], int(tree.tokens_BN[b, node]))
+    return set(paths.values()) - {()}
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5])
+def test_no_tree_of_that_size_is_more_probable(budget: int) -> None:
+    drafter = Table(SHAPE)
+    tree = RerankedTree(depth=3, width=2).build(drafter, state(), budget)
+    for b in range(2):
+        seen = candidates(drafter.table, b + 1, min(3, budget), 2)
+        found = paths_of(tree, b)
+        assert len(found) == budget and found <= set(seen)
+        assert all(path[:-1] in found for path in found if len(path) > 1)
+        mass = sum(torch.tensor(seen[path]).exp() for path in found)
+        closed = (tree for tree in itertools.combinations(seen, budget)
+                  if all(path[:-1] in tree for path in tree if len(path) > 1))
+        assert mass >= max(sum(torch.tensor(seen[path]).exp() for path in tree) for tree in closed) - 1e-6
+
+
+def test_ties_keep_ancestors() -> None:
+    drafter = Table(SHAPE)
+    drafter.table = torch.full((10, 10), -1e9)
+    drafter.table[:, 3] = 0.0
+    tree = RerankedTree(depth=4, width=3).build(drafter, state(), 4)
+    assert tree.tokens_BN[0].tolist() == [1, 3, 3, 3, 3] and tree.parents_BN[0].tolist() == [-1, 0, 1, 2, 3]
+
+
+def test_a_trimmed_vocabulary_is_mapped_back() -> None:
+    vocabulary = torch.tensor([1, 4, 7, 9])
+    tree = RerankedTree(depth=2, width=2).build(Table(SHAPE, vocabulary), state(), 4)
+    assert set(tree.tokens_BN[:, 1:].flatten().tolist()) <= set(vocabulary.tolist())
+
+
+def test_every_expanded_row_names_its_parent() -> None:
+    drafter = Table(SHAPE)
+    RerankedTree(depth=3, width=2).build(drafter, state(), 6)
+    tokens = torch.cat([frontier.tokens_BW for frontier in drafter.seen], dim=1)
+    for frontier in drafter.seen[1:]:
+        parents = tokens.gather(1, frontier.parents_BW)
+        for b, w in itertools.product(range(2), range(frontier.tokens_BW.shape[1])):
+            likely = drafter.table[parents[b, w]].topk(2).indices.tolist()
+            assert int(frontier.tokens_BW[b, w]) in likely
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        RerankedTree(0)
