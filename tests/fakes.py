@@ -27,6 +27,7 @@ DIMENSIONS = {
 }
 ARCHITECTURES = {
     "llama": ("llama", {}), "qwen3": ("qwen3", {}), "gemma2": ("gemma2", {"sliding_window": 6}),
+    "gemma": ("gemma", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "mistral": ("mistral", {"sliding_window": 6}), "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
 }

@@ -75,6 +75,9 @@ class TrainerSettings:
         """Refuse a training without an end."""
         if self.max_steps < 0 and self.max_epochs < 0:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
+        if self.strategy.startswith("deepspeed") and self.gradient_clip_algorithm == "value" and self.gradient_clip_val:
+            raise ValueError("trainer.gradient_clip_algorithm is value, but DeepSpeed clips by norm only: set it to "
+                             "norm, or use trainer.strategy ddp")
 
 
 @dataclass

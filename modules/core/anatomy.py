@@ -17,6 +17,8 @@ from modules.core.trainable import TargetShape
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "opt", "gpt2")
 _MASK_BY_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+_OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
+"""Architectures whose norms multiply by one plus their weight."""
 _LAYERS, _NORMS = ("layers", "h"), ("norm", "ln_f", "final_layer_norm")
 
 
@@ -58,13 +60,25 @@ class Anatomy:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             intermediate_size=_intermediate_size(config),
             norm_eps=getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_epsilon", 1e-5),
-            max_positions=config.max_position_embeddings,
+            max_positions=config.max_position_embeddings, activation=_activation(config),
             attention_bias=self.config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
             qk_norm=config.model_type in ("qwen3", "gemma3_text"),
             rope=dict(rope) if rope and "rope_theta" in rope else {"rope_type": "default", "rope_theta": 10000.0})
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its canonical name; KeyError if the model has none such."""
+        """A weight by its canonical name; KeyError if the model has none such.
+
+        A norm's weight is what it multiplies by: Gemma stores that less one.
+        """
+        stored = self._stored(name)
+        offset = self.config.model_type in _OFFSET_NORMS and name.removesuffix(".weight").endswith("norm")
+        return stored + 1 if offset else stored
+
+    def layer_weights(self, layer: int) -> list[str]:
+        """Names of the weights of one layer, without `layers.K.`."""
+        return [name for name, _ in self.layers[layer].named_parameters()]
+
+    def _stored(self, name: str) -> Tensor:
         if name == "embed":
             return self.embedding.get_parameter("weight")
         if name == "lm_head":
@@ -99,6 +113,13 @@ def _intermediate_size(config: Any) -> int:
         if getattr(config, name, None):
             return getattr(config, name)
     return 4 * config.hidden_size
+
+
+def _activation(config: Any) -> str:
+    for name in ("hidden_activation", "hidden_act", "activation_function"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return "silu"
 
 
 def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:

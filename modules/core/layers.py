@@ -6,6 +6,7 @@ width, Y = H times an output width, Q query heads, G key/value heads, D head siz
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ from modules.core.trainable import TargetShape
 
 if TYPE_CHECKING:
     from modules.core.target import Target
+
+logger = logging.getLogger(__name__)
 
 
 class ResBlock(nn.Module):
@@ -217,21 +220,29 @@ class DecoderLayer(nn.Module):
         return hidden
 
     def copy_from(self, target: Target, layer: int = -1) -> bool:
-        """Start from a layer of the target (the last by default); False, and nothing changed, when they differ.
+        """Start from a layer of the target (the last by default); False, no change and a warning, when they differ.
 
-        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or is not a plain
-        pre-norm layer (Gemma 2 and 3 also normalise what their halves put out).
+        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or has weights that
+        this one has no place for (Gemma 2 and 3 also normalise what their halves put out). A half, or the input norm,
+        that this layer leaves out altogether is left out of the copy too.
         """
-        prefix = f"layers.{layer % self.shape.num_layers}."
-        weights = {name: target_weight(target, prefix + name) for name, _ in self.named_parameters()}
-        sandwiched = target_weight(target, prefix + "pre_feedforward_layernorm.weight") is not None
-        own = dict(self.named_parameters())
-        if sandwiched or any(weight is None or weight.shape != own[name].shape for name, weight in weights.items()):
+        index, own = layer % self.shape.num_layers, dict(self.named_parameters())
+        theirs = set(target.layer_weights(index))
+        odd = sorted((set(own) - theirs) | {name for name in theirs - set(own) if self._should_have(name)})
+        weights = {name: target.copy_weight(f"layers.{index}.{name}") for name in own if name in theirs}
+        odd += [name for name, weight in weights.items() if weight.shape != own[name].shape]
+        if odd:
+            logger.warning("a drafter's layer starts at random, not from layer %d of %s: they differ in %s", index,
+                           target.name, ", ".join(odd))
             return False
         for name, weight in weights.items():
-            assert weight is not None
             own[name].data.copy_(weight)
         return True
+
+    def _should_have(self, name: str) -> bool:
+        """Whether a weight of the target's layer belongs to a part that this layer has, or has no notion of."""
+        part = name.partition(".")[0]
+        return not hasattr(self, part) or getattr(self, part) is not None
 
 
 def target_weight(target: Target, name: str) -> Tensor | None:

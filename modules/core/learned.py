@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ from modules.core.losses import (
     cross_entropy,
     depth_weights,
     draft_labels,
+    greedy_tokens,
     masked_mean,
     target_laws,
     training_rows,
 )
-from modules.core.trainable import Losses, Mean, TargetShape
-from modules.trees.paths import Path, tree_paths
+from modules.core.trainable import Losses, Mean, Outcome, TargetShape
+from modules.trees.optimise import expected_length, optimised_tree
+from modules.trees.paths import Path, optimised_size, tree_paths
 from modules.trees.static import StaticTree
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class LearnedDrafter(Drafter):
 
     reads: ClassVar[StateName] = "final"
     """The target state it starts from."""
-    soft_labels: ClassVar[bool] = False
+    soft_labels: bool = False
     """Whether it learns the target's law (restricted to the draft vocabulary) rather than the tokens of the data."""
     first_exponent: ClassVar[int] = 1
 
@@ -101,6 +103,7 @@ class LearnedDrafter(Drafter):
         self.register_buffer("vocabulary", torch.arange(cast(int, draft_vocabulary)) if trimmed else None)
         self._builder: TreeBuilder = StaticTree.chain(max(1, steps))
         self._budget = CHEAP_BUDGET
+        self._optimised_nodes: int | None = None
 
     # -- draft vocabulary -------------------------------------------------------------------------------------
 
@@ -117,9 +120,14 @@ class LearnedDrafter(Drafter):
     def set_vocabulary(self, ids: Tensor | Iterable[int]) -> None:
         """Choose the tokens that can be drafted; before `initialise`, which copies the LM head's rows for them.
 
-        Raises ValueError unless there are exactly `draft_vocabulary` different ids of the target's vocabulary.
+        Whatever their order here, they are kept ascending: index d of every head and of every saved map from draft to
+        target ids is the d-th smallest id. Raises ValueError unless there are exactly `draft_vocabulary` different ids
+        of the target's vocabulary, each given once.
         """
-        chosen = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().unique()
+        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long()
+        chosen = given.unique()
+        if len(given) > len(chosen):
+            raise ValueError(f"the draft vocabulary was given {len(given) - len(chosen)} ids twice: give each once")
         if len(chosen) != self.draft_size or int(chosen[0]) < 0 or int(chosen[-1]) >= self.shape.vocab_size:
             raise ValueError(f"draft_vocabulary is {self.draft_size} but {len(chosen)} different ids were given: give "
                              f"that many ids below {self.shape.vocab_size}, or set draft_vocabulary to {len(chosen)}")
@@ -179,6 +187,16 @@ class LearnedDrafter(Drafter):
             metrics |= step.metrics()
         return Losses(total, metrics)
 
+    def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
+        """Where an optimised tree was asked for: find it on the held-out batches and remember it as the tree."""
+        if self._optimised_nodes is None:
+            return Outcome()
+        table = measured_accuracies(self, batches, target).tolist()
+        paths = optimised_tree(table, self._optimised_nodes)
+        self.use_static_tree(paths)
+        self.arguments["tree"] = paths
+        return Outcome({"tree/expected_tokens": expected_length(paths, [sorted(row, reverse=True) for row in table])})
+
     # -- decoding ---------------------------------------------------------------------------------------------
 
     @property
@@ -192,7 +210,10 @@ class LearnedDrafter(Drafter):
         return self._budget
 
     def use_static_tree(self, tree: list[Path] | str) -> None:
-        """Draft fixed paths, given in full or by name (`modules.trees.paths`)."""
+        """Draft fixed paths, given in full or by name (`modules.trees.paths`); `optimised` and `optimised_N` ask for
+        the best tree of so many nodes, which `finish` finds once the drafter is trained. Until then it is `narrow`."""
+        self._optimised_nodes = optimised_size(tree)
+        tree = tree if self._optimised_nodes is None else "narrow"
         static = StaticTree(tree_paths(tree, self.draft_steps))
         self._builder, self._budget = static, CHEAP_BUDGET if tree == "narrow" else len(static.paths)
 
@@ -210,11 +231,29 @@ def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
 @torch.no_grad()
 def measured_accuracies(drafter: LearnedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
                         ) -> Tensor:
-    """Table [K,ranks]: how often the rank-i draft of step k is the token that came (for `trees.optimise`)."""
+    """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there (what greedy
+    verification accepts), given the data's tokens before it, without dropout. For `trees.optimise`."""
     hits, counts = torch.zeros(drafter.draft_steps, ranks), torch.zeros(drafter.draft_steps)
+    training = drafter.training
+    drafter.eval()
     for batch in batches:
-        for step in drafter.steps(batch, target):
-            found = step.ranks_M[step.valid_M].clamp(max=ranks)
-            hits[step.depth] += found.bincount(minlength=ranks + 1)[:ranks].cpu()
-            counts[step.depth] += len(found)
+        rows, final_PH = training_rows(batch, drafter.draft_steps), final_states(batch, target).flatten(0, 1)
+        for depth, (feature, _) in enumerate(drafter.unrolled(batch, target, rows)):
+            valid_M, flat_M = rows.valid_MK[:, depth], rows.flat_MK1[:, depth + 1]
+            greedy_M = greedy_tokens(target.logits, final_PH[flat_M], drafter.shape.vocab_size)
+            labels_M = draft_labels(greedy_M, drafter.vocabulary_D)
+            _, ranks_M = cross_entropy(feature, drafter.head(depth, target), labels_M, drafter.draft_size)
+            found = ranks_M[valid_M].clamp(max=ranks)
+            hits[depth] += found.bincount(minlength=ranks + 1)[:ranks].cpu()
+            counts[depth] += len(found)
+    drafter.train(training)
     return hits / counts.clamp(min=1)[:, None]
+
+
+def final_states(batch: TextBatch, target: Target) -> Tensor:
+    """The target's `final` states of a batch [B,T,H], computed only where the batch does not bring them."""
+    if "final" in batch.states:
+        return batch.states["final"]
+    if "pre_norm" in batch.states:
+        return target.final_norm(batch.states["pre_norm"].to(target.dtype))
+    return target.features(batch, ("final",))["final"]

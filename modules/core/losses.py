@@ -163,6 +163,12 @@ def likely_labels(laws: Laws, flat_M: Tensor, labels_M: Tensor, width: int, top_
     return torch.cat(parts) if parts else torch.zeros_like(labels_M, dtype=torch.bool)
 
 
+def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
+    """int64 [M]: the likeliest token after each `final` state, in chunks of rows."""
+    parts = [head(final_MH[part]).argmax(-1) for part in _slices(len(final_MH), max(1, MAX_LOGITS // width))]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=final_MH.device)
+
+
 def entropies(laws: Laws, flat_M: Tensor, width: int) -> Tensor:
     """Entropy of the laws at flat positions [M], natural logarithm."""
     chunks = _slices(len(flat_M), max(1, MAX_LOGITS // width))

@@ -149,11 +149,16 @@ class Target(nn.Module):
         return torch.nn.functional.embedding(ids, self.anatomy.head.weight)
 
     def copy_weight(self, name: str) -> Tensor:
-        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it.
+        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it
+        (of a norm, what it multiplies by).
 
         Raises KeyError when the target has no such weight.
         """
         return self.anatomy.weight(name).detach().clone()
+
+    def layer_weights(self, layer: int) -> list[str]:
+        """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
+        return self.anatomy.layer_weights(layer)
 
     # -- running it -------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName
 from modules.core.layers import DecoderLayer, LayerCache, ResBlock
 from modules.core.trainable import TargetShape
-from modules.heads.head_drafter import HeadDrafter
+from modules.heads.head_drafter import HeadDrafter, refuse_unknown
 from modules.trees.dynamic import ThresholdTree
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ class Clover(HeadDrafter):
                  tree: list[list[int]] | str | None = None, top_p: float = 0.8, ratio: float = 0.25, width: int = 4,
                  decay: float = 0.8) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
-        _refuse_unknown("fusion", fusion, ("attention", "mlp"))
-        _refuse_unknown("augmenting", augmenting, ("none", "block", "attention", "mlp"))
-        _refuse_unknown("gate", gate, ("silu", "cosine"))
+        refuse_unknown("fusion", fusion, ("attention", "mlp"))
+        refuse_unknown("augmenting", augmenting, ("none", "block", "attention", "mlp"))
+        refuse_unknown("gate", gate, ("silu", "cosine"))
         if augmenting != "none":
             self.layers.append(DecoderLayer(shape, attention=augmenting in ("block", "attention"),
                                             feed_forward=augmenting in ("block", "mlp")))
@@ -133,8 +133,3 @@ class Clover(HeadDrafter):
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The step's residual block."""
         return self.blocks[depth](memory_NX)
-
-
-def _refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}")

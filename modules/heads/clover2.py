@@ -5,7 +5,7 @@ Shape legend: B sequences, N rows of one call, M training rows, H hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from modules.core.learned import DraftStep
 from modules.core.losses import likely_labels, masked_mean, smooth_l1
 from modules.core.trainable import TargetShape
 from modules.heads.clover import AttentionDecoder
-from modules.heads.head_drafter import HeadDrafter
+from modules.heads.head_drafter import HeadDrafter, refuse_unknown, soft_labels
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -39,27 +39,39 @@ class Clover2(HeadDrafter):
         feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft cross-entropy.
         label_top_k, label_top_p: train a row only if its label is among the target's top k and inside its top-p mass
             (the paper's optional mask: 8 and 0.8); 0 and 1 turn them off.
+        fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
+        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
     """
 
     reads: ClassVar[StateName] = "pre_norm"
-    soft_labels: ClassVar[bool] = True
     first_exponent: ClassVar[int] = 0
 
     def __init__(self, shape: TargetShape, heads: int = 5, layers: int = 2, draft_vocabulary: int | None = None,
                  tree: list[list[int]] | str = "narrow", decay: float = 0.7, feature_weight: float = 10.0,
-                 label_top_k: int = 0, label_top_p: float = 1.0) -> None:
+                 label_top_k: int = 0, label_top_p: float = 1.0, fusion: Literal["attention", "linear"] = "attention",
+                 labels: Literal["soft", "hard"] = "soft") -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
+        refuse_unknown("fusion", fusion, ("attention", "linear"))
+        self.soft_labels = soft_labels(labels)
+        if not self.soft_labels and (label_top_k or label_top_p < 1):
+            raise ValueError("label_top_k and label_top_p go by the target's law, but labels is 'hard': use 'soft', or "
+                             "set them to 0 and 1")
         size = shape.hidden_size
         self.feature_weight, self.label_top_k, self.label_top_p = feature_weight, label_top_k, label_top_p
-        self.start_attention, self.step_attention = _residual_attention(shape), _residual_attention(shape)
+        self.start_attention = _residual_attention(shape) if fusion == "attention" else LinearFusion(size)
+        self.step_attention = _residual_attention(shape)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.start_norm, self.head_norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(2))
         self.first = nn.Linear(size, size, bias=False)
         self.later = nn.Linear(2 * size, size, bias=False)
         nn.init.eye_(self.first.weight)
-        nn.init.uniform_(self.later.weight, 0, 0.01)
-        nn.init.eye_(self.later.weight.data[:, :size])
+        _start_from_first(self.later)
         self.use_static_tree(tree)
+
+    @property
+    def training_states(self) -> tuple[StateName, ...]:
+        """The start, and the states that the features are drawn to."""
+        return (self.reads, "final")
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
@@ -89,14 +101,36 @@ class Clover2(HeadDrafter):
         return self.head_norm(self.later(torch.cat([memory_NX, vectors], dim=-1)))
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law."""
-        counted = step.counted_M
+        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law.
+
+        The distance counts at every row whose label counts, in the draft vocabulary or not: f does not depend on it.
+        """
+        distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
+        near, learnt = step.valid_M, step.counted_M
         if self.label_top_k or self.label_top_p < 1:
             assert step.laws is not None
-            counted = counted & likely_labels(step.laws, step.flat_M, step.labels_M, self.draft_size, self.label_top_k,
-                                              self.label_top_p)
-        distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
-        return masked_mean(self.feature_weight * distance + step.losses_M, counted)
+            near = learnt = learnt & likely_labels(step.laws, step.flat_M, step.labels_M, self.draft_size,
+                                                   self.label_top_k, self.label_top_p)
+        return self.feature_weight * masked_mean(distance, near) + masked_mean(step.losses_M, learnt)
+
+
+class LinearFusion(nn.Module):
+    """W [h ; e], at the start h and a little of e: the ablation's stand-in for the residual attention."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * size, size, bias=False)
+        _start_from_first(self.linear)
+
+    def forward(self, hidden_NH: Tensor, token_NH: Tensor) -> Tensor:
+        """Hidden states and token vectors [..., H] -> hidden states [..., H]."""
+        return self.linear(torch.cat([hidden_NH, token_NH], dim=-1))
+
+
+def _start_from_first(linear: nn.Linear) -> None:
+    """[I | U(0, 0.01)], the released starting value of what reads [h ; e]."""
+    nn.init.uniform_(linear.weight, 0, 0.01)
+    nn.init.eye_(linear.weight.data[:, :linear.out_features])
 
 
 def _residual_attention(shape: TargetShape) -> AttentionDecoder:

@@ -177,3 +177,13 @@ class HeadDrafter(LearnedDrafter):
         return run_layers(self.layers, hidden_BNH, rows, caches)
 
 
+def refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
+    """ValueError unless the value of a key is one of those known."""
+    if value not in known:
+        raise ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}")
+
+
+def soft_labels(labels: str) -> bool:
+    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's law rather than for the tokens of the data."""
+    refuse_unknown("labels", labels, ("soft", "hard"))
+    return labels == "soft"

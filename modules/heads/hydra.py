@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName
 from modules.core.layers import DecoderLayer, LayerCache, ResBlock
 from modules.core.trainable import TargetShape
-from modules.heads.head_drafter import HeadDrafter
+from modules.heads.head_drafter import HeadDrafter, refuse_unknown, soft_labels
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -50,18 +50,19 @@ class Hydra(HeadDrafter):
         draft_vocabulary: how many token ids can be drafted; None for all.
         tree: paths, or a name of `modules.trees.paths` (the paper's: `mc_sim_7b_63`).
         decay: head i weighs decay^i (the release weighs all alike: 1).
+        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (Hydra without the teacher).
     """
 
     reads: ClassVar[StateName] = "pre_norm"
-    soft_labels: ClassVar[bool] = True
     first_exponent: ClassVar[int] = 0
 
     def __init__(self, shape: TargetShape, heads: int = 4, blocks: int = 4, prefix: bool = True,
                  lm_head: Literal["own", "shared"] = "own", dropout: float = 0.2, draft_vocabulary: int | None = None,
-                 tree: list[list[int]] | str = "narrow", decay: float = 1.0) -> None:
+                 tree: list[list[int]] | str = "narrow", decay: float = 1.0,
+                 labels: Literal["soft", "hard"] = "soft") -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
-        if lm_head not in ("own", "shared"):
-            raise ValueError(f"lm_head must be 'own' or 'shared', got {lm_head!r}")
+        refuse_unknown("lm_head", lm_head, ("own", "shared"))
+        self.soft_labels = soft_labels(labels)
         size = shape.hidden_size
         self.layers = nn.ModuleList([DecoderLayer(shape)] if prefix else [])
         self.blocks = nn.ModuleList(

@@ -5,6 +5,8 @@ Paths are listed in the order they are worth having, so that a smaller budget ke
 
 from __future__ import annotations
 
+import re
+
 Path = list[int]
 
 NARROW: list[Path] = [[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 0, 0], [3], [0, 0, 1], [2, 0], [0, 2],
@@ -25,6 +27,16 @@ NAMED: dict[str, list[Path]] = {
     "narrow": NARROW, "mc_sim_7b_63": _unpacked(_MC_SIM_7B_63), "eagle_25": _unpacked(_EAGLE_25)}
 
 
+OPTIMISED = re.compile(r"optimised(?:_([1-9][0-9]*))?")
+"""`optimised_N`: the best tree of N nodes by measured accuracies; `optimised` alone has as many as `narrow`."""
+
+
+def optimised_size(tree: list[Path] | str) -> int | None:
+    """Nodes of the optimised tree that `tree` asks for; None when it asks for none."""
+    found = OPTIMISED.fullmatch(tree) if isinstance(tree, str) else None
+    return None if found is None else int(found[1] or len(NARROW))
+
+
 def tree_paths(tree: list[Path] | str, depth: int) -> list[Path]:
     """The paths of a tree given by name (cut at `depth`) or in full.
 
@@ -32,7 +44,8 @@ def tree_paths(tree: list[Path] | str, depth: int) -> list[Path]:
     """
     if isinstance(tree, str):
         if tree not in NAMED:
-            raise ValueError(f"tree {tree!r} is not known: use one of {', '.join(NAMED)} or a list of paths")
+            raise ValueError(f"tree {tree!r} is not known: use one of {', '.join(NAMED)}, optimised_N or a list of "
+                             "paths")
         return [path for path in NAMED[tree] if len(path) <= depth]
     for path in tree:
         if len(path) > depth:

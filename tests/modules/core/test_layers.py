@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_residual_block_adds_only_its_bias_at_the_start() -> None:
         torch.testing.assert_close(block(hidden), hidden + torch.nn.functional.silu(block.linear.bias))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gemma"])
 def test_copied_layer_computes_what_the_targets_layer_does(arch: str) -> None:
     target = tiny_target(arch)
     batch = tiny_batch(target, length=12)
@@ -32,12 +34,19 @@ def test_copied_layer_computes_what_the_targets_layer_does(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "opt"])
-def test_layers_of_another_kind_are_not_copied(arch: str) -> None:
+def test_layers_of_another_kind_are_not_copied_and_say_so(arch: str, caplog: pytest.LogCaptureFixture) -> None:
     target = tiny_target(arch)
     layer = DecoderLayer(target.shape).double()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    assert not layer.copy_from(target)
+    assert not layer.copy_from(target) and "they differ in" in caplog.text
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+def test_a_weight_that_the_layer_has_no_place_for_is_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    target = tiny_target("qwen3")
+    assert not DecoderLayer(replace(target.shape, qk_norm=False)).copy_from(target)
+    assert "self_attn.k_norm.weight, self_attn.q_norm.weight" in caplog.text
+    assert DecoderLayer(target.shape, feed_forward=False).copy_from(target), "a half left out is no difference"
 
 
 def test_cached_rows_of_differing_counts_equal_one_pass() -> None:

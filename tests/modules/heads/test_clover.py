@@ -78,19 +78,24 @@ def test_clover2_loss_slowly(mask: dict) -> None:
     batch.input_ids.remainder_(60)
     rows, total, length = training_rows(batch, 3), 0.0, batch.input_ids.shape[1]
     for i, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows)):
-        terms = []
+        distances, entropies = [], []
         for m, flat in enumerate(rows.flat_MK1[:, 0].tolist()):
             b, t = divmod(flat, length)
-            if not rows.valid_MK[m, i] or batch.input_ids[b, t + 2 + i] >= 40:
+            if not rows.valid_MK[m, i]:
                 continue
             state = batch.states["final"][b, t + 1 + i]
+            distance = 10 * F.smooth_l1_loss(feature[m], state)
+            if batch.input_ids[b, t + 2 + i] >= 40:
+                distances += [] if mask else [distance]
+                continue
             law = torch.softmax(TARGET.logits(state)[:40], 0)
             own = law[batch.input_ids[b, t + 2 + i]]
             if mask and ((law > own).sum() >= 30 or law[law > own].sum() >= 0.95):
                 continue
             soft = -(law * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum()
-            terms.append(10 * F.smooth_l1_loss(feature[m], state) + soft)
-        total += 0.7 ** i * float(torch.stack(terms).mean())
+            distances.append(distance)
+            entropies.append(soft)
+        total += 0.7 ** i * float(torch.stack(distances).mean() + torch.stack(entropies).mean())
     assert float(drafter.loss(batch, TARGET, 0.0).total) == pytest.approx(total, rel=1e-5)
 
 
