@@ -208,9 +208,13 @@ class ConversationData(LightningDataModule):
         """Batches of the held-out documents, always in the same order."""
         return self._batches(self.held_out, shuffle=False)
 
-    def _batches(self, documents: Sequence[Tokens], shuffle: bool) -> Batches:
+    def held_out_batches(self) -> Batches:
+        """Batches of all held-out documents, on whichever process asks."""
+        return self._batches(self.held_out, shuffle=False, alone=True)
+
+    def _batches(self, documents: Sequence[Tokens], shuffle: bool, alone: bool = False) -> Batches:
         assert self._target is not None, "bind() the data to a target first"
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not alone else (0, 1)
         return self.batches(documents, self.max_length, self.rows, self._cache, self.seed, shuffle, self.workers, rank,
                             world)
 

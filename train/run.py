@@ -204,11 +204,11 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
 
 
 def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Outcome:
-    """The component's own last touches, over the held-out batches with their states."""
+    """The component's own last touches, over all held-out batches with their states; on one process."""
     ready = TrainableModule(trainable.to(module.target.device).eval(), module.target, recipe.optimizer)
 
     def batches() -> Iterator[Any]:
-        for batch in recipe.data.val_dataloader():
+        for batch in recipe.data.held_out_batches():
             batch = recipe.data.transfer_batch_to_device(batch, module.target.device, 0)
             ready.fill_states(batch)
             yield batch

@@ -10,6 +10,7 @@ import torch
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.losses import training_rows
 from modules.core.target import Target
+from modules.feature_drafters.eagle3 import Eagle3
 from modules.heads.clover import Clover
 from modules.heads.medusa import Medusa
 from modules.verifiers.judge import Judge
@@ -23,7 +24,8 @@ def target() -> Target:
 
 def drafter_and_batch(target: Target, kind=Medusa):
     torch.manual_seed(0)
-    drafter = kind(target.shape, heads=3, draft_vocabulary=None).double()
+    steps = {"steps": 3} if kind is Eagle3 else {"heads": 3}
+    drafter = kind(target.shape, draft_vocabulary=None, **steps).double()
     drafter.initialise(target)
     with torch.no_grad():
         for parameter in drafter.parameters():
@@ -78,7 +80,7 @@ def test_it_is_log_2_at_the_start_and_adds_the_drafters_own_loss(target):
     assert set(losses.metrics) == {*own.metrics, "alignment", "margin"}
 
 
-@pytest.mark.parametrize("kind", [Medusa, Clover])
+@pytest.mark.parametrize("kind", [Medusa, Clover, Eagle3])
 def test_training_on_it_alone_makes_the_texts_tokens_likelier(kind, target):
     drafter, batch = drafter_and_batch(target, kind)
     objective = AlignedDrafting(beta=1.0, anchor=0.0)
