@@ -102,7 +102,7 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     assert not any(row.claims_lossless for row in rows)
     plain = SpeculativeDecoder(tiny).decode([[7, 8, 9]], Sampling(), 12)[0].ids
     assert rows[1].decoder.decode([[7, 8, 9]], Sampling(), 12)[0].ids == plain
-    for rule, message in (("runs/nowhere", "does not exist"), ("nothing", "rule 'nothing' is unknown"),
+    for rule, message in ((str(tmp_path / "nowhere"), "does not exist"), ("nothing", "rule 'nothing' is unknown"),
                           ({"trained": str(output), "other": 1}, "other is wrong"),
                           (str(tmp_path), "holds no drafter")):
         with pytest.raises(ValueError, match=message):
