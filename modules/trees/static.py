@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """Nodes of one depth that have children, and where those children's tokens come from."""
 
     nodes: Tensor
@@ -35,9 +35,11 @@ class _Level:
 
 
 @dataclass(frozen=True)
-class _Template:
+class Template:
+    """Fixed paths as index tensors."""
+
     topology: Topology
-    levels: tuple[_Level, ...]
+    levels: tuple[Level, ...]
 
 
 class StaticTree:
@@ -72,21 +74,21 @@ class StaticTree:
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A tree of the first `budget` paths."""
-        template = _template(self.paths[:budget], state.newest_B.device)
+        fixed = template(self.paths[:budget], state.newest_B.device)
         columns = [state.newest_B[:, None]]
         tokens_BN = columns[0]
-        for depth, level in enumerate(template.levels):
+        for depth, level in enumerate(fixed.levels):
             frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
             logits_BWD = drafter.expand(state, frontier)
             best_BWR = logits_BWD.topk(level.widest, dim=-1).indices
             drafted = best_BWR[:, level.sources, level.ranks]
             columns.append(drafted if drafter.vocabulary_D is None else drafter.vocabulary_D[drafted])
             tokens_BN = torch.cat(columns, dim=1)
-        return TokenTree(tokens_BN, template.topology.expand(len(tokens_BN)), vocabulary_D=drafter.vocabulary_D)
+        return TokenTree(tokens_BN, fixed.topology.expand(len(tokens_BN)), vocabulary_D=drafter.vocabulary_D)
 
 
 @lru_cache(maxsize=64)
-def _template(paths: tuple[Path, ...], device: torch.device) -> _Template:
+def template(paths: tuple[Path, ...], device: torch.device) -> Template:
     """Node order, parents and index tensors: nodes sorted by (depth, path), node 0 the root."""
     nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     index = {path: i for i, path in enumerate(nodes)}
@@ -97,10 +99,10 @@ def _template(paths: tuple[Path, ...], device: torch.device) -> _Template:
     for depth in range(max((len(path) for path in expanded), default=-1) + 1):
         at = [path for path in expanded if len(path) == depth]
         children = [path for path in nodes if len(path) == depth + 1]
-        levels.append(_Level(
+        levels.append(Level(
             nodes=torch.tensor([index[path] for path in at], device=device),
             parent_rows=torch.tensor([row[path[:-1]] if path else -1 for path in at], device=device),
             sources=torch.tensor([at.index(path[:-1]) for path in children], device=device),
             ranks=torch.tensor([path[-1] for path in children], device=device),
             widest=max(path[-1] for path in children) + 1))
-    return _Template(Topology(torch.tensor([parents], device=device)), tuple(levels))
+    return Template(Topology(torch.tensor([parents], device=device)), tuple(levels))
