@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from checkpoints.pretrained import load_pretrained
+from data.conversations import prompt_ids, read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
 from modules.core.target import Target
+from modules.decoding.budget import BUDGETS, best_budget, try_budgets
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
+from modules.decoding.latency import stored_latency
 from modules.decoding.rules import RULES, AcceptanceRule, rule_named
 
+logger = logging.getLogger(__name__)
+
 AUTOREGRESSIVE = "autoregressive"
+TRAINING_PROMPTS = Path(__file__).resolve().parent.parent / "data" / "prompts" / "prompts.jsonl"
 ClassSpec = Mapping[str, Any]
 """`{class_path: package.module.Class, init_args: {…}}`."""
 
@@ -33,7 +41,8 @@ class Method:
         rule: acceptance rule; by default the lossless one that fits the trees and the temperature. A name; a class
             `{class_path, init_args}`; or a trained judge: its folder or Hub id, or `{trained, init_args}`, such as
             `{trained: runs/judge, init_args: {threshold: 0.7}}`.
-        budget: drafted nodes per call at most; by default the drafter's own.
+        budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on a few embedded
+            prompts and takes the one that promises most with this device's times.
         temperature: by default the evaluation's.
     """
 
@@ -42,7 +51,7 @@ class Method:
     decoder: dict[str, Any] | None = None
     builder: dict[str, Any] | None = None
     rule: str | dict[str, Any] | None = None
-    budget: int | None = None
+    budget: int | Literal["auto"] | None = None
     temperature: float | None = None
 
     @property
@@ -69,7 +78,7 @@ class Method:
             raise ValueError(f"{where}: give either `drafter` or `decoder` (the autoregressive row is always there)")
         if self.decoder is not None and (self.builder or self.rule or self.budget is not None):
             raise ValueError(f"{where}: builder, rule and budget belong to a `drafter`, not to a `decoder`")
-        if self.budget is not None and self.budget < 1:
+        if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
             _folder_exists(Path(self.drafter), where)
@@ -259,10 +268,25 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
         fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
         raise ValueError(f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}")
-    decoder = SpeculativeDecoder(adapted, drafter, rule, builder, method.budget, label)
+    given = None if method.budget == "auto" else method.budget
+    decoder = SpeculativeDecoder(adapted, drafter, rule, builder, given, label)
+    if method.budget == "auto":
+        decoder.budget = automatic_budget(decoder, sampling)
     used = decoder.rule_for(sampling)
     return Row(label, decoder, adapted, sampling, "", used.lossless, "slipstream", builder_name(drafter, builder),
                used.name, decoder.nodes, sum(parameter.numel() for parameter in drafter.parameters()))
+
+
+def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
+    """The tree size that promises most here, tried on embedded prompts that no evaluation asks."""
+    rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), prompts)
+    tokenizer, stored = decoder.target.tokenizer, stored_latency(decoder.target, widths=[1, *(n + 1 for n in BUDGETS)])
+    asked = [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
+    trials = try_budgets(decoder, stored, asked, sampling)
+    for trial in trials:
+        logger.info("%s with %d nodes: %.2f tokens per call, drafting %.1f ms, %.2f times plain decoding", decoder.name,
+                    trial.budget, trial.tokens_per_call, trial.draft_seconds * 1e3, trial.predicted_speedup)
+    return best_budget(trials)
 
 
 def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter") -> Drafter:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modules.core.target import Target
 
@@ -41,6 +41,25 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
     return Target(model.to(device), tokenizer, name)
 
 
+def outline(name: str, dtype: str = "float32") -> Target:
+    """A target without its weights (on the meta device): for its dimensions and tokenizer.
+
+    Raises:
+        ValueError: as `load_target`.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+    folder = locate(name)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    loader: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = loader.from_config(config, dtype=_DTYPES[dtype])
+    return Target(model, tokenizer, name)
+
+
 def locate(name: str) -> str:
     """The folder or Hub id to load from; a GGUF file is dequantised once and cached as safetensors."""
     if name == EMBEDDED:
@@ -59,9 +78,14 @@ def _embedded_file() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
+def cache_folder() -> Path:
+    """Where what is computed once per machine is kept: `SLIPSTREAM_CACHE`, or ~/.cache/slipstream."""
+    return Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
+
+
 def _dequantised(file: Path) -> Path:
     stat = file.stat()
-    cache = Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
+    cache = cache_folder()
     folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

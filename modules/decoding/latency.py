@@ -5,13 +5,18 @@ Shape legend: N rows of a call.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from modules.core.loading import cache_folder
 from modules.core.target import Target
 from modules.trees.tree import TokenTree
 
@@ -24,6 +29,19 @@ class LatencyTable:
 
     context: int
     seconds: dict[int, float]
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}.partial")
+        scratch.write_text(json.dumps({"context": self.context, "seconds": self.seconds}))
+        os.replace(scratch, file)
+
+    @staticmethod
+    def load(file: Path) -> LatencyTable:
+        """Read what `save` wrote."""
+        stored = json.loads(file.read_text())
+        return LatencyTable(stored["context"], {int(rows): taken for rows, taken in stored["seconds"].items()})
 
     def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
         """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.
@@ -47,6 +65,26 @@ def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int
         for width, tree in trees.items():
             samples[width].append(_seconds(target, tree))
     return LatencyTable(context, {width: statistics.median(taken[1:]) for width, taken in samples.items()})
+
+
+def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
+                   ) -> LatencyTable:
+    """The table of this target on this device with as many threads: measured once, then read.
+
+    Args:
+        folder: where tables are kept; by default `latency` in `SLIPSTREAM_CACHE` or ~/.cache/slipstream.
+        widths, repeats: see `measure_latency`; a stored table without one of the widths is measured anew.
+    """
+    folder = folder or cache_folder() / "latency"
+    on_gpu = target.device.type == "cuda"
+    device = torch.cuda.get_device_name(target.device) if on_gpu else platform.machine()
+    parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()))
+    file = folder / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".json")
+    if file.is_file() and set(widths) <= set((table := LatencyTable.load(file)).seconds):
+        return table
+    table = measure_latency(target, widths, repeats=repeats)
+    table.save(file)
+    return table
 
 
 def _seconds(target: Target, tree: TokenTree) -> float:

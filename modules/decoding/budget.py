@@ -1,0 +1,56 @@
+"""How many nodes to draft: the tree size that is worth most on this device for this drafter.
+
+A call over a tree of n drafted nodes takes t(n + 1) and the drafting, and gives τ(n) tokens; the best n maximises
+τ(n) / (t(n + 1) + drafting) (the cost model of Sequoia, Chen et al. 2024, arXiv 2402.12374, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from modules.core.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.latency import LatencyTable
+
+BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """One tree size, tried: tokens per call, drafting seconds per call, speedup that they promise here."""
+
+    budget: int
+    tokens_per_call: float
+    draft_seconds: float
+    predicted_speedup: float
+
+
+def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
+                limit: int = 32, budgets: Sequence[int] = BUDGETS) -> list[BudgetTrial]:
+    """Decode a few prompts with every tree size, and set what each gives against what the target's calls take.
+
+    Args:
+        decoder: whose drafter, builder and rule are tried.
+        latency: of the same target, with a width of every budget + 1.
+        prompts: token ids to decode; none that will be evaluated.
+        sampling: as decoding will sample.
+        limit: new tokens per prompt.
+        budgets: the tree sizes.
+    """
+    return [_try(replace(decoder, budget=budget), latency, prompts, sampling, limit) for budget in budgets]
+
+
+def best_budget(trials: Sequence[BudgetTrial]) -> int:
+    """The tree size that promises most; of equals the smallest."""
+    return max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget)).budget
+
+
+def _try(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
+         limit: int) -> BudgetTrial:
+    assert decoder.budget is not None
+    traces = [decoder.decode([prompt], sampling, limit)[0] for prompt in prompts]
+    calls = max(1, sum(len(trace.accepted) for trace in traces))
+    tokens = sum(sum(trace.accepted) for trace in traces) / calls
+    drafting = sum(trace.seconds.get("draft", 0.0) for trace in traces) / calls
+    return BudgetTrial(decoder.budget, tokens, drafting, tokens / latency.break_even(decoder.budget + 1, drafting))

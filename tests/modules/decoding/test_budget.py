@@ -1,0 +1,57 @@
+"""The tree size that is worth most, and the stored times it is judged by."""
+
+from __future__ import annotations
+
+import pytest
+
+from eval.methods import Method, build_rows
+from modules.core.drafter import Sampling
+from modules.decoding.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.latency import LatencyTable, stored_latency
+from tests.fakes import ScriptedDrafter, tiny_target
+
+
+class Obedient(ScriptedDrafter):
+    """A chain as long as the budget says."""
+
+    def propose(self, state, budget):
+        self.depth = budget
+        return super().propose(state, budget)
+
+
+def test_a_perfect_drafter_wants_all_of_its_depth_where_rows_are_free_and_one_node_where_they_are_dear():
+    target = tiny_target()
+    decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
+    for per_row, expected in ((0.0, 3), (10.0, 1)):
+        table = LatencyTable(8, {rows: 1.0 + per_row * (rows - 1) for rows in (1, 2, 3, 4)})
+        trials = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 24, budgets=(1, 2, 3))
+        assert [trial.budget for trial in trials] == [1, 2, 3]
+        assert trials[0].tokens_per_call < trials[1].tokens_per_call < trials[2].tokens_per_call
+        assert best_budget(trials) == expected
+
+
+def test_equals_go_to_the_smaller_tree():
+    assert best_budget([BudgetTrial(3, 1.5, 0.0, 1.2), BudgetTrial(5, 1.6, 0.0, 1.2)]) == 3
+
+
+def test_times_are_measured_once_and_a_missing_width_measures_anew(tmp_path, monkeypatch):
+    target = tiny_target()
+    first = stored_latency(target, tmp_path, widths=(1, 2), repeats=1)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert stored_latency(target, tmp_path, widths=(1, 2), repeats=1) == first
+    assert set(stored_latency(target, tmp_path, widths=(1, 2, 3), repeats=1).seconds) == {1, 2, 3}
+
+
+def test_an_evaluation_can_ask_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    target = tiny_target()
+    drafter = {"class_path": "modules.training_free.prompt_lookup.PromptLookup"}
+    rows = build_rows([Method(name="lookup", drafter=drafter, budget="auto")], target, Sampling())
+    assert rows[-1].budget in BUDGETS
+
+
+def test_a_budget_below_one_is_refused():
+    drafter = {"class_path": "modules.training_free.prompt_lookup.PromptLookup"}
+    with pytest.raises(ValueError, match="drafts nothing"):
+        Method(drafter=drafter, budget=0).check()
