@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-CacheDtype = Literal["bfloat16", "float32"]
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CacheDtype = Literal["bfloat16", "float32", "int8"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+_SCALES = ".scales"
+"""What the scales of an int8 state are called: the state's name and this."""
+
+
+def state_bytes(hidden_size: int, dtype: str) -> int:
+    """Bytes of one state of one token in a cache."""
+    return hidden_size * _DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
+
+
+def quantised(states_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """States as int8 [T,H] and one float32 scale per token [T,1], its largest magnitude ÷ 127; what comes back is at
+    most half a scale off."""
+    scales_T1 = states_TH.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (states_TH.float() / scales_T1).round().to(torch.int8), scales_T1
 
 
 class FeatureCache:
@@ -96,12 +111,17 @@ class FeatureCache:
         self._verified.add(number)
 
     def read(self, key: str) -> dict[StateName, Tensor]:
-        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype."""
+        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype (float32 from an int8 one)."""
         number, start, stop = self._index[key]
         if number not in self._opened:
             path = self.folder / self.manifest["shards"][number]["file"]
             self._opened[number] = safe_open(path, framework="pt")
-        return {name: self._opened[number].get_slice(str(name))[start:stop] for name in self.names}
+        opened = self._opened[number]
+        states = {name: opened.get_slice(str(name))[start:stop] for name in self.names}
+        if self.manifest["dtype"] != "int8":
+            return states
+        return {name: state.float() * opened.get_slice(f"{name}{_SCALES}")[start:stop]
+                for name, state in states.items()}
 
 
 def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
@@ -124,25 +144,46 @@ def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[
         held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
         pending = list({document.key: document for document in documents if document.key not in held}.values())
         with _bar(len(held & {d.key for d in documents}), len({d.key for d in documents}), progress) as advance:
+            _check_disk(folder, sum(map(len, pending)), len(names), manifest, target.shape.hidden_size)
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states)
     return folder
 
 
+def _check_disk(folder: Path, tokens: int, states: int, manifest: dict[str, Any], hidden_size: int) -> None:
+    """Say how much will be written, and refuse before anything is computed when the disk cannot hold it."""
+    needed, free = tokens * states * state_bytes(hidden_size, manifest["dtype"]), shutil.disk_usage(folder).free
+    logger.info("features %r: %d tokens to add, %.2f GiB in %s", str(folder), tokens, needed / 2**30, manifest["dtype"])
+    if needed > free:
+        raise ValueError(f"features {str(folder)!r} need {needed / 2**30:.2f} GiB more and the disk has "
+                         f"{free / 2**30:.2f} free: set data.features_dtype int8, lower data.max_response_tokens, or "
+                         "give another folder")
+
+
 def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int,
             advance: Any) -> dict[str, Tensor]:
     """States [S,H] of a shard's documents in order; they are run sorted by length, so that little is padded."""
     names = [_name(text) for text in manifest["states"]]
-    found: dict[int, dict[StateName, Tensor]] = {}
+    found: dict[int, dict[str, Tensor]] = {}
     order = sorted(range(len(group)), key=lambda i: len(group[i]))
     for chosen in _length_batches(order, group, batch_tokens):
         batch = collate([[group[i]] for i in chosen], device=target.device)
         states_BTH = target.features(batch, names)
         for row, i in enumerate(chosen):
-            found[i] = {n: states_BTH[n][row, :len(group[i])].to("cpu", _DTYPES[manifest["dtype"]]) for n in names}
+            found[i] = _stored({n: states_BTH[n][row, :len(group[i])].cpu() for n in names}, manifest["dtype"])
         advance(len(chosen))
-    return {str(name): torch.cat([found[i][name] for i in range(len(group))]).contiguous() for name in names}
+    return {name: torch.cat([found[i][name] for i in range(len(group))]).contiguous() for name in found[0]}
+
+
+def _stored(states: dict[StateName, Tensor], dtype: str) -> dict[str, Tensor]:
+    """What a shard holds of one document's states."""
+    if dtype != "int8":
+        return {str(name): state.to(_DTYPES[dtype]) for name, state in states.items()}
+    stored: dict[str, Tensor] = {}
+    for name, state in states.items():
+        stored[str(name)], stored[f"{name}{_SCALES}"] = quantised(state)
+    return stored
 
 
 def _length_batches(order: list[int], group: list[Tokens], batch_tokens: int) -> Iterator[list[int]]:

@@ -64,6 +64,15 @@ class Generation:
             raise ValueError(f"answers is {self.answers}, but a greedy answer would repeat: give at most "
                              f"{len(self.temperatures)}, or no temperature 0")
 
+    def temperature(self, index: int, number: int) -> float:
+        """Of answer `number` to prompt `index`."""
+        return self.temperatures[(index + number) % len(self.temperatures)]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers."""
+        return {"max_new_tokens": self.max_new_tokens, "temperatures": list(self.temperatures),
+                "answers": self.answers, "top_p": self.top_p, "seed": self.seed}
+
 
 class Job(NamedTuple):
     """One answer to make: prompt `index`, answer `number`, from `ids`."""
@@ -91,7 +100,7 @@ def regenerate(target: Target, prompts: Sequence[dict[str, Any]], output: str | 
         ValueError: the output exists, a prompt is of an unknown shape or longer than the context, or the journal beside
             the output belongs to other settings.
     """
-    output = _writable(Path(output))
+    output = writable(Path(output))
     journal = Journal(output.with_name(output.name + ".journal"), _settings(target, prompts, generation))
     jobs = _jobs(target, prompts, generation)
     pending = [job for job in jobs if (job.index, job.number) not in journal.answers]
@@ -101,7 +110,7 @@ def regenerate(target: Target, prompts: Sequence[dict[str, Any]], output: str | 
         for batch in _batches(pending, generation.batch_size):
             journal.append([_answer(job, ids, target) for job, ids in zip(batch, _generate(target, batch, generation))])
             bar.advance(task, len(batch))
-    _write(output, [_row(prompts[job.index], journal.answers[job.index, job.number]) for job in jobs])
+    write_rows(output, [answered_row(prompts[job.index], journal.answers[job.index, job.number]) for job in jobs])
     journal.path.unlink()
     return output
 
@@ -118,8 +127,7 @@ def _jobs(target: Target, prompts: Sequence[dict[str, Any]], generation: Generat
             raise ValueError(f"prompt {index + 1} has {len(ids)} tokens; the context of {target.name!r} less "
                              f"max_new_tokens {generation.max_new_tokens} holds {room}: shorten it")
         for number in range(generation.answers):
-            temperature = generation.temperatures[(index + number) % len(generation.temperatures)]
-            jobs.append(Job(index, number, temperature, ids))
+            jobs.append(Job(index, number, generation.temperature(index, number), ids))
     return jobs
 
 
@@ -171,8 +179,9 @@ def _answer(job: Job, ids: list[int], target: Target) -> dict[str, Any]:
             "temperature": job.temperature, "finished": ids[-1] in target.eos_ids}
 
 
-def _row(prompt: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    made = {key: answer[key] for key in ("response", "response_ids", "temperature", "finished")}
+def answered_row(prompt: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """A prompt's row with its answer."""
+    made = {key: answer[key] for key in ("response", "response_ids", "temperature", "finished") if key in answer}
     if "messages" in prompt:
         made["messages"] = [*prompt["messages"], {"role": "assistant", "content": answer["response"]}]
     return {**prompt, **made}
@@ -224,13 +233,16 @@ class Journal:
 
 
 def _settings(target: Target, prompts: Sequence[dict[str, Any]], generation: Generation) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-    return {"target": target.fingerprint(), "prompts": digest, "max_new_tokens": generation.max_new_tokens,
-            "temperatures": list(generation.temperatures), "answers": generation.answers, "top_p": generation.top_p,
-            "seed": generation.seed}
+    return {"target": target.fingerprint(), "prompts": prompts_digest(prompts), **generation.settings()}
 
 
-def _writable(output: Path) -> Path:
+def prompts_digest(prompts: Sequence[dict[str, Any]]) -> str:
+    """Hash of all prompts."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+
+
+def writable(output: Path) -> Path:
+    """A path that answers may be written to; ValueError if not."""
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"output {str(output)!r} must end in .jsonl or .jsonl.gz")
     if output.exists():
@@ -239,7 +251,7 @@ def _writable(output: Path) -> Path:
     return output
 
 
-def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All rows at once; compressed files are the same bytes for the same rows."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     scratch = output.with_name(output.name + ".partial")
@@ -266,14 +278,20 @@ def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: 
         limit: answer only the first so many prompts.
         generation: how answers are made.
     """
+    rows = prompt_rows(prompts, limit)
+    writable(Path(output))
+    regenerate(load_target(target, dtype, device), rows, output, generation)
+    print(f"{len(rows) * generation.answers} answers: {output}")
+
+
+def prompt_rows(prompts: str, limit: int | None) -> list[dict[str, Any]]:
+    """The first rows of a file of prompts; ValueError when there are none."""
     if not Path(prompts).is_file():
         raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
     rows = list(read_jsonl(Path(prompts)))[:limit]
     if not rows:
         raise ValueError(f"prompts {prompts!r} is empty: give at least one")
-    _writable(Path(output))
-    regenerate(load_target(target, dtype, device), rows, output, generation)
-    print(f"{len(rows) * generation.answers} answers: {output}")
+    return rows
 
 
 def command(arguments: Sequence[str]) -> int:

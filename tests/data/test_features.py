@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.conversations import Tokens
-from data.features import CacheDtype, FeatureCache, cache_features
+from data.features import CacheDtype, FeatureCache, cache_features, state_bytes
 from data.packing import collate
 from modules.core.target import Target
 from tests.data.test_packing import document
@@ -43,6 +46,59 @@ def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens]
         assert list(states) == [1, "final"] and states["final"].dtype == getattr(torch, dtype)
         for name, found in states.items():
             torch.testing.assert_close(found.float(), alone(target, tokens, name), rtol=tolerance, atol=tolerance)
+
+
+def test_int8_states_are_half_a_step_of_their_tokens_scale_off(target: Target, documents: list[Tokens],
+                                                                  tmp_path: Path) -> None:
+    cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
+    cache = FeatureCache(tmp_path, target.fingerprint(), ["final"])
+    for tokens in documents:
+        found, exact = cache.read(tokens.key)["final"], alone(target, tokens, "final")
+        assert found.dtype == torch.float32
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert bool(((found - exact).abs() <= 0.5 * step + 1e-4).all())
+    shards = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert shards < 1.5 * state_bytes(32, "int8") * sum(map(len, documents)) + 400 * len(list(tmp_path.glob("shard*")))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
+        target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.features.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(Target, "features", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"need 0.00 GiB more and the disk has 0.00 free: set data.features_dtype"):
+        cache_features(target, documents, ["final"], tmp_path, **SMALL)
+
+
+_KILLED = """
+import os, signal, sys, torch
+import data.features as features
+from tests.data.test_features import SMALL, document
+from tests.fakes import tiny_target
+torch.set_num_threads(1)
+written, save = [], features.save_file
+def dying(states, path):
+    save(states, path)
+    if len(written) == 2:
+        path.write_bytes(path.read_bytes()[:64])
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path)
+features.save_file = dying
+documents = [document(3 + 5 * i % 17, i) for i in range(14)]
+features.cache_features(tiny_target(dtype=torch.float32), documents, ["final"], sys.argv[1], **SMALL)
+"""
+
+
+def test_a_cache_killed_while_it_writes_a_shard_ends_as_an_unbroken_one(target: Target, documents: list[Tokens],
+                                                                        tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "killed")], cwd=root, check=False)
+    assert killed.returncode == -9
+    for name in ("killed", "whole"):
+        cache_features(target, documents, ["final"], tmp_path / name, **SMALL)
+    first, second = (FeatureCache(tmp_path / name, target.fingerprint(), ["final"]) for name in ("killed", "whole"))
+    first.require(documents)
+    for tokens in documents:
+        assert torch.equal(first.read(tokens.key)["final"], second.read(tokens.key)["final"])
 
 
 def test_a_cache_is_extended_and_only_with_what_it_lacks(target: Target, documents: list[Tokens], tmp_path: Path,

@@ -1,0 +1,127 @@
+"""Answers from a local server that is at times busy, slow or gone."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.configfiles import run as one_line_run
+from data.conversations import load_conversations
+from data.endpoint import Endpoint, command, regenerate_by
+from data.regenerate import Generation
+
+PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.trouble: dict[int, int] = {}
+        self.asked: list[dict[str, Any]] = []
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.asked.append(body)
+            status = server.trouble.get(len(server.asked), 200)
+            server.running += 1
+            server.most = max(server.most, server.running)
+        time.sleep(0.02)
+        answer = {"choices": [{"message": {"content": body["messages"][-1]["content"].upper()},
+                               "finish_reason": "stop" if status == 200 else None}]}
+        content = json.dumps(answer if status == 200 else {"error": "trouble"}).encode()
+        with server.lock:
+            server.running -= 1
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def endpoint(server: Server, **changes: Any) -> Endpoint:
+    return Endpoint(**{"url": server.url, "model": "tiny", "concurrency": 3, "wait": 0.001, **changes})
+
+
+def test_answers_come_in_the_order_of_the_prompts_and_are_conversations(server: Server, tmp_path: Path) -> None:
+    output = regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl", Generation(answers=2))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["response"] for row in rows] == [f"NUMBER {i}" for i in range(6) for _ in range(2)]
+    assert rows[0] == {**PROMPTS[0], "response": "NUMBER 0", "temperature": 0.0, "finished": True}
+    assert 1 < server.most <= 3 and {body["model"] for body in server.asked} == {"tiny"}
+    assert len({body["seed"] for body in server.asked}) == 12
+    assert sum(1 for _ in load_conversations(str(output))) == 12 and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.trouble = {1: 503, 2: 429, 4: 500}
+    regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl")
+    assert len(server.asked) == len(PROMPTS) + 3
+
+
+def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    server.trouble = {5: 400}
+    with pytest.raises(ValueError, match="endpoint.url .*: 400 .*run the same command again"):
+        regenerate_by(endpoint(server, concurrency=1), PROMPTS, output)
+    assert not output.exists()
+    server.asked.clear()
+    server.trouble = {}
+    regenerate_by(endpoint(server, concurrency=1), PROMPTS, output)
+    assert len(server.asked) == 2 and len(output.read_text().splitlines()) == 6
+    other = tmp_path / "other.jsonl"
+    server.trouble = {3: 400, 4: 400}
+    with pytest.raises(ValueError, match="400"):
+        regenerate_by(endpoint(server, concurrency=1), PROMPTS, other)
+    with pytest.raises(ValueError, match="was begun with top_p 1.0, not 0.5"):
+        regenerate_by(endpoint(server), PROMPTS, other, Generation(top_p=0.5))
+
+
+def test_the_command_and_its_mistakes(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    flags = ["--prompts", str(prompts), "--output", str(tmp_path / "a.jsonl"), "--endpoint.model", "tiny"]
+    assert command([*flags, "--endpoint.url", server.url, "--limit", "2"]) == 0
+    assert "2 answers" in capsys.readouterr().out
+    for changes, words in ((["--endpoint.url", "localhost"], "endpoint.url must begin with http"),
+                           (["--endpoint.url", server.url, "--endpoint.concurrency", "0"], "endpoint.concurrency"),
+                           (["--endpoint.url", server.url], "exists already")):
+        assert one_line_run(command, [*flags, *changes]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_server_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = Endpoint("http://127.0.0.1:9/v1", "tiny", retries=1, wait=0.001)
+    with pytest.raises(ValueError, match="endpoint.url http://127.0.0.1:9/v1: .*refused"):
+        regenerate_by(gone, PROMPTS, tmp_path / "answers.jsonl")
