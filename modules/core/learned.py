@@ -153,7 +153,7 @@ class LearnedDrafter(Drafter):
         """The LM head's inputs [M,H] and what the next step goes on from [M,H], step by step."""
         return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
 
-    def labels(self, rows: TrainingRows) -> Tensor:
+    def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted."""
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
@@ -168,7 +168,7 @@ class LearnedDrafter(Drafter):
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
         rows = training_rows(batch, self.draft_steps)
-        labels, laws = self.labels(rows), self.laws(batch, target, rows)
+        labels, laws = self.labels(batch, target, rows), self.laws(batch, target, rows)
         for depth, (feature, carried) in enumerate(self.unrolled(batch, target, rows)):
             labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M)
@@ -214,7 +214,7 @@ class LearnedDrafter(Drafter):
         the best tree of so many nodes, which `finish` finds once the drafter is trained. Until then it is `narrow`."""
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
-        static = StaticTree(tree_paths(tree, self.draft_steps))
+        static = StaticTree(tree_paths(tree, self.max_depth))
         self._builder, self._budget = static, CHEAP_BUDGET if tree == "narrow" else len(static.paths)
 
     @property

@@ -39,12 +39,13 @@ class Eagle(FeatureDrafter):
         steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
         decay: step j weighs decay^j.
         depth: levels of its default tree.
+        tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a list.
     """
 
     def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, bias: bool = False,
                  feature_weight: float = 1.0, token_weight: float = 0.1, noise: float = 0.1, steps: int = 1,
-                 decay: float = 0.8, depth: int = 5) -> None:
-        super().__init__(shape, steps, draft_vocabulary, decay, depth)
+                 decay: float = 0.8, depth: int = 5, tree: list[list[int]] | str | None = None) -> None:
+        super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layer = DecoderLayer(shape, input_norm=False)

@@ -1,6 +1,7 @@
 """EAGLE-3: fused features of several layers and training on its own outputs (Li et al. 2025, arXiv 2503.01840).
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J draft steps, U positions
+whose laws are asked for, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modules.core.batches import StateName
-from modules.core.layers import DecoderLayer
-from modules.core.losses import Head
+from modules.core.batches import StateName, TextBatch
+from modules.core.layers import DecoderLayer, target_weight
+from modules.core.losses import IGNORED, Head, TrainingRows, draft_labels, greedy_tokens
 from modules.core.narrow import narrow_linear
 from modules.core.trainable import TargetShape
 from modules.feature_drafters.feature_drafter import FeatureDrafter
@@ -27,8 +28,8 @@ class Eagle3(FeatureDrafter):
     its output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
 
     Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant positions whose token
-    can be drafted. (The paper asks this of the target's most likely token; on text that the target wrote it is nearly
-    always the same, and the whole LM head need not be computed.)
+    can be drafted. The paper asks this of the target's most likely token (`greedy_labels`); on text that the target
+    wrote it is nearly always the same, and the whole LM head need not be computed.
 
     Args:
         shape: the target's dimensions.
@@ -40,18 +41,22 @@ class Eagle3(FeatureDrafter):
         fc_norm: whether each fused state is normalised first.
         norm_output: whether the next step goes on from the normalised output.
         depth: levels of its default tree.
+        tree: fixed paths instead of that tree: a name or a list of paths.
+        greedy_labels: count positions, and accuracy, by the target's most likely token instead of the text's own.
     """
 
     def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, fused_layers: list[int] | None = None,
                  steps: int = 3, decay: float = 0.8, norm_before_residual: bool = False, fc_norm: bool = False,
-                 norm_output: bool = False, depth: int = 5) -> None:
-        super().__init__(shape, steps, draft_vocabulary, decay, depth)
+                 norm_output: bool = False, depth: int = 5, tree: list[list[int]] | str | None = None,
+                 greedy_labels: bool = False) -> None:
+        super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         size, count = shape.hidden_size, shape.num_layers
         layers = fused_layers if fused_layers is not None else sorted({2 % count, count // 2, max(count - 3, 0)})
         if not layers or min(layers) < 0 or max(layers) >= count:
             raise ValueError(f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}")
         self.fused_layers = layers
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
+        self.greedy_labels = greedy_labels
         self.fc = nn.Linear(len(layers) * size, size, bias=False)
         self.fc_norm = nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in layers) if fc_norm else None
         self.input_layernorm, self.hidden_norm, self.norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(3))
@@ -64,6 +69,18 @@ class Eagle3(FeatureDrafter):
         every = torch.arange(self.shape.vocab_size, device=target.device)
         rows = every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
         self.lm_head.weight.copy_(target.lm_head_rows(rows))
+        weight = target_weight(target, "norm")
+        if weight is not None:
+            self.norm.weight.copy_(weight)
+
+    def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
+        """Draft vocabulary indices [M,J] of the text's tokens, or of the target's most likely ones."""
+        if not self.greedy_labels:
+            return super().labels(batch, target, rows)
+        unique, index = rows.flat_MK1[:, 1:].unique(return_inverse=True)
+        final_UH = batch.states["final"].flatten(0, 1)[unique]
+        likely = draft_labels(greedy_tokens(target.logits, final_UH, self.shape.vocab_size), self.vocabulary_D)
+        return likely[index].masked_fill(~rows.valid_MK, IGNORED)
 
     @property
     def feature_states(self) -> tuple[StateName, ...]:

@@ -26,6 +26,7 @@ from modules.core.learned import LearnedDrafter, rows_at
 from modules.core.losses import TrainingRows
 from modules.core.trainable import TargetShape
 from modules.trees.dynamic import ThresholdTree
+from modules.trees.paths import Path
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -59,17 +60,22 @@ class FeatureDrafter(LearnedDrafter):
         draft_vocabulary: how many token ids can be drafted; None for all.
         decay: step j weighs decay^j.
         depth: levels of its default tree, `ThresholdTree`.
+        tree: fixed paths instead of that tree, given in full or by name; an optimised tree is `steps` deep.
     """
 
     soft_labels: bool = True
     first_exponent: ClassVar[int] = 0
     layer: DecoderLayer
 
-    def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float, depth: int) -> None:
+    def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float, depth: int,
+                 tree: list[Path] | str | None) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         super().__init__(shape, steps, draft_vocabulary, decay)
-        self._builder = ThresholdTree(depth)
+        if tree is None:
+            self._builder = ThresholdTree(depth)
+        else:
+            self.use_static_tree(tree)
 
     # -- what makes a method ----------------------------------------------------------------------------------
 

@@ -35,14 +35,15 @@ class Fspad(Eagle):
         feature_weight, token_weight, noise: as EAGLE's.
         steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
         decay: step j weighs decay^j.
-        depth: levels of its default tree.
+        depth, tree: as EAGLE's.
     """
 
     def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, feature_sampling: bool = True,
                  partial_alignment: bool = True, bias: bool = True, feature_weight: float = 1.0,
-                 token_weight: float = 0.1, noise: float = 0.1, steps: int = 1, decay: float = 0.8, depth: int = 5
-                 ) -> None:
-        super().__init__(shape, draft_vocabulary, bias, feature_weight, token_weight, noise, steps, decay, depth)
+                 token_weight: float = 0.1, noise: float = 0.1, steps: int = 1, decay: float = 0.8, depth: int = 5,
+                 tree: list[list[int]] | str | None = None) -> None:
+        super().__init__(shape, draft_vocabulary, bias, feature_weight, token_weight, noise, steps, decay, depth,
+                         tree)
         size, inner = shape.hidden_size, shape.intermediate_size
         self.feature_sampling, self.partial_alignment = feature_sampling, partial_alignment
         if feature_sampling:

@@ -37,8 +37,8 @@ def optimised_size(tree: list[Path] | str) -> int | None:
     return None if found is None else int(found[1] or len(NARROW))
 
 
-def tree_paths(tree: list[Path] | str, depth: int) -> list[Path]:
-    """The paths of a tree given by name (cut at `depth`) or in full.
+def tree_paths(tree: list[Path] | str, depth: int | None) -> list[Path]:
+    """The paths of a tree given by name (cut at `depth`, if there is one) or in full.
 
     Raises ValueError when there is no tree of that name, or when a path is deeper than `depth`.
     """
@@ -46,8 +46,8 @@ def tree_paths(tree: list[Path] | str, depth: int) -> list[Path]:
         if tree not in NAMED:
             raise ValueError(f"tree {tree!r} is not known: use one of {', '.join(NAMED)}, optimised_N or a list of "
                              "paths")
-        return [path for path in NAMED[tree] if len(path) <= depth]
+        return [path for path in NAMED[tree] if depth is None or len(path) <= depth]
     for path in tree:
-        if len(path) > depth:
+        if depth is not None and len(path) > depth:
             raise ValueError(f"tree path {path} is deeper than the {depth} draft heads: shorten it or add heads")
     return tree

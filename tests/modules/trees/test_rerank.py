@@ -7,7 +7,10 @@ import itertools
 import pytest
 import torch
 
+from modules.core.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.rerank import RerankedTree
+from tests.fakes import ScriptedDrafter, tiny_target
 from tests.modules.trees.test_builders import SHAPE, Table, state
 
 
@@ -76,3 +79,35 @@ def test_every_expanded_row_names_its_parent() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         RerankedTree(0)
+
+
+def test_one_level_is_the_likeliest_tokens_in_order() -> None:
+    drafter = Table(SHAPE)
+    tree = RerankedTree(depth=1, width=4).build(drafter, state(), 4)
+    assert tree.tokens_BN[:, 1:].tolist() == drafter.table[[1, 2]].topk(4).indices.tolist()
+    assert torch.equal(tree.topology.ancestors.sum(-1), tree.topology.depth + 1)
+
+
+class Exact(ScriptedDrafter):
+    """Drafts from the target's own laws."""
+
+    rows: list[list[int]]
+
+    def expand(self, state, frontier):
+        """Laws by the stock model, without a cache; for one sequence."""
+        tokens, parents = frontier.tokens_BW[0].tolist(), frontier.parents_BW[0].tolist()
+        before = list(state.text[0])
+        if frontier.depth == 0:
+            self.rows = []
+        new = [[*(self.rows[parent] if frontier.depth else []), token]
+               for parent, token in zip(parents, tokens, strict=True)]
+        self.rows += new
+        with torch.no_grad():
+            return state.context.target.model(input_ids=torch.tensor([before + row for row in new])).logits[None, :, -1]
+
+
+def test_the_target_as_its_own_drafter_is_accepted_to_the_bottom() -> None:
+    target = tiny_target(seed=3)
+    decoder = SpeculativeDecoder(target, Exact(target.shape), builder=RerankedTree(3, 3), budget=3 + 2 * 9)
+    trace = decoder.decode([[7, 9]], Sampling(), 13)[0]
+    assert trace.accepted == [4, 4, 4] and trace.offered == [3, 3, 3]
