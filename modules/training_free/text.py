@@ -6,6 +6,7 @@ Shape legend: B sequences, T prompt tokens, L capacity, A accepted rows, K draft
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +18,26 @@ from modules.core.target import Target
 from modules.core.trainable import Losses, TargetShape
 from modules.trees.tree import Law, TokenTree, Topology
 
+Item = TypeVar("Item")
+
+
+class PerSequence(list[Item]):
+    """One object per sequence, which leaves the batch with its sequence."""
+
+    def select(self, sequences_S: Tensor) -> PerSequence[Item]:
+        """The objects of these sequences alone."""
+        return PerSequence(self[i] for i in sequences_S.tolist())
+
 
 @dataclass
 class TextState(DraftState):
     """text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token, void behind it."""
 
     text_BL: Tensor
+
+    def texts(self) -> list[list[int]]:
+        """The tokens of each sequence, the newest included."""
+        return [text[:count] for text, count in zip(self.text_BL.tolist(), self.counts_B.tolist(), strict=True)]
 
     @property
     def counts_B(self) -> Tensor:

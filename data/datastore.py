@@ -1,0 +1,54 @@
+"""`python -m data.datastore`: a corpus with a suffix array, for the drafters that retrieve (rest, aded, rasd)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.configfiles import config_parser, parse, run
+from data.conversations import load_conversations, tokenize_all
+from modules.core.loading import load_target
+from modules.training_free.datastore import Datastore
+
+
+def build(output: str, source: str = "embedded", target: str = "smollm2-135m", split: str = "train",
+          limit: int | None = None, max_length: int = 2048) -> None:
+    """Tokenise a data set as the target's prompts are and sort its suffixes.
+
+    Args:
+        output: folder to write.
+        source: embedded, a .jsonl or .parquet file, or a Hub data set.
+        target: Hub id, folder, .gguf file or smollm2-135m, whose tokenizer is used.
+        split: of a Hub data set.
+        limit: conversations read at most.
+        max_length: tokens of one conversation at most.
+
+    Raises:
+        ValueError: nothing to read.
+    """
+    loaded = load_target(target)
+    documents = tokenize_all(load_conversations(source, limit, split), loaded.tokenizer, max_length,
+                             end_ids=loaded.eos_ids)
+    store = Datastore.build([document.input_ids.tolist() for document in documents], loaded.shape.vocab_size)
+    store.save(Path(output))
+    print(f"{len(documents)} documents, {len(store.tokens_M)} tokens: {output}")
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line and build."""
+    parser = config_parser("python -m data.datastore", "Index a data set for drafters that retrieve.")
+    parser.add_function_arguments(build, fail_untyped=True)
+    built = vars(parse(parser, arguments))
+    built.pop("config", None)
+    build(**{key: value for key, value in built.items() if not key.startswith("__")})
+    return 0
+
+
+def main() -> None:
+    """Entry point; exit status 2 after a user's mistake."""
+    sys.exit(run(command, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
