@@ -34,7 +34,8 @@ class Batches:
     Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with its
     checkpoints, so a resumed training goes on with the batch after the last one it trained on. Rows are packed once;
     their order changes with the epoch. Over several ranks each takes every world-th batch; the order is continued
-    from its beginning where the count does not come out even.
+    from its beginning where the count does not come out even. Two ranks of `rows` therefore see, step by step, the
+    rows that one rank of `2 * rows` does, and a training can go on with the one or the other.
 
     Args:
         documents: what to batch.
@@ -99,13 +100,13 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. ValueError: the state is of other data or of another order."""
         if state["order"] != self._fingerprint():
-            raise ValueError("--resume: data.* or the number of processes changed since the checkpoint: restore "
-                             "them, or start a new run with --init_from")
+            raise ValueError("--resume: data.* or data.rows times the number of processes changed since the "
+                             "checkpoint: restore them, or start a new run with --init_from")
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
     def _fingerprint(self) -> str:
         keys = "".join(self.documents[i].key for row in self.packed for i in row)
-        return hashlib.sha256(f"{keys}{self.rows}{self.seed}{self.world}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{keys}{self.rows * self.world}{self.seed}".encode()).hexdigest()[:16]
 
 
 class ConversationData(LightningDataModule):
@@ -172,6 +173,15 @@ class ConversationData(LightningDataModule):
         Raises:
             ValueError: `max_length` beyond the target's context, no usable conversation, or a foreign cache.
         """
+        self.read(target)
+        self._cache = self._open_cache(target, states) if self.features and states else None
+
+    def read(self, target: Target) -> None:
+        """Read and tokenise the data for `target`, of which only tokenizer and context length are used.
+
+        Raises:
+            ValueError: `max_length` beyond the target's context, or no usable conversation.
+        """
         if self.max_length > target.max_positions:
             raise ValueError(f"data.max_length is {self.max_length}, but the context of target {target.name!r} has "
                              f"{target.max_positions} positions: lower it")
@@ -182,7 +192,6 @@ class ConversationData(LightningDataModule):
         else:
             self.documents = found
             self.held_out = self._tokenized(self.validation, self.validation_split, self.max_validation_tokens)
-        self._cache = self._open_cache(target, states) if self.features and states else None
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,37 @@ def _console(bar: RichProgressBar) -> Any:
     return bar.progress.console if bar.progress is not None else bar._console
 
 
+class Terminated(Exception):
+    """SIGTERM ended a training; `last.ckpt` holds all of it."""
+
+
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, at the end of training too."""
+    """Keeps `last.ckpt`, at the end of training and on SIGTERM too.
+
+    A scheduler's SIGTERM to any of the processes ends the training after the batch under way on all of them, with
+    everything saved: one more all-reduce of a flag per batch.
+    """
+
+    _signalled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on SIGTERM is remembered."""
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, *_: Any) -> None:
+        self._signalled = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        """Save when it is time to, and for the last time when the process is to end."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
+            assert self.dirpath is not None
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            raise Terminated(f"stopped by SIGTERM after step {trainer.global_step}, all of it saved: go on with "
+                             "--resume last")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights that training ended on."""

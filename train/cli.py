@@ -20,13 +20,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
+from modules.core.loading import outline
+from train.callbacks import Terminated
+from train.plan import print_plan
 from train.run import CONFIG, Place, Recipe, claim, same_run, train
 
 _LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
-_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite")
+_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan")
 """Flags that are no part of the recipe."""
-_FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite")
+_FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite",
+          "plan")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint")
 _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
 
@@ -82,6 +86,7 @@ def make_parser() -> TrainParser:
     parser.add_argument("--resume", type=str | None, help="`last` or a checkpoint: go on with the same batches")
     parser.add_argument("--init_from", type=str | None, help="run, drafter or Hub id whose weights to start from")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same output")
+    parser.add_argument("--plan", action="store_true", help="print what it needs, refuse what cannot fit, and stop")
     return parser
 
 
@@ -98,9 +103,13 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
         same_run(output / CONFIG, settings, _LASTING)
     if config.init_from is not None:
         read_config(find_folder(config.init_from))
+    return recipe_of(parser, config), Place(output, resume, config.init_from, settings)
+
+
+def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
+    """The recipe that a command line spells out."""
     built = vars(parser.instantiate(config))
-    recipe = Recipe(**{key.name: built[key.name] for key in fields(Recipe)})
-    return recipe, Place(output, resume, config.init_from, settings)
+    return Recipe(**{key.name: built[key.name] for key in fields(Recipe)})
 
 
 def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -118,10 +127,17 @@ def _stem(config: Namespace) -> str:
 def command(arguments: Sequence[str]) -> int:
     """Parse, write the run's config, train, and say where the result is."""
     parser = make_parser()
-    recipe, place = prepare(parser, parse(parser, arguments))
+    config = parse(parser, arguments)
+    if config.plan:
+        print_plan(recipe_of(parser, config), outline(config.target, config.dtype))
+        return 0
+    recipe, place = prepare(parser, config)
     quieten()
     write_config(place)
-    report(train(recipe, place))
+    try:
+        report(train(recipe, place))
+    except Terminated as ended:
+        rank_zero_only(print)(ended)
     return 0
 
 

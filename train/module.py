@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -70,6 +70,10 @@ class TrainableModule(LightningModule):
         self._logged_step = 0
         self.validated_step = -1
         self._random_state: dict[str, Any] | None = None
+        self.optimised: list[nn.Parameter] = []
+        """What the optimiser changes, in its order, however a strategy lays it out afterwards."""
+        self.group_sizes: list[int] = []
+        """How many of them are in each of its groups."""
 
     def setup(self, stage: str) -> None:
         """Put the target on this rank's device."""
@@ -151,6 +155,8 @@ class TrainableModule(LightningModule):
         """AdamW over the declared parameter groups, with the schedule per step."""
         settings = self.settings
         groups = [group for declared in self.trainable.parameter_groups() for group in decay_groups(declared, settings)]
+        self.optimised = [parameter for group in groups for parameter in group["params"]]
+        self.group_sizes = [len(group["params"]) for group in groups]
         optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
 

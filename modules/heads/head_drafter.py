@@ -22,7 +22,7 @@ from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verifi
 from modules.core.layers import DecoderLayer, LayerCache, causal_rows, run_layers
 from modules.core.learned import LearnedDrafter, rows_at
 from modules.core.losses import Head, TrainingRows
-from modules.core.narrow import narrow_linear
+from modules.core.narrow import NarrowLinear
 from modules.core.trainable import TargetShape
 
 if TYPE_CHECKING:
@@ -67,15 +67,14 @@ class HeadDrafter(LearnedDrafter):
 
     def use_own_lm_heads(self, bias: bool) -> None:
         """Give every step a trainable LM head of its own, copied from the target's by `initialise`."""
-        self.lm_heads = nn.ModuleList(nn.Linear(self.shape.hidden_size, self.draft_size, bias)
+        self.lm_heads = nn.ModuleList(NarrowLinear(self.shape.hidden_size, self.draft_size, bias)
                                       for _ in range(self.heads))
 
     def head(self, depth: int, target: Target) -> Head:
         """Features [..., H] of step `depth` -> logits [..., D]: by its own LM head, or by the target's frozen one."""
         if not self.lm_heads:
             return lambda hidden: target.logits(hidden, self.vocabulary_D)
-        own = cast(nn.Linear, self.lm_heads[depth])
-        return lambda hidden: narrow_linear(hidden, own.weight, own.bias)
+        return self.lm_heads[depth]
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:

@@ -1,0 +1,72 @@
+"""The plan's arithmetic, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.configfiles import run as one_line_run
+from modules.heads.medusa import Medusa
+from tests.fakes import tiny_target
+from train.cli import command
+from train.plan import GIB, Size, check_disk, check_fits, measure, memory
+from train.settings import TrainerSettings
+
+TARGET = tiny_target(dtype=torch.float32)
+SIZE = Size(trainable=10 ** 9, frozen=7 * 10 ** 9, target_bytes=2, tokens=2048, steps=3, shape=TARGET.shape, width=128,
+            names=("final",), row=1024)
+
+
+@pytest.mark.parametrize("strategy, precision, expected", [
+    ("auto", "32-true", (4, 4, 8, 0)), ("ddp", "bf16-mixed", (4, 4, 8, 0)), ("auto", "64-true", (8, 8, 16, 0)),
+    ("deepspeed_1", "32-true", (4, 4, 2, 0)), ("deepspeed_2", "bf16-mixed", (2, 0.5, 3, 0)),
+    ("deepspeed_3", "bf16-mixed", (0.5, 0.5, 3, 0)), ("deepspeed_2_offload", "bf16-mixed", (2, 0.5, 0, 3))])
+def test_bytes_per_parameter_on_four_processes(strategy: str, precision: str, expected: tuple[float, ...]) -> None:
+    found = memory(SIZE, strategy, precision, world=4)
+    parts = (found.parameters, found.gradients, found.optimiser, found.host)
+    assert tuple(part / SIZE.trainable for part in parts) == expected
+    assert found.target == 14e9 and found.features == SIZE.tokens * 32 * (2 if "bf16" in precision else 4)
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    settings = TrainerSettings(accelerator="cpu", devices=4, strategy="ddp")
+    room = memory(SIZE, "deepspeed_2", "32-true", 4).total + 1
+    check_fits(SIZE, replace(settings, strategy="deepspeed_2"), room)
+    with pytest.raises(ValueError, match="strategy ddp needs 28.. GiB .* set trainer.strategy deepspeed_2 and"):
+        check_fits(SIZE, settings, room)
+    with pytest.raises(ValueError, match="use a smaller target"):
+        check_fits(SIZE, settings, GIB)
+    tall = replace(SIZE, tokens=10 ** 8, row=64)
+    with pytest.raises(ValueError, match="lower data.rows"):
+        check_fits(tall, settings, memory(SIZE, "ddp", "32-true", 4).total)
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path) -> None:
+    check_disk(10, tmp_path / "not" / "yet")
+    with pytest.raises(ValueError, match="data.features needs .* int8"):
+        check_disk(1e18, tmp_path)
+
+
+def test_parameters_are_counted_without_weights() -> None:
+    with torch.device("meta"):
+        heads = Medusa(TARGET.shape, 2, draft_vocabulary=48)
+    size = measure(heads, TARGET, rows=2, length=64)
+    assert size.trainable == 2 * (32 * 32 + 32 + 48 * 32) and (size.width, size.steps, size.tokens) == (48, 2, 128)
+    assert size.frozen == sum(parameter.numel() for parameter in TARGET.parameters())
+
+
+def test_the_command_prints_and_stops(recipe, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("train.cli.outline", lambda *_: TARGET)
+    arguments = ["--config", str(recipe), "--plan", "--output", str(tmp_path / "run"), "--data.features",
+                 str(tmp_path / "features"), "--data.features_dtype", "int8", "--trainer.devices", "2"]
+    assert command(arguments) == 0
+    said = capsys.readouterr().out
+    for words in ("trainable parameters  5,184", "tokens per step       256", "deepspeed_3_offload", "feature cache",
+                  "* auto"):
+        assert words in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "features").exists()
+    monkeypatch.setattr("train.cli.outline", lambda *_: TARGET)
+    monkeypatch.setattr("train.plan.available", lambda _: 1.0)
+    assert one_line_run(command, arguments) == 2 and "error: trainer.strategy auto needs" in capsys.readouterr().err

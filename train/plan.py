@@ -1,0 +1,201 @@
+"""`python train.py --plan`: what a training needs, by arithmetic, before anything is loaded.
+
+Nothing is measured here. With P trainable parameters, F frozen ones and N processes, AdamW in float32 costs 4P bytes of
+weights, 4P of gradients and 8P of optimiser state per process; DeepSpeed in 16 bits costs 2P, 2P and 12P (with the
+float32 master weights). ZeRO stage 1 divides the optimiser's part by N, stage 2 the gradients too, stage 3 the weights
+too (Rajbhandari et al. 2020, section 3). The target is replicated: F times the bytes of its dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.features import state_bytes
+from modules.core.batches import StateName
+from modules.core.losses import MAX_LOGITS
+from modules.core.trainable import TargetShape, Trainable
+from train.settings import TrainerSettings
+
+GIB = 2 ** 30
+VALUES_PER_STEP = 16
+"""Values of width H that a draft step keeps per token for its backward pass: an estimate, on the high side."""
+ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
+"""What to try, in this order, where a strategy does not fit."""
+_STAGE = re.compile(r"deepspeed_([123])(_offload)?")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the arithmetic starts from.
+
+    trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one process, padding
+    included. steps: draft steps that are trained. width: logits per row. names: states that the loss reads.
+    """
+
+    trainable: int
+    frozen: int
+    target_bytes: int
+    tokens: int
+    steps: int
+    shape: TargetShape
+    width: int
+    names: tuple[StateName, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, and `host`: bytes of its share of the host's memory."""
+
+    target: float
+    parameters: float
+    gradients: float
+    optimiser: float
+    activations: float
+    features: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the device."""
+        return self.target + self.parameters + self.gradients + self.optimiser + self.activations + self.features
+
+
+def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
+    """Bytes per device of one training step."""
+    found = _STAGE.fullmatch(strategy)
+    stage, offload = (int(found[1]), bool(found[2])) if found else (0, False)
+    if precision.startswith("64"):
+        parameters, gradients, optimiser = 8.0, 8.0, 16.0
+    elif found and precision.startswith(("16", "bf16")):
+        parameters, gradients, optimiser = 2.0, 2.0, 12.0
+    else:
+        parameters, gradients, optimiser = 4.0, 4.0, 8.0
+    shares = [world if stage >= least else 1 for least in (3, 2, 1)]
+    each = (parameters, gradients, optimiser)
+    parts = [size.trainable * part / share for part, share in zip(each, shares, strict=True)]
+    value = 2 if precision.startswith(("16", "bf16")) else 4
+    hidden = size.tokens * size.shape.hidden_size
+    logits = 3 * 4 * min(size.tokens * size.width, MAX_LOGITS)
+    running = size.target_bytes * size.tokens * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
+    activations = value * VALUES_PER_STEP * size.steps * hidden + logits + max(running, 4 * size.tokens * size.row)
+    return Memory(size.frozen * size.target_bytes, parts[0], parts[1], 0.0 if offload else parts[2], activations,
+                  value * hidden * len(size.names), parts[2] if offload else 0.0)
+
+
+def measure(trainable: Trainable, target: Any, rows: int, length: int) -> Size:
+    """The size of a component beside its target (either may be on the meta device)."""
+    arguments = trainable.arguments
+    dtype = next(target.parameters()).dtype
+    own = sum(parameter.numel() for parameter in trainable.declared_parameters())
+    return Size(own, sum(parameter.numel() for parameter in target.parameters()), dtype.itemsize, rows * length,
+                int(getattr(trainable, "draft_steps", 1)), target.shape,
+                int(arguments.get("draft_vocabulary") or target.shape.vocab_size), trainable.training_states, length)
+
+
+def processes(settings: TrainerSettings) -> int:
+    """How many take part, as far as it can be told before they start."""
+    devices = settings.devices
+    if devices in ("auto", -1, "-1"):
+        devices = torch.cuda.device_count() if _on_gpu(settings) else 1
+    return int(devices) * settings.num_nodes
+
+
+def _on_gpu(settings: TrainerSettings) -> bool:
+    return settings.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def available(settings: TrainerSettings) -> float:
+    """Bytes for one process: of the GPU, or of its share of the host's free memory."""
+    if _on_gpu(settings):
+        return float(torch.cuda.mem_get_info()[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free / max(1, processes(settings) // settings.num_nodes)
+
+
+def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
+    """Refuse what cannot fit, and name what would.
+
+    Raises:
+        ValueError: more memory than `room` bytes per device is needed.
+    """
+    world = processes(settings)
+    needed = memory(size, settings.strategy, settings.precision, world).total
+    if needed <= room:
+        return
+    tried = [(name, settings.precision) for name in ALTERNATIVES if world > 1 or name.endswith("offload")]
+    tried = [(settings.strategy, "bf16-mixed"), *tried, *((name, "bf16-mixed") for name, _ in tried)]
+    fix = next((f"set trainer.strategy {name} and trainer.precision {precision}" for name, precision in tried
+                if memory(size, name, precision, world).total <= room), None)
+    smaller = replace(size, tokens=size.row)
+    if fix is None and memory(smaller, settings.strategy, settings.precision, world).total <= room:
+        fix = "lower data.rows and raise trainer.accumulate_grad_batches"
+    fix = fix or "use a smaller target, or a 16-bit dtype for it"
+    raise ValueError(f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
+                     f"{room / GIB:.1f} are free: {fix}")
+
+
+def check_disk(needed: float, folder: Path) -> None:
+    """ValueError where a feature cache of so many bytes does not fit on the disk of `folder`."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(f"data.features needs {needed / GIB:.2f} GiB in {str(folder)!r} and {free / GIB:.2f} are "
+                         "free: set data.features_dtype int8, lower data.max_response_tokens, or set no data.features")
+
+
+def described(size: Size, settings: TrainerSettings, room: float) -> list[str]:
+    """The plan as lines of text."""
+    world = processes(settings)
+    lines = [f"trainable parameters  {size.trainable:,}", f"frozen parameters     {size.frozen:,}",
+             f"processes             {world}",
+             f"tokens per step       {size.tokens * world * settings.accumulate_grad_batches:,} (padding included)",
+             f"free per device       {room / GIB:.2f} GiB", "",
+             f"GiB per device, {settings.precision}, by arithmetic:",
+             f"  {'strategy':<20} target  weights  gradients  optimiser  activations  features   total  host"]
+    for name in dict.fromkeys((settings.strategy, "deepspeed_1", *ALTERNATIVES)):
+        each = memory(size, name, settings.precision, world)
+        chosen = "*" if name == settings.strategy else " "
+        lines.append(f"{chosen} {name:<20} {each.target / GIB:6.2f}  {each.parameters / GIB:7.2f}  "
+                     f"{each.gradients / GIB:9.2f}  {each.optimiser / GIB:9.2f}  {each.activations / GIB:11.2f}  "
+                     f"{each.features / GIB:8.2f}  {each.total / GIB:6.2f}  {each.host / GIB:4.2f}")
+    return lines
+
+
+def cache_bytes(tokens: int, size: Size, dtype: str) -> float:
+    """Disk for the states of so many tokens."""
+    return float(tokens * len(size.names) * state_bytes(size.shape.hidden_size, dtype))
+
+
+def print_plan(recipe: Any, target: Any) -> None:
+    """Print what a recipe needs, and refuse what does not fit.
+
+    Raises:
+        ValueError: too little memory or disk, with the fix.
+    """
+    data, settings = recipe.data, recipe.trainer
+    with torch.device("meta"):
+        trainable = recipe.drafter(target.shape)
+    size, room = measure(trainable, target, data.rows, data.max_length), available(settings)
+    lines = described(size, settings, room)
+    if data.features is not None and not trainable.online:
+        disk = _cache_disk(data, target, size)
+        lines += ["", f"feature cache         {disk / GIB:.2f} GiB ({data.features_dtype}), less what is there already"]
+    print("\n".join(lines))
+    check_fits(size, settings, room)
+    if data.features is not None and not trainable.online:
+        check_disk(disk, Path(data.features.split("{")[0]))
+
+
+def _cache_disk(data: Any, target: Any, size: Size) -> float:
+    data.read(target)
+    documents: Sequence[Any] = [*data.documents, *data.held_out]
+    return cache_bytes(sum(map(len, documents)), size, data.features_dtype)
