@@ -252,7 +252,7 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
 def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
     decoder = construct(method.decoder or {}, f"methods: {label}", target)
     return Row(label, decoder, target, sampling, "", getattr(decoder, "claims_lossless", True),
-               getattr(decoder, "engine", "slipstream"))
+               getattr(decoder, "engine", "slipstream"), quality=getattr(decoder, "quality", {}))
 
 
 def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
@@ -300,10 +300,24 @@ def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter"
     Raises:
         ValueError: nothing there, another target's drafter, or a component that does not draft.
     """
-    found = load_pretrained(source, target) if isinstance(source, str) else construct(source, where, target.shape)
+    if isinstance(source, str):
+        found = load_pretrained(source, target)
+    else:
+        found = construct(_with_partner(source, target, where), where, target.shape)
     if not isinstance(found, Drafter):
         raise ValueError(f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter")
     return found.to(target.device, target.dtype).eval()
+
+
+def _with_partner(source: ClassSpec, target: Target, where: str) -> ClassSpec:
+    """The spec with the drafter that `init_args.partner` names in place of its name (RASD)."""
+    arguments = dict(source.get("init_args") or {})
+    if arguments.get("partner") is None:
+        return source
+    partner = load_drafter(arguments["partner"], target, f"{where}: partner")
+    if partner.adapt(target) is not target:
+        raise ValueError(f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not")
+    return {**source, "init_args": {**arguments, "partner": partner}}
 
 
 def builder_name(drafter: Drafter, builder: TreeBuilder | None) -> str:

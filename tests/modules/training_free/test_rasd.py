@@ -1,0 +1,87 @@
+"""RASD: pruning by a drafter's law, fusion, and that it changes no token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from modules.core.drafter import Context, Drafter, Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.heads.medusa import Medusa
+from modules.training_free.rasd import Opinion, Overheard, Rasd, as_trie, matches, prune
+from modules.trees.paths import NARROW
+from modules.trees.static import StaticTree
+from tests.fakes import ScriptedDrafter, tiny_target
+
+TARGET = tiny_target()
+PROMPTS = [[7, 8, 9, 7, 8], [20, 30], [40, 41, 42, 40, 41, 42, 40]]
+
+
+def partner() -> Drafter:
+    torch.manual_seed(0)
+    drafter = Medusa(TARGET.shape, heads=3)
+    drafter.initialise(TARGET)
+    return drafter.to(TARGET.dtype).eval()
+
+
+def paths(tree, sequence: int = 0) -> set[tuple[int, ...]]:
+    trie = as_trie(tree, sequence)
+    return {tuple(trie.path(node)) for node in range(1, len(trie))}
+
+
+def test_every_match_is_read() -> None:
+    assert matches(np.array([1, 2, 3, 1, 2, 4, 1, 2]), 3, 3).tolist() == [[3, 1, 2], [4, 1, 2]]
+    assert matches(np.array([5, 1, 5]), 3, 3).tolist() == [[1, 5, -1]] and not matches(np.array([1, 2]), 3, 3).size
+
+
+def test_pruning() -> None:
+    opinion = Opinion([9, 1], [-1, 0], torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]]), None)
+    found = [([2], 3), ([1], 2), ([0], 1), ([1, 0], 1), ([1, 2], 1), ([1, 0, 2], 1)]
+    assert prune(found, opinion, 1, 1.0) == [[1], [1, 0], [1, 0, 2]]
+    assert sorted(prune(found, opinion, 3, 0.0)) == sorted(path for path, _ in found)
+    assert prune(found, None, 1, 1.0)[0] == [2] and len(prune(found, None, 1, 1.0)) == len(found)
+    trimmed = Opinion([9], [-1], torch.tensor([[0.9, 0.1]]), torch.tensor([5, 6]))
+    assert trimmed.judge([6], 1, 0.5) is None and trimmed.judge([7], 1, 0.5) == 1.0
+
+
+def test_fusion_is_the_union_of_both_halves() -> None:
+    text = torch.tensor([[7, 8, 9, 10, 7]])
+    context = Context(TARGET, text, torch.tensor([5]), torch.tensor([8]),
+                      prompt_states(text))
+    drafter = partner()
+    alone = paths(StaticTree(NARROW).build(drafter, drafter.start(context), 7))
+    fused = Rasd(TARGET.shape, drafter, top=128, least=0.0, retrieved=3, tokens=10)
+    retrieval = Rasd(TARGET.shape, tokens=10)
+    both, retrieved = (paths(one.propose(one.start(context), 10)) for one in (fused, retrieval))
+    assert retrieved == {(9,), (9, 10), (9, 10, 7), (9, 10, 7, 8)}
+    assert alone < both and len(both) == 10 and both - alone <= retrieved
+
+
+def prompt_states(text: torch.Tensor) -> dict:
+    drafter = partner()
+    TARGET.open(1, 64)
+    return TARGET.prefill(text, torch.tensor([text.shape[1]]), drafter.decoding_states)[1]
+
+
+def test_nothing_retrieved_is_the_partner_alone() -> None:
+    text = torch.tensor([[7, 8, 9, 10]])
+    context = Context(TARGET, text, torch.tensor([4]), torch.tensor([11]), prompt_states(text))
+    drafter = partner()
+    fused = Rasd(TARGET.shape, drafter, retrieved=3, tokens=10)
+    assert paths(fused.propose(fused.start(context), 10)) == paths(drafter.propose(drafter.start(context), 7))
+    heard = Overheard(drafter)
+    drafter.builder.build(heard, drafter.start(context), 7)  # type: ignore[arg-type]
+    assert heard.opinion(0).laws_WD is not None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["retrieval", "medusa", "script"])
+def test_greedy_output_is_the_targets_own(name: str, count: int) -> None:
+    with_partner = {"retrieval": None, "medusa": partner(), "script": ScriptedDrafter(TARGET.shape, 0.6, decoys=1)}
+    plain = SpeculativeDecoder(TARGET).decode(PROMPTS[:count], Sampling(), 30)
+    drafter = Rasd(TARGET.shape, with_partner[name], tokens=12)
+    drafted = SpeculativeDecoder(TARGET, drafter).decode(PROMPTS[:count], Sampling(), 30)
+    assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
+    if name == "script":
+        assert len(drafted[0].accepted) < len(plain[0].accepted)
