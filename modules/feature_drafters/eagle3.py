@@ -65,13 +65,23 @@ class Eagle3(FeatureDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """The draft head starts from the target's rows, the final norm from the target's."""
+        """Start as the target goes on from the last fused state: fusion passes it through, the draft head and the norm
+        before it are the target's, and so is, where it is of its kind, the layer's half that reads features."""
         every = torch.arange(self.shape.vocab_size, device=target.device)
         rows = every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
         self.lm_head.weight.copy_(target.lm_head_rows(rows))
-        weight = target_weight(target, "norm")
-        if weight is not None:
-            self.norm.weight.copy_(weight)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.eye_(self.fc.weight[:, -self.shape.hidden_size:])
+        norm = target_weight(target, "norm")
+        if norm is not None:
+            self.norm.weight.copy_(norm)
+        last = DecoderLayer(self.shape)
+        if last.copy_from(target):
+            assert last.input_layernorm is not None
+            self.hidden_norm.weight.copy_(last.input_layernorm.weight)
+            theirs = last.state_dict()
+            for name, weight in self.layer.state_dict().items():
+                weight[..., -theirs[name].shape[-1]:].copy_(theirs[name])
 
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,J] of the text's tokens, or of the target's most likely ones."""

@@ -122,3 +122,15 @@ def test_the_fused_layers_are_low_middle_and_high_by_default() -> None:
 def test_the_draft_head_starts_as_the_targets_rows() -> None:
     drafter = built("eagle3", TARGET)
     torch.testing.assert_close(drafter.lm_head.weight, TARGET.lm_head_rows(drafter.vocabulary_D))
+
+
+@torch.no_grad()
+def test_eagle3_starts_where_the_targets_last_layer_does() -> None:
+    """Deaf to the token, it repeats the law that the target drew the token from."""
+    drafter, batch = Eagle3(TARGET.shape, fused_layers=[0, 1], steps=1).double(), tiny_batch(TARGET)
+    drafter.initialise(TARGET)
+    for projection in (drafter.attention.q_proj, drafter.attention.k_proj, drafter.attention.v_proj):
+        projection.weight[:, :TARGET.shape.hidden_size] = 0
+    rows = training_rows(filled(batch, drafter, TARGET), 1)
+    feature, _ = next(iter(drafter.unrolled(batch, TARGET, rows)))
+    torch.testing.assert_close(feature, rows.take(batch.states["final"]), atol=1e-5, rtol=0)
