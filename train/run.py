@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_call
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
 from train.strategy import strategy_named
+
+logger = logging.getLogger(__name__)
 
 LIGHTNING, CHECKPOINTS, DRAFTER, CONFIG = "lightning", "lightning/checkpoints", "drafter", "config.yaml"
 
@@ -243,15 +247,10 @@ def restored(trainable: Trainable, checkpoint: Path) -> Trainable:
 
 
 def component_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The component's tensors in a Lightning checkpoint: a file, or DeepSpeed's folder of shards."""
-    if checkpoint.is_dir():
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
-    else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    assert state is not None
+    """The component's tensors in a Lightning checkpoint."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "trainable."
-    return {name[name.index(prefix) + len(prefix):]: tensor for name, tensor in state.items() if prefix in name}
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 # -- where a run lives --------------------------------------------------------------------------------------------
@@ -275,12 +274,25 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Path | None:
 
 
 def resume_point(output: Path, resume: str) -> Path:
-    """The checkpoint that `--resume` means: `last` of this output, or a path."""
-    path = output / CHECKPOINTS / "last.ckpt" if resume == "last" else Path(resume)
-    if not path.exists():
-        raise ValueError(f"--resume {resume}: {path} does not exist: start without --resume, or name the run's "
-                         "--output")
-    return path
+    """The checkpoint that `--resume` means: the last whole one of this output, or a path."""
+    folder = output / CHECKPOINTS
+    paths = [folder / "last.ckpt", folder / "best.ckpt"] if resume == "last" else [Path(resume)]
+    for path in paths:
+        if zipfile.is_zipfile(path):
+            return path
+        if path.exists():
+            logger.warning("%s is not a whole checkpoint: skipped", path)
+    raise ValueError(f"--resume {resume}: {paths[0]} does not exist or is not whole: start without --resume, or name "
+                     "the run's --output")
+
+
+def _lasting(section: Any) -> Any:
+    """A section without what may change: rows per process (the batches check their product with the processes), where
+    states are cached, and who prepares batches."""
+    if not isinstance(section, Mapping) or "init_args" not in section:
+        return section
+    free = ("rows", "workers", "features", "features_dtype")
+    return {**section, "init_args": {k: v for k, v in section["init_args"].items() if k not in free}}
 
 
 def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -289,6 +301,6 @@ def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> No
         raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     for key in keys:
-        if saved.get(key) != settings.get(key):
+        if _lasting(saved.get(key)) != _lasting(settings.get(key)):
             raise ValueError(f"--resume: {key} is {settings.get(key)!r}, but the run was begun with "
                              f"{saved.get(key)!r}: restore it, or start a new run (--init_from takes the weights)")

@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from modules.core.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from tests.fakes import tiny_target
 from train.cli import command, make_parser
+from train.run import resume_point
+from train.settings import TrainerSettings
 
 
 def run(recipe, output, *more):
@@ -67,6 +71,44 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny, recipe, tmp_path, m
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
+class Ask(Callback):
+    """Asks the process to end during a step, as a scheduler does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_ends_with_status_0(tiny, recipe, tmp_path, monkeypatch, capsys):
+    flags = ["--checkpoint.every_n_steps", "100"]
+    run(recipe, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run.RunProgress", Ask)
+        assert run(recipe, tmp_path / "asked", *flags) == 0
+    assert "stopped by SIGTERM after step 4" in capsys.readouterr().out
+    assert not (tmp_path / "asked" / "drafter").exists()
+    (tmp_path / "asked" / "lightning" / "checkpoints" / "best.ckpt").write_bytes(b"torn")
+    run(recipe, tmp_path / "asked", "--resume", "last", *flags)
+    unbroken, resumed = weights(tmp_path / "whole"), weights(tmp_path / "asked")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_a_torn_checkpoint_is_skipped_and_said_so(tmp_path, caplog):
+    folder = tmp_path / "lightning" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").mkdir()
+    torch.save({}, folder / "best.ckpt")
+    assert resume_point(tmp_path, "last") == folder / "best.ckpt" and "not a whole checkpoint" in caplog.text
+    (folder / "best.ckpt").write_bytes((folder / "best.ckpt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="--resume last: .* does not exist or is not whole"):
+        resume_point(tmp_path, "last")
+
+
+def test_deepspeed_refuses_to_clip_by_value():
+    with pytest.raises(ValueError, match="gradient_clip_algorithm is value, but DeepSpeed clips by norm only"):
+        TrainerSettings(strategy="deepspeed_2", gradient_clip_algorithm="value")
+
+
 def test_the_best_weights_are_exported_with_their_own_figures(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "best", "--optimizer.lr", "5", "--trainer.gradient_clip_val", "0")
     found = json.loads((tmp_path / "best" / "drafter" / "provenance.json").read_text())["measured"]
@@ -114,7 +156,7 @@ def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
     (["--data.train", "none.jsonl"], "none.jsonl.* does not exist"),
     (["--optimizer.lr", "0"], "optimizer.lr must be above 0"),
     (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
-    (["--resume", "last"], "last.ckpt does not exist"),
+    (["--resume", "last"], "last.ckpt does not exist or is not whole"),
     (["--init_from", "/none"], "'/none' does not exist"),
     (["--trainer.strategy", "magic"], "trainer: .*'magic'"),
     (["--trainer.precision", "7"], "trainer: Precision '7' is invalid"),
