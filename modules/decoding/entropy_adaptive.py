@@ -1,0 +1,104 @@
+"""Entropy adaptive decoding: a small and a large model take turns, as the next token's entropy asks (Simonds 2025,
+arXiv 2502.06833). Lossy: nothing is verified.
+
+Shape legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from modules.core.drafter import Sampling
+from modules.core.kv_cache import SlotCache
+from modules.core.loading import load_target
+from modules.core.target import Target
+from modules.decoding.clock import Clock
+from modules.decoding.loop import Trace
+from modules.decoding.rules import Draws
+
+
+def entropy_bits(logits_V: Tensor) -> float:
+    """Entropy of the unwarped law, in bits (float32)."""
+    log_V = logits_V.float().log_softmax(-1)
+    return float(-(log_V.exp() * log_V).sum()) / math.log(2)
+
+
+class EntropyAdaptive:
+    """The large model begins; after at least `shortest_run` tokens the mean entropy of the last `window` ones decides
+    who goes on. A model that comes in first reads what the other wrote.
+
+    Args:
+        large: the target, whose text is approximated.
+        small: a smaller model of the same tokenizer: Hub id or folder, or the loaded target.
+        threshold: bits; above it the large model writes.
+        window: entropies averaged. shortest_run: tokens between two changes at least.
+    """
+
+    name = "entropy_adaptive"
+    claims_lossless: ClassVar[bool] = False
+
+    def __init__(self, large: Target, small: str | Target, threshold: float = 1.0, window: int = 5,
+                 shortest_run: int = 10) -> None:
+        if min(window, shortest_run) < 1:
+            raise ValueError(f"window and shortest_run must be at least 1, got {window} and {shortest_run}")
+        other = small if isinstance(small, Target) else load_target(small, str(large.dtype).removeprefix("torch."),
+                                                                    str(large.device))
+        if other.shape.vocab_size != large.shape.vocab_size:
+            raise ValueError(f"small has {other.shape.vocab_size} tokens, the target {large.shape.vocab_size}: give a "
+                             "model of the same tokenizer")
+        self.large, self.small = large, other
+        self.threshold, self.window, self.shortest_run = threshold, window, shortest_run
+        self.written = {"large": 0, "small": 0}
+        self.quality: dict[str, float] = {}
+        """Share of all tokens so far that the large model wrote (`large_share`)."""
+
+    @torch.no_grad()
+    def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
+        """Continue one prompt; `drafted` tells the tokens that the small model wrote.
+
+        Raises:
+            ValueError: several prompts at once.
+        """
+        if len(prompts) != 1:
+            raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
+        trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
+        draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])
+        caches = [self._opened(model, len(prompts[0]) + limit) for model in (self.large, self.small)]
+        small, run, entropies = False, 0, deque[float](maxlen=self.window)
+        while len(trace.ids) < limit and not (trace.ids and trace.ids[-1] in self.large.eos_ids):
+            with clock.phase("verify" if trace.ids else "prefill"):
+                model = self.small if small else self.large
+                model.cache = caches[small]
+                logits_V = self._read(model, [*prompts[0], *trace.ids])
+                trace.ids.append(int(draws.choose(logits_V[None, None])))
+            if len(trace.ids) == 1:
+                trace.time_to_first_token = clock.elapsed()
+            trace.drafted.append(small)
+            entropies.append(entropy_bits(logits_V))
+            run += 1
+            wanted = sum(entropies) / len(entropies) <= self.threshold
+            if run >= self.shortest_run and wanted != small:
+                small, run = wanted, 0
+        trace.seconds = clock.snapshot()
+        self._count(trace)
+        return [trace]
+
+    def _opened(self, model: Target, capacity: int) -> SlotCache | None:
+        model.open(1, capacity)
+        return model.cache
+
+    def _read(self, model: Target, text: list[int]) -> Tensor:
+        """Logits [V] behind the text, of which only what the model has not seen is read."""
+        assert model.cache is not None
+        unseen = torch.tensor([text[model.cache.lengths[0]:]], device=model.device)
+        return model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))[0][0]
+
+    def _count(self, trace: Trace) -> None:
+        self.written["small"] += sum(trace.drafted)
+        self.written["large"] += len(trace.ids) - sum(trace.drafted)
+        self.quality["large_share"] = self.written["large"] / sum(self.written.values())
