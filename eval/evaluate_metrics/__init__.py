@@ -1,0 +1,1 @@
+"""Metrics of this project as Hugging Face `evaluate` modules, one folder each."""

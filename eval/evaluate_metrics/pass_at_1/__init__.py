@@ -1,0 +1,1 @@
+"""The metric `pass_at_1`: load it with `evaluate.load` and this folder's path."""

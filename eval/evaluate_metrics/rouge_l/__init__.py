@@ -1,0 +1,1 @@
+"""The metric `rouge_l`: load it with `evaluate.load` and this folder's path."""
