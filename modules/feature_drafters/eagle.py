@@ -52,10 +52,18 @@ class Eagle(FeatureDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Pass features through at first, and start the layer from the target's last, where it is of its kind."""
+        """Pass features through at first: fusion keeps them and the layer adds nothing. What the layer looks at starts
+        as in the target's last, where it is of its kind."""
         size = self.shape.hidden_size
         nn.init.eye_(self.fc.weight[:, size:])
+        self.start_layer(target)
+
+    def start_layer(self, target: Target) -> None:
+        """The target's last layer, without what it adds: that layer writes at the scale of states before the norm."""
         self.layer.copy_from(target)
+        assert self.layer.mlp is not None
+        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.layer.mlp.down_proj.weight)
 
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
         """The target's final states."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,16 +53,14 @@ class Fspad(Eagle):
         if partial_alignment:
             self.layer = DecoderLayer(shape, input_norm=False, output_width=2)
 
-    @torch.no_grad()
-    def initialise(self, target: Target) -> None:
-        """As EAGLE; both halves of a split output start as the target's."""
-        super().initialise(target)
-        if self.partial_alignment:
-            single = DecoderLayer(self.shape, input_norm=False)
-            if single.copy_from(target):
-                assert single.mlp is not None
-                twice = torch.cat([single.mlp.down_proj.weight] * 2)
-                self.layer.load_state_dict({**single.state_dict(), "mlp.down_proj.weight": twice})
+    def start_layer(self, target: Target) -> None:
+        """As EAGLE; a layer with a split output takes what a plain one would, and both its halves add nothing."""
+        super().start_layer(target)
+        plain = DecoderLayer(self.shape, input_norm=False)
+        if self.partial_alignment and plain.copy_from(target):
+            kept = {name: weight for name, weight in plain.state_dict().items() if "o_proj" not in name}
+            del kept["mlp.down_proj.weight"]
+            self.layer.load_state_dict(kept, strict=False)
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """The fused vector, twice."""
