@@ -123,3 +123,20 @@ def test_wrong_sizes_are_refused():
     for wrong in (lambda: ThresholdTree(0), lambda: SampledChain(0)):
         with pytest.raises(ValueError, match="at least 1"):
             wrong()
+
+
+@pytest.mark.parametrize("budget", [2, 3, 5])
+def test_a_batch_of_dynamic_trees_is_no_wider_than_its_budget(budget):
+    """Sequences keep different nodes, and one column for each would overflow the cache that the budget promised."""
+    drafter = Table(SHAPE)
+    builder = ThresholdTree(depth=4, width=3, top_p=0.95, ratio=0.01)
+    tree = builder.build(drafter, state(batch=6), budget)
+    assert tree.size <= budget + 1
+    for b in range(6):
+        alone = state(batch=6)
+        for name in ("newest_B", "lengths_B"):
+            setattr(alone, name, getattr(alone, name)[b:b + 1])
+        one = builder.build(drafter, alone, budget)
+        real = tree.acceptable_BN[b]
+        assert tree.tokens_BN[b][real].tolist() == one.tokens_BN[0].tolist()
+        assert tree.parents_BN[b][real].tolist() == one.parents_BN[0].tolist()
