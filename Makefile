@@ -13,8 +13,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-BENCH := medusa clover clover2
-MEASURE = $(RUN) eval.py --config eval/spec_bench.yaml --prompts $(DATA) --limit 3 --resume --drafters $(BENCH:%=runs/bench/%)
+BENCH := medusa clover clover2 eagle eagle3
+MEASURE = $(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: demo test lint bench require-data clean
