@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,11 +117,13 @@ def use_narrow_linears(model: nn.Module) -> None:
 
 
 def _available_memory() -> int:
-    """Bytes free on this machine; without limit where the system does not say."""
+    """Bytes that can be had on this machine, reclaimable caches included; without limit where the system does not say."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
         return 1 << 62
+    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return 1 << 62 if found is None else int(found.split()[1]) * 1024
 
 
 # -- norms ------------------------------------------------------------------------------------------------------
