@@ -117,7 +117,7 @@ def use_narrow_linears(model: nn.Module) -> None:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had on this machine, reclaimable caches included; without limit where the system does not say."""
+    """Bytes that can be had here, reclaimable caches included; without limit where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
