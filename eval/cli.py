@@ -13,9 +13,10 @@ from rich.console import Console
 from transformers.utils import logging
 
 from data.configfiles import parse, run
+from eval.compare import comparison_lines, comparison_table
 from eval.evaluation import Evaluation, evaluate
 from eval.methods import Method
-from eval.report import comparison_table, failures, load_report
+from eval.report import failures, load_report
 
 NOT_LOSSLESS = 1
 """Exit status when a method that promises the autoregressive row's tokens gave others."""
@@ -29,7 +30,7 @@ def make_parser() -> ArgumentParser:
     """The parser of `python eval.py`: the keys of `Evaluation`, and the flags of one run."""
     parser = ArgumentParser(prog="python eval.py", usage=_USAGE, exit_on_error=False, description=(
         "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, 1 when a lossless "
-        "method was not, 2 for a mistake in what was asked."))
+        "method was not (with --compare: in the second report), 2 for a mistake in what was asked."))
     parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
     parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
     parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")
@@ -62,12 +63,21 @@ def command(arguments: Sequence[str]) -> int:
     settings = parse(make_parser(), arguments)
     quieten()
     if settings.compare:
-        Console().print(comparison_table(*map(load_report, settings.compare)))
-        return 0
+        return compare(*settings.compare)
     configs = [str(path) for path in settings.config or []]
     name = Path(configs[-1]).stem if configs else "evaluation"
     report = evaluate(read(settings), Path(settings.output or Path("runs/eval") / name), settings.resume)
     return NOT_LOSSLESS if failures(report) else 0
+
+
+def compare(left: str, right: str) -> int:
+    """Print what changed from one report to the other; the exit status tells of the second."""
+    before, after = load_report(left), load_report(right)
+    console = Console()
+    console.print(comparison_table(before, after))
+    for line in comparison_lines(before, after):
+        console.print(line, highlight=False, markup=False)
+    return NOT_LOSSLESS if failures(after) else 0
 
 
 def quieten() -> None:

@@ -97,12 +97,27 @@ def bootstrap_interval(method: Sequence[Speed], baseline: Sequence[Speed], sampl
     if len(method) < 2:
         return None
     method_P2, baseline_P2 = np.asarray(method, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
-    drawn_SP = np.random.default_rng(seed).integers(len(method), size=(samples, len(method)))
-    ratios_S = _rates(method_P2, drawn_SP) / _rates(baseline_P2, drawn_SP)
-    ratios_S = ratios_S[np.isfinite(ratios_S)]
-    if not len(ratios_S):
+    drawn_SP = _draws(len(method), samples, seed)
+    return _quantiles(_rates(method_P2, drawn_SP) / _rates(baseline_P2, drawn_SP), level)
+
+
+def rate_interval(speeds: Sequence[Speed], samples: int = 2000, seed: int = 0, level: float = 0.95
+                  ) -> tuple[float, float] | None:
+    """Percentile bootstrap of a pooled rate over prompts: of tokens per second, or of τ when `seconds` counts calls."""
+    if len(speeds) < 2:
         return None
-    low, high = np.quantile(ratios_S, [(1 - level) / 2, (1 + level) / 2])
+    return _quantiles(_rates(np.asarray(speeds, dtype=np.float64), _draws(len(speeds), samples, seed)), level)
+
+
+def _draws(prompts: int, samples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(prompts, size=(samples, prompts))
+
+
+def _quantiles(values_S: Floats, level: float) -> tuple[float, float] | None:
+    finite_S = values_S[np.isfinite(values_S)]
+    if not len(finite_S):
+        return None
+    low, high = np.quantile(finite_S, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -18,6 +18,9 @@ from eval.summary import Summary
 from modules.core.target import Target
 
 SCHEMA = 1
+_REPORT_KEYS = ("environment", "targets", "settings", "methods")
+_METHOD_KEYS = ("name", "target", "temperature", "batch_size", "prompts", "claims_lossless", "lossless", "speedup",
+                "mean_accepted_tokens", "tokens_per_second", "quality")
 Figures = Mapping[str, Any]
 
 
@@ -64,8 +67,21 @@ def load_report(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"report {str(path)!r} is not JSON ({error.msg}): give a report.json") from error
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"report {str(path)!r} has schema {schema}, only {SCHEMA} can be read")
+        raise ValueError(f"report {str(path)!r} has schema {schema}, only {SCHEMA} can be read: give a report.json "
+                         "that eval.py wrote")
+    _check_whole(report, path)
     return report
+
+
+def _check_whole(report: Mapping[str, Any], path: Path) -> None:
+    """Refuse a report that lacks what every reader of schema 1 may count on."""
+    missing = [key for key in _REPORT_KEYS if key not in report]
+    if not missing and not report["methods"]:
+        missing = ["methods"]
+    for number, method in enumerate(report.get("methods") or (), 1):
+        missing += [f"methods[{number}].{key}" for key in _METHOD_KEYS if key not in method]
+    if missing:
+        raise ValueError(f"report {str(path)!r} has no `{missing[0]}`: it is not whole, measure it again")
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:
@@ -93,12 +109,18 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 def lossless(method: Figures) -> str:
     """What was seen: all identical (ties counted), or how many were not; sampled rows cannot be compared."""
+    word = lossless_word(method)
+    if word == "sampled":
+        return word
+    ties = f", {method['tie_divergences']} ties" if method["tie_divergences"] else ""
+    return f"{word} ({method['identical_outputs']}/{method['prompts']}{ties})"
+
+
+def lossless_word(method: Figures) -> str:
+    """`yes`, `NO` for a broken promise, `lossy` where none was given, `sampled` where tokens cannot be compared."""
     if method["lossless"] is None:
         return "sampled"
-    ties = f", {method['tie_divergences']} ties" if method["tie_divergences"] else ""
-    if method["lossless"]:
-        return f"yes ({method['identical_outputs']}/{method['prompts']}{ties})"
-    return f"{'NO' if method['claims_lossless'] else 'lossy'} ({method['identical_outputs']}/{method['prompts']}{ties})"
+    return "yes" if method["lossless"] else "NO" if method["claims_lossless"] else "lossy"
 
 
 COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
@@ -115,10 +137,19 @@ def cells(method: Figures) -> list[str]:
 
 
 def noise_lines(report: Mapping[str, Any]) -> list[str]:
-    """How far the two runs of each baseline differ: what no smaller difference can mean anything against."""
+    """How far the two runs of each baseline differ: what no smaller difference can mean anything against.
+
+    An interval without 1 says that the machine itself changed between neighbouring runs.
+    """
     found = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
-    return [f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval {interval(noise['ci95'])})"
+    return [f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval {interval(noise['ci95'])}"
+            f"{'' if holds_one(noise) else ', which does not hold 1: the machine was not steady, measure again'})"
             for name, noise in found if noise]
+
+
+def holds_one(noise: Mapping[str, Any]) -> bool:
+    """Whether the interval of a baseline against itself contains 1, as it must; True where there is no interval."""
+    return noise["ci95"] is None or noise["ci95"][0] <= 1.0 <= noise["ci95"][1]
 
 
 def caption(report: Mapping[str, Any]) -> str:
@@ -143,36 +174,6 @@ def main_table(report: Mapping[str, Any]) -> Table:
         line = cells(method)
         table.add_row(*(escape(line[index]) for index in shown), style="red" if method["name"] in bad else None)
     return table
-
-
-def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any]) -> Table:
-    """Two reports side by side, by method name. A difference inside either interval is called a tie.
-
-    Raises:
-        ValueError: no method is in both.
-    """
-    others = {method["name"]: method for method in right["methods"]}
-    pairs = [(method, others[method["name"]]) for method in left["methods"] if method["name"] in others]
-    if not pairs:
-        raise ValueError("compare: the two reports have no method in common")
-    table = Table(title="Second report against the first", title_justify="left")
-    for column in ("method", "speedup", "", "verdict", "τ", "", "tokens/s", ""):
-        table.add_column(column, justify="left" if column in ("method", "verdict") else "right")
-    for one, two in pairs:
-        table.add_row(
-            escape(one["name"]), times(one["speedup"]["micro"]), times(two["speedup"]["micro"]),
-            verdict(one["speedup"], two["speedup"]), *(number(each["mean_accepted_tokens"]) for each in (one, two)),
-            *(number(each["tokens_per_second"], 1) for each in (one, two)))
-    return table
-
-
-def verdict(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
-    """Faster or slower, or a tie when the intervals of the two speedups overlap."""
-    if None in (one["ci95"], two["ci95"], one["micro"], two["micro"]):
-        return "unknown"
-    if one["ci95"][0] <= two["ci95"][1] and two["ci95"][0] <= one["ci95"][1]:
-        return "tie"
-    return "faster" if two["micro"] > one["micro"] else "slower"
 
 
 # -- markdown -----------------------------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ def _summary(row: Row, answers: Answers, plain: Answers, records: Sequence[Recor
 METHOD_KEYS = (
     "name", "target", "engine", "builder", "rule", "budget", "temperature", "batch_size", "claims_lossless", "lossless",
     "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens", "seconds", "tokens_per_second",
-    "time_to_first_token", "speedup", "predicted_speedup", "mean_accepted_tokens", "acceptance_by_depth",
-    "conditional_acceptance_by_depth", "accepted_length_histogram", "seconds_by_phase", "peak_memory_bytes",
-    "drafter_parameters", "quality", "by_task")
+    "time_to_first_token", "speedup", "predicted_speedup", "mean_accepted_tokens", "mean_accepted_tokens_ci95",
+    "acceptance_by_depth", "conditional_acceptance_by_depth", "accepted_length_histogram", "seconds_by_phase",
+    "peak_memory_bytes", "drafter_parameters", "quality", "by_task")
 """Keys of a method in `report.json`, schema 1, in order."""
 
 
@@ -136,7 +136,9 @@ def phases(answers: Answers) -> dict[str, float]:
 def _acceptance(answers: Answers) -> dict[str, Any]:
     counts = emitted(answers)
     offered = [depth for answer in answers.values() for depth in answer.trace.offered]
+    per_prompt = [Speed(sum(answer.trace.accepted), len(answer.trace.accepted)) for answer in answers.values()]
     return {"mean_accepted_tokens": metrics.mean_accepted_tokens(counts),
+            "mean_accepted_tokens_ci95": metrics.rate_interval(per_prompt),
             "acceptance_by_depth": metrics.acceptance_by_depth(counts),
             "conditional_acceptance_by_depth": metrics.conditional_acceptance_by_depth(counts, offered),
             "accepted_length_histogram": metrics.accepted_length_histogram(counts)}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
-
 from eval import plots
 from eval.html import Sample, page, shaded
-from eval.report import comparison_table, markdown, verdict
+from eval.report import markdown
 from eval.summary import METHOD_KEYS
 from eval.text import pieces
 from tests.fakes import tiny_tokenizer
@@ -83,13 +81,3 @@ def test_markdown_has_every_method_and_task() -> None:
     text = markdown(report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[])))
     for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b & <c>", "sampled", "yes (3/4, 1 ties)"):
         assert words in text
-
-
-@pytest.mark.parametrize(("one", "two", "expected"), [(1.5, 1.55, "tie"), (1.5, 1.8, "faster"), (1.5, 1.2, "slower")])
-def test_differences_inside_an_interval_are_ties(one: float, two: float, expected: str) -> None:
-    assert verdict(method("m", one)["speedup"], method("m", two)["speedup"]) == expected
-
-
-def test_reports_without_a_common_method_do_not_compare() -> None:
-    with pytest.raises(ValueError, match="no method in common"):
-        comparison_table(report(method("one")), report(method("two")))
