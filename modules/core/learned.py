@@ -168,8 +168,14 @@ class LearnedDrafter(Drafter):
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
         rows = training_rows(batch, self.draft_steps)
-        labels, laws = self.labels(batch, target, rows), self.laws(batch, target, rows)
-        for depth, (feature, carried) in enumerate(self.unrolled(batch, target, rows)):
+        laws = self.laws(batch, target, rows)
+        return self.scored(batch, target, rows, laws, self.unrolled(batch, target, rows))
+
+    def scored(self, batch: TextBatch, target: Target, rows: TrainingRows, laws: Laws | None,
+               outputs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[DraftStep]:
+        """The steps that `unrolled` put out over these rows, held against their labels or laws."""
+        labels = self.labels(batch, target, rows)
+        for depth, (feature, carried) in enumerate(outputs):
             labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M)
             yield DraftStep(depth, feature, carried, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
@@ -180,9 +186,13 @@ class LearnedDrafter(Drafter):
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """Σ_d decay^(d+first_exponent) · loss of step d; per-step accuracies as metrics."""
+        return self.weighted(self.steps(batch, target), batch)
+
+    def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
+        """The steps' losses summed by their weights, and their metrics."""
         weights = depth_weights(self.draft_steps, self.decay, self.decay ** self.first_exponent)
         total, metrics = torch.zeros((), device=batch.input_ids.device), {}
-        for step in self.steps(batch, target):
+        for step in steps:
             total = total + weights[step.depth] * self.step_loss(step, batch)
             metrics |= step.metrics()
         return Losses(total, metrics)

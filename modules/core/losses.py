@@ -49,13 +49,14 @@ class TrainingRows:
         return rows_BTX.flatten(0, 1)[self.flat_MK1[:, 0]]
 
 
-def training_rows(batch: TextBatch, steps: int) -> TrainingRows:
-    """The positions whose first draft is an assistant token.
+def training_rows(batch: TextBatch, steps: int, among_BT: Tensor | None = None) -> TrainingRows:
+    """The positions whose first draft is an assistant token, or those `among_BT` of which any draft is one.
 
     Step d of position t counts when x_{t+2+d} is in the loss mask and in t's own document.
     """
     tokens, valid = _following(batch, steps + 1)
-    flat_M = valid[:, 1].nonzero()[:, 0]
+    chosen = valid[:, 1] if among_BT is None else among_BT.flatten() & valid[:, 1:].any(1)
+    flat_M = chosen.nonzero()[:, 0]
     ahead = torch.arange(steps + 1, device=flat_M.device)
     flat_MK1 = (flat_M[:, None] + ahead).clamp(max=len(tokens) - 1)
     return TrainingRows(flat_MK1, tokens[flat_M], valid[flat_M, 1:])

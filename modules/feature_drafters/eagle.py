@@ -71,10 +71,7 @@ class Eagle(FeatureDrafter):
 
     def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
         """Uniform noise on the input features in training."""
-        if not (self.training and self.noise):
-            return features_BTH
-        width = self.noise * 512 / features_BTH.shape[1]
-        return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width
+        return uniform_noise(features_BTH, self.noise) if self.training else features_BTH
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """z, twice."""
@@ -91,8 +88,21 @@ class Eagle(FeatureDrafter):
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""
-        loss = self.token_weight * masked_mean(step.losses_M, step.counted_M)
-        if self.feature_weight:
-            truth = batch.states["final"].flatten(0, 1)[step.flat_M]
-            loss = loss + self.feature_weight * masked_mean(smooth_l1(step.carried_MH, truth), step.valid_M)
-        return loss
+        return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
+
+
+def uniform_noise(features_BTH: Tensor, half_width: float) -> Tensor:
+    """Features with noise from ±half_width · 512 / T added; the features themselves when that is 0."""
+    if not half_width:
+        return features_BTH
+    width = half_width * 512 / features_BTH.shape[1]
+    return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width
+
+
+def feature_and_token_loss(step: DraftStep, batch: TextBatch, feature_weight: float, token_weight: float) -> Tensor:
+    """feature_weight · SmoothL1 to the target's features, on all rows, + token_weight · the step's cross-entropy."""
+    loss = token_weight * masked_mean(step.losses_M, step.counted_M)
+    if feature_weight:
+        truth = batch.states["final"].flatten(0, 1)[step.flat_M]
+        loss = loss + feature_weight * masked_mean(smooth_l1(step.carried_MH, truth), step.valid_M)
+    return loss

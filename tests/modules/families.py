@@ -14,6 +14,7 @@ from modules.core.target import Target
 from modules.core.trainable import TargetShape
 from modules.feature_drafters.eagle import Eagle
 from modules.feature_drafters.eagle3 import Eagle3
+from modules.feature_drafters.falcon import Falcon
 from modules.feature_drafters.fspad import Fspad
 from modules.heads.clover import Clover
 from modules.heads.clover2 import Clover2
@@ -44,6 +45,9 @@ FAMILIES: dict[str, Build] = {
     "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
     "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),
     "fspad_alignment": lambda shape: Fspad(shape, feature_sampling=False, steps=3),
+    "falcon": lambda shape: Falcon(shape, 3, draft_vocabulary=DRAFTED, tree=None),
+    "falcon_linear": lambda shape: Falcon(shape, 3, lstm=False),
+    "falcon_causal": lambda shape: Falcon(shape, 3, relaxed_mask=False),
     "hydra_shared": lambda shape: Hydra(shape, 3, prefix=False, lm_head="shared"),
 }
 

@@ -18,7 +18,7 @@ from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import FAMILIES, Reader, built, documents, filled
 
 TARGET = tiny_target("llama")
-SEES_TOKENS = [name for name in FAMILIES if not name.startswith("medusa") and name != "clover_no_token"]
+SEES_TOKENS = [name for name in FAMILIES if not name.startswith(("medusa", "falcon")) and name != "clover_no_token"]
 
 
 def train(drafter: LearnedDrafter, batch, steps: int, lr: float = 1e-2) -> float:
@@ -76,7 +76,7 @@ def test_a_batch_drafts_what_each_prompt_alone_does(name: str) -> None:
     assert [trace.accepted for trace in together] == [trace.accepted for trace in alone]
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "clover"])
+@pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "clover", "falcon"])
 def test_reranked_trees_change_no_token(name: str) -> None:
     prompts = [[7, 8, 9, 10], [20, 30]]
     decoder = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.02), builder=RerankedTree(3, 3), budget=6)

@@ -1,0 +1,89 @@
+"""Blocks of k positions, and what Coupled Sequential Glancing Distillation reveals inside them (Falcon, Gao et al.
+2025, arXiv 2412.12639): a share of the answers that the drafter still gets wrong is put into its inputs, and fades out.
+
+Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, S documents, L tokens of the longest one, M
+blocks, K rows of a block, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The runs of one document id in a packed batch, one after the other.
+
+    index_SL: int64 [S,L], flat positions (the last one repeated behind its end). lengths_S: int64 [S].
+    """
+
+    index_SL: Tensor
+    lengths_S: Tensor
+
+    @staticmethod
+    def of(document_ids_BT: Tensor) -> Documents:
+        """The documents of packed rows; padding counts as one."""
+        begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
+        begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
+        ahead = torch.arange(int(lengths.max()), device=starts.device)
+        return Documents(starts[:, None] + torch.minimum(ahead, lengths[:, None] - 1), lengths)
+
+    def flat(self, rows_SLX: Tensor) -> Tensor:
+        """Rows [S,L,...] of documents back in their places [P,...]."""
+        inside = torch.arange(rows_SLX.shape[1], device=rows_SLX.device) < self.lengths_S[:, None]
+        return rows_SLX[inside]
+
+
+def block_ends(position_ids_BT: Tensor, size: int, phase_BT: Tensor | int = 0) -> Tensor:
+    """bool [B,T]: the last rows of whole blocks, of which the first begins at position `phase` (0 … k-1)."""
+    return (position_ids_BT >= size - 1) & ((position_ids_BT + 1 - phase_BT) % size == 0)
+
+
+def random_phases(documents: Documents, size: int) -> Tensor:
+    """int64 [P]: where the first block begins, drawn for each document."""
+    phases = torch.randint(size, documents.lengths_S.shape, device=documents.lengths_S.device)
+    return phases.repeat_interleave(documents.lengths_S)
+
+
+def revealed_positions(wrong_MK: Tensor, valid_MK: Tensor, sequences_M: Tensor, rate: float) -> Tensor:
+    """bool [M,K]: the rows whose answers are revealed.
+
+    Of each sequence floor(rate · wrong rows) rows, as runs that begin with their block: single rows for k = 2; for
+    k > 2 a k-th as many runs, each of 1 to k - 1 rows. Never the whole block, hence nothing for k = 1.
+
+    Args:
+        wrong_MK, valid_MK: bool [M,K], the drafter's mistakes, and the rows that count.
+        sequences_M: int64 [M], which sequence a block belongs to.
+        rate: λ.
+    """
+    blocks, size = valid_MK.shape
+    if size == 1 or blocks == 0:
+        return torch.zeros_like(valid_MK)
+    starts = torch.zeros(blocks, dtype=torch.bool, device=valid_MK.device)
+    for sequence in sequences_M.unique():
+        own = sequences_M == sequence
+        count = int(rate * int((wrong_MK & valid_MK)[own].sum())) // (1 if size == 2 else size)
+        candidates = (own & valid_MK[:, 0]).nonzero()[:, 0]
+        starts[candidates[torch.randperm(len(candidates), device=starts.device)[:count]]] = True
+    runs_M = torch.randint(1, size, (blocks,), device=starts.device)
+    within_MK = torch.arange(size, device=starts.device) < runs_M[:, None]
+    return starts[:, None] & within_MK & valid_MK.cumprod(1).bool()
+
+
+def reveal(features_PH: Tensor, following_P: Tensor, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Inputs with the answers in place: f_p ← f_{p+k} and x_{p+1} ← x_{p+1+k} at flat positions p, both together.
+
+    Args:
+        features_PH: f of every position.
+        following_P: x_{p+1} of every position p.
+        positions: p, none closer than k to the end of its document.
+        size: k.
+    """
+    features, following = features_PH.clone(), following_P.clone()
+    features[positions], following[positions] = features_PH[positions + size], following_P[positions + size]
+    return features, following
