@@ -15,12 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from checkpoints.pretrained import find_folder, read_config
 from eval.harness import Harness, fitting, units
 from eval.html import Sample, is_baseline, page
-from eval.journal import Journal
-from eval.methods import Method, Row, build_rows, unique_labels
+from eval.journal import Journal, Record
+from eval.methods import Method, Row, build_rows, class_of, unique_labels
 from eval.report import build_report, failures, main_table, markdown, noise_lines
+from eval.speed_model import explanations
 from eval.summary import Summary, summarise
 from eval.tasks import Task, Turns, load_tasks
 from eval.text import pieces
+from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
 from modules.core.loading import load_target
@@ -41,10 +43,10 @@ class Evaluation:
         turns: `first`, or `all` to ask later turns too.
         limit: prompts per task.
         max_new_tokens: per answer.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; a list such as [0, 0.5, 1] measures every row at each.
         top_k: sample among the k likeliest tokens; 0 is all.
         top_p: sample within this probability mass.
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
         dtype: float32, float64, bfloat16 or float16.
         device: a torch device; by default the GPU if there is one.
@@ -59,10 +61,10 @@ class Evaluation:
     turns: Turns = "first"
     limit: int | None = None
     max_new_tokens: int = 64
-    temperature: float = 0.0
+    temperature: float | list[float] = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    batch_size: int = 1
+    batch_size: int | list[int] = 1
     repeats: int = 1
     dtype: str = "float32"
     device: str | None = None
@@ -75,9 +77,15 @@ class Evaluation:
         return [*(Method(drafter=name) for name in self.drafters), *self.methods]
 
     @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    def samplings(self) -> list[Sampling]:
+        """How tokens are chosen, for every temperature."""
+        heats = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        return [Sampling(heat, self.top_k, self.top_p, self.seed) for heat in heats]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Ascending."""
+        return sorted(self.batch_size) if isinstance(self.batch_size, list) else [self.batch_size]
 
     def check(self) -> list[Task]:
         """Refuse what cannot run, before anything is loaded; returns the tasks.
@@ -85,19 +93,31 @@ class Evaluation:
         Raises:
             ValueError: the key, its value and the fix.
         """
-        for name in ("max_new_tokens", "batch_size", "repeats", "threads"):
+        for name in ("max_new_tokens", "repeats", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self._check_variants()
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
         for temperature in (method.temperature for method in self.methods):
             Sampling(temperature or 0.0)
-        assert self.sampling
         for method in self.rows:
             method.check()
         unique_labels(self.rows)
         return load_tasks(self.prompts, self.limit, self.turns)
+
+    def _check_variants(self) -> None:
+        for name, given in (("batch_size", self.batch_size), ("temperature", self.temperature)):
+            if isinstance(given, list) and (not given or len(set(given)) < len(given)):
+                raise ValueError(f"{name} {given} must name each value once, and at least one")
+        if self.batch_sizes[0] < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_sizes[0]}")
+        assert self.samplings
+        for method in self.methods if self.batch_sizes[0] > 1 else ():
+            if method.decoder is not None and not getattr(class_of(method.decoder, "methods", 1), "batched", True):
+                raise ValueError(f"methods: {method.label} decodes one prompt at a time: give batch_size 1, a list "
+                                 "with 1 in it, or leave the method out")
 
     def target_name(self) -> str:
         """The target as given, or the one that the first drafter was trained for, or the embedded one."""
@@ -120,14 +140,15 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
         torch.set_num_threads(evaluation.threads)
     device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(evaluation.target_name(), evaluation.dtype, device)
-    rows = build_rows(evaluation.rows, target, evaluation.sampling)
+    rows = build_rows(evaluation.rows, target, evaluation.samplings[0])
+    rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
     tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
     if skipped:
         console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
     settings = settings_of(evaluation, tasks)
     header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [identify(row) for row in rows]}
     journal = Journal(output / JOURNAL, header, resume)
-    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console), evaluation.batch_size)
+    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console))
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
     write(report, output, choose_sample(summaries, tasks))
     show(report, output, console)
@@ -145,7 +166,8 @@ def identify(row: Row) -> dict[str, Any]:
     """What makes a row the same row when a journal is resumed."""
     weights = sum(float(tensor.double().abs().sum()) for tensor in _drafter_weights(row))
     return {"name": row.name, "target": row.target.fingerprint(), "dtype": str(row.target.dtype), "rule": row.rule,
-            "builder": row.builder, "budget": row.budget, "sampling": asdict(row.sampling), "weights": f"{weights:.6g}"}
+            "builder": row.builder, "budget": row.budget, "sampling": asdict(row.sampling), "weights": f"{weights:.6g}",
+            "batch_size": row.batch_size}
 
 
 def _drafter_weights(row: Row) -> list[torch.Tensor]:
@@ -154,14 +176,17 @@ def _drafter_weights(row: Row) -> list[torch.Tensor]:
 
 
 def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console
-             ) -> list[Any]:
-    work = units(tasks, evaluation.batch_size, evaluation.repeats)
+             ) -> list[Record]:
+    work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    records: list[Record] = []
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{len(rows)} rows", total=len(work))
-        harness = Harness(rows, evaluation.max_new_tokens, evaluation.seed,
-                          lambda unit: progress.update(bar, advance=1, description=unit.task))
-        return harness.run(work, journal)
+        bar = progress.add_task(f"{len(rows)} rows", total=sum(map(len, work.values())))
+        for size, batches in work.items():
+            harness = Harness([row for row in rows if row.batch_size == size], evaluation.max_new_tokens,
+                              evaluation.seed, lambda unit: progress.update(bar, advance=1, description=unit.task))
+            records += harness.run(batches, journal)
+    return records
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:
@@ -189,8 +214,8 @@ def write(report: Mapping[str, Any], output: Path, sample: Sample | None) -> Non
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table on the terminal, the noise, what failed, and where the report is."""
     console.print(main_table(report))
-    for line in noise_lines(report):
-        console.print(line, highlight=False)
+    for line in (*noise_lines(report), *explanations(report["methods"])):
+        console.print(line, highlight=False, markup=False)
     for name in failures(report):
         console.print(f"[bold red]{name} promises the autoregressive row's tokens and gave others[/]")
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)

@@ -37,11 +37,13 @@ class Unit:
     repeat: int
     task: str
     prompts: tuple[Prompt, ...]
+    batch_size: int = 1
 
     @property
     def key(self) -> str:
         """What the journal calls it."""
-        return f"{self.repeat}:" + "|".join(prompt.id for prompt in self.prompts)
+        size = f"{self.batch_size}x" if self.batch_size > 1 else ""
+        return f"{size}{self.repeat}:" + "|".join(prompt.id for prompt in self.prompts)
 
 
 def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
@@ -49,7 +51,7 @@ def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
     batches = [[task.prompts[i:i + batch_size] for i in range(0, len(task.prompts), batch_size)] for task in tasks]
     rounds = range(max((len(batch) for batch in batches), default=0))
     mixed = [(task.name, batch[i]) for i in rounds for task, batch in zip(tasks, batches) if i < len(batch)]
-    return [Unit(repeat * len(mixed) + i, i, repeat, name, prompts)
+    return [Unit(repeat * len(mixed) + i, i, repeat, name, prompts, batch_size)
             for repeat in range(repeats) for i, (name, prompts) in enumerate(mixed)]
 
 
@@ -85,10 +87,10 @@ class Harness:
         return [record for unit in work for record in journal.done[unit.key]]
 
     def warm_up(self, unit: Unit) -> None:
-        """Every row answers the first prompt shortly, unmeasured: allocations, kernels, lazily built tables."""
+        """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""
         for row in self.rows:
-            ids = render(unit.prompts[0], [], row.target)
-            row.decoder.decode([ids], row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
+            ids = [render(prompt, [], row.target) for prompt in unit.prompts]
+            row.decoder.decode(ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
 
     def schedule(self, number: int) -> list[tuple[Row, bool]]:
         """Rows in the order of one unit, each with whether it is the second run of a baseline."""
@@ -118,8 +120,8 @@ class Harness:
             raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
         peak = peak_memory(row.target)
         names = [unit.prompts[i].id + (f"#{turn + 1}" if turn else "") for i in asked]
-        return [Record(row.name, name, unit.task, unit.repeat, again, ids, share(trace, len(prompts)), peak)
-                for name, ids, trace in zip(names, prompts, traces)]
+        return [Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
+                for name, ids, trace in zip(names, prompts, share(traces))]
 
     def _remember(self, records: Sequence[Record], asked: list[int], answers: dict[str, list[list[str]]]) -> None:
         for row in self.rows:
@@ -137,9 +139,15 @@ def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
     return prompt_ids([*messages, {"role": "user", "content": prompt.turns[len(answers)]}], target.tokenizer)
 
 
-def share(trace: Trace, batch: int) -> Trace:
-    """The trace with its share of the batch's seconds (the wait for the first token is everybody's)."""
-    return replace(trace, seconds={phase: seconds / batch for phase, seconds in trace.seconds.items()})
+def share(traces: Sequence[Trace]) -> list[Trace]:
+    """Traces of one batch, each with its share of the seconds that the whole batch took, until its last answer ended.
+
+    Summed over a batch they are its time on the clock, so tokens over seconds is throughput. The wait for the first
+    token is everybody's.
+    """
+    longest = max(traces, key=lambda trace: sum(trace.seconds.values())).seconds
+    equal = {phase: seconds / len(traces) for phase, seconds in longest.items()}
+    return [replace(trace, seconds=equal) for trace in traces]
 
 
 def fitting(tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int) -> tuple[list[Task], list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval import plots
 from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
+from eval.speed_model import explanations
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
@@ -50,7 +51,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
-        *_pictures(report["methods"], measured), *_sample(sample),
+        *_pictures(report["methods"], measured), *_predictions(measured), *_sample(sample),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
 
 
@@ -81,6 +82,13 @@ def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[s
     if any(method["acceptance_by_depth"] for method in measured):
         yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(measured)}</figure>"
     yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
+
+
+def _predictions(measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    lines = explanations(measured)
+    if lines:
+        yield "<h2>Predicted and measured</h2>"
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
 
 
 def _sample(sample: Sample | None) -> Iterable[str]:

@@ -178,7 +178,8 @@ class Row:
     """A row that is ready to run.
 
     baseline: name of the autoregressive row on the same target at the same temperature (its own for that row).
-    drafter_parameters: of the drafter's own weights.
+    drafter_parameters: of the drafter's own weights. batch_size: prompts decoded together. yardstick: name of the row
+    whose tokens it is compared with, where that is not its baseline.
     """
 
     name: str
@@ -193,6 +194,8 @@ class Row:
     budget: int | None = None
     drafter_parameters: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    yardstick: str = ""
 
     @property
     def greedy(self) -> bool:

@@ -127,24 +127,6 @@ def _rates(speeds_P2: Floats, drawn_SP: NDArray[np.int64]) -> Floats:
         return totals_S2[:, 0] / totals_S2[:, 1]
 
 
-def predicted_speedup(emitted: Sequence[int], seconds: Mapping[str, float], baseline_calls: int,
-                      baseline_seconds: Mapping[str, float]) -> float | None:
-    """τ × seconds of a plain call ÷ seconds of a drafting call (Leviathan et al. 2023, theorem 3.8, costs measured).
-
-    A call is its draft, verify, accept and commit phases. What separates it from the measured speedup is time that
-    no phase owns and tokens cut at the end of an answer.
-    """
-    tau = mean_accepted_tokens(emitted)
-    cost, plain = _call_seconds(seconds), _call_seconds(baseline_seconds)
-    if tau is None or not baseline_calls or not cost or not plain:
-        return None
-    return tau * (plain / baseline_calls) / (cost / len(emitted))
-
-
-def _call_seconds(seconds: Mapping[str, float]) -> float:
-    return sum(seconds.get(phase, 0.0) for phase in ("draft", "verify", "accept", "commit"))
-
-
 # -- losslessness -------------------------------------------------------------------------------------------------
 
 class Identity(str, Enum):

@@ -12,8 +12,10 @@ from eval.journal import Record
 from eval.losslessness import Verdict, judge
 from eval.methods import Row
 from eval.metrics import Identity, Speed
+from eval.speed_model import Calls, latency_per_sequence, speed_model
 from modules.decoding.clock import PHASES
 from modules.decoding.decoder import Trace
+from modules.decoding.latency import LatencyTable
 
 Answers = Mapping[str, Record]
 """One row's answers by prompt id, passes folded into one."""
@@ -29,10 +31,27 @@ class Summary:
     verdicts: Mapping[str, Verdict]
 
 
-def summarise(rows: Sequence[Row], records: Sequence[Record], batch_size: int) -> list[Summary]:
-    """Every row's summary, in the order of `rows`."""
+def summarise(rows: Sequence[Row], records: Sequence[Record]) -> list[Summary]:
+    """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per target and batch
+    size, for the model of speed."""
     folded = {row.name: fold([record for record in records if record.row == row.name]) for row in rows}
-    return [_summary(row, folded[row.name], folded[row.baseline], records, batch_size) for row in rows]
+    tables = measure_tables(rows, folded)
+    return [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
+                     tables.get((id(row.target), row.batch_size))) for row in rows]
+
+
+def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers]) -> dict[tuple[int, int], LatencyTable]:
+    """t(rows) per sequence by target and batch size, as wide as the widest call, behind the median context."""
+    found: dict[tuple[int, int], LatencyTable] = {}
+    for row in rows:
+        alike = [other for other in rows if other.target is row.target and other.batch_size == row.batch_size]
+        answers = [answer for other in alike for answer in folded[other.name].values()]
+        widths = [nodes + 1 for answer in answers for nodes in answer.trace.nodes]
+        key = id(row.target), row.batch_size
+        if widths and key not in found:
+            context = median(len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers)
+            found[key] = latency_per_sequence(row.target, max(widths), int(context), row.batch_size)
+    return found
 
 
 def fold(records: Sequence[Record]) -> dict[str, Record]:
@@ -55,30 +74,46 @@ def speed(trace: Trace) -> Speed:
     return Speed(max(0, len(trace.ids) - 1), trace.decode_seconds)
 
 
-def _summary(row: Row, answers: Answers, plain: Answers, records: Sequence[Record], batch_size: int) -> Summary:
-    verdicts: dict[str, Verdict] = {}
-    if row.greedy:
-        for prompt, answer in answers.items():
-            ids, expected = answer.trace.ids, plain[prompt].trace.ids
-            verdicts[prompt] = judge(row.target, answer.prompt_ids, expected, ids)
-    figures = {**_description(row, batch_size), **_identity(row, answers, verdicts), **_speeds(answers, plain),
+def _summary(row: Row, answers: Answers, plain: Answers, standard: Answers, records: Sequence[Record],
+             table: LatencyTable | None) -> Summary:
+    verdicts = _verdicts(row, answers, plain, standard) if row.greedy else {}
+    model = None if table is None else speed_model(calls_of(answers), calls_of(plain), table)
+    figures = {**_description(row), **_identity(row, answers, verdicts), **_speeds(answers, plain),
+               "predicted_speedup": model["predicted"] if model else None, "speed_model": model,
                **_acceptance(answers), **_costs(row, answers), "quality": _quality(row, records, verdicts),
                "by_task": _by_task(answers, plain, verdicts)}
     return Summary(row, {key: figures[key] for key in METHOD_KEYS}, answers, verdicts)
 
 
+def _verdicts(row: Row, answers: Answers, plain: Answers, standard: Answers) -> dict[str, Verdict]:
+    """Each answer against the yardstick's; against the baseline's where a later turn was asked other things."""
+    found: dict[str, Verdict] = {}
+    for prompt, answer in answers.items():
+        same = standard[prompt].prompt_ids == answer.prompt_ids
+        expected = (standard if same else plain)[prompt].trace.ids
+        found[prompt] = judge(row.target, answer.prompt_ids, expected, answer.trace.ids)
+    return found
+
+
+def calls_of(answers: Answers) -> Calls:
+    """What the model of speed reads."""
+    traces = [answer.trace for answer in answers.values()]
+    return Calls(sum(max(0, len(trace.ids) - 1) for trace in traces), emitted(answers),
+                 [nodes + 1 for trace in traces for nodes in trace.nodes], phases(answers))
+
+
 METHOD_KEYS = (
     "name", "target", "engine", "builder", "rule", "budget", "temperature", "batch_size", "claims_lossless", "lossless",
     "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens", "seconds", "tokens_per_second",
-    "time_to_first_token", "speedup", "predicted_speedup", "mean_accepted_tokens", "mean_accepted_tokens_ci95",
-    "acceptance_by_depth", "conditional_acceptance_by_depth", "accepted_length_histogram", "seconds_by_phase",
-    "peak_memory_bytes", "drafter_parameters", "quality", "by_task")
+    "time_to_first_token", "speedup", "predicted_speedup", "speed_model", "mean_accepted_tokens",
+    "mean_accepted_tokens_ci95", "acceptance_by_depth", "conditional_acceptance_by_depth", "accepted_length_histogram",
+    "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality", "by_task")
 """Keys of a method in `report.json`, schema 1, in order."""
 
 
-def _description(row: Row, batch_size: int) -> dict[str, Any]:
+def _description(row: Row) -> dict[str, Any]:
     return {"name": row.name, "target": row.target.name, "engine": row.engine, "builder": row.builder, "rule": row.rule,
-            "budget": row.budget, "temperature": row.sampling.temperature, "batch_size": batch_size,
+            "budget": row.budget, "temperature": row.sampling.temperature, "batch_size": row.batch_size,
             "claims_lossless": row.claims_lossless, "drafter_parameters": row.drafter_parameters}
 
 
@@ -113,9 +148,7 @@ def _speeds(answers: Answers, plain: Answers) -> dict[str, Any]:
             "seconds": sum(one.seconds for one in own), "tokens_per_second": metrics.rate(own),
             "time_to_first_token": median(answer.trace.time_to_first_token for answer in answers.values()),
             "speedup": {"micro": metrics.micro_speedup(own, baseline), "macro": metrics.macro_speedup(tasks),
-                        "ci95": list(interval) if interval else None},
-            "predicted_speedup": metrics.predicted_speedup(
-                emitted(answers), phases(answers), len(emitted(plain)), phases(plain))}
+                        "ci95": list(interval) if interval else None}}
 
 
 def tasks_of(answers: Answers) -> list[str]:

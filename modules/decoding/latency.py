@@ -52,14 +52,17 @@ class LatencyTable:
 
 
 @torch.no_grad()
-def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15
-                    ) -> LatencyTable:
-    """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes."""
+def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15,
+                    batch: int = 1) -> LatencyTable:
+    """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes.
+
+    A call holds `batch` sequences with as many rows each; the seconds are the whole call's.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(target.shape.vocab_size, (1, context), generator=generator).to(target.device)
-    target.open(1, context + max(widths))
-    target.prefill(ids, torch.tensor([context], device=target.device))
-    trees = {width: TokenTree.chain(ids[:, :1].expand(1, width).contiguous()) for width in widths}
+    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
+    target.open(batch, context + max(widths))
+    target.prefill(ids, torch.full((batch,), context, device=target.device))
+    trees = {width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths}
     samples: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(repeats + 1):
         for width, tree in trees.items():

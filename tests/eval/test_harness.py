@@ -91,7 +91,7 @@ def test_folding_takes_medians_of_seconds_and_both_runs_of_a_baseline(target: Ta
     own = [record for record in records if record.row == "a" and record.task == "x"]
     timed = [replace(one.trace, seconds={**one.trace.seconds, "verify": v}) for one, v in zip(own, (5, 1, 2))]
     assert fold([replace(one, trace=trace) for one, trace in zip(own, timed)])["x/0"].trace.seconds["verify"] == 2
-    summaries = summarise(rows(target, []), records, 1)
+    summaries = summarise(rows(target, []), records)
     assert [one.figures["prompts"] for one in summaries] == [2, 2, 2]
     assert summaries[0].figures["quality"]["noise"]["micro"] == 1.0 and "noise" not in summaries[1].figures["quality"]
 

@@ -65,13 +65,6 @@ def test_pairing_makes_the_interval_narrower_than_independent_rows_would() -> No
     assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
 
 
-def test_predicted_speedup_from_phases() -> None:
-    seconds = {"prefill": 9.0, "draft": 1.0, "verify": 3.0, "accept": 0.5, "commit": 0.5, "other": 7.0}
-    plain = {"verify": 8.0, "prefill": 3.0}
-    assert metrics.predicted_speedup([2] * 5, seconds, 10, plain) == pytest.approx(2 * 0.8 / 1.0)
-    assert metrics.predicted_speedup([], seconds, 10, {"verify": 8.0}) is None
-
-
 @pytest.mark.parametrize(("expected", "actual", "where"), [
     ([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 5, 3], 1), ([1, 2, 3], [1, 2], 2), ([], [4], 0), ([], [], None)])
 def test_first_divergence_counts_length(expected: list[int], actual: list[int], where: int | None) -> None:

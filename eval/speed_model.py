@@ -1,0 +1,113 @@
+"""A model of speed: what τ, the target's t(rows) and the drafting time promise, and where the rest went.
+
+A call over a tree of n rows costs t(n) and its drafting, and gives τ tokens; plain decoding gives one per t(1). So
+
+    predicted = τ t(1) / (mean over calls of t(rows) + drafting per call)
+
+(Leviathan et al. 2023, arXiv 2211.17192, theorem 3.8, with measured costs in place of a constant ratio; trees as in
+Chen et al. 2024, arXiv 2402.12374, section 4.2). t is measured apart from the run. The measured speedup is exactly the
+prediction times `FACTORS`, each of which says where time went that the model does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modules.core.target import Target
+from modules.decoding.latency import WIDTHS, LatencyTable, measure_latency
+
+FACTORS = {
+    "verification": "target calls against t(rows)",
+    "bookkeeping": "accepting and committing",
+    "unclaimed": "what no phase owns",
+    "answer_ends": "tokens cut at the end of answers",
+    "plain_decoding": "plain calls against t(1)",
+}
+"""What separates the measured from the predicted speedup, in the order in which the terms are taken."""
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The target calls of one row over all prompts.
+
+    tokens: kept after the prefill's. emitted: tokens of each call. rows: of each call, the newest token's included
+    (none from an engine that does not tell). seconds: by phase, over all calls.
+    """
+
+    tokens: int
+    emitted: Sequence[int]
+    rows: Sequence[int]
+    seconds: Mapping[str, float]
+
+    def per_call(self, *phases: str) -> float:
+        """Mean seconds of a call's phases."""
+        return sum(self.seconds.get(phase, 0.0) for phase in phases) / len(self.emitted)
+
+
+def speed_model(calls: Calls, plain: Calls, table: LatencyTable) -> dict[str, Any] | None:
+    """Prediction and factors of one row; None where its calls are not known.
+
+    Args:
+        calls: of the row.
+        plain: of its autoregressive baseline.
+        table: t(rows) per sequence, up to the widest call.
+    """
+    if not calls.emitted or len(calls.rows) != len(calls.emitted) or not plain.emitted:
+        return None
+    rows = expected_seconds(table, calls.rows)
+    drafting = calls.per_call("draft")
+    predicted = float(np.mean(calls.emitted)) * table.seconds[1] / (rows + drafting)
+    return {"predicted": predicted, "context": table.context, "rows_per_call": float(np.mean(calls.rows)),
+            "seconds_per_plain_call": table.seconds[1], "seconds_per_call": rows, "draft_seconds_per_call": drafting,
+            "factors": _factors(calls, plain, rows, table.seconds[1])}
+
+
+def expected_seconds(table: LatencyTable, rows: Sequence[int]) -> float:
+    """Mean of t(rows) over calls, between measured widths by linear interpolation."""
+    widths = sorted(table.seconds)
+    assert max(rows) <= widths[-1], f"the table ends at {widths[-1]} rows, a call has {max(rows)}"
+    return float(np.mean(np.interp(rows, widths, [table.seconds[width] for width in widths])))
+
+
+def _factors(calls: Calls, plain: Calls, rows: float, one: float) -> dict[str, float]:
+    """One ratio per entry of `FACTORS`; below 1 is time lost against the model."""
+    reached = [calls.per_call(*phases) for phases in (
+        ("draft", "verify"), ("draft", "verify", "accept", "commit"), ("draft", "verify", "accept", "commit", "other"))]
+    kept, kept_plain = (each.tokens / sum(each.emitted) for each in (calls, plain))
+    whole_plain = plain.per_call("draft", "verify", "accept", "commit", "other")
+    terms = ((rows + calls.per_call("draft"), reached[0]), (reached[0], reached[1]), (reached[1], reached[2]),
+             (kept, kept_plain), (whole_plain, one))
+    return {name: _ratio(*term) for name, term in zip(FACTORS, terms, strict=True)}
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
+
+
+def explain(method: Mapping[str, Any]) -> str | None:
+    """One line: predicted, measured, and the factors between them; None without a model or a measurement."""
+    model, measured = method.get("speed_model"), method["speedup"]["micro"]
+    if model is None or measured is None:
+        return None
+    parts = ", ".join(f"{name.replace('_', ' ')} {factor:.2f}×" for name, factor in model["factors"].items())
+    return f"{method['name']}: predicted {model['predicted']:.2f}×, measured {measured:.2f}×: {parts}"
+
+
+def explanations(methods: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`explain` of every method that drafts."""
+    drafting = [method for method in methods if "noise" not in method["quality"]]
+    return [line for method in drafting if (line := explain(method)) is not None]
+
+
+def latency_per_sequence(target: Target, widest: int, context: int, batch: int = 1) -> LatencyTable:
+    """t(rows) up to `widest` rows behind `context` tokens: seconds of a call over `batch` sequences, over `batch`."""
+    widths = sorted({1, widest, *(width for width in WIDTHS if width < widest)})
+    behind = max(1, min(context, target.max_positions - widest))
+    table = measure_latency(target, widths, behind, REPEATS, batch)
+    return LatencyTable(behind, {width: seconds / batch for width, seconds in table.seconds.items()})

@@ -1,0 +1,59 @@
+"""The prediction by hand, factors that multiply to the measured speedup, tables per sequence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from eval.metrics import Speed, micro_speedup
+from eval.speed_model import FACTORS, Calls, expected_seconds, explain, latency_per_sequence, speed_model
+from modules.decoding.latency import LatencyTable, measure_latency
+from tests.fakes import tiny_target
+
+TABLE = LatencyTable(64, {1: 0.05, 5: 0.09, 9: 0.10})
+DRAFTING = Calls(27, [3, 2, 1, 4] * 3, [5, 5, 1, 9] * 3, {"prefill": 9.0, "draft": 0.12, "verify": 1.2, "accept": 0.1,
+                                                        "commit": 0.05, "other": 0.03})
+PLAIN = Calls(27, [1] * 27, [1] * 27, {"prefill": 9.0, "verify": 1.4, "accept": 0.05, "other": 0.1})
+
+
+def test_prediction_by_hand() -> None:
+    model = speed_model(DRAFTING, PLAIN, TABLE)
+    assert model is not None and model["rows_per_call"] == 5.0
+    mean = (0.09 + 0.09 + 0.05 + 0.10) / 4
+    assert model["predicted"] == pytest.approx(2.5 * 0.05 / (mean + 0.01))
+
+
+def test_factors_lead_from_the_prediction_to_the_measured_speedup() -> None:
+    model = speed_model(DRAFTING, PLAIN, TABLE)
+    assert model is not None and list(model["factors"]) == list(FACTORS)
+    measured = micro_speedup([Speed(27, 1.5)], [Speed(27, 1.55)])
+    assert model["predicted"] * math.prod(model["factors"].values()) == pytest.approx(measured)
+    assert model["factors"]["answer_ends"] == pytest.approx(27 / 30)
+    method = {"name": "x", "speed_model": model, "speedup": {"micro": measured}}
+    assert "measured 1.03×: verification" in (explain(method) or "")
+
+
+def test_plain_decoding_against_itself_predicts_one() -> None:
+    model = speed_model(PLAIN, PLAIN, TABLE)
+    assert model is not None and model["predicted"] == pytest.approx(1.0)
+    assert math.prod(model["factors"].values()) == pytest.approx(1.0)
+
+
+def test_engines_that_do_not_tell_their_calls_are_not_predicted() -> None:
+    assert speed_model(Calls(27, [2] * 13, [], {"other": 1.0}), PLAIN, TABLE) is None
+    assert speed_model(Calls(27, [], [], {"other": 1.0}), PLAIN, TABLE) is None
+    assert explain({"name": "x", "speed_model": None, "speedup": {"micro": 1.0}}) is None
+
+
+def test_widths_between_measured_ones_are_interpolated() -> None:
+    assert expected_seconds(TABLE, [3]) == pytest.approx(0.07) and expected_seconds(TABLE, [1, 9]) < 0.076
+    with pytest.raises(AssertionError, match="ends at 9 rows"):
+        expected_seconds(TABLE, [10])
+
+
+def test_a_table_per_sequence_reaches_the_widest_call() -> None:
+    table = latency_per_sequence(tiny_target(), widest=7, context=10_000, batch=2)
+    assert set(table.seconds) == {1, 2, 3, 4, 5, 6, 7} and table.context == 512 - 7
+    assert all(seconds > 0 for seconds in table.seconds.values())
+    assert set(measure_latency(tiny_target(), (1, 2), 8, 1, batch=3).seconds) == {1, 2}
