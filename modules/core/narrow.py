@@ -50,7 +50,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     A packed copy of the weight is kept as long as the weight lives, and made anew when it has changed.
     """
     rows = x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) or not packing_pays():
+    if torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) or not packing_pays(rows == 1):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 
@@ -69,16 +69,19 @@ def _packable(weight: Tensor) -> bool:
 
 
 @functools.cache
-def packing_pays() -> bool:
-    """Whether packed weights are faster here, by a measurement of some milliseconds, made once."""
+def packing_pays(single: bool) -> bool:
+    """Whether packed weights are faster here for one row or for a few, by a short measurement, made once for either.
+
+    One row is bound by memory, so the measurement reads more weights than a processor's cache holds.
+    """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(1536, 576, generator=generator) for _ in range(8)]
-    x = torch.randn(4, 576, generator=generator)
+    weights = [torch.randn(1536, 576, generator=generator) for _ in range(24)]
+    x = torch.randn(1 if single else 4, 576, generator=generator)
     with torch.no_grad():
         stock, packed = _alternating_medians(weights, x)
-    logger.info("linear layers of 4 rows: stock %.0f us, packed %.0f us", stock * 1e6, packed * 1e6)
+    logger.info("linear layers of %d rows: stock %.0f us, packed %.0f us", len(x), stock * 1e6, packed * 1e6)
     return packed < stock
 
 

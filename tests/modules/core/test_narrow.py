@@ -15,7 +15,7 @@ from tests import fakes
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16, 33, 64, 65])
 @pytest.mark.parametrize("pays", [True, False])
 def test_every_path_computes_the_same(rows, pays, monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda: pays)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single: pays)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(1, rows, 256, generator=generator)
     weight, bias = torch.randn(256, 256, generator=generator), torch.randn(256, generator=generator)
@@ -26,7 +26,7 @@ def test_every_path_computes_the_same(rows, pays, monkeypatch):
 
 
 def test_a_packed_copy_follows_its_weight(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single: True)
     weight, x = nn.Parameter(torch.randn(256, 256)), torch.randn(2, 256)
     with torch.no_grad():
         narrow_linear(x, weight)
@@ -35,7 +35,7 @@ def test_a_packed_copy_follows_its_weight(monkeypatch):
 
 
 def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single: True)
     x, weight = torch.randn(2, 256).double(), torch.randn(256, 256).double()
     with torch.no_grad():
         assert torch.equal(narrow_linear(x, weight), nn.functional.linear(x, weight))
@@ -43,8 +43,9 @@ def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
 
 def test_the_measurement_gives_an_answer_once():
     narrow.packing_pays.cache_clear()
-    assert narrow.packing_pays() is narrow.packing_pays()
-    assert narrow.packing_pays.cache_info().misses == 1
+    for single in (True, False):
+        assert narrow.packing_pays(single) is narrow.packing_pays(single)
+    assert narrow.packing_pays.cache_info().misses == 2
 
 
 def test_without_memory_for_packed_copies_the_layers_stay_stock(monkeypatch, caplog):
