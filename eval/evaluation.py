@@ -18,9 +18,11 @@ from eval.html import Sample, is_baseline, page
 from eval.journal import Journal, Record
 from eval.methods import Method, Row, build_rows, class_of, unique_labels
 from eval.report import build_report, failures, main_table, markdown, noise_lines
+from eval.scores import Quality, Scoring
+from eval.sources import Turns
 from eval.speed_model import explanations
 from eval.summary import Summary, summarise
-from eval.tasks import Task, Turns, load_tasks
+from eval.tasks import Task, load_tasks
 from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
@@ -39,8 +41,10 @@ class Evaluation:
         target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was trained for.
         drafters: run folders, drafter folders or Hub ids, each with its own defaults.
         methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
-        prompts: JSONL files with `turns`, `prompt` or `question` (Spec-Bench), or `embedded`.
+        prompts: tasks (`tasks/gsm8k`, `tasks/gsm8k=PATH`), files with `turns`, `prompt` or `question`, or `embedded`.
         turns: `first`, or `all` to ask later turns too.
+        quality: whose answers are scored: of `lossy` methods and their baselines, of `all`, or of `none`.
+        run_code: let HumanEval's pass@1 run the programs that models write (in a limited process, not a sandbox).
         limit: prompts per task.
         max_new_tokens: per answer.
         temperature: 0 is greedy; a list such as [0, 0.5, 1] measures every row at each.
@@ -59,6 +63,8 @@ class Evaluation:
     methods: list[Method] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["embedded"])
     turns: Turns = "first"
+    quality: Quality = "lossy"
+    run_code: bool = False
     limit: int | None = None
     max_new_tokens: int = 64
     temperature: float | list[float] = 0.0
@@ -148,11 +154,17 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
     settings = settings_of(evaluation, tasks)
     header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [identify(row) for row in rows]}
     journal = Journal(output / JOURNAL, header, resume)
-    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console))
+    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console), scoring_of(evaluation, tasks))
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
     write(report, output, choose_sample(summaries, tasks))
     show(report, output, console)
     return report
+
+
+def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
+    """How these tasks' answers are scored."""
+    checks = {prompt.id: prompt.check for task in tasks for prompt in task.prompts if prompt.check is not None}
+    return Scoring(evaluation.quality, checks, evaluation.run_code)
 
 
 def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from eval import plots
 from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
+from eval.scores import quality_table
 from eval.speed_model import explanations
 
 STYLE = """
@@ -51,7 +52,8 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
-        *_pictures(report["methods"], measured), *_predictions(measured), *_sample(sample),
+        *_pictures(report["methods"], measured), *_qualities(report["methods"]),
+        *_predictions(measured), *_sample(sample),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
 
 
@@ -67,12 +69,21 @@ def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
 
 def main_table(report: Mapping[str, Any]) -> str:
     """All methods, one line each."""
-    bad = set(failures(report))
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
-    body = "".join(
-        f'<tr{" class=bad" if method["name"] in bad else ""}>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(method)) + "</tr>" for method in report["methods"])
+    return table(COLUMNS, [cells(method) for method in report["methods"]], set(failures(report)))
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection[str] = ()) -> str:
+    """An HTML table; lines whose first cell is among `bad` are marked."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in header)
+    body = "".join(f'<tr{" class=bad" if line[0] in bad else ""}>'
+                   + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = quality_table(methods)
+    if lines:
+        yield "<h2>Quality of answers</h2>" + table(header, lines)
 
 
 def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -1,4 +1,7 @@
-"""Quality of answers, for methods that change them: pure functions of texts."""
+"""Quality of answers, for methods that change them: pure functions of texts and scores.
+
+Shape legend: P prompts, S bootstrap samples.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _WORD = re.compile(r"[a-z0-9]+")
+_BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def final_number(text: str) -> float | None:
@@ -48,6 +57,18 @@ def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     return row[-1]
 
 
+def program_of(answer: str, given: str, entry: str) -> str:
+    """The program that an answer means: the first code block, or else the whole text.
+
+    Code that defines `entry` stands behind what comes before that function in `given` (imports, helpers); any other
+    code continues `given`.
+    """
+    block = _BLOCK.search(answer)
+    code = block.group(1) if block else answer
+    start = f"def {entry}("
+    return f"{given.partition(start)[0]}\n{code}" if start in code else given + code
+
+
 def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30) -> bool:
     """Whether a program and its test run to the end in a process of their own (Chen et al. 2021, HumanEval).
 
@@ -76,3 +97,68 @@ class _Limits:
     def __call__(self) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
         resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory))
+
+
+# -- one answer, many answers ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Check:
+    """How an answer is scored.
+
+    metric: one of `SCORES`. reference: solution, summary or test. given: the code that a program continues. entry: name
+    of the function that is tested.
+    """
+
+    metric: str
+    reference: str
+    given: str = ""
+    entry: str = ""
+
+
+def _passes_its_test(answer: str, check: Check) -> float:
+    program = program_of(answer, check.given, check.entry)
+    return float(passes(program, f"{check.reference}\ncheck({check.entry})" if check.entry else check.reference))
+
+
+SCORES: dict[str, Callable[[str, Check], float]] = {
+    "exact_match": lambda answer, check: float(same_number(answer, check.reference)),
+    "rouge_l": lambda answer, check: rouge_l(answer, check.reference),
+    "pass_at_1": _passes_its_test,
+}
+"""Score in [0, 1] of an answer's text, by the metric's name."""
+RUNS_CODE = frozenset({"pass_at_1"})
+"""Metrics that execute what the model wrote."""
+
+
+@cache
+def score(answer: str, check: Check) -> float:
+    """An answer's score. The same answer to the same question is scored once."""
+    return SCORES[check.metric](answer, check)
+
+
+def paired_outcome(method: Sequence[float], plain: Sequence[float], samples: int = 2000, seed: int = 0,
+                   level: float = 0.95) -> dict[str, Any]:
+    """Wins, ties and losses of a method's scores against plain decoding's, prompt by prompt, and the mean difference
+    with its paired percentile bootstrap interval (Efron 1979; Koehn 2004 for text).
+
+    `verdict` is `win` or `loss` when the interval leaves 0 out, else `tie`; `ci95` is None below two prompts.
+    """
+    difference_P = np.asarray(method, dtype=np.float64) - np.asarray(plain, dtype=np.float64)
+    counts = {"win": int((difference_P > 0).sum()), "tie": int((difference_P == 0).sum()),
+              "loss": int((difference_P < 0).sum()), "difference": float(difference_P.mean())}
+    if len(difference_P) < 2:
+        return {**counts, "ci95": None, "verdict": "tie"}
+    drawn_SP = np.random.default_rng(seed).integers(len(difference_P), size=(samples, len(difference_P)))
+    low, high = np.quantile(difference_P[drawn_SP].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
+    return {**counts, "ci95": [float(low), float(high)], "verdict": verdict}
+
+
+def common_prefix(answer: Sequence[int], reference: Sequence[int]) -> float:
+    """Share of the reference's tokens that the answer repeats before it first differs; 1 for two empty answers."""
+    same = 0
+    for one, other in zip(answer, reference, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same / len(reference) if len(reference) else float(not len(answer))

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
+from eval.scores import quality_table
 from eval.speed_model import explanations
 from eval.summary import Summary
 from modules.core.target import Target
@@ -188,7 +189,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join([
         "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-        *_predictions(methods), "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
+        *_predictions(methods), *_qualities(methods),
+        "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
         "## Seconds by phase", _table(["method", *phases], by_phase), "## Reading", READING]) + "\n"
 
 
@@ -205,6 +207,11 @@ differ by at most 0.001. On a CPU, peak memory is the whole process's."""
 def _predictions(methods: Sequence[Figures]) -> list[str]:
     lines = explanations(methods)
     return ["## Predicted and measured", "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _qualities(methods: Sequence[Figures]) -> list[str]:
+    header, rows = quality_table(methods)
+    return ["## Quality of answers", _table(header, rows)] if rows else []
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:

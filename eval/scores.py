@@ -1,0 +1,109 @@
+"""The `quality` of a method in the report: scores of its answers, and what the target itself thinks of them.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from eval.journal import Record
+from eval.losslessness import teacher_forced_logits
+from eval.methods import Row
+from eval.quality import RUNS_CODE, Check, common_prefix, paired_outcome, score
+from modules.core.target import Target
+
+Quality = Literal["lossy", "all", "none"]
+Answers = Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which answers are scored, and how.
+
+    which: `lossy` rows and the plain decoding that they are compared with, `all` rows, or `none`. checks: by prompt.
+    run_code: whether programs that the model wrote may run.
+    """
+
+    which: Quality = "lossy"
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    run_code: bool = False
+
+    @property
+    def usable(self) -> dict[str, Check]:
+        """The checks that may run."""
+        return {name: check for name, check in self.checks.items() if self.run_code or check.metric not in RUNS_CODE}
+
+    def chosen(self, rows: Sequence[Row]) -> set[str]:
+        """Names of the rows whose quality is measured."""
+        if self.which == "all":
+            return {row.name for row in rows}
+        lossy = [row for row in rows if not row.claims_lossless] if self.which == "lossy" else []
+        return {name for row in lossy for name in (row.name, row.baseline)}
+
+
+def quality_figures(target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Scores by metric against plain decoding's, and agreement with the target.
+
+    target_log_likelihood: mean natural log probability, at temperature 1, that the target gives to an emitted token.
+    argmax_share: of the emitted tokens that are the target's first choice after what was emitted before.
+    common_prefix: mean share of plain decoding's answer before the first difference.
+    """
+    likelihood, first_choices = _agreement(target, answers)
+    prefixes = [common_prefix(answer.trace.ids, plain[prompt].trace.ids) for prompt, answer in answers.items()]
+    found: dict[str, Any] = {"target_log_likelihood": likelihood, "argmax_share": first_choices,
+                             "common_prefix": fmean(prefixes)}
+    for metric in dict.fromkeys(check.metric for check in checks.values()):
+        asked = [prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric]
+        if asked:
+            own, other = ([score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
+                          for each in (answers, plain))
+            found[metric] = {"mean": fmean(own), "prompts": len(asked), **paired_outcome(own, other)}
+    return found
+
+
+def _agreement(target: Target, answers: Answers) -> tuple[float | None, float | None]:
+    """Mean log likelihood per emitted token and share of first choices, over all tokens of all answers."""
+    total = agreeing = 0.0
+    count = 0
+    for answer in answers.values():
+        if answer.trace.ids:
+            logits_TV = teacher_forced_logits(target, answer.prompt_ids, answer.trace.ids)
+            ids_T = torch.tensor(answer.trace.ids)
+            total += float(logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).double().sum())
+            agreeing += float((logits_TV.argmax(-1) == ids_T).sum())
+            count += len(ids_T)
+    return (total / count, agreeing / count) if count else (None, None)
+
+
+def _text(target: Target, answer: Record) -> str:
+    return target.tokenizer.decode(answer.trace.ids, skip_special_tokens=True)
+
+
+METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "pass_at_1": "pass@1"}
+
+
+def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the methods whose quality was measured; no lines where none was."""
+    measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
+    metrics = [name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)]
+    header = ["method", *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics), "log likelihood per token",
+              "target's first choice", "same beginning"]
+    return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
+                     *_agreement_cells(method["quality"])] for method in measured]
+
+
+def _score_cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    return f"{entry['mean']:.3f} ({entry['win']}/{entry['tie']}/{entry['loss']}: {entry['verdict']})"
+
+
+def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
+    values = [quality[key] for key in ("target_log_likelihood", "argmax_share", "common_prefix")]
+    return ["–" if value is None else f"{value:.3f}" for value in values]
