@@ -48,7 +48,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         if steps is not None:
             self._link_optimiser_state()
         for index, parameter in enumerate(self._optimised) if steps is not None else ():
-            own = state.setdefault(index, {"step": cast(Tensor, steps).cpu()})
+            own = state.setdefault(index, {"step": cast(Tensor, steps).cpu().clone()})
             for key in _MOMENTS:
                 self._collect(own, key, safe_get_full_optimizer_state(parameter, key))
         return {"state": state, "param_groups": self._numbered_groups()}

@@ -1,6 +1,8 @@
 """One of two processes that train with DeepSpeed over gloo: `python -m tests.train.deepspeed_worker FOLDER MODE`.
 
-`stages` trains every case of `CASES` to its end; `killed` loses rank 1 in the middle of step 3.
+`stages` trains every case of `CASES` to its end, `killed` loses rank 1 (kill -9) and `terminated` asks it to end
+(SIGTERM) in the middle of a step, `resumed` goes on with what was left by `terminated`, and by one process, at other
+stages.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from modules.feature_drafters.eagle3 import Eagle3
 from modules.heads.clover import Clover
 from modules.heads.medusa import Medusa
 from tests.fakes import tiny_target
-from train.run import Place, Recipe
+from train.callbacks import Terminated
+from train.run import Place, Recipe, resume_point
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
 
 STEPS = 4
@@ -42,8 +45,10 @@ def medusa(shape: TargetShape) -> Trainable:
     return Medusa(shape, 2)
 
 
-CASES = {"deepspeed_1": ("deepspeed_1", clover), "deepspeed_2": ("deepspeed_2", eagle3),
-         "deepspeed_3": ("deepspeed_3", clover), "deepspeed_3_medusa": ("deepspeed_3", medusa)}
+CASES = {**{f"deepspeed_{stage}_{kind.__name__}": (f"deepspeed_{stage}", kind)
+            for stage in (1, 2, 3) for kind in (clover, eagle3)}, "deepspeed_3_medusa": ("deepspeed_3", medusa)}
+RESUMED = {"terminated": "deepspeed_3", "one": "deepspeed_1"}
+"""Runs of Clover that ended early, and the strategies they go on with."""
 
 
 def recipe(folder: Path, strategy: str, drafter: Any, devices: int, rows: int) -> Recipe:
@@ -56,23 +61,51 @@ def recipe(folder: Path, strategy: str, drafter: Any, devices: int, rows: int) -
                   checkpoint=CheckpointSettings(every_n_steps=1, export="last"))
 
 
-class Vanish(Callback):
-    """Rank 1 is killed while it computes its fourth step."""
+class Signal(Callback):
+    """One rank is sent a signal while it computes a step.
+
+    Args:
+        number: of the signal. step: the optimiser step, from 0. rank: whose.
+    """
+
+    def __init__(self, number: int, step: int, rank: int) -> None:
+        self.number, self.step, self.rank = number, step, rank
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """As a lost machine would."""
-        if trainer.global_step == 3 and trainer.global_rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        """As a lost machine would, or a scheduler."""
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+SIGNALS = {"killed": lambda: Signal(signal.SIGKILL, 3, 1), "terminated": lambda: Signal(signal.SIGTERM, 1, 1)}
+
+
+def broken(folder: Path, mode: str) -> None:
+    """Clover at stage 2, ended early."""
+    setattr(train.run, "RunProgress", SIGNALS[mode])  # noqa: B010
+    try:
+        run(folder, mode, "deepspeed_2", clover)
+    except Terminated as stopped:
+        print(stopped, file=sys.stderr)
+
+
+def run(folder: Path, name: str, strategy: str, drafter: Any, resume: Path | None = None) -> None:
+    """Two processes, one row each."""
+    place = Place(folder / name, resume=resume)
+    train.run.train(recipe(folder, strategy, drafter, 2, 1), place, tiny_target(dtype=torch.float32))
 
 
 def main(folder: Path, mode: str) -> None:
     """Train."""
     torch.set_num_threads(1)
-    cases = CASES if mode == "stages" else {"killed": ("deepspeed_2", clover)}
-    if mode == "killed":
-        setattr(train.run, "RunProgress", Vanish)  # noqa: B010
-    for name, (strategy, drafter) in cases.items():
-        train.run.train(recipe(folder, strategy, drafter, 2, 1), Place(folder / name), tiny_target(dtype=torch.float32))
+    if mode in SIGNALS:
+        broken(folder, mode)
+    elif mode == "resumed":
+        for name, strategy in RESUMED.items():
+            run(folder, name, strategy, clover, resume_point(folder / name, "last"))
+    else:
+        for name, (strategy, drafter) in CASES.items():
+            run(folder, name, strategy, drafter)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 from checkpoints.pretrained import load_pretrained
 from tests.fakes import tiny_target
 from tests.train.conftest import WORDS
-from tests.train.deepspeed_worker import CASES, STEPS, clover, recipe
+from tests.train.deepspeed_worker import CASES, RESUMED, STEPS, Signal, clover, recipe
+from train.callbacks import Terminated
 from train.run import Place, component_weights, resume_point, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,14 +74,17 @@ def trained(folder) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
     """Clover, trained without a break by this process."""
-    return alone(folder, "alone-clover", clover)
+    run = folder / "alone-clover"
+    return run if run.exists() else alone(folder, run.name, clover)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_deepspeed_on_two_processes_is_one_process_on_the_same_batches(trained, whole, name):
+def test_deepspeed_on_two_processes_is_one_process_on_the_same_batches(trained, name):
     """Losses and weights to within 1e-4 relative (float32 sums in another order), only the drafter's tensors."""
     drafter = CASES[name][1]
-    single = whole if drafter is clover else alone(trained, f"alone-{name}", drafter)
+    single = trained / f"alone-{drafter.__name__}"
+    if not single.exists():
+        alone(trained, single.name, drafter)
     assert losses(trained / name) == pytest.approx(losses(single), rel=1e-4)
     expected, found = (load_pretrained(run).state_dict() for run in (single, trained / name))
     saved = component_weights(trained / name / "lightning" / "checkpoints" / "last.ckpt")
@@ -89,14 +94,32 @@ def test_deepspeed_on_two_processes_is_one_process_on_the_same_batches(trained, 
         assert torch.equal(saved[tensor_name], found[tensor_name])
 
 
-def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(folder, whole):
-    """kill -9 of rank 1 in step 4: at most that step is lost, and two processes at stage 2 become one without any.
+def ended_as(run: Path, single: Path, since: int) -> None:
+    """A broken run had the losses of the unbroken one from step `since` on, and ended with its weights."""
+    assert losses(run) == pytest.approx(losses(single)[since:], rel=1e-4)
+    expected, found = (load_pretrained(each).state_dict() for each in (single, run))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
-    What is compared is the loss of the step after it: the weights after that step were seen to differ by 2e-4.
-    """
+
+def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(folder, whole):
+    """kill -9 of rank 1 in step 4: that step is lost, and two processes at stage 2 become one without DeepSpeed."""
     statuses = [status for status, _ in launch(folder, "killed")]
     assert statuses[1] == -9 and statuses[0] != 0
     checkpoint = resume_point(folder / "killed", "last")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == STEPS - 1
-    run = alone(folder, "killed", clover, resume=checkpoint)
-    assert losses(run) == pytest.approx(losses(whole)[STEPS - 1:], rel=1e-4)
+    ended_as(alone(folder, "killed", clover, resume=checkpoint), whole, STEPS - 1)
+
+
+def test_deepspeed_asked_to_end_saves_and_goes_on_at_another_stage_and_from_one_process(folder, whole, monkeypatch):
+    """SIGTERM to one of two ranks in step 2: both end well with that step saved. Two processes then go on from there
+    at stage 3, and at stage 1 from what one process without DeepSpeed had saved."""
+    for status, said in launch(folder, "terminated"):
+        assert status == 0 and "stopped by SIGTERM after step 2" in said, said[-3000:]
+    with monkeypatch.context() as patch, pytest.raises(Terminated, match="after step 2"):
+        patch.setattr("train.run.RunProgress", lambda: Signal(signal.SIGTERM, 1, 0))
+        alone(folder, "one", clover)
+    for status, said in launch(folder, "resumed"):
+        assert status == 0, said[-3000:]
+    for name in RESUMED:
+        ended_as(folder / name, whole, 2)
