@@ -1,7 +1,8 @@
 """Saving and loading trained components: `config.json`, `model.safetensors`, `provenance.json`, `README.md`.
 
 A saved component names its class by the stem of its file (`drafter_type`), and loading searches the `modules`
-package only: a downloaded folder can never name code to import.
+package only: a downloaded folder can never name code to import. Drafters in the formats of others
+(`checkpoints.formats`) load as well, with their target, which tells what their files do not.
 """
 
 from __future__ import annotations
@@ -9,26 +10,34 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import modules
 from checkpoints.card import model_card
+from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors, whole_folder, write_json
+from checkpoints.folders import write_tensors as write_safetensors
+from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
 from modules.core.trainable import TargetShape, Trainable
 
 if TYPE_CHECKING:
     from modules.core.target import Target
 
-FORMAT_VERSION = 1
-CONFIG, WEIGHTS, PROVENANCE, CARD = "config.json", "model.safetensors", "provenance.json", "README.md"
+Config = dict[str, Any]
+Tensors = dict[str, Tensor]
+MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = ()
+"""Number n turns config.json and the tensors of format version n + 1 into those of version n + 2."""
+FORMAT_VERSION = len(MIGRATIONS) + 1
+PROVENANCE, CARD = "provenance.json", "README.md"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WANTED = ["*.json", "*.safetensors", CARD]
+"""Files of a Hub repository that are downloaded."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -42,19 +51,12 @@ def save_pretrained(trainable: Trainable, folder: str | Path, provenance: Proven
         folder: where to.
         provenance: what it was trained for, on and with; goes into the model card too.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    config = describe(trainable, provenance)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        _write_json(fresh / CONFIG, config)
-        _write_json(fresh / PROVENANCE, provenance.as_dict())
+    folder, config = Path(folder), describe(trainable, provenance)
+    with whole_folder(folder) as fresh:
+        write_json(fresh / CONFIG, config)
+        write_json(fresh / PROVENANCE, provenance.as_dict())
         _write_weights(trainable, fresh / WEIGHTS)
         (fresh / CARD).write_text(model_card(trainable, config, provenance), encoding="utf-8")
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        fresh.rename(folder)
     return folder
 
 
@@ -64,10 +66,6 @@ def describe(trainable: Trainable, provenance: Provenance) -> dict[str, Any]:
     shape = arguments.pop("shape")
     return {"drafter_type": type(trainable).__module__.rsplit(".", 1)[-1], "class": type(trainable).__name__,
             "format_version": FORMAT_VERSION, "arguments": arguments, "target": {**provenance.target, "shape": shape}}
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_weights(trainable: Trainable, file: Path) -> None:
@@ -80,30 +78,53 @@ def _write_weights(trainable: Trainable, file: Path) -> None:
             aliases[name] = first[memory]
         else:
             first[memory] = name
-            kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    save_file(kept, file, metadata={"format": "pt", "aliases": json.dumps(aliases)})
-    file.chmod(0o644)
+            kept[name] = tensor
+    write_safetensors(file, kept, {"aliases": json.dumps(aliases)})
 
 
 # -- loading ------------------------------------------------------------------------------------------------------
 
 def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable:
-    """Load a component from a run folder, its own folder or the Hub.
+    """Load a component from a run folder, its own folder or the Hub; also a drafter that others trained, in one of
+    `checkpoints.formats`.
 
     Args:
         name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`, `USER/NAME@REVISION`).
-        target: the target it is to serve; then the binding is checked.
+        target: the target it is to serve; then the binding is checked. Formats of others need it.
 
     Raises:
         ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape, another target.
     """
     folder = find_folder(name)
-    config = read_config(folder)
+    config, tensors = _whole(read_config(folder), folder, None if target is None else target.shape, target)
     trainable = _build(config, folder)
-    load_weights(trainable, folder / WEIGHTS)
+    assign_weights(trainable, tensors, str(folder / WEIGHTS))
     if target is not None:
         check_binding(trainable, config["target"], target, str(name))
     return trainable.eval()
+
+
+def _whole(config: Config, folder: Path, shape: TargetShape | None, target: Target | None) -> tuple[Config, Tensors]:
+    """Config and tensors as of today: migrated from an older version, or translated from somebody's format."""
+    if "format" in config:
+        return _translated(config, folder, shape, target)
+    tensors = _read_weights(folder / WEIGHTS)
+    for migration in MIGRATIONS[config["format_version"] - 1:]:
+        config, tensors = migration(config, tensors)
+    return config, tensors
+
+
+def _translated(config: Config, folder: Path, shape: TargetShape | None, target: Target | None
+                ) -> tuple[Config, Tensors]:
+    if shape is None:
+        raise ValueError(f"{folder} is in the format {config['format']!r}, which does not tell all dimensions of its "
+                         "target: load it with its target")
+    known = TargetShape(**{**asdict(shape), **config["target"]["shape"]})
+    ledger = Ledger(read_tensors(folder), str(folder))
+    ledger.drop("rotary_emb.inv_freq")
+    tensors = FORMATS[config["format"]].weights(ledger, known, config["arguments"], config["original"], target)
+    ledger.close()
+    return {**config, "target": {**config["target"], "shape": asdict(known)}}, tensors
 
 
 def _build(config: Mapping[str, Any], folder: Path) -> Trainable:
@@ -132,28 +153,46 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", WEIGHTS, CARD])
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})") from error
     if not (Path(folder) / CONFIG).is_file():
-        raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a Slipstream component")
+        raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a drafter")
     return Path(folder)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A component's `config.json`, checked."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from error
+def read_config(folder: Path) -> Config:
+    """A component's `config.json`, checked; for a drafter in somebody's format, what ours would say (with `format`).
+
+    Raises:
+        ValueError: not JSON, nobody's format that is known, or a version from the future.
+    """
+    config = read_json(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
-        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component")
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{folder / CONFIG}: format_version {config['format_version']} cannot be read, only "
-                         f"{FORMAT_VERSION}: update Slipstream")
+        name = format_of(config)
+        if name is not None:
+            return foreign_component(config, name, folder)
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component, nor "
+                         f"a drafter in one of the formats {', '.join(FORMATS)}")
+    version = config["format_version"]
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{folder / CONFIG}: format_version {version} cannot be read, only 1 to {FORMAT_VERSION}: "
+                         "update Slipstream")
     return config
+
+
+def target_of(name: str | Path) -> str:
+    """The name of the target that a component was trained for.
+
+    Raises:
+        ValueError: its format does not tell.
+    """
+    found = read_config(find_folder(name))["target"]["name"]
+    if not found:
+        raise ValueError(f"{str(name)!r} does not tell what target it was trained for: give --target")
+    return found
 
 
 def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
@@ -169,11 +208,6 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
     if not isinstance(found, type) or not issubclass(found, Trainable):
         raise ValueError(f"class {name!r} is not a trainable component of {path}")
     return found
-
-
-def load_weights(trainable: Trainable, file: Path) -> None:
-    """Load a safetensors file strictly; the module takes the precision of the file."""
-    assign_weights(trainable, _read_weights(file), str(file))
 
 
 def assign_weights(trainable: Trainable, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -200,6 +234,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
             aliases: Mapping[str, str] = json.loads((opened.metadata() or {}).get("aliases", "{}"))
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
+    lost = set(aliases.values()) - set(tensors)
+    if lost:
+        raise ValueError(f"{file} lacks {_some(lost)}, which other tensors share: it is damaged or incomplete")
     return {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
 
 
@@ -221,7 +258,7 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
         raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
                          f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
-    if trained_for["fingerprint"] != target.fingerprint():
+    if trained_for["fingerprint"] not in (None, target.fingerprint()):
         raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
                          f"{target.fingerprint()}: train it for this target")
 
@@ -230,18 +267,22 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     """Take the weights of an earlier component into `trainable`, which keeps its precision.
 
     An earlier component of a base class gives the weights it has (Medusa-2 starts from Medusa-1 heads); one of the same
-    class gives them all.
+    class gives them all. A drafter in somebody's format counts as the class that it is here.
 
     Raises:
         ValueError: an unrelated class, or tensors that do not fit.
     """
     folder = find_folder(name)
-    config = read_config(folder)
+    config, tensors = _whole(read_config(folder), folder, trainable.arguments["shape"], None)
     found = trainable_class(config["drafter_type"], config["class"])
     if not isinstance(trainable, found):
         raise ValueError(f"init_from {str(name)!r} is a {found.__name__}, the config trains a "
                          f"{type(trainable).__name__}: they must agree")
-    own, tensors = trainable.state_dict(), _read_weights(folder / WEIGHTS)
+    rope = trainable.arguments["shape"].rope
+    if "format" in config and config["target"]["shape"]["rope"] != rope:
+        raise ValueError(f"init_from {str(name)!r} was trained with rotary parameters "
+                         f"{config['target']['shape']['rope']}, the target has {rope}: it would start wrong")
+    own = trainable.state_dict()
     if type(trainable) is not found:
         tensors = {**own, **tensors}
     given = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()}

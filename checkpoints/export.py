@@ -1,0 +1,97 @@
+"""`python -m checkpoints.export --format F RUN OUT`: a trained drafter in the format of a serving engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+
+from checkpoints.folders import CONFIG, PICKLED, whole_folder, write_json, write_tensors
+from checkpoints.formats.exported import Exported
+from checkpoints.formats.known import FORMATS, formats_of
+from checkpoints.pretrained import find_folder, load_pretrained, read_config, target_of, trainable_class
+from data.configfiles import parse, run
+from modules.core.loading import load_target
+from modules.core.target import Target
+
+
+def export(name: str | Path, form: str, out: Path, target: Target | None = None) -> Exported:
+    """Write a drafter in somebody's format, whole or not at all.
+
+    Args:
+        name: run folder, drafter folder or Hub id.
+        form: one of `FORMATS`.
+        out: folder to write; there must be none yet, or an empty one.
+        target: what the drafter was trained for; loaded by its name when not given.
+
+    Raises:
+        ValueError: no engine serves such a drafter, or not in this format, or not with its settings.
+    """
+    refuse_unserved(trainable_class_of(name), form)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists: give a new folder")
+    target = target or load_target(target_of(name))
+    drafter = load_pretrained(name, target).to("cpu")
+    with torch.no_grad():
+        exported = FORMATS[form].exported(drafter, target)
+    write(exported, out)
+    return exported
+
+
+def trainable_class_of(name: str | Path) -> type:
+    """The class of a saved component, without loading it."""
+    config = read_config(find_folder(name))
+    return trainable_class(config["drafter_type"], config["class"])
+
+
+def refuse_unserved(kind: type, form: str) -> None:
+    """Raise ValueError unless the format holds drafters of this class."""
+    if form not in FORMATS:
+        raise ValueError(f"--format {form!r} is unknown: use one of {', '.join(FORMATS)}")
+    known = formats_of(kind)
+    if not known:
+        raise ValueError(f"no engine serves {kind.__name__}: use this project's decoder (the model card shows how)")
+    if form not in known:
+        raise ValueError(f"--format {form} holds no {kind.__name__}: use {' or '.join(known)}")
+
+
+def write(exported: Exported, out: Path) -> None:
+    """The folder of an export. PyTorch files are written only where nothing else is read, and hold plain tensors."""
+    with whole_folder(out) as fresh:
+        write_json(fresh / CONFIG, exported.config)
+        for name in exported.weights:
+            if name in PICKLED:
+                torch.save({key: tensor.clone() for key, tensor in exported.tensors.items()}, fresh / name)
+            else:
+                write_tensors(fresh / name, exported.tensors)
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `python -m checkpoints.export`."""
+    parser = ArgumentParser(prog="python -m checkpoints.export", exit_on_error=False, description=(
+        "Write a trained drafter as a serving engine loads it: " + "; ".join(
+            f"{name} ({module.DRAFTER.__name__}: {', '.join(module.ENGINES)})" for name, module in FORMATS.items())))
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help="the format to write")
+    parser.add_argument("--target", type=str | None, help="the drafter's target, if its name does not lead to it")
+    parser.add_argument("run", type=str, help="run folder, drafter folder or Hub id")
+    parser.add_argument("out", type=str, help="folder to write")
+    return parser
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Export, and say how an engine is started with the result."""
+    chosen = parse(make_parser(), arguments)
+    target = None if chosen.target is None else load_target(chosen.target)
+    exported = export(chosen.run, chosen.format, Path(chosen.out), target)
+    print(f"exported: {chosen.out}")
+    for note in exported.notes:
+        print(f"note: {note}")
+    print(exported.usage.replace("FOLDER", chosen.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))

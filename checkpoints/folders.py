@@ -1,0 +1,125 @@
+"""Writing folders whole or not at all, and reading the tensors of folders that others wrote.
+
+Nothing that is read here can run code: safetensors and JSON only. PyTorch's own files (`.bin`, `.pt`, all that some
+public drafters come as) are pickles, and refused.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")
+"""PyTorch files that public drafters come as; never read here."""
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `folder` when the block has ended well; else nothing is left of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        yield fresh
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        fresh.rename(folder)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Indented, keys in order."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds {type(value).__name__}, not an object with keys: it is no component's")
+    return value
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, readable by everybody; every tensor gets memory of its own."""
+    kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(kept, file, metadata={"format": "pt", **(metadata or {})})
+    file.chmod(0o644)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files of a folder in somebody's format.
+
+    Raises:
+        ValueError: no such file, or a damaged one; of pickles it says how to convert them.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in _safetensors(file).items()}
+    pickles = [name for name in PICKLED if (folder / name).is_file()]
+    if pickles:
+        raise ValueError(f"{folder} holds its weights as {pickles[0]} only, a pickle, which can run code: convert it "
+                         "where you trust it, safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+                         f"'{WEIGHTS}')")
+    raise ValueError(f"{folder} holds no weights: no *.safetensors")
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
+
+
+class Ledger:
+    """Tensors of somebody's file, each taken once, by name and shape, so that none is misread or left over.
+
+    Args:
+        tensors: by name.
+        source: what error messages call the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        self.tensors, self.source = dict(tensors), source
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name, which must have that shape.
+
+        Raises:
+            ValueError: it is not there, or shaped otherwise.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.source}: {name} is missing")
+        tensor = self.tensors.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{self.source}: {name} has shape {tuple(tensor.shape)} instead of {shape}")
+        return tensor
+
+    def drop(self, ending: str) -> None:
+        """Leave out tensors whose names end so: what others store though it follows from the config."""
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.endswith(ending)}
+
+    def close(self) -> None:
+        """Raise ValueError if a tensor was not taken: it would change drafts in its own engine, and be lost here."""
+        if self.tensors:
+            names = ", ".join(sorted(self.tensors)[:4])
+            raise ValueError(f"{self.source}: {names} has no place in this drafter: it was trained with something that "
+                             "is not supported here")

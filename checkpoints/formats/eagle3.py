@@ -1,0 +1,102 @@
+"""EAGLE-3 drafters as vLLM and SGLang name them: what `speculators.py` and `sglang.py` share.
+
+Both engines put the fused states side by side in the order of the layers, whatever order the config gives, so an
+exported fusion layer has its columns in that order.
+
+Shape legend: H hidden size, S fused states, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from checkpoints.folders import Ledger
+from checkpoints.formats.llama import (
+    embeddings,
+    layer_tensors,
+    offsets,
+    refuse_activation,
+    take_embeddings,
+    take_layer,
+    take_vocabulary,
+)
+from modules.core.trainable import TargetShape
+from modules.feature_drafters.eagle3 import Eagle3
+
+if TYPE_CHECKING:
+    from modules.core.target import Target
+
+_SAME = ("norm.weight", "lm_head.weight")
+_INSIDE = ("input_layernorm.weight", "hidden_norm.weight")
+"""Norms that belong to the layer in the engines' naming."""
+
+
+def eagle3_tensors(drafter: Eagle3, target: Target, prefix: str, mapped: bool) -> dict[str, Tensor]:
+    """All tensors, the decoder layer's under `prefix`; with `d2t` and `t2d` if `mapped`."""
+    refuse_activation(drafter.shape)
+    state = drafter.state_dict()
+    order = sorted(range(len(drafter.fused_layers)), key=lambda i: drafter.fused_layers[i])
+    found = {name: state[name] for name in _SAME} | {f"{prefix}.{name}": state[name] for name in _INSIDE}
+    found |= layer_tensors(state, prefix)
+    found["fc.weight"] = state["fc.weight"].unflatten(1, (len(order), -1))[:, order].flatten(1)
+    if drafter.fc_norm is not None:
+        found |= {f"fc_norm.{place}.weight": state[f"fc_norm.{i}.weight"] for place, i in enumerate(order)}
+    found["embed_tokens.weight"] = embeddings(target, drafter.precision)
+    return found | (offsets(drafter.vocabulary_D, drafter.shape.vocab_size) if mapped else {})
+
+
+def layer_ids(drafter: Eagle3) -> list[int]:
+    """Fused states as `k` = input of layer k, ascending.
+
+    Raises:
+        ValueError: a state twice, which engines would pass once.
+    """
+    ids = sorted(drafter.fused_layers)
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"fused_layers {drafter.fused_layers} name a state twice: engines would pass it once")
+    return ids
+
+
+def eagle3_arguments(config: Mapping[str, Any], ids: Sequence[int] | None, norm_before_residual: bool, source: str
+                     ) -> dict[str, Any]:
+    """Constructor arguments of the drafter that a config describes; `ids` as `layer_ids`, None for the default three.
+
+    Raises:
+        ValueError: an option that this project's EAGLE-3 does not have.
+    """
+    for option in ("norm_before_fc", "parallel_drafting"):
+        if config.get(option):
+            raise ValueError(f"{source}: {option} is set, which is not supported here")
+    size, trimmed = config["vocab_size"], config.get("draft_vocab_size")
+    return {"draft_vocabulary": trimmed if trimmed and trimmed < size else None,
+            "fused_layers": None if not ids else list(ids), "norm_before_residual": norm_before_residual,
+            "fc_norm": bool(config.get("fc_norm")), "norm_output": bool(config.get("norm_output"))}
+
+
+def take_eagle3(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], target: Target | None
+                ) -> dict[str, Tensor]:
+    """The tensors under this project's names; the layer's may be under `midlayer` or `layers.0`."""
+    prefix = "midlayer" if any(name.startswith("midlayer.") for name in ledger.tensors) else "layers.0"
+    size, draft_size = shape.hidden_size, arguments["draft_vocabulary"] or shape.vocab_size
+    fused = len(arguments["fused_layers"] or default_layers(shape.num_layers))
+    found = take_layer(ledger, prefix, shape, 2)
+    found |= {name: ledger.take(f"{prefix}.{name}", size) for name in _INSIDE}
+    found["norm.weight"] = ledger.take("norm.weight", size)
+    found["fc.weight"] = ledger.take("fc.weight", size, fused * size)
+    if arguments["fc_norm"]:
+        found |= {f"fc_norm.{i}.weight": ledger.take(f"fc_norm.{i}.weight", size) for i in range(fused)}
+    head = ledger.take("lm_head.weight", draft_size, size)
+    if "d2t" in ledger or arguments["draft_vocabulary"]:
+        ids, order = take_vocabulary(ledger, draft_size, shape.vocab_size)
+        head = head[order]
+        found |= {"vocabulary": ids} if arguments["draft_vocabulary"] else {}
+    take_embeddings(ledger, shape, target)
+    return found | {"lm_head.weight": head}
+
+
+def default_layers(count: int) -> list[int]:
+    """The three states that engines take when a config names none, for a target of `count` layers."""
+    return sorted({2 % count, count // 2, max(count - 3, 0)})

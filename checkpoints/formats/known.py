@@ -1,0 +1,46 @@
+"""Every format of others: what it can hold, and which one a folder is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from checkpoints.folders import CONFIG
+from checkpoints.formats import eagle, eagle_sglang, medusa, medusa_reference, sglang, speculators
+
+FORMATS: dict[str, ModuleType] = {
+    "speculators": speculators, "sglang": sglang, "eagle": eagle, "eagle_sglang": eagle_sglang, "medusa": medusa,
+    "medusa_reference": medusa_reference}
+"""By name. Of formats that could be meant by the same config.json the first one is."""
+
+
+def formats_of(kind: type) -> list[str]:
+    """Names of the formats that hold drafters of exactly this class (a subclass computes something else)."""
+    return [name for name, module in FORMATS.items() if module.DRAFTER is kind]
+
+
+def format_of(config: Mapping[str, Any]) -> str | None:
+    """The format of a folder with this config.json, if it is one of these."""
+    return next((name for name, module in FORMATS.items() if module.recognises(config)), None)
+
+
+def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """What this project's config.json would say of a drafter in the format `name`. Of the target's dimensions it has
+    those that the format tells; the target's fingerprint is never known.
+
+    Raises:
+        ValueError: a key is missing, or asks for what is not supported here.
+    """
+    module = FORMATS[name]
+    try:
+        found = module.component(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not a whole {name} config: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    kind = module.DRAFTER
+    return {"drafter_type": kind.__module__.rsplit(".", 1)[-1], "class": kind.__name__, "format": name,
+            "arguments": found["arguments"], "original": dict(config),
+            "target": {"name": found["target"], "fingerprint": None, "shape": found["shape"]}}
