@@ -83,6 +83,15 @@ def overlap(one: Sequence[float], two: Sequence[float]) -> bool:
     return one[0] <= two[1] and two[0] <= one[1]
 
 
+def overlap_line(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+    """How many methods' speedups agree: two runs of the same evaluation should overlap in at least nine of ten."""
+    known = [(one["speedup"]["ci95"], two["speedup"]["ci95"]) for one, two in pairs(left, right)
+             if one["speedup"]["ci95"] is not None and two["speedup"]["ci95"] is not None]
+    same = sum(overlap(one, two) for one, two in known)
+    share = f" ({same / len(known):.0%})" if known else ""
+    return f"speedup intervals overlap for {same} of {len(known)} methods that have them in both reports{share}"
+
+
 def noise_margin(report: Mapping[str, Any], method: Figures) -> float:
     """Log of the largest ratio that the method's baseline showed against itself; 0 where no noise was measured."""
     same = ("target", "temperature", "batch_size")
@@ -93,7 +102,8 @@ def noise_margin(report: Mapping[str, Any], method: Figures) -> float:
 
 
 def comparison_lines(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterable[str]:
-    """What the table cannot show: settings that differ, methods in one report only, the noise of both runs."""
+    """What the table cannot show: intervals that overlap, settings that differ, methods in one report only, noise."""
+    yield overlap_line(left, right)
     yield from _differences(left, right)
     names = [{method["name"] for method in report["methods"]} for report in (left, right)]
     for which, missing in (("first", names[0] - names[1]), ("second", names[1] - names[0])):

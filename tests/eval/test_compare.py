@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from eval import cli
-from eval.compare import comparison_lines, comparison_table, noise_margin, verdict
+from eval.compare import comparison_lines, comparison_table, noise_margin, overlap_line, verdict
 from eval.report import load_report, noise_lines
 from tests.eval.test_pages import method, report
 
@@ -65,6 +65,15 @@ def test_what_the_table_cannot_show() -> None:
     assert "not the same max_new_tokens: 8, then 16" in text and "only in the second report: eagle" in text
     assert text.count("noise: autoregressive against itself") == 2 and text.count("does not hold 1") == 1
     assert noise_lines(left)[0].endswith("(95% interval 0.98–1.02)")
+
+
+def test_the_share_of_overlapping_intervals_leaves_methods_without_one_out() -> None:
+    unknown = method("short", speedup={"micro": 1.0, "macro": 1.0, "ci95": None})
+    left = report(baseline(), drafting(1.5), method("eagle", 1.2), unknown)
+    right = report(baseline(), drafting(1.6), method("eagle", 1.8), method("short", 1.0))
+    assert overlap_line(left, right).startswith("speedup intervals overlap for 2 of 3 methods")
+    assert overlap_line(left, right).endswith("(67%)") and overlap_line(left, right) in comparison_lines(left, right)
+    assert overlap_line(report(unknown), report(unknown)).endswith("0 of 0 methods that have them in both reports")
 
 
 def test_no_common_method() -> None:
