@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints.pretrained import find_folder, read_config
 from eval.harness import Harness, fitting, units
-from eval.html import Sample, is_baseline, page
+from eval.html import Sample, page
 from eval.journal import Journal, Record
 from eval.methods import Method, Row, build_rows, class_of, unique_labels
 from eval.report import build_report, failures, main_table, markdown, noise_lines
 from eval.scores import Quality, Scoring
 from eval.sources import Turns
-from eval.speed_model import explanations
+from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary, summarise
 from eval.tasks import Task, load_tasks
 from eval.text import pieces

@@ -10,7 +10,7 @@ from typing import Any
 from eval import plots
 from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
 from eval.scores import quality_table
-from eval.speed_model import explanations
+from eval.speed_model import explanations, is_baseline
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
@@ -53,13 +53,8 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
         *_pictures(report["methods"], measured), *_qualities(report["methods"]),
-        *_predictions(measured), *_sample(sample),
+        *_predictions(report["methods"]), *_sample(sample),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
-
-
-def is_baseline(method: Mapping[str, Any]) -> bool:
-    """Whether this is an autoregressive row (they run twice, and carry the noise)."""
-    return "noise" in method["quality"]
 
 
 def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
@@ -95,8 +90,8 @@ def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[s
     yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
 
 
-def _predictions(measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    lines = explanations(measured)
+def _predictions(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    lines = explanations(methods)
     if lines:
         yield "<h2>Predicted and measured</h2>"
         yield from (f"<p>{escape(line)}</p>" for line in lines)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -100,9 +101,33 @@ def explain(method: Mapping[str, Any]) -> str | None:
 
 
 def explanations(methods: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`explain` of every method that drafts."""
-    drafting = [method for method in methods if "noise" not in method["quality"]]
-    return [line for method in drafting if (line := explain(method)) is not None]
+    """How far predictions are off in all, then `explain` of every method that drafts; nothing without a prediction."""
+    known = list(methods)
+    lines = [line for method in known if not is_baseline(method) and (line := explain(method)) is not None]
+    return [prediction_line(known), *lines] if lines else []
+
+
+def is_baseline(method: Mapping[str, Any]) -> bool:
+    """Whether this is an autoregressive row (they run twice, and carry the noise)."""
+    return "noise" in method["quality"]
+
+
+def prediction_errors(methods: Iterable[Mapping[str, Any]]) -> list[float]:
+    """|predicted - measured| / measured of each method that drafts and has both."""
+    pairs = [(method["speed_model"]["predicted"], method["speedup"]["micro"]) for method in methods
+             if not is_baseline(method) and method["speed_model"] is not None]
+    return [abs(predicted - measured) / measured for predicted, measured in pairs if measured]
+
+
+def prediction_line(methods: Sequence[Mapping[str, Any]]) -> str:
+    """The median error over methods, and beside it how far plain decoding's second run was from its first."""
+    errors = prediction_errors(methods)
+    noises = [method["quality"]["noise"]["micro"] for method in methods if is_baseline(method)]
+    repeats = [abs(noise - 1) for noise in noises if noise is not None]
+    beside = f"{median(repeats):.1%}" if repeats else "not measured"
+    middle = f"{median(errors):.1%}" if errors else "not measured"
+    return (f"median over {len(errors)} methods of |predicted - measured| / measured: {middle}; "
+            f"repeat noise of plain decoding: {beside}")
 
 
 def latency_per_sequence(target: Target, widest: int, context: int, batch: int = 1) -> LatencyTable:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
+from eval.html import page
 from eval.metrics import Speed, micro_speedup
-from eval.speed_model import FACTORS, Calls, expected_seconds, explain, latency_per_sequence, speed_model
+from eval.report import markdown
+from eval.speed_model import (
+    FACTORS,
+    Calls,
+    expected_seconds,
+    explain,
+    explanations,
+    latency_per_sequence,
+    prediction_errors,
+    speed_model,
+)
 from modules.decoding.latency import LatencyTable, measure_latency
+from tests.eval.test_pages import method as entry
+from tests.eval.test_pages import report
 from tests.fakes import tiny_target
 
 TABLE = LatencyTable(64, {1: 0.05, 5: 0.09, 9: 0.10})
@@ -57,3 +71,22 @@ def test_a_table_per_sequence_reaches_the_widest_call() -> None:
     assert set(table.seconds) == {1, 2, 3, 4, 5, 6, 7} and table.context == 512 - 7
     assert all(seconds > 0 for seconds in table.seconds.values())
     assert set(measure_latency(tiny_target(), (1, 2), 8, 1, batch=3).seconds) == {1, 2}
+
+
+def predicting(name: str, predicted: float, measured: float) -> dict[str, Any]:
+    return entry(name, measured, speed_model={"predicted": predicted, "factors": {"verification": 1.0}})
+
+
+def test_the_median_error_stands_beside_the_repeat_noise() -> None:
+    plain = entry("autoregressive", 1.0, quality={"noise": {"micro": 0.97, "ci95": None}}, speed_model={
+        "predicted": 9.0, "factors": {}})
+    methods = [plain, predicting("a", 1.1, 1.0), predicting("b", 1.0, 2.0), predicting("c", 1.8, 1.5), entry("d")]
+    assert prediction_errors(methods) == pytest.approx([0.1, 0.5, 0.2])
+    line, *rest = explanations(methods)
+    assert "over 3 methods of |predicted - measured| / measured: 20.0%; repeat" in line and line.endswith(": 3.0%")
+    assert len(rest) == 3 and f"- {line}" in markdown(report(*methods)) and line in page(report(*methods), None)
+
+
+def test_nothing_is_said_without_a_prediction_and_unmeasured_noise_is_called_so() -> None:
+    assert explanations([entry("d")]) == []
+    assert explanations([predicting("a", 1.1, 1.0)])[0].endswith("plain decoding: not measured")
