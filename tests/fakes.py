@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.core.batches import TextBatch
-from modules.core.drafter import Accepted, Context, Drafter, DraftState, Verified
+from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling, Verified
 from modules.core.target import Target
 from modules.core.trainable import Losses, TargetShape
+from modules.decoding.decoder import Decoder
 from modules.trees.tree import Law, TokenTree, Topology
 
 _TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -146,3 +147,21 @@ class ScriptedDrafter(Drafter):
         text = Texts([*ids, int(state.newest_B[row]), *emitted[row, :int(accepted.lengths_B[row]) - 1].tolist()]
                      for row, ids in enumerate(state.text))
         return replace(super().absorb(state, verified, accepted), text=text)
+
+
+class RandomDrafter(ScriptedDrafter):
+    """Drafts tokens at random: right once per vocabulary, and harmless."""
+
+    def _future(self, target: Target, ids: list[int]) -> list[int]:
+        return torch.randint(self.vocab, (self.depth,), generator=self.coin).tolist()
+
+
+def ids_by_batch(decoder: Decoder, prompts: list[list[int]], size: int, limit: int) -> list[list[int]]:
+    """Greedy answers to all prompts, decoded `size` at once."""
+    batches = [prompts[i:i + size] for i in range(0, len(prompts), size)]
+    return [trace.ids for batch in batches for trace in decoder.decode(batch, Sampling(), limit)]
+
+
+def many_prompts(count: int = 16) -> list[list[int]]:
+    """Prompts of different lengths, some of which repeat themselves."""
+    return [[7 + 3 * i + j % (2 + i % 4) for j in range(2 + i * 5 % 9)] for i in range(count)]

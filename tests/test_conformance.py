@@ -17,7 +17,7 @@ from modules.core.drafter import Drafter, Sampling
 from modules.core.target import Target
 from modules.core.trainable import Trainable
 from modules.decoding.decoder import SpeculativeDecoder
-from tests.fakes import tiny_batch, tiny_target
+from tests.fakes import ids_by_batch, many_prompts, tiny_batch, tiny_target
 from train.cli import make_parser
 from train.module import text_batches
 
@@ -127,6 +127,15 @@ def test_greedy_decoding_is_exactly_the_targets_own(recipe, target):
         pytest.skip("not a drafter")
     own = drafter.adapt(target)
     assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
+
+
+def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(recipe, target):
+    drafter = build(recipe, target, shake=0.01).eval()
+    if not isinstance(drafter, Drafter):
+        pytest.skip("not a drafter")
+    decoder, prompts = SpeculativeDecoder(drafter.adapt(target), drafter), many_prompts(16)
+    alone, by_four, together = (ids_by_batch(decoder, prompts, size, 6) for size in (1, 4, 16))
+    assert by_four == alone and together == alone
 
 
 def test_the_constructor_says_what_each_argument_is(recipe):
