@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints.pretrained import find_folder, read_config
+from eval.contamination import note_overlaps
 from eval.harness import Harness, fitting, units
 from eval.html import Sample, page
 from eval.journal import Journal, Record
@@ -147,8 +148,9 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
     device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(evaluation.target_name(), evaluation.dtype, device)
     rows = build_rows(evaluation.rows, target, evaluation.samplings[0])
-    rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
     tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
+    note_overlaps(rows, evaluation.rows, tasks)
+    rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
     if skipped:
         console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
     settings = settings_of(evaluation, tasks)

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from eval import plots
+from eval.contamination import overlap_lines
 from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
 from eval.scores import quality_table
 from eval.speed_model import explanations, is_baseline
@@ -54,6 +55,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
         *_pictures(report["methods"], measured), *_qualities(report["methods"]),
         *_predictions(report["methods"]), *_sample(sample),
+        *_overlaps(report["methods"]),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
 
 
@@ -94,6 +96,13 @@ def _predictions(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     lines = explanations(methods)
     if lines:
         yield "<h2>Predicted and measured</h2>"
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _overlaps(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    lines = overlap_lines(methods)
+    if lines:
+        yield "<h2>Prompts in the training data</h2>"
         yield from (f"<p>{escape(line)}</p>" for line in lines)
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
+from eval.contamination import overlap_lines
 from eval.scores import quality_table
 from eval.speed_model import explanations
 from eval.summary import Summary
@@ -191,7 +192,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
         *_predictions(methods), *_qualities(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
-        "## Seconds by phase", _table(["method", *phases], by_phase), "## Reading", READING]) + "\n"
+        "## Seconds by phase", _table(["method", *phases], by_phase), *_overlaps(methods),
+        "## Reading", READING]) + "\n"
 
 
 READING = """\
@@ -207,6 +209,11 @@ differ by at most 0.001. On a CPU, peak memory is the whole process's."""
 def _predictions(methods: Sequence[Figures]) -> list[str]:
     lines = explanations(methods)
     return ["## Predicted and measured", "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _overlaps(methods: Sequence[Figures]) -> list[str]:
+    lines = overlap_lines(methods)
+    return ["## Prompts in the training data", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:
