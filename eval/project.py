@@ -1,0 +1,134 @@
+"""`python -m eval.project REPORT --hardware h100`: a projection of speedups to other hardware. It measures nothing.
+
+Only acceptance (τ, rows per call, draft depth) is taken from the report; every time is calculated from data-sheet
+figures by a roofline (Williams et al. 2009): a pass of a model with W weights over R rows takes
+
+    max(2 W / bandwidth, 2 W R / FLOP rate) + overhead of a call
+
+with 16-bit weights. One call of the target per step, and one pass of a drafter's own weights per drafted depth.
+What is left out flatters the projection: the KV cache, kernels short of their limits, drafters' work on the host.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from data.configfiles import CONFIGS, parse, run
+from eval.report import load_report, number, times
+from eval.speed_model import is_baseline
+
+HARDWARE = CONFIGS / "hardware"
+WEIGHT_BYTES = 2
+LABEL = "PROJECTION, not a measurement"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a file of configs/hardware says.
+
+    name: for people. bytes_per_second: memory bandwidth. flops_per_second: dense 16-bit matrix products.
+    call_seconds: overhead of one pass, an assumption.
+    """
+
+    name: str
+    bytes_per_second: float
+    flops_per_second: float
+    call_seconds: float
+
+    def seconds(self, weights: int, rows: float) -> float:
+        """One pass of a model over some rows."""
+        return max(WEIGHT_BYTES * weights / self.bytes_per_second,
+                   2 * weights * rows / self.flops_per_second) + self.call_seconds
+
+
+def load_hardware(name: str) -> Hardware:
+    """The hardware of `configs/hardware/NAME.yaml`.
+
+    Raises:
+        ValueError: no such file, or a key that is missing, unknown or not above zero.
+    """
+    file = HARDWARE / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in HARDWARE.glob("*.yaml")))
+        raise ValueError(f"--hardware {name!r} is not under configs/hardware: use one of {known}")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return read_hardware(values if isinstance(values, dict) else {}, file.name)
+
+
+def read_hardware(values: Mapping[str, Any], where: str) -> Hardware:
+    """`Hardware` from a file's values, checked; `where` is what errors speak of."""
+    keys = [field.name for field in fields(Hardware)]
+    for key in {*keys} ^ {*values}:
+        wrong = "missing" if key in keys else "unknown"
+        raise ValueError(f"hardware {where}: {key} is {wrong}: give {', '.join(keys)}")
+    for key in keys[1:]:
+        if not isinstance(values[key], (int, float)) or values[key] <= 0:
+            raise ValueError(f"hardware {where}: {key} {values[key]!r} is no number above zero: write it as 1.0e+12")
+    return Hardware(str(values["name"]), *(float(values[key]) for key in keys[1:]))
+
+
+def projected_speedup(method: Mapping[str, Any], parameters: int, hardware: Hardware) -> float | None:
+    """τ t(B) / (t(rows of a call times B) + drafting), with B sequences together; None where calls are not known.
+
+    Args:
+        method: its entry in the report.
+        parameters: of its target.
+        hardware: what to project to.
+    """
+    tau, model, batch = method["mean_accepted_tokens"], method["speed_model"], method["batch_size"]
+    if tau is None or model is None:
+        return None
+    verifying = hardware.seconds(parameters, model["rows_per_call"] * batch)
+    return tau * hardware.seconds(parameters, batch) / (verifying + drafting_seconds(method, hardware))
+
+
+def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
+    """One pass of the drafter's own weights per drafted depth; free for drafters without weights."""
+    if not method["drafter_parameters"]:
+        return 0.0
+    depth = max(1, len(method["conditional_acceptance_by_depth"] or ()))
+    return depth * hardware.seconds(method["drafter_parameters"], method["batch_size"])
+
+
+def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
+    """Lines of Markdown: the label, the table, what the figures are not."""
+    parameters = {target["name"]: target["parameters"] for target in report["targets"]}
+    yield f"# {LABEL}: {hardware.name}\n"
+    yield (f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
+           f"{hardware.flops_per_second / 1e12:.0f} TFLOP/s and an assumed {hardware.call_seconds * 1e6:.0f} µs per "
+           f"pass. Only τ and rows per call were measured (on {report['environment']['device']}); the KV cache, "
+           "kernels short of their limits and drafting on the host are left out, all of which flatters.\n")
+    yield "| method | τ, measured | rows per call | projected speedup |\n|---|---:|---:|---:|"
+    for method in (method for method in report["methods"] if not is_baseline(method)):
+        projected = projected_speedup(method, parameters[method["target"]], hardware)
+        rows = None if method["speed_model"] is None else method["speed_model"]["rows_per_call"]
+        cells = method["name"], number(method["mean_accepted_tokens"]), number(rows, 1), times(projected)
+        yield f"| {' | '.join(cells)} |"
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Print the projection; returns the exit status. ValueError: a mistake in what was asked."""
+    parser = ArgumentParser(prog="python -m eval.project", exit_on_error=False,
+                            description="Project speedups to other hardware from measured acceptance.")
+    parser.add_argument("report", type=str, help="a report.json or its folder")
+    parser.add_argument("--hardware", type=str, required=True, help="a file under configs/hardware")
+    settings = parse(parser, arguments)
+    hardware = load_hardware(settings.hardware)
+    for line in projection(load_report(settings.report), hardware):
+        print(line)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exit status 2 after a user's mistake."""
+    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()
