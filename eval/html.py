@@ -89,6 +89,11 @@ def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[s
     yield '<div class="pair">'
     if any(method["acceptance_by_depth"] for method in measured):
         yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(measured)}</figure>"
+    if any(len(method["accepted_length_histogram"] or ()) > 1 for method in measured):
+        yield f"<figure><h2>Drafts accepted by a call</h2>{plots.accepted_lengths(measured)}</figure>"
+    for key, words in (("batch_size", "batch size"), ("temperature", "temperature")):
+        if plots.series(measured, key):
+            yield f"<figure><h2>Speedup against {words}</h2>{plots.speedup_against(measured, key)}</figure>"
     yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
 
 

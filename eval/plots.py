@@ -93,6 +93,59 @@ def acceptance_by_depth(methods: Sequence[Figures]) -> str:
     return svg(draw, 5.6, 3.4, "acceptance")
 
 
+def accepted_lengths(methods: Sequence[Figures]) -> str:
+    """Share of calls that accepted 0, 1, 2, … drafts, for the methods that accepted any."""
+    colours = palette(methods)
+
+    def draw(axes: Axes) -> None:
+        for method in (method for method in methods if len(method["accepted_length_histogram"] or ()) > 1):
+            counts = np.array(method["accepted_length_histogram"])
+            axes.plot(range(len(counts)), counts / counts.sum(), marker="o", markersize=3, drawstyle="steps-mid",
+                      label=method["name"], color=colours[method["name"]])
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("drafts accepted by a call")
+        axes.set_ylabel("share of calls")
+        axes.grid(axis="y", color="#e3e7ee")
+        axes.legend(loc="upper right")
+
+    return svg(draw, 5.6, 3.4, "lengths")
+
+
+SUFFIXES = {"batch_size": ", {:g} at once", "temperature": " at {:g}"}
+"""How the name of a row in another variant differs from the first's."""
+
+
+def series(methods: Sequence[Figures], key: str) -> dict[str, list[Figures]]:
+    """Rows that differ in `key` (of `SUFFIXES`) alone, by what their names share; only those with several values."""
+    found: dict[str, list[Figures]] = {}
+    for method in methods:
+        name = method["name"].replace(SUFFIXES[key].format(method[key] or 0), "")
+        found.setdefault(name, []).append(method)
+    return {name: sorted(rows, key=lambda row: row[key]) for name, rows in found.items() if len(rows) > 1}
+
+
+def speedup_against(methods: Sequence[Figures], key: str) -> str:
+    """Speedup with 95% intervals over the batch size or the temperature."""
+    found = series(methods, key)
+
+    def draw(axes: Axes) -> None:
+        for index, (name, rows) in enumerate(found.items()):
+            heights = [row["speedup"]["micro"] or 0.0 for row in rows]
+            bounds = [row["speedup"]["ci95"] or (h, h) for row, h in zip(rows, heights)]
+            errors = [[max(0.0, h - low) for h, (low, _) in zip(heights, bounds)],
+                      [max(0.0, high - h) for h, (_, high) in zip(heights, bounds)]]
+            axes.errorbar([row[key] for row in rows], heights, errors, marker="o", markersize=3, elinewidth=0.8,
+                          label=name, color=COLOURS[index % len(COLOURS)])
+        axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xticks(sorted({row[key] for rows in found.values() for row in rows}))
+        axes.set_xlabel("prompts decoded together" if key == "batch_size" else "temperature")
+        axes.set_ylabel("speedup over autoregressive")
+        figure_of(axes).legend(loc="outside upper left", ncols=3)
+
+    return svg(draw, 5.6, 3.4, key)
+
+
 def time_per_phase(methods: Sequence[Figures]) -> str:
     """Milliseconds of decoding per new token, by phase."""
     def draw(axes: Axes) -> None:

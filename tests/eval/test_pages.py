@@ -67,6 +67,23 @@ def test_pictures_are_svg_with_text_and_errors_bars_for_every_task() -> None:
     assert "b &amp; &lt;c&gt;" in plots.speedup_by_task(methods)
 
 
+def test_variants_are_grouped_by_what_alone_differs() -> None:
+    rows = [method("a", batch_size=1), method("a, 4 at once", batch_size=4), method("b", batch_size=1),
+            method("a at 0.5", batch_size=1, temperature=0.5),
+            method("a at 0.5, 4 at once", batch_size=4, temperature=0.5)]
+    by_batch, by_heat = plots.series(rows, "batch_size"), plots.series(rows, "temperature")
+    assert {name: [row["batch_size"] for row in group] for name, group in by_batch.items()} == {
+        "a": [1, 4], "a at 0.5": [1, 4]}
+    assert list(by_heat) == ["a", "a, 4 at once"] and [row["temperature"] for row in by_heat["a"]] == [0.0, 0.5]
+    assert "temperature" in plots.speedup_against(rows, "temperature")
+
+
+def test_accepted_lengths_are_shares_of_calls() -> None:
+    rows = [method("a", accepted_length_histogram=[3, 1]), method("none", accepted_length_histogram=[4])]
+    picture = plots.accepted_lengths(rows)
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and ">a<" in picture and ">none<" not in picture
+
+
 def test_the_page_is_self_contained_and_shows_a_failure() -> None:
     bad = method("liar", lossless=False)
     baseline = method("autoregressive", 1.0, quality={"noise": {"micro": 1.01, "ci95": None}}, acceptance_by_depth=[])
