@@ -81,18 +81,26 @@ def projected_speedup(method: Mapping[str, Any], parameters: int, hardware: Hard
         parameters: of its target.
         hardware: what to project to.
     """
-    tau, model, batch = method["mean_accepted_tokens"], method["speed_model"], method["batch_size"]
-    if tau is None or model is None:
+    tau, rows, batch = method["mean_accepted_tokens"], rows_per_call(method), method["batch_size"]
+    if tau is None or rows is None:
         return None
-    verifying = hardware.seconds(parameters, model["rows_per_call"] * batch)
+    verifying = hardware.seconds(parameters, rows * batch)
     return tau * hardware.seconds(parameters, batch) / (verifying + drafting_seconds(method, hardware))
+
+
+def rows_per_call(method: Mapping[str, Any]) -> float | None:
+    """Mean rows of a target call; from the drafted nodes in reports without a model of speed, None without either."""
+    if method.get("speed_model"):
+        return method["speed_model"]["rows_per_call"]
+    nodes = method["quality"].get("drafted_nodes_per_call")
+    return None if nodes is None else nodes + 1
 
 
 def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
     """One pass of the drafter's own weights per drafted depth; free for drafters without weights."""
-    if not method["drafter_parameters"]:
+    if not method.get("drafter_parameters"):
         return 0.0
-    depth = max(1, len(method["conditional_acceptance_by_depth"] or ()))
+    depth = max(1, len(method.get("conditional_acceptance_by_depth") or ()))
     return depth * hardware.seconds(method["drafter_parameters"], method["batch_size"])
 
 
@@ -103,12 +111,13 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
     yield (f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
            f"{hardware.flops_per_second / 1e12:.0f} TFLOP/s and an assumed {hardware.call_seconds * 1e6:.0f} µs per "
            f"pass. Only τ and rows per call were measured (on {report['environment']['device']}); the KV cache, "
-           "kernels short of their limits and drafting on the host are left out, all of which flatters.\n")
+           "kernels short of their limits and drafting on the host are left out, which flatters; a drafter's weights "
+           "are read once per drafted depth, which is too much for heads that serve one depth each.\n")
     yield "| method | τ, measured | rows per call | projected speedup |\n|---|---:|---:|---:|"
     for method in (method for method in report["methods"] if not is_baseline(method)):
         projected = projected_speedup(method, parameters[method["target"]], hardware)
-        rows = None if method["speed_model"] is None else method["speed_model"]["rows_per_call"]
-        cells = method["name"], number(method["mean_accepted_tokens"]), number(rows, 1), times(projected)
+        measured = number(method["mean_accepted_tokens"]), number(rows_per_call(method), 1)
+        cells = method["name"], *measured, times(projected)
         yield f"| {' | '.join(cells)} |"
 
 

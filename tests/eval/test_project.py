@@ -37,6 +37,9 @@ def test_rows_cost_where_arithmetic_is_the_limit() -> None:
 def test_methods_whose_calls_are_unknown_are_not_projected() -> None:
     assert projected_speedup(heads(speed_model=None), 1_000_000, TOY) is None
     assert projected_speedup(heads(mean_accepted_tokens=None), 1_000_000, TOY) is None
+    older = heads(quality={"drafted_nodes_per_call": 4.0})
+    del older["speed_model"]
+    assert projected_speedup(older, 1_000_000, TOY) == projected_speedup(heads(), 1_000_000, TOY)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in HARDWARE.glob("*.yaml")))
