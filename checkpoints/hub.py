@@ -254,6 +254,3 @@ def _clean(message: str) -> str:
     token = get_token()
     line = " ".join(message.split())
     return _SECRET.sub(b"<token>", (line.replace(token, "<token>") if token else line).encode()).decode()
-
-
-__all__ = ["Publication", "check_repo", "check_token", "publication", "publish", "upload", "write"]

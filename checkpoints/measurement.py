@@ -137,8 +137,9 @@ def conditions(found: Measurement) -> str:
         f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
     asked = f"{found.rows[0]['prompts']} prompts ({dataset(found)}: {', '.join(settings['tasks'])})"
     return (f"Target {targets}; {asked}, up to {settings['max_new_tokens']} new tokens; {where['device']}, "
-            f"{settings['threads']} threads. Speedup is over `autoregressive`, plain decoding in the same process, with "
-            "a paired bootstrap interval; τ is the mean number of tokens per target call, bonus token counted." + told)
+            f"{settings['threads']} threads. Speedup is over `autoregressive`, plain decoding in the same process, "
+            "with a paired bootstrap interval; τ is the mean number of tokens per target call, bonus token counted."
+            f"{told}")
 
 
 def dataset(found: Measurement) -> str:

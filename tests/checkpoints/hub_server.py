@@ -1,7 +1,7 @@
 """A Hub of its own: the part of the Hugging Face Hub's API that its client speaks to publish and to download a model.
 
-It keeps repositories in memory, checks what it is sent (tokens, names, hashes, card metadata, the order of things), and can
-be told to fail at any stage: with a status, by never answering, by cutting the connection, or by losing an answer.
+It keeps repositories in memory, checks what it is sent (tokens, names, hashes, card metadata, the order of things), and
+can be told to fail at any stage: with a status, by never answering, by cutting the connection, or by losing an answer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ LICENSES = {"apache-2.0", "mit", "other"}
 STAGES = {
     "validate": r"POST /api/validate-yaml", "create": r"POST /api/repos/create", "delete": r"DELETE /api/repos/delete",
     "info": r"GET /api/models/[^/]+/[^/]+(/revision/[^/]+)?", "tree": r"GET /api/models/[^/]+/[^/]+/tree/.*",
-    "preupload": r"POST /api/models/[^/]+/[^/]+/preupload/main", "batch": r"POST /[^/]+/[^/]+\.git/info/lfs/objects/batch",
-    "put": r"PUT /storage/\w+", "verify": r"POST /storage/verify", "commit": r"POST /api/models/[^/]+/[^/]+/commit/main",
+    "preupload": r"POST /api/models/[^/]+/[^/]+/preupload/main",
+    "batch": r"POST /[^/]+/[^/]+\.git/info/lfs/objects/batch", "put": r"PUT /storage/\w+",
+    "verify": r"POST /storage/verify", "commit": r"POST /api/models/[^/]+/[^/]+/commit/main",
     "resolve": r"(GET|HEAD) /[^/]+/[^/]+/resolve/.*"}
 """Requests by the stage of publishing or downloading that they belong to."""
 
@@ -165,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         sent = json.loads(body)
         name = f"{sent.get('organization') or self.server.user}/{sent['name']}"
         if not name.startswith(self.server.user + "/"):
-            raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}")
+            raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
         if name in self.server.repositories:
             self.answer({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
             return
@@ -273,7 +274,8 @@ def oid_of(name: str, content: bytes) -> str:
 def described(name: str, content: bytes) -> dict[str, Any]:
     """Size and hashes of a file, as in a tree."""
     size, oid = len(content), oid_of(name, content)
-    return {"size": size, "oid": oid, **({"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if large(name) else {})}
+    pointer = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if large(name) else {}
+    return {"size": size, "oid": oid, **pointer}
 
 
 def card_errors(content: str) -> list[str]:
