@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
+from checkpoints.formats.exported import HUB_NAMES, served_name
+from checkpoints.formats.known import FORMATS, formats_of
+from checkpoints.measurement import Measurement, conditions, dataset, table
 from modules.core.drafter import Drafter
 
 if TYPE_CHECKING:
@@ -29,18 +36,65 @@ _MEANINGS = {
 }
 
 
-def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
+@dataclass(frozen=True)
+class Publishing:
+    """What a card says besides, when its component is published.
+
+    repo: the Hub id, or the folder it is written to instead. license: of the component. measurement: from a report.
+    """
+
+    repo: str
+    license: str
+    measurement: Measurement | None = None
+
+
+LICENSES = {"smollm2-135m": "apache-2.0"}
+"""Licences of targets that are known; a drafter's first weights are often its target's."""
+_NO_ENGINE = "No serving engine loads this kind of component; it runs in this project's decoder."
+
+
+def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance,
+               publishing: Publishing | None = None) -> str:
     """Markdown with a YAML header the Hub understands."""
-    parts = [_header(config, provenance), _what(trainable, config, provenance), _measured(provenance.measured),
-             _training(provenance), _use(trainable, provenance), _origin(provenance)]
+    measurement = publishing.measurement if publishing else None
+    parts = [_header(config, provenance, publishing), _what(trainable, config, provenance),
+             _evaluated(measurement) if measurement else "", _measured(provenance.measured),
+             _training(provenance), _use(trainable, provenance, publishing.repo if publishing else None),
+             _serve(trainable, provenance, publishing.repo) if publishing else "", _origin(provenance)]
     return "\n".join(part for part in parts if part)
 
 
-def _header(config: Mapping[str, Any], provenance: Provenance) -> str:
-    target = provenance.target["name"]
-    base = f"base_model: {target}\n" if "/" in target and not target.startswith(("/", ".")) else ""
-    return (f"---\nlibrary_name: slipstream\ntags: [speculative-decoding, {config['drafter_type']}]\n{base}---\n\n"
-            f"# {config['class']} for {target}\n")
+def _header(config: Mapping[str, Any], provenance: Provenance, publishing: Publishing | None) -> str:
+    data = ModelCardData(
+        base_model=hub_name(provenance.target["name"]), library_name="slipstream", pipeline_tag="text-generation",
+        license=publishing.license if publishing else None,
+        tags=["slipstream", "speculative-decoding", config["drafter_type"]],
+        model_name=publishing.repo.rsplit("/", 1)[-1] if publishing else None,
+        eval_results=_results(publishing.measurement, provenance) if publishing else None)
+    return f"---\n{data.to_yaml()}\n---\n\n# {config['class']} for {provenance.target['name']}\n"
+
+
+def hub_name(target: str) -> str | None:
+    """The Hub id of a target, if it has one: the embedded target's, or its name where that is no path."""
+    named = target.count("/") == 1 and not target.startswith(("/", ".", "~")) and not Path(target).exists()
+    return HUB_NAMES.get(target, target if named else None)
+
+
+def _results(measurement: Measurement | None, provenance: Provenance) -> list[EvalResult] | None:
+    """The entries of `model-index`: a report's figures, or else what was measured while training."""
+    if measurement is not None:
+        return [_result(dataset(measurement), kind, name, value, f"temperature {row['temperature']:g}, batch size "
+                        f"{row['batch_size']}") for row in measurement.rows for kind, name, value in (
+                    ("speedup", "speedup over plain decoding", row["speedup"]["micro"]),
+                    ("mean_accepted_tokens", "tokens per target call", row["mean_accepted_tokens"]),
+                    ("tokens_per_second", "tokens per second", row["tokens_per_second"])) if value is not None]
+    tau = provenance.measured.get("probe/tau")
+    return None if tau is None else [_result("held-out prompts", "mean_accepted_tokens", "tokens per target call", tau)]
+
+
+def _result(asked: str, kind: str, name: str, value: float, config: str | None = None) -> EvalResult:
+    return EvalResult(task_type="text-generation", dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", asked.lower()),
+                      dataset_name=asked, dataset_config=config, metric_type=kind, metric_name=name, metric_value=value)
 
 
 def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
@@ -52,11 +106,15 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
             f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of them trained.\n")
 
 
+def _evaluated(found: Measurement) -> str:
+    return f"## Evaluation\n\n{table(found)}\n\n{conditions(found)} The whole report is `report.json`.\n"
+
+
 def _measured(measured: Mapping[str, float]) -> str:
     if not measured:
-        return "## Measured\n\nNothing was measured in this run.\n"
+        return "## Measured while training\n\nNothing was measured in this run.\n"
     rows = [f"| {name} | {value:.4f} | {_meaning(name)} |" for name, value in sorted(measured.items())]
-    return "\n".join(["## Measured", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
+    return "\n".join(["## Measured while training", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
                       "Figures are those of the weights in this folder, measured during training.", ""])
 
 
@@ -70,7 +128,7 @@ def _training(provenance: Provenance) -> str:
     return f"## Training\n\n    {provenance.command}\n\nData:\n\n{data or '- not recorded'}\n"
 
 
-def _use(trainable: Trainable, provenance: Provenance) -> str:
+def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
     made = {"drafter": "SpeculativeDecoder(target, component)",
             "adapters": "SpeculativeDecoder(component.adapt(target))",
             "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target), component.acceptance_rule(target))'}
@@ -83,12 +141,25 @@ def _use(trainable: Trainable, provenance: Provenance) -> str:
         from modules.decoding.decoder import SpeculativeDecoder
 
         target = load_target("{provenance.target['name']}")
-        component = load_pretrained("THIS_FOLDER_OR_HUB_ID", target)
+        component = load_pretrained("{repo or 'THIS_FOLDER_OR_HUB_ID'}", target)
         decoder = {made[_kind(trainable)]}
         prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
         print(target.tokenizer.decode(decoder.decode([prompt], Sampling(), limit=64)[0].ids))
         ```""")
-    return f"## Use\n\n{code}\n"
+    return f"## Use\n\nIn a checkout of Slipstream:\n\n{code}\n"
+
+
+def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
+    """Commands for every format that holds this class; settings that an engine cannot run are refused by the export."""
+    target, known = provenance.target["name"], formats_of(type(trainable))
+    if not known:
+        return f"## Serve\n\n{_NO_ENGINE}\n"
+    parts = [f"{' and '.join(FORMATS[form].ENGINES)}:\n\n```\npython -m checkpoints.export --format {form} {repo} "
+             f"exports/{form}\n{FORMATS[form].usage(trainable, target).replace('FOLDER', f'exports/{form}')}\n```\n"
+             for form in known]
+    told = (f"Export it in a checkout of Slipstream, then start the engine with the result and `{served_name(target)}`."
+            " The export refuses, with the reason, what an engine would run differently.")
+    return "\n".join([f"## Serve\n\n{told}\n", *parts])
 
 
 def _kind(trainable: Trainable) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,20 @@ class Provenance:
     def of(cls, target: Target, **found: Any) -> Provenance:
         """Provenance of something trained for `target`; `found` gives data, measured and settings."""
         return cls({"name": target.name, "fingerprint": target.fingerprint()}, **found)
+
+    @classmethod
+    def read(cls, file: Path) -> Provenance:
+        """The provenance in a `provenance.json`.
+
+        Raises:
+            ValueError: no such file, or it is not one.
+        """
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: it does not tell where the component comes from")
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} is no provenance of a component: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

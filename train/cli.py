@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
@@ -31,7 +32,7 @@ _ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan"
 """Flags that are no part of the recipe."""
 _FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite",
           "plan")
-_SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint")
+_SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
 
 
@@ -94,7 +95,8 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     """What a command line asks for; nothing is loaded, and every mistake that can be seen is seen here.
 
     Raises:
-        ValueError: a value out of range, an output that is taken, nothing to resume or to start from.
+        ValueError: a value out of range, an output that is taken, nothing to resume or to start from, no token to
+            publish with.
     """
     settings = recipe_settings(parser, config)
     output = Path(config.output or f"runs/{_stem(config)}")
@@ -103,7 +105,10 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
         same_run(output / CONFIG, settings, _LASTING)
     if config.init_from is not None:
         read_config(find_folder(config.init_from))
-    return recipe_of(parser, config), Place(output, resume, config.init_from, settings)
+    recipe = recipe_of(parser, config)
+    if recipe.publish.repo is not None and rank_zero_only.rank == 0:
+        check_token()
+    return recipe, Place(output, resume, config.init_from, settings)
 
 
 def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from checkpoints.hub import publish
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
 from data.datamodule import ConversationData
 from modules.alignment.aligned_drafting import AlignedDrafting
@@ -27,7 +28,7 @@ from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
-from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, TrainerSettings
+from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, PublishSettings, TrainerSettings
 from train.strategy import strategy_named
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Recipe:
         trainer: see train/settings.py.
         probe: see train/settings.py.
         checkpoint: see train/settings.py.
+        publish: see train/settings.py.
     """
 
     drafter: Callable[[TargetShape], Trainable]
@@ -62,6 +64,7 @@ class Recipe:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
         """Refuse to choose by what is not measured."""
@@ -109,7 +112,9 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
     if recipe.probe.prompts and isinstance(trainable, Drafter):
         cast(Any, trainer).callbacks.insert(0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe))
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
-    return export(recipe, place, trainer, module)
+    folder = export(recipe, place, trainer, module)
+    publish_run(recipe.publish, place.output)
+    return folder
 
 
 def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Trainable:
@@ -205,6 +210,24 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
             (place.output / name).write_text(text, encoding="utf-8")
     trainer.strategy.barrier()
     return folder
+
+
+@rank_zero_only
+def publish_run(settings: PublishSettings, run: Path) -> None:
+    """Publish what was trained, if that is asked for.
+
+    Raises:
+        ValueError: what went wrong; the run is whole, and its publishing can be tried again.
+    """
+    if settings.repo is None:
+        return
+    try:
+        print(f"published: {publish(run, settings.repo, settings.private, license=settings.license)}")
+    except ValueError as error:
+        flags = f"--repo {settings.repo}" + ("" if settings.private else " --public")
+        flags += f" --license {settings.license}" if settings.license else ""
+        raise ValueError(f"{error}. {run} is trained and whole, and can be published later: python -m "
+                         f"checkpoints.publish {run} {flags}") from None
 
 
 def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Outcome:

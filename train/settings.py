@@ -7,6 +7,8 @@ from typing import Literal
 
 from lightning.pytorch.loggers import Logger
 
+from checkpoints.hub import check_repo
+
 
 @dataclass
 class OptimizerSettings:
@@ -93,6 +95,26 @@ class ProbeSettings:
     prompts: int = 4
     max_new_tokens: int = 48
     budget: int | None = None
+
+
+@dataclass
+class PublishSettings:
+    """The component on the Hugging Face Hub, when training has ended (`python -m checkpoints.publish` does it later).
+
+    Args:
+        repo: USER/NAME; null is not published.
+        private: for its owner only.
+        license: of the component; null is the target's where that is known, else `other`.
+    """
+
+    repo: str | None = None
+    private: bool = True
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no id before anything is trained."""
+        if self.repo is not None:
+            check_repo(self.repo)
 
 
 @dataclass

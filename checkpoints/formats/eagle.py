@@ -43,9 +43,13 @@ def exported(drafter: Eagle, target: Target) -> Exported:
     """The drafter as the official implementation and, without a bias, vLLM load it."""
     biased = drafter.fc.bias is not None
     found = layout(drafter, target, biased)
-    usage = _USAGE.format(target=served_name(target.name), tokens=drafter.arguments["depth"])
     bias = ("the fusion layer has a bias, which vLLM refuses: train with bias: false for it",) if biased else ()
-    return Exported(*found, usage=usage, notes=(*bias, *trimmed_note(drafter)))
+    return Exported(*found, usage=usage(drafter, target.name), notes=(*bias, *trimmed_note(drafter)))
+
+
+def usage(drafter: Eagle, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return _USAGE.format(target=served_name(name), tokens=drafter.arguments["depth"])
 
 
 def layout(drafter: Eagle, target: Target, biased: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:

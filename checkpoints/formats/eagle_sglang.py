@@ -21,8 +21,12 @@ _USAGE = ("python -m sglang.launch_server --model-path {target} --speculative-al
 def exported(drafter: Eagle, target: Target) -> Exported:
     """The drafter as SGLang loads it."""
     config, tensors = eagle.layout(drafter, target, biased=True)
-    usage = _USAGE.format(target=served_name(target.name), steps=drafter.arguments["depth"])
-    return Exported(config, tensors, usage=usage, notes=eagle.trimmed_note(drafter))
+    return Exported(config, tensors, usage=usage(drafter, target.name), notes=eagle.trimmed_note(drafter))
+
+
+def usage(drafter: Eagle, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return _USAGE.format(target=served_name(name), steps=drafter.arguments["depth"])
 
 
 recognises, component, weights = eagle.recognises, eagle.component, eagle.weights

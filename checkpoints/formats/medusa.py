@@ -47,8 +47,12 @@ def exported(drafter: Medusa, target: Target) -> Exported:
         tensors |= {} if vocabulary is None else {"token_map": vocabulary}
     else:
         tensors |= {f"lm_heads.{head}.weight": rows for head, rows in enumerate(whole_heads(drafter))}
-    usage = _USAGE.format(target=served_name(target.name), heads=drafter.heads)
-    return Exported(config, tensors, usage=usage, notes=_notes(drafter))
+    return Exported(config, tensors, usage=usage(drafter, target.name), notes=_notes(drafter))
+
+
+def usage(drafter: Medusa, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return _USAGE.format(target=served_name(name), heads=drafter.heads)
 
 
 def _notes(drafter: Medusa) -> tuple[str, ...]:

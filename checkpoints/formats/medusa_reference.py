@@ -40,8 +40,12 @@ def exported(drafter: Medusa, target: Target) -> Exported:
     tensors |= {f"{head}.{blocks}.weight": rows for head, rows in enumerate(_lm_heads(drafter, target))}
     config = {"medusa_num_heads": drafter.heads, "medusa_num_layers": blocks,
               "base_model_name_or_path": served_name(target.name)}
-    usage = f"MedusaModel.from_pretrained(\"FOLDER\")  # loads {served_name(target.name)} itself"
-    return Exported(config, tensors, ("medusa_lm_head.safetensors", "medusa_lm_head.pt"), usage)
+    return Exported(config, tensors, ("medusa_lm_head.safetensors", "medusa_lm_head.pt"), usage(drafter, target.name))
+
+
+def usage(drafter: Medusa, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return f"MedusaModel.from_pretrained(\"FOLDER\")  # loads {served_name(name)} itself"
 
 
 def _lm_heads(drafter: Medusa, target: Target) -> list[Tensor]:

@@ -51,11 +51,15 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
               "eagle_config": {"use_aux_hidden_state": True, _KEY: [k - 1 for k in ids]},
               "base_model_name_or_path": served_name(target.name)}
     tensors = eagle3_tensors(drafter, target, "midlayer", mapped=True)
-    usage = _USAGE.format(target=served_name(target.name), steps=drafter.draft_steps)
     notes = () if drafter.vocabulary_D is not None else (
         "a drafter over the whole vocabulary carries d2t, which SGLang asks for and vLLM refuses: for vLLM use "
         "--format speculators",)
-    return Exported(config, tensors, usage=usage, notes=notes)
+    return Exported(config, tensors, usage=usage(drafter, target.name), notes=notes)
+
+
+def usage(drafter: Eagle3, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return _USAGE.format(target=served_name(name), steps=drafter.draft_steps)
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

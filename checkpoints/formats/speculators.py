@@ -48,7 +48,12 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
         "speculators_config": {"algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [method],
                                "verifier": verifier}}
     tensors = eagle3_tensors(drafter, target, "layers.0", trimmed)
-    return Exported(config, tensors, usage=_USAGE.format(target=name, tokens=tokens))
+    return Exported(config, tensors, usage=usage(drafter, target.name))
+
+
+def usage(drafter: Eagle3, name: str) -> str:
+    """How an engine is started with it; `name` is the target's."""
+    return _USAGE.format(target=served_name(name), tokens=drafter.draft_steps)
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

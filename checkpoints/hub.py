@@ -1,0 +1,256 @@
+"""Publishing a trained component on the Hugging Face Hub: one commit with weights, card, report and provenance.
+
+The token is the client's own business: it takes it from `HF_TOKEN` or from where `hf auth login` put it. Here it is
+only asked for to tell whether there is one, and to keep it out of messages and files; no variable of a function that
+can fail holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
+
+from checkpoints.card import LICENSES, Publishing, model_card
+from checkpoints.folders import CONFIG, WEIGHTS, whole_folder
+from checkpoints.measurement import measurement
+from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
+from checkpoints.provenance import Provenance
+
+REPORT = "report.json"
+FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)
+"""What a published component consists of; the report may be missing."""
+TIMEOUT = 120.0
+"""Seconds without any answer after which the Hub counts as gone."""
+_SECRET = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+_MEANINGS = {
+    401: "the token was refused: log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do this: use one that may write to that name",
+    404: "there is no such repository, or the token may not see it",
+    409: "somebody else changes it at this moment: try again",
+    413: "the Hub finds it too large",
+    429: "too many requests: wait, and try again"}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published: the contents of files, or where they lie, by their names in the repository."""
+
+    files: Mapping[str, bytes | Path]
+
+
+# -- what is published --------------------------------------------------------------------------------------------
+
+def check_repo(repo: str) -> None:
+    """Raise ValueError unless it is the id of a repository, with its owner."""
+    try:
+        validate_repo_id(repo)
+        whole = repo.count("/") == 1
+    except HFValidationError:
+        whole = False
+    if not whole:
+        raise ValueError(f"repo {repo!r} is not the id of a Hub repository: give USER/NAME, of letters, digits, '-', "
+                         "'_' and '.'")
+
+
+def check_token() -> None:
+    """Raise ValueError unless there is a token for the Hub."""
+    if get_token() is None:
+        raise ValueError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def publication(run: Path, name: str, report: Path | None = None, row: str | None = None,
+                license: str | None = None) -> Publication:
+    """All that is published of a run, checked as far as that goes without the Hub.
+
+    Args:
+        run: run folder or drafter folder.
+        name: what its card calls it: the Hub id, or a folder.
+        report: a `report.json` that measured it.
+        row: the name of its rows in the report, by default the run's.
+        license: of the component; by default that of the target where it is known, else `other`.
+
+    Raises:
+        ValueError: no whole component, a report of another one, or a token in one of the files.
+    """
+    if not run.exists():
+        raise ValueError(f"run {str(run)!r} does not exist: give a run folder or a drafter folder")
+    folder = find_folder(run)
+    provenance, trainable = Provenance.read(folder / PROVENANCE), load_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in trainable.parameters())
+    found = None if report is None else measurement(report, name_of(run), parameters, provenance, row)
+    publishing = Publishing(name, license or LICENSES.get(provenance.target["name"], "other"), found)
+    card = model_card(trainable, read_config(folder), provenance, publishing)
+    ModelCard(card)
+    files = {**{file: folder / file for file in (CONFIG, WEIGHTS, PROVENANCE)}, CARD: card.encode()}
+    made = Publication(files if report is None else {**files, REPORT: report.read_bytes()})
+    _refuse_secrets(made)
+    return made
+
+
+def name_of(run: Path) -> str:
+    """What a report calls a component by default."""
+    path = run.resolve()
+    return path.parent.name if path.name == "drafter" else path.name
+
+
+def _refuse_secrets(made: Publication) -> None:
+    """Commands and settings are published with the provenance: they must not hold a token."""
+    for name, content in made.files.items():
+        if name != WEIGHTS and _holds_token(content if isinstance(content, bytes) else content.read_bytes()):
+            raise ValueError(f"{name} holds what looks like a token of the Hub: take it out before publishing, and "
+                             "revoke that token")
+
+
+def _holds_token(content: bytes) -> bool:
+    token = get_token()
+    return bool(_SECRET.search(content)) or (token is not None and token.encode() in content)
+
+
+def write(made: Publication, folder: Path) -> None:
+    """Write into a folder what would be published.
+
+    Raises:
+        ValueError: there is something already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output {str(folder)!r} exists: give a new folder")
+    with whole_folder(folder) as fresh:
+        for name, content in made.files.items():
+            (fresh / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+# -- the Hub ------------------------------------------------------------------------------------------------------
+
+def publish(run: Path, repo: str, private: bool = True, report: Path | None = None, row: str | None = None,
+            license: str | None = None) -> str:
+    """Publish a run in one commit, and leave nothing of it if that fails; publishing again is always safe.
+
+    Args:
+        run: run folder or drafter folder.
+        repo: `USER/NAME`; created if there is none.
+        private: whether only its owner sees it. A repository that is there already must be so as well.
+        report: see `publication`; so are `row` and `license`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: what is wrong with the run, or what the Hub refused, and what is left there.
+    """
+    check_repo(repo)
+    check_token()
+    made = publication(run, repo, report, row, license)
+    with _time_limit():
+        return upload(made, repo, private)
+
+
+def upload(made: Publication, repo: str, private: bool = True) -> str:
+    """Validate the card by the Hub, create the repository if there is none, and commit; returns the commit's address.
+
+    Raises:
+        ValueError: what the Hub refused, and what is left there.
+    """
+    api, created, failure = HfApi(token=True), False, ""
+    try:
+        ModelCard(_text(made.files[CARD])).validate()
+        created = _create(api, repo, private)
+        operations = _operations(made, [] if created else _files_of(api, repo, private))
+        return api.create_commit(repo, operations, commit_message="Publish with Slipstream").commit_url
+    except Exception as error:
+        failure = _reason(error)
+    except BaseException:
+        _undo(api, repo, created)
+        raise
+    # Raised outside of the handler: the client's error holds the request, and with it the token.
+    raise ValueError(f"{repo} could not be published: {failure}. {_undo(api, repo, created)}")
+
+
+def _text(content: bytes | Path) -> str:
+    return (content if isinstance(content, bytes) else content.read_bytes()).decode()
+
+
+def _create(api: HfApi, repo: str, private: bool) -> bool:
+    """Create a repository; False if there is one already."""
+    try:
+        api.create_repo(repo, private=private)
+        return True
+    except HfHubHTTPError as error:
+        if error.response.status_code == 409 or (error.response.status_code == 403 and api.repo_exists(repo)):
+            return False
+        raise
+
+
+def _files_of(api: HfApi, repo: str, private: bool) -> list[str]:
+    """The files of a repository that was there before, which must be as private as is asked for."""
+    found = api.model_info(repo)
+    if private and not found.private:
+        raise ValueError("it is there and public, and this would be private: add --public (publish.private: false), or "
+                         "make it private on the Hub")
+    if not private and found.private:
+        raise ValueError("it is there and private, and this would be public: leave --public out, or open it on the Hub")
+    return [file.rfilename for file in found.siblings or []]
+
+
+def _operations(made: Publication, present: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Every file of ours; what an earlier publication had and this one has not goes in the same commit."""
+    added = [CommitOperationAdd(name, content) for name, content in made.files.items()]
+    return [*added, *(CommitOperationDelete(name) for name in FILES if name in present and name not in made.files)]
+
+
+def _undo(api: HfApi, repo: str, created: bool) -> str:
+    """After a failure, delete the repository if it was created for this and nothing was committed; say what is left."""
+    again = "publishing again is safe"
+    if not created:
+        return f"What was there is unchanged, unless only the answer was lost; {again}"
+    try:
+        if any(file.rfilename in FILES for file in api.model_info(repo).siblings or []):
+            return f"The commit had arrived, only the answer was lost; {again}"
+        api.delete_repo(repo)
+        return f"Nothing is left on the Hub; {again}"
+    except Exception as error:
+        return f"It was created and is still there, empty, as it could not be deleted ({_reason(error)}); {again}"
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """The client waits for ever by default; here, `TIMEOUT` seconds for every answer."""
+    session = get_session()
+    before, session.timeout = session.timeout, TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line without the token."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, HfHubHTTPError):
+        found = found.__cause__
+    if found is not None:
+        status = found.response.status_code
+        told = _MEANINGS.get(status, "the Hub is in trouble: try again later" if status >= 500 else "it was refused")
+        return _clean(f"{told} ({status}{', ' + found.server_message if found.server_message else ''})")
+    kinds = [type(one).__name__ for one in (error, error.__cause__) if one is not None]
+    if any("Timeout" in kind for kind in kinds):
+        return f"no answer within {TIMEOUT:g} seconds"
+    return _clean(str(error) if type(error) is ValueError else f"{kinds[-1]}: {error}")
+
+
+def _clean(message: str) -> str:
+    token = get_token()
+    line = " ".join(message.split())
+    return _SECRET.sub(b"<token>", (line.replace(token, "<token>") if token else line).encode()).decode()

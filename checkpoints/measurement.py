@@ -1,0 +1,147 @@
+"""What an evaluation's `report.json` says of one component, for its model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from checkpoints.folders import read_json
+from checkpoints.provenance import Provenance
+
+SCHEMA = 1
+BASELINES = ("autoregressive", "hf_generate")
+"""Rows of plain decoding, in this project's loop and in Hugging Face's."""
+_VARIANT = re.compile(r"( at [\d.]+)?(, \d+ at once)?$")
+"""What a report adds to the names of rows at other temperatures and batch sizes."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The part of a report that a card shows; figures are the report's own, unrounded.
+
+    rows: of the component, at every temperature and batch size. baselines: of plain decoding. settings, environment and
+    targets: as in the report.
+    """
+
+    rows: Sequence[Row]
+    baselines: Sequence[Row]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    targets: Sequence[Mapping[str, Any]]
+
+
+def measurement(file: Path, name: str, parameters: int, provenance: Provenance, row: str | None = None) -> Measurement:
+    """Read a report, and find the rows of a component in it.
+
+    Args:
+        file: `report.json`.
+        name: what a report calls the component by default: its run's folder.
+        parameters: the component's own.
+        provenance: its target must be the report's, and it must not be younger than the report.
+        row: the name of its rows, if they have one of their own.
+
+    Raises:
+        ValueError: no such report or another schema; a report of another drafter or target, or of an earlier training.
+    """
+    report = _read(file)
+    _refuse_others(report, file, provenance)
+    rows = [one for one in report["methods"] if _base(one) == (row or name)]
+    if not rows and row is None:
+        rows = _by_size(report["methods"], parameters)
+    if not rows:
+        names = ", ".join(dict.fromkeys(map(_base, report["methods"])))
+        raise ValueError(f"report {str(file)!r} has no row {row or name!r}: give --row, one of {names}")
+    wrong = next((one for one in rows if one["drafter_parameters"] not in (0, parameters)), None)
+    if wrong is not None:
+        raise ValueError(f"report {str(file)!r}: row {wrong['name']!r} has {wrong['drafter_parameters']} parameters, "
+                         f"this component {parameters}: give its own report with --report, or its row with --row")
+    baselines = [one for one in report["methods"] if one["name"].startswith(BASELINES) and one not in rows]
+    return Measurement(rows, baselines, report["settings"], report["environment"], report["targets"])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"report {str(file)!r} does not exist: give a report.json")
+    report = read_json(file)
+    missing = {"schema", "methods", "settings", "environment", "targets"} - set(report)
+    if missing or report["schema"] != SCHEMA:
+        raise ValueError(f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py wrote")
+    return report
+
+
+def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:
+    known = {one["name"]: one["fingerprint"] for one in report["targets"]}
+    wanted = provenance.target
+    if known.get(wanted["name"], wanted["fingerprint"]) != wanted["fingerprint"]:
+        raise ValueError(f"report {str(file)!r} is about a {wanted['name']} with weights {known[wanted['name']]}, this "
+                         f"component was trained for {wanted['fingerprint']}: give its own report with --report")
+    written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
+    if written < datetime.fromisoformat(provenance.created):
+        raise ValueError(f"report {str(file)!r} is older than the component ({provenance.created}): measure again with "
+                         "eval.py, or leave it out with --report none")
+
+
+def _base(row: Row) -> str:
+    return _VARIANT.sub("", row["name"])
+
+
+def _by_size(rows: Sequence[Row], parameters: int) -> list[Row]:
+    """Rows of the only drafter of that size, whatever its name."""
+    found = [row for row in rows if row["drafter_parameters"] == parameters]
+    return found if len({_base(row) for row in found}) == 1 and parameters else []
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("row", "speedup", "95 % interval", "τ", "tokens/s", "same tokens as plain decoding")
+
+
+def table(found: Measurement) -> str:
+    """Markdown: the baselines, then the component's rows."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---:|---:|---:|---:|---|"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in (*found.baselines, *found.rows)]
+    return "\n".join(lines)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    speedup, tau = row["speedup"], row["mean_accepted_tokens"]
+    bounds = speedup["ci95"]
+    return [row["name"], _number(speedup["micro"], "×"), "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}",
+            _number(tau), f"{row['tokens_per_second']:.1f}", _same(row)]
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "–" if value is None else f"{value:.2f}{unit}"
+
+
+def _same(row: Row) -> str:
+    if row["lossless"] is None:
+        return "sampled: cannot be compared"
+    ties = f", {row['tie_divergences']} at ties" if row["tie_divergences"] else ""
+    lossy = "" if row["claims_lossless"] else " (a lossy rule)"
+    return f"{row['identical_outputs']} of {row['prompts']}{ties}{lossy}"
+
+
+def conditions(found: Measurement) -> str:
+    """What was asked of what, on what."""
+    settings, where = found.settings, found.environment
+    targets = ", ".join(f"{one['name']} in {one['dtype']}" for one in found.targets)
+    noise = [row["quality"]["noise"] for row in found.baselines if row["quality"].get("noise")]
+    told = "" if not noise or noise[0]["micro"] is None else (
+        f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
+    asked = f"{found.rows[0]['prompts']} prompts ({dataset(found)}: {', '.join(settings['tasks'])})"
+    return (f"Target {targets}; {asked}, up to {settings['max_new_tokens']} new tokens; {where['device']}, "
+            f"{settings['threads']} threads. Speedup is over `autoregressive`, plain decoding in the same process, "
+            "with a paired bootstrap interval; τ is the mean number of tokens per target call, bonus token counted."
+            f"{told}")
+
+
+def dataset(found: Measurement) -> str:
+    """The name of what was asked."""
+    return ", ".join(Path(name).stem for name in found.settings.get("prompts") or ["prompts"])

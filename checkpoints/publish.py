@@ -1,0 +1,66 @@
+"""`python -m checkpoints.publish RUN --repo USER/NAME`: a trained component on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+from jsonargparse import ArgumentParser
+
+from checkpoints.hub import REPORT, publication, publish, write
+from data.configfiles import parse, run
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `python -m checkpoints.publish`."""
+    parser = ArgumentParser(prog="python -m checkpoints.publish", exit_on_error=False, description=(
+        "Publish a trained component on the Hugging Face Hub, privately: weights, model card, report and provenance in "
+        "one commit. The token is that of `hf auth login` or HF_TOKEN."))
+    parser.add_argument("run", type=str, help="run folder or drafter folder")
+    parser.add_argument("--repo", type=str | None, help="USER/NAME on the Hub; created if there is none")
+    parser.add_argument("--output", type=str | None, help="write the files into this folder instead; needs no token")
+    parser.add_argument("--public", action="store_true", help="for everybody to see")
+    parser.add_argument("--private", action="store_true", help="for its owner only, as by default")
+    parser.add_argument("--report", type=str | None, help="report.json on it, or none [RUN/eval/report.json]")
+    parser.add_argument("--row", type=str | None, help="the name of its rows in the report [the run's]")
+    parser.add_argument("--license", type=str | None, help="of the component [the target's if it is known, else other]")
+    return parser
+
+
+def report_of(folder: Path, given: str | None) -> Path | None:
+    """The report to publish: the one given, or that of the run if it has one."""
+    if given is not None:
+        path = Path(given)
+        return None if given == "none" else path / REPORT if path.is_dir() else path
+    own = (folder.parent if folder.name == "drafter" else folder) / "eval" / REPORT
+    return own if own.is_file() else None
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Publish, or write the files, and say where they are.
+
+    Raises:
+        ValueError: what is wrong with the run or with what was asked, or what the Hub refused.
+    """
+    chosen = parse(make_parser(), arguments)
+    if chosen.public and chosen.private:
+        raise ValueError("--public and --private contradict each other: give one")
+    if (chosen.repo is None) == (chosen.output is None):
+        raise ValueError("give --repo USER/NAME to publish, or --output FOLDER to write the files there")
+    folder, extras = Path(chosen.run), (chosen.row, chosen.license)
+    report = report_of(folder, chosen.report)
+    disable_progress_bars()
+    if chosen.output is not None:
+        write(publication(folder, chosen.output, report, *extras), Path(chosen.output))
+        print(f"written: {chosen.output}")
+    else:
+        print(f"published: {publish(folder, chosen.repo, not chosen.public, report, *extras)}")
+    if report is None:
+        print("without figures of an evaluation: `python eval.py --drafters RUN --output RUN/eval` makes them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))
