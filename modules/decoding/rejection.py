@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modules.trees.tree import Law, TokenTree
 
-_BISECTIONS = 50
+_STEPS, _EXACT = 100, 1e-14
 
 
 class Round(NamedTuple):
@@ -77,18 +77,30 @@ def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law
 
 
 def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
-    """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that the residual is a law."""
-    def fits(threshold: float) -> bool:
+    """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that the residual is a law.
+
+    The difference of the two sides rises with ρ; its root is found by regula falsi (the Illinois variant).
+    """
+    def surplus(threshold: float) -> float:
         beta = float(torch.minimum(draft_V, law_V / threshold).sum())
-        return 1 - (1 - beta) ** count <= threshold * beta
+        return threshold * beta - 1 + (1 - beta) ** count
 
     low, high = 1.0, float(count)
-    if fits(low):
-        return low
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    below, above = surplus(low), surplus(high)
+    middle, side = (low if below > -_EXACT else high), 0.0
+    for _ in range(_STEPS):
+        if below > -_EXACT or above < _EXACT:
+            break
+        middle = high - above * (high - low) / (above - below)
+        found = surplus(middle)
+        if abs(found) < _EXACT:
+            break
+        if found < 0:
+            low, below, above = middle, found, above / (2 if side < 0 else 1)
+        else:
+            high, above, below = middle, found, below / (2 if side > 0 else 1)
+        side = found
+    return middle
 
 
 def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor) -> Tensor:
@@ -119,10 +131,19 @@ def normalised(left_V: Tensor, otherwise_V: Tensor) -> Tensor:
     return left_V / total if total > 0 else otherwise_V
 
 
-def children_of(tree: TokenTree, sequence: int, nodes: list[int]) -> list[int]:
-    """Acceptable children of nodes that stand for one prefix, in draw order."""
-    above = torch.isin(tree.parents_BN[sequence], torch.tensor(nodes, device=tree.tokens_BN.device))
-    return (above & tree.acceptable_BN[sequence]).nonzero()[:, 0].tolist()
+def families(tree: TokenTree, sequence: int) -> list[list[int]]:
+    """The acceptable children of every node, in draw order."""
+    found: list[list[int]] = [[] for _ in range(tree.size)]
+    usable = tree.acceptable_BN[sequence].tolist()
+    for node, parent in enumerate(tree.parents_BN[sequence].tolist()):
+        if parent >= 0 and usable[node]:
+            found[parent].append(node)
+    return found
+
+
+def children_of(family: list[list[int]], nodes: list[int]) -> list[int]:
+    """Children of nodes that stand for one prefix, in draw order."""
+    return sorted(child for node in nodes for child in family[node])
 
 
 def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -> list[int]:
@@ -147,10 +168,10 @@ def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds
         laws_NV: the target's laws at its nodes.
         rounds: of the rule.
     """
-    chances, waiting = [1.0] + [0.0] * (tree.size - 1), [[0]]
+    chances, waiting, family = [1.0] + [0.0] * (tree.size - 1), [[0]], families(tree, sequence)
     while waiting:
         nodes = waiting.pop()
-        children, left = children_of(tree, sequence, nodes), chances[nodes[0]]
+        children, left = children_of(family, nodes), chances[nodes[0]]
         groups: dict[int, list[int]] = {}
         for node, chance, _ in rounds(tree, sequence, children, laws_NV[nodes[0]]):
             group = groups.setdefault(node, twins_of(tree, sequence, node, children))

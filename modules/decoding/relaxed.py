@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Verified
 from modules.core.sampling import sample_law
-from modules.decoding.rejection import children_of, recursive_rounds
+from modules.decoding.rejection import families, recursive_rounds
 from modules.decoding.rules import EVERY_LAW, Draws, accepted_paths, first_accepted, longest_path
 from modules.trees.tree import Law, TokenTree
 
@@ -49,9 +49,9 @@ class RelaxedRule:
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int, good: list[bool]
               ) -> tuple[list[int], int]:
         """The ratio rule's walk, which goes on to the first good child where that rule rejects all."""
-        path = [0]
+        path, family = [0], families(tree, sequence)
         while True:
-            law_V, children = draws.law(verified.logits_BNV[sequence, path[-1]]), children_of(tree, sequence, path[-1:])
+            law_V, children = draws.law(verified.logits_BNV[sequence, path[-1]]), family[path[-1]]
             rounds = recursive_rounds(tree, sequence, children, law_V)
             chosen, residual_V = first_accepted(rounds, law_V, draws, sequence)
             if chosen is None:

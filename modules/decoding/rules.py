@@ -22,6 +22,7 @@ from modules.decoding.rejection import (
     Round,
     Rounds,
     children_of,
+    families,
     k_sequential_rounds,
     recursive_rounds,
     twins_of,
@@ -134,10 +135,10 @@ class RatioRule:
         return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
 
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int) -> tuple[list[int], int]:
-        nodes = [0]
+        nodes, family = [0], families(tree, sequence)
         while True:
             law_V = draws.law(verified.logits_BNV[sequence, nodes[0]])
-            children = children_of(tree, sequence, nodes)
+            children = children_of(family, nodes)
             chosen, residual_V = first_accepted(self.rounds(tree, sequence, children, law_V), law_V, draws, sequence)
             if chosen is None:
                 path_N = tree.topology.ancestors[sequence, nodes[0]]
