@@ -52,8 +52,8 @@ class LatencyTable:
         """
         widths = sorted(self.seconds)
         if rows > widths[-1]:
-            raise ValueError(f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: measure wider "
-                             "calls")
+            raise ValueError(f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: measure "
+                             "wider calls")
         return float(np.interp(rows, widths, [self.seconds[width] for width in widths]))
 
     def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:

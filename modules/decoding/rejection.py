@@ -40,7 +40,7 @@ class Rounds(Protocol):
 
 
 def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
-    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); R starts as the target's.
+    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); at first R = p.
 
     The token emitted by rounds that start with R has law R, whatever q is given the siblings rejected before. One
     sibling: speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Independent ones: SpecInfer's multi-round
@@ -58,9 +58,9 @@ def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V:
 
 
 def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
-    """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): every one of K independent x with chance min(1, p(x) / (ρ q(x))).
+    """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance min(1, p(x) / (ρ q(x))).
 
-    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K the accepted token has law m A / β; the rest of p is the residual.
+    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the rest of p is residual.
     """
     if not children:
         return

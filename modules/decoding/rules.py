@@ -111,6 +111,8 @@ class PointRule:
     name, lossless = "point", True
     laws: frozenset[Law] = frozenset({Law.POINT})
     states: tuple[StateName, ...] = ()
+    rounds: Rounds = staticmethod(recursive_rounds)
+    """The same acceptance, child by child, for `node_chances`."""
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Match every node against one draw at its parent."""
@@ -120,8 +122,8 @@ class PointRule:
 class RatioRule:
     """Recursive rejection by the ratio of residual to draft law (`recursive_rounds`), for every tree that was drawn.
 
-    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the same rule under the name
-    it has for one kind of trees alone.
+    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the same rule under the
+    name it has for one kind of trees alone.
     """
 
     name, lossless = "ratio", True
@@ -209,7 +211,7 @@ class TypicalRule:
 RULES: dict[str, Callable[[], AcceptanceRule]] = {rule.name: rule for rule in (
     GreedyRule, PointRule, RatioRule, MultiRoundRule, RecursiveRule, KSequentialRule, TypicalRule)}
 WRONG = {
-    "per_row": ("a draw per candidate row, and a fresh one on a mismatch, gives drafts more than the target's law", "point"),
+    "per_row": ("a draw per candidate row, and a fresh one on a mismatch, gives drafts too much", "point"),
     "value_ratio": ("children chosen by value were not drawn from q, so p/q means nothing", "point"),
     "unnormalised": ("siblings without replacement were drawn from q without the earlier ones", "recursive"),
     "skip_duplicates": ("skipping a duplicate's round lets the value decide whether there was a draw", "multi_round"),
@@ -241,8 +243,8 @@ def check_pairing(rule: AcceptanceRule, law: Law) -> None:
     """Refuse, by name, a rule that may not verify trees of this law."""
     if law not in rule.laws:
         fitting = ", ".join(name for name, made in RULES.items() if (kind := made()).lossless and law in kind.laws)
-        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are not what "
-                         f"it compares with: use one of {fitting}")
+        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are not "
+                         f"what it compares with: use one of {fitting}")
 
 
 def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:

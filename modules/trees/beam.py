@@ -16,9 +16,9 @@ from modules.trees.tree import Law, TokenTree, Topology
 class StochasticBeamTree:
     """RSD-S (Jeon et al. 2024, section 3.2.2): each level is a sample of whole prefixes without replacement.
 
-    A child's log-probability from the root is perturbed by Gumbel noise whose maximum over the siblings is made to equal
-    its parent's (Kool et al. 2019); of a level the `width` largest stay. Siblings stand in decreasing order, which is the
-    order they were drawn in, and that a sibling survives says nothing of its value given those before it.
+    A child's log-probability from the root is perturbed by Gumbel noise whose maximum over the siblings is made to
+    equal its parent's (Kool et al. 2019); of a level the `width` largest stay. Siblings stand in decreasing order,
+    which is the order they were drawn in, and that one survives says nothing of its value given those before it.
 
     Args:
         width: nodes per level. depth: levels. temperature: of the draft; None: the target's.
@@ -34,6 +34,7 @@ class StochasticBeamTree:
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """`width` nodes a level as long as the budget lasts, the last level cut to what remains."""
+        known = drafter.vocabulary_D
         tokens_BN, parents_BN = state.newest_B[:, None], torch.full_like(state.newest_B[:, None], -1)
         zeros = torch.zeros(tokens_BN.shape, dtype=torch.float64, device=tokens_BN.device)
         log_BW, key_BW, found_BN, laws, start = zeros, zeros, zeros == 0, [], 0
@@ -51,12 +52,13 @@ class StochasticBeamTree:
             key_BW, best = keys_BWK.flatten(1).topk(min(count, keys_BWK[0].numel()), dim=1)
             drawn, log_BW = drawn_BWK.flatten(1).gather(1, best), logs_BWK.flatten(1).gather(1, best)
             parents_BN = torch.cat([parents_BN, start + best // keys_BWK.shape[-1]], dim=1)
-            tokens_BN = torch.cat([tokens_BN, drafter.vocabulary_D[drawn] if drafter.vocabulary_D is not None else drawn], 1)
+            tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
             found_BN, start = torch.cat([found_BN, key_BW.isfinite()], dim=1), size
         if not laws:
             return TokenTree.root(state.newest_B)
-        return TokenTree(tokens_BN, Topology(parents_BN), candidate_BN=found_BN, vocabulary_D=drafter.vocabulary_D,
-                         law_BN=torch.full_like(tokens_BN, self.law), laws_BRD=torch.cat(laws, 1), law_rows_BN=parents_BN)
+        law_BN = torch.full_like(tokens_BN, self.law)
+        return TokenTree(tokens_BN, Topology(parents_BN), candidate_BN=found_BN, law_BN=law_BN,
+                         laws_BRD=torch.cat(laws, dim=1), law_rows_BN=parents_BN, vocabulary_D=known)
 
 
 def conditioned(keys_BWK: Tensor, maximum_BW1: Tensor) -> Tensor:

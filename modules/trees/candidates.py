@@ -54,4 +54,5 @@ class Candidates:
         above = torch.where(parents < 0, 0, node_BC.gather(1, parents.clamp(min=0)))
         above = torch.where(real, above, torch.arange(1, width + 1, device=above.device))
         outside = torch.full_like(root_B1, -1)
-        return (torch.cat([root_B1, tokens], 1), Topology(torch.cat([outside, above], 1)), torch.cat([outside, rows], 1))
+        topology = Topology(torch.cat([outside, above], dim=1))
+        return torch.cat([root_B1, tokens], dim=1), topology, torch.cat([outside, rows], dim=1)

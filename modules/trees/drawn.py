@@ -59,8 +59,8 @@ class DrawnTree:
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A tree of the first `budget` paths, with the laws that its nodes were drawn from."""
         fixed = template(self.paths[:budget], state.newest_B.device)
-        tokens_BN, laws, found, rows = state.newest_B[:, None], [], [], [-1]
-        found.append(torch.ones_like(tokens_BN, dtype=torch.bool))
+        tokens_BN, known, laws, rows = state.newest_B[:, None], drafter.vocabulary_D, [], [-1]
+        found = [torch.ones_like(tokens_BN, dtype=torch.bool)]
         for depth, level in enumerate(fixed.levels):
             frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
             law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
@@ -69,14 +69,14 @@ class DrawnTree:
             laws.append(law_BWD)
             drawn = drawn_BWR[:, level.sources, level.ranks]
             found.append(found_BWR[:, level.sources, level.ranks])
-            tokens_BN = torch.cat([tokens_BN, drafter.vocabulary_D[drawn] if drafter.vocabulary_D is not None else drawn], 1)
+            tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
         if not laws:
             return TokenTree.root(state.newest_B)
         topology = fixed.topology.expand(len(tokens_BN))
         missing_BN = (topology.ancestors & ~torch.cat(found, dim=1)[:, None]).any(-1)
         rows_BN = torch.tensor(rows, device=tokens_BN.device).expand_as(tokens_BN)
         return TokenTree(tokens_BN, topology, candidate_BN=~missing_BN, law_BN=torch.full_like(tokens_BN, self.law),
-                         laws_BRD=torch.cat(laws, dim=1), law_rows_BN=rows_BN, vocabulary_D=drafter.vocabulary_D)
+                         laws_BRD=torch.cat(laws, dim=1), law_rows_BN=rows_BN, vocabulary_D=known)
 
     def _siblings(self, law_BWD: Tensor, context: Context, count: int) -> tuple[Tensor, Tensor]:
         """Draws [B,W,R] and whether the law had a token left for each."""
@@ -84,8 +84,8 @@ class DrawnTree:
             drawn_BWR = independent(law_BWD, context, count)
             return drawn_BWR, torch.ones_like(drawn_BWR, dtype=torch.bool)
         if count > law_BWD.shape[-1]:
-            raise ValueError(f"tree with {count} siblings, but the draft vocabulary has {law_BWD.shape[-1]} tokens: ask "
-                             "for fewer")
+            raise ValueError(f"tree with {count} siblings, but the draft vocabulary has {law_BWD.shape[-1]} tokens: "
+                             "ask for fewer")
         keys_BWR, drawn_BWR = race(law_BWD, context, self.exhausted).topk(count, dim=-1)
         return drawn_BWR, keys_BWR.isfinite()
 

@@ -38,7 +38,7 @@ def gumbel(context: Context, width: int, size: int) -> Tensor:
 
 
 def race(law_BWD: Tensor, context: Context, exhausted: str = "stop") -> Tensor:
-    """Perturbed log-probabilities [B,W,D]: in decreasing order, the tokens are draws without replacement (Plackett-Luce).
+    """Perturbed log-probabilities [B,W,D]: in decreasing order the tokens are draws without replacement.
 
     Args:
         law_BWD: what is drawn from.

@@ -23,8 +23,8 @@ class DySpecTree:
     law.
 
     The tree is node for node that of the sequential algorithm, one level per draft call: a draw that is among the best
-    of the whole tree is among the best of the levels down to its own, since values fall on the way down and to the right,
-    so that a level expands no draw but these.
+    of the whole tree is among the best of the levels down to its own, since values fall on the way down and to the
+    right, so that a level expands no draw but these.
 
     Args:
         depth: levels at most.

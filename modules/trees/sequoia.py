@@ -1,6 +1,7 @@
-"""Sequoia: the fixed tree with the most expected acceptance, by dynamic programming (Chen et al. 2024, arXiv 2402.12374).
+"""Sequoia: the fixed tree with the most expected acceptance, by dynamic programming (Chen et al. 2024, 2402.12374).
 
-`optimise.py` answers the same question greedily, where acceptance falls from sibling to sibling; this does not ask for it.
+`optimise.py` answers the same question greedily where acceptance falls from sibling to sibling; this does not ask for
+that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ down."""
 
 def sequoia_tree(acceptance: Acceptance, nodes: int, depth: int, draw: Draw = "without_replacement",
                  temperature: float | None = None) -> DrawnTree:
-    """The best tree of `nodes` draws, `depth` deep at most, which goes on uniformly where a law is used up (section 3.2).
+    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a law is used up (section 3.2).
 
     Args:
         acceptance: measured on other prompts at the same temperature, as `python -m eval.rules` prints it.
@@ -37,7 +38,7 @@ def sequoia_tree(acceptance: Acceptance, nodes: int, depth: int, draw: Draw = "w
 
 
 def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
-    """Paths of the best tree of at most `nodes` draws and `depth` levels, every prefix of the list a good smaller tree."""
+    """Paths of the best tree of at most `nodes` draws and `depth` levels, the most valuable first."""
     check(acceptance, nodes, depth)
     rows = _rows(acceptance, depth)
     levels = _levels(rows, nodes)
@@ -59,7 +60,7 @@ def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
 
 
 def expected_tokens(acceptance: Acceptance, nodes: int, depth: int) -> list[float]:
-    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, the one after the last draft counted."""
+    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, the one after the drafts counted."""
     check(acceptance, nodes, depth)
     return np.maximum.accumulate(_levels(_rows(acceptance, depth), nodes)[0].values[1:]).tolist()
 
@@ -96,7 +97,7 @@ def _rows(acceptance: Acceptance, depth: int) -> list[Sequence[float]]:
 
 
 class _Level(NamedTuple):
-    """Best subtrees whose root stands on this level, by their number of nodes (index 0 is void; -inf: there is none)."""
+    """Best subtrees whose root stands on this level, by their number of nodes (index 0 is void; -inf: none)."""
 
     values: NDArray[np.float64]
     """M[n]: expected tokens, the root's counted."""

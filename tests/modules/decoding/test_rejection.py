@@ -1,4 +1,4 @@
-"""Siblings' rounds return exactly the target's law: enumeration of every draw and every toss, golden numbers, controls."""
+"""Siblings' rounds return exactly the target's law: enumeration of every draw and toss, golden numbers, controls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def adversarial():
         half = torch.cat([torch.ones(size // 2), torch.zeros(size - size // 2)]).double()
         tied = torch.full((size,), 1 / size, dtype=torch.float64)
         cases += [(f"random {size}", p, q), (f"disjoint {size}", half / half.sum(), (1 - half) / (1 - half).sum()),
-                  (f"one-hot q {size}", p, one_hot(size, 1)), (f"both one-hot {size}", one_hot(size, 0), one_hot(size, 1)),
+                  (f"one-hot q {size}", p, one_hot(size, 1)),
+                  (f"both one-hot {size}", one_hot(size, 0), one_hot(size, 1)),
                   (f"ties {size}", tied, torch.flip(p, (0,))), (f"tied draft {size}", p, tied),
                   (f"zero q {size}", p, half / half.sum())]
     return cases
@@ -77,19 +78,20 @@ def drafts(q, law, count, exhausted="stop"):
                     left = torch.tensor([float(token not in tokens) for token in range(len(q))]).double()
             if not left.any():
                 longer.append((tokens, chance))
-            longer += [((*tokens, token), chance * float(share / left.sum())) for token, share in enumerate(left) if share]
+            longer += [((*tokens, token), chance * float(share / left.sum()))
+                       for token, share in enumerate(left) if share]
         tuples = longer
     return tuples
 
 
 def emitted(p, tree, rounds, children=None):
     """The law of the token that follows node 0 of a given tree, and how likely it is a draft."""
-    out, left, residual = torch.zeros_like(p), 1.0, p
+    out, left, last = torch.zeros_like(p), 1.0, p
     children = list(range(1, tree.size)) if children is None else children
     for node, chance, residual in rounds(tree, 0, children, p):
         out[int(tree.tokens_BN[0, node])] += left * chance
-        left *= 1 - chance
-    return out + left * residual, 1 - left
+        left, last = left * (1 - chance), residual
+    return out + left * last, 1 - left
 
 
 def output_law(p, q, count, law=Law.INDEPENDENT, exhausted="stop", rounds=recursive_rounds):
@@ -174,7 +176,7 @@ def test_equal_laws_accept_the_first_draft():
 
 
 def test_siblings_cover_a_target_whose_support_the_draft_knows():
-    """With the draft's k tokens as k siblings without replacement, one is always accepted (Sequoia's cover property)."""
+    """With the draft's k tokens as k siblings without replacement, one is always accepted (Sequoia's cover)."""
     p, q = torch.tensor([0.7, 0.3, 0, 0]).double(), torch.tensor([0.1, 0.3, 0.6, 0]).double()
     assert output_law(p, q, 3, Law.WITHOUT_REPLACEMENT)[1] == pytest.approx(1)
 
@@ -242,13 +244,15 @@ def per_row(rows):
 
 def unordered():
     """Siblings without replacement, tried in the order of their probability."""
-    return sum(chance * emitted(P, siblings(sorted(tokens, reverse=True), Law.WITHOUT_REPLACEMENT, Q), recursive_rounds)[0]
-               for tokens, chance in drafts(Q, Law.WITHOUT_REPLACEMENT, 2))
+    law = Law.WITHOUT_REPLACEMENT
+    return sum(chance * emitted(P, siblings(sorted(tokens, reverse=True), law, Q), recursive_rounds)[0]
+               for tokens, chance in drafts(Q, law, 2))
 
 
 CONTROLS = {
     "unnormalised": [(unnormalised(), [0.4405, 0.3595, 0.15, 0.05])],
-    "skip_duplicates": [(skip_duplicates(2), [0.463, 0.337, 0.15, 0.05]), (skip_duplicates(3), [0.4491, 0.3509, 0.15, 0.05])],
+    "skip_duplicates": [(skip_duplicates(2), [0.463, 0.337, 0.15, 0.05]),
+                        (skip_duplicates(3), [0.4491, 0.3509, 0.15, 0.05])],
     "value_ratio": [(value_ratio(Law.INDEPENDENT), [0.875, 0, 0, 0.125]),
                     (value_ratio(Law.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125])],
     "per_row": [(per_row(1), [0.75, 0.15, 0.075, 0.025]), (per_row(3), [0.9375, 0.0375, 0.01875, 0.00625])],
@@ -285,7 +289,8 @@ def test_order_is_part_of_the_draw():
     ("point", Law.INDEPENDENT), ("point", Law.WITHOUT_REPLACEMENT)])
 def test_rules_refuse_trees_of_another_law(rule, law):
     fitting = "point" if law is Law.POINT else "ratio"
-    with pytest.raises(ValueError, match=f"rule '{rule}' cannot verify {law.name.lower()} trees .*use one of greedy.*{fitting}"):
+    refusal = f"rule '{rule}' cannot verify {law.name.lower()} trees .*use one of greedy.*{fitting}"
+    with pytest.raises(ValueError, match=refusal):
         check_pairing(rule_named(rule), law)
 
 
