@@ -198,6 +198,7 @@ class Spot:
         draft_V[slice(None) if known is None else known] = law(self.draft_logits_D)
         return float((law(self.target_logits_V) - draft_V).abs().sum() / 2)
 
+    @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
         """How likely each node of every drawn tree is accepted [B][N]; every trial has the same generators."""
         generators = [torch.Generator().manual_seed(self.seed + i) for i in range(draws)]
@@ -246,7 +247,6 @@ def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int) -> list[flo
     return np.mean(chances, axis=0).tolist()
 
 
-@torch.no_grad()
 def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
             ) -> tuple[dict[str, list[float]], list[float]]:
     """Expected accepted drafts of every trial, a value per prompt, and the contexts' total variations."""
