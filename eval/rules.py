@@ -31,12 +31,13 @@ from modules.core.loading import load_target
 from modules.core.target import Target
 from modules.core.trainable import Losses
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.rejection import node_chances
+from modules.decoding.rejection import node_chances, recursive_rounds
 from modules.decoding.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
 from modules.language_models.sorted import Sorted
 from modules.trees.beam import StochasticBeamTree
 from modules.trees.chain import SampledChain
 from modules.trees.drawn import branching_tree, chains
+from modules.trees.draws import draft_law
 from modules.trees.dyspec import DySpecTree
 from modules.trees.rerank import RerankedTree
 from modules.trees.sequoia import best_paths, sequoia_tree
@@ -65,7 +66,7 @@ class Comparison:
         contexts: of each prompt, evenly spaced over an answer that the target samples.
         max_new_tokens: of that answer.
         draws: trees per trial and context; eight times as many of one level.
-        temperature: of target and draft.
+        temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at DySpec's 0.6.
         seed: of everything that is drawn.
         output: Markdown file to append to as well.
     """
@@ -87,8 +88,8 @@ class Comparison:
         for name in ("layers", "limit", "contexts", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}: at 0 every lossless rule is greedy")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         if not Path(self.prompts).is_file():
             raise ValueError(f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
 
@@ -190,13 +191,12 @@ class Spot:
     seed: int
 
     @property
-    def distance(self) -> float:
-        """Total variation between the laws: a single draft is accepted with one minus it."""
-        law = Draws(self.sampling, []).law
-        draft_V = torch.zeros_like(law(self.target_logits_V))
-        known = self.drafter.vocabulary_D
-        draft_V[slice(None) if known is None else known] = law(self.draft_logits_D)
-        return float((law(self.target_logits_V) - draft_V).abs().sum() / 2)
+    def first_draw(self) -> tuple[float, float]:
+        """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ q²."""
+        target_V = Draws(self.sampling, []).law(self.target_logits_V)
+        draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
+        draft_V[slice(None) if known is None else known] = draft_law(self.draft_logits_D, self.state.context, None)
+        return float(torch.minimum(target_V, draft_V).sum()), float((draft_V ** 2).sum())
 
     @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
@@ -211,7 +211,8 @@ class Spot:
             tree = trial.builder.build(self.drafter, state, trial.nodes)
             verified = self.target.verify(tree)
         law = Draws(self.sampling, generators).law
-        return [node_chances(tree, b, law(verified.logits_BNV[b]), trial.rule.rounds) for b in range(draws)]
+        rounds = trial.rule.rounds if self.sampling.temperature else recursive_rounds
+        return [node_chances(tree, b, law(verified.logits_BNV[b]), rounds) for b in range(draws)]
 
 
 @torch.no_grad()
@@ -248,18 +249,18 @@ def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int) -> list[flo
 
 
 def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
-            ) -> tuple[dict[str, list[float]], list[float]]:
-    """Expected accepted drafts of every trial, a value per prompt, and the contexts' total variations."""
+            ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
+    """Expected accepted drafts of every trial, a value per prompt, and what `Spot.first_draw` says of each context."""
     values: dict[str, dict[int, list[float]]] = {name: {} for name in trials}
-    distances: list[float] = []
+    firsts: list[tuple[float, float]] = []
     for index, spot in found:
-        distances.append(spot.distance)
+        firsts.append(spot.first_draw)
         for name, trial in trials.items():
             draws = asked.draws * (LEVEL_DRAWS if trial.builder.depth == 1 else 1)
             accepted = [sum(chances) - 1 for chances in spot.chances(trial, draws)]
             values[name].setdefault(index, []).append(float(np.mean(accepted)))
-        print(f"{len(distances)} contexts", end="\r", file=sys.stderr)
-    return {name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()}, distances
+        print(f"{len(firsts)} contexts", end="\r", file=sys.stderr)
+    return {name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()}, firsts
 
 
 def interval(values_P: Sequence[float], samples: int = 4000) -> tuple[float, float]:
@@ -302,11 +303,13 @@ def compare(asked: Comparison) -> str:
     prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
     acceptance = acceptance_vector(spots(target, drafter, others, asked), asked.draws)
     trials = {**level_trials(), **tree_trials(acceptance)}
-    values, distances = measure(spots(target, drafter, prompts, asked), trials, asked)
+    values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
+    accepted, believed = np.mean(firsts, axis=0)
     head = [f"## Temperature {asked.temperature:g}", "",
-            f"{asked.target}, drafted by {name}: {len(distances)} contexts of {len(prompts)} prompts, "
+            f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
             f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), seed {asked.seed}. "
-            f"Mean total variation of the two laws {np.mean(distances):.3f}. Acceptance by sibling on "
+            f"A first draw is accepted with {accepted:.3f} on average, and DySpec takes it to be {believed:.3f}. "
+            f"Acceptance by sibling on "
             f"{len(others)} other prompts, from which Sequoia's tree is made: "
             f"{', '.join(f'{share:.3f}' for share in acceptance)}.", ""]
     return "\n".join([*head, *tables(values), ""])

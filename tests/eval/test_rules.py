@@ -49,8 +49,8 @@ def target() -> Target:
 
 def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None:
     trials = tree_trials([0.7, 0.2])
-    values, distances = measure(spots(target, drafted_by(target, 3), PROMPTS, ASKED), trials, ASKED)
-    assert max(distances) < 1e-5
+    values, firsts = measure(spots(target, drafted_by(target, 3), PROMPTS, ASKED), trials, ASKED)
+    assert min(accepted for accepted, _ in firsts) > 1 - 1e-5 > max(believed for _, believed in firsts)
     for name in ("chain of 3, ratio", "5 chains of 3, multi_round", "5 chains of 3, k_seq", "RSD-C 3-2-1",
                  "3-2-1 independent, multi_round"):
         assert values[name] == pytest.approx([3.0, 3.0], abs=1e-4), name
@@ -82,7 +82,7 @@ def test_one_level_agrees_with_the_recorded_laws(target: Target) -> None:
     spot = one_spot(target)
     trials = level_trials()
     single = [sum(each) - 1 for each in spot.chances(trials["ratio 1"], 400)]
-    assert np.mean(single) == pytest.approx(1 - spot.distance, abs=5 * np.std(single) / 20)
+    assert np.mean(single) == pytest.approx(spot.first_draw[0], abs=5 * np.std(single) / 20)
     law = Draws(spot.sampling, []).law(spot.target_logits_V)
     best = spot.draft_logits_D.topk(3).indices
     assert sum(spot.chances(trials["point 3"], 1)[0]) - 1 == pytest.approx(float(law[best].sum()))
@@ -112,7 +112,7 @@ def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(capsy
         Trial(StaticTree([(0,)]), RatioRule(), 1)
     with pytest.raises(ValueError, match="rule 'point' cannot verify without_replacement trees"):
         Trial(branching_tree([2]), PointRule(), 2)
-    for wrong, message in (({"draws": 0}, "draws must be at least 1"), ({"temperature": 0.0}, "temperature must be"),
+    for wrong, message in (({"draws": 0}, "draws must be at least 1"), ({"temperature": -1.0}, "temperature must be"),
                            ({"prompts": "nowhere.jsonl"}, "does not exist")):
         with pytest.raises(ValueError, match=message):
             Comparison(**wrong)  # type: ignore[arg-type]
@@ -128,3 +128,14 @@ def test_methods_refuse_wrong_pairings_before_anything_is_loaded(tmp_path: Path)
     with pytest.raises(ValueError, match="rule 'per_row' is refused, it is not lossless"):
         Method(drafter=str(tmp_path), rule="per_row").check()
     Method(drafter=str(tmp_path), builder=static, rule="point").check()
+
+
+def test_at_temperature_0_all_rules_match_the_targets_choice(target: Target) -> None:
+    asked = replace(ASKED, temperature=0.0)
+    trials = {**level_trials(), **tree_trials([0.4, 0.2])}
+    _, spot = next(spots(target, drafted_by(target, 1), PROMPTS, asked))
+    choice = int(spot.target_logits_V.argmax())
+    assert sum(spot.chances(trials["ratio 1"], 1)[0]) - 1 == float(choice == int(spot.draft_logits_D.argmax()))
+    for name in ("k_seq 4", "multi_round 4", "recursive 4", "DySpec", "5 chains of 3, k_seq"):
+        for chances in spot.chances(trials[name], 2):
+            assert set(chances) <= {0.0, 1.0}
