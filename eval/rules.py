@@ -37,7 +37,7 @@ from modules.language_models.sorted import Sorted
 from modules.trees.beam import StochasticBeamTree
 from modules.trees.chain import SampledChain
 from modules.trees.drawn import branching_tree, chains
-from modules.trees.draws import draft_law
+from modules.trees.draws import check_temperature, draft_law
 from modules.trees.dyspec import DySpecTree
 from modules.trees.rerank import RerankedTree
 from modules.trees.sequoia import best_paths, sequoia_tree
@@ -67,6 +67,8 @@ class Comparison:
         max_new_tokens: of that answer.
         draws: trees per trial and context; eight times as many of one level.
         temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at DySpec's 0.6.
+        draft_temperature: of whole trees that are drawn, instead.
+        only: names of the trials to run; by default all.
         seed: of everything that is drawn.
         output: Markdown file to append to as well.
     """
@@ -80,6 +82,8 @@ class Comparison:
     max_new_tokens: int = 48
     draws: int = 8
     temperature: float = 1.0
+    draft_temperature: float | None = None
+    only: list[str] | None = None
     seed: int = 0
     output: str | None = None
 
@@ -90,6 +94,10 @@ class Comparison:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        check_temperature(self.draft_temperature)
+        known = {**level_trials(), **tree_trials([0.5])}
+        if unknown := sorted(set(self.only or ()) - set(known)):
+            raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(known)}")
         if not Path(self.prompts).is_file():
             raise ValueError(f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
 
@@ -118,20 +126,21 @@ def level_trials() -> dict[str, Trial]:
     return trials
 
 
-def tree_trials(acceptance: Sequence[float]) -> dict[str, Trial]:
-    """Whole trees of 15 nodes, and one chain as deep as the five chains."""
+def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[str, Trial]:
+    """Whole trees of 15 nodes, and one chain as deep as the five chains; `heat` is the drawn trees' temperature."""
+    independent = branching_tree([3, 2, 1], "independent", heat)
     static = best_paths([acceptance], NODES, DEEPEST)
     return {
         "chain of 3, ratio": Trial(SampledChain(3), RatioRule(), 3),
-        "5 chains of 3, multi_round": Trial(chains(5, 3), MultiRoundRule(), NODES),
-        "5 chains of 3, k_seq": Trial(chains(5, 3), KSequentialRule(), NODES),
-        "3-2-1 independent, multi_round": Trial(branching_tree([3, 2, 1], "independent"), MultiRoundRule(), NODES),
-        "3-2-1 independent, k_seq": Trial(branching_tree([3, 2, 1], "independent"), KSequentialRule(), NODES),
-        "RSD-C 3-2-1": Trial(branching_tree([3, 2, 1]), RatioRule(), NODES),
-        "RSD-S 5 wide, 3 deep": Trial(StochasticBeamTree(5, 3), RatioRule(), NODES),
-        "Sequoia": Trial(sequoia_tree([acceptance], NODES, DEEPEST), RatioRule(), NODES),
+        "5 chains of 3, multi_round": Trial(chains(5, 3, heat), MultiRoundRule(), NODES),
+        "5 chains of 3, k_seq": Trial(chains(5, 3, heat), KSequentialRule(), NODES),
+        "3-2-1 independent, multi_round": Trial(independent, MultiRoundRule(), NODES),
+        "3-2-1 independent, k_seq": Trial(independent, KSequentialRule(), NODES),
+        "RSD-C 3-2-1": Trial(branching_tree([3, 2, 1], temperature=heat), RatioRule(), NODES),
+        "RSD-S 5 wide, 3 deep": Trial(StochasticBeamTree(5, 3, heat), RatioRule(), NODES),
+        "Sequoia": Trial(sequoia_tree([acceptance], NODES, DEEPEST, temperature=heat), RatioRule(), NODES),
         "Sequoia's shape, top-k by value": Trial(StaticTree(static), PointRule(), NODES),
-        "DySpec": Trial(DySpecTree(DEEPEST), RatioRule(), NODES),
+        "DySpec": Trial(DySpecTree(DEEPEST, temperature=heat), RatioRule(), NODES),
         "EAGLE-2's rerank, top-k by value": Trial(RerankedTree(DEEPEST, 5), PointRule(), NODES),
     }
 
@@ -190,12 +199,11 @@ class Spot:
     draft_logits_D: Tensor
     seed: int
 
-    @property
-    def first_draw(self) -> tuple[float, float]:
+    def first_draw(self, heat: float | None = None) -> tuple[float, float]:
         """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ q²."""
         target_V = Draws(self.sampling, []).law(self.target_logits_V)
         draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
-        draft_V[slice(None) if known is None else known] = draft_law(self.draft_logits_D, self.state.context, None)
+        draft_V[slice(None) if known is None else known] = draft_law(self.draft_logits_D, self.state.context, heat)
         return float(torch.minimum(target_V, draft_V).sum()), float((draft_V ** 2).sum())
 
     @torch.no_grad()
@@ -241,9 +249,9 @@ def spots(target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked:
             yield index, opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed)
 
 
-def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int) -> list[float]:
+def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None) -> list[float]:
     """How often the k-th sibling without replacement is the accepted one (Sequoia's P[k]), over contexts."""
-    trial = Trial(branching_tree([CALIBRATION_SIBLINGS]), RatioRule(), CALIBRATION_SIBLINGS)
+    trial = Trial(branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS)
     chances = [np.mean(spot.chances(trial, draws), axis=0)[1:] for _, spot in found]
     return np.mean(chances, axis=0).tolist()
 
@@ -254,7 +262,7 @@ def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], aske
     values: dict[str, dict[int, list[float]]] = {name: {} for name in trials}
     firsts: list[tuple[float, float]] = []
     for index, spot in found:
-        firsts.append(spot.first_draw)
+        firsts.append(spot.first_draw(asked.draft_temperature))
         for name, trial in trials.items():
             draws = asked.draws * (LEVEL_DRAWS if trial.builder.depth == 1 else 1)
             accepted = [sum(chances) - 1 for chances in spot.chances(trial, draws)]
@@ -283,7 +291,7 @@ def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
         low, high = interval(per_prompt)
         lines.append(f"| {name} | {np.mean(per_prompt):.3f} | {low:.3f} to {high:.3f} |")
     lines += ["", "| claimed to accept more | than | difference | 95 % interval, paired | |", "|---|---|---:|---:|---|"]
-    for better, worse in ORDERS:
+    for better, worse in ((one, other) for one, other in ORDERS if {one, other} <= set(values)):
         difference = [one - other for one, other in zip(values[better], values[worse], strict=True)]
         low, high = interval(difference)
         lines.append(f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
@@ -301,11 +309,13 @@ def compare(asked: Comparison) -> str:
     calibration = [messages_of(row, i) for i, row in enumerate(read_jsonl(TRAINING_PROMPTS))][:max(2, asked.limit // 2)]
     target, drafter, name = models(asked)
     prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
-    acceptance = acceptance_vector(spots(target, drafter, others, asked), asked.draws)
-    trials = {**level_trials(), **tree_trials(acceptance)}
+    acceptance = acceptance_vector(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
+    every = {**level_trials(), **tree_trials(acceptance, asked.draft_temperature)}
+    trials = {name: trial for name, trial in every.items() if asked.only is None or name in asked.only}
     values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
     accepted, believed = np.mean(firsts, axis=0)
-    head = [f"## Temperature {asked.temperature:g}", "",
+    drawn = "" if asked.draft_temperature is None else f", trees drawn at {asked.draft_temperature:g}"
+    head = [f"## Temperature {asked.temperature:g}{drawn}", "",
             f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
             f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), seed {asked.seed}. "
             f"A first draw is accepted with {accepted:.3f} on average, and DySpec takes it to be {believed:.3f}. "

@@ -82,7 +82,7 @@ def test_one_level_agrees_with_the_recorded_laws(target: Target) -> None:
     spot = one_spot(target)
     trials = level_trials()
     single = [sum(each) - 1 for each in spot.chances(trials["ratio 1"], 400)]
-    assert np.mean(single) == pytest.approx(spot.first_draw[0], abs=5 * np.std(single) / 20)
+    assert np.mean(single) == pytest.approx(spot.first_draw()[0], abs=5 * np.std(single) / 20)
     law = Draws(spot.sampling, []).law(spot.target_logits_V)
     best = spot.draft_logits_D.topk(3).indices
     assert sum(spot.chances(trials["point 3"], 1)[0]) - 1 == pytest.approx(float(law[best].sum()))
@@ -103,6 +103,7 @@ def test_tables_order_every_pair() -> None:
     assert f"| {better} | {worse} | +0.5000 | +0.5000 to +0.5000 | holds |" in lines
     assert sum(line.endswith("| tie |") for line in lines) == len(ORDERS) - sum(better in pair for pair in ORDERS)
     assert [verdict(0.1, 0.2), verdict(-0.1, 0.2), verdict(-0.2, -0.1)] == ["holds", "tie", "reversed"]
+    assert tables({"DySpec": [1.0, 2.0], "Sequoia": [1.0, 3.0]})[-1].startswith("| DySpec | Sequoia | -0.5000 |")
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4
 
@@ -113,7 +114,8 @@ def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(capsy
     with pytest.raises(ValueError, match="rule 'point' cannot verify without_replacement trees"):
         Trial(branching_tree([2]), PointRule(), 2)
     for wrong, message in (({"draws": 0}, "draws must be at least 1"), ({"temperature": -1.0}, "temperature must be"),
-                           ({"prompts": "nowhere.jsonl"}, "does not exist")):
+                           ({"prompts": "nowhere.jsonl"}, "does not exist"),
+                           ({"draft_temperature": 0.0}, "above 0"), ({"only": ["luck"]}, "'luck' is no trial")):
         with pytest.raises(ValueError, match=message):
             Comparison(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draws"):
