@@ -18,7 +18,7 @@ from modules.core.target import Target
 from modules.decoding.budget import BUDGETS, best_budget, try_budgets
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
 from modules.decoding.latency import stored_latency
-from modules.decoding.rules import RULES, AcceptanceRule, rule_named
+from modules.decoding.rules import RULES, AcceptanceRule, check_pairing, rule_named
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Method:
                 class_of(spec, where, given)
         if self.rule is not None:
             _check_rule(self.rule, where)
+        if self.builder is not None and isinstance(self.rule, str) and self.rule in RULES:
+            check_pairing(rule_named(self.rule), construct(self.builder, where).law)
 
 
 def _folder_exists(folder: Path, where: str) -> None:

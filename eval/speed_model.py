@@ -71,9 +71,7 @@ def speed_model(calls: Calls, plain: Calls, table: LatencyTable) -> dict[str, An
 
 def expected_seconds(table: LatencyTable, rows: Sequence[int]) -> float:
     """Mean of t(rows) over calls, between measured widths by linear interpolation."""
-    widths = sorted(table.seconds)
-    assert max(rows) <= widths[-1], f"the table ends at {widths[-1]} rows, a call has {max(rows)}"
-    return float(np.mean(np.interp(rows, widths, [table.seconds[width] for width in widths])))
+    return float(np.mean([table.at(count) for count in rows]))
 
 
 def _factors(calls: Calls, plain: Calls, rows: float, one: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from modules.core.loading import cache_folder
@@ -42,6 +43,18 @@ class LatencyTable:
         """Read what `save` wrote."""
         stored = json.loads(file.read_text())
         return LatencyTable(stored["context"], {int(rows): taken for rows, taken in stored["seconds"].items()})
+
+    def at(self, rows: float) -> float:
+        """Seconds of a call of `rows` rows; between measured widths by linear interpolation.
+
+        Raises:
+            ValueError: more rows than the widest call measured.
+        """
+        widths = sorted(self.seconds)
+        if rows > widths[-1]:
+            raise ValueError(f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: measure "
+                             "wider calls")
+        return float(np.interp(rows, widths, [self.seconds[width] for width in widths]))
 
     def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
         """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.

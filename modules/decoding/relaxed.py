@@ -14,7 +14,8 @@ from torch import Tensor
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Verified
 from modules.core.sampling import sample_law
-from modules.decoding.rules import EVERY_LAW, Draws, accepted_paths, longest_path, recursive_rejection
+from modules.decoding.rejection import families, recursive_rounds
+from modules.decoding.rules import EVERY_LAW, Draws, accepted_paths, first_accepted, longest_path
 from modules.trees.tree import Law, TokenTree
 
 
@@ -48,12 +49,11 @@ class RelaxedRule:
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int, good: list[bool]
               ) -> tuple[list[int], int]:
         """The ratio rule's walk, which goes on to the first good child where that rule rejects all."""
-        parents, usable = tree.parents_BN[sequence].tolist(), tree.acceptable_BN[sequence].tolist()
-        path = [0]
+        path, family = [0], families(tree, sequence)
         while True:
-            residual_V = draws.law(verified.logits_BNV[sequence, path[-1]])
-            children = [n for n, parent in enumerate(parents) if parent == path[-1] and usable[n]]
-            chosen, residual_V = recursive_rejection(tree, sequence, children, residual_V, draws)
+            law_V, children = draws.law(verified.logits_BNV[sequence, path[-1]]), family[path[-1]]
+            rounds = recursive_rounds(tree, sequence, children, law_V)
+            chosen, residual_V = first_accepted(rounds, law_V, draws, sequence)
             if chosen is None:
                 chosen = next((n for n in children if good[n]), None)
             if chosen is None:

@@ -8,6 +8,7 @@ Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -17,6 +18,15 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Sampling, Verified
 from modules.core.sampling import sample_law
+from modules.decoding.rejection import (
+    Round,
+    Rounds,
+    children_of,
+    families,
+    k_sequential_rounds,
+    recursive_rounds,
+    twins_of,
+)
 from modules.trees.tree import Law, TokenTree
 
 EVERY_LAW = frozenset(Law)
@@ -101,6 +111,8 @@ class PointRule:
     name, lossless = "point", True
     laws: frozenset[Law] = frozenset({Law.POINT})
     states: tuple[StateName, ...] = ()
+    rounds: Rounds = staticmethod(recursive_rounds)
+    """The same acceptance, child by child, for `node_chances`."""
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Match every node against one draw at its parent."""
@@ -108,16 +120,16 @@ class PointRule:
 
 
 class RatioRule:
-    """Recursive rejection: accept a sibling x of law q with probability min(1, R(x)/q(x)), else R <- norm([R - q]+).
+    """Recursive rejection by the ratio of residual to draft law (`recursive_rounds`), for every tree that was drawn.
 
-    A sampled chain is speculative sampling (Leviathan et al. 2023; Chen et al. 2023), independent siblings are
-    SpecInfer's multi-round rule (Miao et al. 2023), siblings without replacement recursive speculative decoding
-    (Jeon et al. 2024); a point mass is accepted with R(x). Rounds of duplicate siblings are run too.
+    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the same rule under the
+    name it has for one kind of trees alone.
     """
 
     name, lossless = "ratio", True
-    laws: frozenset[Law] = EVERY_LAW
+    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT, Law.INDEPENDENT})
     states: tuple[StateName, ...] = ()
+    rounds: Rounds = staticmethod(recursive_rounds)
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Walk down from node 0, sequence by sequence."""
@@ -125,48 +137,49 @@ class RatioRule:
         return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
 
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int) -> tuple[list[int], int]:
-        parents, usable = tree.parents_BN[sequence].tolist(), tree.acceptable_BN[sequence].tolist()
-        path = [0]
+        nodes, family = [0], families(tree, sequence)
         while True:
-            residual_V = draws.law(verified.logits_BNV[sequence, path[-1]])
-            children = [n for n, parent in enumerate(parents) if parent == path[-1] and usable[n]]
-            chosen, residual_V = recursive_rejection(tree, sequence, children, residual_V, draws)
+            law_V = draws.law(verified.logits_BNV[sequence, nodes[0]])
+            children = children_of(family, nodes)
+            chosen, residual_V = first_accepted(self.rounds(tree, sequence, children, law_V), law_V, draws, sequence)
             if chosen is None:
-                return path, int(sample_law(residual_V, draws.uniform(sequence)[0]))
-            path.append(chosen)
+                path_N = tree.topology.ancestors[sequence, nodes[0]]
+                return path_N.nonzero()[:, 0].tolist(), int(sample_law(residual_V, draws.uniform(sequence)[0]))
+            nodes = twins_of(tree, sequence, chosen, children)
 
 
-def recursive_rejection(tree: TokenTree, sequence: int, children: list[int], residual_V: Tensor, draws: Draws
-                        ) -> tuple[int | None, Tensor]:
-    """Try siblings in draw order: the accepted node (None: none) and the residual law [V] left for the next token."""
-    tried: list[int] = []
-    for node in children:
-        token = int(tree.tokens_BN[sequence, node])
-        law_V = sibling_law(tree, sequence, node, tried, residual_V)
-        if draws.uniform(sequence)[0] * law_V[token] < residual_V[token]:
-            return node, residual_V
-        left_V = (residual_V - law_V).clamp(min=0)
-        residual_V = left_V / left_V.sum() if left_V.sum() > 0 else residual_V
-        tried.append(token)
-    return None, residual_V
+class MultiRoundRule(RatioRule):
+    """SpecInfer's multi-round rule (Miao et al. 2023): independent siblings, each against what the others left."""
+
+    name = "multi_round"
+    laws: frozenset[Law] = frozenset({Law.INDEPENDENT})
 
 
-def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor) -> Tensor:
-    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's vocabulary."""
-    law = Law.POINT if tree.law_BN is None else Law(int(tree.law_BN[sequence, node]))
-    law_V = torch.zeros_like(like_V)
-    if law is Law.POINT:
-        law_V[tree.tokens_BN[sequence, node]] = 1
-        return law_V
-    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, "a sampled node travels with its law"
-    row_D = tree.laws_BRD[sequence, tree.law_rows_BN[sequence, node]].to(like_V.dtype)
-    if tree.vocabulary_D is None:
-        law_V[:] = row_D
-    else:
-        law_V[tree.vocabulary_D] = row_D
-    if law is Law.WITHOUT_REPLACEMENT and tried:
-        law_V[tried] = 0
-    return law_V / law_V.sum()
+class RecursiveRule(RatioRule):
+    """Recursive rejection of siblings drawn without replacement (RSD, Jeon et al. 2024; DySpec; Sequoia)."""
+
+    name = "recursive"
+    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT})
+
+
+class KSequentialRule(RatioRule):
+    """SpecTr's K-SEQ (Sun et al. 2023): one threshold for all independent siblings (`k_sequential_rounds`).
+
+    With K chains from node 0, those that drew the accepted token go on together.
+    """
+
+    name = "k_seq"
+    laws: frozenset[Law] = frozenset({Law.INDEPENDENT})
+    rounds: Rounds = staticmethod(k_sequential_rounds)
+
+
+def first_accepted(rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequence: int) -> tuple[int | None, Tensor]:
+    """Toss for each round in turn: the accepted node (None: none) and the law [V] left for the next token."""
+    for node, chance, residual_V in rounds:
+        if draws.uniform(sequence)[0] < chance:
+            return node, law_V
+        law_V = residual_V
+    return None, law_V
 
 
 class TypicalRule:
@@ -195,11 +208,25 @@ class TypicalRule:
         return longest_path(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
 
 
-RULES = {rule.name: rule for rule in (GreedyRule, PointRule, RatioRule, TypicalRule)}
+RULES: dict[str, Callable[[], AcceptanceRule]] = {rule.name: rule for rule in (
+    GreedyRule, PointRule, RatioRule, MultiRoundRule, RecursiveRule, KSequentialRule, TypicalRule)}
+WRONG = {
+    "per_row": ("a draw per candidate row, and a fresh one on a mismatch, gives drafts too much", "point"),
+    "value_ratio": ("children chosen by value were not drawn from q, so p/q means nothing", "point"),
+    "unnormalised": ("siblings without replacement were drawn from q without the earlier ones", "recursive"),
+    "skip_duplicates": ("skipping a duplicate's round lets the value decide whether there was a draw", "multi_round"),
+    "unordered": ("siblings without replacement must be tried in the order in which they were drawn", "recursive"),
+}
+"""Ways to verify that are found in the wild and change the law, why, and what to use instead."""
+_DRAWN = {Law.POINT: "tokens chosen by value", Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
+          Law.INDEPENDENT: "siblings drawn independently"}
 
 
 def rule_named(name: str) -> AcceptanceRule:
     """A rule by name, with its default settings."""
+    if name in WRONG:
+        reason, instead = WRONG[name]
+        raise ValueError(f"rule {name!r} is refused, it is not lossless: {reason}; use {instead!r}")
     if name not in RULES:
         raise ValueError(f"rule {name!r} is unknown: use one of {', '.join(RULES)}")
     return RULES[name]()
@@ -215,9 +242,9 @@ def default_rule(law: Law, sampling: Sampling) -> AcceptanceRule:
 def check_pairing(rule: AcceptanceRule, law: Law) -> None:
     """Refuse, by name, a rule that may not verify trees of this law."""
     if law not in rule.laws:
-        fitting = ", ".join(name for name, kind in RULES.items() if law in kind.laws and kind.lossless)
-        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees, whose draft law it ignores: "
-                         f"use one of {fitting}")
+        fitting = ", ".join(name for name, made in RULES.items() if (kind := made()).lossless and law in kind.laws)
+        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are not "
+                         f"what it compares with: use one of {fitting}")
 
 
 def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:

@@ -109,7 +109,7 @@ class TokenTree:
         """N, the newest token's node included."""
         return self.tokens_BN.shape[1]
 
-    @property
+    @cached_property
     def acceptable_BN(self) -> Tensor:
         """bool [B,N]: rows that may be accepted (node 0 always is)."""
         real = ~self.topology.padding

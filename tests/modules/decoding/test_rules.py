@@ -1,128 +1,28 @@
-"""Rules keep the target's law: exact enumeration with adversarial laws, golden numbers, and controls that must fail."""
+"""Rules through the whole loop: the sampled text has the target's law, and wrong pairings are found out or refused."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from modules.core.drafter import Drafter, DraftState, Sampling, Verified
+from modules.core.drafter import Accepted, Drafter, DraftState, Sampling, Verified
 from modules.core.trainable import Losses
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.rules import (
-    Draws,
-    PointRule,
-    RatioRule,
-    TypicalRule,
-    check_pairing,
-    recursive_rejection,
-    rule_named,
-    sample_law,
-)
+from modules.decoding.rules import Draws, PointRule, RatioRule, TypicalRule, rule_named, sample_law
+from modules.trees.beam import StochasticBeamTree
 from modules.trees.chain import SampledChain
+from modules.trees.drawn import DrawnTree, branching_tree, chains
+from modules.trees.dyspec import DySpecTree
+from modules.trees.rerank import RerankedTree
+from modules.trees.sequoia import sequoia_tree
 from modules.trees.static import StaticTree
-from modules.trees.tree import Law, TokenTree, Topology
+from modules.trees.tree import Law, TokenTree
 from tests.fakes import tiny_target
-
-P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
-Q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-ADVERSARIAL = {
-    "reversed": (P, Q), "equal": (P, P), "disjoint": (torch.tensor([1., 0, 0, 0]), torch.tensor([0, .5, .5, 0])),
-    "one-hot": (P, torch.tensor([0, 0, 1., 0])), "zero-q": (P, torch.tensor([0, .5, .5, 0])),
-    "ties": (torch.full((4,), 0.25), torch.tensor([.25, .25, .4, .1])),
-}
-
-
-class Coin:
-    """Stands in for a uniform draw: decides by script and weighs the branch by its exact probability."""
-
-    def __init__(self, script):
-        self.script, self.weight = list(script), 1.0
-
-    def uniform(self, sequence, count=1):
-        return [self]
-
-    def __mul__(self, law):
-        self.law = law
-        return self
-
-    def __lt__(self, residual):
-        chance = 1.0 if residual >= self.law else float(residual / self.law)
-        outcome = self.script.pop(0)
-        self.weight *= chance if outcome else 1 - chance
-        return outcome
-
-
-def siblings(tokens, law, q):
-    count = len(tokens)
-    rows = torch.tensor([[-1] + [0] * count])
-    return TokenTree(torch.tensor([[0, *tokens]]), Topology(torch.tensor([[-1] + [0] * count])),
-                     law_BN=torch.full((1, count + 1), int(law)), laws_BRD=q[None, None], law_rows_BN=rows)
-
-
-def drafts(q, law, count):
-    """Every ordered tuple of siblings with its probability."""
-    for tokens in product(range(4), repeat=count):
-        left, chance = q.clone(), 1.0
-        for token in tokens:
-            chance *= float(left[token] / left.sum()) if left.sum() > 0 else 0.0
-            if law is Law.WITHOUT_REPLACEMENT:
-                left[token] = 0
-        if chance > 0:
-            yield tokens, chance
-
-
-def output_law(p, q, law, count):
-    """The exact law of the token emitted at one node, and the acceptance probability."""
-    out, accepted = torch.zeros(4, dtype=torch.float64), 0.0
-    for tokens, chance in drafts(q, law, count):
-        tree = siblings(tokens, law, q)
-        for stop in range(count + 1):
-            coin = Coin([False] * stop + [True])
-            node, residual = recursive_rejection(tree, 0, list(range(1, count + 1)), p.clone(), coin)
-            weight = chance * coin.weight
-            if node is None:
-                out += weight * residual
-            else:
-                out[tokens[node - 1]] += weight
-                accepted += weight
-    return out, accepted
-
-
-@pytest.mark.parametrize("name", ADVERSARIAL)
-@pytest.mark.parametrize("law", [Law.INDEPENDENT, Law.WITHOUT_REPLACEMENT])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_recursive_rejection_returns_exactly_the_target_law(name, law, count):
-    p, q = (x.double() for x in ADVERSARIAL[name])
-    if law is Law.WITHOUT_REPLACEMENT:
-        count = min(count, int((q > 0).sum()))
-    out, _ = output_law(p, q, law, count)
-    torch.testing.assert_close(out, p, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("law,golden", [
-    (Law.INDEPENDENT, [0.5, 0.65, 0.685, 0.7165]), (Law.WITHOUT_REPLACEMENT, [0.5, 0.679762, 0.780905, 1.0])])
-def test_golden_acceptance_probabilities(law, golden):
-    for count, expected in enumerate(golden, 1):
-        assert output_law(P, Q, law, count)[1] == pytest.approx(expected, abs=5e-5)
-
-
-def test_wrong_law_fails_the_same_test():
-    """Siblings without replacement verified as if they were independent: the sheet's negative control."""
-    out = torch.zeros(4, dtype=torch.float64)
-    for tokens, chance in drafts(Q, Law.WITHOUT_REPLACEMENT, 2):
-        tree = siblings(tokens, Law.INDEPENDENT, Q)
-        for stop in range(3):
-            coin = Coin([False] * stop + [True])
-            node, residual = recursive_rejection(tree, 0, [1, 2], P.clone(), coin)
-            if node is None:
-                out += chance * coin.weight * residual
-            else:
-                out[tokens[node - 1]] += chance * coin.weight
-    assert (out - P).abs().max() > 0.01
+from tests.modules.decoding.test_rejection import P, Q, siblings
 
 
 def test_point_rule_accepts_the_mass_of_the_children():
@@ -152,9 +52,7 @@ def test_typical_threshold_reproduces_the_worked_example():
         assert found == kept
 
 
-def test_wrong_pairings_are_refused_by_name():
-    with pytest.raises(ValueError, match="'point' cannot verify independent trees"):
-        check_pairing(rule_named("point"), Law.INDEPENDENT)
+def test_unknown_rules_and_sampled_greed_are_refused():
     with pytest.raises(ValueError, match="unknown"):
         rule_named("lucky")
     tree = siblings((1,), Law.POINT, Q)
@@ -188,38 +86,140 @@ class NoisyDrafter(Drafter):
         return self.table[frontier.tokens_BW]
 
 
-def first_two_tokens(decoder, runs, temperature=1.0, top_p=1.0):
-    counts: dict[tuple[int, ...], int] = {}
-    for seed in range(runs // 250):
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed * 1000)
-        for trace in decoder.decode([[3, 1]] * 250, sampling, 3):
-            key = tuple(trace.ids[1:3])
-            counts[key] = counts.get(key, 0) + 1
-    return counts
+VOCAB, PROMPT, PLAIN = 5, [3, 1], Sampling(temperature=1.0)
 
 
-def homogeneous(one, other):
-    """Two-sample chi-square p-value, rare cells pooled."""
-    keys = sorted(set(one) | set(other))
-    table = np.array([[counts.get(key, 0) for key in keys] for counts in (one, other)], dtype=float)
-    rare = table.sum(0) < 20
-    pooled = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
-    return stats.chi2_contingency(pooled[:, pooled.sum(0) > 0]).pvalue
+@pytest.fixture(scope="module")
+def target():
+    found = tiny_target(vocab=VOCAB, seed=2)
+    found.model.generation_config.eos_token_id = None
+    return found
 
 
-def small_target():
-    return tiny_target(vocab=6, seed=2)
+def pair_law(target, sampling, start):
+    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out."""
+    draws = Draws(sampling, [])
+    prefixes = torch.tensor([[*PROMPT, *more] for more in product(range(VOCAB), repeat=2)])
+    logits = target.model(input_ids=prefixes).logits[:, len(PROMPT) - 1:].detach()
+    laws = draws.law(logits).reshape(VOCAB, VOCAB, 3, VOCAB)
+    first, second, third = laws[0, 0, 0], laws[:, 0, 1], laws[:, :, 2]
+    pairs = first[:, None] * second
+    return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
 
 
-@pytest.mark.parametrize("rule,builder", [
-    ("ratio", SampledChain(2)), ("point", StaticTree([(0,), (1,), (0, 0), (0, 1)]))])
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_sampled_decoding_keeps_the_law_through_the_whole_loop(rule, builder, top_p):
-    target = small_target()
-    target.model.generation_config.eos_token_id = None
-    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
-    fast = SpeculativeDecoder(target, NoisyDrafter(target.shape, builder), rule_named(rule), stop_ids=frozenset({-1}))
-    assert homogeneous(first_two_tokens(plain, 4000, top_p=top_p), first_two_tokens(fast, 4000, top_p=top_p)) > 1e-4
+def goodness(target, rule, builder, sampling=PLAIN, runs=2000, start=1, sharpness=1.0):
+    """Chi-square p-value of two tokens of the text that decoding gives; 0 where a token of law 0 came out."""
+    drafter = NoisyDrafter(target.shape, builder)
+    drafter.table *= sharpness
+    decoder = SpeculativeDecoder(target, drafter, rule, stop_ids=frozenset({-1}))
+    law = pair_law(target, sampling, start)
+    counts = torch.zeros(VOCAB * VOCAB)
+    for seed in range(runs // 500):
+        for trace in decoder.decode([PROMPT] * 500, replace(sampling, seed=seed * 1000), start + 2):
+            counts[trace.ids[start] * VOCAB + trace.ids[start + 1]] += 1
+    if counts[law == 0].any():
+        return 0.0
+    rare = law * runs < 10
+    seen = [*counts[~rare].tolist(), float(counts[rare].sum())]
+    wanted = [*(law[~rare] * runs).tolist(), float(law[rare].sum()) * runs]
+    cells = len(seen) if wanted[-1] > 0 else -1
+    return stats.chisquare(seen[:cells], wanted[:cells], sum_check=False).pvalue
+
+
+TEMPLATE = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0)]
+PAIRINGS = {
+    "chain": ("ratio", SampledChain(2)), "top-k": ("point", StaticTree([(0,), (1,), (0, 0), (0, 1)])),
+    "reranked": ("point", RerankedTree(2, 2)), "multi-round": ("multi_round", DrawnTree(TEMPLATE, "independent")),
+    "multi-round chains": ("multi_round", chains(3, 2)), "k-seq chains": ("k_seq", chains(3, 2)),
+    "k-seq tree": ("k_seq", branching_tree([2, 2], "independent")), "rsd-c": ("recursive", branching_tree([2, 2])),
+    "rsd-s": ("recursive", StochasticBeamTree(3, 2)), "sequoia": ("recursive", sequoia_tree([[0.5, 0.2, 0.1]], 6, 2)),
+    "dyspec": ("recursive", DySpecTree(2)), "dyspec threshold": ("ratio", DySpecTree(3, threshold=0.2)),
+    "cold draft": ("ratio", branching_tree([2, 2], temperature=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRINGS)
+def test_sampled_decoding_keeps_the_law_through_the_whole_loop(target, name):
+    rule, builder = PAIRINGS[name]
+    assert goodness(target, rule_named(rule), builder) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["chain", "top-k", "k-seq chains", "rsd-s"])
+def test_warped_targets_keep_their_law_too(target, name):
+    rule, builder = PAIRINGS[name]
+    assert goodness(target, rule_named(rule), builder, Sampling(temperature=0.7, top_p=0.8)) > 1e-4
+
+
+# -- controls: the same test finds what is wrong -----------------------------------------------------------------------
+
+class Altered:
+    """Another builder's trees, changed."""
+
+    def __init__(self, builder, change, law):
+        self.builder, self.change, self.law, self.depth = builder, change, law, builder.depth
+
+    def build(self, drafter, state, budget):
+        return self.change(self.builder.build(drafter, state, budget))
+
+
+def relabelled(law):
+    return lambda tree: replace(tree, law_BN=torch.full_like(tree.tokens_BN, int(law)))
+
+
+def without_duplicates(tree):
+    """Only the first of equal siblings is tried."""
+    same = torch.ones(1, dtype=torch.bool)
+    for each_BN in (tree.tokens_BN, tree.parents_BN):
+        same = same & (each_BN[:, :, None] == each_BN[:, None])
+    return replace(tree, candidate_BN=~torch.tril(same, -1).any(-1))
+
+
+def by_token(tree):
+    """Siblings of a one-level tree in the order of their tokens."""
+    tokens = tree.tokens_BN.clone()
+    tokens[:, 1:] = tokens[:, 1:].sort(dim=1).values
+    return replace(tree, tokens_BN=tokens)
+
+
+class TopKWithLaws(StaticTree):
+    """Children chosen by value that claim to be draws from the law that chose them."""
+
+    law = Law.WITHOUT_REPLACEMENT
+
+    def build(self, drafter, state, budget):
+        tree = super().build(drafter, state, budget)
+        laws_BND = drafter.table[tree.tokens_BN].softmax(-1)
+        return replace(tree, law_BN=torch.full_like(tree.tokens_BN, int(self.law)), laws_BRD=laws_BND,
+                       law_rows_BN=tree.parents_BN)
+
+
+class PerRowRule(PointRule):
+    """A draw for every candidate row, and a fresh one where no row matches."""
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        first, second = super().__call__(tree, verified, draws), super().__call__(tree, verified, draws)
+        longer_B = second.lengths_B > first.lengths_B
+        width = max(first.path_BA.shape[1], second.path_BA.shape[1])
+        paths = [torch.nn.functional.pad(one.path_BA, (0, width - one.path_BA.shape[1])) for one in (first, second)]
+        return Accepted(torch.where(longer_B[:, None], paths[1], paths[0]),
+                        torch.where(longer_B, second.lengths_B, first.lengths_B),
+                        torch.where(longer_B, second.next_B, first.next_B))
+
+
+WRONG_PAIRINGS = {
+    "unnormalised": ("multi_round", Altered(branching_tree([3]), relabelled(Law.INDEPENDENT), Law.INDEPENDENT)),
+    "skip_duplicates": ("multi_round", Altered(chains(4, 1), without_duplicates, Law.INDEPENDENT)),
+    "value_ratio": ("recursive", TopKWithLaws([(0,), (1,)])),
+    "unordered": ("recursive", Altered(branching_tree([3]), by_token, Law.WITHOUT_REPLACEMENT)),
+    "per_row": (PerRowRule(), StaticTree([(0,), (1,)])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PAIRINGS)
+def test_every_refused_way_fails_the_same_test(target, name):
+    rule, builder = WRONG_PAIRINGS[name]
+    rule = rule_named(rule) if isinstance(rule, str) else rule
+    assert goodness(target, rule, builder, runs=2000, start=0, sharpness=2.5) < 1e-4
 
 
 class AlwaysAccept(RatioRule):
@@ -240,9 +240,24 @@ class _Zero:
         return self.draws.uniform(sequence, count) * 1e-6
 
 
-def test_a_deliberately_wrong_rule_fails_the_same_test():
-    target = small_target()
-    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
-    wrong = SpeculativeDecoder(target, NoisyDrafter(target.shape, SampledChain(2)), AlwaysAccept(),
-                               stop_ids=frozenset({-1}))
-    assert homogeneous(first_two_tokens(plain, 4000), first_two_tokens(wrong, 4000)) < 1e-4
+def test_a_deliberately_wrong_rule_fails_the_same_test(target):
+    assert goodness(target, AlwaysAccept(), SampledChain(2), runs=1000) < 1e-4
+
+
+@pytest.mark.parametrize("rule,builder", [
+    ("ratio", StaticTree(TEMPLATE)), ("multi_round", branching_tree([2, 2])), ("k_seq", DySpecTree(2)),
+    ("recursive", chains(3, 2)), ("point", StochasticBeamTree(3, 2))])
+def test_a_decoder_refuses_wrong_pairings_before_it_decodes(target, rule, builder):
+    with pytest.raises(ValueError, match=f"rule '{rule}' cannot verify"):
+        SpeculativeDecoder(target, NoisyDrafter(target.shape, builder), rule_named(rule))
+    with pytest.raises(ValueError, match=f"rule '{rule}' cannot verify"):
+        SpeculativeDecoder(target, NoisyDrafter(target.shape, SampledChain(1)), rule_named(rule), builder)
+
+
+@pytest.mark.parametrize("name", PAIRINGS)
+def test_greedy_decoding_is_plain_decoding_with_every_tree(target, name):
+    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1})).decode([PROMPT, [2]], Sampling(), 20)
+    fast = SpeculativeDecoder(target, NoisyDrafter(target.shape, PAIRINGS[name][1]), stop_ids=frozenset({-1}))
+    traces = fast.decode([PROMPT, [2]], Sampling(), 20)
+    assert [trace.ids for trace in traces] == [trace.ids for trace in plain]
+    assert all(count <= depth + 1 for trace in traces for count, depth in zip(trace.accepted, trace.offered))

@@ -1,0 +1,363 @@
+"""`python -m eval.rules`: acceptance rules and tree builders on the same contexts of the real models, without tossing.
+
+At every context each trial draws the same number of trees; what its rule would accept of a tree in expectation follows
+from the tree (`node_chances`), so that only the draws of the trees are left to chance. Nothing is timed.
+
+Shape legend: B draws, N nodes, V vocabulary, P prompts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from checkpoints.pretrained import find_folder, read_config
+from data.configfiles import parse, run
+from data.conversations import prompt_ids, read_jsonl
+from data.regenerate import messages_of
+from eval.cli import quieten
+from eval.methods import TRAINING_PROMPTS, load_drafter
+from eval.sources import HELD_OUT
+from modules.core.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
+from modules.core.loading import load_target
+from modules.core.target import Target
+from modules.core.trainable import Losses
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.rejection import node_chances, recursive_rounds
+from modules.decoding.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
+from modules.language_models.sorted import Sorted
+from modules.trees.beam import StochasticBeamTree
+from modules.trees.chain import SampledChain
+from modules.trees.drawn import branching_tree, chains
+from modules.trees.draws import check_temperature, draft_law
+from modules.trees.dyspec import DySpecTree
+from modules.trees.rerank import RerankedTree
+from modules.trees.sequoia import best_paths, sequoia_tree
+from modules.trees.static import StaticTree
+from modules.trees.tree import TokenTree
+
+SIBLINGS = 4
+NODES, DEEPEST = 15, 6
+LEVEL_DRAWS = 8
+"""Times as many draws for trees of one level, which need no model once the laws are recorded."""
+CALIBRATION_SIBLINGS = 8
+Rule = RatioRule | PointRule
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on what.
+
+    Args:
+        target: Hub id, folder, .gguf file or smollm2-135m.
+        drafter: run folder, drafter folder or Hub id; by default the target's own first `layers` layers.
+        layers: of the target that draft, under its own norm and LM head, without training.
+        prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the embedded held-out
+            prompts.
+        limit: prompts.
+        contexts: of each prompt, evenly spaced over an answer that the target samples.
+        max_new_tokens: of that answer.
+        draws: trees per trial and context; eight times as many of one level.
+        temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at DySpec's 0.6.
+        draft_temperature: of whole trees that are drawn, instead.
+        only: names of the trials to run; by default all.
+        seed: of everything that is drawn.
+        output: Markdown file to append to as well.
+    """
+
+    target: str = "smollm2-135m"
+    drafter: str | None = None
+    layers: int = 28
+    prompts: str = str(HELD_OUT)
+    limit: int = 12
+    contexts: int = 3
+    max_new_tokens: int = 48
+    draws: int = 8
+    temperature: float = 1.0
+    draft_temperature: float | None = None
+    only: list[str] | None = None
+    seed: int = 0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        for name in ("layers", "limit", "contexts", "max_new_tokens", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        check_temperature(self.draft_temperature)
+        known = {**level_trials(), **tree_trials([0.5])}
+        if unknown := sorted(set(self.only or ()) - set(known)):
+            raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(known)}")
+        if not Path(self.prompts).is_file():
+            raise ValueError(f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A builder and the rule that verifies its trees; `nodes` are drafted."""
+
+    builder: TreeBuilder
+    rule: Rule
+    nodes: int
+
+    def __post_init__(self) -> None:
+        """Refuse a wrong pairing."""
+        check_pairing(self.rule, self.builder.law)
+
+
+def level_trials() -> dict[str, Trial]:
+    """One level of K siblings: every rule against the optimum of one draft, which is `ratio 1`."""
+    trials = {"ratio 1": Trial(SampledChain(1), RatioRule(), 1)}
+    for count in range(2, SIBLINGS + 1):
+        trials[f"multi_round {count}"] = Trial(chains(count, 1), MultiRoundRule(), count)
+        trials[f"k_seq {count}"] = Trial(chains(count, 1), KSequentialRule(), count)
+        trials[f"recursive {count}"] = Trial(branching_tree([count]), RatioRule(), count)
+        trials[f"point {count}"] = Trial(StaticTree([(i,) for i in range(count)]), PointRule(), count)
+    return trials
+
+
+def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[str, Trial]:
+    """Whole trees of 15 nodes, and one chain as deep as the five chains; `heat` is the drawn trees' temperature."""
+    independent = branching_tree([3, 2, 1], "independent", heat)
+    static = best_paths([acceptance], NODES, DEEPEST)
+    return {
+        "chain of 3, ratio": Trial(SampledChain(3), RatioRule(), 3),
+        "5 chains of 3, multi_round": Trial(chains(5, 3, heat), MultiRoundRule(), NODES),
+        "5 chains of 3, k_seq": Trial(chains(5, 3, heat), KSequentialRule(), NODES),
+        "3-2-1 independent, multi_round": Trial(independent, MultiRoundRule(), NODES),
+        "3-2-1 independent, k_seq": Trial(independent, KSequentialRule(), NODES),
+        "RSD-C 3-2-1": Trial(branching_tree([3, 2, 1], temperature=heat), RatioRule(), NODES),
+        "RSD-S 5 wide, 3 deep": Trial(StochasticBeamTree(5, 3, heat), RatioRule(), NODES),
+        "Sequoia": Trial(sequoia_tree([acceptance], NODES, DEEPEST, temperature=heat), RatioRule(), NODES),
+        "Sequoia's shape, top-k by value": Trial(StaticTree(static), PointRule(), NODES),
+        "DySpec": Trial(DySpecTree(DEEPEST, temperature=heat), RatioRule(), NODES),
+        "EAGLE-2's rerank, top-k by value": Trial(RerankedTree(DEEPEST, 5), PointRule(), NODES),
+    }
+
+
+ORDERS = [
+    *((f"recursive {k}", f"multi_round {k}") for k in range(2, SIBLINGS + 1)),
+    ("RSD-C 3-2-1", "3-2-1 independent, multi_round"), ("RSD-S 5 wide, 3 deep", "3-2-1 independent, multi_round"),
+    ("RSD-S 5 wide, 3 deep", "5 chains of 3, multi_round"),
+    *((f"k_seq {k}", "ratio 1") for k in range(2, SIBLINGS + 1)), ("5 chains of 3, k_seq", "chain of 3, ratio"),
+    *((f"k_seq {k}", f"multi_round {k}") for k in range(2, SIBLINGS + 1)),
+    ("5 chains of 3, k_seq", "5 chains of 3, multi_round"), ("DySpec", "RSD-C 3-2-1"), ("DySpec", "Sequoia"),
+    ("DySpec", "Sequoia's shape, top-k by value"), ("DySpec", "EAGLE-2's rerank, top-k by value"),
+]
+"""Pairs in the order that their papers claim: the first accepts at least as much."""
+
+
+class Recorded(Drafter):
+    """Drafts from the recorded logits [V] of one context, whatever it is asked."""
+
+    binds_to = "nothing"
+
+    def __init__(self, logits_D: Tensor, vocabulary_D: Tensor | None) -> None:
+        super().__init__()
+        self.logits_D, self._vocabulary_D = logits_D, vocabulary_D
+
+    @property
+    def vocabulary_D(self) -> Tensor | None:
+        """The recorded drafter's."""
+        return self._vocabulary_D
+
+    def loss(self, batch: Any, target: Target, progress: float) -> Losses:
+        """Nothing to learn."""
+        raise ValueError("a recorded drafter does not train")
+
+    def start(self, context: Context) -> DraftState:
+        """Nothing but the context."""
+        return DraftState(context, context.newest_B, context.lengths_B)
+
+    def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
+        """The same logits for every node."""
+        return self.logits_D.expand(*frontier.tokens_BW.shape, -1)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One context: the models behind it, and their logits right there.
+
+    state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token. seed: of its draws.
+    """
+
+    target: Target
+    drafter: Drafter
+    state: DraftState
+    sampling: Sampling
+    target_logits_V: Tensor
+    draft_logits_D: Tensor
+    seed: int
+
+    def first_draw(self, heat: float | None = None) -> tuple[float, float]:
+        """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ q²."""
+        target_V = Draws(self.sampling, []).law(self.target_logits_V)
+        draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
+        draft_V[slice(None) if known is None else known] = draft_law(self.draft_logits_D, self.state.context, heat)
+        return float(torch.minimum(target_V, draft_V).sum()), float((draft_V ** 2).sum())
+
+    @torch.no_grad()
+    def chances(self, trial: Trial, draws: int) -> list[list[float]]:
+        """How likely each node of every drawn tree is accepted [B][N]; every trial has the same generators."""
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(draws)]
+        state = self.state.select(torch.zeros(draws, dtype=torch.long))
+        state.context = replace(state.context, generators=tuple(generators))
+        if trial.builder.depth == 1:
+            tree = trial.builder.build(Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes)
+            verified = Verified(tree, self.target_logits_V.expand(*tree.tokens_BN.shape, -1))
+        else:
+            tree = trial.builder.build(self.drafter, state, trial.nodes)
+            verified = self.target.verify(tree)
+        law = Draws(self.sampling, generators).law
+        rounds = trial.rule.rounds if self.sampling.temperature else recursive_rounds
+        return [node_chances(tree, b, law(verified.logits_BNV[b]), rounds) for b in range(draws)]
+
+
+@torch.no_grad()
+def opened(target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int) -> Spot:
+    """The context after `text`; the target's cache then holds it `draws` times."""
+    ids_BT, newest_B, lengths_B = torch.tensor([text[:-1]]), torch.tensor([text[-1]]), torch.tensor([len(text) - 1])
+    target.open(1, len(text) + NODES + 1)
+    _, states = target.prefill(ids_BT, lengths_B, drafter.decoding_states)
+    context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(),))
+    state, root_B1 = drafter.start(context), newest_B[:, None]
+    target_logits_V = target.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
+    draft_logits_D = drafter.expand(state, Frontier(root_B1, torch.full_like(root_B1, -1), 0))[0, 0]
+    assert target.cache is not None
+    target.cache.keep([0] * draws)
+    return Spot(target, drafter, state, sampling, target_logits_V, draft_logits_D, seed)
+
+
+def spots(target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
+          ) -> Iterator[tuple[int, Spot]]:
+    """Prompt number and context, one after the other: the target holds one at a time."""
+    for index, prompt in enumerate(prompts):
+        sampling = Sampling(asked.temperature, seed=asked.seed + index)
+        answer = SpeculativeDecoder(target).decode([prompt], sampling, asked.max_new_tokens)[0].ids
+        for place in np.unique(np.linspace(1, len(answer), asked.contexts).astype(int)).tolist():
+            seed = (asked.seed * 1000 + index) * 1_000_000 + place * 1000
+            yield index, opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed)
+
+
+def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None) -> list[float]:
+    """How often the k-th sibling without replacement is the accepted one (Sequoia's P[k]), over contexts."""
+    trial = Trial(branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS)
+    chances = [np.mean(spot.chances(trial, draws), axis=0)[1:] for _, spot in found]
+    return np.mean(chances, axis=0).tolist()
+
+
+def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
+            ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
+    """Expected accepted drafts of every trial, a value per prompt, and what `Spot.first_draw` says of each context."""
+    values: dict[str, dict[int, list[float]]] = {name: {} for name in trials}
+    firsts: list[tuple[float, float]] = []
+    for index, spot in found:
+        firsts.append(spot.first_draw(asked.draft_temperature))
+        for name, trial in trials.items():
+            draws = asked.draws * (LEVEL_DRAWS if trial.builder.depth == 1 else 1)
+            accepted = [sum(chances) - 1 for chances in spot.chances(trial, draws)]
+            values[name].setdefault(index, []).append(float(np.mean(accepted)))
+        print(f"{len(firsts)} contexts", end="\r", file=sys.stderr)
+    return {name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()}, firsts
+
+
+def interval(values_P: Sequence[float], samples: int = 4000) -> tuple[float, float]:
+    """95 % percentile bootstrap of a mean over prompts."""
+    values = np.asarray(values_P)
+    drawn_SP = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
+    low, high = np.quantile(values[drawn_SP].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says of an order."""
+    return "holds" if low > 0 else "reversed" if high < 0 else "tie"
+
+
+def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Two Markdown tables: every trial, and every pair that a paper orders."""
+    lines = ["| trial | expected accepted drafts | 95 % interval |", "|---|---:|---:|"]
+    for name, per_prompt in values.items():
+        low, high = interval(per_prompt)
+        lines.append(f"| {name} | {np.mean(per_prompt):.3f} | {low:.3f} to {high:.3f} |")
+    lines += ["", "| claimed to accept more | than | difference | 95 % interval, paired | |", "|---|---|---:|---:|---|"]
+    for better, worse in ((one, other) for one, other in ORDERS if {one, other} <= set(values)):
+        difference = [one - other for one, other in zip(values[better], values[worse], strict=True)]
+        low, high = interval(difference)
+        lines.append(f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
+                     f"{verdict(low, high)} |")
+    return lines
+
+
+def compare(asked: Comparison) -> str:
+    """Measure everything that is asked and describe it in Markdown.
+
+    Raises:
+        ValueError: no such drafter or target, more layers than the target has, prompts without a question.
+    """
+    questions = [question_of(row, i) for i, row in enumerate(read_jsonl(Path(asked.prompts)))][:asked.limit]
+    calibration = [messages_of(row, i) for i, row in enumerate(read_jsonl(TRAINING_PROMPTS))][:max(2, asked.limit // 2)]
+    target, drafter, name = models(asked)
+    prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
+    acceptance = acceptance_vector(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
+    every = {**level_trials(), **tree_trials(acceptance, asked.draft_temperature)}
+    trials = {name: trial for name, trial in every.items() if asked.only is None or name in asked.only}
+    values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
+    accepted, believed = np.mean(firsts, axis=0)
+    drawn = "" if asked.draft_temperature is None else f", trees drawn at {asked.draft_temperature:g}"
+    head = [f"## Temperature {asked.temperature:g}{drawn}", "",
+            f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
+            f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), seed {asked.seed}. "
+            f"A first draw is accepted with {accepted:.3f} on average, and DySpec takes it to be {believed:.3f}. "
+            f"Acceptance by sibling on "
+            f"{len(others)} other prompts, from which Sequoia's tree is made: "
+            f"{', '.join(f'{share:.3f}' for share in acceptance)}.", ""]
+    return "\n".join([*head, *tables(values), ""])
+
+
+def question_of(row: dict[str, Any], index: int) -> list[dict[str, str]]:
+    """The chat that a row opens: its first turn, or what `messages_of` finds."""
+    if isinstance(row.get("turns"), list) and row["turns"]:
+        return [{"role": "user", "content": row["turns"][0]}]
+    return messages_of(row, index)
+
+
+def models(asked: Comparison) -> tuple[Target, Drafter, str]:
+    """Target, drafter and what to call it."""
+    if asked.drafter is not None:
+        target = load_target(asked.target)
+        drafter = load_drafter(asked.drafter, target)
+        return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
+    target = load_target(asked.target)
+    drafter = Sorted(target.shape, [asked.layers], adaptive=False)
+    drafter.initialise(target)
+    return target, drafter.to(target.dtype).eval(), f"its own first {asked.layers} of {target.shape.num_layers} layers"
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse, compare, print; append to the output file."""
+    parser = ArgumentParser(prog="python -m eval.rules", exit_on_error=False,
+                            description="Compare acceptance rules and tree builders on recorded contexts.")
+    parser.add_class_arguments(Comparison, fail_untyped=True)
+    asked = Comparison(**vars(parse(parser, arguments)))
+    quieten()
+    text = compare(asked)
+    print(text)
+    if asked.output is not None:
+        with Path(asked.output).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Every node that a growing tree has considered, and the best of them as a tree.
+
+Shape legend: B sequences, W frontier nodes, K children considered of each, C candidates, N nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modules.trees.tree import Topology
+
+
+class Candidates:
+    """Candidates in the order of creation; parents are candidate numbers, -1 for the root; -inf is no candidate."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.count = self.expanded = 0
+
+    def add(self, tokens_BWK: Tensor, parents_BW: Tensor, scores_BWK: Tensor) -> None:
+        """The children of a level's frontier, whose rows follow those of the levels before."""
+        width = tokens_BWK.shape[1]
+        rows = torch.arange(self.expanded, self.expanded + width, device=tokens_BWK.device)
+        self.tokens.append(tokens_BWK.flatten(1))
+        self.parents.append(parents_BW[..., None].expand_as(tokens_BWK).flatten(1))
+        self.rows.append(rows[:, None].expand_as(tokens_BWK).flatten(1))
+        self.scores.append(scores_BWK.flatten(1))
+        self.count += self.tokens[-1].shape[1]
+        self.expanded += width
+
+    def leading(self, budget: int) -> Tensor:
+        """bool [B,C]: the `budget` best so far, ties to the older."""
+        scores_BC = torch.cat(self.scores, dim=1)
+        best = scores_BC.argsort(dim=1, descending=True, stable=True)[:, :budget]
+        return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(1, best, True) & scores_BC.isfinite()
+
+    def best(self, root_B1: Tensor, budget: int) -> tuple[Tensor, Topology, Tensor]:
+        """Tokens [B,N], topology and parents' rows [B,N] (-1 for node 0) of the tree of the `budget` best.
+
+        The set must hold every kept node's parent, which scores that never rise along a path see to. Sequences with
+        fewer nodes than others end in padding.
+        """
+        kept_BC = self.leading(budget)
+        width = int(kept_BC.sum(1).max())
+        order = (~kept_BC).int().argsort(dim=1, stable=True)[:, :width]
+        real = kept_BC.gather(1, order)
+        tokens, parents, rows = (torch.cat(part, dim=1).gather(1, order)
+                                 for part in (self.tokens, self.parents, self.rows))
+        node_BC = kept_BC.cumsum(1)
+        above = torch.where(parents < 0, 0, node_BC.gather(1, parents.clamp(min=0)))
+        above = torch.where(real, above, torch.arange(1, width + 1, device=above.device))
+        outside = torch.full_like(root_B1, -1)
+        topology = Topology(torch.cat([outside, above], dim=1))
+        return torch.cat([root_B1, tokens], dim=1), topology, torch.cat([outside, rows], dim=1)
