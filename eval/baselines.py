@@ -8,7 +8,6 @@ Shape legend: B sequences, T prompt tokens.
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any, ClassVar
 
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from checkpoints.pretrained import load_pretrained
 from modules.core.drafter import Sampling
+from modules.core.loading import truncated_config
 from modules.core.target import Target
 from modules.decoding.decoder import Trace
+from modules.language_models.independent import Independent
 
 _NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
 """Said outright, because what a call leaves open is taken from the model's own generation config."""
@@ -148,21 +150,23 @@ class HuggingFacePromptLookup(_HuggingFaceSpeculation):
 
 
 class HuggingFaceAssisted(_HuggingFaceSpeculation):
-    """`generate(assistant_model=…)` with the target's own first layers as the assistant. The row `hf_assisted`.
+    """`generate(assistant_model=…)`, with the target's own first layers or a trained drafter as the assistant. The row
+    `hf_assisted`.
 
     Args:
         target: the target whose model is called.
-        layers: layers that the assistant keeps (its weights are the target's own, shared).
+        layers: layers that the assistant keeps (its weights are the target's own, shared), where none is named.
         tokens: drafted tokens per call.
+        assistant: run, folder or Hub id of a trained `Independent` drafter, whose model then is the assistant.
     """
 
     name = "hf_assisted"
 
-    def __init__(self, target: Target, layers: int = 4, tokens: int = 4) -> None:
+    def __init__(self, target: Target, layers: int = 4, tokens: int = 4, assistant: str | None = None) -> None:
         super().__init__(target)
-        if not 0 < layers < target.shape.num_layers:
+        if assistant is None and not 0 < layers < target.shape.num_layers:
             raise ValueError(f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for {target.name}")
-        self.assistant = truncated_copy(target.stock, layers)
+        self.assistant = truncated_copy(target.stock, layers) if assistant is None else trained(assistant, target)
         self.assistant.generation_config.num_assistant_tokens = tokens
         self.assistant.generation_config.num_assistant_tokens_schedule = "constant"
         self.assistant.generation_config.assistant_confidence_threshold = 0.0
@@ -172,12 +176,47 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         return {"assistant_model": self.assistant}
 
 
+class TrimmedHead(nn.Module):
+    """An LM head of the draft vocabulary alone, as a stock model calls it: the other tokens get no probability.
+
+    Args:
+        head: the whole head, whose rows are copied.
+        vocabulary_D: token ids that can be drafted.
+    """
+
+    def __init__(self, head: nn.Linear, vocabulary_D: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vocabulary", vocabulary_D)
+        self.weight = nn.Parameter(head.weight[vocabulary_D].detach(), requires_grad=False)
+        self.bias = None if head.bias is None else nn.Parameter(head.bias[vocabulary_D].detach(), requires_grad=False)
+        self.size = head.out_features
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """[B,T,H] -> [B,T,V]."""
+        logits = nn.functional.linear(hidden_BTH, self.weight, self.bias)
+        whole = logits.new_full((*logits.shape[:-1], self.size), torch.finfo(logits.dtype).min)
+        return whole.index_copy_(-1, self.get_buffer("vocabulary"), logits)
+
+
+def trained(name: str, target: Target) -> Any:
+    """The stock model of a trained drafter, which drafts the same tokens as it does in our loop.
+
+    Raises:
+        ValueError: nothing there, another kind of component, or another tokenizer than the target's.
+    """
+    drafter = load_pretrained(name, target)
+    if not isinstance(drafter, Independent):
+        raise ValueError(f"assistant {name!r} is a {type(drafter).__name__}: give a trained Independent drafter")
+    drafter.adapt(target)
+    model = drafter.stock.to(target.device, target.dtype).eval().requires_grad_(False)
+    if drafter.vocabulary_D is not None:
+        model.set_output_embeddings(TrimmedHead(model.get_output_embeddings(), drafter.vocabulary_D.to(target.device)))
+    return model
+
+
 def truncated_copy(model: Any, layers: int) -> Any:
     """A model of the same kind that keeps the first `layers` layers; its weights share memory with the original's."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    config = truncated_config(model.config, layers)
     with torch.device("meta"):
         shallow = AutoModelForCausalLM.from_config(config)
     missing, _ = shallow.load_state_dict(model.state_dict(), strict=False, assign=True)

@@ -128,12 +128,12 @@ def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
         return rows.visible_BNN
     if cache.uniform:
         return F.pad(rows.visible_BNN, (cache.lengths[0], 0), value=True)
-    batch, width = rows.visible_BNN.shape[0], rows.visible_BNN.shape[1]
+    batch, count, width = rows.visible_BNN.shape
     device = rows.visible_BNN.device
     slots = torch.arange(cache.window(width), device=device)
     offset_BS = slots - cache.lengths_tensor(device)[:, None]
     inside = (offset_BS >= 0) & (offset_BS < width)
-    index = offset_BS.clamp(0, width - 1)[:, None, :].expand(batch, width, -1)
+    index = offset_BS.clamp(0, width - 1)[:, None, :].expand(batch, count, -1)
     own = rows.visible_BNN.gather(2, index) & inside[:, None]
     return own | (offset_BS < 0)[:, None]
 
@@ -143,10 +143,11 @@ def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
     here = rows.position_ids_BN
     if cache is None:
         return (here[:, :, None] - here[:, None, :]) < window
-    batch, width = here.shape
+    assert cache.positions_BJ is not None
+    batch, width = cache.positions_BJ.shape
     slots = torch.arange(cache.window(width), device=here.device).expand(batch, -1).clone()
     own = cache.lengths_tensor(here.device)[:, None] + torch.arange(width, device=here.device)
-    slots.scatter_(1, own, here)
+    slots.scatter_(1, own, cache.positions_BJ)
     return (here[:, :, None] - slots[:, None, :]) < window
 
 

@@ -22,6 +22,7 @@ class Rows:
 
     position_ids_BN: int64 [B,N].
     visible_BNN: bool [B,N,N], `visible[b, i, j]`: row i attends to row j of the same call (itself included).
+        Cached rows may have columns before those N: rows that earlier calls wrote and did not keep.
     cached: the rows also attend to the target's committed KV cache, and their own keys and values are written
         behind it, for `Target.commit` to keep.
     """

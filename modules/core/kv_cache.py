@@ -1,6 +1,7 @@
 """The target's KV cache: one preallocated buffer, written behind each sequence's own length.
 
-Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call, A accepted rows.
+Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call,
+J rows since the last commit, A accepted rows.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 
 class SlotCache(Cache):
     """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
 
-    Rows of a call are written from `lengths[b]` on; `commit` keeps the accepted ones and moves only those.
+    Rows of a call are written from `lengths[b]` on, behind those of earlier calls if they are still to be seen;
+    `commit` keeps the accepted ones and moves only those.
 
     Args:
         num_layers: layers that will write.
@@ -29,6 +32,10 @@ class SlotCache(Cache):
         self.lengths = [0] * batch_size
         self._store: Tensor | None = None
         self._slots: Tensor | None = None
+        self.ahead = 0
+        """Rows of earlier calls, written since the last commit, that stand before those of this call."""
+        self.positions_BJ: Tensor | None = None
+        """Positions of the rows written since the last commit."""
 
     @property
     def batch_size(self) -> int:
@@ -51,12 +58,25 @@ class SlotCache(Cache):
             raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
         return end
 
-    def begin(self, width: int, device: torch.device) -> None:
-        """Choose the slots that the rows of the coming call are written to."""
-        self.window(width)
-        self._slots = None
+    def reserve(self, width: int) -> None:
+        """Make room for `width` rows behind the longest sequence, by doubling where there is none."""
+        needed = max(self.lengths) + width
+        if needed > self.capacity:
+            grown = max(needed, 2 * self.capacity)
+            if self._store is not None:
+                self._store = F.pad(self._store, (0, 0, 0, grown - self.capacity))
+            self.capacity = grown
+
+    def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
+        """Choose the slots of the rows of the coming call: behind `ahead` rows of calls since the last commit."""
+        batch, width = self.batch_size, position_ids_BN.shape[1]
+        self.window(ahead + width)
+        self._slots, self.ahead, here = None, ahead, position_ids_BN.expand(batch, -1)
+        earlier = here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
+        self.positions_BJ = torch.cat([earlier, here], dim=1)
         if not self.uniform:
-            self._slots = self.lengths_tensor(device)[:, None] + torch.arange(width, device=device)
+            first_B1 = self.lengths_tensor(here.device)[:, None] + ahead
+            self._slots = first_B1 + torch.arange(width, device=here.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
                ) -> tuple[Tensor, Tensor]:
@@ -67,12 +87,12 @@ class SlotCache(Cache):
         keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
         self._write(keys, key_states)
         self._write(values, value_states)
-        end = self.window(key_states.shape[2])
+        end = self.window(self.ahead + key_states.shape[2])
         return keys[:, :, :end], values[:, :, :end]
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
-            start = self.lengths[0]
+            start = self.lengths[0] + self.ahead
             buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
         else:
             buffer_BKSD.scatter_(2, self._slots[:, None, :, None].expand_as(rows_BKND), rows_BKND)
@@ -95,6 +115,13 @@ class SlotCache(Cache):
         source = torch.tensor(tail, device=buffer.device) + start
         target = start + in_place
         buffer[..., target:target + len(tail), :] = buffer.index_select(-2, source)
+
+    def select(self, sequences_S: Tensor) -> SlotCache:
+        """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
+        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity)
+        chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
+        chosen._store = None if self._store is None else self._store[:, :, sequences_S]
+        return chosen
 
     def keep(self, sequences: list[int]) -> None:
         """Drop every sequence but these."""

@@ -29,6 +29,7 @@ from modules.core.losses import (
     draft_labels,
     greedy_tokens,
     masked_mean,
+    soft_cross_entropy,
     target_laws,
     training_rows,
 )
@@ -177,8 +178,13 @@ class LearnedDrafter(Drafter):
         labels = self.labels(batch, target, rows)
         for depth, (feature, carried) in enumerate(outputs):
             labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
-            losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M)
+            losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M,
+                                          self.divergence)
             yield DraftStep(depth, feature, carried, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
+
+    def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+        """The loss per row [M] where laws are learnt."""
+        return soft_cross_entropy(logits_MD, law_MD)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """What a step contributes to the loss, before its weight."""
@@ -231,6 +237,13 @@ class LearnedDrafter(Drafter):
     def precision(self) -> torch.dtype:
         """Of its own weights, which may differ from the target's."""
         return next(self.parameters()).dtype
+
+
+def see_parents(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
+    """bool [B,W,A+W]: new rows see the rows A that their parents see, among R rows so far, and themselves."""
+    width = parents_BW.shape[1]
+    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(len(above_BRA), -1, -1)
+    return torch.cat([rows_at(above_BRA, parents_BW), itself], dim=2)
 
 
 def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -69,6 +70,15 @@ def locate(name: str) -> str:
             raise ValueError(f"target {name!r} does not exist: give the path of a GGUF file")
         return str(_dequantised(Path(name)))
     return name
+
+
+def truncated_config(config: Any, layers: int) -> Any:
+    """The config of a model of the same kind with the first `layers` layers alone."""
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = layers
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:layers]
+    return shallow
 
 
 def _embedded_file() -> Path:

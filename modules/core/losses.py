@@ -29,6 +29,8 @@ Head = Callable[[Tensor], Tensor]
 """Features [M,H] -> logits [M,D]."""
 Laws = Callable[[Tensor], Tensor]
 """Flat positions [M] -> the target's probabilities [M,D] there, over the draft vocabulary."""
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,15 @@ def draft_labels(tokens: Tensor, vocabulary_D: Tensor | None) -> Tensor:
     return torch.where(vocabulary_D[index] == tokens, index, IGNORED)
 
 
+def soft_cross_entropy(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+    """−Σ_v p(v) log q(v) per row [M]."""
+    return F.cross_entropy(logits_MD, law_MD, reduction="none")
+
+
 def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int, laws: Laws | None = None,
-                  flat_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M`.
+                  flat_M: Tensor | None = None, divergence: Divergence = soft_cross_entropy) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M` (or another
+    divergence from those).
 
     Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens stand above the
     label (0: it is the best), D where the label is ignored. Never holds more than `MAX_LOGITS` logits: above that the
@@ -102,25 +110,26 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
         width: D.
         laws: the target's probabilities (renormalised over the draft vocabulary) for soft labels.
         flat_M: flat positions of those laws.
+        divergence: what is computed of logits and laws.
     """
     rows = max(1, MAX_LOGITS // width)
     if len(labels_M) <= rows:
-        return _score(features_MH, head, labels_M, laws, flat_M)
+        return _score(features_MH, head, labels_M, laws, flat_M, divergence)
     parts = [checkpoint(_score, features_MH[part], head, labels_M[part], laws,
-                        None if flat_M is None else flat_M[part], use_reentrant=False)
+                        None if flat_M is None else flat_M[part], divergence, use_reentrant=False)
              for part in _slices(len(labels_M), rows)]
     losses, ranks = zip(*parts, strict=True)
     return torch.cat(losses), torch.cat(ranks)
 
 
-def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None, flat_M: Tensor | None
-           ) -> tuple[Tensor, Tensor]:
+def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None, flat_M: Tensor | None,
+           divergence: Divergence) -> tuple[Tensor, Tensor]:
     logits = full_precision(head(features_MH))
     if laws is None:
         losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
     else:
         assert flat_M is not None
-        losses = F.cross_entropy(logits, laws(flat_M), reduction="none").where(labels_M != IGNORED, 0.0)
+        losses = divergence(logits, laws(flat_M)).where(labels_M != IGNORED, 0.0)
     return losses, label_ranks(logits.detach(), labels_M)
 
 

@@ -136,6 +136,8 @@ class Target(nn.Module):
 
     def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
         weight = self.anatomy.head.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight[vocabulary_D]
         state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
         kept = self._sliced.get(id(vocabulary_D))
         if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
@@ -209,6 +211,14 @@ class Target(nn.Module):
         return self.logits(last), {name: seen[name] for name in states}
 
     @torch.no_grad()
+    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed yet."""
+        return self._forward(self.embed(ids_BN), self._inside(rows), ("final",))["final"]
+
+    def _inside(self, rows: Rows) -> Rows:
+        return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
+
+    @torch.no_grad()
     def verify(self, tree: TokenTree, states: Sequence[StateName] = (),
                inject: Mapping[int, Injection] | None = None) -> Verified:
         """One forward over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
@@ -220,8 +230,7 @@ class Target(nn.Module):
         if tree.embeddings_BNH is not None:
             assert tree.embedded_BN is not None
             embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
-        rows = tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device))
-        rows = replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
+        rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
         seen = self._forward(embeddings, rows, [*states, "final"], inject or {})
         return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
 
@@ -235,7 +244,7 @@ class Target(nn.Module):
         self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         cache = self.cache if rows.cached else None
         if cache is not None:
-            cache.begin(embeddings_BNH.shape[1], embeddings_BNH.device)
+            cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
         try:
             final = self.anatomy.decoder(
                 inputs_embeds=embeddings_BNH, position_ids=rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verified
 from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
-from modules.core.learned import LearnedDrafter, rows_at
+from modules.core.learned import LearnedDrafter, rows_at, see_parents
 from modules.core.losses import TrainingRows
 from modules.core.trainable import TargetShape
 from modules.trees.dynamic import ThresholdTree
@@ -192,7 +192,7 @@ class FeatureDrafter(LearnedDrafter):
             return self.head(0, target)(state.feature_BH[:, None])
         before = rows_at(state.rows_BRH, frontier.parents_BW)
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
-        above = self._see(state.above_BRA, frontier.parents_BW)
+        above = see_parents(state.above_BRA, frontier.parents_BW)
         positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
         rows = Rows(positions.expand_as(frontier.tokens_BW), above, cached=True)
         hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
@@ -200,13 +200,6 @@ class FeatureDrafter(LearnedDrafter):
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)
         state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
         return self.head(frontier.depth, target)(feature)
-
-    @staticmethod
-    def _see(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
-        """bool [B,W,A+W]: a new row sees what its parent sees, and itself."""
-        width = parents_BW.shape[1]
-        itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(len(above_BRA), -1, -1)
-        return torch.cat([rows_at(above_BRA, parents_BW), itself], dim=2)
 
 
 class _Prefix:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from checkpoints.pretrained import Provenance, save_pretrained
 from eval.baselines import HuggingFaceAssisted, HuggingFaceGenerate, HuggingFacePromptLookup
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.heads.medusa import Medusa
+from modules.language_models.independent import Independent
 from tests.fakes import tiny_target
 
 GREEDY = Sampling()
@@ -48,6 +53,24 @@ def test_assistant_shares_the_targets_memory() -> None:
     assert not any(buffer.is_meta for buffer in assistant.buffers())
 
 
+@pytest.mark.parametrize("draft_vocabulary", [None, 40])
+def test_a_trained_drafter_assists_with_the_tokens_that_it_drafts_here(draft_vocabulary: int | None, tmp_path: Path
+                                                                       ) -> None:
+    target = tiny_target(layers=4)
+    torch.manual_seed(0)
+    drafter = Independent(target.shape, layers=3, draft_vocabulary=draft_vocabulary, draft_length=3)
+    drafter.initialise(target)
+    save_pretrained(drafter.double(), tmp_path / "drafter", Provenance.of(target))
+    assisted = HuggingFaceAssisted(target, tokens=3, assistant=str(tmp_path))
+    assert assisted.assistant.config.num_hidden_layers == 3
+    for prompt in PROMPTS:
+        ours = SpeculativeDecoder(target, drafter.eval()).decode([prompt], GREEDY, 21)[0]
+        theirs = assisted.decode([prompt], GREEDY, 21)[0]
+        assert theirs.ids == ours.ids
+        assert theirs.accepted[:-1] == ours.accepted[-len(theirs.accepted):-1], "the last call may end at the limit"
+        assert len(theirs.accepted) >= len(ours.accepted) - 1, "its first call drafts too"
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
     decoder, state = HuggingFaceGenerate(tiny_target()), torch.get_rng_state()
     hot = Sampling(temperature=1.5, seed=3)
@@ -56,9 +79,14 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_what_cannot_be_done_is_refused() -> None:
+def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     target = tiny_target()
     with pytest.raises(ValueError, match="one prompt at a time"):
         HuggingFacePromptLookup(target).decode(PROMPTS, GREEDY, 4)
     with pytest.raises(ValueError, match="layers 2 must lie between 1 and 1"):
         HuggingFaceAssisted(target, layers=2)
+    save_pretrained(Medusa(target.shape, 1), tmp_path / "medusa", Provenance.of(target))
+    with pytest.raises(ValueError, match="is a Medusa: give a trained Independent drafter"):
+        HuggingFaceAssisted(target, assistant=str(tmp_path / "medusa"))
+    with pytest.raises(ValueError, match="does not exist"):
+        HuggingFaceAssisted(target, assistant=str(tmp_path / "nothing"))
