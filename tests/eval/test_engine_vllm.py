@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from checkpoints.pretrained import save_pretrained
-from checkpoints.provenance import Provenance
+from checkpoints.provenance import Provenance, command_line
 from eval import verify_vllm, vllm_loading
 from eval.engine_vllm import Worker, drafted_tokens, emitted_by_calls, environment, sampling_arguments
 from eval.vllm_worker import difference
@@ -290,6 +290,15 @@ def test_the_verification_measures_both_loops(tmp_path: Path, runs: Path, served
     ours, theirs = methods(Path("found/slipstream"))["medusa"], methods(Path("found/vllm"))["medusa"]
     assert (ours["builder"], theirs["builder"], ours["budget"], theirs["budget"]) == ("StaticTree", "chain", 3, 3)
     assert (Path("found") / "serving.md").read_text() in shown
+
+
+def test_a_module_is_named_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/eval/verify_vllm.py", "--limit", "1"])
+    started = SimpleNamespace(__spec__=SimpleNamespace(name="eval.verify_vllm"))
+    monkeypatch.setitem(sys.modules, "__main__", started)  # type: ignore[arg-type]
+    assert command_line() == "python -m eval.verify_vllm --limit 1"
+    monkeypatch.setattr(started, "__spec__", None)
+    assert command_line() == "python verify_vllm.py --limit 1"
 
 
 def test_nothing_to_verify_is_a_mistake(served: Path) -> None:
