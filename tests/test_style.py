@@ -16,7 +16,7 @@ ROOMS = ("modules", "data", "checkpoints", "eval", "train")
 """Left to right: a room imports from itself and from rooms before it."""
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".toml", ".txt", ".html", ".jsonl", ""}
-SKIPPED = {".venv", ".git", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+SKIPPED = {".venv", ".venv-vllm", ".git", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
 UNWANTED = ("TO" + "DO", "FIX" + "ME", "X" * 3, ".." + "/shared", "/wo" + "rk/")
 
 
