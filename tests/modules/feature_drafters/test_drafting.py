@@ -15,8 +15,8 @@ from modules.trees.paths import NAMED
 from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 from tests.fakes import ARCHITECTURES, tiny_batch, tiny_target
-from tests.modules.decoding.test_rules import first_two_tokens, homogeneous, small_target
 from tests.modules.families import Reader, built, documents, filled
+from tests.modules.sampling import first_two_tokens, homogeneous, small_target
 
 TARGET = tiny_target()
 KINDS = {"eagle": Eagle, "eagle3": Eagle3, "fspad": Fspad}

@@ -17,8 +17,8 @@ from modules.trees.paths import NAMED
 from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
-from tests.modules.decoding.test_rules import first_two_tokens, homogeneous, small_target
 from tests.modules.families import Reader, documents, filled
+from tests.modules.sampling import first_two_tokens, homogeneous, small_target
 
 TARGET = tiny_target()
 PROMPTS = [[7, 8, 9, 10], [20], [40, 41, 42, 43, 44, 45, 46]]
