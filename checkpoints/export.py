@@ -67,6 +67,8 @@ def write(exported: Exported, out: Path) -> None:
                 torch.save({key: tensor.clone() for key, tensor in exported.tensors.items()}, fresh / name)
             else:
                 write_tensors(fresh / name, exported.tensors)
+        if exported.tokenizer is not None:
+            exported.tokenizer.save_pretrained(fresh)
 
 
 def make_parser() -> ArgumentParser:

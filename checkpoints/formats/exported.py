@@ -15,6 +15,7 @@ class Exported:
 
     config: of `config.json`. tensors: by the engine's names. weights: file names, each holding all the tensors.
     usage: how the engine is started with it (`FOLDER` stands for where it lies). notes: what its user must know.
+    tokenizer: to be saved beside it, for what is a model of its own.
     """
 
     config: Mapping[str, Any]
@@ -22,6 +23,7 @@ class Exported:
     weights: tuple[str, ...] = ("model.safetensors",)
     usage: str = ""
     notes: tuple[str, ...] = field(default=())
+    tokenizer: Any = None
 
 
 def served_name(name: str) -> str:

@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from checkpoints.folders import CONFIG
-from checkpoints.formats import eagle, eagle_sglang, medusa, medusa_reference, sglang, speculators
+from checkpoints.formats import eagle, eagle_sglang, hf, medusa, medusa_reference, sglang, speculators
 
 FORMATS: dict[str, ModuleType] = {
     "speculators": speculators, "sglang": sglang, "eagle": eagle, "eagle_sglang": eagle_sglang, "medusa": medusa,
-    "medusa_reference": medusa_reference}
+    "medusa_reference": medusa_reference, "hf": hf}
 """By name. Of formats that could be meant by the same config.json the first one is."""
 
 

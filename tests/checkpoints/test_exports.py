@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.export import command, export, write
 from checkpoints.formats.known import FORMATS, format_of
@@ -18,6 +20,7 @@ from modules.feature_drafters.eagle3 import Eagle3
 from modules.feature_drafters.fspad import Fspad
 from modules.heads.medusa import Medusa
 from modules.heads.medusa2 import Medusa2
+from modules.language_models.independent import Independent
 from modules.trees.static import StaticTree
 from tests.checkpoints import engines
 from tests.fakes import tiny_target
@@ -194,6 +197,56 @@ def test_eagle_drafts_the_same_in_engines(target, tmp_path, form, bias, readers)
 def test_a_bias_and_a_trimmed_vocabulary_are_told(target):
     notes = FORMATS["eagle"].exported(Eagle(target.shape, DRAFTED, bias=True), target).notes
     assert "which vLLM refuses" in notes[0] and "this project from 40" in notes[1]
+
+
+# -- a language model ---------------------------------------------------------------------------------------------
+
+def independent(target: Target, **arguments) -> Independent:
+    drafter = Independent(target.shape, layers=3, draft_length=STEPS, **arguments)
+    drafter.initialise(target)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return drafter.double().eval()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_a_language_model_is_a_plain_folder_that_its_library_drafts_with(arch, tmp_path):
+    """Hugging Face's own greedy continuation is the chain; embeddings tied or not come back."""
+    target = tiny_target(arch, layers=4)
+    drafter = independent(target)
+    folder = exported(drafter, target, "hf", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for ids in PROMPTS:
+        written = list(ids)
+        for _ in range(STEPS):
+            written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
+        assert written[len(ids):] == ours(drafter, target, ids)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == target.tokenizer.get_vocab()
+    back = returns(folder, drafter, target)
+    assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in drafter.state_dict().items()}
+
+
+def test_a_plain_model_cannot_say_which_tokens_it_was_never_taught(target):
+    with pytest.raises(ValueError, match="draft_vocabulary is 40: a plain model drafts from all tokens"):
+        FORMATS["hf"].exported(Independent(target.shape, draft_vocabulary=DRAFTED), target)
+
+
+def test_a_plain_model_of_another_tokenizer_or_with_other_tensors_is_refused(target, tmp_path):
+    folder = exported(independent(target), target, "hf", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, words in (({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
+                           ({**tensors, "score.weight": torch.zeros(1)}, "score.weight has no place")):
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=words):
+            load_pretrained(folder, target)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<30>"', '"<other>"'))
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() != target.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="has another tokenizer than the target"):
+        load_pretrained(folder, target)
 
 
 # -- the command --------------------------------------------------------------------------------------------------
