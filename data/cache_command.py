@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from data.configfiles import config_parser, parse, run
 from data.datamodule import ConversationData
@@ -18,7 +20,8 @@ _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoin
 
 
 def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
-          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None) -> None:
+          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None,
+          precision: Literal["32-true", "bf16-mixed"] = "32-true") -> None:
     """Compute the states of a frozen target over a data set, once.
 
     Args:
@@ -27,6 +30,7 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
         dtype: of the target: float32, bfloat16, float16 or float64.
         drafter: the component whose states are wanted.
         states: state names instead of the drafter's.
+        precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the processor can.
 
     Raises:
         ValueError: no folder, or nothing says which states.
@@ -36,7 +40,8 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
     loaded = load_target(target, dtype)
-    data.bind(loaded, states or (drafter(loaded.shape).training_states if drafter else ()))
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        data.bind(loaded, states or (drafter(loaded.shape).training_states if drafter else ()))
     print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens: {data.features}")
 
 
@@ -47,7 +52,7 @@ def command(arguments: Sequence[str]) -> int:
     for section in _OF_TRAINING:
         parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
     built = parser.instantiate(parse(parser, arguments))
-    cache(built.data, built.target, built.dtype, built.drafter, built.states)
+    cache(built.data, built.target, built.dtype, built.drafter, built.states, built.precision)
     return 0
 
 

@@ -47,6 +47,21 @@ def test_states_can_be_named(target: Target, source: str, tmp_path: Path, monkey
     assert FeatureCache(folder, target.fingerprint(), [1, "pre_norm"]).manifest["states"] == ["1", "pre_norm"]
 
 
+def test_matrices_can_be_multiplied_in_bfloat16(target: Target, source: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        folder = str(tmp_path / precision)
+        assert command(["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
+                        folder, "--data.features_dtype", "float32", "--precision", precision]) == 0
+        cache = FeatureCache(folder, target.fingerprint(), ["final"])
+        documents = [key for shard in cache.manifest["shards"] for key, _ in shard["documents"]]
+        found[precision] = torch.cat([cache.read(key)["final"] for key in sorted(documents)])
+    distance = (found["bf16-mixed"] - found["32-true"]).norm() / found["32-true"].norm()
+    assert 0 < distance < 0.03
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--states", "[final]"], "data.features is not set"), (["--data.features", "x"], "states is not set"),
     (["--data.rows", "x"], "data.rows"), (["--data.trian", "x"], "trian"), (["--config", "none"], "--config 'none'"),
