@@ -10,17 +10,22 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from modules.core.loading import cache_folder
 from modules.core.target import Target
 from modules.trees.tree import TokenTree
 
+Key = TypeVar("Key")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -64,23 +69,53 @@ class LatencyTable:
         return (self.seconds[rows] + draft_seconds) / self.seconds[1]
 
 
-@torch.no_grad()
 def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15,
                     batch: int = 1) -> LatencyTable:
     """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes.
 
     A call holds `batch` sequences with as many rows each; the seconds are the whole call's.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
+    return LatencyTable(context, interleaved_medians(verification_calls(target, widths, context, batch), repeats))
+
+
+@torch.no_grad()
+def verification_calls(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, batch: int = 1
+                       ) -> dict[int, Callable[[], object]]:
+    """By width: a call that verifies a random chain of so many rows behind `context` tokens, and commits nothing."""
+    ids = _random_ids(target, batch, context)
     target.open(batch, context + max(widths))
     target.prefill(ids, torch.full((batch,), context, device=target.device))
     trees = {width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths}
-    samples: dict[int, list[float]] = {width: [] for width in widths}
+    return {width: _finished(target, partial(target.verify, tree)) for width, tree in trees.items()}
+
+
+@torch.no_grad()
+def stock_call(target: Target, context: int = 256) -> Callable[[], object]:
+    """The library's own step of one token behind `context` others, with its own kernels and growing cache."""
+    ids, cache, stock = _random_ids(target, 1, context), DynamicCache(), target.stock
+    stock(input_ids=ids, past_key_values=cache)
+
+    @torch.no_grad()
+    def step() -> None:
+        stock(input_ids=ids[:, :1], past_key_values=cache)
+        cache.crop(-1)
+    return _finished(target, step)
+
+
+def interleaved_medians(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, float]:
+    """Median seconds of each call over `repeats` passes of all of them in turn, after one pass that does not count."""
+    samples: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(repeats + 1):
-        for width, tree in trees.items():
-            samples[width].append(_seconds(target, tree))
-    return LatencyTable(context, {width: statistics.median(taken[1:]) for width, taken in samples.items()})
+        for key, call in calls.items():
+            began = time.perf_counter()
+            call()
+            samples[key].append(time.perf_counter() - began)
+    return {key: statistics.median(taken[1:]) for key, taken in samples.items()}
+
+
+def _random_ids(target: Target, batch: int, context: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
 
 
 def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
@@ -103,11 +138,10 @@ def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[
     return table
 
 
-def _seconds(target: Target, tree: TokenTree) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    target.verify(tree)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def _finished(target: Target, call: Callable[[], object]) -> Callable[[], object]:
+    """A call that returns when the device has done it."""
+    def wait() -> None:
+        call()
+        if target.device.type == "cuda":
+            torch.cuda.synchronize()
+    return wait
