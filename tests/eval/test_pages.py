@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from eval import plots
 from eval.html import Sample, page, shaded
-from eval.report import markdown
+from eval.report import HALF, markdown
 from eval.summary import METHOD_KEYS
 from eval.text import pieces
 from tests.fakes import tiny_tokenizer
@@ -92,6 +92,16 @@ def test_the_page_is_self_contained_and_shows_a_failure() -> None:
         assert words in text
     assert "<script" not in text and "http-equiv" not in text and 'href="http' not in text.replace("xlink:", "")
     assert text.count("<svg") == 3
+
+
+def test_the_less_repetitive_half_has_a_table_where_it_was_measured() -> None:
+    half = {"prompts": 2, "speedup": 1.2, "ci95": [1.1, 1.3], "mean_accepted_tokens": 1.4}
+    plain = method("autoregressive", 1.0, quality={"noise": {"micro": 1.0, "ci95": None}}, less_repetitive_half=half)
+    found = report(plain, method("lookup", less_repetitive_half=half), method("older"))
+    assert "| lookup | 1.20× | 1.10–1.30 | 1.40 | 2 |" in markdown(found)
+    text = page(found, None)
+    assert text.count(HALF) == 1 and text.count("<td>1.10–1.30</td>") == 1
+    assert HALF not in markdown(report(method("older"))) and HALF not in page(report(method("older")), None)
 
 
 def test_markdown_has_every_method_and_task() -> None:
