@@ -20,6 +20,7 @@ from eval.harness import Harness, fitting, units
 from eval.html import Sample, page
 from eval.journal import Journal, Record
 from eval.methods import Method, Row, build_rows, class_of, unique_labels
+from eval.processes import Share, shared_out
 from eval.report import build_report, failures, main_table, markdown, noise_lines
 from eval.scores import Quality, Scoring
 from eval.sources import Turns
@@ -32,6 +33,7 @@ from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
 from modules.core.loading import load_target
 from modules.core.target import Target
+from modules.decoding.decoder import SpeculativeDecoder
 
 JOURNAL = "journal.jsonl"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -143,31 +145,49 @@ class Evaluation:
 
 def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console: Console | None = None
              ) -> dict[str, Any]:
-    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report.
+    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report. Of several
+    processes that `torchrun` started, each measures its share, and all return the one report.
 
     Raises:
         ValueError: settings that cannot run (before anything is loaded), or a drafter that does not fit the target.
     """
-    console = console or Console()
     tasks = evaluation.check()
     if evaluation.threads is not None:
         torch.set_num_threads(evaluation.threads)
-    device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(evaluation.target_name(), evaluation.dtype, device)
+    with shared_out() as share:
+        if share.count > 1 and evaluation.engine == ENGINE:
+            raise ValueError(f"engine 'vllm' measures in one process, {share.count} were started: leave out torchrun")
+        return _evaluate(evaluation, tasks, output, resume, console or Console(quiet=not share.first), share)
+
+
+def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share
+              ) -> dict[str, Any]:
+    """One process's part: measure its share of the prompts; the first process then makes the report of all."""
+    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or share.device())
     with opened_rows(evaluation, target) as rows:
+        agree_on_budgets(rows, share)
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
         if skipped:
             console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
-        settings, methods = settings_of(evaluation, tasks), [asdict(one) for one in evaluation.rows]
-        header = {**settings, "methods": methods, "rows": [identify(row) for row in rows]}
-        records = _measure(evaluation, tasks, rows, Journal(output / JOURNAL, header, resume), console)
-    summaries = summarise(rows, records, scoring_of(evaluation, tasks))
+        settings = {**settings_of(evaluation, tasks), **({"processes": share.count} if share.count > 1 else {})}
+        header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [*map(identify, rows)]}
+        journal = Journal(share.journal(output / JOURNAL, resume), header, resume)
+        records = _measure(evaluation, tasks, rows, journal, console, share)
+    summaries = summarise(rows, records, scoring_of(evaluation, tasks)) if share.first else []
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
-    write(report, output, choose_sample(summaries, tasks))
-    show(report, output, console)
-    return report
+    if share.first:
+        write(report, output, choose_sample(summaries, tasks))
+        show(report, output, console)
+    return share.agreed(report)
+
+
+def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
+    """Let every process draft as many nodes as the first one: `budget: auto` measures, and may differ."""
+    for row, budget in zip(rows, share.agreed([row.budget for row in rows]), strict=True):
+        if isinstance(row.decoder, SpeculativeDecoder) and row.decoder.drafter is not None:
+            row.budget = row.decoder.budget = budget
 
 
 @contextmanager
@@ -208,18 +228,18 @@ def _drafter_weights(row: Row) -> list[torch.Tensor]:
     return [] if drafter is None else [parameter.detach() for parameter in drafter.parameters()]
 
 
-def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console
-             ) -> list[Record]:
+def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console,
+             share: Share) -> list[Record]:
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    records: list[Record] = []
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{len(rows)} rows", total=sum(map(len, work.values())))
+        bar = progress.add_task(f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values()))
         for size, batches in work.items():
             harness = Harness([row for row in rows if row.batch_size == size], evaluation.max_new_tokens,
                               evaluation.seed, lambda unit: progress.update(bar, advance=1, description=unit.task))
-            records += harness.run(batches, journal)
-    return records
+            harness.run(share.of(batches), journal)
+    done = share.merged(journal.done)
+    return [record for batches in work.values() for unit in batches for record in done[unit.key]]
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:
