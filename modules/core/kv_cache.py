@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from modules.core.drafter import Accepted
+
 
 class SlotCache(Cache):
     """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
@@ -30,6 +32,7 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
+        self._lengths_B: Tensor | None = None
         self._store: Tensor | None = None
         self._slots: Tensor | None = None
         self.ahead = 0
@@ -48,8 +51,10 @@ class SlotCache(Cache):
         return len(set(self.lengths)) == 1
 
     def lengths_tensor(self, device: torch.device) -> Tensor:
-        """int64 [B]."""
-        return torch.tensor(self.lengths, device=device)
+        """int64 [B]. It stays on the device, where `commit` goes on counting."""
+        if self._lengths_B is None or self._lengths_B.device != device:
+            self._lengths_B = torch.tensor(self.lengths, device=device)
+        return self._lengths_B
 
     def window(self, width: int) -> int:
         """Slots that a call of `width` rows attends to; refuses a call that does not fit."""
@@ -97,24 +102,24 @@ class SlotCache(Cache):
         else:
             buffer_BKSD.scatter_(2, self._slots[:, None, :, None].expand_as(rows_BKND), rows_BKND)
 
-    def commit(self, path_BA: Tensor, lengths: list[int]) -> None:
-        """Keep, per sequence, the first `lengths[b]` rows of `path_BA` of the last call, in that order."""
+    def commit(self, accepted: Accepted) -> None:
+        """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
         assert self._store is not None, "nothing was written yet"
-        path = path_BA.tolist()
-        for sequence, (rows, kept) in enumerate(zip(path, lengths, strict=True)):
-            self._compact(sequence, rows[:kept])
-            self.lengths[sequence] += kept
+        for sequence, rows in enumerate(accepted.paths):
+            in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
+            if in_place < len(rows):
+                self._compact(sequence, accepted.path_BA[sequence, in_place:len(rows)], in_place)
+            self.lengths[sequence] += len(rows)
+        if self._lengths_B is not None:
+            self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
 
-    def _compact(self, sequence: int, rows: list[int]) -> None:
-        in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
-        tail = rows[in_place:]
-        if not tail:
-            return
+    def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
+        """Move the rows behind the first `in_place` ones, which stand where they belong."""
         assert self._store is not None
         start, buffer = self.lengths[sequence], self._store[:, :, sequence]
-        source = torch.tensor(tail, device=buffer.device) + start
         target = start + in_place
-        buffer[..., target:target + len(tail), :] = buffer.index_select(-2, source)
+        moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
+        buffer[..., target:target + len(tail_M), :] = moved
 
     def select(self, sequences_S: Tensor) -> SlotCache:
         """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
@@ -125,7 +130,7 @@ class SlotCache(Cache):
 
     def keep(self, sequences: list[int]) -> None:
         """Drop every sequence but these."""
-        self.lengths = [self.lengths[i] for i in sequences]
+        self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
         if self._store is not None:
             self._store = self._store[:, :, sequences].contiguous()
 

@@ -207,7 +207,7 @@ class Target(nn.Module):
         rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
         seen = self._forward(self.embed(ids_BT), rows, [*states, "final"])
         last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
-        self.cache.commit(order.expand(batch, -1), lengths_B.tolist())
+        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
         return self.logits(last), {name: seen[name] for name in states}
 
     @torch.no_grad()
@@ -237,7 +237,7 @@ class Target(nn.Module):
     def commit(self, accepted: Accepted) -> None:
         """Keep the accepted rows of the last call in the KV cache."""
         assert self.cache is not None, "open() the target first"
-        self.cache.commit(accepted.path_BA, accepted.lengths_B.tolist())
+        self.cache.commit(accepted)
 
     def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
                  inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
