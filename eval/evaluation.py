@@ -31,12 +31,11 @@ from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.core.loading import load_target
+from modules.core.loading import check_loading, load_target
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 
 JOURNAL = "journal.jsonl"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Evaluation:
         top_p: sample within this probability mass.
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
-        dtype: float32, float64, bfloat16 or float16.
-        device: a torch device; by default the GPU if there is one.
+        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
+        device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
         threads: of the CPU; by default as torch chooses.
         seed: of sampling; every prompt has its own, the same for all methods.
     """
@@ -112,8 +111,7 @@ class Evaluation:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_variants()
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        check_loading(self.dtype, self.device)
         for temperature in (method.temperature for method in self.methods):
             Sampling(temperature or 0.0)
         for method in self.rows:

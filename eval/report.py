@@ -37,8 +37,9 @@ def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> d
 
 def describe(target: Target) -> dict[str, Any]:
     """A target's entry."""
-    return {"name": target.name, "parameters": sum(parameter.numel() for parameter in target.parameters()),
-            "dtype": str(target.dtype).removeprefix("torch."), "fingerprint": target.fingerprint()}
+    packed = f", {target.quantisation}" if target.quantisation else ""
+    return {"name": target.name, "parameters": target.parameter_count,
+            "dtype": str(target.dtype).removeprefix("torch.") + packed, "fingerprint": target.fingerprint()}
 
 
 def environment() -> dict[str, Any]:

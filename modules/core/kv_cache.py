@@ -6,6 +6,7 @@ J rows since the last commit, A accepted rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ class SlotCache(Cache):
         num_layers: layers that will write.
         batch_size: sequences.
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
+        devices: of every layer, where they are not all on one; each device has a buffer for its layers.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = ()) -> None:
         super().__init__(layers=[])
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
         self._lengths_B: Tensor | None = None
-        self._store: Tensor | None = None
+        self._devices = list(devices)
+        self._stores: dict[torch.device, Tensor] = {}
+        """[L,2,B,K,S,D] of the layers of each device."""
         self._slots: Tensor | None = None
         self.ahead = 0
         """Rows of earlier calls, written since the last commit, that stand before those of this call."""
@@ -68,8 +72,7 @@ class SlotCache(Cache):
         needed = max(self.lengths) + width
         if needed > self.capacity:
             grown = max(needed, 2 * self.capacity)
-            if self._store is not None:
-                self._store = F.pad(self._store, (0, 0, 0, grown - self.capacity))
+            self._change(lambda store: F.pad(store, (0, 0, 0, grown - self.capacity)))
             self.capacity = grown
 
     def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
@@ -86,25 +89,37 @@ class SlotCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
                ) -> tuple[Tensor, Tensor]:
         """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend to."""
-        if self._store is None:
-            self._store = key_states.new_zeros(
-                self.num_layers, 2, key_states.shape[0], key_states.shape[1], self.capacity, key_states.shape[3])
-        keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
+        keys, values = self._buffers(layer_idx, key_states)
         self._write(keys, key_states)
         self._write(values, value_states)
         end = self.window(self.ahead + key_states.shape[2])
         return keys[:, :, :end], values[:, :, :end]
+
+    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
+        device, alone = like_BKND.device, len(set(self._devices)) < 2
+        if device not in self._stores:
+            batch, heads, _, size = like_BKND.shape
+            layers = self.num_layers if alone else self._devices.count(device)
+            self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
+        row = layer if alone else self._devices[:layer].count(device)
+        return self._stores[device][row, 0], self._stores[device][row, 1]
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer by what `how` makes of it."""
+        self._stores = {device: how(store) for device, store in self._stores.items()}
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
             start = self.lengths[0] + self.ahead
             buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
         else:
-            buffer_BKSD.scatter_(2, self._slots[:, None, :, None].expand_as(rows_BKND), rows_BKND)
+            slots_BN = self._slots.to(rows_BKND.device)
+            buffer_BKSD.scatter_(2, slots_BN[:, None, :, None].expand_as(rows_BKND), rows_BKND)
 
     def commit(self, accepted: Accepted) -> None:
         """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
-        assert self._store is not None, "nothing was written yet"
+        assert self._stores, "nothing was written yet"
         for sequence, rows in enumerate(accepted.paths):
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
             if in_place < len(rows):
@@ -115,24 +130,24 @@ class SlotCache(Cache):
 
     def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
         """Move the rows behind the first `in_place` ones, which stand where they belong."""
-        assert self._store is not None
-        start, buffer = self.lengths[sequence], self._store[:, :, sequence]
+        start = self.lengths[sequence]
         target = start + in_place
-        moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
-        buffer[..., target:target + len(tail_M), :] = moved
+        for store in self._stores.values():
+            buffer = store[:, :, sequence]
+            moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
+            buffer[..., target:target + len(tail_M), :] = moved
 
     def select(self, sequences_S: Tensor) -> SlotCache:
         """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
-        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity)
+        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
         chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
-        chosen._store = None if self._store is None else self._store[:, :, sequences_S]
+        chosen._stores = {device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()}
         return chosen
 
     def keep(self, sequences: list[int]) -> None:
         """Drop every sequence but these."""
         self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
-        if self._store is not None:
-            self._store = self._store[:, :, sequences].contiguous()
+        self._change(lambda store: store[:, :, sequences].contiguous())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest committed length (Hugging Face models ask for it)."""

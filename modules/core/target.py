@@ -61,6 +61,7 @@ class Target(nn.Module):
         if self.device.type == "cpu":
             self._stock = (_sharing_weights(model),)
             use_narrow_kernels(model)
+        self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
         self._watch()
 
     # -- what it is -------------------------------------------------------------------------------------------
@@ -97,6 +98,22 @@ class Target(nn.Module):
         found = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None)
 
+    @property
+    def quantisation(self) -> str:
+        """How its linear layers are packed: `4bit`, `8bit`, another method's name, or nothing."""
+        config = getattr(self.model.config, "quantization_config", None)
+        told = config if isinstance(config, dict) or config is None else config.to_dict()
+        if not told:
+            return ""
+        bits = [name for name in ("4bit", "8bit") if told.get(f"load_in_{name}")]
+        return bits[0] if bits else str(told.get("quant_method", "quantised"))
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the model, packed ones counted one by one."""
+        model: Any = self.model
+        return model.num_parameters()
+
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and float32 values of the weights: the same at any precision that holds them."""
         if self._fingerprint is None:
@@ -131,7 +148,7 @@ class Target(nn.Module):
         else:
             bias = None if head.bias is None else head.bias[vocabulary_D]
             logits = narrow_linear(hidden, self._head_rows(vocabulary_D), bias)
-        cap = self.anatomy.softcap
+        cap, logits = self.anatomy.softcap, logits.to(hidden.device)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
@@ -143,7 +160,8 @@ class Target(nn.Module):
         if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
             if len(self._sliced) >= SLICED_HEADS:
                 self._sliced.clear()
-            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, weight[vocabulary_D].contiguous())
+            rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device)
+            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, rows)
         return kept[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
@@ -154,9 +172,12 @@ class Target(nn.Module):
         """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it
         (of a norm, what it multiplies by).
 
-        Raises KeyError when the target has no such weight.
+        Raises KeyError when the target has no such weight, ValueError when it is packed into few bits.
         """
-        return self.anatomy.weight(name).detach().clone()
+        weight = self.anatomy.weight(name)
+        if not weight.is_floating_point():
+            raise ValueError(f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16")
+        return weight.detach().clone()
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
@@ -190,7 +211,7 @@ class Target(nn.Module):
 
     def open(self, batch_size: int, capacity: int) -> None:
         """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
-        self.cache = SlotCache(self.shape.num_layers, batch_size, capacity)
+        self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
@@ -251,7 +272,8 @@ class Target(nn.Module):
                 attention_mask=self.anatomy.mask(rows, cache, embeddings_BNH), past_key_values=cache,
                 use_cache=cache is not None).last_hidden_state
             self._seen.setdefault("pre_norm", final)
-            return {name: final if name == "final" else self._seen[name] for name in names}
+            found = {name: final if name == "final" else self._seen[name] for name in names}
+            return {name: state.to(embeddings_BNH.device) for name, state in found.items()}
         except KeyError as error:
             known = f"0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'"
             raise ValueError(f"state {error} is not one of {known}") from None
