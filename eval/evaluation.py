@@ -36,6 +36,7 @@ from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 
 JOURNAL = "journal.jsonl"
+AUTOTUNE = "max-autotune"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Evaluation:
         repeats: passes over all prompts; medians are reported.
         dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
+        compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels); not yet
+            measured. Batches run uncompiled.
         threads: of the CPU; by default as torch chooses.
         seed: of sampling; every prompt has its own, the same for all methods.
     """
@@ -81,6 +84,7 @@ class Evaluation:
     repeats: int = 1
     dtype: str = "float32"
     device: str | None = None
+    compile: bool | Literal["max-autotune"] = False
     threads: int | None = None
     seed: int = 0
 
@@ -117,6 +121,8 @@ class Evaluation:
         for method in self.rows:
             method.check()
         unique_labels(self.rows)
+        if self.compile and self.engine == ENGINE:
+            raise ValueError(f"compile {self.compile} is for this project's own loop: leave it out with engine 'vllm'")
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
         return load_tasks(self.prompts, self.limit, self.turns)
@@ -162,6 +168,8 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
               ) -> dict[str, Any]:
     """One process's part: measure its share of the prompts; the first process then makes the report of all."""
     target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or share.device())
+    if evaluation.compile:
+        target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target) as rows:
         agree_on_budgets(rows, share)
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
@@ -209,6 +217,7 @@ def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]
     """The report's `settings`, all of which a resumed journal must share."""
     chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
+    engine |= {"compile": evaluation.compile} if evaluation.compile else {}
     return {"tasks": [task.name for task in tasks], "prompts": [Path(name).name for name in evaluation.prompts],
             **engine, **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
 

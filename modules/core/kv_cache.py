@@ -16,6 +16,9 @@ from transformers.cache_utils import Cache
 
 from modules.core.drafter import Accepted
 
+Buffers = tuple[list[Tensor], list[Tensor]]
+"""Keys and values of every layer."""
+
 
 class SlotCache(Cache):
     """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
@@ -28,14 +31,17 @@ class SlotCache(Cache):
         batch_size: sequences.
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
         devices: of every layer, where they are not all on one; each device has a buffer for its layers.
+        fixed: lists for keys and values of every layer [B,K,S,D] at addresses that stay (`modules.core.compiled`), as
+            far as they were made; every call then sees all slots, and its mask says which count.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = ()) -> None:
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = (),
+                 fixed: Buffers | None = None) -> None:
         super().__init__(layers=[])
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
         self._lengths_B: Tensor | None = None
-        self._devices = list(devices)
+        self._devices, self.fixed = list(devices), fixed
         self._stores: dict[torch.device, Tensor] = {}
         """[L,2,B,K,S,D] of the layers of each device."""
         self._slots: Tensor | None = None
@@ -52,7 +58,13 @@ class SlotCache(Cache):
     @property
     def uniform(self) -> bool:
         """Whether all sequences have the same length, so that plain slices do."""
-        return len(set(self.lengths)) == 1
+        return self.fixed is None and len(set(self.lengths)) == 1
+
+    @property
+    def slots_BN(self) -> Tensor:
+        """int64 [B,N]: where the rows of the coming call are written, if not by slices."""
+        assert self._slots is not None, "begin() a call first"
+        return self._slots
 
     def lengths_tensor(self, device: torch.device) -> Tensor:
         """int64 [B]. It stays on the device, where `commit` goes on counting."""
@@ -65,7 +77,7 @@ class SlotCache(Cache):
         end = max(self.lengths) + width
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
-        return end
+        return end if self.fixed is None else self.capacity
 
     def reserve(self, width: int) -> None:
         """Make room for `width` rows behind the longest sequence, by doubling where there is none."""
@@ -97,6 +109,8 @@ class SlotCache(Cache):
 
     def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
+        if self.fixed is not None:
+            return self._fixed_buffers(self.fixed, layer, like_BKND)
         device, alone = like_BKND.device, len(set(self._devices)) < 2
         if device not in self._stores:
             batch, heads, _, size = like_BKND.shape
@@ -104,6 +118,15 @@ class SlotCache(Cache):
             self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
         row = layer if alone else self._devices[:layer].count(device)
         return self._stores[device][row, 0], self._stores[device][row, 1]
+
+    def _fixed_buffers(self, fixed: Buffers, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer; all up to it are made when it is first called."""
+        batch, heads, _, size = like_BKND.shape
+        for buffers in fixed:
+            while len(buffers) <= layer:
+                buffers.append(like_BKND.new_zeros(batch, heads, self.capacity, size))
+                torch._dynamo.mark_static_address(buffers[-1])
+        return fixed[0][layer], fixed[1][layer]
 
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by what `how` makes of it."""
@@ -119,7 +142,7 @@ class SlotCache(Cache):
 
     def commit(self, accepted: Accepted) -> None:
         """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
-        assert self._stores, "nothing was written yet"
+        assert self._stores or self.fixed, "nothing was written yet"
         for sequence, rows in enumerate(accepted.paths):
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
             if in_place < len(rows):
@@ -132,8 +155,8 @@ class SlotCache(Cache):
         """Move the rows behind the first `in_place` ones, which stand where they belong."""
         start = self.lengths[sequence]
         target = start + in_place
-        for store in self._stores.values():
-            buffer = store[:, :, sequence]
+        for store in (*self._stores.values(), *(self.fixed[0] + self.fixed[1] if self.fixed else ())):
+            buffer = store[..., sequence, :, :, :]
             moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
             buffer[..., target:target + len(tail_M), :] = moved
 

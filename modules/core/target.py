@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modules.core.anatomy import Anatomy
 from modules.core.batches import Rows, StateName, TextBatch
+from modules.core.compiled import CompiledCalls
 from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
 from modules.core.narrow import narrow_linear, use_narrow_kernels
@@ -57,6 +58,7 @@ class Target(nn.Module):
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
+        self._compiled: CompiledCalls | None = None
         self._stock: tuple[Any] = (model,)
         if self.device.type == "cpu":
             self._stock = (_sharing_weights(model),)
@@ -211,7 +213,27 @@ class Target(nn.Module):
 
     def open(self, batch_size: int, capacity: int) -> None:
         """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
-        self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
+        self.cache = None
+        if self._compiled is not None and batch_size == 1:
+            self.cache = self._compiled.open(capacity)
+        else:
+            self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
+
+    @property
+    def compiled(self) -> CompiledCalls | None:
+        """The compiled calls, if there are any."""
+        return self._compiled
+
+    def compile_calls(self, autotune: bool = False) -> None:
+        """Let calls over the trees of one sequence go through `torch.compile` from the next `open` on.
+
+        Raises:
+            ValueError: a target that cannot be compiled whole.
+        """
+        if len(set(self._layer_devices)) > 1 or self.quantisation:
+            raise ValueError(f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it out, or "
+                             "load the target on one device with a dtype of 16 bits or more")
+        self._compiled = CompiledCalls(self, autotune)
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
@@ -252,7 +274,11 @@ class Target(nn.Module):
             assert tree.embedded_BN is not None
             embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
         rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
-        seen = self._forward(embeddings, rows, [*states, "final"], inject or {})
+        names = (*states, "final")
+        if self._compiled is not None and not inject and self._compiled.takes(tree.size, self.cache):
+            seen = self._compiled(embeddings, rows, self.cache, names)
+        else:
+            seen = self._forward(embeddings, rows, names, inject or {})
         return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
 
     def commit(self, accepted: Accepted) -> None:
@@ -262,21 +288,32 @@ class Target(nn.Module):
 
     def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
                  inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
-        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         cache = self.cache if rows.cached else None
         if cache is not None:
             cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
+        with self.watching(names, inject):
+            found = self.layer_states(embeddings_BNH, rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
+                                      self.anatomy.mask(rows, cache, embeddings_BNH), cache, names)
+        return {name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)}
+
+    def layer_states(self, embeddings_BNH: Tensor, position_ids_BN: Tensor, mask: Any, cache: Any,
+                     names: Sequence[StateName]) -> list[Tensor]:
+        """States of one pass through the stock layers, in the order of `names`; to be called while `watching` them."""
+        final = self.anatomy.decoder(inputs_embeds=embeddings_BNH, position_ids=position_ids_BN, attention_mask=mask,
+                                     past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        self._seen.setdefault("pre_norm", final)
+        return [final if name == "final" else self._seen[name] for name in names]
+
+    @contextmanager
+    def watching(self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None) -> Iterator[None]:
+        """Note the states of these names as they pass, and rewrite the inputs of layers, while the block lasts."""
+        known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            raise ValueError(f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'")
+        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         try:
-            final = self.anatomy.decoder(
-                inputs_embeds=embeddings_BNH, position_ids=rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
-                attention_mask=self.anatomy.mask(rows, cache, embeddings_BNH), past_key_values=cache,
-                use_cache=cache is not None).last_hidden_state
-            self._seen.setdefault("pre_norm", final)
-            found = {name: final if name == "final" else self._seen[name] for name in names}
-            return {name: state.to(embeddings_BNH.device) for name, state in found.items()}
-        except KeyError as error:
-            known = f"0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'"
-            raise ValueError(f"state {error} is not one of {known}") from None
+            yield
         finally:
             self._wanted, self._seen, self._inject = frozenset(), {}, {}
 
