@@ -216,6 +216,7 @@ WRONG = {
     "unnormalised": ("siblings without replacement were drawn from q without the earlier ones", "recursive"),
     "skip_duplicates": ("skipping a duplicate's round lets the value decide whether there was a draw", "multi_round"),
     "unordered": ("siblings without replacement must be tried in the order in which they were drawn", "recursive"),
+    "raw_bonus": ("what follows the last accepted draft comes from the warped law, not from raw logits", "ratio"),
 }
 """Ways to verify that are found in the wild and change the law, why, and what to use instead."""
 _DRAWN = {Law.POINT: "tokens chosen by value", Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
