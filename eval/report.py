@@ -128,6 +128,24 @@ def lossless_word(method: Figures) -> str:
     return "yes" if method["lossless"] else "NO" if method["claims_lossless"] else "lossy"
 
 
+def share(value: float | None) -> str:
+    """A part of a whole."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+OUTSIDE = "outside forwards"
+
+
+def outside(method: Figures) -> float | None:
+    """The part of decoding that is neither the target's nor the drafter's: accepting, committing, what no phase owns.
+    None for an engine that does not tell its phases."""
+    seconds = method["seconds_by_phase"]
+    if not seconds["verify"]:
+        return None
+    decoding = sum(taken for phase, taken in seconds.items() if phase != "prefill")
+    return (seconds["accept"] + seconds["commit"] + seconds["other"]) / decoding
+
+
 COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
 _ONLY_ON_PAPER = ("macro", "predicted", "first token")
 
@@ -188,13 +206,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     methods = report["methods"]
     tasks, phases = list(methods[0]["by_task"]), list(methods[0]["seconds_by_phase"])
     by_task = [[method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods]
-    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases)] for method in methods]
+    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases), share(outside(method))]
+                for method in methods]
     return "\n\n".join([
         "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
         *_halves(methods), *_predictions(methods), *_qualities(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
-        "## Seconds by phase", _table(["method", *phases], by_phase), *_overlaps(methods),
+        "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),
         "## Reading", READING]) + "\n"
 
 
