@@ -42,6 +42,7 @@ class SlotCache(Cache):
         self.lengths = [0] * batch_size
         self._lengths_B: Tensor | None = None
         self._devices, self.fixed = list(devices), fixed
+        self._spread = len(set(self._devices)) > 1
         self._stores: dict[torch.device, Tensor] = {}
         """[L,2,B,K,S,D] of the layers of each device."""
         self._slots: Tensor | None = None
@@ -57,7 +58,7 @@ class SlotCache(Cache):
 
     @property
     def uniform(self) -> bool:
-        """Whether all sequences have the same length, so that plain slices do."""
+        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed addresses."""
         return self.fixed is None and len(set(self.lengths)) == 1
 
     @property
@@ -111,12 +112,12 @@ class SlotCache(Cache):
         """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
         if self.fixed is not None:
             return self._fixed_buffers(self.fixed, layer, like_BKND)
-        device, alone = like_BKND.device, len(set(self._devices)) < 2
+        device = like_BKND.device
         if device not in self._stores:
             batch, heads, _, size = like_BKND.shape
-            layers = self.num_layers if alone else self._devices.count(device)
+            layers = self._devices.count(device) if self._spread else self.num_layers
             self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
-        row = layer if alone else self._devices[:layer].count(device)
+        row = self._devices[:layer].count(device) if self._spread else layer
         return self._stores[device][row, 0], self._stores[device][row, 1]
 
     def _fixed_buffers(self, fixed: Buffers, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
