@@ -23,7 +23,7 @@ from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, 
 from data.datamodule import ConversationData
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.drafter import Drafter
-from modules.core.loading import load_target
+from modules.core.loading import check_unquantised, load_target
 from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
@@ -67,9 +67,10 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse to choose by what is not measured."""
+        """Refuse to choose by what is not measured, and a target in which nothing can be trained."""
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
             raise ValueError(f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by val/loss")
+        check_unquantised(self.dtype)
 
 
 @dataclass

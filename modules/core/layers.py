@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +53,8 @@ class LayerCache:
     keys_BCGD: Tensor
     values_BCGD: Tensor
     lengths_B: Tensor
+    _longest: int | None = field(default=None, init=False, repr=False)
+    """The greatest length on the host, read from the device once after each `keep`."""
 
     @staticmethod
     def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
@@ -71,7 +73,9 @@ class LayerCache:
         Returns the slots [B,S,G,D] that rows may attend to.
         """
         batch, count = keys_BNGD.shape[:2]
-        used = int(self.lengths_B.max()) + ahead + count
+        if self._longest is None:
+            self._longest = int(self.lengths_B.max())
+        used = self._longest + ahead + count
         self._grow(used)
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
         slots_BN = self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
@@ -81,7 +85,7 @@ class LayerCache:
 
     def keep(self, counts_B: Tensor) -> None:
         """Count the first `counts_B` of the rows written last."""
-        self.lengths_B = self.lengths_B + counts_B
+        self.lengths_B, self._longest = self.lengths_B + counts_B, None
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
