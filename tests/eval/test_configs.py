@@ -14,6 +14,7 @@ from data.configfiles import CONFIGS
 from eval.methods import Method, build_rows, class_of, unique_labels
 from modules.core.drafter import Sampling
 from modules.heads.clover import Clover
+from modules.heads.clover2 import Clover2
 from tests.fakes import tiny_target
 
 FILES = sorted((CONFIGS / "eval").glob("*.yaml"))
@@ -41,19 +42,19 @@ def test_drafting_without_training_is_whole() -> None:
     rows = methods("training_free")
     assert expected == set(rows)
     assert not any(isinstance(row.get("drafter"), str) for row in rows.values())
-    assert expected < set(methods("fused"))
+    assert expected - {"token_recycling_cold"} < set(methods("table"))
 
 
 def test_assisted_generation_and_ours_draft_with_the_same_model() -> None:
-    rows = methods("fused")
+    rows = methods("table")
     assert rows["hf_assisted"]["decoder"]["init_args"]["assistant"] == rows["independent"]["drafter"]
 
 
 def test_the_fused_tree_has_the_nodes_of_its_partner_and_of_retrieval() -> None:
-    rows = methods("fused")
-    fused, alone = rows["rasd_clover"]["drafter"]["init_args"], rows["rasd"]["drafter"]["init_args"]
-    assert fused["partner"] == rows["clover"]["drafter"] and fused["datastore"] == alone["datastore"]
-    assert fused["tokens"] - fused["retrieved"] == Clover(tiny_target().shape).default_budget
+    rows = methods("table")
+    fused, alone = rows["rasd_clover2"]["drafter"]["init_args"], rows["rasd"]["drafter"]["init_args"]
+    assert fused["partner"] == rows["clover2_own_tree"]["drafter"] and fused["datastore"] == alone["datastore"]
+    assert fused["tokens"] - fused["retrieved"] == Clover2(tiny_target().shape).default_budget
 
 
 def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
     drafter = Clover(target.shape)
     drafter.initialise(target)
     save_pretrained(drafter, tmp_path / "clover" / "drafter", Provenance.of(target))
-    spec = {**methods("fused")["rasd_clover"]["drafter"]}
+    spec = {**methods("table")["rasd_clover2"]["drafter"]}
     spec["init_args"] = {**spec["init_args"], "partner": str(tmp_path / "clover"), "datastore": None}
     rows = build_rows([Method("fused", spec), Method("clover", str(tmp_path / "clover"))], target, Sampling())
     by_name = {row.name: row for row in rows}
