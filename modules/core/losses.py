@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from modules.core.batches import PADDING_DOCUMENT, TextBatch
+from modules.core.counts import divisor
 from modules.core.trainable import Mean
 
 IGNORED = -1
@@ -242,8 +243,8 @@ def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
 
 
 def masked_mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
-    """Mean over the rows that count; 0 (with a gradient of 0) when none does."""
-    return (values_M * counted_M).sum() / counted_M.sum().clamp(min=1)
+    """Mean over the rows that count (of all processes, see `divisor`); 0 (with a gradient of 0) when none does."""
+    return (values_M * counted_M).sum() / divisor(counted_M.sum())
 
 
 def depth_weights(steps: int, decay: float, first: float = 1.0) -> list[float]:
