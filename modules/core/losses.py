@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.core.batches import PADDING_DOCUMENT, TextBatch
 from modules.core.counts import divisor
+from modules.core.phases import phase
 from modules.core.trainable import Mean
 
 IGNORED = -1
@@ -37,6 +38,8 @@ Laws = Callable[[Tensor], Tensor]
 """Flat positions [M] -> the target's probabilities [M,D] there, over the draft vocabulary."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
+Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Rows and their features -> losses and ranks."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,13 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
     def score(part: slice, features: Tensor) -> tuple[Tensor, Tensor]:
         return _score(features, head, labels_M[part], laws, None if flat_M is None else flat_M[part], divergence)
 
-    parts = list(_slices(len(labels_M), max(1, MAX_LOGITS // width))) or [slice(0, 0)]
+    with phase("loss"):
+        return _in_parts(score, head, features_MH, width)
+
+
+def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Losses and ranks [M] of all rows, never of more than `MAX_LOGITS` logits at once."""
+    parts = list(_slices(len(features_MH), max(1, MAX_LOGITS // width))) or [slice(0, 0)]
     if torch.is_grad_enabled() and _learns(head, features_MH):
         if len(parts) == 1:
             return score(parts[0], features_MH)
@@ -142,8 +151,7 @@ def _learns(head: Head, features_MH: Tensor) -> bool:
     return head(features_MH[:0].detach()).requires_grad
 
 
-def _with_slopes(score: Callable[[slice, Tensor], tuple[Tensor, Tensor]], parts: list[slice], features_MH: Tensor
-                 ) -> tuple[Tensor, Tensor]:
+def _with_slopes(score: Score, parts: list[slice], features_MH: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and ranks [M] whose slopes are computed with them, part by part, so that no part's logits outlive it."""
     slopes_MH, found = torch.empty_like(features_MH, requires_grad=False), []
     for part in parts:
@@ -209,7 +217,8 @@ def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) ->
     unique = positions.unique()
     if len(unique) * width > MAX_LAWS:
         return laws
-    table = laws(unique)
+    with phase("loss"):
+        table = laws(unique)
     return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
 
 
