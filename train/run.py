@@ -24,6 +24,7 @@ from data.datamodule import ConversationData
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.drafter import Drafter
 from modules.core.loading import load_target
+from modules.core.recompute import use_activation_checkpointing
 from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
@@ -127,7 +128,9 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
 
 
 def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:
-    """What Lightning trains."""
+    """What Lightning trains. ValueError: activation checkpointing for a component that has nothing to recompute."""
+    if recipe.trainer.activation_checkpointing:
+        use_activation_checkpointing(trainable)
     if recipe.objective is not None:
         recipe.objective.begin(trainable)
     return TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)
