@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modules.core.batches import Rows
+from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 
 if TYPE_CHECKING:
@@ -191,6 +192,9 @@ class DecoderLayer(nn.Module):
         attention, feed_forward: leave out one of the two halves (Clover's ablations).
     """
 
+    recompute = False
+    """Whether what its backward pass needs is computed once more."""
+
     def __init__(self, shape: TargetShape, *, input_norm: bool = True, input_width: int = 1, output_width: int = 1,
                  attention: bool = True, feed_forward: bool = True) -> None:
         super().__init__()
@@ -207,6 +211,9 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
                 residual_BNH: Tensor | None = None) -> Tensor:
         """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, the inputs themselves by default."""
+        return recomputed(self.recompute and cache is None, self._forward, hidden_BNX, rows, cache, residual_BNH)
+
+    def _forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None, residual_BNH: Tensor | None) -> Tensor:
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
             hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache)

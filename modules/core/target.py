@@ -22,6 +22,7 @@ from modules.core.compiled import CompiledCalls
 from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
 from modules.core.narrow import narrow_linear, use_narrow_kernels
+from modules.core.phases import phase
 from modules.core.trainable import TargetShape
 from modules.trees.tree import TokenTree
 
@@ -190,7 +191,9 @@ class Target(nn.Module):
     def features(self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
                  ) -> dict[StateName, Tensor]:
         """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if asked."""
-        with nullcontext() if gradient else torch.no_grad():
+        if gradient:
+            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+        with torch.no_grad(), phase("target states"):
             return self._forward(self.embed(batch.input_ids), batch.rows(), names)
 
     def run(self, rows: Rows, hidden_BNH: Tensor, start: int, stop: int, names: Sequence[StateName] = ("pre_norm",),

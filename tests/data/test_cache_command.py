@@ -70,3 +70,19 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, source: str) 
     with pytest.raises(ValueError, match=message) as caught:
         command(["--data.train", source, *arguments])
     assert "\n" not in str(caught.value)
+
+
+def test_parts_of_the_work_fill_one_folder(target: Target, source: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    arguments = ["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
+                 str(tmp_path / "cache")]
+    found = []
+    for part in ("0/2", "1/2"):
+        assert command([*arguments, "--shard", part]) == 0
+        assert f"part {part} is written" in capsys.readouterr().out
+        shards = FeatureCache(tmp_path / "cache", target.fingerprint(), ["final"]).manifest["shards"]
+        found.append([key for shard in shards for key, _ in shard["documents"]])
+    assert 0 < len(found[0]) < 12 and len(found[1]) == len(set(found[1])) == 12
+    with pytest.raises(ValueError, match="--shard must be I/N with I from 0 to N - 1, got '2/2'"):
+        command([*arguments, "--shard", "2/2"])
