@@ -106,7 +106,8 @@ def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
     target = load_target(recipe.target, recipe.dtype)
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Place(Path(folder) / "run"), target)
-    size = measure(build(recipe, target), target, recipe.data.rows, recipe.data.max_length)
+    size = measure(build(recipe, target), target, recipe.data.rows, recipe.data.max_length,
+                   recipe.trainer.activation_checkpointing)
     planned = memory(size, recipe.trainer.strategy, recipe.trainer.precision, processes(recipe.trainer)).total
     return {"measured": peak.bytes - before, "planned": planned}
 

@@ -20,8 +20,9 @@ import torch
 
 from data.features import state_bytes
 from modules.core.batches import StateName
-from modules.core.losses import MAX_LOGITS
+from modules.core.losses import MAX_LAWS, MAX_LOGITS
 from modules.core.trainable import TargetShape, Trainable
+from modules.feature_drafters.feature_drafter import MAX_SCORES, FeatureDrafter
 from train.settings import TrainerSettings
 
 GIB = 2 ** 30
@@ -37,7 +38,9 @@ class Size:
     """What the arithmetic starts from.
 
     trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one process, padding
-    included. steps: draft steps that are trained. width: logits per row. names: states that the loss reads.
+    included. steps: draft steps that are trained. width: logits per row. names: states that the loss reads. row: tokens
+    of a row. own_head: an LM head that learns. soft: the target's laws are learnt. hanging: EAGLE's training attention.
+    recomputed: activations are not kept.
     """
 
     trainable: int
@@ -49,6 +52,10 @@ class Size:
     width: int
     names: tuple[StateName, ...]
     row: int
+    own_head: bool = False
+    soft: bool = False
+    hanging: bool = False
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,21 +91,45 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     parts = [size.trainable * part / share for part, share in zip(each, shares, strict=True)]
     value = 2 if precision.startswith(("16", "bf16")) else 4
     hidden = size.tokens * size.shape.hidden_size
-    logits = 3 * 4 * min(size.tokens * size.width, MAX_LOGITS)
     running = size.target_bytes * size.tokens * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
-    activations = value * VALUES_PER_STEP * size.steps * hidden + logits + max(running, 4 * size.tokens * size.row)
+    activations = value * VALUES_PER_STEP * (1 if size.recomputed else size.steps) * hidden
+    activations += logit_bytes(size) + score_bytes(size) + max(running, 4 * size.tokens * size.row)
     return Memory(size.frozen * size.target_bytes, parts[0], parts[1], 0.0 if offload else parts[2], activations,
                   value * hidden * len(size.names), parts[2] if offload else 0.0)
 
 
-def measure(trainable: Trainable, target: Any, rows: int, length: int) -> Size:
+def logit_bytes(size: Size) -> float:
+    """Of logits, their gradients and the laws they are held against, float32: of one chunk, and where an LM head learns
+    and all rows fit in one, of every step until its backward pass."""
+    wanted, laws = size.tokens * size.width, 1 if size.soft else 0
+    transient = 4.0 * (3 + laws) * min(wanted, MAX_LOGITS)
+    if size.own_head and wanted <= MAX_LOGITS:
+        transient += 4.0 * (1 + laws) * (size.steps - 1) * wanted
+    return transient + 4.0 * laws * (wanted if wanted <= MAX_LAWS else 0)
+
+
+def score_bytes(size: Size) -> float:
+    """Of EAGLE's attention scores, their masked and their normalised values: of every step, or of one part."""
+    wanted = size.row * size.row * size.shape.num_heads
+    if not size.hanging:
+        return 0.0
+    if wanted > MAX_SCORES:
+        return 4.0 * 3 * MAX_SCORES
+    return 4.0 * 3 * wanted * (size.tokens / size.row) * (1 if size.recomputed else size.steps)
+
+
+def measure(trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False) -> Size:
     """The size of a component beside its target (either may be on the meta device)."""
     arguments = trainable.arguments
     dtype = next(target.parameters()).dtype
     own = sum(parameter.numel() for parameter in trainable.declared_parameters())
+    width = int(arguments.get("draft_vocabulary") or target.shape.vocab_size)
+    own_head = any(tuple(parameter.shape) == (width, target.shape.hidden_size)
+                   for parameter in trainable.declared_parameters())
     return Size(own, sum(parameter.numel() for parameter in target.parameters()), dtype.itemsize, rows * length,
                 int(getattr(trainable, "draft_steps", 1)), target.shape,
-                int(arguments.get("draft_vocabulary") or target.shape.vocab_size), trainable.training_states, length)
+                width, trainable.training_states, length, own_head, bool(getattr(trainable, "soft_labels", False)),
+                isinstance(trainable, FeatureDrafter), recomputed)
 
 
 def processes(settings: TrainerSettings) -> int:
@@ -184,7 +215,8 @@ def print_plan(recipe: Any, target: Any) -> None:
     data, settings = recipe.data, recipe.trainer
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
-    size, room = measure(trainable, target, data.rows, data.max_length), available(settings)
+    size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)
+    room = available(settings)
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:
         disk = _cache_disk(data, target, size)

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from data.configfiles import run as one_line_run
+from modules.core.losses import MAX_LOGITS
+from modules.feature_drafters.eagle3 import Eagle3
+from modules.feature_drafters.feature_drafter import MAX_SCORES
 from modules.heads.medusa import Medusa
 from tests.fakes import tiny_target
 from train.cli import command
-from train.plan import GIB, Size, check_disk, check_fits, measure, memory
+from train.plan import GIB, Size, check_disk, check_fits, logit_bytes, measure, memory, score_bytes
 from train.settings import TrainerSettings
 
 TARGET = tiny_target(dtype=torch.float32)
@@ -70,3 +73,22 @@ def test_the_command_prints_and_stops(recipe, tmp_path, monkeypatch, capsys) -> 
     monkeypatch.setattr("train.cli.outline", lambda *_: TARGET)
     monkeypatch.setattr("train.plan.available", lambda _: 1.0)
     assert one_line_run(command, arguments) == 2 and "error: trainer.strategy auto needs" in capsys.readouterr().err
+
+
+def test_logits_and_scores_are_counted_as_they_are_kept() -> None:
+    """A frozen head's logits are those of one chunk; a learning one keeps every step's, and soft labels their laws."""
+    wanted, own = SIZE.tokens * SIZE.width, replace(SIZE, own_head=True, soft=True)
+    assert logit_bytes(SIZE) == 3 * 4 * wanted
+    assert logit_bytes(own) == 4 * wanted * (4 + 2 * 2 + 1)
+    assert logit_bytes(replace(own, width=10 ** 6)) == 4 * 4 * MAX_LOGITS
+    hanging = replace(SIZE, hanging=True, row=128)
+    scores = 128 * 128 * TARGET.shape.num_heads * SIZE.tokens / 128
+    assert score_bytes(SIZE) == 0 and score_bytes(hanging) == 4 * 3 * 3 * scores
+    assert score_bytes(replace(hanging, recomputed=True)) == 4 * 3 * scores
+    assert score_bytes(replace(hanging, row=10 ** 5)) == 4 * 3 * MAX_SCORES
+
+
+def test_what_a_component_keeps_is_read_from_it() -> None:
+    eagle, heads = Eagle3(TARGET.shape, draft_vocabulary=48), Medusa(TARGET.shape, 2, lm_head="shared")
+    sizes = [measure(one, TARGET, rows=1, length=64) for one in (eagle, heads)]
+    assert [(size.own_head, size.soft, size.hanging) for size in sizes] == [(True, True, True), (False, False, False)]
