@@ -10,7 +10,7 @@ from typing import Any
 from eval import plots
 from eval.contamination import overlap_lines
 from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
-from eval.scores import quality_table
+from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 
 STYLE = """
@@ -81,6 +81,10 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     header, lines = quality_table(methods)
     if lines:
         yield "<h2>Quality of answers</h2>" + table(header, lines)
+        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in control_lines(methods))
+        if plots.relaxed(methods):
+            yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
+                f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"
 
 
 def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:

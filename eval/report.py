@@ -15,7 +15,7 @@ from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
 from eval.contamination import overlap_lines
-from eval.scores import quality_table
+from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations
 from eval.summary import Summary
 from modules.core.target import Target
@@ -218,7 +218,7 @@ def _overlaps(methods: Sequence[Figures]) -> list[str]:
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:
     header, rows = quality_table(methods)
-    return ["## Quality of answers", _table(header, rows)] if rows else []
+    return ["## Quality of answers", _table(header, rows), *control_lines(methods)] if rows else []
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:

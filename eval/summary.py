@@ -12,7 +12,7 @@ from eval.journal import Record
 from eval.losslessness import Verdict, judge
 from eval.methods import Row
 from eval.metrics import Identity, Speed
-from eval.scores import Scoring, quality_figures
+from eval.scores import Answered, Scoring, agreements, quality_figures
 from eval.speed_model import Calls, latency_per_sequence, speed_model
 from modules.decoding.clock import PHASES
 from modules.decoding.decoder import Trace
@@ -40,8 +40,12 @@ def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring |
     tables, scored = measure_tables(rows, folded), scoring.chosen(rows)
     found = [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
                       tables.get((id(row.target), row.batch_size))) for row in rows]
-    for one in (one for one in found if one.row.name in scored):
-        one.figures["quality"] |= quality_figures(one.row.target, one.answers, folded[one.row.baseline], scoring.usable)
+    judged = {row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
+              for row in rows if row.name in scored}
+    for row, one in zip(rows, found, strict=True):
+        if row.name in scored:
+            one.figures["quality"] |= quality_figures(row.target, judged[row.name], judged[row.baseline],
+                                                      scoring.usable)
     return found
 
 

@@ -112,20 +112,25 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
                    Sampling())
 
 
-def test_the_relaxed_evaluation_names_every_rule(tiny, tmp_path):
+@pytest.mark.parametrize("config", ["relaxed", "judge"])
+def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     """The shipped rows, with a folder for each part that is to be trained first."""
     runs = {"runs/clover": Clover(tiny.shape, heads=3, draft_vocabulary=64), "runs/judge": Judge(tiny.shape)}
     for name, component in runs.items():
         save_pretrained(component, tmp_path / name, Provenance.of(tiny))
-    text = (CONFIGS / "eval" / "relaxed.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
+    text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
     methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
     for method in methods:
         method.check()
     rows = build_rows(methods, tiny, Sampling())
     found = {row.name: row.decoder.decode([[7, 8, 9]], Sampling(), 8)[0] for row in rows}
-    assert set(found) == {"autoregressive", "lossless", "judge", "judge_strict", "typical", "top_3", "divergence"}
-    assert found["lossless"].ids == found["typical"].ids == found["autoregressive"].ids
-    assert all(len(trace.ids) for trace in found.values())
+    assert found["lossless"].ids == found["autoregressive"].ids and all(len(trace.ids) for trace in found.values())
+    assert {name.split("_")[0] for name in found} == {"autoregressive", "lossless", "judge", "typical", "top",
+                                                      "divergence"}
+    assert config == "judge" or found["typical"].ids == found["autoregressive"].ids
+    control = [row for row in rows if row.quality.get("control")]
+    assert [row.name for row in control] == (["judge_0"] if config == "judge" else [])
+    assert all(min(found[row.name].accepted[:-1], default=2) > 1 for row in control), "everything is let through"
 
 
 def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
