@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from modules.core.batches import LabelledBatch, StateName
 from modules.core.drafter import Verified
+from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, TargetShape, Trainable
 from modules.decoding.relaxed import RelaxedRule
 from modules.decoding.rules import Draws
@@ -173,17 +174,6 @@ def class_weights(labels_M: Tensor, largest: float) -> Tensor:
     right = labels_M.sum()
     ratio = (right / (len(labels_M) - right).clamp(min=1)).clamp(1, largest)
     return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
-
-
-def area_under_curve(scores_M: Tensor, right_M: Tensor) -> float:
-    """How often a right token scores above a wrong one, ties counting half; 0.5 when one class is missing."""
-    right, wrong = int(right_M.sum()), int((~right_M).sum())
-    if not right or not wrong:
-        return 0.5
-    _, order_M, counts = scores_M.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0)
-    ranks_M = (ends - (counts - 1) / 2)[order_M]
-    return float((ranks_M[right_M].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:

@@ -66,6 +66,20 @@ def test_cdpo_end_to_end_leaves_adapters_figures_and_a_page(tiny, pairs, tmp_pat
     assert tiny.fingerprint() == before
 
 
+def test_cdpo_tells_how_well_it_finds_the_errors_of_solutions(tiny, tmp_path, capsys):
+    file, output = tmp_path / "solutions.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
+    drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
+    arguments = ["--config", str(recipe(tmp_path, file, drafter)), "--output", str(output), "--data.max_length", "500"]
+    assert command(arguments) == 0
+    measured = json.loads((output / "drafter" / "provenance.json").read_text())["measured"]
+    assert 0 <= measured["held_out/criticality_auc"] <= 1 and measured["held_out/known_errors"] >= 1
+    page = (output / PAGE).read_text()
+    assert 'class="error"' in page or 'class="lowest error"' in page
+    printed = capsys.readouterr().out
+    assert "held_out/criticality_auc" in printed and "val/preference_accuracy" in printed
+
+
 def test_a_resumed_run_keeps_the_parts_it_trained_first(tiny, pairs, tmp_path):
     drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
     config, output = recipe(tmp_path, pairs, drafter), tmp_path / "run"

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from modules.core.batches import LabelledBatch, TextBatch
 from modules.core.drafter import Drafter, Sampling, TreeBuilder, Verified
+from modules.core.ranking import area_under_curve
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.rules import AcceptanceRule, Draws
 from modules.heads.medusa import Medusa
 from modules.trees.chain import SampledChain
 from modules.trees.tree import TokenTree
-from modules.verifiers.judge import NOTHING, Judge, area_under_curve, calibrated_threshold, class_weights
+from modules.verifiers.judge import NOTHING, Judge, calibrated_threshold, class_weights
 from tests.fakes import ScriptedDrafter, tiny_target
 
 PROMPTS = [[7, 8, 9, 10, 11], [20, 21], [30, 31, 32]]
