@@ -9,7 +9,7 @@ from typing import Any
 
 from eval import plots
 from eval.contamination import overlap_lines
-from eval.report import COLUMNS, READING, caption, cells, failures, noise_lines
+from eval.report import COLUMNS, READING, caption, cells, drafting_table, failures, noise_lines
 from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 
@@ -53,7 +53,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
-        *_pictures(report["methods"], measured), *_qualities(report["methods"]),
+        *_pictures(report["methods"], measured), *_qualities(report["methods"]), *_drafting(report["methods"]),
         *_predictions(report["methods"]), *_sample(sample),
         *_overlaps(report["methods"]),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
@@ -85,6 +85,12 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         if plots.relaxed(methods):
             yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
                 f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"
+
+
+def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = drafting_table(methods)
+    if lines:
+        yield "<h2>Drafting</h2>" + table(header, lines)
 
 
 def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:

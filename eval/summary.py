@@ -197,7 +197,9 @@ def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict
     own = [record for record in records if record.row == row.name]
     nodes = [count for record in own if not record.again for count in record.trace.nodes]
     if any(nodes):
+        drafting = sum(record.trace.seconds.get("draft", 0.0) for record in own if not record.again)
         found["drafted_nodes_per_call"] = sum(nodes) / len(nodes)
+        found["draft_seconds_per_node"] = drafting / sum(nodes)
     flips = [verdict.flips for verdict in verdicts.values() if verdict.flips is not None]
     if flips:
         found["flip_rate"] = sum(flips) / len(flips)

@@ -161,3 +161,23 @@ def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversat
     assert set(before) == set(after) and any(not torch.equal(before[name], after[name]) for name in before)
     measured = json.loads((second / "drafter" / "provenance.json").read_text())["measured"]
     assert "val/alignment" in measured and "probe/tau" in measured
+
+
+@pytest.mark.parametrize("name", ["clover", "eagle"])
+def test_the_shipped_objective_aligns_a_head_and_a_feature_drafter(name, tiny, conversations, tmp_path):
+    """As configs/objective/aligned.yaml says: a trained drafter goes on with it, or as long without it."""
+    first, aligned, longer = (tmp_path / kind for kind in ("first", "aligned", "longer"))
+    common = ["--config", f"{name}.yaml", "--drafter.draft_vocabulary", "48", "--data.train", str(conversations),
+              "--data.max_length", "128", "--data.validation_fraction", "0.2", "--trainer.max_steps", "2",
+              "--trainer.max_epochs=-1", "--trainer.accelerator", "cpu", "--probe.prompts", "0"]
+    assert command([*common, "--output", str(first)]) == 0
+    common += ["--config", "objective/aligned.yaml", "--init_from", str(first)]
+    assert command([*common, "--output", str(aligned)]) == 0
+    assert command([*common, "--objective", "null", "--output", str(longer)]) == 0
+    settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in (aligned, longer)]
+    assert settings[0]["objective"]["init_args"]["beta"] == 0.5 and settings[1].get("objective") is None
+    assert settings[0]["optimizer"] == settings[1]["optimizer"] and settings[0]["trainer"] == settings[1]["trainer"]
+    measured = [json.loads((run / "drafter" / "provenance.json").read_text())["measured"] for run in (aligned, longer)]
+    assert "val/alignment" in measured[0] and "val/alignment" not in measured[1]
+    weights = [load_pretrained(run, tiny).state_dict() for run in (aligned, longer)]
+    assert any(not torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
