@@ -126,7 +126,7 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
                    Sampling())
 
 
-@pytest.mark.parametrize("config", ["relaxed", "judge"])
+@pytest.mark.parametrize("config", ["relaxed", "judge", "judge_free"])
 def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     """The shipped rows, with a folder for each part that is to be trained first."""
     runs = {"runs/clover": Clover(tiny.shape, heads=3, draft_vocabulary=64), "runs/judge": Judge(tiny.shape)}
@@ -139,12 +139,12 @@ def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     rows = build_rows(methods, tiny, Sampling())
     found = {row.name: row.decoder.decode([[7, 8, 9]], Sampling(), 8)[0] for row in rows}
     assert found["lossless"].ids == found["autoregressive"].ids and all(len(trace.ids) for trace in found.values())
-    assert {name.split("_")[0] for name in found} == {"autoregressive", "lossless", "judge", "typical", "top",
-                                                      "divergence"}
-    assert config == "judge" or found["typical"].ids == found["autoregressive"].ids
-    control = [row for row in rows if row.quality.get("control")]
-    assert [row.name for row in control] == (["judge_0"] if config == "judge" else [])
-    assert all(min(found[row.name].accepted[:-1], default=2) > 1 for row in control), "everything is let through"
+    assert {"autoregressive", "lossless", "judge", "typical", "top"} <= {name.split("_")[0] for name in found}
+    assert ("divergence" in text) == (config != "judge_free")
+    assert config != "relaxed" or found["typical"].ids == found["autoregressive"].ids
+    control = [row.name for row in rows if row.quality.get("control")]
+    assert control == ([] if config == "relaxed" else ["judge_0"])
+    assert config != "judge" or min(found["judge_0"].accepted[:-1]) > 1, "everything is let through"
 
 
 def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
