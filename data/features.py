@@ -2,7 +2,8 @@
 
 A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor [S,H] per state,
 its documents one after the other, and is written atomically: an interrupted run goes on where it stopped, and a
-cache can be extended with more documents at any time.
+cache can be extended with more documents at any time. Several processes, on several machines too, may write one folder
+at the same time, each a share of the documents (`data.shares`); the manifest takes up their shards as they come.
 
 Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from data.conversations import Tokens
 from data.packing import collate
+from data.shares import Share
 from modules.core.batches import StateName
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ CacheDtype = Literal["bfloat16", "float32", "int8"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 _SCALES = ".scales"
 """What the scales of an int8 state are called: the state's name and this."""
+_MANIFEST_LOCK = ".lock-manifest"
+"""Held while the manifest is read and written."""
 
 
 def state_bytes(hidden_size: int, dtype: str) -> int:
@@ -126,20 +130,22 @@ class FeatureCache:
 
 def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
                    dtype: CacheDtype = "bfloat16", batch_tokens: int = 2048, shard_tokens: int = 32768,
-                   progress: bool = True) -> Path:
-    """Compute the target's states of all documents that the cache does not hold yet.
+                   progress: bool = True, share: Share | None = None) -> Path:
+    """Compute the target's states of all documents, or of a share of them, that the cache does not hold yet.
 
     Args:
         names: state names, see `Target.features`; a cache holds the same ones for all its documents.
         dtype: of the stored states, for a new cache.
         batch_tokens: tokens per target call (padding included).
         shard_tokens: tokens per shard, about.
+        share: who writes all of a cache waits for those who write shares, and then finds the work done.
 
     Returns the folder. Raises ValueError for a cache of another target or with other states.
     """
-    folder = Path(folder)
+    folder, share = Path(folder), share or Share()
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_writer(folder):
+    documents = [document for document in documents if share.takes(document.key)]
+    with _writing(folder, share):
         manifest = _open_manifest(folder, target, names, dtype)
         held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
         pending = list({document.key: document for document in documents if document.key not in held}.values())
@@ -222,18 +228,24 @@ def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], s
     scratch = path.with_suffix(".partial")
     save_file(states, scratch)
     os.replace(scratch, path)
-    manifest["shards"].append({"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
-                               "documents": [[document.key, len(document)] for document in group]})
-    _write_manifest(folder, manifest)
+    shard = {"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
+             "documents": [[document.key, len(document)] for document in group]}
+    with _locked(folder / _MANIFEST_LOCK):
+        current = _read_manifest(folder)
+        _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
 
 
 def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dtype: str) -> dict[str, Any]:
-    if not (folder / "manifest.json").exists():
-        return {"format": FORMAT, "target": target.name, "fingerprint": target.fingerprint(), "dtype": dtype,
-                "hidden_size": target.shape.hidden_size, "states": [str(name) for name in names], "shards": []}
-    manifest = _read_manifest(folder)
-    _check(manifest, folder, target.fingerprint(), names)
-    kept = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
+    """The manifest, begun if there is none, without shards that have been deleted."""
+    with _locked(folder / _MANIFEST_LOCK):
+        if (folder / "manifest.json").exists():
+            manifest = _read_manifest(folder)
+            _check(manifest, folder, target.fingerprint(), names)
+        else:
+            manifest = {"format": FORMAT, "target": target.name, "fingerprint": target.fingerprint(), "dtype": dtype,
+                        "hidden_size": target.shape.hidden_size, "states": [str(name) for name in names], "shards": []}
+        kept = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
+        _write_manifest(folder, {**manifest, "shards": kept})
     return {**manifest, "shards": kept}
 
 
@@ -280,14 +292,22 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """One process writes at a time: the others wait, then find the work done."""
-    with open(folder / ".lock", "w") as lock:
+def _writing(folder: Path, share: Share) -> Iterator[None]:
+    """One process writes a share at a time, and nobody else while all is written: the others wait."""
+    with _locked(folder / ".lock", shared=share.count > 1), _locked(folder / f".lock-{share}"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, shared: bool = False) -> Iterator[None]:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("waiting for another process that is writing features %r", str(folder))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.name != _MANIFEST_LOCK:
+                logger.warning("waiting for another process that is writing features %r", str(path.parent))
+            fcntl.flock(lock, kind)
         yield
 
 

@@ -20,6 +20,7 @@ from eval.harness import Harness, fitting, units
 from eval.html import Sample, page
 from eval.journal import Journal, Record
 from eval.methods import Method, Row, build_rows, class_of, unique_labels
+from eval.processes import Share, shared_out
 from eval.report import build_report, failures, main_table, markdown, noise_lines
 from eval.scores import Quality, Scoring, control_lines
 from eval.sources import Turns
@@ -30,11 +31,12 @@ from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.core.loading import load_target
+from modules.core.loading import check_loading, load_target
 from modules.core.target import Target
+from modules.decoding.decoder import SpeculativeDecoder
 
 JOURNAL = "journal.jsonl"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+AUTOTUNE = "max-autotune"
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Evaluation:
         top_p: sample within this probability mass.
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
-        dtype: float32, float64, bfloat16 or float16.
-        device: a torch device; by default the GPU if there is one.
+        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
+        device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
+        compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels); not yet
+            measured. Batches run uncompiled.
         threads: of the CPU; by default as torch chooses.
         seed: of sampling; every prompt has its own, the same for all methods.
     """
@@ -80,6 +84,7 @@ class Evaluation:
     repeats: int = 1
     dtype: str = "float32"
     device: str | None = None
+    compile: bool | Literal["max-autotune"] = False
     threads: int | None = None
     seed: int = 0
 
@@ -110,13 +115,14 @@ class Evaluation:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_variants()
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        check_loading(self.dtype, self.device)
         for temperature in (method.temperature for method in self.methods):
             Sampling(temperature or 0.0)
         for method in self.rows:
             method.check()
         unique_labels(self.rows)
+        if self.compile and self.engine == ENGINE:
+            raise ValueError(f"compile {self.compile} is for this project's own loop: leave it out with engine 'vllm'")
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
         return load_tasks(self.prompts, self.limit, self.turns)
@@ -143,31 +149,51 @@ class Evaluation:
 
 def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console: Console | None = None
              ) -> dict[str, Any]:
-    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report.
+    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report. Of several
+    processes that `torchrun` started, each measures its share, and all return the one report.
 
     Raises:
         ValueError: settings that cannot run (before anything is loaded), or a drafter that does not fit the target.
     """
-    console = console or Console()
     tasks = evaluation.check()
     if evaluation.threads is not None:
         torch.set_num_threads(evaluation.threads)
-    device = evaluation.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(evaluation.target_name(), evaluation.dtype, device)
+    with shared_out() as share:
+        if share.count > 1 and evaluation.engine == ENGINE:
+            raise ValueError(f"engine 'vllm' measures in one process, {share.count} were started: leave out torchrun")
+        return _evaluate(evaluation, tasks, output, resume, console or Console(quiet=not share.first), share)
+
+
+def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share
+              ) -> dict[str, Any]:
+    """One process's part: measure its share of the prompts; the first process then makes the report of all."""
+    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or share.device())
+    if evaluation.compile:
+        target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target) as rows:
+        agree_on_budgets(rows, share)
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
         if skipped:
             console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
-        settings, methods = settings_of(evaluation, tasks), [asdict(one) for one in evaluation.rows]
-        header = {**settings, "methods": methods, "rows": [identify(row) for row in rows]}
-        records = _measure(evaluation, tasks, rows, Journal(output / JOURNAL, header, resume), console)
-    summaries = summarise(rows, records, scoring_of(evaluation, tasks))
+        settings = {**settings_of(evaluation, tasks), **({"processes": share.count} if share.count > 1 else {})}
+        header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [*map(identify, rows)]}
+        journal = Journal(share.journal(output / JOURNAL, resume), header, resume)
+        records = _measure(evaluation, tasks, rows, journal, console, share)
+    summaries = summarise(rows, records, scoring_of(evaluation, tasks)) if share.first else []
     report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
-    write(report, output, choose_sample(summaries, tasks))
-    show(report, output, console)
-    return report
+    if share.first:
+        write(report, output, choose_sample(summaries, tasks))
+        show(report, output, console)
+    return share.agreed(report)
+
+
+def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
+    """Let every process draft as many nodes as the first one: `budget: auto` measures, and may differ."""
+    for row, budget in zip(rows, share.agreed([row.budget for row in rows]), strict=True):
+        if isinstance(row.decoder, SpeculativeDecoder) and row.decoder.drafter is not None:
+            row.budget = row.decoder.budget = budget
 
 
 @contextmanager
@@ -191,6 +217,7 @@ def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]
     """The report's `settings`, all of which a resumed journal must share."""
     chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
+    engine |= {"compile": evaluation.compile} if evaluation.compile else {}
     return {"tasks": [task.name for task in tasks], "prompts": [Path(name).name for name in evaluation.prompts],
             **engine, **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
 
@@ -208,18 +235,18 @@ def _drafter_weights(row: Row) -> list[torch.Tensor]:
     return [] if drafter is None else [parameter.detach() for parameter in drafter.parameters()]
 
 
-def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console
-             ) -> list[Record]:
+def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console,
+             share: Share) -> list[Record]:
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    records: list[Record] = []
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{len(rows)} rows", total=sum(map(len, work.values())))
+        bar = progress.add_task(f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values()))
         for size, batches in work.items():
             harness = Harness([row for row in rows if row.batch_size == size], evaluation.max_new_tokens,
                               evaluation.seed, lambda unit: progress.update(bar, advance=1, description=unit.task))
-            records += harness.run(batches, journal)
-    return records
+            harness.run(share.of(batches), journal)
+    done = share.merged(journal.done)
+    return [record for batches in work.values() for unit in batches for record in done[unit.key]]
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:

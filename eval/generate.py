@@ -40,7 +40,7 @@ class Generation:
         top_p: sample within this probability mass.
         seed: of sampling.
         budget: drafted nodes per call at most; by default the drafter's own.
-        dtype: float32, float64, bfloat16 or float16.
+        dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one.
         compare: decode once more without the drafter, to compare speed and tokens.
     """

@@ -9,7 +9,17 @@ from typing import Any
 
 from eval import plots
 from eval.contamination import overlap_lines
-from eval.report import COLUMNS, READING, caption, cells, drafting_table, failures, noise_lines
+from eval.report import (
+    COLUMNS,
+    HALF,
+    READING,
+    caption,
+    cells,
+    drafting_table,
+    failures,
+    half_table,
+    noise_lines,
+)
 from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 
@@ -53,7 +63,8 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
-        *_pictures(report["methods"], measured), *_qualities(report["methods"]), *_drafting(report["methods"]),
+        *_pictures(report["methods"], measured), *_halves(report["methods"]), *_qualities(report["methods"]),
+        *_drafting(report["methods"]),
         *_predictions(report["methods"]), *_sample(sample),
         *_overlaps(report["methods"]),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
@@ -75,6 +86,12 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection
     body = "".join(f'<tr{" class=bad" if line[0] in bad else ""}>'
                    + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _halves(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = half_table(methods)
+    if lines:
+        yield f"<h2>{HALF}</h2>" + table(header, lines)
 
 
 def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -11,19 +11,22 @@ from modules.decoding.roofline import Roofline, measure_roofline
 
 
 def table(latency: LatencyTable, roofline: Roofline) -> str:
-    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row, τ to break even
-    with drafting at 0, 10, 20 % of a one-row call."""
-    lines = ["| rows | ms | limit, ms | × one row | τ needed, free drafting | drafting 10 % | drafting 20 % |",
-             "|---:|---:|---:|---:|---:|---:|---:|"]
+    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row (and against Hugging
+    Face's, where that was measured), τ to break even with drafting at 0, 10, 20 % of a one-row call."""
+    theirs = " × Hugging Face's one row |" if latency.stock else ""
+    lines = [f"| rows | ms | limit, ms | × one row |{theirs} τ needed, free drafting | drafting 10 % | drafting 20 % |",
+             "|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if latency.stock else "")]
     one = latency.seconds[1]
     for rows, seconds in latency.seconds.items():
         needed = " | ".join(f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2))
         limit = roofline.seconds(rows) * 1e3
-        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} | {needed} |")
+        against = f" {seconds / latency.stock:.2f} |" if latency.stock else ""
+        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} |{against} {needed} |")
     return "\n".join(lines)
 
 
-def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = "float32") -> None:
+def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = "float32",
+         compile: bool = False) -> None:
     """Measure t(rows) of a target on this device and print the break-even table.
 
     Args:
@@ -31,13 +34,19 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         context: committed tokens behind which the rows stand.
         repeats: passes; the table holds medians.
         dtype: of the target.
+        compile: let calls go through torch.compile.
     """
     loaded = load_target(target, dtype)
+    if compile:
+        loaded.compile_calls()
     limits = measure_roofline(loaded)
     print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
           f"Measured limits: {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; "
           f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
-    print(table(measure_latency(loaded, context=context, repeats=repeats), limits))
+    measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)
+    print(table(measured, limits))
+    if measured.stock:
+        print(f"\nHugging Face's own call of one row, in turn with these: {measured.stock * 1e3:.1f} ms.")
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
 def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
     decoder = construct(method.decoder or {}, f"methods: {label}", target)
     return Row(label, decoder, target, sampling, "", getattr(decoder, "claims_lossless", True),
-               getattr(decoder, "engine", "slipstream"), quality=getattr(decoder, "quality", {}))
+               getattr(decoder, "engine", "slipstream"))
 
 
 def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,

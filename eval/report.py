@@ -15,8 +15,9 @@ from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
 from eval.contamination import overlap_lines
+from eval.repetition import KEY as LESS_REPETITIVE
 from eval.scores import control_lines, quality_table
-from eval.speed_model import explanations
+from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary
 from modules.core.target import Target
 
@@ -36,8 +37,9 @@ def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> d
 
 def describe(target: Target) -> dict[str, Any]:
     """A target's entry."""
-    return {"name": target.name, "parameters": sum(parameter.numel() for parameter in target.parameters()),
-            "dtype": str(target.dtype).removeprefix("torch."), "fingerprint": target.fingerprint()}
+    packed = f", {target.quantisation}" if target.quantisation else ""
+    return {"name": target.name, "parameters": target.parameter_count,
+            "dtype": str(target.dtype).removeprefix("torch.") + packed, "fingerprint": target.fingerprint()}
 
 
 def environment() -> dict[str, Any]:
@@ -126,6 +128,24 @@ def lossless_word(method: Figures) -> str:
     return "yes" if method["lossless"] else "NO" if method["claims_lossless"] else "lossy"
 
 
+def share(value: float | None) -> str:
+    """A part of a whole."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+OUTSIDE = "outside forwards"
+
+
+def outside(method: Figures) -> float | None:
+    """The part of decoding that is neither the target's nor the drafter's: accepting, committing, what no phase owns.
+    None for an engine that does not tell its phases."""
+    seconds = method["seconds_by_phase"]
+    if not seconds["verify"]:
+        return None
+    decoding = sum(taken for phase, taken in seconds.items() if phase != "prefill")
+    return (seconds["accept"] + seconds["commit"] + seconds["other"]) / decoding
+
+
 COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
 _ONLY_ON_PAPER = ("macro", "predicted", "first token")
 
@@ -186,16 +206,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     methods = report["methods"]
     tasks, phases = list(methods[0]["by_task"]), list(methods[0]["seconds_by_phase"])
     by_task = [[method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods]
-    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases)] for method in methods]
+    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases), share(outside(method))]
+                for method in methods]
     return "\n\n".join([
         "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-        *_predictions(methods), *_qualities(methods), *_drafting(methods),
+        *_halves(methods), *_predictions(methods), *_qualities(methods), *_drafting(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
-        "## Seconds by phase", _table(["method", *phases], by_phase), *_overlaps(methods),
+        "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),
         "## Reading", READING]) + "\n"
 
 
+HALF = "On the less repetitive half of the prompts"
 READING = """\
 Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same prompts,
 in the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the mean over
@@ -203,7 +225,22 @@ tasks. τ is tokens emitted per verification call, its bonus token counted. Pred
 drafting, where t is the target's time for a call of so many rows, measured apart from the run; the factors under
 "Predicted and measured" lead from it to the measured speedup, and one below 1 is time lost there. Lossless: token ids
 identical to the autoregressive row's; a tie is a first divergence between two tokens whose teacher-forced logits
-differ by at most 0.001. On a CPU, peak memory is the whole process's."""
+differ by at most 0.001. The less repetitive half are the prompts whose plain answers repeat fewest of their runs of
+four tokens: lookup has the least to copy there. On a CPU, peak memory is the whole process's."""
+
+
+def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the methods on the less repetitive half, baselines left out; no lines without a half."""
+    known = [(method["name"], method[LESS_REPETITIVE]) for method in methods
+             if method.get(LESS_REPETITIVE) and not is_baseline(method)]
+    return ["method", "speedup", "95% interval", "τ", "prompts"], [
+        [name, times(half["speedup"]), interval(half["ci95"]), number(half["mean_accepted_tokens"]),
+         str(half["prompts"])] for name, half in known]
+
+
+def _halves(methods: Sequence[Figures]) -> list[str]:
+    header, rows = half_table(methods)
+    return [f"## {HALF}", _table(header, rows)] if rows else []
 
 
 def _predictions(methods: Sequence[Figures]) -> list[str]:

@@ -12,6 +12,8 @@ from eval.journal import Record
 from eval.losslessness import Verdict, judge
 from eval.methods import Row
 from eval.metrics import Identity, Speed
+from eval.repetition import KEY as LESS_REPETITIVE
+from eval.repetition import less_repetitive
 from eval.scores import Answered, Scoring, agreements, quality_figures
 from eval.speed_model import Calls, latency_per_sequence, speed_model
 from modules.decoding.clock import PHASES
@@ -90,7 +92,7 @@ def _summary(row: Row, answers: Answers, plain: Answers, standard: Answers, reco
     figures = {**_description(row), **_identity(row, answers, verdicts), **_speeds(answers, plain),
                "predicted_speedup": model["predicted"] if model else None, "speed_model": model,
                **_acceptance(answers), **_costs(row, answers), "quality": _quality(row, records, verdicts),
-               "by_task": _by_task(answers, plain, verdicts)}
+               LESS_REPETITIVE: _less_repetitive_half(answers, plain), "by_task": _by_task(answers, plain, verdicts)}
     return Summary(row, {key: figures[key] for key in METHOD_KEYS}, answers, verdicts)
 
 
@@ -116,7 +118,7 @@ METHOD_KEYS = (
     "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens", "seconds", "tokens_per_second",
     "time_to_first_token", "speedup", "predicted_speedup", "speed_model", "mean_accepted_tokens",
     "mean_accepted_tokens_ci95", "acceptance_by_depth", "conditional_acceptance_by_depth", "accepted_length_histogram",
-    "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality", "by_task")
+    "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality", LESS_REPETITIVE, "by_task")
 """Keys of a method in `report.json`, schema 1, in order."""
 
 
@@ -192,9 +194,11 @@ def _costs(row: Row, answers: Answers) -> dict[str, Any]:
 
 
 def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
-    """Noise of a baseline (its second runs against its first), flips at low precision, drafted nodes per call."""
-    found: dict[str, Any] = {**row.quality}
+    """Noise of a baseline (its second runs against its first), flips at low precision, drafted nodes per call, and what
+    the decoder itself tells of its answers (`quality_of`)."""
     own = [record for record in records if record.row == row.name]
+    told = getattr(row.decoder, "quality_of", None)
+    found: dict[str, Any] = {**row.quality, **(told([record.trace for record in own]) if told else {})}
     nodes = [count for record in own if not record.again for count in record.trace.nodes]
     if any(nodes):
         drafting = sum(record.trace.seconds.get("draft", 0.0) for record in own if not record.again)
@@ -209,6 +213,18 @@ def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict
         found["noise"] = {"micro": metrics.micro_speedup(second, first),
                           "ci95": metrics.bootstrap_interval(second, first)}
     return found
+
+
+def _less_repetitive_half(answers: Answers, plain: Answers) -> dict[str, Any] | None:
+    """The figures on the half of the prompts whose plain answers repeat themselves least; None below two prompts."""
+    chosen = less_repetitive({prompt: plain[prompt].trace.ids for prompt in answers})
+    here = {prompt: answer for prompt, answer in answers.items() if prompt in chosen}
+    if not here:
+        return None
+    own, baseline = _pairs(here, plain)
+    return {"prompts": len(here), "speedup": metrics.micro_speedup(own, baseline),
+            "ci95": metrics.bootstrap_interval(own, baseline),
+            "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here))}
 
 
 def _by_task(answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:

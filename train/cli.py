@@ -21,17 +21,18 @@ from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
-from modules.core.loading import outline
+from modules.core.loading import load_target, outline
 from train.callbacks import Terminated
 from train.plan import print_plan
+from train.profile import print_profile, profile
 from train.run import CONFIG, Place, Recipe, claim, same_run, train
 
 _LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
-_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan")
+_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan", "profile")
 """Flags that are no part of the recipe."""
 _FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite",
-          "plan")
+          "plan", "profile")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 _SHOWN = ("val/loss", "probe/tau", "val/preference_accuracy", "val/reward_margin")
 """Figures that the last line of a training tells, besides what was found on the held-out data in the end."""
@@ -90,6 +91,7 @@ def make_parser() -> TrainParser:
     parser.add_argument("--init_from", type=str | None, help="run, drafter or Hub id whose weights to start from")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same output")
     parser.add_argument("--plan", action="store_true", help="print what it needs, refuse what cannot fit, and stop")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and stop")
     return parser
 
 
@@ -138,8 +140,11 @@ def command(arguments: Sequence[str]) -> int:
     if config.plan:
         print_plan(recipe_of(parser, config), outline(config.target, config.dtype))
         return 0
-    recipe, place = prepare(parser, config)
     quieten()
+    if config.profile:
+        print_profile(profile(recipe_of(parser, config), load_target(config.target, config.dtype)))
+        return 0
+    recipe, place = prepare(parser, config)
     write_config(place)
     try:
         report(train(recipe, place))

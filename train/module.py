@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.batches import LabelledBatch, PreferenceBatch, TextBatch
+from modules.core.counts import divisor, shared_counts
 from modules.core.target import Target
 from modules.core.trainable import Losses, Mean, Trainable
 from train.settings import OptimizerSettings
@@ -91,14 +92,22 @@ class TrainableModule(LightningModule):
 
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
-        losses = self._losses(batch)
+        with shared_counts(self._mean_over_processes):
+            losses = self._losses(batch)
+            count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch))))
         if not torch.isfinite(losses.total):
             raise NonFiniteLoss(
                 f"the {stage} loss is {losses.total.item()} at step {self.global_step}: lower optimizer.lr (now "
                 f"{self.settings.lr}) or trainer.gradient_clip_val, then continue with --resume last or start again")
-        count = sum(text.loss_mask.sum() for text in text_batches(batch))
-        self.means[stage].add({"loss": Mean(losses.total.detach() * count, torch.as_tensor(count)), **losses.metrics})
+        self.means[stage].add({"loss": Mean(losses.total.detach() * count, count), **losses.metrics})
         return losses.total
+
+    def _mean_over_processes(self, count: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return count
+        mean = self.trainer.strategy.reduce(count, reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def _losses(self, batch: AnyBatch) -> Losses:
         if self.objective is None:

@@ -23,7 +23,8 @@ from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, 
 from data.datamodule import ConversationData
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.drafter import Drafter
-from modules.core.loading import load_target
+from modules.core.loading import check_unquantised, load_target
+from modules.core.recompute import use_activation_checkpointing
 from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
@@ -67,9 +68,10 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse to choose by what is not measured."""
+        """Refuse to choose by what is not measured, and a target in which nothing can be trained."""
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
             raise ValueError(f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by val/loss")
+        check_unquantised(self.dtype)
 
 
 @dataclass
@@ -104,9 +106,7 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
     trainer = lightning_trainer(recipe, place.output)
     target = target or load_target(recipe.target, recipe.dtype)
     trainable = build(recipe, target, place.init_from)
-    if recipe.objective is not None:
-        recipe.objective.begin(trainable)
-    module = TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)
+    module = training_module(recipe, trainable, target)
     if place.resume is None:
         train_stages(recipe, place, trainable, target)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
@@ -126,6 +126,15 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
     if init_from is not None:
         warm_start(trainable, init_from)
     return trainable
+
+
+def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:
+    """What Lightning trains. ValueError: activation checkpointing for a component that has nothing to recompute."""
+    if recipe.trainer.activation_checkpointing:
+        use_activation_checkpointing(trainable)
+    if recipe.objective is not None:
+        recipe.objective.begin(trainable)
+    return TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)
 
 
 def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Target) -> None:
@@ -156,14 +165,14 @@ def probe_prompts(recipe: Recipe, target: Target) -> list[list[int]]:
     return fitting
 
 
-def lightning_trainer(recipe: Recipe, folder: Path) -> Trainer:
-    """Lightning's Trainer as the recipe asks for it.
+def lightning_trainer(recipe: Recipe, folder: Path, keep: bool = True) -> Trainer:
+    """Lightning's Trainer as the recipe asks for it; `keep` False writes no checkpoints.
 
     Raises:
         ValueError: a strategy, precision or device that Lightning does not know or this machine does not have.
     """
     try:
-        return _lightning_trainer(recipe.trainer, recipe.checkpoint, folder)
+        return _lightning_trainer(recipe.trainer, recipe.checkpoint if keep else None, folder)
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ValueError(f"trainer: {error}") from error
 

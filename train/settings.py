@@ -50,6 +50,7 @@ class TrainerSettings:
         accumulate_grad_batches: batches per optimiser step.
         gradient_clip_val: largest gradient norm (0: no clipping).
         gradient_clip_algorithm: `norm`, or `value` to clip every element.
+        activation_checkpointing: compute activations of the component's own layers once more instead of keeping them.
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.
@@ -65,6 +66,7 @@ class TrainerSettings:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float = 1.0
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    activation_checkpointing: bool = False
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1

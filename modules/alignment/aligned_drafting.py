@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.core.batches import TextBatch
+from modules.core.counts import divisor
 from modules.core.losses import MAX_LOGITS, Head, cross_entropy
 from modules.core.trainable import Losses, Mean, Trainable
 
@@ -87,7 +88,7 @@ class AlignedDrafting(nn.Module):
         losses_M, margins_M = self.preferences(cast(Any, drafter), batch, target)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
         metrics = {"alignment": Mean(losses_M.detach().sum(), count), "margin": Mean(margins_M.sum(), count)}
-        total = losses_M.sum() / count.clamp(min=1) + self.anchor * own.total
+        total = losses_M.sum() / divisor(count) + self.anchor * own.total
         return Losses(total, {**own.metrics, **metrics})
 
     def preferences(self, drafter: StepwiseDrafter, batch: TextBatch, target: Target) -> tuple[Tensor, Tensor]:

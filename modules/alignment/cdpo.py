@@ -23,6 +23,7 @@ from modules.alignment.preference import (
 from modules.alignment.token_dpo import contrastive_law, critical_dpo_loss, positionwise_dpo_loss
 from modules.core.adapters import FEED_FORWARD, Adapters
 from modules.core.batches import PreferenceBatch, TextBatch
+from modules.core.counts import divisor
 from modules.core.losses import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
 from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, Stage, TargetShape, Trainable
@@ -68,7 +69,7 @@ class ContrastiveEstimator(Trainable):
                                      ("negative", self.negative, batch.rejected)):
             losses_M = _language_losses(text, adapters.twin(target))
             count = torch.as_tensor(len(losses_M), device=losses_M.device)
-            total = total + losses_M.sum() / count.clamp(min=1)
+            total = total + losses_M.sum() / divisor(count)
             metrics[f"{name}_cross_entropy"] = Mean(losses_M.detach().sum(), count)
         return Losses(total, metrics)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modules.core.adapters import Adapters
 from modules.core.batches import PADDING_DOCUMENT, PreferenceBatch, TextBatch
+from modules.core.counts import divisor
 from modules.core.losses import Head, cross_entropy, next_token_rows
 from modules.core.trainable import Losses, Mean, TargetShape, Trainable
 
@@ -151,7 +152,7 @@ class PreferenceTrainable(Trainable):
         rejected = self.response(batch.rejected, batch.rejected_reference, target)
         losses_B, metrics = self.pair_losses(batch, chosen, rejected, target)
         shown = {**preference_metrics(losses_B, chosen.ratio_BT, rejected.ratio_BT, self.beta), **metrics}
-        return Losses(losses_B.mean(), shown)
+        return Losses(losses_B.sum() / divisor(shown["loss"].count), shown)
 
 
 def preference_metrics(losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float) -> dict[str, Mean]:

@@ -15,6 +15,7 @@ from modules.alignment.activations import GROUPS, Group, mean_activations, resid
 from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens
 from modules.alignment.token_dpo import Side, activation_mask, binary_mask, sparse_loss
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
+from modules.core.counts import divisor
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Mean, TargetShape
 
@@ -151,7 +152,7 @@ class SparsePO(PreferenceTrainable):
         if self.mask_heads:
             for mask, response in zip(masks, responses, strict=True):
                 both = sum(one.abs().sum() for one in mask) * len(self.mask_heads) / 2
-                total = total + both / response.counted_BT.sum().clamp(min=1)
+                total = total + both / divisor(response.counted_BT.sum())
         return total
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -89,6 +90,22 @@ class Accepted:
     path_BA: Tensor
     lengths_B: Tensor
     next_B: Tensor
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """`lengths_B` on the host."""
+        return self.lengths_B.tolist()
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """The accepted rows of each sequence on the host, without padding."""
+        return [path[:count] for path, count in zip(self.path_BA.tolist(), self.lengths, strict=True)]
+
+    def trimmed(self) -> Accepted:
+        """The same without columns that are padding in every sequence; what is on the host stays there."""
+        narrow = Accepted(self.path_BA[:, :max(self.lengths)], self.lengths_B, self.next_B)
+        narrow.__dict__.update(lengths=self.lengths, paths=self.paths)
+        return narrow
 
     @property
     def last_B(self) -> Tensor:

@@ -6,12 +6,18 @@ J rows since the last commit, A accepted rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
+
+from modules.core.drafter import Accepted
+
+Buffers = tuple[list[Tensor], list[Tensor]]
+"""Keys and values of every layer."""
 
 
 class SlotCache(Cache):
@@ -24,13 +30,21 @@ class SlotCache(Cache):
         num_layers: layers that will write.
         batch_size: sequences.
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
+        devices: of every layer, where they are not all on one; each device has a buffer for its layers.
+        fixed: lists for keys and values of every layer [B,K,S,D] at addresses that stay (`modules.core.compiled`), as
+            far as they were made; every call then sees all slots, and its mask says which count.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = (),
+                 fixed: Buffers | None = None) -> None:
         super().__init__(layers=[])
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
-        self._store: Tensor | None = None
+        self._lengths_B: Tensor | None = None
+        self._devices, self.fixed = list(devices), fixed
+        self._spread = len(set(self._devices)) > 1
+        self._stores: dict[torch.device, Tensor] = {}
+        """[L,2,B,K,S,D] of the layers of each device."""
         self._slots: Tensor | None = None
         self.ahead = 0
         """Rows of earlier calls, written since the last commit, that stand before those of this call."""
@@ -44,27 +58,34 @@ class SlotCache(Cache):
 
     @property
     def uniform(self) -> bool:
-        """Whether all sequences have the same length, so that plain slices do."""
-        return len(set(self.lengths)) == 1
+        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed addresses."""
+        return self.fixed is None and len(set(self.lengths)) == 1
+
+    @property
+    def slots_BN(self) -> Tensor:
+        """int64 [B,N]: where the rows of the coming call are written, if not by slices."""
+        assert self._slots is not None, "begin() a call first"
+        return self._slots
 
     def lengths_tensor(self, device: torch.device) -> Tensor:
-        """int64 [B]."""
-        return torch.tensor(self.lengths, device=device)
+        """int64 [B]. It stays on the device, where `commit` goes on counting."""
+        if self._lengths_B is None or self._lengths_B.device != device:
+            self._lengths_B = torch.tensor(self.lengths, device=device)
+        return self._lengths_B
 
     def window(self, width: int) -> int:
         """Slots that a call of `width` rows attends to; refuses a call that does not fit."""
         end = max(self.lengths) + width
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
-        return end
+        return end if self.fixed is None else self.capacity
 
     def reserve(self, width: int) -> None:
         """Make room for `width` rows behind the longest sequence, by doubling where there is none."""
         needed = max(self.lengths) + width
         if needed > self.capacity:
             grown = max(needed, 2 * self.capacity)
-            if self._store is not None:
-                self._store = F.pad(self._store, (0, 0, 0, grown - self.capacity))
+            self._change(lambda store: F.pad(store, (0, 0, 0, grown - self.capacity)))
             self.capacity = grown
 
     def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
@@ -81,53 +102,76 @@ class SlotCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
                ) -> tuple[Tensor, Tensor]:
         """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend to."""
-        if self._store is None:
-            self._store = key_states.new_zeros(
-                self.num_layers, 2, key_states.shape[0], key_states.shape[1], self.capacity, key_states.shape[3])
-        keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
+        keys, values = self._buffers(layer_idx, key_states)
         self._write(keys, key_states)
         self._write(values, value_states)
         end = self.window(self.ahead + key_states.shape[2])
         return keys[:, :, :end], values[:, :, :end]
+
+    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
+        if self.fixed is not None:
+            return self._fixed_buffers(self.fixed, layer, like_BKND)
+        device = like_BKND.device
+        if device not in self._stores:
+            batch, heads, _, size = like_BKND.shape
+            layers = self._devices.count(device) if self._spread else self.num_layers
+            self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
+        row = self._devices[:layer].count(device) if self._spread else layer
+        return self._stores[device][row, 0], self._stores[device][row, 1]
+
+    def _fixed_buffers(self, fixed: Buffers, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer; all up to it are made when it is first called."""
+        batch, heads, _, size = like_BKND.shape
+        for buffers in fixed:
+            while len(buffers) <= layer:
+                buffers.append(like_BKND.new_zeros(batch, heads, self.capacity, size))
+                torch._dynamo.mark_static_address(buffers[-1])
+        return fixed[0][layer], fixed[1][layer]
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer by what `how` makes of it."""
+        self._stores = {device: how(store) for device, store in self._stores.items()}
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
             start = self.lengths[0] + self.ahead
             buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
         else:
-            buffer_BKSD.scatter_(2, self._slots[:, None, :, None].expand_as(rows_BKND), rows_BKND)
+            slots_BN = self._slots.to(rows_BKND.device)
+            buffer_BKSD.scatter_(2, slots_BN[:, None, :, None].expand_as(rows_BKND), rows_BKND)
 
-    def commit(self, path_BA: Tensor, lengths: list[int]) -> None:
-        """Keep, per sequence, the first `lengths[b]` rows of `path_BA` of the last call, in that order."""
-        assert self._store is not None, "nothing was written yet"
-        path = path_BA.tolist()
-        for sequence, (rows, kept) in enumerate(zip(path, lengths, strict=True)):
-            self._compact(sequence, rows[:kept])
-            self.lengths[sequence] += kept
+    def commit(self, accepted: Accepted) -> None:
+        """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
+        assert self._stores or self.fixed, "nothing was written yet"
+        for sequence, rows in enumerate(accepted.paths):
+            in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
+            if in_place < len(rows):
+                self._compact(sequence, accepted.path_BA[sequence, in_place:len(rows)], in_place)
+            self.lengths[sequence] += len(rows)
+        if self._lengths_B is not None:
+            self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
 
-    def _compact(self, sequence: int, rows: list[int]) -> None:
-        in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
-        tail = rows[in_place:]
-        if not tail:
-            return
-        assert self._store is not None
-        start, buffer = self.lengths[sequence], self._store[:, :, sequence]
-        source = torch.tensor(tail, device=buffer.device) + start
+    def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
+        """Move the rows behind the first `in_place` ones, which stand where they belong."""
+        start = self.lengths[sequence]
         target = start + in_place
-        buffer[..., target:target + len(tail), :] = buffer.index_select(-2, source)
+        for store in (*self._stores.values(), *(self.fixed[0] + self.fixed[1] if self.fixed else ())):
+            buffer = store[..., sequence, :, :, :]
+            moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
+            buffer[..., target:target + len(tail_M), :] = moved
 
     def select(self, sequences_S: Tensor) -> SlotCache:
         """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
-        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity)
+        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
         chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
-        chosen._store = None if self._store is None else self._store[:, :, sequences_S]
+        chosen._stores = {device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()}
         return chosen
 
     def keep(self, sequences: list[int]) -> None:
         """Drop every sequence but these."""
-        self.lengths = [self.lengths[i] for i in sequences]
-        if self._store is not None:
-            self._store = self._store[:, :, sequences].contiguous()
+        self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
+        self._change(lambda store: store[:, :, sequences].contiguous())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest committed length (Hugging Face models ask for it)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modules.core.batches import Rows
+from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class LayerCache:
     keys_BCGD: Tensor
     values_BCGD: Tensor
     lengths_B: Tensor
+    _longest: int | None = field(default=None, init=False, repr=False)
+    """The greatest length on the host, read from the device once after each `keep`."""
 
     @staticmethod
     def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
@@ -71,7 +74,9 @@ class LayerCache:
         Returns the slots [B,S,G,D] that rows may attend to.
         """
         batch, count = keys_BNGD.shape[:2]
-        used = int(self.lengths_B.max()) + ahead + count
+        if self._longest is None:
+            self._longest = int(self.lengths_B.max())
+        used = self._longest + ahead + count
         self._grow(used)
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
         slots_BN = self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
@@ -81,7 +86,7 @@ class LayerCache:
 
     def keep(self, counts_B: Tensor) -> None:
         """Count the first `counts_B` of the rows written last."""
-        self.lengths_B = self.lengths_B + counts_B
+        self.lengths_B, self._longest = self.lengths_B + counts_B, None
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
@@ -187,6 +192,9 @@ class DecoderLayer(nn.Module):
         attention, feed_forward: leave out one of the two halves (Clover's ablations).
     """
 
+    recompute = False
+    """Whether what its backward pass needs is computed once more."""
+
     def __init__(self, shape: TargetShape, *, input_norm: bool = True, input_width: int = 1, output_width: int = 1,
                  attention: bool = True, feed_forward: bool = True) -> None:
         super().__init__()
@@ -203,6 +211,9 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
                 residual_BNH: Tensor | None = None) -> Tensor:
         """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, the inputs themselves by default."""
+        return recomputed(self.recompute and cache is None, self._forward, hidden_BNX, rows, cache, residual_BNH)
+
+    def _forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None, residual_BNH: Tensor | None) -> Tensor:
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
             hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache)

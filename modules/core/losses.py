@@ -11,19 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from modules.core.batches import PADDING_DOCUMENT, TextBatch
+from modules.core.counts import divisor
+from modules.core.phases import phase
 from modules.core.trainable import Mean
 
 IGNORED = -1
 """Label of a row that no loss counts."""
-MAX_LOGITS = 2 ** 25
-"""Logits [M,D] above this many are computed in chunks of rows, and once more in the backward pass."""
+MAX_LOGITS = 2 ** 24
+"""Logits [M,D] above this many are computed in chunks of rows."""
+MAX_LAWS = 2 ** 25
+"""Probabilities of the target's laws up to this many are kept for all draft steps of a batch."""
 
 Head = Callable[[Tensor], Tensor]
 """Features [M,H] -> logits [M,D]."""
@@ -31,6 +38,8 @@ Laws = Callable[[Tensor], Tensor]
 """Flat positions [M] -> the target's probabilities [M,D] there, over the draft vocabulary."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
+Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Rows and their features -> losses and ranks."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,10 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
 
     Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens stand above the
     label (0: it is the best), D where the label is ignored. Never holds more than `MAX_LOGITS` logits: above that the
-    rows are cut into chunks, recomputed going back.
+    rows are cut into chunks. Of a frozen head nothing is computed twice and no logits are kept: a row's loss depends on
+    its own features alone, so that dL/dh_m = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is found chunk by chunk in
+    the forward pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Where the head learns too, its weights get
+    a sum over rows by dL/dl_m, which is not known yet: its chunks are computed once more going back.
 
     Args:
         features_MH: inputs of the head.
@@ -112,31 +124,77 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
         flat_M: flat positions of those laws.
         divergence: what is computed of logits and laws.
     """
-    rows = max(1, MAX_LOGITS // width)
-    if len(labels_M) <= rows:
-        return _score(features_MH, head, labels_M, laws, flat_M, divergence)
-    parts = [checkpoint(_score, features_MH[part], head, labels_M[part], laws,
-                        None if flat_M is None else flat_M[part], divergence, use_reentrant=False)
-             for part in _slices(len(labels_M), rows)]
-    losses, ranks = zip(*parts, strict=True)
+    def score(part: slice, features: Tensor) -> tuple[Tensor, Tensor]:
+        return _score(features, head, labels_M[part], laws, None if flat_M is None else flat_M[part], divergence)
+
+    with phase("loss"):
+        return _in_parts(score, head, features_MH, width)
+
+
+def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Losses and ranks [M] of all rows, never of more than `MAX_LOGITS` logits at once."""
+    parts = list(_slices(len(features_MH), max(1, MAX_LOGITS // width))) or [slice(0, 0)]
+    if torch.is_grad_enabled() and _learns(head, features_MH):
+        if len(parts) == 1:
+            return score(parts[0], features_MH)
+        scored = [checkpoint(score, part, features_MH[part], use_reentrant=False) for part in parts]
+    elif torch.is_grad_enabled() and features_MH.requires_grad:
+        return _with_slopes(score, parts, features_MH)
+    else:
+        scored = [score(part, features_MH[part]) for part in parts]
+    losses, ranks = zip(*scored, strict=True)
     return torch.cat(losses), torch.cat(ranks)
+
+
+def _learns(head: Head, features_MH: Tensor) -> bool:
+    """Whether gradients reach parameters of the head; asked of no rows, which costs nothing."""
+    return head(features_MH[:0].detach()).requires_grad
+
+
+def _with_slopes(score: Score, parts: list[slice], features_MH: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and ranks [M] whose slopes are computed with them, part by part, so that no part's logits outlive it."""
+    slopes_MH, found = torch.empty_like(features_MH, requires_grad=False), []
+    for part in parts:
+        own = features_MH[part].detach().requires_grad_()
+        losses, ranks = score(part, own)
+        slopes_MH[part], = torch.autograd.grad(losses.sum(), own)
+        found.append((losses.detach(), ranks))
+    losses, ranks = zip(*found, strict=True)
+    return cast(Tensor, _KnownSlopes.apply(features_MH, torch.cat(losses), slopes_MH)), torch.cat(ranks)
+
+
+class _KnownSlopes(Function):
+    """Losses per row [M] of features [M,H], given dl_m/dh_m [M,H]."""
+
+    @staticmethod
+    def forward(ctx: Any, features_MH: Tensor, losses_M: Tensor, slopes_MH: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes_MH)
+        return losses_M.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        slopes_MH, = ctx.saved_tensors
+        return (slopes_MH * grad_M[:, None]).to(slopes_MH.dtype), None, None
 
 
 def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None, flat_M: Tensor | None,
            divergence: Divergence) -> tuple[Tensor, Tensor]:
     logits = full_precision(head(features_MH))
+    ranks = label_ranks(logits.detach(), labels_M)
     if laws is None:
         losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
     else:
         assert flat_M is not None
         losses = divergence(logits, laws(flat_M)).where(labels_M != IGNORED, 0.0)
-    return losses, label_ranks(logits.detach(), labels_M)
+    return losses, ranks
 
 
 def label_ranks(logits_MD: Tensor, labels_M: Tensor) -> Tensor:
     """int64 [M]: how many logits stand above the label's (0: it is the best); D for ignored labels."""
     own = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
-    return (logits_MD > own).sum(1).where(labels_M != IGNORED, logits_MD.shape[1])
+    above = (logits_MD > own).sum(1, dtype=torch.int32).long()  # a sum of int64 would take twice the logits' memory
+    return above.where(labels_M != IGNORED, logits_MD.shape[1])
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -148,7 +206,7 @@ def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) ->
     """The target's probabilities over the draft vocabulary, by flat position.
 
     Steps share most positions, so the laws are computed once for all of `positions` where they fit in memory
-    (`MAX_LOGITS`), and anew at each request where they do not.
+    (`MAX_LAWS`), and anew at each request where they do not.
     """
     final_PH = final_BTH.flatten(0, 1)
 
@@ -157,9 +215,10 @@ def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) ->
         return torch.softmax(full_precision(head(final_PH[flat_M])), dim=-1)
 
     unique = positions.unique()
-    if len(unique) * width > MAX_LOGITS:
+    if len(unique) * width > MAX_LAWS:
         return laws
-    table = laws(unique)
+    with phase("loss"):
+        table = laws(unique)
     return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
 
 
@@ -193,8 +252,8 @@ def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
 
 
 def masked_mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
-    """Mean over the rows that count; 0 (with a gradient of 0) when none does."""
-    return (values_M * counted_M).sum() / counted_M.sum().clamp(min=1)
+    """Mean over the rows that count (of all processes, see `divisor`); 0 (with a gradient of 0) when none does."""
+    return (values_M * counted_M).sum() / divisor(counted_M.sum())
 
 
 def depth_weights(steps: int, decay: float, first: float = 1.0) -> list[float]:

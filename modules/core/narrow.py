@@ -50,7 +50,8 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     A packed copy of the weight is kept as long as the weight lives, and made anew when it has changed.
     """
     rows = x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) or not packing_pays(rows == 1):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \
+            or not packing_pays(rows == 1):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from modules.core.anatomy import Anatomy
 from modules.core.batches import Rows, StateName, TextBatch
+from modules.core.compiled import CompiledCalls
 from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
 from modules.core.narrow import narrow_linear, use_narrow_kernels
+from modules.core.phases import phase
 from modules.core.trainable import TargetShape
 from modules.trees.tree import TokenTree
 
@@ -57,10 +59,12 @@ class Target(nn.Module):
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
+        self._compiled: CompiledCalls | None = None
         self._stock: tuple[Any] = (model,)
         if self.device.type == "cpu":
             self._stock = (_sharing_weights(model),)
             use_narrow_kernels(model)
+        self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
         self._watch()
 
     # -- what it is -------------------------------------------------------------------------------------------
@@ -97,6 +101,22 @@ class Target(nn.Module):
         found = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None)
 
+    @property
+    def quantisation(self) -> str:
+        """How its linear layers are packed: `4bit`, `8bit`, another method's name, or nothing."""
+        config = getattr(self.model.config, "quantization_config", None)
+        told = config if isinstance(config, dict) or config is None else config.to_dict()
+        if not told:
+            return ""
+        bits = [name for name in ("4bit", "8bit") if told.get(f"load_in_{name}")]
+        return bits[0] if bits else str(told.get("quant_method", "quantised"))
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the model, packed ones counted one by one."""
+        model: Any = self.model
+        return model.num_parameters()
+
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and float32 values of the weights: the same at any precision that holds them."""
         if self._fingerprint is None:
@@ -131,7 +151,7 @@ class Target(nn.Module):
         else:
             bias = None if head.bias is None else head.bias[vocabulary_D]
             logits = narrow_linear(hidden, self._head_rows(vocabulary_D), bias)
-        cap = self.anatomy.softcap
+        cap, logits = self.anatomy.softcap, logits.to(hidden.device)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
@@ -143,7 +163,8 @@ class Target(nn.Module):
         if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
             if len(self._sliced) >= SLICED_HEADS:
                 self._sliced.clear()
-            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, weight[vocabulary_D].contiguous())
+            rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device)
+            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, rows)
         return kept[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
@@ -154,9 +175,12 @@ class Target(nn.Module):
         """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it
         (of a norm, what it multiplies by).
 
-        Raises KeyError when the target has no such weight.
+        Raises KeyError when the target has no such weight, ValueError when it is packed into few bits.
         """
-        return self.anatomy.weight(name).detach().clone()
+        weight = self.anatomy.weight(name)
+        if not weight.is_floating_point():
+            raise ValueError(f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16")
+        return weight.detach().clone()
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
@@ -167,7 +191,9 @@ class Target(nn.Module):
     def features(self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
                  ) -> dict[StateName, Tensor]:
         """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if asked."""
-        with nullcontext() if gradient else torch.no_grad():
+        if gradient:
+            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+        with torch.no_grad(), phase("target states"):
             return self._forward(self.embed(batch.input_ids), batch.rows(), names)
 
     def run(self, rows: Rows, hidden_BNH: Tensor, start: int, stop: int, names: Sequence[StateName] = ("pre_norm",),
@@ -190,7 +216,27 @@ class Target(nn.Module):
 
     def open(self, batch_size: int, capacity: int) -> None:
         """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
-        self.cache = SlotCache(self.shape.num_layers, batch_size, capacity)
+        self.cache = None
+        if self._compiled is not None and batch_size == 1:
+            self.cache = self._compiled.open(capacity)
+        else:
+            self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
+
+    @property
+    def compiled(self) -> CompiledCalls | None:
+        """The compiled calls, if there are any."""
+        return self._compiled
+
+    def compile_calls(self, autotune: bool = False) -> None:
+        """Let calls over the trees of one sequence go through `torch.compile` from the next `open` on.
+
+        Raises:
+            ValueError: a target that cannot be compiled whole.
+        """
+        if len(set(self._layer_devices)) > 1 or self.quantisation:
+            raise ValueError(f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it out, or "
+                             "load the target on one device with a dtype of 16 bits or more")
+        self._compiled = CompiledCalls(self, autotune)
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
@@ -207,7 +253,7 @@ class Target(nn.Module):
         rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
         seen = self._forward(self.embed(ids_BT), rows, [*states, "final"])
         last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
-        self.cache.commit(order.expand(batch, -1), lengths_B.tolist())
+        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
         return self.logits(last), {name: seen[name] for name in states}
 
     @torch.no_grad()
@@ -231,30 +277,46 @@ class Target(nn.Module):
             assert tree.embedded_BN is not None
             embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
         rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
-        seen = self._forward(embeddings, rows, [*states, "final"], inject or {})
+        names = (*states, "final")
+        if self._compiled is not None and not inject and self._compiled.takes(tree.size, self.cache):
+            seen = self._compiled(embeddings, rows, self.cache, names)
+        else:
+            seen = self._forward(embeddings, rows, names, inject or {})
         return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
 
     def commit(self, accepted: Accepted) -> None:
         """Keep the accepted rows of the last call in the KV cache."""
         assert self.cache is not None, "open() the target first"
-        self.cache.commit(accepted.path_BA, accepted.lengths_B.tolist())
+        self.cache.commit(accepted)
 
     def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
                  inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
-        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         cache = self.cache if rows.cached else None
         if cache is not None:
             cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
+        with self.watching(names, inject):
+            found = self.layer_states(embeddings_BNH, rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
+                                      self.anatomy.mask(rows, cache, embeddings_BNH), cache, names)
+        return {name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)}
+
+    def layer_states(self, embeddings_BNH: Tensor, position_ids_BN: Tensor, mask: Any, cache: Any,
+                     names: Sequence[StateName]) -> list[Tensor]:
+        """States of one pass through the stock layers, in the order of `names`; to be called while `watching` them."""
+        final = self.anatomy.decoder(inputs_embeds=embeddings_BNH, position_ids=position_ids_BN, attention_mask=mask,
+                                     past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        self._seen.setdefault("pre_norm", final)
+        return [final if name == "final" else self._seen[name] for name in names]
+
+    @contextmanager
+    def watching(self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None) -> Iterator[None]:
+        """Note the states of these names as they pass, and rewrite the inputs of layers, while the block lasts."""
+        known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            raise ValueError(f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'")
+        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         try:
-            final = self.anatomy.decoder(
-                inputs_embeds=embeddings_BNH, position_ids=rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
-                attention_mask=self.anatomy.mask(rows, cache, embeddings_BNH), past_key_values=cache,
-                use_cache=cache is not None).last_hidden_state
-            self._seen.setdefault("pre_norm", final)
-            return {name: final if name == "final" else self._seen[name] for name in names}
-        except KeyError as error:
-            known = f"0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'"
-            raise ValueError(f"state {error} is not one of {known}") from None
+            yield
         finally:
             self._wanted, self._seen, self._inject = frozenset(), {}, {}
 

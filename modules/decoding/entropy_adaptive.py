@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -53,9 +54,6 @@ class EntropyAdaptive:
                              "model of the same tokenizer")
         self.large, self.small = large, other
         self.threshold, self.window, self.shortest_run = threshold, window, shortest_run
-        self.written = {"large": 0, "small": 0}
-        self.quality: dict[str, float] = {}
-        """Share of all tokens so far that the large model wrote (`large_share`)."""
 
     @torch.no_grad()
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
@@ -85,7 +83,6 @@ class EntropyAdaptive:
             if run >= self.shortest_run and wanted != small:
                 small, run = wanted, 0
         trace.seconds = clock.snapshot()
-        self._count(trace)
         return [trace]
 
     def _opened(self, model: Target, capacity: int) -> SlotCache | None:
@@ -98,7 +95,8 @@ class EntropyAdaptive:
         unseen = torch.tensor([text[model.cache.lengths[0]:]], device=model.device)
         return model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))[0][0]
 
-    def _count(self, trace: Trace) -> None:
-        self.written["small"] += sum(trace.drafted)
-        self.written["large"] += len(trace.ids) - sum(trace.drafted)
-        self.quality["large_share"] = self.written["large"] / sum(self.written.values())
+    def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
+        """Share of all tokens of these answers that the large model wrote, for a report (`large_share`)."""
+        tokens = sum(len(trace.ids) for trace in traces)
+        small = sum(sum(trace.drafted) for trace in traces)
+        return {"large_share": 1 - small / tokens} if tokens else {}

@@ -5,31 +5,39 @@ Shape legend: N rows of a call.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from modules.core.loading import cache_folder
 from modules.core.target import Target
 from modules.trees.tree import TokenTree
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+_STOCK = 0
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Median seconds of one target call by rows in it (the newest token's row included), behind `context` tokens."""
+    """Median seconds of one target call by rows in it (the newest token's row included), behind `context` tokens.
+
+    stock: of Hugging Face's own call of one row behind as many tokens, in turn with the others; None: not measured.
+    """
 
     context: int
     seconds: dict[int, float]
+    stock: float | None = None
 
     def save(self, file: Path) -> None:
         """Write it as JSON."""
@@ -66,21 +74,39 @@ class LatencyTable:
 
 @torch.no_grad()
 def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15,
-                    batch: int = 1) -> LatencyTable:
+                    batch: int = 1, stock: bool = False) -> LatencyTable:
     """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes.
 
-    A call holds `batch` sequences with as many rows each; the seconds are the whole call's.
+    A call holds `batch` sequences with as many rows each; the seconds are the whole call's. `stock` also times the
+    model as its library runs it.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
     target.open(batch, context + max(widths))
     target.prefill(ids, torch.full((batch,), context, device=target.device))
     trees = {width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths}
-    samples: dict[int, list[float]] = {width: [] for width in widths}
+    calls: dict[int, Callable[[], object]] = {width: functools.partial(target.verify, tree)
+                                              for width, tree in trees.items()}
+    calls |= {_STOCK: stock_step(target, ids)} if stock else {}
+    samples: dict[int, list[float]] = {key: [] for key in calls}
     for _ in range(repeats + 1):
-        for width, tree in trees.items():
-            samples[width].append(_seconds(target, tree))
-    return LatencyTable(context, {width: statistics.median(taken[1:]) for width, taken in samples.items()})
+        for key, call in calls.items():
+            samples[key].append(_seconds(target, call))
+    medians = {key: statistics.median(taken[1:]) for key, taken in samples.items()}
+    return LatencyTable(context, {width: medians[width] for width in widths}, medians.get(_STOCK))
+
+
+@torch.no_grad()
+def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
+    """Hugging Face's own call of one row behind these tokens, with its own cache and kernels, to be repeated."""
+    model, cache = target.stock, DynamicCache()
+    model(input_ids=ids_BT, past_key_values=cache)
+
+    def step() -> None:
+        model(input_ids=ids_BT[:, :1], past_key_values=cache)
+        cache.crop(-1)
+
+    return step
 
 
 def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
@@ -94,7 +120,8 @@ def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[
     folder = folder or cache_folder() / "latency"
     on_gpu = target.device.type == "cuda"
     device = torch.cuda.get_device_name(target.device) if on_gpu else platform.machine()
-    parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()))
+    parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()),
+             *(("compiled",) if target.compiled is not None else ()))
     file = folder / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".json")
     if file.is_file() and set(widths) <= set((table := LatencyTable.load(file)).seconds):
         return table
@@ -103,11 +130,11 @@ def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[
     return table
 
 
-def _seconds(target: Target, tree: TokenTree) -> float:
+def _seconds(target: Target, call: Callable[[], object]) -> float:
     if target.device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    target.verify(tree)
+    call()
     if target.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

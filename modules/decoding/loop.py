@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,26 @@ class Trace:
     def decode_seconds(self) -> float:
         """Everything but prefill."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "prefill")
+
+
+class Told(NamedTuple):
+    """What one call gave one sequence, on the host: emitted tokens, depth of the tree and drafted candidates."""
+
+    tokens: list[int]
+    depth: int
+    nodes: int
+
+
+def tell(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[Told]]:
+    """Everything that the host must know of a step, in one read of the device; the acceptance without padding."""
+    depth_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
+    nodes_B = tree.acceptable_BN.sum(1) - 1
+    figures_B3 = torch.stack([accepted.lengths_B, depth_B, nodes_B], 1)
+    width = accepted.path_BA.shape[1]
+    rows = torch.cat([figures_B3, accepted.path_BA, accepted.emitted(tree)], 1).tolist()
+    lengths = [row[0] for row in rows]
+    accepted.__dict__.update(lengths=lengths, paths=[row[3:3 + row[0]] for row in rows])
+    return accepted.trimmed(), [Told(row[3 + width:3 + width + row[0]], row[1], row[2]) for row in rows]
 
 
 @dataclass
@@ -111,12 +132,11 @@ class Run:
         with self.clock.phase("verify"):
             verified = self.target.verify(tree, self.states)
         with self.clock.phase("accept"):
-            accepted = self.rule(tree, verified, self._draws)
-            emitted, lengths = accepted.emitted(tree).tolist(), accepted.lengths_B.tolist()
+            accepted, told = tell(tree, self.rule(tree, verified, self._draws))
         with self.clock.phase("commit"):
             self.target.commit(accepted)
         self._absorb(verified, accepted)
-        self._record(tree, emitted, lengths)
+        self._record(told)
         self._drop_finished()
 
     def _propose(self) -> TokenTree:
@@ -132,16 +152,14 @@ class Run:
             with self.clock.phase("draft"):
                 self._state = self.drafter.absorb(self._state, verified, accepted)
 
-    def _record(self, tree: TokenTree, emitted: list[list[int]], lengths: list[int]) -> None:
-        depths = torch.where(tree.acceptable_BN, tree.topology.depth, 0).max(1).values.tolist()
-        nodes = (tree.acceptable_BN.sum(1) - 1).tolist()
-        for row, sequence in enumerate(self._alive):
+    def _record(self, told: list[Told]) -> None:
+        for sequence, call in zip(self._alive, told, strict=True):
             trace = self.traces[sequence]
-            trace.accepted.append(lengths[row])
-            trace.offered.append(depths[row])
-            trace.nodes.append(nodes[row])
-            trace.ids += emitted[row][:lengths[row]]
-            trace.drafted += [True] * (lengths[row] - 1) + [False]
+            trace.accepted.append(len(call.tokens))
+            trace.offered.append(call.depth)
+            trace.nodes.append(call.nodes)
+            trace.ids += call.tokens
+            trace.drafted += [True] * (len(call.tokens) - 1) + [False]
             self._cut(trace)
 
     def _cut(self, trace: Trace) -> None:

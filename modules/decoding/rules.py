@@ -221,6 +221,7 @@ WRONG = {
     "unnormalised": ("siblings without replacement were drawn from q without the earlier ones", "recursive"),
     "skip_duplicates": ("skipping a duplicate's round lets the value decide whether there was a draw", "multi_round"),
     "unordered": ("siblings without replacement must be tried in the order in which they were drawn", "recursive"),
+    "raw_bonus": ("what follows the last accepted draft comes from the warped law, not from raw logits", "ratio"),
 }
 """Ways to verify that are found in the wild and change the law, why, and what to use instead."""
 _DRAWN = {Law.POINT: "tokens chosen by value", Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
@@ -276,7 +277,7 @@ def longest_path(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Te
     nodes = torch.arange(tree.size, device=last_B.device).expand_as(path_BA)
     slots = torch.where(on_path_BN, topology.depth, tree.size - 1)
     path_BA = path_BA.scatter_reduce(1, slots, torch.where(on_path_BN, nodes, 0), "amax", include_self=True)
-    return Accepted(path_BA[:, :int(deepest_B.max()) + 1], deepest_B + 1, next_BN[rows, last_B])
+    return Accepted(path_BA, deepest_B + 1, next_BN[rows, last_B])
 
 
 def accepted_paths(paths: list[list[int]], tokens: list[int], device: torch.device) -> Accepted:

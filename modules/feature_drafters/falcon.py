@@ -25,6 +25,7 @@ from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verifi
 from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
 from modules.core.learned import DraftStep, LearnedDrafter, rows_at
 from modules.core.losses import Head, Laws, TrainingRows, greedy_tokens, training_rows
+from modules.core.recompute import recomputed
 from modules.core.trainable import Losses, TargetShape
 from modules.feature_drafters.eagle import feature_and_token_loss, uniform_noise
 from modules.feature_drafters.glancing import Documents, block_ends, random_phases, reveal, revealed_positions
@@ -268,7 +269,7 @@ class Falcon(LearnedDrafter):
         first_M1 = (ends_M - batch.position_ids.flatten()[ends_M])[:, None]
         index_MK = torch.maximum(ends_M[:, None] + offsets, first_M1)
         mixed = self._attend(batch, inputs_PH, index_MK, ends_M[:, None].expand_as(index_MK))
-        return self.layer.after_attention(inputs_PH[index_MK] + mixed)
+        return recomputed(self.recompute, self.layer.after_attention, inputs_PH[index_MK] + mixed)
 
     def _attend(self, batch: TextBatch, inputs_PH: Tensor, index_MK: Tensor, ends_MK: Tensor) -> Tensor:
         """Attention outputs [M,K,H] of chosen rows, sequence by sequence."""

@@ -11,7 +11,7 @@ input, Y of the layer's output, Q query heads, G key/value heads, S slots, E hea
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,12 +24,16 @@ from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verifi
 from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
 from modules.core.learned import LearnedDrafter, rows_at, see_parents
 from modules.core.losses import TrainingRows
+from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 from modules.trees.dynamic import ThresholdTree
 from modules.trees.paths import Path
 
 if TYPE_CHECKING:
     from modules.core.target import Target
+
+MAX_SCORES = 2 ** 24
+"""Attention scores [M,Q,T] of training rows above this many are computed in parts."""
 
 
 @dataclass
@@ -132,16 +136,24 @@ class FeatureDrafter(LearnedDrafter):
         _, keys, values = self.attention.project(inputs, batch.position_ids)
         prefix = _Prefix(keys, values, batch.rows().visible_BNN, rows.flat_MK1[:, 0])
         inputs, residual = rows.take(inputs), rows.take(residual)
-        positions, carried = rows.take(batch.position_ids), residual
+        positions, carried, own = rows.take(batch.position_ids), residual, []
         for step in range(self.draft_steps):
             if step:
                 inputs, residual = self.fuse(self.vectors(rows.tokens_MK1[:, step], target), carried)
-            queries, key, value = (part[0] for part in self.attention.project(inputs[None], positions[None] + step))
+            feature, carried, *row = recomputed(self.recompute, self._draft, inputs, residual, positions + step, prefix,
+                                                tuple(own), step > 0)
             if step:
-                prefix.add(key, value)
-            mixed = self.attention.o_proj(prefix.mix(queries).flatten(1))
-            feature, carried = self.outputs(self.layer.after_attention(residual + mixed))
+                own.append(row)
             yield feature, carried
+
+    def _draft(self, inputs_MX: Tensor, residual_MH: Tensor, positions_M: Tensor, prefix: _Prefix,
+               own: Sequence[Sequence[Tensor]], hangs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step: outputs of the training rows, and their keys and values. Before it `own` rows hang off each of
+        them, and so do these unless they are part of the prefix."""
+        queries, key, value = (part[0] for part in self.attention.project(inputs_MX[None], positions_M[None]))
+        mixed = self.attention.o_proj(prefix.mix(queries, [*own, (key, value)] if hangs else own).flatten(1))
+        feature, carried = self.outputs(self.layer.after_attention(residual_MH + mixed))
+        return feature, carried, key, value
 
     # -- decoding ---------------------------------------------------------------------------------------------
 
@@ -203,26 +215,34 @@ class FeatureDrafter(LearnedDrafter):
 
 
 class _Prefix:
-    """Keys and values that the training rows see: the prefix, and step by step the rows that hang off each of them."""
+    """Keys and values of the prefix that the training rows see."""
 
     def __init__(self, keys_BTGE: Tensor, values_BTGE: Tensor, visible_BTT: Tensor, flat_M: Tensor) -> None:
         batch, length = keys_BTGE.shape[:2]
         self.keys, self.values = keys_BTGE, values_BTGE
         self.counts = torch.bincount(flat_M // length, minlength=batch).tolist()
         self.visible = visible_BTT.flatten(0, 1)[flat_M].split(self.counts)
-        self.own: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, key_MGE: Tensor, value_MGE: Tensor) -> None:
-        """One more row behind each training row."""
-        self.own.append((key_MGE, value_MGE))
-
-    def mix(self, queries_MQE: Tensor) -> Tensor:
-        """Values mixed by attention [M,Q,E]."""
-        own_keys, own_values = ([pair[i].split(self.counts) for pair in self.own] for i in (0, 1))
-        parts = [hanging_attention(queries, self.keys[b], self.values[b], self.visible[b],
-                                   [keys[b] for keys in own_keys], [values[b] for values in own_values])
+    def mix(self, queries_MQE: Tensor, own: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Values mixed by attention [M,Q,E] to the prefix and to own rows, keys and values [M,G,E] each."""
+        own_keys, own_values = ([pair[i].split(self.counts) for pair in own] for i in (0, 1))
+        parts = [attention_in_parts(queries, self.keys[b], self.values[b], self.visible[b],
+                                    [keys[b] for keys in own_keys], [values[b] for values in own_values])
                  for b, queries in enumerate(queries_MQE.split(self.counts))]
         return torch.cat(parts)
+
+
+def attention_in_parts(queries_MQE: Tensor, keys_TGE: Tensor, values_TGE: Tensor, visible_MT: Tensor,
+                       own_keys_JMGE: list[Tensor], own_values_JMGE: list[Tensor]) -> Tensor:
+    """`hanging_attention` that never holds more than `MAX_SCORES` scores: above that the rows are cut into parts, whose
+    scores are computed once more going back."""
+    count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_TGE)))
+    if len(queries_MQE) <= count:
+        return hanging_attention(queries_MQE, keys_TGE, values_TGE, visible_MT, own_keys_JMGE, own_values_JMGE)
+    parts = [slice(start, start + count) for start in range(0, len(queries_MQE), count)]
+    return torch.cat([recomputed(True, hanging_attention, queries_MQE[part], keys_TGE, values_TGE, visible_MT[part],
+                                 [keys[part] for keys in own_keys_JMGE], [values[part] for values in own_values_JMGE])
+                      for part in parts])
 
 
 def hanging_attention(queries_MQE: Tensor, keys_TGE: Tensor, values_TGE: Tensor, visible_MT: Tensor,

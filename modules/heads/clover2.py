@@ -5,10 +5,11 @@ Shape legend: B sequences, N rows of one call, M training rows, H hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.layers import DecoderLayer, LayerCache, target_weight
@@ -26,8 +27,11 @@ class Clover2(HeadDrafter):
     """Start: h_0 = RMSNorm(layers(ResAttn_1(g_t, y_{t+1}))), g the target's output before its final norm.
 
     Step 0: feature = head_norm(FC_1 h_0). Step i: h_i = ResAttn_2(h_{i-1}, e_i), feature = head_norm(FC_2 [h_i ; e_i]).
-    Logits by the frozen LM head; token vectors are that head's rows. Layers and norms start as copies of the target's
-    last ones, every other part close to the identity.
+    Logits by the frozen LM head; token vectors are that head's rows. Layers start as copies of the target's last one,
+    head_norm of its final norm, every other part close to the identity: the first feature begins as the target's own.
+
+    Two things differ from the release, which trains for 20 epochs on large targets, and can be set back:
+    `token_scale` and `map_lr_scale`. The start's norm begins at 1 instead of at a second copy of the final norm.
 
     Args:
         shape: the target's dimensions.
@@ -41,6 +45,11 @@ class Clover2(HeadDrafter):
             (the paper's optional mask: 8 and 0.8); 0 and 1 turn them off.
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
+        token_scale: `"state"` scales token vectors to the norm of the states that they meet, `"head"` leaves the LM
+            head's rows as they are (the release). A target's last states may be 200 times as large as those rows,
+            and then what was drafted is learnt last.
+        map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as identities in front
+            of a frozen LM head, and steps as large as the rest's take them apart before anything is learnt.
     """
 
     reads: ClassVar[StateName] = "pre_norm"
@@ -49,9 +58,12 @@ class Clover2(HeadDrafter):
     def __init__(self, shape: TargetShape, heads: int = 5, layers: int = 2, draft_vocabulary: int | None = None,
                  tree: list[list[int]] | str = "narrow", decay: float = 0.7, feature_weight: float = 10.0,
                  label_top_k: int = 0, label_top_p: float = 1.0, fusion: Literal["attention", "linear"] = "attention",
-                 labels: Literal["soft", "hard"] = "soft") -> None:
+                 labels: Literal["soft", "hard"] = "soft", map_lr_scale: float = 0.1,
+                 token_scale: Literal["state", "head"] = "state") -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
+        self.map_lr_scale, self.token_scale = map_lr_scale, token_scale
         refuse_unknown("fusion", fusion, ("attention", "linear"))
+        refuse_unknown("token_scale", token_scale, ("state", "head"))
         self.soft_labels = soft_labels(labels)
         if not self.soft_labels and (label_top_k or label_top_p < 1):
             raise ValueError("label_top_k and label_top_p go by the target's law, but labels is 'hard': use 'soft', or "
@@ -73,32 +85,43 @@ class Clover2(HeadDrafter):
         """The start, and the states that the features are drawn to."""
         return (self.reads, "final")
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The maps before the LM head learn `map_lr_scale` times as fast as the rest."""
+        maps = [self.first.weight, self.later.weight]
+        rest = [parameter for parameter in self.declared_parameters() if all(parameter is not own for own in maps)]
+        return [{"params": rest, "lr_scale": 1.0}, {"params": maps, "lr_scale": self.map_lr_scale}]
+
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start both norms from the target's final one too."""
+        """Start the last norm from the target's final one too."""
         super().initialise(target)
         weight = target_weight(target, "norm")
         if weight is not None:
-            self.start_norm.weight.copy_(weight)
             self.head_norm.weight.copy_(weight)
 
     def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
               caches: list[LayerCache] | None) -> Tensor:
         """h_0 at every position, given the token that follows it."""
-        hidden = self.start_attention(hidden_BNH, target.lm_head_rows(next_BN).to(hidden_BNH.dtype))
+        hidden = self.start_attention(hidden_BNH, self.vectors(next_BN, hidden_BNH, target))
         return self.start_norm(self.run_own_layers(hidden, rows, caches))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The first step's token is in the start already; each later one is attended to."""
-        vectors = target.lm_head_rows(tokens_N).to(memory_NX.dtype)
-        return memory_NX if depth == 0 else self.step_attention(memory_NX, vectors)
+        return memory_NX if depth == 0 else self.step_attention(memory_NX, self.vectors(tokens_N, memory_NX, target))
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """An estimate of the target's final state at the drafted position."""
         if depth == 0:
             return self.head_norm(self.first(memory_NX))
-        vectors = target.lm_head_rows(tokens_N).to(memory_NX.dtype)
+        vectors = self.vectors(tokens_N, memory_NX, target)
         return self.head_norm(self.later(torch.cat([memory_NX, vectors], dim=-1)))
+
+    def vectors(self, tokens_N: Tensor, beside_NH: Tensor, target: Target) -> Tensor:
+        """The LM head's rows of tokens [...], scaled to what they are added to or put beside [...,H]."""
+        vectors = target.lm_head_rows(tokens_N).to(beside_NH.dtype)
+        if self.token_scale == "head":
+            return vectors
+        return F.normalize(vectors, dim=-1) * beside_NH.detach().norm(dim=-1, keepdim=True)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law.

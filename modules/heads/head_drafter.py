@@ -23,6 +23,7 @@ from modules.core.layers import DecoderLayer, LayerCache, causal_rows, run_layer
 from modules.core.learned import LearnedDrafter, rows_at
 from modules.core.losses import Head, TrainingRows
 from modules.core.narrow import NarrowLinear
+from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ class HeadDrafter(LearnedDrafter):
         memory = rows.take(starts)
         for depth in range(self.heads):
             tokens = rows.tokens_MK1[:, depth]
-            memory = self.step(depth, memory, tokens, target)
-            yield self.feature(depth, memory, tokens, target)
+            memory = recomputed(self.recompute, self.step, depth, memory, tokens, target)
+            yield recomputed(self.recompute, self.feature, depth, memory, tokens, target)
 
     # -- decoding ---------------------------------------------------------------------------------------------
 

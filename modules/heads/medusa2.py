@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modules.core.adapters import Adapters, LowRank
 from modules.core.batches import StateName, TextBatch
+from modules.core.counts import divisor
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Losses, Mean, TargetShape
 from modules.heads.medusa import Medusa
@@ -83,7 +84,7 @@ class Medusa2(Medusa):
         heads = super().loss(replace(batch, states={"final": final_BTH}), twin, progress)
         losses_M = self._language_losses(batch, target, twin, final_BTH)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
-        total = losses_M.sum() / count.clamp(min=1) + self.coefficient * self.ramp_up(progress) * heads.total
+        total = losses_M.sum() / divisor(count) + self.coefficient * self.ramp_up(progress) * heads.total
         return Losses(total, {**heads.metrics, "language_loss": Mean(losses_M.detach().sum(), count)})
 
     def _language_losses(self, batch: TextBatch, target: Target, twin: Target, final_BTH: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ class Independent(LearnedDrafter):
             last_B = state.unread_counts_B - 1
             state.root_BH = final_BPH[torch.arange(len(last_B), device=last_B.device), last_B]
             order = torch.arange(count, device=last_B.device).expand(len(last_B), -1)
-            state.cache.commit(order, state.unread_counts_B.tolist())
+            state.cache.commit(Accepted(order, state.unread_counts_B, state.newest_B))
             state.unread_BP, state.unread_counts_B = state.unread_BP[:, :0], torch.zeros_like(last_B)
         state.above_BRA = torch.zeros(len(state.newest_B), 1, 0, dtype=torch.bool, device=state.newest_B.device)
         return state.root_BH

@@ -36,7 +36,7 @@ class TokenRecycling(TextDrafter):
     """Keeps, for every token, the K most likely successors that the target predicted after it last, and drafts a fixed
     tree through them. Every verified node is recycled, accepted or not.
 
-    What is known stays from prompt to prompt (hot start); `forget` begins anew.
+    What is known stays from prompt to prompt (hot start), and with the drafter where it is saved; `forget` begins anew.
 
     Args:
         shape: the target's dimensions.
@@ -44,17 +44,19 @@ class TokenRecycling(TextDrafter):
         tokens: nodes drafted, unless a method's budget says otherwise (the paper: 80); a smaller tree keeps the most
             valuable nodes of the paper's.
         recycle_prompt: also recycle what the target predicts along the prompt (costs its LM head there).
+        cold: begin every batch of prompts with nothing known.
     """
 
     successors_VK: Tensor
 
-    def __init__(self, shape: TargetShape, successors: int = 8, tokens: int = 7, recycle_prompt: bool = False) -> None:
+    def __init__(self, shape: TargetShape, successors: int = 8, tokens: int = 7, recycle_prompt: bool = False,
+                 cold: bool = False) -> None:
         super().__init__(shape)
         if not 1 <= successors <= 8:
             raise ValueError(f"successors must lie between 1 and 8, got {successors}")
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.successors, self.tokens, self.recycle_prompt = successors, tokens, recycle_prompt
+        self.successors, self.tokens, self.recycle_prompt, self.cold = successors, tokens, recycle_prompt, cold
         paths = [path for path in TEMPLATE if max(path) < successors]
         self.paths: Sequence[Path] = sorted(paths, key=lambda path: -path_probability(path, [RANKS] * 6))
         self.register_buffer("successors_VK", torch.zeros(shape.vocab_size, successors, dtype=torch.int32))
@@ -74,7 +76,9 @@ class TokenRecycling(TextDrafter):
         self.successors_VK.zero_()
 
     def start(self, context: Context) -> TextState:
-        """The prompt, recycled if asked."""
+        """The prompt, recycled if asked; what earlier prompts gave goes on a cold start."""
+        if self.cold:
+            self.forget()
         if self.recycle_prompt:
             inside = torch.arange(context.input_ids_BT.shape[1], device=context.lengths_B.device)
             read_BT = inside < context.lengths_B[:, None]

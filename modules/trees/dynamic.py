@@ -54,15 +54,18 @@ class ThresholdTree:
                          torch.zeros(root.shape, device=root.device))
         remaining_B = torch.full_like(state.newest_B, budget)
         for depth in range(self.depth):
-            if int(remaining_B.max()) < 1:
+            most = int(remaining_B.max())
+            if most < 1:
                 break
             logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
-            remaining_B = remaining_B - self._level(growth, logits_BWD, drafter.vocabulary_D, remaining_B)
+            remaining_B = remaining_B - self._level(growth, logits_BWD, drafter.vocabulary_D, remaining_B, most)
         return _finish(growth, drafter.vocabulary_D)
 
-    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, remaining_B: Tensor) -> Tensor:
-        """Append the best children, `width` or what remains of the budget; returns how many each sequence took [B]."""
-        count = min(self.width, int(remaining_B.max()))
+    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, remaining_B: Tensor, most: int
+               ) -> Tensor:
+        """Append the best children, `width` or what remains of the budget (at most `most`); returns how many each
+        sequence took [B]."""
+        count = min(self.width, most)
         log_BWK, tokens_BWK = logits_BWD.log_softmax(-1).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
         joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)

@@ -5,7 +5,10 @@ Shape legend: B sequences, W frontier nodes, K children considered per node, D d
 
 from __future__ import annotations
 
+from math import log
+
 import torch
+from torch import Tensor
 
 from modules.core.drafter import Drafter, DraftState, Frontier
 from modules.trees.candidates import Candidates
@@ -20,16 +23,23 @@ class RerankedTree:
     probability, so the ancestors of what is kept are kept; ties go to the shallower node. Chosen by value,
     hence point masses.
 
+    With `least`, paths that the drafter finds less probable than that are neither expanded nor drafted: where it is
+    unsure it drafts few tokens and stops early, where it is sure many. A node is worth drafting when its probability
+    exceeds what a further row costs, in calls of one row (`python -m eval.latency`).
+
     Args:
         depth: levels. width: nodes expanded per level, and children considered of each.
+        least: smallest probability of a path; 0 drafts `budget` nodes always, as published.
     """
 
     law = Law.POINT
 
-    def __init__(self, depth: int = 6, width: int = 10) -> None:
+    def __init__(self, depth: int = 6, width: int = 10, least: float = 0.0) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"tree depth and width must be at least 1, got {depth} and {width}")
-        self.depth, self.width = depth, width
+        if not 0 <= least < 1:
+            raise ValueError(f"least must lie in [0, 1), got {least}")
+        self.depth, self.width, self.least = depth, width, least
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """The `budget` most probable candidates under the newest token."""
@@ -42,11 +52,22 @@ class RerankedTree:
             log_BWK, best_BWK = laws.topk(min(self.width, laws.shape[-1]), dim=-1)
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded
-            candidates.add(children, chosen, scores[..., None] + log_BWK)
-            scores, picked = candidates.scores[-1].topk(min(self.width, candidates.scores[-1].shape[1]), dim=1)
+            candidates.add(children, chosen, self._probable(scores[..., None] + log_BWK))
+            scores, picked = candidates.scores[-1].topk(self._promising(candidates.scores[-1]), dim=1)
+            if not picked.shape[1]:
+                break
             tokens, rows = candidates.tokens[-1].gather(1, picked), row + picked // log_BWK.shape[-1]
             chosen = first + picked
         if not candidates.count:
             return TokenTree.root(state.newest_B)
         drafted, topology, _ = candidates.best(root_B1, budget)
         return TokenTree(drafted, topology, vocabulary_D=drafter.vocabulary_D)
+
+    def _probable(self, scores_BWK: Tensor) -> Tensor:
+        """Scores, -inf where the path is less probable than `least`."""
+        return scores_BWK.masked_fill(scores_BWK < log(self.least), -torch.inf) if self.least else scores_BWK
+
+    def _promising(self, scores_BC: Tensor) -> int:
+        """How many nodes of a level are expanded: with `least`, as many as the sequence with the most has left."""
+        width = min(self.width, scores_BC.shape[1])
+        return min(width, int(scores_BC.isfinite().sum(1).max())) if self.least else width

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.core.batches import LabelledBatch, StateName
+from modules.core.counts import divisor
 from modules.core.drafter import Verified
 from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, TargetShape, Trainable
@@ -97,7 +98,7 @@ class Judge(Trainable):
         losses_M = F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="none")
         losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
         weights_M = class_weights(labels_M, self.largest_weight)
-        total = (weights_M * losses_M).sum() / weights_M.sum().clamp(min=1)
+        total = (weights_M * losses_M).sum() / divisor(weights_M.sum())
         return Losses(total, _metrics(losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M))
 
     def _labelled(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
@@ -182,9 +183,9 @@ def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
 
 
 def class_weights(labels_M: Tensor, largest: float) -> Tensor:
-    """1 for right tokens (label 1), n_right / n_wrong within [1, largest] for wrong ones [M]."""
+    """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for wrong ones [M]."""
     right = labels_M.sum()
-    ratio = (right / (len(labels_M) - right).clamp(min=1)).clamp(1, largest)
+    ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
     return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
 
 

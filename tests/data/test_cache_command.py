@@ -47,6 +47,21 @@ def test_states_can_be_named(target: Target, source: str, tmp_path: Path, monkey
     assert FeatureCache(folder, target.fingerprint(), [1, "pre_norm"]).manifest["states"] == ["1", "pre_norm"]
 
 
+def test_matrices_can_be_multiplied_in_bfloat16(target: Target, source: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        folder = str(tmp_path / precision)
+        assert command(["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
+                        folder, "--data.features_dtype", "float32", "--precision", precision]) == 0
+        cache = FeatureCache(folder, target.fingerprint(), ["final"])
+        documents = [key for shard in cache.manifest["shards"] for key, _ in shard["documents"]]
+        found[precision] = torch.cat([cache.read(key)["final"] for key in sorted(documents)])
+    distance = (found["bf16-mixed"] - found["32-true"]).norm() / found["32-true"].norm()
+    assert 0 < distance < 0.03
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--states", "[final]"], "data.features is not set"), (["--data.features", "x"], "states is not set"),
     (["--data.rows", "x"], "data.rows"), (["--data.trian", "x"], "trian"), (["--config", "none"], "--config 'none'"),
@@ -55,3 +70,19 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, source: str) 
     with pytest.raises(ValueError, match=message) as caught:
         command(["--data.train", source, *arguments])
     assert "\n" not in str(caught.value)
+
+
+def test_parts_of_the_work_fill_one_folder(target: Target, source: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    arguments = ["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
+                 str(tmp_path / "cache")]
+    found = []
+    for part in ("0/2", "1/2"):
+        assert command([*arguments, "--shard", part]) == 0
+        assert f"part {part} is written" in capsys.readouterr().out
+        shards = FeatureCache(tmp_path / "cache", target.fingerprint(), ["final"]).manifest["shards"]
+        found.append([key for shard in shards for key, _ in shard["documents"]])
+    assert 0 < len(found[0]) < 12 and len(found[1]) == len(set(found[1])) == 12
+    with pytest.raises(ValueError, match="--shard must be I/N with I from 0 to N - 1, got '2/2'"):
+        command([*arguments, "--shard", "2/2"])

@@ -12,6 +12,7 @@ import torch
 
 from eval import cli, evaluation, plots
 from eval.summary import METHOD_KEYS
+from modules.core import compiled
 from modules.core.target import Target
 from tests.fakes import tiny_target
 
@@ -120,6 +121,20 @@ def test_hugging_face_rows_and_a_training_free_drafter(tmp_path: Path) -> None:
     assert scripted["mean_accepted_tokens"] > 2 and scripted["lossless"] and scripted["builder"] == "own"
     assert methods()["hf_generate"]["engine"] == "transformers" and methods()["hf_generate"]["lossless"]
     assert methods()["hf_generate"]["mean_accepted_tokens"] is None
+
+
+def test_compiled_calls_are_asked_for_by_name_and_told_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                     ) -> None:
+    target = tiny_target()
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(evaluation, "load_target", lambda *_: target)
+    rows: list[Any] = [{"name": "scripted", "drafter": {"class_path": "tests.fakes.ScriptedDrafter"}}]
+    arguments = ["--config", config(tmp_path, rows), "--output", "out", "--limit", "1", "--compile"]
+    assert run(*arguments, "true") == 0
+    assert report()["settings"]["compile"] is True and all(row["lossless"] for row in report()["methods"])
+    assert target.compiled is not None and [width for width, _ in target.compiled.graphs] == [1, 4]
+    assert run(*arguments, "fast") == 2
 
 
 def test_later_turns_batches_and_repeats(tmp_path: Path) -> None:

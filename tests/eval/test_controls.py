@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.harness import Harness, units
 from eval.journal import Journal
 from eval.methods import Row
+from eval.metrics import TIE_GAP
 from eval.summary import summarise
 from eval.tasks import Prompt, Task
-from modules.core.drafter import Sampling
+from modules.core.drafter import Accepted, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.trees.tree import TokenTree
 from tests.eval.fakes import Replay
 from tests.eval.test_cli import config, methods, run, tiny
 from tests.fakes import ScriptedDrafter, ids_by_batch, many_prompts, tiny_target
@@ -43,6 +46,25 @@ def test_plain_decoding_against_itself_on_the_same_clock_is_exactly_one(tmp_path
     plain, again = (summary.figures for summary in summarise(rows, records))
     assert again["speedup"]["ci95"] == [1.0, 1.0] and again["lossless"]
     assert plain["quality"]["noise"] == {"micro": 1.0, "ci95": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-10), (torch.float32, TIE_GAP)])
+def test_one_prefix_scored_token_by_token_and_k_at_a_time(dtype: torch.dtype, apart: float) -> None:
+    """What plain decoding and verification think of the same tokens; in float32 within what counts as a tie."""
+    target = tiny_target(dtype=dtype)
+    answer = torch.randint(5, 128, (1, 24), generator=torch.Generator().manual_seed(4))
+    scored = {}
+    for width in (1, 2, 3, 4, 6, 8, 12, 24):
+        target.open(1, 64)
+        target.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
+        rows = []
+        for tokens in answer.split(width, 1):
+            rows.append(target.verify(TokenTree.chain(tokens)).logits_BNV[0])
+            target.commit(Accepted(torch.arange(width)[None], torch.tensor([width]), tokens[:, -1]))
+        scored[width] = torch.cat(rows)
+    for width, logits in scored.items():
+        assert (logits - scored[1]).abs().max() <= apart, width
+        assert torch.equal(logits.argmax(-1), scored[1].argmax(-1))
 
 
 @pytest.mark.parametrize("right", [None, 0.6])

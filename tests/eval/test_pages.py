@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from eval import plots
 from eval.html import Sample, page, shaded
-from eval.report import markdown
+from eval.report import HALF, markdown, outside
 from eval.summary import METHOD_KEYS
 from eval.text import pieces
 from tests.fakes import tiny_tokenizer
@@ -118,6 +120,25 @@ def test_the_page_is_self_contained_and_shows_a_failure() -> None:
         assert words in text
     assert "<script" not in text and "http-equiv" not in text and 'href="http' not in text.replace("xlink:", "")
     assert text.count("<svg") == 3
+
+
+def test_time_outside_of_forwards_is_told_where_phases_are_known() -> None:
+    seconds = {"prefill": 9.0, "draft": 2.0, "verify": 7.0, "accept": 0.5, "commit": 0.3, "other": 0.2}
+    known = method("ours", seconds_by_phase=seconds)
+    theirs = method("theirs", seconds_by_phase={**dict.fromkeys(seconds, 0.0), "other": 5.0})
+    assert outside(known) == pytest.approx(0.1) and outside(theirs) is None
+    text = markdown(report(known, theirs))
+    assert "| ours | 9.00 | 2.00 | 7.00 | 0.50 | 0.30 | 0.20 | 10.0% |" in text and "| 5.00 | – |" in text
+
+
+def test_the_less_repetitive_half_has_a_table_where_it_was_measured() -> None:
+    half = {"prompts": 2, "speedup": 1.2, "ci95": [1.1, 1.3], "mean_accepted_tokens": 1.4}
+    plain = method("autoregressive", 1.0, quality={"noise": {"micro": 1.0, "ci95": None}}, less_repetitive_half=half)
+    found = report(plain, method("lookup", less_repetitive_half=half), method("older"))
+    assert "| lookup | 1.20× | 1.10–1.30 | 1.40 | 2 |" in markdown(found)
+    text = page(found, None)
+    assert text.count(HALF) == 1 and text.count("<td>1.10–1.30</td>") == 1
+    assert HALF not in markdown(report(method("older"))) and HALF not in page(report(method("older")), None)
 
 
 def test_markdown_has_every_method_and_task() -> None:

@@ -52,7 +52,7 @@ RESUMED = {"terminated": "deepspeed_3", "one": "deepspeed_1"}
 
 
 def recipe(folder: Path, strategy: str, drafter: Any, devices: int, rows: int) -> Recipe:
-    """A few steps on conversations of one length, one to a row."""
+    """A few steps on conversations of different lengths, one to a row."""
     data = ConversationData(str(folder / "conversations.jsonl"), max_length=48, rows=rows, validation_fraction=0.1)
     settings = TrainerSettings(max_steps=STEPS, max_epochs=-1, accelerator="cpu", devices=devices, strategy=strategy,
                                log_every_n_steps=1, val_check_interval=STEPS)

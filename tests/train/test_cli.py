@@ -214,3 +214,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(tiny, recipe, tmp_
     assert one_line_run(command, arguments) == 2
     said = capsys.readouterr().err
     assert re.search(r"error: the (train|val) loss is (nan|inf) at step \d: lower optimizer.lr", said)
+
+
+def test_recomputed_activations_train_the_same_weights(tiny, recipe, tmp_path):
+    run(recipe, tmp_path / "kept")
+    run(recipe, tmp_path / "recomputed", "--trainer.activation_checkpointing", "true")
+    kept, recomputed = weights(tmp_path / "kept"), weights(tmp_path / "recomputed")
+    for name, tensor in kept.items():
+        torch.testing.assert_close(recomputed[name], tensor)

@@ -54,10 +54,10 @@ def alone(folder: Path, name: str, drafter, **place) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Conversations of one length."""
+    """Conversations of different lengths, too long for two in a row: the ranks' label counts differ in every step."""
     chance, path = random.Random(0), tmp_path_factory.mktemp("deepspeed")
     rows = [{"prompt": f"{chance.choice(['cat', 'mat', 'ran', 'red'])} {i:02d}?",
-             "response": f"{' '.join(chance.choices([word for word in WORDS if len(word) == 3], k=5))}"}
+             "response": f"{' '.join(chance.choices([word for word in WORDS if len(word) == 3], k=4 + i % 5))}"}
             for i in range(24)]
     (path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

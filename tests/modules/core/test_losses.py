@@ -82,6 +82,52 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) 
     torch.testing.assert_close(features.grad, again.grad)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch, learns: bool,
+                                                                    soft: bool) -> None:
+    """Every row has a weight of its own, known only afterwards; a frozen head runs once per chunk."""
+    torch.manual_seed(0)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=learns)
+    given = torch.randn(20, 4, dtype=torch.float64)
+    labels, flat, rows = torch.randint(-1, 7, (20,)), torch.randint(0, 20, (20,)), torch.randn(20, dtype=torch.float64)
+    law = torch.rand(20, 7, dtype=torch.float64).softmax(-1)
+    heads: list[int] = []
+
+    def gradients(chunk: int) -> list[torch.Tensor]:
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            heads.append(len(hidden))
+            return (hidden @ weight.T).tanh() * 3
+        monkeypatch.setattr(losses, "MAX_LOGITS", chunk)
+
+        features = given.clone().requires_grad_()
+        found, _ = losses.cross_entropy(features, head, labels, 7, (lambda f: law[f]) if soft else None, flat)
+        heads.append(-1)
+        (found * rows).square().sum().backward()
+        assert features.grad is not None
+        return [features.grad, *([weight.grad.clone()] if weight.grad is not None else [])]
+
+    hidden = given.clone().requires_grad_()
+    logits = (hidden @ weight.T).tanh() * 3
+    true = law[flat] if soft else torch.nn.functional.one_hot(labels.clamp(min=0), 7)
+    plain = -(true * logits.log_softmax(-1)).sum(-1).where(labels >= 0, 0.0)
+    expected = torch.autograd.grad((plain * rows).square().sum(), [hidden, *([weight] if learns else [])])
+    for chunk in (10 ** 6, 40, 1):
+        weight.grad = None
+        heads.clear()
+        for one, other in zip(gradients(chunk), expected, strict=True):
+            torch.testing.assert_close(one, other)
+        forward, backward = heads[:heads.index(-1)], heads[heads.index(-1) + 1:]
+        assert sum(forward) == 20 and sum(backward) == (20 if learns and chunk < 140 else 0)
+
+
+def test_no_rows_have_no_loss_and_a_gradient_of_nothing() -> None:
+    weight, features = torch.randn(7, 4), torch.randn(0, 4, requires_grad=True)
+    found, ranks = losses.cross_entropy(features, lambda hidden: hidden @ weight.T, torch.zeros(0).long(), 7)
+    found.sum().backward()
+    assert found.shape == ranks.shape == (0,) and features.grad is not None and features.grad.shape == (0, 4)
+
+
 def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
     found = losses.smooth_l1(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
     torch.testing.assert_close(found, torch.tensor([(0.5 * 0.25 + 2.5) / 2]))

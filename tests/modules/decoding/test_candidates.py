@@ -20,6 +20,6 @@ def test_rows_that_are_no_candidates_are_passed_over(rule, temperature):
         tree = TokenTree(tokens, Topology(parents), candidate_BN=torch.tensor([candidates]))
         return rule_named(rule)(tree, Verified(tree, logits), draws)
 
-    assert accepted(True, False, True, True, True).path_BA.tolist() == [[0, 3, 4]]
+    assert accepted(True, False, True, True, True).paths == [[0, 3, 4]]
     blocked = accepted(True, False, True, False, True)
     assert blocked.lengths_B.tolist() == [1] and blocked.next_B.tolist() == [1]

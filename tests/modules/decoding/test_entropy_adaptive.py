@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modules.core.drafter import Sampling
-from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.decoding.entropy_adaptive import EntropyAdaptive, entropy_bits
 from tests.fakes import tiny_target
 
@@ -18,6 +18,10 @@ PROMPT = [7, 8, 9, 7, 8]
 
 def plain(target, prompt: list[int], limit: int) -> list[int]:
     return SpeculativeDecoder(target).decode([prompt], Sampling(), limit)[0].ids
+
+
+def plain_trace(tokens: int) -> Trace:
+    return Trace(1, [9] * tokens, [False] * tokens)
 
 
 def test_entropy_is_in_bits() -> None:
@@ -39,7 +43,9 @@ def test_the_same_model_twice_is_plain_decoding_and_runs_are_long_enough(thresho
     assert trace.ids == plain(LARGE, PROMPT, 40)
     runs = [len(list(group)) for _, group in itertools.groupby(trace.drafted)]
     assert min(runs[:-1], default=3) >= 3
-    assert decoder.quality["large_share"] == pytest.approx(1 - sum(trace.drafted) / len(trace.ids))
+    assert decoder.quality_of([trace])["large_share"] == pytest.approx(1 - sum(trace.drafted) / len(trace.ids))
+    assert decoder.quality_of([trace, plain_trace(10)])["large_share"] == pytest.approx(1 - sum(trace.drafted) / 50)
+    assert decoder.quality_of([]) == {}
 
 
 def test_mistakes_are_refused() -> None:

@@ -1,14 +1,31 @@
 """The latency table covers the widths asked for and turns into break-even points."""
 
 import pytest
+import torch
 
-from modules.decoding.latency import LatencyTable, measure_latency
+from modules.decoding.latency import LatencyTable, measure_latency, stock_step
 from tests.fakes import tiny_target
 
 
 def test_every_width_is_measured():
     table = measure_latency(tiny_target(), widths=(1, 4), context=8, repeats=2)
     assert set(table.seconds) == {1, 4} and all(seconds > 0 for seconds in table.seconds.values())
+
+
+def test_hugging_faces_own_call_is_measured_in_turn_and_leaves_its_cache_as_it_was():
+    target = tiny_target()
+    assert measure_latency(target, widths=(1,), context=8, repeats=2).stock is None
+    found = measure_latency(target, widths=(1, 4), context=8, repeats=2, stock=True)
+    assert found.stock is not None and found.stock > 0 and set(found.seconds) == {1, 4}
+    ids, seen = torch.tensor([[7, 8, 9]]), []
+    target.stock.register_forward_hook(lambda *hooked: seen.append(hooked[-1].logits[0, -1]))
+    step = stock_step(target, ids)
+    step()
+    step()
+    with torch.no_grad():
+        expected = target.model(input_ids=torch.tensor([[7, 8, 9, 7]])).logits[0, -1]
+    for logits in seen[1:]:
+        torch.testing.assert_close(logits, expected)
 
 
 def test_break_even_counts_drafting():

@@ -249,6 +249,14 @@ def unordered():
                for tokens, chance in drafts(Q, law, 2))
 
 
+def raw_bonus(temperature=0.5):
+    """The warped target drafts for itself, so that every draft is accepted; the bonus token comes from raw logits."""
+    warped = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
+    accepted = emitted(warped, siblings((0,), Law.INDEPENDENT, warped), recursive_rounds)[1]
+    assert accepted == pytest.approx(1) and float((warped - P).abs().max()) > 0.02
+    return accepted * P + (1 - accepted) * warped, warped
+
+
 CONTROLS = {
     "unnormalised": [(unnormalised(), [0.4405, 0.3595, 0.15, 0.05])],
     "skip_duplicates": [(skip_duplicates(2), [0.463, 0.337, 0.15, 0.05]),
@@ -257,14 +265,15 @@ CONTROLS = {
                     (value_ratio(Law.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125])],
     "per_row": [(per_row(1), [0.75, 0.15, 0.075, 0.025]), (per_row(3), [0.9375, 0.0375, 0.01875, 0.00625])],
     "unordered": [(unordered(), None)],
+    "raw_bonus": [(raw_bonus()[0], None, raw_bonus()[1])],
 }
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_wrong_ways_change_the_law_and_are_refused_by_name(name):
-    for out, golden in CONTROLS[name]:
+    for out, golden, *wanted in CONTROLS[name]:
         assert float(out.sum()) == pytest.approx(1)
-        assert float((out - P).abs().max()) > 0.02
+        assert float((out - (wanted[0] if wanted else P)).abs().max()) > 0.02
         if golden is not None:
             torch.testing.assert_close(out, torch.tensor(golden).double(), rtol=0, atol=5e-5)
     with pytest.raises(ValueError, match=f"rule '{name}' is refused, it is not lossless"):

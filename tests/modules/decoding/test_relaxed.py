@@ -137,7 +137,7 @@ def test_the_longest_path_with_most_standard_tokens_wins():
     logits[..., 2] = 5
     tree = TokenTree(tokens, tree.topology)
     accepted = Everything()(tree, Verified(tree, logits), draws())
-    assert accepted.path_BA[0].tolist() == [0, 2, 5, 7]
+    assert accepted.paths[0] == [0, 2, 5, 7]
 
 
 def test_the_divergence_rule_needs_the_drafters_law(target, medusa):

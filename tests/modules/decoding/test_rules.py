@@ -233,6 +233,25 @@ def test_every_refused_way_fails_the_same_test(target, name):
     assert goodness(target, rule, builder, runs=2000, start=0, sharpness=2.5) < 1e-4
 
 
+class RawBonusRule(RatioRule):
+    """The token behind the last accepted draft is drawn from the raw logits."""
+
+    def __call__(self, tree, verified, draws):
+        raw = Draws(Sampling(temperature=1.0), draws.generators)
+        accepted = super().__call__(tree, verified, draws)
+        whole = accepted.lengths_B == tree.topology.depth.amax(1) + 1
+        bonus_B = raw.choose(accepted.at_last(verified.logits_BNV)[:, None])[:, 0]
+        return replace(accepted, next_B=torch.where(whole, bonus_B, accepted.next_B))
+
+
+def test_a_bonus_token_from_raw_logits_fails_the_same_test(target):
+    cold = Sampling(temperature=0.5)
+    assert goodness(target, RatioRule(), SampledChain(1), cold, start=1) > 1e-4
+    assert goodness(target, RawBonusRule(), SampledChain(1), cold, start=1) < 1e-4
+    with pytest.raises(ValueError, match="rule 'raw_bonus' is refused, it is not lossless: .* use 'ratio'"):
+        rule_named("raw_bonus")
+
+
 class AlwaysAccept(RatioRule):
     """Deliberately wrong: every draft is kept."""
 

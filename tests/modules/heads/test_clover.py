@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from modules.core.layers import causal_rows
 from modules.core.losses import training_rows
 from modules.heads.clover import AttentionDecoder
 from modules.heads.clover2 import Clover2
@@ -108,6 +109,36 @@ def test_clover2_starts_from_the_targets_parts() -> None:
     assert torch.equal(drafter.first.weight, torch.eye(32).double())
     assert torch.equal(drafter.later.weight[:, :32], torch.eye(32).double())
     assert float(drafter.later.weight[:, 32:].min()) >= 0 and float(drafter.later.weight[:, 32:].max()) <= 0.01
+
+
+@torch.no_grad()
+def test_clover2_without_layers_and_values_starts_as_the_targets_own_norm() -> None:
+    drafter = Clover2(TARGET.shape, 2, layers=0).double()
+    drafter.initialise(TARGET)
+    torch.nn.init.zeros_(drafter.start_attention.value.weight)
+    states, tokens = torch.randn(3, 4, 32, dtype=torch.float64) * 20, torch.randint(60, (3, 4))
+    memory = drafter.begin(states, tokens, TARGET, causal_rows(torch.zeros(3, dtype=torch.long), 4), None)
+    feature = drafter.feature(0, memory, tokens, TARGET)
+    torch.testing.assert_close(feature, TARGET.final_norm(states), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_clover2_scales_token_vectors_to_the_states_they_meet() -> None:
+    states, tokens = torch.randn(5, 32, dtype=torch.float64) * 20, torch.randint(60, (5,))
+    rows = TARGET.lm_head_rows(tokens)
+    scaled = Clover2(TARGET.shape, 2).vectors(tokens, states, TARGET)
+    torch.testing.assert_close(scaled.norm(dim=-1), states.norm(dim=-1))
+    torch.testing.assert_close(F.cosine_similarity(scaled, rows), torch.ones(5, dtype=torch.float64))
+    assert torch.equal(Clover2(TARGET.shape, 2, token_scale="head").vectors(tokens, states, TARGET), rows)
+
+
+def test_clover2_trains_the_maps_before_the_lm_head_more_slowly() -> None:
+    drafter = Clover2(TARGET.shape, 2, map_lr_scale=0.25)
+    rest, maps = drafter.parameter_groups()
+    assert (rest["lr_scale"], maps["lr_scale"]) == (1.0, 0.25)
+    assert [id(one) for one in maps["params"]] == [id(drafter.first.weight), id(drafter.later.weight)]
+    together = [id(one) for one in (*rest["params"], *maps["params"])]
+    assert sorted(together) == sorted(id(one) for one in drafter.declared_parameters())
 
 
 @torch.no_grad()

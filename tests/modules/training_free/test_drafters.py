@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from checkpoints.pretrained import load_pretrained, save_pretrained
+from checkpoints.provenance import Provenance
 from modules.core.drafter import Context, DraftState, Sampling
 from modules.core.trainable import TargetShape
 from modules.decoding.decoder import SpeculativeDecoder
@@ -96,9 +100,25 @@ def test_what_was_predicted_once_is_drafted_the_second_time() -> None:
     assert hot.ids == cold.ids and len(hot.accepted) < len(cold.accepted)
 
 
-def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes() -> None:
+def test_a_cold_start_knows_nothing_of_earlier_prompts() -> None:
+    """Every answer takes as many calls as the first time; hot, the second takes fewer."""
+    calls = {}
+    for cold in (True, False):
+        decoder = SpeculativeDecoder(TARGET, TokenRecycling(TARGET.shape, tokens=20, cold=cold))
+        calls[cold] = [len(decoder.decode([PROMPTS[1]], Sampling(), 40)[0].accepted) for _ in range(3)]
+    assert len(set(calls[True])) == 1 and calls[False][0] == calls[True][0] > calls[False][1]
+
+
+def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes_in_memory_and_on_disk(tmp_path: Path) -> None:
+    """And a drafter that is loaded again starts hot."""
     drafter = TokenRecycling(TargetShape(576, 49152, 30, 9, 3, 64, 1536))
     assert drafter.successors_VK.numel() * drafter.successors_VK.element_size() < 2e6
+    drafter.recycle(torch.tensor([5]), torch.arange(49152.0)[None])
+    save_pretrained(drafter, tmp_path, Provenance.of(TARGET))
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2e6
+    loaded = load_pretrained(tmp_path)
+    assert isinstance(loaded, TokenRecycling) and torch.equal(loaded.successors_VK, drafter.successors_VK)
+    assert loaded.successors_VK[5].tolist() == list(range(49151, 49143, -1))
 
 
 def test_sampled_output_keeps_the_targets_law() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -29,11 +30,16 @@ def candidates(table: torch.Tensor, root: int, depth: int, width: int) -> dict[t
     return seen
 
 
-def paths_of(tree, b: int) -> set[tuple[int, ...]]:
+def paths_by_node(tree, b: int) -> dict[int, tuple[int, ...]]:
     paths: dict[int, tuple[int, ...]] = {0: ()}
     for node in range(1, tree.size):
-        paths[node] = (*paths[int(tree.parents_BN[b, node])], int(tree.tokens_BN[b, node]))
-    return set(paths.values()) - {()}
+        above = int(tree.parents_BN[b, node])
+        paths[node] = (*paths.get(above, ()), int(tree.tokens_BN[b, node]))
+    return paths
+
+
+def paths_of(tree, b: int) -> set[tuple[int, ...]]:
+    return set(paths_by_node(tree, b).values()) - {()}
 
 
 @pytest.mark.parametrize("budget", [1, 3, 5])
@@ -49,6 +55,27 @@ def test_no_tree_of_that_size_is_more_probable(budget: int) -> None:
         closed = (tree for tree in itertools.combinations(seen, budget)
                   if all(path[:-1] in tree for path in tree if len(path) > 1))
         assert mass >= max(sum(torch.tensor(seen[path]).exp() for path in tree) for tree in closed) - 1e-6
+
+
+@pytest.mark.parametrize("least", [0.02, 0.1, 0.3, 0.9])
+def test_improbable_paths_are_neither_drafted_nor_expanded(least: float) -> None:
+    drafter = Table(SHAPE)
+    tree = RerankedTree(depth=3, width=3, least=least).build(drafter, state(), 8)
+    expanded = sum(frontier.tokens_BW.shape[1] for frontier in drafter.seen)
+    every = [candidates(drafter.table, b + 1, 3, 3) for b in range(2)]
+    assert expanded <= 1 + max(sum(math.exp(score) >= least for score in seen.values()) for seen in every)
+    for b, seen in enumerate(every):
+        probable = sorted((path for path in seen if math.exp(seen[path]) >= least), key=lambda path: -seen[path])
+        real = tree.acceptable_BN[b].nonzero()[:, 0].tolist()
+        found = {paths_by_node(tree, b)[node] for node in real} - {()}
+        assert found == set(probable[:8])
+
+
+def test_nothing_probable_is_a_tree_of_one_node() -> None:
+    drafter = Table(SHAPE)
+    drafter.table = torch.zeros(10, 10)
+    tree = RerankedTree(depth=3, width=3, least=0.5).build(drafter, state(), 8)
+    assert tree.size == 1 and len(drafter.seen) == 1
 
 
 def test_ties_keep_ancestors() -> None:
@@ -79,6 +106,8 @@ def test_every_expanded_row_names_its_parent() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         RerankedTree(0)
+    with pytest.raises(ValueError, match="least must lie"):
+        RerankedTree(3, 3, least=1.0)
 
 
 def test_one_level_is_the_likeliest_tokens_in_order() -> None:

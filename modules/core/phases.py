@@ -1,0 +1,74 @@
+"""Where the time of a training step goes: every moment is charged to the phase that was entered last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+
+class PhaseClock:
+    """Adds up seconds per phase between `start` and `stop`.
+
+    On a CUDA device every boundary waits for the device, so that phases own their kernels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.current = ""
+        self.running = False
+        self._cuda = device.type == "cuda"
+        self._since = 0.0
+
+    def start(self) -> None:
+        """Charge from now on."""
+        self.running, self._since = True, self._now()
+
+    def enter(self, phase: str) -> None:
+        """Charge what has passed to the phase so far, and what comes to this one."""
+        if self.running:
+            now = self._now()
+            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self._since
+            self._since = now
+        self.current = phase
+
+    def stop(self) -> None:
+        """Charge no more."""
+        self.enter(self.current)
+        self.running = False
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+_WATCHED: ContextVar[PhaseClock | None] = ContextVar("phase clock", default=None)
+
+
+@contextmanager
+def watched(clock: PhaseClock) -> Iterator[None]:
+    """Charge the phases of what runs inside to a clock."""
+    token = _WATCHED.set(clock)
+    try:
+        yield
+    finally:
+        _WATCHED.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Charge what runs inside to a phase, if a clock is watching."""
+    clock = _WATCHED.get()
+    if clock is None:
+        yield
+        return
+    before = clock.current
+    clock.enter(name)
+    try:
+        yield
+    finally:
+        clock.enter(before)

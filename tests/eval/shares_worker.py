@@ -1,0 +1,16 @@
+"""One process of an evaluation on a tiny target, as `torchrun` would start it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from eval import cli, evaluation, plots
+from tests.fakes import tiny_target
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_target", lambda *_: tiny_target())
+        patch.setattr(plots, "svg", lambda *_: "<svg></svg>")
+        cli.main(sys.argv[1:])
