@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -129,6 +130,7 @@ class ConversationData(LightningDataModule):
         features_dtype: of a new cache.
         seed: of packing and order.
         workers: processes that prepare batches.
+        max_training_tokens: train on the first so many response tokens of what is not held out (null: all).
     """
 
     batches: ClassVar[type[Batches]] = Batches
@@ -138,11 +140,12 @@ class ConversationData(LightningDataModule):
                  validation_split: str = "validation", validation_fraction: float = 0.05, max_length: int = 1024,
                  rows: int = 2, max_response_tokens: int | None = None, max_validation_tokens: int | None = None,
                  features: str | None = None, features_dtype: CacheDtype = "bfloat16", seed: int = 0,
-                 workers: int = 0) -> None:
+                 workers: int = 0, max_training_tokens: int | None = None) -> None:
         super().__init__()
         self.train, self.validation, self.split, self.validation_split = train, validation, split, validation_split
         self.validation_fraction, self.max_length, self.rows = validation_fraction, max_length, rows
         self.max_response_tokens, self.max_validation_tokens = max_response_tokens, max_validation_tokens
+        self.max_training_tokens = max_training_tokens
         self.features, self.seed, self.workers = features, seed, workers
         self.features_dtype: CacheDtype = features_dtype
         self.documents: list[Tokens] = []
@@ -153,7 +156,7 @@ class ConversationData(LightningDataModule):
 
     def _check(self) -> None:
         for name, least in (("max_length", 2), ("rows", 1), ("workers", 0), ("max_response_tokens", 1),
-                            ("max_validation_tokens", 1)):
+                            ("max_validation_tokens", 1), ("max_training_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} must be {least} or above, got {value}")
@@ -194,6 +197,7 @@ class ConversationData(LightningDataModule):
         else:
             self.documents = found
             self.held_out = self._tokenized(self.validation, self.validation_split, self.max_validation_tokens)
+        self.documents = first_tokens(self.documents, self.max_training_tokens)
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None
@@ -268,6 +272,12 @@ class ConversationData(LightningDataModule):
         """Share of the held-out assistant tokens that a draft vocabulary holds."""
         assert self._target is not None, "bind() the data to a target first"
         return coverage(self.held_out, vocabulary_D, self._target.shape.vocab_size)
+
+
+def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:
+    """The documents up to the one with which their response tokens reach `most`."""
+    before = accumulate((document.response_tokens for document in documents), initial=0)
+    return [document for document, tokens in zip(documents, before) if most is None or tokens < most]
 
 
 def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens], list[Tokens]]:

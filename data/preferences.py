@@ -29,7 +29,7 @@ from data.conversations import (
 )
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
-from data.solutions import frequent_wrong, is_problem, read_problem
+from data.solutions import Span, frequent_wrong, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName
 
 if TYPE_CHECKING:
@@ -48,19 +48,27 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Messages up to where the assistant is to speak, and two answers to them."""
+    """Messages up to where the assistant is to speak, and two answers to them.
+
+    error: characters of the first mistake in the rejected answer, where it is known.
+    """
 
     messages: list[Message]
     chosen: str
     rejected: str
+    error: Span | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone."""
+    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone.
+
+    errors: bool [T], tokens of the rejected document that are known to be wrong.
+    """
 
     chosen: Tokens
     rejected: Tokens
+    errors: Tensor
 
     def __len__(self) -> int:
         """T of the longer document."""
@@ -105,7 +113,8 @@ def read_preferences(row: dict[str, Any], where: str) -> list[Preference]:
     if is_problem(row):
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
-        return [Preference(asked, problem.right[0].text, wrong.text) for wrong in frequent_wrong(problem)]
+        return [Preference(asked, problem.right[0].text, wrong.text, wrong.error)
+                for wrong in frequent_wrong(problem)]
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
         return [_dialogues(*(_messages(prompt, turns, where) for turns in (chosen, rejected)))]
@@ -148,11 +157,27 @@ def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
 def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
                   ) -> Pair:
     """Both answers behind the target's chat template; `Skipped` when one leaves nothing to compare."""
-    sides = [_last_answer([*preference.messages, {"role": "assistant", "content": answer}], tokenizer, max_length,
-                          end_ids) for answer in (preference.chosen, preference.rejected)]
-    if sides[0].key == sides[1].key:
+    dialogues = [[*preference.messages, {"role": "assistant", "content": answer}]
+                 for answer in (preference.chosen, preference.rejected)]
+    chosen, rejected = (_last_answer(dialogue, tokenizer, max_length, end_ids) for dialogue in dialogues)
+    if chosen.key == rejected.key:
         raise Skipped("both answers are the same")
-    return Pair(*sides)
+    return Pair(chosen, rejected, error_tokens(rejected, preference, tokenizer))
+
+
+def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Tensor:
+    """bool [T]: tokens of the rejected document that touch the known error; none behind a template that rewrites
+    answers, where characters cannot be found again."""
+    found = torch.zeros(len(rejected), dtype=torch.bool)
+    if preference.error is None:
+        return found
+    start, end = preference.error
+    encoded = tokenizer(preference.rejected, add_special_tokens=False, return_offsets_mapping=True)
+    places = rejected.loss_mask.nonzero()[:len(encoded["input_ids"]), 0]
+    if rejected.input_ids[places].tolist() == encoded["input_ids"][:len(places)]:
+        touched = [first < end and start < last for first, last in encoded["offset_mapping"]]
+        found[places] = torch.tensor(touched)[:len(places)]
+    return found
 
 
 def _last_answer(messages: list[Message], tokenizer: Any, max_length: int, end_ids: Collection[int] | None) -> Tokens:
@@ -201,7 +226,12 @@ class PairBatches(Batches):
         return [[i] for i in range(len(self.documents))]
 
     def _collate(self, rows: list[list[Pair]]) -> PreferenceBatch:
-        return PreferenceBatch(collate([[pair.chosen] for pair, in rows]), collate([[pair.rejected] for pair, in rows]))
+        chosen, rejected = (collate([[side] for side in sides])
+                            for sides in zip(*((pair.chosen, pair.rejected) for pair, in rows), strict=True))
+        errors = torch.zeros_like(rejected.loss_mask)
+        for b, (pair,) in enumerate(rows):
+            errors[b, :len(pair.errors)] = pair.errors
+        return PreferenceBatch(chosen, rejected, errors=errors)
 
 
 class PreferenceData(ConversationData):

@@ -58,8 +58,8 @@ def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> Non
 
 
 def _check_method(method: Method, where: str) -> None:
-    for key in ("decoder", "builder", "rule"):
-        if getattr(method, key) is not None:
+    for key in ("decoder", "builder", "rule", "control"):
+        if getattr(method, key):
             raise ValueError(f"{where}: `{key}` belongs to this project's own loop: leave it out with engine 'vllm'")
     if method.budget == "auto":
         raise ValueError(f"{where}: budget 'auto' belongs to this project's own loop: give a number of drafted tokens")

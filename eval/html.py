@@ -9,8 +9,18 @@ from typing import Any
 
 from eval import plots
 from eval.contamination import overlap_lines
-from eval.report import COLUMNS, HALF, READING, caption, cells, failures, half_table, noise_lines
-from eval.scores import quality_table
+from eval.report import (
+    COLUMNS,
+    HALF,
+    READING,
+    caption,
+    cells,
+    drafting_table,
+    failures,
+    half_table,
+    noise_lines,
+)
+from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 
 STYLE = """
@@ -54,6 +64,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
         *_pictures(report["methods"], measured), *_halves(report["methods"]), *_qualities(report["methods"]),
+        *_drafting(report["methods"]),
         *_predictions(report["methods"]), *_sample(sample),
         *_overlaps(report["methods"]),
         f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
@@ -87,6 +98,16 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     header, lines = quality_table(methods)
     if lines:
         yield "<h2>Quality of answers</h2>" + table(header, lines)
+        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in control_lines(methods))
+        if plots.relaxed(methods):
+            yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
+                f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"
+
+
+def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = drafting_table(methods)
+    if lines:
+        yield "<h2>Drafting</h2>" + table(header, lines)
 
 
 def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -44,6 +44,8 @@ class Method:
         budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on a few embedded
             prompts and takes the one that promises most with this device's times.
         temperature: by default the evaluation's.
+        control: a negative control, which accepts too much on purpose: the report says whether its answers are found
+            worse than plain decoding's by the target's log likelihood.
     """
 
     name: str = ""
@@ -53,6 +55,7 @@ class Method:
     rule: str | dict[str, Any] | None = None
     budget: int | Literal["auto"] | None = None
     temperature: float | None = None
+    control: bool = False
 
     @property
     def label(self) -> str:
@@ -234,6 +237,8 @@ def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling) ->
         row = _decoder_row(method, label, target, own) if method.decoder is not None else _drafter_row(
             method, label, target, own, loaded)
         row.baseline = _baseline_for(row, rows)
+        if method.control:
+            row.quality = {**row.quality, "control": True}
         rows.append(row)
     return rows
 

@@ -146,6 +146,55 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
     return svg(draw, 5.6, 3.4, key)
 
 
+GAINS = {"mean_accepted_tokens": "tokens per target call (τ)", "speedup": "speedup over autoregressive"}
+"""What a relaxed rule gains, by key of a method."""
+
+
+def relaxed(methods: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Lossy rows whose quality was measured, by kind of rule and tree, from the one that gains least on."""
+    found: dict[str, list[Figures]] = {}
+    for method in methods:
+        if not method["claims_lossless"] and method["quality"].get("likelihood_against_plain"):
+            found.setdefault(f"{(method['rule'] or method['name']).split()[0]}, {method['builder']}", []).append(method)
+    return {name: sorted(rows, key=lambda row: _gain(row, "mean_accepted_tokens")) for name, rows in found.items()}
+
+
+def trade_off(methods: Sequence[Figures], key: str) -> str:
+    """Log likelihood per token against plain decoding over a gain (of `GAINS`): a curve for each kind of rule over its
+    settings, the lossless rows on the line of no loss."""
+    curves = relaxed(methods)
+
+    def draw(axes: Axes) -> None:
+        for index, (name, rows) in enumerate(curves.items()):
+            _curve(axes, name, rows, key, COLOURS[index % len(COLOURS)])
+        for method in methods:
+            if method["claims_lossless"] and method["builder"]:
+                axes.plot(_gain(method, key), 0.0, marker="*", markersize=9, color="#39404d")
+                axes.annotate(method["name"], (_gain(method, key), 0.0), (3, 4), textcoords="offset points", fontsize=7)
+        axes.axhline(0.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xlabel(GAINS[key])
+        axes.set_ylabel("log likelihood per token,\nagainst plain decoding")
+        figure_of(axes).legend(loc="outside upper left", ncols=2)
+
+    return svg(draw, 5.6, 3.8, f"trade-off {key}")
+
+
+def _curve(axes: Axes, name: str, rows: Sequence[Figures], key: str, colour: str) -> None:
+    entries = [row["quality"]["likelihood_against_plain"] for row in rows]
+    places, heights = [_gain(row, key) for row in rows], [entry["difference"] for entry in entries]
+    bounds = [entry["ci95"] or (height, height) for entry, height in zip(entries, heights)]
+    errors = [[h - low for h, (low, _) in zip(heights, bounds)], [high - h for h, (_, high) in zip(heights, bounds)]]
+    axes.errorbar(places, heights, np.maximum(errors, 0), marker="o", markersize=3, elinewidth=0.8, label=name,
+                  color=colour)
+    for row, place, height in zip(rows, places, heights):
+        axes.annotate(row["name"], (place, height), (3, 3), textcoords="offset points", fontsize=7, color=colour)
+
+
+def _gain(method: Figures, key: str) -> float:
+    value = method[key]
+    return float((value["micro"] if isinstance(value, Mapping) else value) or 0.0)
+
+
 def time_per_phase(methods: Sequence[Figures]) -> str:
     """Milliseconds of decoding per new token, by phase."""
     def draw(axes: Axes) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from checkpoints.provenance import command_line, git_revision, package_versions
 from eval.contamination import overlap_lines
 from eval.repetition import KEY as LESS_REPETITIVE
-from eval.scores import quality_table
+from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary
 from modules.core.target import Target
@@ -211,7 +211,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join([
         "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-        *_halves(methods), *_predictions(methods), *_qualities(methods),
+        *_halves(methods), *_predictions(methods), *_qualities(methods), *_drafting(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
         "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),
         "## Reading", READING]) + "\n"
@@ -255,7 +255,22 @@ def _overlaps(methods: Sequence[Figures]) -> list[str]:
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:
     header, rows = quality_table(methods)
-    return ["## Quality of answers", _table(header, rows)] if rows else []
+    return ["## Quality of answers", _table(header, rows), *control_lines(methods)] if rows else []
+
+
+def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the methods that draft: nodes of a call, and what they cost."""
+    header = ["method", "drafted tokens a call", "ms a call", "ms a drafted token", "τ", "drafter's parameters"]
+    drafting = [(method, method["quality"]) for method in methods if "draft_seconds_per_node" in method["quality"]]
+    return header, [[method["name"], number(own["drafted_nodes_per_call"]),
+                     number(1e3 * own["draft_seconds_per_node"] * own["drafted_nodes_per_call"]),
+                     number(1e3 * own["draft_seconds_per_node"]), number(method["mean_accepted_tokens"]),
+                     f"{method['drafter_parameters'] or 0:,}"] for method, own in drafting]
+
+
+def _drafting(methods: Sequence[Figures]) -> list[str]:
+    header, rows = drafting_table(methods)
+    return ["## Drafting", _table(header, rows)] if rows else []
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:

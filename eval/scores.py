@@ -47,17 +47,63 @@ class Scoring:
         return {name for row in lossy for name in (row.name, row.baseline)}
 
 
-def quality_figures(target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Agreement:
+    """What the target thinks of an answer: the sums over its tokens of their log probability at temperature 1, and of
+    whether each was its first choice."""
+
+    likelihood: float
+    first_choices: float
+    tokens: int
+
+
+def agreements(target: Target, answers: Answers) -> dict[str, Agreement]:
+    """Of every answer that has a token, by prompt; one pass of the target each."""
+    return {prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids}
+
+
+def _agreement(target: Target, answer: Record) -> Agreement:
+    logits_TV = teacher_forced_logits(target, answer.prompt_ids, answer.trace.ids)
+    ids_T = torch.tensor(answer.trace.ids)
+    likelihood = logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).double().sum()
+    return Agreement(float(likelihood), float((logits_TV.argmax(-1) == ids_T).sum()), len(ids_T))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row's answers, and the target's agreement with them."""
+
+    answers: Answers
+    agreements: Mapping[str, Agreement]
+
+
+def quality_figures(target: Target, own: Answered, plain: Answered, checks: Mapping[str, Check]) -> dict[str, Any]:
     """Scores by metric against plain decoding's, and agreement with the target.
 
     target_log_likelihood: mean natural log probability, at temperature 1, that the target gives to an emitted token.
+    likelihood_against_plain: the mean of each answer, less that of plain decoding's answer to the same prompt.
     argmax_share: of the emitted tokens that are the target's first choice after what was emitted before.
     common_prefix: mean share of plain decoding's answer before the first difference.
     """
-    likelihood, first_choices = _agreement(target, answers)
-    prefixes = [common_prefix(answer.trace.ids, plain[prompt].trace.ids) for prompt, answer in answers.items()]
-    found: dict[str, Any] = {"target_log_likelihood": likelihood, "argmax_share": first_choices,
-                             "common_prefix": fmean(prefixes)}
+    found: dict[str, Any] = {**_likelihoods(own.agreements, plain.agreements), "common_prefix": fmean(
+        common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids) for prompt, answer in own.answers.items())}
+    found |= _scored(target, own.answers, plain.answers, checks)
+    return found
+
+
+def _likelihoods(own: Mapping[str, Agreement], plain: Mapping[str, Agreement]) -> dict[str, Any]:
+    tokens = sum(one.tokens for one in own.values())
+    if not tokens:
+        return {"target_log_likelihood": None, "argmax_share": None}
+    both = [prompt for prompt in own if prompt in plain]
+    means, others = ([each[prompt].likelihood / each[prompt].tokens for prompt in both] for each in (own, plain))
+    return {"target_log_likelihood": sum(one.likelihood for one in own.values()) / tokens,
+            "likelihood_against_plain": paired_outcome(means, others) if both else None,
+            "argmax_share": sum(one.first_choices for one in own.values()) / tokens}
+
+
+def _scored(target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for metric in dict.fromkeys(check.metric for check in checks.values()):
         asked = [prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric]
         if asked:
@@ -65,20 +111,6 @@ def quality_figures(target: Target, answers: Answers, plain: Answers, checks: Ma
                           for each in (answers, plain))
             found[metric] = {"mean": fmean(own), "prompts": len(asked), **paired_outcome(own, other)}
     return found
-
-
-def _agreement(target: Target, answers: Answers) -> tuple[float | None, float | None]:
-    """Mean log likelihood per emitted token and share of first choices, over all tokens of all answers."""
-    total = agreeing = 0.0
-    count = 0
-    for answer in answers.values():
-        if answer.trace.ids:
-            logits_TV = teacher_forced_logits(target, answer.prompt_ids, answer.trace.ids)
-            ids_T = torch.tensor(answer.trace.ids)
-            total += float(logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).double().sum())
-            agreeing += float((logits_TV.argmax(-1) == ids_T).sum())
-            count += len(ids_T)
-    return (total / count, agreeing / count) if count else (None, None)
 
 
 def _text(target: Target, answer: Record) -> str:
@@ -93,7 +125,7 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
     metrics = [name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)]
     header = ["method", *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics), "log likelihood per token",
-              "target's first choice", "same beginning"]
+              "against plain decoding", "target's first choice", "same beginning"]
     return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
                      *_agreement_cells(method["quality"])] for method in measured]
 
@@ -106,4 +138,25 @@ def _score_cell(entry: Mapping[str, Any] | None) -> str:
 
 def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
     values = [quality[key] for key in ("target_log_likelihood", "argmax_share", "common_prefix")]
-    return ["–" if value is None else f"{value:.3f}" for value in values]
+    cells = ["–" if value is None else f"{value:.3f}" for value in values]
+    return [cells[0], _difference_cell(quality.get("likelihood_against_plain")), *cells[1:]]
+
+
+def _difference_cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    bounds = "" if entry["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*entry["ci95"])
+    return f"{entry['difference']:+.3f}{bounds}: {entry['verdict']}"
+
+
+def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of every negative control (`Method.control`): whether the target's log likelihood tells it from plain decoding.
+
+    Where it does not, the measure cannot tell a bad answer from a good one on these prompts.
+    """
+    found = [(method["name"], method["quality"]["likelihood_against_plain"]) for method in methods
+             if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")]
+    return [f"control: {name} is {'found worse' if entry['verdict'] == 'loss' else 'NOT found worse'} than plain "
+            f"decoding, log likelihood per token {_difference_cell(entry)}"
+            + ("" if entry["verdict"] == "loss" else "; do not rely on the quality figures, ask more prompts")
+            for name, entry in found]

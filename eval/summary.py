@@ -14,7 +14,7 @@ from eval.methods import Row
 from eval.metrics import Identity, Speed
 from eval.repetition import KEY as LESS_REPETITIVE
 from eval.repetition import less_repetitive
-from eval.scores import Scoring, quality_figures
+from eval.scores import Answered, Scoring, agreements, quality_figures
 from eval.speed_model import Calls, latency_per_sequence, speed_model
 from modules.decoding.clock import PHASES
 from modules.decoding.decoder import Trace
@@ -42,8 +42,12 @@ def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring |
     tables, scored = measure_tables(rows, folded), scoring.chosen(rows)
     found = [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
                       tables.get((id(row.target), row.batch_size))) for row in rows]
-    for one in (one for one in found if one.row.name in scored):
-        one.figures["quality"] |= quality_figures(one.row.target, one.answers, folded[one.row.baseline], scoring.usable)
+    judged = {row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
+              for row in rows if row.name in scored}
+    for row, one in zip(rows, found, strict=True):
+        if row.name in scored:
+            one.figures["quality"] |= quality_figures(row.target, judged[row.name], judged[row.baseline],
+                                                      scoring.usable)
     return found
 
 
@@ -197,7 +201,9 @@ def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict
     found: dict[str, Any] = {**row.quality, **(told([record.trace for record in own]) if told else {})}
     nodes = [count for record in own if not record.again for count in record.trace.nodes]
     if any(nodes):
+        drafting = sum(record.trace.seconds.get("draft", 0.0) for record in own if not record.again)
         found["drafted_nodes_per_call"] = sum(nodes) / len(nodes)
+        found["draft_seconds_per_node"] = drafting / sum(nodes)
     flips = [verdict.flips for verdict in verdicts.values() if verdict.flips is not None]
     if flips:
         found["flip_rate"] = sum(flips) / len(flips)

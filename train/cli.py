@@ -34,6 +34,8 @@ _ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan"
 _FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite",
           "plan", "profile")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
+_SHOWN = ("val/loss", "probe/tau", "val/preference_accuracy", "val/reward_margin")
+"""Figures that the last line of a training tells, besides what was found on the held-out data in the end."""
 _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
 
 
@@ -169,7 +171,8 @@ def write_config(place: Place) -> None:
 def report(folder: Path) -> None:
     """The last lines of a training."""
     measured = json.loads((folder / PROVENANCE).read_text())["measured"]
-    shown = [f"{name} {measured[name]:.4f}" for name in ("val/loss", "probe/tau") if name in measured]
+    names = [*_SHOWN, *(name for name in measured if name.startswith("held_out/"))]
+    shown = [f"{name} {measured[name]:.4f}" for name in names if name in measured]
     print(f"trained: {folder}  {'  '.join(shown)}")
 
 

@@ -320,11 +320,12 @@ def resume_point(output: Path, resume: str) -> Path:
 
 def _lasting(section: Any) -> Any:
     """A section without what may change: rows per process (the batches check their product with the processes), where
-    states are cached, and who prepares batches."""
+    states are cached, who prepares batches, and keys that say nothing (a run may be older than they are)."""
     if not isinstance(section, Mapping) or "init_args" not in section:
         return section
     free = ("rows", "workers", "features", "features_dtype")
-    return {**section, "init_args": {k: v for k, v in section["init_args"].items() if k not in free}}
+    kept = {k: v for k, v in section["init_args"].items() if k not in free and v is not None}
+    return {**section, "init_args": kept}
 
 
 def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:

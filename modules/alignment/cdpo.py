@@ -5,19 +5,27 @@ Shape legend: B pairs, T tokens of a row, M tokens that count, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from modules.alignment.highlight import TokenScores, highlight_page
-from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens, counted
+from modules.alignment.preference import (
+    PreferenceTrainable,
+    Response,
+    RowCache,
+    at_tokens,
+    counted,
+    reference_log_probabilities,
+)
 from modules.alignment.token_dpo import contrastive_law, critical_dpo_loss, positionwise_dpo_loss
 from modules.core.adapters import FEED_FORWARD, Adapters
 from modules.core.batches import PreferenceBatch, TextBatch
 from modules.core.counts import divisor
 from modules.core.losses import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
+from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, Stage, TargetShape, Trainable
 
 if TYPE_CHECKING:
@@ -138,20 +146,45 @@ class CDPO(PreferenceTrainable):
         return critical_dpo_loss(chosen.ratio_BT, rejected.ratio_BT, scores_BT, self.beta), shown
 
     def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
-        """A page that shows the critical tokens of the held-out wrong trajectories."""
+        """A page that shows the critical tokens of the held-out wrong trajectories; where their errors are known, how
+        well the scores find them, beside the target's own surprise at each token."""
         shown: list[TokenScores] = []
+        known: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in batches:
             scores_BT = self.scores(batch.rejected, target)
-            shown += token_scores(batch.rejected, scores_BT, target)
-        return Outcome(pages={PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
+            errors_BT = torch.zeros_like(batch.rejected.loss_mask) if batch.errors is None else batch.errors
+            surprise_BT = -self._references(batch.rejected, target, reference_log_probabilities)
+            shown += token_scores(batch.rejected, scores_BT, errors_BT, target)
+            known += [(1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row])
+                      for b, row in enumerate(counted(batch.rejected)) if bool(errors_BT[b, row].any())]
+        return Outcome(error_figures(known), {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
 
 
-def token_scores(text: TextBatch, scores_BT: Tensor, target: Target) -> list[TokenScores]:
-    """Each row's prompt, and its response token by token with its scores."""
+def error_figures(responses: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    """How well two rankings of the tokens of wrong responses find their known errors; nothing without responses.
+
+    criticality_auc: how often an error's token is more critical than another token of any of the responses.
+    surprise_auc: the same for −log p of the target, which needs no estimator. most_critical_is_error: share of the
+    responses whose most critical token is an error's. known_errors: responses.
+
+    Args:
+        responses: criticality 1 − s [T], −log p [T] and which tokens are errors (bool [T]) of each.
+    """
+    if not responses:
+        return {}
+    critical_M, surprise_M, errors_M = (torch.cat(parts) for parts in zip(*responses, strict=True))
+    first = [float(errors_T[critical_T.argmax()]) for critical_T, _, errors_T in responses]
+    return {"held_out/criticality_auc": area_under_curve(critical_M, errors_M),
+            "held_out/surprise_auc": area_under_curve(surprise_M, errors_M),
+            "held_out/most_critical_is_error": sum(first) / len(first), "held_out/known_errors": float(len(first))}
+
+
+def token_scores(text: TextBatch, scores_BT: Tensor, errors_BT: Tensor, target: Target) -> list[TokenScores]:
+    """Each row's prompt, and its response token by token with its scores and known errors."""
     found = []
-    for ids, scored, scores in zip(text.input_ids, counted(text), scores_BT):
+    for ids, scored, scores, errors in zip(text.input_ids, counted(text), scores_BT, errors_BT):
         if scored.any():
             prompt = target.tokenizer.decode(ids[:int(scored.int().argmax())].tolist(), skip_special_tokens=True)
             pieces = [target.tokenizer.decode([token]) for token in ids[scored].tolist()]
-            found.append(TokenScores(prompt, pieces, scores[scored].tolist()))
+            found.append(TokenScores(prompt, pieces, scores[scored].tolist(), errors[scored].tolist()))
     return found

@@ -68,6 +68,8 @@ class PreferenceBatch:
     chosen_reference: Tensor | None = None
     """Cached log-probabilities of the reference model [B,T], if computed."""
     rejected_reference: Tensor | None = None
+    errors: Tensor | None = None
+    """bool [B,T]: tokens of the rejected answers that are known to be wrong, where any are."""
 
 
 @dataclass

@@ -186,19 +186,24 @@ class TypicalRule:
     """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))).
 
     Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token is the target's
-    argmax, as in the release; at temperature 0 this is argmax matching.
+    argmax, as in the release; at temperature 0 this is argmax matching, unless the law is left as it is there.
+
+    Args:
+        epsilon, delta: above.
+        soft: at temperature 0, look at the target's unwarped law.
     """
 
     name, lossless = "typical", False
     laws: frozenset[Law] = EVERY_LAW
     states: tuple[StateName, ...] = ()
 
-    def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
-        self.epsilon, self.delta = epsilon, delta
+    def __init__(self, epsilon: float = 0.09, delta: float = 0.3, soft: bool = False) -> None:
+        self.epsilon, self.delta, self.soft = epsilon, delta, soft
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Threshold every node by its parent's entropy."""
-        law_BNV = draws.law(verified.logits_BNV)
+        unwarped = self.soft and draws.sampling.temperature == 0
+        law_BNV = verified.logits_BNV.double().softmax(-1) if unwarped else draws.law(verified.logits_BNV)
         entropy_BN = -(law_BNV * (law_BNV + 1e-5).log()).sum(-1)
         threshold_BN = torch.minimum(torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp())
         parents = tree.parents_BN.clamp(min=0)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from modules.core.batches import LabelledBatch, StateName
 from modules.core.counts import divisor
 from modules.core.drafter import Verified
+from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, TargetShape, Trainable
 from modules.decoding.relaxed import RelaxedRule
 from modules.decoding.rules import Draws
@@ -120,13 +121,19 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
-        """Set the threshold on held-out tokens; the area under the curve over all of them, and errors at it."""
-        found = [self._labelled(batch) for batch in batches]
-        scores_M = self.scores(torch.cat([states for states, _ in found])).double()
-        right_M = torch.cat([labels for _, labels in found]) > 0.5
+        """Set the threshold on held-out tokens; the area under the curve over all of them, and errors at it.
+
+        `auc_numbers` looks at tokens with a digit alone: where all errors are numbers, knowing a number when it sees
+        one would be enough for a good area over all tokens.
+        """
+        found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask]) for batch in batches]
+        states_MH, labels_M, ids_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
+        numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
         self.threshold.fill_(calibrated_threshold(scores_M, right_M, self.precision))
         kept_M = scores_M >= self.threshold.double()
         return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
+                        "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
                         "held_out/threshold": float(self.threshold),
                         "held_out/accepted_right": _share(kept_M[right_M]),
                         "held_out/accepted_wrong": _share(kept_M[~right_M])})
@@ -169,22 +176,17 @@ class JudgeRule(RelaxedRule):
 # -- pure functions -----------------------------------------------------------------------------------------------
 
 
+def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
+    """Those of the ids whose text holds a digit, each once."""
+    kept = [token for token in ids_M.unique().tolist() if any(map(str.isdigit, target.tokenizer.decode([token])))]
+    return ids_M.new_tensor(kept)
+
+
 def class_weights(labels_M: Tensor, largest: float) -> Tensor:
     """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for wrong ones [M]."""
     right = labels_M.sum()
     ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
     return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
-
-
-def area_under_curve(scores_M: Tensor, right_M: Tensor) -> float:
-    """How often a right token scores above a wrong one, ties counting half; 0.5 when one class is missing."""
-    right, wrong = int(right_M.sum()), int((~right_M).sum())
-    if not right or not wrong:
-        return 0.5
-    _, order_M, counts = scores_M.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0)
-    ranks_M = (ends - (counts - 1) / 2)[order_M]
-    return float((ranks_M[right_M].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:

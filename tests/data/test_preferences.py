@@ -102,6 +102,22 @@ def test_batches_hold_a_pair_to_a_row(tmp_path):
     assert data.summary()["documents"] == seen and not (tmp_path / "unused").exists()
 
 
+def test_the_tokens_of_a_known_error_are_marked(tmp_path):
+    file = tmp_path / "solutions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(8)), encoding="utf-8")
+    data = PreferenceData(str(file), validation_fraction=0.2, max_length=512, rows=2)
+    data.bind(tiny_target())
+    wrong = {row["question"]: row["wrong"][slice(*row["error"])] for row in embedded_problems(8)}
+    tokenizer, found = tiny_tokenizer(), []
+    for batch in data.train_dataloader():
+        assert bool((batch.errors <= batch.rejected.loss_mask).all())
+        for ids, errors in zip(batch.rejected.input_ids, batch.errors):
+            found.append("".join(tokenizer.decode([token]) for token in ids[errors].tolist()))
+    assert len(found) == len(data.documents) and set(found) <= set(wrong.values()) and all(found)
+    (pair,) = tokenize_pairs(iter([{"prompt": "say a", "chosen": "a", "rejected": "b"}]), "rows", tokenizer, 64)
+    assert not bool(pair.errors.any())
+
+
 def embedded(source: str) -> Iterator[dict[str, Any]]:
     return read_jsonl(EMBEDDED_PAIRS if source == "embedded" else EMBEDDED_SOLUTIONS)
 

@@ -73,9 +73,13 @@ def test_an_honest_evaluation(tmp_path: Path) -> None:
     assert right["accepted_length_histogram"][3] > 0 == sum(right["accepted_length_histogram"][:3])
     assert right["seconds_by_phase"]["prefill"] == pytest.approx(4 * 0.5)
     assert right["seconds"] == pytest.approx(right["seconds_by_phase"]["draft"] * 5)
+    assert right["quality"]["drafted_nodes_per_call"] == 3
+    assert "draft_seconds_per_node" not in rows["autoregressive"]["quality"]
+    assert right["quality"]["draft_seconds_per_node"] == pytest.approx(0.02 / 3)
     assert set(right["by_task"]) == {"a", "b"} and right["by_task"]["a"]["prompts"] == 2
     for name in ("report.md", "report.html"):
         text = (Path("out") / name).read_text()
+        assert "drafted tokens a call" in text and "6.67" in text
         assert "alwaysright" in text and "question 0" not in text and "src=" not in text and "href=\"http" not in text
 
 

@@ -86,6 +86,32 @@ def test_accepted_lengths_are_shares_of_calls() -> None:
     assert ElementTree.fromstring(picture).tag.endswith("svg") and ">a<" in picture and ">none<" not in picture
 
 
+def relaxed_rows() -> list[dict[str, Any]]:
+    """A lossless row, and rules that are the worse the more they let through."""
+    def row(name: str, rule: str, tau: float, difference: float) -> dict[str, Any]:
+        paired = {"difference": difference, "ci95": [difference - 0.1, difference + 0.1], "verdict": "loss"}
+        quality = {"target_log_likelihood": -1.0, "likelihood_against_plain": paired, "argmax_share": 0.9,
+                   "common_prefix": 0.5}
+        return method(name, rule=rule, builder="StaticTree", claims_lossless=False, lossless=False, quality=quality,
+                      mean_accepted_tokens=tau)
+    return [method("clover", builder="StaticTree"), row("judge_0", "judge 0", 4.0, -2.0),
+            row("judge_0.9", "judge 0.9", 2.3, -0.1), row("top_2", "top_k 2", 2.6, -0.3)]
+
+
+def test_what_relaxing_costs_is_a_curve_for_every_kind_of_rule() -> None:
+    rows = relaxed_rows()
+    curves = plots.relaxed(rows)
+    assert {name: [row["name"] for row in curve] for name, curve in curves.items()} == {
+        "judge, StaticTree": ["judge_0.9", "judge_0"], "top_k, StaticTree": ["top_2"]}
+    for key in plots.GAINS:
+        picture = plots.trade_off(rows, key)
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+        assert all(f">{name}<" in picture for name in ("clover", "judge_0", "judge_0.9", "top_2", "judge, StaticTree"))
+    text = page(report(method("autoregressive", 1.0, builder="", acceptance_by_depth=[]), *rows), None)
+    assert "What relaxing costs" in text and "-2.000 (-2.100 to -1.900): loss" in text
+    assert "What relaxing costs" not in page(report(method("one")), None)
+
+
 def test_the_page_is_self_contained_and_shows_a_failure() -> None:
     bad = method("liar", lossless=False)
     baseline = method("autoregressive", 1.0, quality={"noise": {"micro": 1.01, "ci95": None}}, acceptance_by_depth=[])

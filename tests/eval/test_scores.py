@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.scores import Scoring
+from eval.scores import Scoring, control_lines
 from tests.eval.test_cli import FAKE, methods, run, tiny
 
 __all__ = ["tiny"]
@@ -30,8 +30,27 @@ def test_lossy_rows_and_their_baseline_are_scored(tmp_path: Path) -> None:
     assert lossy["argmax_share"] < 1.0 and lossy["common_prefix"] == pytest.approx(0.5, abs=0.1)
     assert lossy["target_log_likelihood"] < plain["target_log_likelihood"] < 0
     assert lossy["exact_match"]["prompts"] == 3 and "verdict" in lossy["exact_match"]
+    paired = lossy["likelihood_against_plain"]
+    assert paired["loss"] == 3 and paired["verdict"] == "loss" and paired["difference"] < paired["ci95"][1] < 0
+    assert plain["likelihood_against_plain"]["difference"] == 0 and plain["likelihood_against_plain"]["tie"] == 3
     for name in ("report.md", "report.html"):
         assert "exact match (win/tie/loss)" in (Path("out") / name).read_text()
+
+
+@pytest.mark.parametrize(("fake", "words"), [("HonestlyLossy", "is found worse"),
+                                             ("AlwaysRight", "is NOT found worse")])
+def test_a_negative_control_is_found_worse_or_the_report_says_so(fake: str, words: str, tmp_path: Path, capsys) -> None:
+    arguments = gsm8k(tmp_path)
+    rows = [{"name": "spoilt", "decoder": {"class_path": FAKE + fake}, "control": True}]
+    (tmp_path / "config.yaml").write_text(json.dumps({"methods": rows, "max_new_tokens": 12, "dtype": "float64"}))
+    assert run(*arguments, "--output", "out", "--quality", "all") == 0
+    assert methods()["spoilt"]["quality"]["control"]
+    (line,) = control_lines(list(methods().values()))
+    assert line.startswith("control: spoilt " + words)
+    assert ("do not rely on the quality figures" in line) == ("NOT" in words)
+    assert words in capsys.readouterr().out
+    for name in ("report.md", "report.html"):
+        assert words in (Path("out") / name).read_text()
 
 
 @pytest.mark.parametrize(("which", "count"), [("all", 3), ("none", 0)])

@@ -66,6 +66,20 @@ def test_cdpo_end_to_end_leaves_adapters_figures_and_a_page(tiny, pairs, tmp_pat
     assert tiny.fingerprint() == before
 
 
+def test_cdpo_tells_how_well_it_finds_the_errors_of_solutions(tiny, tmp_path, capsys):
+    file, output = tmp_path / "solutions.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
+    drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
+    arguments = ["--config", str(recipe(tmp_path, file, drafter)), "--output", str(output), "--data.max_length", "500"]
+    assert command(arguments) == 0
+    measured = json.loads((output / "drafter" / "provenance.json").read_text())["measured"]
+    assert 0 <= measured["held_out/criticality_auc"] <= 1 and measured["held_out/known_errors"] >= 1
+    page = (output / PAGE).read_text()
+    assert 'class="error"' in page or 'class="lowest error"' in page
+    printed = capsys.readouterr().out
+    assert "held_out/criticality_auc" in printed and "val/preference_accuracy" in printed
+
+
 def test_a_resumed_run_keeps_the_parts_it_trained_first(tiny, pairs, tmp_path):
     drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
     config, output = recipe(tmp_path, pairs, drafter), tmp_path / "run"
@@ -112,20 +126,25 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
                    Sampling())
 
 
-def test_the_relaxed_evaluation_names_every_rule(tiny, tmp_path):
+@pytest.mark.parametrize("config", ["relaxed", "judge", "judge_free"])
+def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     """The shipped rows, with a folder for each part that is to be trained first."""
     runs = {"runs/clover": Clover(tiny.shape, heads=3, draft_vocabulary=64), "runs/judge": Judge(tiny.shape)}
     for name, component in runs.items():
         save_pretrained(component, tmp_path / name, Provenance.of(tiny))
-    text = (CONFIGS / "eval" / "relaxed.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
+    text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
     methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
     for method in methods:
         method.check()
     rows = build_rows(methods, tiny, Sampling())
     found = {row.name: row.decoder.decode([[7, 8, 9]], Sampling(), 8)[0] for row in rows}
-    assert set(found) == {"autoregressive", "lossless", "judge", "judge_strict", "typical", "top_3", "divergence"}
-    assert found["lossless"].ids == found["typical"].ids == found["autoregressive"].ids
-    assert all(len(trace.ids) for trace in found.values())
+    assert found["lossless"].ids == found["autoregressive"].ids and all(len(trace.ids) for trace in found.values())
+    assert {"autoregressive", "lossless", "judge", "typical", "top"} <= {name.split("_")[0] for name in found}
+    assert ("divergence" in text) == (config != "judge_free")
+    assert config != "relaxed" or found["typical"].ids == found["autoregressive"].ids
+    control = [row.name for row in rows if row.quality.get("control")]
+    assert control == ([] if config == "relaxed" else ["judge_0"])
+    assert config != "judge" or min(found["judge_0"].accepted[:-1]) > 1, "everything is let through"
 
 
 def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
@@ -142,3 +161,23 @@ def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversat
     assert set(before) == set(after) and any(not torch.equal(before[name], after[name]) for name in before)
     measured = json.loads((second / "drafter" / "provenance.json").read_text())["measured"]
     assert "val/alignment" in measured and "probe/tau" in measured
+
+
+@pytest.mark.parametrize("name", ["clover", "eagle"])
+def test_the_shipped_objective_aligns_a_head_and_a_feature_drafter(name, tiny, conversations, tmp_path):
+    """As configs/objective/aligned.yaml says: a trained drafter goes on with it, or as long without it."""
+    first, aligned, longer = (tmp_path / kind for kind in ("first", "aligned", "longer"))
+    common = ["--config", f"{name}.yaml", "--drafter.draft_vocabulary", "48", "--data.train", str(conversations),
+              "--data.max_length", "128", "--data.validation_fraction", "0.2", "--trainer.max_steps", "2",
+              "--trainer.max_epochs=-1", "--trainer.accelerator", "cpu", "--probe.prompts", "0"]
+    assert command([*common, "--output", str(first)]) == 0
+    common += ["--config", "objective/aligned.yaml", "--init_from", str(first)]
+    assert command([*common, "--output", str(aligned)]) == 0
+    assert command([*common, "--objective", "null", "--output", str(longer)]) == 0
+    settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in (aligned, longer)]
+    assert settings[0]["objective"]["init_args"]["beta"] == 0.5 and settings[1].get("objective") is None
+    assert settings[0]["optimizer"] == settings[1]["optimizer"] and settings[0]["trainer"] == settings[1]["trainer"]
+    measured = [json.loads((run / "drafter" / "provenance.json").read_text())["measured"] for run in (aligned, longer)]
+    assert "val/alignment" in measured[0] and "val/alignment" not in measured[1]
+    weights = [load_pretrained(run, tiny).state_dict() for run in (aligned, longer)]
+    assert any(not torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())

@@ -283,6 +283,30 @@ def test_the_page_shows_every_token_of_the_wrong_response(target, batch):
     assert "http" not in page and "<script" not in page
 
 
+def test_known_errors_are_found_by_their_scores_or_not(target, batch, monkeypatch):
+    """Two responses, one of them with a known error: the figures are about that one alone."""
+    critical, scored = made(CDPO, target), counted(batch.rejected)
+    errors = torch.zeros_like(scored)
+    places = scored[0].nonzero()[:, 0]
+    errors[0, places[3]] = True
+    known = replace(batch, errors=errors)
+    for at_error, area, first in ((0.0, 1.0, 1.0), (0.5, 0.5, 0.0), (1.0, 0.0, 0.0)):
+        scores = torch.where(errors, at_error, 0.5) * scored
+        scores[0, places[0]] = scores[0, places[0]] - 1e-3 if first == 0 else 0.5
+        monkeypatch.setattr(critical, "scores", lambda *_, scores=scores: scores)
+        outcome = critical.finish([known], target)
+        assert outcome.figures["held_out/criticality_auc"] == pytest.approx(area, abs=0.06)
+        assert outcome.figures["held_out/most_critical_is_error"] == first
+        assert outcome.figures["held_out/known_errors"] == 1
+    assert outcome.pages[PAGE].count('class="error"') == 1
+    with torch.no_grad():
+        own = target.logits(target.features(batch.rejected, ("final",))["final"]).log_softmax(-1)
+    surprise = [-float(own[0, t - 1, batch.rejected.input_ids[0, t]]) for t in places.tolist()]
+    above = sum(value < surprise[3] for value in surprise) / (len(surprise) - 1)
+    assert outcome.figures["held_out/surprise_auc"] == pytest.approx(above)
+    assert critical.finish([batch], target).figures == {}
+
+
 def test_wrong_settings_are_named(target):
     for kind, arguments, key in ((DPO, {"beta": 0.0}, "beta"), (DPO, {"rank": 0}, "rank"),
                                  (CDPO, {"contrast": -1.0}, "contrast"), (CDPO, {"estimator_epochs": 0}, "epochs"),

@@ -52,6 +52,17 @@ def test_typical_threshold_reproduces_the_worked_example():
         assert found == kept
 
 
+def test_typical_acceptance_relaxes_greedy_decoding_when_its_law_stays_soft():
+    draws, found = Draws(Sampling(), [torch.Generator()]), {False: set(), True: set()}
+    for soft in found:
+        for token in range(4):
+            tree = siblings((token,), Law.POINT, Q)
+            result = TypicalRule(soft=soft)(tree, Verified(tree, P.float().log().expand(1, 2, 4)), draws)
+            found[soft] |= {token} if int(result.lengths_B[0]) == 2 else set()
+            assert int(result.next_B[0]) == int(P.argmax())
+    assert found == {False: {int(P.argmax())}, True: {0, 1, 2}}
+
+
 def test_unknown_rules_and_sampled_greed_are_refused():
     with pytest.raises(ValueError, match="unknown"):
         rule_named("lucky")

@@ -1,16 +1,25 @@
-"""A sorted drafter may be left anywhere, for targets of any depth: no token changes."""
+"""A sorted drafter may be left anywhere, for targets of any depth: no token changes, every exit is exact."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
-from modules.core.drafter import Sampling
+from modules.core.batches import TextBatch
+from modules.core.drafter import Frontier, Sampling
+from modules.core.layers import run_layers
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.language_models.sorted import Sorted
+from modules.language_models.sorted import AtThresholds, Sorted
+from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
+from tests.modules.families import Reader, documents
 
 TARGETS = [tiny_target(layers=4), tiny_target(layers=2, seed=1)]
+DEEP = tiny_target(layers=6)
+EXITS = [2, 4, 6]
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 
 
@@ -19,6 +28,37 @@ def drafter(thresholds: float, width: int) -> Sorted:
     made = Sorted(TARGETS[0].shape, exits=[1, 2], thresholds=thresholds, width=width).double()
     made.initialise(TARGETS[0])
     return made.eval()
+
+
+def deep(exits: list[int], thresholds: float = 0.5, **arguments) -> Sorted:
+    made = Sorted(DEEP.shape, exits=exits, thresholds=thresholds, **arguments).double()
+    made.initialise(DEEP)
+    return made.eval()
+
+
+def text(length: int = 20, rows: int = 1, seed: int = 0) -> TextBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return documents(torch.randint(5, 128, (rows, length), generator=generator).tolist())
+
+
+def along_text(made: Sorted, reader: Reader, levels: int) -> Tensor:
+    """Logits [B,levels,V] when every level's node is the text's own token."""
+    parent = torch.full_like(reader.read, -1)[:, None]
+    return torch.cat([made.expand(reader.state, Frontier(reader.token(d)[:, None], parent + d, d))
+                      for d in range(levels)], 1)
+
+
+@torch.no_grad()
+def in_full(made: Sorted, batch: TextBatch) -> list[Tensor]:
+    """Logits [B,T,V] of every exit when all layers run on all tokens."""
+    hidden, found = made.embedding(batch.input_ids), []
+    for exit_index in range(len(made.exits)):
+        hidden = run_layers(made.part(exit_index), hidden, batch.rows())
+        found.append(made.head(0, DEEP)(made.norm(hidden)))
+    return found
+
+
+# -- exits --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thresholds", [0.0, 0.1, 2.0])
@@ -30,6 +70,92 @@ def test_every_exit_and_every_target_gives_the_targets_own_tokens(thresholds: fl
         assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
+@pytest.mark.parametrize(("thresholds", "depth"), [(2.0, 6), (0.0, 2)])
+@pytest.mark.parametrize("width", [1, 2])
+@torch.no_grad()
+def test_extreme_thresholds_are_the_deepest_and_the_shallowest_draft(thresholds: float, depth: int, width: int) -> None:
+    """The deepest sub-model alone, or the shallowest: the same trees, verification by verification."""
+    whole, alone = deep(EXITS, thresholds, width=width), deep([depth], width=width)
+    alone.load_state_dict({name: tensor for name, tensor in whole.state_dict().items()
+                           if not name.startswith("layers.") or int(name.split(".")[1]) < depth})
+    first, second = (SpeculativeDecoder(DEEP, made).decode(PROMPTS, Sampling(), 16) for made in (whole, alone))
+    assert [trace.accepted for trace in first] == [trace.accepted for trace in second]
+    readers = [Reader(made, DEEP, text(), [7]) for made in (whole, alone)]
+    trees = [StaticTree.chain(4).build(made, reader.state, 4) for made, reader in zip((whole, alone), readers)]
+    assert torch.equal(trees[0].tokens_BN, trees[1].tokens_BN)
+    assert readers[0].state.exits == [depth] * 4
+
+
+@pytest.mark.parametrize("script", [[0, 0, 2, 0, 1, 2], [0, 1, 0, 2, 2, 0], [2, 0, 0, 0, 0, 1]])
+@torch.no_grad()
+def test_layers_that_catch_up_give_what_running_all_of_them_gives(script: Sequence[int], monkeypatch) -> None:
+    """Forced exits within a proposal and over verifications, in a batch of unequal prompts (the sheet: 6, 6, 12, …)."""
+    made, batch = deep(EXITS), text(24, rows=2)
+    expected, reader = in_full(made, batch), Reader(made, DEEP, batch, [5, 3])
+    monkeypatch.setattr(made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)])
+    for lengths in ([], [1, 3], [2, 1], [3, 3]):
+        if lengths:
+            reader.accept(lengths)
+        found = along_text(made, reader, len(script))
+        assert reader.state.exits == [EXITS[exit_index] for exit_index in script]
+        for b, read in enumerate(reader.read.tolist()):
+            for level, exit_index in enumerate(script):
+                torch.testing.assert_close(found[b, level], expected[exit_index][b, read + level], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_mean_exit_rises_with_the_thresholds() -> None:
+    batch, means = text(24), []
+    for threshold in (0.0, 0.1, 0.15, 0.2, 0.3, 2.0):
+        made = deep(EXITS, threshold)
+        reader = Reader(made, DEEP, batch, [6])
+        along_text(made, reader, 12)
+        means.append(sum(reader.state.exits) / 12)
+    assert means == sorted(means) and means[0] == 2 and means[-1] == 6 and len(set(means)) > 3
+
+
+@torch.no_grad()
+def test_a_builder_sets_the_thresholds_of_its_row_alone() -> None:
+    made = deep(EXITS, 2.0)
+    for thresholds, depth in ((0.0, 2), ([2.0, 0.0], 4), (2.0, 6)):
+        reader = Reader(made, DEEP, text(), [7])
+        AtThresholds(thresholds, depth=3).build(made, reader.state, 3)
+        assert reader.state.exits == [depth] * 3
+    assert made.thresholds == [2.0, 2.0]
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+def trained(sorted_training: bool) -> dict[str, float]:
+    """Cross-entropy of every exit after the same steps on x_t = (x_{t-1} + x_{t-2}) mod 8."""
+    torch.manual_seed(0)
+    made = deep([1, 3], sorted_training=sorted_training, draft_vocabulary=None).train()
+    rows = [[1 + b % 8, 1 + b // 8] for b in range(16)]
+    for row in rows:
+        while len(row) < 12:
+            row.append((row[-1] + row[-2]) % 8)
+    batch = documents([[20 + token for token in row] for row in rows], labels_from=2)
+    optimizer = torch.optim.Adam(made.declared_parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        made.loss(batch, DEEP, 0.0).total.backward()
+        optimizer.step()
+    metrics = made.eval().loss(batch, DEEP, 0.0).metrics
+    return {name: float(mean.total / mean.count) for name, mean in metrics.items() if name.startswith("cross")}
+
+
+def test_sorted_training_makes_a_model_of_every_exit_and_plain_training_only_of_the_last() -> None:
+    sorted_, plain = trained(True), trained(False)
+    assert sorted_["cross_entropy_exit_1"] < plain["cross_entropy_exit_1"] - 1
+    assert sorted_["cross_entropy_exit_3"] < plain["cross_entropy_exit_3"] + 0.2
+    assert plain["cross_entropy_exit_3"] < plain["cross_entropy_exit_1"] - 1
+
+
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Sorted(TARGETS[0].shape, exits=[1, 2], width=0)
+    with pytest.raises(ValueError, match="exits must ascend"):
+        Sorted(TARGETS[0].shape, exits=[2, 1])
+    with pytest.raises(ValueError, match="thresholds must be 2"):
+        Sorted(DEEP.shape, exits=EXITS, thresholds=[0.5])

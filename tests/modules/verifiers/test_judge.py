@@ -8,13 +8,14 @@ from torch import Tensor
 
 from modules.core.batches import LabelledBatch, TextBatch
 from modules.core.drafter import Drafter, Sampling, TreeBuilder, Verified
+from modules.core.ranking import area_under_curve
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.rules import AcceptanceRule, Draws
 from modules.heads.medusa import Medusa
 from modules.trees.chain import SampledChain
 from modules.trees.tree import TokenTree
-from modules.verifiers.judge import NOTHING, Judge, area_under_curve, calibrated_threshold, class_weights
+from modules.verifiers.judge import NOTHING, Judge, calibrated_threshold, class_weights
 from tests.fakes import ScriptedDrafter, tiny_target
 
 PROMPTS = [[7, 8, 9, 10, 11], [20, 21], [30, 31, 32]]
@@ -134,6 +135,20 @@ def test_the_state_behind_a_wrong_token_tells_and_the_one_before_cannot(target):
     with torch.no_grad():
         scores = judge.scores(batch.text.states["pre_norm"])
     assert float(scores[24:, PLACE].mean()) < float(scores[24:, PLACE - 1].mean())
+
+
+def test_numbers_are_judged_among_themselves(target):
+    """A head that calls every number wrong has a good area over all tokens, and none among the numbers."""
+    digit = target.tokenizer("7", add_special_tokens=False)["input_ids"][0]
+    ids = torch.tensor([[20, 21, 22, digit, digit, 23]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    text = TextBatch(ids, mask, torch.arange(6)[None], torch.zeros_like(ids))
+    text.states["pre_norm"] = (ids == digit)[..., None].double().expand(-1, -1, target.shape.hidden_size)
+    judge = Judge(target.shape).double().eval()
+    with torch.no_grad():
+        judge.linear.weight.fill_(-1.0)
+    figures = judge.finish([LabelledBatch(text, torch.tensor([[1, 1, 1, 1, 0, 1]]))], target).figures
+    assert figures["held_out/auc"] == pytest.approx(4.5 / 5) and figures["held_out/auc_numbers"] == 0.5
 
 
 def test_shuffled_labels_teach_nothing(target):

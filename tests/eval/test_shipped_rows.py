@@ -1,0 +1,96 @@
+"""The shipped comparisons: every row can be built from the runs that their comments train, and is lossless."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from checkpoints.export import export
+from checkpoints.pretrained import Provenance, save_pretrained
+from data.configfiles import CONFIGS
+from eval.methods import Method, Row, build_rows
+from modules.core.drafter import Drafter, Sampling
+from modules.core.loading import load_target
+from modules.core.target import Target
+from modules.feature_drafters.eagle import Eagle
+from modules.feature_drafters.falcon import Falcon
+from modules.heads.clover import Clover
+from modules.language_models.independent import Independent
+from modules.language_models.sorted import Sorted
+from tests.fakes import tiny_target
+
+PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
+FALCONS = {"falcon": {"block": 2}, "falcon_3": {"block": 3}, "falcon_4": {"block": 4},
+           "falcon_no_glancing": {"glancing": 0.0}, "falcon_no_lstm": {"lstm": False},
+           "falcon_causal": {"relaxed_mask": False}}
+SORTED = {"s2d": {"exits": [2, 4, 6]}, "s2d_plain": {"exits": [2, 4, 6], "sorted_training": False},
+          **{f"s2d_{depth}": {"exits": [depth]} for depth in (2, 4, 6)}}
+
+
+def saved(folder: Path, name: str, drafter: Drafter, target: Target) -> None:
+    torch.manual_seed(0)
+    drafter.initialise(target)
+    save_pretrained(drafter, folder / "runs" / name, Provenance.of(target))
+
+
+def shipped(config: str, folder: Path, target: Target) -> dict[str, Row]:
+    text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace("drafter: runs/", f"drafter: {folder}/runs/")
+    methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
+    for method in methods:
+        method.check()
+    return {row.name: row for row in build_rows(methods, target, Sampling())}
+
+
+def all_lossless(rows: Mapping[str, Row]) -> None:
+    """Every row gives the first one's tokens, and drafts."""
+    answers = {name: row.decoder.decode(PROMPTS, Sampling(), 12) for name, row in rows.items()}
+    plain = [trace.ids for trace in answers.pop("autoregressive")]
+    for name, traces in answers.items():
+        assert rows[name].claims_lossless and [trace.ids for trace in traces] == plain, name
+        assert all(max(trace.nodes) >= 1 for trace in traces), name
+
+
+def test_falcon_of_every_block_and_ablation_beside_eagle(tmp_path: Path) -> None:
+    target = tiny_target()
+    saved(tmp_path, "eagle", Eagle(target.shape), target)
+    for name, arguments in FALCONS.items():
+        saved(tmp_path, name, Falcon(target.shape, **arguments), target)
+    rows = shipped("falcon", tmp_path, target)
+    assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [2, 3, 4]
+    assert len({(row.builder, row.budget) for row in rows.values() if row.builder}) == 1
+    all_lossless(rows)
+
+
+def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: Path) -> None:
+    """The second target is made as docs/multi_target.md says: the first layers, exported, and loaded as a target."""
+    target = tiny_target(layers=6)
+    for name, arguments in SORTED.items():
+        saved(tmp_path, name, Sorted(target.shape, **arguments), target)
+    saved(tmp_path, "healed", Independent(target.shape, layers=4), target)
+    export(tmp_path / "runs" / "healed", "hf", tmp_path / "healed", target)
+    smaller = load_target(str(tmp_path / "healed"), "float64")
+    assert smaller.shape.num_layers == 4 and smaller.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    assert smaller.fingerprint() != target.fingerprint()
+    for one in (target, smaller):
+        rows = shipped("s2d", tmp_path, one)
+        all_lossless(rows)
+        assert rows["exit_2"].drafter_parameters > rows["alone_2"].drafter_parameters
+        assert decoded(rows["exit_2"]) == decoded(rows["plain_exit_2"]) == decoded(rows["alone_2"]), "untrained alike"
+
+
+def decoded(row: Row) -> list[Any]:
+    return [trace.accepted for trace in row.decoder.decode(PROMPTS, Sampling(), 12)]
+
+
+def test_aligned_drafters_beside_distillation_alone(tmp_path: Path) -> None:
+    target = tiny_target()
+    for name, kind in (("clover", Clover), ("eagle", Eagle)):
+        for suffix in ("", "_longer", "_aligned"):
+            saved(tmp_path, name + suffix, kind(target.shape), target)
+    rows = shipped("aligned", tmp_path, target)
+    assert len(rows) == 7 and len({row.budget for row in rows.values() if row.builder}) == 1
+    all_lossless(rows)

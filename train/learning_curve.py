@@ -1,0 +1,110 @@
+"""`python -m train.learning_curve --config judge.yaml --sizes "[1000, 4000, 16000]"`: what more data gives.
+
+The recipe is trained once for every size, on the first so many tokens of its training data
+(`data.max_training_tokens`); the held-out data are the same for all. Give
+`trainer.max_steps` for the same number of steps at every size.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from matplotlib.axes import Axes
+
+from checkpoints.pretrained import PROVENANCE
+from data.configfiles import parse, run
+from eval import plots
+from modules.core.loading import load_target
+from modules.core.target import Target
+from train.cli import make_parser, quieten, recipe_of, recipe_settings
+from train.run import Place, claim, train
+
+FIGURES, PAGE = "learning_curve.json", "learning_curve.html"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size: the tokens that were trained on, and everything that the run measured, by name."""
+
+    tokens: int
+    measured: Mapping[str, float]
+
+
+def curve(parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequence[int], target: Target) -> list[Point]:
+    """Train the recipe on every size in turn, each into a folder of `output` named after it."""
+    found = []
+    for size in sizes:
+        recipe = recipe_of(parser, config)
+        recipe.data.max_training_tokens = size
+        place = output / str(size)
+        claim(place, None, config.overwrite)
+        folder = train(recipe, Place(place, settings=recipe_settings(parser, config)), target)
+        measured = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["measured"]
+        found.append(Point(recipe.data.response_tokens, measured))
+    return found
+
+
+def picture(points: Sequence[Point], figure: str) -> str:
+    """One figure over the number of training tokens, as an SVG element."""
+    def draw(axes: Axes) -> None:
+        axes.plot([point.tokens for point in points], [point.measured[figure] for point in points], marker="o",
+                  markersize=4, color=plots.COLOURS[0])
+        axes.set_xscale("log")
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel(figure)
+        axes.grid(color="#e3e7ee")
+    return plots.svg(draw, 5.6, 3.6, "learning curve")
+
+
+def lines(points: Sequence[Point], figure: str) -> list[str]:
+    """A table of the sizes."""
+    return [f"{'tokens':>10}  {figure}", *(f"{point.tokens:>10}  {point.measured[figure]:.4f}" for point in points)]
+
+
+def page(points: Sequence[Point], figure: str, title: str) -> str:
+    """A page that needs nothing else."""
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
+            f'<body style="max-width: 44rem; margin: 2rem auto; font: 15px system-ui, sans-serif">'
+            f"<h1>{escape(title)}</h1>\n{picture(points, figure)}\n"
+            f"<pre>{escape(chr(10).join(lines(points, figure)))}</pre></body></html>\n")
+
+
+def check(sizes: Sequence[int]) -> None:
+    """ValueError unless the sizes ascend from 1."""
+    if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"--sizes must be ascending numbers of tokens, got {list(sizes)}: for example [1000, 4000]")
+
+
+def make_curve_parser() -> ArgumentParser:
+    """`python train.py`'s keys, and two more."""
+    parser = make_parser()
+    parser.add_argument("--sizes", type=list[int], required=True, help="training tokens of each run, ascending")
+    parser.add_argument("--figure", type=str, default="held_out/auc", help="what is drawn, by its name")
+    return parser
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Train, draw, and print the table."""
+    parser = make_curve_parser()
+    config = parse(parser, arguments)
+    check(config.sizes)
+    output = Path(config.output or "runs/learning_curve")
+    quieten()
+    points = curve(parser, config, output, config.sizes, load_target(config.target, config.dtype))
+    if config.figure not in points[0].measured:
+        raise ValueError(f"--figure {config.figure!r} was not measured: use one of {', '.join(points[0].measured)}")
+    values = [{"tokens": point.tokens, **point.measured} for point in points]
+    (output / FIGURES).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (output / PAGE).write_text(page(points, config.figure, f"Learning curve: {config.figure}"), encoding="utf-8")
+    print("\n".join([*lines(points, config.figure), f"learning curve: {output / PAGE}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))
