@@ -53,8 +53,9 @@ lint: $(INSTALLED)
 bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	mkdir -p docs/benchmarks
 	$(RUN) -m eval.latency > docs/benchmarks/break_even.md
-	$(RUN) -m data.datastore --output runs/datastore
 	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
+	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
+	$(RUN) eval.py --config eval/fused.yaml --prompts $(DATA) --resume --output docs/benchmarks/fused
 	$(RUN) eval.py --config eval/spec_bench.yaml --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
 		--output docs/benchmarks/sampled
 

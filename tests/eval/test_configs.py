@@ -42,16 +42,16 @@ def test_drafting_without_training_is_whole() -> None:
     rows = methods("training_free")
     assert expected == set(rows)
     assert not any(isinstance(row.get("drafter"), str) for row in rows.values())
-    assert expected - {"token_recycling_cold"} < set(methods("table"))
+    assert expected - {"token_recycling_cold"} < set(methods("fused"))
 
 
 def test_assisted_generation_and_ours_draft_with_the_same_model() -> None:
-    rows = methods("table")
+    rows = methods("fused")
     assert rows["hf_assisted"]["decoder"]["init_args"]["assistant"] == rows["independent"]["drafter"]
 
 
 def test_the_fused_tree_has_the_nodes_of_its_partner_and_of_retrieval() -> None:
-    rows = methods("table")
+    rows = methods("fused")
     fused, alone = rows["rasd_clover2"]["drafter"]["init_args"], rows["rasd"]["drafter"]["init_args"]
     assert fused["partner"] == rows["clover2_own_tree"]["drafter"] and fused["datastore"] == alone["datastore"]
     assert fused["tokens"] - fused["retrieved"] == Clover2(tiny_target().shape).default_budget
@@ -62,7 +62,7 @@ def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
     drafter = Clover(target.shape)
     drafter.initialise(target)
     save_pretrained(drafter, tmp_path / "clover" / "drafter", Provenance.of(target))
-    spec = {**methods("table")["rasd_clover2"]["drafter"]}
+    spec = {**methods("fused")["rasd_clover2"]["drafter"]}
     spec["init_args"] = {**spec["init_args"], "partner": str(tmp_path / "clover"), "datastore": None}
     rows = build_rows([Method("fused", spec), Method("clover", str(tmp_path / "clover"))], target, Sampling())
     by_name = {row.name: row for row in rows}
