@@ -20,7 +20,7 @@ from tests.fakes import tiny_target
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = {"seconds", "tokens_per_second", "time_to_first_token", "speedup", "ci95", "predicted_speedup", "speed_model",
-         "seconds_by_phase", "noise", "peak_memory_bytes"}
+         "seconds_by_phase", "noise", "peak_memory_bytes", "draft_seconds_per_node"}
 SCRIPTED = {"name": "scripted", "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 2}}}
 __all__ = ["tiny"]
 
