@@ -301,7 +301,7 @@ def _writing(folder: Path, share: Share) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, shared: bool = False) -> Iterator[None]:
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with open(path, "w") as lock:
+    with open(path, "a+") as lock:
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:

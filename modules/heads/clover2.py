@@ -28,10 +28,11 @@ class Clover2(HeadDrafter):
 
     Step 0: feature = head_norm(FC_1 h_0). Step i: h_i = ResAttn_2(h_{i-1}, e_i), feature = head_norm(FC_2 [h_i ; e_i]).
     Logits by the frozen LM head; token vectors are that head's rows. Layers start as copies of the target's last one,
-    head_norm of its final norm, every other part close to the identity: the first feature begins as the target's own.
+    head_norm of its final norm, every other part close to the identity (at H = 576, where this was tuned).
 
-    Two things differ from the release, which trains for 20 epochs on large targets, and can be set back:
-    `token_scale` and `map_lr_scale`. The start's norm begins at 1 instead of at a second copy of the final norm.
+    Three things differ from the release, which trains for 20 epochs on large targets. `token_scale` and `map_lr_scale`
+    can be set back. The start's norm begins at 1 instead of at a second copy of the final norm, so that without layers
+    the first feature begins as the target's own.
 
     Args:
         shape: the target's dimensions.
@@ -46,7 +47,7 @@ class Clover2(HeadDrafter):
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
         token_scale: `"state"` scales token vectors to the norm of the states that they meet, `"head"` leaves the LM
-            head's rows as they are (the release). A target's last states may be 200 times as large as those rows,
+            head's rows as they are (the release); no gradient flows through the scale. A target's last states may be 200 times as large as those rows,
             and then what was drafted is learnt last.
         map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as identities in front
             of a frozen LM head, and steps as large as the rest's take them apart before anything is learnt.

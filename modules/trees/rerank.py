@@ -25,7 +25,7 @@ class RerankedTree:
 
     With `least`, paths that the drafter finds less probable than that are neither expanded nor drafted: where it is
     unsure it drafts few tokens and stops early, where it is sure many. A node is worth drafting when its probability
-    exceeds what a further row costs, in calls of one row (`python -m eval.latency`).
+    exceeds what a further row costs, in calls of one row (`python -m eval.latency`), times the speedup reached.
 
     Args:
         depth: levels. width: nodes expanded per level, and children considered of each.
@@ -53,6 +53,8 @@ class RerankedTree:
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded
             candidates.add(children, chosen, self._probable(scores[..., None] + log_BWK))
+            if depth + 1 == min(self.depth, budget):
+                break
             scores, picked = candidates.scores[-1].topk(self._promising(candidates.scores[-1]), dim=1)
             if not picked.shape[1]:
                 break
