@@ -47,8 +47,8 @@ class Clover2(HeadDrafter):
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
         token_scale: `"state"` scales token vectors to the norm of the states that they meet, `"head"` leaves the LM
-            head's rows as they are (the release); no gradient flows through the scale. A target's last states may be 200 times as large as those rows,
-            and then what was drafted is learnt last.
+            head's rows as they are (the release). A target's last states may be 200 times as large as those rows,
+            and then what was drafted is learnt last. No gradient flows through the scale.
         map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as identities in front
             of a frozen LM head, and steps as large as the rest's take them apart before anything is learnt.
     """
