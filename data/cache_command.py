@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from data.configfiles import config_parser, parse, run
 from data.datamodule import ConversationData
 from data.shares import Share
 from modules.core.batches import StateName
-from modules.core.loading import load_target
+from modules.core.loading import load_target, own_device
 from modules.core.trainable import TargetShape, Trainable
 
 _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")
@@ -57,14 +56,6 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
             data.write_features(loaded, names, share)
     part = "" if shard is None else f", of which part {shard} is written"
     print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens{part}: {data.features}")
-
-
-def own_device() -> str:
-    """This process's GPU (by torchrun's or SLURM's local rank), or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def command(arguments: Sequence[str]) -> int:

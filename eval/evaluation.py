@@ -31,7 +31,7 @@ from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.core.loading import check_loading, load_target
+from modules.core.loading import check_loading, load_target, own_device
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 
@@ -167,7 +167,7 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console
 def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share
               ) -> dict[str, Any]:
     """One process's part: measure its share of the prompts; the first process then makes the report of all."""
-    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or share.device())
+    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or own_device())
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target) as rows:

@@ -19,7 +19,7 @@ from eval.cli import quieten
 from eval.methods import load_drafter
 from eval.text import pieces
 from modules.core.drafter import Sampling
-from modules.core.loading import load_target
+from modules.core.loading import load_target, own_device
 from modules.decoding.decoder import SpeculativeDecoder
 
 DRAFTED = "black on light_sky_blue1"
@@ -99,7 +99,7 @@ def generate(asked: Generation, console: Console) -> None:
         raise ValueError("prompt is empty: give a question")
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
     name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
-    target = load_target(name, asked.dtype, asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = load_target(name, asked.dtype, asked.device or own_device())
     drafter = load_drafter(asked.drafter, target)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)

@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import distributed
 
 Item = TypeVar("Item")
@@ -28,11 +27,10 @@ _PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of an evaluation this process does: its `rank` of `count`, and its rank on this machine."""
+    """Which part of an evaluation this process does: its `rank` of `count`."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0
 
     @property
     def first(self) -> bool:
@@ -42,12 +40,6 @@ class Share:
     def of(self, work: Sequence[Item]) -> list[Item]:
         """This process's part of the work: every `count`-th piece."""
         return list(work[self.rank::self.count])
-
-    def device(self) -> str:
-        """The device of this process where none is named: its own GPU if there is any."""
-        if not torch.cuda.is_available():
-            return "cpu"
-        return "cuda" if self.count == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
     def journal(self, path: Path, resume: bool) -> Path:
         """Where this process writes what it measures.
@@ -97,7 +89,6 @@ def shared_out() -> Iterator[Share]:
                          f"--nproc_per_node {count} eval.py …`, or unset WORLD_SIZE")
     distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        rank = distributed.get_rank()
-        yield Share(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+        yield Share(distributed.get_rank(), count)
     finally:
         distributed.destroy_process_group()

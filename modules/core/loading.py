@@ -22,6 +22,14 @@ EVERYWHERE = "auto"
 """The device name of a target whose layers accelerate spreads over all devices."""
 
 
+def own_device() -> str:
+    """This process's GPU (by torchrun's or SLURM's local rank), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return f"cuda:{local % torch.cuda.device_count()}"
+
+
 def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
     """Load a frozen target.
 
