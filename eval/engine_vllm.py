@@ -58,7 +58,7 @@ def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> Non
 
 
 def _check_method(method: Method, where: str) -> None:
-    for key in ("decoder", "builder", "rule", "control"):
+    for key in ("decoder", "builder", "rule", "control", "precision"):
         if getattr(method, key):
             raise ValueError(f"{where}: `{key}` belongs to this project's own loop: leave it out with engine 'vllm'")
     if method.budget == "auto":

@@ -19,7 +19,7 @@ from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
 from eval.harness import Harness, fitting, units
 from eval.html import Sample, page
 from eval.journal import Journal, Record
-from eval.methods import Method, Row, build_rows, class_of, unique_labels
+from eval.methods import Method, Precision, Row, build_rows, class_of, unique_labels
 from eval.processes import Share, shared_out
 from eval.report import build_report, failures, main_table, markdown, noise_lines
 from eval.scores import Quality, Scoring, control_lines
@@ -59,6 +59,7 @@ class Evaluation:
         top_p: sample within this probability mass.
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
+        draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the target's.
         dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
         compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels); not yet
@@ -82,6 +83,7 @@ class Evaluation:
     top_p: float = 1.0
     batch_size: int | list[int] = 1
     repeats: int = 1
+    draft_precision: Precision | None = None
     dtype: str = "float32"
     device: str | None = None
     compile: bool | Literal["max-autotune"] = False
@@ -204,7 +206,7 @@ def opened_rows(evaluation: Evaluation, target: Target) -> Iterator[list[Row]]:
         with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
             yield rows
     else:
-        yield build_rows(evaluation.rows, target, sampling)
+        yield build_rows(evaluation.rows, target, sampling, evaluation.draft_precision)
 
 
 def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:

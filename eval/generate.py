@@ -16,7 +16,7 @@ from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
 from data.conversations import prompt_ids
 from eval.cli import quieten
-from eval.methods import load_drafter
+from eval.methods import Precision, load_drafter
 from eval.text import pieces
 from modules.core.drafter import Sampling
 from modules.core.loading import load_target, own_device
@@ -40,6 +40,7 @@ class Generation:
         top_p: sample within this probability mass.
         seed: of sampling.
         budget: drafted nodes per call at most; by default the drafter's own.
+        draft_precision: of the drafter's weights: float32, bfloat16 or float16; by default the target's.
         dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one.
         compare: decode once more without the drafter, to compare speed and tokens.
@@ -54,6 +55,7 @@ class Generation:
     top_p: float = 1.0
     seed: int = 0
     budget: int | None = None
+    draft_precision: Precision | None = None
     dtype: str = "float32"
     device: str | None = None
     compare: bool = True
@@ -100,7 +102,7 @@ def generate(asked: Generation, console: Console) -> None:
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
     name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
     target = load_target(name, asked.dtype, asked.device or own_device())
-    drafter = load_drafter(asked.drafter, target)
+    drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)
     ids = prompt_ids([{"role": "user", "content": asked.prompt}], adapted.tokenizer)

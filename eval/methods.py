@@ -7,9 +7,11 @@ import inspect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
+
+import torch
 
 from checkpoints.pretrained import load_pretrained
 from data.conversations import prompt_ids, read_jsonl
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = "autoregressive"
 TRAINING_PROMPTS = Path(__file__).resolve().parent.parent / "data" / "prompts" / "prompts.jsonl"
+Precision = Literal["float32", "bfloat16", "float16"]
 ClassSpec = Mapping[str, Any]
 """`{class_path: package.module.Class, init_args: {…}}`."""
 
@@ -44,6 +47,8 @@ class Method:
         budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on a few embedded
             prompts and takes the one that promises most with this device's times.
         temperature: by default the evaluation's.
+        precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts may be coarse:
+            what is emitted stays the target's.
         control: a negative control, which accepts too much on purpose: the report says whether its answers are found
             worse than plain decoding's by the target's log likelihood.
     """
@@ -55,6 +60,7 @@ class Method:
     rule: str | dict[str, Any] | None = None
     budget: int | Literal["auto"] | None = None
     temperature: float | None = None
+    precision: Precision | None = None
     control: bool = False
 
     @property
@@ -79,8 +85,8 @@ class Method:
         where = f"methods: {self.name or self.drafter or self.decoder}"
         if (self.drafter is None) == (self.decoder is None):
             raise ValueError(f"{where}: give either `drafter` or `decoder` (the autoregressive row is always there)")
-        if self.decoder is not None and (self.builder or self.rule or self.budget is not None):
-            raise ValueError(f"{where}: builder, rule and budget belong to a `drafter`, not to a `decoder`")
+        if self.decoder is not None and (self.builder or self.rule or self.precision or self.budget is not None):
+            raise ValueError(f"{where}: builder, rule, budget and precision belong to a `drafter`, not to a `decoder`")
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
@@ -183,8 +189,9 @@ class Row:
     """A row that is ready to run.
 
     baseline: name of the autoregressive row on the same target at the same temperature (its own for that row).
-    drafter_parameters: of the drafter's own weights. batch_size: prompts decoded together. yardstick: name of the row
-    whose tokens it is compared with, where that is not its baseline.
+    draft_precision: of the drafter's weights, if not the target's. drafter_parameters: of the drafter's own weights.
+    batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared with, where that is
+    not its baseline.
     """
 
     name: str
@@ -197,6 +204,7 @@ class Row:
     builder: str = ""
     rule: str = ""
     budget: int | None = None
+    draft_precision: str | None = None
     drafter_parameters: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 1
@@ -221,13 +229,15 @@ def unique_labels(methods: Sequence[Method]) -> list[str]:
     return labels
 
 
-def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling) -> list[Row]:
+def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling, precision: Precision | None = None
+               ) -> list[Row]:
     """Load every method's parts; an autoregressive row is added for each target and temperature that occurs.
 
     Args:
         methods: checked methods.
         target: what they serve. A drafter that adapts it (Medusa-2) brings its own target and baseline.
         sampling: the evaluation's sampling; a method may have its own temperature.
+        precision: of drafters whose method names none; by default the target's.
     """
     loaded: dict[str, tuple[Drafter, Target]] = {}
     rows = [_autoregressive(AUTOREGRESSIVE, target, sampling)]
@@ -235,7 +245,7 @@ def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling) ->
         own = sampling if method.temperature is None else Sampling(
             method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
         row = _decoder_row(method, label, target, own) if method.decoder is not None else _drafter_row(
-            method, label, target, own, loaded)
+            replace(method, precision=method.precision or precision), label, target, own, loaded)
         row.baseline = _baseline_for(row, rows)
         if method.control:
             row.quality = {**row.quality, "control": True}
@@ -268,9 +278,9 @@ def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling)
 def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
                  loaded: dict[str, tuple[Drafter, Target]]) -> Row:
     where = f"methods: {label}"
-    key = method.drafter if isinstance(method.drafter, str) else label
+    key = f"{method.drafter if isinstance(method.drafter, str) else label} {method.precision}"
     if key not in loaded:
-        fresh = load_drafter(method.drafter or "", target, where)
+        fresh = load_drafter(method.drafter or "", target, where, method.precision)
         loaded[key] = fresh, fresh.adapt(target)
     drafter, adapted = loaded[key]
     builder = construct(method.builder, where) if method.builder else None
@@ -283,8 +293,9 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     if method.budget == "auto":
         decoder.budget = automatic_budget(decoder, sampling)
     used = decoder.rule_for(sampling)
-    return Row(label, decoder, adapted, sampling, "", used.lossless, "slipstream", builder_name(drafter, builder),
-               used.name, decoder.nodes, sum(parameter.numel() for parameter in drafter.parameters()))
+    return Row(label, decoder, adapted, sampling, "", used.lossless, builder=builder_name(drafter, builder),
+               rule=used.name, budget=decoder.nodes, draft_precision=method.precision,
+               drafter_parameters=sum(parameter.numel() for parameter in drafter.parameters()))
 
 
 def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
@@ -299,13 +310,15 @@ def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: i
     return best_budget(trials)
 
 
-def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter") -> Drafter:
-    """A drafter at the target's precision: from a folder or the Hub, or made from a class that needs no training.
+def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter", precision: Precision | None = None
+                 ) -> Drafter:
+    """A drafter ready to decode: from a folder or the Hub, or made from a class that needs no training.
 
     Args:
         source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
         target: what it is to serve.
         where: what errors speak of.
+        precision: of its weights; by default the target's.
 
     Raises:
         ValueError: nothing there, another target's drafter, or a component that does not draft.
@@ -313,18 +326,18 @@ def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter"
     if isinstance(source, str):
         found = load_pretrained(source, target)
     else:
-        found = construct(_with_partner(source, target, where), where, target.shape)
+        found = construct(_with_partner(source, target, where, precision), where, target.shape)
     if not isinstance(found, Drafter):
         raise ValueError(f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter")
-    return found.to(target.device, target.dtype).eval()
+    return found.to(target.device, getattr(torch, precision) if precision else target.dtype).eval()
 
 
-def _with_partner(source: ClassSpec, target: Target, where: str) -> ClassSpec:
+def _with_partner(source: ClassSpec, target: Target, where: str, precision: Precision | None) -> ClassSpec:
     """The spec with the drafter that `init_args.partner` names in place of its name (RASD)."""
     arguments = dict(source.get("init_args") or {})
     if arguments.get("partner") is None:
         return source
-    partner = load_drafter(arguments["partner"], target, f"{where}: partner")
+    partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)
     if partner.adapt(target) is not target:
         raise ValueError(f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not")
     return {**source, "init_args": {**arguments, "partner": partner}}

@@ -114,18 +114,20 @@ def calls_of(answers: Answers) -> Calls:
 
 
 METHOD_KEYS = (
-    "name", "target", "engine", "builder", "rule", "budget", "temperature", "batch_size", "claims_lossless", "lossless",
-    "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens", "seconds", "tokens_per_second",
-    "time_to_first_token", "speedup", "predicted_speedup", "speed_model", "mean_accepted_tokens",
-    "mean_accepted_tokens_ci95", "acceptance_by_depth", "conditional_acceptance_by_depth", "accepted_length_histogram",
-    "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality", LESS_REPETITIVE, "by_task")
+    "name", "target", "engine", "builder", "rule", "budget", "draft_precision", "temperature", "batch_size",
+    "claims_lossless", "lossless", "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens",
+    "seconds", "tokens_per_second", "time_to_first_token", "speedup", "predicted_speedup", "speed_model",
+    "mean_accepted_tokens", "mean_accepted_tokens_ci95", "acceptance_by_depth", "conditional_acceptance_by_depth",
+    "accepted_length_histogram", "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality",
+    LESS_REPETITIVE, "by_task")
 """Keys of a method in `report.json`, schema 1, in order."""
 
 
 def _description(row: Row) -> dict[str, Any]:
     return {"name": row.name, "target": row.target.name, "engine": row.engine, "builder": row.builder, "rule": row.rule,
-            "budget": row.budget, "temperature": row.sampling.temperature, "batch_size": row.batch_size,
-            "claims_lossless": row.claims_lossless, "drafter_parameters": row.drafter_parameters}
+            "budget": row.budget, "draft_precision": row.draft_precision, "temperature": row.sampling.temperature,
+            "batch_size": row.batch_size, "claims_lossless": row.claims_lossless,
+            "drafter_parameters": row.drafter_parameters}
 
 
 def _identity(row: Row, answers: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:

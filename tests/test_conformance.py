@@ -129,6 +129,15 @@ def test_greedy_decoding_is_exactly_the_targets_own(recipe, target):
     assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
 
 
+def test_greedy_decoding_is_exactly_the_targets_own_when_drafts_are_coarse(recipe, target):
+    drafter = build(recipe, target, shake=0.01).eval()
+    if not isinstance(drafter, Drafter):
+        pytest.skip("not a drafter")
+    own = drafter.adapt(target)
+    drafter.to(torch.bfloat16)
+    assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
+
+
 def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(recipe, target):
     drafter = build(recipe, target, shake=0.01).eval()
     if not isinstance(drafter, Drafter):

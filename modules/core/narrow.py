@@ -34,6 +34,8 @@ MOST_ROWS = 64
 """Beyond these the stock kernels are as good."""
 SMALLEST_WEIGHT = 1 << 16
 """Weights with fewer elements stay in the processor's cache, where nothing is to be gained."""
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+"""What oneDNN lays out beforehand."""
 GROUPED = "grouped_sdpa"
 """The name under which Hugging Face finds `grouped_attention`."""
 
@@ -51,13 +53,13 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     rows = x.numel() // x.shape[-1]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \
-            or not packing_pays(rows == 1):
+            or not packing_pays(rows == 1, weight.dtype):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on the packed copy of a float32 weight on the CPU."""
+    """`F.linear` on the packed copy of a float32 or bfloat16 weight on the CPU."""
     kept = _PACKED.get(weight)
     if kept is None or kept[0] != weight._version:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 4)
@@ -66,23 +68,25 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST_WEIGHT
+    return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and weight.numel() >= SMALLEST_WEIGHT
 
 
 @functools.cache
-def packing_pays(single: bool) -> bool:
-    """Whether packed weights are faster here for one row or for a few, by a short measurement, made once for either.
+def packing_pays(single: bool, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether packed weights are faster here for one row or for a few, by a short measurement, made once for each.
 
     One row is bound by memory, so the measurement reads more weights than a processor's cache holds.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(1536, 576, generator=generator) for _ in range(24)]
-    x = torch.randn(1 if single else 4, 576, generator=generator)
+    weights = [torch.randn(1536, 576, generator=generator).to(dtype) for _ in range(24)]
+    x = torch.randn(1 if single else 4, 576, generator=generator).to(dtype)
     with torch.no_grad():
         stock, packed = _alternating_medians(weights, x)
-    logger.info("linear layers of %d rows: stock %.0f us, packed %.0f us", len(x), stock * 1e6, packed * 1e6)
+    logger.info("linear layers of %d rows, %s: stock %.0f us, packed %.0f us", len(x), dtype, stock * 1e6, packed * 1e6)
     return packed < stock
 
 
@@ -111,7 +115,7 @@ def use_narrow_linears(model: nn.Module) -> None:
     Packed copies take as much memory again as the linear layers; they are left out where that is not there.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
-    needed = sum(4 * module.weight.numel() for module in linears if _packable(module.weight))
+    needed = sum(module.weight.nbytes for module in linears if _packable(module.weight))
     if needed > _available_memory():
         logger.warning("packed copies of the linear layers would take %.1f GiB more memory than is free: verification "
                        "of few rows stays slow", needed / 2**30)

@@ -57,7 +57,7 @@ class Target(nn.Module):
         self._inject: Mapping[int, Injection] = {}
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
-        self._sliced: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+        self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
         self._compiled: CompiledCalls | None = None
         self._stock: tuple[Any] = (model,)
@@ -134,37 +134,42 @@ class Target(nn.Module):
         return self.anatomy.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """`final` states from `pre_norm` ones (identity for models without a final norm)."""
-        return self.anatomy.norm(hidden) if self.anatomy.norm is not None else hidden
+        """`final` states from `pre_norm` ones, at their precision (identity for models without a final norm)."""
+        norm = self.anatomy.norm
+        return hidden if norm is None else norm(hidden.to(self.dtype)).to(hidden.dtype)
 
-    def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None, precision: torch.dtype | None = None
+               ) -> Tensor:
         """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token ids.
 
-        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V.
+        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V; at `precision`, a
+        drafter's own, where that is lower than the target's.
         """
         head = self.anatomy.head
-        hidden = hidden.to(self.dtype)
+        coarse = precision is not None and precision.itemsize < self.dtype.itemsize
+        trimmed = vocabulary_D is not None and isinstance(head, nn.Linear)
+        hidden = hidden.to(precision if coarse and trimmed else self.dtype)
         if vocabulary_D is None:
             logits = head(hidden)
         elif not isinstance(head, nn.Linear):
             logits = head(hidden)[..., vocabulary_D]
         else:
-            bias = None if head.bias is None else head.bias[vocabulary_D]
-            logits = narrow_linear(hidden, self._head_rows(vocabulary_D), bias)
+            bias = None if head.bias is None else head.bias[vocabulary_D].to(hidden.dtype)
+            logits = narrow_linear(hidden, self._head_rows(vocabulary_D, hidden.dtype), bias)
         cap, logits = self.anatomy.softcap, logits.to(hidden.device)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _head_rows(self, vocabulary_D: Tensor) -> Tensor:
+    def _head_rows(self, vocabulary_D: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.anatomy.head.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            return weight[vocabulary_D]
+            return weight[vocabulary_D].to(dtype)
         state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
-        kept = self._sliced.get(id(vocabulary_D))
+        kept = self._sliced.get((id(vocabulary_D), dtype))
         if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
             if len(self._sliced) >= SLICED_HEADS:
                 self._sliced.clear()
-            rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device)
-            kept = self._sliced[id(vocabulary_D)] = (vocabulary_D, state, rows)
+            rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device, dtype)
+            kept = self._sliced[id(vocabulary_D), dtype] = (vocabulary_D, state, rows)
         return kept[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Eagle(FeatureDrafter):
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's frozen LM head on the draft vocabulary."""
-        return lambda hidden: target.logits(hidden, self.vocabulary_D)
+        return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""

@@ -174,7 +174,7 @@ class Falcon(LearnedDrafter):
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's frozen LM head on the draft vocabulary."""
-        return lambda hidden: target.logits(hidden, self.vocabulary_D)
+        return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     @property
     def attention(self) -> Attention:

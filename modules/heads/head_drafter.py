@@ -74,7 +74,7 @@ class HeadDrafter(LearnedDrafter):
     def head(self, depth: int, target: Target) -> Head:
         """Features [..., H] of step `depth` -> logits [..., D]: by its own LM head, or by the target's frozen one."""
         if not self.lm_heads:
-            return lambda hidden: target.logits(hidden, self.vocabulary_D)
+            return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
         return self.lm_heads[depth]
 
     @torch.no_grad()

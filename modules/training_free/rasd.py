@@ -19,6 +19,7 @@ from modules.core.trainable import TargetShape
 from modules.training_free.rest import Rest
 from modules.training_free.text import TextDrafter, TextState
 from modules.training_free.trie import END, Trie, batch_of_trees, frequent_prefixes
+from modules.trees.candidates import log_law
 from modules.trees.tree import TokenTree
 
 Ranked = list[tuple[list[int], int]]
@@ -48,7 +49,7 @@ class Overheard:
         logits_BWD = self._drafter.expand(state, frontier)
         self.tokens.append(frontier.tokens_BW)
         self.parents.append(frontier.parents_BW.expand_as(frontier.tokens_BW))
-        self.laws.append(logits_BWD.detach().softmax(-1))
+        self.laws.append(log_law(logits_BWD.detach()).exp())
         return logits_BWD
 
     def opinion(self, sequence: int) -> Opinion:

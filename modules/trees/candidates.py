@@ -11,6 +11,11 @@ from torch import Tensor
 from modules.trees.tree import Topology
 
 
+def log_law(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., D] in float32 at least, whatever the drafter computes in."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class Candidates:
     """Candidates in the order of creation; parents are candidate numbers, -1 for the root; -inf is no candidate."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.core.drafter import Drafter, DraftState, Frontier
+from modules.trees.candidates import log_law
 from modules.trees.tree import Law, TokenTree, Topology
 
 
@@ -66,7 +67,7 @@ class ThresholdTree:
         """Append the best children, `width` or what remains of the budget (at most `most`); returns how many each
         sequence took [B]."""
         count = min(self.width, most)
-        log_BWK, tokens_BWK = logits_BWD.log_softmax(-1).topk(min(count, logits_BWD.shape[-1]), dim=-1)
+        log_BWK, tokens_BWK = log_law(logits_BWD).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
         joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)
         scores, best = joint.topk(min(count, joint.shape[1]), dim=1)

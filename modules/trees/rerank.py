@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.core.drafter import Drafter, DraftState, Frontier
-from modules.trees.candidates import Candidates
+from modules.trees.candidates import Candidates, log_law
 from modules.trees.tree import Law, TokenTree
 
 
@@ -48,7 +48,7 @@ class RerankedTree:
         tokens, rows, chosen = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         scores = torch.zeros(root_B1.shape, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
-            laws = drafter.expand(state, Frontier(tokens, rows, depth)).log_softmax(-1)
+            laws = log_law(drafter.expand(state, Frontier(tokens, rows, depth)))
             log_BWK, best_BWK = laws.topk(min(self.width, laws.shape[-1]), dim=-1)
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded

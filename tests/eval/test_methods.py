@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
@@ -62,5 +63,10 @@ def test_rules_by_temperature(target: Target, runs: Path) -> None:
 def test_a_drafter_takes_the_targets_precision_and_not_any_target(target: Target, runs: Path) -> None:
     drafter = load_drafter(str(runs / "medusa"), target)
     assert {parameter.dtype for parameter in drafter.parameters()} == {target.dtype}
+    source = str(runs / "medusa")
+    rows = build_rows([Method("coarse", source), Method("as asked", source, precision="float16")], target, Sampling(),
+                      "bfloat16")
+    dtypes = [next(row.decoder.drafter.parameters()).dtype for row in rows[1:]]  # type: ignore[attr-defined]
+    assert dtypes == [torch.bfloat16, torch.float16] and rows[1].draft_precision == "bfloat16"
     with pytest.raises(ValueError, match="was trained for"):
         load_drafter(str(runs / "medusa"), tiny_target(seed=1))

@@ -15,7 +15,7 @@ from tests import fakes
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16, 33, 64, 65])
 @pytest.mark.parametrize("pays", [True, False])
 def test_every_path_computes_the_same(rows, pays, monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single: pays)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: pays)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(1, rows, 256, generator=generator)
     weight, bias = torch.randn(256, 256, generator=generator), torch.randn(256, generator=generator)
@@ -26,7 +26,7 @@ def test_every_path_computes_the_same(rows, pays, monkeypatch):
 
 
 def test_a_packed_copy_follows_its_weight(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
     weight, x = nn.Parameter(torch.randn(256, 256)), torch.randn(2, 256)
     with torch.no_grad():
         narrow_linear(x, weight)
@@ -35,10 +35,21 @@ def test_a_packed_copy_follows_its_weight(monkeypatch):
 
 
 def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
     x, weight = torch.randn(2, 256).double(), torch.randn(256, 256).double()
     with torch.no_grad():
         assert torch.equal(narrow_linear(x, weight), nn.functional.linear(x, weight))
+
+
+def test_bfloat16_weights_are_packed_too(monkeypatch):
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("no bfloat16 kernels here")
+    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    x, weight = torch.randn(3, 256).bfloat16(), torch.randn(256, 256).bfloat16()
+    with torch.no_grad():
+        close = narrow_linear(x, weight)
+    assert close.dtype == torch.bfloat16
+    torch.testing.assert_close(close.float(), x.float() @ weight.float().T, rtol=2e-2, atol=0.2)
 
 
 def test_the_measurement_gives_an_answer_once():
