@@ -153,7 +153,7 @@ def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[
             _check_disk(folder, sum(map(len, pending)), len(names), manifest, target.shape.hidden_size)
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
-                _append_shard(folder, manifest, group, states)
+                _append_shard(folder, manifest, group, states, target)
     return folder
 
 
@@ -219,7 +219,8 @@ def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tok
 # -- files ------------------------------------------------------------------------------------------------------
 
 
-def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor]) -> None:
+def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor],
+                  target: Target) -> None:
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in states.values())
     if not finite:
         raise ValueError(f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype float32")
@@ -229,10 +230,17 @@ def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], s
     save_file(states, scratch)
     os.replace(scratch, path)
     shard = {"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
-             "documents": [[document.key, len(document)] for document in group]}
+             "computed_in": _computing_in(target), "documents": [[document.key, len(document)] for document in group]}
     with _locked(folder / _MANIFEST_LOCK):
         current = _read_manifest(folder)
         _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
+
+
+def _computing_in(target: Target) -> str:
+    """The precision in which matrices are multiplied now: the target's, or autocast's."""
+    kind = target.device.type
+    chosen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else target.dtype
+    return str(chosen).removeprefix("torch.")
 
 
 def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dtype: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from checkpoints.pretrained import load_pretrained
 from modules.core.drafter import Sampling
 from modules.core.loading import truncated_config
+from modules.core.phases import now
 from modules.core.target import Target
 from modules.decoding.decoder import Trace
 from modules.language_models.independent import Independent
@@ -75,17 +76,12 @@ class HuggingFaceGenerate:
         """
         if len(prompts) > 1 and not self.batched:
             raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
-        watch, began = _Stopwatch(), self._now()
+        watch, began = _Stopwatch(), now(self.target.device)
         rows = self._generate(prompts, sampling, limit, watch)
-        ended = self._now()
+        ended = now(self.target.device)
         prefill = watch.times[0] - began
         seconds = {"prefill": prefill, "other": ended - watch.times[0]}
         return [self._trace(prompt, row, watch, seconds) for prompt, row in zip(prompts, rows, strict=True)]
-
-    def _now(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, limit: int, watch: _Stopwatch) -> list[list[int]]:

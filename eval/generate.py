@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from eval.methods import Precision, load_drafter
 from eval.text import pieces
 from modules.core.drafter import Sampling
 from modules.core.loading import load_target, own_device
+from modules.core.phases import now
 from modules.decoding.decoder import SpeculativeDecoder
 
 DRAFTED = "black on light_sky_blue1"
@@ -69,17 +69,15 @@ class Stopwatch:
     def __init__(self, stream: Iterator[tuple[int, bool]], device: torch.device) -> None:
         self.tokens: list[tuple[int, bool]] = []
         self.seconds = 0.0
-        self._stream, self._cuda = stream, device.type == "cuda"
+        self._stream, self._device = stream, device
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
         """The stream's tokens, each with whether it was drafted."""
         while True:
-            began = time.perf_counter()
+            began = now(self._device)
             token = next(self._stream, None)
-            if self._cuda:
-                torch.cuda.synchronize()
             if self.tokens:
-                self.seconds += time.perf_counter() - began
+                self.seconds += now(self._device) - began
             if token is None:
                 return
             self.tokens.append(token)

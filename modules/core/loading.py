@@ -49,7 +49,16 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _refuse_offloaded(model, name)
     return Target(model if "device_map" in options else model.to(device), tokenizer, name)
+
+
+def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
+    """ValueError when accelerate left weights outside of the devices, from where they come back in every call."""
+    absent = [path for path, weight in model.named_parameters() if weight.is_meta]
+    if absent:
+        raise ValueError(f"target {name!r} does not fit these devices: {len(absent)} of its weights would be read anew "
+                         f"in every call (the first: {absent[0]}): use dtype 8bit or 4bit, or more devices")
 
 
 def check_loading(dtype: str, device: str | None = None) -> None:

@@ -10,6 +10,13 @@ from contextvars import ContextVar
 import torch
 
 
+def now(device: torch.device) -> float:
+    """Seconds, once this device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class PhaseClock:
     """Adds up seconds per phase between `start` and `stop`.
 
@@ -20,30 +27,25 @@ class PhaseClock:
         self.seconds: dict[str, float] = {}
         self.current = ""
         self.running = False
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._since = 0.0
 
     def start(self) -> None:
         """Charge from now on."""
-        self.running, self._since = True, self._now()
+        self.running, self._since = True, now(self._device)
 
     def enter(self, phase: str) -> None:
         """Charge what has passed to the phase so far, and what comes to this one."""
         if self.running:
-            now = self._now()
-            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self._since
-            self._since = now
+            moment = now(self._device)
+            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + moment - self._since
+            self._since = moment
         self.current = phase
 
     def stop(self) -> None:
         """Charge no more."""
         self.enter(self.current)
         self.running = False
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 _WATCHED: ContextVar[PhaseClock | None] = ContextVar("phase clock", default=None)

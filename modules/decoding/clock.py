@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from modules.core.phases import now
+
 PHASES = ("prefill", "draft", "verify", "accept", "commit", "other")
 
 
@@ -20,15 +22,10 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._seconds: dict[str, float] = {phase: 0.0 for phase in PHASES}
         self._marks: list[tuple[str, Any, Any]] = []
-        self._began = self._now()
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self._began = now(device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -44,7 +41,7 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _charge(self, name: str, began: Any, ended: Any) -> None:
@@ -55,7 +52,7 @@ class Clock:
 
     def elapsed(self) -> float:
         """Seconds since the clock was made; waits for a GPU."""
-        return self._now() - self._began
+        return now(self._device) - self._began
 
     def snapshot(self) -> dict[str, float]:
         """Seconds per phase so far, `other` filled in; waits for a GPU."""

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from modules.core.loading import cache_folder
+from modules.core.phases import now
 from modules.core.target import Target
 from modules.trees.tree import TokenTree
 
@@ -131,10 +131,6 @@ def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[
 
 
 def _seconds(target: Target, call: Callable[[], object]) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now(target.device)
     call()
-    if target.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now(target.device) - began

@@ -5,12 +5,12 @@ Shape legend: N rows of a call.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from modules.core.phases import now
 from modules.core.target import Target
 
 _READ_BYTES = 1 << 28
@@ -54,9 +54,7 @@ def measure_roofline(target: Target, repeats: int = 7) -> Roofline:
 def _best(call: Callable[[], object], target: Target, repeats: int) -> float:
     taken = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = now(target.device)
         call()
-        if target.device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
+        taken.append(now(target.device) - began)
     return min(taken)

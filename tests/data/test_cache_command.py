@@ -51,12 +51,14 @@ def test_matrices_can_be_multiplied_in_bfloat16(target: Target, source: str, tmp
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
     found = {}
-    for precision in ("32-true", "bf16-mixed"):
+    computed_in = {"32-true": "float32", "bf16-mixed": "bfloat16"}
+    for precision in computed_in:
         folder = str(tmp_path / precision)
         assert command(["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
                         folder, "--data.features_dtype", "float32", "--precision", precision]) == 0
         cache = FeatureCache(folder, target.fingerprint(), ["final"])
         documents = [key for shard in cache.manifest["shards"] for key, _ in shard["documents"]]
+        assert {shard["computed_in"] for shard in cache.manifest["shards"]} == {computed_in[precision]}
         found[precision] = torch.cat([cache.read(key)["final"] for key in sorted(documents)])
     distance = (found["bf16-mixed"] - found["32-true"]).norm() / found["32-true"].norm()
     assert 0 < distance < 0.03

@@ -122,6 +122,13 @@ def test_a_target_spread_by_accelerate_decodes_the_same(folder: str) -> None:
     assert SpeculativeDecoder(spread, drafter).decode([[7, 9, 11]], Sampling(), 12)[0].ids == expected
 
 
+def test_a_target_that_does_not_fit_its_devices_is_refused(folder: str) -> None:
+    model = load_target(folder).model
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"'x' does not fit .* 9 of its weights .*layers.1.self_attn.q_proj"):
+        loading._refuse_offloaded(model, "x")
+
+
 @pytest.mark.skipif(not HAS["bitsandbytes"], reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("dtype", ["8bit", "4bit"])
 def test_a_packed_target_verifies_trees(folder: str, dtype: str) -> None:

@@ -93,7 +93,8 @@ class Event:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "stream of cuda:1"
         self.at = Event.now
 
     def elapsed_time(self, other: Event) -> float:
@@ -102,14 +103,16 @@ class Event:
 
 def test_phases_on_a_gpu_are_events_and_nothing_waits_before_the_figures_are_asked_for(monkeypatch) -> None:
     waits, seconds = [], iter([0.0, 1.0, 2.0])
-    monkeypatch.setattr(clock.torch, "cuda", SimpleNamespace(synchronize=lambda: waits.append(1), Event=Event))
+    monkeypatch.setattr(clock.torch, "cuda", SimpleNamespace(
+        synchronize=waits.append, Event=Event, current_stream=lambda device: f"stream of {device}"))
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(seconds))
-    timed = Clock(torch.device("cuda"))
+    timed = Clock(torch.device("cuda:1"))
     assert len(waits) == 1
     for name, taken in (("draft", 100.0), ("verify", 300.0), ("draft", 50.0)):
         with timed.phase(name):
             Event.now += taken
     assert len(waits) == 1
     found = timed.snapshot()
-    assert len(waits) == 2 and found["draft"] == pytest.approx(0.15) and found["verify"] == pytest.approx(0.3)
+    assert waits == [torch.device("cuda:1")] * 2
+    assert found["draft"] == pytest.approx(0.15) and found["verify"] == pytest.approx(0.3)
     assert found["other"] == pytest.approx(1 - 0.45) and timed.snapshot()["draft"] == pytest.approx(0.15)
