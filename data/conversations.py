@@ -83,23 +83,25 @@ class Skipped(ValueError):
 # -- reading ----------------------------------------------------------------------------------------------------
 
 
-def load_conversations(source: str, limit: int | None = None, split: str = "train") -> list[Conversation]:
-    """Read conversations.
+def load_conversations(source: str, limit: int | None = None, split: str = "train", streaming: bool = False
+                       ) -> Iterator[Conversation]:
+    """Read conversations, one after the other as they are asked for.
 
     Args:
         source: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a Hub data set (`owner/name`, `owner/name:config`), or
             `embedded` (the answers shipped with this package).
         limit: read at most this many.
         split: split of a Hub data set.
+        streaming: whether a Hub data set is downloaded no further than it is read; with a limit it always is so.
 
     Raises:
         ValueError: no such file or data set, a row of an unknown shape, or nothing in it.
     """
-    rows = islice(read_rows(source, split, limit), limit)
-    found = [_conversation(row, f"{source!r} row {number}") for number, row in enumerate(rows, 1)]
-    if not found:
+    number = 0
+    for number, row in enumerate(islice(read_rows(source, split, streaming or limit is not None), limit), 1):
+        yield _conversation(row, f"{source!r} row {number}")
+    if not number:
         raise ValueError(f"data set {source!r} is empty: give one with at least one conversation")
-    return found
 
 
 def local_file(source: str) -> Path | None:
@@ -114,11 +116,11 @@ def local_file(source: str) -> Path | None:
     return None
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a file or of a Hub data set, see `load_conversations`; `limit` only spares a Hub download."""
+def read_rows(source: str, split: str = "train", streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a file or of a Hub data set, see `load_conversations`."""
     path = local_file(source)
     if path is None:
-        return _hub_rows(source, split, limit)
+        return _hub_rows(source, split, streaming)
     return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
 
 
@@ -147,13 +149,13 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _hub_rows(source: str, split: str, limit: int | None) -> Iterator[dict[str, Any]]:
+def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     name, _, config = source.partition(":")
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split, streaming=limit is not None)
+        loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"data set {source!r} (split {split!r}) is neither a file nor loadable: {reason}") from error

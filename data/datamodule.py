@@ -123,7 +123,8 @@ class ConversationData(LightningDataModule):
         validation_fraction: share of the prompts held out when `validation` is null.
         max_length: tokens of a packed row, and of a conversation at most.
         rows: packed rows per batch.
-        max_response_tokens: stop reading after this many response tokens (null: read all), held-out ones included.
+        max_response_tokens: stop reading after this many response tokens (null: read all), held-out ones included. A
+            Hub data set is then streamed, and downloaded no further.
         max_validation_tokens: the same for `validation`.
         features: folder of the feature cache; what it lacks is added before training. `{target}` in it stands for the
             target's fingerprint and `{states}` for the states, so that runs can share it. null: computed online.
@@ -201,7 +202,7 @@ class ConversationData(LightningDataModule):
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None
-        conversations = load_conversations(source, split=split)
+        conversations = load_conversations(source, split=split, streaming=budget is not None)
         return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:

@@ -89,7 +89,7 @@ class TaskSource:
         if a_file and not Path(self.source).is_file():
             raise ValueError(f"prompts {self.source!r} does not exist: give a JSONL file (`--prompts PATH`, or "
                              "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`")
-        return read_rows(self.source, self.split, limit)
+        return read_rows(self.source, self.split, limit is not None)
 
     # -- one row ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from tokenizers import decoders
 
 from data.conversations import Conversation, Skipped, Tokens, load_conversations, prompt_ids, tokenize, tokenize_all
-from tests.fakes import tiny_tokenizer
+from data.datamodule import ConversationData
+from tests.fakes import tiny_target, tiny_tokenizer
 
 END, USER, ASSISTANT = 0, 1, 2
 PAIR = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -49,7 +51,7 @@ def test_every_shape_and_kind_of_file_reads_the_same(row: dict[str, Any], tmp_pa
     parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     sources = [write(tmp_path / "a.jsonl", [row]), write(tmp_path / "a.jsonl.gz", [row]), str(tmp_path / "a.parquet")]
     for source in sources:
-        assert load_conversations(source)[0].messages == PAIR
+        assert next(load_conversations(source)).messages == PAIR
 
 
 def test_a_hub_data_set_is_loaded_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +62,28 @@ def test_a_hub_data_set_is_loaded_by_id(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append((name, config, split, streaming))
         return datasets.Dataset.from_list([{"question": "hi", "answer": "yes"}] * 3)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert len(load_conversations("someone/chats:main", limit=2, split="test")) == 2
+    assert len(list(load_conversations("someone/chats:main", limit=2, split="test"))) == 2
     assert asked == [("someone/chats", "main", "test", True)]
+
+
+def test_a_hub_data_set_is_streamed_no_further_than_the_budget_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(1000):
+            read.append(number)
+            yield {"question": f"say {number}", "answer": "yes " * 10}
+    asked: list[bool] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: asked.append(streaming) or rows())
+    data = ConversationData("someone/chats", max_length=64, max_response_tokens=100)
+    data.read(tiny_target())
+    assert asked == [True] and 2 <= len(read) < 20 and 100 <= data.response_tokens + sum(
+        document.response_tokens for document in data.held_out) < 150
+    del read[:]
+    data = ConversationData("someone/chats", max_length=64)
+    data.read(tiny_target())
+    assert asked == [True, False] and len(read) == 1000
 
 
 def test_an_unreachable_hub_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +93,7 @@ def test_an_unreachable_hub_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("no route\nmore")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=r"'someone/chats' .*no route$"):
-        load_conversations("someone/chats")
+        next(load_conversations("someone/chats"))
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -81,15 +103,15 @@ def test_an_unreachable_hub_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch
 def test_bad_files_are_one_line(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_conversations(str(tmp_path / "bad.jsonl"))
+        list(load_conversations(str(tmp_path / "bad.jsonl")))
 
 
 def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
-        load_conversations(str(tmp_path / "none.jsonl"))
+        next(load_conversations(str(tmp_path / "none.jsonl")))
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match="unknown kind"):
-        load_conversations(str(tmp_path / "a.csv"))
+        next(load_conversations(str(tmp_path / "a.csv")))
 
 
 def test_the_mask_decodes_to_what_the_assistant_said(tokenizer: Any) -> None:

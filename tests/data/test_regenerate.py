@@ -93,7 +93,7 @@ def test_a_journal_of_other_settings_is_refused(target: Target, tmp_path: Path,
 def test_chats_are_answered_too(target: Target, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     output = regenerate(target, [{"messages": chat}], tmp_path / "a.jsonl", Generation(3), progress=False)
-    conversation = load_conversations(str(output))[0]
+    conversation = next(load_conversations(str(output)))
     assert conversation.messages[:3] == chat and conversation.messages[3]["role"] == "assistant"
 
 
