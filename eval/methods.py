@@ -333,8 +333,10 @@ def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter"
 
 
 def _with_partner(source: ClassSpec, target: Target, where: str, precision: Precision | None) -> ClassSpec:
-    """The spec with the drafter that `init_args.partner` names in place of its name (RASD)."""
+    """The spec with the drafter and the builder that `init_args.partner` and `.builder` name in their place (RASD)."""
     arguments = dict(source.get("init_args") or {})
+    if isinstance(arguments.get("builder"), Mapping):
+        arguments["builder"] = construct(arguments["builder"], f"{where}: builder")
     if arguments.get("partner") is None:
         return source
     partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)

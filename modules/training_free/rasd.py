@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.core.batches import StateName
-from modules.core.drafter import Accepted, Context, Drafter, DraftState, Frontier, Verified
+from modules.core.drafter import Accepted, Context, Drafter, DraftState, Frontier, TreeBuilder, Verified
 from modules.core.trainable import TargetShape
 from modules.training_free.rest import Rest
 from modules.training_free.text import TextDrafter, TextState
@@ -117,17 +117,18 @@ class Rasd(TextDrafter):
         top, least: a retrieved token stays when the partner has it among the `top` likeliest or finds it at least as
             likely as `least`.
         retrieved: nodes of the budget that the partner leaves to retrieval.
+        builder: grows the partner's tree instead of the partner's own builder; an evaluation names it as its methods do.
         tokens: nodes drafted in all, unless a method's budget says otherwise (the sheet's order of size: 60 and 30).
     """
 
     def __init__(self, shape: TargetShape, partner: Drafter | None = None, datastore: str | None = None,
                  longest: int = 3, length: int = 16, top: int = 10, least: float = 0.01, retrieved: int = 3,
-                 tokens: int = 7) -> None:
+                 tokens: int = 7, builder: TreeBuilder | None = None) -> None:
         super().__init__(shape)
         if min(longest, length, top, retrieved) < 1 or tokens <= retrieved:
             raise ValueError(f"longest, length, top and retrieved must be at least 1 and tokens above retrieved, got "
                              f"{longest}, {length}, {top}, {retrieved} and {tokens}")
-        self.partner, self.longest, self.length = partner, longest, length
+        self.partner, self.builds, self.longest, self.length = partner, builder, longest, length
         self.top, self.least, self.retrieved, self.tokens = top, least, retrieved, tokens
         self.rest = None if datastore is None else Rest(shape, datastore, length=length)
 
@@ -171,10 +172,10 @@ class Rasd(TextDrafter):
     def _partners_tree(self, state: RasdState, budget: int) -> tuple[TokenTree | None, Overheard | None]:
         if self.partner is None or state.partner is None:
             return None, None
-        if type(self.partner).propose is not Drafter.propose:
+        if self.builds is None and type(self.partner).propose is not Drafter.propose:
             return self.partner.propose(state.partner, budget), None
-        heard = Overheard(self.partner)
-        return self.partner.builder.build(heard, state.partner, budget), heard  # type: ignore[arg-type]
+        heard, builder = Overheard(self.partner), self.builds or self.partner.builder
+        return builder.build(heard, state.partner, budget), heard  # type: ignore[arg-type]
 
     def retrieve(self, text: list[int], most: int) -> Ranked:
         """The commonest continuations in the text; in the corpus, if nothing like the text's end stood before."""

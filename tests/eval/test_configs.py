@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 import yaml
 
 from checkpoints.pretrained import save_pretrained
@@ -13,8 +14,10 @@ from checkpoints.provenance import Provenance
 from data.configfiles import CONFIGS
 from eval.methods import Method, build_rows, class_of, unique_labels
 from modules.core.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.clover import Clover
-from modules.heads.clover2 import Clover2
+from modules.training_free.rasd import Rasd
+from modules.trees.rerank import RerankedTree
 from tests.fakes import tiny_target
 
 FILES = sorted((CONFIGS / "eval").glob("*.yaml"))
@@ -42,19 +45,21 @@ def test_drafting_without_training_is_whole() -> None:
     rows = methods("training_free")
     assert expected == set(rows)
     assert not any(isinstance(row.get("drafter"), str) for row in rows.values())
-    assert expected - {"token_recycling_cold"} < set(methods("fused"))
+    assert expected - {"token_recycling_cold"} < set(methods("table"))
 
 
 def test_assisted_generation_and_ours_draft_with_the_same_model() -> None:
-    rows = methods("fused")
+    rows = methods("table")
     assert rows["hf_assisted"]["decoder"]["init_args"]["assistant"] == rows["independent"]["drafter"]
 
 
 def test_the_fused_tree_has_the_nodes_of_its_partner_and_of_retrieval() -> None:
-    rows = methods("fused")
-    fused, alone = rows["rasd_clover2"]["drafter"]["init_args"], rows["rasd"]["drafter"]["init_args"]
-    assert fused["partner"] == rows["clover2_own_tree"]["drafter"] and fused["datastore"] == alone["datastore"]
-    assert fused["tokens"] - fused["retrieved"] == Clover2(tiny_target().shape).default_budget
+    rows = methods("table")
+    fused, alone = rows["rasd_eagle3_bf16"], rows["eagle3_full_bf16"]
+    given = fused["drafter"]["init_args"]
+    assert given["partner"] == alone["drafter"] and given["builder"] == alone["builder"]
+    assert given["datastore"] == rows["rasd"]["drafter"]["init_args"]["datastore"]
+    assert given["tokens"] - given["retrieved"] == alone["budget"] and fused["precision"] == alone["precision"]
 
 
 def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
@@ -62,11 +67,16 @@ def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
     drafter = Clover(target.shape)
     drafter.initialise(target)
     save_pretrained(drafter, tmp_path / "clover" / "drafter", Provenance.of(target))
-    spec = {**methods("fused")["rasd_clover2"]["drafter"]}
-    spec["init_args"] = {**spec["init_args"], "partner": str(tmp_path / "clover"), "datastore": None}
-    rows = build_rows([Method("fused", spec), Method("clover", str(tmp_path / "clover"))], target, Sampling())
+    spec = {**methods("table")["rasd_eagle3_bf16"]["drafter"]}
+    shallow = {**spec["init_args"]["builder"], "init_args": {"depth": 3}}
+    spec["init_args"] |= {"partner": str(tmp_path / "clover"), "datastore": None, "builder": shallow}
+    rows = build_rows([Method("fused", spec, precision="bfloat16"), Method("clover", str(tmp_path / "clover"))], target,
+                      Sampling())
     by_name = {row.name: row for row in rows}
-    assert by_name["fused"].budget == 8 and by_name["clover"].budget == 5
+    assert by_name["fused"].budget == 9 and by_name["clover"].budget == 5
+    drafter = cast(SpeculativeDecoder, by_name["fused"].decoder).drafter
+    assert isinstance(drafter, Rasd) and isinstance(drafter.builds, RerankedTree)
+    assert {parameter.dtype for parameter in drafter.parameters()} == {torch.bfloat16}
     assert by_name["fused"].drafter_parameters == by_name["clover"].drafter_parameters > 0
     prompts = [[7, 8, 9, 7, 8], [20, 30]]
     plain = by_name["autoregressive"].decoder.decode(prompts, Sampling(), 12)
