@@ -117,7 +117,7 @@ class Rasd(TextDrafter):
         top, least: a retrieved token stays when the partner has it among the `top` likeliest or finds it at least as
             likely as `least`.
         retrieved: nodes of the budget that the partner leaves to retrieval.
-        builder: grows the partner's tree instead of the partner's own builder; an evaluation names it as its methods do.
+        builder: grows the partner's tree in place of its own builder; an evaluation names it as its methods do.
         tokens: nodes drafted in all, unless a method's budget says otherwise (the sheet's order of size: 60 and 30).
     """
 
