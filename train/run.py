@@ -22,6 +22,7 @@ from checkpoints.hub import publish
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
 from data.datamodule import ConversationData
 from modules.alignment.aligned_drafting import AlignedDrafting
+from modules.core.compiled import compile_blocks
 from modules.core.drafter import Drafter
 from modules.core.loading import check_unquantised, load_target
 from modules.core.recompute import use_activation_checkpointing
@@ -129,9 +130,11 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
 
 
 def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:
-    """What Lightning trains. ValueError: activation checkpointing for a component that has nothing to recompute."""
+    """What Lightning trains. ValueError: a component without blocks to recompute or to compile where that is asked."""
     if recipe.trainer.activation_checkpointing:
         use_activation_checkpointing(trainable)
+    if recipe.trainer.compile:
+        compile_blocks(trainable)
     if recipe.objective is not None:
         recipe.objective.begin(trainable)
     return TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)

@@ -51,6 +51,7 @@ class TrainerSettings:
         gradient_clip_val: largest gradient norm (0: no clipping).
         gradient_clip_algorithm: `norm`, or `value` to clip every element.
         activation_checkpointing: compute activations of the component's own layers once more instead of keeping them.
+        compile: let the component's own blocks go through torch.compile.
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.
@@ -67,6 +68,7 @@ class TrainerSettings:
     gradient_clip_val: float = 1.0
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     activation_checkpointing: bool = False
+    compile: bool = False
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1

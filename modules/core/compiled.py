@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
@@ -33,6 +33,21 @@ CAPACITY_STEP = 256
 """Buffers hold multiples of so many slots, so that prompts of all lengths share few of them, and their graphs."""
 BACKEND: str | Callable[..., Any] = "inductor"
 """What compiles; tests name others."""
+
+
+def compile_blocks(component: nn.Module) -> None:
+    """Let the blocks of a component that is trained (those with `compiles`: feed-forward networks, residual blocks,
+    Clover's fusion) go through `torch.compile`, one graph for any number of rows. Values and gradients stay.
+
+    Raises:
+        ValueError: it has none.
+    """
+    blocks = [module for module in component.modules() if getattr(module, "compiles", False)]
+    for block in blocks:
+        block.compile(dynamic=True, backend=BACKEND)
+    if not blocks:
+        raise ValueError(f"trainer.compile is true, but {type(component).__name__} has no blocks of its own to "
+                         "compile: set it to false")
 
 
 class FixedSlots(Cache):

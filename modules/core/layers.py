@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 class ResBlock(nn.Module):
     """x + SiLU(W x + b) with W = 0 at the start (Medusa, Cai et al. 2024)."""
 
+    compiles = True
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, hidden_size)
@@ -168,6 +170,8 @@ def rotary_config(shape: TargetShape) -> LlamaConfig:
 
 class FeedForward(nn.Module):
     """Gated feed-forward network [.., H] -> [.., output_width * H]."""
+
+    compiles = True
 
     def __init__(self, shape: TargetShape, output_width: int = 1) -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class AttentionDecoder(nn.Module):
         bias: whether the three projections have biases.
     """
 
+    compiles = True
+
     def __init__(self, shape: TargetShape, gate: Gate, bias: bool = False) -> None:
         super().__init__()
         size = shape.hidden_size
@@ -63,6 +65,8 @@ class AttentionDecoder(nn.Module):
 
 class FeedForwardFusion(nn.Module):
     """h + SiLU(W [RMSNorm(h) ; e]) with W = 0 at the start: the ablation's stand-in for the attention decoder."""
+
+    compiles = True
 
     def __init__(self, shape: TargetShape) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept, never the gradients."""
+"""Activation checkpointing changes what is kept, compiled blocks what runs: never the gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.core import compiled
 from modules.core.layers import DecoderLayer
 from modules.core.recompute import use_activation_checkpointing
 from modules.core.trainable import Trainable
@@ -59,6 +60,19 @@ def test_recomputed_blocks_keep_less_and_have_the_same_gradients(name: str) -> N
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["medusa", "clover", "clover2", "eagle3", "fspad", "falcon"])
+def test_compiled_blocks_have_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    plain, other = drafter(name).train(), drafter(name).train()
+    compiled.compile_blocks(other)
+    use_activation_checkpointing(other)
+    _, loss, expected = kept_and_gradients(plain)
+    _, same, found = kept_and_gradients(other)
+    assert same == pytest.approx(loss) and set(plain.state_dict()) == set(other.state_dict())
+    for one, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, its)
+
+
 def test_decoding_goes_on_as_before() -> None:
     layer, plain = DecoderLayer(TARGET.shape).double(), DecoderLayer(TARGET.shape).double()
     plain.load_state_dict(layer.state_dict())
@@ -89,3 +103,5 @@ def test_attention_in_parts_is_attention_at_once(limit: int, monkeypatch: pytest
 def test_what_has_nothing_to_recompute_is_refused() -> None:
     with pytest.raises(ValueError, match="trainer.activation_checkpointing is true, but Judge has no layers"):
         use_activation_checkpointing(Judge(TARGET.shape))
+    with pytest.raises(ValueError, match="trainer.compile is true, but Judge has no blocks of its own"):
+        compiled.compile_blocks(Judge(TARGET.shape))
