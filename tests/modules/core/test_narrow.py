@@ -52,6 +52,13 @@ def test_bfloat16_weights_are_packed_too(monkeypatch):
     torch.testing.assert_close(close.float(), x.float() @ weight.float().T, rtol=2e-2, atol=0.2)
 
 
+def test_autocast_brings_inputs_of_another_precision(monkeypatch):
+    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    x, weight = torch.randn(3, 256).bfloat16(), torch.randn(256, 256)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(narrow_linear(x, weight), nn.functional.linear(x, weight))
+
+
 def test_the_measurement_gives_an_answer_once():
     narrow.packing_pays.cache_clear()
     for single in (True, False):
