@@ -24,6 +24,7 @@ from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
+from modules.core.loading import missing_here
 from modules.core.trainable import TargetShape, Trainable
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def find_folder(name: str | Path) -> Path:
             return folder
     if path.exists():
         raise ValueError(f"{str(name)!r} holds no trained component: neither drafter/{CONFIG} nor {CONFIG} is in it")
-    if not _HUB_ID.fullmatch(str(name)):
+    if not _HUB_ID.fullmatch(str(name)) or missing_here(name):
         raise ValueError(f"{str(name)!r} does not exist: give a run folder, a drafter folder or a Hub id (USER/NAME)")
     return _download(str(name))
 

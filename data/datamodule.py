@@ -188,9 +188,7 @@ class ConversationData(LightningDataModule):
         Raises:
             ValueError: `max_length` beyond the target's context, or no usable conversation.
         """
-        if self.max_length > target.max_positions:
-            raise ValueError(f"data.max_length is {self.max_length}, but the context of target {target.name!r} has "
-                             f"{target.max_positions} positions: lower it")
+        self.check_length(target)
         self._target = target
         found = self._tokenized(self.train, self.split, self.max_response_tokens)
         if self.validation is None:
@@ -199,6 +197,12 @@ class ConversationData(LightningDataModule):
             self.documents = found
             self.held_out = self._tokenized(self.validation, self.validation_split, self.max_validation_tokens)
         self.documents = first_tokens(self.documents, self.max_training_tokens)
+
+    def check_length(self, target: Target) -> None:
+        """ValueError where a row would be longer than the target's context."""
+        if self.max_length > target.max_positions:
+            raise ValueError(f"data.max_length is {self.max_length}, but the context of target {target.name!r} has "
+                             f"{target.max_positions} positions: lower it")
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None

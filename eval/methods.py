@@ -16,6 +16,7 @@ import torch
 from checkpoints.pretrained import load_pretrained
 from data.conversations import prompt_ids, read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.loading import missing_here
 from modules.core.target import Target
 from modules.decoding.budget import BUDGETS, best_budget, try_budgets
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
@@ -91,7 +92,7 @@ class Method:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
             _folder_exists(Path(self.drafter), where)
-        elif isinstance(self.drafter, str) and (self.drafter.count("/") != 1 or Path(self.drafter).parent.is_dir()):
+        elif isinstance(self.drafter, str) and ("/" not in self.drafter or missing_here(self.drafter)):
             raise ValueError(f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a Hub id")
         for spec, given in ((self.drafter, 1), (self.decoder, 1), (self.builder, 0)):
             if isinstance(spec, Mapping):
@@ -116,7 +117,7 @@ def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
         _folder_exists(Path(folder), where)
     elif isinstance(rule, str) and "/" not in rule:
         rule_named(rule)
-    elif folder.count("/") != 1 or Path(folder).parent.is_dir():
+    elif "/" not in folder or missing_here(folder):
         raise ValueError(f"{where}: rule {folder!r} does not exist: give a rule's name, a judge's run or a Hub id")
 
 

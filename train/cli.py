@@ -110,6 +110,8 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     if config.init_from is not None:
         read_config(find_folder(config.init_from))
     recipe = recipe_of(parser, config)
+    if recipe.objective is not None and config.init_from is None and resume is None:
+        raise ValueError("objective: it goes on with a trained drafter: name its run or folder with --init_from")
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:
         check_token()
     return recipe, Place(output, resume, config.init_from, settings)
@@ -136,6 +138,8 @@ def _stem(config: Namespace) -> str:
 def command(arguments: Sequence[str]) -> int:
     """Parse, write the run's config, train, and say where the result is."""
     parser = make_parser()
+    if not any(word.startswith(("--config", "--drafter", "--print_config", "--help", "-h")) for word in arguments):
+        raise ValueError("--config is missing: name a recipe of configs/, such as --config clover.yaml")
     config = parse(parser, arguments)
     if config.plan:
         print_plan(recipe_of(parser, config), outline(config.target, config.dtype))

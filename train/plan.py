@@ -169,9 +169,19 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
     smaller = replace(size, tokens=size.row)
     if fix is None and memory(smaller, settings.strategy, settings.precision, world).total <= room:
         fix = "lower data.rows and raise trainer.accumulate_grad_batches"
-    fix = fix or "use a smaller target, or a 16-bit dtype for it"
+    fix = fix or _shorter_rows(size, settings, world, room) or "use a smaller target, or a 16-bit dtype for it"
     raise ValueError(f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
                      f"{room / GIB:.1f} are free: {fix}")
+
+
+def _shorter_rows(size: Size, settings: TrainerSettings, world: int, room: float, least: int = 128) -> str | None:
+    """The fix that names the greatest half, quarter, … of the rows' length that fits."""
+    lengths = [size.row >> halvings for halvings in range(1, size.row.bit_length()) if size.row >> halvings >= least]
+    fits = (length for length in lengths if memory(
+        replace(size, tokens=size.tokens * length // size.row, row=length), settings.strategy, settings.precision,
+        world).total <= room)
+    length = next(fits, None)
+    return None if length is None else f"lower data.max_length to {length}"
 
 
 def check_disk(needed: float, folder: Path) -> None:
@@ -213,6 +223,7 @@ def print_plan(recipe: Any, target: Any) -> None:
         ValueError: too little memory or disk, with the fix.
     """
     data, settings = recipe.data, recipe.trainer
+    data.check_length(target)
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
     size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)

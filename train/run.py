@@ -337,6 +337,19 @@ def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> No
         raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     for key in keys:
-        if _lasting(saved.get(key)) != _lasting(settings.get(key)):
-            raise ValueError(f"--resume: {key} is {settings.get(key)!r}, but the run was begun with "
-                             f"{saved.get(key)!r}: restore it, or start a new run (--init_from takes the weights)")
+        changed = next(_differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None)
+        if changed is not None:
+            name, before, now = changed
+            raise ValueError(f"--resume: {name} is {now!r}, but the run was begun with {before!r}: restore it, or "
+                             "start a new run (--init_from takes the weights)")
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The innermost keys that differ, with both values."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        if before != now:
+            yield name, before, now
+        return
+    for key in dict.fromkeys((*before, *now)):
+        inner = name if key == "init_args" else f"{name}.{key}"
+        yield from _differences(inner, before.get(key), now.get(key))

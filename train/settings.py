@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 
 from checkpoints.hub import check_repo
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+_OWN_STRATEGY = re.compile(r"deepspeed_[123](_offload)?")
 
 
 @dataclass
@@ -81,6 +86,12 @@ class TrainerSettings:
         """Refuse a training without an end."""
         if self.max_steps < 0 and self.max_epochs < 0:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        if self.strategy != "auto" and not _OWN_STRATEGY.fullmatch(self.strategy) and (
+                self.strategy not in StrategyRegistry):
+            raise ValueError(f"trainer.strategy {self.strategy!r} is unknown: use auto, ddp, deepspeed_1, deepspeed_2, "
+                             "deepspeed_3 (with _offload behind the last two), or a name of Lightning's")
         if self.strategy.startswith("deepspeed") and self.gradient_clip_algorithm == "value" and self.gradient_clip_val:
             raise ValueError("trainer.gradient_clip_algorithm is value, but DeepSpeed clips by norm only: set it to "
                              "norm, or use trainer.strategy ddp")

@@ -30,6 +30,14 @@ def own_device() -> str:
     return f"cuda:{local % torch.cuda.device_count()}"
 
 
+def missing_here(name: str | Path) -> bool:
+    """Whether a name can only be meant as a path, not as a Hub id, and nothing is there: `runs/clover`, more than one
+    slash, a leading `/`, `.` or `~`, or a first folder that exists."""
+    path = Path(name)
+    local = len(path.parts) != 2 or path.parts[0] in ("runs", ".", "..", "~", "/") or Path(path.parts[0]).is_dir()
+    return "/" in str(name) and local and not path.exists()
+
+
 def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
     """Load a frozen target.
 
@@ -125,6 +133,8 @@ def locate(name: str) -> str:
         if not Path(name).is_file():
             raise ValueError(f"target {name!r} does not exist: give the path of a GGUF file")
         return str(_dequantised(Path(name)))
+    if missing_here(name):
+        raise ValueError(f"target {name!r} does not exist: give a folder, a Hub id or {EMBEDDED}")
     return name
 
 

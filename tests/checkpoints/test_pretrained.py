@@ -143,6 +143,13 @@ def test_names_that_hold_nothing_are_refused(tmp_path, monkeypatch):
         load_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not exist: give a run folder"):
         load_pretrained(tmp_path / "none")
+    monkeypatch.setattr(pretrained, "_download", lambda name: pytest.fail(f"{name} was looked for on the Hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exports").mkdir()
+    for name in ("runs/nothere", "exports/eagle3"):
+        with pytest.raises(ValueError, match="does not exist: give a run folder"):
+            load_pretrained(name)
+    monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a folder here nor a reachable Hub repository"):

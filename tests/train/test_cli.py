@@ -104,6 +104,13 @@ def test_a_torn_checkpoint_is_skipped_and_said_so(tmp_path, caplog):
         resume_point(tmp_path, "last")
 
 
+@pytest.mark.parametrize(("key", "value"), [("strategy", "deepspeed_4"), ("precision", "int3")])
+def test_unknown_names_are_refused_before_anything_starts(key, value):
+    with pytest.raises(ValueError, match=f"trainer.{key} '{value}' is unknown: use "):
+        TrainerSettings(**{key: value})
+    assert TrainerSettings(strategy="fsdp").strategy == "fsdp"
+
+
 def test_deepspeed_refuses_to_clip_by_value():
     with pytest.raises(ValueError, match="gradient_clip_algorithm is value, but DeepSpeed clips by norm only"):
         TrainerSettings(strategy="deepspeed_2", gradient_clip_algorithm="value")
@@ -142,7 +149,7 @@ def test_an_output_that_is_taken_is_refused_unless_overwritten(tiny, recipe, tmp
 
 def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run")
-    with pytest.raises(ValueError, match="--resume: drafter is .* but the run was begun with"):
+    with pytest.raises(ValueError, match="--resume: drafter.heads is 3, but the run was begun with 2"):
         run(recipe, tmp_path / "run", "--resume", "last", "--drafter.heads", "3")
 
 
@@ -158,8 +165,9 @@ def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
     (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
     (["--resume", "last"], "last.ckpt does not exist or is not whole"),
     (["--init_from", "/none"], "'/none' does not exist"),
-    (["--trainer.strategy", "magic"], "trainer: .*'magic'"),
-    (["--trainer.precision", "7"], "trainer: Precision '7' is invalid"),
+    (["--trainer.strategy", "magic"], "trainer.*'magic' is unknown: use auto, ddp"),
+    (["--trainer.precision", "7"], "trainer.*'7' is unknown: use one of 32-true"),
+    (["--config", "objective/aligned.yaml"], "objective: it goes on with a trained drafter: .* --init_from"),
     (["--checkpoint.best_by", "probe/tau", "--probe.prompts", "0"], "probe.prompts is 0"),
 ])
 def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypatch, flags, words):
@@ -168,6 +176,11 @@ def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypa
         run(recipe, tmp_path / "run", *flags)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "lightning").exists()
+
+
+def test_a_command_without_a_recipe_says_what_is_missing():
+    with pytest.raises(ValueError, match="--config is missing: name a recipe"):
+        command(["--trainer.max_steps", "3"])
 
 
 def test_configs_merge_left_to_right_and_flags_win(recipe, tmp_path):

@@ -57,5 +57,5 @@ def test_a_key_that_says_nothing_may_be_younger_than_the_run_that_goes_on(tmp_pa
     file.write_text(json.dumps({"data": {"class_path": "x.Y", "init_args": {"train": "embedded"}}}))
     now = {"train": "embedded", "max_training_tokens": None}
     same_run(file, {"data": {"class_path": "x.Y", "init_args": now}}, ["data"])
-    with pytest.raises(ValueError, match="--resume: data is"):
+    with pytest.raises(ValueError, match="--resume: data.max_training_tokens is 5, but the run was begun with None"):
         same_run(file, {"data": {"class_path": "x.Y", "init_args": {**now, "max_training_tokens": 5}}}, ["data"])

@@ -41,9 +41,19 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         check_fits(SIZE, settings, room)
     with pytest.raises(ValueError, match="use a smaller target"):
         check_fits(SIZE, settings, GIB)
+    with pytest.raises(ValueError, match="lower data.max_length to 262144$"):
+        wide = replace(SIZE, trainable=1, frozen=1, tokens=2 ** 20, row=2 ** 20)
+        check_fits(wide, settings, memory(replace(wide, tokens=2 ** 18, row=2 ** 18), "ddp", "32-true", 4).total)
     tall = replace(SIZE, tokens=10 ** 8, row=64)
     with pytest.raises(ValueError, match="lower data.rows"):
         check_fits(tall, settings, memory(SIZE, "ddp", "32-true", 4).total)
+
+
+def test_rows_longer_than_the_context_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr("train.cli.outline", lambda *_: TARGET)
+    arguments = ["--config", "clover.yaml", "--data.max_length", "100000", "--plan"]
+    with pytest.raises(ValueError, match="data.max_length is 100000, but the context of target"):
+        command(arguments)
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path) -> None:
