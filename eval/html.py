@@ -111,13 +111,15 @@ def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    shown = plots.fastest(measured)
+    left_out = f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
     if measured:
-        yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(measured)}</figure>"
+        yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(shown)}</figure>{left_out}"
     yield '<div class="pair">'
-    if any(method["acceptance_by_depth"] for method in measured):
-        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(measured)}</figure>"
-    if any(len(method["accepted_length_histogram"] or ()) > 1 for method in measured):
-        yield f"<figure><h2>Drafts accepted by a call</h2>{plots.accepted_lengths(measured)}</figure>"
+    if any(method["acceptance_by_depth"] for method in shown):
+        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(shown)}</figure>"
+    if any(len(method["accepted_length_histogram"] or ()) > 1 for method in shown):
+        yield f"<figure><h2>Drafts accepted by a call</h2>{plots.accepted_lengths(shown)}</figure>"
     for key, words in (("batch_size", "batch size"), ("temperature", "temperature")):
         if plots.series(measured, key):
             yield f"<figure><h2>Speedup against {words}</h2>{plots.speedup_against(measured, key)}</figure>"

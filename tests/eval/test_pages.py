@@ -145,3 +145,9 @@ def test_markdown_has_every_method_and_task() -> None:
     text = markdown(report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[])))
     for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b & <c>", "sampled", "yes (3/4, 1 ties)"):
         assert words in text
+
+
+def test_of_many_methods_the_fastest_are_drawn() -> None:
+    many = [{"name": str(k), "speedup": {"micro": None if k == 3 else 1 + (k % 10) / 10}} for k in range(12)]
+    assert [method["name"] for method in plots.fastest(many)] == ["1", "2", "4", "5", "6", "7", "8", "9"]
+    assert plots.fastest(many[:8]) == many[:8]
