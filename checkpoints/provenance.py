@@ -35,7 +35,7 @@ class Provenance:
     command: str = field(default_factory=lambda: command_line())
     git_revision: str | None = field(default_factory=lambda: git_revision())
     packages: Mapping[str, str] = field(default_factory=lambda: package_versions())
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds"))
 
     @classmethod
     def of(cls, target: Target, **found: Any) -> Provenance:
