@@ -171,4 +171,5 @@ def _kind(trainable: Trainable) -> str:
 
 def _origin(provenance: Provenance) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in provenance.packages.items())
-    return f"## Made with\n\nRevision `{provenance.git_revision or 'unknown'}`, {provenance.created[:10]}. {packages}.\n"
+    revision, day = provenance.git_revision or "unknown", provenance.created[:10]
+    return f"## Made with\n\nRevision `{revision}`, {day}. {packages}.\n"
