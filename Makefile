@@ -70,7 +70,7 @@ runs/bench/%_full/drafter/model.safetensors: | $(INSTALLED)
 # On answers of the target's own, from trained heads, and for a while only: every step runs the target forward and back.
 runs/bench/medusa2/drafter/model.safetensors: runs/bench/medusa/drafter/model.safetensors
 	$(RUN) train.py --config medusa2.yaml --config budget/reference.yaml --init_from runs/bench/medusa --drafter.schedule constant \
-		--drafter.self_distillation true --drafter.coefficient 0.01 --optimizer.lr 1e-4 --optimizer.warmup_steps 10 \
+		--drafter.self_distillation true --drafter.coefficient 0.01 --optimizer.lr 1e-4 --optimizer.warmup_steps 5 \
 		--trainer.max_epochs -1 --trainer.max_steps 20 --trainer.val_check_interval 20 $(BENCH_FLAGS) runs/bench/medusa2
 
 # vLLM pins what this project does not, so both live in an environment of their own.

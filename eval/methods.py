@@ -339,7 +339,7 @@ def _with_partner(source: ClassSpec, target: Target, where: str, precision: Prec
     if isinstance(arguments.get("builder"), Mapping):
         arguments["builder"] = construct(arguments["builder"], f"{where}: builder")
     if arguments.get("partner") is None:
-        return source
+        return {**source, "init_args": arguments}
     partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)
     if partner.adapt(target) is not target:
         raise ValueError(f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not")

@@ -9,7 +9,6 @@ too (Rajbhandari et al. 2020, section 3). The target is replicated: F times the 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +22,13 @@ from modules.core.batches import StateName
 from modules.core.losses import MAX_LAWS, MAX_LOGITS
 from modules.core.trainable import TargetShape, Trainable
 from modules.feature_drafters.feature_drafter import MAX_SCORES, FeatureDrafter
-from train.settings import TrainerSettings
+from train.settings import DEEPSPEED, TrainerSettings
 
 GIB = 2 ** 30
 VALUES_PER_STEP = 16
 """Values of width H that a draft step keeps per token for its backward pass: an estimate, on the high side."""
 ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
 """What to try, in this order, where a strategy does not fit."""
-_STAGE = re.compile(r"deepspeed_([123])(_offload)?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Memory:
 
 def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     """Bytes per device of one training step."""
-    found = _STAGE.fullmatch(strategy)
+    found = DEEPSPEED.fullmatch(strategy)
     stage, offload = (int(found[1]), bool(found[2])) if found else (0, False)
     if precision.startswith("64"):
         parameters, gradients, optimiser = 8.0, 8.0, 16.0

@@ -12,7 +12,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from checkpoints.hub import check_repo
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
-_OWN_STRATEGY = re.compile(r"deepspeed_[123](_offload)?")
+DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
+"""Names of our DeepSpeed strategies: the ZeRO stage, and whether its optimiser state is offloaded."""
 
 
 @dataclass
@@ -88,10 +89,10 @@ class TrainerSettings:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
-        if self.strategy != "auto" and not _OWN_STRATEGY.fullmatch(self.strategy) and (
+        if self.strategy != "auto" and not DEEPSPEED.fullmatch(self.strategy) and (
                 self.strategy not in StrategyRegistry):
             raise ValueError(f"trainer.strategy {self.strategy!r} is unknown: use auto, ddp, deepspeed_1, deepspeed_2, "
-                             "deepspeed_3 (with _offload behind the last two), or a name of Lightning's")
+                             "deepspeed_3 (each also with _offload), or a name of Lightning's")
         if self.strategy.startswith("deepspeed") and self.gradient_clip_algorithm == "value" and self.gradient_clip_val:
             raise ValueError("trainer.gradient_clip_algorithm is value, but DeepSpeed clips by norm only: set it to "
                              "norm, or use trainer.strategy ddp")

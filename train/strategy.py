@@ -5,7 +5,6 @@ The frozen target is no part of the module that a strategy wraps: it is replicat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
+from train.settings import DEEPSPEED
+
 _COMPILED_COLLECTIVE = "deepspeed_shm_comm"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for every parameter, as large as the parameter."""
@@ -217,7 +217,7 @@ def strategy_named(name: str, accelerator: str) -> str | Strategy:
             host memory), or one of Lightning's own names.
         accelerator: `auto`, `cpu` or `cuda`.
     """
-    found = _DEEPSPEED.fullmatch(name)
+    found = DEEPSPEED.fullmatch(name)
     if found is None:
         return name
     cuda = accelerator != "cpu" and torch.cuda.is_available()

@@ -73,7 +73,7 @@ def packed_row(asked: Comparison, target: Target, names: Sequence[Any]) -> TextB
 
 
 def our_drafter(asked: Comparison, target: Target) -> Eagle3:
-    """EAGLE-3 with the first D tokens as draft vocabulary, `norm_output` as SpecForge has it."""
+    """EAGLE-3 with the first D tokens as draft vocabulary."""
     drafter = Eagle3(target.shape, asked.vocabulary, steps=asked.steps)
     drafter.set_vocabulary(range(asked.vocabulary))
     drafter.initialise(target)
