@@ -50,10 +50,15 @@ class Recurrence(nn.Module):
         self.lstm = nn.LSTM(2 * size, size, RECURRENT_LAYERS, batch_first=True, dropout=dropout)
 
     def forward(self, inputs_BNX: Tensor, memory_BLH: Tensor, counts_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] behind the first `counts_B` rows of each (all by default)."""
+        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] behind the first `counts_B` rows of each (all by default).
+
+        Rows that all count take one call of the library's LSTM, ten times as fast on a CPU as packed ones, and faster
+        still in float32 than under autocast.
+        """
         hidden, cell = memory_BLH.transpose(0, 1).contiguous().chunk(2)
         if counts_B is None:
-            out, memory = self.lstm(inputs_BNX, (hidden, cell))
+            with torch.autocast("cpu", enabled=False):
+                out, memory = self.lstm(inputs_BNX, (hidden, cell))
         else:
             packed = pack_padded_sequence(inputs_BNX, counts_B.cpu(), batch_first=True, enforce_sorted=False)
             packed, memory = self.lstm(packed, (hidden, cell))
@@ -262,8 +267,7 @@ class Falcon(LearnedDrafter):
         """Outputs [M,K,H] of the blocks that end at flat positions, all in one pass."""
         documents = Documents.of(batch.document_ids)
         memory = self.blank_memory(features_PH, len(documents.lengths_S))
-        fused, _ = self.fuse(following_P[documents.index_SL], features_PH[documents.index_SL], memory, target,
-                             documents.lengths_S)
+        fused, _ = self.fuse(following_P[documents.index_SL], features_PH[documents.index_SL], memory, target)
         inputs_PH = documents.flat(fused)
         offsets = torch.arange(1 - self.block, 1, device=ends_M.device)
         first_M1 = (ends_M - batch.position_ids.flatten()[ends_M])[:, None]
