@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ SMALLEST_WEIGHT = 1 << 16
 """Weights with fewer elements stay in the processor's cache, where nothing is to be gained."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 """What oneDNN lays out beforehand."""
+MEASURED_BYTES = 1 << 25
+"""Weights that a measurement reads in turn."""
 GROUPED = "grouped_sdpa"
 """The name under which Hugging Face finds `grouped_attention`."""
 
@@ -54,7 +55,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     rows = x.numel() // x.shape[-1]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \
-            or x.dtype != weight.dtype or not packing_pays(rows == 1, weight.dtype):
+            or x.dtype != weight.dtype or not packing_pays(rows, *weight.shape, weight.dtype):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 
@@ -72,26 +73,39 @@ def _packable(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and weight.numel() >= SMALLEST_WEIGHT
 
 
-@functools.cache
-def packing_pays(single: bool, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether packed weights are faster here for one row or for a few, by a short measurement, made once for each.
+def packing_pays(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether the packed copy of a weight [O, I] is faster here for so many rows, by a short measurement."""
+    faster = packed_widths(outputs, inputs, dtype, torch.get_num_threads())
+    return 1 << (rows - 1).bit_length() in faster
 
-    One row is bound by memory, so the measurement reads more weights than a processor's cache holds.
+
+@functools.cache
+def packed_widths(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> frozenset[int]:
+    """For which row counts (powers of two, up to `MOST_ROWS`) packed weights of this shape are faster.
+
+    Measured once for each shape, at all row counts, so that nothing is measured in the middle of decoding. Which kernel
+    wins differs by shape and processor, small and large layers apart. Calls read more weights than a core's own cache
+    holds; the fastest of several passes counts, which other programs disturb least.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
+        return frozenset()
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(1536, 576, generator=generator).to(dtype) for _ in range(24)]
-    x = torch.randn(1 if single else 4, 576, generator=generator).to(dtype)
+        return frozenset()
+    row = inputs * dtype.itemsize
+    outputs = max(1, min(outputs, MEASURED_BYTES // row))
+    count = max(1, MEASURED_BYTES // (row * outputs))
+    weights = [torch.full((outputs, inputs), 0.01, dtype=dtype) for _ in range(count)]
+    faster = set()
     with torch.no_grad():
-        stock, packed = _alternating_medians(weights, x)
-    logger.info("linear layers of %d rows, %s: stock %.0f us, packed %.0f us", len(x), dtype, stock * 1e6, packed * 1e6)
-    return packed < stock
+        for rows in (1 << power for power in range(MOST_ROWS.bit_length())):
+            stock, packed = _alternating_minima(weights, torch.full((rows, inputs), 0.01, dtype=dtype))
+            logger.info("%d x %d, %d rows, %s: stock %.0f us, packed %.0f us", outputs, inputs, rows, dtype,
+                        stock * 1e6, packed * 1e6)
+            faster |= {rows} if packed < stock else set()
+    return frozenset(faster)
 
 
-def _alternating_medians(weights: list[Tensor], x: Tensor, passes: int = 7) -> tuple[float, float]:
+def _alternating_minima(weights: list[Tensor], x: Tensor, passes: int = 6) -> tuple[float, float]:
     taken: dict[Any, list[float]] = {F.linear: [], packed_linear: []}
     for _ in range(passes):
         for function, samples in taken.items():
@@ -99,7 +113,7 @@ def _alternating_medians(weights: list[Tensor], x: Tensor, passes: int = 7) -> t
             for weight in weights:
                 function(x, weight)
             samples.append((time.perf_counter() - began) / len(weights))
-    return statistics.median(taken[F.linear][1:]), statistics.median(taken[packed_linear][1:])
+    return min(taken[F.linear][1:]), min(taken[packed_linear][1:])
 
 
 class NarrowLinear(nn.Linear):

@@ -15,7 +15,7 @@ from tests import fakes
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16, 33, 64, 65])
 @pytest.mark.parametrize("pays", [True, False])
 def test_every_path_computes_the_same(rows, pays, monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: pays)
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: pays)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(1, rows, 256, generator=generator)
     weight, bias = torch.randn(256, 256, generator=generator), torch.randn(256, generator=generator)
@@ -26,7 +26,7 @@ def test_every_path_computes_the_same(rows, pays, monkeypatch):
 
 
 def test_a_packed_copy_follows_its_weight(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
     weight, x = nn.Parameter(torch.randn(256, 256)), torch.randn(2, 256)
     with torch.no_grad():
         narrow_linear(x, weight)
@@ -35,7 +35,7 @@ def test_a_packed_copy_follows_its_weight(monkeypatch):
 
 
 def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
     x, weight = torch.randn(2, 256).double(), torch.randn(256, 256).double()
     with torch.no_grad():
         assert torch.equal(narrow_linear(x, weight), nn.functional.linear(x, weight))
@@ -44,7 +44,7 @@ def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
 def test_bfloat16_weights_are_packed_too(monkeypatch):
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         pytest.skip("no bfloat16 kernels here")
-    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
     x, weight = torch.randn(3, 256).bfloat16(), torch.randn(256, 256).bfloat16()
     with torch.no_grad():
         close = narrow_linear(x, weight)
@@ -53,17 +53,31 @@ def test_bfloat16_weights_are_packed_too(monkeypatch):
 
 
 def test_autocast_brings_inputs_of_another_precision(monkeypatch):
-    monkeypatch.setattr(narrow, "packing_pays", lambda single, dtype: True)
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
     x, weight = torch.randn(3, 256).bfloat16(), torch.randn(256, 256)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(narrow_linear(x, weight), nn.functional.linear(x, weight))
 
 
-def test_the_measurement_gives_an_answer_once():
-    narrow.packing_pays.cache_clear()
-    for single in (True, False):
-        assert narrow.packing_pays(single) is narrow.packing_pays(single)
-    assert narrow.packing_pays.cache_info().misses == 2
+def test_a_shape_is_measured_once_for_all_row_counts(monkeypatch):
+    narrow.packed_widths.cache_clear()
+    measured = []
+
+    def minima(weights, x):
+        measured.append((*weights[0].shape, len(x)))
+        return (1.0, 2.0) if len(x) < 4 else (2.0, 1.0)
+
+    monkeypatch.setattr(narrow, "_alternating_minima", minima)
+    answers = [narrow.packing_pays(rows, 256, 300, torch.float32) for rows in (1, 2, 3, 4, 5, 64)]
+    assert answers == [False, False, True, True, True, True]
+    assert measured == [(256, 300, rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
+    narrow.packed_widths.cache_clear()
+
+
+def test_the_measurement_runs():
+    weights = [torch.randn(64, 32) for _ in range(2)]
+    with torch.no_grad():
+        assert all(taken > 0 for taken in narrow._alternating_minima(weights, torch.randn(2, 32)))
 
 
 def test_without_memory_for_packed_copies_the_layers_stay_stock(monkeypatch, caplog):
