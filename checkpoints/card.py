@@ -100,10 +100,9 @@ def _result(asked: str, kind: str, name: str, value: float, config: str | None =
 def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
     summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
     total = sum(parameter.numel() for parameter in trainable.parameters())
-    trained = sum(parameter.numel() for parameter in trainable.declared_parameters())
     name, weights = provenance.target["name"], provenance.target["fingerprint"]
     return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target `{name}` with weights `{weights}`. "
-            f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of them trained.\n")
+            f"{total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of them trained.\n")
 
 
 def _evaluated(found: Measurement) -> str:

@@ -89,8 +89,8 @@ def publication(run: Path, name: str, report: Path | None = None, row: str | Non
         raise ValueError(f"run {str(run)!r} does not exist: give a run folder or a drafter folder")
     folder = find_folder(run)
     provenance, trainable = Provenance.read(folder / PROVENANCE), load_pretrained(folder)
-    parameters = sum(parameter.numel() for parameter in trainable.parameters())
-    found = None if report is None else measurement(report, name_of(run), parameters, provenance, row)
+    size = trainable.trained_size
+    found = None if report is None else measurement(report, name_of(run), size, provenance, row)
     publishing = Publishing(name, license or LICENSES.get(provenance.target["name"], "other"), found)
     card = model_card(trainable, read_config(folder), provenance, publishing)
     ModelCard(card)

@@ -41,7 +41,7 @@ def measurement(file: Path, name: str, parameters: int, provenance: Provenance, 
     Args:
         file: `report.json`.
         name: what a report calls the component by default: its run's folder.
-        parameters: the component's own.
+        parameters: the component's, as far as they were trained.
         provenance: its target must be the report's, and it must not be younger than the report.
         row: the name of its rows, if they have one of their own.
 

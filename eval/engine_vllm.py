@@ -293,7 +293,7 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     speculation = {"method": method_name, "model": str(folder), "num_speculative_tokens": tokens}
     decoder = VllmDecoder(label, target, {**common, "speculative_config": speculation}, drafter)
     return Row(label, decoder, target, sampling, baseline, engine=ENGINE, builder="chain", budget=tokens,
-               drafter_parameters=sum(parameter.numel() for parameter in drafter.parameters()))
+               drafter_parameters=drafter.trained_size)
 
 
 def export_for_vllm(drafter: Drafter, target: Target, folder: Path, where: str) -> str:

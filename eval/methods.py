@@ -190,7 +190,8 @@ class Row:
     """A row that is ready to run.
 
     baseline: name of the autoregressive row on the same target at the same temperature (its own for that row).
-    draft_precision: of the drafter's weights, if not the target's. drafter_parameters: of the drafter's own weights.
+    draft_precision: of the drafter's weights, if not the target's.
+    drafter_parameters: as far as they were trained; a frozen copy of the target's (S2D's embedding) is not its own.
     batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared with, where that is
     not its baseline.
     """
@@ -296,7 +297,7 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     used = decoder.rule_for(sampling)
     return Row(label, decoder, adapted, sampling, "", used.lossless, builder=builder_name(drafter, builder),
                rule=used.name, budget=decoder.nodes, draft_precision=method.precision,
-               drafter_parameters=sum(parameter.numel() for parameter in drafter.parameters()))
+               drafter_parameters=drafter.trained_size)
 
 
 def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:

@@ -120,7 +120,7 @@ def measure(trainable: Trainable, target: Any, rows: int, length: int, recompute
     """The size of a component beside its target (either may be on the meta device)."""
     arguments = trainable.arguments
     dtype = next(target.parameters()).dtype
-    own = sum(parameter.numel() for parameter in trainable.declared_parameters())
+    own = trainable.trained_size
     width = int(arguments.get("draft_vocabulary") or target.shape.vocab_size)
     own_head = any(tuple(parameter.shape) == (width, target.shape.hidden_size)
                    for parameter in trainable.declared_parameters())

@@ -112,6 +112,11 @@ class Trainable(nn.Module):
         """The parameters that training changes, and the only ones that gradients may reach."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
+    @property
+    def trained_size(self) -> int:
+        """How many numbers those are; a frozen copy of a part of the target, such as its embedding, does not count."""
+        return sum(parameter.numel() for parameter in self.declared_parameters())
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups; `lr_scale` multiplies the recipe's learning rate."""
         return [{"params": list(self.declared_parameters()), "lr_scale": 1.0}]

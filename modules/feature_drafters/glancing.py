@@ -7,36 +7,48 @@ blocks, K rows of a block, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modules.core.batches import PADDING_DOCUMENT
+
 
 @dataclass(frozen=True)
 class Documents:
-    """The runs of one document id in a packed batch, one after the other.
+    """The runs of one document id in a packed batch, one after the other; padding counts as one.
 
-    index_SL: int64 [S,L], flat positions (the last one repeated behind its end). lengths_S: int64 [S].
+    starts_S, lengths_S: int64 [S], flat positions. real_S: bool [S], not padding.
     """
 
-    index_SL: Tensor
+    starts_S: Tensor
     lengths_S: Tensor
+    real_S: Tensor
 
     @staticmethod
     def of(document_ids_BT: Tensor) -> Documents:
-        """The documents of packed rows; padding counts as one."""
+        """The documents of packed rows."""
         begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
         begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
         starts = begins.flatten().nonzero()[:, 0]
         lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
-        ahead = torch.arange(int(lengths.max()), device=starts.device)
-        return Documents(starts[:, None] + torch.minimum(ahead, lengths[:, None] - 1), lengths)
+        return Documents(starts, lengths, document_ids_BT.flatten()[starts] != PADDING_DOCUMENT)
 
-    def flat(self, rows_SLX: Tensor) -> Tensor:
-        """Rows [S,L,...] of documents back in their places [P,...]."""
-        inside = torch.arange(rows_SLX.shape[1], device=rows_SLX.device) < self.lengths_S[:, None]
-        return rows_SLX[inside]
+    def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Documents of similar length together, so that one long one does not stretch all the others.
+
+        Yields their flat positions [S,L], the last one repeated behind a document's end, and which are inside it
+        (bool [S,L]); none is half as long as the longest of its group or shorter. Padding is left out, unless there is
+        nothing else.
+        """
+        wanted_S, octave_S = self.real_S | ~self.real_S.any(), self.lengths_S.log2().floor()
+        for octave in octave_S[wanted_S].unique():
+            own = wanted_S & (octave_S == octave)
+            starts, lengths = self.starts_S[own, None], self.lengths_S[own, None]
+            ahead = torch.arange(int(lengths.max()), device=starts.device)
+            yield starts + torch.minimum(ahead, lengths - 1), ahead < lengths
 
 
 def block_ends(position_ids_BT: Tensor, size: int, phase_BT: Tensor | int = 0) -> Tensor:

@@ -86,13 +86,14 @@ class Sorted(LearnedDrafter):
         shape: dimensions of the target it is made from; its layers are of that size.
         exits: layers after which it may be left, ascending, the last its depth; null: a third, two thirds and all of a
             fifth of the target's layers (the paper: 6, 9 and 12 of 32).
-        thresholds: of every exit but the last, or one for all; above 1 never leaves there.
+        thresholds: of every exit but the last, or one for all; 1 or more never leaves there, nor asks the LM head.
         draft_vocabulary: how many token ids can be drafted; None for all.
         labels: `"hard"`, the text's tokens (the paper), or `"soft"`, the target's law of them.
         sorted_training: False trains the last exit alone (plain fine-tuning, the paper's control).
         frozen_embedding: keep the embedding as the target's.
         draft_length: tokens of a chain at first, or levels of a tree.
-        adaptive: let the chain grow by two when all of it was accepted, and shrink by one when not.
+        adaptive: let the chain grow by two when all of it was accepted, as far as the budget, and shrink by one when
+            not.
         width: 1 drafts a chain; more, a tree that expands so many nodes per level (EAGLE-2's).
     """
 
@@ -199,7 +200,8 @@ class Sorted(LearnedDrafter):
         if not self.adaptive:
             return super().propose(state, budget)
         assert isinstance(state, SortedState)
-        return StaticTree.chain(max(1, min(int(state.wanted_B.max()), budget))).build(self, state, budget)
+        state.wanted_B = state.wanted_B.clamp(1, max(1, budget))
+        return StaticTree.chain(int(state.wanted_B.max())).build(self, state, budget)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the token after each frontier node, by the first exit that is sure enough."""
@@ -215,6 +217,8 @@ class Sorted(LearnedDrafter):
                 deeper = state.segments[exit_index + 1]
                 deeper.pending = deeper.pending.and_then(behind)
                 deeper.rows_BRH = torch.cat([deeper.rows_BRH, outputs], dim=1)
+                if state.thresholds[exit_index] >= 1:
+                    continue
             logits = self.head(0, state.context.target)(self.norm(outputs[:, -width:]))
             if self.leaves(logits, exit_index, state):
                 state.exits.append(self.exits[exit_index])

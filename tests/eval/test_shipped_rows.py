@@ -78,6 +78,9 @@ def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: P
     for one in (target, smaller):
         rows = shipped("s2d", tmp_path, one)
         all_lossless(rows)
+        drafter = rows["exit_2"].decoder.drafter
+        everything = sum(parameter.numel() for parameter in drafter.parameters())
+        assert rows["exit_2"].drafter_parameters == everything - drafter.embedding.weight.numel(), "its own weights"
         assert rows["exit_2"].drafter_parameters > rows["alone_2"].drafter_parameters
         assert decoded(rows["exit_2"]) == decoded(rows["plain_exit_2"]) == decoded(rows["alone_2"]), "untrained alike"
 

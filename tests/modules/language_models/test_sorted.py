@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.core.batches import TextBatch
-from modules.core.drafter import Frontier, Sampling
+from modules.core.drafter import Accepted, Frontier, Sampling, Verified
 from modules.core.layers import run_layers
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.language_models.sorted import AtThresholds, Sorted
@@ -122,6 +122,31 @@ def test_a_builder_sets_the_thresholds_of_its_row_alone() -> None:
         AtThresholds(thresholds, depth=3).build(made, reader.state, 3)
         assert reader.state.exits == [depth] * 3
     assert made.thresholds == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(("thresholds", "calls"),
+                         [([1.0, 2.0], 1), ([2.0, 0.0], 1), ([0.0, 2.0], 1), ([0.99, 0.99], 3)])
+@torch.no_grad()
+def test_an_exit_that_is_never_taken_asks_no_lm_head(thresholds: list[float], calls: int, monkeypatch) -> None:
+    made, asked = deep(EXITS, 2.0), []
+    made.thresholds = thresholds
+    reader, head = Reader(made, DEEP, text(), [7]), made.head
+    monkeypatch.setattr(made, "head", lambda *given: asked.append(given) or head(*given))
+    along_text(made, reader, 4)
+    assert len(asked) == 4 * calls
+
+
+@torch.no_grad()
+def test_the_chain_grows_no_further_than_the_budget_and_shrinks_at_the_first_rejection() -> None:
+    made = deep(EXITS, 2.0, draft_length=4)
+    reader, lengths = Reader(made, DEEP, text(30), [5]), []
+    for accepted in (5, 6, 6, 1, 1, 4):
+        tree = made.propose(reader.state, 5)
+        lengths.append(tree.tokens_BN.shape[1] - 1)
+        rows = torch.arange(accepted)[None]
+        found = Accepted(rows, torch.tensor([accepted]), tree.tokens_BN[:, -1])
+        reader.state = made.absorb(reader.state, Verified(tree, torch.zeros(1)), found)
+    assert lengths == [4, 5, 5, 5, 4, 3]
 
 
 # -- training -----------------------------------------------------------------------------------------------------
