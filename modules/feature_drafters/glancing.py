@@ -7,7 +7,7 @@ blocks, K rows of a block, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,18 +37,31 @@ class Documents:
         return Documents(starts, lengths, document_ids_BT.flatten()[starts] != PADDING_DOCUMENT)
 
     def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Documents of similar length together, so that one long one does not stretch all the others.
+        """Documents to be read side by side: as few groups as padding allows, because the steps of one come in turn.
 
         Yields their flat positions [S,L], the last one repeated behind a document's end, and which are inside it
-        (bool [S,L]); none is half as long as the longest of its group or shorter. Padding is left out, unless there is
-        nothing else.
+        (bool [S,L]): from the longest document down, all groups together at most twice as many as there are tokens.
+        Padding is left out, unless there is nothing else.
         """
-        wanted_S, octave_S = self.real_S | ~self.real_S.any(), self.lengths_S.log2().floor()
-        for octave in octave_S[wanted_S].unique():
-            own = wanted_S & (octave_S == octave)
-            starts, lengths = self.starts_S[own, None], self.lengths_S[own, None]
-            ahead = torch.arange(int(lengths.max()), device=starts.device)
+        wanted = (self.real_S | ~self.real_S.any()).nonzero()[:, 0]
+        order_S = wanted[self.lengths_S[wanted].argsort(descending=True, stable=True)]
+        for part in side_by_side(self.lengths_S[order_S].tolist()):
+            starts, lengths = self.starts_S[order_S[part], None], self.lengths_S[order_S[part], None]
+            ahead = torch.arange(int(lengths[0]), device=starts.device)
             yield starts + torch.minimum(ahead, lengths - 1), ahead < lengths
+
+
+def side_by_side(lengths: Sequence[int]) -> Iterator[slice]:
+    """Runs of descending lengths, each as long as its padding leaves room to read what is left one by one."""
+    left, room, first = sum(lengths), 2 * sum(lengths), 0
+    while first < len(lengths):
+        count, rest = 1, left - lengths[first]
+        for length in lengths[first + 1:]:
+            if (count + 1) * lengths[first] + rest - length > room:
+                break
+            count, rest = count + 1, rest - length
+        yield slice(first, first + count)
+        left, room, first = rest, room - count * lengths[first], first + count
 
 
 def block_ends(position_ids_BT: Tensor, size: int, phase_BT: Tensor | int = 0) -> Tensor:

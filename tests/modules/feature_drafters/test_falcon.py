@@ -127,14 +127,14 @@ def packed_row(lengths: list[int], padding: int) -> TextBatch:
     return TextBatch(tokens, torch.tensor([ids]) >= 0, positions[None], torch.tensor([ids]))
 
 
-def test_documents_go_through_the_recurrence_with_others_of_their_length() -> None:
-    """A long document among many short ones, and padding longer than any: at most twice as many steps as rows."""
+def test_documents_go_through_the_recurrence_side_by_side_within_twice_their_tokens() -> None:
+    """A long document among many short ones, and padding longer than any."""
     lengths = [5, 64, *range(1, 16), 7, 3]
     found = Documents.of(packed_row(lengths, 300).document_ids)
     assert found.lengths_S.tolist() == [*lengths, 300]
     index, inside = zip(*found.groups(), strict=True)
-    assert all(2 * int(own.sum(1).min()) > own.shape[1] for own in inside)
-    assert sum(own.numel() for own in inside) < 2 * sum(lengths)
+    assert 1 < len(inside) < 4 and sum(own.numel() for own in inside) <= 2 * sum(lengths)
+    assert [own.shape for _, own in Documents.of(packed_row([250, 400, 150, 200], 24).document_ids).groups()] == [(4, 400)]
     places = torch.cat([part[own] for part, own in zip(index, inside, strict=True)])
     assert places.sort().values.tolist() == list(range(sum(lengths)))
     assert len(list(Documents.of(torch.full((1, 4), -1)).groups())) == 1, "padding where there is nothing else"
