@@ -133,8 +133,9 @@ def test_documents_go_through_the_recurrence_side_by_side_within_twice_their_tok
     found = Documents.of(packed_row(lengths, 300).document_ids)
     assert found.lengths_S.tolist() == [*lengths, 300]
     index, inside = zip(*found.groups(), strict=True)
-    assert 1 < len(inside) < 4 and sum(own.numel() for own in inside) <= 2 * sum(lengths)
-    assert [own.shape for _, own in Documents.of(packed_row([250, 400, 150, 200], 24).document_ids).groups()] == [(4, 400)]
+    assert 1 < len(inside) < 5 and sum(own.numel() for own in inside) <= 2 * sum(lengths)
+    usual = Documents.of(packed_row([250, 400, 150, 200], 24).document_ids)
+    assert [tuple(own.shape) for _, own in usual.groups()] == [(4, 400)]
     places = torch.cat([part[own] for part, own in zip(index, inside, strict=True)])
     assert places.sort().values.tolist() == list(range(sum(lengths)))
     assert len(list(Documents.of(torch.full((1, 4), -1)).groups())) == 1, "padding where there is nothing else"
