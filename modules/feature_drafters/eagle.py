@@ -60,10 +60,14 @@ class Eagle(FeatureDrafter):
 
     def start_layer(self, target: Target) -> None:
         """The target's last layer, without what it adds: that layer writes at the scale of states before the norm."""
-        self.layer.copy_from(target)
+        self.copy_layer(target)
         assert self.layer.mlp is not None
         nn.init.zeros_(self.attention.o_proj.weight)
         nn.init.zeros_(self.layer.mlp.down_proj.weight)
+
+    def copy_layer(self, target: Target) -> None:
+        """What the target's last layer has for this one."""
+        self.layer.copy_from(target)
 
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
         """The target's final states."""

@@ -53,14 +53,15 @@ class Fspad(Eagle):
         if partial_alignment:
             self.layer = DecoderLayer(shape, input_norm=False, output_width=2)
 
-    def start_layer(self, target: Target) -> None:
-        """As EAGLE; a layer with a split output takes what a plain one would, and both its halves add nothing."""
-        super().start_layer(target)
-        plain = DecoderLayer(self.shape, input_norm=False)
-        if self.partial_alignment and plain.copy_from(target):
-            kept = {name: weight for name, weight in plain.state_dict().items() if "o_proj" not in name}
-            del kept["mlp.down_proj.weight"]
+    def copy_layer(self, target: Target) -> None:
+        """As EAGLE; a layer with a split output takes from a plain one all but the projection that it splits."""
+        if not self.partial_alignment:
+            return super().copy_layer(target)
+        plain = DecoderLayer(self.shape, input_norm=False).to(self.precision)
+        if plain.copy_from(target):
+            kept = {name: weight for name, weight in plain.state_dict().items() if name != "mlp.down_proj.weight"}
             self.layer.load_state_dict(kept, strict=False)
+        return None
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """The fused vector, twice."""

@@ -17,12 +17,21 @@ from modules.core.drafter import Drafter, Sampling
 from modules.core.loading import load_target
 from modules.core.target import Target
 from modules.feature_drafters.eagle import Eagle
+from modules.feature_drafters.eagle3 import Eagle3
 from modules.feature_drafters.falcon import Falcon
+from modules.feature_drafters.fspad import Fspad
 from modules.heads.clover import Clover
 from modules.language_models.independent import Independent
 from modules.language_models.sorted import Sorted
+from modules.trees.paths import NAMED
+from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 
+EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2")},
+          **{name: (Fspad, {}) for name in ("fspad", "fspad_s1", "fspad_s2")},
+          "fspad_nofs": (Fspad, {"feature_sampling": False}), "fspad_nopad": (Fspad, {"partial_alignment": False}),
+          "eagle3": (Eagle3, {}), "eagle3_steps1": (Eagle3, {"steps": 1}),
+          "eagle3_onelayer": (Eagle3, {"fused_layers": [1]})}
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 FALCONS = {"falcon": {"block": 2}, "falcon_3": {"block": 3}, "falcon_4": {"block": 4},
            "falcon_no_glancing": {"glancing": 0.0}, "falcon_no_lstm": {"lstm": False},
@@ -54,14 +63,40 @@ def all_lossless(rows: Mapping[str, Row]) -> None:
         assert all(max(trace.nodes) >= 1 for trace in traces), name
 
 
+def static_and_exact(rows: Mapping[str, Row], drafter: str, static: str, published: str) -> None:
+    """The same weights with fixed nodes, which the paper's tree has too."""
+    builder = rows[static].decoder.builder
+    assert isinstance(builder, StaticTree) and builder.depth == 4 and len(builder.paths) == rows[static].budget == 7
+    assert all(list(path) in NAMED[published] for path in builder.paths)
+    assert rows[static].decoder.drafter is rows[drafter].decoder.drafter
+
+
 def test_falcon_of_every_block_and_ablation_beside_eagle(tmp_path: Path) -> None:
     target = tiny_target()
-    saved(tmp_path, "eagle", Eagle(target.shape), target)
+    saved(tmp_path, "bench/eagle", Eagle(target.shape), target)
     for name, arguments in FALCONS.items():
-        saved(tmp_path, name, Falcon(target.shape, **arguments), target)
+        saved(tmp_path, f"bench/{name}", Falcon(target.shape, **arguments), target)
     rows = shipped("falcon", tmp_path, target)
     assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [2, 3, 4]
-    assert len({(row.builder, row.budget) for row in rows.values() if row.builder}) == 1
+    drafting = [row for row in rows.values() if row.builder]
+    assert {row.budget for row in drafting} == {7}
+    assert all(row.decoder.builder.depth % getattr(row.decoder.drafter, "block", 1) == 0 for row in drafting)
+    assert {row.decoder.builder.depth for row in drafting if row.name != "falcon_3"} == {4}
+    static_and_exact(rows, "falcon_2", "falcon_2_static", "falcon_8")
+    all_lossless(rows)
+
+
+def test_eagles_and_fspad_with_every_ablation_draft_the_same_kind_of_tree(tmp_path: Path) -> None:
+    target = tiny_target()
+    for name, (kind, arguments) in EAGLES.items():
+        saved(tmp_path, f"bench/{name}", kind(target.shape, **arguments), target)
+    rows = shipped("eagle", tmp_path, target)
+    assert set(rows) == {"autoregressive", *EAGLES, "eagle_static", "eagle_reranked"}
+    assert {row.budget for row in rows.values() if row.builder} == {7}
+    builders = [rows[name].decoder.builder for name in EAGLES]
+    assert len({(type(one), one.depth, one.width, one.least) for one in builders}) == 1
+    static_and_exact(rows, "eagle", "eagle_static", "eagle_25")
+    assert rows["eagle_reranked"].decoder.builder.least == 0
     all_lossless(rows)
 
 
@@ -69,7 +104,7 @@ def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: P
     """The second target is made as docs/multi_target.md says: the first layers, exported, and loaded as a target."""
     target = tiny_target(layers=6)
     for name, arguments in SORTED.items():
-        saved(tmp_path, name, Sorted(target.shape, **arguments), target)
+        saved(tmp_path, f"bench/{name}", Sorted(target.shape, **arguments), target)
     saved(tmp_path, "healed", Independent(target.shape, layers=4), target)
     export(tmp_path / "runs" / "healed", "hf", tmp_path / "healed", target)
     smaller = load_target(str(tmp_path / "healed"), "float64")
@@ -82,6 +117,7 @@ def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: P
         everything = sum(parameter.numel() for parameter in drafter.parameters())
         assert rows["exit_2"].drafter_parameters == everything - drafter.embedding.weight.numel(), "its own weights"
         assert rows["exit_2"].drafter_parameters > rows["alone_2"].drafter_parameters
+        assert rows["adaptive_tree"].decoder.drafter is drafter and rows["adaptive_tree"].budget == 7
         assert decoded(rows["exit_2"]) == decoded(rows["plain_exit_2"]) == decoded(rows["alone_2"]), "untrained alike"
 
 

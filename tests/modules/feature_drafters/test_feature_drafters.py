@@ -88,6 +88,19 @@ def test_a_tied_split_and_a_closed_gate_are_eagle() -> None:
         torch.testing.assert_close(carried, expected, rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_split_output_starts_as_a_plain_one_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    own, plain = Fspad(TARGET.shape).double(), Eagle(TARGET.shape).double()
+    own.initialise(TARGET), plain.initialise(TARGET)
+    assert not caplog.records
+    theirs = plain.layer.state_dict()
+    for name, weight in own.layer.state_dict().items():
+        assert torch.equal(weight, theirs[name].repeat(2, 1) if "down_proj" in name else theirs[name]), name
+    gemma = tiny_target("gemma2")
+    Fspad(gemma.shape).double().initialise(gemma)
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "once, where it is so"
+
+
 def test_each_half_of_a_split_output_learns_its_own_part() -> None:
     size = TARGET.shape.hidden_size
     for token_weight, feature_weight, reached in ((0.0, 1.0, slice(size, None)), (1.0, 0.0, slice(0, size))):
