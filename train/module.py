@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,11 +22,16 @@ from modules.core.target import Target
 from modules.core.trainable import Losses, Mean, Trainable
 from train.settings import OptimizerSettings
 
+logger = logging.getLogger(__name__)
+
 AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
+MOST_SKIPPED = 12
+"""Updates in a row that may be left out because their gradient is not finite: float16's loss scale, halved so often,
+has fallen from 65,536 to 16."""
 
 
-class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite; training stops, and the last checkpoint is from before."""
+class NonFinite(ValueError):
+    """Losses, gradients or weights became NaN or infinite; training stops, and the last checkpoint is from before."""
 
 
 class RunningMeans:
@@ -75,6 +83,8 @@ class TrainableModule(LightningModule):
         """What the optimiser changes, in its order, however a strategy lays it out afterwards."""
         self.group_sizes: list[int] = []
         """How many of them are in each of its groups."""
+        self.skipped = self.skipped_in_a_row = 0
+        """Updates that were left out because their gradient was not finite, of this process's training."""
 
     def setup(self, stage: str) -> None:
         """Put the target on this rank's device."""
@@ -96,9 +106,7 @@ class TrainableModule(LightningModule):
             losses = self._losses(batch)
             count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch))))
         if not torch.isfinite(losses.total):
-            raise NonFiniteLoss(
-                f"the {stage} loss is {losses.total.item()} at step {self.global_step}: lower optimizer.lr (now "
-                f"{self.settings.lr}) or trainer.gradient_clip_val, then continue with --resume last or start again")
+            raise self._not_finite(f"the {stage} loss is {losses.total.item()}")
         self.means[stage].add({"loss": Mean(losses.total.detach() * count, count), **losses.metrics})
         return losses.total
 
@@ -132,6 +140,41 @@ class TrainableModule(LightningModule):
         """How much of the training is done, from 0 to 1."""
         return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
+    # -- what is not finite -----------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave an update out whose gradient is not finite on any process.
+
+        DeepSpeed keeps gradients to itself and does the same (`train.strategy` counts it); a loss scaler too, and
+        lowers its scale.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm)), all=True)
+        if not finite:
+            for parameter in parameters:
+                parameter.grad = None
+        self.count_update(finite)
+
+    def count_update(self, applied: bool) -> None:
+        """Log an update that was left out. NonFinite: it was one too many in a row."""
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if applied:
+            return
+        self.skipped += 1
+        if self.trainer.is_global_zero:
+            logger.warning("step %d: the gradient is not finite, so its update is skipped (%d in a row; %d end the "
+                           "training)", self.global_step, self.skipped_in_a_row, MOST_SKIPPED)
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise self._not_finite(f"{MOST_SKIPPED} gradients in a row are not finite")
+
+    def _not_finite(self, what: str) -> NonFinite:
+        return NonFinite(
+            f"{what} at step {self.global_step}: lower optimizer.lr (now {self.settings.lr}) or "
+            "trainer.gradient_clip_val, then continue with --resume last or start again")
+
     # -- logging ----------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -142,8 +185,9 @@ class TrainableModule(LightningModule):
         self._logged_step = step
         means = self._take("train")
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        for logger in self.loggers:
-            logger.log_metrics({**means, "lr": learning_rate, "epoch": self.current_epoch}, step=step)
+        for each in self.loggers:
+            each.log_metrics({**means, "lr": learning_rate, "epoch": self.current_epoch,
+                              "skipped_updates": self.skipped}, step=step)
         self.log("loss", means["train/loss"], prog_bar=True, logger=False)
 
     def on_validation_epoch_end(self) -> None:
@@ -179,7 +223,12 @@ class TrainableModule(LightningModule):
     # -- resuming ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, so that a resumed training draws the same numbers."""
+        """Keep the random state, so that a resumed training draws the same numbers. NonFinite: of a weight; nothing is
+        saved, on no process."""
+        names, state = {name for name, _ in self.named_parameters()}, checkpoint["state_dict"]
+        finite = all(bool(torch.isfinite(tensor).all()) for name, tensor in state.items() if name in names)
+        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise self._not_finite("weights are not finite, so they are not saved,")
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 

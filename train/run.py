@@ -30,6 +30,7 @@ from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
+from train.saving import SiblingCheckpointIO
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, PublishSettings, TrainerSettings
 from train.strategy import strategy_named
 
@@ -188,7 +189,7 @@ def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings
         default_root_dir=folder, logger=loggers(settings, folder, logs), callbacks=[RunProgress(), *kept],
         enable_checkpointing=checkpoint is not None,
         accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
-        precision=cast(Any, settings.precision),
+        precision=cast(Any, settings.precision), plugins=[SiblingCheckpointIO()],
         strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
         max_epochs=settings.max_epochs, accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val or None,

@@ -100,6 +100,14 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
             for key in _MOMENTS:
                 self._scatter(parameter, saved["state"][index][key], key)
 
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any) -> Any:
+        """A step, or none where its gradient is not finite: DeepSpeed finds that out by itself, at every precision."""
+        boundary = self.deepspeed_engine.is_gradient_accumulation_boundary()
+        output = super().optimizer_step(optimizer, closure, model, **options)
+        if boundary:
+            cast(Any, self.lightning_module).count_update(self.deepspeed_engine.was_step_applied())
+        return output
+
     # -- DeepSpeed's parts ------------------------------------------------------------------------------------
 
     @property

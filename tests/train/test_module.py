@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
 from modules.core.trainable import Losses, Mean, TargetShape, Trainable
 from tests.fakes import tiny_batch, tiny_target
-from train.module import NonFiniteLoss, RunningMeans, TrainableModule, decay_groups, learning_rate_share
+from train.module import MOST_SKIPPED, NonFinite, RunningMeans, TrainableModule, decay_groups, learning_rate_share
 from train.settings import OptimizerSettings
 
 
@@ -93,8 +94,58 @@ def test_validation_means_are_weighted_by_their_counts(target):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_at_its_step(target):
-    with pytest.raises(NonFiniteLoss, match=r"the train loss is nan at step 0: lower optimizer.lr \(now 0.01\)"):
+    with pytest.raises(NonFinite, match=r"the train loss is nan at step 0: lower optimizer.lr \(now 0.01\)"):
         fit(target, NextToken(target.shape, spoil=math.nan))
+
+
+class Torn(NextToken):
+    """Of the given steps the loss is finite and its gradient is not."""
+
+    def __init__(self, shape: TargetShape, steps: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.steps = steps
+
+    def loss(self, batch, target, progress):
+        losses = super().loss(batch, target, progress)
+        if len(self.seen) - 1 not in self.steps:
+            return losses
+        return Losses(losses.total + (self.head.weight.sum() * 0).sqrt(), losses.metrics)
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_logged(target, caplog):
+    weights = []
+    for steps in ((), (2,), (1, 2)):
+        torch.manual_seed(0)
+        module, trainer = fit(target, Torn(target.shape, steps), steps=3, limit_val_batches=0, gradient_clip_val=1.0)
+        weights.append(module.trainable.head.weight.detach().clone())
+        assert (module.skipped, module.skipped_in_a_row, trainer.global_step) == (len(steps), len(steps), 3)
+    assert all(weight.isfinite().all() for weight in weights) and not torch.equal(weights[1], weights[2])
+    assert [record.message[:42] for record in caplog.records if "gradient" in record.message] == [
+        f"step {step}: the gradient is not finite, so its" for step in (2, 1, 2)]
+
+
+def test_a_scaler_that_skips_is_counted_and_lowers_its_scale(target):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = scaler
+    module, _ = fit(target, Torn(target.shape, (0, 2)), steps=4, limit_val_batches=0, plugins=[plugin])
+    assert module.skipped == 2 and scaler.get_scale() == 2.0 and module.trainable.head.weight.isfinite().all()
+
+
+def test_gradients_that_stay_not_finite_end_the_training(target):
+    with pytest.raises(NonFinite, match=f"{MOST_SKIPPED} gradients in a row are not finite at step 12: lower optim"):
+        fit(target, Torn(target.shape, tuple(range(1, 99))), steps=40, limit_val_batches=0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(target, tmp_path):
+    module, trainer = fit(target, NextToken(target.shape), steps=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    kept = (tmp_path / "last.ckpt").read_bytes()
+    with torch.no_grad():
+        module.trainable.head.weight[0, 0] = math.inf
+    with pytest.raises(NonFinite, match="weights are not finite, so they are not saved, at step 1: lower optimizer.lr"):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").read_bytes() == kept
 
 
 def test_running_means_sum_before_they_divide():

@@ -1,0 +1,29 @@
+"""Checkpoint files that are whole or not there: written beside their place, then put there at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+
+class SiblingCheckpointIO(TorchCheckpointIO):
+    """Lightning's files, written to the folder they belong to.
+
+    Lightning writes to the system's temporary folder first; from there to another file system a move is a copy, and a
+    kill in the middle of it leaves neither the old checkpoint nor the new one. Within a folder it is one rename.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `.NAME.part`, have it on the disk, and rename it; after a kill the next save replaces it."""
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, place)
