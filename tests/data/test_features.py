@@ -94,7 +94,7 @@ def test_the_size_is_said_and_a_users_limit_is_kept_before_anything_is_computed(
 
 def test_a_cache_in_another_dtype_is_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
     cache_features(target, documents[:6], ["final"], tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="are stored in bfloat16, but data.features_dtype is int8: give another folder"):
+    with pytest.raises(ValueError, match="are stored in bfloat16, but data.features_dtype is int8: give another"):
         cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
 
 
