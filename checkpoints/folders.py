@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,9 +79,24 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} holds no weights: no *.safetensors")
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the safetensors files of a folder, without reading them."""
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with _damage_named(file), safe_open(file, framework="pt") as opened:
+            found.update(opened.keys())
+    return found
+
+
 def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with _damage_named(file):
         return load_file(file)
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
 

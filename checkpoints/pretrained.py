@@ -20,7 +20,7 @@ from torch import Tensor
 
 import modules
 from checkpoints.card import model_card
-from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors, whole_folder, write_json
+from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors, tensor_names, whole_folder, write_json
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
@@ -172,7 +172,7 @@ def read_config(folder: Path) -> Config:
     config = read_json(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
-        name = format_of(config)
+        name = format_of(config, tensor_names(folder))
         if name is not None:
             return foreign_component(config, name, folder)
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component, nor "

@@ -139,7 +139,7 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
         running |= begin(len(done)) if failure is None else set()
     if isinstance(failure, Refused):
         raise ValueError(f"endpoint.url {endpoint.url}: {failure}; what was answered is kept: run the same command "
-                         f"again with endpoint.refusals above {endpoint.refusals} to do without such prompts") from failure
+                         f"again, with endpoint.refusals above {endpoint.refusals} to do without such prompts")
     if failure is not None:
         raise failure
 

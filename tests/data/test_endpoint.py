@@ -101,7 +101,7 @@ def test_a_broken_answer_is_asked_for_again(server: Server, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("trouble", "words"), [
-    ("cut", "IncompleteRead|bytes"), ("choices", "no chat completion: .*trouble"), (501, "501 "), (404, "404 .*trouble"),
+    ("cut", "IncompleteRead|bytes"), ("choices", "no chat completion: .*trouble"), (501, "501"), (404, "404 .*trouble"),
 ])
 def test_a_server_that_stays_broken_is_named_in_one_line(server: Server, tmp_path: Path, trouble: int | str,
                                                          words: str) -> None:
@@ -117,7 +117,7 @@ def test_refused_prompts_end_the_run_unless_some_are_allowed(server: Server, tmp
     """Answers under way when it ends are kept, and no answer without text is ever written."""
     output = tmp_path / "answers.jsonl"
     server.trouble = {2: trouble}
-    with pytest.raises(ValueError, match=r"endpoint.url .*prompt \d: .*again with endpoint.refusals above 0"):
+    with pytest.raises(ValueError, match=r"endpoint.url .*prompt \d: .*again, with endpoint.refusals above 0"):
         regenerate_by(endpoint(server), PROMPTS, output)
     first = len(server.asked)
     assert 3 <= first < 6 and not output.exists()
