@@ -105,6 +105,10 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     return trainable.eval()
 
 
+from_pretrained = load_pretrained
+"""The same function, under the name that other libraries give it."""
+
+
 def _whole(config: Config, folder: Path, shape: TargetShape | None, target: Target | None) -> tuple[Config, Tensors]:
     """Config and tensors as of today: migrated from an older version, or translated from somebody's format."""
     if "format" in config:
@@ -293,4 +297,4 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     assign_weights(trainable, given, str(folder / WEIGHTS))
 
 
-__all__ = ["Provenance", "load_pretrained", "save_pretrained", "warm_start"]
+__all__ = ["Provenance", "from_pretrained", "load_pretrained", "save_pretrained", "warm_start"]
