@@ -20,7 +20,17 @@ from torch import Tensor
 
 import modules
 from checkpoints.card import model_card
-from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors, tensor_names, whole_folder, write_json
+from checkpoints.folders import (
+    CONFIG,
+    WEIGHTS,
+    Ledger,
+    read_json,
+    read_tensors,
+    refuse_pickles,
+    tensor_names,
+    whole_folder,
+    write_json,
+)
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
@@ -154,17 +164,20 @@ def find_folder(name: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+        whole = any(folder.glob("*.safetensors"))
+        names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})") from error
-    if not (Path(folder) / CONFIG).is_file():
+    refuse_pickles(names, f"Hub repository {name!r}")
+    if not (folder / CONFIG).is_file():
         raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a drafter")
-    return Path(folder)
+    return folder
 
 
 def read_config(folder: Path) -> Config:
