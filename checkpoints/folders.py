@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")
-"""PyTorch files that public drafters come as; never read here."""
+"""PyTorch files that engines read; written here, never read."""
+PICKLE_ENDINGS = (".bin", ".pt", ".pth")
+"""Of PyTorch files that public drafters come as; never read here."""
 
 
 @contextmanager
@@ -71,17 +73,38 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return {name: tensor for file in files for name, tensor in _safetensors(file).items()}
-    pickles = [name for name in PICKLED if (folder / name).is_file()]
-    if pickles:
-        raise ValueError(f"{folder} holds its weights as {pickles[0]} only, a pickle, which can run code: convert it "
-                         "where you trust it, safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-                         f"'{WEIGHTS}')")
+    refuse_pickles((path.name for path in folder.iterdir()), str(folder))
     raise ValueError(f"{folder} holds no weights: no *.safetensors")
 
 
+def refuse_pickles(names: Iterable[str], where: str) -> None:
+    """ValueError if PyTorch's files are among these names, with the way to convert them; asked where no safetensors
+    are."""
+    pickles = sorted(name for name in names if name.endswith(PICKLE_ENDINGS))
+    if pickles:
+        raise ValueError(f"{where} holds its weights as {pickles[0]} only, a pickle, which can run code: convert it "
+                         "where you trust it, safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+                         f"'{WEIGHTS}'), and give the folder with that file and {CONFIG}")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the safetensors files of a folder, without reading them."""
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with _damage_named(file), safe_open(file, framework="pt") as opened:
+            found.update(opened.keys())
+    return found
+
+
 def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with _damage_named(file):
         return load_file(file)
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
 

@@ -38,6 +38,9 @@ class Measurement:
 def measurement(file: Path, name: str, parameters: int, provenance: Provenance, row: str | None = None) -> Measurement:
     """Read a report, and find the rows of a component in it.
 
+    A component that adapts its target is measured on what it makes of it, beside plain decoding of the target itself,
+    so the target that it was trained for is in every report of its own.
+
     Args:
         file: `report.json`.
         name: what a report calls the component by default: its run's folder.
@@ -75,11 +78,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:
-    known = {one["name"]: one["fingerprint"] for one in report["targets"]}
-    wanted = provenance.target
-    if known.get(wanted["name"], wanted["fingerprint"]) != wanted["fingerprint"]:
-        raise ValueError(f"report {str(file)!r} is about a {wanted['name']} with weights {known[wanted['name']]}, this "
-                         f"component was trained for {wanted['fingerprint']}: give its own report with --report")
+    wanted, known = provenance.target, report["targets"]
+    if wanted["fingerprint"] not in {one["fingerprint"] for one in known}:
+        told = ", ".join(f"{one['name']} with weights {one['fingerprint']}" for one in known) or "no target"
+        raise ValueError(f"report {str(file)!r} is about a {told}, this component was trained for {wanted['name']} "
+                         f"with weights {wanted['fingerprint']}: give its own report with --report")
     written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
     if written < datetime.fromisoformat(provenance.created):
         raise ValueError(f"report {str(file)!r} is older than the component ({provenance.created}): measure again with "

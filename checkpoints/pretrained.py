@@ -20,7 +20,17 @@ from torch import Tensor
 
 import modules
 from checkpoints.card import model_card
-from checkpoints.folders import CONFIG, WEIGHTS, Ledger, read_json, read_tensors, whole_folder, write_json
+from checkpoints.folders import (
+    CONFIG,
+    WEIGHTS,
+    Ledger,
+    read_json,
+    read_tensors,
+    refuse_pickles,
+    tensor_names,
+    whole_folder,
+    write_json,
+)
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
@@ -105,6 +115,10 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     return trainable.eval()
 
 
+from_pretrained = load_pretrained
+"""The same function, under the name that other libraries give it."""
+
+
 def _whole(config: Config, folder: Path, shape: TargetShape | None, target: Target | None) -> tuple[Config, Tensors]:
     """Config and tensors as of today: migrated from an older version, or translated from somebody's format."""
     if "format" in config:
@@ -150,17 +164,20 @@ def find_folder(name: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+        whole = any(folder.glob("*.safetensors"))
+        names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})") from error
-    if not (Path(folder) / CONFIG).is_file():
+    refuse_pickles(names, f"Hub repository {name!r}")
+    if not (folder / CONFIG).is_file():
         raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a drafter")
-    return Path(folder)
+    return folder
 
 
 def read_config(folder: Path) -> Config:
@@ -172,7 +189,7 @@ def read_config(folder: Path) -> Config:
     config = read_json(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
-        name = format_of(config)
+        name = format_of(config, tensor_names(folder))
         if name is not None:
             return foreign_component(config, name, folder)
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component, nor "
@@ -293,4 +310,4 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     assign_weights(trainable, given, str(folder / WEIGHTS))
 
 
-__all__ = ["Provenance", "load_pretrained", "save_pretrained", "warm_start"]
+__all__ = ["Provenance", "from_pretrained", "load_pretrained", "save_pretrained", "warm_start"]

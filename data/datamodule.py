@@ -128,7 +128,9 @@ class ConversationData(LightningDataModule):
         max_validation_tokens: the same for `validation`.
         features: folder of the feature cache; what it lacks is added before training. `{target}` in it stands for the
             target's fingerprint and `{states}` for the states, so that runs can share it. null: computed online.
-        features_dtype: of a new cache.
+        features_dtype: of the cache; one folder holds one.
+        features_gib: the most that the cache's folder may hold; more is refused before anything is computed (null: as
+            much as the disk has free).
         seed: of packing and order.
         workers: processes that prepare batches.
         max_training_tokens: train on the first so many response tokens of what is not held out (null: all).
@@ -141,7 +143,8 @@ class ConversationData(LightningDataModule):
                  validation_split: str = "validation", validation_fraction: float = 0.05, max_length: int = 1024,
                  rows: int = 2, max_response_tokens: int | None = None, max_validation_tokens: int | None = None,
                  features: str | None = None, features_dtype: CacheDtype = "bfloat16", seed: int = 0,
-                 workers: int = 0, max_training_tokens: int | None = None) -> None:
+                 workers: int = 0, max_training_tokens: int | None = None,
+                 features_gib: float | None = None) -> None:
         super().__init__()
         self.train, self.validation, self.split, self.validation_split = train, validation, split, validation_split
         self.validation_fraction, self.max_length, self.rows = validation_fraction, max_length, rows
@@ -149,6 +152,7 @@ class ConversationData(LightningDataModule):
         self.max_training_tokens = max_training_tokens
         self.features, self.seed, self.workers = features, seed, workers
         self.features_dtype: CacheDtype = features_dtype
+        self.features_gib = features_gib
         self.documents: list[Tokens] = []
         self.held_out: list[Tokens] = []
         self._target: Target | None = None
@@ -161,6 +165,8 @@ class ConversationData(LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} must be {least} or above, got {value}")
+        if self.features_gib is not None and self.features_gib <= 0:
+            raise ValueError(f"data.features_gib must be above 0, got {self.features_gib:g}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must lie in (0, 1), got {self.validation_fraction}")
         for source in (self.train, self.validation):
@@ -222,7 +228,7 @@ class ConversationData(LightningDataModule):
         assert self.features is not None
         folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
         return cache_features(target, [*self.documents, *self.held_out], states, folder, self.features_dtype,
-                              share=share)
+                              share=share, gib=self.features_gib)
 
     # -- batches ----------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 import time
@@ -16,11 +17,13 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.configfiles import config_parser, parse, run
+from data.conversations import read_jsonl
 from data.regenerate import (
     Generation,
     Journal,
@@ -32,8 +35,12 @@ from data.regenerate import (
     write_rows,
 )
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_GENERATION = Generation()
 _WORTH_RETRYING = (408, 409, 425, 429, 500, 502, 503, 504)
+_OF_THE_PROMPT = (400, 413, 422)
+"""What servers say to a prompt that they will not take, for instance because it is longer than the context."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Endpoint:
         wait: seconds before the first of them.
         timeout: seconds that one request may take.
         key_variable: environment variable with the key, if the server wants one.
+        refusals: answers that the server may refuse (a prompt that is too long, say) before the run ends; the output is
+            then without them.
     """
 
     url: str
@@ -57,14 +66,19 @@ class Endpoint:
     wait: float = 1.0
     timeout: float = 600.0
     key_variable: str = "OPENAI_API_KEY"
+    refusals: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what is no address, and values that cannot work."""
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"endpoint.url must begin with http:// or https://, got {self.url!r}")
-        for name, least in (("concurrency", 1), ("retries", 0), ("wait", 0), ("timeout", 0.001)):
+        for name, least in (("concurrency", 1), ("retries", 0), ("wait", 0), ("timeout", 0.001), ("refusals", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"endpoint.{name} must be {least} or above, got {getattr(self, name)}")
+
+
+class Refused(ValueError):
+    """The server will not answer this prompt; others it may."""
 
 
 class Request(NamedTuple):
@@ -80,11 +94,12 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[dict[str, Any]], output:
                   generation: Generation = DEFAULT_GENERATION) -> Path:
     """Answer `prompts` through a server and write one JSONL row per answer, as `data.regenerate.regenerate` does.
 
-    Every answer goes to a journal beside the output as it arrives; an interrupted run asks only for the rest.
+    Every answer goes to a journal beside the output as it arrives, those too that are under way when the run has to
+    end; an interrupted run asks only for the rest.
 
     Raises:
         ValueError: the output exists, a prompt is of an unknown shape, the journal belongs to other settings, or the
-            server refuses a request or goes on failing after the retries.
+            server refuses more than `endpoint.refusals` requests or goes on failing after the retries.
     """
     output = writable(Path(output))
     settings = {"target": f"{endpoint.model} at {endpoint.url}", "prompts": prompts_digest(prompts),
@@ -97,7 +112,7 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[dict[str, Any]], output:
         for answer in _answers(pool, endpoint, pending, generation):
             journal.append([answer])
     write_rows(output, [answered_row(prompts[request.index], journal.answers[request.index, request.number])
-                        for request in requests])
+                        for request in requests if (request.index, request.number) in journal.answers])
     journal.path.unlink()
     return output
 
@@ -108,25 +123,41 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
     def begin(count: int) -> set[Future[dict[str, Any]]]:
         return {pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)}
 
-    running = begin(endpoint.concurrency)
+    running, refused, failure = begin(endpoint.concurrency), 0, None
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            yield future.result()
-        running |= begin(len(done))
+            found = future.exception()
+            if found is None:
+                yield future.result()
+                continue
+            refused += isinstance(found, Refused)
+            if isinstance(found, Refused) and refused <= endpoint.refusals:
+                logger.warning("left out: %s", found)
+            else:
+                failure = failure or found
+        running |= begin(len(done)) if failure is None else set()
+    if isinstance(failure, Refused):
+        raise ValueError(f"endpoint.url {endpoint.url}: {failure}; what was answered is kept: run the same command "
+                         f"again, with endpoint.refusals above {endpoint.refusals} to do without such prompts")
+    if failure is not None:
+        raise failure
 
 
 def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
     body = {"model": endpoint.model, "messages": request.messages, "max_tokens": generation.max_new_tokens,
             "temperature": request.temperature, "top_p": generation.top_p if request.temperature else 1.0,
             "seed": generation.seed + 1_000_003 * request.index + request.number}
-    choice = _posted(endpoint, body)["choices"][0]
+    try:
+        choice = _posted(endpoint, body)
+    except Refused as refused:
+        raise Refused(f"prompt {request.index + 1}: {refused}") from None
     return {"index": request.index, "number": request.number, "response": choice["message"]["content"],
-            "temperature": request.temperature, "finished": choice["finish_reason"] == "stop"}
+            "temperature": request.temperature, "finished": choice.get("finish_reason") == "stop"}
 
 
 def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """The server's answer; busy and broken connections are tried again."""
+    """The choice in the server's answer; busy servers, broken connections and broken answers are tried again."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get(endpoint.key_variable):
         headers["Authorization"] = f"Bearer {os.environ[endpoint.key_variable]}"
@@ -135,17 +166,41 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-                return json.load(response)
+                return _choice(json.load(response))
         except urllib.error.HTTPError as error:
-            trouble = f"{error.code} {error.read(300).decode(errors='replace')}"
+            trouble = f"{error.code} {_said(error)}"
+            if error.code in _OF_THE_PROMPT:
+                raise Refused(trouble) from None
             if error.code not in _WORTH_RETRYING:
                 break
-        except (OSError, json.JSONDecodeError) as error:
-            trouble = str(error)
+        except Refused:
+            raise
+        except (OSError, HTTPException, ValueError) as error:
+            trouble = f"{error}"
         if attempt < endpoint.retries:
             time.sleep(endpoint.wait * 2 ** attempt)
     raise ValueError(f"endpoint.url {endpoint.url}: {trouble}; what was answered is kept: run the same command again "
                      "when the server is well")
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what came with a status, as far as it came."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, HTTPException):
+        return "(and nothing more)"
+
+
+def _choice(answer: Any) -> dict[str, Any]:
+    """The first choice, with text in its message. `Refused` where there is none; ValueError: no such answer."""
+    try:
+        message = answer["choices"][0]["message"]
+        content = message["content"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"no chat completion: {json.dumps(answer)[:300]}") from None
+    if not isinstance(content, str):
+        raise Refused(f"an answer without text: {json.dumps(message)[:300]}")
+    return answer["choices"][0]
 
 
 # -- command line -----------------------------------------------------------------------------------------------
@@ -164,7 +219,7 @@ def answer_file(prompts: str, output: str, endpoint: Endpoint, limit: int | None
     """
     rows = prompt_rows(prompts, limit)
     regenerate_by(endpoint, rows, output, generation)
-    print(f"{len(rows) * generation.answers} answers: {output}")
+    print(f"{sum(1 for _ in read_jsonl(Path(output)))} answers: {output}")
 
 
 def command(arguments: Sequence[str]) -> int:

@@ -130,41 +130,52 @@ class FeatureCache:
 
 def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
                    dtype: CacheDtype = "bfloat16", batch_tokens: int = 2048, shard_tokens: int = 32768,
-                   progress: bool = True, share: Share | None = None) -> Path:
+                   progress: bool = True, share: Share | None = None, gib: float | None = None) -> Path:
     """Compute the target's states of all documents, or of a share of them, that the cache does not hold yet.
 
     Args:
         names: state names, see `Target.features`; a cache holds the same ones for all its documents.
-        dtype: of the stored states, for a new cache.
+        dtype: of the stored states; a cache holds one.
         batch_tokens: tokens per target call (padding included).
         shard_tokens: tokens per shard, about.
+        progress: whether the size and a progress bar are shown.
         share: who writes all of a cache waits for those who write shares, and then finds the work done.
+        gib: the most that the whole folder may hold, all shares of all documents together.
 
-    Returns the folder. Raises ValueError for a cache of another target or with other states.
+    Returns the folder. Raises ValueError for a cache of another target, with other states or in another dtype, and for
+    one that would outgrow `gib` or the disk.
     """
     folder, share = Path(folder), share or Share()
     folder.mkdir(parents=True, exist_ok=True)
-    documents = [document for document in documents if share.takes(document.key)]
     with _writing(folder, share):
         manifest = _open_manifest(folder, target, names, dtype)
         held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
-        pending = list({document.key: document for document in documents if document.key not in held}.values())
-        with _bar(len(held & {d.key for d in documents}), len({d.key for d in documents}), progress) as advance:
-            _check_disk(folder, sum(map(len, pending)), len(names), manifest, target.shape.hidden_size)
+        lacking = {document.key: document for document in documents if document.key not in held}
+        _check_size(folder, sum(map(len, lacking.values())), manifest, gib, progress)
+        own = {document.key for document in documents if share.takes(document.key)}
+        pending = [document for key, document in lacking.items() if key in own]
+        with _bar(len(held & own), len(own), progress) as advance:
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states, target)
     return folder
 
 
-def _check_disk(folder: Path, tokens: int, states: int, manifest: dict[str, Any], hidden_size: int) -> None:
-    """Say how much will be written, and refuse before anything is computed when the disk cannot hold it."""
-    needed, free = tokens * states * state_bytes(hidden_size, manifest["dtype"]), shutil.disk_usage(folder).free
-    logger.info("features %r: %d tokens to add, %.2f GiB in %s", str(folder), tokens, needed / 2**30, manifest["dtype"])
+def _check_size(folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, told: bool) -> None:
+    """Say how much will be written, and refuse before anything is computed what the limit or the disk cannot hold."""
+    each = len(manifest["states"]) * state_bytes(manifest["hidden_size"], manifest["dtype"]) / 2**30
+    needed, there = tokens * each, sum(shard["tokens"] for shard in manifest["shards"]) * each
+    free = shutil.disk_usage(folder).free / 2**30
+    if tokens and told:
+        print(f"features {str(folder)!r}: {tokens} tokens to add, {needed:.2f} GiB in {manifest['dtype']} "
+              f"({there:.2f} GiB are there, {free:.2f} GiB of the disk are free)", flush=True)
+    fix = "set data.features_dtype int8 (a folder of its own), lower data.max_response_tokens, or"
+    if gib is not None and needed + there > gib:
+        raise ValueError(f"data.features_gib is {gib:g}, but features {str(folder)!r} would hold "
+                         f"{needed + there:.4g} GiB: {fix} raise it")
     if needed > free:
-        raise ValueError(f"features {str(folder)!r} need {needed / 2**30:.2f} GiB more and the disk has "
-                         f"{free / 2**30:.2f} free: set data.features_dtype int8, lower data.max_response_tokens, or "
-                         "give another folder")
+        raise ValueError(f"features {str(folder)!r} need {needed:.2f} GiB more and the disk has {free:.2f} free: "
+                         f"{fix} give another folder")
 
 
 def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int,
@@ -249,6 +260,7 @@ def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dty
         if (folder / "manifest.json").exists():
             manifest = _read_manifest(folder)
             _check(manifest, folder, target.fingerprint(), names)
+            _check_dtype(manifest, folder, dtype)
         else:
             manifest = {"format": FORMAT, "target": target.name, "fingerprint": target.fingerprint(), "dtype": dtype,
                         "hidden_size": target.shape.hidden_size, "states": [str(name) for name in names], "shards": []}
@@ -265,6 +277,12 @@ def _check(manifest: dict[str, Any], folder: Path, fingerprint: str, names: Sequ
     if missing:
         raise ValueError(f"features {str(folder)!r} hold states {', '.join(manifest['states'])} and lack "
                          f"{', '.join(missing)}: build another folder with --states")
+
+
+def _check_dtype(manifest: dict[str, Any], folder: Path, dtype: str) -> None:
+    if manifest["dtype"] != dtype:
+        raise ValueError(f"features {str(folder)!r} are stored in {manifest['dtype']}, but data.features_dtype is "
+                         f"{dtype}: give another folder, or set data.features_dtype {manifest['dtype']}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """`python -m data.regenerate`: the target answers the prompts itself, so that drafters learn what it will really say.
+Where a server runs the target, `python -m data.endpoint` asks that instead.
 
 Every finished batch goes to a journal beside the output, and an interrupted run skips what is there. The output
 appears at the end, whole.
@@ -261,7 +262,7 @@ def write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 # -- command line -----------------------------------------------------------------------------------------------
 
-_OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", "probe", "checkpoint")
+_OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 """Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype` do."""
 
 

@@ -23,14 +23,14 @@ import torch
 
 from checkpoints.export import trainable_class_of, write
 from checkpoints.formats.known import FORMATS, formats_of
-from eval.methods import AUTOREGRESSIVE, Method, Row, load_drafter, unique_labels
+from eval.methods import AUTOREGRESSIVE, EXPORT_NOTES, Method, Row, load_drafter, unique_labels
 from modules.core.drafter import Drafter, Sampling
 from modules.core.loading import locate
 from modules.core.target import Target
 from modules.decoding.decoder import Trace
 
 ENGINE = "vllm"
-SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa"}
+SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa", "hf": "draft_model"}
 """Export formats that vLLM reads, and what it calls the method."""
 DTYPES = ("float32", "bfloat16", "float16")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -288,16 +288,17 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
                  folder: Path, baseline: str) -> Row:
     where = f"methods: {label}"
     drafter = load_drafter(method.drafter or "", target, where)
-    method_name = export_for_vllm(drafter, target, folder, where)
+    method_name, notes = export_for_vllm(drafter, target, folder, where)
     tokens = drafted_tokens(drafter, method.budget if isinstance(method.budget, int) else None, where)
     speculation = {"method": method_name, "model": str(folder), "num_speculative_tokens": tokens}
     decoder = VllmDecoder(label, target, {**common, "speculative_config": speculation}, drafter)
     return Row(label, decoder, target, sampling, baseline, engine=ENGINE, builder="chain", budget=tokens,
-               drafter_parameters=drafter.trained_size)
+               drafter_parameters=drafter.trained_size, quality={EXPORT_NOTES: list(notes)} if notes else {})
 
 
-def export_for_vllm(drafter: Drafter, target: Target, folder: Path, where: str) -> str:
-    """Write the drafter as vLLM reads it; returns what vLLM calls the method.
+def export_for_vllm(drafter: Drafter, target: Target, folder: Path, where: str) -> tuple[str, tuple[str, ...]]:
+    """Write the drafter as vLLM reads it; returns what vLLM calls the method, and how the export differs from the
+    drafter.
 
     Raises:
         ValueError: vLLM does not serve it, or not with its settings.
@@ -305,10 +306,11 @@ def export_for_vllm(drafter: Drafter, target: Target, folder: Path, where: str) 
     form = format_for(type(drafter), where)
     try:
         with torch.no_grad():
-            write(FORMATS[form].exported(drafter, target), folder)
+            exported = FORMATS[form].exported(drafter, target)
+            write(exported, folder)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return SERVED[form]
+    return SERVED[form], exported.notes
 
 
 def drafted_tokens(drafter: Drafter, budget: int | None, where: str) -> int:

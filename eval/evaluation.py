@@ -21,7 +21,7 @@ from eval.html import Sample, page
 from eval.journal import Journal, Record
 from eval.methods import Method, Precision, Row, build_rows, class_of, unique_labels
 from eval.processes import Share, shared_out
-from eval.report import build_report, failures, main_table, markdown, noise_lines
+from eval.report import build_report, export_lines, failures, main_table, markdown, noise_lines
 from eval.scores import Quality, Scoring, control_lines
 from eval.sources import Turns
 from eval.speed_model import explanations, is_baseline
@@ -276,7 +276,8 @@ def write(report: Mapping[str, Any], output: Path, sample: Sample | None) -> Non
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table on the terminal, the noise, what failed, and where the report is."""
     console.print(main_table(report))
-    for line in (*noise_lines(report), *control_lines(report["methods"]), *explanations(report["methods"])):
+    methods = report["methods"]
+    for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *explanations(methods)):
         console.print(line, highlight=False, markup=False)
     for name in failures(report):
         console.print(f"[bold red]{name} promises the autoregressive row's tokens and gave others[/]")

@@ -16,6 +16,7 @@ from eval.report import (
     caption,
     cells,
     drafting_table,
+    export_lines,
     failures,
     half_table,
     noise_lines,
@@ -62,7 +63,8 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>Slipstream evaluation</title>",
         f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
         f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
-        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in noise_lines(report)),
+        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>'
+          for line in (*noise_lines(report), *export_lines(report["methods"]))),
         *_pictures(report["methods"], measured), *_halves(report["methods"]), *_qualities(report["methods"]),
         *_drafting(report["methods"]),
         *_predictions(report["methods"]), *_sample(sample),

@@ -26,6 +26,8 @@ from modules.decoding.rules import RULES, AcceptanceRule, check_pairing, rule_na
 logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = "autoregressive"
+EXPORT_NOTES = "export_notes"
+"""Of a row's `quality`: how what an engine runs differs from the drafter that was exported to it."""
 TRAINING_PROMPTS = Path(__file__).resolve().parent.parent / "data" / "prompts" / "prompts.jsonl"
 Precision = Literal["float32", "bfloat16", "float16"]
 ClassSpec = Mapping[str, Any]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
 from eval.contamination import overlap_lines
+from eval.methods import EXPORT_NOTES
 from eval.repetition import KEY as LESS_REPETITIVE
 from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
@@ -170,6 +171,13 @@ def noise_lines(report: Mapping[str, Any]) -> list[str]:
             for name, noise in found if noise]
 
 
+def export_lines(methods: Sequence[Figures]) -> list[str]:
+    """How drafters differ from what an engine was given of them, each difference once, with the rows it concerns."""
+    notes = dict.fromkeys(note for method in methods for note in method["quality"].get(EXPORT_NOTES, ()))
+    return [f"exported {', '.join(one['name'] for one in methods if note in one['quality'].get(EXPORT_NOTES, ()))}: "
+            f"{note}" for note in notes]
+
+
 def holds_one(noise: Mapping[str, Any]) -> bool:
     """Whether the interval of a baseline against itself contains 1, as it must; True where there is no interval."""
     return noise["ci95"] is None or noise["ci95"][0] <= 1.0 <= noise["ci95"][1]
@@ -211,6 +219,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join([
         "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
         *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
+        *(f"{line}." for line in export_lines(methods)),
         *_halves(methods), *_predictions(methods), *_qualities(methods), *_drafting(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
         "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),

@@ -136,7 +136,7 @@ def loading(method: Method, target: Target, tokens: int) -> dict[str, Any]:
     drafter = load_drafter(method.drafter or "", target, where)
     with tempfile.TemporaryDirectory(prefix="vllm-drafter-") as scratch:
         folder = Path(scratch) / "drafter"
-        name = export_for_vllm(drafter, target, folder, where)
+        name, _ = export_for_vllm(drafter, target, folder, where)
         speculation = {"method": name, "model": str(folder), "num_speculative_tokens": tokens}
         common = engine_arguments(target, "float32", 1, 1)
         worker = Worker({**common, "speculative_config": speculation}, where, str(folder))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,8 +181,11 @@ def _shorter_rows(size: Size, settings: TrainerSettings, world: int, room: float
     return None if length is None else f"lower data.max_length to {length}"
 
 
-def check_disk(needed: float, folder: Path) -> None:
-    """ValueError where a feature cache of so many bytes does not fit on the disk of `folder`."""
+def check_disk(needed: float, folder: Path, gib: float | None = None) -> None:
+    """ValueError where a feature cache of so many bytes is beyond the user's limit or the disk of `folder`."""
+    if gib is not None and needed > gib * GIB:
+        raise ValueError(f"data.features_gib is {gib:g}, but data.features needs {needed / GIB:.4g} GiB: raise it, set "
+                         "data.features_dtype int8, or lower data.max_response_tokens")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -233,10 +235,10 @@ def print_plan(recipe: Any, target: Any) -> None:
     print("\n".join(lines))
     check_fits(size, settings, room)
     if data.features is not None and not trainable.online:
-        check_disk(disk, Path(data.features.split("{")[0]))
+        check_disk(disk, Path(data.features.split("{")[0]), data.features_gib)
 
 
 def _cache_disk(data: Any, target: Any, size: Size) -> float:
     data.read(target)
-    documents: Sequence[Any] = [*data.documents, *data.held_out]
-    return cache_bytes(sum(map(len, documents)), size, data.features_dtype)
+    lengths = {document.key: len(document) for document in (*data.documents, *data.held_out)}
+    return cache_bytes(sum(lengths.values()), size, data.features_dtype)

@@ -327,7 +327,7 @@ def _lasting(section: Any) -> Any:
     states are cached, who prepares batches, and keys that say nothing (a run may be older than they are)."""
     if not isinstance(section, Mapping) or "init_args" not in section:
         return section
-    free = ("rows", "workers", "features", "features_dtype")
+    free = ("rows", "workers", "features", "features_dtype", "features_gib")
     kept = {k: v for k, v in section["init_args"].items() if k not in free and v is not None}
     return {**section, "init_args": kept}
 

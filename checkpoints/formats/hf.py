@@ -28,6 +28,8 @@ DRAFTER = Independent
 ENGINES = ("vLLM", "SGLang", "Hugging Face")
 _USAGE = ("vllm serve {target} --speculative-config "
           "'{{\"method\": \"draft_model\", \"model\": \"FOLDER\", \"num_speculative_tokens\": {tokens}}}'")
+FINAL_NORM = "model.norm.weight"
+"""What a Llama has and an EAGLE drafter lacks."""
 _OURS = "model."
 """What precedes the stock model's names in this project's drafter."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,14 @@ def formats_of(kind: type) -> list[str]:
     return [name for name, module in FORMATS.items() if module.DRAFTER is kind]
 
 
-def format_of(config: Mapping[str, Any]) -> str | None:
-    """The format of a folder with this config.json, if it is one of these."""
-    return next((name for name, module in FORMATS.items() if module.recognises(config)), None)
+def format_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str | None:
+    """The format of a folder with this config.json and these names of tensors, if it is one of these.
+
+    A plain model of one layer has the config of an EAGLE drafter; its final norm, which EAGLE lacks, tells it apart.
+    """
+    found = [name for name, module in FORMATS.items() if module.recognises(config)]
+    plain = found[:1] == ["eagle"] and "hf" in found and hf.FINAL_NORM in tensors
+    return "hf" if plain else next(iter(found), None)
 
 
 def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:

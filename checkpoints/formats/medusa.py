@@ -130,6 +130,9 @@ def _lm_heads(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], 
     order, whole = slice(None), shape.vocab_size
     if trimmed is not None:
         token_map = ledger.take("token_map", trimmed).long()
+        if len(token_map.unique()) < trimmed or int(token_map.min()) < 0 or int(token_map.max()) >= whole:
+            raise ValueError(f"{ledger.source}: token_map does not hold {trimmed} different ids below {whole}: it is "
+                             "another vocabulary's, or damaged")
         found["vocabulary"], order = token_map.sort()
         rows = len(ledger.tensors["lm_heads.0.weight"]) if "lm_heads.0.weight" in ledger else 0
         whole, order = (whole, found["vocabulary"]) if rows == whole else (trimmed, order)

@@ -101,10 +101,12 @@ def test_reports_of_something_else_are_refused(evaluated, tmp_path) -> None:
     with pytest.raises(ValueError, match="row 'heads' has 7 parameters, this component"):
         card_of(evaluated, report=file)
     report = json.loads(text)
-    report["targets"][0]["fingerprint"] = "0123"
-    file.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="is about a tiny-llama with weights 0123, this component was trained for"):
-        card_of(evaluated, report=file)
+    for name in ("tiny-llama", "another"):
+        report["targets"][0] |= {"name": name, "fingerprint": "0123"}
+        file.write_text(json.dumps(report))
+        words = f"is about a {name} with weights 0123, this component was trained for tiny-llama with weights "
+        with pytest.raises(ValueError, match=words):
+            card_of(evaluated, report=file)
     for wrong in ("{}", json.dumps({**json.loads(text), "schema": 2})):
         file.write_text(wrong)
         with pytest.raises(ValueError, match="no whole report of schema 1"):
@@ -113,6 +115,15 @@ def test_reports_of_something_else_are_refused(evaluated, tmp_path) -> None:
     os.utime(file, (0, 0))
     with pytest.raises(ValueError, match="is older than the component .*: measure again"):
         card_of(evaluated, report=file)
+
+
+def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_components_own(evaluated) -> None:
+    """As of Medusa-2, whose rows run on weights of their own."""
+    file = evaluated / "eval" / "report.json"
+    report = json.loads(file.read_text())
+    adapted = {**report["targets"][0], "fingerprint": "0123"}
+    file.write_text(json.dumps({**report, "targets": [*report["targets"], adapted]}))
+    assert len(rows(card_of(evaluated, report=file), "Evaluation")) == 4
 
 
 # -- metadata -----------------------------------------------------------------------------------------------------

@@ -201,8 +201,8 @@ def test_a_bias_and_a_trimmed_vocabulary_are_told(target):
 
 # -- a language model ---------------------------------------------------------------------------------------------
 
-def independent(target: Target, **arguments) -> Independent:
-    drafter = Independent(target.shape, layers=3, draft_length=STEPS, **arguments)
+def independent(target: Target, layers: int = 3, **arguments) -> Independent:
+    drafter = Independent(target.shape, layers=layers, draft_length=STEPS, **arguments)
     drafter.initialise(target)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -231,6 +231,13 @@ def test_a_language_model_is_a_plain_folder_that_its_library_drafts_with(arch, t
 def test_a_plain_model_cannot_say_which_tokens_it_was_never_taught(target):
     with pytest.raises(ValueError, match="draft_vocabulary is 40: a plain model drafts from all tokens"):
         FORMATS["hf"].exported(Independent(target.shape, draft_vocabulary=DRAFTED), target)
+
+
+def test_a_plain_model_of_one_layer_is_not_taken_for_an_eagle_drafter(target, tmp_path):
+    drafter = independent(target, layers=1)
+    loaded = load_pretrained(exported(drafter, target, "hf", tmp_path), target)
+    assert type(loaded) is Independent
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in drafter.state_dict().items())
 
 
 def test_a_plain_model_of_another_tokenizer_or_with_other_tensors_is_refused(target, tmp_path):

@@ -22,7 +22,7 @@ from modules.core.drafter import Context, Drafter
 from modules.core.target import Target
 from modules.trees.static import StaticTree
 from tests.checkpoints.conftest import TOKEN, save
-from tests.checkpoints.hub_server import Hub
+from tests.checkpoints.hub_server import Hub, Repository
 
 REPO = "ada/heads"
 FILES = {".gitattributes", "README.md", "config.json", "model.safetensors", "provenance.json"}
@@ -310,3 +310,18 @@ def test_the_command_in_a_process_of_its_own(hub: Hub, trained: Path, tmp_path: 
     assert f"published: {hub.url}/{REPO}/commit/" in done.stdout
     assert "authorization: <TOKEN>" in done.stderr and TOKEN not in done.stdout + done.stderr
     assert set(hub.repositories[REPO].files) == FILES
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "medusa_lm_head.pt", "pytorch_model-00001-of-00002.bin"])
+def test_a_repository_of_pickles_is_not_downloaded_and_says_how_to_convert_them(hub: Hub, target, pickled) -> None:
+    """As many public drafters lie on the Hub: their files are listed, and never fetched."""
+    repository = hub.repositories["ada/public"] = Repository(private=False)
+    repository.commit({"config.json": b'{"medusa_num_heads": 2}', pickled: b"x" * 10_000})
+    with pytest.raises(ValueError, match=f"'ada/public' holds its weights as {pickled} only, a pickle, .*: convert it"
+                       ) as caught:
+        load_pretrained("ada/public", target)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.suffix in (".bin", ".pt")]
+    repository.commit({"notes.json": b"{}"})
+    with pytest.raises(ValueError, match="'ada/public' holds no config.json: it is not a drafter"):
+        load_pretrained("ada/public", target)

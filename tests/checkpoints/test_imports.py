@@ -156,6 +156,18 @@ def test_offsets_that_lead_nowhere_and_foreign_embeddings_are_refused(target, tm
                         target)
 
 
+@pytest.mark.parametrize("token_map", [torch.arange(D) + V - D + 1, torch.arange(D) - 1, torch.arange(D) // 2])
+def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(target, tmp_path, token_map):
+    config, tensors = medusa(target)
+    config |= {"truncated_vocab_size": D, "original_lm_head": True}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_heads")}
+    tensors["lm_heads.0.weight"] = torch.randn(D, target.shape.hidden_size)
+    right = load_pretrained(write(tmp_path / "right", config, {**tensors, "token_map": 3 * torch.arange(D)}), target)
+    assert torch.equal(right.state_dict()["vocabulary"], 3 * torch.arange(D))
+    with pytest.raises(ValueError, match="token_map does not hold 40 different ids below 128"):
+        load_pretrained(write(tmp_path / "wrong", config, {**tensors, "token_map": token_map}), target)
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash': only 'eagle3'"),
     ({"norm_before_fc": True}, "norm_before_fc is set, which is not supported"),

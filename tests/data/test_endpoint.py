@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.configfiles import run as one_line_run
-from data.conversations import load_conversations
+from data.conversations import load_conversations, read_jsonl
 from data.endpoint import Endpoint, command, regenerate_by
 from data.regenerate import Generation
 
@@ -21,11 +21,12 @@ PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status."""
+    """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status, or a whole
+    answer with something wrong: `cut` half-way, with no `choices`, or with `null` for its text."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.trouble: dict[int, int] = {}
+        self.trouble: dict[int, int | str] = {}
         self.asked: list[dict[str, Any]] = []
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -41,19 +42,21 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.asked.append(body)
-            status = server.trouble.get(len(server.asked), 200)
+            trouble = server.trouble.get(len(server.asked), 200)
+            status = trouble if isinstance(trouble, int) else 200
             server.running += 1
             server.most = max(server.most, server.running)
         time.sleep(0.02)
-        answer = {"choices": [{"message": {"content": body["messages"][-1]["content"].upper()},
-                               "finish_reason": "stop" if status == 200 else None}]}
-        content = json.dumps(answer if status == 200 else {"error": "trouble"}).encode()
+        text = None if trouble == "null" else body["messages"][-1]["content"].upper()
+        answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop" if status == 200 else None}]}
+        whole = status == 200 and trouble != "choices"
+        content = json.dumps(answer if whole else {"error": "trouble"}).encode()
         with server.lock:
             server.running -= 1
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[:len(content) // 2] if trouble in ("cut", 501) else content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -88,6 +91,41 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.trouble = {1: 503, 2: 429, 4: 500}
     regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl")
     assert len(server.asked) == len(PROMPTS) + 3
+
+
+def test_a_broken_answer_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    server.trouble = {1: "cut", 2: "choices", 4: "cut"}
+    output = regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl")
+    assert [row["response"] for row in read_jsonl(output)] == [f"NUMBER {i}" for i in range(6)]
+    assert len(server.asked) == len(PROMPTS) + 3
+
+
+@pytest.mark.parametrize(("trouble", "words"), [
+    ("cut", "IncompleteRead|bytes"), ("choices", "no chat completion: .*trouble"), (501, "501"), (404, "404 .*trouble"),
+])
+def test_a_server_that_stays_broken_is_named_in_one_line(server: Server, tmp_path: Path, trouble: int | str,
+                                                         words: str) -> None:
+    server.trouble = dict.fromkeys(range(1, 100), trouble)
+    with pytest.raises(ValueError, match=f"endpoint.url http.*({words}).*: run the same command again when") as caught:
+        regenerate_by(endpoint(server, retries=1, refusals=100), PROMPTS, tmp_path / "answers.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trouble", [400, "null"])
+def test_refused_prompts_end_the_run_unless_some_are_allowed(server: Server, tmp_path: Path, trouble: int | str,
+                                                             caplog: pytest.LogCaptureFixture) -> None:
+    """Answers under way when it ends are kept, and no answer without text is ever written."""
+    output = tmp_path / "answers.jsonl"
+    server.trouble = {2: trouble}
+    with pytest.raises(ValueError, match=r"endpoint.url .*prompt \d: .*again, with endpoint.refusals above 0"):
+        regenerate_by(endpoint(server), PROMPTS, output)
+    first = len(server.asked)
+    assert 3 <= first < 6 and not output.exists()
+    server.trouble = {first + 1: trouble}
+    rows = list(read_jsonl(regenerate_by(endpoint(server, refusals=1), PROMPTS, output)))
+    assert len(server.asked) == first + 6 - (first - 1)
+    assert len(rows) == 5 and all(row["response"] == row["prompt"].upper() for row in rows)
+    assert "left out: prompt" in caplog.text
 
 
 def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:

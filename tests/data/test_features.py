@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch
 from data.conversations import Tokens
 from data.features import CacheDtype, FeatureCache, cache_features, state_bytes
 from data.packing import collate
+from data.shares import Share
 from modules.core.target import Target
+from tests import fakes
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
 
@@ -69,6 +72,45 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
         cache_features(target, documents, ["final"], tmp_path, **SMALL)
 
 
+def test_the_size_is_said_and_a_users_limit_is_kept_before_anything_is_computed(
+        target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture) -> None:
+    """The limit is the folder's: what is there counts, and every share counts the others' documents too."""
+    loud, tokens = {**SMALL, "progress": True}, sum(map(len, documents))
+    whole = tokens * 2 * state_bytes(32, "bfloat16") / 2**30
+    cache_features(target, documents[:6], ["final", 1], tmp_path, gib=whole, **loud)
+    assert f"{sum(map(len, documents[:6]))} tokens to add, 0.00 GiB in bfloat16" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "features", lambda *_: pytest.fail("computed"))
+        for share in (None, Share(0, 4), Share(3, 4)):
+            with pytest.raises(ValueError, match=r"data.features_gib is \S+, but features .* would hold .* raise it"):
+                cache_features(target, documents, ["final", 1], tmp_path, gib=0.99 * whole, share=share, **SMALL)
+    cache_features(target, documents, ["final", 1], tmp_path, gib=whole, **SMALL)
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+    capsys.readouterr()
+    cache_features(target, documents, ["final", 1], tmp_path, gib=whole, **loud)
+    assert "to add" not in capsys.readouterr().out
+
+
+def test_a_cache_in_another_dtype_is_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+    cache_features(target, documents[:6], ["final"], tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="are stored in bfloat16, but data.features_dtype is int8: give another"):
+        cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
+
+
+def test_int8_takes_about_half_of_bfloat16_at_the_embedded_targets_width(tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states' bytes, and the whole files with their headers."""
+    monkeypatch.setitem(fakes.DIMENSIONS, "hidden_size", 576)
+    wide, documents = tiny_target(dtype=torch.float32, layers=1), [document(60 + i, i) for i in range(8)]
+    sizes: dict[str, int] = {}
+    for dtype in get_args(CacheDtype):
+        cache_features(wide, documents, ["final"], tmp_path / dtype, dtype=dtype, progress=False)
+        sizes[dtype] = sum(path.stat().st_size for path in (tmp_path / dtype).glob("*.safetensors"))
+    assert state_bytes(576, "int8") <= 0.51 * state_bytes(576, "bfloat16")
+    assert sizes["int8"] <= 0.55 * sizes["bfloat16"] <= 0.55 * 0.55 * sizes["float32"]
+
+
 _KILLED = """
 import os, signal, sys, torch
 import data.features as features
@@ -97,6 +139,10 @@ def test_a_cache_killed_while_it_writes_a_shard_ends_as_an_unbroken_one(target: 
         cache_features(target, documents, ["final"], tmp_path / name, **SMALL)
     first, second = (FeatureCache(tmp_path / name, target.fingerprint(), ["final"]) for name in ("killed", "whole"))
     first.require(documents)
+    keys = [key for shard in first.manifest["shards"] for key, _ in shard["documents"]]
+    assert len(keys) == len(set(keys)) == len(documents)
+    files = {path.name for path in (tmp_path / "killed").iterdir() if "shard" in path.name or "partial" in path.name}
+    assert files == {shard["file"] for shard in first.manifest["shards"]}
     for tokens in documents:
         assert torch.equal(first.read(tokens.key)["final"], second.read(tokens.key)["final"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data.conversations import load_conversations, prompt_ids, read_jsonl, token
 from data.regenerate import Generation, command, regenerate
 from modules.core.target import Target
 from tests.fakes import tiny_target
+from train.run import Recipe
 
 PROMPTS = [{"category": "c", "prompt": "x" * n} for n in (3, 9, 5, 2, 7)]
 QUICK = Generation(max_new_tokens=6, batch_size=2, answers=2)
@@ -118,3 +120,16 @@ def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], message
     with pytest.raises(ValueError, match=message) as caught:
         command(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_the_config_of_a_run_says_which_target_answers(target: Target, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section that a run's config.yaml can have is accepted."""
+    asked = []
+    monkeypatch.setattr(module, "load_target", lambda name, dtype, device: (asked.append((name, dtype)), target)[1])
+    (tmp_path / "p.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    recipe = {key.name: {} for key in fields(Recipe)} | {"target": "mine", "dtype": "float64", "seed": 3}
+    (tmp_path / "config.yaml").write_text(json.dumps(recipe))
+    flags = ["--config", str(tmp_path / "config.yaml"), "--prompts", str(tmp_path / "p.jsonl"), "--output"]
+    assert command([*flags, str(tmp_path / "a.jsonl"), "--generation.max_new_tokens", "3"]) == 0
+    assert asked == [("mine", "float64")] and len(list(read_jsonl(tmp_path / "a.jsonl"))) == 1

@@ -18,15 +18,18 @@ from eval import verify_vllm, vllm_loading
 from eval.engine_vllm import Worker, drafted_tokens, emitted_by_calls, environment, sampling_arguments
 from eval.vllm_worker import difference
 from modules.core.drafter import Drafter, Sampling
+from modules.feature_drafters.eagle import Eagle
 from modules.feature_drafters.eagle3 import Eagle3
 from modules.heads.clover import Clover
 from modules.heads.medusa import Medusa
+from modules.language_models.independent import Independent
 from tests.eval.test_cli import config, methods, report, run, target_of, tiny
 
 __all__ = ["tiny"]
 FAKE = Path(__file__).parent / "fake_engine"
 KINDS: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
     "medusa": (Medusa, {"heads": 3, "draft_vocabulary": 40}), "eagle3": (Eagle3, {"draft_vocabulary": 40, "depth": 2}),
+    "eagle": (Eagle, {"draft_vocabulary": 40, "bias": False}), "independent": (Independent, {"layers": 1}),
     "clover": (Clover, {})}
 
 
@@ -80,6 +83,24 @@ def test_rows_through_vllm_fill_the_same_report(tmp_path: Path, runs: Path, serv
     assert {one["dtype"] for one in asked} == {"float32"} and asked[1]["config"]["speculators_model_type"] == "eagle3"
     assert not any(Path(one["model"]).exists() for one in asked)
     assert list(tmp_path.glob("vllm-*")) == []
+
+
+def test_a_small_language_model_is_served_as_a_draft_model(tmp_path: Path, runs: Path, served: Path) -> None:
+    """As its model card says."""
+    assert run(*arguments(tmp_path, runs, "independent", limit=1)) == 0
+    asked, = (json.loads(line) for line in served.read_text().splitlines())
+    assert (asked["method"], asked["num_speculative_tokens"]) == ("draft_model", 3)
+    assert asked["config"]["architectures"] == ["LlamaForCausalLM"]
+    assert "export_notes" not in methods()["independent"]["quality"]
+
+
+def test_what_an_export_changes_is_said_in_the_report(tmp_path: Path, runs: Path, served: Path) -> None:
+    """EAGLE with a trimmed vocabulary drafts from all tokens in vLLM."""
+    assert run(*arguments(tmp_path, runs, "eagle", "eagle3", limit=1, batch_size=[1, 2])) == 0
+    note, = methods()["eagle"]["quality"]["export_notes"]
+    assert note.startswith("the engine drafts from all 128 tokens, this project from 40")
+    for name in ("report.md", "report.html"):
+        assert Path("out", name).read_text().count(f"xported eagle, eagle, 2 at once: {note}.") == 1
 
 
 def test_sampled_rows_have_the_seeds_of_their_prompts(tmp_path: Path, runs: Path, served: Path) -> None:

@@ -60,6 +60,8 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path) -> None:
     check_disk(10, tmp_path / "not" / "yet")
     with pytest.raises(ValueError, match="data.features needs .* int8"):
         check_disk(1e18, tmp_path)
+    with pytest.raises(ValueError, match="data.features_gib is 0.5, but data.features needs 1 GiB: raise it"):
+        check_disk(2**30, tmp_path, gib=0.5)
 
 
 def test_parameters_are_counted_without_weights() -> None:
