@@ -210,6 +210,16 @@ class Drafter(Trainable):
         return 8
 
     @property
+    def least_budget(self) -> int:
+        """The smallest budget that it can make a tree of."""
+        return 1
+
+    @property
+    def learns(self) -> bool:
+        """Whether what it decodes stays with the module and is drafted in later prompts."""
+        return False
+
+    @property
     def max_depth(self) -> int | None:
         """Tokens that it can draft in a row; None: any number."""
         return None

@@ -6,7 +6,8 @@ Shape legend: B sequences, T prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -87,6 +88,11 @@ class SpeculativeDecoder:
     def rule_for(self, sampling: Sampling) -> AcceptanceRule:
         """The acceptance rule used at this temperature."""
         return self.rule or default_rule(self.law, sampling)
+
+    def fresh(self) -> SpeculativeDecoder:
+        """The same decoder with a copy of a drafter that learns: neither sees what the other decodes."""
+        learns = self.drafter is not None and self.drafter.learns
+        return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
         """Continue every prompt by at most `limit` tokens, as one batch."""

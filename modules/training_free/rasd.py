@@ -138,6 +138,11 @@ class Rasd(TextDrafter):
         return self.tokens
 
     @property
+    def learns(self) -> bool:
+        """As its partner does."""
+        return self.partner is not None and self.partner.learns
+
+    @property
     def decoding_states(self) -> tuple[StateName, ...]:
         """The partner's."""
         return () if self.partner is None else self.partner.decoding_states

@@ -67,6 +67,11 @@ class TokenRecycling(TextDrafter):
         return self.tokens
 
     @property
+    def learns(self) -> bool:
+        """From prompt to prompt, unless every batch begins cold."""
+        return not self.cold
+
+    @property
     def decoding_states(self) -> tuple[StateName, ...]:
         """The final states, if the prompt is recycled."""
         return ("final",) if self.recycle_prompt else ()
