@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.drafter import Drafter, Sampling, TreeBuilder, check_depth
 from modules.core.narrow import use_narrow_linears
 from modules.core.target import Target
 from modules.decoding.clock import Clock
@@ -61,10 +61,8 @@ class SpeculativeDecoder:
         """Check the pairing of rule and trees."""
         if self.rule is not None and self.drafter is not None:
             check_pairing(self.rule, self.law)
-        longest = None if self.drafter is None else self.drafter.max_depth
-        if self.builder is not None and longest is not None and self.builder.depth > longest:
-            raise ValueError(f"builder draws trees of depth {self.builder.depth}, but the drafter has {longest} heads: "
-                             "lower the depth or train more heads")
+        if self.builder is not None and self.drafter is not None:
+            check_depth(self.builder, self.drafter)
         if not self.name:
             self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
         if self.drafter is not None and self.target.device.type == "cpu":
