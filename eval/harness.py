@@ -18,7 +18,7 @@ from eval.journal import Journal, Record
 from eval.methods import Row
 from eval.tasks import Prompt, Task
 from modules.core.target import Target
-from modules.decoding.decoder import Trace
+from modules.decoding.decoder import Decoder, SpeculativeDecoder, Trace
 
 WARM_UP_TOKENS = 8
 SEEDS_PER_PROMPT = 1000
@@ -71,6 +71,17 @@ class Harness:
     seed: int = 0
     finished: Callable[[Unit], None] = lambda unit: None
 
+    def __post_init__(self) -> None:
+        """Nothing has been decoded."""
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Every drafter that learns begins as it was made: rows, passes and batch sizes are asked the same prompts, and
+        none may know the answers from another."""
+        self._decoders: dict[str, Decoder] = {
+            row.name: row.decoder.fresh() if isinstance(row.decoder, SpeculativeDecoder) else row.decoder
+            for row in self.rows}
+
     def run(self, work: Sequence[Unit], journal: Journal) -> list[Record]:
         """Measure every unit that the journal does not hold yet; returns all records.
 
@@ -80,7 +91,11 @@ class Harness:
         waiting = [unit for unit in work if unit.key not in journal.done]
         if waiting:
             self.warm_up(waiting[0])
+        repeat = None
         for unit in work:
+            if unit.repeat != repeat:
+                self.begin_pass()
+                repeat = unit.repeat
             if unit.key not in journal.done:
                 journal.add(unit.key, list(self.measure(unit)))
             self.finished(unit)
@@ -90,7 +105,7 @@ class Harness:
         """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""
         for row in self.rows:
             ids = [render(prompt, [], row.target) for prompt in unit.prompts]
-            row.decoder.decode(ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
+            self._decoders[row.name].decode(ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
 
     def schedule(self, number: int) -> list[tuple[Row, bool]]:
         """Rows in the order of one unit, each with whether it is the second run of a baseline."""
@@ -115,7 +130,7 @@ class Harness:
         prompts = [render(unit.prompts[i], said[i], row.target) for i in asked]
         sampling = replace(row.sampling, seed=self.seed + SEEDS_PER_PROMPT * unit.index)
         forget_peak(row.target)
-        traces = row.decoder.decode(prompts, sampling, self.max_new_tokens)
+        traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
         if len(traces) != len(prompts):
             raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
         peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)

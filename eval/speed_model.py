@@ -37,8 +37,8 @@ REPEATS = 7
 class Calls:
     """The target calls of one row over all prompts.
 
-    tokens: kept after the prefill's. emitted: tokens of each call. rows: of each call, the newest token's included
-    (none from an engine that does not tell). seconds: by phase, over all calls.
+    tokens: kept after the prefill's. emitted: tokens of each call. rows: that each call computes, see `Trace` (none
+    from an engine that does not tell). seconds: by phase, over all calls.
     """
 
     tokens: int

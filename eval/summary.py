@@ -57,7 +57,7 @@ def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers]) -> dict[t
     for row in rows:
         alike = [other for other in rows if other.target is row.target and other.batch_size == row.batch_size]
         answers = [answer for other in alike for answer in folded[other.name].values()]
-        widths = [nodes + 1 for answer in answers for nodes in answer.trace.nodes]
+        widths = [rows for answer in answers for rows in answer.trace.rows]
         key = id(row.target), row.batch_size
         if widths and key not in found:
             context = median(len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers)
@@ -110,7 +110,7 @@ def calls_of(answers: Answers) -> Calls:
     """What the model of speed reads."""
     traces = [answer.trace for answer in answers.values()]
     return Calls(sum(max(0, len(trace.ids) - 1) for trace in traces), emitted(answers),
-                 [nodes + 1 for trace in traces for nodes in trace.nodes], phases(answers))
+                 [rows for trace in traces for rows in trace.rows], phases(answers))
 
 
 METHOD_KEYS = (

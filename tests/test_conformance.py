@@ -17,7 +17,9 @@ from modules.core.drafter import Drafter, Sampling
 from modules.core.target import Target
 from modules.core.trainable import Trainable
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.trees.static import StaticTree
 from tests.fakes import ids_by_batch, many_prompts, tiny_batch, tiny_target
+from tests.modules.sampling import Counts, first_two_tokens, homogeneous, small_target
 from train.cli import make_parser
 from train.module import text_batches
 
@@ -42,7 +44,7 @@ def build(recipe: Path, target: Target, shake: float = 0.05) -> Trainable:
     module, name = drafter.class_path.rsplit(".", 1)
     arguments = dict(drafter.init_args.as_dict())
     if arguments.get("draft_vocabulary"):
-        arguments["draft_vocabulary"] = DRAFT_VOCABULARY
+        arguments["draft_vocabulary"] = min(DRAFT_VOCABULARY, target.shape.vocab_size)
     torch.manual_seed(0)
     trainable = getattr(importlib.import_module(module), name)(target.shape, **arguments)
     if arguments.get("draft_vocabulary"):
@@ -136,6 +138,23 @@ def test_greedy_decoding_is_exactly_the_targets_own_when_drafts_are_coarse(recip
     own = drafter.adapt(target)
     drafter.to(torch.bfloat16)
     assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
+
+
+@pytest.fixture(scope="module")
+def plain_counts() -> Counts:
+    return first_two_tokens(SpeculativeDecoder(small_target()), 1000)
+
+
+def test_sampled_decoding_keeps_the_targets_law(recipe, plain_counts):
+    """Through the whole loop at temperature 1, with a tree that a vocabulary of six tokens can fill."""
+    target = small_target()
+    drafter = build(recipe, target, shake=0.2).eval()
+    if not isinstance(drafter, Drafter):
+        pytest.skip("not a drafter")
+    own = drafter.adapt(target)
+    plain = plain_counts if own is target else first_two_tokens(SpeculativeDecoder(own), 1000)
+    decoder = SpeculativeDecoder(own, drafter, builder=StaticTree([(0,), (1,), (0, 0), (0, 1)]))
+    assert homogeneous(plain, first_two_tokens(decoder, 1000)) > 1e-4
 
 
 def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(recipe, target):

@@ -210,6 +210,16 @@ class Drafter(Trainable):
         return 8
 
     @property
+    def least_budget(self) -> int:
+        """The smallest budget that it can make a tree of; above 1 where its calls have rows that only compute."""
+        return 1
+
+    @property
+    def learns(self) -> bool:
+        """Whether what it decodes stays with the module and is drafted in later prompts."""
+        return False
+
+    @property
     def max_depth(self) -> int | None:
         """Tokens that it can draft in a row; None: any number."""
         return None
@@ -243,3 +253,11 @@ class Drafter(Trainable):
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """State after a verification, of this drafter's tree or of any other."""
         return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B)
+
+
+def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:
+    """Refuse a builder of trees that are deeper than the drafter can draft."""
+    longest = drafter.max_depth
+    if longest is not None and builder.depth > longest:
+        raise ValueError(f"builder draws trees of depth {builder.depth}, but the drafter has {longest} heads: lower "
+                         "the depth or train more heads")

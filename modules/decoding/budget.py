@@ -1,7 +1,8 @@
 """How many nodes to draft: the tree size that is worth most on this device for this drafter.
 
-A call over a tree of n drafted nodes takes t(n + 1) and the drafting, and gives τ(n) tokens; the best n maximises
-τ(n) / (t(n + 1) + drafting) (the cost model of Sequoia, Chen et al. 2024, arXiv 2402.12374, section 4.2).
+With a budget of n drafted nodes a call takes t(rows), with the rows that it really computes, and the drafting, and
+gives τ(n) tokens; the best n maximises τ(n) / (t(rows) + drafting) (the cost model of Sequoia, Chen et al. 2024, arXiv
+2402.12374, section 4.2).
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Seq
 
     Args:
         decoder: whose drafter, builder and rule are tried.
-        latency: of the same target, with a width of every budget + 1.
+        latency: of the same target, up to the largest budget + 1 rows.
         prompts: token ids to decode; none that will be evaluated.
         sampling: as decoding will sample.
         limit: new tokens per prompt.
-        budgets: the tree sizes.
+        budgets: the tree sizes; those that the drafter cannot fill are left out.
+
+    Raises:
+        ValueError: the drafter needs more nodes than any of them.
     """
-    return [_try(replace(decoder, budget=budget), latency, prompts, sampling, limit) for budget in budgets]
+    least = 1 if decoder.drafter is None else decoder.drafter.least_budget
+    possible = [budget for budget in budgets if budget >= least]
+    if not possible:
+        raise ValueError(f"budget 'auto' tries at most {max(budgets)} nodes, {decoder.name} needs {least}: give its "
+                         "budget as a number")
+    return [_try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit) for budget in possible]
 
 
 def best_budget(trials: Sequence[BudgetTrial]) -> int:
@@ -70,4 +79,6 @@ def _try(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[l
     calls = max(1, sum(len(trace.accepted) for trace in traces))
     tokens = sum(sum(trace.accepted) for trace in traces) / calls
     drafting = sum(trace.seconds.get("draft", 0.0) for trace in traces) / calls
-    return BudgetTrial(decoder.budget, tokens, drafting, tokens / latency.break_even(decoder.budget + 1, drafting))
+    rows = [rows for trace in traces for rows in trace.rows] or [decoder.budget + 1]
+    call = sum(map(latency.at, rows)) / len(rows) + drafting
+    return BudgetTrial(decoder.budget, tokens, drafting, tokens * latency.seconds[1] / call)

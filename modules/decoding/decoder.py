@@ -6,12 +6,13 @@ Shape legend: B sequences, T prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from modules.core.drafter import Drafter, Sampling, TreeBuilder
+from modules.core.drafter import Drafter, Sampling, TreeBuilder, check_depth
 from modules.core.narrow import use_narrow_linears
 from modules.core.target import Target
 from modules.decoding.clock import Clock
@@ -60,10 +61,8 @@ class SpeculativeDecoder:
         """Check the pairing of rule and trees."""
         if self.rule is not None and self.drafter is not None:
             check_pairing(self.rule, self.law)
-        longest = None if self.drafter is None else self.drafter.max_depth
-        if self.builder is not None and longest is not None and self.builder.depth > longest:
-            raise ValueError(f"builder draws trees of depth {self.builder.depth}, but the drafter has {longest} heads: "
-                             "lower the depth or train more heads")
+        if self.builder is not None and self.drafter is not None:
+            check_depth(self.builder, self.drafter)
         if not self.name:
             self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
         if self.drafter is not None and self.target.device.type == "cpu":
@@ -87,6 +86,11 @@ class SpeculativeDecoder:
     def rule_for(self, sampling: Sampling) -> AcceptanceRule:
         """The acceptance rule used at this temperature."""
         return self.rule or default_rule(self.law, sampling)
+
+    def fresh(self) -> SpeculativeDecoder:
+        """The same decoder with a copy of a drafter that learns: neither sees what the other decodes."""
+        learns = self.drafter is not None and self.drafter.learns
+        return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
         """Continue every prompt by at most `limit` tokens, as one batch."""

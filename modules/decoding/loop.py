@@ -27,6 +27,8 @@ class Trace:
     ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id, whether it was an
     accepted draft. accepted: tokens emitted per target call, before the cut. offered: depth of each call's tree.
     nodes: drafted candidates of each call. seconds: per phase, for the whole batch. time_to_first_token: seconds.
+    rows: what each call really computes for this sequence: the newest token, the candidates, rows that only compute,
+    and padding to the widest tree of the batch.
     """
 
     prompt_tokens: int
@@ -37,6 +39,7 @@ class Trace:
     nodes: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: float = 0.0
+    rows: list[int] = field(default_factory=list)
 
     @property
     def decode_seconds(self) -> float:
@@ -136,7 +139,7 @@ class Run:
         with self.clock.phase("commit"):
             self.target.commit(accepted)
         self._absorb(verified, accepted)
-        self._record(told)
+        self._record(told, tree.size)
         self._drop_finished()
 
     def _propose(self) -> TokenTree:
@@ -152,12 +155,13 @@ class Run:
             with self.clock.phase("draft"):
                 self._state = self.drafter.absorb(self._state, verified, accepted)
 
-    def _record(self, told: list[Told]) -> None:
+    def _record(self, told: list[Told], rows: int) -> None:
         for sequence, call in zip(self._alive, told, strict=True):
             trace = self.traces[sequence]
             trace.accepted.append(len(call.tokens))
             trace.offered.append(call.depth)
             trace.nodes.append(call.nodes)
+            trace.rows.append(rows)
             trace.ids += call.tokens
             trace.drafted += [True] * (len(call.tokens) - 1) + [False]
             self._cut(trace)

@@ -51,7 +51,7 @@ def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V:
     for node in children:
         token = int(tree.tokens_BN[sequence, node])
         draft_V = sibling_law(tree, sequence, node, tried, residual_V)
-        chance = min(1.0, float(residual_V[token] / draft_V[token]))
+        chance = ratio(residual_V[token], draft_V[token])
         residual_V = normalised((residual_V - draft_V).clamp(min=0), residual_V)
         yield Round(node, chance, residual_V)
         tried.append(token)
@@ -73,7 +73,12 @@ def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law
     residual_V = normalised((law_V - kept_V * share).clamp(min=0), law_V)
     for node in children:
         token = int(tree.tokens_BN[sequence, node])
-        yield Round(node, min(1.0, float(law_V[token] / (threshold * draft_V[token]))), residual_V)
+        yield Round(node, ratio(law_V[token], threshold * draft_V[token]), residual_V)
+
+
+def ratio(target: Tensor, draft: Tensor) -> float:
+    """min(1, target / draft). A draft of probability 0 was never drawn and has no chance: 0 / 0 is not 1."""
+    return float((target / draft).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1))
 
 
 def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:

@@ -132,7 +132,13 @@ class RatioRule:
     rounds: Rounds = staticmethod(recursive_rounds)
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        """Walk down from node 0, sequence by sequence."""
+        """Walk down from node 0, sequence by sequence.
+
+        Raises:
+            ValueError: the tree carries another law than its builder promised.
+        """
+        for law in tree.laws_carried:
+            check_pairing(self, law)
         walks = [self._walk(tree, verified, draws, b) for b in range(tree.tokens_BN.shape[0])]
         return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
 

@@ -70,6 +70,11 @@ class Lookahead(TextDrafter):
         """The window's rows and every guess."""
         return (self.ngram - 1) * (self.window + self.guesses)
 
+    @property
+    def least_budget(self) -> int:
+        """The window's rows and one token of a guess."""
+        return (self.ngram - 1) * self.window + 1
+
     def start(self, context: Context) -> LookaheadState:
         """A window of the prompt's tokens; the pool holds the prompt's n-grams."""
         state = super().start(context)

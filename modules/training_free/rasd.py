@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from modules.core.batches import StateName
-from modules.core.drafter import Accepted, Context, Drafter, DraftState, Frontier, TreeBuilder, Verified
+from modules.core.drafter import (
+    Accepted,
+    Context,
+    Drafter,
+    DraftState,
+    Frontier,
+    TreeBuilder,
+    Verified,
+    check_depth,
+)
 from modules.core.trainable import TargetShape
 from modules.training_free.rest import Rest
 from modules.training_free.text import TextDrafter, TextState
 from modules.training_free.trie import END, Trie, batch_of_trees, frequent_prefixes
 from modules.trees.candidates import log_law
-from modules.trees.tree import TokenTree
+from modules.trees.tree import Law, TokenTree
 
 Ranked = list[tuple[list[int], int]]
 """Continuations and how often each occurred."""
@@ -119,6 +128,9 @@ class Rasd(TextDrafter):
         retrieved: nodes of the budget that the partner leaves to retrieval.
         builder: grows the partner's tree in place of its own builder; an evaluation names it as its methods do.
         tokens: nodes drafted in all, unless a method's budget says otherwise (the sheet's order of size: 60 and 30).
+
+    Raises:
+        ValueError: a partner or a builder whose trees cannot be fused.
     """
 
     def __init__(self, shape: TargetShape, partner: Drafter | None = None, datastore: str | None = None,
@@ -128,6 +140,8 @@ class Rasd(TextDrafter):
         if min(longest, length, top, retrieved) < 1 or tokens <= retrieved:
             raise ValueError(f"longest, length, top and retrieved must be at least 1 and tokens above retrieved, got "
                              f"{longest}, {length}, {top}, {retrieved} and {tokens}")
+        if partner is not None:
+            _check_fusable(partner, builder)
         self.partner, self.builds, self.longest, self.length = partner, builder, longest, length
         self.top, self.least, self.retrieved, self.tokens = top, least, retrieved, tokens
         self.rest = None if datastore is None else Rest(shape, datastore, length=length)
@@ -136,6 +150,11 @@ class Rasd(TextDrafter):
     def default_budget(self) -> int:
         """As many as it was made for."""
         return self.tokens
+
+    @property
+    def learns(self) -> bool:
+        """As its partner does."""
+        return self.partner is not None and self.partner.learns
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -202,9 +221,24 @@ def prune(found: Ranked, opinion: Opinion | None, top: int, least: float) -> lis
     return [path for _, _, path in sorted(kept, key=lambda entry: entry[:2])]
 
 
+def _check_fusable(partner: Drafter, builder: TreeBuilder | None) -> None:
+    """Refuse, by name, trees that are not chosen by value, deeper than the partner drafts, or not of candidates alone:
+    fused, every node is a point mass."""
+    law = partner.law if builder is None else builder.law
+    if law is not Law.POINT:
+        kind = type(partner if builder is None else builder).__name__
+        raise ValueError(f"rasd: {kind} draws its siblings ({law.name.lower()}), but a fused tree is verified by "
+                         "value: give a `builder` that chooses, such as modules.trees.rerank.RerankedTree")
+    if partner.least_budget > 1:
+        raise ValueError(f"rasd: partner {type(partner).__name__} needs rows that only compute, which a fused tree "
+                         "does not keep: name another partner")
+    if builder is not None:
+        check_depth(builder, partner)
+
+
 def as_trie(tree: TokenTree, sequence: int) -> Trie:
     """One sequence's drafted candidates; siblings of equal token become one node."""
-    assert tree.candidate_BN is None, "a partner's tree must consist of candidates"
+    assert tree.candidate_BN is None, "a partner's tree consists of candidates: `_check_fusable`"
     tokens, parents = tree.tokens_BN[sequence].tolist(), tree.parents_BN[sequence].tolist()
     trie, places = Trie(tokens[0]), {0: 0}
     for node in range(1, len(tokens)):

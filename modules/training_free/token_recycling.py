@@ -52,8 +52,9 @@ class TokenRecycling(TextDrafter):
     def __init__(self, shape: TargetShape, successors: int = 8, tokens: int = 7, recycle_prompt: bool = False,
                  cold: bool = False) -> None:
         super().__init__(shape)
-        if not 1 <= successors <= 8:
-            raise ValueError(f"successors must lie between 1 and 8, got {successors}")
+        most = min(8, shape.vocab_size)
+        if not 1 <= successors <= most:
+            raise ValueError(f"successors must lie between 1 and {most}, got {successors}")
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
         self.successors, self.tokens, self.recycle_prompt, self.cold = successors, tokens, recycle_prompt, cold
@@ -65,6 +66,11 @@ class TokenRecycling(TextDrafter):
     def default_budget(self) -> int:
         """As many as it was made for."""
         return self.tokens
+
+    @property
+    def learns(self) -> bool:
+        """From prompt to prompt, unless every batch begins cold."""
+        return not self.cold
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:

@@ -117,12 +117,16 @@ class TokenTree:
 
     @cached_property
     def laws_used(self) -> frozenset[Law]:
-        """The draft laws that occur among the drafted candidates."""
+        """The draft laws that occur among the drafted candidates; a point mass where there are none."""
+        return self.laws_carried or frozenset({Law.POINT})
+
+    @cached_property
+    def laws_carried(self) -> frozenset[Law]:
+        """The same, and none where nothing is drafted. Reads the device."""
         if self.law_BN is None:
-            return frozenset({Law.POINT})
+            return frozenset({Law.POINT} if self.size > 1 else ())
         drafted = self.acceptable_BN[:, 1:]
-        found = frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
-        return found or frozenset({Law.POINT})
+        return frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
 
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify behind `lengths_B` committed tokens."""

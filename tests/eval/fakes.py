@@ -29,7 +29,8 @@ class Replay:
         drafted = [i % self.per_call != 0 for i in range(len(trace.ids))]
         seconds = {"prefill": 0.5, "draft": 0.02 * calls, "verify": 0.08 * calls, "accept": 0.0, "commit": 0.0}
         return replace(trace, drafted=drafted, accepted=[self.per_call] * calls, offered=[self.depth] * calls,
-                       nodes=[self.depth] * calls, seconds={**seconds, "other": 0.0}, time_to_first_token=0.5)
+                       nodes=[self.depth] * calls, rows=[self.depth + 1] * calls,
+                       seconds={**seconds, "other": 0.0}, time_to_first_token=0.5)
 
 
 class AlwaysRight(Replay):

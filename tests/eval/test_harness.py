@@ -14,7 +14,8 @@ from eval.summary import fold, summarise
 from eval.tasks import Prompt, Task
 from modules.core.drafter import Sampling
 from modules.core.target import Target
-from modules.decoding.decoder import Trace
+from modules.decoding.decoder import SpeculativeDecoder, Trace
+from modules.training_free.token_recycling import TokenRecycling
 from tests.fakes import tiny_target
 
 
@@ -102,3 +103,19 @@ def test_prompts_that_do_not_fit_are_left_out(target: Target) -> None:
     assert [task.name for task in kept] == ["x", "y"] and skipped == ["z/0"]
     with pytest.raises(ValueError, match="no prompt fits"):
         fitting([long], rows(target, []), 10)
+
+
+def test_no_row_pass_or_batch_size_knows_answers_from_another(target: Target, tmp_path: Path) -> None:
+    """A drafter that learns needs as many calls in every pass, in every row that shares it, and after the warm-up."""
+    decoder = SpeculativeDecoder(target, TokenRecycling(target.shape, tokens=20))
+    plain = Row("plain", SpeculativeDecoder(target), target, Sampling(), "plain")
+    shared = [plain, *(Row(name, decoder, target, Sampling(), "plain") for name in ("a", "b"))]
+    prompts = tuple(Prompt(f"x/{i}", "x", (f"hello {i}",)) for i in range(2))
+    calls: dict[tuple[str, str], set[int]] = {}
+    for _ in range(2):
+        records = Harness(shared, 24).run(units([Task("x", prompts)], 1, 2), Journal(tmp_path / "j", {}, False))
+        for record in records:
+            calls.setdefault((record.row, record.prompt), set()).add(len(record.trace.accepted))
+    assert len(calls) == 6 and all(len(counts) == 1 for counts in calls.values())
+    assert calls["a", "x/0"] == calls["b", "x/0"]
+    assert isinstance(decoder.drafter, TokenRecycling) and not decoder.drafter.successors_VK.any()

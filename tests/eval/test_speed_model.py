@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from eval.html import page
+from eval.journal import Record
 from eval.metrics import Speed, micro_speedup
 from eval.report import markdown
 from eval.speed_model import (
@@ -20,6 +21,9 @@ from eval.speed_model import (
     prediction_errors,
     speed_model,
 )
+from eval.summary import calls_of
+from modules.decoding.clock import PHASES
+from modules.decoding.decoder import Trace
 from modules.decoding.latency import LatencyTable, measure_latency
 from tests.eval.test_pages import method as entry
 from tests.eval.test_pages import report
@@ -90,3 +94,11 @@ def test_the_median_error_stands_beside_the_repeat_noise() -> None:
 def test_nothing_is_said_without_a_prediction_and_unmeasured_noise_is_called_so() -> None:
     assert explanations([entry("d")]) == []
     assert explanations([predicting("a", 1.1, 1.0)])[0].endswith("plain decoding: not measured")
+
+
+def test_the_model_reads_the_rows_that_calls_compute() -> None:
+    """Lookahead's window is computed and never accepted."""
+    seconds = dict.fromkeys(PHASES, 0.1)
+    trace = Trace(3, [5] * 5, [False] * 5, [2, 2], [1, 1], [3, 3], seconds, 0.1, [16, 16])
+    answers = {"x": Record("x", "x", "t", 0, False, [1, 2, 3], trace, 0)}
+    assert calls_of(answers).rows == [16, 16]

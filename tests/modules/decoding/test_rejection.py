@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from modules.core.drafter import Sampling, Verified
 from modules.decoding.rejection import (
     k_sequential_rounds,
     k_sequential_threshold,
     node_chances,
     recursive_rounds,
 )
-from modules.decoding.rules import RULES, WRONG, check_pairing, rule_named
+from modules.decoding.rules import RULES, WRONG, Draws, PointRule, check_pairing, rule_named
 from modules.trees.tree import Law, TokenTree, Topology
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -55,6 +57,9 @@ KINDS = {
     "swor": (Law.WITHOUT_REPLACEMENT, "stop", recursive_rounds),
     "sequoia": (Law.WITHOUT_REPLACEMENT, "uniform", recursive_rounds),
 }
+CHOICES = {"likeliest": lambda q: q.argsort(descending=True, stable=True),
+           "unlikeliest": lambda q: q.argsort(stable=True), "by token": lambda q: torch.arange(len(q))}
+"""Orders in which a tree may choose by value, whatever the draft's law says."""
 
 
 def siblings(tokens, law, q, vocabulary=None):
@@ -114,6 +119,32 @@ def test_the_output_is_exactly_the_targets_law(name, p, q, kind):
         shares.append(accepted)
     assert shares[0] == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-12), "one draft: 1 - TV, the optimum"
     assert all(later >= earlier - 1e-12 for earlier, later in zip(shares, shares[1:]))
+
+
+def tossed(tree, rows, draw):
+    """What `PointRule` emits behind node 0 in `rows` sequences, if every draw of the target there is `draw`."""
+    wide = replace(tree, tokens_BN=tree.tokens_BN.expand(rows, -1), topology=tree.topology.expand(rows), law_BN=None)
+    logits = one_hot(6, draw).log().expand(rows, tree.size, 6)
+    draws = Draws(Sampling(temperature=1.0), [torch.Generator() for _ in range(rows)])
+    return PointRule()(wide, Verified(wide, logits), draws).emitted(wide)[:, 0].tolist()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name,p,q", CASES, ids=[case[0] for case in CASES])
+def test_point_masses_leave_exactly_the_targets_law(name, p, q, choice):
+    """Children chosen by value: the target's draw as it is, accepted with the mass of the children, tie or zero."""
+    for count in range(1, len(p) + 1):
+        tree = siblings(CHOICES[choice](q)[:count].tolist(), Law.POINT, q)
+        out, accepted = emitted(p, tree, recursive_rounds)
+        torch.testing.assert_close(out, p, rtol=0, atol=1e-12)
+        assert accepted == pytest.approx(float(p[CHOICES[choice](q)[:count]].sum()), abs=1e-12)
+
+
+def test_the_point_rule_emits_the_targets_draw_whatever_is_drafted():
+    """Enumerated over the draws and the children: so its law is the target's, for every law."""
+    for draw in range(6):
+        for children in ((0,), (draw,), (5, draw), (1, 2, 3), tuple(range(6))):
+            assert tossed(siblings(children, Law.POINT, random_law(6, 0)), 2, draw) == [draw] * 2
 
 
 @pytest.mark.parametrize("kind,golden", [
@@ -309,3 +340,34 @@ def test_rules_refuse_trees_of_another_law(rule, law):
 def test_rules_take_trees_of_their_law(rule, law):
     check_pairing(rule_named(rule), law)
     assert rule_named(rule).lossless
+
+
+@pytest.mark.parametrize("rounds", [recursive_rounds, k_sequential_rounds])
+def test_a_draft_of_probability_zero_has_no_chance(rounds):
+    """A token that its law excludes was never drawn: 0 / 0 is no certainty, nor is p / 0."""
+    tree = siblings((0,), Law.INDEPENDENT, HALVES)
+    for p in (P, one_hot(4, 1)):
+        assert emitted(p, tree, rounds)[1] == 0
+
+
+def test_a_point_mass_is_not_drawn_again_behind_itself():
+    """Token 3 as a point mass, then as a draw without replacement, from whose law it is removed."""
+    tree = siblings((3, 3), Law.WITHOUT_REPLACEMENT, one_hot(4, 3) * 0.5 + Q * 0.5)
+    tree = replace(tree, law_BN=torch.tensor([[0, int(Law.POINT), int(Law.WITHOUT_REPLACEMENT)]]))
+    first, second = recursive_rounds(tree, 0, [1, 2], P)
+    assert first.chance == pytest.approx(0.05) and second.chance == 0
+
+
+def test_the_laws_that_a_tree_carries_are_compared_when_it_is_verified():
+    """Whatever its builder promised; a tree without drafts carries none."""
+    draws = Draws(Sampling(temperature=1.0), [torch.Generator()])
+    mixed = replace(siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q), law_BN=torch.tensor([[0, 0, 1]]))
+    for tree in (mixed, siblings((3, 2), Law.POINT, Q), replace(siblings((3,), Law.POINT, Q), law_BN=None)):
+        with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
+            rule_named("ratio")(tree, Verified(tree, P.log().expand(1, tree.size, 4)), draws)
+    with pytest.raises(ValueError, match="rule 'k_seq' cannot verify without_replacement trees"):
+        tree = siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q)
+        rule_named("k_seq")(tree, Verified(tree, P.log().expand(1, 3, 4)), draws)
+    for empty in (TokenTree.root(torch.tensor([0])),
+                  replace(siblings((3,), Law.INDEPENDENT, Q), candidate_BN=torch.tensor([[True, False]]))):
+        assert rule_named("k_seq")(empty, Verified(empty, P.log().expand(1, empty.size, 4)), draws).lengths_B == 1

@@ -10,9 +10,12 @@ import yaml
 from data.configfiles import CONFIGS
 from eval.methods import load_drafter
 from modules.core.drafter import Drafter, Sampling
+from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.training_free.datastore import Datastore
-from tests.fakes import ids_by_batch, many_prompts, tiny_target
+from modules.training_free.rasd import Rasd
+from tests.fakes import ScriptedDrafter, ids_by_batch, many_prompts, tiny_target
+from tests.modules.sampling import Counts, first_two_tokens, homogeneous, small_target
 
 TARGET = tiny_target()
 PROMPTS = [[7, 8, 9, 7, 8], [20, 30], [40, 41, 42, 40, 41, 42, 40]]
@@ -21,15 +24,26 @@ METHODS = {method["name"]: method["drafter"]
            if "drafter" in method}
 
 
-@pytest.fixture(params=METHODS)
-def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Drafter:
+def made(name: str, target: Target, folder: Path, documents: list[list[int]]) -> Drafter:
     """The row's drafter, over a small datastore where it wants one."""
-    Datastore.build([[7, 8, 9, 10], [20, 30, 31], [42, 40, 41]], TARGET.shape.vocab_size).save(tmp_path)
-    spec = METHODS[request.param]
+    Datastore.build(documents, target.shape.vocab_size).save(folder)
+    spec = METHODS[name]
     arguments = dict(spec.get("init_args") or {})
     if "datastore" in arguments:
-        arguments["datastore"] = str(tmp_path)
-    return load_drafter({"class_path": spec["class_path"], "init_args": arguments}, TARGET)
+        arguments["datastore"] = str(folder)
+    if name.startswith("token_recycling"):
+        arguments["successors"] = min(8, target.shape.vocab_size)
+    return load_drafter({"class_path": spec["class_path"], "init_args": arguments}, target)
+
+
+@pytest.fixture(params=METHODS)
+def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Drafter:
+    return made(request.param, TARGET, tmp_path, [[7, 8, 9, 10], [20, 30, 31], [42, 40, 41]])
+
+
+@pytest.fixture(scope="module")
+def plain_counts() -> Counts:
+    return first_two_tokens(SpeculativeDecoder(small_target()), 1000)
 
 
 def test_a_batch_and_each_prompt_alone_are_plain_decoding(drafter: Drafter) -> None:
@@ -44,3 +58,13 @@ def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(drafter: D
     decoder, prompts = SpeculativeDecoder(TARGET, drafter), many_prompts(16)
     alone, by_four, together = (ids_by_batch(decoder, prompts, size, 8) for size in (1, 4, 16))
     assert by_four == alone and together == alone
+
+
+@pytest.mark.parametrize("name", [*METHODS, "rasd with a partner"])
+def test_sampled_decoding_keeps_the_targets_law(name: str, plain_counts: Counts, tmp_path: Path) -> None:
+    """Through the whole loop at temperature 1; drafts that the sampled text looks up are among them."""
+    target = small_target()
+    partner = ScriptedDrafter(target.shape, right=0.5, depth=2, decoys=1)
+    drafter = made(name, target, tmp_path, [[3, 1, 2, 4], [1, 2, 5, 3], [4, 4, 1, 5]]) if name in METHODS else Rasd(
+        target.shape, partner, tokens=8)
+    assert homogeneous(plain_counts, first_two_tokens(SpeculativeDecoder(target, drafter), 1000)) > 1e-4

@@ -37,3 +37,11 @@ def test_greedy_output_is_the_targets_own(count: int) -> None:
     plain = SpeculativeDecoder(TARGET).decode(PROMPTS[:count], Sampling(), 24)
     drafted = SpeculativeDecoder(TARGET, Lookahead(TARGET.shape)).decode(PROMPTS[:count], Sampling(), 24)
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
+
+
+def test_the_rows_of_a_call_count_the_window_and_padding() -> None:
+    """Nodes are candidates; rows are what the target computes."""
+    traces = SpeculativeDecoder(TARGET, Lookahead(TARGET.shape)).decode(PROMPTS, Sampling(), 40)
+    assert all(rows >= 13 + nodes for trace in traces for rows, nodes in zip(trace.rows, trace.nodes, strict=True))
+    assert any(rows > 13 + nodes for trace in traces for rows, nodes in zip(trace.rows, trace.nodes, strict=True))
+    assert SpeculativeDecoder(TARGET).decode(PROMPTS[:1], Sampling(), 5)[0].rows == [1] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,15 @@ import torch
 from modules.core.drafter import Context, Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.medusa import Medusa
+from modules.training_free.lookahead import Lookahead
 from modules.training_free.rasd import Opinion, Overheard, Rasd, as_trie, matches, prune
+from modules.training_free.trie import Trie
+from modules.trees.chain import SampledChain
+from modules.trees.drawn import branching_tree
 from modules.trees.paths import NARROW
+from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
+from modules.trees.tree import Law
 from tests.fakes import ScriptedDrafter, tiny_target
 
 TARGET = tiny_target()
@@ -85,3 +93,52 @@ def test_greedy_output_is_the_targets_own(name: str, count: int) -> None:
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
     if name == "script":
         assert len(drafted[0].accepted) < len(plain[0].accepted)
+
+
+@pytest.mark.parametrize(("partner_of", "builder", "words"), [
+    (partner, branching_tree([2, 2]), r"DrawnTree draws its siblings \(without_replacement\).* verified by value"),
+    (partner, SampledChain(2), r"rasd: SampledChain draws its siblings"),
+    (partner, RerankedTree(depth=4), "depth 4, but the drafter has 3 heads: lower the depth"),
+    (lambda: Lookahead(TARGET.shape), None, "rasd: partner Lookahead needs rows that only compute"),
+    (lambda: Lookahead(TARGET.shape), RerankedTree(depth=2), "rasd: partner Lookahead needs rows that only compute")])
+def test_what_cannot_be_fused_is_refused_by_name(partner_of, builder, words: str) -> None:
+    """Mixed nodes among them: siblings that were drawn would need the ratio rule beside the point rule."""
+    with pytest.raises(ValueError, match=words):
+        Rasd(TARGET.shape, partner_of(), builder=builder, tokens=40)
+    assert Rasd(TARGET.shape, partner(), builder=RerankedTree(depth=3)).law is Law.POINT
+
+
+def right_depth(trie: Trie, future: list[int]) -> int:
+    """How many tokens of the target's own text a tree holds in a row."""
+    node, depth = 0, 0
+    while depth < len(future) and (found := trie.child(node, future[depth])) is not None:
+        node, depth = found, depth + 1
+    return depth
+
+
+class HalfRight(ScriptedDrafter):
+    """A chain of `future`, about half of it spoiled."""
+
+    future: list[int]
+
+    def _future(self, target, ids: list[int]) -> list[int]:
+        spoilt = torch.rand(self.depth, generator=self.coin) < 0.5
+        return [token + 50 * wrong for token, wrong in zip(self.future, spoilt.tolist())]
+
+
+def test_a_fused_tree_accepts_at_least_what_either_part_accepts() -> None:
+    """Step by step over a text that half repeats itself, with the budget of both parts; each is ahead at some step."""
+    draw = random.Random(0)
+    ids = [draw.choice(range(10, 14)) for _ in range(80)]
+    scripted = HalfRight(TARGET.shape, depth=3)
+    fused, retrieval = (Rasd(TARGET.shape, one, retrieved=4, tokens=7) for one in (scripted, None))
+    leads = set()
+    for end in range(3, len(ids) - 8):
+        text, scripted.future, reached = torch.tensor([ids[:end]]), ids[end:], []
+        context = Context(TARGET, text[:, :-1], torch.tensor([end - 1]), text[:, -1])
+        for drafter, budget in ((scripted, 3), (retrieval, 4), (fused, 7)):
+            scripted.coin.manual_seed(end)
+            reached.append(right_depth(as_trie(drafter.propose(drafter.start(context), budget), 0), ids[end:]))
+        assert reached[2] >= max(reached[:2])
+        leads.add((reached[0] > reached[1]) - (reached[0] < reached[1]))
+    assert {-1, 1} <= leads
