@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from data.arithmetic import EMBEDDED_SOLUTIONS, mistaken
+from data.arithmetic import EMBEDDED_SOLUTIONS
 from data.conversations import Message, Skipped, Tokens, prompt_ids, read_message, read_rows
 from data.datamodule import Batches, ConversationData
-from data.solutions import Problem, is_problem, read_problem
+from data.solutions import Problem, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch
 
 logger = logging.getLogger(__name__)
 
 SHAPES = ("`question` with solutions known to be right or wrong, or `prompt` (text or messages), `response` and "
           "`spans` of [start, end, label]")
-_RESULT = re.compile(r"(?<== )\d+")
 LabelledSpan = tuple[int, int, int]
 """Characters of a response and their label: 1 right, 0 wrong."""
 
@@ -63,7 +61,9 @@ def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: i
     """The labelled answers of one row.
 
     A problem gives each right solution (all of it right), `corruptions` copies of each with one result changed, and its
-    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled.
+    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled. Where an
+    error is inferred (`data.solutions.first_error`) label 0 says that the token belongs to the first step that no right
+    solution takes, not that the token itself is wrong.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -104,17 +104,12 @@ def _answers(problem: Problem, corruptions: int, chance: random.Random
 def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
     """A right solution with one of its results changed, cut behind it: only the digits that differ are wrong.
 
-    Nothing for a text without a result, or when the change only leaves out the last digits.
+    Nothing where `inject` finds nothing to change.
     """
-    results = list(_RESULT.finditer(text))
-    if not results:
-        return
-    found = chance.choice(results)
-    wrong = str(mistaken(int(found[0]), chance))
-    same = next((i for i, (old, new) in enumerate(zip(found[0], wrong)) if old != new), min(len(found[0]), len(wrong)))
-    start, end = found.start() + same, found.start() + len(wrong)
-    if start < end:
-        yield text[:found.start()] + wrong, ((0, start, 1), (start, end, 0))
+    changed = inject(text, chance)
+    if changed is not None:
+        start, end = changed.error
+        yield changed.text, ((0, start, 1), (start, end, 0))
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
