@@ -1,8 +1,9 @@
 """Labels mined from where a drafter leaves its target: does the answer change if the draft is kept?
 
 AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv 2504.20039, section 3): at each
-mismatch the drafted token replaces the target's, the target finishes, and the final answers are compared. A token that
-changes nothing is right (and stays in the text that is looked at next), one that changes the answer is wrong.
+mismatch a drafted token replaces the target's, the target finishes, and the final answers are compared. A token that
+changes nothing is right (the first such stays in the text that is looked at next), one that changes the answer is
+wrong. Only answers that end of themselves are compared: where one was cut short there is no label.
 """
 
 from __future__ import annotations
@@ -26,29 +27,30 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Divergence:
-    """A drafted token that the target rejected.
+    """A place where the target rejected all that was drafted.
 
-    text: new tokens before it. drafted, chosen: the drafter's token and the target's own.
+    text: new tokens before it. drafted: the tokens drafted there, in the tree's order. chosen: the target's own.
     """
 
     text: list[int]
-    drafted: int
+    drafted: list[int]
     chosen: int
 
 
 class FirstRejection(GreedyRule):
-    """The greedy rule for one sequence, which remembers the first draft it rejects and how many tokens stood before."""
+    """The greedy rule for one sequence; it remembers the first drafts it rejects and how many tokens stood before."""
 
     def __init__(self) -> None:
-        self.emitted, self.position, self.drafted = 1, -1, -1
+        self.emitted, self.position = 1, -1
+        self.drafted: list[int] = []
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        """Accept greedily; look for a candidate below the last accepted node."""
+        """Accept greedily; look for candidates below the last accepted node."""
         accepted = super().__call__(tree, verified, draws)
         self.emitted += int(accepted.lengths_B)
         below = (tree.parents_BN[0] == accepted.last_B) & tree.acceptable_BN[0]
         if self.position < 0 and bool(below.any()):
-            self.position, self.drafted = self.emitted - 1, int(tree.tokens_BN[0, below][0])
+            self.position, self.drafted = self.emitted - 1, tree.tokens_BN[0, below].tolist()
         return accepted
 
 
@@ -63,7 +65,8 @@ def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: in
 
 
 def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int) -> Iterator[dict[str, Any]]:
-    """Labelled rows `{prompt, response, spans}` for `data.labelled`, one per mismatch, `most` of them at most.
+    """Labelled rows `{prompt, response, response_ids, spans}` for `data.labelled`, one per drafted token at each
+    mismatch. None where the target's own answer is cut at `limit` or holds no number.
 
     Args:
         target: whose answers they are.
@@ -72,22 +75,27 @@ def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, 
         limit: new tokens per answer.
         most: mismatches looked at.
     """
-    prompt = prompt_ids(messages, target.tokenizer)
-    answer = final_number(_written(target, _finished(target, prompt, [], limit)))
-    text: list[int] = []
-    for _ in range(most):
+    prompt, text = prompt_ids(messages, target.tokenizer), list[int]()
+    answer, = _answers(target, prompt, [text], limit)
+    for _ in range(most if answer else 0):
         found = first_divergence(target, drafter, prompt + text, limit - len(text)) if len(text) < limit else None
         if found is None:
             return
         text = text + found.text
-        kept = [*text, found.drafted]
-        same = final_number(_written(target, _finished(target, prompt, kept, limit))) == answer
-        start, end = len(_written(target, text)), len(_written(target, kept))
-        if start < end:
-            yield {"prompt": messages, "response": _written(target, kept), "spans": [[start, end, int(same)]]}
-        text = kept if same else [*text, found.chosen]
+        drafts = [token for token in found.drafted if token not in target.eos_ids]
+        said = _answers(target, prompt, [[*text, token] for token in drafts], limit)
+        for token, other in zip(drafts, said, strict=True):
+            if other is not None:
+                yield _row(target, messages, [*text, token], other == answer)
+        text = [*text, next((token for token, other in zip(drafts, said) if other == answer), found.chosen)]
         if text[-1] in target.eos_ids:
             return
+
+
+def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -> dict[str, Any]:
+    """The last token is what the label is about."""
+    return {"prompt": messages, "response": _written(target, ids), "response_ids": ids,
+            "spans": [[len(ids) - 1, len(ids), int(right)]]}
 
 
 def final_number(text: str) -> str | None:
@@ -96,11 +104,14 @@ def final_number(text: str) -> str | None:
     return found[-1].replace(",", "") if found else None
 
 
-def _finished(target: Target, prompt: list[int], text: list[int], limit: int) -> list[int]:
-    """`text` and what the target says behind it, greedily."""
-    if len(text) >= limit or (text and text[-1] in target.eos_ids):
-        return text
-    return text + SpeculativeDecoder(target).decode([prompt + text], Sampling(), limit - len(text))[0].ids
+def _answers(target: Target, prompt: list[int], texts: list[list[int]], limit: int) -> list[str | None]:
+    """The final number when the target goes on greedily from each of some texts of one length; empty if it ends without
+    one, None if it is cut at `limit`."""
+    if not texts or len(texts[0]) >= limit:
+        return [None] * len(texts)
+    traces = SpeculativeDecoder(target).decode([prompt + text for text in texts], Sampling(), limit - len(texts[0]))
+    return [(final_number(_written(target, text + trace.ids)) or "") if trace.ids[-1] in target.eos_ids else None
+            for text, trace in zip(texts, traces, strict=True)]
 
 
 def _written(target: Target, ids: list[int]) -> str:

@@ -7,37 +7,40 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from data.arithmetic import EMBEDDED_SOLUTIONS, mistaken
+from data.arithmetic import EMBEDDED_SOLUTIONS
 from data.conversations import Message, Skipped, Tokens, prompt_ids, read_message, read_rows
 from data.datamodule import Batches, ConversationData
-from data.solutions import Problem, is_problem, read_problem
+from data.solutions import Problem, Span, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch
 
 logger = logging.getLogger(__name__)
 
 SHAPES = ("`question` with solutions known to be right or wrong, or `prompt` (text or messages), `response` and "
-          "`spans` of [start, end, label]")
-_RESULT = re.compile(r"(?<== )\d+")
+          "`spans` of [start, end, label]: of its characters, or of the tokens of `response_ids` where these are given")
 LabelledSpan = tuple[int, int, int]
-"""Characters of a response and their label: 1 right, 0 wrong."""
+"""Characters (or tokens) of a response and their label: 1 right, 0 wrong."""
 
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """An answer, and the characters of it that are known to be right or wrong; the others teach nothing."""
+    """An answer, and the characters of it that are known to be right or wrong; the others teach nothing.
+
+    ids: its tokens, where they are known (text may be cut into other tokens than those it was made of); spans count
+    them then.
+    """
 
     messages: list[Message]
     response: str
     spans: tuple[LabelledSpan, ...]
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: i
     """The labelled answers of one row.
 
     A problem gives each right solution (all of it right), `corruptions` copies of each with one result changed, and its
-    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled.
+    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled. Where an
+    error is inferred (`data.solutions.first_error`) label 0 says that the token belongs to the first step that no right
+    solution takes, not that the token itself is wrong.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -73,17 +78,19 @@ def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: i
         asked = [{"role": "user", "content": problem.question}]
         chance = random.Random(f"{seed} {problem.question}")
         return [LabelledAnswer(asked, text, spans) for text, spans in _answers(problem, corruptions, chance)]
-    prompt, response, spans = row.get("prompt"), row.get("response"), row.get("spans")
-    if not isinstance(prompt, str | list) or not isinstance(response, str) or not isinstance(spans, list):
+    prompt, response, spans, ids = (row.get(key) for key in ("prompt", "response", "spans", "response_ids"))
+    if not isinstance(prompt, str | list) or not isinstance(response, str) or not isinstance(spans, list) or not (
+            ids is None or isinstance(ids, list)):
         raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [read_message(turn, "role", "content", where) for turn in turns]
-    return [LabelledAnswer(messages, response, tuple(_span(span, response, where) for span in spans))]
+    length = len(response if ids is None else ids)
+    return [LabelledAnswer(messages, response, tuple(_span(span, length, where) for span in spans),
+                           None if ids is None else tuple(ids))]
 
 
-def _span(span: Any, response: str, where: str) -> LabelledSpan:
-    if not isinstance(span, list) or len(span) != 3 or not 0 <= span[0] < span[1] <= len(response) or span[2] not in (
-            0, 1):
+def _span(span: Any, length: int, where: str) -> LabelledSpan:
+    if not isinstance(span, list) or len(span) != 3 or not 0 <= span[0] < span[1] <= length or span[2] not in (0, 1):
         raise ValueError(f"{where}: a span must be [start, end, label] inside the response with label 0 or 1, "
                          f"got {str(span)[:60]}")
     return span[0], span[1], span[2]
@@ -104,17 +111,12 @@ def _answers(problem: Problem, corruptions: int, chance: random.Random
 def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
     """A right solution with one of its results changed, cut behind it: only the digits that differ are wrong.
 
-    Nothing for a text without a result, or when the change only leaves out the last digits.
+    Nothing where `inject` finds nothing to change.
     """
-    results = list(_RESULT.finditer(text))
-    if not results:
-        return
-    found = chance.choice(results)
-    wrong = str(mistaken(int(found[0]), chance))
-    same = next((i for i, (old, new) in enumerate(zip(found[0], wrong)) if old != new), min(len(found[0]), len(wrong)))
-    start, end = found.start() + same, found.start() + len(wrong)
-    if start < end:
-        yield text[:found.start()] + wrong, ((0, start, 1), (start, end, 0))
+    changed = inject(text, chance)
+    if changed is not None:
+        start, end = changed.error
+        yield changed.text, ((0, start, 1), (start, end, 0))
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
@@ -125,15 +127,28 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
 
     Raises:
         Skipped: no labelled token within `max_length`.
+        ValueError: the answer's tokens are another tokenizer's.
     """
     prompt = prompt_ids(answer.messages, tokenizer)
-    encoded = tokenizer(answer.response, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [_label(start, end, answer.spans) for start, end in encoded["offset_mapping"]]
-    ids = torch.tensor([*prompt, *encoded["input_ids"]])[:max_length]
+    response, places = _response(answer, tokenizer)
+    labels = [_label(start, end, answer.spans) for start, end in places]
+    ids = torch.tensor([*prompt, *response])[:max_length]
     found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
     if not bool((found >= 0).any()):
         raise Skipped(f"no labelled token within the context ({max_length} tokens)")
     return LabelledTokens(ids, found >= 0, found == 1, min(len(prompt), max_length))
+
+
+def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
+    """The answer's tokens, and where each stands in what the spans count."""
+    if answer.ids is None:
+        encoded = tokenizer(answer.response, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+    said = tokenizer.decode(list(answer.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if said != answer.response:
+        raise ValueError(f"response_ids say {said[:40]!r}, but response is {answer.response[:40]!r}: they are another "
+                         "tokenizer's, mine them anew with this target")
+    return answer.ids, [(i, i + 1) for i in range(len(answer.ids))]
 
 
 def _label(start: int, end: int, spans: Iterable[LabelledSpan]) -> int:

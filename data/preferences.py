@@ -6,6 +6,7 @@ Shape legend: B pairs, T tokens of a row.
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ from data.conversations import (
 )
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
-from data.solutions import Span, frequent_wrong, is_problem, read_problem
+from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName
 
 if TYPE_CHECKING:
@@ -50,25 +51,28 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 class Preference:
     """Messages up to where the assistant is to speak, and two answers to them.
 
-    error: characters of the first mistake in the rejected answer, where it is known.
+    error: characters of the first mistake in the rejected answer, where it is known. inferred: it is only known to lie
+    in the step that `error` spans.
     """
 
     messages: list[Message]
     chosen: str
     rejected: str
     error: Span | None = None
+    inferred: bool = False
 
 
 @dataclass(frozen=True)
 class Pair:
     """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone.
 
-    errors: bool [T], tokens of the rejected document that are known to be wrong.
+    errors: bool [T], tokens of the rejected document that are known to be wrong; all of a step if `inferred`.
     """
 
     chosen: Tokens
     rejected: Tokens
     errors: Tensor
+    inferred: bool = False
 
     def __len__(self) -> int:
         """T of the longer document."""
@@ -103,8 +107,9 @@ class Pair:
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_preferences(row: dict[str, Any], where: str) -> list[Preference]:
-    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one.
+def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed: int = 0) -> list[Preference]:
+    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one, and
+    `corruptions` copies of that right one with one result changed and all else as it was.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -113,8 +118,11 @@ def read_preferences(row: dict[str, Any], where: str) -> list[Preference]:
     if is_problem(row):
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
-        return [Preference(asked, problem.right[0].text, wrong.text, wrong.error)
-                for wrong in frequent_wrong(problem)]
+        right = problem.right[0].text
+        chance = random.Random(f"{seed} {problem.question}")
+        changed = [found for found in (inject(right, chance) for _ in range(corruptions)) if found is not None]
+        return [*(Preference(asked, right, one.text, one.error, one.inferred) for one in frequent_wrong(problem)),
+                *(Preference(asked, right, one.text + one.rest, one.error) for one in changed)]
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
         return [_dialogues(*(_messages(prompt, turns, where) for turns in (chosen, rejected)))]
@@ -162,7 +170,7 @@ def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_i
     chosen, rejected = (_last_answer(dialogue, tokenizer, max_length, end_ids) for dialogue in dialogues)
     if chosen.key == rejected.key:
         raise Skipped("both answers are the same")
-    return Pair(chosen, rejected, error_tokens(rejected, preference, tokenizer))
+    return Pair(chosen, rejected, error_tokens(rejected, preference, tokenizer), preference.inferred)
 
 
 def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Tensor:
@@ -191,7 +199,8 @@ def _last_answer(messages: list[Message], tokenizer: Any, max_length: int, end_i
 
 
 def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
-                   max_response_tokens: int | None = None, end_ids: Collection[int] | None = None) -> list[Pair]:
+                   max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
+                   corruptions: int = 0, seed: int = 0) -> list[Pair]:
     """All usable pairs in order, each once, up to a budget of response tokens; skips are counted and logged.
 
     Raises:
@@ -203,7 +212,7 @@ def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, 
         if max_response_tokens and sum(pair.response_tokens for pair in pairs.values()) >= max_response_tokens:
             break
         try:
-            for preference in read_preferences(row, f"{source!r} row {number}"):
+            for preference in read_preferences(row, f"{source!r} row {number}", corruptions, seed):
                 pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
                 pairs.setdefault(pair.key, pair)
         except Skipped as reason:
@@ -231,24 +240,37 @@ class PairBatches(Batches):
         errors = torch.zeros_like(rejected.loss_mask)
         for b, (pair,) in enumerate(rows):
             errors[b, :len(pair.errors)] = pair.errors
-        return PreferenceBatch(chosen, rejected, errors=errors)
+        return PreferenceBatch(chosen, rejected, errors=errors,
+                               inferred=torch.tensor([pair.inferred for pair, in rows]))
 
 
 class PreferenceData(ConversationData):
-    """Preference pairs; the keys are those of `ConversationData`.
+    """Preference pairs; the other keys are those of `ConversationData`.
 
     `train` and `validation` are `.jsonl`, `.jsonl.gz` or `.parquet` files or Hub data sets whose rows hold `chosen` and
     `rejected` (text with a `prompt`, lists of messages, `Human:`/`Assistant:` dialogues) or a question with right and
     wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word problems). `rows` are
     pairs per batch. States that a loss reads are computed online: `features` is not used.
+
+    Args:
+        corruptions: further pairs of each problem, whose rejected answer is the chosen one with one result changed: an
+            error whose place is known.
+        kwargs: of `ConversationData`.
     """
 
     batches: ClassVar[type[Batches]] = PairBatches
 
+    def __init__(self, corruptions: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if corruptions < 0:
+            raise ValueError(f"data.corruptions must be 0 or above, got {corruptions}")
+        self.corruptions = corruptions
+
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None
         rows = read_rows(str(EMBEDDED_SOURCES.get(source, source)), split)
-        return tokenize_pairs(rows, source, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
+        return tokenize_pairs(rows, source, self._target.tokenizer, self.max_length, budget, self._target.eos_ids,
+                              self.corruptions, self.seed)
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
         return None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import operator
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
+
+from data.arithmetic import mistaken
 
 CALCULATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 """A calculator annotation, as in GSM8K: `9 * 20 = <<9*20=180>>180`."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_OPERAND = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_WRITTEN = re.compile(r"\s*[$€£]?\s*(-?\d(?:[\d,]*\d)?(?:\.\d+)?)")
+_RESULT = re.compile(r"= ?[$€£]?(\d+)")
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _ANSWER = re.compile(r"(?:A:|answer is|####)\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 Span = tuple[int, int]
 
@@ -19,13 +29,15 @@ Span = tuple[int, int]
 class Solution:
     """A worked answer.
 
-    text: without calculator annotations. right: whether its final answer is. error: characters of the first wrong
-    result in `text`, where it is known.
+    text: without calculator annotations. right: whether its final answer is. error: characters of the first mistake in
+    `text`, where it is known. inferred: the mistake is only known to lie in the step that `error` spans, see
+    `first_error`.
     """
 
     text: str
     right: bool
     error: Span | None = None
+    inferred: bool = False
 
     @property
     def answer(self) -> str | None:
@@ -61,8 +73,8 @@ def is_problem(row: Mapping[str, Any]) -> bool:
 
 
 def read_problem(row: Mapping[str, Any]) -> Problem:
-    """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says, or else the first
-    calculated result that no right solution has (unknown without calculator annotations)."""
+    """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says, or else what
+    `first_error` finds (nothing without calculator annotations)."""
     if "ground_truth" not in row:
         error = tuple(row["error"]) if row.get("error") else None
         return Problem(row["question"], (Solution(row["solution"], True), Solution(row["wrong"], False, error)))
@@ -71,17 +83,89 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
     known = {_plain(result) for text in right for _, result in CALCULATION.findall(text)}
     wrong = [one["solution"] for one in tried if not one.get("is_correct")]
     return Problem(row["question"], (*(Solution(_clean(text), True) for text in right),
-                                     *(Solution(_clean(text), False, first_error(text, known)) for text in wrong)))
+                                     *(Solution(_clean(text), False, *first_error(text, known)) for text in wrong)))
 
 
-def first_error(text: str, known: set[str]) -> Span | None:
-    """Characters, in the text without annotations, of the first calculated result that is not among `known`."""
+def first_error(text: str, known: set[str]) -> tuple[Span | None, bool]:
+    """Where a wrong solution first does what no right one does, in characters of the text without annotations, and
+    whether that is inferred; None without a calculated result that is not among `known`.
+
+    Where the calculation itself is false its result is the mistake. Mostly it is true, because a calculator made it:
+    then its operands are wrong, or the step should not have been taken, and all of the step is spanned, from its first
+    operand to its result. That is an inference: the mistake may be one operand alone, lie in the words before, or not
+    be one (a detour that no right solution of the row takes).
+    """
     for found in CALCULATION.finditer(text):
         if _plain(found[2]) not in known:
-            start = len(_clean(text[:found.start()]))
-            number = _NUMBER.match(_clean(text), start)
-            return number.span() if number else None
-    return None
+            before = _clean(text[:found.start()])
+            result = _WRITTEN.match(_clean(text), len(before))
+            if result is None:
+                return None, False
+            if calculated(found[1]) is not None and not _holds(found[1], found[2]):
+                return result.span(1), False
+            return (_step_start(before, found[1]), result.end()), True
+    return None, False
+
+
+def _step_start(before: str, expression: str) -> int:
+    """Where a calculation begins in the text before its result: at the first of its operands, found from the last one
+    back within the line (those in words are passed over); the end of the text if none is written."""
+    line = before.rfind("\n") + 1
+    written, start = list(_OPERAND.finditer(before, line)), len(before)
+    for operand in reversed(_OPERAND.findall(expression)):
+        earlier = [one for one in written if one.end() <= start and _plain(one[0]) == _plain(operand)]
+        start = earlier[-1].start() if earlier else start
+    while start > line and start < len(before) and before[start - 1] in "($€£.-":
+        start -= 1
+    return start
+
+
+def calculated(expression: str) -> float | None:
+    """The value of a calculation of numbers by + - * / and brackets; None where it is written otherwise."""
+    try:
+        return _value(ast.parse(expression.replace(",", "").strip(), mode="eval").body)
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return None
+
+
+def _value(node: ast.AST) -> float:
+    """KeyError: anything but numbers and the four operations."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp):
+        return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    raise KeyError(type(node))
+
+
+def _holds(expression: str, result: str) -> bool:
+    """Whether a calculation that can be checked gives the result, but for rounding."""
+    value, said = calculated(expression), calculated(result)
+    return value is not None and said is not None and isclose(value, said, rel_tol=1e-2, abs_tol=1e-2)
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A right solution with one of its results changed: the text up to the changed number, the rest as it was, and the
+    characters of the digits that differ."""
+
+    text: str
+    rest: str
+    error: Span
+
+
+def inject(text: str, chance: random.Random) -> Injected | None:
+    """Change one result of a right solution; None without a result, or when the change only leaves out last digits."""
+    results = list(_RESULT.finditer(text))
+    if not results:
+        return None
+    found = chance.choice(results)
+    right, (begins, ends) = found[1], found.span(1)
+    wrong = str(mistaken(int(right), chance))
+    same = next((i for i, (old, new) in enumerate(zip(right, wrong)) if old != new), min(len(right), len(wrong)))
+    start, end = begins + same, begins + len(wrong)
+    return Injected(text[:begins] + wrong, text[ends:], (start, end)) if start < end else None
 
 
 def frequent_wrong(problem: Problem, mass: float = 0.5) -> list[Solution]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.progress import track
@@ -15,7 +16,7 @@ from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
 from data.conversations import read_jsonl
 from data.divergences import mine
-from data.regenerate import messages_of
+from data.regenerate import Journal, messages_of, prompts_digest
 from eval.cli import quieten
 from eval.methods import load_drafter
 from modules.core.loading import load_target
@@ -23,7 +24,7 @@ from modules.core.loading import load_target
 
 def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
               max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = "float32", device: str = "cpu") -> None:
-    """Write a `.jsonl` file that `data.labelled.LabelledData` reads.
+    """Write a `.jsonl` file that `data.labelled.LabelledData` reads; the same command goes on where it was stopped.
 
     Args:
         drafter: run folder, drafter folder or Hub id.
@@ -31,8 +32,8 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
         output: the `.jsonl` to write.
         target: Hub id, folder or .gguf file; by default what the drafter was trained for.
         limit: only the first so many prompts.
-        max_new_tokens: of each answer.
-        per_prompt: mismatches of each answer that are labelled.
+        max_new_tokens: of each answer; those that are cut there give no label.
+        per_prompt: mismatches of each answer whose drafted tokens are labelled.
         dtype: of the target: float32, bfloat16, float16 or float64.
         device: a torch device.
     """
@@ -42,16 +43,31 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
     if not Path(prompts).is_file():
         raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
     asked = [messages_of(row, index) for index, row in enumerate(read_jsonl(Path(prompts)))][:limit]
-    loaded = load_target(target or read_config(find_folder(drafter))["target"]["name"], dtype, device)
+    folder = find_folder(drafter)
+    loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device)
     found = load_drafter(drafter, loaded)
-    rows = [row for messages in track(asked, "mining", disable=not sys.stderr.isatty())
-            for row in mine(found.adapt(loaded), found, messages, max_new_tokens, per_prompt)]
+    served = found.adapt(loaded)
     place.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(place.with_name(place.name + ".journal"), {
+        "target": loaded.fingerprint(), "drafter": str(folder), "max_new_tokens": max_new_tokens,
+        "prompts": prompts_digest([{"messages": messages} for messages in asked]), "per_prompt": per_prompt})
+    for index, messages in enumerate(track(asked, "mining", disable=not sys.stderr.isatty())):
+        if (index, 0) not in journal.answers:
+            rows = list(mine(served, found, messages, max_new_tokens, per_prompt))
+            journal.append([{"index": index, "number": 0, "rows": rows}])
+    write_mined([journal.answers[index, 0]["rows"] for index in range(len(asked))], place)
+    journal.path.unlink()
+
+
+def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
+    """Write the rows of all prompts at once, and say what they are."""
+    rows = [row for one in mined for row in one]
     scratch = place.with_name(place.name + ".partial")
     scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(scratch, place)
-    wrong = sum(1 - row["spans"][0][2] for row in rows)
-    print(f"{len(rows)} mismatches, {wrong} of them change the answer: {place}")
+    wrong, silent = sum(1 - row["spans"][0][2] for row in rows), sum(not one for one in mined)
+    print(f"{len(rows)} drafted tokens, {wrong} of them change the answer: {place} ({silent} of {len(mined)} prompts "
+          "gave none: nothing was rejected, or an answer did not end or holds no number)")
 
 
 def command(arguments: Sequence[str]) -> int:

@@ -1,9 +1,11 @@
 """Aligned drafting: the preference loss of DPO on a drafter, at the first token where it leaves the target.
 
-Of a drafted chain only the tokens before the first rejection count. There the target's token is preferred over the
-drafter's: y_w and y_l are single tokens behind the same prefix, and the reference is the drafter as training found it.
+Of a drafted chain only the tokens before the first rejection count. There the target's likeliest token is preferred
+over the drafter's: y_w and y_l are single tokens behind the same prefix, and the reference is the drafter as training
+found it.
 
-Shape legend: M training rows, P rows that diverge at one depth, H hidden size, D draft vocabulary.
+Shape legend: M training rows, A rows still alive at one depth, P those of them that diverge, Q flat positions of a
+batch, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from torch.nn import functional as F
 
 from modules.core.batches import TextBatch
 from modules.core.counts import divisor
-from modules.core.losses import MAX_LOGITS, Head, cross_entropy
+from modules.core.learned import final_states
+from modules.core.losses import (
+    IGNORED,
+    Head,
+    cross_entropy,
+    draft_labels,
+    greedy_tokens,
+    next_token_rows,
+)
 from modules.core.trainable import Losses, Mean, Trainable
 
 if TYPE_CHECKING:
@@ -32,18 +42,15 @@ class DraftedStep(Protocol):
     feature_MH: Tensor
     labels_M: Tensor
     valid_M: Tensor
-    ranks_M: Tensor
-
-    @property
-    def counted_M(self) -> Tensor:
-        """bool [M]: rows with a label to learn."""
-        ...
+    flat_M: Tensor
 
 
 class StepwiseDrafter(Protocol):
     """What heads and feature drafters have in common."""
 
     draft_size: int
+    vocabulary_D: Tensor | None
+    training: bool
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftedStep]:
         """Every draft step over the batch's training rows."""
@@ -57,8 +64,10 @@ class StepwiseDrafter(Protocol):
 class AlignedDrafting(nn.Module):
     """L = mean over rows of −log σ(β (m_θ − m_ref)) + anchor · the drafter's own loss.
 
-    m = log q(y) − log q(x̂) at the first depth where the drafter's best token x̂ is not the text's token y. On text that
-    the target wrote itself, y is what the target would say. Rows whose drafts are all accepted add nothing.
+    m = log q(y) − log q(x̂) at the first depth where the drafter's best token x̂ is not y, the target's own most likely
+    token behind the text so far. Sampled text says something else than y here and there: a row goes no deeper than
+    that, because a draft would leave the text. Rows whose drafts are all accepted add nothing, nor those whose y cannot
+    be drafted. Both models see the same noise and dropout.
 
     Args:
         beta: strength of the preference.
@@ -83,7 +92,7 @@ class AlignedDrafting(nn.Module):
         self.reference = copy.deepcopy(drafter).requires_grad_(False).eval()
 
     def loss(self, drafter: Trainable, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """The preference loss, anchored; how often the drafter leaves the text, and by which margin."""
+        """The preference loss, anchored; how often the drafter leaves the target, and by which margin."""
         own = drafter.loss(batch, target, progress) if self.anchor else Losses(torch.zeros((), device=target.device))
         losses_M, margins_M = self.preferences(cast(Any, drafter), batch, target)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
@@ -93,31 +102,42 @@ class AlignedDrafting(nn.Module):
 
     def preferences(self, drafter: StepwiseDrafter, batch: TextBatch, target: Target) -> tuple[Tensor, Tensor]:
         """Losses and margins m_θ (detached) of all rows that diverge, depth by depth."""
-        with torch.no_grad():
-            references = list(cast(Any, self.reference).steps(batch, target))
-        together: Tensor | None = None
+        references = self._references(drafter, batch, target)
+        greedy_Q = draft_labels(greedy_table(batch, target), drafter.vocabulary_D)
+        alive_M: Tensor | None = None
         losses, margins = [], []
         for step, reference in zip(drafter.steps(batch, target), references, strict=True):
-            alive_M = step.counted_M if together is None else together & step.counted_M
-            rows_P = (alive_M & (step.ranks_M > 0)).nonzero()[:, 0]
-            labels_P, head = step.labels_M[rows_P], drafter.head(step.depth, target)
-            drafted_P = best_tokens(step.feature_MH[rows_P], head, drafter.draft_size)
-            margin_P = _margin(step.feature_MH[rows_P], head, labels_P, drafted_P, drafter.draft_size)
+            better_M, head = greedy_Q[step.flat_M], drafter.head(step.depth, target)
+            alive_M = (step.valid_M if alive_M is None else alive_M & step.valid_M) & (better_M != IGNORED)
+            rows_A = alive_M.nonzero()[:, 0]
+            with torch.no_grad():
+                drafted_A = greedy_tokens(head, step.feature_MH[rows_A], drafter.draft_size)
+            apart_A = drafted_A != better_M[rows_A]
+            rows_P, drafted_P = rows_A[apart_A], drafted_A[apart_A]
+            margin_P = _margin(step.feature_MH[rows_P], head, better_M[rows_P], drafted_P, drafter.draft_size)
             with torch.no_grad():
                 base_P = _margin(reference.feature_MH[rows_P], cast(Any, self.reference).head(step.depth, target),
-                                 labels_P, drafted_P, drafter.draft_size)
+                                 better_M[rows_P], drafted_P, drafter.draft_size)
             losses.append(-F.logsigmoid(self.beta * (margin_P - base_P)))
             margins.append(margin_P.detach())
-            together = alive_M & (step.ranks_M == 0)
+            alive_M = (alive_M & (step.labels_M == better_M)).index_fill(0, rows_P, False)
         return torch.cat(losses), torch.cat(margins)
+
+    @torch.no_grad()
+    def _references(self, drafter: StepwiseDrafter, batch: TextBatch, target: Target) -> list[DraftedStep]:
+        """The reference's steps, on the random numbers that the drafter's steps draw next."""
+        self.reference.train(drafter.training)
+        device = batch.input_ids.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return list(cast(Any, self.reference).steps(batch, target))
 
 
 @torch.no_grad()
-def best_tokens(features_PH: Tensor, head: Head, width: int) -> Tensor:
-    """The likeliest draft token of each row, int64 [P]; never more than `MAX_LOGITS` logits at a time."""
-    rows = max(1, MAX_LOGITS // width)
-    parts = [head(part_PH).argmax(-1) for part_PH in features_PH.split(rows)]
-    return torch.cat(parts)
+def greedy_table(batch: TextBatch, target: Target) -> Tensor:
+    """The target's most likely next token at every flat position [Q] that an assistant token follows, 0 elsewhere."""
+    flat_M = next_token_rows(batch)[0]
+    found_M = greedy_tokens(target.logits, final_states(batch, target).flatten(0, 1)[flat_M], target.shape.vocab_size)
+    return found_M.new_zeros(batch.input_ids.numel()).index_put((flat_M,), found_M)
 
 
 def _margin(features_PH: Tensor, head: Head, better_P: Tensor, worse_P: Tensor, width: int) -> Tensor:

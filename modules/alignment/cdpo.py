@@ -149,34 +149,40 @@ class CDPO(PreferenceTrainable):
         """A page that shows the critical tokens of the held-out wrong trajectories; where their errors are known, how
         well the scores find them, beside the target's own surprise at each token."""
         shown: list[TokenScores] = []
-        known: list[tuple[Tensor, Tensor, Tensor]] = []
+        places: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
         for batch in batches:
             scores_BT = self.scores(batch.rejected, target)
             errors_BT = torch.zeros_like(batch.rejected.loss_mask) if batch.errors is None else batch.errors
+            inferred = [False] * len(errors_BT) if batch.inferred is None else batch.inferred.tolist()
             surprise_BT = -self._references(batch.rejected, target, reference_log_probabilities)
             shown += token_scores(batch.rejected, scores_BT, errors_BT, target)
-            known += [(1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row])
-                      for b, row in enumerate(counted(batch.rejected)) if bool(errors_BT[b, row].any())]
-        return Outcome(error_figures(known), {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
+            for b, row in enumerate(counted(batch.rejected)):
+                if bool(errors_BT[b, row].any()):
+                    places[inferred[b]].append((1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row]))
+        figures = error_figures(places[False]) | error_figures(places[True], "inferred_")
+        return Outcome(figures, {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
 
 
-def error_figures(responses: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
-    """How well two rankings of the tokens of wrong responses find their known errors; nothing without responses.
+def error_figures(responses: Sequence[tuple[Tensor, Tensor, Tensor]], prefix: str = "") -> dict[str, float]:
+    """How well two rankings of the tokens of wrong responses find their errors; nothing without responses.
 
     criticality_auc: how often an error's token is more critical than another token of any of the responses.
     surprise_auc: the same for −log p of the target, which needs no estimator. most_critical_is_error: share of the
-    responses whose most critical token is an error's. known_errors: responses.
+    responses whose most critical token is an error's. known_errors: responses. With `prefix` the errors are steps in
+    which the mistake is only inferred to lie.
 
     Args:
         responses: criticality 1 − s [T], −log p [T] and which tokens are errors (bool [T]) of each.
+        prefix: of the figures' names.
     """
     if not responses:
         return {}
     critical_M, surprise_M, errors_M = (torch.cat(parts) for parts in zip(*responses, strict=True))
     first = [float(errors_T[critical_T.argmax()]) for critical_T, _, errors_T in responses]
-    return {"held_out/criticality_auc": area_under_curve(critical_M, errors_M),
-            "held_out/surprise_auc": area_under_curve(surprise_M, errors_M),
-            "held_out/most_critical_is_error": sum(first) / len(first), "held_out/known_errors": float(len(first))}
+    figures = {"criticality_auc": area_under_curve(critical_M, errors_M),
+               "surprise_auc": area_under_curve(surprise_M, errors_M),
+               "most_critical_is_error": sum(first) / len(first), "known_errors": float(len(first))}
+    return {f"held_out/{prefix}{name}": value for name, value in figures.items()}
 
 
 def token_scores(text: TextBatch, scores_BT: Tensor, errors_BT: Tensor, target: Target) -> list[TokenScores]:

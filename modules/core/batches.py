@@ -70,6 +70,8 @@ class PreferenceBatch:
     rejected_reference: Tensor | None = None
     errors: Tensor | None = None
     """bool [B,T]: tokens of the rejected answers that are known to be wrong, where any are."""
+    inferred: Tensor | None = None
+    """bool [B]: rows whose error is only known to lie among the tokens marked in `errors`."""
 
 
 @dataclass

@@ -196,9 +196,11 @@ def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) ->
     """
     if not bool(right_M.any()) or bool(right_M.all()):
         return NOTHING
-    levels = scores_M.unique()
-    kept = scores_M >= levels[:, None]
-    rates = [(kept & one).sum(1) / one.sum() for one in (right_M, ~right_M)]
+    levels, place_M = scores_M.unique(return_inverse=True)
+    rates = []
+    for one in (right_M, ~right_M):
+        counts = place_M[one].bincount(minlength=len(levels))
+        rates.append(counts.flip(0).cumsum(0).flip(0) / one.sum())
     reached = rates[0] >= precision * (rates[0] + rates[1])
     return float(levels[reached][0]) if bool(reached.any()) else NOTHING
 

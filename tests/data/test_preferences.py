@@ -13,7 +13,7 @@ import torch
 from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
 from data.conversations import Skipped, prompt_ids, read_jsonl
 from data.preferences import EMBEDDED_PAIRS, PreferenceData, read_preferences, tokenize_pairs
-from data.solutions import frequent_wrong, is_problem, read_problem
+from data.solutions import CALCULATION, first_error, frequent_wrong, is_problem, read_problem
 from tests.fakes import tiny_target, tiny_tokenizer
 
 ASKED = {"role": "user", "content": "say a"}
@@ -59,13 +59,61 @@ def test_problems_give_the_frequent_wrong_solutions_against_a_right_one():
     assert is_problem(OPENAI)
     problem = read_problem(OPENAI)
     assert [solution.answer for solution in problem.right] == ["10", "10"]
-    assert [solution.text[slice(*solution.error)] for solution in problem.wrong if solution.error] == ["6", "7", "12"]
+    assert [solution.text[slice(*solution.error)] for solution in problem.wrong if solution.error] == [
+        "6", "7", "6*2 = 12"]
+    assert [solution.inferred for solution in problem.wrong] == [False, False, True]
     assert "<<" not in problem.wrong[0].text and problem.wrong[0].text.startswith("2+3 = 6 pens.")
     assert {solution.answer for solution in frequent_wrong(problem, 0.5)} == {"12"}
     assert len(frequent_wrong(problem, 0.9)) == 3
     pairs = read_preferences(OPENAI, "row 1")
     assert [pair.rejected for pair in pairs] == [problem.wrong[0].text, problem.wrong[2].text]
     assert {pair.chosen for pair in pairs} == {problem.right[0].text}
+
+
+@pytest.mark.parametrize(("text", "step", "inferred"), [
+    ("He has $16 - $3 = $<<16-3=13>>13 left.", "$16 - $3 = $13", True),
+    ("She ran 16 km.\nSo 16 minutes per lap * 3 laps = <<16*3=48>>48.", "16 minutes per lap * 3 laps = 48", True),
+    ("A 3, then 3 + 12 + 3 = <<3+12+3=18>>18.", "3 + 12 + 3 = 18", True),
+    ("Nine hours - 20 = <<9-20=-11>>-11.", "20 = -11", True),
+    ("(2 + 3) * 4 = <<(2+3)*4=20.0>>20.0, yes.", "(2 + 3) * 4 = 20.0", True),
+    ("Seven less is <<7-6=1>>1.", "1", True),
+    ("50% of 30 is <<50%*30=16>>16.", "50% of 30 is 16", True),
+    ("He has 16 - 3 = <<16-3=14>>14.", "14", False),
+    ("That makes 1,000 / 3 = <<1000/3=333.33>>333.33", "1,000 / 3 = 333.33", True),
+])
+def test_a_step_that_no_right_solution_takes_is_wrong_as_a_whole_unless_its_arithmetic_is(text, step, inferred):
+    error, is_inferred = first_error(text, {"5"})
+    assert error is not None and CALCULATION.sub("", text)[slice(*error)] == step and is_inferred == inferred
+    assert first_error("2+3 = <<2+3=5>>5", {"5"}) == (None, False)
+
+
+def test_injected_errors_change_one_number_whose_place_is_known():
+    plain = read_preferences(OPENAI, "row 1")
+    for seed in range(8):
+        found = read_preferences(OPENAI, "row 1", 3, seed)
+        assert found[:len(plain)] == plain and read_preferences(OPENAI, "row 1", 3, seed) == found
+        assert len(plain) < len(found) <= len(plain) + 3
+        for pair in found[len(plain):]:
+            start, end = pair.error or (0, 0)
+            assert pair.rejected[start:end].isdigit() and not pair.inferred
+            assert pair.rejected.startswith(pair.chosen[:start]) and pair.chosen.endswith(pair.rejected[end:])
+            assert pair.rejected != pair.chosen
+    chosen = "It costs $9 * 2 = $18 in all."
+    priced = {"question": "How much?", "ground_truth": chosen}
+    assert any(read_preferences(priced, "row 1", 1, seed)[0].rejected != chosen for seed in range(3))
+    with pytest.raises(ValueError, match="data.corruptions must be 0 or above"):
+        PreferenceData(corruptions=-1)
+
+
+def test_batches_tell_injected_errors_from_inferred_ones(tmp_path):
+    file = tmp_path / "solutions.jsonl"
+    file.write_text("".join(json.dumps({**OPENAI, "question": f"How many, {i}?"}) + "\n" for i in range(8)))
+    data = PreferenceData(corruptions=1, train=str(file), validation_fraction=0.2, max_length=256, rows=2)
+    data.bind(tiny_target())
+    found = [(inferred, int(errors.sum())) for batch in data.train_dataloader()
+             for inferred, errors in zip(batch.inferred.tolist(), batch.errors)]
+    assert {inferred for inferred, _ in found} == {True, False}
+    assert all(count > (5 if inferred else 0) for inferred, count in found)
 
 
 def test_only_the_last_answer_is_learned_and_pairs_share_their_prompt():
@@ -87,7 +135,8 @@ def test_batches_hold_a_pair_to_a_row(tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"say {letter}", "chosen": letter, "rejected": letter + "!"} for letter in "abcdefghij"]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = PreferenceData(str(file), validation_fraction=0.2, max_length=64, rows=3, features=str(tmp_path / "unused"))
+    data = PreferenceData(train=str(file), validation_fraction=0.2, max_length=64, rows=3,
+                          features=str(tmp_path / "unused"))
     data.bind(tiny_target(), ("final",))
     assert len(data.documents) + len(data.held_out) == 10 and len(data.held_out) >= 1
     seen = 0
@@ -105,7 +154,7 @@ def test_batches_hold_a_pair_to_a_row(tmp_path):
 def test_the_tokens_of_a_known_error_are_marked(tmp_path):
     file = tmp_path / "solutions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(8)), encoding="utf-8")
-    data = PreferenceData(str(file), validation_fraction=0.2, max_length=512, rows=2)
+    data = PreferenceData(train=str(file), validation_fraction=0.2, max_length=512, rows=2)
     data.bind(tiny_target())
     wrong = {row["question"]: row["wrong"][slice(*row["error"])] for row in embedded_problems(8)}
     tokenizer, found = tiny_tokenizer(), []

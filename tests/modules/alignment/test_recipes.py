@@ -299,6 +299,8 @@ def test_known_errors_are_found_by_their_scores_or_not(target, batch, monkeypatc
         assert outcome.figures["held_out/most_critical_is_error"] == first
         assert outcome.figures["held_out/known_errors"] == 1
     assert outcome.pages[PAGE].count('class="error"') == 1
+    figures = critical.finish([replace(known, inferred=torch.tensor([True, False]))], target).figures
+    assert figures == {name.replace("/", "/inferred_"): value for name, value in outcome.figures.items()}
     with torch.no_grad():
         own = target.logits(target.features(batch.rejected, ("final",))["final"]).log_softmax(-1)
     surprise = [-float(own[0, t - 1, batch.rejected.input_ids[0, t]]) for t in places.tolist()]

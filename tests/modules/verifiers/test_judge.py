@@ -229,6 +229,16 @@ def test_area_and_threshold_against_slow_references():
     assert worst == NOTHING
 
 
+def test_the_threshold_of_very_many_tokens_needs_no_table_of_pairs():
+    """A table of levels by tokens would hold 4e10 entries here."""
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(200_000, generator=generator) < 0.9
+    scores = torch.rand(200_000, generator=generator).double() + 0.3 * right
+    found = calibrated_threshold(scores, right, 0.9)
+    rates = [float((scores[one] >= found).double().mean()) for one in (right, ~right)]
+    assert rates[0] / sum(rates) == pytest.approx(0.9, abs=1e-3)
+
+
 def test_wrong_settings_are_named(target):
     for arguments, key in (({"precision": 1.5}, "precision"), ({"largest_weight": 0.0}, "largest_weight"),
                            ({"focus": -1.0}, "focus")):
