@@ -20,11 +20,11 @@ def small_target() -> Target:
     return tiny_target(vocab=6, seed=2)
 
 
-def first_two_tokens(decoder: SpeculativeDecoder, runs: int) -> Counts:
-    """How often each pair follows the first emitted token, in `runs` answers of temperature 1."""
+def first_two_tokens(decoder: SpeculativeDecoder, runs: int, batch: int = 250) -> Counts:
+    """How often each pair follows the first emitted token, in `runs` answers of temperature 1, so many at a time."""
     counts: dict[tuple[int, ...], int] = {}
-    for seed in range(runs // 250):
-        for trace in decoder.decode([[3, 1]] * 250, Sampling(temperature=1.0, seed=seed * 1000), 3):
+    for seed in range(runs // batch):
+        for trace in decoder.decode([[3, 1]] * batch, Sampling(temperature=1.0, seed=seed * 1000), 3):
             key = tuple(trace.ids[1:3])
             counts[key] = counts.get(key, 0) + 1
     return counts

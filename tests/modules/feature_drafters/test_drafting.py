@@ -58,6 +58,33 @@ def test_with_the_targets_features_accuracy_does_not_decay(name: str, monkeypatc
             torch.testing.assert_close(features[j][m], features[0][row_of[int(rows.flat_MK1[m, j])]])
 
 
+def test_what_is_carried_on_is_not_what_the_head_reads(monkeypatch) -> None:
+    """Of a trained drafter: going on from the LM head's half of the output costs accuracy from the second step on."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 128, (6, 16), generator=torch.Generator().manual_seed(1)).tolist()
+    batch, drafter = documents(ids), Fspad(TARGET.shape, noise=0.0).double().train()
+    drafter.initialise(TARGET)
+    filled(batch, drafter, TARGET)
+    optimizer = torch.optim.Adam(drafter.parameters(), 5e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        drafter.loss(batch, TARGET, 0.0).total.backward()
+        optimizer.step()
+    drafter.eval().draft_steps = 4
+    rows, outputs = training_rows(batch, 4), drafter.outputs
+    likely = TARGET.logits(batch.states["final"].flatten(0, 1)[rows.flat_MK1[:, 1:]]).argmax(-1)
+
+    @torch.no_grad()
+    def accuracies() -> list[float]:
+        found = [TARGET.logits(feature).argmax(-1) for feature, _ in drafter.unrolled(batch, TARGET, rows)]
+        return [float((own == likely[:, j])[rows.valid_MK[:, j]].double().mean()) for j, own in enumerate(found)]
+    split = accuracies()
+    monkeypatch.setattr(drafter, "outputs", lambda hidden: (outputs(hidden)[0], outputs(hidden)[0]))
+    tied = accuracies()
+    assert tied[0] == split[0] > 0.7
+    assert all(low < high - 0.2 for low, high in zip(tied[1:], split[1:], strict=True)), (tied, split)
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_is_drafted_for(kind: str, arch: str) -> None:

@@ -13,9 +13,11 @@ from modules.core.drafter import Accepted, Frontier, Sampling, Verified
 from modules.core.layers import run_layers
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.language_models.sorted import AtThresholds, Sorted
+from modules.trees.chain import SampledChain
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 from tests.modules.families import Reader, documents
+from tests.modules.sampling import first_two_tokens, homogeneous, small_target
 
 TARGETS = [tiny_target(layers=4), tiny_target(layers=2, seed=1)]
 DEEP = tiny_target(layers=6)
@@ -149,32 +151,104 @@ def test_the_chain_grows_no_further_than_the_budget_and_shrinks_at_the_first_rej
     assert lengths == [4, 5, 5, 5, 4, 3]
 
 
+@torch.no_grad()
+def test_layers_catch_up_on_branches_too(monkeypatch) -> None:
+    """Several nodes a level, each on a path of its own, exits forced, over verifications of unequal prompts."""
+    made, batch, rows, script = deep(EXITS), text(24, rows=2), [], [0, 2, 0, 1]
+    reader, expand = Reader(made, DEEP, batch, [5, 3]), made.expand
+    monkeypatch.setattr(made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)])
+
+    def watched(state, frontier):
+        logits = expand(state, frontier)
+        rows.extend((frontier.tokens_BW[:, w], frontier.parents_BW[:, w], frontier.depth, logits[:, w])
+                    for w in range(logits.shape[1]))
+        return logits
+    monkeypatch.setattr(made, "expand", watched)
+    paths = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0, 0]]
+    for lengths in ([], [1, 3], [3, 1]):
+        if lengths:
+            reader.accept(lengths)
+        rows.clear()
+        StaticTree(paths).build(made, reader.state, len(paths))
+        assert reader.state.exits == [EXITS[exit_index] for exit_index in script] and len(rows) > len(script)
+        for b, read in enumerate(reader.read.tolist()):
+            for tokens, parents, depth, logits in rows:
+                path, above = [int(tokens[b])], int(parents[b])
+                while above >= 0:
+                    path.insert(0, int(rows[above][0][b]))
+                    above = int(rows[above][1][b])
+                alone = documents([[*batch.input_ids[b, :read].tolist(), *path]])
+                torch.testing.assert_close(logits[b], in_full(made, alone)[script[depth]][0, -1], atol=1e-5, rtol=0)
+
+
+def test_sampling_keeps_the_law_while_exits_mix(monkeypatch) -> None:
+    """Mid thresholds at temperature 1: which exit drafts a token depends on the tokens before it, drawn or read."""
+    target, left = small_target(), []
+    torch.manual_seed(0)
+    made = Sorted(target.shape, exits=[1, 2], thresholds=0.45).double()
+    made.initialise(target)
+    leaves = made.eval().leaves
+    monkeypatch.setattr(made, "leaves", lambda *given: left.append((given[1], leaves(*given))) or left[-1][1])
+    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
+    fast = SpeculativeDecoder(target, made, builder=SampledChain(3), budget=3, stop_ids=frozenset({-1}))
+    found = first_two_tokens(fast, 1000, batch=25)
+    early = [gone for exit_index, gone in left if exit_index == 0]
+    assert 0.2 < sum(early) / len(early) < 0.8
+    assert homogeneous(first_two_tokens(plain, 2000), found) > 1e-4
+
+
+def test_more_is_accepted_as_the_thresholds_rise() -> None:
+    """The deepest exit is the target itself, the others are less and less of it."""
+    prompts, means = [[seed, *PROMPTS[seed % 3]] for seed in range(30, 34)], []
+    for threshold in (0.0, 0.1, 2.0):
+        made = deep(EXITS, threshold, adaptive=False)
+        traces = [SpeculativeDecoder(DEEP, made).decode([prompt], Sampling(), 12)[0] for prompt in prompts]
+        means.append(sum(sum(trace.accepted) for trace in traces) / sum(len(trace.accepted) for trace in traces))
+    assert means == sorted(means) and len(set(means)) == 3 and means[-1] > 2 * means[0], means
+
+
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def trained(sorted_training: bool) -> dict[str, float]:
-    """Cross-entropy of every exit after the same steps on x_t = (x_{t-1} + x_{t-2}) mod 8."""
-    torch.manual_seed(0)
-    made = deep([1, 3], sorted_training=sorted_training, draft_vocabulary=None).train()
-    rows = [[1 + b % 8, 1 + b // 8] for b in range(16)]
+def sums(pairs: Sequence[tuple[int, int]]) -> TextBatch:
+    """Rows of x_t = (x_{t-1} + x_{t-2}) mod 8 from pairs of first tokens."""
+    rows = [[*pair] for pair in pairs]
     for row in rows:
         while len(row) < 12:
             row.append((row[-1] + row[-2]) % 8)
-    batch = documents([[20 + token for token in row] for row in rows], labels_from=2)
+    return documents([[20 + token for token in row] for row in rows], labels_from=2)
+
+
+def trained(sorted_training: bool, exits: list[int], batch: TextBatch, held_out: TextBatch, steps: int
+            ) -> dict[str, float]:
+    """Held-out cross-entropy of every exit after the same steps."""
+    torch.manual_seed(0)
+    made = deep(exits, sorted_training=sorted_training, draft_vocabulary=None).train()
     optimizer = torch.optim.Adam(made.declared_parameters(), 3e-3)
-    for _ in range(60):
+    for _ in range(steps):
         optimizer.zero_grad()
         made.loss(batch, DEEP, 0.0).total.backward()
         optimizer.step()
-    metrics = made.eval().loss(batch, DEEP, 0.0).metrics
+    metrics = made.eval().loss(held_out, DEEP, 0.0).metrics
     return {name: float(mean.total / mean.count) for name, mean in metrics.items() if name.startswith("cross")}
 
 
 def test_sorted_training_makes_a_model_of_every_exit_and_plain_training_only_of_the_last() -> None:
-    sorted_, plain = trained(True), trained(False)
+    batch = sums([(1 + b % 8, 1 + b // 8) for b in range(16)])
+    sorted_, plain = (trained(kind, [1, 3], batch, batch, 60) for kind in (True, False))
     assert sorted_["cross_entropy_exit_1"] < plain["cross_entropy_exit_1"] - 1
     assert sorted_["cross_entropy_exit_3"] < plain["cross_entropy_exit_3"] + 0.2
     assert plain["cross_entropy_exit_3"] < plain["cross_entropy_exit_1"] - 1
+
+
+def test_deeper_exits_know_more_of_held_out_text() -> None:
+    """After sorted training each exit more than the one before; after plain training the first next to nothing."""
+    pairs = [(first, second) for first in range(8) for second in range(8)]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+    batch, held_out = (sums([pairs[i] for i in part]) for part in (order[:48], order[48:]))
+    sorted_, plain = (list(trained(kind, [1, 2, 3], batch, held_out, 24).values()) for kind in (True, False))
+    assert sorted_[0] > sorted_[1] > sorted_[2], sorted_
+    assert sorted_[2] < plain[2] + 0.2 and plain[0] > sorted_[0] + 1, (sorted_, plain)
 
 
 def test_wrong_sizes_are_refused() -> None:
