@@ -30,7 +30,7 @@ from data.conversations import (
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
 from data.solutions import Span, frequent_wrong, is_problem, read_problem
-from modules.core.batches import PreferenceBatch, StateName
+from modules.core.batches import PreferenceBatch, StateName, TextBatch
 
 if TYPE_CHECKING:
     from data.features import FeatureCache
@@ -232,6 +232,9 @@ class PairBatches(Batches):
         for b, (pair,) in enumerate(rows):
             errors[b, :len(pair.errors)] = pair.errors
         return PreferenceBatch(chosen, rejected, errors=errors)
+
+    def _texts(self, batch: PreferenceBatch) -> tuple[TextBatch, ...]:
+        return batch.chosen, batch.rejected
 
 
 class PreferenceData(ConversationData):
