@@ -23,7 +23,7 @@ from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
 from data.shares import Share
 from data.vocabulary import coverage, frequent_tokens
-from modules.core.batches import StateName
+from modules.core.batches import StateName, TextBatch
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -36,9 +36,10 @@ class Batches:
 
     Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with its
     checkpoints, so a resumed training goes on with the batch after the last one it trained on. Rows are packed once;
-    their order changes with the epoch. Over several ranks each takes every world-th batch; the order is continued
-    from its beginning where the count does not come out even. Two ranks of `rows` therefore see, step by step, the
-    rows that one rank of `2 * rows` does, and a training can go on with the one or the other.
+    their order changes with the epoch. Over several ranks each takes every world-th batch; where the count does not
+    come out even, the order is continued from its beginning with batches whose loss mask is empty, which weigh nothing,
+    in validation too. Two ranks of `rows` therefore see, step by step, the rows that one rank of `2 * rows` does, and a
+    training can go on with the one or the other.
 
     Args:
         documents: what to batch.
@@ -78,11 +79,21 @@ class Batches:
         """The epoch's batches; the first time after a state was restored, only those that were left."""
         self.batch = self._start if self._start < len(self) else 0
         self._start = 0
-        remaining = self.order(self.epoch)[self.batch:]
+        first, remaining = self.batch, self.order(self.epoch)[self.batch:]
         loader = DataLoader(self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
-        for batch in loader:
+        for step, batch in enumerate(loader, first):
             self.batch += 1
+            for text in self._texts(batch) if self._repeated(step) else ():
+                text.loss_mask = torch.zeros_like(text.loss_mask)
             yield batch
+
+    def _repeated(self, step: int) -> bool:
+        """Whether another rank has this rank's batch too, in an earlier step."""
+        return (self.rank + step * self.world) * self.rows >= len(self.packed)
+
+    def _texts(self, batch: Any) -> tuple[TextBatch, ...]:
+        """The texts of a batch."""
+        return (batch,)
 
     def __getitem__(self, row: int) -> list[Any]:
         """The documents of one packed row."""

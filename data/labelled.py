@@ -19,7 +19,7 @@ from data.arithmetic import EMBEDDED_SOLUTIONS
 from data.conversations import Message, Skipped, Tokens, prompt_ids, read_message, read_rows
 from data.datamodule import Batches, ConversationData
 from data.solutions import Problem, Span, inject, is_problem, read_problem
-from modules.core.batches import LabelledBatch
+from modules.core.batches import LabelledBatch, TextBatch
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,9 @@ class LabelledBatches(Batches):
             joined = torch.cat([document.labels for document in row])
             labels[b, :len(joined)] = joined
         return LabelledBatch(text, labels)
+
+    def _texts(self, batch: LabelledBatch) -> tuple[TextBatch, ...]:
+        return (batch.text,)
 
 
 class LabelledData(ConversationData):

@@ -1,5 +1,8 @@
 """Packing documents into rows of at most T tokens, and rows into batches.
 
+Best fit stands in for buckets by length: rows come out nearly full, whatever documents they hold, so a batch of B rows
+is a batch of about B · T tokens.
+
 Shape legend: B rows, T tokens of a row, H hidden size.
 """
 

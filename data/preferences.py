@@ -31,7 +31,7 @@ from data.conversations import (
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
 from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
-from modules.core.batches import PreferenceBatch, StateName
+from modules.core.batches import PreferenceBatch, StateName, TextBatch
 
 if TYPE_CHECKING:
     from data.features import FeatureCache
@@ -242,6 +242,9 @@ class PairBatches(Batches):
             errors[b, :len(pair.errors)] = pair.errors
         return PreferenceBatch(chosen, rejected, errors=errors,
                                inferred=torch.tensor([pair.inferred for pair, in rows]))
+
+    def _texts(self, batch: PreferenceBatch) -> tuple[TextBatch, ...]:
+        return batch.chosen, batch.rejected
 
 
 class PreferenceData(ConversationData):

@@ -13,6 +13,7 @@ import torch
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from data.configfiles import CONFIGS
 from modules.core.batches import LabelledBatch, PreferenceBatch
+from modules.core.counts import shared_counts
 from modules.core.drafter import Drafter, Sampling
 from modules.core.target import Target
 from modules.core.trainable import Trainable
@@ -94,6 +95,19 @@ def test_gradients_reach_exactly_the_declared_parameters(recipe, target):
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert reached == (id(parameter) in declared), name
     assert all(parameter.grad is None for parameter in target.parameters())
+
+
+def test_a_batch_without_labels_weighs_nothing_beside_other_processes_batches(recipe, target):
+    """It has no loss and no count, and every parameter a gradient of zero, which DDP waits for."""
+    trainable = build(recipe, target)
+    batch = batch_for(trainable, target)
+    for text in text_batches(batch):
+        text.loss_mask = torch.zeros_like(text.loss_mask)
+    with shared_counts(lambda count: count + 5):
+        losses = trainable.loss(batch, target, 0.5)
+    losses.total.backward()
+    assert losses.total == 0 and not any(bool(mean.count) for mean in losses.metrics.values())
+    assert all(p.grad is not None and not p.grad.any() for p in trainable.declared_parameters())
 
 
 def test_training_leaves_the_target_as_it_was(recipe):

@@ -147,19 +147,23 @@ class PreferenceTrainable(Trainable):
         """The loss of each pair [B], and metrics of its own."""
 
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
-        """Mean over the pairs; preference accuracy (the chosen response has the higher reward) and reward margin."""
+        """Mean over the pairs that have a token to be trained on; preference accuracy (the chosen response has the
+        higher reward) and reward margin."""
         chosen = self.response(batch.chosen, batch.chosen_reference, target)
         rejected = self.response(batch.rejected, batch.rejected_reference, target)
         losses_B, metrics = self.pair_losses(batch, chosen, rejected, target)
-        shown = {**preference_metrics(losses_B, chosen.ratio_BT, rejected.ratio_BT, self.beta), **metrics}
+        real_B = chosen.counted_BT.any(1) | rejected.counted_BT.any(1)
+        losses_B = losses_B * real_B
+        shown = {**preference_metrics(losses_B, chosen.ratio_BT, rejected.ratio_BT, self.beta, real_B), **metrics}
         return Losses(losses_B.sum() / divisor(shown["loss"].count), shown)
 
 
-def preference_metrics(losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float) -> dict[str, Mean]:
-    """Means over pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and either."""
+def preference_metrics(losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float, real_B: Tensor
+                       ) -> dict[str, Mean]:
+    """Means over real pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and either."""
     losses_B = losses_B.detach()
     chosen_B, rejected_B = (beta * ratio_BT.detach().sum(1) for ratio_BT in (chosen_BT, rejected_BT))
-    pairs = torch.as_tensor(len(losses_B), device=losses_B.device)
+    pairs = real_B.sum()
     return {"loss": Mean(losses_B.sum(), pairs), "preference_accuracy": Mean((chosen_B > rejected_B).sum(), pairs),
             "reward_margin": Mean((chosen_B - rejected_B).sum(), pairs),
             "chosen_reward": Mean(chosen_B.sum(), pairs), "rejected_reward": Mean(rejected_B.sum(), pairs)}

@@ -160,7 +160,7 @@ def _mask_metrics(side: str, masks: TokenMasks, divergence_BT: Tensor, counted_B
     tokens = counted_BT.sum()
     found = {f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
              for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))}
-    rows = torch.as_tensor(len(divergence_BT), device=divergence_BT.device)
+    rows = counted_BT.any(1).sum()
     return {**found, f"{side}_divergence": Mean(divergence_BT.detach().sum(), rows)}
 
 

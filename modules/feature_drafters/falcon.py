@@ -288,9 +288,8 @@ class Falcon(LearnedDrafter):
         sequences, length = batch.input_ids.shape
         parts = self.attention.project(inputs_PH.view(sequences, length, -1), batch.position_ids)
         visible_PT = batch.rows().visible_BNN.flatten(0, 1)
-        mixed = [inputs_PH.new_zeros(0, self.shape.hidden_size)]
-        own_M = index_MK[:, 0] // length
-        for b in own_M.unique().tolist():
+        mixed, own_M = [], index_MK[:, 0] // length
+        for b in range(sequences):
             rows = index_MK[own_M == b].flatten()
             seen = visible_PT[ends_MK[own_M == b].flatten() if self.relaxed_mask else rows]
             queries, keys, values = (part[b:b + 1] for part in parts)

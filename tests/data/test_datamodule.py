@@ -95,6 +95,22 @@ def test_ranks_share_the_batches_and_take_as_many_each() -> None:
     assert shared[:len(alone)] == alone.order(2)
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_ranks_repeat_at_the_end_has_no_labels(shuffle: bool) -> None:
+    """So all ranks together count what one process counts, step by step, after a resumption too."""
+    alone = batches(shuffle=shuffle)
+    world = next(count for count in range(2, 9) if len(alone) % count not in (0, count - 1))
+    ranks = [batches(shuffle=shuffle, rank=rank, world=world) for rank in range(world)]
+    wanted = [int(batch.loss_mask.sum()) for batch in alone]
+    found = [[int(batch.loss_mask.sum()) for batch in rank] for rank in ranks]
+    together = [count for step in zip(*found, strict=True) for count in step]
+    assert together[:len(wanted)] == wanted and set(together[len(wanted):]) == {0}
+    assert all(int((batch.document_ids >= 0).sum()) > 0 for batch in ranks[-1])
+    resumed = batches(shuffle=shuffle, rank=world - 1, world=world)
+    resumed.load_state_dict({**ranks[-1].state_dict(), "batch": len(ranks[-1]) - 1})
+    assert [int(batch.loss_mask.sum()) for batch in resumed] == [0]
+
+
 class Recorder(LightningModule):
     """Learns nothing; remembers its batches."""
 
