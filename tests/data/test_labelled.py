@@ -78,7 +78,7 @@ def test_batches_bring_labels_and_cached_states(tmp_path):
     assert not questions[0] & questions[1] and len(questions[1]) >= 1
     wrong, seen = 0, set[int]()
     for batch in data.train_dataloader():
-        assert isinstance(batch, LabelledBatch)
+        assert isinstance(batch, LabelledBatch) and batch.questions is not None
         torch.testing.assert_close(batch.text.states["pre_norm"][batch.text.loss_mask],
                                    target.features(batch.text, ("pre_norm",))["pre_norm"][batch.text.loss_mask],
                                    atol=1e-4, rtol=1e-4)
