@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.conversations import Message, Skipped, Tokens, prompt_ids, read_message, read_rows
+from data.conversations import Message, Skipped, Tokens, hash_ids, prompt_ids, read_message, read_rows
 from data.datamodule import Batches, ConversationData
 from data.solutions import Problem, Span, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch, TextBatch
@@ -192,11 +192,13 @@ class LabelledBatches(Batches):
 
     def _collate(self, rows: list[list[LabelledTokens]]) -> LabelledBatch:
         text = super()._collate(rows)
-        labels = torch.zeros_like(text.input_ids)
+        labels, questions = torch.zeros_like(text.input_ids), torch.zeros_like(text.input_ids)
         for b, row in enumerate(rows):
             joined = torch.cat([document.labels for document in row])
             labels[b, :len(joined)] = joined
-        return LabelledBatch(text, labels)
+            numbers = torch.tensor([int(hash_ids(document.prompt)[:12], 16) for document in row])
+            questions[b, :len(joined)] = numbers.repeat_interleave(torch.tensor([len(document) for document in row]))
+        return LabelledBatch(text, labels, questions)
 
     def _texts(self, batch: LabelledBatch) -> tuple[TextBatch, ...]:
         return (batch.text,)

@@ -108,8 +108,8 @@ class Pair:
 
 
 def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed: int = 0) -> list[Preference]:
-    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one, and
-    `corruptions` copies of that right one with one result changed and all else as it was.
+    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one (a
+    sampled one, where there is one), and `corruptions` copies of that with one result changed and all else as it was.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -118,7 +118,7 @@ def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed
     if is_problem(row):
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
-        right = problem.right[0].text
+        right = problem.positive.text
         chance = random.Random(f"{seed} {problem.question}")
         changed = [found for found in (inject(right, chance) for _ in range(corruptions)) if found is not None]
         return [*(Preference(asked, right, one.text, one.error, one.inferred) for one in frequent_wrong(problem)),

@@ -59,6 +59,12 @@ class Problem:
         return [solution for solution in self.solutions if solution.right]
 
     @property
+    def positive(self) -> Solution:
+        """The right solution that wrong ones are paired with: the first that was sampled as they were, where there is
+        one, and else the one that came with the question, which a person wrote."""
+        return (self.right[1:] or self.right)[0]
+
+    @property
     def wrong(self) -> list[Solution]:
         """The wrong ones, in order."""
         return [solution for solution in self.solutions if not solution.right]

@@ -125,7 +125,7 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
     metrics = [name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)]
     header = ["method", *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics), "log likelihood per token",
-              "against plain decoding", "target's first choice", "same beginning"]
+              "against plain decoding (win/tie/loss)", "target's first choice", "same beginning"]
     return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
                      *_agreement_cells(method["quality"])] for method in measured]
 
@@ -143,10 +143,12 @@ def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
 
 
 def _difference_cell(entry: Mapping[str, Any] | None) -> str:
+    """The mean difference, its interval, the verdict, and on how many prompts it was better, the same and worse."""
     if entry is None:
         return "–"
     bounds = "" if entry["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*entry["ci95"])
-    return f"{entry['difference']:+.3f}{bounds}: {entry['verdict']}"
+    counts = "/".join(str(entry[kind]) for kind in ("win", "tie", "loss"))
+    return f"{entry['difference']:+.3f}{bounds}: {entry['verdict']} ({counts})"
 
 
 def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -48,9 +48,17 @@ class DraftedStep(Protocol):
 class StepwiseDrafter(Protocol):
     """What heads and feature drafters have in common."""
 
-    draft_size: int
-    vocabulary_D: Tensor | None
     training: bool
+
+    @property
+    def draft_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def vocabulary_D(self) -> Tensor | None:
+        """Target ids that can be drafted [D]; None: all of them."""
+        ...
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftedStep]:
         """Every draft step over the batch's training rows."""

@@ -80,3 +80,5 @@ class LabelledBatch:
 
     text: TextBatch
     labels: Tensor
+    questions: Tensor | None = None
+    """int64 [B,T]: a number of the question that each token's answer belongs to, at random but the same everywhere."""

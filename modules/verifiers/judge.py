@@ -8,6 +8,7 @@ Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -27,6 +28,8 @@ from modules.trees.tree import TokenTree
 if TYPE_CHECKING:
     from modules.core.target import Target
 
+logger = logging.getLogger(__name__)
+
 NOTHING = 2.0
 """A threshold that no score reaches."""
 
@@ -36,7 +39,7 @@ class Judge(Trainable):
 
     Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch, at most
     `largest_weight`. Mean and deviation of the states are gathered while training, and fold into one dot product. After
-    training the threshold is set on held-out tokens.
+    training the threshold is set on held-out tokens, and judged on other ones.
 
     Args:
         shape: the target's dimensions.
@@ -121,22 +124,30 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
-        """Set the threshold on held-out tokens; the area under the curve over all of them, and errors at it.
+        """Set the threshold on answers to half of the held-out questions; what it lets through among the others, and
+        the area under the curve over all tokens.
 
         `auc_numbers` looks at tokens with a digit alone: where all errors are numbers, knowing a number when it sees
-        one would be enough for a good area over all tokens.
+        one would be enough for a good area over all tokens. Where a half has no right or no wrong token, the threshold
+        is set on all tokens, and what it lets through is told of those same tokens.
         """
-        found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask]) for batch in batches]
-        states_MH, labels_M, ids_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
+                 for batch in batches]
+        states_MH, labels_M, ids_M, first_M = (torch.cat(parts) for parts in zip(*found, strict=True))
         scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
         numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
-        self.threshold.fill_(calibrated_threshold(scores_M, right_M, self.precision))
+        if not all(bool((half_M & kind_M).any()) for half_M in (first_M, ~first_M) for kind_M in (right_M, ~right_M)):
+            logger.warning("too few held-out answers to judge the threshold on others than those it is set on: give "
+                           "more data, or a larger data.validation_fraction")
+            first_M = torch.ones_like(right_M)
+        told_M = torch.ones_like(first_M) if bool(first_M.all()) else ~first_M
+        self.threshold.fill_(calibrated_threshold(scores_M[first_M], right_M[first_M], self.precision))
         kept_M = scores_M >= self.threshold.double()
         return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
                         "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
                         "held_out/threshold": float(self.threshold),
-                        "held_out/accepted_right": _share(kept_M[right_M]),
-                        "held_out/accepted_wrong": _share(kept_M[~right_M])})
+                        "held_out/accepted_right": _share(kept_M[right_M & told_M]),
+                        "held_out/accepted_wrong": _share(kept_M[~right_M & told_M])})
 
     # -- decoding ---------------------------------------------------------------------------------------------
 
@@ -153,7 +164,8 @@ class Judge(Trainable):
 
 
 class JudgeRule(RelaxedRule):
-    """A token is good when the judge's score of it is at least the threshold.
+    """A token is good when the judge's score of it is at least the threshold (the paper says above: scores are
+    rounded, and so a threshold of 0 accepts a score of 0 too).
 
     Args:
         judge: the trained head.
@@ -174,6 +186,13 @@ class JudgeRule(RelaxedRule):
 
 
 # -- pure functions -----------------------------------------------------------------------------------------------
+
+
+def _first_half(batch: LabelledBatch) -> Tensor:
+    """bool [M]: labelled tokens whose question has an even number; without numbers each row is a question."""
+    counted_BT = batch.text.loss_mask
+    rows = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand(counted_BT.shape)
+    return (rows if batch.questions is None else batch.questions)[counted_BT] % 2 == 0
 
 
 def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:

@@ -76,16 +76,20 @@ def test_batches_bring_labels_and_cached_states(tmp_path):
     data.bind(target, ("pre_norm",))
     questions = [{tuple(document.prompt) for document in side} for side in (data.documents, data.held_out)]
     assert not questions[0] & questions[1] and len(questions[1]) >= 1
-    wrong = 0
+    wrong, seen = 0, set[int]()
     for batch in data.train_dataloader():
-        assert isinstance(batch, LabelledBatch)
+        assert isinstance(batch, LabelledBatch) and batch.questions is not None
         torch.testing.assert_close(batch.text.states["pre_norm"][batch.text.loss_mask],
                                    target.features(batch.text, ("pre_norm",))["pre_norm"][batch.text.loss_mask],
                                    atol=1e-4, rtol=1e-4)
         at = batch.text.loss_mask & (batch.labels == 0)
+        numbers = {(b, document): set(batch.questions[b][batch.text.document_ids[b] == document].tolist())
+                   for b in range(len(batch.labels)) for document in batch.text.document_ids[b].unique().tolist()}
+        assert all(len(found) == 1 for found in numbers.values())
+        seen |= {number for (_, document), found in numbers.items() if document >= 0 for number in found}
         said = target.tokenizer.decode(batch.text.input_ids[at]).replace(" ", "")
         assert said.isdigit()
         wrong += int(at.sum())
-    assert wrong >= len(questions[0])
+    assert wrong >= len(questions[0]) and len(seen) == len(questions[0])
     with pytest.raises(ValueError, match="data.corruptions must be 0 or above"):
         LabelledData(corruptions=-1)

@@ -67,7 +67,9 @@ def test_problems_give_the_frequent_wrong_solutions_against_a_right_one():
     assert len(frequent_wrong(problem, 0.9)) == 3
     pairs = read_preferences(OPENAI, "row 1")
     assert [pair.rejected for pair in pairs] == [problem.wrong[0].text, problem.wrong[2].text]
-    assert {pair.chosen for pair in pairs} == {problem.right[0].text}
+    assert {pair.chosen for pair in pairs} == {"(2+3)*2 = 10.0\nA: 10"}, "wrong ones were sampled, and so is it"
+    written = read_preferences({**OPENAI, "large": OPENAI["other"]}, "row 1")
+    assert {pair.chosen for pair in written} == {problem.right[0].text}
 
 
 @pytest.mark.parametrize(("text", "step", "inferred"), [

@@ -89,7 +89,8 @@ def test_accepted_lengths_are_shares_of_calls() -> None:
 def relaxed_rows() -> list[dict[str, Any]]:
     """A lossless row, and rules that are the worse the more they let through."""
     def row(name: str, rule: str, tau: float, difference: float) -> dict[str, Any]:
-        paired = {"difference": difference, "ci95": [difference - 0.1, difference + 0.1], "verdict": "loss"}
+        paired = {"difference": difference, "ci95": [difference - 0.1, difference + 0.1], "verdict": "loss",
+                  "win": 0, "tie": 1, "loss": 4}
         quality = {"target_log_likelihood": -1.0, "likelihood_against_plain": paired, "argmax_share": 0.9,
                    "common_prefix": 0.5}
         return method(name, rule=rule, builder="StaticTree", claims_lossless=False, lossless=False, quality=quality,

@@ -34,7 +34,8 @@ def test_lossy_rows_and_their_baseline_are_scored(tmp_path: Path) -> None:
     assert paired["loss"] == 3 and paired["verdict"] == "loss" and paired["difference"] < paired["ci95"][1] < 0
     assert plain["likelihood_against_plain"]["difference"] == 0 and plain["likelihood_against_plain"]["tie"] == 3
     for name in ("report.md", "report.html"):
-        assert "exact match (win/tie/loss)" in (Path("out") / name).read_text()
+        text = (Path("out") / name).read_text()
+        assert "exact match (win/tie/loss)" in text and ": loss (0/0/3)" in text
 
 
 @pytest.mark.parametrize(("fake", "words"), [("HonestlyLossy", "is found worse"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +137,24 @@ def test_the_state_behind_a_wrong_token_tells_and_the_one_before_cannot(target):
     with torch.no_grad():
         scores = judge.scores(batch.text.states["pre_norm"])
     assert float(scores[24:, PLACE].mean()) < float(scores[24:, PLACE - 1].mean())
+
+
+def test_the_threshold_is_judged_on_answers_it_was_not_set_on(target, caplog):
+    """Among questions with odd numbers scores are turned round: the threshold does not see them, its shares do."""
+    judge = fitted(target)
+    batch = labelled(target, 1000)
+    batch.questions = (torch.arange(48) % 24 % 2)[:, None].expand(-1, 12)
+    same = judge.finish([batch], target).figures
+    turned = replace(batch, labels=batch.labels.clone())
+    turned.labels[1::2, PLACE] = 1 - turned.labels[1::2, PLACE]
+    figures = judge.finish([turned], target).figures
+    assert figures["held_out/threshold"] == same["held_out/threshold"]
+    assert figures["held_out/accepted_right"] == same["held_out/accepted_wrong"]
+    assert figures["held_out/accepted_wrong"] == same["held_out/accepted_right"] > 0.5
+    assert not caplog.records
+    alone = replace(batch, questions=torch.zeros(48, 12, dtype=torch.long))
+    assert judge.finish([alone], target).figures["held_out/accepted_right"] > 0.5
+    assert "too few held-out answers" in caplog.text
 
 
 def test_numbers_are_judged_among_themselves(target):
