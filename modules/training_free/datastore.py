@@ -96,9 +96,12 @@ class Datastore:
                 high = size - 1
         return best
 
-    def continuations(self, matched: int, begin: int, end: int, length: int) -> Tokens:
-        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind a document."""
-        places = self.suffixes_M[begin:end, None].astype(np.int64) + matched + np.arange(length)
+    def continuations(self, matched: int, begin: int, end: int, length: int, most: int | None = None) -> Tokens:
+        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind a document. Of more
+        than `most` suffixes so many at even distances: their order is that of the token ids that follow."""
+        count = end - begin if most is None else min(most, end - begin)
+        chosen = begin + np.arange(count) * (end - begin) // max(1, count)
+        places = self.suffixes_M[chosen, None].astype(np.int64) + matched + np.arange(length)
         found = self.tokens_M[np.minimum(places, len(self.tokens_M) - 1)].astype(np.int64)
         found[np.logical_or.accumulate(found == END, axis=1)] = END
         return found
