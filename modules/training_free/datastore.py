@@ -47,13 +47,13 @@ class Datastore:
             raise ValueError("the corpus has no tokens: give another data set")
         return Datastore(tokens, suffix_order(tokens), vocab_size)
 
-    def save(self, folder: Path) -> None:
-        """Write `datastore.safetensors` and, last, `datastore.json`."""
+    def save(self, folder: Path, source: str | None = None) -> None:
+        """Write `datastore.safetensors` and, last, `datastore.json`, with the name of the data set."""
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{os.getpid()}"
         save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, scratch)
         os.replace(scratch, folder / "datastore.safetensors")
-        scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M)}))
+        scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}))
         os.replace(scratch, folder / "datastore.json")
 
     @staticmethod
