@@ -31,7 +31,7 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
     documents = tokenize_all(load_conversations(source, limit, split), loaded.tokenizer, max_length,
                              end_ids=loaded.eos_ids)
     store = Datastore.build([document.input_ids.tolist() for document in documents], loaded.shape.vocab_size)
-    store.save(Path(output))
+    store.save(Path(output), source)
     print(f"{len(documents)} documents, {len(store.tokens_M)} tokens: {output}")
 
 

@@ -1,4 +1,5 @@
-"""Whether what is asked occurs in what a drafter was trained on: runs of 13 words, as its provenance names the data.
+"""Whether what is asked occurs in what a method knows: runs of 13 words in the data that trained its drafter, its
+partner, its assistant and its rule, as their provenance names it, and in the data sets of its datastores.
 
 Thirteen words are what Brown et al. 2020 (arXiv 2005.14165, appendix C) count as contamination. Case and punctuation
 do not matter; a turn of fewer words has no such run and is counted apart.
@@ -6,16 +7,18 @@ do not matter; a turn of fewer words has no such run and is counted apart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from checkpoints.pretrained import PROVENANCE, find_folder
 from data.conversations import local_file, read_rows
 from eval.methods import Method, Row
 from eval.tasks import Prompt, Task
+from modules.decoding.rules import RULES
 
 RUN = 13
 KEY = "training_overlap"
@@ -57,18 +60,27 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(part)
 
 
-def training_overlap(drafter: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What a report says of a trained drafter: its `data`, and `prompts`, `found` (ids), `short`, or why `skipped`.
+def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What a report says of a trained component: its `data`, and `prompts`, `found` (ids), `short`, or why `skipped`.
 
     Args:
-        drafter: run folder, drafter folder or Hub id.
+        component: run folder, its component's folder or Hub id.
         tasks: what is asked.
     """
-    file = find_folder(drafter) / PROVENANCE
+    file = find_folder(component) / PROVENANCE
     provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    source = provenance.get("data", {}).get("train")
+    return _searched(provenance.get("data", {}).get("train"), "its provenance names no data", tasks)
+
+
+def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The same of a datastore: of the data set that it says it was built from."""
+    told = json.loads((Path(folder) / "datastore.json").read_text(encoding="utf-8"))
+    return _searched(told.get("source"), "its datastore does not name what it was built from", tasks)
+
+
+def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, Any]:
     if not isinstance(source, str):
-        return {"data": None, "skipped": "its provenance names no data"}
+        return {"data": None, "skipped": unnamed}
     try:
         if local_file(source) is None:
             return {"data": source, "skipped": "a data set on the Hub is not read for this"}
@@ -79,16 +91,57 @@ def training_overlap(drafter: str, tasks: Sequence[Task]) -> dict[str, Any]:
     return {"data": Path(source).name, "prompts": len(prompts), "found": found, "short": short}
 
 
+Known = tuple[Literal["trained", "datastore"], str]
+"""What a method brings that may have seen the prompts, and where it is."""
+
+
+def known_to(method: Method) -> list[Known]:
+    """Everything that a method names and that was made from data: drafter, partner, assistant, rule, datastores."""
+    return list(dict.fromkeys([*_known_in(method.drafter), *_known_in(method.decoder), *_known_in(_rule_of(method))]))
+
+
+def _rule_of(method: Method) -> str | None:
+    named = method.rule.get("trained") if isinstance(method.rule, Mapping) else method.rule
+    return None if named in RULES else named
+
+
+def _known_in(spec: object) -> Iterator[Known]:
+    if isinstance(spec, str):
+        yield "trained", spec
+    elif isinstance(spec, Mapping):
+        arguments = spec.get("init_args") or {}
+        yield from _known_in(arguments.get("partner"))
+        yield from _known_in(arguments.get("assistant"))
+        if isinstance(arguments.get("datastore"), str):
+            yield "datastore", arguments["datastore"]
+
+
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
-    """Put `training_overlap` into the `quality` of every row whose drafter was trained; one look per drafter."""
-    sources = {method.label: method.drafter for method in methods if isinstance(method.drafter, str)}
-    known = {drafter: training_overlap(drafter, tasks) for drafter in dict.fromkeys(sources.values())}
+    """Put what is found into the `quality` of every row whose method knows data; one look per component. Several of one
+    method are told together."""
+    sources = {method.label: known for method in methods if (known := known_to(method))}
+    overlaps = {known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
+                for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))}
     for row in (row for row in rows if row.name in sources):
-        row.quality = {**row.quality, KEY: known[sources[row.name]]}
+        row.quality = {**row.quality, KEY: together([overlaps[known] for known in sources[row.name]])}
+
+
+def together(overlaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One overlap of several: prompts found in any. What was not searched is said where anything was not."""
+    if len(overlaps) == 1:
+        return dict(overlaps[0])
+    data = ", ".join(dict.fromkeys(one["data"] for one in overlaps if one["data"])) or None
+    skipped = "; ".join(dict.fromkeys(one["skipped"] for one in overlaps if "skipped" in one))
+    searched = [one for one in overlaps if "skipped" not in one]
+    if not searched:
+        return {"data": data, "skipped": skipped}
+    found = sorted({prompt for one in searched for prompt in one["found"]})
+    whole = {"data": data, "prompts": searched[0]["prompts"], "found": found, "short": searched[0]["short"]}
+    return {**whole, "unsearched": skipped} if skipped else whole
 
 
 def overlap_lines(methods: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line per method whose drafter was trained."""
+    """One line per method that was made from data."""
     return [f"training data of {method['name']}{_said(method['quality'][KEY])}"
             for method in methods if KEY in method["quality"]]
 
@@ -97,7 +150,8 @@ def _said(overlap: Mapping[str, Any]) -> str:
     named = f" ({overlap['data']})" if overlap["data"] else ""
     if "skipped" in overlap:
         return f"{named}: not searched for the prompts, {overlap['skipped']}"
-    found, short = overlap["found"], overlap["short"]
+    found, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
     shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
     return (f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
-            f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}")
+            f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}"
+            f"{f'; not all was searched, {unsearched}' if unsearched else ''}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from operator import ne
 from typing import ClassVar
 
 import torch
@@ -38,10 +39,14 @@ class EntropyAdaptive:
         small: a smaller model of the same tokenizer: Hub id or folder, or the loaded target.
         threshold: bits; above it the large model writes.
         window: entropies averaged. shortest_run: tokens between two changes at least.
+
+    Raises:
+        ValueError: a small model of another tokenizer.
     """
 
     name = "entropy_adaptive"
     claims_lossless: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
 
     def __init__(self, large: Target, small: str | Target, threshold: float = 1.0, window: int = 5,
                  shortest_run: int = 10) -> None:
@@ -52,6 +57,9 @@ class EntropyAdaptive:
         if other.shape.vocab_size != large.shape.vocab_size:
             raise ValueError(f"small has {other.shape.vocab_size} tokens, the target {large.shape.vocab_size}: give a "
                              "model of the same tokenizer")
+        if other.tokenizer.get_vocab() != large.tokenizer.get_vocab():
+            raise ValueError(f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: give a "
+                             "model of the same tokenizer")
         self.large, self.small = large, other
         self.threshold, self.window, self.shortest_run = threshold, window, shortest_run
 
@@ -60,10 +68,14 @@ class EntropyAdaptive:
         """Continue one prompt; `drafted` tells the tokens that the small model wrote.
 
         Raises:
-            ValueError: several prompts at once.
+            ValueError: several prompts at once; a prompt that leaves one of the models no room for an answer.
         """
         if len(prompts) != 1:
             raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
+        for model in (self.large, self.small):
+            if len(prompts[0]) + limit > model.max_positions:
+                raise ValueError(f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed {model.name}'s "
+                                 f"context of {model.max_positions}: shorten the prompt or lower max_new_tokens")
         trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
         draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])
         caches = [self._opened(model, len(prompts[0]) + limit) for model in (self.large, self.small)]
@@ -96,7 +108,23 @@ class EntropyAdaptive:
         return model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))[0][0]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
-        """Share of all tokens of these answers that the large model wrote, for a report (`large_share`)."""
+        """What a report says of these answers: the shares of their tokens that either model wrote (`large_share`,
+        `small_share`), `switches` between them, and `catch_up_tokens`: what a model that came in had to read beside the
+        newest token."""
         tokens = sum(len(trace.ids) for trace in traces)
-        small = sum(sum(trace.drafted) for trace in traces)
-        return {"large_share": 1 - small / tokens} if tokens else {}
+        if not tokens:
+            return {}
+        small = sum(sum(trace.drafted) for trace in traces) / tokens
+        return {"large_share": 1 - small, "small_share": small,
+                "switches": sum(sum(map(ne, trace.drafted, trace.drafted[1:])) for trace in traces),
+                "catch_up_tokens": sum(map(catch_up_tokens, traces))}
+
+
+def catch_up_tokens(trace: Trace) -> int:
+    """Tokens that a model which came in had not seen, the newest left out; the small one begins with the prompt."""
+    seen, found = {False: trace.prompt_tokens, True: 0}, 0
+    for written, small in enumerate(trace.drafted):
+        there = trace.prompt_tokens + written
+        found += max(0, there - seen[small] - 1)
+        seen[small] = there
+    return found

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,15 +120,25 @@ def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[
     """
     folder = folder or cache_folder() / "latency"
     on_gpu = target.device.type == "cuda"
-    device = torch.cuda.get_device_name(target.device) if on_gpu else platform.machine()
+    device = torch.cuda.get_device_name(target.device) if on_gpu else processor_name()
     parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()),
              *(("compiled",) if target.compiled is not None else ()))
-    file = folder / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".json")
+    file = folder / (re.sub(r"[^\w.()@-]", "_", "-".join(parts)) + ".json")
     if file.is_file() and set(widths) <= set((table := LatencyTable.load(file)).seconds):
         return table
     table = measure_latency(target, widths, repeats=repeats)
     table.save(file)
     return table
+
+
+@functools.cache
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model; where the system does not tell, what Python knows of it and at least its architecture."""
+    if cpuinfo.is_file():
+        named = re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if named is not None:
+            return f"{platform.machine()} {named[1].strip()}"
+    return " ".join(dict.fromkeys((platform.machine(), platform.processor()))).strip()
 
 
 def _seconds(target: Target, call: Callable[[], object]) -> float:

@@ -1,7 +1,7 @@
 """Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls good.
 
 Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at temperature 0, the
-point rule for trees chosen by value, the ratio rule for sampled ones.
+point rule for trees chosen by value, the ratio rule for sampled ones (in trees without twins, see `_walk`).
 
 Shape legend: B sequences, N nodes, R rows of draft laws, V vocabulary, D draft vocabulary.
 """
@@ -48,7 +48,9 @@ class RelaxedRule:
 
     def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int, good: list[bool]
               ) -> tuple[list[int], int]:
-        """The ratio rule's walk, which goes on to the first good child where that rule rejects all."""
+        """The ratio rule's walk, which goes on to the first good child where that rule rejects all. Of independent
+        siblings that drew one token it follows the accepted one alone, where the ratio rule goes on from all of them:
+        there it may accept less, and is draw for draw the ratio rule only in trees without such twins."""
         path, family = [0], families(tree, sequence)
         while True:
             law_V, children = draws.law(verified.logits_BNV[sequence, path[-1]]), family[path[-1]]

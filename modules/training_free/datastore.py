@@ -47,13 +47,13 @@ class Datastore:
             raise ValueError("the corpus has no tokens: give another data set")
         return Datastore(tokens, suffix_order(tokens), vocab_size)
 
-    def save(self, folder: Path) -> None:
-        """Write `datastore.safetensors` and, last, `datastore.json`."""
+    def save(self, folder: Path, source: str | None = None) -> None:
+        """Write `datastore.safetensors` and, last, `datastore.json`, with the name of the data set."""
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{os.getpid()}"
         save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, scratch)
         os.replace(scratch, folder / "datastore.safetensors")
-        scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M)}))
+        scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}))
         os.replace(scratch, folder / "datastore.json")
 
     @staticmethod
@@ -96,9 +96,12 @@ class Datastore:
                 high = size - 1
         return best
 
-    def continuations(self, matched: int, begin: int, end: int, length: int) -> Tokens:
-        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind a document."""
-        places = self.suffixes_M[begin:end, None].astype(np.int64) + matched + np.arange(length)
+    def continuations(self, matched: int, begin: int, end: int, length: int, most: int | None = None) -> Tokens:
+        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind a document. Of more
+        than `most` suffixes so many at even distances: their order is that of the token ids that follow."""
+        count = end - begin if most is None else min(most, end - begin)
+        chosen = begin + np.arange(count) * (end - begin) // max(1, count)
+        places = self.suffixes_M[chosen, None].astype(np.int64) + matched + np.arange(length)
         found = self.tokens_M[np.minimum(places, len(self.tokens_M) - 1)].astype(np.int64)
         found[np.logical_or.accumulate(found == END, axis=1)] = END
         return found

@@ -15,7 +15,8 @@ from modules.trees.tree import TokenTree
 
 
 class PromptLookup(TextDrafter):
-    """The longest n-gram at the end of the text that occurs before it, of several places the latest; else nothing.
+    """The longest n-gram at the end of the text that occurs before it, of several places the latest that a whole draft
+    follows, or else the one that most follows; nothing where it never occurred.
 
     Args:
         shape: the target's dimensions.
@@ -48,6 +49,8 @@ class PromptLookup(TextDrafter):
             windows = text_L[:-1].unfold(0, size, 1)
             found = (windows == text_L[-size:]).all(1).nonzero()
             if len(found):
-                begin = int(found[-1]) + size
+                begins = found[:, 0] + size
+                whole = begins[begins + count <= len(text_L)]
+                begin = int(whole[-1]) if len(whole) else int(begins[0])
                 return text_L[begin:begin + count]
         return torch.empty(0, dtype=torch.long, device=text_L.device)

@@ -21,7 +21,7 @@ class Rest(TextDrafter):
         datastore: folder that `python -m data.datastore` wrote.
         longest, shortest: tokens of the suffix looked up.
         length: tokens of a continuation.
-        hits: occurrences read at most.
+        hits: occurrences read at most, evenly chosen from all.
         tokens: nodes drafted, unless a method's budget says otherwise (the paper: 64).
     """
 
@@ -57,5 +57,5 @@ class Rest(TextDrafter):
         matched, begin, end = self.datastore.longest_match(text, self.longest, self.shortest)
         if not matched:
             return []
-        found = self.datastore.continuations(matched, begin, min(end, begin + self.hits), self.length)
+        found = self.datastore.continuations(matched, begin, end, self.length, self.hits)
         return frequent_prefixes(found, most)

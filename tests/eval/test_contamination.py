@@ -15,6 +15,7 @@ from eval.report import markdown
 from eval.tasks import Prompt, Task
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.training_free.datastore import Datastore
 from tests.eval.test_pages import method, report
 from tests.fakes import tiny_target
 
@@ -74,3 +75,33 @@ def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Pat
     shown = report(method("clover", quality={KEY: overlap}))
     assert "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (<0>, <1>," in markdown(shown)
     assert "&lt;4&gt;, …)" in page(shown, None)
+
+
+def test_datastores_partners_assistants_and_rules_are_searched_too(tmp_path: Path) -> None:
+    """The prompt stands in the judge's data alone, in the partner's, or in the corpus that is retrieved from."""
+    for name, words in (("asked", WORDS), ("clean", ["no"])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": " ".join(words), "response": "yes"}) + "\n")
+        trained(tmp_path / name, train=str(tmp_path / f"{name}.jsonl"))
+        Datastore.build([[5, 6]], 128).save(tmp_path / f"{name}_store", str(tmp_path / f"{name}.jsonl"))
+    Datastore.build([[5, 6]], 128).save(tmp_path / "untold")
+    at = {name: str(tmp_path / name) for name in ("asked", "clean", "asked_store", "clean_store", "untold")}
+    rasd, rest = "modules.training_free.rasd.Rasd", "modules.training_free.rest.Rest"
+    methods = [
+        Method("judged", at["clean"], rule={"trained": at["asked"], "init_args": {"threshold": 0.7}}),
+        Method("judged_by_name", at["clean"], rule=at["asked"]), Method("typical", at["clean"], rule="typical"),
+        Method("rest", {"class_path": rest, "init_args": {"datastore": at["asked_store"]}}),
+        Method("rasd", {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["clean_store"]}}),
+        Method("assisted", decoder={"class_path": "eval.baselines.HuggingFaceAssisted",
+                                    "init_args": {"assistant": at["asked"]}}),
+        Method("untold", {"class_path": rasd, "init_args": {"datastore": at["untold"]}}),
+        Method("partly", {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["untold"]}}),
+        Method("lookup", {"class_path": "modules.training_free.prompt_lookup.PromptLookup"})]
+    target = tiny_target()
+    rows = [Row(one.name, SpeculativeDecoder(target), target, Sampling(), "plain") for one in methods]
+    note_overlaps(rows, methods, TASKS)
+    found = {row.name: row.quality.get(KEY) for row in rows}
+    assert all(found[name]["found"] == ["t/0"] for name in ("judged", "judged_by_name", "rest", "rasd", "assisted"))
+    assert found["judged"]["data"] == "clean.jsonl, asked.jsonl" and found["typical"]["found"] == []
+    assert found["lookup"] is None and "does not name what it was built from" in found["untold"]["skipped"]
+    line = overlap_lines([method("x", quality={KEY: found["partly"]})])[0]
+    assert "1 of 3 prompts" in line and "not all was searched, its datastore does not name" in line

@@ -1,9 +1,12 @@
 """The latency table covers the widths asked for and turns into break-even points."""
 
+import platform
+
 import pytest
 import torch
 
-from modules.decoding.latency import LatencyTable, measure_latency, stock_step
+from modules.decoding import latency
+from modules.decoding.latency import LatencyTable, measure_latency, processor_name, stock_step, stored_latency
 from tests.fakes import tiny_target
 
 
@@ -32,3 +35,16 @@ def test_break_even_counts_drafting():
     table = LatencyTable(256, {1: 0.05, 4: 0.06})
     assert table.break_even(4) == pytest.approx(1.2)
     assert table.break_even(4, draft_seconds=0.015) == pytest.approx(1.5)
+
+
+def test_stored_times_belong_to_the_processors_model(tmp_path, monkeypatch):
+    """A cache that machines share must not serve one's times to another of the same architecture."""
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nmodel name\t: Vendor Chip 7 @ 3.0GHz\nmodel name\t: Vendor Chip 7 @ 3.0GHz\n")
+    assert processor_name(told) == f"{platform.machine()} Vendor Chip 7 @ 3.0GHz"
+    assert processor_name(tmp_path / "none").startswith(platform.machine())
+    target = tiny_target()
+    for name in ("x86_64 One 1/2", "x86_64 Another"):
+        monkeypatch.setattr(latency, "processor_name", lambda name=name: name)
+        stored_latency(target, tmp_path / "kept", widths=(1,), repeats=1)
+    assert len(list((tmp_path / "kept").iterdir())) == 2

@@ -41,10 +41,12 @@ def text_state(text: list[int]) -> TextState:
     return state
 
 
-def test_the_longest_ngram_wins_and_of_equals_the_latest() -> None:
+def test_the_longest_ngram_wins_and_of_equals_the_latest_that_a_whole_draft_follows() -> None:
+    """A text that goes round is drafted as far as it is known, not only to its period."""
     lookup = PromptLookup(TARGET.shape, longest=2, tokens=3)
     for text, expected in (([1, 2, 50, 9, 2, 60, 61, 62, 63, 1, 2], [50, 9, 2]), ([5, 10, 5, 11, 12, 5], [11, 12, 5]),
-                           ([1, 2, 3, 4], []), ([6, 6, 6, 6], [6])):
+                           ([1, 2, 3, 4], []), ([6, 6, 6, 6], [6, 6]), ([6] * 9, [6] * 3),
+                           ([7, 5, 8, 9, 7, 5, 8, 4, 7, 5], [8, 4, 7]), ([5, 1, 5, 2, 5], [1, 5, 2])):
         assert lookup.propose(text_state(text), 3).tokens_BN[0, 1:].tolist() == expected
 
 

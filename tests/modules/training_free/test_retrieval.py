@@ -100,6 +100,15 @@ def test_rest_drafts_the_commonest_continuation_and_nothing_where_nothing_is_kno
     assert drafter.propose(drafter.start(context([101, 102])), 3).size == 1
 
 
+def test_of_many_occurrences_those_read_are_spread_evenly(tmp_path: Path) -> None:
+    """Suffixes stand in the order of the ids that follow: the first ones would be the lowest ids, however rare."""
+    Datastore.build([[7, 8, 10], [7, 8, 11], *[[7, 8, 90]] * 18], TARGET.shape.vocab_size).save(tmp_path)
+    found = Rest(TARGET.shape, str(tmp_path), hits=5).retrieve([3, 7, 8], 3)
+    assert found[0] == ([90], 4) and found[1] == ([10], 1)
+    assert dict((tuple(path), count) for path, count in Rest(TARGET.shape, str(tmp_path)).retrieve([3, 7, 8], 3)) == {
+        (90,): 18, (10,): 1, (11,): 1}
+
+
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
 @pytest.mark.parametrize("name", ["suffix", "rest", "rest_wide"])
 def test_greedy_output_is_the_targets_own(name: str, prompts, folder: str) -> None:
