@@ -26,7 +26,7 @@ from data.configfiles import parse, run
 from modules.core import losses
 from modules.core.loading import load_target
 from train.cli import make_parser, recipe_of
-from train.plan import GIB, measure, memory, processes
+from train.plan import GIB, in_effect, measure, memory, processes
 from train.run import Place, build, train
 
 HIDDEN, VOCABULARY, ROWS = 576, 49152, (2048, 8192)
@@ -108,7 +108,8 @@ def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
         train(recipe, Place(Path(folder) / "run"), target)
     size = measure(build(recipe, target), target, recipe.data.rows, recipe.data.max_length,
                    recipe.trainer.activation_checkpointing)
-    planned = memory(size, recipe.trainer.strategy, recipe.trainer.precision, processes(recipe.trainer)).total
+    settings = recipe.trainer
+    planned = memory(size, in_effect(settings.strategy, settings), settings.precision, processes(settings)).total
     return {"measured": peak.bytes - before, "planned": planned}
 
 
