@@ -35,7 +35,7 @@ def launch(folder: Path, mode: str) -> list[tuple[int, str]]:
     command = [sys.executable, "-m", "tests.train.deepspeed_worker", str(folder), mode]
     running = [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=600)[1] for process in running]
+    said = [process.communicate(timeout=1200)[1] for process in running]
     return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
 
 
