@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -14,6 +15,8 @@ from modules.core.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, ProbeSettings
+
+logger = logging.getLogger(__name__)
 
 PROBE = "probe/tau"
 
@@ -75,17 +78,20 @@ class Terminated(Exception):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, at the end of training and on SIGTERM too.
+    """Keeps `last.ckpt`, at the end of training and on SIGTERM too, between two optimiser steps only.
 
-    A scheduler's SIGTERM to any of the processes ends the training after the batch under way on all of them, with
-    everything saved: one more all-reduce of a flag per batch.
+    A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the batches before it.
+    A scheduler's SIGTERM to any of the processes ends the training after the optimiser step under way on all of them,
+    with everything saved: one more all-reduce of a flag per optimiser step.
     """
 
-    _signalled = False
+    _signalled = _due = False
+    _between_steps, _step = True, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on SIGTERM is remembered."""
         super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._remember)
 
@@ -95,12 +101,35 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         """Save when it is time to, and for the last time when the process is to end."""
+        self._between_steps, self._step = trainer.global_step > self._step, trainer.global_step
+        if not self._between_steps:
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._due:
+            self._due = False
+            super().on_validation_end(trainer, pl_module)
         if trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
             assert self.dirpath is not None
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
             raise Terminated(f"stopped by SIGTERM after step {trainer.global_step}, all of it saved: go on with "
                              "--resume last")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, or do so after the optimiser step under way."""
+        if self._between_steps:
+            super().on_validation_end(trainer, pl_module)
+        else:
+            self._due = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell where it stands, of `best.ckpt` too, which holds the weights that were validated, whenever that was."""
+        checkpoint["between_steps"] = self._between_steps
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say so where gradients are missing."""
+        if not checkpoint.get("between_steps", True) and trainer.is_global_zero:
+            logger.warning("the checkpoint is of step %d, in the middle of an accumulation: the gradients of the "
+                           "batches since that step are lost", checkpoint["global_step"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights that training ended on."""

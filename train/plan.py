@@ -8,7 +8,6 @@ too (Rajbhandari et al. 2020, section 3). The target is replicated: F times the 
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 
 from data.features import state_bytes
+from modules.core.adapters import Adapters
 from modules.core.batches import StateName
+from modules.core.host import available_memory
 from modules.core.losses import MAX_LAWS, MAX_LOGITS
 from modules.core.trainable import TargetShape, Trainable
 from modules.feature_drafters.feature_drafter import MAX_SCORES, FeatureDrafter
@@ -26,6 +27,11 @@ from train.settings import DEEPSPEED, TrainerSettings
 GIB = 2 ** 30
 VALUES_PER_STEP = 16
 """Values of width H that a draft step keeps per token for its backward pass: an estimate, on the high side."""
+HIDDEN_PER_LAYER, INNER_PER_LAYER = 11, 4
+"""Values of the hidden and of the feed-forward width that a decoder layer keeps per token for its backward pass:
+counted on Llama's, 10.4 and 4 where all of it learns, 8.6 and 4 where adapters do."""
+HIDDEN_PER_DROPOUT, INNER_PER_DROPOUT = 7.5, 1.25
+"""The same, of adapters with dropout besides: their own inputs, and masks of a byte."""
 ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
 """What to try, in this order, where a strategy does not fit."""
 
@@ -37,7 +43,8 @@ class Size:
     trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one process, padding
     included. steps: draft steps that are trained. width: logits per row. names: states that the loss reads. row: tokens
     of a row. own_head: an LM head that learns. soft: the target's laws are learnt. hanging: EAGLE's training attention.
-    recomputed: activations are not kept.
+    recomputed: activations are not kept. sides: rows that belong together (2 of a pair). deep: values per token that
+    decoder layers which run with a gradient keep: the target's under adapters, or a language model's.
     """
 
     trainable: int
@@ -53,6 +60,8 @@ class Size:
     soft: bool = False
     hanging: bool = False
     recomputed: bool = False
+    sides: int = 1
+    deep: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,13 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     shares = [world if stage >= least else 1 for least in (3, 2, 1)]
     each = (parameters, gradients, optimiser)
     parts = [size.trainable * part / share for part, share in zip(each, shares, strict=True)]
-    value = 2 if precision.startswith(("16", "bf16")) else 4
+    value = 2 if precision.startswith(("16", "bf16")) else 8 if precision.startswith("64") else 4
+    wide = 2 if value == 8 else 1
     hidden = size.tokens * size.shape.hidden_size
     running = size.target_bytes * size.tokens * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
     activations = value * VALUES_PER_STEP * (1 if size.recomputed else size.steps) * hidden
-    activations += logit_bytes(size) + score_bytes(size) + max(running, 4 * size.tokens * size.row)
+    activations += wide * (logit_bytes(size) + score_bytes(size)) + max(running, 4 * size.tokens * size.row)
+    activations += max(value, size.target_bytes) * size.deep * size.tokens
     return Memory(size.frozen * size.target_bytes, parts[0], parts[1], 0.0 if offload else parts[2], activations,
                   value * hidden * len(size.names), parts[2] if offload else 0.0)
 
@@ -123,10 +134,30 @@ def measure(trainable: Trainable, target: Any, rows: int, length: int, recompute
     width = int(arguments.get("draft_vocabulary") or target.shape.vocab_size)
     own_head = any(tuple(parameter.shape) == (width, target.shape.hidden_size)
                    for parameter in trainable.declared_parameters())
-    return Size(own, sum(parameter.numel() for parameter in target.parameters()), dtype.itemsize, rows * length,
+    sides = 2 if trainable.batch_kind == "preference" else 1
+    return Size(own, sum(parameter.numel() for parameter in target.parameters()), dtype.itemsize, sides * rows * length,
                 int(getattr(trainable, "draft_steps", 1)), target.shape,
                 width, trainable.training_states, length, own_head, bool(getattr(trainable, "soft_labels", False)),
-                isinstance(trainable, FeatureDrafter), recomputed)
+                isinstance(trainable, FeatureDrafter), recomputed, sides, deep_values(trainable, target, recomputed))
+
+
+def deep_values(trainable: Trainable, target: Any, recomputed: bool = False) -> float:
+    """Values per token that decoder layers keep which run with a gradient; 0 of a component without such layers.
+
+    Recomputed layers keep their inputs, and one of them at a time the rest. The target's layers under adapters are the
+    target's own, which are not recomputed.
+    """
+    adapters = next((part for part in trainable.modules() if isinstance(part, Adapters)), None)
+    model = target if adapters is not None else getattr(trainable, "language_model", None)
+    if model is None:
+        return 0.0
+    shape = model.shape
+    each = HIDDEN_PER_LAYER * shape.hidden_size + INNER_PER_LAYER * shape.intermediate_size
+    if adapters is None:
+        return each + shape.num_layers * shape.hidden_size if recomputed else float(each * shape.num_layers)
+    if adapters.dropout:
+        each += HIDDEN_PER_DROPOUT * shape.hidden_size + INNER_PER_DROPOUT * shape.intermediate_size
+    return float(each * shape.num_layers)
 
 
 def processes(settings: TrainerSettings) -> int:
@@ -145,8 +176,17 @@ def available(settings: TrainerSettings) -> float:
     """Bytes for one process: of the GPU, or of its share of the host's free memory."""
     if _on_gpu(settings):
         return float(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free / max(1, processes(settings) // settings.num_nodes)
+    return available_memory() / max(1, processes(settings) // settings.num_nodes)
+
+
+def in_effect(strategy: str, settings: TrainerSettings) -> str:
+    """A strategy as this machine runs it: on a CPU there is nowhere to offload to."""
+    return strategy if _on_gpu(settings) else strategy.removesuffix("_offload")
+
+
+def alternatives(settings: TrainerSettings) -> list[str]:
+    """`ALTERNATIVES` that differ from one another on this machine."""
+    return list(dict.fromkeys(in_effect(name, settings) for name in ALTERNATIVES))
 
 
 def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
@@ -156,15 +196,16 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
         ValueError: more memory than `room` bytes per device is needed.
     """
     world = processes(settings)
-    needed = memory(size, settings.strategy, settings.precision, world).total
+    strategy = in_effect(settings.strategy, settings)
+    needed = memory(size, strategy, settings.precision, world).total
     if needed <= room:
         return
-    tried = [(name, settings.precision) for name in ALTERNATIVES if world > 1 or name.endswith("offload")]
-    tried = [(settings.strategy, "bf16-mixed"), *tried, *((name, "bf16-mixed") for name, _ in tried)]
+    tried = [(name, settings.precision) for name in alternatives(settings) if world > 1 or name.endswith("offload")]
+    tried = [(strategy, "bf16-mixed"), *tried, *((name, "bf16-mixed") for name, _ in tried)]
     fix = next((f"set trainer.strategy {name} and trainer.precision {precision}" for name, precision in tried
                 if memory(size, name, precision, world).total <= room), None)
-    smaller = replace(size, tokens=size.row)
-    if fix is None and memory(smaller, settings.strategy, settings.precision, world).total <= room:
+    smaller = replace(size, tokens=size.row * size.sides)
+    if fix is None and memory(smaller, strategy, settings.precision, world).total <= room:
         fix = "lower data.rows and raise trainer.accumulate_grad_batches"
     fix = fix or _shorter_rows(size, settings, world, room) or "use a smaller target, or a 16-bit dtype for it"
     raise ValueError(f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
@@ -175,8 +216,8 @@ def _shorter_rows(size: Size, settings: TrainerSettings, world: int, room: float
     """The fix that names the greatest half, quarter, … of the rows' length that fits."""
     lengths = [size.row >> halvings for halvings in range(1, size.row.bit_length()) if size.row >> halvings >= least]
     fits = (length for length in lengths if memory(
-        replace(size, tokens=size.tokens * length // size.row, row=length), settings.strategy, settings.precision,
-        world).total <= room)
+        replace(size, tokens=size.tokens * length // size.row, row=length), in_effect(settings.strategy, settings),
+        settings.precision, world).total <= room)
     length = next(fits, None)
     return None if length is None else f"lower data.max_length to {length}"
 
@@ -202,8 +243,8 @@ def described(size: Size, settings: TrainerSettings, room: float) -> list[str]:
              f"free per device       {room / GIB:.2f} GiB", "",
              f"GiB per device, {settings.precision}, by arithmetic:",
              f"  {'strategy':<20} target  weights  gradients  optimiser  activations  features   total  host"]
-    for name in dict.fromkeys((settings.strategy, "deepspeed_1", *ALTERNATIVES)):
-        each = memory(size, name, settings.precision, world)
+    for name in dict.fromkeys((settings.strategy, "deepspeed_1", *alternatives(settings))):
+        each = memory(size, in_effect(name, settings), settings.precision, world)
         chosen = "*" if name == settings.strategy else " "
         lines.append(f"{chosen} {name:<20} {each.target / GIB:6.2f}  {each.parameters / GIB:7.2f}  "
                      f"{each.gradients / GIB:9.2f}  {each.optimiser / GIB:9.2f}  {each.activations / GIB:11.2f}  "

@@ -6,6 +6,7 @@ The frozen target is no part of the module that a strategy wraps: it is replicat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -100,12 +101,34 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
             for key in _MOMENTS:
                 self._scatter(parameter, saved["state"][index][key], key)
 
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Lightning decides where an optimiser step is, as under every other strategy: DeepSpeed's own count goes on
+        from one epoch to the next, and takes no step with the batches that are left over at an epoch's end."""
+        return False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell DeepSpeed whether an optimiser step follows this batch."""
+        loop = cast(Any, self.lightning_module).trainer.fit_loop
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
+
+    def block_backward_sync(self) -> Any:
+        """Batches that accumulate are nothing special: DeepSpeed knows from the boundary what to exchange."""
+        return nullcontext()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **options: Any) -> Tensor:
+        """Gradients; Lightning has divided the loss by the number of batches that are accumulated already."""
+        loss = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **options)
+        if not self.deepspeed_engine.is_gradient_accumulation_boundary():
+            self.deepspeed_engine.step()
+        return loss
+
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any) -> Any:
         """A step, or none where its gradient is not finite: DeepSpeed finds that out by itself, at every precision."""
-        boundary = self.deepspeed_engine.is_gradient_accumulation_boundary()
         output = super().optimizer_step(optimizer, closure, model, **options)
-        if boundary:
-            cast(Any, self.lightning_module).count_update(self.deepspeed_engine.was_step_applied())
+        cast(Any, self.lightning_module).count_update(self.deepspeed_engine.was_step_applied())
         return output
 
     # -- DeepSpeed's parts ------------------------------------------------------------------------------------
@@ -220,6 +243,9 @@ def _share(value: Tensor, rank: int, world: int) -> Tensor:
 def strategy_named(name: str, accelerator: str) -> str | Strategy:
     """A strategy for Lightning's Trainer.
 
+    Offloaded states are stepped by the same `torch.optim.AdamW`, on the host: DeepSpeed asks for its own compiled one
+    unless told not to insist. Offloading has not been run on a GPU.
+
     Args:
         name: `deepspeed_1`, `deepspeed_2`, `deepspeed_3` (ZeRO stages; with `_offload`, the optimiser's state lives in
             host memory), or one of Lightning's own names.
@@ -232,5 +258,7 @@ def strategy_named(name: str, accelerator: str) -> str | Strategy:
     options: dict[str, Any] = {"stage": int(found[1]), "logging_batch_size_per_gpu": 1,
                                "offload_optimizer": cuda and bool(found[2])}
     if cuda:
-        return ConsolidatedDeepSpeedStrategy(**options)
+        strategy = ConsolidatedDeepSpeedStrategy(**options)
+        cast(Any, strategy.config)["zero_force_ds_cpu_optimizer"] = False
+        return strategy
     return CpuDeepSpeedStrategy(**options, process_group_backend="gloo")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from modules.core.host import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -131,22 +132,12 @@ def use_narrow_linears(model: nn.Module) -> None:
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     needed = sum(module.weight.nbytes for module in linears if _packable(module.weight))
-    if needed > _available_memory():
+    if needed > available_memory():
         logger.warning("packed copies of the linear layers would take %.1f GiB more memory than is free: verification "
                        "of few rows stays slow", needed / 2**30)
         return
     for module in linears:
         module.__class__ = NarrowLinear
-
-
-def _available_memory() -> int:
-    """Bytes that can be had here, reclaimable caches included; without limit where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return 1 << 62 if found is None else int(found.split()[1]) * 1024
 
 
 # -- norms ------------------------------------------------------------------------------------------------------

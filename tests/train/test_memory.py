@@ -37,3 +37,33 @@ def test_a_peak_is_forgotten_and_found_again():
 def test_a_failed_measurement_is_one_line():
     with pytest.raises(ValueError, match="measuring --of-head x naive failed: .*invalid literal"):
         memory._fresh(["--of-head", "x", "naive"])
+
+
+def test_a_learning_head_is_asked_for_by_name_and_gets_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_fresh", lambda arguments: asked.append(arguments) or {"bytes": 1.0, "seconds": 1.0})
+    monkeypatch.setattr(memory, "ROWS", (64,))
+    assert memory.head_table(learning=True)[0].startswith("learning LM head")
+    assert [arguments[1:] for arguments in asked] == [["64", "naive", "learning"], ["64", "chunked", "learning"]]
+
+
+def test_lengths_are_measured_one_by_one_beside_the_plan(monkeypatch, capsys):
+    asked = []
+
+    def fresh(arguments):
+        asked.append(arguments[1:])
+        return {"measured": 2.0 * 2 ** 30, "planned": 2.2 * 2 ** 30}
+
+    monkeypatch.setattr(memory, "_fresh", fresh)
+    given = ["--config", "clover.yaml", "--lengths", "[1024,2048]", "--trainer.activation_checkpointing", "true"]
+    assert memory.command(given) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [f"| {length} | 2.00 | 2.20 | +10% |" for length in
+                                                        ("1,024", "2,048")]
+    kept = ["--config", "clover.yaml", "--trainer.activation_checkpointing", "true", "--data.max_length"]
+    assert asked == [[*kept, "1024"], [*kept, "2048"]]
+
+
+@pytest.mark.parametrize("given", ["1024", "[]", "[0]", "[a]", "[1.5]"])
+def test_lengths_that_are_none_are_refused(given):
+    with pytest.raises(ValueError, match="give tokens of a row as a list"):
+        memory.asked_lengths(["--config", "clover.yaml", "--lengths", given])

@@ -8,13 +8,29 @@ import pytest
 import torch
 
 from data.configfiles import run as one_line_run
+from modules.alignment.dpo import DPO
 from modules.core.losses import MAX_LOGITS
 from modules.feature_drafters.eagle3 import Eagle3
 from modules.feature_drafters.feature_drafter import MAX_SCORES
 from modules.heads.medusa import Medusa
-from tests.fakes import tiny_target
+from modules.heads.medusa2 import Medusa2
+from modules.language_models.independent import Independent
+from tests.fakes import tiny_batch, tiny_target
 from train.cli import command
-from train.plan import GIB, Size, check_disk, check_fits, logit_bytes, measure, memory, score_bytes
+from train.plan import (
+    GIB,
+    Size,
+    alternatives,
+    available,
+    check_disk,
+    check_fits,
+    deep_values,
+    in_effect,
+    logit_bytes,
+    measure,
+    memory,
+    score_bytes,
+)
 from train.settings import TrainerSettings
 
 TARGET = tiny_target(dtype=torch.float32)
@@ -30,7 +46,16 @@ def test_bytes_per_parameter_on_four_processes(strategy: str, precision: str, ex
     found = memory(SIZE, strategy, precision, world=4)
     parts = (found.parameters, found.gradients, found.optimiser, found.host)
     assert tuple(part / SIZE.trainable for part in parts) == expected
-    assert found.target == 14e9 and found.features == SIZE.tokens * 32 * (2 if "bf16" in precision else 4)
+    value = {"bf16-mixed": 2, "32-true": 4, "64-true": 8}[precision]
+    assert found.target == 14e9 and found.features == SIZE.tokens * 32 * value
+
+
+def test_double_precision_takes_twice_the_activations() -> None:
+    small = replace(SIZE, target_bytes=8, deep=100.0)
+    single, double = (memory(replace(small, target_bytes=width), "auto", precision, 1)
+                      for width, precision in ((4, "32-true"), (8, "64-true")))
+    running = 4 * SIZE.tokens * SIZE.row
+    assert double.activations - running == 2 * (single.activations - running)
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
@@ -78,9 +103,10 @@ def test_the_command_prints_and_stops(recipe, tmp_path, monkeypatch, capsys) -> 
                  str(tmp_path / "features"), "--data.features_dtype", "int8", "--trainer.devices", "2"]
     assert command(arguments) == 0
     said = capsys.readouterr().out
-    for words in ("trainable parameters  5,184", "tokens per step       256", "deepspeed_3_offload", "feature cache",
+    for words in ("trainable parameters  5,184", "tokens per step       256", "deepspeed_3 ", "feature cache",
                   "* auto"):
         assert words in said
+    assert "offload" not in said, "on a CPU it changes nothing"
     assert not (tmp_path / "run").exists() and not (tmp_path / "features").exists()
     monkeypatch.setattr("train.cli.outline", lambda *_: TARGET)
     monkeypatch.setattr("train.plan.available", lambda _: 1.0)
@@ -104,3 +130,59 @@ def test_what_a_component_keeps_is_read_from_it() -> None:
     eagle, heads = Eagle3(TARGET.shape, draft_vocabulary=48), Medusa(TARGET.shape, 2, lm_head="shared")
     sizes = [measure(one, TARGET, rows=1, length=64) for one in (eagle, heads)]
     assert [(size.own_head, size.soft, size.hanging) for size in sizes] == [(True, True, True), (False, False, False)]
+
+
+def test_free_memory_counts_what_the_system_can_give_back(monkeypatch, tmp_path) -> None:
+    (tmp_path / "meminfo").write_text("MemFree:  100 kB\nMemAvailable:  4000 kB\n")
+    monkeypatch.setattr("modules.core.host.MEMORY", tmp_path / "meminfo")
+    assert available(TrainerSettings(accelerator="cpu", devices=4)) == 1000 * 1024
+    monkeypatch.setattr("modules.core.host.MEMORY", tmp_path / "none")
+    assert available(TrainerSettings(accelerator="cpu")) == 1 << 62
+
+
+def test_on_a_cpu_offloading_saves_nothing_and_is_not_recommended() -> None:
+    settings = TrainerSettings(accelerator="cpu", devices=4, strategy="deepspeed_2_offload")
+    room = memory(SIZE, "deepspeed_2_offload", "32-true", 4).total + 1
+    assert in_effect("deepspeed_2_offload", settings) == "deepspeed_2" and alternatives(settings) == [
+        "deepspeed_2", "deepspeed_3"]
+    with pytest.raises(ValueError, match="needs .* GiB .*: (?!.*offload)"):
+        check_fits(SIZE, settings, room)
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes kept for a backward pass, weights left out."""
+
+    def __init__(self, weights) -> None:
+        self.weights, self.found, self.alive = {weight.data_ptr() for weight in weights}, {}, []
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.found[storage.data_ptr()] = storage.nbytes()
+        self.alive.append(tensor)
+        return tensor
+
+
+@pytest.mark.parametrize("component", [Independent(TARGET.shape, layers=2), DPO(TARGET.shape, 2, 4.0, 0.0, 0.1),
+                                       DPO(TARGET.shape, 2, 4.0, 0.1, 0.1)])
+def test_layers_that_run_with_a_gradient_are_counted(component) -> None:
+    """Within a third of what autograd keeps, on the high side but for a few percent."""
+    if isinstance(component, Independent):
+        component.initialise(TARGET)
+    model = component.language_model if isinstance(component, Independent) else component.policy.twin(TARGET)
+    batch = tiny_batch(TARGET)
+    weights = [*component.parameters(), *model.parameters(), *model.buffers()]
+    kept = Kept(weights)
+    with kept:
+        model.features(batch, ("final",), gradient=True)
+    planned = 4 * deep_values(component, TARGET) * batch.input_ids.numel()
+    assert 0.9 < planned / sum(kept.found.values()) < 1.35
+
+
+def test_pairs_are_two_rows_and_components_without_layers_keep_none() -> None:
+    pairs = measure(DPO(TARGET.shape, 2, 4.0, 0.0, 0.1), TARGET, rows=3, length=64)
+    assert (pairs.tokens, pairs.sides) == (2 * 3 * 64, 2) and pairs.deep > 0
+    assert deep_values(Medusa(TARGET.shape, 2), TARGET) == 0 and deep_values(Medusa2(TARGET.shape, 2), TARGET) > 0
+    drafter = Independent(TARGET.shape, layers=2)
+    assert deep_values(drafter, TARGET, recomputed=True) == deep_values(drafter, TARGET) / 2 + 2 * 32

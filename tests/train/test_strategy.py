@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ def test_deepspeed_is_named_by_its_stage_and_everything_else_is_lightnings():
     assert strategy_named("ddp", "auto") == "ddp"
     found = strategy_named("deepspeed_2", "cpu")
     assert isinstance(found, CpuDeepSpeedStrategy) and found.root_device == torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_offloads_the_optimiser_that_the_module_has(stage, monkeypatch):
+    """What is asked of DeepSpeed where there is a GPU; the engine itself is not started."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config: Any = strategy_named(f"deepspeed_{stage}_offload", "cuda").config
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["zero_optimization"]["stage"] == stage and config["zero_force_ds_cpu_optimizer"] is False
+    plain: Any = strategy_named(f"deepspeed_{stage}", "cuda")
+    assert "offload_optimizer" not in plain.config["zero_optimization"]
 
 
 @pytest.fixture(scope="module")

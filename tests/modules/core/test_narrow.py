@@ -81,7 +81,7 @@ def test_the_measurement_runs():
 
 
 def test_without_memory_for_packed_copies_the_layers_stay_stock(monkeypatch, caplog):
-    monkeypatch.setattr(narrow, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(narrow, "available_memory", lambda: 1000)
     model = nn.Sequential(nn.Linear(256, 256))
     use_narrow_linears(model)
     assert type(model[0]) is nn.Linear and "more memory than is free" in caplog.text
