@@ -21,17 +21,18 @@ from modules.feature_drafters.eagle3 import Eagle3
 from modules.feature_drafters.falcon import Falcon
 from modules.feature_drafters.fspad import Fspad
 from modules.heads.clover import Clover
+from modules.heads.medusa import Medusa
 from modules.language_models.independent import Independent
 from modules.language_models.sorted import Sorted
 from modules.trees.paths import NAMED
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 
-EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2")},
+EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "eagle_int8")},
           **{name: (Fspad, {}) for name in ("fspad", "fspad_s1", "fspad_s2")},
           "fspad_nofs": (Fspad, {"feature_sampling": False}), "fspad_nopad": (Fspad, {"partial_alignment": False}),
           "eagle3": (Eagle3, {}), "eagle3_steps1": (Eagle3, {"steps": 1}),
-          "eagle3_onelayer": (Eagle3, {"fused_layers": [1]})}
+          "eagle3_onelayer": (Eagle3, {"fused_layers": [1]}), "medusa": (Medusa, {"heads": 3})}
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 FALCONS = {"falcon": {"block": 2}, "falcon_3": {"block": 3}, "falcon_4": {"block": 4},
            "falcon_no_glancing": {"glancing": 0.0}, "falcon_no_lstm": {"lstm": False},
@@ -93,7 +94,7 @@ def test_eagles_and_fspad_with_every_ablation_draft_the_same_kind_of_tree(tmp_pa
     rows = shipped("eagle", tmp_path, target)
     assert set(rows) == {"autoregressive", *EAGLES, "eagle_static", "eagle_reranked"}
     assert {row.budget for row in rows.values() if row.builder} == {7}
-    builders = [rows[name].decoder.builder for name in EAGLES]
+    builders = [rows[name].decoder.builder for name in EAGLES if name != "medusa"]
     assert len({(type(one), one.depth, one.width, one.least) for one in builders}) == 1
     static_and_exact(rows, "eagle", "eagle_static", "eagle_25")
     assert rows["eagle_reranked"].decoder.builder.least == 0
