@@ -56,7 +56,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     rows = x.numel() // x.shape[-1]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \
-            or x.dtype != weight.dtype or not packing_pays(rows, *weight.shape, weight.dtype):
+            or x.dtype != weight.dtype or not packing_pays(rows, weight.shape[0], weight.shape[1], weight.dtype):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 
