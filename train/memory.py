@@ -163,7 +163,9 @@ def _fresh(arguments: Sequence[str]) -> dict[str, float]:
 
 def command(arguments: Sequence[str]) -> int:
     """A table, or, in a process that another one started, figures as JSON."""
-    if arguments[:1] == [_HEAD]:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif arguments[:1] == [_HEAD]:
         print(json.dumps(head_figures(int(arguments[1]), arguments[2] == "chunked",
                                       arguments[3:] == ["learning"])))
     elif arguments[:1] == [_RECIPE]:

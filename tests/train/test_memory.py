@@ -67,3 +67,7 @@ def test_lengths_are_measured_one_by_one_beside_the_plan(monkeypatch, capsys):
 def test_lengths_that_are_none_are_refused(given):
     with pytest.raises(ValueError, match="give tokens of a row as a list"):
         memory.asked_lengths(["--config", "clover.yaml", "--lengths", given])
+
+
+def test_help_is_the_modules_own_text(capsys):
+    assert memory.command(["--help"]) == 0 and "--lengths" in capsys.readouterr().out
