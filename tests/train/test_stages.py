@@ -129,7 +129,8 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
 @pytest.mark.parametrize("config", ["relaxed", "judge", "judge_free"])
 def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     """The shipped rows, with a folder for each part that is to be trained first."""
-    runs = {"runs/clover": Clover(tiny.shape, heads=3, draft_vocabulary=64), "runs/judge": Judge(tiny.shape)}
+    clover = Clover(tiny.shape, heads=3, draft_vocabulary=64)
+    runs = {"runs/clover": clover, "runs/bench/clover": clover, "runs/judge": Judge(tiny.shape)}
     for name, component in runs.items():
         save_pretrained(component, tmp_path / name, Provenance.of(tiny))
     text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
