@@ -62,8 +62,8 @@ class Evaluation:
         draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the target's.
         dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
-        compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels); not yet
-            measured. Batches run uncompiled.
+        compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels).
+            Batches run uncompiled.
         threads: of the CPU; by default as torch chooses.
         seed: of sampling; every prompt has its own, the same for all methods.
     """
