@@ -58,7 +58,8 @@ bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
 	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
 		--output docs/benchmarks/sampled
-	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts embedded --limit 16 --batch_size '[1, 4, 16]' \
+	grep '"category": *"qa"' $(DATA) | head -n 16 > runs/bench/questions.jsonl
+	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts runs/bench/questions.jsonl --limit 16 --batch_size '[1, 4, 16]' \
 		--drafters $(BATCHED) --draft_precision bfloat16 --resume --output docs/benchmarks/batches
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)

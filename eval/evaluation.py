@@ -179,6 +179,8 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
         if skipped:
             console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
+        for line in small_batches(tasks, evaluation.batch_sizes):
+            console.print(line, style="yellow", highlight=False)
         settings = {**settings_of(evaluation, tasks), **({"processes": share.count} if share.count > 1 else {})}
         header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [*map(identify, rows)]}
         journal = Journal(share.journal(output / JOURNAL, resume), header, resume)
@@ -189,6 +191,13 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
         write(report, output, choose_sample(summaries, tasks))
         show(report, output, console)
     return share.agreed(report)
+
+
+def small_batches(tasks: Sequence[Task], sizes: Sequence[int]) -> list[str]:
+    """A line for each batch size that no task can fill, because a batch holds prompts of one task."""
+    most = max(len(task.prompts) for task in tasks)
+    return [f"batch_size {size}: no task has more than {most} prompts, so no batch is larger: raise --limit, or give a "
+            "file with more prompts of one task" for size in sizes if size > most]
 
 
 def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from eval.evaluation import small_batches
 from eval.harness import share
 from eval.methods import Method, build_rows
+from eval.tasks import Prompt, Task
 from eval.variants import vary
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder, Trace
@@ -72,3 +74,11 @@ def test_mistakes(tmp_path: Path, settings: dict[str, Any], words: str, capsys: 
     assert run("--config", config(tmp_path, [SCRIPTED, LOOKUP], **settings)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
+
+
+def test_a_batch_that_no_task_can_fill_is_told() -> None:
+    tasks = [Task(name, tuple(Prompt(str(i), name, ("?",)) for i in range(count)))
+             for name, count in (("one", 1), ("two", 2))]
+    assert small_batches(tasks, [1, 2]) == []
+    line, = small_batches(tasks, [1, 4])
+    assert line.startswith("batch_size 4: no task has more than 2 prompts") and "--limit" in line
