@@ -101,13 +101,16 @@ def test_deepspeed_on_two_processes_is_one_process_on_the_same_batches(trained, 
 def ended_as(run: Path, single: Path, since: int) -> None:
     """A broken run had the losses of the unbroken one from step `since` on, and ended with its weights.
 
-    These to 1e-5: Adam divides by the roots of small second moments, where another order of a sum shows (up to 4e-6,
-    and which elements differs by processor).
+    Of these 99 in 100 to 1e-6, and all to 1e-5: Adam divides by the roots of small second moments, where another order
+    of a sum shows in single elements (4e-6; in which ones differs by processor).
     """
     assert figures(run, "train/loss") == pytest.approx(figures(single, "train/loss")[since:], rel=1e-4)
     expected, found = (load_pretrained(each).state_dict() for each in (single, run))
+    close = []
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+        close.append(torch.isclose(found[name], tensor, rtol=1e-4, atol=1e-6).flatten())
+    assert torch.cat(close).float().mean() >= 0.99
 
 
 def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(folder, whole):
