@@ -61,9 +61,7 @@ class Eagle(FeatureDrafter):
     def start_layer(self, target: Target) -> None:
         """The target's last layer, without what it adds: that layer writes at the scale of states before the norm."""
         self.copy_layer(target)
-        assert self.layer.mlp is not None
-        nn.init.zeros_(self.attention.o_proj.weight)
-        nn.init.zeros_(self.layer.mlp.down_proj.weight)
+        adds_nothing(self.layer)
 
     def copy_layer(self, target: Target) -> None:
         """What the target's last layer has for this one."""
@@ -93,6 +91,13 @@ class Eagle(FeatureDrafter):
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""
         return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
+
+
+def adds_nothing(layer: DecoderLayer) -> None:
+    """Set what a layer adds to its input to 0."""
+    assert layer.self_attn is not None and layer.mlp is not None
+    nn.init.zeros_(layer.self_attn.o_proj.weight)
+    nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def uniform_noise(features_BTH: Tensor, half_width: float) -> Tensor:

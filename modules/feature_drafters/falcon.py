@@ -27,7 +27,7 @@ from modules.core.learned import DraftStep, LearnedDrafter, rows_at
 from modules.core.losses import Head, Laws, TrainingRows, greedy_tokens, training_rows
 from modules.core.recompute import recomputed
 from modules.core.trainable import Losses, TargetShape
-from modules.feature_drafters.eagle import feature_and_token_loss, uniform_noise
+from modules.feature_drafters.eagle import adds_nothing, feature_and_token_loss, uniform_noise
 from modules.feature_drafters.glancing import Documents, block_ends, random_phases, reveal, revealed_positions
 from modules.trees.dynamic import ThresholdTree
 
@@ -39,6 +39,9 @@ RECURRENT_LAYERS = 2
 
 class Recurrence(nn.Module):
     """An LSTM over embedding and feature side by side, whose memory is one tensor: hidden states, then cells.
+
+    It reads each half at a root mean square of 1: a model's features may be fifty times its embedding's size, and would
+    close all gates.
 
     Args:
         size: H.
@@ -56,6 +59,7 @@ class Recurrence(nn.Module):
         ones (forward and back, four documents of 170 to 400 tokens), and faster in float32 than under autocast.
         """
         hidden, cell = memory_BLH.transpose(0, 1).contiguous().chunk(2)
+        inputs_BNX = F.rms_norm(inputs_BNX.unflatten(-1, (2, -1)), hidden.shape[-1:]).flatten(-2)
         if counts_B is None:
             with torch.autocast("cpu", enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
@@ -124,6 +128,9 @@ class Falcon(LearnedDrafter):
     """LSTM over [e(x_{i+1}) ; f_i], then one decoder layer in which the k rows of a block see each other and everything
     before them (relaxed causal mask); frozen embedding and LM head.
 
+    The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has learnt
+    anything. The paper's layer reads the LSTM alone, whose outputs lie in ±1: `pass_through: false`.
+
     Loss: feature_weight · SmoothL1(f̂, f) + token_weight · CE((1 - hard_weight) p + hard_weight · argmax p, q), which
     differs from the paper's KL and CE by a constant, over all rows of whole blocks. In training a share
     λ = glancing · (1 - progress) of the mistakes of a first pass is revealed in the inputs of the second
@@ -134,7 +141,8 @@ class Falcon(LearnedDrafter):
         block: k, tokens drafted per pass.
         draft_vocabulary: how many token ids can be drafted; None for all.
         glancing: λ at the beginning (0: ablation, without glancing distillation).
-        lstm: False puts one linear layer in its place (ablation).
+        lstm: False leaves one linear layer, W (ablation).
+        pass_through: False lets the layer read the LSTM's output alone (the paper).
         relaxed_mask: False lets rows see only what stands before them (ablation).
         random_phase: let training blocks begin anywhere, as they do in decoding; False: at multiples of k (the paper).
         feature_weight: weight of the distance between drafted and true features.
@@ -150,9 +158,9 @@ class Falcon(LearnedDrafter):
     first_exponent = 0
 
     def __init__(self, shape: TargetShape, block: int = 2, draft_vocabulary: int | None = None, glancing: float = 0.4,
-                 lstm: bool = True, relaxed_mask: bool = True, random_phase: bool = True, feature_weight: float = 1.0,
-                 token_weight: float = 0.1, hard_weight: float = 0.1, noise: float = 0.1, dropout: float = 0.1,
-                 depth: int = 4, tree: list[list[int]] | str | None = "narrow") -> None:
+                 lstm: bool = True, pass_through: bool = True, relaxed_mask: bool = True, random_phase: bool = True,
+                 feature_weight: float = 1.0, token_weight: float = 0.1, hard_weight: float = 0.1, noise: float = 0.1,
+                 dropout: float = 0.1, depth: int = 4, tree: list[list[int]] | str | None = "narrow") -> None:
         if block < 1:
             raise ValueError(f"block must be at least 1 token per pass, got {block}")
         if not 0 <= glancing <= 1:
@@ -163,7 +171,8 @@ class Falcon(LearnedDrafter):
         self.noise = noise
         size = shape.hidden_size
         self.recurrence = Recurrence(size, dropout) if lstm else None
-        self.fc = None if lstm else nn.Linear(2 * size, size, bias=False)
+        self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
+        self.recall = nn.Linear(size, size, bias=False) if lstm and pass_through else None
         self.layer = DecoderLayer(shape, input_norm=False)
         if tree is None:
             self._builder = ThresholdTree(depth)
@@ -172,10 +181,13 @@ class Falcon(LearnedDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start the layer from the target's last, where it is of its kind; a linear layer passes features through."""
-        self.layer.copy_from(target)
+        """Pass features through at first, as EAGLE does; what the layer looks at starts as in the target's last."""
         if self.fc is not None:
             nn.init.eye_(self.fc.weight[:, self.shape.hidden_size:])
+        if self.recall is not None:
+            nn.init.zeros_(self.recall.weight)
+        self.layer.copy_from(target)
+        adds_nothing(self.layer)
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's frozen LM head on the draft vocabulary."""
@@ -197,10 +209,13 @@ class Falcon(LearnedDrafter):
         """The layer's inputs [B,N,H] at consecutive rows, and the memory behind them."""
         vectors = target.embed(tokens_BN).to(self.precision)
         inputs = torch.cat([vectors, features_BNH.to(self.precision)], dim=-1)
-        if self.fc is not None:
+        if self.recurrence is None:
+            assert self.fc is not None
             return self.fc(inputs), memory_BLH
-        assert self.recurrence is not None
-        return self.recurrence(inputs, memory_BLH, counts_B)
+        recalled, memory = self.recurrence(inputs, memory_BLH, counts_B)
+        if self.fc is None or self.recall is None:
+            return recalled, memory
+        return self.fc(inputs) + self.recall(recalled), memory
 
     # -- training ---------------------------------------------------------------------------------------------
 

@@ -260,7 +260,7 @@ def test_a_cycle_is_continued_after_any_prefix(block: int, monkeypatch) -> None:
 # -- decoding -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [{}, {"lstm": False}, {"relaxed_mask": False}])
+@pytest.mark.parametrize("arguments", [{}, {"lstm": False}, {"pass_through": False}, {"relaxed_mask": False}])
 @pytest.mark.parametrize("block", [1, 2, 3])
 @torch.no_grad()
 def test_every_pass_is_the_first_pass_of_a_longer_prefix(block: int, arguments) -> None:
@@ -372,9 +372,33 @@ def test_mistakes_are_one_line() -> None:
             Falcon(TARGET.shape, **arguments)
 
 
+@torch.no_grad()
+def test_features_pass_through_at_first() -> None:
+    """An untrained drafter puts out its own inputs, whatever their scale, up to the tokens' share."""
+    drafter, batch = falcon(shake=0.0), text(12)
+    filled(batch, drafter, TARGET)
+    assert drafter.fc is not None
+    features, following = drafter.inputs(batch)
+    drafter.fc.weight[:, :TARGET.shape.hidden_size] = 0
+    outputs = drafter.outputs(batch, TARGET, torch.tensor([5, 9]), features, following)
+    torch.testing.assert_close(outputs.flatten(0, 1), features[[4, 5, 8, 9]])
+
+
+@torch.no_grad()
+def test_the_recurrence_does_not_see_the_scale_of_what_it_reads() -> None:
+    recurrence = falcon().recurrence
+    assert recurrence is not None
+    given, memory = torch.randn(2, 5, 2 * TARGET.shape.hidden_size).double(), torch.zeros(2, 4, TARGET.shape.hidden_size).double()
+    scales = torch.cat([torch.full((TARGET.shape.hidden_size,), 7.0), torch.full((TARGET.shape.hidden_size,), 90.0)])
+    torch.testing.assert_close(recurrence(given * scales, memory), recurrence(given, memory), rtol=1e-5, atol=1e-5)
+
+
 def test_ablations_leave_out_what_they_say() -> None:
     size = TARGET.shape.hidden_size
-    assert falcon().fc is None and isinstance(falcon().recurrence, torch.nn.Module)
+    whole, papers = falcon(shake=0.0), falcon(pass_through=False)
+    assert whole.fc is not None and whole.recall is not None and whole.recurrence is not None
+    assert papers.fc is None and papers.recall is None and papers.recurrence is not None
+    assert not bool(whole.recall.weight.any()), "the recurrence adds nothing at first"
     linear = falcon(lstm=False, shake=0.0)
     assert linear.recurrence is None and linear.fc is not None
     assert torch.equal(linear.fc.weight[:, size:], torch.eye(size).double())
