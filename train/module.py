@@ -210,7 +210,7 @@ class TrainableModule(LightningModule):
         groups = [group for declared in self.trainable.parameter_groups() for group in decay_groups(declared, settings)]
         self.optimised = [parameter for group in groups for parameter in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]
-        optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
+        optimizer = adamw(groups, settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
 
     def _schedule(self, optimizer: Optimizer) -> LambdaLR:
@@ -250,6 +250,16 @@ def text_batches(batch: AnyBatch) -> Iterable[TextBatch]:
     if isinstance(batch, PreferenceBatch):
         return batch.chosen, batch.rejected
     return (batch.text,) if isinstance(batch, LabelledBatch) else (batch,)
+
+
+def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
+    """AdamW in one pass over each parameter, which on a CPU takes a fifth of the time of a loop over operations.
+
+    It could undo the scaling of float16's gradients itself, and Lightning would then refuse to clip them: it is told not to.
+    """
+    optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
