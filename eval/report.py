@@ -189,7 +189,8 @@ def caption(report: Mapping[str, Any]) -> str:
     targets = ", ".join(f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})" for one in report["targets"])
     tasks, limit = len(settings["tasks"]), settings["max_new_tokens"]
     asked = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
-    return f"{targets}; {asked}; {report['environment']['device']}, {counted(settings["threads"], "thread")}"
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    return f"{targets}; {asked}; {report['environment']['device']}, {threads}"
 
 
 # -- terminal -----------------------------------------------------------------------------------------------------
