@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -264,8 +265,9 @@ def _some(names: set[str], shown: int = 4) -> str:
 
 
 def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
-    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). Of a
-    quantised target only the name is compared: its weights are not those that anything was trained for."""
+    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). Of a target that
+    is quantised, or rounded to 16 bits, only the name is compared: its weights are not those that anything was trained
+    for, and verification makes up for what is lost."""
     binds_to = getattr(trainable, "binds_to", "weights")
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
@@ -277,7 +279,8 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
         raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
                          f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
-    if target.quantisation and trained_for["name"] == target.name:
+    rounded = target.quantisation or target.dtype.itemsize < torch.float32.itemsize
+    if rounded and trained_for["name"] == target.name:
         return
     if trained_for["fingerprint"] not in (None, target.fingerprint()):
         raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "

@@ -128,8 +128,8 @@ class Falcon(LearnedDrafter):
     """LSTM over [e(x_{i+1}) ; f_i], then one decoder layer in which the k rows of a block see each other and everything
     before them (relaxed causal mask); frozen embedding and LM head.
 
-    The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has learnt
-    anything. The paper's layer reads the LSTM alone, whose outputs lie in ±1: `pass_through: false`.
+    The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has
+    learnt anything. The paper's layer reads the LSTM alone, whose outputs lie in ±1: `pass_through: false`.
 
     Loss: feature_weight · SmoothL1(f̂, f) + token_weight · CE((1 - hard_weight) p + hard_weight · argmax p, q), which
     differs from the paper's KL and CE by a constant, over all rows of whole blocks. In training a share

@@ -386,10 +386,10 @@ def test_features_pass_through_at_first() -> None:
 
 @torch.no_grad()
 def test_the_recurrence_does_not_see_the_scale_of_what_it_reads() -> None:
-    recurrence = falcon().recurrence
+    recurrence, size = falcon().recurrence, TARGET.shape.hidden_size
     assert recurrence is not None
-    given, memory = torch.randn(2, 5, 2 * TARGET.shape.hidden_size).double(), torch.zeros(2, 4, TARGET.shape.hidden_size).double()
-    scales = torch.cat([torch.full((TARGET.shape.hidden_size,), 7.0), torch.full((TARGET.shape.hidden_size,), 90.0)])
+    given, memory = torch.randn(2, 5, 2 * size).double(), torch.zeros(2, 4, size).double()
+    scales = torch.tensor([7.0, 90.0]).repeat_interleave(size)
     torch.testing.assert_close(recurrence(given * scales, memory), recurrence(given, memory), rtol=1e-5, atol=1e-5)
 
 
