@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -40,6 +41,8 @@ from modules.core.trainable import TargetShape, Trainable
 
 if TYPE_CHECKING:
     from modules.core.target import Target
+
+logger = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -265,9 +268,9 @@ def _some(names: set[str], shown: int = 4) -> str:
 
 
 def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
-    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). Of a target that
-    is quantised, or rounded to 16 bits, only the name is compared: its weights are not those that anything was trained
-    for, and verification makes up for what is lost."""
+    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). A target that is
+    quantised, or has 16 bits, may have the weights in rounded form: by its name it is taken, with a warning. (A lossy
+    rule, a judge, is better calibrated on the very target that it serves.)"""
     binds_to = getattr(trainable, "binds_to", "weights")
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
@@ -279,12 +282,14 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
         raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
                          f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
-    rounded = target.quantisation or target.dtype.itemsize < torch.float32.itemsize
-    if rounded and trained_for["name"] == target.name:
+    named = trained_for["name"] == target.name
+    if named and target.quantisation or trained_for["fingerprint"] in (None, target.fingerprint()):
         return
-    if trained_for["fingerprint"] not in (None, target.fingerprint()):
+    if not named or target.dtype.itemsize >= torch.float32.itemsize:
         raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
                          f"{target.fingerprint()}: train it for this target")
+    logger.warning("%s other weights than it has at %s: taken for the same ones, rounded", told,
+                   str(target.dtype).removeprefix("torch."))
 
 
 def warm_start(trainable: Trainable, name: str | Path) -> None:

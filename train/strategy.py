@@ -95,7 +95,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
             return
         for flat in self._flat_parts():
             blank = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            base.state[flat] = {"step": saved["state"][0]["step"].clone(), **blank}
+            base.state[flat] = {"step": saved["state"][0]["step"].to(flat.device, copy=True), **blank}
         self._link_optimiser_state()
         for index, parameter in enumerate(self._optimised):
             for key in _MOMENTS:

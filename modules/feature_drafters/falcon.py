@@ -40,16 +40,16 @@ RECURRENT_LAYERS = 2
 class Recurrence(nn.Module):
     """An LSTM over embedding and feature side by side, whose memory is one tensor: hidden states, then cells.
 
-    It reads each half at a root mean square of 1: a model's features may be fifty times its embedding's size, and would
-    close all gates.
-
     Args:
         size: H.
         dropout: between its layers, in training.
+        unit_scale: read each half at a root mean square of 1: a model's features may be fifty times its embedding's
+            size, and would close all gates.
     """
 
-    def __init__(self, size: int, dropout: float) -> None:
+    def __init__(self, size: int, dropout: float, unit_scale: bool) -> None:
         super().__init__()
+        self.unit_scale = unit_scale
         self.lstm = nn.LSTM(2 * size, size, RECURRENT_LAYERS, batch_first=True, dropout=dropout)
 
     def forward(self, inputs_BNX: Tensor, memory_BLH: Tensor, counts_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,9 @@ class Recurrence(nn.Module):
         ones (forward and back, four documents of 170 to 400 tokens), and faster in float32 than under autocast.
         """
         hidden, cell = memory_BLH.transpose(0, 1).contiguous().chunk(2)
-        inputs_BNX = F.rms_norm(inputs_BNX.unflatten(-1, (2, -1)), hidden.shape[-1:]).flatten(-2)
+        if self.unit_scale:
+            halves_BN2H = inputs_BNX.unflatten(-1, (2, -1))
+            inputs_BNX = F.rms_norm(halves_BN2H, hidden.shape[-1:], eps=1e-6).flatten(-2)
         if counts_B is None:
             with torch.autocast("cpu", enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
@@ -129,7 +131,8 @@ class Falcon(LearnedDrafter):
     before them (relaxed causal mask); frozen embedding and LM head.
 
     The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has
-    learnt anything. The paper's layer reads the LSTM alone, whose outputs lie in ±1: `pass_through: false`.
+    learnt anything; the LSTM reads both at unit scale. The paper's layer reads the LSTM alone, whose outputs lie in ±1,
+    and the LSTM reads what it is given: `pass_through: false`.
 
     Loss: feature_weight · SmoothL1(f̂, f) + token_weight · CE((1 - hard_weight) p + hard_weight · argmax p, q), which
     differs from the paper's KL and CE by a constant, over all rows of whole blocks. In training a share
@@ -170,7 +173,7 @@ class Falcon(LearnedDrafter):
         self.feature_weight, self.token_weight, self.hard_weight = feature_weight, token_weight, hard_weight
         self.noise = noise
         size = shape.hidden_size
-        self.recurrence = Recurrence(size, dropout) if lstm else None
+        self.recurrence = Recurrence(size, dropout, pass_through) if lstm else None
         self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
         self.recall = nn.Linear(size, size, bias=False) if lstm and pass_through else None
         self.layer = DecoderLayer(shape, input_norm=False)
@@ -181,13 +184,14 @@ class Falcon(LearnedDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Pass features through at first, as EAGLE does; what the layer looks at starts as in the target's last."""
-        if self.fc is not None:
-            nn.init.eye_(self.fc.weight[:, self.shape.hidden_size:])
+        """Start the layer as the target's last, where it is of its kind; where features pass through, they alone do at
+        first, as in EAGLE."""
+        self.layer.copy_from(target)
         if self.recall is not None:
             nn.init.zeros_(self.recall.weight)
-        self.layer.copy_from(target)
-        adds_nothing(self.layer)
+        if self.fc is not None:
+            nn.init.eye_(self.fc.weight[:, self.shape.hidden_size:])
+            adds_nothing(self.layer)
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's frozen LM head on the draft vocabulary."""

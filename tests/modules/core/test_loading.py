@@ -88,11 +88,12 @@ def test_a_packed_target_says_so_and_takes_what_was_trained_for_it_unpacked() ->
         check_binding(drafter, {**trained_for, "name": "another"}, other, "runs/x")
 
 
-def test_a_target_rounded_to_16_bits_is_known_by_its_name() -> None:
+def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
     exact, rounded = tiny_target(dtype=torch.float32), tiny_target(dtype=torch.bfloat16)
     assert exact.fingerprint() != rounded.fingerprint()
     drafter, trained_for = Medusa(exact.shape, 1), {**Provenance.of(exact).target, "shape": vars(exact.shape)}
     check_binding(drafter, trained_for, rounded, "runs/x")
+    assert "other weights than it has at bfloat16" in caplog.text
     unlike = tiny_target(dtype=torch.float32, seed=1)
     for other, told in ((rounded, {**trained_for, "name": "another"}), (unlike, trained_for)):
         with pytest.raises(ValueError, match="train it for this target"):

@@ -391,6 +391,8 @@ def test_the_recurrence_does_not_see_the_scale_of_what_it_reads() -> None:
     given, memory = torch.randn(2, 5, 2 * size).double(), torch.zeros(2, 4, size).double()
     scales = torch.tensor([7.0, 90.0]).repeat_interleave(size)
     torch.testing.assert_close(recurrence(given * scales, memory), recurrence(given, memory), rtol=1e-5, atol=1e-5)
+    papers = falcon(pass_through=False).recurrence
+    assert papers is not None and not torch.allclose(papers(given * scales, memory)[0], papers(given, memory)[0])
 
 
 def test_ablations_leave_out_what_they_say() -> None:
