@@ -384,17 +384,6 @@ def test_features_pass_through_at_first() -> None:
     torch.testing.assert_close(outputs.flatten(0, 1), features[[4, 5, 8, 9]])
 
 
-@torch.no_grad()
-def test_the_recurrence_does_not_see_the_scale_of_what_it_reads() -> None:
-    recurrence, size = falcon().recurrence, TARGET.shape.hidden_size
-    assert recurrence is not None
-    given, memory = torch.randn(2, 5, 2 * size).double(), torch.zeros(2, 4, size).double()
-    scales = torch.tensor([7.0, 90.0]).repeat_interleave(size)
-    torch.testing.assert_close(recurrence(given * scales, memory), recurrence(given, memory), rtol=1e-5, atol=1e-5)
-    papers = falcon(pass_through=False).recurrence
-    assert papers is not None and not torch.allclose(papers(given * scales, memory)[0], papers(given, memory)[0])
-
-
 def test_ablations_leave_out_what_they_say() -> None:
     size = TARGET.shape.hidden_size
     whole, papers = falcon(shake=0.0), falcon(pass_through=False)
