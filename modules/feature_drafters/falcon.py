@@ -34,6 +34,7 @@ from modules.trees.dynamic import ThresholdTree
 if TYPE_CHECKING:
     from modules.core.target import Target
 
+
 @dataclass
 class Proposal:
     """What a proposal has computed so far; block 0 is the last of the prefix, every other one hangs off a node.

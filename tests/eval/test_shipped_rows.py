@@ -134,3 +134,13 @@ def test_aligned_drafters_beside_distillation_alone(tmp_path: Path) -> None:
     rows = shipped("aligned", tmp_path, target)
     assert len(rows) == 7 and len({row.budget for row in rows.values() if row.builder}) == 1
     all_lossless(rows)
+
+
+def test_drawn_trees_fit_the_drafter_that_their_comment_trains(tmp_path: Path, monkeypatch) -> None:
+    """Clover's three heads; which size pays is not asked here."""
+    target = tiny_target()
+    saved(tmp_path, "clover", Clover(target.shape, heads=3), target)
+    monkeypatch.setattr("eval.methods.automatic_budget", lambda *_: 6)
+    rows = shipped("drawn_trees", tmp_path, target)
+    assert len(rows) == 9 and rows["sequoia"].budget == 6
+    all_lossless(rows)
