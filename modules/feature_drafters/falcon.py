@@ -5,8 +5,8 @@ of a text are a block, and one pass over it drafts k tokens; a drafted path of k
 out with them are the next block.
 
 Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, N rows of one call, M training rows, K rows
-of a block, W frontier nodes, R rows of a proposal, C blocks of a proposal, A rows written ahead in a proposal, L
-memories of the recurrence, H hidden size, D draft vocabulary.
+of a block, W frontier nodes, A rows written ahead in a proposal, L memories of the recurrence, H hidden size, D draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,49 +28,12 @@ from modules.core.recompute import recomputed
 from modules.core.trainable import Losses, TargetShape
 from modules.feature_drafters.eagle import adds_nothing, feature_and_token_loss, uniform_noise
 from modules.feature_drafters.glancing import Documents, block_ends, random_phases, reveal, revealed_positions
-from modules.feature_drafters.recurrence import RECURRENT_LAYERS, Recurrence
+from modules.feature_drafters.proposal import Proposal
+from modules.feature_drafters.recurrence import RECURRENT_LAYERS, NewestRow, Recurrence
 from modules.trees.dynamic import ThresholdTree
 
 if TYPE_CHECKING:
     from modules.core.target import Target
-
-
-@dataclass
-class Proposal:
-    """What a proposal has computed so far; block 0 is the last of the prefix, every other one hangs off a node.
-
-    tokens_BR, parents_BR, blocks_BR: the rows handed to `expand`, and the block whose outputs each one's drafts are.
-    features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory behind them (flat).
-    above_BCA: which of the rows written ahead each block sees, its own included.
-    logits_BCKD: of the blocks of the last pass, which begin at `first`.
-    """
-
-    tokens_BR: Tensor
-    parents_BR: Tensor
-    blocks_BR: Tensor
-    features_BCKH: Tensor
-    memory_BCX: Tensor
-    above_BCA: Tensor
-    logits_BCKD: Tensor
-    first: int = 0
-
-    def add(self, frontier: Frontier, blocks_BW: Tensor) -> None:
-        """The rows of a frontier."""
-        self.tokens_BR = torch.cat([self.tokens_BR, frontier.tokens_BW], dim=1)
-        self.parents_BR = torch.cat([self.parents_BR, frontier.parents_BW], dim=1)
-        self.blocks_BR = torch.cat([self.blocks_BR, blocks_BW], dim=1)
-
-    def last_tokens(self, frontier: Frontier, count: int) -> Tensor:
-        """int64 [B,W,K]: the last `count` tokens of the paths to a frontier."""
-        tokens, above = [frontier.tokens_BW], frontier.parents_BW
-        for _ in range(count - 1):
-            tokens.insert(0, self.tokens_BR.gather(1, above))
-            above = self.parents_BR.gather(1, above)
-        return torch.stack(tokens, dim=2)
-
-    def laws(self, output: int, width: int) -> Tensor:
-        """Logits [B,W,D] of one output of the blocks of the last `width` rows."""
-        return rows_at(self.logits_BCKD[:, :, output], self.blocks_BR[:, -width:] - self.first)
 
 
 @dataclass
@@ -95,7 +58,8 @@ class Falcon(LearnedDrafter):
 
     The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has
     learnt anything; the LSTM reads both at unit scale. The paper's layer reads the LSTM alone, whose outputs lie in ±1,
-    and the LSTM reads what it is given: `pass_through: false`.
+    and the LSTM reads what it is given: `pass_through: false`. Queries and residuals of a block's rows start from its
+    newest row, keys and values are each row's own; in the paper all are its own: `newest_row: false`.
 
     Loss: feature_weight · SmoothL1(f̂, f) + token_weight · CE((1 - hard_weight) p + hard_weight · argmax p, q), which
     differs from the paper's KL and CE by a constant, over all rows of whole blocks. In training a share
@@ -109,6 +73,7 @@ class Falcon(LearnedDrafter):
         glancing: λ at the beginning (0: ablation, without glancing distillation).
         lstm: False leaves one linear layer, W (ablation).
         pass_through: False lets the layer read the LSTM's output alone (the paper).
+        newest_row: False starts each row of a block from itself alone (the paper; so does a strict mask).
         relaxed_mask: False lets rows see only what stands before them (ablation).
         random_phase: let training blocks begin anywhere, as they do in decoding; False: at multiples of k (the paper).
         feature_weight: weight of the distance between drafted and true features.
@@ -124,9 +89,10 @@ class Falcon(LearnedDrafter):
     first_exponent = 0
 
     def __init__(self, shape: TargetShape, block: int = 2, draft_vocabulary: int | None = None, glancing: float = 0.4,
-                 lstm: bool = True, pass_through: bool = True, relaxed_mask: bool = True, random_phase: bool = True,
-                 feature_weight: float = 1.0, token_weight: float = 0.1, hard_weight: float = 0.1, noise: float = 0.1,
-                 dropout: float = 0.1, depth: int = 4, tree: list[list[int]] | str | None = "narrow") -> None:
+                 lstm: bool = True, pass_through: bool = True, newest_row: bool = True, relaxed_mask: bool = True,
+                 random_phase: bool = True, feature_weight: float = 1.0, token_weight: float = 0.1,
+                 hard_weight: float = 0.1, noise: float = 0.1, dropout: float = 0.1, depth: int = 4,
+                 tree: list[list[int]] | str | None = "narrow") -> None:
         if block < 1:
             raise ValueError(f"block must be at least 1 token per pass, got {block}")
         if not 0 <= glancing <= 1:
@@ -139,6 +105,7 @@ class Falcon(LearnedDrafter):
         self.recurrence = Recurrence(size, dropout, pass_through) if lstm else None
         self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
         self.recall = nn.Linear(size, size, bias=False) if lstm and pass_through else None
+        self.newest = NewestRow(block, size) if newest_row and relaxed_mask and block > 1 else None
         self.layer = DecoderLayer(shape, input_norm=False)
         if tree is None:
             self._builder = ThresholdTree(depth)
@@ -251,8 +218,13 @@ class Falcon(LearnedDrafter):
         offsets = torch.arange(1 - self.block, 1, device=ends_M.device)
         first_M1 = (ends_M - batch.position_ids.flatten()[ends_M])[:, None]
         index_MK = torch.maximum(ends_M[:, None] + offsets, first_M1)
-        mixed = self._attend(batch, inputs_PH, index_MK, ends_M[:, None].expand_as(index_MK))
-        return recomputed(self.recompute, self.layer.after_attention, inputs_PH[index_MK] + mixed)
+        block_MKH = self.started(inputs_PH[index_MK])
+        mixed = self._attend(batch, inputs_PH, block_MKH, index_MK, ends_M[:, None].expand_as(index_MK))
+        return recomputed(self.recompute, self.layer.after_attention, block_MKH + mixed)
+
+    def started(self, block_NKH: Tensor) -> Tensor:
+        """What blocks of rows ask with and are added to [...,K,H]."""
+        return block_NKH if self.newest is None else self.newest(block_NKH)
 
     def fused(self, documents: Documents, features_PH: Tensor, following_P: Tensor, target: Target) -> Tensor:
         """The layer's inputs [P,H] of all rows, the memory blank before each document; 0 on padding."""
@@ -265,17 +237,19 @@ class Falcon(LearnedDrafter):
         rows_PH = torch.cat(parts)
         return rows_PH.new_zeros(len(following_P), rows_PH.shape[1]).index_copy(0, torch.cat(places), rows_PH)
 
-    def _attend(self, batch: TextBatch, inputs_PH: Tensor, index_MK: Tensor, ends_MK: Tensor) -> Tensor:
-        """Attention outputs [M,K,H] of chosen rows, sequence by sequence."""
+    def _attend(self, batch: TextBatch, inputs_PH: Tensor, block_MKH: Tensor, index_MK: Tensor, ends_MK: Tensor
+                ) -> Tensor:
+        """Attention outputs [M,K,H] of chosen rows, which ask as `block_MKH`, sequence by sequence."""
         sequences, length = batch.input_ids.shape
-        parts = self.attention.project(inputs_PH.view(sequences, length, -1), batch.position_ids)
+        _, keys, values = self.attention.project(inputs_PH.view(sequences, length, -1), batch.position_ids)
+        queries, _, _ = self.attention.project(block_MKH, batch.position_ids.flatten()[index_MK])
         visible_PT = batch.rows().visible_BNN.flatten(0, 1)
         mixed, own_M = [], index_MK[:, 0] // length
         for b in range(sequences):
             rows = index_MK[own_M == b].flatten()
             seen = visible_PT[ends_MK[own_M == b].flatten() if self.relaxed_mask else rows]
-            queries, keys, values = (part[b:b + 1] for part in parts)
-            mixed.append(self.attention.mix(queries[:, rows - b * length], keys, values, seen[None])[0])
+            asked = queries[own_M == b].flatten(0, 1)[None]
+            mixed.append(self.attention.mix(asked, keys[b:b + 1], values[b:b + 1], seen[None])[0])
         return torch.cat(mixed).view(*index_MK.shape, self.shape.hidden_size)
 
     # -- decoding ---------------------------------------------------------------------------------------------
@@ -337,11 +311,12 @@ class Falcon(LearnedDrafter):
         """The last block of the prefix, whose rows the cache has."""
         lengths_B1, used = state.cache.lengths_B[:, None], int(state.cache.lengths_B.max())
         positions = (lengths_B1 + torch.arange(-self.block, 0, device=lengths_B1.device)).clamp(min=0)
-        queries, _, _ = self.attention.project(state.block_BKH, positions)
+        block_BKH = self.started(state.block_BKH)
+        queries, _, _ = self.attention.project(block_BKH, positions)
         newest = lengths_B1.expand_as(positions) - 1 if self.relaxed_mask else positions
         visible = torch.arange(used, device=positions.device) <= newest[..., None]
         mixed = self.attention.mix(queries, state.cache.keys_BCGD[:, :used], state.cache.values_BCGD[:, :used], visible)
-        features = self.layer.after_attention(state.block_BKH + mixed)[:, None]
+        features = self.layer.after_attention(block_BKH + mixed)[:, None]
         return Proposal(frontier.tokens_BW, frontier.parents_BW, torch.zeros_like(frontier.tokens_BW), features,
                         state.memory_BLH.flatten(1)[:, None], visible.new_zeros(len(visible), 1, 0),
                         self.head(0, state.context.target)(features))
@@ -357,13 +332,22 @@ class Falcon(LearnedDrafter):
         start_B = state.cache.lengths_B + frontier.depth - self.block
         positions = (start_B[:, None] + torch.arange(self.block, device=start_B.device)).repeat(1, width)
         rows = Rows(positions, self._visible(seen), cached=True)
-        hidden = self.layer(inputs.reshape(batch, width * self.block, size), rows, state.cache)
-        features = hidden.view(batch, width, self.block, size)
+        features = self._blocks(inputs.view(batch, width, self.block, size), rows, state.cache)
         proposal.first = proposal.features_BCKH.shape[1]
         proposal.features_BCKH = torch.cat([proposal.features_BCKH, features], dim=1)
         proposal.memory_BCX = torch.cat([proposal.memory_BCX, memory.reshape(batch, width, -1)], dim=1)
         proposal.above_BCA = torch.cat([F.pad(proposal.above_BCA, (0, width * self.block)), seen], dim=1)
         proposal.logits_BCKD = self.head(0, state.context.target)(features)
+
+    def _blocks(self, inputs_BWKH: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
+        """The layer over new blocks, [B,W,K,H] -> [B,W,K,H], written behind the cache."""
+        block_BWKH = self.started(inputs_BWKH)
+        queries, keys, values = self.attention.project(inputs_BWKH.flatten(1, 2), rows.position_ids_BN)
+        if self.newest is not None:
+            queries, _, _ = self.attention.project(block_BWKH.flatten(1, 2), rows.position_ids_BN)
+        keys, values = cache.write(keys, values, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
+        mixed = self.attention.mix(queries, keys, values, cache.visible(rows, keys.shape[1]))
+        return self.layer.after_attention(block_BWKH + mixed.view_as(block_BWKH))
 
     def _see(self, above_BCA: Tensor, blocks_BW: Tensor) -> Tensor:
         """bool [B,W,A+W·K]: a new block sees what the block above it sees, and itself."""

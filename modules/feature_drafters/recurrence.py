@@ -1,6 +1,7 @@
-"""Falcon's recurrence (Gao et al. 2025, arXiv 2412.12639): two layers of LSTM over embeddings and features.
+"""What Falcon's layer reads (Gao et al. 2025, arXiv 2412.12639): a recurrence over embeddings and features, and of a
+block also its newest row.
 
-Shape legend: B sequences, N rows of one call, L memories, H hidden size, X = 2H.
+Shape legend: B sequences, N rows of one call, K rows of a block, L memories, H hidden size, X = 2H.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from modules.core.narrow import narrow_linear
+
 RECURRENT_LAYERS = 2
+FEW_ROWS = 16
+"""Up to so many, decoding takes them one by one: the library's LSTM lays its weights out anew for every call."""
 
 
 class Recurrence(nn.Module):
@@ -38,6 +43,8 @@ class Recurrence(nn.Module):
         if self.unit_scale:
             halves_BN2H = inputs_BNX.unflatten(-1, (2, -1))
             inputs_BNX = F.rms_norm(halves_BN2H, hidden.shape[-1:], eps=1e-6).flatten(-2)
+        if not (self.training or torch.is_grad_enabled()) and inputs_BNX.shape[1] <= FEW_ROWS:
+            return self._few(inputs_BNX, hidden, cell, counts_B)
         if counts_B is None:
             with torch.autocast("cpu", enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
@@ -46,3 +53,43 @@ class Recurrence(nn.Module):
             packed, memory = self.lstm(packed, (hidden, cell))
             out, _ = pad_packed_sequence(packed, batch_first=True, total_length=inputs_BNX.shape[1])
         return out, torch.cat(memory).transpose(0, 1)
+
+    def _few(self, inputs_BNX: Tensor, hidden_LBH: Tensor, cell_LBH: Tensor, counts_B: Tensor | None
+             ) -> tuple[Tensor, Tensor]:
+        """The same of few rows, without a gradient."""
+        rows, memory = inputs_BNX, []
+        last_B = torch.full_like(inputs_BNX[:, 0, 0], rows.shape[1], dtype=torch.long) if counts_B is None else counts_B
+        for weights, hidden, cell in zip(self.lstm.all_weights, hidden_LBH, cell_LBH, strict=True):
+            of_input, of_hidden, *biases = weights
+            given_BNG, hidden_BH, cell_BH, seen = narrow_linear(rows, of_input, sum(biases)), hidden, cell, []
+            for row_BG in given_BNG.unbind(1):
+                enter, forget, new, leave = (row_BG + narrow_linear(hidden_BH, of_hidden)).chunk(4, -1)
+                cell_BH = forget.sigmoid() * cell_BH + enter.sigmoid() * new.tanh()
+                hidden_BH = leave.sigmoid() * cell_BH.tanh()
+                seen.append(torch.cat([hidden_BH, cell_BH], dim=-1))
+            both = torch.stack(seen, dim=1)
+            rows = both.chunk(2, -1)[0]
+            memory.append(both[torch.arange(len(last_B), device=last_B.device), last_B - 1].chunk(2, -1))
+        return rows, torch.stack([part[index] for index in (0, 1) for part in memory], dim=1)
+
+
+class NewestRow(nn.Module):
+    """Earlier rows of a block start from its newest one: z_j + M_j (z_K - z_j), M_j = 1 at first.
+
+    What comes next depends most on the newest row, which the others otherwise know through attention alone.
+
+    Args:
+        block: K.
+        size: H.
+    """
+
+    def __init__(self, block: int, size: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(block - 1))
+        for one in self.maps:
+            nn.init.eye_(one.weight)
+
+    def forward(self, block_NKH: Tensor) -> Tensor:
+        """[...,K,H] -> [...,K,H]."""
+        *early, last = block_NKH.unbind(-2)
+        return torch.stack([*(row + one(last - row) for row, one in zip(early, self.maps, strict=True)), last], dim=-2)

@@ -34,9 +34,8 @@ EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "ea
           "eagle3": (Eagle3, {}), "eagle3_steps1": (Eagle3, {"steps": 1}),
           "eagle3_onelayer": (Eagle3, {"fused_layers": [1]}), "medusa": (Medusa, {"heads": 3})}
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
-FALCONS = {"falcon": {"block": 2}, "falcon_3": {"block": 3}, "falcon_4": {"block": 4},
-           "falcon_no_glancing": {"glancing": 0.0}, "falcon_no_lstm": {"lstm": False},
-           "falcon_causal": {"relaxed_mask": False}}
+FALCONS = {"2": {"block": 2}, "3": {"block": 3}, "4": {"block": 4}, "no_glancing": {"glancing": 0.0},
+           "no_lstm": {"lstm": False}, "causal": {"relaxed_mask": False}, "own_row": {"newest_row": False}}
 SORTED = {"s2d": {"exits": [2, 4, 6]}, "s2d_plain": {"exits": [2, 4, 6], "sorted_training": False},
           **{f"s2d_{depth}": {"exits": [depth]} for depth in (2, 4, 6)}}
 
@@ -74,9 +73,9 @@ def static_and_exact(rows: Mapping[str, Row], drafter: str, static: str, publish
 
 def test_falcon_of_every_block_and_ablation_beside_eagle(tmp_path: Path) -> None:
     target = tiny_target()
-    saved(tmp_path, "bench/eagle", Eagle(target.shape), target)
+    saved(tmp_path, "falcon/eagle", Eagle(target.shape), target)
     for name, arguments in FALCONS.items():
-        saved(tmp_path, f"bench/{name}", Falcon(target.shape, **arguments), target)
+        saved(tmp_path, f"falcon/{name}", Falcon(target.shape, **arguments), target)
     rows = shipped("falcon", tmp_path, target)
     assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [2, 3, 4]
     drafting = [row for row in rows.values() if row.builder]

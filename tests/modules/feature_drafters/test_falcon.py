@@ -184,8 +184,8 @@ def pairs(count: int, seed: int) -> list[int]:
 def test_glancing_tells_the_rest_of_a_block(monkeypatch) -> None:
     """Trained with glancing, the second row of a block is right when the first is revealed, and not otherwise."""
     torch.manual_seed(0)
-    drafter = Falcon(TARGET.shape, 2, glancing=1.0, random_phase=False, feature_weight=0.0, token_weight=1.0,
-                     noise=0.0, dropout=0.0).double().train()
+    drafter = Falcon(TARGET.shape, 2, glancing=1.0, newest_row=False, random_phase=False, feature_weight=0.0,
+                     token_weight=1.0, noise=0.0, dropout=0.0).double().train()
     batch = documents([pairs(12, seed)[1:] for seed in range(6)])
     filled(batch, drafter, TARGET)
     sharp = F.one_hot(batch.input_ids.roll(-1, 1).flatten(), 128).double()
@@ -373,15 +373,17 @@ def test_mistakes_are_one_line() -> None:
 
 
 @torch.no_grad()
-def test_features_pass_through_at_first() -> None:
-    """An untrained drafter puts out its own inputs, whatever their scale, up to the tokens' share."""
-    drafter, batch = falcon(shake=0.0), text(12)
+@pytest.mark.parametrize(("arguments", "rows"), [({}, [5, 5, 9, 9]), ({"newest_row": False}, [4, 5, 8, 9]),
+                                                 ({"relaxed_mask": False}, [4, 5, 8, 9])])
+def test_features_pass_through_at_first(arguments: dict[str, bool], rows: list[int]) -> None:
+    """An untrained drafter puts out its inputs, of a block the newest one's, up to the tokens' share."""
+    drafter, batch = falcon(shake=0.0, **arguments), text(12)
     filled(batch, drafter, TARGET)
     assert drafter.fc is not None
     features, following = drafter.inputs(batch)
     drafter.fc.weight[:, :TARGET.shape.hidden_size] = 0
     outputs = drafter.outputs(batch, TARGET, torch.tensor([5, 9]), features, following)
-    torch.testing.assert_close(outputs.flatten(0, 1), features[[4, 5, 8, 9]])
+    torch.testing.assert_close(outputs.flatten(0, 1), features[rows])
 
 
 def test_ablations_leave_out_what_they_say() -> None:

@@ -1,10 +1,11 @@
-"""What Falcon's recurrence reads."""
+"""What Falcon's layer reads."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from modules.feature_drafters.recurrence import RECURRENT_LAYERS, Recurrence
+from modules.feature_drafters.recurrence import RECURRENT_LAYERS, NewestRow, Recurrence
 
 
 @torch.no_grad()
@@ -17,3 +18,26 @@ def test_it_does_not_see_the_scale_of_what_it_reads_unless_asked_to() -> None:
     torch.testing.assert_close(scaled(given * scales, memory), scaled(given, memory), rtol=1e-5, atol=1e-5)
     papers = Recurrence(size, 0.0, unit_scale=False).double()
     assert not torch.allclose(papers(given * scales, memory)[0], papers(given, memory)[0])
+
+
+@pytest.mark.parametrize("counts", [None, [1, 4, 2]])
+def test_few_rows_one_by_one_are_what_the_library_makes_of_them(counts: list[int] | None) -> None:
+    torch.manual_seed(1)
+    size = 8
+    recurrence = Recurrence(size, 0.3, unit_scale=True).double().eval()
+    given, memory = torch.randn(3, 4, 2 * size).double(), torch.randn(3, 2 * RECURRENT_LAYERS, size).double()
+    counts_B = None if counts is None else torch.tensor(counts)
+    expected, behind = recurrence(given, memory, counts_B)
+    with torch.no_grad():
+        found, found_behind = recurrence(given, memory, counts_B)
+    torch.testing.assert_close(found_behind, behind)
+    for row, count in enumerate(counts or [4, 4, 4]):
+        torch.testing.assert_close(found[row, :count], expected[row, :count])
+
+
+@torch.no_grad()
+def test_rows_of_a_block_start_from_its_newest_one_and_can_learn_to_keep_their_own() -> None:
+    newest, block = NewestRow(3, 4), torch.randn(5, 3, 4)
+    torch.testing.assert_close(newest(block), block[:, 2:].expand(-1, 3, -1))
+    newest.maps[0].weight.zero_()
+    torch.testing.assert_close(newest(block), torch.stack([block[:, 0], block[:, 2], block[:, 2]], 1))
