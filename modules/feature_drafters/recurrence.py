@@ -60,8 +60,8 @@ class Recurrence(nn.Module):
         rows, memory = inputs_BNX, []
         last_B = torch.full_like(inputs_BNX[:, 0, 0], rows.shape[1], dtype=torch.long) if counts_B is None else counts_B
         for weights, hidden, cell in zip(self.lstm.all_weights, hidden_LBH, cell_LBH, strict=True):
-            of_input, of_hidden, *biases = weights
-            given_BNG, hidden_BH, cell_BH, seen = narrow_linear(rows, of_input, sum(biases)), hidden, cell, []
+            of_input, of_hidden, bias, further = weights
+            given_BNG, hidden_BH, cell_BH, seen = narrow_linear(rows, of_input, bias + further), hidden, cell, []
             for row_BG in given_BNG.unbind(1):
                 enter, forget, new, leave = (row_BG + narrow_linear(hidden_BH, of_hidden)).chunk(4, -1)
                 cell_BH = forget.sigmoid() * cell_BH + enter.sigmoid() * new.tanh()
@@ -85,9 +85,10 @@ class NewestRow(nn.Module):
 
     def __init__(self, block: int, size: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(block - 1))
-        for one in self.maps:
+        maps = [nn.Linear(size, size, bias=False) for _ in range(block - 1)]
+        for one in maps:
             nn.init.eye_(one.weight)
+        self.maps = nn.ModuleList(maps)
 
     def forward(self, block_NKH: Tensor) -> Tensor:
         """[...,K,H] -> [...,K,H]."""
