@@ -71,6 +71,8 @@ class Falcon(LearnedDrafter):
         block: k, tokens drafted per pass.
         draft_vocabulary: how many token ids can be drafted; None for all.
         glancing: λ at the beginning (0: ablation, without glancing distillation).
+        revealed_loss: False leaves revealed rows out of the loss, as the Glancing Transformer does (Qian et al. 2021,
+            arXiv 2008.07905); Falcon counts them.
         lstm: False leaves one linear layer, W (ablation).
         pass_through: False lets the layer read the LSTM's output alone (the paper).
         newest_row: False starts each row of a block from itself alone (the paper; so does a strict mask).
@@ -89,10 +91,10 @@ class Falcon(LearnedDrafter):
     first_exponent = 0
 
     def __init__(self, shape: TargetShape, block: int = 2, draft_vocabulary: int | None = None, glancing: float = 0.4,
-                 lstm: bool = True, pass_through: bool = True, newest_row: bool = True, relaxed_mask: bool = True,
-                 random_phase: bool = True, feature_weight: float = 1.0, token_weight: float = 0.1,
-                 hard_weight: float = 0.1, noise: float = 0.1, dropout: float = 0.1, depth: int = 4,
-                 tree: list[list[int]] | str | None = "narrow") -> None:
+                 revealed_loss: bool = True, lstm: bool = True, pass_through: bool = True, newest_row: bool = True,
+                 relaxed_mask: bool = True, random_phase: bool = True, feature_weight: float = 1.0,
+                 token_weight: float = 0.1, hard_weight: float = 0.1, noise: float = 0.1, dropout: float = 0.1,
+                 depth: int = 4, tree: list[list[int]] | str | None = "narrow") -> None:
         if block < 1:
             raise ValueError(f"block must be at least 1 token per pass, got {block}")
         if not 0 <= glancing <= 1:
@@ -100,7 +102,7 @@ class Falcon(LearnedDrafter):
         super().__init__(shape, block, draft_vocabulary, decay=1.0)
         self.block, self.glancing, self.relaxed_mask, self.random_phase = block, glancing, relaxed_mask, random_phase
         self.feature_weight, self.token_weight, self.hard_weight = feature_weight, token_weight, hard_weight
-        self.noise = noise
+        self.revealed_loss, self.noise = revealed_loss, noise
         size = shape.hidden_size
         self.recurrence = Recurrence(size, dropout, pass_through) if lstm else None
         self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
@@ -174,7 +176,9 @@ class Falcon(LearnedDrafter):
         inputs = self.inputs(batch)
         rate = self.glancing * (1 - progress)
         if self.training and rate > 0:
-            inputs = self.glance(batch, target, rows, laws, inputs, rate)
+            inputs, shown_MK = self.glance(batch, target, rows, laws, inputs, rate)
+            if not self.revealed_loss:
+                rows = replace(rows, valid_MK=rows.valid_MK & ~shown_MK)
         outputs = self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs)
         steps = self.scored(batch, target, rows, laws, ((one, one) for one in outputs.unbind(1)))
         return self.weighted(steps, batch)
@@ -191,8 +195,8 @@ class Falcon(LearnedDrafter):
 
     @torch.no_grad()
     def glance(self, batch: TextBatch, target: Target, rows: TrainingRows, laws: Laws | None,
-               inputs: tuple[Tensor, Tensor], rate: float) -> tuple[Tensor, Tensor]:
-        """The inputs with a share of the answers revealed that a first pass over them gets wrong."""
+               inputs: tuple[Tensor, Tensor], rate: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Inputs that reveal a share of the answers a first pass over them gets wrong, and bool [M,K], which rows."""
         assert laws is not None
         ends_M, outputs = rows.flat_MK1[:, 0], self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs)
         likely = greedy_tokens(laws, rows.flat_MK1[:, 1:].flatten(), self.draft_size)
@@ -200,7 +204,7 @@ class Falcon(LearnedDrafter):
         wrong_MK = (drafted != likely).view(rows.valid_MK.shape)
         shown_MK = revealed_positions(wrong_MK, rows.valid_MK, ends_M // batch.input_ids.shape[1], rate)
         positions_MK = ends_M[:, None] + torch.arange(1 - self.block, 1, device=ends_M.device)
-        return reveal(*inputs, positions_MK[shown_MK], self.block)
+        return reveal(*inputs, positions_MK[shown_MK], self.block), shown_MK
 
     def unrolled(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[tuple[Tensor, Tensor]]:
         """The outputs of the block that ends at each training row, whatever block it would fall into."""

@@ -151,7 +151,7 @@ def test_glancing_fades_and_is_for_training_only(monkeypatch) -> None:
     batch, rates = tiny_batch(TARGET), []
     for drafter in (falcon().train(), falcon(glancing=0.0).train(), falcon()):
         filled(batch, drafter, TARGET)
-        monkeypatch.setattr(drafter, "glance", lambda *given: rates.append(round(given[5], 9)) or given[4])
+        monkeypatch.setattr(drafter, "glance", lambda *given: rates.append(round(given[5], 9)) or (given[4], None))
         for progress in (0.0, 0.5, 1.0):
             drafter.loss(batch, TARGET, progress)
     assert rates == [0.4, 0.2]
@@ -166,13 +166,35 @@ def test_only_what_was_wrong_counts(monkeypatch) -> None:
     laws, inputs, steps = drafter.laws(batch, TARGET, rows), drafter.inputs(batch), rows.flat_MK1[:, 1:]
     for sign, rate in ((1, 1.0), (-1, 0.5)):
         monkeypatch.setattr(drafter, "outputs", lambda *_, sign=sign: sign * final[steps])
-        features, following = drafter.glance(batch, TARGET, rows, laws, inputs, rate)
+        (features, following), shown = drafter.glance(batch, TARGET, rows, laws, inputs, rate)
         changed = (features != inputs[0]).any(-1).nonzero()[:, 0]
         per_row = torch.bincount(changed // 24, minlength=2).tolist()
         allowed = torch.bincount(steps[rows.valid_MK] // 24, minlength=2).tolist()
+        assert per_row == torch.bincount(rows.flat_MK1[shown[:, 0], 0] // 24, minlength=2).tolist()
         assert per_row == ([0, 0] if sign == 1 else [int(0.5 * count) for count in allowed])
         assert bool((batch.document_ids.flatten()[changed] == batch.document_ids.flatten()[changed + 2]).all())
         assert bool((following[changed] == inputs[1][changed + 2]).all())
+
+
+def test_revealed_rows_can_be_left_out_of_the_loss(monkeypatch) -> None:
+    """What a revealed row puts out does not matter then, and what the others put out does."""
+    for counted in (True, False):
+        drafter, batch = falcon(revealed_loss=counted, noise=0.0, random_phase=False, dropout=0.0), tiny_batch(TARGET)
+        filled(batch, drafter.train(), TARGET)
+        rows = training_rows(batch, 2, block_ends(batch.position_ids, 2))
+        shown, outputs, gradients = torch.zeros_like(rows.valid_MK), drafter.outputs, []
+        shown[::2, 0] = True
+
+        def kept(*given, outputs=outputs, gradients=gradients):
+            out = outputs(*given).detach().requires_grad_()
+            gradients.append(out)
+            return out
+        monkeypatch.setattr(drafter, "outputs", kept)
+        monkeypatch.setattr(drafter, "glance", lambda *given, shown=shown: (given[4], shown))
+        drafter.loss(batch, TARGET, 0.0).total.backward()
+        taught = gradients[0].grad.abs().sum(-1) > 0
+        assert torch.equal(taught, rows.valid_MK if counted else rows.valid_MK & ~shown)
+        assert bool((rows.valid_MK & shown).any())
 
 
 def pairs(count: int, seed: int) -> list[int]:
