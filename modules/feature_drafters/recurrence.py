@@ -15,7 +15,7 @@ from modules.core.narrow import narrow_linear
 
 RECURRENT_LAYERS = 2
 FEW_ROWS = 16
-"""Up to so many, decoding takes them one by one: the library's LSTM lays its weights out anew for every call."""
+"""Up to so many, decoding on a CPU takes them one by one: the library's LSTM lays its weights out anew for every call."""
 
 
 class Recurrence(nn.Module):
@@ -43,8 +43,10 @@ class Recurrence(nn.Module):
         if self.unit_scale:
             halves_BN2H = inputs_BNX.unflatten(-1, (2, -1))
             inputs_BNX = F.rms_norm(halves_BN2H, hidden.shape[-1:], eps=1e-6).flatten(-2)
-        if not (self.training or torch.is_grad_enabled()) and inputs_BNX.shape[1] <= FEW_ROWS:
-            return self._few(inputs_BNX, hidden, cell, counts_B)
+        alone = not (self.training or torch.is_grad_enabled()) and inputs_BNX.device.type == "cpu"
+        if alone and inputs_BNX.shape[1] <= FEW_ROWS:
+            with torch.autocast("cpu", enabled=False):
+                return self._few(inputs_BNX, hidden, cell, counts_B)
         if counts_B is None:
             with torch.autocast("cpu", enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
