@@ -15,7 +15,7 @@ from modules.core.narrow import narrow_linear
 
 RECURRENT_LAYERS = 2
 FEW_ROWS = 16
-"""Up to so many, decoding on a CPU takes them one by one: the library's LSTM lays its weights out anew for every call."""
+"""Decoding on a CPU takes up to so many one by one: the library's LSTM lays its weights out anew for every call."""
 
 
 class Recurrence(nn.Module):

@@ -206,7 +206,7 @@ def pairs(count: int, seed: int) -> list[int]:
 def test_glancing_tells_the_rest_of_a_block(monkeypatch) -> None:
     """Trained with glancing, the second row of a block is right when the first is revealed, and not otherwise.
 
-    With rows that start from the newest one a drafter of this size learns these pairs by heart, and needs no revelation.
+    Where rows start from the newest one, a drafter of this size learns these pairs by heart and needs no revelation.
     """
     torch.manual_seed(0)
     drafter = Falcon(TARGET.shape, 2, glancing=1.0, newest_row=False, random_phase=False, feature_weight=0.0,
