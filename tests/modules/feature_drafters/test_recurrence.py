@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from modules.feature_drafters.eagle import Eagle
 from modules.feature_drafters.recurrence import RECURRENT_LAYERS, NewestRow, Recurrence
+from tests.modules.families import filled
+from tests.modules.feature_drafters.test_falcon import TARGET, falcon, text
 
 
 @torch.no_grad()
@@ -41,3 +44,29 @@ def test_rows_of_a_block_start_from_its_newest_one_and_can_learn_to_keep_their_o
     torch.testing.assert_close(newest(block), block[:, 2:].expand(-1, 3, -1))
     newest.maps[0].weight.zero_()
     torch.testing.assert_close(newest(block), torch.stack([block[:, 0], block[:, 2], block[:, 2]], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arguments", "rows"), [({}, [5, 5, 9, 9]), ({"newest_row": False}, [4, 5, 8, 9]),
+                                                 ({"relaxed_mask": False}, [4, 5, 8, 9])])
+def test_features_pass_through_at_first(arguments: dict[str, bool], rows: list[int]) -> None:
+    """An untrained drafter puts out its inputs, of a block the newest one's, up to the tokens' share."""
+    drafter, batch = falcon(shake=0.0, **arguments), text(12)
+    filled(batch, drafter, TARGET)
+    assert drafter.fc is not None
+    features, following = drafter.inputs(batch)
+    drafter.fc.weight[:, :TARGET.shape.hidden_size] = 0
+    outputs = drafter.outputs(batch, TARGET, torch.tensor([5, 9]), features, following)
+    torch.testing.assert_close(outputs.flatten(0, 1), features[rows])
+
+
+def test_ablations_leave_out_what_they_say() -> None:
+    size = TARGET.shape.hidden_size
+    whole, papers = falcon(shake=0.0), falcon(pass_through=False)
+    assert whole.fc is not None and whole.recall is not None and whole.recurrence is not None
+    assert papers.fc is None and papers.recall is None and papers.recurrence is not None
+    assert not bool(whole.recall.weight.any()), "the recurrence adds nothing at first"
+    linear = falcon(lstm=False, shake=0.0)
+    assert linear.recurrence is None and linear.fc is not None
+    assert torch.equal(linear.fc.weight[:, size:], torch.eye(size).double())
+    assert isinstance(Eagle(TARGET.shape).fc, type(linear.fc))
