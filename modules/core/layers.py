@@ -136,9 +136,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.rotary = LlamaRotaryEmbedding(rotary_config(shape))
 
-    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
-        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind it."""
-        queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN)
+    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
+                asking_BNX: Tensor | None = None) -> Tensor:
+        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind it.
+
+        `asking_BNX` is what the queries are of, the inputs themselves by default.
+        """
+        queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN, asking_BNX)
         visible = rows.visible_BNN
         if cache is not None:
             keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
@@ -152,9 +156,11 @@ class Attention(nn.Module):
             attn_mask=visible_BNS[:, None], enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2])
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,N,Q,D], keys and values [B,N,G,D], rotated to their positions."""
-        queries = self.q_norm(self.q_proj(hidden_BNX).unflatten(-1, (self.heads, self.head_dim)))
+    def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D], rotated to their positions."""
+        asking_BNX = hidden_BNX if asking_BNX is None else asking_BNX
+        queries = self.q_norm(self.q_proj(asking_BNX).unflatten(-1, (self.heads, self.head_dim)))
         keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
         values = self.v_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim))
         cosine, sine = self.rotary(values, position_ids_BN)
@@ -213,14 +219,18 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(shape, output_width)
 
     def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
-                residual_BNH: Tensor | None = None) -> Tensor:
-        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, the inputs themselves by default."""
-        return recomputed(self.recompute and cache is None, self._forward, hidden_BNX, rows, cache, residual_BNH)
+                residual_BNH: Tensor | None = None, asking_BNX: Tensor | None = None) -> Tensor:
+        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, `asking_BNX` what the queries are of: by
+        default the inputs."""
+        return recomputed(self.recompute and cache is None, self._forward, hidden_BNX, rows, cache, residual_BNH,
+                          asking_BNX)
 
-    def _forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None, residual_BNH: Tensor | None) -> Tensor:
+    def _forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None, residual_BNH: Tensor | None,
+                 asking_BNX: Tensor | None) -> Tensor:
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
-            hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache)
+            asking = None if asking_BNX is None else self.attention_inputs(asking_BNX)
+            hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache, asking)
         return self.after_attention(hidden)
 
     def attention_inputs(self, hidden_BNX: Tensor) -> Tensor:

@@ -336,22 +336,14 @@ class Falcon(LearnedDrafter):
         start_B = state.cache.lengths_B + frontier.depth - self.block
         positions = (start_B[:, None] + torch.arange(self.block, device=start_B.device)).repeat(1, width)
         rows = Rows(positions, self._visible(seen), cached=True)
-        features = self._blocks(inputs.view(batch, width, self.block, size), rows, state.cache)
+        inputs = inputs.view(batch, width, self.block, size)
+        block = self.started(inputs).flatten(1, 2)
+        features = self.layer(inputs.flatten(1, 2), rows, state.cache, block, block).view_as(inputs)
         proposal.first = proposal.features_BCKH.shape[1]
         proposal.features_BCKH = torch.cat([proposal.features_BCKH, features], dim=1)
         proposal.memory_BCX = torch.cat([proposal.memory_BCX, memory.reshape(batch, width, -1)], dim=1)
         proposal.above_BCA = torch.cat([F.pad(proposal.above_BCA, (0, width * self.block)), seen], dim=1)
         proposal.logits_BCKD = self.head(0, state.context.target)(features)
-
-    def _blocks(self, inputs_BWKH: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
-        """The layer over new blocks, [B,W,K,H] -> [B,W,K,H], written behind the cache."""
-        block_BWKH = self.started(inputs_BWKH)
-        queries, keys, values = self.attention.project(inputs_BWKH.flatten(1, 2), rows.position_ids_BN)
-        if self.newest is not None:
-            queries, _, _ = self.attention.project(block_BWKH.flatten(1, 2), rows.position_ids_BN)
-        keys, values = cache.write(keys, values, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
-        mixed = self.attention.mix(queries, keys, values, cache.visible(rows, keys.shape[1]))
-        return self.layer.after_attention(block_BWKH + mixed.view_as(block_BWKH))
 
     def _see(self, above_BCA: Tensor, blocks_BW: Tensor) -> Tensor:
         """bool [B,W,A+W·K]: a new block sees what the block above it sees, and itself."""

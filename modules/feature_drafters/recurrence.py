@@ -58,9 +58,8 @@ class Recurrence(nn.Module):
 
     def _few(self, inputs_BNX: Tensor, hidden_LBH: Tensor, cell_LBH: Tensor, counts_B: Tensor | None
              ) -> tuple[Tensor, Tensor]:
-        """The same of few rows, without a gradient."""
-        rows, memory = inputs_BNX, []
-        last_B = torch.full_like(inputs_BNX[:, 0, 0], rows.shape[1], dtype=torch.long) if counts_B is None else counts_B
+        """The same of few rows on a CPU, without a gradient."""
+        rows, memory, sequences_B = inputs_BNX, [], torch.arange(len(inputs_BNX))
         for weights, hidden, cell in zip(self.lstm.all_weights, hidden_LBH, cell_LBH, strict=True):
             of_input, of_hidden, bias, further = weights
             given_BNG, hidden_BH, cell_BH, seen = narrow_linear(rows, of_input, bias + further), hidden, cell, []
@@ -71,7 +70,8 @@ class Recurrence(nn.Module):
                 seen.append(torch.cat([hidden_BH, cell_BH], dim=-1))
             both = torch.stack(seen, dim=1)
             rows = both.chunk(2, -1)[0]
-            memory.append(both[torch.arange(len(last_B), device=last_B.device), last_B - 1].chunk(2, -1))
+            behind = both[:, -1] if counts_B is None else both[sequences_B, counts_B - 1]
+            memory.append(behind.chunk(2, -1))
         return rows, torch.stack([part[index] for index in (0, 1) for part in memory], dim=1)
 
 

@@ -35,8 +35,8 @@ EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "ea
           "eagle3_onelayer": (Eagle3, {"fused_layers": [1]}), "medusa": (Medusa, {"heads": 3})}
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 FALCONS = {"2": {"block": 2}, "3": {"block": 3}, "4": {"block": 4}, "no_glancing": {"glancing": 0.0},
-           "unrevealed": {"revealed_loss": False},
-           "no_lstm": {"lstm": False}, "causal": {"relaxed_mask": False}, "own_row": {"newest_row": False}}
+           "unrevealed": {"revealed_loss": False}, "no_lstm": {"lstm": False}, "causal": {"relaxed_mask": False},
+           "own_row": {"newest_row": False}}
 SORTED = {"s2d": {"exits": [2, 4, 6]}, "s2d_plain": {"exits": [2, 4, 6], "sorted_training": False},
           **{f"s2d_{depth}": {"exits": [depth]} for depth in (2, 4, 6)}}
 
