@@ -28,9 +28,11 @@ from eval.methods import TRAINING_PROMPTS, load_drafter
 from eval.sources import HELD_OUT
 from modules.core.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
 from modules.core.loading import load_target
+from modules.core.phases import now
 from modules.core.target import Target
 from modules.core.trainable import Losses
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.latency import LatencyTable, stored_latency
 from modules.decoding.rejection import node_chances, recursive_rounds
 from modules.decoding.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
 from modules.language_models.sorted import Sorted
@@ -40,7 +42,7 @@ from modules.trees.drawn import branching_tree, chains
 from modules.trees.draws import check_temperature, draft_law
 from modules.trees.dyspec import DySpecTree
 from modules.trees.rerank import RerankedTree
-from modules.trees.sequoia import best_paths, sequoia_tree
+from modules.trees.sequoia import best_paths, best_shape, expected_tokens, sequoia_tree
 from modules.trees.static import StaticTree
 from modules.trees.tree import TokenTree
 
@@ -49,6 +51,7 @@ NODES, DEEPEST = 15, 6
 LEVEL_DRAWS = 8
 """Times as many draws for trees of one level, which need no model once the laws are recorded."""
 CALIBRATION_SIBLINGS = 8
+DEEPEST_SHAPE = 16
 Rule = RatioRule | PointRule
 
 
@@ -68,6 +71,8 @@ class Comparison:
         draws: trees per trial and context; eight times as many of one level.
         temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at DySpec's 0.6.
         draft_temperature: of whole trees that are drawn, instead.
+        fastest: also time this device, on which nothing else should run, and say which size and depth of Sequoia's tree
+            promise most here.
         only: names of the trials to run; by default all.
         seed: of everything that is drawn.
         output: Markdown file to append to as well.
@@ -83,6 +88,7 @@ class Comparison:
     draws: int = 8
     temperature: float = 1.0
     draft_temperature: float | None = None
+    fastest: bool = False
     only: list[str] | None = None
     seed: int = 0
     output: str | None = None
@@ -188,7 +194,8 @@ class Recorded(Drafter):
 class Spot:
     """One context: the models behind it, and their logits right there.
 
-    state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token. seed: of its draws.
+    state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token. level_seconds: of
+    drafting them. seed: of its draws.
     """
 
     target: Target
@@ -197,6 +204,7 @@ class Spot:
     sampling: Sampling
     target_logits_V: Tensor
     draft_logits_D: Tensor
+    level_seconds: float
     seed: int
 
     def first_draw(self, heat: float | None = None) -> tuple[float, float]:
@@ -232,10 +240,12 @@ def opened(target: Target, drafter: Drafter, text: list[int], sampling: Sampling
     context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(),))
     state, root_B1 = drafter.start(context), newest_B[:, None]
     target_logits_V = target.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
+    before = now(target.device)
     draft_logits_D = drafter.expand(state, Frontier(root_B1, torch.full_like(root_B1, -1), 0))[0, 0]
+    level_seconds = now(target.device) - before
     assert target.cache is not None
     target.cache.keep([0] * draws)
-    return Spot(target, drafter, state, sampling, target_logits_V, draft_logits_D, seed)
+    return Spot(target, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed)
 
 
 def spots(target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
@@ -249,11 +259,29 @@ def spots(target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked:
             yield index, opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed)
 
 
-def acceptance_vector(found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None) -> list[float]:
-    """How often the k-th sibling without replacement is the accepted one (Sequoia's P[k]), over contexts."""
+def calibrate(found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None) -> tuple[list[float], float]:
+    """Over contexts: how often the k-th sibling without replacement is accepted (Sequoia's P[k]), and the median
+    seconds of drafting a level."""
     trial = Trial(branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS)
-    chances = [np.mean(spot.chances(trial, draws), axis=0)[1:] for _, spot in found]
-    return np.mean(chances, axis=0).tolist()
+    each = [(np.mean(spot.chances(trial, draws), axis=0)[1:], spot.level_seconds) for _, spot in found]
+    return np.mean([chances for chances, _ in each], axis=0).tolist(), float(np.median([taken for _, taken in each]))
+
+
+def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds: float) -> str:
+    """Size and depth of Sequoia's tree that promise most on this device, in a sentence (Chen et al. 2024, section 3.3).
+
+    Args:
+        acceptance: by sibling. latency: of the target. level_seconds: of drafting one level.
+    """
+    seconds = [latency.at(rows) for rows in range(1, max(latency.seconds) + 1)]
+    draws, levels = best_shape([acceptance], seconds, level_seconds, DEEPEST_SHAPE)
+    if not draws:
+        return "On this device no tree of Sequoia's promises more than plain decoding."
+    tokens = expected_tokens([acceptance], draws, levels)[-1]
+    speedup = tokens * seconds[0] / (seconds[draws] + levels * level_seconds)
+    return (f"On this device Sequoia's tree promises most with `nodes: {draws}, depth: {levels}`: {tokens:.2f} tokens "
+            f"a call, {speedup:.2f}x plain decoding (a level takes {1000 * level_seconds:.1f} ms, a call "
+            f"{1000 * seconds[0]:.1f} ms, of this tree {1000 * seconds[draws]:.1f} ms).")
 
 
 def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
@@ -309,7 +337,7 @@ def compare(asked: Comparison) -> str:
     calibration = [messages_of(row, i) for i, row in enumerate(read_jsonl(TRAINING_PROMPTS))][:max(2, asked.limit // 2)]
     target, drafter, name = models(asked)
     prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
-    acceptance = acceptance_vector(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
+    acceptance, level_seconds = calibrate(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
     every = {**level_trials(), **tree_trials(acceptance, asked.draft_temperature)}
     trials = {name: trial for name, trial in every.items() if asked.only is None or name in asked.only}
     values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
@@ -322,7 +350,8 @@ def compare(asked: Comparison) -> str:
             f"Acceptance by sibling on "
             f"{len(others)} other prompts, from which Sequoia's tree is made: "
             f"{', '.join(f'{share:.3f}' for share in acceptance)}.", ""]
-    return "\n".join([*head, *tables(values), ""])
+    shape = [fastest_shape(acceptance, stored_latency(target), level_seconds), ""] if asked.fastest else []
+    return "\n".join([*head, *shape, *tables(values), ""])
 
 
 def question_of(row: dict[str, Any], index: int) -> list[dict[str, str]]:

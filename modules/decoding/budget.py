@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.latency import LatencyTable
-from modules.trees.drawn import DrawnTree
-from modules.trees.sequoia import Acceptance, best_shape, sequoia_tree
 
 BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
 
@@ -55,21 +53,6 @@ def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Seq
 def best_budget(trials: Sequence[BudgetTrial]) -> int:
     """The tree size that promises most; of equals the smallest."""
     return max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget)).budget
-
-
-def fastest_sequoia(acceptance: Acceptance, latency: LatencyTable, level_seconds: float, nodes: int = 63,
-                    depth: int = 8) -> DrawnTree | None:
-    """Sequoia's tree of the size and depth that promise most on this device; None where plain decoding does.
-
-    Args:
-        acceptance: by sibling, as `python -m eval.rules` measures it.
-        latency: of the target, up to `nodes` + 1 rows.
-        level_seconds: of drafting one level.
-        nodes: drafted at most.
-        depth: levels at most.
-    """
-    draws, levels = best_shape(acceptance, [latency.at(rows) for rows in range(1, nodes + 2)], level_seconds, depth)
-    return sequoia_tree(acceptance, draws, levels) if draws else None
 
 
 def _try(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,

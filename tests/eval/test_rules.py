@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from eval.rules import (
     Comparison,
     Spot,
     Trial,
-    acceptance_vector,
+    calibrate,
     command,
+    fastest_shape,
     interval,
     level_trials,
     measure,
@@ -26,6 +28,7 @@ from eval.rules import (
     verdict,
 )
 from modules.core.target import Target
+from modules.decoding.latency import LatencyTable
 from modules.decoding.rules import Draws, PointRule, RatioRule
 from modules.language_models.sorted import Sorted
 from modules.trees.drawn import branching_tree
@@ -89,8 +92,25 @@ def test_one_level_agrees_with_the_recorded_laws(target: Target) -> None:
 
 
 def test_acceptance_by_sibling_is_a_share(target: Target) -> None:
-    found = acceptance_vector(spots(target, drafted_by(target, 2), PROMPTS, ASKED), 20)
-    assert len(found) == 8 and min(found) >= 0 and sum(found) <= 1
+    found, level_seconds = calibrate(spots(target, drafted_by(target, 2), PROMPTS, ASKED), 20)
+    assert len(found) == 8 and min(found) >= 0 and sum(found) <= 1 and 0 < level_seconds < 60
+
+
+def test_sequoias_shape_follows_the_latency_table() -> None:
+    """Free rows make it as large as may be, levels that cost shallow; where a row costs a call nothing is drafted."""
+    acceptance = [0.6, 0.2, 0.1]
+    free, dear = (LatencyTable(8, {1: 1.0, 16: 1.0 + 15 * per_row}) for per_row in (0.0, 1.0))
+    large = fastest_shape(acceptance, free, 0.0)
+    assert "`nodes: 15, depth: " in large and "call 1000.0 ms, of this tree 1000.0 ms" in large
+    assert fastest_shape(acceptance, dear, 0.1).startswith("On this device no tree")
+    depth, shallow = (int(re.findall(r"depth: (\d+)", text)[0]) for text in
+                      (large, fastest_shape(acceptance, free, 0.3)))
+    assert shallow < depth
+    with pytest.raises(ValueError, match="latency table ends at 16 rows"):
+        free.at(17)
+    assert free.at(8) == 1.0 and dear.at(2.5) == pytest.approx(2.5)
+    one = fastest_shape([0.5], LatencyTable(8, {1: 1.0, 2: 1.0}), 0.1)
+    assert "`nodes: 1, depth: 1`: 1.50 tokens a call, 1.36x" in one
 
 
 def test_tables_order_every_pair() -> None:

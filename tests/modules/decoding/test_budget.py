@@ -6,7 +6,7 @@ import pytest
 
 from eval.methods import Method, build_rows
 from modules.core.drafter import Sampling
-from modules.decoding.budget import BUDGETS, BudgetTrial, best_budget, fastest_sequoia, try_budgets
+from modules.decoding.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.latency import LatencyTable, stored_latency
 from modules.training_free.lookahead import Lookahead
@@ -86,17 +86,3 @@ def test_a_budget_below_one_is_refused():
     drafter = {"class_path": "modules.training_free.prompt_lookup.PromptLookup"}
     with pytest.raises(ValueError, match="drafts nothing"):
         Method(drafter=drafter, budget=0).check()
-
-
-def test_sequoias_shape_follows_the_latency_table():
-    """Where rows are free the tree is as large as it may be; where one costs as much as a call, nothing is drafted."""
-    acceptance = [[0.6, 0.2, 0.1]]
-    free, dear = (LatencyTable(8, {1: 1.0, 16: 1.0 + 15 * per_row}) for per_row in (0.0, 1.0))
-    large = fastest_sequoia(acceptance, free, 0.0, nodes=15, depth=4)
-    assert large is not None and len(large.paths) == 15 and large.depth <= 4
-    assert fastest_sequoia(acceptance, dear, 0.1, nodes=15, depth=4) is None
-    shallow = fastest_sequoia(acceptance, free, 0.3, nodes=15, depth=4)
-    assert shallow is not None and shallow.depth < large.depth
-    with pytest.raises(ValueError, match="latency table ends at 16 rows"):
-        fastest_sequoia(acceptance, free, 0.0, nodes=31)
-    assert free.at(8) == 1.0 and dear.at(2.5) == pytest.approx(2.5)
