@@ -48,6 +48,11 @@ class MaskHead(nn.Module):
         return F.relu(F.dropout(mixed_BT, MASK_DROPOUT, self.training))
 
 
+def behind(values_BT: Tensor) -> Tensor:
+    """Of each token what was read before it, [..., T]: the row that predicts it. The first has 0 and never counts."""
+    return F.pad(values_BT, (1, 0))[..., :-1]
+
+
 class TokenMasks(NamedTuple):
     """m^u and m^d [B,T], 0 where no token counts."""
 
@@ -58,7 +63,8 @@ class TokenMasks(NamedTuple):
 class SparsePO(PreferenceTrainable):
     """−log σ(β [(u_w − u_l) − (d_w − d_l)]) with u = Σ m^u_t r_t and d = −Σ m^d_t KL(π_ref ‖ π_θ)_t.
 
-    Masks are learned with the policy from the reference's states, or read from its activations without parameters.
+    Masks are learned with the policy from the reference's states, or read from its activations without parameters: m_t
+    weighs y_t, and comes from the row that predicts it, as the KL does.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
@@ -109,7 +115,7 @@ class SparsePO(PreferenceTrainable):
             return TokenMasks(mask_BT, mask_BT)
         precision = self.mask_heads[0].get_parameter("weight").dtype
         states_LBTH = torch.stack([states[name] for name in residual_states(target)]).to(precision)
-        masks = [head(states_LBTH) * counted_BT for head in self.mask_heads]
+        masks = [behind(head(states_LBTH)) * counted_BT for head in self.mask_heads]
         return TokenMasks(masks[0], masks[-1])
 
     def _fixed_mask(self, text: TextBatch, target: Target) -> Tensor:
@@ -119,7 +125,7 @@ class SparsePO(PreferenceTrainable):
             return ones_BT
         if self.masks == "random":
             return torch.rand_like(ones_BT) * ones_BT
-        groups = [group.to(ones_BT.dtype) for group in mean_activations(target, text, self.groups)]
+        groups = [behind(group).to(ones_BT.dtype) for group in mean_activations(target, text, self.groups)]
         return activation_mask(groups, counted_BT) if self.masks == "activations" else binary_mask(groups, counted_BT)
 
     # -- loss -------------------------------------------------------------------------------------------------
@@ -135,14 +141,17 @@ class SparsePO(PreferenceTrainable):
 
     def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
                     ) -> tuple[Tensor, dict[str, Mean]]:
-        """`sparse_loss` plus the masks' L1 penalty [B]; sparsity and divergence of either side as metrics."""
-        sides, masks, metrics = [], [], {}
+        """`sparse_loss` plus the masks' L1 penalty [B]; either side's divergence and, in validation, its sparsity."""
+        sides, masks = [], []
+        metrics: dict[str, Mean] = {}
         for name, text, response in (("chosen", batch.chosen, chosen), ("rejected", batch.rejected, rejected)):
             states = self.reference_states(text, target)
             masks.append(self.token_masks(text, response.counted_BT, states, target))
             divergence_BT = self.divergences(text, response, states["final"], target)
             sides.append(Side(response.ratio_BT, divergence_BT, *masks[-1]))
-            metrics |= _mask_metrics(name, masks[-1], divergence_BT, response.counted_BT)
+            metrics[f"{name}_divergence"] = Mean(divergence_BT.detach().sum(), response.counted_BT.any(1).sum())
+            if not self.training:  # dropout's zeros are not sparsity
+                metrics |= _sparsity(name, masks[-1], response.counted_BT)
         losses_B = sparse_loss(sides[0], sides[1], self.beta, self.detach_chosen)
         return losses_B + self.sparsity * self._penalty(masks, (chosen, rejected)), metrics
 
@@ -156,12 +165,11 @@ class SparsePO(PreferenceTrainable):
         return total
 
 
-def _mask_metrics(side: str, masks: TokenMasks, divergence_BT: Tensor, counted_BT: Tensor) -> dict[str, Mean]:
+def _sparsity(side: str, masks: TokenMasks, counted_BT: Tensor) -> dict[str, Mean]:
+    """Shares of the response's tokens that a mask leaves out."""
     tokens = counted_BT.sum()
-    found = {f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
-             for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))}
-    rows = counted_BT.any(1).sum()
-    return {**found, f"{side}_divergence": Mean(divergence_BT.detach().sum(), rows)}
+    return {f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
+            for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))}
 
 
 def _check(masks: str, groups: list[Group], sparsity: float) -> None:

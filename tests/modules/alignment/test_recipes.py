@@ -142,6 +142,30 @@ def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, ba
     assert shares[3.0] > shares[0.0]
 
 
+@pytest.mark.parametrize("masks", ["learned", "activations"])
+def test_a_tokens_mask_comes_from_the_row_that_predicts_it(masks, target, batch):
+    """Another last token leaves its own mask as it is; what stands before it does not."""
+    text = batch.chosen
+    row, place = counted(text).nonzero()[-1].tolist()
+    assert bool(counted(text)[row, place - 1])
+
+    def mask_with(changed: int) -> torch.Tensor:
+        ids = text.input_ids.clone()
+        ids[row, changed] = 5 + (ids[row, changed] + 1) % 20
+        sparse = made(SparsePO, target, masks=masks)
+        return masks_of(sparse, replace(text, input_ids=ids), target).reward_BT[row].detach()
+
+    before = masks_of(made(SparsePO, target, masks=masks), text, target).reward_BT[row].detach()
+    torch.testing.assert_close(mask_with(place), before)
+    assert abs(float(mask_with(place - 1)[place] - before[place])) > 1e-6
+
+
+def test_dropout_is_not_counted_as_sparsity(target, batch):
+    sparse = made(SparsePO, target)
+    assert not any("sparsity" in name for name in total(sparse.train(), batch, target).metrics)
+    assert float(total(sparse.eval(), batch, target).metrics["chosen_reward_sparsity"].total) == 0
+
+
 def test_a_common_mask_is_penalised_once_and_masks_decay_by_themselves(target, batch):
     for common, heads in ((True, 1), (False, 2)):
         sparse = made(SparsePO, target, common_mask=common, sparsity=1.0)
