@@ -53,7 +53,7 @@ lint: $(INSTALLED)
 # Drafters that exist already are kept, and a measurement that was cut off goes on.
 bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	mkdir -p docs/benchmarks
-	$(RUN) -m eval.latency > docs/benchmarks/break_even.md
+	$(RUN) -m eval.latency > runs/bench/break_even.md
 	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
 	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
 	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
