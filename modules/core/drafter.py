@@ -112,11 +112,6 @@ class Accepted:
         """int64 [B]: the deepest accepted row."""
         return self.path_BA.gather(1, self.lengths_B[:, None] - 1)[:, 0]
 
-    @property
-    def kept_BA(self) -> Tensor:
-        """bool [B,A]: which columns of `path_BA` are real."""
-        return torch.arange(self.path_BA.shape[1], device=self.path_BA.device) < self.lengths_B[:, None]
-
     def along_path(self, rows_BNX: Tensor) -> Tensor:
         """Rows [B,N,...] gathered along the accepted path [B,A,...] (padding columns repeat row 0)."""
         index = self.path_BA.reshape(*self.path_BA.shape, *([1] * (rows_BNX.dim() - 2)))

@@ -78,6 +78,23 @@ def test_special_tokens_are_left_to_the_standard_rule(target):
     assert good.tolist() == [[True, False, True]]
 
 
+def test_a_node_is_judged_by_its_own_row_and_more_of_a_tree_is_good_at_lower_thresholds(target):
+    """Exactly the nodes whose own states score at least the threshold: not their parents' or their children's."""
+    judge, tree = shaken(target), TokenTree.chain(torch.tensor([[9, 10, 11, 12, 13, 14]]))
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(1, 6, target.shape.hidden_size, dtype=torch.float64, generator=generator)
+    logits = torch.zeros(1, 6, target.shape.vocab_size, dtype=torch.float64)
+    scores = [float(judge.scores(states[0, n]).detach()) for n in range(6)]
+    assert len(set(scores)) == 6
+    shares = []
+    for threshold in sorted(scores, reverse=True):
+        rule = judge.acceptance_rule(target, threshold - 1e-9, guard=False)
+        good = rule.good(tree, Verified(tree, logits, {"pre_norm": states}), Draws(Sampling(), [torch.Generator()]))
+        assert good[0].tolist() == [score >= threshold - 1e-9 for score in scores]
+        shares.append(int(good.sum()))
+    assert shares == [1, 2, 3, 4, 5, 6]
+
+
 def test_acceptance_grows_as_the_threshold_falls(target):
     judge = shaken(target)
     means = []
