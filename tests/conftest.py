@@ -1,0 +1,10 @@
+"""One thread here and in every process that tests start: sums of other thread counts round differently, and tests that
+compare processes bit by bit would fail wherever a machine has several cores."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
