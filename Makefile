@@ -1,6 +1,7 @@
 # One virtual environment for everything; every target makes it when it is missing or out of date.
 #   make demo                     train Clover for a few minutes on the embedded data, evaluate it, print the report's path
 #   make test | make lint         the test suite | ruff and pyright
+#   make mutants [MUTANTS=word]   plant known faults one at a time and see that the tests notice each
 #   make bench DATA=spec_bench.jsonl TRAIN=conversations.jsonl.gz     train at the reference budget, rebuild docs/benchmarks (hours)
 #   make verify-vllm DRAFTERS="runs/eagle3 runs/medusa"     serve exported drafters in vLLM and compare (own environment, heavy)
 # Variables: VENV_VLLM (vLLM's environment), VERIFY (more flags of eval.verify_vllm), PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
@@ -9,6 +10,7 @@ TORCH ?= torch==2.13.0
 DATA ?=
 TRAIN ?= embedded
 PYTEST ?=
+MUTANTS ?=
 DRAFTERS ?=
 VENV_VLLM ?= .venv-vllm
 VERIFY ?=
@@ -29,7 +31,7 @@ VLLM_NEEDS := from importlib.metadata import requires; import re; print(*(one fo
 	not in one and re.match(r"[\w-]+", one)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test lint bench verify-vllm require-drafters require-data clean
+.PHONY: demo test lint mutants bench verify-vllm require-drafters require-data clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +47,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST)
+
+mutants: $(INSTALLED)
+	$(RUN) -m tests.mutants.run $(MUTANTS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

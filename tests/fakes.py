@@ -49,17 +49,23 @@ def tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
 
 def tiny_target(arch: str = "llama", dtype: torch.dtype = torch.float64, vocab: int = 128, layers: int = 2,
                 seed: int = 0) -> Target:
-    """A random-weight target with laws sharp enough to be told apart."""
+    """A random-weight target with laws sharp enough to be told apart, every norm with a gain of its own."""
     kind, extra = ARCHITECTURES[arch]
     dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | ({"n_layer": layers} if arch == "gpt2" else {})
     ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
     config = CONFIG_MAPPING[kind](vocab_size=vocab, **{**ids, **dimensions, **extra})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    gains = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3)
+            elif name.endswith("weight"):
+                # A norm's gain; Gemma's norms multiply by 1 + weight.
+                parameter.uniform_(0.3, 2, generator=gains).sub_(1.0 if kind.startswith("gemma") else 0.0)
+            else:
+                parameter.normal_(0, 0.1, generator=gains)
     return Target(model, tiny_tokenizer(vocab), f"tiny-{arch}")
 
 

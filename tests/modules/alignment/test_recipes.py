@@ -130,7 +130,7 @@ def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, ba
         first = masks_of(sparse, batch.chosen, target)
         values = first.reward_BT[counted(batch.chosen)]
         assert bool(((values - 1).abs() < 0.2).all()) and not first.reward_BT[~counted(batch.chosen)].any()
-        optimizer = torch.optim.Adam(sparse.mask_heads.parameters(), 0.2)
+        optimizer = torch.optim.Adam(sparse.mask_heads.parameters(), 0.05)
         for _ in range(10):
             optimizer.zero_grad()
             total(sparse, batch, target).total.backward()

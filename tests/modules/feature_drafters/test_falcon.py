@@ -211,7 +211,7 @@ def test_glancing_tells_the_rest_of_a_block(monkeypatch) -> None:
     torch.manual_seed(0)
     drafter = Falcon(TARGET.shape, 2, glancing=1.0, newest_row=False, random_phase=False, feature_weight=0.0,
                      token_weight=1.0, noise=0.0, dropout=0.0).double().train()
-    batch = documents([pairs(12, seed)[1:] for seed in range(6)])
+    batch = documents([pairs(12, seed)[1:] for seed in range(12)])
     filled(batch, drafter, TARGET)
     sharp = F.one_hot(batch.input_ids.roll(-1, 1).flatten(), 128).double()
     monkeypatch.setattr(drafter, "laws", lambda *_: lambda flat: sharp[flat])
