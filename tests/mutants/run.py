@@ -25,7 +25,7 @@ PASSED, FAILED = 0, 1
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which stands once in `file`, becomes `new`; `tests` are pytest's arguments that must fail then."""
+    """A fault: `old`, which stands once in `file`, becomes `new`; `tests` are what pytest must then fail on."""
 
     name: str
     file: str
