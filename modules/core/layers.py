@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEAST_GAIN = 1e-2
+"""Share of the mean gain below which a channel of the final norm counts as silenced."""
+
 
 class ResBlock(nn.Module):
     """x + SiLU(W x + b) with W = 0 at the start (Medusa, Cai et al. 2024)."""
@@ -248,8 +251,10 @@ class DecoderLayer(nn.Module):
         """Start from a layer of the target (the last by default); False, no change and a warning, when they differ.
 
         They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or has weights that
-        this one has no place for (Gemma 2 and 3 also normalise what their halves put out). A half, or the input norm,
-        that this layer leaves out altogether is left out of the copy too.
+        this one has no place for (Gemma 2 and 3 also normalise what their halves put out). A half that this layer
+        leaves out altogether is left out of the copy too. A layer without an input norm is taken to read final states
+        of the target: its queries, keys and values of them are those that the target's layer has of what its own norm
+        makes of the same direction (`_fold_input_norm`).
         """
         index, own = layer % self.shape.num_layers, dict(self.named_parameters())
         theirs = set(target.layer_weights(index))
@@ -262,7 +267,23 @@ class DecoderLayer(nn.Module):
             return False
         for name, weight in weights.items():
             own[name].data.copy_(weight)
+        if self.self_attn is not None and self.input_layernorm is None:
+            self._fold_input_norm(target, index)
         return True
+
+    def _fold_input_norm(self, target: Target, layer: int) -> None:
+        """Multiply the columns of q, k and v by g_in / g_out, the gains of the target's norm before that layer and of
+        its final norm: projections of h / rms(h) * g_in come out of h / rms(h) * g_out too."""
+        assert self.self_attn is not None
+        gain_in_H = target_weight(target, f"layers.{layer}.input_layernorm.weight")
+        gain_out_H = target_weight(target, "norm")
+        if gain_in_H is None or gain_out_H is None:
+            return
+        # A channel that the final norm nearly silences tells next to nothing: it is not blown up.
+        least = _LEAST_GAIN * gain_out_H.abs().mean()
+        ratio_H = gain_in_H / torch.where(gain_out_H.abs() < least, torch.inf, gain_out_H)
+        for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj):
+            projection.weight.data.mul_(ratio_H.to(projection.weight))
 
     def _should_have(self, name: str) -> bool:
         """Whether a weight of the target's layer belongs to a part that this layer has, or has no notion of."""

@@ -49,6 +49,31 @@ def test_a_weight_that_the_layer_has_no_place_for_is_refused_by_name(caplog: pyt
     assert DecoderLayer(target.shape, feed_forward=False).copy_from(target), "a half left out is no difference"
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
+def test_a_layer_without_input_norm_attends_to_final_states_as_the_targets_to_its_own(arch: str) -> None:
+    """The gains of both norms differ in every channel; without folding them in, attention is another one."""
+    torch.manual_seed(0)
+    target = tiny_target(arch)
+    normed, bare = DecoderLayer(target.shape).double(), DecoderLayer(target.shape, input_norm=False).double()
+    assert normed.copy_from(target) and bare.copy_from(target)
+    hidden = torch.randn(2, 9, target.shape.hidden_size, dtype=torch.float64)
+    rows = causal_rows(torch.zeros(2, dtype=torch.long), 9)
+    expected = normed.self_attn(normed.input_layernorm(hidden), rows)
+    torch.testing.assert_close(bare.self_attn(target.final_norm(hidden), rows), expected, atol=2e-5, rtol=2e-5)
+    bare.self_attn.load_state_dict(normed.self_attn.state_dict())
+    assert (bare.self_attn(target.final_norm(hidden), rows) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_a_silenced_channel_of_the_final_norm_is_not_blown_up() -> None:
+    target = tiny_target()
+    with torch.no_grad():
+        target.anatomy.norm.weight[3] = 1e-6
+    layer = DecoderLayer(target.shape, input_norm=False).double()
+    assert layer.copy_from(target)
+    columns = layer.self_attn.q_proj.weight.abs().amax(0)
+    assert columns[3] == 0 and 0 < columns.max() < 20
+
+
 def test_cached_rows_of_differing_counts_equal_one_pass() -> None:
     torch.manual_seed(0)
     shape = tiny_target("llama").shape
