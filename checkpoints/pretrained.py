@@ -46,7 +46,16 @@ logger = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
-MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = ()
+
+
+def _with_token_scale(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Version 2 scales token embeddings that are read beside features; version 1 read them as they are."""
+    if config["drafter_type"] in ("eagle", "fspad", "falcon", "hydra"):
+        tensors = {**tensors, "token_scale": torch.ones(())}
+    return config, tensors
+
+
+MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = (_with_token_scale,)
 """Number n turns config.json and the tensors of format version n + 1 into those of version n + 2."""
 FORMAT_VERSION = len(MIGRATIONS) + 1
 PROVENANCE, CARD = "provenance.json", "README.md"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from checkpoints.folders import Ledger
@@ -60,7 +61,10 @@ def layout(drafter: Eagle, target: Target, biased: bool) -> tuple[dict[str, Any]
     state = drafter.state_dict()
     config = {**old_rope(layer_config(shape, drafter.precision)), "architectures": ["LlamaForCausalLM"],
               "base_model_name_or_path": served_name(target.name)}
-    tensors = {"fc.weight": state["fc.weight"], "embed_tokens.weight": embeddings(target, drafter.precision),
+    # Engines read embeddings as they are: the scale goes into what multiplies them, exactly (a power of two).
+    fusion = state["fc.weight"].clone()
+    fusion[:, :shape.hidden_size] *= state["token_scale"]
+    tensors = {"fc.weight": fusion, "embed_tokens.weight": embeddings(target, drafter.precision),
                **layer_tensors(state, "layers.0")}
     if not biased:
         return {**config, "bias": False}, tensors
@@ -94,4 +98,5 @@ def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], co
     size = shape.hidden_size
     found = {"fc.weight": ledger.take("fc.weight", size, 2 * size), **take_layer(ledger, "layers.0", shape, 1)}
     take_embeddings(ledger, shape, target)
+    found["token_scale"] = torch.ones(())
     return found | ({"fc.bias": ledger.take("fc.bias", size)} if arguments["bias"] else {})

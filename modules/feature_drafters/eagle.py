@@ -17,6 +17,7 @@ from modules.core.batches import StateName, TextBatch
 from modules.core.layers import DecoderLayer
 from modules.core.learned import DraftStep
 from modules.core.losses import Head, masked_mean, smooth_l1
+from modules.core.token_scale import token_scale
 from modules.core.trainable import TargetShape
 from modules.feature_drafters.feature_drafter import FeatureDrafter
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 
 class Eagle(FeatureDrafter):
-    """z_t = W [e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by the frozen LM head.
+    """z_t = W [s·e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by the frozen LM head.
 
     Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy, teacher forcing.
+    The release has s = 1; here s brings embeddings to the size of features (`modules.core.token_scale`), and an export
+    folds it into W.
 
     Args:
         shape: the target's dimensions.
@@ -35,12 +38,15 @@ class Eagle(FeatureDrafter):
         bias: whether W has a bias (engines that serve it expect none, or zeros).
         feature_weight: weight of the distance between drafted and true features (0: ablation).
         token_weight: weight of the soft cross-entropy.
-        noise: half-width of the uniform noise on input features in training, scaled by 512 / T (0: ablation).
+        noise: half-width of the uniform noise on input features in training, scaled by 512 / the tokens of the
+            conversation (0: ablation).
         steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
         decay: step j weighs decay^j.
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a list.
     """
+
+    token_scale: Tensor
 
     def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, bias: bool = False,
                  feature_weight: float = 1.0, token_weight: float = 0.1, noise: float = 0.1, steps: int = 1,
@@ -49,6 +55,7 @@ class Eagle(FeatureDrafter):
         self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layer = DecoderLayer(shape, input_norm=False)
+        self.register_buffer("token_scale", torch.ones(()))
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
@@ -56,6 +63,7 @@ class Eagle(FeatureDrafter):
         as in the target's last, where it is of its kind."""
         size = self.shape.hidden_size
         nn.init.eye_(self.fc.weight[:, size:])
+        self.token_scale.fill_(token_scale(target))
         self.start_layer(target)
 
     def start_layer(self, target: Target) -> None:
@@ -73,7 +81,11 @@ class Eagle(FeatureDrafter):
 
     def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
         """Uniform noise on the input features in training."""
-        return uniform_noise(features_BTH, self.noise) if self.training else features_BTH
+        return uniform_noise(features_BTH, self.noise, batch.document_ids) if self.training else features_BTH
+
+    def vectors(self, ids: Tensor, target: Target) -> Tensor:
+        """The target's token embeddings [..., H], at the size of its final states."""
+        return super().vectors(ids, target) * self.token_scale
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """z, twice."""
@@ -100,12 +112,16 @@ def adds_nothing(layer: DecoderLayer) -> None:
     nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
-def uniform_noise(features_BTH: Tensor, half_width: float) -> Tensor:
-    """Features with noise from ±half_width · 512 / T added; the features themselves when that is 0."""
+def uniform_noise(features_BTH: Tensor, half_width: float, document_ids_BT: Tensor) -> Tensor:
+    """Features with noise from ±half_width · 512 / L added, L the tokens of the position's own document (EAGLE's
+    release draws it for each conversation by itself); the features themselves when half_width is 0."""
     if not half_width:
         return features_BTH
-    width = half_width * 512 / features_BTH.shape[1]
-    return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width
+    slots_BT = document_ids_BT + 1
+    counts_BX = slots_BT.new_zeros(slots_BT.shape[0], slots_BT.shape[1] + 1)
+    lengths_BT = counts_BX.scatter_add(1, slots_BT, torch.ones_like(slots_BT)).gather(1, slots_BT)
+    width_BT1 = (half_width * 512 / lengths_BT)[..., None].to(features_BTH)
+    return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width_BT1
 
 
 def feature_and_token_loss(step: DraftStep, batch: TextBatch, feature_weight: float, token_weight: float) -> Tensor:

@@ -25,6 +25,7 @@ from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
 from modules.core.learned import DraftStep, LearnedDrafter, rows_at
 from modules.core.losses import Head, Laws, TrainingRows, greedy_tokens, training_rows
 from modules.core.recompute import recomputed
+from modules.core.token_scale import token_scale
 from modules.core.trainable import Losses, TargetShape
 from modules.feature_drafters.eagle import adds_nothing, feature_and_token_loss, uniform_noise
 from modules.feature_drafters.glancing import Documents, block_ends, random_phases, reveal, revealed_positions
@@ -56,8 +57,9 @@ class Falcon(LearnedDrafter):
     """LSTM over [e(x_{i+1}) ; f_i], then one decoder layer in which the k rows of a block see each other and everything
     before them (relaxed causal mask); frozen embedding and LM head.
 
-    The layer reads W [e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has
-    learnt anything; the LSTM reads both at unit scale. The paper's layer reads the LSTM alone, whose outputs lie in ±1,
+    The layer reads W [s·e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through before the LSTM has
+    learnt anything; s brings embeddings to the size of features (the release has 1), and the LSTM reads both at unit
+    scale. The paper's layer reads the LSTM alone, whose outputs lie in ±1,
     and the LSTM reads what it is given: `pass_through: false`. Queries and residuals of a block's rows start from its
     newest row, keys and values are each row's own; in the paper all are its own: `newest_row: false`.
 
@@ -81,7 +83,8 @@ class Falcon(LearnedDrafter):
         feature_weight: weight of the distance between drafted and true features.
         token_weight: weight of the cross-entropy.
         hard_weight: share of the target's most likely token in what the cross-entropy is to.
-        noise: half-width of the uniform noise on input features in training, scaled by 512 / T.
+        noise: half-width of the uniform noise on input features in training, scaled by 512 / the tokens of the
+            conversation.
         dropout: between the LSTM's layers.
         depth: levels of the dynamic tree that is drawn when `tree` is null.
         tree: fixed paths: `falcon_8` (the paper's for k = 2 and 4), `falcon_6` (k = 3), `narrow` or a list.
@@ -89,6 +92,7 @@ class Falcon(LearnedDrafter):
 
     soft_labels: bool = True
     first_exponent = 0
+    token_scale: Tensor
 
     def __init__(self, shape: TargetShape, block: int = 2, draft_vocabulary: int | None = None, glancing: float = 0.4,
                  revealed_loss: bool = True, lstm: bool = True, pass_through: bool = True, newest_row: bool = True,
@@ -109,6 +113,7 @@ class Falcon(LearnedDrafter):
         self.recall = nn.Linear(size, size, bias=False) if lstm and pass_through else None
         self.newest = NewestRow(block, size) if newest_row and relaxed_mask and block > 1 else None
         self.layer = DecoderLayer(shape, input_norm=False)
+        self.register_buffer("token_scale", torch.ones(()))
         if tree is None:
             self._builder = ThresholdTree(depth)
         else:
@@ -119,6 +124,7 @@ class Falcon(LearnedDrafter):
         """Start the layer as the target's last, where it is of its kind; where features pass through, they alone do at
         first, as in EAGLE."""
         self.layer.copy_from(target)
+        self.token_scale.fill_(token_scale(target))
         if self.recall is not None:
             nn.init.zeros_(self.recall.weight)
         if self.fc is not None:
@@ -143,7 +149,7 @@ class Falcon(LearnedDrafter):
     def fuse(self, tokens_BN: Tensor, features_BNH: Tensor, memory_BLH: Tensor, target: Target,
              counts_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The layer's inputs [B,N,H] at consecutive rows, and the memory behind them."""
-        vectors = target.embed(tokens_BN).to(self.precision)
+        vectors = target.embed(tokens_BN).to(self.precision) * self.token_scale
         inputs = torch.cat([vectors, features_BNH.to(self.precision)], dim=-1)
         if self.recurrence is None:
             assert self.fc is not None
@@ -190,7 +196,7 @@ class Falcon(LearnedDrafter):
     def inputs(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """f of every position [P,H], with noise in training, and the tokens that follow [P]."""
         features = batch.states[self.reads].to(self.precision)
-        noisy = uniform_noise(features, self.noise) if self.training else features
+        noisy = uniform_noise(features, self.noise, batch.document_ids) if self.training else features
         return noisy.flatten(0, 1), batch.input_ids.roll(-1, 1).flatten()
 
     @torch.no_grad()

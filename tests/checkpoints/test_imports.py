@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoints.pretrained
@@ -16,6 +16,8 @@ from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained,
 from modules.core.target import Target
 from modules.feature_drafters.eagle import Eagle
 from modules.feature_drafters.eagle3 import Eagle3
+from modules.feature_drafters.falcon import Falcon
+from modules.feature_drafters.fspad import Fspad
 from modules.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
@@ -192,8 +194,27 @@ def test_a_format_of_others_needs_its_target(target, tmp_path):
         load_pretrained(write(tmp_path / "drafter", *medusa(target)))
 
 
+@pytest.mark.parametrize("kind", [Eagle, Fspad, Falcon])
+def test_a_drafter_of_version_1_reads_embeddings_as_they_are(kind, target, tmp_path):
+    """Version 1 had no `token_scale`: what it saved drafts as it did."""
+    torch.manual_seed(0)
+    drafter = kind(target.shape).double()
+    drafter.initialise(target)
+    assert drafter.token_scale != 1
+    saved = save_pretrained(drafter, tmp_path / "drafter", Provenance.of(target))
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "format_version": 1}))
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["token_scale"]
+    save_file(tensors, saved / "model.safetensors", {"aliases": "{}"})
+    loaded = load_pretrained(saved, target)
+    assert loaded.token_scale == 1
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
 def test_an_older_version_is_migrated(target, tmp_path, monkeypatch):
-    """As a later release would: version 1 called the number of heads `count`."""
+    """As a later release would: this version called the number of heads `count`."""
     saved = save_pretrained(Medusa(target.shape, 2), tmp_path / "drafter", Provenance.of(target))
     config = json.loads((saved / "config.json").read_text())
     config["arguments"]["count"] = config["arguments"].pop("heads")
@@ -204,6 +225,7 @@ def test_an_older_version_is_migrated(target, tmp_path, monkeypatch):
         arguments["heads"] = arguments.pop("count")
         return {**config, "arguments": arguments}, tensors
 
-    monkeypatch.setattr(checkpoints.pretrained, "MIGRATIONS", (renamed,))
-    monkeypatch.setattr(checkpoints.pretrained, "FORMAT_VERSION", 2)
+    migrations = checkpoints.pretrained.MIGRATIONS
+    monkeypatch.setattr(checkpoints.pretrained, "MIGRATIONS", (*migrations, renamed))
+    monkeypatch.setattr(checkpoints.pretrained, "FORMAT_VERSION", len(migrations) + 2)
     assert load_pretrained(saved, target).arguments["heads"] == 2

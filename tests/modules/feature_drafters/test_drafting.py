@@ -66,7 +66,7 @@ def test_what_is_carried_on_is_not_what_the_head_reads(monkeypatch) -> None:
     drafter.initialise(TARGET)
     filled(batch, drafter, TARGET)
     optimizer = torch.optim.Adam(drafter.parameters(), 5e-3)
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         drafter.loss(batch, TARGET, 0.0).total.backward()
         optimizer.step()

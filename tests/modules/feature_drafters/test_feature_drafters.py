@@ -113,11 +113,16 @@ def test_each_half_of_a_split_output_learns_its_own_part() -> None:
         assert gradient[reached].abs().sum() > 0 and gradient[still].abs().sum() == 0
 
 
-def test_noise_is_for_training_only() -> None:
+def test_noise_is_for_training_only_and_scaled_by_the_tokens_of_the_conversation() -> None:
+    """Conversations of 12 and 9 tokens and 3 of padding in a row: each within its own width, and near it."""
     drafter, batch = Eagle(TARGET.shape).double(), tiny_batch(TARGET)
     features = torch.zeros(2, 24, TARGET.shape.hidden_size).double()
-    noisy = drafter.train().noisy(features, batch)
-    assert 0 < noisy.abs().max() <= 0.1 * 512 / 24
+    torch.manual_seed(0)
+    noise = drafter.train().noisy(features, batch).abs()
+    assert (batch.document_ids == 0).sum(1).tolist() == [12, 12]
+    for document, length in ((0, 12), (1, 9)):
+        widest = noise[batch.document_ids == document].max()
+        assert 0.95 * 0.1 * 512 / length < widest <= 0.1 * 512 / length
     assert drafter.eval().noisy(features, batch) is features
     assert Eagle(TARGET.shape, noise=0).train().noisy(features, batch) is features
 
