@@ -103,7 +103,8 @@ class TrainableModule(LightningModule):
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
         with shared_counts(self._mean_over_processes):
-            losses = self._losses(batch)
+            # Validations are compared with each other, so all of them count what a schedule ends with.
+            losses = self._losses(batch, self.progress if stage == "train" else 1.0)
             count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch))))
         if not torch.isfinite(losses.total):
             raise self._not_finite(f"the {stage} loss is {losses.total.item()}")
@@ -117,11 +118,11 @@ class TrainableModule(LightningModule):
         assert isinstance(mean, Tensor)
         return mean
 
-    def _losses(self, batch: AnyBatch) -> Losses:
+    def _losses(self, batch: AnyBatch, progress: float) -> Losses:
         if self.objective is None:
-            return self.trainable.loss(batch, self.target, self.progress)
+            return self.trainable.loss(batch, self.target, progress)
         assert isinstance(batch, TextBatch), "drafters are trained on text"
-        return self.objective.loss(self.trainable, batch, self.target, self.progress)
+        return self.objective.loss(self.trainable, batch, self.target, progress)
 
     def fill_states(self, batch: AnyBatch) -> None:
         """Compute the states that the loss reads and the feature cache did not bring, at the target's own precision."""

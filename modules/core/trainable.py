@@ -132,7 +132,8 @@ class Trainable(nn.Module):
 
     @abstractmethod
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:
-        """The training loss of one batch; `progress` runs from 0 to 1 over training (for schedules)."""
+        """The loss of one batch. `progress` is for schedules: it runs from 0 to 1 over training, and validation passes
+        1, so that the validation losses of one run can be compared with each other."""
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON-able values."""

@@ -34,7 +34,8 @@ class Medusa2(Medusa):
         heads, blocks, draft_vocabulary, tree, decay: as in Medusa, with an LM head of its own per head.
         rank, alpha, dropout: of the adapters, which sit on every linear layer and on the LM head.
         coefficient: weight of the heads' losses.
-        schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`, then stays 1.
+        schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`, then stays 1. In
+            validation it is 1 throughout.
         ramp: share of the training over which s rises.
         self_distillation: keep to the unchanged target's laws instead of the data (for text it wrote itself).
         head_lr_scale: learning rate of the heads as a multiple of the adapters'.

@@ -124,6 +124,20 @@ def test_the_best_weights_are_exported_with_their_own_figures(tiny, recipe, tmp_
     assert found["val/loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_a_loss_that_is_ramped_in_exports_the_weights_that_learnt_most(tiny, recipe, tmp_path):
+    """Medusa-2's sine ramp makes the training loss rise while the heads learn; the choice must not follow it."""
+    arguments = {"rank": 2, "dropout": 0.0, "schedule": "sine", "self_distillation": True, "coefficient": 1.0}
+    flags = [flag for key, value in arguments.items() for flag in (f"--drafter.{key}", str(value).lower())]
+    run(recipe, tmp_path / "run", "--drafter", "modules.heads.medusa2.Medusa2", *flags, "--trainer.max_steps", "20",
+        "--trainer.val_check_interval", "5", "--probe.prompts", "0", "--drafter.heads", "2")
+    logged = list(csv.DictReader((tmp_path / "run" / "lightning" / "version_0" / "metrics.csv").open()))
+    losses, heads = ([float(row[name]) for row in logged if row[name]] for name in ("val/loss", "val/cross_entropy_0"))
+    assert losses == sorted(losses, reverse=True) and heads == sorted(heads, reverse=True) and len(losses) == 5
+    last = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(torch.equal(tensor, last["state_dict"][f"trainable.{name}"])
+               for name, tensor in weights(tmp_path / "run").items())
+
+
 def test_weights_between_two_validations_compete_too(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run", "--trainer.max_steps", "5", "--trainer.val_check_interval", "4")
     last = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)

@@ -72,6 +72,30 @@ def test_progress_runs_from_zero_to_one(target):
     assert trainable.seen == [0, 0.25, 0.5, 0.75]
 
 
+class Aligned:
+    """An objective that notes the progress it is called with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def loss(self, drafter, batch, target, progress):
+        self.seen.append(progress)
+        return drafter.loss(batch, target, progress)
+
+
+@pytest.mark.parametrize("objective", [None, Aligned()])
+def test_validation_counts_what_a_schedule_ends_with(target, objective: Any):
+    trainable = NextToken(target.shape)
+    module = TrainableModule(trainable, target, OptimizerSettings(), objective=objective)
+    batches: Any = [tiny_batch(target, seed=i) for i in range(2)]
+    trainer = Trainer(max_steps=4, max_epochs=-1, accelerator="cpu", devices=1, logger=False, inference_mode=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                      num_sanity_val_steps=0)
+    trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
+    assert trainable.seen == [0, 0.25, 1, 1, 0.5, 0.75, 1, 1]
+    assert objective is None or objective.seen == trainable.seen
+
+
 def test_states_that_are_cached_are_not_computed_again(target, monkeypatch):
     module = TrainableModule(NextToken(target.shape).double(), target, OptimizerSettings())
     batch = tiny_batch(target)
