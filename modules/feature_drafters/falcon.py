@@ -87,7 +87,8 @@ class Falcon(LearnedDrafter):
             conversation.
         dropout: between the LSTM's layers.
         depth: levels of the dynamic tree that is drawn when `tree` is null.
-        tree: fixed paths: `falcon_8` (the paper's for k = 2 and 4), `falcon_6` (k = 3), `narrow` or a list.
+        tree: fixed paths: `falcon_8` (released for k = 2), `falcon_8_cut_6` (its first six levels, for k = 3),
+            `narrow` or a list.
     """
 
     soft_labels: bool = True

@@ -10,8 +10,6 @@ from modules.core.layers import causal_rows
 from modules.core.losses import training_rows
 from modules.heads.clover import AttentionDecoder
 from modules.heads.clover2 import Clover2
-from modules.trees.paths import NAMED, tree_paths
-from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import Reader, built, documents, filled
 
@@ -149,15 +147,3 @@ def test_hydra_starts_affine_in_its_inputs() -> None:
     for head in range(3):
         a, b, both, none = (drafter.feature(head, x, token, TARGET) for x in (first, second, first + second, zero))
         torch.testing.assert_close(a + b, both + none)
-
-
-@pytest.mark.parametrize("name, nodes, by_depth", [
-    ("mc_sim_7b_63", 63, [10, 28, 23, 2]), ("eagle_25", 25, [4, 8, 8, 3, 2]), ("narrow", 15, None)])
-def test_named_trees(name: str, nodes: int, by_depth: list[int] | None) -> None:
-    paths = tree_paths(name, 5)
-    StaticTree(paths)
-    assert len(paths) == len({tuple(path) for path in paths}) == nodes
-    if by_depth is not None:
-        assert [sum(len(path) == d + 1 for path in paths) for d in range(len(by_depth))] == by_depth
-    assert max(map(len, tree_paths(name, 2))) == 2
-    assert NAMED[name] == paths
