@@ -156,6 +156,10 @@ class LearnedDrafter(Drafter):
         """The LM head's inputs [M,H] and what the next step goes on from [M,H], step by step."""
         return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
 
+    def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """The rows of a batch that losses and metrics count."""
+        return training_rows(batch, self.draft_steps)
+
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted."""
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
@@ -170,7 +174,7 @@ class LearnedDrafter(Drafter):
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
-        rows = training_rows(batch, self.draft_steps)
+        rows = self.rows(batch, target)
         laws = self.laws(batch, target, rows)
         return self.scored(batch, target, rows, laws, self.unrolled(batch, target, rows))
 

@@ -222,14 +222,14 @@ def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) ->
     return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
 
 
-def likely_labels(laws: Laws, flat_M: Tensor, labels_M: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
-    """bool [M]: whether the label is among the law's `top_k` tokens (0: any) and begins inside its `top_p` mass."""
+def likely_tokens(laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
+    """bool [M]: whether a token is among the law's `top_k` (0: any) and the mass above it is at most `top_p`."""
     parts = []
-    for part in _slices(len(labels_M), max(1, MAX_LOGITS // width)):
+    for part in _slices(len(tokens_M), max(1, MAX_LOGITS // width)):
         law = laws(flat_M[part])
-        better = law > law.gather(1, labels_M[part].clamp(min=0)[:, None])
-        parts.append((better.sum(1) < (top_k or width)) & ((law * better).sum(1) < top_p))
-    return torch.cat(parts) if parts else torch.zeros_like(labels_M, dtype=torch.bool)
+        better = law > law.gather(1, tokens_M[part, None])
+        parts.append((better.sum(1) < (top_k or width)) & ((law * better).sum(1) <= top_p))
+    return torch.cat(parts) if parts else torch.zeros_like(tokens_M, dtype=torch.bool)
 
 
 def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:

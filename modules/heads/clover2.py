@@ -5,6 +5,7 @@ Shape legend: B sequences, N rows of one call, M training rows, H hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.layers import DecoderLayer, LayerCache, target_weight
 from modules.core.learned import DraftStep
-from modules.core.losses import likely_labels, masked_mean, smooth_l1
+from modules.core.losses import TrainingRows, likely_tokens, masked_mean, smooth_l1, target_laws
 from modules.core.trainable import TargetShape
 from modules.heads.clover import AttentionDecoder
 from modules.heads.head_drafter import HeadDrafter, refuse_unknown, soft_labels
@@ -42,8 +43,10 @@ class Clover2(HeadDrafter):
         tree: paths, or a name of `modules.trees.paths` (the paper's: `eagle_25`).
         decay: step i = 0 … K-1 weighs decay^i.
         feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft cross-entropy.
-        label_top_k, label_top_p: train a row only if its label is among the target's top k and inside its top-p mass
-            (the paper's optional mask: 8 and 0.8); 0 and 1 turn them off.
+        label_top_k, label_top_p: train step i at t only if the target would have given all the tokens that it is told,
+            x_{t+1} … x_{t+1+i}: each among the top k of the target's whole law of it, with at most a mass of top_p
+            above it (the release's optional `label_mask`: 8 and 0.8). Its label does not matter. 0 and 1 turn them off,
+            and so does validation.
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
         token_scale: `"state"` scales token vectors to the norm of the states that they meet, `"head"` leaves the LM
@@ -124,18 +127,26 @@ class Clover2(HeadDrafter):
             return vectors
         return F.normalize(vectors, dim=-1) * beside_NH.detach().norm(dim=-1, keepdim=True)
 
+    def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """In training only the steps whose inputs are likely enough (`label_top_k`, `label_top_p`)."""
+        rows = super().rows(batch, target)
+        if not self.training or not (self.label_top_k or self.label_top_p < 1):
+            return rows
+        # Steps share most of their inputs, so each position is asked once for the law of the token behind it.
+        positions_P, index_MK = rows.flat_MK1[:, :-1].unique(return_inverse=True)
+        tokens_P, width = batch.input_ids.roll(-1, 1).flatten()[positions_P], self.shape.vocab_size
+        laws = target_laws(target.logits, batch.states["final"], positions_P, width)
+        likely_P = likely_tokens(laws, positions_P, tokens_P, width, self.label_top_k, self.label_top_p)
+        return replace(rows, valid_MK=rows.valid_MK & likely_P[index_MK].cumprod(1).bool())
+
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law.
 
         The distance counts at every row whose label counts, in the draft vocabulary or not: f does not depend on it.
         """
         distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
-        near, learnt = step.valid_M, step.counted_M
-        if self.label_top_k or self.label_top_p < 1:
-            assert step.laws is not None
-            near = learnt = learnt & likely_labels(step.laws, step.flat_M, step.labels_M, self.draft_size,
-                                                   self.label_top_k, self.label_top_p)
-        return self.feature_weight * masked_mean(distance, near) + masked_mean(step.losses_M, learnt)
+        return (self.feature_weight * masked_mean(distance, step.valid_M)
+                + masked_mean(step.losses_M, step.counted_M))
 
 
 class LinearFusion(nn.Module):

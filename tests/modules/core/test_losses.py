@@ -133,12 +133,12 @@ def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
     torch.testing.assert_close(found, torch.tensor([(0.5 * 0.25 + 2.5) / 2]))
 
 
-def test_likely_labels_and_entropies() -> None:
+def test_likely_tokens_and_entropies() -> None:
     law = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     def laws(flat): return law[flat]
     flat, labels = torch.zeros(4, dtype=torch.long), torch.arange(4)
-    assert losses.likely_labels(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [True, True, True, False]
-    assert losses.likely_labels(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [True, True, False, False]
+    assert losses.likely_tokens(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [True, True, True, False]
+    assert losses.likely_tokens(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [True, True, False, False]
     expected = -sum(p * log(p) for p in law[0].tolist())
     torch.testing.assert_close(losses.entropies(laws, flat[:1], 4), torch.tensor([expected]))
 

@@ -67,34 +67,41 @@ def test_attention_decoder_slowly(gate: str) -> None:
             assert (found[row] - hidden[row]).norm() <= value.norm() + 1e-6
 
 
+def given_by_the_target(state: torch.Tensor, token: int, top_k: int, top_p: float) -> bool:
+    """Whether a token is among the `top_k` likeliest, and begins inside their mass of `top_p`: sorted and added up."""
+    law, order = torch.softmax(TARGET.logits(state), 0).sort(descending=True)
+    rank = order.tolist().index(token)
+    return rank < top_k and float(law[:rank].sum()) <= top_p
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("mask", [{}, {"label_top_k": 30, "label_top_p": 0.95}])
-def test_clover2_loss_slowly(mask: dict) -> None:
+@pytest.mark.parametrize(("mask", "training"), [(None, True), ((70, 0.97), True), ((70, 0.97), False)])
+def test_clover2_loss_slowly(mask: tuple[int, float] | None, training: bool) -> None:
     torch.manual_seed(0)
-    drafter = Clover2(TARGET.shape, 3, draft_vocabulary=40, **mask).double()
+    top_k, top_p = mask or (0, 1.0)
+    drafter = Clover2(TARGET.shape, 3, draft_vocabulary=40, label_top_k=top_k, label_top_p=top_p).double()
     drafter.initialise(TARGET)
-    batch = filled(tiny_batch(TARGET), drafter, TARGET)
+    drafter.train(training)
+    batch = filled(tiny_batch(TARGET, rows=4), drafter, TARGET)
     batch.input_ids.remainder_(60)
-    rows, total, length = training_rows(batch, 3), 0.0, batch.input_ids.shape[1]
+    rows, total, length, left_out = training_rows(batch, 3), 0.0, batch.input_ids.shape[1], 0
     for i, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows)):
         distances, entropies = [], []
         for m, flat in enumerate(rows.flat_MK1[:, 0].tolist()):
             b, t = divmod(flat, length)
             if not rows.valid_MK[m, i]:
                 continue
-            state = batch.states["final"][b, t + 1 + i]
-            distance = 10 * F.smooth_l1_loss(feature[m], state)
-            if batch.input_ids[b, t + 2 + i] >= 40:
-                distances += [] if mask else [distance]
+            ids, states = batch.input_ids[b].tolist(), batch.states["final"][b]
+            if training and mask and not all(given_by_the_target(states[t + j], ids[t + 1 + j], top_k, top_p)
+                                             for j in range(i + 1)):
+                left_out += 1
                 continue
-            law = torch.softmax(TARGET.logits(state)[:40], 0)
-            own = law[batch.input_ids[b, t + 2 + i]]
-            if mask and ((law > own).sum() >= 30 or law[law > own].sum() >= 0.95):
-                continue
-            soft = -(law * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum()
-            distances.append(distance)
-            entropies.append(soft)
+            distances.append(10 * F.smooth_l1_loss(feature[m], states[t + 1 + i]))
+            if ids[t + 2 + i] < 40:
+                law = torch.softmax(TARGET.logits(states[t + 1 + i])[:40], 0)
+                entropies.append(-(law * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum())
         total += 0.7 ** i * float(torch.stack(distances).mean() + torch.stack(entropies).mean())
+    assert bool(left_out) == (training and mask is not None)
     assert float(drafter.loss(batch, TARGET, 0.0).total) == pytest.approx(total, rel=1e-5)
 
 
