@@ -32,7 +32,8 @@ class AttentionDecoder(nn.Module):
 
     Args:
         shape: the target's dimensions.
-        gate: `"silu"`, SiLU(q·k / √E) (Clover), or `"cosine"`, cos(q, k) (Clover-2).
+        gate: `"silu"`, SiLU(q·k / √E) (Clover; the paper draws SiLU behind the product and gives no formula, the
+            scale is inferred), or `"cosine"`, cos(q, k) (Clover-2).
         bias: whether the three projections have biases.
     """
 

@@ -31,9 +31,8 @@ class Clover2(HeadDrafter):
     Logits by the frozen LM head; token vectors are that head's rows. Layers start as copies of the target's last one,
     head_norm of its final norm, every other part close to the identity (at H = 576, where this was tuned).
 
-    Three things differ from the release, which trains for 20 epochs on large targets. `token_scale` and `map_lr_scale`
-    can be set back. The start's norm begins at 1 instead of at a second copy of the final norm, so that without layers
-    the first feature begins as the target's own.
+    The release, which trains for 20 epochs on large targets, has `token_scale: head`, `map_lr_scale: 1`,
+    `map_bias: true` and `start_norm: final`. It also adds U(0, 0.01) to the identities that FC_1 and FC_2 begin with.
 
     Args:
         shape: the target's dimensions.
@@ -63,11 +62,13 @@ class Clover2(HeadDrafter):
                  tree: list[list[int]] | str = "narrow", decay: float = 0.7, feature_weight: float = 10.0,
                  label_top_k: int = 0, label_top_p: float = 1.0, fusion: Literal["attention", "linear"] = "attention",
                  labels: Literal["soft", "hard"] = "soft", map_lr_scale: float = 0.1,
-                 token_scale: Literal["state", "head"] = "state") -> None:
+                 token_scale: Literal["state", "head"] = "state", map_bias: bool = False,
+                 start_norm: Literal["ones", "final"] = "ones") -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
-        self.map_lr_scale, self.token_scale = map_lr_scale, token_scale
+        self.map_lr_scale, self.token_scale, self.norm_starts = map_lr_scale, token_scale, start_norm
         refuse_unknown("fusion", fusion, ("attention", "linear"))
         refuse_unknown("token_scale", token_scale, ("state", "head"))
+        refuse_unknown("start_norm", start_norm, ("ones", "final"))
         self.soft_labels = soft_labels(labels)
         if not self.soft_labels and (label_top_k or label_top_p < 1):
             raise ValueError("label_top_k and label_top_p go by the target's law, but labels is 'hard': use 'soft', or "
@@ -78,10 +79,12 @@ class Clover2(HeadDrafter):
         self.step_attention = _residual_attention(shape)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.start_norm, self.head_norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(2))
-        self.first = nn.Linear(size, size, bias=False)
-        self.later = nn.Linear(2 * size, size, bias=False)
+        self.first, self.later = nn.Linear(size, size, bias=map_bias), nn.Linear(2 * size, size, bias=map_bias)
         nn.init.eye_(self.first.weight)
         _start_from_first(self.later)
+        if map_bias:
+            nn.init.zeros_(self.first.bias)
+            nn.init.zeros_(self.later.bias)
         self.use_static_tree(tree)
 
     @property
@@ -91,17 +94,19 @@ class Clover2(HeadDrafter):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The maps before the LM head learn `map_lr_scale` times as fast as the rest."""
-        maps = [self.first.weight, self.later.weight]
+        maps = [*self.first.parameters(), *self.later.parameters()]
         rest = [parameter for parameter in self.declared_parameters() if all(parameter is not own for own in maps)]
         return [{"params": rest, "lr_scale": 1.0}, {"params": maps, "lr_scale": self.map_lr_scale}]
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start the last norm from the target's final one too."""
+        """Start the last norm, or both norms, from the target's final one too."""
         super().initialise(target)
         weight = target_weight(target, "norm")
         if weight is not None:
             self.head_norm.weight.copy_(weight)
+            if self.norm_starts == "final":
+                self.start_norm.weight.copy_(weight)
 
     def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
               caches: list[LayerCache] | None) -> Tensor:
@@ -163,7 +168,7 @@ class LinearFusion(nn.Module):
 
 
 def _start_from_first(linear: nn.Linear) -> None:
-    """[I | U(0, 0.01)], the released starting value of what reads [h ; e]."""
+    """[I | U(0, 0.01)] for what reads [h ; e]."""
     nn.init.uniform_(linear.weight, 0, 0.01)
     nn.init.eye_(linear.weight.data[:, :linear.out_features])
 

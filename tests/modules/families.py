@@ -36,6 +36,8 @@ FAMILIES: dict[str, Build] = {
     "clover_mlp_block": lambda shape: Clover(shape, 3, augmenting="mlp"),
     "clover_no_block": lambda shape: Clover(shape, 3, augmenting="none", tree="narrow"),
     "clover2": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED),
+    "clover2_released": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED, map_lr_scale=1.0, map_bias=True,
+                                              start_norm="final", token_scale="head"),
     "clover2_label_mask": lambda shape: Clover2(shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"),
     "hydra": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED),
     "eagle": lambda shape: Eagle(shape, draft_vocabulary=DRAFTED, steps=3),

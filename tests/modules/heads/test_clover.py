@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from modules.core.layers import causal_rows
 from modules.core.losses import training_rows
 from modules.heads.clover import AttentionDecoder
@@ -117,6 +120,28 @@ def test_clover2_starts_from_the_targets_parts() -> None:
 
 
 @torch.no_grad()
+def test_clover2_starts_its_first_norm_at_1_or_as_released_at_the_final_norms_gain() -> None:
+    gain = TARGET.copy_weight("norm")
+    for name, expected in (("ones", torch.ones_like(gain)), ("final", gain)):
+        drafter = Clover2(TARGET.shape, 2, start_norm=name).double()
+        drafter.initialise(TARGET)
+        assert torch.equal(drafter.start_norm.weight, expected) and torch.equal(drafter.head_norm.weight, gain)
+
+
+@torch.no_grad()
+def test_clover2_loads_a_folder_that_was_saved_before_its_maps_had_biases(tmp_path) -> None:
+    drafter = built("clover2", TARGET, shake=0.05)
+    assert "first.bias" not in drafter.state_dict()
+    save_pretrained(drafter, tmp_path, Provenance.of(TARGET))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("map_bias", "start_norm"):
+        config["arguments"].pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_pretrained(tmp_path, TARGET)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+
+
+@torch.no_grad()
 def test_clover2_without_layers_and_values_starts_as_the_targets_own_norm() -> None:
     drafter = Clover2(TARGET.shape, 2, layers=0).double()
     drafter.initialise(TARGET)
@@ -142,6 +167,8 @@ def test_clover2_trains_the_maps_before_the_lm_head_more_slowly() -> None:
     rest, maps = drafter.parameter_groups()
     assert (rest["lr_scale"], maps["lr_scale"]) == (1.0, 0.25)
     assert [id(one) for one in maps["params"]] == [id(drafter.first.weight), id(drafter.later.weight)]
+    biased = Clover2(TARGET.shape, 2, map_bias=True)
+    assert len(biased.parameter_groups()[1]["params"]) == 4 and not (biased.first.bias.any() or biased.later.bias.any())
     together = [id(one) for one in (*rest["params"], *maps["params"])]
     assert sorted(together) == sorted(id(one) for one in drafter.declared_parameters())
 
