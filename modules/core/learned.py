@@ -89,7 +89,7 @@ class LearnedDrafter(Drafter):
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
-    reads: ClassVar[StateName] = "final"
+    reads: StateName = "final"
     """The target state it starts from."""
     soft_labels: bool = False
     """Whether it learns the target's law (restricted to the draft vocabulary) rather than the tokens of the data."""

@@ -6,7 +6,7 @@ Shape legend: B sequences, N rows of one call, H hidden size, Q heads of the att
 from __future__ import annotations
 
 from math import gcd, sqrt
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Clover(HeadDrafter):
         decay: step i = 1 … K weighs decay^i.
     """
 
-    reads: ClassVar[StateName] = "pre_norm"
+    reads: StateName = "pre_norm"
 
     def __init__(self, shape: TargetShape, heads: int = 3, draft_vocabulary: int | None = None,
                  fusion: Literal["attention", "mlp"] = "attention", token_input: bool = True,

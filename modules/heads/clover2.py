@@ -55,7 +55,7 @@ class Clover2(HeadDrafter):
             of a frozen LM head, and steps as large as the rest's take them apart before anything is learnt.
     """
 
-    reads: ClassVar[StateName] = "pre_norm"
+    reads: StateName = "pre_norm"
     first_exponent: ClassVar[int] = 0
 
     def __init__(self, shape: TargetShape, heads: int = 5, layers: int = 2, draft_vocabulary: int | None = None,

@@ -79,15 +79,19 @@ class HeadDrafter(LearnedDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Copy the target's LM head into own LM heads, its last layer (where of their kind) into own layers."""
-        for layer in self.layers:
-            cast(DecoderLayer, layer).copy_from(target)
+        """Copy the target's LM head into own LM heads, and into own layers what `start_layers` says."""
+        self.start_layers(target)
         every = torch.arange(self.shape.vocab_size, device=target.device)
         for own in self.lm_heads:
             rows = target.lm_head_rows(every if self.vocabulary_D is None else self.vocabulary_D.to(target.device))
             cast(nn.Linear, own).weight.copy_(rows)
             if own.bias is not None:
                 nn.init.zeros_(cast(Tensor, own.bias))
+
+    def start_layers(self, target: Target) -> None:
+        """Copy the target's last layer into own layers of its kind."""
+        for layer in self.layers:
+            cast(DecoderLayer, layer).copy_from(target)
 
     # -- what makes a family ----------------------------------------------------------------------------------
 

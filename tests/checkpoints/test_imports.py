@@ -18,6 +18,7 @@ from modules.feature_drafters.eagle import Eagle
 from modules.feature_drafters.eagle3 import Eagle3
 from modules.feature_drafters.falcon import Falcon
 from modules.feature_drafters.fspad import Fspad
+from modules.heads.hydra import Hydra
 from modules.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
@@ -194,7 +195,7 @@ def test_a_format_of_others_needs_its_target(target, tmp_path):
         load_pretrained(write(tmp_path / "drafter", *medusa(target)))
 
 
-@pytest.mark.parametrize("kind", [Eagle, Fspad, Falcon])
+@pytest.mark.parametrize("kind", [Eagle, Fspad, Falcon, Hydra])
 def test_a_drafter_of_version_1_reads_embeddings_as_they_are(kind, target, tmp_path):
     """Version 1 had no `token_scale`: what it saved drafts as it did."""
     torch.manual_seed(0)

@@ -40,6 +40,8 @@ FAMILIES: dict[str, Build] = {
                                               start_norm="final", token_scale="head"),
     "clover2_label_mask": lambda shape: Clover2(shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"),
     "hydra": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED),
+    "hydra_released": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED, prefix_start="random",
+                                          dropout_at="every_block", shared_block=True),
     "eagle": lambda shape: Eagle(shape, draft_vocabulary=DRAFTED, steps=3),
     "eagle3": lambda shape: Eagle3(shape, draft_vocabulary=DRAFTED),
     "eagle3_one_layer": lambda shape: Eagle3(shape, fused_layers=[1], norm_before_residual=True, norm_output=True,

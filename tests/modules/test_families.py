@@ -184,6 +184,8 @@ def test_mistakes_are_one_line() -> None:
                          (lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]), "deeper than the 2 draft heads"),
                          (lambda: Medusa(shape, tree="oak"), "tree 'oak'"),
                          (lambda: Hydra(shape, lm_head="x"), "lm_head"),
+                         (lambda: Hydra(shape, prefix_start="x"), "prefix_start"),
+                         (lambda: Hydra(shape, dropout_at="x"), "dropout_at"),
                          (lambda: Medusa(shape, draft_vocabulary=0), "draft_vocabulary")):
         with pytest.raises(ValueError, match=words):
             build()

@@ -1,4 +1,4 @@
-"""Clover, Clover-2 and Hydra: where they start, their gates, their losses."""
+"""Clover and Clover-2: where they start, their gates, their losses."""
 
 from __future__ import annotations
 
@@ -171,13 +171,3 @@ def test_clover2_trains_the_maps_before_the_lm_head_more_slowly() -> None:
     assert len(biased.parameter_groups()[1]["params"]) == 4 and not (biased.first.bias.any() or biased.later.bias.any())
     together = [id(one) for one in (*rest["params"], *maps["params"])]
     assert sorted(together) == sorted(id(one) for one in drafter.declared_parameters())
-
-
-@torch.no_grad()
-def test_hydra_starts_affine_in_its_inputs() -> None:
-    drafter = built("hydra", TARGET)
-    first, second = (torch.randn(32 * 4, dtype=torch.float64) for _ in range(2))
-    zero, token = torch.zeros_like(first), torch.tensor(0)
-    for head in range(3):
-        a, b, both, none = (drafter.feature(head, x, token, TARGET) for x in (first, second, first + second, zero))
-        torch.testing.assert_close(a + b, both + none)
