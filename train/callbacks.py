@@ -45,7 +45,7 @@ class AcceptanceProbe(Callback):
         """τ of the current weights."""
         drafter = module.trainable
         assert isinstance(drafter, Drafter)
-        decoder = SpeculativeDecoder(drafter.adapt(module.target), drafter, budget=self.settings.budget)
+        decoder = SpeculativeDecoder(drafter.adapt_sharing(module.target), drafter, budget=self.settings.budget)
         emitted = calls = 0
         for prompt in self.prompts:
             trace = decoder.decode([prompt], Sampling(), self.settings.max_new_tokens)[0]

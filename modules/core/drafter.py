@@ -233,6 +233,10 @@ class Drafter(Trainable):
         """The target this drafter decodes with: `target` itself unless training changed it (Medusa-2)."""
         return target
 
+    def adapt_sharing(self, target: Target) -> Target:
+        """The same for a look at weights that still move: on the target's own weights instead of a copy of them."""
+        return self.adapt(target)
+
     @abstractmethod
     def start(self, context: Context) -> DraftState:
         """State after the target has read the prompts."""

@@ -5,6 +5,7 @@ Shape legend: B sequences, T tokens of a packed row, M training rows, H hidden s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from math import pi, sin
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from modules.core.adapters import Adapters, LowRank
 from modules.core.batches import StateName, TextBatch
 from modules.core.counts import divisor
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
-from modules.core.trainable import Losses, Mean, TargetShape
+from modules.core.trainable import Losses, Mean, Outcome, TargetShape
 from modules.heads.medusa import Medusa
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ class Medusa2(Medusa):
         """A copy of the target with the adapters added to its weights: a different model, with its own fingerprint."""
         self._refuse_other_layers(target)
         return self.adapters.merged(target, self.lm_head_adapter)
+
+    def adapt_sharing(self, target: Target) -> Target:
+        """The twin, without dropout: up to rounding what `adapt` gives, in no more memory than the adapters take."""
+        self._refuse_other_layers(target)
+        return self.adapters.twin(target, self.lm_head_adapter, training=False)
+
+    def finish(self, batches: Iterable[TextBatch], target: Target) -> Outcome:
+        """An optimised tree goes by what the adapted target says."""
+        twin = self.adapt_sharing(target)
+        filled = (replace(batch, states=twin.features(batch, ("final",))) for batch in batches)
+        return super().finish(filled, twin)
 
     def _refuse_other_layers(self, target: Target) -> None:
         try:

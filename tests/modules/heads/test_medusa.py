@@ -16,6 +16,9 @@ from modules.heads.medusa2 import Medusa2
 from modules.trees.optimise import optimised_tree
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import Reader, built, documents, filled
+from train.callbacks import AcceptanceProbe
+from train.module import TrainableModule
+from train.settings import OptimizerSettings, ProbeSettings
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def test_an_optimised_tree_is_found_after_training_and_saved() -> None:
 
 def joint(target, **changes) -> Medusa2:
     torch.manual_seed(1)
-    drafter = Medusa2(target.shape, 2, **{"dropout": 0.0, "rank": 4, **changes}).double()
+    drafter = Medusa2(target.shape, **{"heads": 2, "dropout": 0.0, "rank": 4, **changes}).double()
     drafter.initialise(target)
     return drafter
 
@@ -145,6 +148,39 @@ def test_medusa2_adapts_to_another_target_and_is_lossless_for_that_one() -> None
     plain = SpeculativeDecoder(adapted).decode(prompts, Sampling(), 12)
     drafted = SpeculativeDecoder(adapted, drafter).decode(prompts, Sampling(), 12)
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
+
+
+def test_medusa2_is_looked_at_in_training_without_a_copy_of_the_target() -> None:
+    target = tiny_target("llama")
+    drafter, batch = shaken(joint(target, dropout=0.3)).train(), tiny_batch(target)
+    shared = drafter.adapt_sharing(target)
+    known = {tensor.data_ptr() for module in (target, drafter) for tensor in module.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in shared.state_dict().values()} <= known
+    with torch.no_grad():
+        own, through = (model.logits(model.features(batch, ("final",))["final"])
+                        for model in (drafter.eval().adapt(target), shared))
+    torch.testing.assert_close(own, through, atol=1e-5, rtol=1e-5)
+    assert drafter.adapt_sharing(target) is shared, "made once"
+
+
+def test_the_probe_of_medusa2_decodes_with_what_is_there(monkeypatch) -> None:
+    target = tiny_target("llama")
+    drafter = shaken(joint(target)).eval()
+    expected = SpeculativeDecoder(drafter.adapt(target), drafter).decode([[7, 8, 9]], Sampling(), 12)[0].accepted
+    monkeypatch.setattr(drafter.adapters, "merged", lambda *_: pytest.fail("the target was copied"))
+    probe = AcceptanceProbe([[7, 8, 9]], ProbeSettings(max_new_tokens=12))
+    assert probe.measure(TrainableModule(drafter, target, OptimizerSettings())) == sum(expected) / len(expected)
+
+
+@torch.no_grad()
+def test_medusa2s_optimised_tree_goes_by_the_adapted_target() -> None:
+    target = tiny_target("llama")
+    drafter, batch = shaken(joint(target, heads=3, tree="optimised_9")).eval(), tiny_batch(target)
+    adapted = drafter.adapt(target)
+    outcome = drafter.finish([batch], target)
+    batch.states = adapted.features(batch, ("final",))
+    table = measured_accuracies(drafter, [batch], adapted).tolist()
+    assert drafter.config()["tree"] == optimised_tree(table, 9) and "tree/expected_tokens" in outcome.figures
 
 
 def test_self_distillation_is_zero_before_and_positive_after_a_change() -> None:
