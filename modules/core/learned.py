@@ -166,10 +166,10 @@ class LearnedDrafter(Drafter):
         return labels.masked_fill(~rows.valid_MK, IGNORED)
 
     def laws(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Laws | None:
-        """The target's laws of the labels, if they are learnt."""
+        """The target's laws of the labels, if they are learnt, at float32 even of a target at 16 bits."""
         if not self.soft_labels:
             return None
-        return target_laws(lambda hidden: target.logits(hidden, self.vocabulary_D), batch.states["final"],
+        return target_laws(lambda hidden: target.unrounded_logits(hidden, self.vocabulary_D), batch.states["final"],
                            rows.flat_MK1[:, 1:], self.draft_size)
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:

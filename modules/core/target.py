@@ -28,6 +28,8 @@ from modules.trees.tree import TokenTree
 
 SLICED_HEADS = 4
 """Draft vocabularies whose LM-head rows are kept at a time."""
+WIDENED_ROWS = 8192
+"""Rows of an LM head that are widened to float32 at a time."""
 Injection = Callable[[Tensor], Tensor]
 """Replaces the input of a layer: hidden [B,N,H] -> hidden [B,N,H]."""
 
@@ -156,7 +158,25 @@ class Target(nn.Module):
         else:
             bias = None if head.bias is None else head.bias[vocabulary_D].to(hidden.dtype)
             logits = narrow_linear(hidden, self._head_rows(vocabulary_D, hidden.dtype), bias)
-        cap, logits = self.anatomy.softcap, logits.to(hidden.device)
+        return self._capped(logits.to(hidden.device))
+
+    def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
+        """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to 32 come in steps of
+        an eighth (bfloat16). Of wider targets `logits`."""
+        head = self.anatomy.head
+        if self.dtype.itemsize > 2 or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+            return self.logits(hidden, vocabulary_D)
+        weight = head.weight if vocabulary_D is None else self._head_rows(vocabulary_D, self.dtype)
+        wide, device = hidden.to(weight.device, torch.float32), hidden.device
+        with torch.autocast(weight.device.type, enabled=False):
+            # No more than a part of the weights stands there at float32.
+            logits = torch.cat([wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1)
+        if head.bias is not None:
+            logits += head.bias if vocabulary_D is None else head.bias[vocabulary_D]
+        return self._capped(logits.to(device))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.anatomy.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor, dtype: torch.dtype) -> Tensor:
