@@ -86,11 +86,12 @@ def test_reranked_trees_change_no_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_reach_every_parameter_and_never_the_target(name: str) -> None:
-    drafter = built(name, TARGET)
+    drafter = built(name, TARGET, shake=0.05)
     losses = drafter.loss(filled(tiny_batch(TARGET), drafter, TARGET), TARGET, 0.0)
     losses.total.backward()
     assert torch.isfinite(losses.total)
-    assert all(parameter.grad is not None for parameter in drafter.declared_parameters())
+    for key, parameter in drafter.named_parameters():
+        assert not parameter.requires_grad or bool(parameter.grad.any()), key
     assert all(parameter.grad is None for parameter in TARGET.parameters())
     assert {"top1_0", "top5_2", "cross_entropy_1"} <= losses.metrics.keys()
 

@@ -127,7 +127,7 @@ def test_medusa2_trains_itself_and_leaves_the_target_alone(arch: str) -> None:
         optimizer.step()
         last = losses.metrics["language_loss"]
         first = first or last
-    assert all(parameter.grad is not None for parameter in drafter.declared_parameters())
+    assert all(bool(parameter.grad.any()) for parameter in drafter.declared_parameters())
     assert all(parameter.grad is None for parameter in target.parameters())
     assert float(last.total) < float(first.total)
     target._fingerprint = None
