@@ -161,7 +161,15 @@ class LearnedDrafter(Drafter):
         return training_rows(batch, self.draft_steps)
 
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
-        """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted."""
+        """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted.
+
+        Where laws are learnt, rows whose token cannot be drafted have a law too, and are left out all the same. On text
+        that the target wrote a row then counts as often as its law p puts a token into the draft vocabulary D, so that
+        the loss is in expectation -Σ_{v in D} p(v) log q(v), the whole vocabulary's cross-entropy without what cannot
+        be drafted. Weighting every row by p(D) is the same with less variance, but takes the whole LM head; it gave
+        0.0004 more expected acceptance on tiny targets' text (15 % of it outside D), 0.0007 on that of another writer
+        (27 %).
+        """
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
 

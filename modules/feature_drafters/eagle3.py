@@ -28,8 +28,8 @@ class Eagle3(FeatureDrafter):
     its output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
 
     Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant positions whose token
-    can be drafted. The paper asks this of the target's most likely token (`greedy_labels`); on text that the target
-    wrote it is nearly always the same, and the whole LM head need not be computed.
+    can be drafted. The paper asks this of the target's most likely token (`greedy_labels`), which takes the whole LM
+    head; with 8,192 of SmolLM2's tokens the answer is another for 3 to 5 % of the positions.
 
     Args:
         shape: the target's dimensions.
@@ -42,7 +42,9 @@ class Eagle3(FeatureDrafter):
         norm_output: whether the next step goes on from the normalised output.
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: a name or a list of paths.
-        greedy_labels: count positions, and accuracy, by the target's most likely token instead of the text's own.
+        greedy_labels: count positions, and accuracy, by the target's most likely token instead of the text's own. On
+            text that is not the target's greedy answer, accuracy by the text's own is not how often drafts are
+            accepted.
     """
 
     def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, fused_layers: list[int] | None = None,

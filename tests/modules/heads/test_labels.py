@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modules.core.drafter import Sampling
-from modules.core.losses import smooth_l1
+from modules.core.losses import cross_entropy, draft_labels, smooth_l1
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.clover2 import Clover2
 from modules.heads.hydra import Hydra
@@ -34,6 +34,25 @@ def test_clover2_draws_every_counted_row_to_the_targets_state() -> None:
     distance = smooth_l1(step.feature_MH, states_MH)[step.valid_M].mean()
     expected = 10 * distance + step.losses_M[step.counted_M].sum() / step.counted_M.sum().clamp(min=1)
     torch.testing.assert_close(drafter.step_loss(step, batch), expected)
+
+
+@torch.no_grad()
+def test_rows_left_out_for_their_token_weigh_the_rest_by_the_mass_that_can_be_drafted() -> None:
+    """Over all tokens that the target may have written, each as often as its law says: the loss of the others is the
+    whole vocabulary's cross-entropy without the terms that no draft can have."""
+    torch.manual_seed(0)
+    drafter = Clover2(TARGET.shape, 2, draft_vocabulary=30).double().eval()
+    drafter.set_vocabulary(torch.randperm(128)[:30])
+    drafter.initialise(TARGET)
+    batch = filled(drafter)
+    step = next(iter(drafter.steps(batch, TARGET)))
+    row, every = 3, torch.arange(128)
+    feature = step.feature_MH[row].expand(128, -1)
+    law = TARGET.logits(batch.states["final"].flatten(0, 1)[step.flat_M[row]]).softmax(-1)
+    labels = draft_labels(every, drafter.vocabulary_D)
+    losses, _ = cross_entropy(feature, drafter.head(0, TARGET), labels, 30, step.laws, step.flat_M[row].expand(128))
+    log_draft = drafter.head(0, TARGET)(step.feature_MH[row]).log_softmax(-1)
+    torch.testing.assert_close((law * losses).sum(), -(law[drafter.vocabulary_D] * log_draft).sum())
 
 
 @pytest.mark.parametrize("kind", [Clover2, Hydra])
