@@ -1,10 +1,11 @@
 """`python -m data.regenerate`: the target answers the prompts itself, so that drafters learn what it will really say.
 Where a server runs the target, `python -m data.endpoint` asks that instead.
 
+Nothing of the target's `generation_config` is applied but its end tokens
+(`modules.core.generation`): greedy answers are what the decoder says.
+
 Every finished batch goes to a journal beside the output, and an interrupted run skips what is there. The output
 appears at the end, whole.
-
-Shape legend: B prompts, T tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.configfiles import config_parser, parse, run
 from data.conversations import Message, prompt_ids, read_jsonl
+from modules.core.drafter import Sampling
+from modules.core.generation import stock_generate
 from modules.core.loading import load_target
 
 if TYPE_CHECKING:
@@ -151,27 +153,12 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
             yield same[start:start + size]
 
 
-@torch.no_grad()
 def _generate(target: Target, jobs: Sequence[Job], generation: Generation) -> list[list[int]]:
-    """New ids per job, cut behind the first end-of-turn token; left-padded Hugging Face generation."""
-    width = max(len(job.ids) for job in jobs)
-    padding = min(target.eos_ids, default=0)
-    ids_BT = torch.tensor([[padding] * (width - len(job.ids)) + job.ids for job in jobs], device=target.device)
-    mask_BT = torch.tensor([[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in jobs], device=target.device)
-    temperature = jobs[0].temperature
-    drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature:
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": generation.top_p, "top_k": 0}
-    torch.manual_seed(generation.seed + 1_000_003 * jobs[0].index + jobs[0].number)
-    out_BT = cast(Any, target.model).generate(
-        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=generation.max_new_tokens,
-        eos_token_id=sorted(target.eos_ids), pad_token_id=padding, **drawn)
-    return [_through_end(row, target.eos_ids) for row in out_BT[:, width:].tolist()]
-
-
-def _through_end(ids: list[int], ends: frozenset[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop + 1]
+    """New ids per job, cut behind the first end-of-turn token."""
+    sampling = Sampling(jobs[0].temperature, top_p=generation.top_p,
+                        seed=generation.seed + 1_000_003 * jobs[0].index + jobs[0].number)
+    return stock_generate(target.model, [job.ids for job in jobs], sampling,
+                          generation.max_new_tokens, target.eos_ids)
 
 
 def _answer(job: Job, ids: list[int], target: Target) -> dict[str, Any]:
@@ -234,7 +221,8 @@ class Journal:
 
 
 def _settings(target: Target, prompts: Sequence[dict[str, Any]], generation: Generation) -> dict[str, Any]:
-    return {"target": target.fingerprint(), "prompts": prompts_digest(prompts), **generation.settings()}
+    return {"target": target.fingerprint(), "stop_ids": sorted(target.eos_ids),
+            "prompts": prompts_digest(prompts), **generation.settings()}
 
 
 def prompts_digest(prompts: Sequence[dict[str, Any]]) -> str:

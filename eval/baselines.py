@@ -1,9 +1,11 @@
 """Hugging Face's own ways of decoding, as decoders that the harness measures beside ours.
 
-They run on the target's own weights with the library's kernels and cache, as its users run it. The prefill ends, as
-in our loop, when the first token is known; a streamer takes the times, so nothing is patched.
+They run on the target's own weights with the library's kernels and cache, as its users run it, but
+like our loop without what the target's `generation_config` asks for (`modules.core.generation`).
+The prefill ends, as in our loop, when the first token is known; a streamer takes the times, so
+nothing is patched.
 
-Shape legend: B sequences, T prompt tokens.
+Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,14 +19,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints.pretrained import load_pretrained
 from modules.core.drafter import Sampling
+from modules.core.generation import stock_generate
 from modules.core.loading import truncated_config
 from modules.core.phases import now
 from modules.core.target import Target
 from modules.decoding.decoder import Trace
 from modules.language_models.independent import Independent
-
-_NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
-"""Said outright, because what a call leaves open is taken from the model's own generation config."""
 
 
 class _Stopwatch:
@@ -77,42 +77,16 @@ class HuggingFaceGenerate:
         if len(prompts) > 1 and not self.batched:
             raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
         watch, began = _Stopwatch(), now(self.target.device)
-        rows = self._generate(prompts, sampling, limit, watch)
+        rows = stock_generate(self.target.stock, prompts, sampling, limit, self.target.eos_ids,
+                              self.options(), streamer=watch, **self.arguments())
         ended = now(self.target.device)
         prefill = watch.times[0] - began
         seconds = {"prefill": prefill, "other": ended - watch.times[0]}
         return [self._trace(prompt, row, watch, seconds) for prompt, row in zip(prompts, rows, strict=True)]
 
-    @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, limit: int, watch: _Stopwatch) -> list[list[int]]:
-        padding = min(self.target.eos_ids, default=0)
-        width = max(map(len, prompts))
-        ids_BT = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        config = GenerationConfig(
-            max_new_tokens=limit, eos_token_id=sorted(self.target.eos_ids) or None, pad_token_id=padding,
-            **_NEUTRAL, **_sampling_options(sampling), **self.options())
-        with torch.random.fork_rng(devices=[self.target.device] if self.target.device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
-            model: Any = self.target.stock
-            text_BT = model.generate(
-                ids_BT.to(self.target.device), attention_mask=mask_BT.to(self.target.device), generation_config=config,
-                streamer=watch, **self.arguments())
-        return [self._cut(row) for row in text_BT[:, width:].tolist()]
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        ends = [index for index, token in enumerate(ids) if token in self.target.eos_ids]
-        return ids[:ends[0] + 1] if ends else ids
-
     def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
         """A trace whose phases are only prefill and the rest: `generate` does not tell more."""
         return Trace(len(prompt), ids, [False] * len(ids), [], [], [], seconds, seconds["prefill"])
-
-
-def _sampling_options(sampling: Sampling) -> dict[str, Any]:
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
 
 
 class _HuggingFaceSpeculation(HuggingFaceGenerate):
@@ -163,9 +137,9 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         if assistant is None and not 0 < layers < target.shape.num_layers:
             raise ValueError(f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for {target.name}")
         self.assistant = truncated_copy(target.stock, layers) if assistant is None else trained(assistant, target)
-        self.assistant.generation_config.num_assistant_tokens = tokens
-        self.assistant.generation_config.num_assistant_tokens_schedule = "constant"
-        self.assistant.generation_config.assistant_confidence_threshold = 0.0
+        self.assistant.generation_config = GenerationConfig(
+            num_assistant_tokens=tokens, num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0)
 
     def arguments(self) -> dict[str, Any]:
         """Hands over the assistant."""

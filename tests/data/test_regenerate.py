@@ -90,6 +90,10 @@ def test_a_journal_of_other_settings_is_refused(target: Target, tmp_path: Path,
         regenerate(target, PROMPTS, tmp_path / "a.jsonl", QUICK, progress=False)
     with pytest.raises(ValueError, match="begun with max_new_tokens 6, not 7"):
         regenerate(target, PROMPTS, tmp_path / "a.jsonl", Generation(max_new_tokens=7, answers=2), progress=False)
+    monkeypatch.setattr(Target, "eos_ids", frozenset({0, 9}))
+    monkeypatch.setattr(module, "_generate", lambda target, jobs, generation: [[9] for _ in jobs])
+    with pytest.raises(ValueError, match=r"begun with stop_ids \[0\], not \[0, 9\]"):
+        regenerate(target, PROMPTS, tmp_path / "a.jsonl", QUICK, progress=False)
 
 
 def test_chats_are_answered_too(target: Target, tmp_path: Path) -> None:
