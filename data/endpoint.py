@@ -34,6 +34,7 @@ from data.regenerate import (
     writable,
     write_rows,
 )
+from modules.core.generation import SERVED_NEUTRAL
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class Endpoint:
         key_variable: environment variable with the key, if the server wants one.
         refusals: answers that the server may refuse (a prompt that is too long, say) before the run ends; the output is
             then without them.
+        neutral: ask for repetition_penalty 1, min_p 0 and top_k -1 too, which vLLM and SGLang
+            otherwise take from the model's `generation_config`; false for a server that refuses
+            these keys.
     """
 
     url: str
@@ -67,6 +71,7 @@ class Endpoint:
     timeout: float = 600.0
     key_variable: str = "OPENAI_API_KEY"
     refusals: int = 0
+    neutral: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what is no address, and values that cannot work."""
@@ -103,7 +108,7 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[dict[str, Any]], output:
     """
     output = writable(Path(output))
     settings = {"target": f"{endpoint.model} at {endpoint.url}", "prompts": prompts_digest(prompts),
-                **generation.settings()}
+                "neutral": endpoint.neutral, **generation.settings()}
     journal = Journal(output.with_name(output.name + ".journal"), settings)
     requests = [Request(index, number, generation.temperature(index, number), messages_of(row, index))
                 for index, row in enumerate(prompts) for number in range(generation.answers)]
@@ -147,10 +152,17 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
 def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
     body = {"model": endpoint.model, "messages": request.messages, "max_tokens": generation.max_new_tokens,
             "temperature": request.temperature, "top_p": generation.top_p if request.temperature else 1.0,
-            "seed": generation.seed + 1_000_003 * request.index + request.number}
+            "seed": generation.seed + 1_000_003 * request.index + request.number,
+            **(SERVED_NEUTRAL if endpoint.neutral else {})}
     try:
         choice = _posted(endpoint, body)
     except Refused as refused:
+        unknown = [key for key in SERVED_NEUTRAL if endpoint.neutral and key in str(refused)]
+        if unknown:
+            raise ValueError(
+                f"endpoint.url {endpoint.url}: {refused}: the server does not take {unknown[0]}: "
+                "set endpoint.neutral to false, if it applies nothing of a generation_config"
+            ) from None
         raise Refused(f"prompt {request.index + 1}: {refused}") from None
     return {"index": request.index, "number": request.number, "response": choice["message"]["content"],
             "temperature": request.temperature, "finished": choice.get("finish_reason") == "stop"}

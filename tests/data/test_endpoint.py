@@ -22,11 +22,13 @@ PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
 
 class Server(ThreadingHTTPServer):
     """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status, or a whole
-    answer with something wrong: `cut` half-way, with no `choices`, or with `null` for its text."""
+    answer with something wrong: `cut` half-way, with no `choices`, or with `null` for its text.
+    Requests with an `unknown` key are refused."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble: dict[int, int | str] = {}
+        self.unknown: tuple[str, ...] = ()
         self.asked: list[dict[str, Any]] = []
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -48,9 +50,12 @@ class Handler(BaseHTTPRequestHandler):
             server.most = max(server.most, server.running)
         time.sleep(0.02)
         text = None if trouble == "null" else body["messages"][-1]["content"].upper()
+        unknown = [key for key in body if key in server.unknown]
+        status = 400 if unknown else status
         answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop" if status == 200 else None}]}
         whole = status == 200 and trouble != "choices"
-        content = json.dumps(answer if whole else {"error": "trouble"}).encode()
+        error = f"unrecognised: {unknown[0]}" if unknown else "trouble"
+        content = json.dumps(answer if whole else {"error": error}).encode()
         with server.lock:
             server.running -= 1
         self.send_response(status)
@@ -126,6 +131,23 @@ def test_refused_prompts_end_the_run_unless_some_are_allowed(server: Server, tmp
     assert len(server.asked) == first + 6 - (first - 1)
     assert len(rows) == 5 and all(row["response"] == row["prompt"].upper() for row in rows)
     assert "left out: prompt" in caplog.text
+
+
+def test_a_server_is_told_to_apply_no_generation_config(server: Server, tmp_path: Path) -> None:
+    """What vLLM and SGLang take from there otherwise; some servers refuse what they do not know."""
+    regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
+    body = {"repetition_penalty": 1.0, "min_p": 0.0, "top_k": -1, "top_p": 1.0, "temperature": 0.0}
+    assert {key: server.asked[0].get(key) for key in body} == body
+    server.unknown = ("min_p", "top_k")
+    words = r"400 .*unrecognised: min_p.*: set endpoint.neutral to false"
+    with pytest.raises(ValueError, match=words):
+        regenerate_by(endpoint(server, refusals=100), PROMPTS, tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+    with pytest.raises(ValueError, match="was begun with neutral True, not False"):
+        regenerate_by(endpoint(server, neutral=False), PROMPTS, tmp_path / "b.jsonl")
+    output = regenerate_by(endpoint(server, neutral=False), PROMPTS, tmp_path / "c.jsonl")
+    rows = list(read_jsonl(output))
+    assert len(rows) == 6 and not set(server.asked[-1]) & {"repetition_penalty", "min_p", "top_k"}
 
 
 def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:
