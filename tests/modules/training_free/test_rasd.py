@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from modules.core.drafter import Context, Drafter, Sampling
+from modules.core.drafter import Context, Drafter, DraftState, Frontier, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.medusa import Medusa
+from modules.training_free.datastore import Datastore
 from modules.training_free.lookahead import Lookahead
-from modules.training_free.rasd import Opinion, Overheard, Rasd, as_trie, matches, prune
+from modules.training_free.partner import as_trie
+from modules.training_free.rasd import Opinion, Overheard, Rasd, columns_of, matches, prune
 from modules.training_free.trie import Trie
 from modules.trees.chain import SampledChain
 from modules.trees.drawn import branching_tree
@@ -39,18 +43,76 @@ def paths(tree, sequence: int = 0) -> set[tuple[int, ...]]:
 
 
 def test_every_match_is_read() -> None:
-    assert matches(np.array([1, 2, 3, 1, 2, 4, 1, 2]), 3, 3).tolist() == [[3, 1, 2], [4, 1, 2]]
-    assert matches(np.array([5, 1, 5]), 3, 3).tolist() == [[1, 5, -1]] and not matches(np.array([1, 2]), 3, 3).size
+    text = np.array([1, 2, 3, 1, 2, 4, 1, 2])
+    assert matches(text, 3, length=3).tolist() == [[3, 1, 2], [4, 1, 2]]
+    assert matches(text, 3, 2, length=3).size and not matches(text, 3, 3, length=3).size
+    assert matches(np.array([5, 1, 5]), 3, length=3).tolist() == [[1, 5, -1]]
+    assert not matches(np.array([1, 2]), 3, length=3).size and not matches(text, 0, length=3).size
 
 
 def test_pruning() -> None:
-    opinion = Opinion([9, 1], [-1, 0], torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]]), None)
+    opinion = Opinion([9, 1], [-1, 0], torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]]))
     found = [([2], 3), ([1], 2), ([0], 1), ([1, 0], 1), ([1, 2], 1), ([1, 0, 2], 1)]
     assert prune(found, opinion, 1, 1.0) == [[1], [1, 0], [1, 0, 2]]
     assert sorted(prune(found, opinion, 3, 0.0)) == sorted(path for path, _ in found)
     assert prune(found, None, 1, 1.0)[0] == [2] and len(prune(found, None, 1, 1.0)) == len(found)
-    trimmed = Opinion([9], [-1], torch.tensor([[0.9, 0.1]]), torch.tensor([5, 6]))
-    assert trimmed.judge([6], 1, 0.5) is None and trimmed.judge([7], 1, 0.5) == 1.0
+
+
+def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_tokens() -> None:
+    """Tokens 5 and 6 are drafted; 2 of 8 tokens of the text are others, so 3 of 10 are expected to
+    be. Behind such a token the drafter has no law."""
+    columns = columns_of(torch.tensor([5, 6]), 10)
+    heard = Overheard(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
+    heard.tokens, heard.parents = [torch.tensor([[9, 5]])], [torch.tensor([[-1, 0]])]
+    heard.laws = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
+    opinion, = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
+    assert columns is not None and columns.tolist() == [-1] * 5 + [0, 1] + [-1] * 3
+    assert opinion.outside == 0.3
+    assert opinion.judge([7], 1, 0.3) == 0.3 and opinion.judge([7], 1, 0.31) is None
+    assert opinion.judge([7, 5, 5], 1, 0.3) == 0.3
+    assert opinion.judge([5, 8, 6], 2, 0.0) == pytest.approx(0.9 * 0.7 * 0.3)
+    assert opinion.judge([6], 2, 1.0) == pytest.approx(0.1 * 0.7)
+    assert opinion.judge([6], 1, 0.08) is None
+    # Ranked with the others, not above them; pruned with top 1 and least 1 as all but the argmax.
+    found = [([7], 3), ([5], 3), ([6], 2)]
+    assert prune(found, opinion, 2, 0.0) == [[5], [7], [6]]
+    assert prune(found, opinion, 1, 1.0) == [[5]]
+
+
+def test_text_is_asked_before_the_corpus_where_enough_of_its_end_stood_before(
+        tmp_path: Path) -> None:
+    """One token of the end stood before in the text, two stand in the corpus."""
+    Datastore.build([[7, 8, 30]], TARGET.shape.vocab_size).save(tmp_path)
+    text, other = [8, 20, 7, 8], [8, 20, 9, 8]
+    for needed, expected in ((1, [20]), (2, [30]), (4, [30])):
+        drafter = Rasd(TARGET.shape, datastore=str(tmp_path), text_match=needed)
+        assert drafter.retrieve(text, 1) == [(expected, 1)]
+        assert drafter.retrieve(other, 1) == [([20], 1)], "the corpus has nothing: the text again"
+    assert Rasd(TARGET.shape).retrieve([1, 2], 1) == []
+    with pytest.raises(ValueError, match=r"text_match must lie between 1 and longest \+ 1 \(4\)"):
+        Rasd(TARGET.shape, text_match=5)
+
+
+def test_what_is_ruled_out_makes_room_for_what_is_not() -> None:
+    """Eight continuations begin with tokens that the partner rules out, and one with its own."""
+    text = [t for first in range(60, 68) for t in (9, first, 70, 71)] + [9, 20, 21, 22, 23, 24, 9]
+    scripted = Chain(TARGET.shape)
+    drafter = Rasd(TARGET.shape, scripted, retrieved=4, tokens=6, top=1, least=1.0)
+    ids, length = torch.tensor([text[:-1]]), torch.tensor([len(text) - 1])
+    state = drafter.start(Context(TARGET, ids, length, torch.tensor(text[-1:])))
+    assert max(paths(drafter.propose(state, 6)), key=len) == (20, 21, 22, 23, 24, 9)
+
+
+class Chain(ScriptedDrafter):
+    """Certain of token 20, and drafts it by a builder that asks for its law."""
+
+    builder = StaticTree([[0]])
+    propose = Drafter.propose
+
+    def expand(self, state: DraftState, frontier: Frontier) -> torch.Tensor:
+        logits = torch.zeros(*frontier.tokens_BW.shape, self.vocab)
+        logits[..., 20] = 9.0
+        return logits
 
 
 def test_fusion_is_the_union_of_both_halves() -> None:
@@ -80,7 +142,7 @@ def test_nothing_retrieved_is_the_partner_alone() -> None:
     assert paths(fused.propose(fused.start(context), 10)) == paths(drafter.propose(drafter.start(context), 7))
     heard = Overheard(drafter)
     drafter.builder.build(heard, drafter.start(context), 7)  # type: ignore[arg-type]
-    assert heard.opinion(0).laws_WD is not None
+    assert heard.opinions([[7, 8, 9, 10, 11]], 128)[0].laws_WD is not None
 
 
 @pytest.mark.parametrize("count", [1, 3])
