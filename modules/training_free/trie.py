@@ -65,6 +65,23 @@ def batch_of_trees(tries: Sequence[Trie], device: torch.device) -> TokenTree:
     return TokenTree(torch.tensor(tokens, device=device), Topology(torch.tensor(parents, device=device)))
 
 
+def likeliest(continuations_CL: Tokens) -> list[int]:
+    """The commonest first token of continuations, the commonest behind it, and so on, the lowest of
+    equals; it ends where no continuation goes on.
+
+    continuations_CL: int64, `END` behind the last token of each, in any order.
+    """
+    chain: list[int] = []
+    for column in range(continuations_CL.shape[1]):
+        rows = continuations_CL[continuations_CL[:, column] != END]
+        if not len(rows):
+            break
+        tokens, counts = np.unique(rows[:, column], return_counts=True)
+        chain.append(int(tokens[counts.argmax()]))
+        continuations_CL = rows[rows[:, column] == chain[-1]]
+    return chain
+
+
 def frequent_prefixes(continuations_CL: Tokens, most: int) -> list[tuple[list[int], int]]:
     """The `most` commonest prefixes of continuations and how many begin so, a prefix before what extends it.
 

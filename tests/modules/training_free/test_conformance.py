@@ -31,8 +31,11 @@ def made(name: str, target: Target, folder: Path, documents: list[list[int]]) ->
     arguments = dict(spec.get("init_args") or {})
     if "datastore" in arguments:
         arguments["datastore"] = str(folder)
+    recycling = {"successors": min(8, target.shape.vocab_size)}
     if name.startswith("token_recycling"):
-        arguments["successors"] = min(8, target.shape.vocab_size)
+        arguments |= recycling
+    if "partner" in arguments:
+        arguments["partner"] = {**arguments["partner"], "init_args": recycling}
     return load_drafter({"class_path": spec["class_path"], "init_args": arguments}, target)
 
 

@@ -48,11 +48,25 @@ def test_the_longest_suffix_match_is_brute_forces_at_every_step(seed: int) -> No
         sizes = [n for n in range(1, len(text)) if contains(text[:-1], text[-n:])]
         longest = max(sizes, default=0)
         assert automaton.matched == longest and len(automaton.moves) <= max(2, 2 * len(text) - 1)
-        drafted = automaton.continuation(5, 1)
-        assert bool(drafted) == bool(longest)
-        if drafted:
-            assert any(contains(text[:-1], text[-n:] + drafted[:1]) or contains(text, text[-n:] + drafted[:1])
-                       for n in range(1, longest + 1))
+        for shortest in (1, 3):
+            assert automaton.continuation(5, shortest) == behind(text, longest, shortest, 5)
+
+
+def behind(text: list[int], longest: int, shortest: int, count: int) -> list[int]:
+    """What followed the first occurrence of the longest matching suffix; of shorter ones only where
+    more followed them."""
+    best: list[int] = []
+    for n in range(longest, shortest - 1, -1):
+        end = contains(text, text[-n:])[0] + n
+        best = max(best, text[end:end + count], key=len)
+    return best
+
+
+def test_the_longest_match_is_drafted_behind_not_a_shorter_one() -> None:
+    """`2` alone stood before 9 first, `1 2` before 8 and `4 1 2` before 7."""
+    text = [2, 9, 9, 9, 1, 2, 8, 8, 8, 4, 1, 2, 7, 7, 7, 4, 1, 2]
+    drafter = Suffix(TARGET.shape, tokens=3)
+    assert drafter.propose(drafter.start(context(text)), 3).tokens_BN[0, 1:].tolist() == [7] * 3
 
 
 def test_a_repeated_text_is_drafted_and_a_new_one_is_not() -> None:
