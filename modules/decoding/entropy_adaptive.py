@@ -65,7 +65,8 @@ class EntropyAdaptive:
 
     @torch.no_grad()
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
-        """Continue one prompt; `drafted` tells the tokens that the small model wrote.
+        """Continue one prompt; `drafted` tells the tokens that the small model wrote, `entropies`
+        the bits that each was chosen at, by whichever model wrote it.
 
         Raises:
             ValueError: several prompts at once; a prompt that leaves one of the models no room for an answer.
@@ -89,7 +90,8 @@ class EntropyAdaptive:
             if len(trace.ids) == 1:
                 trace.time_to_first_token = clock.elapsed()
             trace.drafted.append(small)
-            entropies.append(entropy_bits(logits_V))
+            trace.entropies.append(entropy_bits(logits_V))
+            entropies.append(trace.entropies[-1])
             run += 1
             wanted = sum(entropies) / len(entropies) <= self.threshold
             if run >= self.shortest_run and wanted != small:
@@ -108,16 +110,21 @@ class EntropyAdaptive:
         return model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))[0][0]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
-        """What a report says of these answers: the shares of their tokens that either model wrote (`large_share`,
-        `small_share`), `switches` between them, and `catch_up_tokens`: what a model that came in had to read beside the
-        newest token."""
+        """What a report says of these answers: the shares of their tokens that either model wrote
+        (`large_share`, `small_share`); `relative_cost`, the parameters that wrote them over those
+        of the large model alone, which is the paper's cost and leaves out what follows; `switches`
+        between the models; `catch_up_tokens`, what a model that came in had to read beside the
+        newest token; and `mean_entropy` in bits."""
         tokens = sum(len(trace.ids) for trace in traces)
         if not tokens:
             return {}
         small = sum(sum(trace.drafted) for trace in traces) / tokens
+        weight = self.small.parameter_count / self.large.parameter_count
         return {"large_share": 1 - small, "small_share": small,
+                "relative_cost": 1 - small + small * weight,
                 "switches": sum(sum(map(ne, trace.drafted, trace.drafted[1:])) for trace in traces),
-                "catch_up_tokens": sum(map(catch_up_tokens, traces))}
+                "catch_up_tokens": sum(map(catch_up_tokens, traces)),
+                "mean_entropy": sum(sum(trace.entropies) for trace in traces) / tokens}
 
 
 def catch_up_tokens(trace: Trace) -> int:

@@ -29,6 +29,8 @@ class Trace:
     nodes: drafted candidates of each call. seconds: per phase, for the whole batch. time_to_first_token: seconds.
     rows: what each call really computes for this sequence: the newest token, the candidates, rows that only compute,
     and padding to the widest tree of the batch.
+    entropies: bits of the model's own law of each id, where a decoder goes by them (entropy
+    adaptive decoding).
     """
 
     prompt_tokens: int
@@ -40,6 +42,7 @@ class Trace:
     seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_token: float = 0.0
     rows: list[int] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def decode_seconds(self) -> float:

@@ -102,10 +102,26 @@ def test_the_large_model_writes_no_more_at_a_higher_threshold(monkeypatch: pytes
 
 
 def test_what_is_told_of_switches_and_of_what_they_cost() -> None:
-    trace = Trace(4, [9] * 6, [False, False, True, True, False, True])
+    trace = Trace(4, [9] * 6, [False, False, True, True, False, True],
+                  entropies=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0])
     assert catch_up_tokens(trace) == (4 + 2 - 1) + (4 + 4 - 5 - 1) + (4 + 5 - 7 - 1)
     told = EntropyAdaptive(LARGE, SMALL).quality_of([trace])
-    assert told == {"large_share": 0.5, "small_share": 0.5, "switches": 3, "catch_up_tokens": 8}
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (SMALL, LARGE)]
+    assert told == {"large_share": 0.5, "small_share": 0.5, "switches": 3, "catch_up_tokens": 8,
+                    "relative_cost": pytest.approx(0.5 + 0.5 * sizes[0] / sizes[1]),
+                    "mean_entropy": 1.0}
+
+
+def test_the_entropy_that_each_token_was_chosen_at_is_told() -> None:
+    """The raw law's of the model that wrote it, whatever the temperature."""
+    decoder = EntropyAdaptive(LARGE, SMALL, 2.0, window=2, shortest_run=3)
+    trace = decoder.decode([PROMPT], Sampling(temperature=0.5), 24)[0]
+    assert len(trace.entropies) == len(trace.ids) and 0 < sum(trace.drafted) < len(trace.ids)
+    for place, (small, bits) in enumerate(zip(trace.drafted, trace.entropies)):
+        text = torch.tensor([PROMPT + trace.ids[:place]])
+        with torch.no_grad():
+            logits_V = (SMALL if small else LARGE).model(text).logits[0, -1]
+        assert bits == pytest.approx(entropy_bits(logits_V), abs=1e-4)
 
 
 def test_mistakes_are_refused() -> None:
