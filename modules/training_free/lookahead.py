@@ -53,6 +53,10 @@ class Lookahead(TextDrafter):
     l + i + 1 places on and sees level 0 up to its column and its own column. What the last level predicts completes
     an n-gram per column; n-grams that begin with the newest token are drafted.
 
+    The released code by default moves the window by one place per call however many tokens were
+    accepted; here it moves by as many, and repeats its last column where nothing is known yet.
+    N-grams of the text go into the pool as well, which the release makes optional.
+
     Args:
         shape: the target's dimensions.
         ngram: tokens of an n-gram. window: columns. guesses: n-grams kept per token.

@@ -16,7 +16,8 @@ from modules.trees.tree import TokenTree
 
 class PromptLookup(TextDrafter):
     """The longest n-gram at the end of the text that occurs before it, of several places the latest that a whole draft
-    follows, or else the one that most follows; nothing where it never occurred.
+    follows, or else the one that most follows; nothing where it never occurred. (Saxena's code
+    takes the first place that a whole draft follows.)
 
     Args:
         shape: the target's dimensions.

@@ -138,7 +138,8 @@ class Rasd(Partnered):
 
     Args:
         shape: the target's dimensions.
-        partner: the drafter whose tree is fused; an evaluation names it as its methods name drafters.
+        partner: the drafter whose tree is fused; an evaluation names it as its methods name
+            drafters. One that makes its own trees, not by a builder, rules nothing out.
         datastore: folder that `python -m data.datastore` wrote; None retrieves from the text alone.
         longest: tokens of the suffix looked up in the text. length: of a continuation.
         top, least: a retrieved token stays when the partner has it among the `top` likeliest or finds it at least as
