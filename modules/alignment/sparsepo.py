@@ -15,7 +15,6 @@ from modules.alignment.activations import GROUPS, Group, mean_activations, resid
 from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens
 from modules.alignment.token_dpo import Side, activation_mask, binary_mask, sparse_loss
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
-from modules.core.counts import divisor
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Mean, TargetShape
 
@@ -73,7 +72,7 @@ class SparsePO(PreferenceTrainable):
         masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and `"ones"` (TDPO).
         activations: which of the reference's activations are read: `residual`, `attention`, `feed_forward`, `logits`.
         common_mask: whether the reward and the divergence share one learned mask.
-        sparsity: weight of the L1 penalty on the learned masks' means.
+        sparsity: λ of the L1 penalty on the learned masks, summed over the tokens of both responses of a pair.
         mask_lr_scale, mask_weight_decay: of the learned masks' parameters.
         detach_chosen: no gradient through the chosen side's divergence (TDPO's second form).
     """
@@ -82,7 +81,7 @@ class SparsePO(PreferenceTrainable):
 
     def __init__(self, shape: TargetShape, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0,
                  beta: float = 0.1, masks: Masks = "learned", activations: list[Group] | None = None,
-                 common_mask: bool = False, sparsity: float = 1e-3, mask_lr_scale: float = 1.0,
+                 common_mask: bool = True, sparsity: float = 0.0, mask_lr_scale: float = 1.0,
                  mask_weight_decay: float = 0.01, detach_chosen: bool = False) -> None:
         super().__init__(shape, rank, alpha, dropout, beta)
         self.groups: list[Group] = ["residual"] if activations is None else activations
@@ -153,16 +152,17 @@ class SparsePO(PreferenceTrainable):
             if not self.training:  # dropout's zeros are not sparsity
                 metrics |= _sparsity(name, masks[-1], response.counted_BT)
         losses_B = sparse_loss(sides[0], sides[1], self.beta, self.detach_chosen)
-        return losses_B + self.sparsity * self._penalty(masks, (chosen, rejected)), metrics
+        return losses_B + self.sparsity * self._penalty(masks), metrics
 
-    def _penalty(self, masks: list[TokenMasks], responses: tuple[Response, Response]) -> Tensor:
-        """Mean of |m^u| plus mean of |m^d| over each side's tokens (a common mask counts once); 0 for fixed masks."""
-        total = torch.zeros((), device=masks[0].reward_BT.device)
-        if self.mask_heads:
-            for mask, response in zip(masks, responses, strict=True):
-                both = sum(one.abs().sum() for one in mask) * len(self.mask_heads) / 2
-                total = total + both / divisor(response.counted_BT.sum())
-        return total
+    def _penalty(self, masks: list[TokenMasks]) -> Tensor | float:
+        """Σ_t |m^u_t| + Σ_t |m^d_t| over both responses of each pair [B]; a common mask counts once, a fixed one not.
+
+        A sum over tokens as in the released code, not their mean: long responses are pressed harder.
+        """
+        if not self.mask_heads:
+            return 0.0
+        both_B = sum(one_BT.abs().sum(1) for mask in masks for one_BT in mask)
+        return both_B * len(self.mask_heads) / 2
 
 
 def _sparsity(side: str, masks: TokenMasks, counted_BT: Tensor) -> dict[str, Mean]:
