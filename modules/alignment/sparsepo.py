@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.alignment.activations import GROUPS, Group, mean_activations, residual_states
-from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens
-from modules.alignment.token_dpo import Side, activation_mask, binary_mask, sparse_loss
+from modules.alignment.preference import PreferenceTrainable, Response, RowCache, at_tokens, counted
+from modules.alignment.token_dpo import Side, activation_mask, sparse_loss
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
 from modules.core.losses import cross_entropy, entropies, next_token_rows, target_laws
 from modules.core.trainable import Mean, TargetShape
@@ -29,7 +29,9 @@ class MaskHead(nn.Module):
     """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each layer's state.
 
     Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off, which is what makes
-    it sparse. It starts close to 1: w small, b = 1, v = 1/L. (The norm has no weights of its own: w and b hold them.)
+    it sparse. It starts close to 1, where SparsePO is TDPO: w small, b = 1, v = 1/L. (In the released code all weights
+    start at random around 0, about half of a mask's values at exactly 0 and the others near it.) The norm has no
+    weights of its own: w and b hold them.
     """
 
     def __init__(self, shape: TargetShape) -> None:
@@ -52,6 +54,11 @@ def behind(values_BT: Tensor) -> Tensor:
     return F.pad(values_BT, (1, 0))[..., :-1]
 
 
+def signs(mask_BT: Tensor) -> Tensor:
+    """1 where a mask is above 0, else 0, with the mask's own gradient [B,T]."""
+    return mask_BT.detach().sign() + (mask_BT - mask_BT.detach())
+
+
 class TokenMasks(NamedTuple):
     """m^u and m^d [B,T], 0 where no token counts."""
 
@@ -65,13 +72,18 @@ class SparsePO(PreferenceTrainable):
     Masks are learned with the policy from the reference's states, or read from its activations without parameters: m_t
     weighs y_t, and comes from the row that predicts it, as the KL does.
 
+    `"binarised"` masks are the sign of learned ones, 0 or 1. A sign has no slope; its gradient is passed to the learned
+    mask unchanged (straight through, Bengio et al. 2013). The released code passes none, so that its binary masks stay
+    as they were drawn. `"random"` masks are drawn from [0, 1) anew at every call.
+
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
         beta: strength of the tie to the reference.
         masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and `"ones"` (TDPO).
-        activations: which of the reference's activations are read: `residual`, `attention`, `feed_forward`, `logits`.
-        common_mask: whether the reward and the divergence share one learned mask.
+        activations: which of the reference's activations MaPO reads, of `residual`, `attention`, `feed_forward` and
+            `logits` (see `mean_activations`); null: all, as the released recipes do.
+        common_mask: whether the reward and the divergence share one mask (those of activations are always common).
         sparsity: λ of the L1 penalty on the learned masks, summed over the tokens of both responses of a pair.
         mask_lr_scale, mask_weight_decay: of the learned masks' parameters.
         detach_chosen: no gradient through the chosen side's divergence (TDPO's second form).
@@ -84,11 +96,12 @@ class SparsePO(PreferenceTrainable):
                  common_mask: bool = True, sparsity: float = 0.0, mask_lr_scale: float = 1.0,
                  mask_weight_decay: float = 0.01, detach_chosen: bool = False) -> None:
         super().__init__(shape, rank, alpha, dropout, beta)
-        self.groups: list[Group] = ["residual"] if activations is None else activations
+        self.groups: list[Group] = list(GROUPS) if activations is None else activations
         _check(masks, self.groups, sparsity)
         self.masks, self.sparsity, self.detach_chosen = masks, sparsity, detach_chosen
         self.mask_lr_scale, self.mask_weight_decay = mask_lr_scale, mask_weight_decay
-        heads = 0 if masks != "learned" else 1 if common_mask else 2
+        self.common_mask = common_mask
+        heads = 0 if masks not in ("learned", "binarised") else 1 if common_mask else 2
         self.mask_heads = nn.ModuleList(MaskHead(shape) for _ in range(heads))
         self._fixed = RowCache()
 
@@ -108,24 +121,25 @@ class SparsePO(PreferenceTrainable):
 
     def token_masks(self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
                     ) -> TokenMasks:
-        """The two masks of one side, learned from the reference's states or fixed."""
-        if not self.mask_heads:
-            mask_BT = self._fixed(text, target, self._fixed_mask)
+        """The two masks of one side: learned from the reference's states, read from its activations, or drawn."""
+        ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
+        if self.masks == "ones":
+            return TokenMasks(ones_BT, ones_BT)
+        if self.masks == "activations":
+            mask_BT = self._fixed(text, target, self._activation_mask)
             return TokenMasks(mask_BT, mask_BT)
+        if self.masks == "random":
+            masks = [torch.rand_like(ones_BT) * ones_BT for _ in range(1 if self.common_mask else 2)]
+            return TokenMasks(masks[0], masks[-1])
         precision = self.mask_heads[0].get_parameter("weight").dtype
         states_LBTH = torch.stack([states[name] for name in residual_states(target)]).to(precision)
         masks = [behind(head(states_LBTH)) * counted_BT for head in self.mask_heads]
+        masks = [signs(mask_BT) for mask_BT in masks] if self.masks == "binarised" else masks
         return TokenMasks(masks[0], masks[-1])
 
-    def _fixed_mask(self, text: TextBatch, target: Target) -> Tensor:
-        counted_BT = at_tokens(text, torch.ones_like(next_token_rows(text)[0])).bool()
-        ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
-        if self.masks == "ones":
-            return ones_BT
-        if self.masks == "random":
-            return torch.rand_like(ones_BT) * ones_BT
-        groups = [behind(group).to(ones_BT.dtype) for group in mean_activations(target, text, self.groups)]
-        return activation_mask(groups, counted_BT) if self.masks == "activations" else binary_mask(groups, counted_BT)
+    def _activation_mask(self, text: TextBatch, target: Target) -> Tensor:
+        groups = [behind(group) for group in mean_activations(target, text, self.groups)]
+        return activation_mask(groups, counted(text))
 
     # -- loss -------------------------------------------------------------------------------------------------
 

@@ -127,14 +127,6 @@ def activation_mask(groups: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
     return torch.stack([_scaled(group, counted_BT).mean(0) for group in groups]).mean(0)
 
 
-def binary_mask(groups: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
-    """The ablation of `activation_mask`: 1 where the mean activation stands above its average over the response."""
-    counts_B1 = counted_BT.sum(1, keepdim=True).clamp(min=1)
-    above = [group > (group * counted_BT).sum(2, keepdim=True) / counts_B1 for group in groups]
-    share_BT = torch.stack([layers.to(groups[0].dtype).mean(0) for layers in above]).mean(0)
-    return (share_BT > 0.5).to(share_BT.dtype) * counted_BT
-
-
 def _scaled(values_LBT: Tensor, counted_BT: Tensor) -> Tensor:
     low = values_LBT.masked_fill(~counted_BT, torch.inf).amin(2, keepdim=True)
     high = values_LBT.masked_fill(~counted_BT, -torch.inf).amax(2, keepdim=True)

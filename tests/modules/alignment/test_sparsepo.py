@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.alignment.activations import GROUPS, mean_activations
+from modules.alignment.activations import mean_activations
 from modules.alignment.dpo import DPO
 from modules.alignment.preference import counted
 from modules.alignment.sparsepo import SparsePO, TokenMasks
@@ -166,23 +166,108 @@ def test_the_penalty_is_summed_over_the_tokens_of_each_pair(common, target, batc
     assert float((losses[0] - losses[1]).detach()) == pytest.approx(sum(pairs) / 2, rel=1e-9)
 
 
-@pytest.mark.parametrize("masks", ["activations", "binarised", "random"])
-def test_masks_without_parameters_are_the_same_each_time(masks, target, batch):
-    sparse = made(SparsePO, target, masks=masks, activations=list(GROUPS))
+@pytest.mark.parametrize("common", [True, False])
+def test_binary_masks_are_the_sign_of_learned_ones_and_learn(common, target, batch):
+    learned, binary = (uneven(target, masks=masks, common_mask=common) for masks in ("learned", "binarised"))
+    assert len(list(binary.mask_heads.parameters())) == (3 if common else 6)
+    seen = set[float]()
+    for text in (batch.chosen, batch.rejected):
+        pairs = list(zip(masks_of(learned, text, target), masks_of(binary, text, target), strict=True))
+        for own_BT, sign_BT in pairs:
+            found = [value for row in values(sign_BT, text) for value in row]
+            assert found == [float(value > 0) for row in values(own_BT, text) for value in row]
+            assert not sign_BT[~counted(text)].any()
+            seen |= set(found)
+        slopes = [torch.autograd.grad(sum(mask.sum() for mask in masks), list(sparse.mask_heads.parameters()))
+                  for masks, sparse in zip(zip(*pairs), (learned, binary))]
+        for one, other in zip(*slopes):
+            torch.testing.assert_close(one, other)
+            assert bool(one.any())
+    assert seen == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_random_masks_are_drawn_anew_at_every_call(common, target, batch):
+    sparse, text = made(SparsePO, target, masks="random", common_mask=common), batch.chosen
     assert not list(sparse.mask_heads.parameters())
-    first, second = (masks_of(sparse, batch.chosen, target) for _ in range(2))
-    torch.testing.assert_close(first.reward_BT, second.reward_BT)
-    assert float(first.reward_BT.min()) >= 0 and float(first.reward_BT.max()) <= 1
-    assert not first.reward_BT.requires_grad
+    first, second = (masks_of(sparse, text, target) for _ in range(2))
+    assert (first.reward_BT is first.divergence_BT) == common
+    drawn = [mask[counted(text)] for mask in ({id(mask): mask for mask in (*first, *second)}).values()]
+    everything = torch.cat(drawn)
+    assert len(everything.unique()) == len(everything), "no value comes twice"
+    assert 0 <= float(everything.min()) < 0.2 and 0.8 < float(everything.max()) < 1
+    assert not first.reward_BT[~counted(text)].any() and not first.reward_BT.requires_grad
 
 
-def test_mean_activations_are_those_of_the_models_parts(target, batch):
-    residual, attention, feed_forward, logits = mean_activations(target, batch.chosen, GROUPS)
-    assert residual.shape == attention.shape == feed_forward.shape == (2, *batch.chosen.input_ids.shape)
-    states = target.features(batch.chosen, (0, 1, "final"))
-    with torch.no_grad():
-        after = states[1].mean(-1) - states[0].mean(-1)
-    torch.testing.assert_close(residual[0], states[1].mean(-1))
-    torch.testing.assert_close(attention[0] + feed_forward[0], after)
-    torch.testing.assert_close(logits[0], target.logits(states["final"]).mean(-1))
-    assert not target.anatomy.layers[0].self_attn._forward_hooks
+def test_masks_of_activations_are_computed_once_for_a_row(target, batch, monkeypatch):
+    sparse = made(SparsePO, target, masks="activations")
+    first = masks_of(sparse, batch.chosen, target)
+    monkeypatch.setattr("modules.alignment.sparsepo.mean_activations", None)
+    second = masks_of(sparse, batch.chosen, target)
+    assert torch.equal(first.reward_BT, second.reward_BT) and not list(sparse.mask_heads.parameters())
+    assert first.reward_BT is first.divergence_BT and not first.reward_BT.requires_grad
+
+
+def released_mask(target: Target, text: TextBatch, b: int) -> list[float]:
+    """The released code's mask of one row, from the model's modules called one after the other: of every activation
+    the mean over its dimension, standardised and scaled to [0, 1] over the response, then means within and over
+    groups."""
+    model: Any = target.model.model
+    real = text.document_ids[b] >= 0
+    passed: dict[str, list[Tensor]] = {"attention": [], "mlp": [], "residual": [], "logits": []}
+    hidden = model.embed_tokens(text.input_ids[b:b + 1])
+    passed["residual"].append(hidden)
+    for layer, after in zip(model.layers, (1, "final")):
+        normed = layer.input_layernorm(hidden)
+        heads, outputs = layer.self_attn, []
+        watch = heads.o_proj.register_forward_hook(lambda _, inputs, output, kept=outputs: kept.extend(
+            (inputs[0], output)))
+        behind = target.features(text, (after,))[after][b:b + 1]
+        watch.remove()
+        entering, attended = (part[b:b + 1] for part in outputs)
+        passed["attention"] += [heads.q_proj(normed), heads.k_proj(normed), heads.v_proj(normed), entering]
+        middle = hidden + attended
+        second = layer.post_attention_layernorm(middle)
+        inner = layer.mlp.act_fn(layer.mlp.gate_proj(second)) * layer.mlp.up_proj(second)
+        passed["mlp"].append(inner)
+        outer = layer.mlp.down_proj(inner)
+        passed["residual"] += [hidden, normed, attended, middle, second, outer, middle + outer]
+        hidden = middle + outer
+        final = model.norm(hidden)
+        torch.testing.assert_close(final[:, real] if after == "final" else hidden[:, real], behind[:, real])
+    passed["residual"].append(final)
+    passed["logits"].append(target.model.lm_head(final))
+    # A token's mask comes from the row before it.
+    rows = counted(text)[b].nonzero()[:, 0] - 1
+    groups = []
+    for activations in passed.values():
+        scaled = []
+        for activation in activations:
+            mean = activation[0, rows].mean(-1)
+            mean = (mean - mean.mean()) / mean.std()
+            scaled.append((mean - mean.min()) / (mean.max() - mean.min()))
+        groups.append(torch.stack(scaled).mean(0))
+    return torch.stack(groups).mean(0).tolist()
+
+
+@torch.no_grad()
+def test_mapo_reads_all_groups_of_activations_as_the_released_code(target, batch):
+    sparse = made(SparsePO, target, masks="activations")
+    for text in (batch.chosen, batch.rejected):
+        found = values(masks_of(sparse, text, target).reward_BT, text)
+        for b, row in enumerate(found):
+            assert row == pytest.approx(released_mask(target, text, b), abs=1e-9)
+    residual = made(SparsePO, target, masks="activations", activations=["residual"])
+    assert values(masks_of(residual, batch.chosen, target).reward_BT, batch.chosen)[0] != pytest.approx(found[0])
+
+
+def test_activations_leave_no_hooks_and_name_a_target_without_such_parts(target, batch):
+    found = mean_activations(target, batch.chosen)
+    assert [len(group) for group in found] == [16, 8, 2, 1]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for layer in target.anatomy.layers
+                   for module in layer.modules() if module is not layer)
+    other = tiny_target("gpt2")
+    with pytest.raises(ValueError, match="activations 'residual'.*'tiny-gpt2' is not a Llama-type one"):
+        mean_activations(other, tiny_batch(other), ["residual"])
+    gemma = tiny_target("gemma2")
+    assert [len(group) for group in mean_activations(gemma, tiny_batch(gemma))] == [16, 8, 2, 1]

@@ -11,7 +11,6 @@ from torch import Tensor
 from modules.alignment.token_dpo import (
     Side,
     activation_mask,
-    binary_mask,
     contrastive_law,
     critical_dpo_loss,
     dpo_loss,
@@ -149,5 +148,3 @@ def test_activation_masks_run_from_0_to_1_over_the_response_whatever_the_scale()
     both = activation_mask([activations[:1], activations[1:]], counted)
     torch.testing.assert_close(both, activation_mask([activations], counted))
     assert not activation_mask([torch.ones_like(activations)], counted).any()
-    binary = binary_mask([activations], counted)
-    assert set(binary.unique().tolist()) == {0.0, 1.0} and not binary[~counted].any()
