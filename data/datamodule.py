@@ -251,6 +251,10 @@ class ConversationData(LightningDataModule):
         """Batches of the held-out documents, always in the same order."""
         return self._batches(self.held_out, shuffle=False)
 
+    def for_stages(self) -> ConversationData:
+        """The data for what is trained before the whole (`Trainable.stages`)."""
+        return self
+
     def held_out_batches(self) -> Batches:
         """Batches of all held-out documents, on whichever process asks."""
         return self._batches(self.held_out, shuffle=False, alone=True)

@@ -5,15 +5,16 @@ Shape legend: B pairs, T tokens of a row.
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -49,15 +50,16 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Messages up to where the assistant is to speak, and two answers to them.
+    """Messages up to where the assistant is to speak, and two answers to them; with one of them
+    None, the other is a right or wrong trace of its own, which nothing is compared with.
 
     error: characters of the first mistake in the rejected answer, where it is known. inferred: it is only known to lie
     in the step that `error` spans.
     """
 
     messages: list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
     error: Span | None = None
     inferred: bool = False
 
@@ -67,12 +69,14 @@ class Pair:
     """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone.
 
     errors: bool [T], tokens of the rejected document that are known to be wrong; all of a step if `inferred`.
+    compared: whether both sides are there. A side that is not has one token and an empty loss mask.
     """
 
     chosen: Tokens
     rejected: Tokens
     errors: Tensor
     inferred: bool = False
+    compared: bool = True
 
     def __len__(self) -> int:
         """T of the longer document."""
@@ -96,20 +100,24 @@ class Pair:
     @property
     def prompt(self) -> list[int]:
         """The ids before the answers."""
-        return self.chosen.prompt
+        return (self.chosen if self.chosen.response_tokens else self.rejected).prompt
 
     @property
     def response_tokens(self) -> int:
-        """Of both answers."""
-        return self.chosen.response_tokens + self.rejected.response_tokens
+        """Of both answers, which budgets count; 0 for a trace that is not compared."""
+        return self.chosen.response_tokens + self.rejected.response_tokens if self.compared else 0
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
 def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed: int = 0) -> list[Preference]:
-    """The preferences that one row holds: one, or each frequent wrong solution of a problem against a right one (a
-    sampled one, where there is one), and `corruptions` copies of that with one result changed and all else as it was.
+    """The preferences that one row holds: one, or those of a problem, as in cDPO's released code.
+
+    A problem gives one pair, a right solution (`Problem.positive`) against the most frequent wrong
+    one, and each further frequent wrong solution as a trace of its own; without a wrong one, its
+    right solution as a trace. `corruptions` adds pairs with the same right solution, whose rejected
+    one is a copy of it with one result changed.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -118,10 +126,12 @@ def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed
     if is_problem(row):
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
-        right = problem.positive.text
+        right, wrong = problem.positive.text, frequent_wrong(problem)
         chance = random.Random(f"{seed} {problem.question}")
         changed = [found for found in (inject(right, chance) for _ in range(corruptions)) if found is not None]
-        return [*(Preference(asked, right, one.text, one.error, one.inferred) for one in frequent_wrong(problem)),
+        traces = [Preference(asked, None if k else right, one.text, one.error, one.inferred)
+                  for k, one in enumerate(wrong)]
+        return [*(traces or [Preference(asked, right, None)]),
                 *(Preference(asked, right, one.text + one.rest, one.error) for one in changed)]
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -164,20 +174,48 @@ def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
 
 def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
                   ) -> Pair:
-    """Both answers behind the target's chat template; `Skipped` when one leaves nothing to compare."""
-    dialogues = [[*preference.messages, {"role": "assistant", "content": answer}]
-                 for answer in (preference.chosen, preference.rejected)]
-    chosen, rejected = (_last_answer(dialogue, tokenizer, max_length, end_ids) for dialogue in dialogues)
+    """The answers behind the target's chat template; `Skipped` when one leaves nothing to
+    compare."""
+    sides: list[Tokens | None] = []
+    for answer in (preference.chosen, preference.rejected):
+        dialogue = [*preference.messages, {"role": "assistant", "content": answer or ""}]
+        sides.append(None if answer is None
+                     else _last_answer(dialogue, tokenizer, max_length, end_ids))
+    real = next(side for side in sides if side is not None)
+    chosen, rejected = (_absent(real) if side is None else side for side in sides)
     if chosen.key == rejected.key:
         raise Skipped("both answers are the same")
-    return Pair(chosen, rejected, error_tokens(rejected, preference, tokenizer), preference.inferred)
+    errors = error_tokens(rejected, preference, tokenizer)
+    return Pair(chosen, rejected, errors, preference.inferred, compared=None not in sides)
+
+
+def _absent(other: Tokens) -> Tokens:
+    """What stands for a side that is not there."""
+    return Tokens(other.input_ids[:1], torch.zeros(1, dtype=torch.bool))
+
+
+def separate_traces(pairs: Iterable[Pair]) -> list[Pair]:
+    """The right and the wrong traces of some pairs, each once on its side: a right solution that
+    stands in several pairs is a trace of the first alone. None of them is `compared`."""
+    seen: dict[str, set[str]] = {"chosen": set(), "rejected": set()}
+    found = []
+    for pair in pairs:
+        sides: dict[str, Tokens] = {}
+        for name, keys in seen.items():
+            side: Tokens = getattr(pair, name)
+            sides[name] = _absent(side) if side.key in keys else side
+            keys.add(side.key)
+        if any(side.response_tokens for side in sides.values()):
+            errors = pair.errors[:len(sides["rejected"])]
+            found.append(Pair(**sides, errors=errors, inferred=pair.inferred, compared=False))
+    return found
 
 
 def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Tensor:
     """bool [T]: tokens of the rejected document that touch the known error; none behind a template that rewrites
     answers, where characters cannot be found again."""
     found = torch.zeros(len(rejected), dtype=torch.bool)
-    if preference.error is None:
+    if preference.error is None or preference.rejected is None:
         return found
     start, end = preference.error
     encoded = tokenizer(preference.rejected, add_special_tokens=False, return_offsets_mapping=True)
@@ -201,28 +239,48 @@ def _last_answer(messages: list[Message], tokenizer: Any, max_length: int, end_i
 def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
                    max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
                    corruptions: int = 0, seed: int = 0) -> list[Pair]:
-    """All usable pairs in order, each once, up to a budget of response tokens; skips are counted and logged.
+    """All usable pairs in order, each once, up to a budget of response tokens, and the traces of
+    the same rows that are not compared; skips are counted and logged.
 
     Raises:
-        ValueError: a row of an unknown shape, or nothing is left.
+        ValueError: a row of an unknown shape, or no pair is left.
     """
     pairs: dict[str, Pair] = {}
     skips: Counter[str] = Counter()
+    spent = 0
     for number, row in enumerate(rows, 1):
-        if max_response_tokens and sum(pair.response_tokens for pair in pairs.values()) >= max_response_tokens:
+        if max_response_tokens and spent >= max_response_tokens:
             break
-        try:
-            for preference in read_preferences(row, f"{source!r} row {number}", corruptions, seed):
-                pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
-                pairs.setdefault(pair.key, pair)
-        except Skipped as reason:
-            skips[str(reason)] += 1
+        preferences = _unskipped(row, f"{source!r} row {number}", corruptions, seed, skips)
+        for pair in _tokenized(preferences, tokenizer, max_length, end_ids, skips):
+            spent += pair.response_tokens if pair.key not in pairs else 0
+            pairs.setdefault(pair.key, pair)
     for reason, count in skips.items():
         logger.warning("skipped %d pair%s: %s", count, "s" * (count != 1), reason)
-    if not pairs:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or "it is empty"
+    if not any(pair.compared for pair in pairs.values()):
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or (
+            "no question has a wrong solution" if pairs else "it is empty")
         raise ValueError(f"no pair of data set {source!r} can be trained on: {reasons}")
     return list(pairs.values())
+
+
+def _unskipped(row: dict[str, Any], where: str, corruptions: int, seed: int, skips: Counter[str]
+               ) -> list[Preference]:
+    try:
+        return read_preferences(row, where, corruptions, seed)
+    except Skipped as reason:
+        skips[str(reason)] += 1
+        return []
+
+
+def _tokenized(preferences: Iterable[Preference], tokenizer: Any, max_length: int,
+               end_ids: Collection[int] | None, skips: Counter[str]) -> Iterator[Pair]:
+    """The pairs of one row, each skipped by itself."""
+    for preference in preferences:
+        try:
+            yield tokenize_pair(preference, tokenizer, max_length, end_ids)
+        except Skipped as reason:
+            skips[str(reason)] += 1
 
 
 # -- batches ------------------------------------------------------------------------------------------------------
@@ -255,6 +313,10 @@ class PreferenceData(ConversationData):
     wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word problems). `rows` are
     pairs per batch. States that a loss reads are computed online: `features` is not used.
 
+    A question gives one pair. What is trained before the whole (cDPO's two estimators) reads
+    `for_stages`: each right and each wrong trace once, those of questions that give no pair too.
+    Budgets of tokens count pairs alone.
+
     Args:
         corruptions: further pairs of each problem, whose rejected answer is the chosen one with one result changed: an
             error whose place is known.
@@ -268,6 +330,34 @@ class PreferenceData(ConversationData):
         if corruptions < 0:
             raise ValueError(f"data.corruptions must be 0 or above, got {corruptions}")
         self.corruptions = corruptions
+        self.traces: list[Pair] = []
+        self.held_out_traces: list[Pair] = []
+
+    def read(self, target: Target) -> None:
+        """As `ConversationData.read`; pairs apart from traces. ValueError: a side has traces
+        alone."""
+        super().read(target)
+        everything: list[list[Any]] = [self.documents, self.held_out]
+        self.traces, self.held_out_traces = map(separate_traces, everything)
+        self.documents, self.held_out = ([pair for pair in found if pair.compared]
+                                         for found in everything)
+        if not self.documents or not self.held_out:
+            raise ValueError(f"data set {self.train!r}: no question with a right and a wrong "
+                             f"solution is left {'to train on' if self.held_out else 'to hold out'}"
+                             ": give more data, or a larger data.validation_fraction")
+
+    def for_stages(self) -> PreferenceData:
+        """The same rows as traces, each once."""
+        data = copy.copy(self)
+        data.documents = cast(list[Any], self.traces)
+        data.held_out = cast(list[Any], self.held_out_traces)
+        return data
+
+    def summary(self) -> dict[str, Any]:
+        """How many right and wrong traces there are, besides."""
+        right, wrong = (sum(bool(side.response_tokens) for side in sides) for sides in (
+            [pair.chosen for pair in self.traces], [pair.rejected for pair in self.traces]))
+        return {**super().summary(), "right_traces": right, "wrong_traces": wrong}
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None

@@ -6,8 +6,7 @@ import ast
 import operator
 import random
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -60,9 +59,11 @@ class Problem:
 
     @property
     def positive(self) -> Solution:
-        """The right solution that wrong ones are paired with: the first that was sampled as they were, where there is
-        one, and else the one that came with the question, which a person wrote."""
-        return (self.right[1:] or self.right)[0]
+        """The right solution that a wrong one is paired with: of those that were sampled as it was,
+        or else of all, the first with their most frequent answer. (The one that came with the
+        question a person wrote.)"""
+        candidates = self.right[1:] or self.right
+        return next(iter(by_answer(candidates)), candidates)[0]
 
     @property
     def wrong(self) -> list[Solution]:
@@ -174,21 +175,31 @@ def inject(text: str, chance: random.Random) -> Injected | None:
     return Injected(text[:begins] + wrong, text[ends:], (start, end)) if start < end else None
 
 
-def frequent_wrong(problem: Problem, mass: float = 0.5) -> list[Solution]:
-    """The wrong solutions with the most frequent answers, until these cover `mass` of all wrong ones.
+def by_answer(solutions: Iterable[Solution]) -> list[list[Solution]]:
+    """Solutions with the same final number together, the most frequent number first (ties as they
+    come); those without a number are left out."""
+    groups: dict[str, list[Solution]] = {}
+    for solution in solutions:
+        if solution.answer is not None:
+            groups.setdefault(solution.answer, []).append(solution)
+    return sorted(groups.values(), key=len, reverse=True)
 
-    Frequent mistakes are the model's own and not accidents (Lin et al. 2024, section 4.1). Solutions without a final
-    number are left out.
+
+def frequent_wrong(problem: Problem, mass: float = 0.5) -> list[Solution]:
+    """One wrong solution for each of the most frequent wrong answers, until these cover `mass` of
+    all wrong solutions.
+
+    Frequent mistakes are the model's own and not accidents (Lin et al. 2024, section 4.1): behind
+    the most frequent answer only those that were given twice count, as in the released code.
     """
-    wrong = [solution for solution in problem.wrong if solution.answer is not None]
-    kept: set[str | None] = set()
-    covered = 0
-    for answer, count in Counter(solution.answer for solution in wrong).most_common():
-        if covered >= mass * len(wrong):
+    groups = by_answer(problem.wrong)
+    found, needed = list[Solution](), mass * sum(map(len, groups))
+    for group in groups:
+        if needed <= 0 or (found and len(group) < 2):
             break
-        kept.add(answer)
-        covered += count
-    return [solution for solution in wrong if solution.answer in kept]
+        found.append(group[0])
+        needed -= len(group)
+    return found
 
 
 def _clean(text: str) -> str:

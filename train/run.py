@@ -148,7 +148,8 @@ def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Tar
         trainer = _lightning_trainer(settings, None, place.output, f"{LIGHTNING}/{stage.name}")
         optimizer = replace(recipe.optimizer, lr=stage.lr)
         stage.part.requires_grad_(True)
-        trainer.fit(TrainableModule(stage.part, target, optimizer, settings.log_every_n_steps), datamodule=recipe.data)
+        module = TrainableModule(stage.part, target, optimizer, settings.log_every_n_steps)
+        trainer.fit(module, datamodule=recipe.data.for_stages())
         stage.part.requires_grad_(False)
 
 

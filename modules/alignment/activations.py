@@ -1,6 +1,7 @@
 """Activations of the reference model, from which token masks are read.
 
-Shape legend: L layers, A activations, B sequences, T tokens of a row, H size of an activation, V vocabulary.
+Shape legend: L layers, A activations, B sequences, T tokens of a row, H size of an activation, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def residual_states(target: Target) -> tuple[StateName, ...]:
-    """Names of the residual stream behind each layer, the last one behind the final norm: Hugging Face's
-    `hidden_states[1:]`, which the released code's learned masks read."""
+    """Names of the residual stream behind each layer, the last one behind the final norm: Hugging
+    Face's `hidden_states[1:]`, which the released code's learned masks read."""
     return (*range(1, target.shape.num_layers), "final")
 
 
 @torch.no_grad()
-def mean_activations(target: Target, batch: TextBatch, groups: Sequence[Group] = GROUPS) -> list[Tensor]:
+def mean_activations(target: Target, batch: TextBatch, groups: Sequence[Group] = GROUPS
+                     ) -> list[Tensor]:
     """One tensor [A,B,T] per group: its activations, each averaged over its dimension H.
 
-    The groups of the released code (SparsePO, `--activation_hook=all`), of each layer of a Llama-type target:
+    The groups of the released code (SparsePO, `--activation_hook=all`), of each layer of a
+    Llama-type target:
 
-    - attention: queries, keys and values, and the heads' outputs before their projection. Rotated queries and keys
-      are left out: no module of a stock model returns them.
+    - attention: queries, keys and values, and the heads' outputs before their projection. Rotated
+      queries and keys are left out: no module of a stock model returns them.
     - feed_forward: the inner activations, which enter the down projection.
-    - residual: the stream before attention, between attention and MLP and behind the layer; the outputs of the two
-      norms, of attention and of the MLP; besides, the embeddings and the states behind the final norm.
+    - residual: the stream before attention, between attention and MLP and behind the layer; the
+      outputs of the two norms, of attention and of the MLP; besides, the embeddings and the states
+      behind the final norm.
     - logits: the logits, once.
 
     Only means are kept: 12 numbers per token and layer for all groups.
@@ -61,19 +65,22 @@ def mean_activations(target: Target, batch: TextBatch, groups: Sequence[Group] =
 
 
 def _points(layer: Any, group: Group, name: str) -> list[tuple[nn.Module, bool]]:
-    """Parts of a layer whose activations are read, and whether what enters a part is meant or what leaves it."""
+    """Parts of a layer whose activations are read, and whether what enters a part is meant or what
+    leaves it."""
     try:
         own = layer.self_attn
         middle = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
         points: dict[Group, list[tuple[nn.Module, bool]]] = {
-            "attention": [(own.q_proj, False), (own.k_proj, False), (own.v_proj, False), (own.o_proj, True)],
+            "attention": [(own.q_proj, False), (own.k_proj, False), (own.v_proj, False),
+                          (own.o_proj, True)],
             "feed_forward": [(layer.mlp.down_proj, True)],
-            "residual": [(layer.input_layernorm, True), (layer.input_layernorm, False), (own, False),
-                         (middle, True), (middle, False), (layer.mlp, False), (layer, False)],
+            "residual": [(layer.input_layernorm, True), (layer.input_layernorm, False),
+                         (own, False), (middle, True), (middle, False), (layer.mlp, False),
+                         (layer, False)],
             "logits": []}
     except AttributeError as error:
-        raise ValueError(f"activations {group!r}: {error}: target {name!r} is not a Llama-type one, use masks "
-                         "'ones' or 'random'") from None
+        raise ValueError(f"activations {group!r}: {error}: target {name!r} is not a Llama-type "
+                         "one, use masks 'ones' or 'random'") from None
     return points[group]
 
 

@@ -37,8 +37,10 @@ PAGE = "critical_tokens.html"
 class ContrastiveEstimator(Trainable):
     """Two adapted copies of the target: P_p, fine-tuned on right trajectories, and P_n, on wrong ones.
 
-    A token is critical where their contrast makes it unlikely (section 3.2). Chosen responses are the right
-    trajectories, rejected ones the wrong.
+    A token is critical where their contrast makes it unlikely (section 3.2). Chosen responses are
+    the right trajectories, rejected ones the wrong; either side of a row may be absent, its loss
+    mask empty. As in the released code P_p is to see one right trajectory of a question and P_n one
+    for each frequent wrong answer (`PreferenceData.for_stages`).
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
@@ -97,8 +99,9 @@ def _language_losses(text: TextBatch, twin: Target) -> Tensor:
 class CDPO(PreferenceTrainable):
     """−log σ(γ (Σ r_w − Σ (1 − s_t) r_l)): tokens of the rejected response weigh by how critical they are.
 
-    First the contrastive estimator learns right and wrong trajectories from the same pairs; then its scores of the
-    rejected tokens are computed once, and the policy is trained with them. The paper uses γ = 1, its code 0.1.
+    First the contrastive estimator learns right and wrong trajectories of the same questions; then
+    its scores of the rejected tokens are computed once, and the policy is trained with them. The
+    paper uses γ = 1, its code 0.1.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).

@@ -28,10 +28,10 @@ MASK_DROPOUT = 0.01
 class MaskHead(nn.Module):
     """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each layer's state.
 
-    Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off, which is what makes
-    it sparse. It starts close to 1, where SparsePO is TDPO: w small, b = 1, v = 1/L. (In the released code all weights
-    start at random around 0, about half of a mask's values at exactly 0 and the others near it.) The norm has no
-    weights of its own: w and b hold them.
+    Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off,
+    which is what makes it sparse. It starts close to 1, where SparsePO is TDPO: w small, b = 1, v =
+    1/L. (In the released code all weights start at random around 0, about half of a mask's values
+    at exactly 0 and the others near it.) The norm has no weights of its own: w and b hold them.
     """
 
     def __init__(self, shape: TargetShape) -> None:
@@ -72,19 +72,23 @@ class SparsePO(PreferenceTrainable):
     Masks are learned with the policy from the reference's states, or read from its activations without parameters: m_t
     weighs y_t, and comes from the row that predicts it, as the KL does.
 
-    `"binarised"` masks are the sign of learned ones, 0 or 1. A sign has no slope; its gradient is passed to the learned
-    mask unchanged (straight through, Bengio et al. 2013). The released code passes none, so that its binary masks stay
-    as they were drawn. `"random"` masks are drawn from [0, 1) anew at every call.
+    `"binarised"` masks are the sign of learned ones, 0 or 1. A sign has no slope; its gradient is
+    passed to the learned mask unchanged (straight through, Bengio et al. 2013). The released code
+    passes none, so that its binary masks stay as they were drawn. `"random"` masks are drawn from
+    [0, 1) anew at every call.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
         beta: strength of the tie to the reference.
         masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and `"ones"` (TDPO).
-        activations: which of the reference's activations MaPO reads, of `residual`, `attention`, `feed_forward` and
-            `logits` (see `mean_activations`); null: all, as the released recipes do.
-        common_mask: whether the reward and the divergence share one mask (those of activations are always common).
-        sparsity: λ of the L1 penalty on the learned masks, summed over the tokens of both responses of a pair.
+        activations: which of the reference's activations MaPO reads, of `residual`, `attention`,
+            `feed_forward` and `logits` (see `mean_activations`); null: all, as the released recipes
+            do.
+        common_mask: whether the reward and the divergence share one mask (those of activations are
+            always common).
+        sparsity: λ of the L1 penalty on the learned masks, summed over the tokens of both responses
+            of a pair.
         mask_lr_scale, mask_weight_decay: of the learned masks' parameters.
         detach_chosen: no gradient through the chosen side's divergence (TDPO's second form).
     """
@@ -121,7 +125,8 @@ class SparsePO(PreferenceTrainable):
 
     def token_masks(self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
                     ) -> TokenMasks:
-        """The two masks of one side: learned from the reference's states, read from its activations, or drawn."""
+        """The two masks of one side: learned from the reference's states, read from its
+        activations, or drawn."""
         ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
         if self.masks == "ones":
             return TokenMasks(ones_BT, ones_BT)
@@ -129,7 +134,8 @@ class SparsePO(PreferenceTrainable):
             mask_BT = self._fixed(text, target, self._activation_mask)
             return TokenMasks(mask_BT, mask_BT)
         if self.masks == "random":
-            masks = [torch.rand_like(ones_BT) * ones_BT for _ in range(1 if self.common_mask else 2)]
+            count = 1 if self.common_mask else 2
+            masks = [torch.rand_like(ones_BT) * ones_BT for _ in range(count)]
             return TokenMasks(masks[0], masks[-1])
         precision = self.mask_heads[0].get_parameter("weight").dtype
         states_LBTH = torch.stack([states[name] for name in residual_states(target)]).to(precision)
@@ -169,9 +175,11 @@ class SparsePO(PreferenceTrainable):
         return losses_B + self.sparsity * self._penalty(masks), metrics
 
     def _penalty(self, masks: list[TokenMasks]) -> Tensor | float:
-        """Σ_t |m^u_t| + Σ_t |m^d_t| over both responses of each pair [B]; a common mask counts once, a fixed one not.
+        """Σ_t |m^u_t| + Σ_t |m^d_t| over both responses of each pair [B]; a common mask counts
+        once, a fixed one not.
 
-        A sum over tokens as in the released code, not their mean: long responses are pressed harder.
+        A sum over tokens as in the released code, not their mean: long responses are pressed
+            harder.
         """
         if not self.mask_heads:
             return 0.0

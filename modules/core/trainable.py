@@ -56,7 +56,8 @@ class TargetShape:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a component that is trained before the whole, on the same data and by its own loss.
+    """A part of a component that is trained before the whole, by its own loss and on what the data
+    give for stages.
 
     name: of the part. part: what is trained; frozen otherwise. epochs: passes over the data. lr: peak learning rate.
     """

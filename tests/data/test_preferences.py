@@ -12,8 +12,14 @@ import torch
 
 from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
 from data.conversations import Skipped, prompt_ids, read_jsonl
-from data.preferences import EMBEDDED_PAIRS, PreferenceData, read_preferences, tokenize_pairs
-from data.solutions import CALCULATION, first_error, frequent_wrong, is_problem, read_problem
+from data.preferences import (
+    EMBEDDED_PAIRS,
+    PreferenceData,
+    read_preferences,
+    separate_traces,
+    tokenize_pairs,
+)
+from data.solutions import CALCULATION, first_error, is_problem, read_problem
 from tests.fakes import tiny_target, tiny_tokenizer
 
 ASKED = {"role": "user", "content": "say a"}
@@ -55,7 +61,7 @@ def test_dialogues_share_everything_but_the_last_answer():
         read_preferences({"text": "a"}, "row 7")
 
 
-def test_problems_give_the_frequent_wrong_solutions_against_a_right_one():
+def test_problems_give_the_most_frequent_wrong_solution_against_a_right_one():
     assert is_problem(OPENAI)
     problem = read_problem(OPENAI)
     assert [solution.answer for solution in problem.right] == ["10", "10"]
@@ -63,13 +69,113 @@ def test_problems_give_the_frequent_wrong_solutions_against_a_right_one():
         "6", "7", "6*2 = 12"]
     assert [solution.inferred for solution in problem.wrong] == [False, False, True]
     assert "<<" not in problem.wrong[0].text and problem.wrong[0].text.startswith("2+3 = 6 pens.")
-    assert {solution.answer for solution in frequent_wrong(problem, 0.5)} == {"12"}
-    assert len(frequent_wrong(problem, 0.9)) == 3
-    pairs = read_preferences(OPENAI, "row 1")
-    assert [pair.rejected for pair in pairs] == [problem.wrong[0].text, problem.wrong[2].text]
-    assert {pair.chosen for pair in pairs} == {"(2+3)*2 = 10.0\nA: 10"}, "wrong ones were sampled, and so is it"
-    written = read_preferences({**OPENAI, "large": OPENAI["other"]}, "row 1")
-    assert {pair.chosen for pair in written} == {problem.right[0].text}
+    (pair,) = read_preferences(OPENAI, "row 1")
+    assert (pair.rejected, pair.error) == (problem.wrong[0].text, problem.wrong[0].error)
+    assert pair.chosen == "(2+3)*2 = 10.0\nA: 10", "wrong ones were sampled, and so is it"
+    (written,) = read_preferences({**OPENAI, "large": OPENAI["other"]}, "row 1")
+    assert written.chosen == problem.right[0].text
+
+
+def sampled(answers: str) -> dict[str, Any]:
+    """A question whose right answer is r, with a solution for each letter; those of one letter
+    differ in their text."""
+    tried = {f"model {k}": {"is_correct": letter == "r",
+                            "solution": f"{k}th try.\nA: {ord(letter)}"}
+             for k, letter in enumerate(answers)}
+    return {"question": f"How many in {answers}?", "ground_truth": f"By hand.\nA: {ord('r')}",
+            **tried}
+
+
+def released_selection(answers: str) -> tuple[set[str], set[str], tuple[str, str] | None]:
+    """Answers of the right traces, the wrong traces and the pair, by the released code's loop over
+    answers in falling
+    order of their counts: the wrong ones are to cover half of all wrong solutions."""
+    counts = [(answers.count(letter), letter) for letter in dict.fromkeys(answers)]
+    counts.sort(key=lambda pair: pair[0], reverse=True)
+    right, wrong = set[str](), set[str]()
+    first: dict[bool, str] = {}
+    whole = needed = -(-sum(letter != "r" for letter in answers) // 2)
+    for count, letter in counts:
+        first.setdefault(letter == "r", letter)
+        if letter == "r":
+            right.add(letter)
+        elif needed > 0 and (needed == whole or count > 1):
+            wrong.add(letter)
+            needed -= count
+    return right or {"r"}, wrong, (("r", first[False]) if False in first else None)
+
+
+@pytest.mark.parametrize("answers", ["raaabbc", "rabc", "raabbccd", "rr", "aabbb", "raabbcd",
+                                     "rrraaaab"])
+def test_a_question_gives_one_pair_and_each_frequent_wrong_answer_one_trace(answers):
+    right, wrong, compared = released_selection(answers)
+    pairs = tokenize_pairs(iter([sampled(answers), sampled("rx")]), "rows", tiny_tokenizer(), 256)
+    own = [pair for pair in pairs if pair.prompt == pairs[0].prompt]
+    others = [False] * (len(own) - 1)
+    assert [pair.compared for pair in own] == [compared is not None, *others]
+    assert len(own) == max(1, len(wrong)) and (compared is None or own[0].response_tokens > 0)
+    assert sum(pair.response_tokens for pair in own[1:]) == 0, "budgets count pairs"
+
+    def letters(side: str) -> list[str]:
+        traces = [getattr(pair, side) for pair in separate_traces(own)]
+        texts = [tiny_tokenizer().decode(one.input_ids[one.loss_mask]) for one in traces]
+        return [chr(int(re.sub(r"[^0-9]", "", text.split(":")[-1]))) for text in texts if text]
+    assert sorted(letters("chosen")) == sorted(right)
+    assert sorted(letters("rejected")) == sorted(wrong)
+    if compared:
+        assert letters("rejected")[0] == compared[1]
+
+
+def test_stages_see_every_trace_once_and_provenance_counts_them(tmp_path):
+    """Corruptions repeat their right solution in each pair: it is a trace once."""
+    file = tmp_path / "solutions.jsonl"
+    rows = [{**row, "question": f"{row['question']} {i}"} for i in range(6)
+            for row in (OPENAI, sampled("raabbc"), sampled("rr"))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = PreferenceData(corruptions=2, train=str(file), validation_fraction=0.2, max_length=256,
+                          rows=3)
+    data.bind(tiny_target())
+    sides: dict[str, list[tuple[int, ...]]] = {"chosen": [], "rejected": []}
+    for batch in data.for_stages().train_dataloader():
+        for name, found in sides.items():
+            text = getattr(batch, name)
+            found += [tuple(ids[mask].tolist()) for ids, mask in zip(text.input_ids, text.loss_mask)
+                      if bool(mask.any())]
+            assert text.input_ids.shape[0] == batch.chosen.input_ids.shape[0]
+    asked = [tuple(pair.prompt) for pair in data.traces if pair.chosen.response_tokens]
+    assert len(asked) == len(set(asked)) == len(sides["chosen"]), "one right trace a question"
+    assert len(data.documents) > len(sides["chosen"]), "and several pairs"
+    wrong = {(tuple(pair.prompt), pair.rejected.key) for pair in data.traces
+             if pair.rejected.response_tokens}
+    assert len(wrong) == len(sides["rejected"]) > len(data.documents)
+    summary = data.summary()
+    assert (summary["right_traces"], summary["wrong_traces"]) == (len(asked), len(wrong))
+    assert summary["documents"] == len(data.documents) == sum(
+        len(batch.chosen.input_ids) for batch in data.train_dataloader())
+    assert {tuple(pair.prompt) for pair in data.held_out_traces}.isdisjoint(asked)
+    assert len(data.for_stages().held_out) == len(data.held_out_traces) >= len(data.held_out)
+
+
+def test_data_whose_held_out_questions_give_no_pair_are_refused(tmp_path):
+    file = tmp_path / "solutions.jsonl"
+    rows = [sampled("rx"), *({**sampled("rr"), "question": f"How many, {i}?"} for i in range(5))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceData(train=str(file), validation_fraction=0.2, max_length=256)
+    with pytest.raises(ValueError, match="no question with a right and a wrong solution is left to"):
+        data.bind(tiny_target())
+
+
+def test_one_solution_that_is_too_long_skips_itself_alone(caplog):
+    """Cut at the context, the right and the first wrong solution are the same; the second wrong one
+    still counts."""
+    row = sampled("raabbc")
+    for name in ("model 0", "model 1"):
+        row[name]["solution"] = "x" * 300 + row[name]["solution"]
+    pairs = tokenize_pairs(iter([row, sampled("rx")]), "rows", tiny_tokenizer(), 128)
+    assert [pair.compared for pair in pairs] == [False, True]
+    assert "skipped 1 pair: both answers are the same" in caplog.text
+    with pytest.raises(ValueError, match="can be trained on: no question has a wrong solution"):
+        tokenize_pairs(iter([sampled("rr")]), "rows", tiny_tokenizer(), 128)
 
 
 @pytest.mark.parametrize(("text", "step", "inferred"), [
@@ -97,6 +203,7 @@ def test_injected_errors_change_one_number_whose_place_is_known():
         assert len(plain) < len(found) <= len(plain) + 3
         for pair in found[len(plain):]:
             start, end = pair.error or (0, 0)
+            assert pair.chosen is not None and pair.rejected is not None
             assert pair.rejected[start:end].isdigit() and not pair.inferred
             assert pair.rejected.startswith(pair.chosen[:start]) and pair.chosen.endswith(pair.rejected[end:])
             assert pair.rejected != pair.chosen
@@ -109,7 +216,9 @@ def test_injected_errors_change_one_number_whose_place_is_known():
 
 def test_batches_tell_injected_errors_from_inferred_ones(tmp_path):
     file = tmp_path / "solutions.jsonl"
-    file.write_text("".join(json.dumps({**OPENAI, "question": f"How many, {i}?"}) + "\n" for i in range(8)))
+    turned = {**OPENAI, "small": OPENAI["again"], "again": OPENAI["small"]}
+    rows = [{**turned, "question": f"How many, {i}?"} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = PreferenceData(corruptions=1, train=str(file), validation_fraction=0.2, max_length=256, rows=2)
     data.bind(tiny_target())
     found = [(inferred, int(errors.sum())) for batch in data.train_dataloader()

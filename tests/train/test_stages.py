@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from data.arithmetic import embedded_problems
 from data.configfiles import CONFIGS
 from eval.methods import Method, build_rows
-from modules.alignment.cdpo import CDPO, PAGE
+from modules.alignment.cdpo import CDPO, PAGE, ContrastiveEstimator
+from modules.core.batches import PreferenceBatch
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.clover import Clover
@@ -78,6 +80,27 @@ def test_cdpo_tells_how_well_it_finds_the_errors_of_solutions(tiny, tmp_path, ca
     assert 'class="error"' in page or 'class="lowest error"' in page
     printed = capsys.readouterr().out
     assert "held_out/criticality_auc" in printed and "val/preference_accuracy" in printed
+
+
+def test_the_estimators_see_every_trace_once_an_epoch(tiny, tmp_path, monkeypatch):
+    """Although each right solution stands in the pairs of its corrupted copies too."""
+    file, output, seen = tmp_path / "solutions.jsonl", tmp_path / "run", Counter[tuple[int, ...]]()
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(10)))
+    plain = ContrastiveEstimator.loss
+
+    def watched(self: Any, batch: PreferenceBatch, target: Any, progress: float) -> Any:
+        text = batch.chosen
+        texts = [tuple(ids[mask].tolist()) for ids, mask in zip(text.input_ids, text.loss_mask)]
+        seen.update(text for text in texts if text and self.training)
+        return plain(self, batch, target, progress)
+    monkeypatch.setattr(ContrastiveEstimator, "loss", watched)
+    drafter = {"class_path": "modules.alignment.cdpo.CDPO",
+               "init_args": {"rank": 2, "estimator_rank": 2, "estimator_epochs": 2}}
+    command(["--config", str(recipe(tmp_path, file, drafter)), "--output", str(output),
+             "--data.max_length", "500", "--data.corruptions", "2"])
+    counts = json.loads((output / "drafter" / "provenance.json").read_text())["data"]
+    assert set(seen.values()) == {2} and len(seen) == counts["right_traces"] < counts["documents"]
+    assert counts["wrong_traces"] > counts["right_traces"]
 
 
 def test_a_resumed_run_keeps_the_parts_it_trained_first(tiny, pairs, tmp_path):

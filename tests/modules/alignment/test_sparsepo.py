@@ -75,7 +75,8 @@ def test_tdpo_from_whole_distributions(target, batch):
     twin, parts = sparse.policy.twin(target), []
     for text in (batch.chosen, batch.rejected):
         with torch.no_grad():
-            laws = [model.logits(model.features(text, ("final",))["final"]).log_softmax(-1) for model in (twin, target)]
+            laws = [model.logits(model.features(text, ("final",))["final"]).log_softmax(-1)
+                    for model in (twin, target)]
         ratio, divergence = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for b, t in counted(text).nonzero().tolist():
             policy, reference = (law[b, t - 1] for law in laws)
@@ -104,7 +105,8 @@ def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, ba
         states = [parameter for parameter in target.parameters()]
         first = masks_of(sparse, batch.chosen, target)
         start = first.reward_BT[counted(batch.chosen)]
-        assert bool(((start - 1).abs() < 0.2).all()) and not first.reward_BT[~counted(batch.chosen)].any()
+        assert bool(((start - 1).abs() < 0.2).all())
+        assert not first.reward_BT[~counted(batch.chosen)].any()
         optimizer = torch.optim.Adam(sparse.mask_heads.parameters(), 0.05)
         for _ in range(10):
             optimizer.zero_grad()
@@ -112,8 +114,8 @@ def test_learned_masks_start_near_1_and_grow_sparser_with_the_penalty(target, ba
             optimizer.step()
         assert all(parameter.grad is not None for parameter in sparse.mask_heads.parameters())
         assert all(state.grad is None for state in states)
-        metrics = total(sparse, batch, target).metrics
-        shares[sparsity] = float(metrics["chosen_reward_sparsity"].total / metrics["chosen_reward_sparsity"].count)
+        share = total(sparse, batch, target).metrics["chosen_reward_sparsity"]
+        shares[sparsity] = float(share.total / share.count)
     assert shares[0.3] > shares[0.0]
 
 
@@ -153,7 +155,8 @@ def test_masks_are_common_or_not_and_decay_by_themselves(target, batch):
 
 @pytest.mark.parametrize("common", [True, False])
 def test_the_penalty_is_summed_over_the_tokens_of_each_pair(common, target, batch):
-    """Token by token from the masks' values: the mean over pairs of λ Σ_t (|m^u| + |m^d|), half of it if common."""
+    """Token by token from the masks' values: the mean over pairs of λ Σ_t (|m^u| + |m^d|), half of
+    it if common."""
     weight = 0.01
     losses = [total(uneven(target, common_mask=common, sparsity=sparsity), batch, target).total
               for sparsity in (weight, 0.0)]
@@ -168,18 +171,21 @@ def test_the_penalty_is_summed_over_the_tokens_of_each_pair(common, target, batc
 
 @pytest.mark.parametrize("common", [True, False])
 def test_binary_masks_are_the_sign_of_learned_ones_and_learn(common, target, batch):
-    learned, binary = (uneven(target, masks=masks, common_mask=common) for masks in ("learned", "binarised"))
+    learned, binary = (uneven(target, masks=masks, common_mask=common)
+                       for masks in ("learned", "binarised"))
     assert len(list(binary.mask_heads.parameters())) == (3 if common else 6)
     seen = set[float]()
     for text in (batch.chosen, batch.rejected):
-        pairs = list(zip(masks_of(learned, text, target), masks_of(binary, text, target), strict=True))
+        both = masks_of(learned, text, target), masks_of(binary, text, target)
+        pairs = list(zip(*both, strict=True))
         for own_BT, sign_BT in pairs:
             found = [value for row in values(sign_BT, text) for value in row]
             assert found == [float(value > 0) for row in values(own_BT, text) for value in row]
             assert not sign_BT[~counted(text)].any()
             seen |= set(found)
-        slopes = [torch.autograd.grad(sum(mask.sum() for mask in masks), list(sparse.mask_heads.parameters()))
-                  for masks, sparse in zip(zip(*pairs), (learned, binary))]
+        slopes = [torch.autograd.grad(masks.reward_BT.sum() + 2 * masks.divergence_BT.sum(),
+                                      list(sparse.mask_heads.parameters()))
+                  for masks, sparse in zip(both, (learned, binary))]
         for one, other in zip(*slopes):
             torch.testing.assert_close(one, other)
             assert bool(one.any())
@@ -192,8 +198,8 @@ def test_random_masks_are_drawn_anew_at_every_call(common, target, batch):
     assert not list(sparse.mask_heads.parameters())
     first, second = (masks_of(sparse, text, target) for _ in range(2))
     assert (first.reward_BT is first.divergence_BT) == common
-    drawn = [mask[counted(text)] for mask in ({id(mask): mask for mask in (*first, *second)}).values()]
-    everything = torch.cat(drawn)
+    masks = {id(mask): mask for mask in (*first, *second)}
+    everything = torch.cat([mask[counted(text)] for mask in masks.values()])
     assert len(everything.unique()) == len(everything), "no value comes twice"
     assert 0 <= float(everything.min()) < 0.2 and 0.8 < float(everything.max()) < 1
     assert not first.reward_BT[~counted(text)].any() and not first.reward_BT.requires_grad
@@ -204,14 +210,15 @@ def test_masks_of_activations_are_computed_once_for_a_row(target, batch, monkeyp
     first = masks_of(sparse, batch.chosen, target)
     monkeypatch.setattr("modules.alignment.sparsepo.mean_activations", None)
     second = masks_of(sparse, batch.chosen, target)
-    assert torch.equal(first.reward_BT, second.reward_BT) and not list(sparse.mask_heads.parameters())
+    assert torch.equal(first.reward_BT, second.reward_BT)
+    assert not list(sparse.mask_heads.parameters())
     assert first.reward_BT is first.divergence_BT and not first.reward_BT.requires_grad
 
 
 def released_mask(target: Target, text: TextBatch, b: int) -> list[float]:
-    """The released code's mask of one row, from the model's modules called one after the other: of every activation
-    the mean over its dimension, standardised and scaled to [0, 1] over the response, then means within and over
-    groups."""
+    """The released code's mask of one row, from the model's modules called one after the other: of
+    every activation the mean over its dimension, standardised and scaled to [0, 1] over the
+    response, then means within and over groups."""
     model: Any = target.model.model
     real = text.document_ids[b] >= 0
     passed: dict[str, list[Tensor]] = {"attention": [], "mlp": [], "residual": [], "logits": []}
@@ -220,12 +227,13 @@ def released_mask(target: Target, text: TextBatch, b: int) -> list[float]:
     for layer, after in zip(model.layers, (1, "final")):
         normed = layer.input_layernorm(hidden)
         heads, outputs = layer.self_attn, []
-        watch = heads.o_proj.register_forward_hook(lambda _, inputs, output, kept=outputs: kept.extend(
-            (inputs[0], output)))
+        watch = heads.o_proj.register_forward_hook(
+            lambda _, inputs, output, kept=outputs: kept.extend((inputs[0], output)))
         behind = target.features(text, (after,))[after][b:b + 1]
         watch.remove()
         entering, attended = (part[b:b + 1] for part in outputs)
-        passed["attention"] += [heads.q_proj(normed), heads.k_proj(normed), heads.v_proj(normed), entering]
+        passed["attention"] += [heads.q_proj(normed), heads.k_proj(normed), heads.v_proj(normed),
+                                entering]
         middle = hidden + attended
         second = layer.post_attention_layernorm(middle)
         inner = layer.mlp.act_fn(layer.mlp.gate_proj(second)) * layer.mlp.up_proj(second)
@@ -234,7 +242,8 @@ def released_mask(target: Target, text: TextBatch, b: int) -> list[float]:
         passed["residual"] += [hidden, normed, attended, middle, second, outer, middle + outer]
         hidden = middle + outer
         final = model.norm(hidden)
-        torch.testing.assert_close(final[:, real] if after == "final" else hidden[:, real], behind[:, real])
+        own = final if after == "final" else hidden
+        torch.testing.assert_close(own[:, real], behind[:, real])
     passed["residual"].append(final)
     passed["logits"].append(target.model.lm_head(final))
     # A token's mask comes from the row before it.
@@ -258,16 +267,18 @@ def test_mapo_reads_all_groups_of_activations_as_the_released_code(target, batch
         for b, row in enumerate(found):
             assert row == pytest.approx(released_mask(target, text, b), abs=1e-9)
     residual = made(SparsePO, target, masks="activations", activations=["residual"])
-    assert values(masks_of(residual, batch.chosen, target).reward_BT, batch.chosen)[0] != pytest.approx(found[0])
+    other = values(masks_of(residual, batch.rejected, target).reward_BT, batch.rejected)
+    assert other[0] != pytest.approx(found[0])
 
 
 def test_activations_leave_no_hooks_and_name_a_target_without_such_parts(target, batch):
     found = mean_activations(target, batch.chosen)
     assert [len(group) for group in found] == [16, 8, 2, 1]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for layer in target.anatomy.layers
-                   for module in layer.modules() if module is not layer)
+    inner = [module for layer in target.anatomy.layers for module in layer.modules()
+             if module is not layer]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in inner)
     other = tiny_target("gpt2")
-    with pytest.raises(ValueError, match="activations 'residual'.*'tiny-gpt2' is not a Llama-type one"):
+    with pytest.raises(ValueError, match="activations 'residual'.*'tiny-gpt2' is not a Llama-type"):
         mean_activations(other, tiny_batch(other), ["residual"])
     gemma = tiny_target("gemma2")
     assert [len(group) for group in mean_activations(gemma, tiny_batch(gemma))] == [16, 8, 2, 1]
