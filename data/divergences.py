@@ -1,9 +1,11 @@
 """Labels mined from where a drafter leaves its target: does the answer change if the draft is kept?
 
-AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv 2504.20039, section 3): at each
-mismatch a drafted token replaces the target's, the target finishes, and the final answers are compared. A token that
-changes nothing is right (the first such stays in the text that is looked at next), one that changes the answer is
-wrong. Only answers that end of themselves are compared: where one was cut short there is no label.
+AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv 2504.20039, section
+3): every position of the target's answer is drafted; at each mismatch a drafted token replaces the
+target's, the target finishes, and the final answers are compared. A token that changes nothing is
+right (the first such stays in the text that is looked at next), one that changes the answer is
+wrong. The search goes on with the very next position. Only answers that end of themselves are
+compared: where one was cut short there is no label.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from data.conversations import Message, prompt_ids
-from modules.core.drafter import Accepted, Drafter, Sampling, Verified
+from data.solutions import plain_number
+from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.rules import Draws, GreedyRule
-from modules.trees.tree import TokenTree
+from modules.decoding.rules import Draws, GreedyRule, check_pairing
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -37,31 +41,50 @@ class Divergence:
     chosen: int
 
 
-class FirstRejection(GreedyRule):
-    """The greedy rule for one sequence; it remembers the first drafts it rejects and how many tokens stood before."""
+@torch.no_grad()
+def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: int
+                     ) -> Divergence | None:
+    """The first mismatch when the target continues `ids` greedily by at most `limit` tokens; None
+    if there is none, or only behind an end of sequence.
 
-    def __init__(self) -> None:
-        self.emitted, self.position = 1, -1
-        self.drafted: list[int] = []
-
-    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        """Accept greedily; look for candidates below the last accepted node."""
-        accepted = super().__call__(tree, verified, draws)
-        self.emitted += int(accepted.lengths_B)
-        below = (tree.parents_BN[0] == accepted.last_B) & tree.acceptable_BN[0]
-        if self.position < 0 and bool(below.any()):
-            self.position, self.drafted = self.emitted - 1, tree.tokens_BN[0, below].tolist()
-        return accepted
-
-
-def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: int) -> Divergence | None:
-    """The first mismatch when the target continues `ids` greedily by at most `limit` tokens; None if there is none."""
-    rule, text = FirstRejection(), []
-    for token, _ in SpeculativeDecoder(target, drafter, rule).stream(ids, Sampling(), limit):
-        text.append(token)
-        if 0 <= rule.position < len(text):
-            return Divergence(text[:rule.position], rule.drafted, text[rule.position])
+    Every position is drafted, the first one behind `ids` too: drafting begins at the last of them.
+    Where all of a path was right, it goes on from that path's last draft, not from the token that
+    the target added, which nothing was drafted for.
+    """
+    rule, draws, text = GreedyRule(), Draws(Sampling(), [torch.Generator(target.device)]), []
+    check_pairing(rule, drafter.law)
+    state = _begin(target, drafter, ids, limit)
+    while len(text) < limit:
+        tree = drafter.propose(state, drafter.default_budget)
+        verified = target.verify(tree, drafter.decoding_states)
+        accepted = rule(tree, verified, draws)
+        path, chosen = accepted.paths[0], int(accepted.next_B)
+        drafts = tree.tokens_BN[0, path[1:]].tolist()
+        below = tree.acceptable_BN[0] & (tree.parents_BN[0] == path[-1])
+        rejected = tree.tokens_BN[0, below].tolist()
+        text += drafts if drafts or rejected else [chosen]
+        if target.eos_ids & set(text) or len(text) >= limit:
+            return None
+        if rejected:
+            return Divergence(text, rejected, chosen)
+        # The last draft becomes the next root, and what the target says behind it is drafted too.
+        if drafts:
+            accepted = Accepted(accepted.path_BA[:, :len(drafts)], accepted.lengths_B - 1,
+                                tree.tokens_BN[:, path[-1]])
+        target.commit(accepted)
+        state = drafter.absorb(state, verified, accepted)
     return None
+
+
+def _begin(target: Target, drafter: Drafter, ids: list[int], limit: int) -> DraftState:
+    """The target has read all ids but the last, which is the root of the first tree."""
+    assert len(ids) > 1, "a chat template leaves more than one token"
+    read = torch.tensor([ids[:-1]], device=target.device)
+    lengths_B = torch.tensor([len(ids) - 1], device=target.device)
+    target.open(1, len(ids) + limit + drafter.default_budget + 1)
+    _, states = target.prefill(read, lengths_B, drafter.decoding_states)
+    newest_B = torch.tensor(ids[-1:], device=target.device)
+    return drafter.start(Context(target, read, lengths_B, newest_B, states))
 
 
 def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int) -> Iterator[dict[str, Any]]:
@@ -73,12 +96,12 @@ def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, 
         drafter: what it is served by.
         messages: the question.
         limit: new tokens per answer.
-        most: mismatches looked at.
+        most: mismatches looked at, from the beginning of the answer.
     """
     prompt, text = prompt_ids(messages, target.tokenizer), list[int]()
     answer, = _answers(target, prompt, [text], limit)
     for _ in range(most if answer else 0):
-        found = first_divergence(target, drafter, prompt + text, limit - len(text)) if len(text) < limit else None
+        found = first_divergence(target, drafter, prompt + text, limit - len(text))
         if found is None:
             return
         text = text + found.text
@@ -99,9 +122,10 @@ def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -
 
 
 def final_number(text: str) -> str | None:
-    """The last number of a text, without separators; None if it has none."""
+    """The last number of a text, without separators and without a fraction of zero; None if it has
+    none."""
     found = _NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
+    return plain_number(found[-1]) if found else None
 
 
 def _answers(target: Target, prompt: list[int], texts: list[list[int]], limit: int) -> list[str | None]:

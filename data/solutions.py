@@ -42,7 +42,7 @@ class Solution:
     def answer(self) -> str | None:
         """Its final number as written; None if it states none."""
         found = _ANSWER.findall(self.text)
-        return _plain(found[-1]) if found else None
+        return plain_number(found[-1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
         return Problem(row["question"], (Solution(row["solution"], True), Solution(row["wrong"], False, error)))
     tried = [value for value in row.values() if isinstance(value, Mapping) and isinstance(value.get("solution"), str)]
     right = [row["ground_truth"], *(one["solution"] for one in tried if one.get("is_correct"))]
-    known = {_plain(result) for text in right for _, result in CALCULATION.findall(text)}
+    known = {plain_number(result) for text in right for _, result in CALCULATION.findall(text)}
     wrong = [one["solution"] for one in tried if not one.get("is_correct")]
     return Problem(row["question"], (*(Solution(_clean(text), True) for text in right),
                                      *(Solution(_clean(text), False, *first_error(text, known)) for text in wrong)))
@@ -103,7 +103,7 @@ def first_error(text: str, known: set[str]) -> tuple[Span | None, bool]:
     be one (a detour that no right solution of the row takes).
     """
     for found in CALCULATION.finditer(text):
-        if _plain(found[2]) not in known:
+        if plain_number(found[2]) not in known:
             before = _clean(text[:found.start()])
             result = _WRITTEN.match(_clean(text), len(before))
             if result is None:
@@ -120,7 +120,8 @@ def _step_start(before: str, expression: str) -> int:
     line = before.rfind("\n") + 1
     written, start = list(_OPERAND.finditer(before, line)), len(before)
     for operand in reversed(_OPERAND.findall(expression)):
-        earlier = [one for one in written if one.end() <= start and _plain(one[0]) == _plain(operand)]
+        earlier = [one for one in written
+                   if one.end() <= start and plain_number(one[0]) == plain_number(operand)]
         start = earlier[-1].start() if earlier else start
     while start > line and start < len(before) and before[start - 1] in "($€£.-":
         start -= 1
@@ -206,7 +207,7 @@ def _clean(text: str) -> str:
     return CALCULATION.sub("", text)
 
 
-def _plain(number: str) -> str:
+def plain_number(number: str) -> str:
     """A number without thousands separators and without a fraction of zero."""
     number = number.strip().replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -20,6 +20,7 @@ from data.regenerate import Journal, messages_of, prompts_digest
 from eval.cli import quieten
 from eval.methods import load_drafter
 from modules.core.loading import load_target
+from modules.core.narrow import use_narrow_linears
 
 
 def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
@@ -33,7 +34,8 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
         target: Hub id, folder or .gguf file; by default what the drafter was trained for.
         limit: only the first so many prompts.
         max_new_tokens: of each answer; those that are cut there give no label.
-        per_prompt: mismatches of each answer whose drafted tokens are labelled.
+        per_prompt: mismatches of each answer whose drafted tokens are labelled, from its beginning;
+            each costs the target an answer per drafted token.
         dtype: of the target: float32, bfloat16, float16 or float64.
         device: a torch device.
     """
@@ -47,6 +49,8 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
     loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device)
     found = load_drafter(drafter, loaded)
     served = found.adapt(loaded)
+    if loaded.device.type == "cpu":
+        use_narrow_linears(found)
     place.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(place.with_name(place.name + ".journal"), {
         "target": loaded.fingerprint(), "drafter": str(folder), "max_new_tokens": max_new_tokens,
