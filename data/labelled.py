@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any, ClassVar
 
 import torch
@@ -65,10 +66,13 @@ class LabelledTokens(Tokens):
 def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: int = 0) -> list[LabelledAnswer]:
     """The labelled answers of one row.
 
-    A problem gives each right solution (all of it right), `corruptions` copies of each with one result changed, and its
-    wrong solutions whose error is known. Wrong answers end behind their error: what follows is not labelled. Where an
-    error is inferred (`data.solutions.first_error`) label 0 says that the token belongs to the first step that no right
-    solution takes, not that the token itself is wrong.
+    A problem gives each right solution (all of it right), `corruptions` copies of each with one
+    result changed, and its wrong solutions whose error is known. Wrong answers end behind their
+    error: what follows is not labelled. Where an error is inferred (`data.solutions.first_error`)
+    label 0 says that the token belongs to the first step that no right solution takes, not that the
+    token itself is wrong. A beginning that an earlier answer to the question has too is
+    not labelled again: to the target its tokens are the same ones, and they would weigh once per
+        copy.
 
     Raises:
         ValueError: a row of an unknown shape.
@@ -98,25 +102,38 @@ def _span(span: Any, length: int, where: str) -> LabelledSpan:
 
 def _answers(problem: Problem, corruptions: int, chance: random.Random
              ) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
+    """Texts and their spans, whose right ones begin where the answer leaves all earlier ones."""
+    earlier = list[str]()
+    for text, (start, end) in _solutions(problem, corruptions, chance):
+        shared = max((len(commonprefix((text[:start], other))) for other in earlier), default=0)
+        earlier.append(text[:start])
+        spans = [(shared, start, 1)] if shared < start else []
+        spans += [(start, end, 0)] if start < end else []
+        if spans:
+            yield text, tuple(spans)
+
+
+def _solutions(problem: Problem, corruptions: int, chance: random.Random
+               ) -> Iterator[tuple[str, Span]]:
+    """Texts that end behind their error, and the error's characters (none at the end if it is
+    right)."""
     for solution in problem.right:
-        yield solution.text, ((0, len(solution.text), 1),)
+        yield solution.text, (len(solution.text), len(solution.text))
         for _ in range(corruptions):
             yield from corrupted(solution.text, chance)
     for solution in problem.wrong:
         if solution.error is not None:
-            start, end = solution.error
-            yield solution.text[:end], ((0, start, 1), (start, end, 0)) if start else ((start, end, 0),)
+            yield solution.text[:solution.error[1]], solution.error
 
 
-def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
-    """A right solution with one of its results changed, cut behind it: only the digits that differ are wrong.
+def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, Span]]:
+    """A right solution with one of its results changed, cut behind it, and the digits that differ.
 
     Nothing where `inject` finds nothing to change.
     """
     changed = inject(text, chance)
     if changed is not None:
-        start, end = changed.error
-        yield changed.text, ((0, start, 1), (start, end, 0))
+        yield changed.text, changed.error
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------

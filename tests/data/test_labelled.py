@@ -24,8 +24,8 @@ def marked(text: str, spans) -> list[tuple[str, int]]:
 def test_a_problem_gives_right_changed_and_wrong_answers():
     right, changed, wrong = read_labelled(OURS, "row 1")
     assert marked(right.response, right.spans) == [("2 + 3 = 5 pens.", 1)]
-    assert wrong.response == "2 + 3 = 6" and marked(wrong.response, wrong.spans) == [("2 + 3 = ", 1), ("6", 0)]
-    assert changed.response.startswith("2 + 3 = ") and changed.spans[-1][2] == 0
+    assert wrong.response == "2 + 3 = 6" and marked(wrong.response, wrong.spans) == [("6", 0)]
+    assert changed.response.startswith("2 + 3 = ") and [span[2] for span in changed.spans] == [0]
     assert "5" not in changed.response and changed.response[changed.spans[-1][0]:].isdigit()
     assert len(read_labelled(OURS, "row 1", corruptions=0)) == 2
     assert read_labelled(OURS, "row 1", 3) == read_labelled(OURS, "row 1", 3)
@@ -37,12 +37,30 @@ def test_only_the_digits_that_differ_are_wrong():
     chance = random.Random(0)
     seen = 0
     for _ in range(60):
-        for response, spans in corrupted("First 7 * 6 = 42 in all.", chance):
-            (_, start, good), (same, end, bad) = spans
-            assert (good, bad, same, end) == (1, 0, start, len(response))
+        for response, (start, end) in corrupted("First 7 * 6 = 42 in all.", chance):
+            assert end == len(response)
             assert "First 7 * 6 = 42".startswith(response[:start]) and response[start] != "First 7 * 6 = 42 "[start]
             seen += 1
     assert seen > 40 and list(corrupted("no result here", chance)) == []
+
+
+@pytest.mark.parametrize("corruptions", [0, 1, 5])
+def test_each_token_is_labelled_right_once_whatever_the_corruptions(corruptions):
+    """By prefixes: the same token behind the same text is right in one answer alone, and right
+    tokens do not become more with the copies."""
+    own = [{"question": "2 plus 3?", "solution": "2 + 3 = 5 pens.\n5 * 2 = 10 caps.",
+            "wrong": "2 + 3 = 5 pens.\n5 * 2 = 12 caps.", "error": [24, 26]}, OURS, OPENAI]
+    for row in own:
+        right = list[str]()
+        for answer in read_labelled(row, "row 1", corruptions):
+            labels = dict.fromkeys(range(len(answer.response)))
+            for start, end, label in answer.spans:
+                labels.update(dict.fromkeys(range(start, end), label))
+            right += [answer.response[:i + 1] for i, label in labels.items() if label == 1]
+            assert answer.spans[-1][2] == 1 or answer.spans[-1][1] == len(answer.response)
+        assert len(right) == len(set(right))
+        texts = {text[:i] for text in right for i in range(1, len(text) + 1)}
+        assert texts == set(right), "no prefix is left out"
 
 
 def test_tokens_get_the_labels_of_their_characters():
