@@ -31,8 +31,9 @@ _MEANINGS = {
     r"val/preference_accuracy": "held-out share of pairs whose chosen response has the higher reward",
     r"val/reward_margin": "held-out mean reward of the chosen response minus that of the rejected one",
     r"held_out/auc": "how often a right held-out token scores above a wrong one",
-    r"held_out/threshold": "score from which on a token is accepted, set on answers to half of the held-out questions",
-    r"held_out/accepted_(right|wrong)": r"share of the \1 tokens of the other half that the threshold accepts",
+    r"held_out/threshold": "score from which on a token is accepted",
+    r"held_out/calibrated_threshold": "the score that held-out answers would choose",
+    r"held_out/accepted_(right|wrong)": r"share of held-out \1 tokens that the threshold accepts",
 }
 
 

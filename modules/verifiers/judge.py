@@ -37,15 +37,22 @@ NOTHING = 2.0
 class Judge(Trainable):
     """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is right.
 
-    Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch, at most
-    `largest_weight`. Mean and deviation of the states are gathered while training, and fold into one dot product. After
-    training the threshold is set on held-out tokens, and judged on other ones.
+    Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch,
+    at most `largest_weight`. Mean and deviation of the states are gathered while training, and fold
+    into one dot product.
+
+    A token is accepted from a score of `threshold` on. The paper's 0.5 is where the weighted loss
+    holds a token for as likely right as wrong, and asks for no held-out tokens. Where few wrong
+    tokens were seen, or the weight met its cap, scores of 0.5 mean less: None sets the threshold
+    after training, on answers to half of the held-out questions.
 
     Args:
         shape: the target's dimensions.
         state: the target state it reads; the paper finds the last one, before the final norm, the best.
-        precision: share of right tokens among those that are accepted, right and wrong ones weighed alike: the
-            threshold is the lowest that reaches it on held-out tokens.
+        threshold: score from which on a token is accepted; null: the lowest that reaches
+            `precision`.
+        precision: share of right tokens among those that are accepted on held-out answers, right
+            and wrong ones weighed alike.
         largest_weight: cap on the weight of a wrong token.
         focus: γ of the focal loss (1 − p)^γ CE; 0 is plain cross-entropy.
     """
@@ -58,8 +65,11 @@ class Judge(Trainable):
     seen: Tensor
 
     def __init__(self, shape: TargetShape, state: int | str = "pre_norm", precision: float = 0.9,
-                 largest_weight: float = 20.0, focus: float = 0.0) -> None:
+                 largest_weight: float = 20.0, focus: float = 0.0,
+                 threshold: float | None = 0.5) -> None:
         super().__init__()
+        if threshold is not None and threshold < 0:
+            raise ValueError(f"threshold must be 0 or above, or null, got {threshold}")
         if not 0.5 <= precision <= 1:
             raise ValueError(f"precision must lie in [0.5, 1], got {precision}")
         if largest_weight < 1:
@@ -67,13 +77,14 @@ class Judge(Trainable):
         if focus < 0:
             raise ValueError(f"focus must be 0 or above, got {focus}")
         self.state, self.precision, self.largest_weight, self.focus = state, precision, largest_weight, focus
+        self.calibrates = threshold is None
         self.linear = nn.Linear(shape.hidden_size, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean_H", torch.zeros(shape.hidden_size))
         self.register_buffer("deviation_H", torch.ones(shape.hidden_size))
         self.register_buffer("seen", torch.zeros(()))
-        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("threshold", torch.tensor(0.5 if threshold is None else threshold))
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
@@ -124,43 +135,58 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
-        """Set the threshold on answers to half of the held-out questions; what it lets through among the others, and
-        the area under the curve over all tokens.
+        """What the threshold lets through on held-out answers, and the area under the curve over
+        all tokens.
 
-        `auc_numbers` looks at tokens with a digit alone: where all errors are numbers, knowing a number when it sees
-        one would be enough for a good area over all tokens. Where a half has no right or no wrong token, the threshold
-        is set on all tokens, and what it lets through is told of those same tokens.
+        `calibrated_threshold` is the lowest that reaches `precision`. Where it is to be the
+        threshold, it is set on answers to half of the questions, and what it lets through is that
+        of the others; where one half has no right or no wrong token, of all. `auc_numbers` looks at
+        tokens with a digit alone: where all errors are numbers, knowing a number when it sees one
+        would be enough for a good area over all tokens.
         """
         found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
                  for batch in batches]
         states_MH, labels_M, ids_M, first_M = (torch.cat(parts) for parts in zip(*found, strict=True))
         scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
         numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
-        if not all(bool((half_M & kind_M).any()) for half_M in (first_M, ~first_M) for kind_M in (right_M, ~right_M)):
+        halves = self.calibrates and all(
+            bool((half_M & kind_M).any()) for half_M in (first_M, ~first_M)
+            for kind_M in (right_M, ~right_M))
+        if self.calibrates and not halves:
             logger.warning("too few held-out answers to judge the threshold on others than those it is set on: give "
                            "more data, or a larger data.validation_fraction")
-            first_M = torch.ones_like(right_M)
-        told_M = torch.ones_like(first_M) if bool(first_M.all()) else ~first_M
-        self.threshold.fill_(calibrated_threshold(scores_M[first_M], right_M[first_M], self.precision))
+        everything_M = torch.ones_like(right_M)
+        set_M, told_M = (first_M, ~first_M) if halves else (everything_M, everything_M)
+        calibrated = calibrated_threshold(scores_M[set_M], right_M[set_M], self.precision)
+        if self.calibrates:
+            self.threshold.fill_(calibrated)
         kept_M = scores_M >= self.threshold.double()
         return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
                         "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
                         "held_out/threshold": float(self.threshold),
+                        "held_out/calibrated_threshold": calibrated,
                         "held_out/accepted_right": _share(kept_M[right_M & told_M]),
                         "held_out/accepted_wrong": _share(kept_M[~right_M & told_M])})
 
     # -- decoding ---------------------------------------------------------------------------------------------
 
-    def acceptance_rule(self, target: Target, threshold: float | None = None, guard: bool = True) -> JudgeRule:
+    def acceptance_rule(self, target: Target, threshold: float | None = None, guard: bool = True,
+                        repetition: int = 0) -> JudgeRule:
         """The rule that accepts what this head calls right.
 
         Args:
             target: what it serves.
-            threshold: instead of the calibrated one; 0 accepts every token, above 1 none.
+            threshold: instead of its own; 0 accepts every token, above 1 none.
             guard: leave end-of-sequence and other special tokens to the standard rule.
+            repetition: leave a token to it too that would say the same 1 … `repetition` tokens
+                twice in a row; 0: not.
+
+        Raises:
+            ValueError: a negative `repetition`.
         """
         special = target.eos_ids | set(getattr(target.tokenizer, "all_special_ids", ())) if guard else set()
-        return JudgeRule(self, float(self.threshold) if threshold is None else threshold, special)
+        threshold = float(self.threshold) if threshold is None else threshold
+        return JudgeRule(self, threshold, special, repetition)
 
 
 class JudgeRule(RelaxedRule):
@@ -171,21 +197,49 @@ class JudgeRule(RelaxedRule):
         judge: the trained head.
         threshold: see `Judge.acceptance_rule`.
         special: token ids that the judge may not wave through.
+        repetition: longest repetition that it may not wave through, see `repeats`; 0: none is
+            looked for.
     """
 
-    def __init__(self, judge: Judge, threshold: float, special: Iterable[int] = ()) -> None:
+    def __init__(self, judge: Judge, threshold: float, special: Iterable[int] = (),
+                 repetition: int = 0) -> None:
+        if repetition < 0:
+            raise ValueError(f"rule judge: repetition must be 0 (off) or above, got {repetition}")
         self.name = f"judge {threshold:g}"
         self.judge, self.threshold, self.special = judge, threshold, sorted(special)
+        self.repetition = repetition
         self.states: tuple[StateName, ...] = (judge.state,)
 
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
         """Score each node by its own row, which has read its token."""
         scores_BN = self.judge.scores(verified.states[self.judge.state])
         special = torch.tensor(self.special, dtype=torch.long, device=scores_BN.device)
-        return (scores_BN >= self.threshold) & ~torch.isin(tree.tokens_BN, special)
+        guarded_BN = torch.isin(tree.tokens_BN, special) | repeats(tree, self.repetition)
+        return (scores_BN >= self.threshold) & ~guarded_BN
 
 
 # -- pure functions -----------------------------------------------------------------------------------------------
+
+
+def repeats(tree: TokenTree, longest: int) -> Tensor:
+    """bool [B,N]: nodes at which the last 1 … `longest` tokens of their path stand twice in a row.
+
+    The path begins with node 0; what was said before it is not seen, so that a loop longer than
+    half of a path is not found.
+    """
+    parents_BN, tokens_BN = tree.parents_BN.clamp(min=0), tree.tokens_BN
+    found_BN = torch.zeros_like(tree.acceptable_BN)
+    above_BN = torch.arange(tree.size, device=tokens_BN.device).expand_as(parents_BN)
+    for period in range(1, longest + 1):
+        # Each node against the one `period` steps above it; then the last `period` nodes together.
+        above_BN = parents_BN.gather(1, above_BN)
+        same_BN = (tokens_BN == tokens_BN.gather(1, above_BN)) & (tree.topology.depth >= period)
+        run_BN = same_BN
+        for _ in range(period - 1):
+            same_BN = same_BN.gather(1, parents_BN)
+            run_BN = run_BN & same_BN
+        found_BN |= run_BN
+    return found_BN
 
 
 def _first_half(batch: LabelledBatch) -> Tensor:

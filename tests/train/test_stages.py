@@ -119,7 +119,8 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     file, config, output = tmp_path / "solutions.jsonl", tmp_path / "judge.yaml", tmp_path / "judge"
     file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
     config.write_text(json.dumps({
-        "drafter": {"class_path": "modules.verifiers.judge.Judge", "init_args": {"precision": 0.6}},
+        "drafter": {"class_path": "modules.verifiers.judge.Judge", "init_args": {
+            "threshold": None, "precision": 0.6}},
         "data": {"class_path": "data.labelled.LabelledData", "init_args": {
             "train": str(file), "validation_fraction": 0.3, "max_length": 400, "rows": 2, "corruptions": 1}},
         "optimizer": {"lr": 0.01}, "trainer": {"max_steps": 4, "max_epochs": -1, "accelerator": "cpu"}}))

@@ -16,8 +16,8 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.rules import AcceptanceRule, Draws
 from modules.heads.medusa import Medusa
 from modules.trees.chain import SampledChain
-from modules.trees.tree import TokenTree
-from modules.verifiers.judge import NOTHING, Judge, calibrated_threshold, class_weights
+from modules.trees.tree import TokenTree, Topology
+from modules.verifiers.judge import NOTHING, Judge, calibrated_threshold, class_weights, repeats
 from tests.fakes import ScriptedDrafter, tiny_target
 
 PROMPTS = [[7, 8, 9, 10, 11], [20, 21], [30, 31, 32]]
@@ -59,12 +59,60 @@ def test_a_threshold_above_1_is_the_lossless_rule(target, builder, temperature):
 
 
 def test_a_threshold_of_0_accepts_the_drafters_own_text(target):
+    """Token by token: three drafts, each the one behind the target's choice, then the target's."""
     drafter, judge = ScriptedDrafter(target.shape, right=0.0, depth=3), shaken(target)
     with torch.no_grad():
         judge.linear.bias.fill_(-1e6)
     rule = judge.acceptance_rule(target, 0.0, guard=False)
-    for _, accepted in decoded(target, drafter, rule, Sampling()):
-        assert set(accepted) == {4}
+    for prompt, (ids, accepted) in zip(PROMPTS, decoded(target, drafter, rule, Sampling())):
+        said: list[int] = []
+        while len(said) < 16 and not (said and said[-1] in target.eos_ids):
+            logits = target.model(input_ids=torch.tensor([prompt + said])).logits[0, -1]
+            drafted = len(said) % 4 != 0
+            said.append((int(logits.argmax()) + drafted) % target.shape.vocab_size)
+        assert ids == said and set(accepted) == {4}
+
+
+def repeated(path: list[int], longest: int) -> bool:
+    return any(len(path) >= 2 * p and path[-p:] == path[-2 * p:-p] for p in range(1, longest + 1))
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2, 3])
+def test_repetitions_are_those_of_a_path(longest):
+    """Against lists of the tokens on every path of random trees over two tokens, with padding."""
+    generator, seen = torch.Generator().manual_seed(longest), 0
+    for _ in range(8):
+        parents = [-1, *(int(torch.randint(max(0, n - 3), n, (), generator=generator))
+                         for n in range(1, 14)), 14]
+        tokens = torch.randint(2, (15,), generator=generator).tolist()
+        tree = TokenTree(torch.tensor([tokens]), Topology(torch.tensor([parents])))
+        found = repeats(tree, longest)[0].tolist()
+        paths: list[list[int]] = []
+        for n, parent in enumerate(parents[:14]):
+            paths.append([*(paths[parent] if n else []), tokens[n]])
+        assert found[:14] == [repeated(path, longest) for path in paths] and not found[14]
+        seen += sum(found)
+    assert (seen > 8) == (longest > 0)
+
+
+class StutteringDrafter(ScriptedDrafter):
+    """Says two tokens in turn."""
+
+    def _future(self, target: Target, ids: list[int]) -> list[int]:
+        return [70 + (len(ids) + level) % 2 for level in range(self.depth)]
+
+
+def test_the_judge_may_be_kept_from_waving_repetitions_through(target):
+    drafter, judge = StutteringDrafter(target.shape, depth=5), shaken(target)
+    with torch.no_grad():
+        judge.linear.bias.fill_(-1e6)
+    for repetition, longest in ((0, 6), (1, 6), (2, 4)):
+        rule = judge.acceptance_rule(target, 0.0, guard=False, repetition=repetition)
+        for ids, accepted in decoded(target, drafter, rule, Sampling()):
+            # a b a b would be the second time that the drafter says a b.
+            assert max(accepted) == longest and len(ids) == 16
+    with pytest.raises(ValueError, match="rule judge: repetition must be 0"):
+        judge.acceptance_rule(target, repetition=-1)
 
 
 def test_special_tokens_are_left_to_the_standard_rule(target):
@@ -126,7 +174,8 @@ def labelled(target: Target, seed: int, shift: int = 0, shuffle: bool = False) -
 
 
 def fitted(target: Target, **options) -> Judge:
-    judge = Judge(target.shape).double().train()
+    """A head whose threshold is to be set on held-out tokens."""
+    judge = Judge(target.shape, threshold=None).double().train()
     optimizer = torch.optim.Adam(judge.declared_parameters(), 0.05)
     batches = [labelled(target, seed, **options) for seed in range(8)]
     for step in range(160):
@@ -154,6 +203,28 @@ def test_the_state_behind_a_wrong_token_tells_and_the_one_before_cannot(target):
     with torch.no_grad():
         scores = judge.scores(batch.text.states["pre_norm"])
     assert float(scores[24:, PLACE].mean()) < float(scores[24:, PLACE - 1].mean())
+
+
+def test_the_threshold_is_the_papers_unless_it_is_to_be_calibrated(target, caplog):
+    """Its shares are then those of all held-out tokens, in questions with even and odd numbers."""
+    judge = Judge(target.shape).double().eval()
+    judge.load_state_dict({**fitted(target).state_dict(), "threshold": torch.tensor(0.5)})
+    batch = labelled(target, 1000)
+    batch.questions = (torch.arange(48) % 24 % 2)[:, None].expand(-1, 12)
+    figures = judge.finish([batch], target).figures
+    assert float(judge.threshold) == figures["held_out/threshold"] == 0.5
+    with torch.no_grad():
+        scores = judge.scores(batch.text.states["pre_norm"][:, PLACE])
+    right = batch.labels[:, PLACE] == 1
+    for name, kind in (("right", right), ("wrong", ~right)):
+        share = float((scores[kind] >= 0.5).double().mean())
+        assert figures[f"held_out/accepted_{name}"] == pytest.approx(share)
+    calibrated = calibrated_threshold(scores, right, 0.9)
+    assert figures["held_out/calibrated_threshold"] == pytest.approx(calibrated)
+    assert calibrated != 0.5 and judge.acceptance_rule(target).threshold == 0.5
+    alone = replace(batch, questions=torch.zeros(48, 12, dtype=torch.long))
+    judge.finish([alone], target)
+    assert not caplog.records
 
 
 def test_the_threshold_is_judged_on_answers_it_was_not_set_on(target, caplog):
@@ -277,7 +348,8 @@ def test_the_threshold_of_very_many_tokens_needs_no_table_of_pairs():
 
 
 def test_wrong_settings_are_named(target):
-    for arguments, key in (({"precision": 1.5}, "precision"), ({"largest_weight": 0.0}, "largest_weight"),
+    for arguments, key in (({"precision": 1.5}, "precision"), ({"threshold": -0.1}, "threshold"),
+                           ({"largest_weight": 0.0}, "largest_weight"),
                            ({"focus": -1.0}, "focus")):
         with pytest.raises(ValueError, match=key):
             Judge(target.shape, **arguments)
