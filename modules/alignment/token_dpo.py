@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of per-token quantities: DPO, cDPO, SparsePO and TDPO.
+"""Preference losses as pure functions of per-token quantities: DPO, cDPO and SparsePO.
 
 Everything per token is 0 where no token counts, so that a sum over a row is a sum over its response. For a response
 y to a prompt x, r_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) is its log-ratio.
@@ -46,7 +46,9 @@ def positionwise_dpo_loss(chosen_BT: Tensor, chosen_counted_BT: Tensor, rejected
                           rejected_counted_BT: Tensor, scores_BT: Tensor, gamma: float) -> Tensor:
     """The form of the paper's released code: token i of y_w against token i of y_l, averaged over positions -> [B].
 
-    Behind the end of the shorter response its log-ratio is 0.
+    Behind the end of the shorter response its log-ratio is 0. (The released code's mean also runs
+    over prompt and
+    padding, where every term is log 2: the more of them, the smaller its gradient.)
     """
     chosen_BR = _responses(chosen_BT, chosen_counted_BT)
     rejected_BR = _responses((1 - scores_BT) * rejected_BT, rejected_counted_BT)
@@ -64,7 +66,7 @@ def _responses(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
     return (values_BT * counted_BT).gather(1, order_BT)[:, :int(counted_BT.sum(1).max())]
 
 
-# -- SparsePO and TDPO --------------------------------------------------------------------------------------------
+# -- SparsePO --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,6 @@ def sparse_loss(chosen: Side, rejected: Side, beta: float, detach_chosen: bool =
     """
     divergence_B = chosen.divergence_B.detach() if detach_chosen else chosen.divergence_B
     return -F.logsigmoid(beta * (chosen.reward_B - rejected.reward_B - divergence_B + rejected.divergence_B))
-
-
-def tdpo_loss(chosen_BT: Tensor, rejected_BT: Tensor, chosen_divergence_BT: Tensor, rejected_divergence_BT: Tensor,
-              beta: float, alpha: float = 1.0, detach_chosen: bool = False) -> Tensor:
-    """−log σ(β (Σ r_w − Σ r_l) − α β (Σ KL_l − Σ KL_w)) -> [B] (Zeng et al. 2024, equations 15 and 18).
-
-    α = 1 without `detach_chosen` is TDPO1; TDPO2 has α and no gradient through the chosen side's divergence.
-    """
-    chosen_B = chosen_divergence_BT.sum(1).detach() if detach_chosen else chosen_divergence_BT.sum(1)
-    margin_B = beta * (chosen_BT.sum(1) - rejected_BT.sum(1))
-    return -F.logsigmoid(margin_B - alpha * beta * (rejected_divergence_BT.sum(1) - chosen_B))
 
 
 def activation_mask(groups: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
