@@ -12,6 +12,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from data.endings import Stopped, disk_trouble, stoppable, told_of_disk
+from data.shares import Share
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _FLAG = "--config"
 _SUBJECT = re.compile(r'Parser key "([^"]+)"')
@@ -77,12 +80,30 @@ def one_line(message: str) -> str:
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """Call an entry point; a user's mistake (`ValueError`) is printed as one line and gives exit status 2."""
+    """Call an entry point; what goes wrong outside of the code is one line and an exit status.
+
+    2 is a user's mistake (`ValueError`) or a disk that is full or cannot be written, 130 Ctrl-C,
+    143 SIGTERM.
+    """
     try:
-        return command(arguments)
+        with stoppable():
+            return command(arguments)
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except Stopped as stopped:
+        if Share.of_process().index == 0:
+            print(stopped, file=sys.stderr)
+        return stopped.status
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        return _fail(told_of_disk(trouble))
+
+
+def _fail(words: str) -> int:
+    print(f"error: {' '.join(words.split())}", file=sys.stderr)
+    return 2
 
 
 def config_parser(prog: str, description: str, **options: Any) -> ArgumentParser:
