@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
+from data.endings import Stopped, signal_name
 from modules.core.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from train.module import TrainableModule
@@ -73,30 +76,44 @@ def _console(bar: RichProgressBar) -> Any:
     return bar.progress.console if bar.progress is not None else bar._console
 
 
-class Terminated(Exception):
-    """SIGTERM ended a training; `last.ckpt` holds all of it."""
+class Terminated(Stopped):
+    """A signal ended a training between two steps; `last.ckpt` holds all of it."""
+
+
+ONE_SIGNAL = 1.0
+"""Seconds within which signals count as one: torchrun passes on what its processes got from the
+terminal already."""
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, at the end of training and on SIGTERM too, between two optimiser steps only.
+    """Keeps `last.ckpt`, between two optimiser steps only; at the end, on SIGTERM and Ctrl-C too.
 
     A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the batches before it.
-    A scheduler's SIGTERM to any of the processes ends the training after the optimiser step under way on all of them,
-    with everything saved: one more all-reduce of a flag per optimiser step.
+    SIGTERM (of a scheduler) or Ctrl-C to any of the processes ends the training after the optimiser
+    step under way on all of them, with everything saved: one more all-reduce of a flag per
+    optimiser step. A second signal ends the process at once.
     """
 
-    _signalled = _due = False
+    _signalled, _since = 0, 0.0
+    _due = False
     _between_steps, _step = True, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on SIGTERM is remembered."""
+        """From now on signals are remembered; Lightning restores earlier handlers at the end."""
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._remember)
 
-    def _remember(self, *_: Any) -> None:
-        self._signalled = True
+    def _remember(self, number: int, _: Any) -> None:
+        if not self._signalled:
+            self._signalled, self._since = number, time.monotonic()
+            os.write(2, b"\nending after this step, saved; a second signal ends at once\n")
+        elif time.monotonic() - self._since > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
@@ -108,11 +125,12 @@ class LastCheckpoint(ModelCheckpoint):
         if self._due:
             self._due = False
             super().on_validation_end(trainer, pl_module)
-        if trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(self._signalled), all=False):
             assert self.dirpath is not None
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
-            raise Terminated(f"stopped by SIGTERM after step {trainer.global_step}, all of it saved: go on with "
-                             "--resume last")
+            number = self._signalled or signal.SIGTERM
+            where = f"after step {trainer.global_step}, all of it saved"
+            raise Terminated(number, f"stopped by {signal_name(number)} {where}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, or do so after the optimiser step under way."""

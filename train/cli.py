@@ -9,7 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
+from data.outputs import write_whole
 from modules.core.loading import load_target, outline
-from train.callbacks import Terminated
 from train.plan import print_plan
 from train.profile import print_profile, profile
-from train.run import CONFIG, Place, Recipe, claim, same_run, train
+from train.run import CONFIG, Place, Recipe, claim, same_run, steps_of, train
 
 _LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
@@ -96,25 +96,25 @@ def make_parser() -> TrainParser:
 
 
 def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
-    """What a command line asks for; nothing is loaded, and every mistake that can be seen is seen here.
+    """What a command line asks for; nothing is loaded or written, and mistakes are seen here.
 
     Raises:
-        ValueError: a value out of range, an output that is taken, nothing to resume or to start from, no token to
-            publish with.
+        ValueError: a value out of range, nothing to start from, no token to publish with.
     """
     settings = recipe_settings(parser, config)
     output = Path(config.output or f"runs/{_stem(config)}")
-    resume = claim(output, config.resume, config.overwrite)
-    if resume is not None:
-        same_run(output / CONFIG, settings, _LASTING)
     if config.init_from is not None:
-        read_config(find_folder(config.init_from))
+        folder = find_folder(config.init_from)
+        read_config(folder)
+        if config.overwrite and folder.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"--init_from {config.init_from}: --overwrite would remove it first: "
+                             "give another --output")
     recipe = recipe_of(parser, config)
-    if recipe.objective is not None and config.init_from is None and resume is None:
+    if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError("objective: it goes on with a trained drafter: name its run or folder with --init_from")
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:
         check_token()
-    return recipe, Place(output, resume, config.init_from, settings)
+    return recipe, Place(output, None, config.init_from, settings)
 
 
 def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
@@ -149,11 +149,14 @@ def command(arguments: Sequence[str]) -> int:
         print_profile(profile(recipe_of(parser, config), load_target(config.target, config.dtype)))
         return 0
     recipe, place = prepare(parser, config)
-    write_config(place)
-    try:
-        report(train(recipe, place))
-    except Terminated as ended:
-        rank_zero_only(print)(ended)
+    with claim(place.output, config.resume, config.overwrite) as resume:
+        place = replace(place, resume=resume)
+        if resume is not None:
+            same_run(place.output / CONFIG, place.settings, _LASTING)
+        write_config(place)
+        began = steps_of(resume)
+        folder, ended = train(recipe, place)
+        report(folder, used_up(recipe, ended) if began == ended else "")
     return 0
 
 
@@ -167,17 +170,26 @@ def quieten() -> None:
 @rank_zero_only
 def write_config(place: Place) -> None:
     """`DIR/config.yaml`, which trains the same again."""
-    place.output.mkdir(parents=True, exist_ok=True)
-    (place.output / CONFIG).write_text(yaml.safe_dump(dict(place.settings), sort_keys=False), encoding="utf-8")
+    write_whole({place.output / CONFIG: yaml.safe_dump(dict(place.settings), sort_keys=False)})
+
+
+def used_up(recipe: Recipe, step: int) -> str:
+    """What to say of a resumed run that found no step left to take behind this one."""
+    most = recipe.trainer.max_steps
+    limit = f"max_steps {most}" if 0 <= most <= step else f"max_epochs {recipe.trainer.max_epochs}"
+    used = f"trainer.{limit} is used up after step {step}"
+    return f"nothing was left to train: {used}, raise it to go on"
 
 
 @rank_zero_only
-def report(folder: Path) -> None:
-    """The last lines of a training."""
+def report(folder: Path, untrained: str = "") -> None:
+    """The last lines of a training, or of a run that had nothing left to train."""
     measured = json.loads((folder / PROVENANCE).read_text())["measured"]
     names = [*_SHOWN, *(name for name in measured if name.startswith("held_out/"))]
     shown = [f"{name} {measured[name]:.4f}" for name in names if name in measured]
-    print(f"trained: {folder}  {'  '.join(shown)}")
+    if untrained:
+        print(untrained)
+    print(f"{'exported' if untrained else 'trained'}: {folder}  {'  '.join(shown)}")
 
 
 def main() -> None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 
 from checkpoints.pretrained import PROVENANCE
 from data.configfiles import parse, run
+from data.outputs import claimed, write_whole
 from eval import plots
 from modules.core.loading import load_target
 from modules.core.target import Target
@@ -43,8 +46,9 @@ def curve(parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequen
         recipe = recipe_of(parser, config)
         recipe.data.max_training_tokens = size
         place = output / str(size)
-        claim(place, None, config.overwrite)
-        folder = train(recipe, Place(place, settings=recipe_settings(parser, config)), target)
+        settings = recipe_settings(parser, config)
+        with claim(place, None, config.overwrite):
+            folder = train(recipe, Place(place, settings=settings), target).folder
         measured = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["measured"]
         found.append(Point(recipe.data.response_tokens, measured))
     return found
@@ -96,14 +100,20 @@ def command(arguments: Sequence[str]) -> int:
     check(config.sizes)
     output = Path(config.output or "runs/learning_curve")
     quieten()
+    with claimed(output) if rank_zero_only.rank == 0 else nullcontext():
+        finish(parser, config, output)
+    return 0
+
+
+def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
+    """Train, and write what was found."""
     points = curve(parser, config, output, config.sizes, load_target(config.target, config.dtype))
     if config.figure not in points[0].measured:
         raise ValueError(f"--figure {config.figure!r} was not measured: use one of {', '.join(points[0].measured)}")
     values = [{"tokens": point.tokens, **point.measured} for point in points]
-    (output / FIGURES).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    (output / PAGE).write_text(page(points, config.figure, f"Learning curve: {config.figure}"), encoding="utf-8")
+    write_whole({output / FIGURES: json.dumps(values, indent=1) + "\n",
+                 output / PAGE: page(points, config.figure, f"Learning curve: {config.figure}")})
     print("\n".join([*lines(points, config.figure), f"learning curve: {output / PAGE}"]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -21,6 +22,8 @@ from torch import Tensor
 from checkpoints.hub import publish
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
 from data.datamodule import ConversationData
+from data.endings import resumable
+from data.outputs import claimed, write_whole
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.compiled import compile_blocks
 from modules.core.drafter import Drafter
@@ -30,7 +33,7 @@ from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
-from train.saving import SiblingCheckpointIO
+from train.saving import SiblingCheckpointIO, remove_leftovers
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, PublishSettings, TrainerSettings
 from train.strategy import strategy_named
 
@@ -93,16 +96,20 @@ class Place:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
+class Trained(NamedTuple):
+    """A training's end: the folder of the component, and the optimiser steps behind it."""
+
+    folder: Path
+    steps: int
+
+
+def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained:
     """Train, and leave `DIR/drafter/`.
 
     Args:
         recipe: what to train.
         place: where to.
         target: an already loaded target; None loads `recipe.target`.
-
-    Returns:
-        The folder of the trained component.
     """
     seed_everything(recipe.seed, verbose=False)
     trainer = lightning_trainer(recipe, place.output)
@@ -116,7 +123,7 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Path:
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
     folder = export(recipe, place, trainer, module)
     publish_run(recipe.publish, place.output)
-    return folder
+    return Trained(folder, trainer.global_step)
 
 
 def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Trainable:
@@ -220,8 +227,7 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
         provenance = Provenance.of(module.target, data=recipe.data.summary(), measured={**measured, **outcome.figures},
                                    settings=place.settings)
         save_pretrained(trainable, folder, provenance)
-        for name, text in outcome.pages.items():
-            (place.output / name).write_text(text, encoding="utf-8")
+        write_whole({place.output / name: text for name, text in outcome.pages.items()})
     trainer.strategy.barrier()
     return folder
 
@@ -262,7 +268,8 @@ def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModu
     last, best, key = folder / "last.ckpt", folder / "best.ckpt", recipe.checkpoint.best_by
     candidates = [last]
     if recipe.checkpoint.export == "best" and best.exists():
-        candidates = [best] if module.validated_step == trainer.global_step else [best, last]
+        whole = zipfile.is_zipfile(last) and module.validated_step != trainer.global_step
+        candidates = [best, last] if whole else [best]
     measured = {path: _validated(trainer, module, recipe, path) for path in candidates}
     worth = {path: figures.get(key, 0.0) * (-1 if key == "val/loss" else 1) for path, figures in measured.items()}
     winner = max(candidates, key=lambda path: worth[path])
@@ -292,22 +299,57 @@ def component_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 # -- where a run lives --------------------------------------------------------------------------------------------
 
-def claim(output: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Check that a run may be written to `output`; returns the checkpoint to go on from, if any.
+@contextmanager
+def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | None]:
+    """Keep `output` for one run while the block lasts; gives the checkpoint to go on from, if any.
+
+    What kills left half written there is removed, and with `overwrite` the run that is there.
 
     Raises:
-        ValueError: there is a run already and none is to be resumed or overwritten; or nothing to resume.
+        ValueError: another run is writing there, or nothing can be; there is a run already and none
+            is to be resumed or overwritten; or nothing to resume.
     """
-    if resume is not None:
-        return resume_point(output, resume)
-    if not (output / LIGHTNING).exists() or rank_zero_only.rank != 0:
-        return None
-    if not overwrite:
-        raise ValueError(f"output {str(output)!r} already holds a run: add --resume last, --overwrite, or give another "
+    if resume is not None and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: give one")
+    if rank_zero_only.rank != 0:
+        yield None if resume is None else resume_point(output, resume)
+        return
+    if resume is not None and not output.is_dir():
+        resume_point(output, resume)
+    with claimed(output):
+        _clean(output)
+        if resume is None:
+            _vacate(output, overwrite)
+        with resumable(lambda: "go on with --resume last" if _whole_checkpoint(output) else
+                       "no checkpoint is there yet, so begin again with --overwrite"):
+            yield None if resume is None else resume_point(output, resume)
+
+
+def _clean(output: Path) -> None:
+    """Remove what kills left of an export and of checkpoints; a drafter that was being replaced
+    comes back."""
+    for scratch in output.glob(f".{DRAFTER}-*"):
+        if (scratch / "old").exists() and not (output / DRAFTER).exists():
+            (scratch / "old").rename(output / DRAFTER)
+        shutil.rmtree(scratch, ignore_errors=True)
+    remove_leftovers(output / CHECKPOINTS)
+
+
+def _vacate(output: Path, overwrite: bool) -> None:
+    """ValueError if there is a run, unless it is to be overwritten; then it is removed."""
+    if (output / LIGHTNING).exists() and not overwrite:
+        ways = "add --resume last, --overwrite" if _whole_checkpoint(output) else (
+            "it has no whole checkpoint to resume, so add --overwrite")
+        raise ValueError(f"output {str(output)!r} already holds a run: {ways}, or give another "
                          "--output")
     for name in (LIGHTNING, DRAFTER):
         shutil.rmtree(output / name, ignore_errors=True)
-    return None
+
+
+def _whole_checkpoint(output: Path) -> bool:
+    """Whether `--resume last` finds something."""
+    folder = output / CHECKPOINTS
+    return any(zipfile.is_zipfile(folder / name) for name in ("last.ckpt", "best.ckpt"))
 
 
 def resume_point(output: Path, resume: str) -> Path:
@@ -319,8 +361,17 @@ def resume_point(output: Path, resume: str) -> Path:
             return path
         if path.exists():
             logger.warning("%s is not a whole checkpoint: skipped", path)
-    raise ValueError(f"--resume {resume}: {paths[0]} does not exist or is not whole: start without --resume, or name "
-                     "the run's --output")
+    begun = (output / LIGHTNING).exists()
+    begin = "begin again with --overwrite" if begun else "start without --resume"
+    raise ValueError(f"--resume {resume}: {paths[0]} does not exist or is not whole: {begin}, or "
+                     "name the run's --output")
+
+
+def steps_of(checkpoint: Path | None) -> int | None:
+    """Optimiser steps that a checkpoint has behind it; None without one."""
+    if checkpoint is None:
+        return None
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 
 def _lasting(section: Any) -> Any:

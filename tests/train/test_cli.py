@@ -79,13 +79,15 @@ class Ask(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_and_ends_with_status_0(tiny, recipe, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_ends_with_its_own_status(tiny, recipe, tmp_path, monkeypatch, capsys):
     flags = ["--checkpoint.every_n_steps", "100"]
     run(recipe, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
         patch.setattr("train.run.RunProgress", Ask)
-        assert run(recipe, tmp_path / "asked", *flags) == 0
-    assert "stopped by SIGTERM after step 4" in capsys.readouterr().out
+        command_line = ["--config", str(recipe), "--output", str(tmp_path / "asked"), *flags]
+        assert one_line_run(command, command_line) == 143
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM after step 4, all of it saved: go on with --resume last" in said
     assert not (tmp_path / "asked" / "drafter").exists()
     (tmp_path / "asked" / "lightning" / "checkpoints" / "best.ckpt").write_bytes(b"torn")
     run(recipe, tmp_path / "asked", "--resume", "last", *flags)
