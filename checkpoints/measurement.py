@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.folders import read_json
 from checkpoints.provenance import Provenance
+from checkpoints.reports import load_report
 
 SCHEMA = 1
 BASELINES = ("autoregressive", "hf_generate")
@@ -74,7 +75,7 @@ def _read(file: Path) -> dict[str, Any]:
     missing = {"schema", "methods", "settings", "environment", "targets"} - set(report)
     if missing or report["schema"] != SCHEMA:
         raise ValueError(f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py wrote")
-    return report
+    return load_report(file)
 
 
 def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:

@@ -12,11 +12,12 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from transformers.utils import logging
 
+from checkpoints.reports import load_report
 from data.configfiles import parse, run
 from eval.compare import comparison_lines, comparison_table
 from eval.evaluation import Evaluation, evaluate
 from eval.methods import Method
-from eval.report import failures, load_report
+from eval.report import failures
 
 NOT_LOSSLESS = 1
 """Exit status when a method that promises the autoregressive row's tokens gave others."""

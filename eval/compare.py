@@ -59,7 +59,7 @@ def verdict(one: Mapping[str, Any], two: Mapping[str, Any], margin: float = 0.0)
         one, two: `speedup` entries (`micro`, `ci95`).
         margin: log of the ratio that the two runs' noise alone may give.
     """
-    if None in (one["ci95"], two["ci95"], one["micro"], two["micro"]):
+    if None in (one["ci95"], two["ci95"]) or not one["micro"] or not two["micro"]:
         return "unknown"
     if overlap(one["ci95"], two["ci95"]):
         return "tie"

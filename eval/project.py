@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from checkpoints.reports import load_report
 from data.configfiles import CONFIGS, parse, run
-from eval.report import load_report, number, times
+from eval.report import number, times
 from eval.speed_model import is_baseline
 
 HARDWARE = CONFIGS / "hardware"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoints.provenance import command_line, git_revision, package_versions
+from checkpoints.reports import SCHEMA
 from eval.contamination import overlap_lines
 from eval.methods import EXPORT_NOTES
 from eval.repetition import KEY as LESS_REPETITIVE
@@ -22,10 +22,6 @@ from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary
 from modules.core.target import Target
 
-SCHEMA = 1
-_REPORT_KEYS = ("environment", "targets", "settings", "methods")
-_METHOD_KEYS = ("name", "target", "temperature", "batch_size", "prompts", "claims_lossless", "lossless", "speedup",
-                "mean_accepted_tokens", "tokens_per_second", "quality")
 Figures = Mapping[str, Any]
 
 
@@ -56,38 +52,6 @@ def _processor() -> str:
     lines = listing.read_text().splitlines() if listing.is_file() else []
     named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return named or platform.processor() or platform.machine()
-
-
-def load_report(path: str | Path) -> dict[str, Any]:
-    """Read a `report.json`.
-
-    Raises:
-        ValueError: no such file, no JSON, or another schema.
-    """
-    path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise ValueError(f"report {str(path)!r} does not exist: give a report.json or its folder")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"report {str(path)!r} is not JSON ({error.msg}): give a report.json") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"report {str(path)!r} has schema {schema}, only {SCHEMA} can be read: give a report.json "
-                         "that eval.py wrote")
-    _check_whole(report, path)
-    return report
-
-
-def _check_whole(report: Mapping[str, Any], path: Path) -> None:
-    """Refuse a report that lacks what every reader of schema 1 may count on."""
-    missing = [key for key in _REPORT_KEYS if key not in report]
-    if not missing and not report["methods"]:
-        missing = ["methods"]
-    for number, method in enumerate(report.get("methods") or (), 1):
-        missing += [f"methods[{number}].{key}" for key in _METHOD_KEYS if key not in method]
-    if missing:
-        raise ValueError(f"report {str(path)!r} has no `{missing[0]}`: it is not whole, measure it again")
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from checkpoints.reports import load_report
 from eval import cli
 from eval.compare import comparison_lines, comparison_table, noise_margin, overlap_line, verdict
-from eval.report import load_report, noise_lines
+from eval.report import noise_lines
 from tests.eval.test_pages import method, report
 
 
@@ -101,3 +102,81 @@ def test_reports_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> N
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         load_report(tmp_path)
+
+
+def test_every_shipped_report_can_be_read() -> None:
+    shipped = sorted((Path(__file__).resolve().parents[2] / "docs").rglob("report.json"))
+    assert len(shipped) > 10
+    for file in shipped:
+        found = load_report(file)
+        assert printed(found, found)
+
+
+FORGED: list[tuple[str, Any, str]] = [
+    ("methods", {"a": 1}, "methods is an object, expected a list"),
+    ("methods.1", [], r"methods\[2\] is a list, expected an object"),
+    ("methods.1.name", None, r"methods\[2\].name is null, expected text"),
+    ("methods.1.name", "\ud83d", r"methods\[2\].name holds half a surrogate pair"),
+    ("methods.1.name", "autoregressive", "two methods are named 'autoregressive'"),
+    ("methods.1.speedup", 1.5, r"methods\[2\].speedup is a number, expected an object"),
+    ("methods.1.speedup.micro", "fast", r"methods\[2\].speedup.micro is text, expected a number"),
+    ("methods.1.speedup.micro", -1.0, "speedup.micro is -1.0, expected 0 or above"),
+    ("methods.1.speedup.micro", float("inf"), "speedup.micro is no number that can be measured"),
+    ("methods.1.speedup.micro", 10 ** 400, "speedup.micro is no number that can be measured"),
+    ("methods.1.speedup.ci95", [1.0], "speedup.ci95 has 1 entries, expected 2"),
+    ("methods.1.speedup.ci95", ["a", "b"], r"speedup.ci95\[1\] is text, expected a number"),
+    ("methods.1.speedup.ci95", {}, "speedup.ci95 is an object, expected a list"),
+    ("methods.1.speedup", {"micro": 1.5}, "speedup.ci95 is missing"),
+    ("methods.1.mean_accepted_tokens", "2.2", "mean_accepted_tokens is text, expected a number"),
+    ("methods.1.mean_accepted_tokens_ci95", 3, "tokens_ci95 is a whole number, expected a list"),
+    ("methods.1.tokens_per_second", None, "tokens_per_second is null, expected a number"),
+    ("methods.1.lossless", "yes", "lossless is text, expected true or false"),
+    ("methods.1.claims_lossless", 1, "claims_lossless is a whole number, expected true or false"),
+    ("methods.1.prompts", 1.5, "prompts is a number, expected a whole number"),
+    ("methods.1.prompts", True, "prompts is true or false, expected a whole number"),
+    ("methods.1.batch_size", [1, 4], "batch_size is a list, expected a whole number"),
+    ("methods.1.quality", None, "quality is null, expected an object"),
+    ("methods.0.quality.noise", [1.0], r"methods\[1\].quality.noise is a list, expected an object"),
+    ("methods.0.quality.noise.ci95", [-1.0, 1.0], r"noise.ci95\[1\] is -1.0, expected 0 or above"),
+    ("methods.0.quality.noise.ci95", [1.0, None], r"noise.ci95\[2\] is null, expected a number"),
+    ("settings", [], "settings is a list, expected an object"),
+    ("environment", "here", "environment is text, expected an object"),
+    ("environment.device", 5, "environment.device is a whole number, expected text"),
+    ("targets", {}, "targets is an object, expected a list"),
+    ("targets.0", "tiny", r"targets\[1\] is text, expected an object"),
+    ("targets.0.fingerprint", 7, r"targets\[1\].fingerprint is a whole number, expected text"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "words"), FORGED,
+                         ids=[f"{place}={str(value)[:12]}" for place, value, _ in FORGED])
+def test_values_that_no_evaluation_writes_are_one_line_with_file_and_key(
+        tmp_path: Path, place: str, value: Any, words: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    honest = report(baseline(), drafting(1.5))
+    forged: Any = json.loads(json.dumps(honest))
+    *path, last = [int(key) if key.isdigit() else key for key in place.split(".")]
+    inner = forged
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    for name, content in (("honest", honest), ("forged", forged)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--compare", str(tmp_path / "honest.json"), str(tmp_path / "forged.json")])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1
+    with pytest.raises(ValueError, match=f"report '.*forged.json': .*{words}"):
+        raise ValueError(said)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b""])
+def test_what_is_no_json_at_all_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ValueError, match="report '.*report.json' is not JSON"):
+        load_report(tmp_path)
+
+
+def test_a_method_that_decoded_nothing_is_neither_faster_nor_slower() -> None:
+    nothing = drafting(1.5, speedup={"micro": 0.0, "macro": None, "ci95": [0.0, 0.0]})
+    assert verdict(nothing["speedup"], drafting(1.5)["speedup"]) == "unknown"
