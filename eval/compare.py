@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from eval.report import Figures, lossless_word, noise_lines, number, times
+from eval.report import Figures, fitted_table, lossless_word, noise_lines, number, times
 
 _IGNORED = {"skipped", "limit"}
 """Settings that may differ: what was asked is in `tasks` and in each method's number of prompts."""
@@ -28,24 +27,30 @@ def pairs(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[Figur
     return found
 
 
-def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any]) -> Table:
-    """Two reports side by side, by method name.
+def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any], width: int = 120
+                     ) -> Table:
+    """Two reports side by side, by method name, at most so many characters wide.
+
+    Where not all fits, tokens/s and then τ are left out.
 
     Raises:
         ValueError: no method is in both.
     """
-    table = Table(title="First report → second report", title_justify="left")
-    for column in ("method", "speedup", "verdict", "τ", "", "tokens/s", "lossless"):
-        table.add_column(column, justify="left" if column in ("method", "verdict", "lossless") else "right")
-    for one, two in pairs(left, right):
+    found, rows = pairs(left, right), []
+    for one, two in found:
         margin = math.hypot(noise_margin(left, one), noise_margin(right, two))
-        lost = one["lossless"] is True and two["lossless"] is False
-        table.add_row(escape(one["name"]), _arrow(times, one["speedup"]["micro"], two["speedup"]["micro"]),
-                      verdict(one["speedup"], two["speedup"], margin),
-                      _arrow(number, one["mean_accepted_tokens"], two["mean_accepted_tokens"]), tau_verdict(one, two),
-                      f"{number(one['tokens_per_second'], 1)} → {number(two['tokens_per_second'], 1)}",
-                      f"{lossless_word(one)} → {lossless_word(two)}", style="red" if lost else None)
-    return table
+        rows.append([
+            one["name"], _arrow(times, one["speedup"]["micro"], two["speedup"]["micro"]),
+            verdict(one["speedup"], two["speedup"], margin),
+            _arrow(number, one["mean_accepted_tokens"], two["mean_accepted_tokens"]),
+            tau_verdict(one, two),
+            f"{number(one['tokens_per_second'], 1)} → {number(two['tokens_per_second'], 1)}",
+            f"{lossless_word(one)} → {lossless_word(two)}"])
+    styles = ["red" if one["lossless"] is True and two["lossless"] is False else None
+              for one, two in found]
+    header = ("method", "speedup", "verdict", "τ", "", "tokens/s", "lossless")
+    return fitted_table("First report → second report", header, rows, styles, width,
+                        spare=("tokens/s", "", "τ"), words=("method", "verdict", "lossless"))
 
 
 def _arrow(written: Any, before: float | None, after: float | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
@@ -41,13 +42,14 @@ def describe(target: Target) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on besides the settings."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"device": gpu or _processor(), "cores": os.cpu_count(), "system": platform.platform(),
+    return {"device": device_name(), "cores": os.cpu_count(), "system": platform.platform(),
             "packages": package_versions(), "git_revision": git_revision(), "command": command_line()}
 
 
-def _processor() -> str:
-    """The CPU's own name where the system tells it."""
+def device_name() -> str:
+    """The GPU's, or the CPU's own name where the system tells it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.is_file() else []
     named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -159,16 +161,50 @@ def caption(report: Mapping[str, Any]) -> str:
 
 # -- terminal -----------------------------------------------------------------------------------------------------
 
-def main_table(report: Mapping[str, Any]) -> Table:
-    """The Rich table of all methods."""
-    table = Table(title="Speedup over autoregressive decoding", caption=escape(caption(report)), title_justify="left")
+_FOLDED = 16
+"""Characters that a folded column of text has at least, before others are left out for it."""
+
+
+def main_table(report: Mapping[str, Any], width: int = 120) -> Table:
+    """The Rich table of all methods, at most so many characters wide: where not all columns fit,
+    names are folded, and tokens/s and then the interval left out."""
     shown = [index for index, column in enumerate(COLUMNS) if column not in _ONLY_ON_PAPER]
-    for index in shown:
-        table.add_column(COLUMNS[index], justify="left" if index in (0, len(COLUMNS) - 1) else "right", no_wrap=True)
+    rows = [[cells(method)[index] for index in shown] for method in report["methods"]]
     bad = set(failures(report))
-    for method in report["methods"]:
-        line = cells(method)
-        table.add_row(*(escape(line[index]) for index in shown), style="red" if method["name"] in bad else None)
+    styles = ["red" if method["name"] in bad else None for method in report["methods"]]
+    return fitted_table("Speedup over autoregressive decoding", [COLUMNS[index] for index in shown],
+                        rows, styles, width, spare=("tokens/s", "95% interval"),
+                        words=("method", "lossless"), caption=caption(report))
+
+
+def fitted_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
+                 styles: Sequence[str | None], width: int, spare: Sequence[str],
+                 words: Sequence[str], caption: str = "") -> Table:
+    """A Rich table whose figures are never cut.
+
+    Args:
+        title, caption: above and below.
+        header: names of the columns.
+        rows, styles: cells, and the style of each row.
+        width: characters that there are.
+        spare: columns that are left out, in this order, until the rest fits.
+        words: columns of text, which may be folded.
+    """
+    columns = zip(header, *rows, strict=True)
+    widths = {name: max(map(cell_len, (name, *inside))) for name, *inside in columns}
+    least = {name: min(widths[name], _FOLDED) if name in words else widths[name] for name in header}
+    shown = list(header)
+    for name in spare:
+        if sum(least[column] + 3 for column in shown) + 1 > width:
+            shown.remove(name)
+    table = Table(title=title, caption=escape(caption), title_justify="left")
+    for name in shown:
+        folded = name in words
+        table.add_column(name, justify="left" if folded else "right", overflow="fold",
+                         no_wrap=not folded, min_width=None if folded else widths[name])
+    places = [header.index(name) for name in shown]
+    for row, style in zip(rows, styles, strict=True):
+        table.add_row(*(escape(row[place]) for place in places), style=style)
     return table
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from eval import plots
+from eval.compare import comparison_table
 from eval.html import Sample, page, shaded
-from eval.report import HALF, markdown, outside
+from eval.report import HALF, main_table, markdown, outside
 from eval.summary import METHOD_KEYS
 from eval.text import pieces
 from tests.fakes import tiny_tokenizer
@@ -146,6 +149,32 @@ def test_markdown_has_every_method_and_task() -> None:
     text = markdown(report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[])))
     for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b & <c>", "sampled", "yes (3/4, 1 ties)"):
         assert words in text
+
+
+NAMES = ("autoregressive", "rasd_eagle3_bf16", "clover at 0.5, 16 at once", "hf_prompt_lookup")
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 160])
+def test_figures_are_never_cut_however_narrow_the_terminal_is(width: int) -> None:
+    methods = [method(name, 10.25, tie_divergences=2, prompts=480, identical_outputs=478)
+               for name in NAMES]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(main_table(report(*methods), console.width))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    assert text.count("10.25×") == 4 and text.count(" 2.20 ") == 4 and " τ " in text
+    assert ("20.0" in text, "10.15–10.35" in text) == (width >= 100, width >= 72)
+
+
+@pytest.mark.parametrize(("width", "shown"), [(60, "sl"), (80, "slτ"), (120, "slτt")])
+def test_a_comparison_leaves_out_columns_before_it_cuts_one(width: int, shown: str) -> None:
+    methods = [method(name, 1.5, target="tiny", batch_size=1) for name in NAMES]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(comparison_table(report(*methods), report(*methods), console.width))
+    text = console.export_text()
+    assert "…" not in text and text.count("1.50× → 1.50×") == 4
+    figures = {"s": "1.50× → 1.50×", "l": "yes → yes", "τ": "2.20 → 2.20", "t": "20.0 → 20.0"}
+    assert [key for key, words in figures.items() if words in text] == list(shown)
 
 
 def test_of_many_methods_the_fastest_are_drawn() -> None:
