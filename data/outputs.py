@@ -64,7 +64,7 @@ def claimed(output: Path) -> Iterator[None]:
         place = output.resolve()
         _held[place] = lock
         try:
-            _refuse_neighbours(place)
+            _refuse_neighbours(output, place)
             _sign(lock, output)
             for partial in output.glob(f"*{PARTIAL}"):
                 partial.unlink()
@@ -73,10 +73,10 @@ def claimed(output: Path) -> Iterator[None]:
             _held.pop(place, None)
 
 
-def _refuse_neighbours(output: Path) -> None:
+def _refuse_neighbours(output: Path, place: Path) -> None:
     """ValueError where another run is writing to a folder around this one, or to one inside."""
-    around = [(other, "around") for other in output.parents if (other / LOCK).is_file()]
-    inside = [(lock.parent, "inside") for lock in output.rglob(f"*/{LOCK}")]
+    around = [(other, "around") for other in place.parents if (other / LOCK).is_file()]
+    inside = [(lock.parent, "inside") for lock in place.rglob(f"*/{LOCK}")]
     for other, where in (
         (other, where) for other, where in (*around, *inside) if other not in _held
     ):

@@ -112,10 +112,17 @@ def _of_list(value: Any, shape: list[Shape] | tuple[Shape, ...], where: str) -> 
         yield f"{where} is {_kind(value)}, expected a list"
     elif isinstance(shape, tuple) and len(value) != len(shape):
         yield f"{where} has {len(value)} entries, expected {len(shape)}"
-    else:
+    elif not _tokens(value, shape):
         shapes = shape if isinstance(shape, tuple) else shape * len(value)
         for number, (each, one) in enumerate(zip(value, shapes, strict=True), 1):
             yield from _mismatches(each, one, f"{where}[{number}]")
+
+
+def _tokens(value: list[Any], shape: Any) -> bool:
+    """Whether these are the whole numbers that a list expects: a journal's long lists, at once."""
+    if shape != [int] or not value or not all(type(each) is int for each in value):
+        return False
+    return min(value) > -_MOST and max(value) < _MOST
 
 
 def _kind(value: Any) -> str:

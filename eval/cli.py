@@ -31,10 +31,13 @@ def make_parser() -> ArgumentParser:
     """The parser of `python eval.py`: the keys of `Evaluation`, and the flags of one run."""
     parser = ArgumentParser(prog="python eval.py", usage=_USAGE, exit_on_error=False, description=(
         "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, 1 when a lossless "
-        "method was not (with --compare: in the second report), 2 for a mistake in what was asked."))
+        "method was not (with --compare: in the second report), 2 for a mistake in what was asked "
+        "or a disk that is full, 130 after Ctrl-C, 143 after SIGTERM."))
     parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
     parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
     parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")
+    parser.add_argument("--overwrite", action="store_true", 
+                        help="replace an earlier evaluation in the same output")
     parser.add_argument("--compare", nargs=2, type=str, metavar=("A", "B"), help="compare two reports instead")
     for name in _LISTS:
         default = next(field.default_factory() for field in fields(Evaluation) if field.name == name)  # type: ignore
@@ -67,7 +70,8 @@ def command(arguments: Sequence[str]) -> int:
         return compare(*settings.compare)
     configs = [str(path) for path in settings.config or []]
     name = Path(configs[-1]).stem if configs else "evaluation"
-    report = evaluate(read(settings), Path(settings.output or Path("runs/eval") / name), settings.resume)
+    output = Path(settings.output or Path("runs/eval") / name)
+    report = evaluate(read(settings), output, settings.resume, overwrite=settings.overwrite)
     return NOT_LOSSLESS if failures(report) else 0
 
 
@@ -75,7 +79,7 @@ def compare(left: str, right: str) -> int:
     """Print what changed from one report to the other; the exit status tells of the second."""
     before, after = load_report(left), load_report(right)
     console = Console()
-    console.print(comparison_table(before, after))
+    console.print(comparison_table(before, after, console.width))
     for line in comparison_lines(before, after):
         console.print(line, highlight=False, markup=False)
     return NOT_LOSSLESS if failures(after) else 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints.pretrained import find_folder, read_config
+from data.endings import resumable
 from eval.contamination import note_overlaps
 from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
 from eval.harness import Harness, fitting, units
-from eval.html import Sample, page
-from eval.journal import Journal, Record
+from eval.html import Sample
+from eval.identity import known_before, known_loaded
+from eval.journal import Journal, Record, refuse_changes
 from eval.methods import Method, Precision, Row, build_rows, class_of, unique_labels
+from eval.place import JOURNAL, begun, taken, write
 from eval.processes import Share, shared_out
-from eval.report import build_report, export_lines, failures, main_table, markdown, noise_lines
+from eval.report import build_report, device_name, export_lines, failures, main_table, noise_lines
 from eval.scores import Quality, Scoring, control_lines
 from eval.sources import Turns
 from eval.speed_model import explanations, is_baseline
@@ -35,7 +37,6 @@ from modules.core.loading import check_loading, load_target, own_device
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 
-JOURNAL = "journal.jsonl"
 AUTOTUNE = "max-autotune"
 
 
@@ -149,53 +150,80 @@ class Evaluation:
         return read_config(find_folder(trained))["target"]["name"]
 
 
-def evaluate(evaluation: Evaluation, output: Path, resume: bool = False, console: Console | None = None
-             ) -> dict[str, Any]:
-    """Measure, and write `report.json`, `report.md` and `report.html` into `output`; returns the report. Of several
-    processes that `torchrun` started, each measures its share, and all return the one report.
+def evaluate(evaluation: Evaluation, output: Path, resume: bool = False,
+             console: Console | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Measure, and write `report.json`, `.md` and `.html` into `output`; returns the report.
+
+    Of several processes that `torchrun` started, each measures its share, and all return the one
+    report.
+
+    Args:
+        evaluation: what is measured.
+        output: folder, which is locked while this lasts.
+        resume: go on with what is there, if anything is.
+        console: where progress and the table are shown.
+        overwrite: measure anew what is there.
 
     Raises:
-        ValueError: settings that cannot run (before anything is loaded), or a drafter that does not fit the target.
+        ValueError: settings that cannot run, or an output that cannot be written (before anything
+            is loaded); a drafter that does not fit the target.
     """
     tasks = evaluation.check()
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other: give one")
     if evaluation.threads is not None:
         torch.set_num_threads(evaluation.threads)
     with shared_out() as share:
         if share.count > 1 and evaluation.engine == ENGINE:
             raise ValueError(f"engine 'vllm' measures in one process, {share.count} were started: leave out torchrun")
-        return _evaluate(evaluation, tasks, output, resume, console or Console(quiet=not share.first), share)
+        console = console or Console(quiet=not share.first)
+        with taken(output, resume or overwrite, share), resumable(lambda: "go on with --resume"):
+            return _evaluate(evaluation, tasks, output, resume, console, share)
 
 
 def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share
               ) -> dict[str, Any]:
     """One process's part: measure its share of the prompts; the first process then makes the report of all."""
+    place, asked = share.journal(output / JOURNAL, resume), tasks
+    settings, limit = settings_of(evaluation), {"limit": evaluation.limit}
+    settings |= {"processes": share.count} if share.count > 1 else {}
+    header = known_before({**settings, **limit}, evaluation.rows, tasks, device_name())
+    if resume:
+        refuse_changes(place, header, part=True)
     target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or own_device())
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)
-    with opened_rows(evaluation, target) as rows:
+    with opened_rows(evaluation, target, most_together(tasks)) as rows:
         agree_on_budgets(rows, share)
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
         if skipped:
-            console.print(f"skipped, longer than the context: {', '.join(skipped)}", highlight=False)
+            told = f"skipped, longer than the context: {', '.join(skipped)}"
+            console.print(told, highlight=False, markup=False)
         for line in small_batches(tasks, evaluation.batch_sizes):
-            console.print(line, style="yellow", highlight=False)
-        settings = {**settings_of(evaluation, tasks), **({"processes": share.count} if share.count > 1 else {})}
-        header = {**settings, "methods": [asdict(one) for one in evaluation.rows], "rows": [*map(identify, rows)]}
-        journal = Journal(share.journal(output / JOURNAL, resume), header, resume)
+            console.print(line, style="yellow", highlight=False, markup=False)
+        journal = begun(place, header | known_loaded(rows, asked), resume, share)
         records = _measure(evaluation, tasks, rows, journal, console, share)
-    summaries = summarise(rows, records, scoring_of(evaluation, tasks)) if share.first else []
-    report = build_report(summaries, {**settings, "limit": evaluation.limit, "skipped": skipped})
+    summaries = []
+    if share.first:
+        summaries = summarise(rows, records, scoring_of(evaluation, tasks), most_together(tasks))
+    named = {"tasks": [task.name for task in tasks], **settings, **limit, "skipped": skipped}
+    report = build_report(summaries, named)
     if share.first:
         write(report, output, choose_sample(summaries, tasks))
         show(report, output, console)
     return share.agreed(report)
 
 
+def most_together(tasks: Sequence[Task]) -> int:
+    """Prompts of the largest batch that there can be, because a batch holds prompts of one task."""
+    return max(len(task.prompts) for task in tasks)
+
+
 def small_batches(tasks: Sequence[Task], sizes: Sequence[int]) -> list[str]:
-    """A line for each batch size that no task can fill, because a batch holds prompts of one task."""
-    most = max(len(task.prompts) for task in tasks)
+    """A line for each batch size that no task can fill."""
+    most = most_together(tasks)
     return [f"batch_size {size}: no task has more than {most} prompts, so no batch is larger: raise --limit, or give a "
             "file with more prompts of one task" for size in sizes if size > most]
 
@@ -208,9 +236,10 @@ def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
 
 
 @contextmanager
-def opened_rows(evaluation: Evaluation, target: Target) -> Iterator[list[Row]]:
-    """All rows at the first temperature; those of another engine run while the block lasts."""
-    sampling, most = evaluation.samplings[0], evaluation.batch_sizes[-1]
+def opened_rows(evaluation: Evaluation, target: Target, most: int) -> Iterator[list[Row]]:
+    """All rows at the first temperature, for at most so many prompts at once; those of another
+    engine run while the block lasts."""
+    sampling, most = evaluation.samplings[0], min(most, evaluation.batch_sizes[-1])
     if evaluation.engine == ENGINE:
         with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
             yield rows
@@ -224,32 +253,21 @@ def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
     return Scoring(evaluation.quality, checks, evaluation.run_code)
 
 
-def settings_of(evaluation: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The report's `settings`, all of which a resumed journal must share."""
+def settings_of(evaluation: Evaluation) -> dict[str, Any]:
+    """The report's `settings` that a resumed journal must share."""
     chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
     engine |= {"compile": evaluation.compile} if evaluation.compile else {}
-    return {"tasks": [task.name for task in tasks], "prompts": [Path(name).name for name in evaluation.prompts],
-            **engine, **{name: getattr(evaluation, name) for name in chosen}, "threads": torch.get_num_threads()}
-
-
-def identify(row: Row) -> dict[str, Any]:
-    """What makes a row the same row when a journal is resumed."""
-    weights = sum(float(tensor.double().abs().sum()) for tensor in _drafter_weights(row))
-    return {"name": row.name, "target": row.target.fingerprint(), "dtype": str(row.target.dtype), "rule": row.rule,
-            "builder": row.builder, "budget": row.budget, "sampling": asdict(row.sampling), "weights": f"{weights:.6g}",
-            "batch_size": row.batch_size}
-
-
-def _drafter_weights(row: Row) -> list[torch.Tensor]:
-    drafter = getattr(row.decoder, "drafter", None)
-    return [] if drafter is None else [parameter.detach() for parameter in drafter.parameters()]
+    return {"prompts": [Path(name).name for name in evaluation.prompts], **engine,
+            **{name: getattr(evaluation, name) for name in chosen},
+            "threads": torch.get_num_threads()}
 
 
 def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console,
              share: Share) -> list[Record]:
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values()))
         for size, batches in work.items():
@@ -274,20 +292,14 @@ def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample
     return Sample(best.row.name, prompts[answer.prompt].turns[0], list(pieces(tokens, best.row.target.tokenizer)))
 
 
-def write(report: Mapping[str, Any], output: Path, sample: Sample | None) -> None:
-    """The three files of a report."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (output / "report.md").write_text(markdown(report), encoding="utf-8")
-    (output / "report.html").write_text(page(report, sample), encoding="utf-8")
-
-
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table on the terminal, the noise, what failed, and where the report is."""
-    console.print(main_table(report))
+    console.print(main_table(report, console.width))
     methods = report["methods"]
     for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *explanations(methods)):
         console.print(line, highlight=False, markup=False)
     for name in failures(report):
-        console.print(f"[bold red]{name} promises the autoregressive row's tokens and gave others[/]")
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+        told = f"{name} promises the autoregressive row's tokens and gave others"
+        console.print(told, style="bold red", markup=False)
+    place = output / "report.html"
+    console.print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)

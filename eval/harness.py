@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,6 +89,9 @@ class Harness:
         Raises:
             ValueError: a row returns another number of answers than there are prompts.
         """
+        for unit in work:
+            if unit.key in journal.done and not self.whole(unit, journal.done[unit.key]):
+                journal.drop(unit.key)
         waiting = [unit for unit in work if unit.key not in journal.done]
         if waiting:
             self.warm_up(waiting[0])
@@ -100,6 +104,14 @@ class Harness:
                 journal.add(unit.key, list(self.measure(unit)))
             self.finished(unit)
         return [record for unit in work for record in journal.done[unit.key]]
+
+    def whole(self, unit: Unit, records: Sequence[Record]) -> bool:
+        """Whether these are all answers of a unit: every row's to every turn, baselines' twice."""
+        found = Counter((one.row, one.prompt, one.again, one.repeat, one.task) for one in records)
+        wanted = Counter((row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
+                         for row, again in self.schedule(0) for prompt in unit.prompts
+                         for turn in range(len(prompt.turns)))
+        return found == wanted
 
     def warm_up(self, unit: Unit) -> None:
         """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""
@@ -134,7 +146,7 @@ class Harness:
         if len(traces) != len(prompts):
             raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
         peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)
-        names = [unit.prompts[i].id + (f"#{turn + 1}" if turn else "") for i in asked]
+        names = [_turn_name(unit.prompts[i], turn) for i in asked]
         return [Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
                 for name, ids, trace in zip(names, prompts, share(traces))]
 
@@ -144,6 +156,11 @@ class Harness:
                 own = [record for record in records if record.row == row.name and not record.again]
                 for i, record in zip(asked, own):
                     answers[row.name][i].append(row.target.tokenizer.decode(record.trace.ids, skip_special_tokens=True))
+
+
+def _turn_name(prompt: Prompt, turn: int) -> str:
+    """What records call a turn of a prompt."""
+    return prompt.id + (f"#{turn + 1}" if turn else "")
 
 
 def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:

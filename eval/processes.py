@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from eval.journal import written_journals
+
 Item = TypeVar("Item")
 _PATIENCE = timedelta(days=7)
 """Shares take unequal time, and the last process is waited for."""
@@ -48,11 +50,10 @@ class Share:
             ValueError: what is to be resumed was shared out among another number of processes.
         """
         mine = path if self.count == 1 else path.with_name(f"{path.stem}.{self.rank}of{self.count}{path.suffix}")
-        written = [path, *path.parent.glob(f"{path.stem}.*of*{path.suffix}")]
-        others = [file for file in written if file.is_file() and not file.match(f"*.previous{path.suffix}")]
+        others = written_journals(path)
         if resume and others and not mine.is_file():
             raise ValueError(f"--resume: {others[0]} was written by another number of processes than {self.count}: "
-                             "start as many as then, or leave out --resume")
+                             "start as many as then, or add --overwrite instead of --resume")
         return mine
 
     def merged(self, parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,12 +34,16 @@ class Summary:
     verdicts: Mapping[str, Verdict]
 
 
-def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring | None = None) -> list[Summary]:
-    """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per target and batch
-    size, for the model of speed, and answers are scored as `scoring` says."""
+def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring | None = None,
+              most: int | None = None) -> list[Summary]:
+    """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per
+    target and batch size, for the model of speed, and answers are scored as `scoring` says.
+
+    `most` is the number of prompts in the largest batch that there was: no larger one is timed.
+    """
     scoring = scoring or Scoring()
     folded = {row.name: fold([record for record in records if record.row == row.name]) for row in rows}
-    tables, scored = measure_tables(rows, folded), scoring.chosen(rows)
+    tables, scored = measure_tables(rows, folded, most), scoring.chosen(rows)
     found = [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
                       tables.get((id(row.target), row.batch_size))) for row in rows]
     judged = {row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
@@ -51,8 +55,10 @@ def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring |
     return found
 
 
-def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers]) -> dict[tuple[int, int], LatencyTable]:
-    """t(rows) per sequence by target and batch size, as wide as the widest call, behind the median context."""
+def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers], most: int | None = None
+                   ) -> dict[tuple[int, int], LatencyTable]:
+    """t(rows) per sequence by target and batch size, as wide as the widest call, behind the median
+    context; of a batch size above `most`, which no batch had, in batches of `most`."""
     found: dict[tuple[int, int], LatencyTable] = {}
     for row in rows:
         alike = [other for other in rows if other.target is row.target and other.batch_size == row.batch_size]
@@ -61,7 +67,8 @@ def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers]) -> dict[t
         key = id(row.target), row.batch_size
         if widths and key not in found:
             context = median(len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers)
-            found[key] = latency_per_sequence(row.target, max(widths), int(context), row.batch_size)
+            together = row.batch_size if most is None else min(row.batch_size, most)
+            found[key] = latency_per_sequence(row.target, max(widths), int(context), together)
     return found
 
 

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from data.configfiles import parse, run
+from data.outputs import claimed, write_whole
 from eval.cli import quieten
 from eval.engine_vllm import ENGINE, Worker, engine_arguments, export_for_vllm
 from eval.evaluation import Evaluation, evaluate
@@ -120,13 +121,17 @@ def verify(asked: Verification, console: Console) -> list[Finding]:
         raise ValueError("drafters: [] names none: give trained runs, such as `--drafters runs/eagle3 runs/medusa`")
     evaluation = asked.evaluation(ENGINE)
     evaluation.check()
-    output, target = Path(asked.output), load_target(evaluation.target_name())
-    loaded = {method.label: loading(method, target, asked.tokens) for method in evaluation.rows}
-    theirs = evaluate(evaluation, output / ENGINE, console=console)
-    ours = evaluate(asked.evaluation("slipstream"), output / "slipstream", console=console)
-    rows = [{method["name"]: method for method in report["methods"]} for report in (theirs, ours)]
-    found = [Finding(loaded[name], rows[0][name], rows[1][name]) for name in loaded]
-    (output / "serving.md").write_text(document(found, theirs), encoding="utf-8")
+    output = Path(asked.output)
+    with claimed(output):
+        target = load_target(evaluation.target_name())
+        loaded = {method.label: loading(method, target, asked.tokens) for method in evaluation.rows}
+        theirs = evaluate(evaluation, output / ENGINE, console=console, overwrite=True)
+        own = asked.evaluation("slipstream")
+        ours = evaluate(own, output / "slipstream", console=console, overwrite=True)
+        rows = [{method["name"]: method for method in report["methods"]}
+                for report in (theirs, ours)]
+        found = [Finding(loaded[name], rows[0][name], rows[1][name]) for name in loaded]
+        write_whole({output / "serving.md": document(found, theirs)})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from modules.core.drafter import Sampling
@@ -45,6 +46,14 @@ class NeverRight(Replay):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target, per_call=1, depth=3)
+
+
+class Slow(Replay):
+    """Takes a second for an answer."""
+
+    def tell(self, trace: Trace) -> Trace:
+        time.sleep(1.0)
+        return super().tell(trace)
 
 
 class Liar(Replay):

@@ -169,7 +169,7 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path, capsys: pytest.C
     assert run("--config", path, "--output", "out", "--limit", "1") == 0
     assert run("--config", path, "--output", "out", "--max_new_tokens", "5", "--resume") == 2
     assert "another max_new_tokens (12, now 5)" in capsys.readouterr().err
-    assert run("--config", path, "--output", "out", "--limit", "1", "--max_new_tokens", "5") == 0
+    assert run("--config", path, "--output", "out", "--max_new_tokens", "5", "--overwrite") == 0
     assert Path("out/journal.previous.jsonl").exists()
 
 
@@ -213,5 +213,5 @@ def test_prompts_that_fit_no_context_are_named_or_refused(tmp_path: Path, capsys
         file.write(json.dumps({"id": 9, "category": "a", "turns": ["x" * 600]}) + "\n")
     assert run("--config", path, "--output", "out") == 0
     assert report()["settings"]["skipped"] == ["a/9"] and "a/9" in capsys.readouterr().out
-    assert run("--config", path, "--output", "out", "--max_new_tokens", "600") == 2
+    assert run("--config", path, "--output", "out", "--max_new_tokens", "600", "--overwrite") == 2
     assert "no prompt fits" in capsys.readouterr().err

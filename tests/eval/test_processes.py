@@ -63,6 +63,10 @@ def test_two_processes_give_one_report_with_the_figures_of_one(tmp_path: Path) -
     lines = [len((Path("two") / name).read_text().splitlines()) - 1 for name in journals]
     assert sum(lines) == len(Path("one/journal.jsonl").read_text().splitlines()) - 1 and min(lines) > 0
     assert run("--config", path, "--output", "two", "--resume") == 2
+    refused = launch(["--config", path, "--output", "two"], 2)
+    assert [status for status, *_ in refused] == [2, 2], refused
+    words = "'two' already holds an evaluation (journal.0of2.jsonl)"
+    assert all(words in said for *_, said in refused)
 
 
 def test_shares_are_disjoint_and_whole() -> None:
