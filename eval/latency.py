@@ -45,6 +45,8 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
           f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)
     print(table(measured, limits))
+    spread = max(measured.spread[rows] / seconds for rows, seconds in measured.seconds.items())
+    print(f"\nThe quartiles of the passes are at most {spread:.0%} of a row's time apart.")
     if measured.stock:
         print(f"\nHugging Face's own call of one row, in turn with these: {measured.stock * 1e3:.1f} ms.")
 

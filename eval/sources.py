@@ -102,8 +102,8 @@ class TaskSource:
         return self.categories is None or self.category(row) in self.categories
 
     def key(self, row: Mapping[str, Any], number: int) -> str:
-        """What tells the row from others: its own id, or its number."""
-        return next((str(row[name]) for name in _ID_KEYS if name in row), str(number))
+        """What tells the row from others: its own id, or its number where it has none, or null."""
+        return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
 
     def questions(self, row: Mapping[str, Any], number: int) -> tuple[str, ...]:
         """The turns that are asked.
