@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data.conversations import Tokens
 from data.packing import collate
+from data.progress import progress_of
 from data.shares import Share
 from modules.core.batches import StateName
 
@@ -148,13 +148,16 @@ def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[
     folder, share = Path(folder), share or Share()
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder, share):
+        if share.count == 1:
+            _remove_leftovers(folder)
         manifest = _open_manifest(folder, target, names, dtype)
         held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
         lacking = {document.key: document for document in documents if document.key not in held}
         _check_size(folder, sum(map(len, lacking.values())), manifest, gib, progress)
         own = {document.key for document in documents if share.takes(document.key)}
         pending = [document for key, document in lacking.items() if key in own]
-        with _bar(len(held & own), len(own), progress) as advance:
+        counts = len(held & own), len(own)
+        with progress_of("target states", "documents", *counts, progress) as advance:
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states, target)
@@ -228,6 +231,11 @@ def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tok
 
 
 # -- files ------------------------------------------------------------------------------------------------------
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what kills left half written; nobody else may be writing."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
 
 
 def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor],
@@ -335,15 +343,6 @@ def _locked(path: Path, shared: bool = False) -> Iterator[None]:
                 logger.warning("waiting for another process that is writing features %r", str(path.parent))
             fcntl.flock(lock, kind)
         yield
-
-
-@contextmanager
-def _bar(done: int, total: int, visible: bool) -> Iterator[Any]:
-    columns = (TextColumn("target states"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"),
-               TimeRemainingColumn())
-    with Progress(*columns, disable=not visible) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
 
 
 if __name__ == "__main__":
