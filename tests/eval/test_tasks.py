@@ -48,6 +48,17 @@ def test_two_files_with_the_same_categories_stay_apart(tmp_path: Path) -> None:
     assert len(set(ids)) == 24 and "a/c0/0" in ids and "b/c0/0" in ids
 
 
+def test_rows_whose_id_is_null_have_ids_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = [{"question_id": None, "prompt": "one?"},
+            {"question_id": None, "id": "x", "prompt": "two?"},
+            {"id": None, "task_id": None, "prompt": "three?"},
+            {"question_id": 0, "prompt": "four?"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [prompt.id for task in load_tasks([str(file)]) for prompt in task.prompts]
+    assert found == ["q/1", "q/x", "q/3", "q/0"]
+
+
 def test_the_embedded_prompts_may_be_shown() -> None:
     tasks = load_tasks(["embedded"], limit=1)
     assert len(tasks) > 1 and all(len(t.prompts) == 1 and t.prompts[0].embedded for t in tasks)
