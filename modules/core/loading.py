@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from modules.core.bars import one_line_each
 from modules.core.generation import unapplied_notice
 from modules.core.target import Target
 
@@ -58,8 +59,9 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
     folder, options = locate(name), loading_options(dtype, device)
     try:
         loader: Any = AutoModelForCausalLM
-        model = loader.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with one_line_each():
+            model = loader.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _refuse_offloaded(model, name)
@@ -172,7 +174,7 @@ def _dequantised(file: Path) -> Path:
     folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, one_line_each():
             _convert(file, Path(scratch) / "model")
             try:
                 (Path(scratch) / "model").rename(folder)
