@@ -15,6 +15,7 @@ from checkpoints.formats.exported import HUB_NAMES, served_name
 from checkpoints.formats.known import FORMATS, formats_of
 from checkpoints.measurement import Measurement, conditions, dataset, table
 from modules.core.drafter import Drafter
+from modules.core.gguf_name import title
 
 if TYPE_CHECKING:
     from checkpoints.provenance import Provenance
@@ -72,7 +73,8 @@ def _header(config: Mapping[str, Any], provenance: Provenance, publishing: Publi
         tags=["slipstream", "speculative-decoding", config["drafter_type"]],
         model_name=publishing.repo.rsplit("/", 1)[-1] if publishing else None,
         eval_results=_results(publishing.measurement, provenance) if publishing else None)
-    return f"---\n{data.to_yaml()}\n---\n\n# {config['class']} for {provenance.target['name']}\n"
+    heading = f"# {config['class']} for {title(provenance.target['name'])}"
+    return f"---\n{data.to_yaml()}\n---\n\n{heading}\n"
 
 
 def hub_name(target: str) -> str | None:
@@ -101,7 +103,7 @@ def _result(asked: str, kind: str, name: str, value: float, config: str | None =
 def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
     summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
     total = sum(parameter.numel() for parameter in trainable.parameters())
-    name, weights = provenance.target["name"], provenance.target["fingerprint"]
+    name, weights = title(provenance.target["name"]), provenance.target["fingerprint"]
     return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target `{name}` with weights `{weights}`. "
             f"{total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of them trained.\n")
 

@@ -21,6 +21,7 @@ from eval.repetition import KEY as LESS_REPETITIVE
 from eval.scores import control_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary
+from modules.core.gguf_name import title
 from modules.core.target import Target
 
 Figures = Mapping[str, Any]
@@ -36,7 +37,7 @@ def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> d
 def describe(target: Target) -> dict[str, Any]:
     """A target's entry."""
     packed = f", {target.quantisation}" if target.quantisation else ""
-    return {"name": target.name, "parameters": target.parameter_count,
+    return {"name": title(target.name), "parameters": target.parameter_count,
             "dtype": str(target.dtype).removeprefix("torch.") + packed, "fingerprint": target.fingerprint()}
 
 

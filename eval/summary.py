@@ -16,6 +16,7 @@ from eval.repetition import KEY as LESS_REPETITIVE
 from eval.repetition import less_repetitive
 from eval.scores import Answered, Scoring, agreements, quality_figures
 from eval.speed_model import Calls, latency_per_sequence, speed_model
+from modules.core.gguf_name import title
 from modules.decoding.clock import PHASES
 from modules.decoding.decoder import Trace
 from modules.decoding.latency import LatencyTable
@@ -131,8 +132,9 @@ METHOD_KEYS = (
 
 
 def _description(row: Row) -> dict[str, Any]:
-    return {"name": row.name, "target": row.target.name, "engine": row.engine, "builder": row.builder, "rule": row.rule,
-            "budget": row.budget, "draft_precision": row.draft_precision, "temperature": row.sampling.temperature,
+    return {"name": row.name, "target": title(row.target.name), "engine": row.engine,
+            "builder": row.builder, "rule": row.rule, "budget": row.budget,
+            "draft_precision": row.draft_precision, "temperature": row.sampling.temperature,
             "batch_size": row.batch_size, "claims_lossless": row.claims_lossless,
             "drafter_parameters": row.drafter_parameters}
 
