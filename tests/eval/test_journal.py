@@ -10,10 +10,11 @@ import pytest
 
 from eval import evaluation
 from eval.harness import Harness
-from eval.journal import Journal
+from eval.journal import Journal, Record
 from eval.methods import Method, build_rows
 from eval.tasks import load_tasks
 from modules.core.drafter import Sampling
+from modules.decoding.decoder import Trace
 from tests.eval.test_cli import report, run, tiny
 from tests.eval.test_identity import JOURNAL, evaluated, refused
 from tests.fakes import tiny_target
@@ -109,9 +110,11 @@ def test_units_of_another_header_do_not_count(tmp_path: Path) -> None:
     Journal(tmp_path / "other.jsonl", {"budget": 1}, False)
     path.unlink()
     second = Journal(path, {"budget": 1}, False)
-    first.add("0:x", [])
-    second.add("0:y", [])
-    assert Journal(path, {"budget": 1}, True).done == {}
+    records = [Record("a", "x", "t", 0, False, [7], Trace(1, [5], [False]), 0)]
+    first.add("0:x", records)
+    second.add("0:y", records)
+    second.add("0:z", [])
+    assert Journal(path, {"budget": 1}, True).done == {"0:y": records}
 
 
 def test_an_interrupted_unit_is_whole_only_with_all_turns_and_second_runs() -> None:
