@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from modules.core.target import Target
 from modules.core.trainable import Trainable
-from modules.training_free.datastore import Datastore
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -23,7 +22,7 @@ _PLAIN = (str, int, float, bool, type(None))
 def digest(value: Any) -> str:
     """16 hexadecimal digits of a value, or of everything that decides what an object does.
 
-    That is a module's class, arguments, parameters, buffers and datastores, and any other object's
+    That is a module's class, arguments, parameters, buffers and corpora, and any other object's
     class and public attributes.
     """
     sha = hashlib.sha256()
@@ -66,14 +65,19 @@ def _feed_all(sha: Any, kind: str, values: Sequence[Any]) -> None:
 
 
 def _feed_module(sha: Any, module: nn.Module) -> None:
-    """Class and arguments, then all tensors by name, and the datastores that the parts read."""
+    """Class and arguments, then all tensors by name, and the corpora that the parts read."""
     _feed(sha, _name(type(module)))
     _feed(sha, module.arguments if isinstance(module, Trainable) else None)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     _feed(sha, {name: tensors[name] for name in sorted(tensors)})
     for name, part in module.named_modules():
-        stores = [value for value in vars(part).values() if isinstance(value, Datastore)]
-        _feed(sha, [name, stores] if stores else None)
+        corpora = [value for value in vars(part).values() if _holds_arrays(value)]
+        _feed(sha, [name, corpora] if corpora else None)
+
+
+def _holds_arrays(value: Any) -> bool:
+    """Whether this is a datastore, or something that was made of one."""
+    return any(isinstance(part, np.ndarray) for part in getattr(value, "__dict__", {}).values())
 
 
 def _name(value: Any) -> str:

@@ -16,8 +16,11 @@ from eval.methods import Method, build_rows
 from eval.tasks import load_tasks
 from modules.core.drafter import Sampling
 from modules.heads.clover import Clover
+from modules.training_free.aded import Aded
 from modules.training_free.datastore import Datastore
+from modules.training_free.rasd import Rasd
 from modules.training_free.rest import Rest
+from modules.training_free.suffix import Suffix
 from modules.verifiers.judge import Judge
 from tests.eval.test_cli import config, run, tiny
 from tests.fakes import tiny_target
@@ -134,14 +137,19 @@ def test_every_part_of_a_drafter_is_its_identity(kind: str) -> None:
     assert digest(drafter) != before
 
 
-def test_a_datastores_content_and_a_judges_threshold_are_identities(tmp_path: Path) -> None:
-    target = tiny_target()
+@pytest.mark.parametrize("kind", [Rest, Rasd, Aded, Suffix])
+def test_a_datastores_content_is_an_identity(tmp_path: Path, kind: Any) -> None:
+    target, place = tiny_target(), str(tmp_path / "store")
     found = []
-    for last in (9, 10):
+    for last in (9, 10, 10):
         store = Datastore.build([[7, 8, last, 7, 8]], target.shape.vocab_size)
-        store.save(tmp_path / "store")
-        found.append(digest(Rest(target.shape, str(tmp_path / "store"))))
-    assert found[0] != found[1]
+        store.save(Path(place))
+        found.append(digest(kind(target.shape, datastore=place)))
+    assert found[0] != found[1] == found[2]
+
+
+def test_a_judges_threshold_is_an_identity() -> None:
+    target = tiny_target()
     judge = Judge(target.shape).double()
     rule = judge.acceptance_rule(target, threshold=0.5)
     before = digest(judge), digest(rule)
