@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _AGAIN = "run the same command again"
@@ -101,6 +102,17 @@ def told_of_disk(trouble: str, again: str = _AGAIN) -> str:
     return (
         f"{trouble}: what was written whole is kept; make room or give another place, then {again}"
     )
+
+
+@contextmanager
+def about(file: Path) -> Iterator[None]:
+    """Errors of the disk in the block name the file, which those of writing and flushing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def disk_trouble(error: BaseException) -> str | None:

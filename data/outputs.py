@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from data.endings import about
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".output.lock"
@@ -144,7 +146,7 @@ def write_whole(files: Mapping[Path, str]) -> None:
     partials = {place: place.with_name(f".{place.name}{PARTIAL}") for place in files}
     try:
         for place, text in files.items():
-            with partials[place].open("wb") as file:
+            with about(place), partials[place].open("wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())

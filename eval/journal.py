@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.endings import about
 from data.outputs import write_whole
 from data.shapes import Each, mismatch
 from eval.digests import changed, digest, plain
@@ -124,7 +125,7 @@ class Journal:
         self._append({"unit": unit, "of": self._digest, "records": plain_records})
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with about(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(value, separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -321,7 +321,7 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | 
         if resume is None:
             _vacate(output, overwrite)
         with resumable(lambda: "go on with --resume last" if _whole_checkpoint(output) else
-                       "no checkpoint is there yet, so begin again with --overwrite"):
+                       "begin again with --overwrite (no checkpoint is there yet)"):
             yield None if resume is None else resume_point(output, resume)
 
 

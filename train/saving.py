@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from data.endings import about
+
 PART = ".part"
 """Ending of checkpoints that are being written."""
 
@@ -30,7 +32,7 @@ class SiblingCheckpointIO(TorchCheckpointIO):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f".{place.name}{PART}")
         try:
-            with part.open("wb") as file:
+            with about(place), part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -113,9 +113,10 @@ def test_a_full_disk_keeps_what_is_there(
             patch.setattr(os, "fsync", full)
             return refused(capsys, *arguments, *more)
 
-    assert "error: No space left on device" in fails(4)
+    assert "error: No space left on device (out/journal.jsonl): what was" in fails(4)
     assert not list(Path("out").glob("report*")) and run(*arguments, "--resume") == 0
-    assert "then go on with --resume" in fails(2, "--resume")
+    said = fails(2, "--resume")
+    assert "device (out/report.md): " in said and "then go on with --resume" in said
     assert json.loads(Path("out/report.json").read_text())["schema"] == 1
     assert not list(Path("out").glob("*.partial"))
 

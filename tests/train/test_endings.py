@@ -119,7 +119,7 @@ def test_a_run_without_a_checkpoint_gives_the_same_advice_everywhere(
         patch.setattr("train.run.load_target", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert one_line(recipe, output) == 143
     assert capsys.readouterr().err == (
-        "stopped by SIGTERM: no checkpoint is there yet, so begin again with --overwrite\n"
+        "stopped by SIGTERM: begin again with --overwrite (no checkpoint is there yet)\n"
     )
     (output / "lightning").mkdir()
     assert (
@@ -191,7 +191,7 @@ def test_a_full_disk_ends_a_run_in_a_line_and_it_goes_on(tiny, recipe, tmp_path)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 2 and "Traceback" not in said, said[-3000:]
     assert (
-        said.splitlines()[-1].startswith("error: File too large")
+        said.splitlines()[-1].startswith("error: File too large (")
         and "go on with --resume last" in said
     )
     assert torch.load(resume_point(output, "last"), weights_only=True)["global_step"] == 3
