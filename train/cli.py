@@ -25,7 +25,8 @@ from data.outputs import write_whole
 from modules.core.loading import load_target, outline
 from train.plan import print_plan
 from train.profile import print_profile, profile
-from train.run import CONFIG, Place, Recipe, claim, same_run, steps_of, train
+from train.resuming import same_run
+from train.run import CONFIG, Place, Recipe, claim, steps_of, train
 
 _LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""

@@ -10,7 +10,7 @@ import pytest
 from data.arithmetic import embedded_problems
 from train import learning_curve
 from train.learning_curve import FIGURES, PAGE, command
-from train.run import same_run
+from train.resuming import same_run
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""What a resumed run may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def _lasting(section: Any) -> Any:
+    """A section without what may change: rows per process (the batches check their product with the processes), where
+    states are cached, who prepares batches, and keys that say nothing (a run may be older than they are)."""
+    if not isinstance(section, Mapping) or "init_args" not in section:
+        return section
+    free = ("rows", "workers", "features", "features_dtype", "features_gib")
+    kept = {k: v for k, v in section["init_args"].items() if k not in free and v is not None}
+    return {**section, "init_args": kept}
+
+
+def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse to resume a run whose config (`file`) has changed where it may not."""
+    if not file.is_file():
+        raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in keys:
+        changed = next(_differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None)
+        if changed is not None:
+            name, before, now = changed
+            raise ValueError(f"--resume: {name} is {now!r}, but the run was begun with {before!r}: restore it, or "
+                             "start a new run (--init_from takes the weights)")
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The innermost keys that differ, with both values."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        if before != now:
+            yield name, before, now
+        return
+    for key in dict.fromkeys((*before, *now)):
+        inner = name if key == "init_args" else f"{name}.{key}"
+        yield from _differences(inner, before.get(key), now.get(key))
