@@ -117,6 +117,13 @@ def test_reports_of_something_else_are_refused(evaluated, tmp_path) -> None:
         card_of(evaluated, report=file)
 
 
+def test_a_report_with_forged_values_is_refused_by_file_and_key(evaluated) -> None:
+    file = changed(evaluated / "eval" / "report.json", "heads", speedup={"micro": "<b>9</b>"})
+    words = r"report '.*report.json': methods\[2\].speedup.micro is text, expected a number"
+    with pytest.raises(ValueError, match=words):
+        card_of(evaluated, report=file)
+
+
 def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_components_own(evaluated) -> None:
     """As of Medusa-2, whose rows run on weights of their own."""
     file = evaluated / "eval" / "report.json"
