@@ -136,7 +136,7 @@ def _check_shape(report: Mapping[str, Any], path: Path) -> None:
     if wrong is None:
         twice = [
             name
-            for name, count in Counter(one["name"] for one in report["methods"]).items()
+            for name, count in Counter(method["name"] for method in report["methods"]).items()
             if count > 1
         ]
         wrong = f"two methods are named {twice[0]!r}" if twice else None

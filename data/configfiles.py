@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from data.endings import Stopped, disk_trouble, stoppable, told_of_disk
+from data.endings import Stopped, disk_message, disk_trouble, stoppable
 from data.shares import Share
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -98,7 +98,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        return _fail(told_of_disk(trouble))
+        return _fail(disk_message(trouble))
 
 
 def _fail(words: str) -> int:

@@ -22,7 +22,7 @@ _OF_DISKS = (
     errno.EACCES,
     errno.EPERM,
 )
-_TOLD_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+_NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (safetensors) tell the system's error."""
 
 
@@ -33,11 +33,11 @@ class Stopped(BaseException):
 
     Args:
         number: of the signal.
-        told: what to say of it; by default its name.
+        message: what to say of it; by default its name.
     """
 
-    def __init__(self, number: int, told: str = "") -> None:
-        super().__init__(told or f"stopped by {signal_name(number)}")
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {signal_name(number)}")
         self.status, self.again = 128 + number, _AGAIN
 
     def __str__(self) -> str:
@@ -61,12 +61,12 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
-    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # What is ignored stays so (nohup, background jobs of a script); a handler that Python did not
     # set is None.
     before = {
         number: handler or signal.SIG_DFL
-        for number, handler in found.items()
+        for number, handler in handlers.items()
         if handler != signal.SIG_IGN
     }
     for number in before:
@@ -94,10 +94,10 @@ def resumable(again: Callable[[], str]) -> Iterator[None]:
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        raise ValueError(told_of_disk(trouble, again())) from error
+        raise ValueError(disk_message(trouble, again())) from error
 
 
-def told_of_disk(trouble: str, again: str = _AGAIN) -> str:
+def disk_message(trouble: str, again: str = _AGAIN) -> str:
     """One line on what `disk_trouble` found."""
     return (
         f"{trouble}: what was written whole is kept; make room or give another place, then {again}"
@@ -118,12 +118,12 @@ def about(file: Path) -> Iterator[None]:
 def disk_trouble(error: BaseException) -> str | None:
     """What a disk refused (full, read-only, too large a file, no permission), if that is what an
     error is, or was raised from; None for every other error."""
-    found: BaseException | None = error
-    while found is not None:
-        text = _TOLD_IN_TEXT.search(str(found))
-        number = found.errno if isinstance(found, OSError) else int(text[1]) if text else None
+    cause: BaseException | None = error
+    while cause is not None:
+        text = _NUMBER_IN_TEXT.search(str(cause))
+        number = cause.errno if isinstance(cause, OSError) else int(text[1]) if text else None
         if number in _OF_DISKS:
-            file = getattr(found, "filename", None)
+            file = getattr(cause, "filename", None)
             return os.strerror(number) + (f" ({file})" if file else "")
-        found = found.__cause__
+        cause = cause.__cause__
     return None

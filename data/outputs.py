@@ -124,10 +124,10 @@ def _sign(lock: IO[str], output: Path) -> None:
 def _owner(output: Path) -> str:
     """What the holder wrote, in brackets; nothing if it has not yet."""
     try:
-        found = (output / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        holder = (output / LOCK).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-    return f" ({found})" if re.fullmatch(r"process \d+ on [\w.-]+", found) else ""
+    return f" ({holder})" if re.fullmatch(r"process \d+ on [\w.-]+", holder) else ""
 
 
 def _unwritable(output: Path, error: OSError) -> ValueError:

@@ -46,16 +46,16 @@ def progress_of(
 def _lines(what: str, unit: str, done: int, total: int, console: Console) -> Advance:
     """Tells the count, and how long the rest takes at the speed so far, every `EVERY` seconds and
     at the end."""
-    begun = told = time.monotonic()
+    begun = last_line = time.monotonic()
     began_at = done
 
     def advance(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, last_line
         done += count
         now = time.monotonic()
-        if now - told < EVERY and done < total:
+        if now - last_line < EVERY and done < total:
             return
-        told = now
+        last_line = now
         left = timedelta(seconds=round((now - begun) / (done - began_at) * (total - done)))
         line = f"{what}: {done} of {total} {unit}" + (
             f", about {left} left" if done < total else ""

@@ -63,16 +63,16 @@ def mismatch(value: Any, shape: Shape, where: str = "") -> str | None:
 
 def _mismatches(value: Any, shape: Shape, where: str) -> Iterator[str]:
     if isinstance(shape, Maybe):
-        found = iter(()) if value is None else _mismatches(value, shape.shape, where)
+        wrong = iter(()) if value is None else _mismatches(value, shape.shape, where)
     elif isinstance(shape, AtLeast):
-        found = chain(_plain(value, shape.kind, where), _below(value, shape, where))
+        wrong = chain(_plain(value, shape.kind, where), _below(value, shape, where))
     elif isinstance(shape, (dict, Each)):
-        found = _of_object(value, shape, where)
+        wrong = _of_object(value, shape, where)
     elif isinstance(shape, (list, tuple)):
-        found = _of_list(value, shape, where)
+        wrong = _of_list(value, shape, where)
     else:
-        found = _plain(value, shape, where)
-    yield from found
+        wrong = _plain(value, shape, where)
+    yield from wrong
 
 
 def _plain(value: Any, kind: type, where: str) -> Iterator[str]:
@@ -114,8 +114,8 @@ def _of_list(value: Any, shape: list[Shape] | tuple[Shape, ...], where: str) -> 
         yield f"{where} has {len(value)} entries, expected {len(shape)}"
     elif not _tokens(value, shape):
         shapes = shape if isinstance(shape, tuple) else shape * len(value)
-        for number, (each, one) in enumerate(zip(value, shapes, strict=True), 1):
-            yield from _mismatches(each, one, f"{where}[{number}]")
+        for number, (each, inner) in enumerate(zip(value, shapes, strict=True), 1):
+            yield from _mismatches(each, inner, f"{where}[{number}]")
 
 
 def _tokens(value: list[Any], shape: Any) -> bool:

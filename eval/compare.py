@@ -36,8 +36,8 @@ def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any], width: i
     Raises:
         ValueError: no method is in both.
     """
-    found, rows = pairs(left, right), []
-    for one, two in found:
+    both, rows = pairs(left, right), []
+    for one, two in both:
         margin = math.hypot(noise_margin(left, one), noise_margin(right, two))
         rows.append([
             one["name"], _arrow(times, one["speedup"]["micro"], two["speedup"]["micro"]),
@@ -47,7 +47,7 @@ def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any], width: i
             f"{number(one['tokens_per_second'], 1)} → {number(two['tokens_per_second'], 1)}",
             f"{lossless_word(one)} → {lossless_word(two)}"])
     styles = ["red" if one["lossless"] is True and two["lossless"] is False else None
-              for one, two in found]
+              for one, two in both]
     header = ("method", "speedup", "verdict", "τ", "", "tokens/s", "lossless")
     return fitted_table("First report → second report", header, rows, styles, width,
                         spare=("tokens/s", "", "τ"), words=("method", "verdict", "lossless"))

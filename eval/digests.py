@@ -98,7 +98,7 @@ def changed(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | Non
         return None
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys((*before, *now)):
-            found = changed(before.get(key), now.get(key), f"{name} {key}".strip())
-            if found is not None:
-                return found
+            inner = changed(before.get(key), now.get(key), f"{name} {key}".strip())
+            if inner is not None:
+                return inner
     return name, before, now

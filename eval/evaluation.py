@@ -199,8 +199,8 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
         if skipped:
-            told = f"skipped, longer than the context: {', '.join(skipped)}"
-            console.print(told, highlight=False, markup=False)
+            line = f"skipped, longer than the context: {', '.join(skipped)}"
+            console.print(line, highlight=False, markup=False)
         for line in small_batches(tasks, evaluation.batch_sizes):
             console.print(line, style="yellow", highlight=False, markup=False)
         journal = begun(place, header | known_loaded(rows, asked), resume, share)
@@ -299,7 +299,7 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *explanations(methods)):
         console.print(line, highlight=False, markup=False)
     for name in failures(report):
-        told = f"{name} promises the autoregressive row's tokens and gave others"
-        console.print(told, style="bold red", markup=False)
+        line = f"{name} promises the autoregressive row's tokens and gave others"
+        console.print(line, style="bold red", markup=False)
     place = output / "report.html"
     console.print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)

@@ -107,11 +107,12 @@ class Harness:
 
     def whole(self, unit: Unit, records: Sequence[Record]) -> bool:
         """Whether these are all answers of a unit: every row's to every turn, baselines' twice."""
-        found = Counter((one.row, one.prompt, one.again, one.repeat, one.task) for one in records)
-        wanted = Counter((row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
+        present = Counter((record.row, record.prompt, record.again, record.repeat, record.task)
+                          for record in records)
+        expected = Counter((row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
                          for row, again in self.schedule(0) for prompt in unit.prompts
                          for turn in range(len(prompt.turns)))
-        return found == wanted
+        return present == expected
 
     def warm_up(self, unit: Unit) -> None:
         """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""

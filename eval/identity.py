@@ -55,8 +55,8 @@ def known_loaded(rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, Any]:
     """The rest of a header: what was loaded, and the prompts as its chat template renders them."""
     asked = [render(prompt, [], rows[0].target) for task in tasks for prompt in task.prompts]
     parts: dict[int, str] = {}
-    found = {row.name: identify(row, parts) for row in rows}
-    return plain({"row": found, "rendered_prompts": digest(asked)})
+    identities = {row.name: identify(row, parts) for row in rows}
+    return plain({"row": identities, "rendered_prompts": digest(asked)})
 
 
 def identify(row: Row, parts: dict[int, str] | None = None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Journal:
             self.path.unlink()
             return
         refuse_changes(self.path, header)
-        kept = [lines[0]]
+        intact = [lines[0]]
         for number, line in enumerate(lines[1:], 2):
             try:
                 unit, records = self._unit(line)
@@ -97,9 +97,9 @@ class Journal:
                                "again", self.path, number, _reason(error))
                 continue
             self.done[unit] = records
-            kept.append(line)
-        if torn or len(kept) < len(lines):
-            write_whole({self.path: b"".join(line + b"\n" for line in kept).decode()})
+            intact.append(line)
+        if torn or len(intact) < len(lines):
+            write_whole({self.path: b"".join(line + b"\n" for line in intact).decode()})
 
     def _unit(self, line: bytes) -> tuple[str, list[Record]]:
         """Key and records of a unit's line. ValueError: it is damaged, or of another evaluation."""
@@ -133,8 +133,8 @@ class Journal:
 
 def written_journals(path: Path) -> list[Path]:
     """The journals that are there in place of `path`: one process's, or one of each of several."""
-    found = [path, *sorted(path.parent.glob(f"{path.stem}.*of*{path.suffix}"))]
-    return [file for file in found if file.is_file() and not file.match(f"*{_PREVIOUS}")]
+    files = [path, *sorted(path.parent.glob(f"{path.stem}.*of*{path.suffix}"))]
+    return [file for file in files if file.is_file() and not file.match(f"*{_PREVIOUS}")]
 
 
 def set_aside(journal: Path) -> None:
@@ -160,15 +160,15 @@ def refuse_changes(path: Path, header: Mapping[str, Any], part: bool = False) ->
     if not line.endswith(b"\n"):
         return
     try:
-        found = json.loads(line)
+        stored = json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        stored = None
+    if not isinstance(stored, dict):
         raise ValueError(f"{path} line 1 is no header of an evaluation: {_ANEW}")
-    if found.get("format") != header.get("format"):
-        raise ValueError(f"{path} is of another version (format {_short(found.get('format'))}, now "
-                         f"{_short(header.get('format'))}): {_ANEW}")
-    difference = changed({key: found.get(key) for key in header} if part else found, dict(header))
+    if stored.get("format") != header.get("format"):
+        versions = f"format {_short(stored.get('format'))}, now {_short(header.get('format'))}"
+        raise ValueError(f"{path} is of another version ({versions}): {_ANEW}")
+    difference = changed({key: stored.get(key) for key in header} if part else stored, dict(header))
     if difference is not None:
         name, before, now = difference
         raise ValueError(f"{path} was made with another {name} ({_short(before)}, now "

@@ -48,11 +48,11 @@ def _refuse_occupied(output: Path, may_be_there: bool) -> None:
                 f"output {str(output)!r} cannot be written ({name} is a folder): give "
                 "another --output"
             )
-    found = written_journals(output / JOURNAL)
-    found += [output / name for name in REPORTS if (output / name).exists()]
-    if found and not may_be_there:
+    existing = written_journals(output / JOURNAL)
+    existing += [output / name for name in REPORTS if (output / name).exists()]
+    if existing and not may_be_there:
         raise ValueError(
-            f"output {str(output)!r} already holds an evaluation ({found[0].name}): add "
+            f"output {str(output)!r} already holds an evaluation ({existing[0].name}): add "
             "--resume, --overwrite, or give another --output"
         )
 

@@ -23,10 +23,10 @@ _LONGEST = 1 << 16
 def title(name: str) -> str:
     """A target's name for readers: `general.name` of a GGUF file, or its file name where it has
     none or is not here; every other name as it is."""
-    found = _NAMED.fullmatch(name)
-    if found is None:
+    match = _NAMED.fullmatch(name)
+    if match is None:
         return name
-    return (_general_name(found[1]) or Path(found[1]).stem) + (found[2] or "")
+    return (_general_name(match[1]) or Path(match[1]).stem) + (match[2] or "")
 
 
 @functools.cache
