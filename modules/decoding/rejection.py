@@ -152,11 +152,12 @@ def children_of(family: list[list[int]], nodes: list[int]) -> list[int]:
 
 
 def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -> list[int]:
-    """The siblings that stand for the prefix of an accepted one.
+    """The siblings that stand for the prefix of an accepted one: all that hold its token.
 
-    In independent trees these are all that drew its token: their children are independent draws from one law.
+    Their children go on as siblings: point masses, or independent draws from one law. Draws without
+    replacement never hold a token twice, and their order is their parent's alone.
     """
-    if tree.laws_used != {Law.INDEPENDENT}:
+    if Law.WITHOUT_REPLACEMENT in tree.laws_used:
         return [chosen]
     tokens_N = tree.tokens_BN[sequence]
     return [node for node in children if tokens_N[node] == tokens_N[chosen]]

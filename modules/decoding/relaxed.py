@@ -1,7 +1,7 @@
 """Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls good.
 
 Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at temperature 0, the
-point rule for trees chosen by value, the ratio rule for sampled ones (in trees without twins, see `_walk`).
+point rule for trees chosen by value, the ratio rule for sampled ones.
 
 Shape legend: B sequences, N nodes, R rows of draft laws, V vocabulary, D draft vocabulary.
 """
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Verified
-from modules.core.sampling import sample_law
-from modules.decoding.rejection import families, recursive_rounds
-from modules.decoding.rules import EVERY_LAW, Draws, accepted_paths, first_accepted, longest_path
+from modules.decoding.rejection import recursive_rounds
+from modules.decoding.rules import EVERY_LAW, Draws, accepted_paths, choices, longest_path, walk
 from modules.trees.tree import Law, TokenTree
 
 
@@ -23,7 +22,8 @@ class RelaxedRule:
     """Accepts a token if the standard rule does or `good` holds; a path ends at its first token with neither.
 
     Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection, the next token is the
-    standard rule's: the argmax, or a draw from the law that the rejections left.
+    standard rule's: the argmax, or a draw from the law that the rejections left. Where the ratio
+    rule rejects all siblings, the first good one is accepted.
     """
 
     name: str = "relaxed"
@@ -39,28 +39,12 @@ class RelaxedRule:
         """The accepted path of each sequence and the token after it."""
         good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
         if draws.sampling.temperature > 0 and tree.laws_used != {Law.POINT}:
-            walks = [self._walk(tree, verified, draws, b, good_BN[b].tolist()) for b in range(len(good_BN))]
-            return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
-        choice_BN = draws.choose(verified.logits_BNV)
+            return accepted_paths([walk(tree, verified, draws, b, recursive_rounds, good_N)
+                                   for b, good_N in enumerate(good_BN.tolist())], good_BN.device)
+        choice_BN = choices(tree, verified, draws)
         standard_BN = tree.tokens_BN == choice_BN.gather(1, tree.parents_BN.clamp(min=0))
         score_BN = (tree.topology.ancestors & standard_BN[:, None]).sum(-1).double()
         return longest_path(tree, standard_BN | good_BN, choice_BN, score_BN)
-
-    def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int, good: list[bool]
-              ) -> tuple[list[int], int]:
-        """The ratio rule's walk, which goes on to the first good child where that rule rejects all. Of independent
-        siblings that drew one token it follows the accepted one alone, where the ratio rule goes on from all of them:
-        there it may accept less, and is draw for draw the ratio rule only in trees without such twins."""
-        path, family = [0], families(tree, sequence)
-        while True:
-            law_V, children = draws.law(verified.logits_BNV[sequence, path[-1]]), family[path[-1]]
-            rounds = recursive_rounds(tree, sequence, children, law_V)
-            chosen, residual_V = first_accepted(rounds, law_V, draws, sequence)
-            if chosen is None:
-                chosen = next((n for n in children if good[n]), None)
-            if chosen is None:
-                return path, int(sample_law(residual_V, draws.uniform(sequence)[0]))
-            path.append(chosen)
 
 
 def parent_logits(tree: TokenTree, verified: Verified) -> Tensor:

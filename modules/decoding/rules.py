@@ -8,7 +8,7 @@ Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -103,9 +103,11 @@ class GreedyRule:
 
 
 class PointRule:
-    """One draw of the target per node; a child that equals it is accepted (trees chosen by value).
+    """One draw of the target per prefix; a child that equals it is accepted (chosen by value).
 
     Acceptance at a node is the target's mass on its children. Lossless because the draw does not look at the tree.
+    Siblings of one token, and the same paths below them, share their draws
+    (`TokenTree.first_BN`): of a draw for each, the luckier one would be taken.
     """
 
     name, lossless = "point", True
@@ -115,8 +117,8 @@ class PointRule:
     """The same acceptance, child by child, for `node_chances`."""
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        """Match every node against one draw at its parent."""
-        return _follow(tree, draws.choose(verified.logits_BNV))
+        """Match every node against the draw behind its parent's prefix."""
+        return _follow(tree, choices(tree, verified, draws))
 
 
 class RatioRule:
@@ -139,19 +141,8 @@ class RatioRule:
         """
         for law in tree.laws_carried:
             check_pairing(self, law)
-        walks = [self._walk(tree, verified, draws, b) for b in range(tree.tokens_BN.shape[0])]
-        return accepted_paths([path for path, _ in walks], [token for _, token in walks], tree.tokens_BN.device)
-
-    def _walk(self, tree: TokenTree, verified: Verified, draws: Draws, sequence: int) -> tuple[list[int], int]:
-        nodes, family = [0], families(tree, sequence)
-        while True:
-            law_V = draws.law(verified.logits_BNV[sequence, nodes[0]])
-            children = children_of(family, nodes)
-            chosen, residual_V = first_accepted(self.rounds(tree, sequence, children, law_V), law_V, draws, sequence)
-            if chosen is None:
-                path_N = tree.topology.ancestors[sequence, nodes[0]]
-                return path_N.nonzero()[:, 0].tolist(), int(sample_law(residual_V, draws.uniform(sequence)[0]))
-            nodes = twins_of(tree, sequence, chosen, children)
+        walks = [walk(tree, verified, draws, b, self.rounds) for b in range(len(tree.tokens_BN))]
+        return accepted_paths(walks, tree.tokens_BN.device)
 
 
 class MultiRoundRule(RatioRule):
@@ -179,6 +170,30 @@ class KSequentialRule(RatioRule):
     rounds: Rounds = staticmethod(k_sequential_rounds)
 
 
+def walk(tree: TokenTree, verified: Verified, draws: Draws, sequence: int, rounds: Rounds,
+         good_N: Sequence[bool] = ()) -> tuple[list[int], int]:
+    """One sequence's path by rejection from node 0 down, and the token after it.
+
+    Args:
+        tree, verified, draws, sequence: what is judged, and for which sequence.
+        rounds: of the siblings behind one prefix.
+        good_N: nodes that are accepted although all rounds failed, the first of several siblings.
+    """
+    nodes, family = [0], families(tree, sequence)
+    while True:
+        law_V = draws.law(verified.logits_BNV[sequence, nodes[0]])
+        children = children_of(family, nodes)
+        tried = rounds(tree, sequence, children, law_V)
+        chosen, residual_V = first_accepted(tried, law_V, draws, sequence)
+        if chosen is None and good_N:
+            chosen = next((node for node in children if good_N[node]), None)
+        if chosen is None:
+            path_N = tree.topology.ancestors[sequence, nodes[0]]
+            token = int(sample_law(residual_V, draws.uniform(sequence)[0]))
+            return path_N.nonzero()[:, 0].tolist(), token
+        nodes = twins_of(tree, sequence, chosen, children)
+
+
 def first_accepted(rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequence: int) -> tuple[int | None, Tensor]:
     """Toss for each round in turn: the accepted node (None: none) and the law [V] left for the next token."""
     for node, chance, residual_V in rounds:
@@ -193,6 +208,7 @@ class TypicalRule:
 
     Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token is the target's
     argmax, as in the release; at temperature 0 this is argmax matching, unless the law is left as it is there.
+    Nothing is drawn, so that siblings of one token are judged alike.
 
     Args:
         epsilon, delta: above.
@@ -259,6 +275,13 @@ def check_pairing(rule: AcceptanceRule, law: Law) -> None:
                          f"what it compares with: use one of {fitting}")
 
 
+def choices(tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+    """The token that the target wants after each node, int64 [B,N]: the argmax at temperature 0,
+    else one draw for all nodes that stand for one prefix."""
+    choice_BN = draws.choose(verified.logits_BNV)
+    return choice_BN if draws.sampling.temperature == 0 else choice_BN.gather(1, tree.first_BN)
+
+
 def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:
     """Accept the nodes that equal what the target chose at their parents."""
     wanted_BN = choice_BN.gather(1, tree.parents_BN.clamp(min=0))
@@ -286,9 +309,10 @@ def longest_path(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Te
     return Accepted(path_BA, deepest_B + 1, next_BN[rows, last_B])
 
 
-def accepted_paths(paths: list[list[int]], tokens: list[int], device: torch.device) -> Accepted:
-    """What walks down the trees, one per sequence, let through: node indices from node 0 on, and the next tokens."""
-    width = max(map(len, paths))
-    padded = [path + [0] * (width - len(path)) for path in paths]
-    return Accepted(torch.tensor(padded, device=device), torch.tensor([len(path) for path in paths], device=device),
+def accepted_paths(walks: Sequence[tuple[list[int], int]], device: torch.device) -> Accepted:
+    """What walks down the trees, one per sequence, let through: paths and next tokens."""
+    width = max(len(path) for path, _ in walks)
+    padded = [path + [0] * (width - len(path)) for path, _ in walks]
+    lengths, tokens = [len(path) for path, _ in walks], [token for _, token in walks]
+    return Accepted(torch.tensor(padded, device=device), torch.tensor(lengths, device=device),
                     torch.tensor(tokens, device=device))

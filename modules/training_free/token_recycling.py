@@ -18,7 +18,7 @@ from modules.training_free.text import TextDrafter, TextState
 from modules.trees.optimise import path_probability
 from modules.trees.paths import Path
 from modules.trees.static import template
-from modules.trees.tree import TokenTree
+from modules.trees.tree import TokenTree, packed
 
 _CHILDREN = {
     "": 8, "0": 8, "1": 4, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1,
@@ -30,6 +30,9 @@ _CHILDREN = {
 TEMPLATE: list[Path] = [[*map(int, node), rank] for node, count in _CHILDREN.items() for rank in range(count)]
 RANKS = (0.5, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01)
 """Weights by which a smaller budget chooses nodes of the template: how the first of several successors lead."""
+UNKNOWN = -1
+"""Successor of a token that was never read, which is not drafted. (The release drafts token 0
+instead, as often as the template has children there.)"""
 
 
 class TokenRecycling(TextDrafter):
@@ -60,7 +63,8 @@ class TokenRecycling(TextDrafter):
         self.successors, self.tokens, self.recycle_prompt, self.cold = successors, tokens, recycle_prompt, cold
         paths = [path for path in TEMPLATE if max(path) < successors]
         self.paths: Sequence[Path] = sorted(paths, key=lambda path: -path_probability(path, [RANKS] * 6))
-        self.register_buffer("successors_VK", torch.zeros(shape.vocab_size, successors, dtype=torch.int32))
+        unknown_VK = torch.full((shape.vocab_size, successors), UNKNOWN, dtype=torch.int32)
+        self.register_buffer("successors_VK", unknown_VK)
 
     @property
     def default_budget(self) -> int:
@@ -79,7 +83,7 @@ class TokenRecycling(TextDrafter):
 
     def forget(self) -> None:
         """A cold start: no token has a known successor."""
-        self.successors_VK.zero_()
+        self.successors_VK.fill_(UNKNOWN)
 
     def start(self, context: Context) -> TextState:
         """The prompt, recycled if asked; what earlier prompts gave goes on a cold start."""
@@ -94,13 +98,20 @@ class TokenRecycling(TextDrafter):
         return super().start(context)
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The first `budget` paths of the template, filled from the table: one gather per level."""
+        """The first `budget` paths of the template, filled from the table: one gather per level.
+
+        What is unknown is left out. The successors of a token differ: no two siblings are equal.
+        """
         fixed = template(tuple(tuple(path) for path in self.paths[:budget]), state.newest_B.device)
         tokens_BN = state.newest_B[:, None]
         for level in fixed.levels:
-            known_BWK = self.successors_VK[tokens_BN[:, level.nodes]]
-            tokens_BN = torch.cat([tokens_BN, known_BWK[:, level.sources, level.ranks].long()], dim=1)
-        return TokenTree(tokens_BN, fixed.topology.expand(len(tokens_BN)))
+            above_BW = tokens_BN[:, level.nodes]
+            known_BWK = self.successors_VK[above_BW].long().where(above_BW[..., None] >= 0, UNKNOWN)
+            tokens_BN = torch.cat([tokens_BN, known_BWK[:, level.sources, level.ranks]], dim=1)
+        topology, drafted_BN = fixed.topology.expand(len(tokens_BN)), tokens_BN >= 0
+        if bool(drafted_BN.all()):
+            return TokenTree(tokens_BN, topology)
+        return packed(tokens_BN.clamp(min=0), topology.parents_BN, drafted_BN)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> TextState:
         """Recycle the logits of every verified node."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modules.core.drafter import Drafter, DraftState, Frontier
 from modules.trees.candidates import log_law
-from modules.trees.tree import Law, TokenTree, Topology
+from modules.trees.tree import Law, TokenTree, packed
 
 
 @dataclass
@@ -60,7 +60,9 @@ class ThresholdTree:
                 break
             logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
             remaining_B = remaining_B - self._level(growth, logits_BWD, drafter.vocabulary_D, remaining_B, most)
-        return _finish(growth, drafter.vocabulary_D)
+        parts = (growth.tokens, growth.parents, growth.real)
+        tokens, parents, real = (torch.cat(part, dim=1) for part in parts)
+        return packed(tokens, parents, real, drafter.vocabulary_D)
 
     def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, remaining_B: Tensor, most: int
                ) -> Tensor:
@@ -84,15 +86,3 @@ class ThresholdTree:
     def _likely(self, probability_BWK: Tensor) -> Tensor:
         before = probability_BWK.cumsum(-1) - probability_BWK
         return (before < self.top_p) & (probability_BWK >= self.ratio * probability_BWK[..., :1])
-
-
-def _finish(growth: _Growth, vocabulary_D: Tensor | None) -> TokenTree:
-    """Every sequence's real nodes moved to the front, in order; what then no sequence uses is dropped."""
-    tokens, parents, real = (torch.cat(part, dim=1) for part in (growth.tokens, growth.parents, growth.real))
-    width = int(real.sum(1).max())
-    order = real.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    moved = (real.cumsum(1) - 1).gather(1, parents.clamp(min=0))
-    parents = torch.where(parents < 0, parents, moved).gather(1, order)
-    own = torch.arange(width, device=parents.device)
-    topology = Topology(torch.where(real.gather(1, order), parents, own))
-    return TokenTree(tokens.gather(1, order), topology, vocabulary_D=vocabulary_D)

@@ -128,6 +128,29 @@ class TokenTree:
         drafted = self.acceptable_BN[:, 1:]
         return frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
 
+    @cached_property
+    def first_BN(self) -> Tensor:
+        """int64 [B,N]: the first node that stands for the same prefix, often the node itself.
+
+        Trees chosen by value may hold siblings of one token. These, and the same paths below them,
+        stand for one prefix, for which the target may be drawn from once only. Nodes that cannot be
+        accepted stand for nothing. On the device, at fixed N.
+        """
+        nodes = torch.arange(self.size, device=self.tokens_BN.device)
+        parents = self.parents_BN.clamp(min=0)
+        usable_BN = ~(self.topology.ancestors & ~self.acceptable_BN[:, None]).any(-1)
+        depth_BN = self.topology.depth
+        same = self.tokens_BN[:, :, None] == self.tokens_BN[:, None]
+        same = same & (depth_BN[:, :, None] == depth_BN[:, None])
+        same = same & usable_BN[:, :, None] & usable_BN[:, None]
+        # The last 1, 2, 4, … tokens of both paths are equal; the root stands above itself.
+        above_BN = parents.expand(len(same), -1)
+        for _ in range(max(1, (self.size - 1).bit_length())):
+            rows = same.gather(1, above_BN[:, :, None].expand_as(same))
+            same = same & rows.gather(2, above_BN[:, None].expand_as(same))
+            above_BN = above_BN.gather(1, above_BN)
+        return torch.where(same.any(-1), same.int().argmax(-1), nodes)
+
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify behind `lengths_B` committed tokens."""
         return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors, cached=True)
@@ -142,3 +165,21 @@ class TokenTree:
         """One branch: column i is the child of column i-1."""
         parents = torch.arange(-1, tokens_BN.shape[1] - 1, device=tokens_BN.device)
         return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **laws)
+
+
+def packed(tokens_BN: Tensor, parents_BN: Tensor, real_BN: Tensor,
+           vocabulary_D: Tensor | None = None) -> TokenTree:
+    """The tree of the real nodes alone, in their order; shorter sequences end in padding.
+
+    Args:
+        tokens_BN, parents_BN: int64 [B,N]; the parent of a real node is real.
+        real_BN: bool [B,N]; node 0 is.
+        vocabulary_D: target ids of the draft vocabulary.
+    """
+    width = int(real_BN.sum(1).max())
+    order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    moved = (real_BN.cumsum(1) - 1).gather(1, parents_BN.clamp(min=0))
+    parents = torch.where(parents_BN < 0, parents_BN, moved).gather(1, order)
+    own = torch.arange(width, device=parents.device)
+    topology = Topology(torch.where(real_BN.gather(1, order), parents, own))
+    return TokenTree(tokens_BN.gather(1, order), topology, vocabulary_D=vocabulary_D)

@@ -9,6 +9,7 @@ from modules.core.drafter import Context, Drafter, DraftState, Sampling
 from modules.core.trainable import Losses, TargetShape
 from modules.trees.chain import SampledChain
 from modules.trees.dynamic import ThresholdTree
+from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 
@@ -140,3 +141,11 @@ def test_a_batch_of_dynamic_trees_is_no_wider_than_its_budget(budget):
         real = tree.acceptable_BN[b]
         assert tree.tokens_BN[b][real].tolist() == one.tokens_BN[0].tolist()
         assert tree.parents_BN[b][real].tolist() == one.parents_BN[0].tolist()
+
+
+@pytest.mark.parametrize("builder", [
+    StaticTree(PATHS), ThresholdTree(3, width=4, top_p=0.99, ratio=0.01), RerankedTree(3, width=4)])
+@pytest.mark.parametrize("vocabulary", [None, torch.tensor([1, 4, 7, 9])])
+def test_trees_chosen_by_value_hold_no_prefix_twice(builder, vocabulary):
+    tree = builder.build(Table(SHAPE, vocabulary), state(batch=5), 12)
+    assert tree.size > 5 and tree.first_BN.tolist() == [list(range(tree.size))] * 5
