@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; the warpers then have no effect."""
+    """How the next token is chosen: temperature, then top-k, then top-p, as in `generate`.
+
+    `temperature` 0 is greedy; the warpers then have no effect. Drafts that are drawn from a
+    drafter's law are drawn under the same settings.
+
+    Raises:
+        ValueError: a value that no warper accepts.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -33,13 +41,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that no warper accepts."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        """Refuse bad values; whole numbers are taken for the floats that the warpers ask for."""
+        if not 0 <= self.temperature < inf:
+            raise ValueError("temperature must be 0 (greedy) or a finite number above, got "
+                             f"{self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or above, got {self.top_k}")
+        if not 0 <= self.top_k < inf or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
+        for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
 
 @dataclass(frozen=True)

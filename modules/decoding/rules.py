@@ -13,11 +13,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from modules.core.batches import StateName
 from modules.core.drafter import Accepted, Sampling, Verified
-from modules.core.sampling import sample_law
+from modules.core.sampling import sample_law, warped_law
 from modules.decoding.rejection import (
     Round,
     Rounds,
@@ -42,13 +41,6 @@ class Draws:
 
     def __init__(self, sampling: Sampling, generators: list[torch.Generator]) -> None:
         self.sampling, self.generators = sampling, generators
-        self._warpers = LogitsProcessorList()
-        if sampling.temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            self._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def select(self, sequences: list[int]) -> Draws:
         """The draws of these sequences alone."""
@@ -58,9 +50,7 @@ class Draws:
         """The warped law [..., V] in float64; at temperature 0 all its mass is on the argmax."""
         if self.sampling.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-        flat = logits.reshape(-1, logits.shape[-1])
-        warped = self._warpers(torch.empty(0, dtype=torch.long), flat.double())  # type: ignore[arg-type]
-        return torch.as_tensor(warped).softmax(-1).reshape(logits.shape)
+        return warped_law(logits, self.sampling)
 
     def uniform(self, sequence: int, count: int = 1) -> Tensor:
         """float64 [count] in [0, 1) for one sequence."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from modules.core.drafter import Context, Drafter, DraftState, Frontier
-from modules.core.sampling import sample_law
+from modules.core.sampling import sample_law, warped_law
 from modules.trees.tree import Law, TokenTree
 
 
 class SampledChain:
-    """Draws `depth` tokens one after another from the drafter's law at the target's temperature.
+    """Draws `depth` tokens one after another from the drafter's law, warped as the target's is.
 
     At temperature 0 the draws are the most likely tokens, and the law a point mass on them. The law that travels with
     the tree is exactly the one drawn from (Leviathan et al. 2023, section 2.3).
@@ -48,12 +48,11 @@ class SampledChain:
 
 def _draw(logits_BD: Tensor, context: Context, soft: bool) -> tuple[Tensor, Tensor]:
     """Laws [B,D] in float64 and one token from each [B], every sequence by its own generator."""
-    temperature = context.sampling.temperature
-    if temperature == 0:
+    if context.sampling.temperature == 0:
         drawn_B = logits_BD.argmax(-1)
         if soft:
             return logits_BD.double().softmax(-1), drawn_B
         return torch.nn.functional.one_hot(drawn_B, logits_BD.shape[-1]).double(), drawn_B
-    law_BD = (logits_BD.double() / temperature).softmax(-1)
+    law_BD = warped_law(logits_BD, context.sampling)
     uniforms = [torch.rand((), generator=one, dtype=torch.float64, device=one.device) for one in context.generators]
     return law_BD, sample_law(law_BD, torch.stack(uniforms).to(law_BD.device))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.core.drafter import Context
-from modules.core.sampling import sample_law
+from modules.core.sampling import sample_law, warped_law
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature under a greedy target, whose own would leave one token and so no siblings (DySpec, section 4)."""
@@ -18,10 +18,16 @@ _USED_UP = -1e6
 
 
 def draft_law(logits_BWD: Tensor, context: Context, temperature: float | None) -> Tensor:
-    """The law [B,W,D] in float64 that siblings are drawn from; None: at the target's temperature."""
-    if temperature is None:
-        temperature = context.sampling.temperature or GREEDY_DRAFT_TEMPERATURE
-    return (logits_BWD.double() / temperature).softmax(-1)
+    """The law [B,W,D] in float64 that siblings are drawn from, warped as the target's is.
+
+    Args:
+        logits_BWD: of the drafter.
+        context: whose sampling warps. A greedy target's warpers have no effect, on drafts neither.
+        temperature: of the draft; None: the target's, or `GREEDY_DRAFT_TEMPERATURE`.
+    """
+    if context.sampling.temperature == 0:
+        return (logits_BWD.double() / (temperature or GREEDY_DRAFT_TEMPERATURE)).softmax(-1)
+    return warped_law(logits_BWD, context.sampling, temperature)
 
 
 def check_temperature(temperature: float | None) -> None:

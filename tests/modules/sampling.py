@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
+from torch import Tensor
+from transformers import GenerationConfig
 
 from modules.core.drafter import Sampling
 from modules.core.target import Target
@@ -37,3 +41,14 @@ def homogeneous(one: Counts, other: Counts) -> float:
     rare = table.sum(0) < 20
     pooled = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
     return float(stats.chi2_contingency(pooled[:, pooled.sum(0) > 0]).pvalue)
+
+
+def generate_laws(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:
+    """The laws [B,V] that Hugging Face's own `generate` draws the next token from, in float64."""
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, output_scores=True, return_dict_in_generate=True, pad_token_id=0)
+    model: Any = target.stock
+    ids = torch.tensor(texts)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return found.scores[0].double().softmax(-1)

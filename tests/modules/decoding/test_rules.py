@@ -23,6 +23,7 @@ from modules.trees.static import StaticTree
 from modules.trees.tree import Law, TokenTree
 from tests.fakes import tiny_target
 from tests.modules.decoding.test_rejection import P, Q, siblings
+from tests.modules.sampling import generate_laws
 
 
 def test_point_rule_accepts_the_mass_of_the_children():
@@ -108,12 +109,11 @@ def target():
 
 
 def pair_law(target, sampling, start):
-    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out."""
-    draws = Draws(sampling, [])
-    prefixes = torch.tensor([[*PROMPT, *more] for more in product(range(VOCAB), repeat=2)])
-    logits = target.model(input_ids=prefixes).logits[:, len(PROMPT) - 1:].detach()
-    laws = draws.law(logits).reshape(VOCAB, VOCAB, 3, VOCAB)
-    first, second, third = laws[0, 0, 0], laws[:, 0, 1], laws[:, :, 2]
+    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out, by
+    the laws that Hugging Face's `generate` draws from."""
+    texts = [[[*PROMPT, *more] for more in product(range(VOCAB), repeat=size)] for size in range(3)]
+    first, second, third = (generate_laws(target, each, sampling) for each in texts)
+    first, third = first[0], third.reshape(VOCAB, VOCAB, VOCAB)
     pairs = first[:, None] * second
     return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
 
@@ -158,7 +158,7 @@ def test_sampled_decoding_keeps_the_law_through_the_whole_loop(target, name):
 @pytest.mark.parametrize("name", ["chain", "top-k", "k-seq chains", "rsd-s"])
 def test_warped_targets_keep_their_law_too(target, name):
     rule, builder = PAIRINGS[name]
-    for sampling in (Sampling(temperature=0.7, top_p=0.8), Sampling(temperature=1.3, top_k=3)):
+    for sampling in (Sampling(0.7, top_p=0.8), Sampling(1.3, top_k=3), Sampling(2, 4, 0.75)):
         assert goodness(target, rule_named(rule), builder, sampling, runs=1500) > 1e-4
 
 
