@@ -61,6 +61,7 @@ def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law
     """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance min(1, p(x) / (ρ q(x))).
 
     With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the rest of p is residual.
+    All siblings are draws from the first one's law, as `DrawnTree` sees to for children of twins.
     """
     if not children:
         return

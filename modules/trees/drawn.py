@@ -10,12 +10,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modules.core.drafter import Context, Drafter, DraftState, Frontier
 from modules.trees.draws import check_temperature, draft_law, independent, race
 from modules.trees.paths import Path
 from modules.trees.static import StaticTree, template
-from modules.trees.tree import Law, TokenTree
+from modules.trees.tree import Law, TokenTree, Topology
 
 Draw = Literal["without_replacement", "independent"]
 LAWS: dict[str, Law] = {"without_replacement": Law.WITHOUT_REPLACEMENT, "independent": Law.INDEPENDENT}
@@ -64,6 +65,8 @@ class DrawnTree:
         for depth, level in enumerate(fixed.levels):
             frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
             law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
+            if self.law is Law.INDEPENDENT:
+                law_BWD = of_one_row(law_BWD, tokens_BN, fixed.topology, level.nodes)
             drawn_BWR, found_BWR = self._siblings(law_BWD, state.context, level.widest)
             rows += (sum(law.shape[1] for law in laws) + level.sources).tolist()
             laws.append(law_BWD)
@@ -88,6 +91,22 @@ class DrawnTree:
                              "ask for fewer")
         keys_BWR, drawn_BWR = race(law_BWD, context, self.exhausted).topk(count, dim=-1)
         return drawn_BWR, keys_BWR.isfinite()
+
+
+def of_one_row(law_BWD: Tensor, tokens_BN: Tensor, topology: Topology, nodes_W: Tensor) -> Tensor:
+    """The laws [B,W,D] of expanded nodes; nodes that stand for one prefix all have the first one's.
+
+    Children of twins are siblings of one law. A drafter's rows for one prefix differ by rounding
+    (in bfloat16 by 0.4 % of the largest probability), and K-SEQ has one threshold for one law.
+
+    Args:
+        law_BWD: of the expanded nodes. tokens_BN: of the tree so far.
+        topology: of the whole tree. nodes_W: the expanded nodes.
+    """
+    whole = TokenTree(F.pad(tokens_BN, (0, topology.size - tokens_BN.shape[1])), topology)
+    first_BW = whole.first_BN[:, nodes_W]
+    row_BW = (first_BW[:, :, None] == first_BW[:, None]).int().argmax(-1)
+    return law_BWD.gather(1, row_BW[..., None].expand_as(law_BWD))
 
 
 def branching_tree(branching: Sequence[int], draw: Draw = "without_replacement", temperature: float | None = None

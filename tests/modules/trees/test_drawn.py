@@ -242,8 +242,12 @@ class Prefixes(Table):
     ("recursive", DySpecTree(2), 3), ("recursive", DySpecTree(2), 4), ("recursive", DySpecTree(2), 5),
     ("recursive", StochasticBeamTree(2, 2), 4), ("recursive", branching_tree([2, 2]), 6), ("k_seq", chains(3, 2), 6)])
 def test_the_first_two_tokens_have_the_targets_law(rule, builder, budget):
-    """Random laws of draft and target over all prefixes; outputs shorter than two are completed from the target."""
-    drafter, runs = Prefixes(budget), 3000
+    assert first_two_tokens(Prefixes(budget), rule, builder, budget) > 1e-4
+
+
+def first_two_tokens(drafter, rule, builder, budget, runs=3000):
+    """Chi-square p-value over random laws of draft and target; shorter outputs are completed from
+    the target."""
     p = drafter.laws[1]
     counts = torch.zeros(9, dtype=torch.float64)
     for seed in range(2):
@@ -257,7 +261,28 @@ def test_the_first_two_tokens_have_the_targets_law(rule, builder, budget):
         if emitted.shape[1] > 1:
             second = torch.where(accepted.lengths_B > 1, emitted[:, 1], second)
         counts += torch.bincount(emitted[:, 0] * 3 + second, minlength=9)
-    assert chi_square(counts, (p[0][:, None] * p[1:]).flatten()) > 1e-4
+    return chi_square(counts, (p[0][:, None] * p[1:]).flatten())
+
+
+class RowDependent(Prefixes):
+    """Rows of one prefix differ, as rounding makes them, but by far more."""
+
+    def expand(self, state, frontier):
+        rows = torch.arange(frontier.tokens_BW.shape[1])[:, None]
+        return super().expand(state, frontier) + rows * torch.tensor([-2.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("builder", [chains(3, 2), branching_tree([3, 2], "independent")])
+def test_children_of_twins_are_draws_from_one_law(builder):
+    drafter = RowDependent(6)
+    assert first_two_tokens(drafter, "k_seq", builder, 9, runs=1500) > 1e-4
+    tree = builder.build(drafter, wide_state(200), 9)
+    assert tree.laws_BRD is not None and tree.law_rows_BN is not None
+    laws_BND = tree.laws_BRD.gather(1, tree.law_rows_BN.clamp(min=0)[..., None].expand(-1, -1, 3))
+    above_BN = tree.first_BN.gather(1, tree.parents_BN.clamp(min=0))
+    same = above_BN[:, 1:, None] == above_BN[:, None, 1:]
+    assert bool((laws_BND[:, 1:, None] == laws_BND[:, None, 1:]).all(-1)[same].all())
+    assert int((tree.first_BN != torch.arange(tree.size)).sum()) > 50
 
 
 # -- every drafter with probabilities ----------------------------------------------------------------------------------
