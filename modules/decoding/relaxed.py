@@ -74,8 +74,13 @@ class DivergenceRule(RelaxedRule):
     """A token is good while KL(target ‖ draft) of the laws it was drawn under is at most `threshold` (in nats).
 
     The free baseline for a trained judge (Revisiting Judge Decoding 2026, arXiv 2601.04766). It needs trees that carry
-    the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. Over a trimmed draft vocabulary the target's
-    law is renormalised. At temperature 0 both laws are the unwarped ones.
+    the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. At temperature 0 both
+    laws are the unwarped ones; above it both are warped, and nothing is good where top-k or top-p
+    leave the target a token that they take from the draft.
+
+    A trimmed draft vocabulary gives no probability to the tokens outside, so that the KL would be
+    infinite as soon as the target has any mass there. That mass is counted by its logarithm
+    (`law_divergence`), and no token is good while the target's likeliest one is outside.
     """
 
     name = "divergence"
@@ -99,12 +104,24 @@ class DivergenceRule(RelaxedRule):
         rows = torch.arange(len(logits_BNV), device=logits_BNV.device)[:, None]
         draft_BND = tree.laws_BRD[rows, tree.law_rows_BN.clamp(min=0)]
         divergence_BN = law_divergence(target_BNV, draft_BND.double(), tree.vocabulary_D)
-        return (divergence_BN <= self.threshold) & (tree.law_rows_BN >= 0)
+        good_BN = (divergence_BN <= self.threshold) & (tree.law_rows_BN >= 0)
+        if tree.vocabulary_D is None:
+            return good_BN
+        return good_BN & torch.isin(target_BNV.argmax(-1), tree.vocabulary_D)
 
 
 def law_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor | None) -> Tensor:
-    """KL(target ‖ draft) in nats [...] over the draft vocabulary; infinite where the draft misses target mass."""
+    """How far the draft's law is from the target's, in nats [...]; infinite where it misses mass.
+
+    KL(p ‖ q) without a trimmed vocabulary. With one: KL(p_D ‖ q) - log p(D), with p_D the target's
+    law renormalised over it and p(D) the mass that it covers. 0 only where q is p, and at least
+    -log p(D), which grows without bound as the mass moves outside.
+    """
+    outside = torch.zeros((), dtype=target_NV.dtype, device=target_NV.device)
     if vocabulary_D is not None:
-        target_NV = target_NV[..., vocabulary_D]
-        target_NV = target_NV / target_NV.sum(-1, keepdim=True)
-    return (torch.xlogy(target_NV, target_NV) - torch.xlogy(target_NV, draft_ND)).sum(-1)
+        covered_NV = target_NV[..., vocabulary_D]
+        mass_N = covered_NV.sum(-1)
+        # Without any mass inside, the law there may be any, as the distance is infinite.
+        target_NV = (covered_NV / mass_N[..., None]).where(mass_N[..., None] > 0, draft_ND)
+        outside = -mass_N.log()
+    return (torch.xlogy(target_NV, target_NV) - torch.xlogy(target_NV, draft_ND)).sum(-1) + outside

@@ -156,8 +156,37 @@ def test_divergence_over_a_trimmed_vocabulary_and_without_support():
     law = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
     assert float(law_divergence(law, law, None)) == pytest.approx(0)
     trimmed = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    assert float(law_divergence(law, trimmed, torch.tensor([1, 2]))) == pytest.approx(0)
+    assert float(law_divergence(law, trimmed, torch.tensor([1, 2]))) == pytest.approx(log(2))
+    unlike = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert float(law_divergence(law, unlike, torch.tensor([1, 2]))) == pytest.approx(
+        0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75) + log(2))
+    assert float(law_divergence(law, trimmed, torch.tensor([0, 1]))) == pytest.approx(
+        2 / 3 * log(2 / 3 / 0.5) + 1 / 3 * log(1 / 3 / 0.5) - log(0.75))
+    assert float(law_divergence(law, torch.ones(1).double(), torch.tensor([3]))) == torch.inf
     assert float(law_divergence(law, torch.tensor([1.0, 0, 0, 0]).double(), None)) == torch.inf
+
+
+def judged_over_two_tokens(law: list[float], threshold: float, temperature: float) -> bool:
+    """Whether token 2 is good, from a drafter of tokens 1 and 2 alone whose law agrees there."""
+    target_V = torch.tensor(law, dtype=torch.float64)
+    draft_D = target_V[1:3] / target_V[1:3].sum()
+    parents = torch.tensor([[-1, 0]])
+    tree = TokenTree(torch.tensor([[0, 2]]), Topology(parents), laws_BRD=draft_D[None, None],
+                     law_BN=torch.full((1, 2), Law.INDEPENDENT), law_rows_BN=parents,
+                     vocabulary_D=torch.tensor([1, 2]))
+    verified = Verified(tree, target_V.log().expand(1, 2, -1))
+    return bool(DivergenceRule(threshold).good(tree, verified, draws(temperature))[0, 1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_the_target_wants_outside_the_draft_vocabulary_counts(temperature):
+    """A drafter that is right about its tokens is not good where the target does not want them."""
+    assert not judged_over_two_tokens([0.98, 0.01, 0.01, 0.0], 0.5, temperature)
+    assert judged_over_two_tokens([0.2, 0.4, 0.4, 0.0], 0.5, temperature)
+    assert not judged_over_two_tokens([0.2, 0.4, 0.4, 0.0], 0.2, temperature)
+    # Its first choice is outside.
+    assert not judged_over_two_tokens([0.4, 0.3, 0.3, 0.0], 0.6, temperature)
+    assert not judged_over_two_tokens([0.5, 0.25, 0.25, 0.0], 1e6, temperature)
 
 
 def test_wrong_settings_are_named():
