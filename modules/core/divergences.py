@@ -2,6 +2,7 @@
 
 The five of online speculative distillation (Liu et al. 2023, arXiv 2310.07177) and DistillSpec (Zhou et al. 2023, arXiv
 2310.08461). Each takes draft logits [M,D] (full precision) and target probabilities [M,D], and is 0 where they agree.
+For all but `total_variation` the probabilities sum to 1.
 
 Shape legend: M rows, D draft vocabulary.
 """
@@ -40,8 +41,13 @@ def jensen_shannon(logits_MD: Tensor, law_MD: Tensor, beta: float = 0.5) -> Tens
 
 
 def total_variation(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
-    """½ Σ_v |p − q| [M] = 1 − Σ_v min(p, q): how often the ratio rule rejects a token drawn from q."""
-    return 0.5 * (law_MD - logits_MD.softmax(-1)).abs().sum(-1)
+    """½ Σ_v |p − q| [M] = 1 − Σ_v min(p, q): how often the ratio rule rejects a token drawn from q.
+
+    So too where the law is the part of p inside the draft vocabulary, not renormalised: q has
+    nothing outside, so that all of p's mass there is distance.
+    """
+    outside_M = 1 - law_MD.sum(-1)
+    return 0.5 * ((law_MD - logits_MD.softmax(-1)).abs().sum(-1) + outside_M)
 
 
 DIVERGENCES: dict[str, Divergence] = {

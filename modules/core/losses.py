@@ -222,6 +222,27 @@ def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) ->
     return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
 
 
+def covered_laws(head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int) -> Laws:
+    """The target's probabilities of the draft tokens in its whole law, by flat position: their sum
+    is the mass that the draft vocabulary covers.
+
+    Args:
+        head: the target's, over its whole vocabulary.
+        final_BTH: states that it reads.
+        vocabulary_D: draft tokens.
+        size: of the target's vocabulary; more than `MAX_LOGITS` logits are computed in chunks.
+    """
+    final_PH = final_BTH.flatten(0, 1)
+
+    @torch.no_grad()
+    def laws(flat_M: Tensor) -> Tensor:
+        chunks = [flat_M[part] for part in _slices(len(flat_M), max(1, MAX_LOGITS // size))]
+        logits = (full_precision(head(final_PH[chunk])) for chunk in chunks or [flat_M])
+        return torch.cat([each.softmax(-1)[:, vocabulary_D] for each in logits])
+
+    return laws
+
+
 def likely_tokens(laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
     """bool [M]: whether a token is among the law's `top_k` (0: any) and the mass above it is at most `top_p`."""
     parts = []

@@ -24,7 +24,15 @@ from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verifi
 from modules.core.kv_cache import SlotCache
 from modules.core.layers import causal_rows
 from modules.core.learned import CHEAP_BUDGET, DraftStep, LearnedDrafter, final_states, see_parents
-from modules.core.losses import Head, TrainingRows, accuracy, cross_entropy
+from modules.core.losses import (
+    IGNORED,
+    Head,
+    TrainingRows,
+    accuracy,
+    covered_laws,
+    cross_entropy,
+    masked_mean,
+)
 from modules.core.target import Target
 from modules.core.trainable import Losses, Mean, TargetShape
 from modules.language_models.own_text import document_prompts, written
@@ -60,9 +68,12 @@ class IndependentState(DraftState):
 class Independent(LearnedDrafter):
     """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own.
 
-    Loss: a divergence of its law q from the target's law p (over the draft vocabulary, renormalised), mean over the
-    assistant's tokens; at temperature 1. Validation adds `acceptance_0`, Σ_v min(p, q) over the same tokens: how often
-    the ratio rule accepts a token drawn from q.
+    Loss: a divergence of its law q from the target's law p, at temperature 1. The KL and
+    Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
+    assistant's tokens that can be drafted. The total variation is of p as it is, mean over all of
+    the assistant's tokens: how often the ratio rule rejects a token drawn from q. Validation adds
+    `acceptance_0`, Σ_v min(p, q) of p as it is, over the same tokens: how often that rule accepts
+    one. What p has outside the draft vocabulary is rejected.
 
     Args:
         shape: the target's dimensions.
@@ -163,18 +174,24 @@ class Independent(LearnedDrafter):
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             batch = replace(batch, states={"final": final_states(batch, target)})
         step = next(self.steps(batch, target))
-        metrics = {f"{self.divergence_name}_0": Mean(step.losses_M.detach().sum(), step.counted_M.sum()),
-                   "top1_0": accuracy(step.ranks_M, step.valid_M, 1)}
+        losses_M, counted_M = step.losses_M, step.counted_M
+        metrics = {"top1_0": accuracy(step.ranks_M, step.valid_M, 1)}
+        if self.divergence_name == "total_variation":
+            losses_M, counted_M = self.rejected(step, batch, target), step.valid_M
         if not self.training:
-            metrics["acceptance_0"] = self.acceptance(step, target)
-        return Losses(self.step_loss(step, batch), metrics)
+            with torch.no_grad():
+                accepted_M = (1 - self.rejected(step, batch, target)) * step.valid_M
+            metrics["acceptance_0"] = Mean(accepted_M.sum(), step.valid_M.sum())
+        metrics[f"{self.divergence_name}_0"] = Mean(losses_M.detach().sum(), counted_M.sum())
+        return Losses(masked_mean(losses_M, counted_M), metrics)
 
-    @torch.no_grad()
-    def acceptance(self, step: DraftStep, target: Target) -> Mean:
-        """Σ_v min(p, q) over the rows that count."""
-        rejected_M, _ = cross_entropy(step.feature_MH, self.head(0, target), step.labels_M, self.draft_size, step.laws,
-                                      step.flat_M, total_variation)
-        return Mean(((1 - rejected_M) * step.counted_M).sum(), step.counted_M.sum())
+    def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
+        """1 − Σ_v min(p, q) [M] of p as it is, in every row with a label, drafted or not."""
+        laws = step.laws if self.vocabulary_D is None else covered_laws(
+            target.unrounded_logits, batch.states["final"], self.vocabulary_D, target.shape.vocab_size)
+        counted_M = torch.where(step.valid_M, 0, IGNORED)
+        return cross_entropy(step.feature_MH, self.head(0, target), counted_M, self.draft_size,
+                             laws, step.flat_M, total_variation)[0]
 
     def own_or_given(self, batch: TextBatch) -> TextBatch:
         """The batch, or as often as `own_text` says its prompts with answers that the drafter writes now."""

@@ -97,3 +97,11 @@ def test_total_variation_is_how_often_the_ratio_rule_rejects() -> None:
         q = logits[m].softmax(-1).tolist()
         accepted = sum(x * min(1.0, y / x) for x, y in zip(q, law[m].tolist(), strict=True))
         assert float(total_variation(logits, law)[m]) == pytest.approx(1 - accepted, abs=1e-12)
+
+
+def test_total_variation_rejects_what_the_law_has_outside_the_draft_vocabulary() -> None:
+    """A part of the target's law, which sums to less than 1."""
+    logits, law = pairs()
+    part = law * torch.linspace(0.1, 1, ROWS, dtype=law.dtype)[:, None]
+    accepted_M = torch.minimum(part, logits.softmax(-1)).sum(-1)
+    torch.testing.assert_close(total_variation(logits, part), 1 - accepted_M)
