@@ -24,6 +24,7 @@ from modules.core.loading import truncated_config
 from modules.core.phases import now
 from modules.core.target import Target
 from modules.decoding.decoder import Trace
+from modules.decoding.loop import kept_calls
 from modules.language_models.independent import Independent
 
 
@@ -96,7 +97,8 @@ class _HuggingFaceSpeculation(HuggingFaceGenerate):
 
     def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
         drafted = [position < count - 1 for count in watch.counts for position in range(count)]
-        return Trace(len(prompt), ids, drafted[:len(ids)], watch.counts[1:], [], [], seconds, seconds["prefill"])
+        drafted, calls = drafted[:len(ids)], kept_calls(watch.counts, len(ids))[1:]
+        return Trace(len(prompt), ids, drafted, calls, [], [], seconds, seconds["prefill"])
 
 
 class HuggingFacePromptLookup(_HuggingFaceSpeculation):

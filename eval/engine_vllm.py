@@ -168,6 +168,7 @@ class VllmDecoder:
 
     Of speculation vLLM counts, per batch, the calls that drafted and how many of them accepted at least 1, 2, … drafts.
     From these each call's tokens follow, though not whose they were, so a batch's calls stand in its first trace.
+    They are counted before answers are cut at their end, which `cut_off` makes up for.
     Prefill ends with the batch's first token.
 
     Args:
@@ -216,7 +217,9 @@ def traces(prompts: Sequence[Sequence[int]], reply: Mapping[str, Any], drafting:
     """Traces of one batch from what `eval.vllm_worker.answer` says of it."""
     prefill = min(reply["first_tokens"])
     seconds = {"prefill": prefill, "other": reply["seconds"] - prefill}
+    after_first = sum(max(0, len(ids) - 1) for ids in reply["ids"])
     together = emitted_by_calls(reply["counted"]) if drafting else []
+    together = cut_off(together, after_first, len(prompts))
     found: list[Trace] = []
     for prompt, ids, first in zip(prompts, reply["ids"], reply["first_tokens"], strict=True):
         calls = ([] if found else together) if drafting else [1] * (len(ids) - 1)
@@ -235,6 +238,22 @@ def emitted_by_calls(counted: Mapping[str, Sequence[int]]) -> list[int]:
              for _ in range(reached[accepted] - reached[accepted + 1])]
     assert sum(found) == counted["accepted_tokens"][0] + counted["drafts"][0], "vLLM's counters contradict each other"
     return found
+
+
+def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
+    """Calls without the tokens behind the ends of answers, so that no more than `tokens` are left.
+
+    Which call was an answer's last, and how much it lost, vLLM does not tell: every answer takes an
+    even share off the shortest call that is long enough. The sum, and so τ, is right where all
+    calls drafted; calls without drafts have no counter, and then too little is taken off.
+    """
+    left, cut, excess = sorted(emitted), [], max(0, sum(emitted) - tokens)
+    for answer in range(answers):
+        share = excess // answers + (answer < excess % answers)
+        long_enough = next((place for place, count in enumerate(left) if count > share), None)
+        if share and long_enough is not None:
+            cut.append(left.pop(long_enough) - share)
+    return sorted(left + cut)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What the figures in a report mean: pure functions of traces, seconds and logits.
 
 Everywhere, a *call* is one verification by the target. It emits the drafts that it accepts and one more token (the
-bonus token); the token that the prefill gives belongs to no call.
+bonus token); the token that the prefill gives belongs to no call. Of the call in which an answer
+ends only the tokens up to there are its own.
 
 Shape legend: P prompts, S bootstrap samples, T tokens, V vocabulary.
 """
@@ -23,7 +24,10 @@ Floats = NDArray[np.float64]
 # -- acceptance ---------------------------------------------------------------------------------------------------
 
 def mean_accepted_tokens(emitted: Sequence[int]) -> float | None:
-    """τ: tokens emitted by calls over those calls, bonus token counted; None without calls."""
+    """τ: tokens that calls emitted over those calls, bonus token counted; None without calls.
+
+    Only tokens that are kept count, in every row: not those behind an end of sequence or the limit.
+    """
     return float(np.mean(emitted)) if len(emitted) else None
 
 

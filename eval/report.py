@@ -232,9 +232,10 @@ HALF = "On the less repetitive half of the prompts"
 READING = """\
 Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same
 prompts, in the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the
-mean over tasks. τ is tokens emitted per verification call, its bonus token counted. Predicted is τ times t(1) over
-t(rows) plus drafting, where t is the target's time for a call of so many rows, measured apart from the run; the
-factors under "Predicted and measured" lead from it to the measured speedup, and one below 1 is time lost there.
+mean over tasks. τ is tokens per verification call, its bonus token counted, those behind an
+answer's end not. Predicted is τ times t(1) over t(rows) plus drafting, where t is the target's
+time for a call of so many rows, measured apart from the run; the factors under "Predicted and
+measured" lead from it to the measured speedup, and one below 1 is time lost there.
 Lossless: token ids identical to the autoregressive row's; a tie is a first divergence between two tokens whose
 teacher-forced logits differ by at most 0.001, and where the target has bfloat16 (float16), in which calls of other
 widths round differently, an answer all of whose tokens are the likeliest or within 0.5 (0.0625) of it. The less

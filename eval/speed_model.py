@@ -26,7 +26,6 @@ FACTORS = {
     "verification": "target calls against t(rows)",
     "bookkeeping": "accepting and committing",
     "unclaimed": "what no phase owns",
-    "answer_ends": "tokens cut at the end of answers",
     "plain_decoding": "plain calls against t(1)",
 }
 """What separates the measured from the predicted speedup, in the order in which the terms are taken."""
@@ -37,11 +36,10 @@ REPEATS = 7
 class Calls:
     """The target calls of one row over all prompts.
 
-    tokens: kept after the prefill's. emitted: tokens of each call. rows: that each call computes, see `Trace` (none
-    from an engine that does not tell). seconds: by phase, over all calls.
+    emitted: tokens kept of each call. rows: that each call computes, see `Trace` (none from an
+    engine that does not tell). seconds: by phase, over all calls.
     """
 
-    tokens: int
     emitted: Sequence[int]
     rows: Sequence[int]
     seconds: Mapping[str, float]
@@ -78,10 +76,9 @@ def _factors(calls: Calls, plain: Calls, rows: float, one: float) -> dict[str, f
     """One ratio per entry of `FACTORS`; below 1 is time lost against the model."""
     reached = [calls.per_call(*phases) for phases in (
         ("draft", "verify"), ("draft", "verify", "accept", "commit"), ("draft", "verify", "accept", "commit", "other"))]
-    kept, kept_plain = (each.tokens / sum(each.emitted) for each in (calls, plain))
     whole_plain = plain.per_call("draft", "verify", "accept", "commit", "other")
     terms = ((rows + calls.per_call("draft"), reached[0]), (reached[0], reached[1]), (reached[1], reached[2]),
-             (kept, kept_plain), (whole_plain, one))
+             (whole_plain, one))
     return {name: _ratio(*term) for name, term in zip(FACTORS, terms, strict=True)}
 
 

@@ -117,8 +117,8 @@ def _verdicts(row: Row, answers: Answers, plain: Answers, standard: Answers) -> 
 def calls_of(answers: Answers) -> Calls:
     """What the model of speed reads."""
     traces = [answer.trace for answer in answers.values()]
-    return Calls(sum(max(0, len(trace.ids) - 1) for trace in traces), emitted(answers),
-                 [rows for trace in traces for rows in trace.rows], phases(answers))
+    rows = [rows for trace in traces for rows in trace.rows]
+    return Calls(emitted(answers), rows, phases(answers))
 
 
 METHOD_KEYS = (
@@ -179,7 +179,7 @@ def tasks_of(answers: Answers) -> list[str]:
 
 
 def emitted(answers: Answers) -> list[int]:
-    """Tokens emitted per call, all calls of all prompts."""
+    """Tokens kept of each call, all calls of all prompts."""
     return [count for answer in answers.values() for count in answer.trace.accepted]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from modules.core.drafter import Drafter, Sampling, TreeBuilder, check_depth
 from modules.core.narrow import use_narrow_linears
 from modules.core.target import Target
 from modules.decoding.clock import Clock
-from modules.decoding.loop import Run, Trace
+from modules.decoding.loop import Run, Trace, check_limit
 from modules.decoding.rules import AcceptanceRule, check_pairing, default_rule
 from modules.trees.tree import Law
 
@@ -44,6 +44,8 @@ class SpeculativeDecoder:
         builder: grows the trees instead of the drafter's own builder.
         budget: drafted nodes per step at most; None is the drafter's own.
         name: what reports call it.
+        stop_ids: tokens that end an answer; None: the target's end-of-sequence tokens; an empty set
+            ends none, so that every answer is as long as its limit.
 
     Raises:
         ValueError: a rule that may not verify this drafter's trees; a prompt that leaves no room for an answer.
@@ -55,7 +57,7 @@ class SpeculativeDecoder:
     builder: TreeBuilder | None = None
     budget: int | None = None
     name: str = ""
-    stop_ids: frozenset[int] = field(default=frozenset())
+    stop_ids: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the pairing of rule and trees."""
@@ -67,7 +69,7 @@ class SpeculativeDecoder:
             self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
         if self.drafter is not None and self.target.device.type == "cpu":
             use_narrow_linears(self.drafter)
-        self.stop_ids = self.stop_ids or self.target.eos_ids
+        self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
 
     @property
     def law(self) -> Law:
@@ -109,6 +111,8 @@ class SpeculativeDecoder:
 
     def _begin(self, prompts: Sequence[list[int]], sampling: Sampling, limit: int) -> Run:
         longest = max(map(len, prompts))
+        check_limit(limit)
+        assert self.stop_ids is not None
         if min(map(len, prompts)) == 0:
             raise ValueError("a prompt has no tokens: give at least one")
         if longest + limit > self.target.max_positions:

@@ -20,7 +20,7 @@ from modules.core.kv_cache import SlotCache
 from modules.core.loading import load_target
 from modules.core.target import Target
 from modules.decoding.clock import Clock
-from modules.decoding.loop import Trace
+from modules.decoding.loop import Trace, check_limit
 from modules.decoding.rules import Draws
 
 
@@ -69,8 +69,10 @@ class EntropyAdaptive:
         the bits that each was chosen at, by whichever model wrote it.
 
         Raises:
-            ValueError: several prompts at once; a prompt that leaves one of the models no room for an answer.
+            ValueError: several prompts at once; a limit below 1; a prompt that leaves one of the
+                models no room for an answer.
         """
+        check_limit(limit)
         if len(prompts) != 1:
             raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
         for model in (self.large, self.small):

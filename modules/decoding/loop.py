@@ -5,7 +5,7 @@ Shape legend: B sequences still running, T prompt tokens, N nodes, A accepted ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ class Trace:
     """What decoding one prompt gave.
 
     ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id, whether it was an
-    accepted draft. accepted: tokens emitted per target call, before the cut. offered: depth of each call's tree.
+    accepted draft. accepted: tokens kept of each target call, which with the prefill's add up to
+    `ids`. offered: depth of each call's tree, no deeper than where the answer was cut off.
     nodes: drafted candidates of each call. seconds: per phase, for the whole batch. time_to_first_token: seconds.
     rows: what each call really computes for this sequence: the newest token, the candidates, rows that only compute,
     and padding to the widest tree of the batch.
@@ -68,6 +69,21 @@ def tell(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[Told]]:
     lengths = [row[0] for row in rows]
     accepted.__dict__.update(lengths=lengths, paths=[row[3:3 + row[0]] for row in rows])
     return accepted.trimmed(), [Told(row[3 + width:3 + width + row[0]], row[1], row[2]) for row in rows]
+
+
+def check_limit(limit: int) -> None:
+    """Refuse an answer without room for a token."""
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1 new token, got {limit}: raise max_new_tokens")
+
+
+def kept_calls(emitted: Sequence[int], tokens: int) -> list[int]:
+    """Tokens of each call among the first `tokens`; calls without one are left out."""
+    found = []
+    for count in emitted:
+        kept = min(count, tokens - sum(found))
+        found += [kept] if kept > 0 else []
+    return found
 
 
 @dataclass
@@ -161,13 +177,16 @@ class Run:
     def _record(self, told: list[Told], rows: int) -> None:
         for sequence, call in zip(self._alive, told, strict=True):
             trace = self.traces[sequence]
-            trace.accepted.append(len(call.tokens))
-            trace.offered.append(call.depth)
             trace.nodes.append(call.nodes)
             trace.rows.append(rows)
+            before = len(trace.ids)
             trace.ids += call.tokens
             trace.drafted += [True] * (len(call.tokens) - 1) + [False]
             self._cut(trace)
+            # Behind a cut nothing was accepted or rejected.
+            kept = len(trace.ids) - before
+            trace.accepted.append(kept)
+            trace.offered.append(call.depth if kept == len(call.tokens) else kept - 1)
 
     def _cut(self, trace: Trace) -> None:
         """End the answer at its first stop token or at the limit: after verification, never before."""

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from checkpoints.pretrained import Provenance, save_pretrained
-from eval.baselines import HuggingFaceAssisted, HuggingFaceGenerate, HuggingFacePromptLookup
+from eval.baselines import (
+    HuggingFaceAssisted,
+    HuggingFaceGenerate,
+    HuggingFacePromptLookup,
+    _Stopwatch,
+)
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.medusa import Medusa
@@ -43,6 +48,15 @@ def test_calls_account_for_the_tokens_that_follow_the_first_call() -> None:
     trace = HuggingFaceAssisted(tiny_target(), layers=1, tokens=3).decode([PROMPTS[0]], GREEDY, 20)[0]
     assert all(1 <= count <= 4 for count in trace.accepted)
     assert sum(trace.accepted) < len(trace.ids) <= sum(trace.accepted) + 4
+
+
+def test_calls_end_with_the_answer() -> None:
+    """As in our own loop: what a call gave behind the end token is not counted."""
+    decoder = HuggingFacePromptLookup(tiny_target())
+    watch = _Stopwatch()
+    watch.counts = [1, 3, 4]
+    trace = decoder._trace([7, 8], [5, 6, 7, 8, 9, 0], watch, {"prefill": 0.1, "other": 1.0})
+    assert trace.accepted == [3, 2] and trace.drafted == [False, True, True, False, True, True]
 
 
 def test_assistant_shares_the_targets_memory() -> None:

@@ -15,7 +15,15 @@ from torch import nn
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance, command_line
 from eval import verify_vllm, vllm_loading
-from eval.engine_vllm import Worker, drafted_tokens, emitted_by_calls, environment, sampling_arguments
+from eval.engine_vllm import (
+    Worker,
+    cut_off,
+    drafted_tokens,
+    emitted_by_calls,
+    environment,
+    sampling_arguments,
+    traces,
+)
 from eval.vllm_worker import difference
 from modules.core.drafter import Drafter, Sampling
 from modules.feature_drafters.eagle import Eagle
@@ -73,8 +81,10 @@ def test_rows_through_vllm_fill_the_same_report(tmp_path: Path, runs: Path, serv
     medusa, eagle = rows["medusa"], rows["eagle3"]
     assert medusa["budget"] == 3 and eagle["budget"] == 2 and medusa["builder"] == "chain"
     assert 2.0 < eagle["mean_accepted_tokens"] < medusa["mean_accepted_tokens"] < 3.0
-    assert medusa["acceptance_by_depth"] == pytest.approx([0.75, 0.5, 0.25], abs=0.1)
-    assert sum(medusa["accepted_length_histogram"]) * medusa["mean_accepted_tokens"] >= 6 * 11
+    # The engine accepts 0, 1, 2, 3 drafts in turn; the sixth part of its calls is cut at the end.
+    assert medusa["acceptance_by_depth"] == pytest.approx([0.6, 0.4, 0.2], abs=0.05)
+    calls = sum(medusa["accepted_length_histogram"])
+    assert calls * medusa["mean_accepted_tokens"] == pytest.approx(6 * 11)
     assert medusa["drafter_parameters"] > 0 and medusa["peak_memory_bytes"] > 0
     assert rows["medusa, 3 at once"]["batch_size"] == 3 and rows["medusa, 3 at once"]["mean_accepted_tokens"] > 2
     assert medusa["seconds_by_phase"]["verify"] == 0 < medusa["seconds_by_phase"]["prefill"]
@@ -193,6 +203,20 @@ def test_calls_follow_from_counters() -> None:
     counted = {"drafts": [7], "accepted_tokens": [6], "accepted_tokens_per_pos": [4, 2, 0]}
     assert emitted_by_calls(counted) == [1, 1, 1, 2, 2, 3, 3]
     assert emitted_by_calls({"drafts": [0], "accepted_tokens": [0], "accepted_tokens_per_pos": [0]}) == []
+
+
+def test_what_is_cut_off_at_the_ends_of_answers_is_not_counted() -> None:
+    """vLLM counts before the cut. Calls without drafts have no counter: then the sum is small."""
+    assert cut_off([1, 1, 3, 3], 8, 2) == [1, 1, 3, 3] == cut_off([3, 1, 3, 1], 12, 2)
+    assert cut_off([1, 1, 3, 3], 6, 1) == [1, 1, 1, 3]
+    assert cut_off([1, 2, 4, 4], 9, 1) == [1, 2, 2, 4]
+    assert cut_off([1, 1, 3, 3], 5, 2) == [1, 1, 1, 2] and cut_off([1, 1], 1, 1) == [1, 1]
+    assert cut_off([], 0, 1) == []
+    counted = {"drafts": [3], "accepted_tokens": [4], "accepted_tokens_per_pos": [2, 2]}
+    reply = {"ids": [[5] * 4, [6] * 3], "first_tokens": [0.1, 0.1], "seconds": 1.0,
+             "counted": counted}
+    found = traces([[7], [8]], reply, drafting=True)
+    assert sum(sum(trace.accepted) for trace in found) == 3 + 2
 
 
 def test_counters_are_differences() -> None:

@@ -10,7 +10,7 @@ import evaluate
 
 from eval.metrics import acceptance_by_depth, accepted_length_histogram, mean_accepted_tokens
 
-_INPUTS = "predictions: per prompt, the tokens that each target call emitted, its bonus token counted."
+_INPUTS = "predictions: per prompt, the tokens kept of each target call, its bonus token counted."
 
 
 class AcceptanceLength(evaluate.Metric):

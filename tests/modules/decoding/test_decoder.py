@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eval.metrics import conditional_acceptance_by_depth
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.loop import kept_calls
 from modules.heads.medusa import Medusa
 from modules.trees.chain import SampledChain
 from modules.trees.static import StaticTree
@@ -63,6 +65,29 @@ def test_cuts_come_after_verification():
     assert len(SpeculativeDecoder(target, ScriptedDrafter(target.shape)).decode([[7, 9]], GREEDY, 6)[0].ids) == 6
 
 
+@pytest.mark.parametrize("limit", [12, 6, 5, 2, 1])
+def test_calls_add_up_to_the_answer(limit):
+    """What stands behind the end of an answer was neither accepted nor rejected."""
+    target = tiny_target(seed=3)
+    full = reference(target, [7, 9], 12)
+    for stop in (full[2], full[5], -1):
+        decoder = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=3),
+                                     stop_ids=frozenset({stop}))
+        trace = decoder.decode([[7, 9]], GREEDY, limit)[0]
+        assert sum(trace.accepted) == len(trace.ids) - 1 and 0 not in trace.accepted
+        assert set(trace.accepted[:-1]) <= {4} and set(trace.offered[:-1]) <= {3}
+        calls = zip(trace.accepted, trace.offered, strict=True)
+        assert all(tokens == depth + 1 for tokens, depth in calls), "no draft was wrong"
+        shares = conditional_acceptance_by_depth(trace.accepted, trace.offered)
+        assert shares == [1.0] * len(shares)
+
+
+def test_calls_that_are_not_kept_are_left_out():
+    assert kept_calls([1, 4, 4, 2], 11) == [1, 4, 4, 2] == kept_calls([1, 4, 4, 2], 20)
+    assert kept_calls([1, 4, 4, 2], 7) == [1, 4, 2]
+    assert kept_calls([3, 2], 2) == [2] and kept_calls([], 3) == []
+
+
 def test_stream_yields_what_decode_returns():
     target = tiny_target()
     decoder = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.7))
@@ -85,8 +110,22 @@ def test_bad_input_is_refused_before_anything_runs():
         SpeculativeDecoder(target).decode([[5] * 510], GREEDY, 10)
     with pytest.raises(ValueError, match="no tokens"):
         SpeculativeDecoder(target).decode([[]], GREEDY, 10)
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit must be at least 1 new token, got {limit}"):
+            SpeculativeDecoder(target).decode([[5, 6]], GREEDY, limit)
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=-1)
+
+
+def test_no_token_ends_an_answer_where_none_is_named():
+    target = tiny_target(seed=3)
+    stop = reference(target, [7, 9], 12)[5]
+    target.model.generation_config.eos_token_id = stop
+    assert stop in target.eos_ids
+    ended, endless = (SpeculativeDecoder(target, stop_ids=ids) for ids in (None, frozenset[int]()))
+    assert ended.decode([[7, 9]], GREEDY, 12)[0].ids[-1] == stop
+    assert len(endless.decode([[7, 9]], GREEDY, 12)[0].ids) == 12
+    assert endless.fresh().stop_ids == frozenset() and ended.fresh().stop_ids == target.eos_ids
 
 
 def test_a_builder_deeper_than_the_heads_is_refused():

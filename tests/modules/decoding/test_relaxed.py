@@ -48,7 +48,7 @@ def medusa(target) -> Drafter:
 
 def decoded(target: Target, drafter: Drafter, rule: AcceptanceRule | None, sampling: Sampling,
             builder: TreeBuilder | None = None) -> list[tuple[list[int], list[int]]]:
-    traces = SpeculativeDecoder(target, drafter, rule, builder, 8).decode(PROMPTS, sampling, 16)
+    traces = SpeculativeDecoder(target, drafter, rule, builder, 8).decode(PROMPTS, sampling, 13)
     return [(trace.ids, trace.accepted) for trace in traces]
 
 
