@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,36 @@ def homogeneous(one: Counts, other: Counts) -> float:
     rare = table.sum(0) < 20
     pooled = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
     return float(stats.chi2_contingency(pooled[:, pooled.sum(0) > 0]).pvalue)
+
+
+def pair_law(target: Target, prompt: list[int], sampling: Sampling, start: int) -> Tensor:
+    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out, by
+    the laws that Hugging Face's `generate` draws from."""
+    size = target.shape.vocab_size
+    texts = [[[*prompt, *more] for more in product(range(size), repeat=count)]
+             for count in range(3)]
+    first, second, third = (generate_laws(target, each, sampling) for each in texts)
+    pairs, third = first[0][:, None] * second, third.reshape(size, size, size)
+    return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
+
+
+def goodness(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, runs: int,
+             start: int = 1, batch: int = 500) -> float:
+    """Chi-square p-value of two tokens of the text that decoding gives, under their exact law; 0
+    where a token of law 0 came out."""
+    size = decoder.target.shape.vocab_size
+    law, counts = pair_law(decoder.target, prompt, sampling, start), torch.zeros(size * size)
+    for part in range(runs // batch):
+        seeded = replace(sampling, seed=part * 1000)
+        for trace in decoder.decode([prompt] * batch, seeded, start + 2):
+            counts[trace.ids[start] * size + trace.ids[start + 1]] += 1
+    if counts[law == 0].any():
+        return 0.0
+    rare = law * runs < 10
+    seen = [*counts[~rare].tolist(), float(counts[rare].sum())]
+    wanted = [*(law[~rare] * runs).tolist(), float(law[rare].sum()) * runs]
+    cells = len(seen) if wanted[-1] > 0 else -1
+    return float(stats.chisquare(seen[:cells], wanted[:cells], sum_check=False).pvalue)
 
 
 def generate_laws(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from modules.trees.dyspec import DySpecTree
 from modules.trees.rerank import RerankedTree
 from modules.trees.sequoia import sequoia_tree
 from modules.trees.static import StaticTree
-from modules.trees.tree import Law, TokenTree
+from modules.trees.tree import Law, TokenTree, Topology
 from tests.fakes import tiny_target
+from tests.modules import sampling as sampling_of_text
 from tests.modules.decoding.test_rejection import P, Q, siblings
-from tests.modules.sampling import generate_laws
 
 
 def test_point_rule_accepts_the_mass_of_the_children():
@@ -62,6 +61,18 @@ def test_typical_acceptance_relaxes_greedy_decoding_when_its_law_stays_soft():
             found[soft] |= {token} if int(result.lengths_B[0]) == 2 else set()
             assert int(result.next_B[0]) == int(P.argmax())
     assert found == {False: {int(P.argmax())}, True: {0, 1, 2}}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_of_the_longest_typical_paths_the_likeliest_is_taken(temperature):
+    """Three paths of two tokens, of probability 0.09, 0.25 and 0.075; a likelier one is shorter."""
+    tokens, parents = torch.tensor([[3, 1, 0, 0, 1, 0, 2]]), torch.tensor([[-1, 0, 0, 0, 1, 2, 3]])
+    tree = TokenTree(tokens, Topology(parents))
+    draws = Draws(Sampling(temperature), [torch.Generator()])
+    rule, verified = TypicalRule(soft=True), Verified(tree, P.log().expand(1, 7, 4))
+    assert rule(tree, verified, draws).paths == [[0, 2, 5]]
+    worse = replace(tree, candidate_BN=torch.tensor([[True] * 5 + [False, True]]))
+    assert rule(worse, replace(verified, tree=worse), draws).paths == [[0, 1, 4]]
 
 
 def test_unknown_rules_and_sampled_greed_are_refused():
@@ -108,33 +119,12 @@ def target():
     return found
 
 
-def pair_law(target, sampling, start):
-    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out, by
-    the laws that Hugging Face's `generate` draws from."""
-    texts = [[[*PROMPT, *more] for more in product(range(VOCAB), repeat=size)] for size in range(3)]
-    first, second, third = (generate_laws(target, each, sampling) for each in texts)
-    first, third = first[0], third.reshape(VOCAB, VOCAB, VOCAB)
-    pairs = first[:, None] * second
-    return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
-
-
 def goodness(target, rule, builder, sampling=PLAIN, runs=2000, start=1, sharpness=1.0):
-    """Chi-square p-value of two tokens of the text that decoding gives; 0 where a token of law 0 came out."""
+    """Chi-square p-value of two tokens of the text that decoding from a noisy drafter gives."""
     drafter = NoisyDrafter(target.shape, builder)
     drafter.table *= sharpness
     decoder = SpeculativeDecoder(target, drafter, rule, stop_ids=frozenset({-1}))
-    law = pair_law(target, sampling, start)
-    counts = torch.zeros(VOCAB * VOCAB)
-    for seed in range(runs // 500):
-        for trace in decoder.decode([PROMPT] * 500, replace(sampling, seed=seed * 1000), start + 2):
-            counts[trace.ids[start] * VOCAB + trace.ids[start + 1]] += 1
-    if counts[law == 0].any():
-        return 0.0
-    rare = law * runs < 10
-    seen = [*counts[~rare].tolist(), float(counts[rare].sum())]
-    wanted = [*(law[~rare] * runs).tolist(), float(law[rare].sum()) * runs]
-    cells = len(seen) if wanted[-1] > 0 else -1
-    return stats.chisquare(seen[:cells], wanted[:cells], sum_check=False).pvalue
+    return sampling_of_text.goodness(decoder, PROMPT, sampling, runs, start)
 
 
 TEMPLATE = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0)]

@@ -133,10 +133,12 @@ def test_tokens_that_it_never_drafted_are_read_too() -> None:
         torch.testing.assert_close(found[b], whole[made.vocabulary_D], atol=1e-5, rtol=1e-4)
 
 
-def test_the_sampled_law_is_the_targets() -> None:
+@pytest.mark.parametrize("draft_vocabulary", [None, 8])
+def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
     """Chi-square of the second token's frequencies behind a fixed first one, through the whole loop."""
     target = tiny_target(vocab=12)
-    decoder = SpeculativeDecoder(target, drafter(target, shake=0.3), builder=SampledChain(2))
+    made = drafter(target, shake=0.3, draft_vocabulary=draft_vocabulary)
+    decoder = SpeculativeDecoder(target, made, builder=SampledChain(2))
     traces = decoder.decode([[7, 8]] * 3000, Sampling(1.0, seed=7), 2)
     firsts = torch.tensor([trace.ids[0] for trace in traces])
     first = int(firsts[firsts > max(target.eos_ids)].mode().values)

@@ -15,13 +15,16 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.rules import Draws, rule_named
 from modules.trees import dyspec
 from modules.trees.beam import StochasticBeamTree, conditioned
+from modules.trees.chain import SampledChain
 from modules.trees.drawn import DrawnTree, branching_tree, chains
 from modules.trees.dyspec import DySpecTree
 from modules.trees.sequoia import sequoia_tree
 from modules.trees.static import StaticTree
 from modules.trees.tree import Law
 from tests.fakes import tiny_target
+from tests.modules import families
 from tests.modules.families import built
+from tests.modules.sampling import goodness, small_target
 from tests.modules.trees.test_builders import SHAPE, Table, state
 
 BUILDERS = {
@@ -296,5 +299,23 @@ def test_learned_drafters_draw_every_tree_and_stay_lossless(family):
     for builder in (*BUILDERS.values(), StaticTree([(0,), (1,)])):
         found = SpeculativeDecoder(target, drafter, builder=builder, budget=8).decode(prompts, Sampling(), 10)
         assert [trace.ids for trace in found] == [trace.ids for trace in plain]
-        sampled = SpeculativeDecoder(target, drafter, builder=builder, budget=8).decode(prompts, Sampling(1.0), 6)
-        assert all(trace.ids for trace in sampled)
+
+
+LEARNED = {
+    "medusa": branching_tree([2, 2]), "clover": DySpecTree(3), "hydra": StochasticBeamTree(3, 2),
+    "eagle": chains(3, 2), "eagle3": sequoia_tree([[0.5, 0.2, 0.1]], 6, 2),
+    "falcon": DySpecTree(3, 0.05), "fspad": SampledChain(3),
+    "clover2": branching_tree([2, 2], "independent")}
+WARPED = {"medusa": Sampling(0.8, top_p=0.9), "eagle3": Sampling(1.2, top_k=3)}
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_learned_drafters_keep_the_law_with_draws(family, monkeypatch):
+    """Four of six tokens can be drafted; chi-square of the second and third token."""
+    monkeypatch.setattr(families, "DRAFTED", 4)
+    target = small_target()
+    drafter = families.built(family, target, shake=0.3)
+    assert drafter.vocabulary_D is not None and len(drafter.vocabulary_D) == 4
+    decoder = SpeculativeDecoder(target, drafter, builder=LEARNED[family], budget=6,
+                                 stop_ids=frozenset({-1}))
+    assert goodness(decoder, [3, 1], WARPED.get(family, Sampling(1.0)), 1000) > 1e-4
