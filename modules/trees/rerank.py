@@ -27,19 +27,31 @@ class RerankedTree:
     unsure it drafts few tokens and stops early, where it is sure many. A node is worth drafting when its probability
     exceeds what a further row costs, in calls of one row (`python -m eval.latency`), times the speedup reached.
 
+    The probabilities of a drafter with a trimmed vocabulary are conditional: they sum to 1 over the
+    tokens that it can draft, and a path's is too high by the target's mass on these at each of its
+    levels. What that mass is the drafter cannot know. `covered` takes one share for all nodes,
+    which ranks shallow nodes above deep ones. With 8,192 of SmolLM2's 49,152 tokens it was 0.86 on
+    average; 15 nodes then had 0.98 instead of 0.95 drafts accepted at temperature 1 (paired
+    difference 0.030, standard error 0.014, 36 contexts), as many as with each node's true mass, and
+    no more at temperature 0.
+
     Args:
         depth: levels. width: nodes expanded per level, and children considered of each.
         least: smallest probability of a path; 0 drafts `budget` nodes always, as published.
+        covered: the target's mass on the draft vocabulary; 1 takes the drafter at its word.
     """
 
     law = Law.POINT
 
-    def __init__(self, depth: int = 6, width: int = 10, least: float = 0.0) -> None:
+    def __init__(self, depth: int = 6, width: int = 10, least: float = 0.0,
+                 covered: float = 1.0) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"tree depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= least < 1:
             raise ValueError(f"least must lie in [0, 1), got {least}")
-        self.depth, self.width, self.least = depth, width, least
+        if not 0 < covered <= 1:
+            raise ValueError(f"covered must lie in (0, 1], got {covered}")
+        self.depth, self.width, self.least, self.covered = depth, width, least, covered
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """The `budget` most probable candidates under the newest token."""
@@ -52,7 +64,8 @@ class RerankedTree:
             log_BWK, best_BWK = laws.topk(min(self.width, laws.shape[-1]), dim=-1)
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded
-            candidates.add(children, chosen, self._probable(scores[..., None] + log_BWK))
+            paths_BWK = scores[..., None] + log_BWK + log(self.covered)
+            candidates.add(children, chosen, self._probable(paths_BWK))
             if depth + 1 == min(self.depth, budget):
                 break
             scores, picked = candidates.scores[-1].topk(self._promising(candidates.scores[-1]), dim=1)

@@ -71,6 +71,30 @@ def test_improbable_paths_are_neither_drafted_nor_expanded(least: float) -> None
         assert found == set(probable[:8])
 
 
+@pytest.mark.parametrize("budget", [3, 5, 8])
+def test_what_the_vocabulary_misses_counts_at_each_level(budget: int) -> None:
+    """A path of d tokens is worth its probability times covered to the power of d."""
+    drafter, covered, changed = Table(SHAPE), 0.3, 0
+    tree = RerankedTree(3, 3, covered=covered).build(drafter, state(batch=6), budget)
+    for b in range(6):
+        seen = candidates(drafter.table, b + 1, min(3, budget), 3)
+        worth = {path: math.exp(score) * covered ** len(path) for path, score in seen.items()}
+        best = set(sorted(seen, key=lambda path: -worth[path])[:budget])
+        assert paths_of(tree, b) == best
+        changed += best != set(sorted(seen, key=lambda path: -seen[path])[:budget])
+    assert changed, "the discount must change some tree"
+
+
+def test_what_the_vocabulary_misses_makes_paths_improbable() -> None:
+    drafter = Table(SHAPE)
+    tree = RerankedTree(3, 3, least=0.1, covered=0.5).build(drafter, state(), 8)
+    for b in range(2):
+        seen = candidates(drafter.table, b + 1, 3, 3)
+        probable = {path for path in seen if math.exp(seen[path]) * 0.5 ** len(path) >= 0.1}
+        real = tree.acceptable_BN[b].nonzero()[:, 0].tolist()
+        assert {paths_by_node(tree, b)[node] for node in real} - {()} == probable
+
+
 def test_nothing_probable_is_a_tree_of_one_node() -> None:
     drafter = Table(SHAPE)
     drafter.table = torch.zeros(10, 10)
@@ -108,6 +132,9 @@ def test_wrong_sizes_are_refused() -> None:
         RerankedTree(0)
     with pytest.raises(ValueError, match="least must lie"):
         RerankedTree(3, 3, least=1.0)
+    for covered in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="covered must lie"):
+            RerankedTree(3, 3, covered=covered)
 
 
 def test_one_level_is_the_likeliest_tokens_in_order() -> None:
