@@ -323,7 +323,9 @@ def test_faults_are_named(finding: verify_vllm.Finding, said: str) -> None:
 
 def test_the_verification_measures_both_loops(tmp_path: Path, runs: Path, served: Path, capsys: Any,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drafter has not been trained, so what must come out is a fault, with exit status 1."""
+    """The drafter has not been trained, so what must come out is a fault, with exit status 1,
+    whatever share of its drafts is right by chance."""
+    monkeypatch.setattr(verify_vllm, "TELLING", 2.0)
     monkeypatch.setattr(verify_vllm, "load_target", lambda name: target_of("float32"))
     monkeypatch.setattr(verify_vllm, "loading", lambda *_: LOADED)
     prompts = config(tmp_path, []).replace("config.yaml", "prompts.jsonl")
