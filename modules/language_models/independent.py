@@ -187,9 +187,9 @@ class Independent(LearnedDrafter):
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
         """1 − Σ_v min(p, q) [M] of p as it is, in every row with a label, drafted or not."""
-        laws, size = step.laws, target.shape.vocab_size
+        laws, final_BTH, size = step.laws, batch.states["final"], target.shape.vocab_size
         if self.vocabulary_D is not None:
-            laws = covered_laws(target.unrounded_logits, batch.states["final"], self.vocabulary_D, size)
+            laws = covered_laws(target.unrounded_logits, final_BTH, self.vocabulary_D, size)
         counted_M = torch.where(step.valid_M, 0, IGNORED)
         return cross_entropy(step.feature_MH, self.head(0, target), counted_M, self.draft_size,
                              laws, step.flat_M, total_variation)[0]

@@ -105,12 +105,13 @@ class TokenRecycling(TextDrafter):
         fixed = template(tuple(tuple(path) for path in self.paths[:budget]), state.newest_B.device)
         tokens_BN = state.newest_B[:, None]
         for level in fixed.levels:
-            above_BW = tokens_BN[:, level.nodes]
-            known_BWK = self.successors_VK[above_BW].long().where(above_BW[..., None] >= 0, UNKNOWN)
-            tokens_BN = torch.cat([tokens_BN, known_BWK[:, level.sources, level.ranks]], dim=1)
-        topology, drafted_BN = fixed.topology.expand(len(tokens_BN)), tokens_BN >= 0
-        if bool(drafted_BN.all()):
+            known_BWK = self.successors_VK[tokens_BN[:, level.nodes]]
+            tokens_BN = torch.cat([tokens_BN, known_BWK[:, level.sources, level.ranks].long()], dim=1)
+        topology, known_BN = fixed.topology.expand(len(tokens_BN)), tokens_BN >= 0
+        if bool(known_BN.all()):
             return TokenTree(tokens_BN, topology)
+        # What stands below an unknown token is void, whatever row it was read from.
+        drafted_BN = ~(topology.ancestors & ~known_BN[:, None]).any(-1)
         return packed(tokens_BN.clamp(min=0), topology.parents_BN, drafted_BN)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> TextState:

@@ -101,6 +101,7 @@ def test_every_verified_node_is_recycled_and_the_last_row_of_a_token_counts() ->
 def test_successors_of_tokens_that_were_never_read_are_not_drafted() -> None:
     """The first sequence knows 30 and 5, the second nothing; unused rows are not verified."""
     drafter = TokenRecycling(TARGET.shape, successors=2, tokens=80)
+    drafter.successors_VK[-1] = torch.tensor([3, 4])
     drafter.successors_VK[30] = torch.tensor([5, 6])
     drafter.successors_VK[5] = torch.tensor([30, 0])
     context = Context(TARGET, torch.tensor([[9], [9]]), torch.tensor([1, 1]), torch.tensor([30, 7]))
