@@ -27,7 +27,7 @@ PROBE = "probe/tau"
 class AcceptanceProbe(Callback):
     """After each validation, decodes held-out prompts greedily with the drafter as it stands, and logs τ (`probe/tau`).
 
-    τ = tokens emitted by target calls ÷ those calls, bonus token counted, pooled over the prompts.
+    τ = tokens kept of target calls ÷ those calls, bonus token counted, pooled over the prompts.
 
     It runs on every rank, because parameters and target may be sharded.
 

@@ -20,7 +20,8 @@ def test_the_probe_measures_tokens_per_call_with_the_bonus_counted(right, tau, m
     target = tiny_target()
     monkeypatch.setattr(type(target), "eos_ids", frozenset())
     drafter = ScriptedDrafter(target.shape, right=right, depth=3)
-    probe = AcceptanceProbe([[7, 8, 9], [10, 11]], ProbeSettings(max_new_tokens=12))
+    # One token of the prefill and three calls of four: no call is cut at the limit.
+    probe = AcceptanceProbe([[7, 8, 9], [10, 11]], ProbeSettings(max_new_tokens=13))
     assert probe.measure(TrainableModule(drafter, target, OptimizerSettings())) == tau
 
 
