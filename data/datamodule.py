@@ -18,9 +18,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.conversations import Tokens, hash_ids, load_conversations, local_file, tokenize_all
+from data.conversations import Tokens, hash_ids, tokenize_all
 from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
+from data.rows import load_conversations, local_file
 from data.shares import Share
 from data.vocabulary import coverage, frequent_tokens
 from modules.core.batches import StateName, TextBatch

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.configfiles import config_parser, parse, run
-from data.conversations import load_conversations, tokenize_all
+from data.conversations import tokenize_all
+from data.rows import load_conversations
 from modules.core.loading import load_target
 from modules.training_free.datastore import Datastore
 

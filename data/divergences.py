@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.conversations import Message, prompt_ids
+from data.conversations import prompt_ids
+from data.rows import Message
 from data.solutions import plain_number
 from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling
 from modules.decoding.decoder import SpeculativeDecoder

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.configfiles import config_parser, parse, run
-from data.conversations import read_jsonl
 from data.regenerate import (
     Generation,
     Journal,
@@ -34,6 +33,7 @@ from data.regenerate import (
     writable,
     write_rows,
 )
+from data.rows import read_jsonl
 from modules.core.generation import SERVED_NEUTRAL
 
 logger = logging.getLogger(__name__)

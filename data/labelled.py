@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.conversations import Message, Skipped, Tokens, hash_ids, prompt_ids, read_message, read_rows
+from data.conversations import Skipped, Tokens, hash_ids, prompt_ids
 from data.datamodule import Batches, ConversationData
+from data.rows import Message, read_message, read_rows
 from data.solutions import Problem, Span, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch, TextBatch
 

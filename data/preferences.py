@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.conversations import (
-    Conversation,
-    Message,
-    Skipped,
-    Tokens,
-    read_message,
-    read_rows,
-    tokenize,
-)
+from data.conversations import Skipped, Tokens, tokenize
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
+from data.rows import Conversation, Message, read_message, read_rows
 from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.configfiles import config_parser, parse, run
-from data.conversations import Message, prompt_ids, read_jsonl
+from data.conversations import prompt_ids
+from data.rows import Message, read_jsonl
 from modules.core.drafter import Sampling
 from modules.core.generation import stock_generate
 from modules.core.loading import load_target

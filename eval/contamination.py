@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints.pretrained import PROVENANCE, find_folder
-from data.conversations import local_file, read_rows
+from data.rows import local_file, read_rows
 from eval.methods import Method, Row
 from eval.tasks import Prompt, Task
 from modules.decoding.rules import RULES

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data.conversations import Message, prompt_ids
+from data.conversations import prompt_ids
+from data.rows import Message
 from eval.journal import Journal, Record
 from eval.methods import Row
 from eval.tasks import Prompt, Task

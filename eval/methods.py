@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 import torch
 
 from checkpoints.pretrained import load_pretrained
-from data.conversations import prompt_ids, read_jsonl
+from data.conversations import prompt_ids
+from data.rows import read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
 from modules.core.loading import missing_here
 from modules.core.target import Target

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.configfiles import CONFIGS, config_parser, parse
-from data.conversations import read_rows
+from data.rows import read_rows
 from eval.quality import SCORES, Check
 
 EMBEDDED = "embedded"

@@ -14,8 +14,9 @@ import pyarrow.parquet as parquet
 import pytest
 from tokenizers import decoders
 
-from data.conversations import Conversation, Skipped, Tokens, load_conversations, prompt_ids, tokenize, tokenize_all
+from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all
 from data.datamodule import ConversationData
+from data.rows import Conversation, load_conversations
 from tests.fakes import tiny_target, tiny_tokenizer
 
 END, USER, ASSISTANT = 0, 1, 2

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from data.configfiles import run as one_line_run
-from data.conversations import load_conversations, read_jsonl
 from data.endpoint import Endpoint, command, regenerate_by
 from data.regenerate import Generation
+from data.rows import load_conversations, read_jsonl
 
 PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
 

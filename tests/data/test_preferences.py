@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
-from data.conversations import Skipped, prompt_ids, read_jsonl
+from data.conversations import Skipped, prompt_ids
 from data.preferences import (
     EMBEDDED_PAIRS,
     PreferenceData,
@@ -19,6 +19,7 @@ from data.preferences import (
     separate_traces,
     tokenize_pairs,
 )
+from data.rows import read_jsonl
 from data.solutions import CALCULATION, first_error, is_problem, read_problem
 from tests.fakes import tiny_target, tiny_tokenizer
 

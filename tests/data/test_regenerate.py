@@ -12,8 +12,9 @@ import torch
 from tokenizers import decoders
 
 import data.regenerate as module
-from data.conversations import load_conversations, prompt_ids, read_jsonl, tokenize
+from data.conversations import prompt_ids, tokenize
 from data.regenerate import Generation, command, regenerate
+from data.rows import load_conversations, read_jsonl
 from modules.core.target import Target
 from tests.fakes import tiny_target
 from train.run import Recipe

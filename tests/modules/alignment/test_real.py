@@ -7,9 +7,9 @@ from math import log
 import pytest
 import torch
 
-from data.conversations import read_jsonl
 from data.packing import collate
 from data.preferences import EMBEDDED_PAIRS, read_preferences, tokenize_pair
+from data.rows import read_jsonl
 from modules.alignment.dpo import DPO
 from modules.core.batches import PreferenceBatch
 from modules.core.loading import load_target
