@@ -180,7 +180,9 @@ def trained(name: str, target: Target) -> Any:
     if not isinstance(drafter, Independent):
         raise ValueError(f"assistant {name!r} is a {type(drafter).__name__}: give a trained Independent drafter")
     drafter.adapt(target)
-    model = drafter.stock.to(target.device, target.dtype).eval().requires_grad_(False)
+    # Cast by the drafter, which keeps its rotary frequencies; the stock model shares its weights.
+    stock = drafter.to(target.device, target.dtype).stock
+    model = stock.to(target.device).eval().requires_grad_(False)
     if drafter.vocabulary_D is not None:
         model.set_output_embeddings(TrimmedHead(model.get_output_embeddings(), drafter.vocabulary_D.to(target.device)))
     return model

@@ -23,6 +23,7 @@ from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
 from modules.core.narrow import narrow_linear, use_narrow_kernels
 from modules.core.phases import phase
+from modules.core.steady import SteadyBuffers
 from modules.core.trainable import TargetShape
 from modules.trees.tree import TokenTree
 
@@ -41,7 +42,7 @@ class _Skip(nn.Module):
         return hidden_states
 
 
-class Target(nn.Module):
+class Target(SteadyBuffers):
     """A frozen causal LM. Its weights are reached only through the methods below, so that it may be sharded,
     quantised or soft-capped.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from modules.core.batches import StateName
+from modules.core.steady import SteadyBuffers
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -76,7 +77,7 @@ class Outcome:
     pages: dict[str, str] = field(default_factory=dict)
 
 
-class Trainable(nn.Module):
+class Trainable(SteadyBuffers):
     """A module that Slipstream trains.
 
     A subclass's constructor takes `shape: TargetShape` first and JSON-able keyword arguments after it; they are

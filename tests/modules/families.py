@@ -91,7 +91,7 @@ class Reader:
     def __init__(self, drafter: LearnedDrafter, target: Target, batch: TextBatch, lengths: list[int]) -> None:
         self.drafter, self.target, self.ids = drafter, target, torch.nn.functional.pad(batch.input_ids, (0, 8))
         self.read = torch.tensor(lengths)
-        target.open(len(lengths), 64)
+        target.open(len(lengths), 64 + max(lengths))
         prompts = self.ids[:, :max(lengths)]
         _, states = target.prefill(prompts, self.read, drafter.decoding_states)
         context = Context(target, prompts, self.read, self.token(0), states)
