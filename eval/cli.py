@@ -14,9 +14,12 @@ from transformers.utils import logging
 
 from checkpoints.reports import load_report
 from data.configfiles import parse, run
+from data.outputs import write_whole
 from eval.compare import comparison_lines, comparison_table
 from eval.evaluation import Evaluation, evaluate
+from eval.html import page
 from eval.methods import Method
+from eval.place import PAGE
 from eval.report import failures
 
 NOT_LOSSLESS = 1
@@ -24,7 +27,8 @@ NOT_LOSSLESS = 1
 _LISTS = ("drafters", "prompts")
 _USAGE = """\
 python eval.py --config eval/smoke.yaml --drafters runs/clover [--KEY VALUE ...]
-       python eval.py --compare A.json B.json"""
+       python eval.py --compare A.json B.json
+       python eval.py --render report.json"""
 
 
 def make_parser() -> ArgumentParser:
@@ -36,9 +40,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
     parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
     parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")
-    parser.add_argument("--overwrite", action="store_true", 
+    parser.add_argument("--overwrite", action="store_true",
                         help="replace an earlier evaluation in the same output")
     parser.add_argument("--compare", nargs=2, type=str, metavar=("A", "B"), help="compare two reports instead")
+    parser.add_argument("--render", type=str, metavar="REPORT", help=(
+        "write the page of an earlier report beside it; an answer, which only the evaluation itself "
+        "has, is left out"))
     for name in _LISTS:
         default = next(field.default_factory() for field in fields(Evaluation) if field.name == name)  # type: ignore
         parser.add_argument(f"--{name}", nargs="+", type=str, default=default, help=_described(name))
@@ -68,6 +75,8 @@ def command(arguments: Sequence[str]) -> int:
     quieten()
     if settings.compare:
         return compare(*settings.compare)
+    if settings.render:
+        return render(settings.render)
     configs = [str(path) for path in settings.config or []]
     name = Path(configs[-1]).stem if configs else "evaluation"
     output = Path(settings.output or Path("runs/eval") / name)
@@ -83,6 +92,19 @@ def compare(left: str, right: str) -> int:
     for line in comparison_lines(before, after):
         console.print(line, highlight=False, markup=False)
     return NOT_LOSSLESS if failures(after) else 0
+
+
+def render(path: str) -> int:
+    """Write `report.html` beside a `report.json`, given as a file or as its folder.
+
+    Raises:
+        ValueError: there is no report of this schema.
+    """
+    report = load_report(path)
+    place = (Path(path) if Path(path).is_dir() else Path(path).parent) / PAGE
+    write_whole({place: page(report, None)})
+    Console().print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def quieten() -> None:

@@ -21,7 +21,7 @@ from eval.html import Sample
 from eval.identity import known_before, known_loaded
 from eval.journal import Journal, Record, refuse_changes
 from eval.methods import Method, Precision, Row, build_rows, class_of, unique_labels
-from eval.place import JOURNAL, begun, taken, write
+from eval.place import JOURNAL, PAGE, begun, taken, write
 from eval.processes import Share, shared_out
 from eval.report import build_report, device_name, export_lines, failures, main_table, noise_lines
 from eval.scores import Quality, Scoring, control_lines
@@ -301,5 +301,5 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     for name in failures(report):
         line = f"{name} promises the autoregressive row's tokens and gave others"
         console.print(line, style="bold red", markup=False)
-    place = output / "report.html"
+    place = output / PAGE
     console.print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,8 @@ from eval.processes import Share
 from eval.report import markdown
 
 JOURNAL = "journal.jsonl"
-REPORTS = ("report.json", "report.md", "report.html")
+PAGE = "report.html"
+REPORTS = ("report.json", "report.md", PAGE)
 
 
 @contextmanager

@@ -93,3 +93,19 @@ def test_bench_without_its_data_says_what_to_give() -> None:
     result = subprocess.run(["make", "bench", "DATA=nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert "DATA='nowhere.jsonl' is not a file" in result.stderr
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def test_no_generated_page_is_kept() -> None:
+    assert [path for path in tracked() if path.suffix == ".html"] == []
+
+
+def test_no_merge_was_left_half_done() -> None:
+    marks = re.compile(rb"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    assert [path for path in tracked() if marks.search(path.read_bytes())] == []

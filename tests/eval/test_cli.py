@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from eval.summary import METHOD_KEYS
 from modules.core import compiled
 from modules.core.target import Target
 from tests.fakes import tiny_target
+from tests.test_style import ROOT
 
 FAKE = "tests.eval.fakes."
 
@@ -215,3 +217,27 @@ def test_prompts_that_fit_no_context_are_named_or_refused(tmp_path: Path, capsys
     assert report()["settings"]["skipped"] == ["a/9"] and "a/9" in capsys.readouterr().out
     assert run("--config", path, "--output", "out", "--max_new_tokens", "600", "--overwrite") == 2
     assert "no prompt fits" in capsys.readouterr().err
+
+
+def test_a_stored_report_renders_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--config", config(tmp_path, ["AlwaysRight"]), "--output", "out", "--limit", "1") == 0
+    page = Path("out") / "report.html"
+    written = page.read_text()
+    page.unlink()
+    assert run("--render", "out/report.json") == 0
+    assert page.read_text() == written
+    page.unlink()
+    assert run("--render", "out") == 0 and page.read_text() == written
+
+
+def test_only_a_report_renders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--render", "nowhere.json") == 2
+    assert "'nowhere.json' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["greedy", "judge", "sampled"])
+def test_reports_of_the_docs_still_render(name: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "benchmarks" / name / "report.json", tmp_path)
+    assert run("--render", str(tmp_path)) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") >= 2 and "autoregressive" in text
