@@ -109,3 +109,22 @@ def test_no_generated_page_is_kept() -> None:
 def test_no_merge_was_left_half_done() -> None:
     marks = re.compile(rb"^(<{7} |={7}$|>{7} )", re.MULTILINE)
     assert [path for path in tracked() if marks.search(path.read_bytes())] == []
+
+
+def pages() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".md" and path.name != "CHANGELOG.md"]
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    broken = [(path.name, link) for path in pages()
+              for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+              if "://" not in link and not link.startswith("mailto:")
+              if not (path.parent / link).exists()]
+    assert broken == []
+
+
+def test_pages_name_code_that_exists() -> None:
+    named = re.compile(r"`((?:modules|data|eval|train|checkpoints|configs|tests)/[\w/]+\.(?:py|yaml))`")
+    missing = [(path.name, name) for path in pages() for name in named.findall(path.read_text())
+               if not (ROOT / name).exists() and not (ROOT / "configs" / name).exists()]
+    assert missing == []
