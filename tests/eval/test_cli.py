@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def target_of(dtype: str) -> Target:
     return tiny_target(dtype=getattr(torch, dtype))
 
 
-def config(path: Path, decoders: list[str], **settings: Any) -> str:
+def config(path: Path, decoders: Sequence[str | dict[str, Any]], **settings: Any) -> str:
     methods = [{"decoder": {"class_path": FAKE + name}} if isinstance(name, str) else name for name in decoders]
     prompts = path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"id": i, "category": "ab"[i % 2], "turns": [f"question {i}", "and?"]}) + "\n"
