@@ -12,11 +12,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from data import classes
+from data.bounded_yaml import check_file
 from data.endings import Stopped, disk_message, disk_trouble, stoppable
 from data.shares import Share
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _FLAG = "--config"
+_ALLOW = "--allow_package"
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed, .*")
 _SUBJECT = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
 _CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
@@ -53,20 +57,48 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
+def without_packages(arguments: Sequence[str]) -> list[str]:
+    """The command line without its `--allow_package NAME`, whose packages configs may name from now on.
+
+    It is no key of the parser's, so that no config can set it.
+    """
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, name = word.partition("=")
+        if flag != _ALLOW:
+            kept.append(word)
+            continue
+        name = name if equals else next(words, "")
+        if not name:
+            raise ValueError(f"{_ALLOW}: name a package whose classes configs may name")
+        classes.allow([name])
+    return kept
+
+
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse a command line whose parser has `exit_on_error=False` and a `--config` argument.
 
     Raises:
-        ValueError: an unknown key, a wrong type or a missing file, as one line that names the key.
+        ValueError: an unknown key, a wrong type, a missing file, a class that no config may name, YAML beyond its
+            bounds; as one line that names the key.
     """
+    words = resolve_arguments(without_packages(arguments))
+    for word, before in zip(words, ["", *words]):
+        if before == _FLAG or word.startswith(_FLAG + "="):
+            check_file(Path(word.removeprefix(_FLAG + "=")))
     try:
-        return parser.parse_args(resolve_arguments(arguments))
-    except (argparse.ArgumentError, TypeError) as error:
+        return parser.parse_args(words)
+    except (argparse.ArgumentError, TypeError, RecursionError) as error:
         raise ValueError(one_line(str(error))) from error
 
 
 def one_line(message: str) -> str:
     """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
+    denied = _DENIED.search(message)
+    if denied:
+        keys = ".".join(dict.fromkeys(_SUBJECT.findall(message)))
+        return f"{keys}: {classes.refused(denied[1])}".removeprefix(": ")
     message = _NAMESPACE.sub("", _CALLABLE.sub("", message))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     keys = _SUBJECT.findall(message)

@@ -36,7 +36,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python eval.py", usage=_USAGE, exit_on_error=False, description=(
         "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, 1 when a lossless "
         "method was not (with --compare: in the second report), 2 for a mistake in what was asked "
-        "or a disk that is full, 130 after Ctrl-C, 143 after SIGTERM."))
+        "or a disk that is full, 130 after Ctrl-C, 143 after SIGTERM. --allow_package NAME "
+        "lets class_path name classes of that package too."))
     parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
     parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
     parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")

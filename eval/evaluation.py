@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints.pretrained import find_folder, read_config
+from data.classes import Kind
 from data.endings import resumable
 from eval.contamination import note_overlaps
 from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
@@ -138,7 +139,8 @@ class Evaluation:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_sizes[0]}")
         assert self.samplings
         for method in self.methods if self.batch_sizes[0] > 1 else ():
-            if method.decoder is not None and not getattr(class_of(method.decoder, "methods", 1), "batched", True):
+            if method.decoder is not None and not getattr(
+                    class_of(method.decoder, "methods", Kind.DECODER, 1), "batched", True):
                 raise ValueError(f"methods: {method.label} decodes one prompt at a time: give batch_size 1, a list "
                                  "with 1 in it, or leave the method out")
 

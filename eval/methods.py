@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from checkpoints.pretrained import load_pretrained
+from data.classes import Kind, named_class
 from data.conversations import prompt_ids
 from data.rows import read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
@@ -76,7 +76,8 @@ class Method:
         if isinstance(source, str):
             path = Path(source)
             return path.parent.name if path.name == "drafter" and path.parent.name else path.resolve().name
-        kind = class_of(source or {}, "methods", 1)
+        wanted = Kind.DECODER if self.drafter is None else Kind.DRAFTER
+        kind = class_of(source or {}, "methods", wanted, 1)
         named = getattr(kind, "name", None)
         return named if isinstance(named, str) else kind.__module__.rsplit(".", 1)[-1]
 
@@ -97,13 +98,25 @@ class Method:
             _folder_exists(Path(self.drafter), where)
         elif isinstance(self.drafter, str) and ("/" not in self.drafter or missing_here(self.drafter)):
             raise ValueError(f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a Hub id")
-        for spec, given in ((self.drafter, 1), (self.decoder, 1), (self.builder, 0)):
+        for spec, kind, given in ((self.drafter, Kind.DRAFTER, 1), (self.decoder, Kind.DECODER, 1),
+                                  (self.builder, Kind.BUILDER, 0)):
             if isinstance(spec, Mapping):
-                class_of(spec, where, given)
+                class_of(spec, where, kind, given)
+        if isinstance(self.drafter, Mapping):
+            _check_parts(self.drafter, where)
         if self.rule is not None:
             _check_rule(self.rule, where)
         if self.builder is not None and isinstance(self.rule, str) and self.rule in RULES:
-            check_pairing(rule_named(self.rule), construct(self.builder, where).law)
+            check_pairing(rule_named(self.rule), construct(self.builder, where, Kind.BUILDER).law)
+
+
+def _check_parts(spec: ClassSpec, where: str) -> None:
+    """Check the classes that a drafter's `init_args` name (RASD's and the suffix automaton's)."""
+    arguments = spec.get("init_args") or {}
+    for name, kind, given in (("partner", Kind.DRAFTER, 1), ("builder", Kind.BUILDER, 0)):
+        if isinstance(arguments.get(name), Mapping):
+            class_of(arguments[name], f"{where}: {name}", kind, given)
+            _check_parts(arguments[name], f"{where}: {name}")
 
 
 def _folder_exists(folder: Path, where: str) -> None:
@@ -113,7 +126,7 @@ def _folder_exists(folder: Path, where: str) -> None:
 
 def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
     if isinstance(rule, Mapping) and "trained" not in rule:
-        class_of(rule, where)
+        class_of(rule, where, Kind.RULE)
         return
     folder, _ = _trained(rule, where)
     if Path(folder).is_dir():
@@ -144,7 +157,7 @@ def acceptance_rule(rule: str | Mapping[str, Any], target: Target, where: str) -
     if isinstance(rule, str) and rule in RULES:
         return rule_named(rule)
     if isinstance(rule, Mapping) and "trained" not in rule:
-        return construct(rule, where)
+        return construct(rule, where, Kind.RULE)
     folder, settings = _trained(rule, where)
     found = load_pretrained(folder, target).to(target.device)
     if not hasattr(found, "acceptance_rule"):
@@ -155,37 +168,35 @@ def acceptance_rule(rule: str | Mapping[str, Any], target: Target, where: str) -
         raise ValueError(f"{where}: rule {folder!r}: init_args: {error}") from error
 
 
-def class_of(spec: ClassSpec, where: str, given: int = 0) -> type:
+def class_of(spec: ClassSpec, where: str, kind: Kind, given: int = 0) -> Callable[..., Any]:
     """The class that a spec names, with its `init_args` checked against the constructor.
 
     Args:
         spec: `{class_path, init_args}`.
         where: what the error speaks of.
+        kind: what the class must be.
         given: positional arguments that the caller will add in front.
 
     Raises:
-        ValueError: an unknown key, a class that does not exist, an argument that it does not take or misses.
+        ValueError: an unknown key, a class that does not exist, is not allowed or of another kind, an argument that it
+            does not take or misses.
     """
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     path = spec.get("class_path")
     if unknown or not isinstance(path, str) or "." not in path:
         raise ValueError(f"{where}: {unknown[0] if unknown else 'class_path'} is wrong in {dict(spec)}: give "
                          "`class_path` (package.module.Class) and perhaps `init_args`")
-    module, _, name = path.rpartition(".")
+    found = named_class(path, kind, where)
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}: class_path {path!r} cannot be found: {error}") from error
-    try:
-        inspect.signature(found).bind(*[None] * given, **spec.get("init_args") or {})
-    except TypeError as error:
+        inspect.signature(found).bind(*[None] * given, **dict(spec.get("init_args") or {}))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: init_args of {path}: {error}") from error
     return found
 
 
-def construct(spec: ClassSpec, where: str, *given: Any) -> Any:
+def construct(spec: ClassSpec, where: str, kind: Kind, *given: Any) -> Any:
     """An instance of the class that a spec names, `given` arguments first."""
-    return class_of(spec, where, len(given))(*given, **spec.get("init_args") or {})
+    return class_of(spec, where, kind, len(given))(*given, **spec.get("init_args") or {})
 
 
 @dataclass
@@ -275,7 +286,7 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
 
 
 def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
-    decoder = construct(method.decoder or {}, f"methods: {label}", target)
+    decoder = construct(method.decoder or {}, f"methods: {label}", Kind.DECODER, target)
     return Row(label, decoder, target, sampling, "", getattr(decoder, "claims_lossless", True),
                getattr(decoder, "engine", "slipstream"))
 
@@ -288,7 +299,7 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
         fresh = load_drafter(method.drafter or "", target, where, method.precision)
         loaded[key] = fresh, fresh.adapt(target)
     drafter, adapted = loaded[key]
-    builder = construct(method.builder, where) if method.builder else None
+    builder = construct(method.builder, where, Kind.BUILDER) if method.builder else None
     rule = acceptance_rule(method.rule, adapted, where) if method.rule else None
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
         fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
@@ -331,7 +342,7 @@ def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter"
     if isinstance(source, str):
         found = load_pretrained(source, target)
     else:
-        found = construct(_with_partner(source, target, where, precision), where, target.shape)
+        found = construct(_with_partner(source, target, where, precision), where, Kind.DRAFTER, target.shape)
     if not isinstance(found, Drafter):
         raise ValueError(f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter")
     return found.to(target.device, getattr(torch, precision) if precision else target.dtype).eval()
@@ -341,7 +352,7 @@ def _with_partner(source: ClassSpec, target: Target, where: str, precision: Prec
     """The spec with the drafter and the builder that `init_args.partner` and `.builder` name in their place (RASD)."""
     arguments = dict(source.get("init_args") or {})
     if isinstance(arguments.get("builder"), Mapping):
-        arguments["builder"] = construct(arguments["builder"], f"{where}: builder")
+        arguments["builder"] = construct(arguments["builder"], f"{where}: builder", Kind.BUILDER)
     if arguments.get("partner") is None:
         return {**source, "init_args": arguments}
     partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from checkpoints.reports import load_report
+from data.bounded_yaml import load_yaml
 from data.configfiles import CONFIGS, parse, run
 from eval.report import number, times
 from eval.speed_model import is_baseline
@@ -58,7 +58,7 @@ def load_hardware(name: str) -> Hardware:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in HARDWARE.glob("*.yaml")))
         raise ValueError(f"--hardware {name!r} is not under configs/hardware: use one of {known}")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = load_yaml(file)
     return read_hardware(values if isinstance(values, dict) else {}, file.name)
 
 

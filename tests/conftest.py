@@ -8,3 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+from data import classes  # noqa: E402
+
+classes.allow(["tests"])

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
+from data.classes import Kind, named_class
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
 from data.outputs import write_whole
@@ -52,6 +53,7 @@ class TrainParser(ArgumentParser):
         return "\n".join([f"usage: {self.prog} --config NAME [--config NAME ...] [--KEY VALUE ...]", "",
                           str(self.description), f"For example: {_EXAMPLE}", "", *flags, "", *sections, "",
                           _row("--drafter.help CLASS", "what a drafter's keys mean"),
+                          _row("--allow_package NAME", "let class_path name classes of this package too"),
                           _row("--print_config", "print the merged config, every key, and stop"), ""])
 
 
@@ -119,7 +121,15 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
 
 
 def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
-    """The recipe that a command line spells out."""
+    """The recipe that a command line spells out.
+
+    Raises:
+        ValueError: a value out of range, or a drafter that is no class that can be trained.
+    """
+    named = getattr(config.drafter, "class_path", None)
+    if named is None:
+        raise ValueError("drafter: give a class_path (package.module.Class) and perhaps init_args")
+    named_class(str(named), Kind.TRAINABLE, "drafter")
     built = vars(parser.instantiate(config))
     return Recipe(**{key.name: built[key.name] for key in fields(Recipe)})
 
@@ -133,7 +143,7 @@ def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]
 def _stem(config: Namespace) -> str:
     if config.config:
         return Path(str(config.config[0])).stem
-    return str(config.drafter.class_path).rsplit(".", 1)[-1].lower()
+    return str(getattr(config.drafter, "class_path", "run")).rsplit(".", 1)[-1].lower()
 
 
 def command(arguments: Sequence[str]) -> int:

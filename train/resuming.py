@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from data.bounded_yaml import load_yaml
 
 
 def _lasting(section: Any) -> Any:
@@ -23,7 +23,9 @@ def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> No
     """Refuse to resume a run whose config (`file`) has changed where it may not."""
     if not file.is_file():
         raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
-    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    saved = load_yaml(file)
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"--resume: {file} holds no keys: it is no run's config, start a new one")
     for key in keys:
         changed = next(_differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None)
         if changed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -38,8 +39,14 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optimizer.lr must be above 0 and finite, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
         for name in ("warmup_ratio", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -84,7 +91,12 @@ class TrainerSettings:
     logger: list[Logger] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a training without an end."""
+        """Refuse a training without an end, and values that Lightning takes but cannot mean."""
+        if not 0 <= self.gradient_clip_val < math.inf:
+            raise ValueError("trainer.gradient_clip_val must be at least 0 (no clipping) and finite, got "
+                             f"{self.gradient_clip_val}")
+        if self.accumulate_grad_batches < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}")
         if self.max_steps < 0 and self.max_epochs < 0:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
         if self.precision not in PRECISIONS:

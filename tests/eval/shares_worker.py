@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from data import classes
 from eval import cli, evaluation, plots
 from tests.fakes import tiny_target
 
 if __name__ == "__main__":
+    classes.allow(["tests"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "load_target", lambda *_: tiny_target())
         patch.setattr(plots, "svg", lambda *_: "<svg></svg>")

@@ -11,6 +11,7 @@ import yaml
 
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
+from data.classes import Kind
 from data.configfiles import CONFIGS
 from eval.methods import Method, build_rows, class_of, unique_labels
 from modules.core.drafter import Sampling
@@ -36,7 +37,7 @@ def test_every_row_can_be_built(file: Path) -> None:
     for row in rows:
         for key, given in (("drafter", 1), ("decoder", 1), ("builder", 0), ("rule", 0)):
             if isinstance(row.get(key), dict) and "class_path" in row[key]:
-                class_of(row[key], row["name"], given)
+                class_of(row[key], row["name"], Kind[key.upper()], given)
 
 
 def test_drafting_without_training_is_whole() -> None:
