@@ -30,7 +30,7 @@ PACKAGES = (
 )
 _PARTS = ("eval.methods.Method",)
 """Dataclasses of settings in lists, which `jsonargparse` looks up by their paths."""
-_allowed = list(PACKAGES)
+_allowed: list[str] = list(PACKAGES)
 
 
 class Kind(Enum):
