@@ -9,25 +9,30 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from data.rows import Conversation, Message
+from data.chat_tokens import Answer, Skipped, answer_ids
+from data.chat_tokens import prompt_ids as prompt_ids
+from data.rows import Conversation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens."""
+    """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens.
+
+    opening: hash of the prompt with which its conversation begins, where that has several documents.
+    """
 
     input_ids: Tensor
     loss_mask: Tensor
+    opening: str | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """T."""
@@ -44,6 +49,11 @@ class Tokens:
         return self.input_ids[:int(self.loss_mask.int().argmax())].tolist()
 
     @cached_property
+    def group(self) -> str:
+        """Hash of the first prompt of its conversation: what is held out together."""
+        return self.opening or hash_ids(self.prompt)
+
+    @cached_property
     def key(self) -> str:
         """Hash of the token ids: what cached states are found by."""
         return hash_ids(self.input_ids)
@@ -54,130 +64,117 @@ def hash_ids(ids: Tensor | Sequence[int]) -> str:
     return hashlib.sha256(torch.as_tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()[:32]
 
 
-class Skipped(ValueError):
-    """A conversation that cannot be trained on; the message is the reason it is counted under."""
+class Tokenized(NamedTuple):
+    """A conversation's documents, and how many of its answers are in none of them, by reason."""
 
-
-def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Token ids of a chat up to where the assistant is to speak."""
-    return _encode(render(messages, tokenizer, generate=True), tokenizer)
+    documents: list[Tokens]
+    left_out: Counter[str]
 
 
 def tokenize(conversation: Conversation, tokenizer: Any, max_length: int,
-             end_ids: Collection[int] | None = None) -> Tokens:
+             end_ids: Collection[int] | None = None) -> Tokenized:
     """Apply the target's chat template; the mask covers the assistant's tokens and the end-of-turn tokens it emits.
 
-    Each turn is tokenised behind the previous ones as in decoding, so the prompt's tokens are exactly `prompt_ids`.
-    A document longer than `max_length` loses its end. Turns behind a template that rewrites earlier ones are left out.
+    The tokens before every answer are exactly its `prompt_ids`. All answers stand in one document as long as each
+    prompt goes on from the answer before it; where a template rewrites earlier turns, an answer begins a document of
+    its own. A document longer than `max_length` loses its end.
 
     Args:
         end_ids: tokens that end an answer (default: the tokenizer's EOS).
 
     Raises:
-        Skipped: no assistant turn, a prompt that fills `max_length`, or a template that refuses the messages.
+        Skipped: no assistant turn, or none that can be trained on; the first answer's reason.
     """
-    messages = conversation.messages
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if not turns:
         raise Skipped("no assistant turn")
     ends = frozenset(end_ids or {tokenizer.eos_token_id})
+    chains: list[list[Answer]] = []
+    left_out: Counter[str] = Counter()
+    for number, turn in enumerate(turns):
+        try:
+            answer = answer_ids(conversation, turn, tokenizer, ends)
+        except Skipped as reason:
+            left_out[str(reason)] += 1
+            continue
+        if len(answer.prompt) >= max_length:
+            left_out[_too_long(max_length)] += len(turns) - number
+            break
+        if chains and _goes_on(answer, chains[-1][-1]):
+            chains[-1].append(answer)
+        else:
+            chains.append([answer])
+    if not chains:
+        raise Skipped(next(iter(left_out)))
+    opening = hash_ids(chains[0][0].prompt)
+    return Tokenized([_document(chain, max_length, opening) for chain in chains], left_out)
+
+
+def tokenize_answer(conversation: Conversation, tokenizer: Any, max_length: int,
+                    end_ids: Collection[int] | None = None) -> Tokens:
+    """The last turn, which is the assistant's, behind its prompt; the mask is on this answer alone.
+
+    Raises:
+        Skipped: as `tokenize`, or a prompt that fills `max_length`.
+    """
+    ends = frozenset(end_ids or {tokenizer.eos_token_id})
+    answer = answer_ids(conversation, len(conversation.messages) - 1, tokenizer, ends)
+    if len(answer.prompt) >= max_length:
+        raise Skipped(_too_long(max_length))
+    return _document([answer], max_length)
+
+
+def _too_long(max_length: int) -> str:
+    return f"prompt longer than the context ({max_length} tokens)"
+
+
+def _goes_on(answer: Answer, earlier: Answer) -> bool:
+    """Whether an answer's prompt begins with an earlier answer and its prompt."""
+    before = earlier.prompt + earlier.said
+    return answer.prompt[:len(before)] == before
+
+
+def _document(chain: Sequence[Answer], max_length: int, opening: str | None = None) -> Tokens:
+    """Answers that go on from each other, the end cut off at `max_length`."""
     ids: list[int] = []
     mask: list[bool] = []
-    text = ""
-    for turn in answers:
-        prompt = render(messages[:turn], tokenizer, generate=True)
-        through = render(messages[:turn + 1], tokenizer)
-        if not prompt.startswith(text) or not through.startswith(prompt):
-            break
-        asked = _encode(prompt[len(text):], tokenizer)
-        said, glue = _split_answer(_encode(through[len(prompt):], tokenizer), ends, tokenizer)
-        if turn == len(messages) - 1:
-            said, glue = _exact_answer(said, conversation, ends, tokenizer), []
-        ids += asked + said + glue
-        mask += [False] * len(asked) + [True] * len(said) + [False] * len(glue)
-        text = through
-        if len(ids) >= max_length:
-            break
-    return _document(ids, mask, max_length)
-
-
-def _document(ids: list[int], mask: list[bool], max_length: int) -> Tokens:
-    if not any(mask):
-        raise Skipped("empty answers, or a chat template that rewrites earlier turns")
-    last = max(i for i, masked in enumerate(mask) if masked) + 1
-    if not any(mask[:max_length]):
-        raise Skipped(f"prompt longer than the context ({max_length} tokens)")
-    end = min(last, max_length)
-    return Tokens(torch.tensor(ids[:end]), torch.tensor(mask[:end]))
-
-
-def render(messages: Sequence[Message], tokenizer: Any, generate: bool = False) -> str:
-    """A chat as the tokenizer's template writes it; `generate` opens the assistant's turn behind it.
-
-    Raises ValueError for a tokenizer without a template, `Skipped` for messages that it refuses.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned target")
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-    except TemplateError as error:
-        raise Skipped(f"refused by the chat template ({error})") from error
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _split_answer(ids: list[int], ends: Collection[int], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The answer through its end-of-turn token, and the template's glue behind it."""
-    for stops in (ends, tokenizer.all_special_ids):
-        for i, token in enumerate(ids):
-            if token in stops:
-                return ids[:i + 1], ids[i + 1:]
-    return ids, []
-
-
-def _exact_answer(said: list[int], conversation: Conversation, ends: Collection[int], tokenizer: Any) -> list[int]:
-    """The last answer as it was generated: its recorded ids when they are this tokenizer's, no EOS if it was cut."""
-    exact = conversation.response_ids
-    content = conversation.messages[-1]["content"].strip()
-    if exact and max(exact) < len(tokenizer) and _decode(exact, tokenizer).strip() == content:
-        return exact
-    cut = not conversation.finished and said and (said[-1] in ends or said[-1] in tokenizer.all_special_ids)
-    return said[:-1] if cut else said
-
-
-def _decode(ids: Iterable[int], tokenizer: Any) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for answer in chain:
+        ids = answer.prompt + answer.said
+        mask += [False] * (len(answer.prompt) - len(mask)) + [True] * len(answer.said)
+    return Tokens(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), opening=opening)
 
 
 def tokenize_all(conversations: Iterable[Conversation], tokenizer: Any, max_length: int,
                  max_response_tokens: int | None = None, end_ids: Collection[int] | None = None) -> list[Tokens]:
     """Documents of all usable conversations in order, up to a budget of response tokens.
 
-    Skips are counted by reason and logged. A document seen before (the same tokens) is kept once.
+    Conversations skipped and answers left out of others are counted by reason and logged. A document seen before (the
+    same tokens) is kept once.
 
     Raises:
         ValueError: nothing is left.
     """
     documents: dict[str, Tokens] = {}
     skips: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     spent = 0
     for conversation in conversations:
         if max_response_tokens is not None and spent >= max_response_tokens:
             break
         try:
-            document = tokenize(conversation, tokenizer, max_length, end_ids)
+            found = tokenize(conversation, tokenizer, max_length, end_ids)
         except Skipped as reason:
             skips[str(reason)] += 1
             continue
-        if document.key in documents:
+        left_out.update(found.left_out)
+        new = [document for document in found.documents if document.key not in documents]
+        if not new:
             skips["seen before"] += 1
-            continue
-        documents[document.key] = document
-        spent += document.response_tokens
-    for reason, count in skips.items():
-        logger.warning("skipped %d conversation%s: %s", count, "s" * (count != 1), reason)
+        documents.update((document.key, document) for document in new)
+        spent += sum(document.response_tokens for document in new)
+    for what, counts in (("skipped %d conversation%s: %s", skips), ("left out %d answer%s: %s", left_out)):
+        for reason, count in counts.items():
+            logger.warning(what, count, "s" * (count != 1), reason)
     if not documents:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or "it is empty"
         raise ValueError(f"no conversation of the data set can be trained on: {reasons}")

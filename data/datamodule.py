@@ -308,13 +308,13 @@ def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:
 
 
 def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
-    """(training, held-out) documents: a prompt's hash decides, so all answers to it stay on one side and more data
-    never move a document across.
+    """(training, held-out) documents: the hash of the conversation's first prompt decides, so all answers to it stay on
+    one side and more data never move a document across.
 
     Raises:
         ValueError: there is only one prompt.
     """
-    hashes = [int(hash_ids(document.prompt)[:8], 16) / 2**32 for document in documents]
+    hashes = [int(document.group[:8], 16) / 2**32 for document in documents]
     if len(set(hashes)) < 2:
         raise ValueError("the data set has one prompt only, so nothing can be held out: name a data.validation set")
     threshold = min(max(fraction, min(hashes)), sorted(set(hashes))[-2])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.conversations import Skipped, Tokens, hash_ids, prompt_ids
+from data.chat_tokens import Skipped, answer_spans, prompt_ids
+from data.conversations import Tokens, hash_ids
 from data.datamodule import Batches, ConversationData
 from data.rows import Message, read_message, read_rows
 from data.solutions import Problem, Span, inject, is_problem, read_problem
@@ -160,8 +161,7 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
     """The answer's tokens, and where each stands in what the spans count."""
     if answer.ids is None:
-        encoded = tokenizer(answer.response, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
+        return answer_spans([*answer.messages, {"role": "assistant", "content": answer.response}], tokenizer)
     said = tokenizer.decode(list(answer.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if said != answer.response:
         raise ValueError(f"response_ids say {said[:40]!r}, but response is {answer.response[:40]!r}: they are another "

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.conversations import Skipped, Tokens, tokenize
+from data.chat_tokens import Skipped, answer_spans
+from data.conversations import Tokens, hash_ids, tokenize_answer
 from data.datamodule import Batches, ConversationData
 from data.packing import collate
 from data.rows import Conversation, Message, read_message, read_rows
@@ -94,6 +95,11 @@ class Pair:
     def prompt(self) -> list[int]:
         """The ids before the answers."""
         return (self.chosen if self.chosen.response_tokens else self.rejected).prompt
+
+    @property
+    def group(self) -> str:
+        """Hash of the prompt: what is held out together."""
+        return hash_ids(self.prompt)
 
     @property
     def response_tokens(self) -> int:
@@ -173,7 +179,7 @@ def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_i
     for answer in (preference.chosen, preference.rejected):
         dialogue = [*preference.messages, {"role": "assistant", "content": answer or ""}]
         sides.append(None if answer is None
-                     else _last_answer(dialogue, tokenizer, max_length, end_ids))
+                     else tokenize_answer(Conversation(dialogue), tokenizer, max_length, end_ids))
     real = next(side for side in sides if side is not None)
     chosen, rejected = (_absent(real) if side is None else side for side in sides)
     if chosen.key == rejected.key:
@@ -205,28 +211,16 @@ def separate_traces(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Tensor:
-    """bool [T]: tokens of the rejected document that touch the known error; none behind a template that rewrites
-    answers, where characters cannot be found again."""
+    """bool [T]: tokens of the rejected document that touch the known error."""
     found = torch.zeros(len(rejected), dtype=torch.bool)
     if preference.error is None or preference.rejected is None:
         return found
     start, end = preference.error
-    encoded = tokenizer(preference.rejected, add_special_tokens=False, return_offsets_mapping=True)
-    places = rejected.loss_mask.nonzero()[:len(encoded["input_ids"]), 0]
-    if rejected.input_ids[places].tolist() == encoded["input_ids"][:len(places)]:
-        touched = [first < end and start < last for first, last in encoded["offset_mapping"]]
-        found[places] = torch.tensor(touched)[:len(places)]
+    ids, spans = answer_spans([*preference.messages, {"role": "assistant", "content": preference.rejected}], tokenizer)
+    places = rejected.loss_mask.nonzero()[:len(ids), 0]
+    assert rejected.input_ids[places].tolist() == ids[:len(places)], "one text has one tokenisation"
+    found[places] = torch.tensor([first < end and start < last for first, last in spans])[:len(places)]
     return found
-
-
-def _last_answer(messages: list[Message], tokenizer: Any, max_length: int, end_ids: Collection[int] | None) -> Tokens:
-    whole = tokenize(Conversation(messages), tokenizer, max_length, end_ids)
-    begins = whole.loss_mask & ~whole.loss_mask.roll(1)
-    begins[0] = whole.loss_mask[0]
-    if int(begins.sum()) != sum(message["role"] == "assistant" for message in messages):
-        raise Skipped(f"dialogue longer than the context ({max_length} tokens)")
-    start = int(begins.nonzero()[-1])
-    return Tokens(whole.input_ids, whole.loss_mask & (torch.arange(len(whole)) >= start))
 
 
 def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, max_length: int,

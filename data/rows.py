@@ -15,7 +15,7 @@ EMBEDDED_ANSWERS = Path(__file__).parent / "prompts" / "answers.jsonl.gz"
 SHAPES = "`messages`, `conversations` (from/value), `prompt` + `response`, or `question` + `answer`"
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
           "model": "assistant", "bot": "assistant"}
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Conversation:
 
     response_ids: the exact tokens of the last assistant message, end-of-turn token included if it was emitted.
     finished: whether the last answer ended by itself; if not, nothing teaches the model to stop there.
+    tools: descriptions of the functions that the assistant may call, for templates that take them.
     """
 
     messages: list[Message]
     response_ids: list[int] | None = None
     finished: bool = True
+    tools: list[Any] | None = None
 
 
 def load_conversations(source: str, limit: int | None = None, split: str = "train", streaming: bool = False
@@ -118,7 +120,9 @@ def _conversation(row: dict[str, Any], where: str) -> Conversation:
     else:
         messages = _pair(row, where)
     ids = row.get("response_ids")
-    return Conversation(messages, list(ids) if ids else None, bool(row.get("finished", True)))
+    tools = row.get("tools")
+    return Conversation(messages, list(ids) if ids else None, bool(row.get("finished", True)),
+                        tools if isinstance(tools, list) else None)
 
 
 def read_message(turn: Any, role: str, content: str, where: str) -> Message:

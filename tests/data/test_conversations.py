@@ -118,7 +118,7 @@ def test_missing_and_unknown_files_are_one_line(tmp_path: Path) -> None:
 def test_the_mask_decodes_to_what_the_assistant_said(tokenizer: Any) -> None:
     turns = [{"role": "system", "content": "be kind"}, *PAIR, {"role": "user", "content": "why?"},
              {"role": "assistant", "content": "so, and so"}]
-    tokens = tokenize(Conversation(turns), tokenizer, 100)
+    (tokens,) = tokenize(Conversation(turns), tokenizer, 100).documents
     assert said(tokens, tokenizer) == "yes<|end|>so, and so<|end|>"
     assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(turns, tokenize=False)
     assert tokens.prompt == prompt_ids(turns[:2], tokenizer)
@@ -127,7 +127,7 @@ def test_the_mask_decodes_to_what_the_assistant_said(tokenizer: Any) -> None:
 
 def test_glue_behind_the_end_of_turn_is_not_masked(tokenizer: Any) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|>\n'")
-    tokens = tokenize(Conversation([*PAIR, *PAIR]), tokenizer, 100)
+    (tokens,) = tokenize(Conversation([*PAIR, *PAIR]), tokenizer, 100).documents
     assert said(tokens, tokenizer) == "yes<|end|>yes<|end|>"
     assert int(tokens.input_ids[-1]) == END
 
@@ -138,22 +138,15 @@ def test_exact_ids_win_when_they_are_this_tokenizers(tokenizer: Any) -> None:
     unfinished = exact[:-1]
     for ids, finished, expected in ((exact, True, exact), (foreign, True, exact), (unfinished, False, unfinished),
                                     (None, False, unfinished)):
-        tokens = tokenize(Conversation(PAIR, ids, finished), tokenizer, 100)
+        (tokens,) = tokenize(Conversation(PAIR, ids, finished), tokenizer, 100).documents
         assert tokens.input_ids[tokens.loss_mask].tolist() == expected
 
 
 def test_truncation_cuts_the_end(tokenizer: Any) -> None:
-    whole = tokenize(Conversation(PAIR), tokenizer, 100)
-    cut = tokenize(Conversation(PAIR), tokenizer, len(whole) - 2)
+    (whole,) = tokenize(Conversation(PAIR), tokenizer, 100).documents
+    (cut,) = tokenize(Conversation(PAIR), tokenizer, len(whole) - 2).documents
     assert cut.input_ids.tolist() == whole.input_ids[:-2].tolist()
     assert said(cut, tokenizer) == "ye"
-
-
-def test_a_template_that_rewrites_history_keeps_what_agrees(tokenizer: Any) -> None:
-    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] if loop.last or "
-                               "m['role'] == 'user' else '-') + '<|end|>' }}{% endfor %}"
-                               "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-    assert said(tokenize(Conversation([*PAIR, *PAIR]), tokenizer, 100), tokenizer) == "yes<|end|>"
 
 
 def test_skips_are_counted_and_logged(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,7 +54,7 @@ def test_greedy_answers_are_the_targets_own(target: Target, tmp_path: Path) -> N
 def test_the_output_trains_on_the_exact_ids(target: Target, tmp_path: Path) -> None:
     output = regenerate(target, PROMPTS, tmp_path / "answers.jsonl", QUICK, progress=False)
     for row, conversation in zip(read_jsonl(output), load_conversations(str(output)), strict=True):
-        tokens = tokenize(conversation, target.tokenizer, 100)
+        (tokens,) = tokenize(conversation, target.tokenizer, 100).documents
         assert tokens.input_ids[tokens.loss_mask].tolist() == row["response_ids"]
         assert conversation.finished == row["finished"]
 
