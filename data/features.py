@@ -29,6 +29,7 @@ from torch import Tensor
 from data.conversations import Tokens
 from data.packing import collate
 from data.progress import progress_of
+from data.rounding import ORDINARY, restored, state_bytes, stored
 from data.shares import Share
 from modules.core.batches import StateName
 
@@ -39,23 +40,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CacheDtype = Literal["bfloat16", "float32", "int8"]
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-_SCALES = ".scales"
-"""What the scales of an int8 state are called: the state's name and this."""
+_ERRORS = "rms_error"
+"""Of a shard in the manifest: how far off its states are, by name (`data.rounding`)."""
 _MANIFEST_LOCK = ".lock-manifest"
 """Held while the manifest is read and written."""
-
-
-def state_bytes(hidden_size: int, dtype: str) -> int:
-    """Bytes of one state of one token in a cache."""
-    return hidden_size * _DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
-
-
-def quantised(states_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """States as int8 [T,H] and one float32 scale per token [T,1], its largest magnitude ÷ 127; what comes back is at
-    most half a scale off."""
-    scales_T1 = states_TH.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (states_TH.float() / scales_T1).round().to(torch.int8), scales_T1
 
 
 class FeatureCache:
@@ -74,6 +62,7 @@ class FeatureCache:
         self.folder, self.names = Path(folder), tuple(names)
         self.manifest = _read_manifest(self.folder)
         _check(self.manifest, self.folder, fingerprint, names)
+        _tell_of_old_shards(self.manifest, self.folder)
         self._index: dict[str, tuple[int, int, int]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
             start = 0
@@ -120,12 +109,9 @@ class FeatureCache:
         if number not in self._opened:
             path = self.folder / self.manifest["shards"][number]["file"]
             self._opened[number] = safe_open(path, framework="pt")
-        opened = self._opened[number]
-        states = {name: opened.get_slice(str(name))[start:stop] for name in self.names}
-        if self.manifest["dtype"] != "int8":
-            return states
-        return {name: state.float() * opened.get_slice(f"{name}{_SCALES}")[start:stop]
-                for name, state in states.items()}
+        opened, by_channel = self._opened[number], _ERRORS in self.manifest["shards"][number]
+        return {name: restored(opened, str(name), start, stop, self.manifest["dtype"], by_channel)
+                for name in self.names}
 
 
 def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
@@ -141,6 +127,8 @@ def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[
         progress: whether the size and a progress bar are shown.
         share: who writes all of a cache waits for those who write shares, and then finds the work done.
         gib: the most that the whole folder may hold, all shares of all documents together.
+
+    What the dtype costs is measured on every shard, stored in the manifest and printed.
 
     Returns the folder. Raises ValueError for a cache of another target, with other states or in another dtype, and for
     one that would outgrow `gib` or the disk.
@@ -161,7 +149,21 @@ def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states, target)
+        if pending and progress:
+            _tell_errors(folder)
     return folder
+
+
+def _tell_errors(folder: Path) -> None:
+    """Print how far off each state is, over all shards that say so."""
+    manifest = _read_manifest(folder)
+    shards = [shard for shard in manifest["shards"] if _ERRORS in shard]
+    tokens = sum(shard["tokens"] for shard in shards)
+    errors = {name: (sum(shard["tokens"] * shard[_ERRORS][name] ** 2 for shard in shards) / tokens) ** 0.5
+              for name in manifest["states"]}
+    told = ", ".join(f"{name} {error:.2%}" for name, error in errors.items())
+    print(f"features {str(folder)!r}: RMS error in {manifest['dtype']} by state, over the {ORDINARY:.0%} of channels "
+          f"of least magnitude: {told}", flush=True)
 
 
 def _check_size(folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, told: bool) -> None:
@@ -183,7 +185,8 @@ def _check_size(folder: Path, tokens: int, manifest: dict[str, Any], gib: float 
 
 def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int,
             advance: Any) -> dict[str, Tensor]:
-    """States [S,H] of a shard's documents in order; they are run sorted by length, so that little is padded."""
+    """States [S,H] of a shard's documents in order, as the target gives them; they are run sorted by length, so that
+    little is padded."""
     names = [_name(text) for text in manifest["states"]]
     found: dict[int, dict[str, Tensor]] = {}
     order = sorted(range(len(group)), key=lambda i: len(group[i]))
@@ -191,19 +194,9 @@ def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch
         batch = collate([[group[i]] for i in chosen], device=target.device)
         states_BTH = target.features(batch, names)
         for row, i in enumerate(chosen):
-            found[i] = _stored({n: states_BTH[n][row, :len(group[i])].cpu() for n in names}, manifest["dtype"])
+            found[i] = {str(n): states_BTH[n][row, :len(group[i])].cpu() for n in names}
         advance(len(chosen))
     return {name: torch.cat([found[i][name] for i in range(len(group))]).contiguous() for name in found[0]}
-
-
-def _stored(states: dict[StateName, Tensor], dtype: str) -> dict[str, Tensor]:
-    """What a shard holds of one document's states."""
-    if dtype != "int8":
-        return {str(name): state.to(_DTYPES[dtype]) for name, state in states.items()}
-    stored: dict[str, Tensor] = {}
-    for name, state in states.items():
-        stored[str(name)], stored[f"{name}{_SCALES}"] = quantised(state)
-    return stored
 
 
 def _length_batches(order: list[int], group: list[Tokens], batch_tokens: int) -> Iterator[list[int]]:
@@ -240,16 +233,20 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor],
                   target: Target) -> None:
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in states.values())
-    if not finite:
+    held, errors = {}, {}
+    for name, state in states.items():
+        tensors, errors[name] = stored(name, state, manifest["dtype"])
+        held |= tensors
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in held.values()):
         raise ValueError(f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype float32")
     digest = hashlib.sha256("".join(document.key for document in group).encode()).hexdigest()
     path = folder / f"shard-{digest[:16]}.safetensors"
     scratch = path.with_suffix(".partial")
-    save_file(states, scratch)
+    save_file(held, scratch)
     os.replace(scratch, path)
     shard = {"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
-             "computed_in": _computing_in(target), "documents": [[document.key, len(document)] for document in group]}
+             "computed_in": _computing_in(target), _ERRORS: errors,
+             "documents": [[document.key, len(document)] for document in group]}
     with _locked(folder / _MANIFEST_LOCK):
         current = _read_manifest(folder)
         _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
@@ -285,6 +282,14 @@ def _check(manifest: dict[str, Any], folder: Path, fingerprint: str, names: Sequ
     if missing:
         raise ValueError(f"features {str(folder)!r} hold states {', '.join(manifest['states'])} and lack "
                          f"{', '.join(missing)}: build another folder with --states")
+
+
+def _tell_of_old_shards(manifest: dict[str, Any], folder: Path) -> None:
+    """Warn of int8 shards that have no scales of channels."""
+    old = sum(_ERRORS not in shard for shard in manifest["shards"])
+    if old and manifest["dtype"] == "int8":
+        logger.warning("features %r hold %d int8 shards of an earlier version, whose middle layers may be half noise "
+                       "(no scale per channel): write them again into another folder", str(folder), old)
 
 
 def _check_dtype(manifest: dict[str, Any], folder: Path, dtype: str) -> None:

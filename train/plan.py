@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.features import state_bytes
+from data.rounding import state_bytes
 from modules.core.adapters import Adapters
 from modules.core.batches import StateName
 from modules.core.host import available_memory

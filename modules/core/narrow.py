@@ -42,7 +42,7 @@ GROUPED = "grouped_sdpa"
 """The name under which Hugging Face finds `grouped_attention`."""
 
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weight -> (its version when packed, the packed copy)."""
+"""Weight -> (its version, place and precision when packed, the packed copy)."""
 
 
 # -- linear layers ----------------------------------------------------------------------------------------------
@@ -63,10 +63,10 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on the packed copy of a float32 or bfloat16 weight on the CPU."""
-    kept = _PACKED.get(weight)
-    if kept is None or kept[0] != weight._version:
+    kept, state = _PACKED.get(weight), (weight._version, weight.data_ptr(), weight.dtype)
+    if kept is None or kept[0] != state:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 4)
-        kept = _PACKED[weight] = (weight._version, packed)
+        kept = _PACKED[weight] = (state, packed)
     return torch.ops.mkldnn._linear_pointwise(x, kept[1], bias, "none", [], "")
 
 

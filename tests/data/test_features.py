@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from data.conversations import Tokens
-from data.features import CacheDtype, FeatureCache, cache_features, state_bytes
+from data.features import CacheDtype, FeatureCache, cache_features
 from data.packing import collate
+from data.rounding import rms_error, state_bytes
 from data.shares import Share
 from modules.core.target import Target
 from tests import fakes
@@ -51,17 +52,15 @@ def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens]
             torch.testing.assert_close(found.float(), alone(target, tokens, name), rtol=tolerance, atol=tolerance)
 
 
-def test_int8_states_are_half_a_step_of_their_tokens_scale_off(target: Target, documents: list[Tokens],
-                                                                  tmp_path: Path) -> None:
+def test_int8_states_are_a_percent_off_and_small(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
     cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
     cache = FeatureCache(tmp_path, target.fingerprint(), ["final"])
     for tokens in documents:
         found, exact = cache.read(tokens.key)["final"], alone(target, tokens, "final")
         assert found.dtype == torch.float32
-        step = exact.abs().amax(-1, keepdim=True) / 127
-        assert bool(((found - exact).abs() <= 0.5 * step + 1e-4).all())
+        assert rms_error(exact, found) < 0.015
     shards = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert shards < 1.5 * state_bytes(32, "int8") * sum(map(len, documents)) + 400 * len(list(tmp_path.glob("shard*")))
+    assert shards < 1.5 * state_bytes(32, "int8") * sum(map(len, documents)) + 700 * len(list(tmp_path.glob("shard*")))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(

@@ -34,6 +34,19 @@ def test_a_packed_copy_follows_its_weight(monkeypatch):
         torch.testing.assert_close(narrow_linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_packed_copy_follows_a_cast(monkeypatch):
+    """By `Module.to`, which leaves the weight's version as it is."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("no bfloat16 kernels here")
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
+    linear, x = nn.Linear(256, 256, bias=False), torch.randn(2, 256)
+    with torch.no_grad():
+        narrow_linear(x, linear.weight)
+        linear.bfloat16()
+        found = narrow_linear(x.bfloat16(), linear.weight)
+        torch.testing.assert_close(found, x.bfloat16() @ linear.weight.T, rtol=2e-2, atol=2e-2)
+
+
 def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
     monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
     x, weight = torch.randn(2, 256).double(), torch.randn(256, 256).double()
