@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from data.files import Skipped
 from data.rows import Conversation
 
 Turn = Mapping[str, Any]
@@ -22,10 +23,6 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)\s*")
 _ANCHORS = ("\n", "x", "")
 """Behind these a text is encoded as inside of one, where its beginning merges with the prompt's end."""
-
-
-class Skipped(ValueError):
-    """What cannot be trained on; the message is the reason it is counted under."""
 
 
 @dataclass(frozen=True)

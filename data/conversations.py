@@ -6,7 +6,6 @@ Shape legend: T tokens of a document.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.chat_tokens import Answer, Skipped, answer_ids
+from data.chat_tokens import Answer, answer_ids
 from data.chat_tokens import prompt_ids as prompt_ids
+from data.files import Skipped, Tally
 from data.rows import Conversation
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,38 +142,51 @@ def _document(chain: Sequence[Answer], max_length: int, opening: str | None = No
     return Tokens(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), opening=opening)
 
 
+def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> None:
+    """Skipped: a token beyond the `rows` of the model's embedding, as of a tokenizer that was given
+    tokens the model was not. Nothing is checked without `rows`."""
+    largest = int(torch.as_tensor(ids).max())
+    if rows is not None and largest >= rows:
+        raise Skipped(f"token {largest} {tokenizer.convert_ids_to_tokens(largest)!r} is beyond the "
+                      f"model's vocabulary of {rows}")
+
+
 def tokenize_all(conversations: Iterable[Conversation], tokenizer: Any, max_length: int,
-                 max_response_tokens: int | None = None, end_ids: Collection[int] | None = None) -> list[Tokens]:
+                 max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
+                 rows: int | None = None, tally: Tally | None = None) -> list[Tokens]:
     """Documents of all usable conversations in order, up to a budget of response tokens.
 
     Conversations skipped and answers left out of others are counted by reason and logged. A document seen before (the
     same tokens) is kept once.
 
+    Args:
+        rows: of the model's embedding, see `check_ids`.
+        tally: counts what is left out; it may hold rows that could not be read.
+
     Raises:
         ValueError: nothing is left.
     """
     documents: dict[str, Tokens] = {}
-    skips: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    tally = Tally("conversation") if tally is None else tally
     spent = 0
     for conversation in conversations:
         if max_response_tokens is not None and spent >= max_response_tokens:
             break
         try:
             found = tokenize(conversation, tokenizer, max_length, end_ids)
+            for document in found.documents:
+                check_ids(document.input_ids, tokenizer, rows)
+            new = [document for document in found.documents if document.key not in documents]
+            if not new:
+                raise Skipped("seen before")
         except Skipped as reason:
-            skips[str(reason)] += 1
+            tally.skip(str(reason), conversation.place)
             continue
-        left_out.update(found.left_out)
-        new = [document for document in found.documents if document.key not in documents]
-        if not new:
-            skips["seen before"] += 1
+        for reason, count in found.left_out.items():
+            tally.change(f"without an answer: {reason}", conversation.place, count)
         documents.update((document.key, document) for document in new)
         spent += sum(document.response_tokens for document in new)
-    for what, counts in (("skipped %d conversation%s: %s", skips), ("left out %d answer%s: %s", left_out)):
-        for reason, count in counts.items():
-            logger.warning(what, count, "s" * (count != 1), reason)
+    tally.log()
     if not documents:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or "it is empty"
-        raise ValueError(f"no conversation of the data set can be trained on: {reasons}")
+        raise ValueError(f"no conversation of the data set can be trained on: {tally.reasons()}")
     return list(documents.values())

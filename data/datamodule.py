@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from data.conversations import Tokens, hash_ids, tokenize_all
 from data.features import CacheDtype, FeatureCache, cache_features
+from data.files import Tally, local_files
 from data.packing import collate, generator, pack
-from data.rows import load_conversations, local_file
+from data.rows import load_conversations
 from data.shares import Share
 from data.vocabulary import coverage, frequent_tokens
 from modules.core.batches import StateName, TextBatch
@@ -128,7 +129,8 @@ class ConversationData(LightningDataModule):
     """Training and validation conversations for one target.
 
     Args:
-        train: `.jsonl`, `.jsonl.gz` or `.parquet` file, Hub data set (`owner/name[:config]`), or `embedded`.
+        train: `.jsonl`, `.json` (each also with `.gz`) or `.parquet` file, a pattern of such
+            (`answers/*.jsonl`), Hub data set (`owner/name[:config]`), or `embedded`.
         validation: the same; null holds out `validation_fraction` of `train`, whole prompts at a time.
         split: split of a Hub data set to train on.
         validation_split: split of a Hub data set to validate on.
@@ -167,6 +169,7 @@ class ConversationData(LightningDataModule):
         self.features_gib = features_gib
         self.documents: list[Tokens] = []
         self.held_out: list[Tokens] = []
+        self.tallies: list[Tally] = []
         self._target: Target | None = None
         self._cache: FeatureCache | None = None
         self._check()
@@ -183,7 +186,7 @@ class ConversationData(LightningDataModule):
             raise ValueError(f"data.validation_fraction must lie in (0, 1), got {self.validation_fraction}")
         for source in (self.train, self.validation):
             if source is not None:
-                local_file(source)
+                local_files(source)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -207,7 +210,7 @@ class ConversationData(LightningDataModule):
             ValueError: `max_length` beyond the target's context, or no usable conversation.
         """
         self.check_length(target)
-        self._target = target
+        self._target, self.tallies = target, []
         found = self._tokenized(self.train, self.split, self.max_response_tokens)
         if self.validation is None:
             self.documents, self.held_out = hold_out(found, self.validation_fraction)
@@ -224,8 +227,16 @@ class ConversationData(LightningDataModule):
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None
-        conversations = load_conversations(source, split=split, streaming=budget is not None)
-        return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget, self._target.eos_ids)
+        tally = self._tally("conversation")
+        conversations = load_conversations(source, split=split, streaming=budget is not None,
+                                           tally=tally)
+        return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget,
+                            self._target.eos_ids, self._target.shape.vocab_size, tally)
+
+    def _tally(self, word: str) -> Tally:
+        """Counts what a source that is read now loses."""
+        self.tallies.append(Tally(word))
+        return self.tallies[-1]
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
         own = Share.of_process()
@@ -279,10 +290,14 @@ class ConversationData(LightningDataModule):
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> dict[str, Any]:
-        """What provenance and model card say about the data."""
+        """What provenance and model card say about the data; `left_out` and `validation_left_out`
+        only where rows were (by reason: `count`, and where the `first` one stands)."""
+        names = ("left_out", "validation_left_out")
+        left_out = {name: found for name, tally in zip(names, self.tallies)
+                    if (found := tally.as_dict())}
         return {"train": self.train, "validation": self.validation, "documents": len(self.documents),
                 "response_tokens": self.response_tokens, "held_out_documents": len(self.held_out),
-                "max_length": self.max_length, "fingerprint": self.fingerprint()}
+                "max_length": self.max_length, "fingerprint": self.fingerprint(), **left_out}
 
     def probe_prompts(self, count: int) -> list[list[int]]:
         """Token ids of up to `count` held-out prompts, spread over the held-out documents, for decoding."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.configfiles import config_parser, parse, run
 from data.conversations import tokenize_all
+from data.files import Tally
 from data.rows import load_conversations
 from modules.core.loading import load_target
 from modules.training_free.datastore import Datastore
@@ -19,7 +20,7 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
 
     Args:
         output: folder to write.
-        source: embedded, a .jsonl or .parquet file, or a Hub data set.
+        source: embedded, a file or pattern of files (.jsonl, .json, .parquet), or a Hub data set.
         target: Hub id, folder, .gguf file or smollm2-135m, whose tokenizer is used.
         split: of a Hub data set.
         limit: conversations read at most.
@@ -29,8 +30,9 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
         ValueError: nothing to read.
     """
     loaded = load_target(target)
-    documents = tokenize_all(load_conversations(source, limit, split), loaded.tokenizer, max_length,
-                             end_ids=loaded.eos_ids)
+    tally = Tally("conversation")
+    documents = tokenize_all(load_conversations(source, limit, split, tally=tally), loaded.tokenizer,
+                             max_length, None, loaded.eos_ids, loaded.shape.vocab_size, tally)
     store = Datastore.build([document.input_ids.tolist() for document in documents], loaded.shape.vocab_size)
     store.save(Path(output), source)
     print(f"{len(documents)} documents, {len(store.tokens_M)} tokens: {output}")

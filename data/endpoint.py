@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.configfiles import config_parser, parse, run
+from data.files import read_jsonl
 from data.regenerate import (
     Generation,
     Journal,
@@ -33,7 +34,6 @@ from data.regenerate import (
     writable,
     write_rows,
 )
-from data.rows import read_jsonl
 from modules.core.generation import SERVED_NEUTRAL
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,7 @@ Shape legend: B rows, T tokens of a row or document.
 
 from __future__ import annotations
 
-import logging
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -17,14 +15,13 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.chat_tokens import Skipped, answer_spans, prompt_ids
-from data.conversations import Tokens, hash_ids
+from data.chat_tokens import answer_spans, prompt_ids
+from data.conversations import Tokens, check_ids, hash_ids
 from data.datamodule import Batches, ConversationData
-from data.rows import Message, read_message, read_rows
+from data.files import Row, Skipped, Tally, read_rows
+from data.rows import ASKED, Message, asked_of, token_ids
 from data.solutions import Problem, Span, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch, TextBatch
-
-logger = logging.getLogger(__name__)
 
 SHAPES = ("`question` with solutions known to be right or wrong, or `prompt` (text or messages), `response` and "
           "`spans` of [start, end, label]: of its characters, or of the tokens of `response_ids` where these are given")
@@ -65,7 +62,7 @@ class LabelledTokens(Tokens):
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: int = 0) -> list[LabelledAnswer]:
+def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> list[LabelledAnswer]:
     """The labelled answers of one row.
 
     A problem gives each right solution (all of it right), `corruptions` copies of each with one
@@ -77,28 +74,25 @@ def read_labelled(row: dict[str, Any], where: str, corruptions: int = 1, seed: i
         copy.
 
     Raises:
-        ValueError: a row of an unknown shape.
+        Skipped: a row of an unknown shape.
     """
     if is_problem(row):
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
         chance = random.Random(f"{seed} {problem.question}")
         return [LabelledAnswer(asked, text, spans) for text, spans in _answers(problem, corruptions, chance)]
-    prompt, response, spans, ids = (row.get(key) for key in ("prompt", "response", "spans", "response_ids"))
-    if not isinstance(prompt, str | list) or not isinstance(response, str) or not isinstance(spans, list) or not (
-            ids is None or isinstance(ids, list)):
-        raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [read_message(turn, "role", "content", where) for turn in turns]
+    response, spans, ids = row.get("response"), row.get("spans"), token_ids(row.get("response_ids"))
+    if not isinstance(response, str) or not isinstance(spans, list):
+        raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     length = len(response if ids is None else ids)
-    return [LabelledAnswer(messages, response, tuple(_span(span, length, where) for span in spans),
+    return [LabelledAnswer(asked_of(row, ASKED), response, tuple(_span(span, length) for span in spans),
                            None if ids is None else tuple(ids))]
 
 
-def _span(span: Any, length: int, where: str) -> LabelledSpan:
-    if not isinstance(span, list) or len(span) != 3 or not 0 <= span[0] < span[1] <= length or span[2] not in (0, 1):
-        raise ValueError(f"{where}: a span must be [start, end, label] inside the response with label 0 or 1, "
-                         f"got {str(span)[:60]}")
+def _span(span: Any, length: int) -> LabelledSpan:
+    if not isinstance(span, list) or len(span) != 3 or not all(type(one) is int for one in span) or not (
+            0 <= span[0] < span[1] <= length and span[2] in (0, 1)):
+        raise Skipped("a span is no [start, end, label] inside the response with label 0 or 1")
     return span[0], span[1], span[2]
 
 
@@ -145,8 +139,8 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
     """The answer behind the target's chat template, as in decoding. A token that touches a wrong character is wrong.
 
     Raises:
-        Skipped: no labelled token within `max_length`.
-        ValueError: the answer's tokens are another tokenizer's.
+        Skipped: no labelled token within `max_length`, or the answer's tokens are another
+            tokenizer's.
     """
     prompt = prompt_ids(answer.messages, tokenizer)
     response, places = _response(answer, tokenizer)
@@ -162,10 +156,11 @@ def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Se
     """The answer's tokens, and where each stands in what the spans count."""
     if answer.ids is None:
         return answer_spans([*answer.messages, {"role": "assistant", "content": answer.response}], tokenizer)
-    said = tokenizer.decode(list(answer.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if said != answer.response:
-        raise ValueError(f"response_ids say {said[:40]!r}, but response is {answer.response[:40]!r}: they are another "
-                         "tokenizer's, mine them anew with this target")
+    own = max(answer.ids, default=0) < len(tokenizer)
+    if not own or tokenizer.decode(list(answer.ids), skip_special_tokens=True,
+                                   clean_up_tokenization_spaces=False) != answer.response:
+        raise Skipped("response_ids do not say what response does: they are another tokenizer's, mine them "
+                      "anew with this target")
     return answer.ids, [(i, i + 1) for i in range(len(answer.ids))]
 
 
@@ -174,32 +169,45 @@ def _label(start: int, end: int, spans: Iterable[LabelledSpan]) -> int:
     return min(touched, default=-1)
 
 
-def tokenize_labelled_rows(rows: Iterable[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
-                           max_labels: int | None = None, corruptions: int = 1, seed: int = 0) -> list[LabelledTokens]:
+def tokenize_labelled_rows(rows: Iterable[Row], source: str, tokenizer: Any, max_length: int,
+                           max_labels: int | None = None, corruptions: int = 1, seed: int = 0,
+                           vocab: int | None = None, tally: Tally | None = None) -> list[LabelledTokens]:
     """All labelled answers in order, each once, up to a budget of labelled tokens; skips are counted and logged.
 
+    Args:
+        vocab: rows of the model's embedding, see `data.conversations.check_ids`.
+        tally: counts what is left out; it may hold rows that could not be read.
+
     Raises:
-        ValueError: a row of an unknown shape, or nothing is left.
+        ValueError: nothing is left.
     """
     documents: dict[str, LabelledTokens] = {}
-    skips: Counter[str] = Counter()
+    tally = Tally("answer") if tally is None else tally
     spent = 0
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         if max_labels is not None and spent >= max_labels:
             break
-        for answer in read_labelled(row, f"{source!r} row {number}", corruptions, seed):
+        for answer in _unskipped(row, corruptions, seed, tally):
             try:
                 document = tokenize_labelled(answer, tokenizer, max_length)
+                check_ids(document.input_ids, tokenizer, vocab)
             except Skipped as reason:
-                skips[str(reason)] += 1
+                tally.skip(str(reason), row.place)
                 continue
             spent += document.response_tokens if document.key not in documents else 0
             documents.setdefault(document.key, document)
-    for reason, count in skips.items():
-        logger.warning("skipped %d answer%s: %s", count, "s" * (count != 1), reason)
+    tally.log()
     if not documents:
-        raise ValueError(f"data set {source!r} has no labelled answer: {'; '.join(skips) or 'it is empty'}")
+        raise ValueError(f"data set {source!r} has no labelled answer: {tally.reasons()}")
     return list(documents.values())
+
+
+def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[LabelledAnswer]:
+    try:
+        return read_labelled(row.content, corruptions, seed)
+    except Skipped as reason:
+        tally.skip(str(reason), row.place)
+        return []
 
 
 # -- batches ------------------------------------------------------------------------------------------------------
@@ -241,6 +249,8 @@ class LabelledData(ConversationData):
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None
-        rows = read_rows(str(EMBEDDED_SOLUTIONS) if source == "embedded" else source, split)
+        tally = self._tally("answer")
+        rows = read_rows(str(EMBEDDED_SOLUTIONS) if source == "embedded" else source, split,
+                         budget is not None, tally)
         return tokenize_labelled_rows(rows, source, self._target.tokenizer, self.max_length, budget, self.corruptions,
-                                      self.seed)
+                                      self.seed, self._target.shape.vocab_size, tally)

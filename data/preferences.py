@@ -6,11 +6,9 @@ Shape legend: B pairs, T tokens of a row.
 from __future__ import annotations
 
 import copy
-import logging
 import random
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +18,12 @@ import torch
 from torch import Tensor
 
 from data.arithmetic import EMBEDDED_SOLUTIONS
-from data.chat_tokens import Skipped, answer_spans
-from data.conversations import Tokens, hash_ids, tokenize_answer
+from data.chat_tokens import answer_spans
+from data.conversations import Tokens, check_ids, hash_ids, tokenize_answer
 from data.datamodule import Batches, ConversationData
+from data.files import Row, Skipped, Tally, read_rows
 from data.packing import collate
-from data.rows import Conversation, Message, read_message, read_rows
+from data.rows import ASKED, CHATS, Conversation, Message, asked_of, behind_system, chat_of, spoken
 from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
 
@@ -32,11 +31,9 @@ if TYPE_CHECKING:
     from data.features import FeatureCache
     from modules.core.target import Target
 
-logger = logging.getLogger(__name__)
-
 EMBEDDED_PAIRS = Path(__file__).parent / "prompts" / "preferences.jsonl"
 EMBEDDED_SOURCES = {"embedded": EMBEDDED_PAIRS, "embedded_solutions": EMBEDDED_SOLUTIONS}
-SHAPES = ("`chosen` + `rejected` (text with a `prompt`, lists of messages, or `Human:`/`Assistant:` dialogues), or a "
+SHAPES = ("`chosen` + `rejected` (text with a `prompt`, turns, or `Human:`/`Assistant:` dialogues), or a "
           "`question` with solutions known to be right or wrong")
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -110,7 +107,7 @@ class Pair:
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed: int = 0) -> list[Preference]:
+def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -> list[Preference]:
     """The preferences that one row holds: one, or those of a problem, as in cDPO's released code.
 
     A problem gives one pair, a right solution (`Problem.positive`) against the most frequent wrong
@@ -119,8 +116,8 @@ def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed
     one is a copy of it with one result changed.
 
     Raises:
-        ValueError: a row of an unknown shape.
-        Skipped: dialogues that differ before their last answer, or do not end in one.
+        Skipped: a row of an unknown shape, or dialogues that differ before their last answer, or
+            do not end in one.
     """
     if is_problem(row):
         problem = read_problem(row)
@@ -132,31 +129,31 @@ def read_preferences(row: dict[str, Any], where: str, corruptions: int = 0, seed
                   for k, one in enumerate(wrong)]
         return [*(traces or [Preference(asked, right, None)]),
                 *(Preference(asked, right, one.text + one.rest, one.error) for one in changed)]
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return [_dialogues(*(_messages(prompt, turns, where) for turns in (chosen, rejected)))]
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
-    if prompt:
-        return [Preference(_messages(prompt, [], where), chosen, rejected)]
-    return [_dialogues(_turns(chosen, where), _turns(rejected, where))]
+    if row.get("tools"):
+        raise Skipped("`tools` of a row are not given to the chat template")
+    if not {"chosen", "rejected"} <= row.keys():
+        raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+    return [_dialogues(*(_dialogue(row, key) for key in ("chosen", "rejected")))]
 
 
-def _messages(prompt: Any, turns: Sequence[Any], where: str) -> list[Message]:
-    """A prompt (text, messages or nothing) and the turns behind it; turns that begin with the prompt hold all."""
-    said = [read_message(turn, "role", "content", where) for turn in turns]
-    if not prompt or (said and said[0]["role"] != "assistant"):
-        return said
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}, *said]
-    return [*(read_message(turn, "role", "content", where) for turn in prompt), *said]
+def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
+    """All turns of one side: of itself where it begins with the question, or behind the row's."""
+    said = row[key]
+    if not any(row.get(name) for name in (*CHATS, *ASKED)) and isinstance(said, str):
+        return _turns(said, key)
+    answer = spoken(said, key, "assistant")
+    if answer and answer[0]["role"] != "assistant":
+        return behind_system(row, answer)
+    if not any(row.get(name) for name in ASKED) and any(row.get(name) for name in CHATS):
+        return [*chat_of(row), *answer]
+    return [*(asked_of(row, ASKED) if any(row.get(name) for name in ASKED) else ()), *answer]
 
 
-def _turns(dialogue: str, where: str) -> list[Message]:
+def _turns(dialogue: str, key: str) -> list[Message]:
     """A dialogue written as `\\n\\nHuman: … \\n\\nAssistant: …`."""
     before, *parts = _TURN.split(dialogue if dialogue.startswith("\n\n") else "\n\n" + dialogue)
     if before.strip() or not parts:
-        raise ValueError(f"{where}: `chosen` without a `prompt` must begin with 'Human:', got {dialogue[:40]!r}")
+        raise Skipped(f"`{key}` without a `prompt` does not begin with 'Human:'")
     return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]
 
 
@@ -165,6 +162,9 @@ def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
         raise Skipped("the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise Skipped("the dialogues differ before the last answer")
+    for side in (chosen, rejected):
+        if side[-1].keys() - {"role", "content", "name"}:
+            raise Skipped("an answer with tool calls or reasoning, of which pairs compare the text")
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
@@ -223,51 +223,48 @@ def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Te
     return found
 
 
-def tokenize_pairs(rows: Iterator[dict[str, Any]], source: str, tokenizer: Any, max_length: int,
+def tokenize_pairs(rows: Iterable[Row], source: str, tokenizer: Any, max_length: int,
                    max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
-                   corruptions: int = 0, seed: int = 0) -> list[Pair]:
+                   corruptions: int = 0, seed: int = 0, vocab: int | None = None,
+                   tally: Tally | None = None) -> list[Pair]:
     """All usable pairs in order, each once, up to a budget of response tokens, and the traces of
     the same rows that are not compared; skips are counted and logged.
 
+    Args:
+        vocab: rows of the model's embedding, see `data.conversations.check_ids`.
+        tally: counts what is left out; it may hold rows that could not be read.
+
     Raises:
-        ValueError: a row of an unknown shape, or no pair is left.
+        ValueError: no pair is left.
     """
     pairs: dict[str, Pair] = {}
-    skips: Counter[str] = Counter()
+    tally = Tally("pair") if tally is None else tally
     spent = 0
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         if max_response_tokens and spent >= max_response_tokens:
             break
-        preferences = _unskipped(row, f"{source!r} row {number}", corruptions, seed, skips)
-        for pair in _tokenized(preferences, tokenizer, max_length, end_ids, skips):
+        for preference in _unskipped(row, corruptions, seed, tally):
+            try:
+                pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
+                check_ids(pair.input_ids, tokenizer, vocab)
+            except Skipped as reason:
+                tally.skip(str(reason), row.place)
+                continue
             spent += pair.response_tokens if pair.key not in pairs else 0
             pairs.setdefault(pair.key, pair)
-    for reason, count in skips.items():
-        logger.warning("skipped %d pair%s: %s", count, "s" * (count != 1), reason)
+    tally.log()
     if not any(pair.compared for pair in pairs.values()):
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in skips.items()) or (
-            "no question has a wrong solution" if pairs else "it is empty")
+        reasons = "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()
         raise ValueError(f"no pair of data set {source!r} can be trained on: {reasons}")
     return list(pairs.values())
 
 
-def _unskipped(row: dict[str, Any], where: str, corruptions: int, seed: int, skips: Counter[str]
-               ) -> list[Preference]:
+def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[Preference]:
     try:
-        return read_preferences(row, where, corruptions, seed)
+        return read_preferences(row.content, corruptions, seed)
     except Skipped as reason:
-        skips[str(reason)] += 1
+        tally.skip(str(reason), row.place)
         return []
-
-
-def _tokenized(preferences: Iterable[Preference], tokenizer: Any, max_length: int,
-               end_ids: Collection[int] | None, skips: Counter[str]) -> Iterator[Pair]:
-    """The pairs of one row, each skipped by itself."""
-    for preference in preferences:
-        try:
-            yield tokenize_pair(preference, tokenizer, max_length, end_ids)
-        except Skipped as reason:
-            skips[str(reason)] += 1
 
 
 # -- batches ------------------------------------------------------------------------------------------------------
@@ -295,8 +292,8 @@ class PairBatches(Batches):
 class PreferenceData(ConversationData):
     """Preference pairs; the other keys are those of `ConversationData`.
 
-    `train` and `validation` are `.jsonl`, `.jsonl.gz` or `.parquet` files or Hub data sets whose rows hold `chosen` and
-    `rejected` (text with a `prompt`, lists of messages, `Human:`/`Assistant:` dialogues) or a question with right and
+    `train` and `validation` are files or Hub data sets whose rows hold `chosen` and
+    `rejected` (text with a `prompt`, turns, `Human:`/`Assistant:` dialogues) or a question with right and
     wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word problems). `rows` are
     pairs per batch. States that a loss reads are computed online: `features` is not used.
 
@@ -348,9 +345,11 @@ class PreferenceData(ConversationData):
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None
-        rows = read_rows(str(EMBEDDED_SOURCES.get(source, source)), split)
+        tally = self._tally("pair")
+        rows = read_rows(str(EMBEDDED_SOURCES.get(source, source)), split,
+                         budget is not None, tally)
         return tokenize_pairs(rows, source, self._target.tokenizer, self.max_length, budget, self._target.eos_ids,
-                              self.corruptions, self.seed)
+                              self.corruptions, self.seed, self._target.shape.vocab_size, tally)
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
         return None

@@ -26,7 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.configfiles import config_parser, parse, run
 from data.conversations import prompt_ids
-from data.rows import Message, read_jsonl
+from data.files import read_jsonl
+from data.rows import Message
 from modules.core.drafter import Sampling
 from modules.core.generation import stock_generate
 from modules.core.loading import load_target

@@ -1,140 +1,253 @@
-"""Rows from files or the Hub, and the conversations that they hold."""
+"""What a row says: the one reader of chats, questions and answers, for all that reads rows.
+
+Training, preference pairs, labels, regeneration and evaluation read rows through it, so that a
+shape that one of them takes all of them take. A row that cannot be read raises `Skipped` with a
+reason that names the key and what was found there.
+"""
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-EMBEDDED = "embedded"
-EMBEDDED_ANSWERS = Path(__file__).parent / "prompts" / "answers.jsonl.gz"
-SHAPES = "`messages`, `conversations` (from/value), `prompt` + `response`, or `question` + `answer`"
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-          "model": "assistant", "bot": "assistant"}
+from data.files import LONGEST_LINE, Place, Skipped, Tally, kind, read_rows
+
+CHATS = ("messages", "conversations", "conversation")
+"""Keys of a whole chat, a list of turns."""
+ASKED = ("prompt", "question", "instruction", "query")
+ANSWERED = ("response", "completion", "answer", "output")
+SHAPES = ("`messages` or `conversations` (turns with role/content or from/value), `turns`, or "
+          "`prompt`, `question` or `instruction` with `response`, `completion`, `answer` or "
+          "`output`")
+_SYSTEM = ("system", "system_prompt")
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant",
+    "ai": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool",
+    "tool_result": "tool", **{role: role for role in ("user", "assistant", "system", "tool")}}
+_CALLING = ("function_call", "tool_call")
+"""Roles of turns whose text is a call as JSON, not something that is said."""
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+"""What a turn may hold besides, for chat templates that write it."""
 Message = dict[str, Any]
+"""A turn: `role` and `content` (text; null only beside `tool_calls`), and `_KEPT` where given."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of `{role, content}`.
+    """Turns, as `read_message` makes them.
 
-    response_ids: the exact tokens of the last assistant message, end-of-turn token included if it was emitted.
-    finished: whether the last answer ended by itself; if not, nothing teaches the model to stop there.
+    response_ids: the exact tokens of the last assistant message, end-of-turn token included if it
+        was emitted.
+    finished: whether the last answer ended by itself; if not, nothing teaches the model to stop
+        there.
     tools: descriptions of the functions that the assistant may call, for templates that take them.
+    place: where it was read.
     """
 
     messages: list[Message]
     response_ids: list[int] | None = None
     finished: bool = True
     tools: list[Any] | None = None
+    place: Place | None = None
 
 
-def load_conversations(source: str, limit: int | None = None, split: str = "train", streaming: bool = False
+def load_conversations(source: str, limit: int | None = None, split: str = "train",
+                       streaming: bool = False, tally: Tally | None = None
                        ) -> Iterator[Conversation]:
     """Read conversations, one after the other as they are asked for.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a Hub data set (`owner/name`, `owner/name:config`), or
-            `embedded` (the answers shipped with this package).
-        limit: read at most this many.
+        source: see `data.files.read_rows`.
+        limit: read at most this many rows.
         split: split of a Hub data set.
-        streaming: whether a Hub data set is downloaded no further than it is read; with a limit it always is so.
+        streaming: whether a Hub data set is downloaded no further than it is read; with a limit it
+            always is so.
+        tally: counts rows that cannot be read; without one, the first of them ends it.
 
     Raises:
-        ValueError: no such file or data set, a row of an unknown shape, or nothing in it.
+        ValueError: no such file or data set, nothing in it, or, without a tally, a row that cannot
+            be read.
     """
-    number = 0
-    for number, row in enumerate(islice(read_rows(source, split, streaming or limit is not None), limit), 1):
-        yield _conversation(row, f"{source!r} row {number}")
-    if not number:
+    found = False
+    for row in islice(read_rows(source, split, streaming or limit is not None, tally), limit):
+        found = True
+        try:
+            yield read_conversation(row.content, row.place)
+        except Skipped as reason:
+            if tally is None:
+                raise ValueError(f"{row.place}: {reason}") from None
+            tally.skip(str(reason), row.place)
+    if not found and not (tally and tally.skipped):
         raise ValueError(f"data set {source!r} is empty: give one with at least one conversation")
 
 
-def local_file(source: str) -> Path | None:
-    """The file that `source` names; None for a Hub data set. ValueError: it does not exist or is of an unknown kind."""
-    path = EMBEDDED_ANSWERS if source == EMBEDDED else Path(source)
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        if not path.is_file():
-            raise ValueError(f"data file {str(path)!r} does not exist: check the path")
-        return path
-    if path.is_file():
-        raise ValueError(f"data file {source!r} is of an unknown kind: use .jsonl, .jsonl.gz or .parquet")
-    return None
+def read_conversation(row: Mapping[str, Any], place: Place | None = None) -> Conversation:
+    """The conversation that a row holds. Skipped: it holds none that can be read."""
+    return Conversation(chat_of(row), token_ids(row.get("response_ids")),
+                        bool(row.get("finished", True)), tools_of(row), place)
 
 
-def read_rows(source: str, split: str = "train", streaming: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of a file or of a Hub data set, see `load_conversations`."""
-    path = local_file(source)
-    if path is None:
-        return _hub_rows(source, split, streaming)
-    return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """`tools` of a row, which may be written as JSON text; None without any. Skipped: no list."""
+    given = row.get("tools")
+    if isinstance(given, str):
+        given = json_of(given) if given.strip() else None
+    if given and not isinstance(given, list):
+        raise Skipped(f"`tools` is {kind(row['tools'])}, expected a list")
+    return given or None
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `.jsonl` or `.jsonl.gz` file; a line that is not a JSON object raises ValueError with its number."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _parsed(line, path, number)
-
-
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+def json_of(text: str) -> Any:
+    """What a text holds as JSON; the text itself where that is nothing."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{str(path)!r} line {number} is not a JSON object: one object per line is expected")
-    return row
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
+def chat_of(row: Mapping[str, Any]) -> list[Message]:
+    """All turns of a row: its chat, or what it asks and, where it has one, the answer.
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    name, _, config = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data set {source!r} (split {split!r}) is neither a file nor loadable: {reason}") from error
-    return (dict(row) for row in loaded)
+    Raises:
+        Skipped: no turns, or some that cannot be read.
+    """
+    key = next((key for key in CHATS if row.get(key) is not None), None)
+    if key is not None:
+        return behind_system(row, read_turns(row[key], key))
+    asked = asked_of(row)
+    key = next((key for key in ANSWERED if row.get(key) is not None), None)
+    return asked if key is None else [*asked, *spoken(row[key], key, "assistant")]
 
 
-def _conversation(row: dict[str, Any], where: str) -> Conversation:
-    if isinstance(turns := row.get("messages"), list):
-        messages = [read_message(turn, "role", "content", where) for turn in turns]
-    elif isinstance(turns := row.get("conversations"), list):
-        messages = [read_message(turn, "from", "value", where) for turn in turns]
-    else:
-        messages = _pair(row, where)
-    ids = row.get("response_ids")
-    tools = row.get("tools")
-    return Conversation(messages, list(ids) if ids else None, bool(row.get("finished", True)),
-                        tools if isinstance(tools, list) else None)
+def asked_of(row: Mapping[str, Any], keys: Sequence[str] = ("turns", *ASKED)) -> list[Message]:
+    """What a row asks under the first of `keys` that it has, behind its system prompt.
+
+    Raises:
+        Skipped: nothing there, or something that cannot be read.
+    """
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        null = next((key for key in (*CHATS, *keys) if key in row), None)
+        raise Skipped(f"`{null}` is null, expected text or turns" if null else
+                      f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+    if key == "turns" and isinstance(row[key], list):
+        return behind_system(row, [turn for one in row[key] for turn in spoken(one, key, "user")])
+    asked = spoken(row[key], key, "user")
+    given = row.get("input")
+    if key == "instruction" and isinstance(given, str) and given.strip():
+        asked[-1]["content"] += f"\n\n{given}"
+    return behind_system(row, asked)
 
 
-def read_message(turn: Any, role: str, content: str, where: str) -> Message:
-    """A turn with its role named as chat templates name it; `role` and `content` are its keys, `where` the row."""
-    if not isinstance(turn, dict) or not isinstance(turn.get(role), str) or not isinstance(turn.get(content), str):
-        raise ValueError(f"{where}: a turn must hold text under `{role}` and `{content}`, got {str(turn)[:80]}")
-    speaker: str = turn[role]
-    return {"role": _ROLES.get(speaker, speaker), "content": turn[content]}
+def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """Turns behind the row's system prompt, if it has one and they do not."""
+    system = next((row[key] for key in _SYSTEM if isinstance(row.get(key), str)), "")
+    if not system.strip() or any(turn["role"] == "system" for turn in turns):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
 
 
-def _pair(row: dict[str, Any], where: str) -> list[Message]:
-    for asked, answered in (("prompt", "response"), ("question", "answer")):
-        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
-            return [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": row[answered]}]
-    raise ValueError(f"{where} has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+def spoken(value: Any, key: str, role: str) -> list[Message]:
+    """Turns under `key`: a text that `role` says, one turn, or a list of turns (which may be
+    written as JSON text). Skipped: nothing of these."""
+    if isinstance(value, str):
+        turns = _listed(value)
+        return [{"role": role, "content": _short(value)}] if turns is None else read_turns(
+            turns, key)
+    if not isinstance(value, dict | list):
+        raise Skipped(f"`{key}` is {kind(value)}, expected text or turns")
+    return read_turns([value] if isinstance(value, dict) else value, key)
+
+
+def read_turns(value: Any, key: str) -> list[Message]:
+    """A list of turns, which may be written as JSON text. Skipped: it is none."""
+    turns = _listed(value) if isinstance(value, str) else value
+    if not isinstance(turns, list):
+        raise Skipped(f"`{key}` is {kind(value)}, expected a list of turns")
+    return [read_message(turn) for turn in turns]
+
+
+def _listed(text: str) -> list[Any] | None:
+    """The list of turns that a text holds as JSON, if it does."""
+    if not text.lstrip().startswith("["):
+        return None
+    found = json_of(text)
+    return found if isinstance(found, list) and all(
+        isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else None
+
+
+def read_message(turn: Any) -> Message:
+    """A turn with its role as chat templates name it, and its text in one piece.
+
+    Raises:
+        Skipped: no role or no text, or something in it that is not text.
+    """
+    if not isinstance(turn, Mapping):
+        raise Skipped(f"a turn is {kind(turn)}, expected an object with `role` and `content`")
+    role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+    if not isinstance(role, str):
+        raise Skipped(f"a turn has no `role` or `from` that is text (its keys: {_keys(turn)})")
+    kept = {key: turn[key] for key in _KEPT if turn.get(key)}
+    key = next((key for key in ("content", "value") if turn.get(key) is not None), None)
+    if role.strip().lower() in _CALLING:
+        return {"role": "assistant", "content": None, "tool_calls": _calls(turn.get(key or ""))}
+    if turn.get("function_call"):
+        kept.setdefault("tool_calls", _calls(turn["function_call"]))
+    speaker = _ROLES.get(role.strip().lower(), role)
+    if key is None and "tool_calls" not in kept:
+        raise Skipped(f"a turn has no text under `content` or `value` (its keys: {_keys(turn)})")
+    return {"role": speaker, "content": None if key is None else _text(turn[key], key), **kept}
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls of what older data sets hold: a call, or several, perhaps as JSON text."""
+    found = json_of(value) if isinstance(value, str) else value
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Skipped("a tool call without a `name`")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _keys(turn: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}, null" if turn[key] is None else str(key) for key in turn) or "none"
+
+
+def _text(value: Any, key: str) -> str:
+    """The text of a turn: as it is, or in parts of type text."""
+    if isinstance(value, str):
+        return _short(value)
+    if not isinstance(value, list):
+        raise Skipped(f"`{key}` of a turn is {kind(value)}, expected text")
+    return _short("".join(map(_part, value)))
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and (
+            part.get("type") in (None, "text", "input_text", "output_text")):
+        return part["text"]
+    found = part.get("type") if isinstance(part, Mapping) else kind(part)
+    raise Skipped(f"a turn with a part of type {found}, expected text alone")
+
+
+def _short(text: str) -> str:
+    if len(text) > LONGEST_LINE:
+        raise Skipped(f"a text of more than {LONGEST_LINE >> 20} Mi characters")
+    return text
+
+
+def token_ids(value: Any) -> list[int] | None:
+    """`response_ids` of a row: token ids, or None. Skipped: something else."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < 2**31
+                                              for one in value):
+        raise Skipped(f"`response_ids` is {kind(value)}" + (
+            " with something else than token ids" if isinstance(value, list) else
+            ", expected a list of token ids"))
+    return value

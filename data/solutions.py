@@ -12,6 +12,7 @@ from math import isclose
 from typing import Any
 
 from data.arithmetic import mistaken
+from data.files import Skipped
 
 CALCULATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 """A calculator annotation, as in GSM8K: `9 * 20 = <<9*20=180>>180`."""
@@ -81,10 +82,14 @@ def is_problem(row: Mapping[str, Any]) -> bool:
 
 def read_problem(row: Mapping[str, Any]) -> Problem:
     """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says, or else what
-    `first_error` finds (nothing without calculator annotations)."""
+    `first_error` finds (nothing without calculator annotations). Skipped: it says no characters."""
     if "ground_truth" not in row:
-        error = tuple(row["error"]) if row.get("error") else None
-        return Problem(row["question"], (Solution(row["solution"], True), Solution(row["wrong"], False, error)))
+        wrong, error = row["wrong"], row.get("error") or None
+        if error and not (isinstance(error, list) and len(error) == 2 and all(
+                type(one) is int for one in error) and 0 <= error[0] < error[1] <= len(wrong)):
+            raise Skipped("`error` is no [start, end] of characters of `wrong`")
+        return Problem(row["question"], (Solution(row["solution"], True),
+                                         Solution(wrong, False, tuple(error) if error else None)))
     tried = [value for value in row.values() if isinstance(value, Mapping) and isinstance(value.get("solution"), str)]
     right = [row["ground_truth"], *(one["solution"] for one in tried if one.get("is_correct"))]
     known = {plain_number(result) for text in right for _, result in CALCULATION.findall(text)}

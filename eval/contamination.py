@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints.pretrained import PROVENANCE, find_folder
-from data.rows import local_file, read_rows
+from data.files import Tally, local_files, read_rows
 from eval.methods import Method, Row
 from eval.tasks import Prompt, Task
 from modules.decoding.rules import RULES
@@ -82,12 +82,13 @@ def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, 
     if not isinstance(source, str):
         return {"data": None, "skipped": unnamed}
     try:
-        if local_file(source) is None:
+        if local_files(source) is None:
             return {"data": source, "skipped": "a data set on the Hub is not read for this"}
     except ValueError:
         return {"data": Path(source).name, "skipped": "the data file is not here"}
     prompts = [prompt for task in tasks for prompt in task.prompts]
-    found, short = overlapping(prompts, (text for row in read_rows(source) for text in texts_of(row)))
+    found, short = overlapping(prompts, (
+        text for row in read_rows(source, tally=Tally()) for text in texts_of(row.content)))
     return {"data": Path(source).name, "prompts": len(prompts), "found": found, "short": short}
 
 

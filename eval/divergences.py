@@ -15,8 +15,8 @@ from rich.progress import track
 from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
 from data.divergences import mine
+from data.files import read_jsonl
 from data.regenerate import Journal, messages_of, prompts_digest
-from data.rows import read_jsonl
 from eval.cli import quieten
 from eval.methods import load_drafter
 from modules.core.loading import load_target

@@ -15,7 +15,7 @@ import torch
 from checkpoints.pretrained import load_pretrained
 from data.classes import Kind, named_class
 from data.conversations import prompt_ids
-from data.rows import read_jsonl
+from data.files import read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
 from modules.core.loading import missing_here
 from modules.core.target import Target

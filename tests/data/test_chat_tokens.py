@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from data.chat_tokens import answer_spans, encode, render
 from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all, tokenize_answer
 from data.datamodule import hold_out
+from data.files import Place, Row, read_jsonl
 from data.labelled import LabelledAnswer, tokenize_labelled
 from data.preferences import tokenize_pairs
 from data.regenerate import Generation, regenerate
-from data.rows import Conversation, load_conversations, read_jsonl
+from data.rows import Conversation, load_conversations
 from tests.fakes import tiny_target, tiny_tokenizer
 
 TEXTS = ["Why is it so? Because of light.", "And then? The same again.", "<user>\n", "Be there or be square",
@@ -162,7 +163,7 @@ def test_characters_of_an_answer_are_found_in_its_tokens(scheme: str, template: 
     kept = labelled.input_ids[labelled.labels & labelled.loss_mask].tolist()
     assert tokenizer.decode(kept).strip() == "Because of"
     row = {"prompt": TURNS[:3], "chosen": "The same.", "rejected": text}
-    (pair,) = tokenize_pairs(iter([row]), "rows", tokenizer, 512)
+    (pair,) = tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 512)
     assert pair.rejected.key == document.key
 
 
@@ -178,7 +179,7 @@ def test_an_answer_with_nothing_before_it_is_left_out_and_the_later_ones_are_kep
     with caplog.at_level(logging.WARNING):
         tokenize_all([Conversation(turns), Conversation(turns[:1])], tokenizer, 100)
     assert caplog.messages == ["skipped 1 conversation: nothing stands before the answer",
-                               "left out 1 answer: nothing stands before the answer"]
+                               "changed 1 conversation: without an answer: nothing stands before the answer"]
 
 
 def test_answers_behind_a_rewritten_history_are_documents_of_their_own(tokenizer: Any) -> None:
@@ -292,7 +293,7 @@ def test_a_template_that_fails_on_a_chat_skips_it(tokenizer: Any, template: str)
 def test_pairs_need_the_last_turn_alone(tokenizer: Any, template: str, asked: list[dict[str, Any]]) -> None:
     tokenizer.chat_template = template
     row = {"prompt": asked, "chosen": "good", "rejected": "bad"}
-    (pair,) = tokenize_pairs(iter([row]), "rows", tokenizer, 100)
+    (pair,) = tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 100)
     assert pair.prompt == pair.rejected.prompt == prompt_ids(asked, tokenizer)
     assert said(pair.chosen, tokenizer)[0].endswith("good<|end|>") and len(answers(pair.chosen)) == 1
 
@@ -300,4 +301,4 @@ def test_pairs_need_the_last_turn_alone(tokenizer: Any, template: str, asked: li
 def test_pairs_that_are_too_long_say_so(tokenizer: Any) -> None:
     row = {"prompt": "a" * 50, "chosen": "good", "rejected": "bad"}
     with pytest.raises(ValueError, match=r"1 × prompt longer than the context \(30 tokens\)"):
-        tokenize_pairs(iter([row]), "rows", tokenizer, 30)
+        tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 30)

@@ -140,7 +140,7 @@ def test_labels_say_whether_the_answer_changes(decoys, every):
         neighbours += sum(length + 1 in lengths for length in lengths)
         found += labels.values()
         for row in rows:
-            (labelled,) = read_labelled(row, "row")
+            (labelled,) = read_labelled(row)
             tokens = tokenize_labelled(labelled, target.tokenizer, 128)
             assert tokens.input_ids.tolist() == prompt_ids(ASKED, target.tokenizer) + row["response_ids"]
             assert tokens.loss_mask.nonzero()[:, 0].tolist() == [len(tokens) - 1]
@@ -160,10 +160,10 @@ def test_answers_that_are_cut_or_hold_no_number_give_no_label(monkeypatch):
 
 def test_tokens_of_another_tokenizer_are_refused():
     row = {"prompt": ASKED, "response": "abc", "response_ids": [5, 6], "spans": [[1, 2, 0]]}
-    with pytest.raises(ValueError, match="response is 'abc': they are another tokenizer's"):
-        tokenize_labelled(read_labelled(row, "row")[0], tiny_target().tokenizer, 128)
+    with pytest.raises(ValueError, match="not say what response does: they are another tokenizer's"):
+        tokenize_labelled(read_labelled(row)[0], tiny_target().tokenizer, 128)
     with pytest.raises(ValueError, match="inside the response"):
-        read_labelled({**row, "spans": [[1, 3, 0]]}, "row")
+        read_labelled({**row, "spans": [[1, 3, 0]]})
 
 
 def test_the_final_number():

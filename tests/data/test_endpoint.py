@@ -14,8 +14,9 @@ import pytest
 
 from data.configfiles import run as one_line_run
 from data.endpoint import Endpoint, command, regenerate_by
+from data.files import read_jsonl
 from data.regenerate import Generation
-from data.rows import load_conversations, read_jsonl
+from data.rows import load_conversations
 
 PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
 

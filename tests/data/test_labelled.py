@@ -22,14 +22,14 @@ def marked(text: str, spans) -> list[tuple[str, int]]:
 
 
 def test_a_problem_gives_right_changed_and_wrong_answers():
-    right, changed, wrong = read_labelled(OURS, "row 1")
+    right, changed, wrong = read_labelled(OURS)
     assert marked(right.response, right.spans) == [("2 + 3 = 5 pens.", 1)]
     assert wrong.response == "2 + 3 = 6" and marked(wrong.response, wrong.spans) == [("6", 0)]
     assert changed.response.startswith("2 + 3 = ") and [span[2] for span in changed.spans] == [0]
     assert "5" not in changed.response and changed.response[changed.spans[-1][0]:].isdigit()
-    assert len(read_labelled(OURS, "row 1", corruptions=0)) == 2
-    assert read_labelled(OURS, "row 1", 3) == read_labelled(OURS, "row 1", 3)
-    answers = read_labelled(OPENAI, "row 1", corruptions=0)
+    assert len(read_labelled(OURS, corruptions=0)) == 2
+    assert read_labelled(OURS, 3) == read_labelled(OURS, 3)
+    answers = read_labelled(OPENAI, corruptions=0)
     assert [answer.response for answer in answers if answer.spans[-1][2] == 0] == ["2+3 = 6", "3*2 = 7", "6*2 = 12"]
 
 
@@ -52,7 +52,7 @@ def test_each_token_is_labelled_right_once_whatever_the_corruptions(corruptions)
             "wrong": "2 + 3 = 5 pens.\n5 * 2 = 12 caps.", "error": [24, 26]}, OURS, OPENAI]
     for row in own:
         right = list[str]()
-        for answer in read_labelled(row, "row 1", corruptions):
+        for answer in read_labelled(row, corruptions):
             labels = dict.fromkeys(range(len(answer.response)))
             for start, end, label in answer.spans:
                 labels.update(dict.fromkeys(range(start, end), label))
@@ -65,7 +65,7 @@ def test_each_token_is_labelled_right_once_whatever_the_corruptions(corruptions)
 
 def test_tokens_get_the_labels_of_their_characters():
     tokenizer = tiny_tokenizer()
-    answer = read_labelled({"prompt": "ask", "response": "abcdef", "spans": [[0, 3, 1], [3, 4, 0]]}, "row 1")[0]
+    answer = read_labelled({"prompt": "ask", "response": "abcdef", "spans": [[0, 3, 1], [3, 4, 0]]})[0]
     tokens = tokenize_labelled(answer, tokenizer, 64)
     prompt = prompt_ids(answer.messages, tokenizer)
     assert tokens.prompt == prompt and tokens.prompt_length == len(prompt)
@@ -75,13 +75,13 @@ def test_tokens_get_the_labels_of_their_characters():
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"text": "a"}, "row 3 has keys text: expected `question`"),
+    ({"text": "a"}, "the row has keys text: expected `question`"),
     ({"prompt": "a", "response": "b", "spans": [[0, 5, 1]]}, "inside the response"),
     ({"prompt": "a", "response": "b", "spans": [[0, 1, 2]]}, "label 0 or 1"),
 ])
 def test_rows_that_cannot_be_read_are_named(row, message):
     with pytest.raises(ValueError, match=message):
-        read_labelled(row, "row 3")
+        read_labelled(row)
 
 
 def test_batches_bring_labels_and_cached_states(tmp_path):

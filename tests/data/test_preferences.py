@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
 from data.conversations import Skipped, prompt_ids
+from data.files import Place, Row, read_jsonl
 from data.preferences import (
     EMBEDDED_PAIRS,
     PreferenceData,
@@ -19,7 +20,6 @@ from data.preferences import (
     separate_traces,
     tokenize_pairs,
 )
-from data.rows import read_jsonl
 from data.solutions import CALCULATION, first_error, is_problem, read_problem
 from tests.fakes import tiny_target, tiny_tokenizer
 
@@ -34,6 +34,10 @@ OPENAI = {
 }
 
 
+def placed(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    return (Row(Place("rows", "row", number), row) for number, row in enumerate(rows, 1))
+
+
 @pytest.mark.parametrize("row", [
     {"prompt": "say a", "chosen": "a", "rejected": "b"},
     {"prompt": [ASKED], "chosen": "a", "rejected": "b"},
@@ -44,22 +48,22 @@ OPENAI = {
     {"chosen": [ASKED, {"role": "assistant", "content": "a"}], "rejected": [ASKED, {"role": "gpt", "content": "b"}]},
 ])
 def test_rows_of_every_shape_mean_the_same(row):
-    (found,) = read_preferences(row, "row 1")
+    (found,) = read_preferences(row)
     assert (found.messages, found.chosen, found.rejected) == ([ASKED], "a", "b")
 
 
 def test_dialogues_share_everything_but_the_last_answer():
-    (found,) = read_preferences({"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "b"}, "row 1")
+    (found,) = read_preferences({"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "b"})
     assert [message["role"] for message in found.messages] == ["user", "assistant", "user"]
     assert (found.messages[1]["content"], found.chosen, found.rejected) == ("yes?", "a", "b")
     for row, reason in (({"chosen": DIALOGUE + "a", "rejected": "\n\nHuman: b\n\nAssistant: b"}, "differ before"),
                         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "does not end")):
         with pytest.raises(Skipped, match=reason):
-            read_preferences(row, "row 1")
-    with pytest.raises(ValueError, match="must begin with 'Human:', got"):
-        read_preferences({"chosen": "plain", "rejected": "text"}, "row 1")
-    with pytest.raises(ValueError, match="row 7 has keys text: expected `chosen`"):
-        read_preferences({"text": "a"}, "row 7")
+            read_preferences(row)
+    with pytest.raises(Skipped, match="`chosen` without a `prompt` does not begin with 'Human:'"):
+        read_preferences({"chosen": "plain", "rejected": "text"})
+    with pytest.raises(Skipped, match="the row has keys text: expected `chosen`"):
+        read_preferences({"text": "a"})
 
 
 def test_problems_give_the_most_frequent_wrong_solution_against_a_right_one():
@@ -70,10 +74,10 @@ def test_problems_give_the_most_frequent_wrong_solution_against_a_right_one():
         "6", "7", "6*2 = 12"]
     assert [solution.inferred for solution in problem.wrong] == [False, False, True]
     assert "<<" not in problem.wrong[0].text and problem.wrong[0].text.startswith("2+3 = 6 pens.")
-    (pair,) = read_preferences(OPENAI, "row 1")
+    (pair,) = read_preferences(OPENAI)
     assert (pair.rejected, pair.error) == (problem.wrong[0].text, problem.wrong[0].error)
     assert pair.chosen == "(2+3)*2 = 10.0\nA: 10", "wrong ones were sampled, and so is it"
-    (written,) = read_preferences({**OPENAI, "large": OPENAI["other"]}, "row 1")
+    (written,) = read_preferences({**OPENAI, "large": OPENAI["other"]})
     assert written.chosen == problem.right[0].text
 
 
@@ -110,7 +114,7 @@ def released_selection(answers: str) -> tuple[set[str], set[str], tuple[str, str
                                      "rrraaaab"])
 def test_a_question_gives_one_pair_and_each_frequent_wrong_answer_one_trace(answers):
     right, wrong, compared = released_selection(answers)
-    pairs = tokenize_pairs(iter([sampled(answers), sampled("rx")]), "rows", tiny_tokenizer(), 256)
+    pairs = tokenize_pairs(placed([sampled(answers), sampled("rx")]), "rows", tiny_tokenizer(), 256)
     own = [pair for pair in pairs if pair.prompt == pairs[0].prompt]
     others = [False] * (len(own) - 1)
     assert [pair.compared for pair in own] == [compared is not None, *others]
@@ -119,7 +123,7 @@ def test_a_question_gives_one_pair_and_each_frequent_wrong_answer_one_trace(answ
 
     def letters(side: str) -> list[str]:
         traces = [getattr(pair, side) for pair in separate_traces(own)]
-        texts = [tiny_tokenizer().decode(one.input_ids[one.loss_mask]) for one in traces]
+        texts = [str(tiny_tokenizer().decode(one.input_ids[one.loss_mask])) for one in traces]
         return [chr(int(re.sub(r"[^0-9]", "", text.split(":")[-1]))) for text in texts if text]
     assert sorted(letters("chosen")) == sorted(right)
     assert sorted(letters("rejected")) == sorted(wrong)
@@ -172,11 +176,11 @@ def test_one_solution_that_is_too_long_skips_itself_alone(caplog):
     row = sampled("raabbc")
     for name in ("model 0", "model 1"):
         row[name]["solution"] = "x" * 300 + row[name]["solution"]
-    pairs = tokenize_pairs(iter([row, sampled("rx")]), "rows", tiny_tokenizer(), 128)
+    pairs = tokenize_pairs(placed([row, sampled("rx")]), "rows", tiny_tokenizer(), 128)
     assert [pair.compared for pair in pairs] == [False, True]
     assert "skipped 1 pair: both answers are the same" in caplog.text
     with pytest.raises(ValueError, match="can be trained on: no question has a wrong solution"):
-        tokenize_pairs(iter([sampled("rr")]), "rows", tiny_tokenizer(), 128)
+        tokenize_pairs(placed([sampled("rr")]), "rows", tiny_tokenizer(), 128)
 
 
 @pytest.mark.parametrize(("text", "step", "inferred"), [
@@ -197,10 +201,10 @@ def test_a_step_that_no_right_solution_takes_is_wrong_as_a_whole_unless_its_arit
 
 
 def test_injected_errors_change_one_number_whose_place_is_known():
-    plain = read_preferences(OPENAI, "row 1")
+    plain = read_preferences(OPENAI)
     for seed in range(8):
-        found = read_preferences(OPENAI, "row 1", 3, seed)
-        assert found[:len(plain)] == plain and read_preferences(OPENAI, "row 1", 3, seed) == found
+        found = read_preferences(OPENAI, 3, seed)
+        assert found[:len(plain)] == plain and read_preferences(OPENAI, 3, seed) == found
         assert len(plain) < len(found) <= len(plain) + 3
         for pair in found[len(plain):]:
             start, end = pair.error or (0, 0)
@@ -210,7 +214,7 @@ def test_injected_errors_change_one_number_whose_place_is_known():
             assert pair.rejected != pair.chosen
     chosen = "It costs $9 * 2 = $18 in all."
     priced = {"question": "How much?", "ground_truth": chosen}
-    assert any(read_preferences(priced, "row 1", 1, seed)[0].rejected != chosen for seed in range(3))
+    assert any(read_preferences(priced, 1, seed)[0].rejected != chosen for seed in range(3))
     with pytest.raises(ValueError, match="data.corruptions must be 0 or above"):
         PreferenceData(corruptions=-1)
 
@@ -233,14 +237,14 @@ def test_only_the_last_answer_is_learned_and_pairs_share_their_prompt():
     rows: list[dict[str, Any]] = [{"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "bcd"},
                                   {"chosen": DIALOGUE + "a", "rejected": DIALOGUE + "a"},
                                   {"prompt": "x" * 90, "chosen": "a", "rejected": "b"}]
-    (pair,) = tokenize_pairs(iter(rows), "rows", tokenizer, 64)
-    prompt = prompt_ids(read_preferences(rows[0], "")[0].messages, tokenizer)
+    (pair,) = tokenize_pairs(placed(rows), "rows", tokenizer, 64)
+    prompt = prompt_ids(read_preferences(rows[0])[0].messages, tokenizer)
     for document, answer in ((pair.chosen, "a"), (pair.rejected, "bcd")):
         assert document.prompt == pair.prompt == prompt
-        assert tokenizer.decode(document.input_ids[document.loss_mask]).replace(" ", "") == f"{answer}<|end|>"
+        assert str(tokenizer.decode(document.input_ids[document.loss_mask])).replace(" ", "") == f"{answer}<|end|>"
     assert pair.response_tokens == 6 and len(pair) == len(pair.rejected)
     with pytest.raises(ValueError, match="no pair of data set 'rows' can be trained on: 1 × both answers are the same"):
-        tokenize_pairs(iter(rows[1:2]), "rows", tokenizer, 64)
+        tokenize_pairs(placed(rows[1:2]), "rows", tokenizer, 64)
 
 
 def test_batches_hold_a_pair_to_a_row(tmp_path):
@@ -273,9 +277,9 @@ def test_the_tokens_of_a_known_error_are_marked(tmp_path):
     for batch in data.train_dataloader():
         assert bool((batch.errors <= batch.rejected.loss_mask).all())
         for ids, errors in zip(batch.rejected.input_ids, batch.errors):
-            found.append("".join(tokenizer.decode([token]) for token in ids[errors].tolist()))
+            found.append("".join(str(tokenizer.decode([token])) for token in ids[errors].tolist()))
     assert len(found) == len(data.documents) and set(found) <= set(wrong.values()) and all(found)
-    (pair,) = tokenize_pairs(iter([{"prompt": "say a", "chosen": "a", "rejected": "b"}]), "rows", tokenizer, 64)
+    (pair,) = tokenize_pairs(placed([{"prompt": "say a", "chosen": "a", "rejected": "b"}]), "rows", tokenizer, 64)
     assert not bool(pair.errors.any())
 
 
@@ -286,7 +290,7 @@ def embedded(source: str) -> Iterator[dict[str, Any]]:
 def test_the_embedded_pairs_are_readable_and_different():
     rows = list(embedded("embedded"))
     assert len(rows) >= 60 and len({row["prompt"] for row in rows}) == len(rows)
-    assert all(read_preferences(row, "row")[0].chosen != row["rejected"] for row in rows)
+    assert all(read_preferences(row)[0].chosen != row["rejected"] for row in rows)
 
 
 def test_the_embedded_problems_are_what_the_script_makes_and_their_arithmetic_is_known():

@@ -13,8 +13,9 @@ from tokenizers import decoders
 
 import data.regenerate as module
 from data.conversations import prompt_ids, tokenize
+from data.files import read_jsonl
 from data.regenerate import Generation, command, regenerate
-from data.rows import load_conversations, read_jsonl
+from data.rows import load_conversations
 from modules.core.target import Target
 from tests.fakes import tiny_target
 from train.run import Recipe

@@ -65,7 +65,7 @@ def test_the_embedded_prompts_may_be_shown() -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "has no rows"), ("not json\n", "line 1 is not JSON"), ("[1]\n", "line 1 is not a JSON object"),
+    ("", "has no rows"), ("not json\n", "line 1: not JSON"), ("[1]\n", "row 1: the row is a number"),
     ('{"text": "x"}\n', "row 1 asks nothing"), ('{"prompt": "x"}\n{"turns": []}\n', "row 2 asks nothing"),
     ('{"turns": [1]}\n', "row 1 asks nothing")])
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

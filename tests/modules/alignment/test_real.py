@@ -7,9 +7,9 @@ from math import log
 import pytest
 import torch
 
+from data.files import read_jsonl
 from data.packing import collate
 from data.preferences import EMBEDDED_PAIRS, read_preferences, tokenize_pair
-from data.rows import read_jsonl
 from modules.alignment.dpo import DPO
 from modules.core.batches import PreferenceBatch
 from modules.core.loading import load_target
@@ -19,7 +19,7 @@ from modules.core.loading import load_target
 def test_a_step_on_an_embedded_pair_prefers_its_chosen_answer() -> None:
     target = load_target("smollm2-135m")
     row = next(read_jsonl(EMBEDDED_PAIRS))
-    pair = tokenize_pair(read_preferences(row, "row")[0], target.tokenizer, 128, target.eos_ids)
+    pair = tokenize_pair(read_preferences(row)[0], target.tokenizer, 128, target.eos_ids)
     batch = PreferenceBatch(collate([[pair.chosen]]), collate([[pair.rejected]]))
     torch.manual_seed(0)
     policy = DPO(target.shape)
