@@ -1,4 +1,5 @@
-"""Calls over trees through `torch.compile`: fixed shapes, so that one graph serves every step with a tree of its width.
+"""Calls over trees through `torch.compile`: fixed shapes, so that one graph serves every step with a tree of its width
+and a context of its size.
 
 On a GPU the graphs are CUDA graphs (`reduce-overhead`), on a CPU inductor's kernels with the weights packed into them
 (`freezing`; a packed copy per graph). Keys and values stay at fixed addresses in buffers of a few sizes; a call writes
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 WIDTHS = (*range(1, 9), 12, 16, 24, 32, 48, 64)
 """Rows that have a graph; others are rounded up to the next."""
-CAPACITY_STEP = 256
-"""Buffers hold multiples of so many slots, so that prompts of all lengths share few of them, and their graphs."""
+LEAST_CAPACITY = 256
+"""Buffers hold so many slots, or twice, four times, … as many, so that prompts of all lengths share
+few of them, and their graphs."""
 BACKEND: str | Callable[..., Any] = "inductor"
 """What compiles; tests name others."""
 
@@ -89,7 +91,8 @@ class CompiledCalls:
 
     def __init__(self, target: Target, autotune: bool = False) -> None:
         self._target, self._autotune = weakref.ref(target), autotune
-        self.graphs: dict[tuple[int, tuple[StateName, ...]], Callable[..., list[Tensor]]] = {}
+        self.graphs: dict[tuple[int, tuple[StateName, ...], int], Callable[..., list[Tensor]]] = {}
+        """By width, states and slots of the buffers."""
         self._free: dict[int, list[Buffers]] = {}
         """Buffers whose cache is gone, by their slots."""
 
@@ -102,16 +105,18 @@ class CompiledCalls:
 
     def open(self, capacity: int) -> SlotCache:
         """An empty cache of one sequence in buffers at fixed addresses, those of a cache that is gone if there are."""
-        room = -(-(capacity + WIDTHS[-1]) // CAPACITY_STEP) * CAPACITY_STEP
+        room = LEAST_CAPACITY
+        while room < capacity + WIDTHS[-1]:
+            room *= 2
         kept = self._free.setdefault(room, [])
-        fixed: Buffers = kept.pop() if kept else ([], [])
+        fixed = kept.pop() if kept else Buffers()
         cache = SlotCache(self.target.shape.num_layers, 1, room, fixed=fixed)
         weakref.finalize(cache, kept.append, fixed)
         return cache
 
     def takes(self, rows: int, cache: SlotCache) -> bool:
         """Whether a call of so many rows has a graph (the first call of new buffers makes them, and has none)."""
-        return cache.fixed is not None and len(cache.fixed[1]) == cache.num_layers and rows <= WIDTHS[-1]
+        return cache.fixed is not None and cache.fixed.store is not None and rows <= WIDTHS[-1]
 
     def __call__(self, embeddings_BNH: Tensor, rows: Rows, cache: SlotCache, names: Sequence[StateName]
                  ) -> dict[StateName, Tensor]:
@@ -124,15 +129,17 @@ class CompiledCalls:
         embeddings_BNH = F.pad(embeddings_BNH, (0, 0, 0, width - count))
         mask, wanted = target.anatomy.mask(wide, cache, embeddings_BNH), tuple(dict.fromkeys(names))
         with target.watching(wanted):
-            found = self._graph(width, wanted)(target, embeddings_BNH, wide.position_ids_BN, mask, cache.slots_BN,
-                                               *cache.fixed, wanted)
+            graph = self._graph(width, wanted, cache.capacity)
+            found = graph(target, embeddings_BNH, wide.position_ids_BN, mask, cache.slots_BN, cache.fixed.keys,
+                          cache.fixed.values, wanted)
         # The next replay of a CUDA graph writes where this one's results stand.
         return {name: state[:, :count].clone() for name, state in zip(wanted, found, strict=True)}
 
-    def _graph(self, width: int, names: tuple[StateName, ...]) -> Callable[..., list[Tensor]]:
-        key = width, names
+    def _graph(self, width: int, names: tuple[StateName, ...], capacity: int) -> Callable[..., list[Tensor]]:
+        key = width, names, capacity
         if key not in self.graphs:
-            code = tree_call.__code__.replace(co_name=f"tree_call_of_{width}_rows")
+            # A code object of its own: torch.compile gives up on one that it has compiled for eight shapes.
+            code = tree_call.__code__.replace(co_name=f"tree_call_of_{width}_rows_and_{capacity}_slots")
             own = FunctionType(code, tree_call.__globals__)
             self.graphs[key] = torch.compile(own, fullgraph=True, dynamic=False, **self._how())
         return self.graphs[key]

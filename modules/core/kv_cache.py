@@ -7,6 +7,7 @@ J rows since the last commit, A accepted rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +17,24 @@ from transformers.cache_utils import Cache
 
 from modules.core.drafter import Accepted
 
-Buffers = tuple[list[Tensor], list[Tensor]]
-"""Keys and values of every layer."""
+
+@dataclass
+class Buffers:
+    """Keys and values at addresses that stay, made when the first keys arrive.
+
+    store: [L,2,B,K,S,D], for what moves rows of all layers at once. keys, values: of every layer
+    [B,K,S,D], views of it.
+    """
+
+    store: Tensor | None = None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def hold(self, store: Tensor) -> None:
+        """Keep a store from now on."""
+        self.store, self.keys, self.values = store, [*store[:, 0]], [*store[:, 1]]
+        for buffer in (*self.keys, *self.values):
+            torch._dynamo.mark_static_address(buffer)
 
 
 class SlotCache(Cache):
@@ -31,8 +48,8 @@ class SlotCache(Cache):
         batch_size: sequences.
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
         devices: of every layer, where they are not all on one; each device has a buffer for its layers.
-        fixed: lists for keys and values of every layer [B,K,S,D] at addresses that stay (`modules.core.compiled`), as
-            far as they were made; every call then sees all slots, and its mask says which count.
+        fixed: buffers at addresses that stay (`modules.core.compiled`), in use already or not; every call then sees
+            all slots, and its mask says which count.
     """
 
     def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = (),
@@ -45,6 +62,8 @@ class SlotCache(Cache):
         self._spread = len(set(self._devices)) > 1
         self._stores: dict[torch.device, Tensor] = {}
         """[L,2,B,K,S,D] of the layers of each device."""
+        if fixed is not None and fixed.store is not None:
+            self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
         self.ahead = 0
         """Rows of earlier calls, written since the last commit, that stand before those of this call."""
@@ -110,27 +129,19 @@ class SlotCache(Cache):
 
     def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
-        if self.fixed is not None:
-            return self._fixed_buffers(self.fixed, layer, like_BKND)
         device = like_BKND.device
         if device not in self._stores:
             batch, heads, _, size = like_BKND.shape
             layers = self._devices.count(device) if self._spread else self.num_layers
             self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
+            if self.fixed is not None:
+                self.fixed.hold(self._stores[device])
         row = self._devices[:layer].count(device) if self._spread else layer
         return self._stores[device][row, 0], self._stores[device][row, 1]
 
-    def _fixed_buffers(self, fixed: Buffers, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a layer; all up to it are made when it is first called."""
-        batch, heads, _, size = like_BKND.shape
-        for buffers in fixed:
-            while len(buffers) <= layer:
-                buffers.append(like_BKND.new_zeros(batch, heads, self.capacity, size))
-                torch._dynamo.mark_static_address(buffers[-1])
-        return fixed[0][layer], fixed[1][layer]
-
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
-        """Replace every buffer by what `how` makes of it."""
+        """Replace every buffer by what `how` makes of it, at another address."""
+        self.fixed = None
         self._stores = {device: how(store) for device, store in self._stores.items()}
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
@@ -143,7 +154,7 @@ class SlotCache(Cache):
 
     def commit(self, accepted: Accepted) -> None:
         """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
-        assert self._stores or self.fixed, "nothing was written yet"
+        assert self._stores, "nothing was written yet"
         for sequence, rows in enumerate(accepted.paths):
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
             if in_place < len(rows):
@@ -156,7 +167,7 @@ class SlotCache(Cache):
         """Move the rows behind the first `in_place` ones, which stand where they belong."""
         start = self.lengths[sequence]
         target = start + in_place
-        for store in (*self._stores.values(), *(self.fixed[0] + self.fixed[1] if self.fixed else ())):
+        for store in self._stores.values():
             buffer = store[..., sequence, :, :, :]
             moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
             buffer[..., target:target + len(tail_M), :] = moved

@@ -19,6 +19,7 @@ from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.medusa import Medusa
 from modules.trees.tree import TokenTree
+from tests import fakes
 from tests.fakes import ScriptedDrafter, many_prompts, tiny_target
 
 PROMPTS = many_prompts(4)
@@ -55,10 +56,12 @@ def ids(decoder: SpeculativeDecoder, limit: int = 14) -> list[list[int]]:
 def test_tokens_are_those_of_plain_decoding_and_every_width_is_compiled_once(arch: str, made: Counter[str]) -> None:
     expected, target = ids(SpeculativeDecoder(tiny_target(arch), stop_ids=ENDLESS)), compiling(arch=arch)
     assert ids(SpeculativeDecoder(target, stop_ids=ENDLESS)) == expected
-    assert target.compiled is not None and list(target.compiled.graphs) == [(1, ("final",))] and made["graphs"] == 1
+    assert target.compiled is not None and list(target.compiled.graphs) == [(1, ("final",), 256)]
+    assert made["graphs"] == 1
     drafter = ScriptedDrafter(target.shape, 0.6, decoys=2)
     assert ids(SpeculativeDecoder(target, drafter, stop_ids=ENDLESS)) == expected
-    assert [width for width, _ in target.compiled.graphs] == [1, 12] and made["graphs"] == 2, "ten rows run as twelve"
+    assert [width for width, _, _ in target.compiled.graphs] == [1, 12], "ten rows run as twelve"
+    assert made["graphs"] == 2
 
 
 def test_drafters_get_the_states_they_ask_for(made: Counter[str]) -> None:
@@ -97,10 +100,26 @@ def test_batches_wide_trees_and_rewritten_states_run_uncompiled(made: Counter[st
     assert not made and target.compiled is not None and not target.compiled.graphs
 
 
+def test_contexts_of_many_sizes_share_few_graphs_each_compiled_for_one_shape(
+        made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fakes.DIMENSIONS, "max_position_embeddings", 4096)
+    target = compiling(layers=1, dtype=torch.float32)
+    drafter = ScriptedDrafter(target.shape, depth=0)
+    decoder = SpeculativeDecoder(target, drafter, stop_ids=ENDLESS)
+    sizes = range(200, 2500, 190)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for size in sizes:
+            decoder.decode([[7 + i % 50 for i in range(size)]], GREEDY, 3)
+    assert len(sizes) > 10 and target.compiled is not None
+    rooms = [capacity for _, _, capacity in target.compiled.graphs]
+    assert rooms == [512, 1024, 2048, 4096] and made["graphs"] == len(rooms)
+
+
 def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_own(made: Counter[str]) -> None:
     target = compiling()
     decoder = SpeculativeDecoder(target, stop_ids=ENDLESS)
     expected = ids(decoder, 8)
+    gc.collect()  # what the compiler's own frames hold
     streams = [decoder.stream(prompt, GREEDY, 8) for prompt in PROMPTS[:2]]
     told: list[list[int]] = [[], []]
     for _ in range(8):
@@ -143,7 +162,8 @@ class Stub:
 
 def test_what_cannot_be_compiled_whole_is_refused() -> None:
     target = tiny_target()
-    target.model.config.quantization_config = {"load_in_4bit": True}
+    model: Any = target.model
+    model.config.quantization_config = {"load_in_4bit": True}
     with pytest.raises(ValueError, match="compile: tiny-llama is 4bit: leave it out"):
         target.compile_calls()
 
@@ -156,7 +176,7 @@ def test_inductor_with_packed_weights_gives_the_same_logits_and_tokens() -> None
     drafter = ScriptedDrafter(target.shape, 0.6, depth=2)
     expected = SpeculativeDecoder(plain, stop_ids=ENDLESS).decode([PROMPTS[0]], GREEDY, 9)[0].ids
     assert SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode([PROMPTS[0]], GREEDY, 9)[0].ids == expected
-    assert target.compiled is not None and [width for width, _ in target.compiled.graphs] == [3]
+    assert target.compiled is not None and [width for width, _, _ in target.compiled.graphs] == [3]
     tree, found = TokenTree.chain(torch.tensor([[5, 6, 7]])), []
     for each in (plain, target):
         each.open(1, 32)
