@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -283,11 +283,13 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     binds_to = getattr(trainable, "binds_to", "weights")
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
-    if binds_to != "nothing" and there.vocab_size != here.vocab_size:
-        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
-                         f"{here.vocab_size}")
+    if binds_to == "vocabulary":
+        cast(Any, trainable).adapt(target)
     if binds_to != "weights":
         return
+    if there.vocab_size != here.vocab_size:
+        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
+                         f"{here.vocab_size}")
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
         raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
                          f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")

@@ -154,14 +154,15 @@ class TrimmedHead(nn.Module):
     Args:
         head: the whole head, whose rows are copied.
         vocabulary_D: token ids that can be drafted.
+        size: token ids that there are.
     """
 
-    def __init__(self, head: nn.Linear, vocabulary_D: Tensor) -> None:
+    def __init__(self, head: nn.Linear, vocabulary_D: Tensor, size: int) -> None:
         super().__init__()
         self.register_buffer("vocabulary", vocabulary_D)
         self.weight = nn.Parameter(head.weight[vocabulary_D].detach(), requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias[vocabulary_D].detach(), requires_grad=False)
-        self.size = head.out_features
+        self.size = size
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """[B,T,H] -> [B,T,V]."""
@@ -183,8 +184,10 @@ def trained(name: str, target: Target) -> Any:
     # Cast by the drafter, which keeps its rotary frequencies; the stock model shares its weights.
     stock = drafter.to(target.device, target.dtype).stock
     model = stock.to(target.device).eval().requires_grad_(False)
-    if drafter.vocabulary_D is not None:
-        model.set_output_embeddings(TrimmedHead(model.get_output_embeddings(), drafter.vocabulary_D.to(target.device)))
+    if drafter.tokens_D is not None:
+        size, drafted_D = target.shape.vocab_size, drafter.tokens_D.to(target.device)
+        model.set_output_embeddings(TrimmedHead(model.get_output_embeddings(), drafted_D, size))
+        model.config.vocab_size = size
     return model
 
 

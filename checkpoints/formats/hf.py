@@ -40,7 +40,7 @@ def exported(drafter: Independent, target: Target) -> Exported:
     Raises:
         ValueError: a trimmed draft vocabulary, which a plain model cannot express.
     """
-    if drafter.vocabulary_D is not None:
+    if drafter.vocabulary is not None:
         raise ValueError(f"draft_vocabulary is {drafter.draft_size}: a plain model drafts from all tokens, and the "
                          "others were never taught to be unlikely; train with draft_vocabulary: null for engines")
     stock = drafter.stock
@@ -73,7 +73,7 @@ def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], co
     if target is not None and (folder / "tokenizer_config.json").is_file():
         check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder), target)
     with torch.device("meta"):
-        expected = fresh_model(config_of_dict(arguments["model"], None, shape))
+        expected = fresh_model(config_of_dict(arguments["model"], None))
     own = {name: ledger.take(name, *tensor.shape) for name, tensor in _own(expected).items()}
     tied = set(expected.state_dict()) - set(own)
     for name in tied:

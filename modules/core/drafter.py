@@ -198,7 +198,8 @@ class Drafter(Trainable):
     """
 
     binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
-    """Which targets it may serve: the one it was trained for, any with the same tokenizer, or any."""
+    """Which targets it may serve: the one it was trained for, any with the same tokenizer (which `adapt` compares), or
+    any."""
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:

@@ -36,7 +36,8 @@ class EntropyAdaptive:
 
     Args:
         large: the target, whose text is approximated.
-        small: a smaller model of the same tokenizer: Hub id or folder, or the loaded target.
+        small: a smaller model of the same tokenizer, however its vocabulary is padded: Hub id or folder, or the loaded
+            target.
         threshold: bits; above it the large model writes.
         window: entropies averaged. shortest_run: tokens between two changes at least.
 
@@ -54,9 +55,6 @@ class EntropyAdaptive:
             raise ValueError(f"window and shortest_run must be at least 1, got {window} and {shortest_run}")
         other = small if isinstance(small, Target) else load_target(small, str(large.dtype).removeprefix("torch."),
                                                                     str(large.device))
-        if other.shape.vocab_size != large.shape.vocab_size:
-            raise ValueError(f"small has {other.shape.vocab_size} tokens, the target {large.shape.vocab_size}: give a "
-                             "model of the same tokenizer")
         if other.tokenizer.get_vocab() != large.tokenizer.get_vocab():
             raise ValueError(f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: give a "
                              "model of the same tokenizer")
@@ -106,10 +104,13 @@ class EntropyAdaptive:
         return model.cache
 
     def _read(self, model: Target, text: list[int]) -> Tensor:
-        """Logits [V] behind the text, of which only what the model has not seen is read."""
+        """Logits behind the text, of no more ids than the large model has; only what the model has not seen is read,
+        ids of the other's padding as its own last one."""
         assert model.cache is not None
         unseen = torch.tensor([text[model.cache.lengths[0]:]], device=model.device)
-        return model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))[0][0]
+        unseen = unseen.clamp(max=model.shape.vocab_size - 1)
+        logits_BV, _ = model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))
+        return logits_BV[0, :self.large.shape.vocab_size]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
         """What a report says of these answers: the shares of their tokens that either model wrote

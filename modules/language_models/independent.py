@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from modules.core.divergences import DIVERGENCES, total_variation
 from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verified
 from modules.core.kv_cache import SlotCache
 from modules.core.layers import causal_rows
-from modules.core.learned import CHEAP_BUDGET, DraftStep, LearnedDrafter, final_states, see_parents
+from modules.core.learned import CHEAP_BUDGET, DraftStep, final_states, see_parents
 from modules.core.losses import (
     IGNORED,
     Head,
@@ -45,6 +45,7 @@ from modules.language_models.stock import (
     load_named,
     vocabulary_hash,
 )
+from modules.language_models.vocabularies import TokenDrafter
 from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 
@@ -65,8 +66,9 @@ class IndependentState(DraftState):
     above_BRA: Tensor | None = None
 
 
-class Independent(LearnedDrafter):
-    """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own.
+class Independent(TokenDrafter):
+    """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own. Its embedding may have
+    more or fewer rows than the target's: ids that both have are drafted.
 
     Loss: a divergence of its law q from the target's law p, at temperature 1. The KL and
     Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
@@ -81,7 +83,8 @@ class Independent(LearnedDrafter):
             Face config (with `model_type`) for random weights. A saved drafter holds its config here.
         layers: how many first layers are kept, with the embedding, the final norm and the LM head; null for all of a
             named model, and for an eighth of the target's, two at least.
-        draft_vocabulary: how many token ids can be drafted; null for all. Only their LM-head rows are computed.
+        draft_vocabulary: how many token ids can be drafted; null for all that both models have. Only their LM-head
+            rows are computed.
         divergence: `forward_kl`, `reverse_kl`, `kl_mixture`, `jensen_shannon` or `total_variation`.
         own_text: share of training batches whose answers the drafter writes itself before it learns from them.
         own_tokens: tokens that it then writes behind each prompt.
@@ -91,7 +94,6 @@ class Independent(LearnedDrafter):
         tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
     """
 
-    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "vocabulary"
     soft_labels = True
     language_model: Target
 
@@ -99,16 +101,16 @@ class Independent(LearnedDrafter):
                  draft_vocabulary: int | None = None, divergence: str = "forward_kl", own_text: float = 0.0,
                  own_tokens: int = 32, frozen_embedding: bool = False, draft_length: int = 3, width: int = 1,
                  tokenizer: str | None = None) -> None:
-        super().__init__(shape, 1, draft_vocabulary, decay=1.0)
         _check(divergence, own_text, own_tokens, draft_length, width)
+        if isinstance(model, dict):
+            config = config_of_dict(model, layers)
+        else:
+            config = config_of_shape(shape, layers) if model is None else config_named(model, layers)
+        super().__init__(shape, config.vocab_size, draft_vocabulary)
         self.source, self.layers, self.frozen_embedding = model, layers, frozen_embedding
         self.divergence_name, self.own_text, self.own_tokens = divergence, own_text, own_tokens
-        if isinstance(model, dict):
-            self._adopt(fresh_model(config_of_dict(model, layers, shape)))
-        else:
-            with torch.device("meta"):
-                self._adopt(fresh_model(config_of_shape(shape, layers) if model is None
-                                        else config_named(model, layers, shape)))
+        with torch.device("cpu" if isinstance(model, dict) else "meta"):
+            self._adopt(fresh_model(config))
         self._builder = StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
         self._budget = max(CHEAP_BUDGET, draft_length)
 
@@ -139,17 +141,9 @@ class Independent(LearnedDrafter):
         folder. It knows nothing of a trimmed draft vocabulary: tokens outside were never taught to be unlikely."""
         return self.language_model.stock
 
-    def adapt(self, target: Target) -> Target:
-        """The target itself. ValueError when its tokenizer is not the one that the drafter reads."""
-        known = self.arguments["tokenizer"]
-        if known is not None and known != vocabulary_hash(target.tokenizer):
-            raise ValueError(f"drafter: its tokenizer has vocabulary {known}, the target {target.name} has "
-                             f"{vocabulary_hash(target.tokenizer)}: give a drafter of the same tokenizer")
-        return target
-
     def head(self, depth: int, target: Target) -> Head:
-        """Its own LM head, of a trimmed vocabulary only those rows."""
-        return lambda hidden: self.language_model.logits(hidden, self.vocabulary_D)
+        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the target's its first."""
+        return lambda hidden: self.language_model.logits(hidden, self.vocabulary)[..., :self.draft_size]
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -164,6 +158,7 @@ class Independent(LearnedDrafter):
 
     def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
         """The inputs [M,H] of the LM head: a single draft step."""
+        batch = replace(batch, input_ids=self.read_ids(batch.input_ids))
         final = self.language_model.features(batch, ("final",), gradient=torch.is_grad_enabled())["final"]
         yield final.flatten(0, 1)[rows.flat_MK1[:, 1]]
 
@@ -197,10 +192,10 @@ class Independent(LearnedDrafter):
     def own_or_given(self, batch: TextBatch) -> TextBatch:
         """The batch, or as often as `own_text` says its prompts with answers that the drafter writes now."""
         room = self.language_model.max_positions - self.own_tokens
-        prompts = [prompt for prompt in document_prompts(batch) if len(prompt) <= room]
+        prompts = [self.read_ids(prompt) for prompt in document_prompts(batch) if len(prompt) <= room]
         if not prompts or float(torch.rand(())) >= self.own_text:
             return batch
-        return written(self.language_model, prompts, self.own_tokens, self.vocabulary_D)
+        return written(self.language_model, prompts, self.own_tokens, self.tokens_D)
 
     # -- decoding ---------------------------------------------------------------------------------------------
 
@@ -242,7 +237,7 @@ class Independent(LearnedDrafter):
     def _read(self, state: IndependentState, tokens_BN: Tensor, rows: Rows) -> Tensor:
         state.cache.reserve(rows.visible_BNN.shape[2])
         self.language_model.cache = state.cache
-        return self.language_model.read(tokens_BN, rows)
+        return self.language_model.read(self.read_ids(tokens_BN), rows)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """The emitted tokens wait to be read with the next root; the drafted rows are forgotten."""

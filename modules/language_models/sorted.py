@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ from torch.nn import functional as F
 from modules.core.batches import StateName, TextBatch
 from modules.core.drafter import Accepted, Context, Drafter, DraftState, Frontier, TreeBuilder, Verified
 from modules.core.layers import DecoderLayer, run_layers, target_weight
-from modules.core.learned import CHEAP_BUDGET, LearnedDrafter, rows_at
+from modules.core.learned import CHEAP_BUDGET, rows_at
 from modules.core.losses import IGNORED, Head, TrainingRows, accuracy, cross_entropy, masked_mean, training_rows
 from modules.core.narrow import narrow_linear
 from modules.core.trainable import Losses, Mean, TargetShape
 from modules.heads.head_drafter import soft_labels
 from modules.language_models.segments import Pending, Segment
+from modules.language_models.stock import vocabulary_hash
+from modules.language_models.vocabularies import TokenDrafter
 from modules.trees.rerank import RerankedTree
 from modules.trees.static import StaticTree
 from modules.trees.tree import Law, TokenTree
@@ -72,7 +74,7 @@ class SortedState(DraftState):
         self.positions_BR = torch.cat([self.positions_BR, positions], dim=1)
 
 
-class Sorted(LearnedDrafter):
+class Sorted(TokenDrafter):
     """A small language model of the target's kind, made from its first layers, that can be left at several depths.
 
     Loss: (1 / n) Σ_i CE(W RMSNorm(h^{l_i}), next token), all exits in one pass, the same norm and LM head for all.
@@ -95,15 +97,14 @@ class Sorted(LearnedDrafter):
         adaptive: let the chain grow by two when all of it was accepted, as far as the budget, and shrink by one when
             not.
         width: 1 drafts a chain; more, a tree that expands so many nodes per level (EAGLE-2's).
+        tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
     """
-
-    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "vocabulary"
 
     def __init__(self, shape: TargetShape, exits: list[int] | None = None, thresholds: list[float] | float = 0.5,
                  draft_vocabulary: int | None = None, labels: Literal["hard", "soft"] = "hard",
                  sorted_training: bool = True, frozen_embedding: bool = True, draft_length: int = 3,
-                 adaptive: bool = True, width: int = 1) -> None:
-        super().__init__(shape, 1, draft_vocabulary, decay=1.0)
+                 adaptive: bool = True, width: int = 1, tokenizer: str | None = None) -> None:
+        super().__init__(shape, shape.vocab_size, draft_vocabulary)
         self.exits = default_exits(shape.num_layers) if exits is None else exits
         _check_exits(self.exits, shape.num_layers)
         if draft_length < 1 or width < 1:
@@ -131,10 +132,11 @@ class Sorted(LearnedDrafter):
             self.norm.weight.copy_(norm)
         for index, layer in enumerate(self.layers):
             cast(DecoderLayer, layer).copy_from(target, index)
+        self.arguments |= {"tokenizer": vocabulary_hash(target.tokenizer)}
 
     def head(self, depth: int, target: Target) -> Head:
         """Its own LM head, the same for all exits."""
-        return lambda hidden: narrow_linear(hidden, self.lm_head.weight)
+        return lambda hidden: narrow_linear(hidden, self.lm_head.weight)[..., :self.draft_size]
 
     def part(self, exit_index: int) -> nn.ModuleList:
         """The layers between the exit before and this one."""
@@ -150,7 +152,7 @@ class Sorted(LearnedDrafter):
 
     def exit_features(self, batch: TextBatch, rows: TrainingRows) -> Iterator[Tensor]:
         """The LM head's inputs [M,H] of the rows that read the last given token, exit by exit."""
-        hidden, seen = self.embedding(batch.input_ids), batch.rows()
+        hidden, seen = self.embedding(self.read_ids(batch.input_ids)), batch.rows()
         for exit_index in range(len(self.exits)):
             hidden = run_layers(self.part(exit_index), hidden, seen)
             yield self.norm(hidden.flatten(0, 1)[rows.flat_MK1[:, 1]])
@@ -187,7 +189,7 @@ class Sorted(LearnedDrafter):
 
     def start(self, context: Context) -> SortedState:
         """Nothing is run before the first draft asks for it."""
-        embedded = self.embedding(context.input_ids_BT)
+        embedded = self.embedding(self.read_ids(context.input_ids_BT))
         segments = [Segment.empty(self.shape, len(self.part(i)), embedded) for i in range(len(self.exits))]
         segments[0].pending = Pending(embedded, context.lengths_B)
         wanted = torch.full_like(context.lengths_B, self.draft_length)
@@ -210,7 +212,7 @@ class Sorted(LearnedDrafter):
             state.begin()
         state.add(frontier)
         first, width = state.segments[0], frontier.tokens_BW.shape[1]
-        first.rows_BRH = torch.cat([first.rows_BRH, self.embedding(frontier.tokens_BW)], dim=1)
+        first.rows_BRH = torch.cat([first.rows_BRH, self.embedding(self.read_ids(frontier.tokens_BW))], dim=1)
         for exit_index, segment in enumerate(state.segments):
             behind, outputs = segment.catch_up(self.part(exit_index), state.above_BRR, state.positions_BR)
             if exit_index + 1 < len(state.segments):
@@ -237,7 +239,7 @@ class Sorted(LearnedDrafter):
         assert isinstance(state, SortedState)
         state.begin()
         tokens_BA, first = accepted.along_path(verified.tree.tokens_BN), state.segments[0]
-        first.pending = first.pending.and_then(Pending(self.embedding(tokens_BA), accepted.lengths_B))
+        first.pending = first.pending.and_then(Pending(self.embedding(self.read_ids(tokens_BA)), accepted.lengths_B))
         return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
                        wanted_B=adapted_length(state.wanted_B, verified.tree, accepted))
 

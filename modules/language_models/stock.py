@@ -20,25 +20,25 @@ _NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "dtype", "quantizatio
 """Of a config: where it came from, what could name code to import, and what the weights say themselves."""
 
 
-def config_named(name: str, layers: int | None, shape: TargetShape) -> Any:
+def config_named(name: str, layers: int | None) -> Any:
     """The config of a named model, cut to its first layers.
 
     Raises:
-        ValueError: nothing there, an unsupported architecture, too few layers, or another vocabulary than the target's.
+        ValueError: nothing there, an unsupported architecture, or too few layers.
     """
     try:
         config = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"drafter.model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return _checked(config, layers, shape)
+    return _checked(config, layers)
 
 
-def config_of_dict(values: Mapping[str, Any], layers: int | None, shape: TargetShape) -> Any:
+def config_of_dict(values: Mapping[str, Any], layers: int | None) -> Any:
     """The config that plain values spell out. ValueError: as `config_named`, or no `model_type`."""
     if values.get("model_type") not in SUPPORTED:
         raise ValueError(f"drafter.model.model_type is {values.get('model_type')!r}: use one of {', '.join(SUPPORTED)}")
     kept = {key: value for key, value in values.items() if key not in _NOT_KEPT}
-    return _checked(AutoConfig.for_model(**kept), layers, shape)
+    return _checked(AutoConfig.for_model(**kept), layers)
 
 
 def config_of_shape(shape: TargetShape, layers: int | None) -> Any:
@@ -68,12 +68,9 @@ def _within(layers: int, available: int) -> int:
     return layers
 
 
-def _checked(config: Any, layers: int | None, shape: TargetShape) -> Any:
+def _checked(config: Any, layers: int | None) -> Any:
     if config.model_type not in SUPPORTED:
         raise ValueError(f"drafter.model has architecture {config.model_type!r}: use one of {', '.join(SUPPORTED)}")
-    if config.vocab_size != shape.vocab_size:
-        raise ValueError(f"drafter.model has a vocabulary of {config.vocab_size} tokens, the target of "
-                         f"{shape.vocab_size}: give a model of the same tokenizer")
     return config if layers is None else truncated_config(config, _within(layers, config.num_hidden_layers))
 
 
@@ -92,7 +89,7 @@ def load_named(name: str | None, layers: int | None, target: Target) -> tuple[An
     if name is None:
         stock = target.stock
         return truncated_config(stock.config, kept_layers(layers, target.shape)), stock.state_dict()
-    config, loader, folder = config_named(name, layers, target.shape), AutoModelForCausalLM, locate(name)
+    config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)
     check_tokenizer(AutoTokenizer.from_pretrained(folder), name, target)
     return config, loader.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
 

@@ -135,7 +135,11 @@ def test_another_target_is_refused_by_name(saved):
 
 def test_what_binds_to_the_vocabulary_serves_any_target_that_shares_it(saved, monkeypatch):
     monkeypatch.setattr(Tiny, "binds_to", "vocabulary")
-    load_pretrained(saved[1], tiny_target(seed=1))
+    other, adapted = tiny_target(seed=1), []
+    monkeypatch.setattr(Tiny, "adapt", lambda self, target: adapted.append(target) or target)
+    load_pretrained(saved[1], other)
+    assert adapted == [other], "the drafter itself compares tokenizers"
+    monkeypatch.setattr(Tiny, "binds_to", "weights")
     with pytest.raises(ValueError, match="a vocabulary of 128 tokens.* has 96"):
         load_pretrained(saved[1], tiny_target(vocab=96))
     monkeypatch.setattr(Tiny, "binds_to", "nothing")
