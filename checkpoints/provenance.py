@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modules.core.chat import arguments_of
+
 if TYPE_CHECKING:
     from modules.core.target import Target
 
@@ -24,11 +26,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Provenance:
     """What `provenance.json` holds.
 
-    target: `name` and `fingerprint` of the target that was trained for. data: what it was trained on (`train`,
-    `fingerprint`, counts). measured: figures by name (`probe/tau`, `val/loss`, …). settings: the run's config.
+    target: `name` and `fingerprint` of the target that was trained for, and arguments of its `chat_template` if any.
+    data: what it was trained on (`train`, `fingerprint`, counts). measured: figures by name (`probe/tau`, `val/loss`,
+    …). settings: the run's config.
     """
 
-    target: Mapping[str, str]
+    target: Mapping[str, Any]
     data: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -40,7 +43,9 @@ class Provenance:
     @classmethod
     def of(cls, target: Target, **found: Any) -> Provenance:
         """Provenance of something trained for `target`; `found` gives data, measured and settings."""
-        return cls({"name": target.name, "fingerprint": target.fingerprint()}, **found)
+        arguments = arguments_of(target.tokenizer)
+        told = {"chat_template": arguments} if arguments else {}
+        return cls({"name": target.name, "fingerprint": target.fingerprint(), **told}, **found)
 
     @classmethod
     def read(cls, file: Path) -> Provenance:

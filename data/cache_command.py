@@ -23,7 +23,7 @@ _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoin
 def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
           drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None,
           shard: str | None = None, device: str | None = None,
-          precision: Literal["32-true", "bf16-mixed"] = "32-true") -> None:
+          precision: Literal["32-true", "bf16-mixed"] = "32-true", chat_template: dict[str, Any] | None = None) -> None:
     """Compute the states of a frozen target over a data set, once.
 
     Processes that torchrun or SLURM started share the work by themselves, and end when all of it is done.
@@ -37,6 +37,7 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
         shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill one folder.
         device: that the target runs on; null is this process's GPU, or the CPU.
         precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the processor can.
+        chat_template: arguments of the target's chat template, as in the recipe.
 
     Raises:
         ValueError: no folder, nothing says which states, or no such part.
@@ -46,7 +47,7 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
         raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
-    loaded = load_target(target, dtype).to(device or own_device())
+    loaded = load_target(target, dtype, "cpu", chat_template).to(device or own_device())
     names = states or (drafter(loaded.shape).training_states if drafter else ())
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         if share is None:
@@ -66,7 +67,7 @@ def command(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
     built = parser.instantiate(parse(parser, arguments))
     cache(built.data, built.target, built.dtype, built.drafter, built.states, built.shard, built.device,
-          built.precision)
+          built.precision, built.chat_template)
     return 0
 
 

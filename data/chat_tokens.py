@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 
 from data.files import Skipped
 from data.rows import Conversation
+from modules.core.chat import arguments_of
 
 Turn = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -81,7 +82,7 @@ def render(messages: Sequence[Turn], tokenizer: Any, generate: bool = False, too
     turns = [_for_template(turn, str(tokenizer.chat_template)) for turn in messages]
     try:
         return tokenizer.apply_chat_template(turns, tools=list(tools) if tools else None, tokenize=False,
-                                             add_generation_prompt=generate)
+                                             add_generation_prompt=generate, **arguments_of(tokenizer))
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise Skipped(f"refused by the chat template ({error})") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data.configfiles import config_parser, parse, run
 from data.conversations import tokenize_all
@@ -15,7 +16,7 @@ from modules.training_free.datastore import Datastore
 
 
 def build(output: str, source: str = "embedded", target: str = "smollm2-135m", split: str = "train",
-          limit: int | None = None, max_length: int = 2048) -> None:
+          limit: int | None = None, max_length: int = 2048, chat_template: dict[str, Any] | None = None) -> None:
     """Tokenise a data set as the target's prompts are and sort its suffixes.
 
     Args:
@@ -25,11 +26,12 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
         split: of a Hub data set.
         limit: conversations read at most.
         max_length: tokens of one conversation at most.
+        chat_template: arguments of the target's chat template.
 
     Raises:
         ValueError: nothing to read.
     """
-    loaded = load_target(target)
+    loaded = load_target(target, chat_template=chat_template)
     tally = Tally("conversation")
     documents = tokenize_all(load_conversations(source, limit, split, tally=tally), loaded.tokenizer,
                              max_length, None, loaded.eos_ids, loaded.shape.vocab_size, tally)

@@ -23,7 +23,7 @@ from data.conversations import Tokens, check_ids, hash_ids, tokenize_answer
 from data.datamodule import Batches, ConversationData
 from data.files import Row, Skipped, Tally, read_rows
 from data.packing import collate
-from data.rows import ASKED, CHATS, Conversation, Message, asked_of, behind_system, chat_of, spoken
+from data.rows import ASKED, CHATS, Conversation, Message, asked_of, behind_system, chat_of, spoken, tools_of
 from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
 
@@ -45,7 +45,8 @@ class Preference:
     None, the other is a right or wrong trace of its own, which nothing is compared with.
 
     error: characters of the first mistake in the rejected answer, where it is known. inferred: it is only known to lie
-    in the step that `error` spans.
+    in the step that `error` spans. turns: the two answers whole, where they hold more than text. tools: descriptions
+    of the functions that the assistant may call.
     """
 
     messages: list[Message]
@@ -53,6 +54,8 @@ class Preference:
     rejected: str | None
     error: Span | None = None
     inferred: bool = False
+    turns: tuple[Message, Message] | None = None
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,9 @@ def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -
                   for k, one in enumerate(wrong)]
         return [*(traces or [Preference(asked, right, None)]),
                 *(Preference(asked, right, one.text + one.rest, one.error) for one in changed)]
-    if row.get("tools"):
-        raise Skipped("`tools` of a row are not given to the chat template")
     if not {"chosen", "rejected"} <= row.keys():
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
-    return [_dialogues(*(_dialogue(row, key) for key in ("chosen", "rejected")))]
+    return [_dialogues(_dialogue(row, "chosen"), _dialogue(row, "rejected"), tools_of(row))]
 
 
 def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
@@ -157,15 +158,13 @@ def _turns(dialogue: str, key: str) -> list[Message]:
     return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]
 
 
-def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
+def _dialogues(chosen: list[Message], rejected: list[Message], tools: list[Any] | None) -> Preference:
     if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise Skipped("the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise Skipped("the dialogues differ before the last answer")
-    for side in (chosen, rejected):
-        if side[-1].keys() - {"role", "content", "name"}:
-            raise Skipped("an answer with tool calls or reasoning, of which pairs compare the text")
-    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    better, worse = chosen[-1], rejected[-1]
+    return Preference(chosen[:-1], better["content"] or "", worse["content"] or "", turns=(better, worse), tools=tools)
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
@@ -176,10 +175,11 @@ def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_i
     """The answers behind the target's chat template; `Skipped` when one leaves nothing to
     compare."""
     sides: list[Tokens | None] = []
-    for answer in (preference.chosen, preference.rejected):
-        dialogue = [*preference.messages, {"role": "assistant", "content": answer or ""}]
-        sides.append(None if answer is None
-                     else tokenize_answer(Conversation(dialogue), tokenizer, max_length, end_ids))
+    answers = preference.chosen, preference.rejected
+    turns = preference.turns or [{"role": "assistant", "content": answer or ""} for answer in answers]
+    for answer, turn in zip(answers, turns, strict=True):
+        dialogue = Conversation([*preference.messages, turn], tools=preference.tools)
+        sides.append(None if answer is None else tokenize_answer(dialogue, tokenizer, max_length, end_ids))
     real = next(side for side in sides if side is not None)
     chosen, rejected = (_absent(real) if side is None else side for side in sides)
     if chosen.key == rejected.key:

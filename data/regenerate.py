@@ -28,6 +28,7 @@ from data.configfiles import config_parser, parse, run
 from data.conversations import prompt_ids
 from data.files import read_jsonl
 from data.rows import Message
+from modules.core.chat import arguments_of
 from modules.core.drafter import Sampling
 from modules.core.generation import stock_generate
 from modules.core.loading import load_target
@@ -224,7 +225,8 @@ class Journal:
 
 def _settings(target: Target, prompts: Sequence[dict[str, Any]], generation: Generation) -> dict[str, Any]:
     return {"target": target.fingerprint(), "stop_ids": sorted(target.eos_ids),
-            "prompts": prompts_digest(prompts), **generation.settings()}
+            "chat_template": arguments_of(target.tokenizer), "prompts": prompts_digest(prompts),
+            **generation.settings()}
 
 
 def prompts_digest(prompts: Sequence[dict[str, Any]]) -> str:
@@ -257,7 +259,8 @@ _OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", 
 
 
 def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = "float32", device: str = "cpu",
-                limit: int | None = None, generation: Generation = Generation()) -> None:
+                limit: int | None = None, generation: Generation = Generation(),
+                chat_template: dict[str, Any] | None = None) -> None:
     """Let a target answer prompts.
 
     Args:
@@ -268,10 +271,11 @@ def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: 
         device: to generate on.
         limit: answer only the first so many prompts.
         generation: how answers are made.
+        chat_template: arguments of the target's chat template, as in the recipe that trains on the answers.
     """
     rows = prompt_rows(prompts, limit)
     writable(Path(output))
-    regenerate(load_target(target, dtype, device), rows, output, generation)
+    regenerate(load_target(target, dtype, device, chat_template), rows, output, generation)
     print(f"{len(rows) * generation.answers} answers: {output}")
 
 

@@ -19,6 +19,7 @@ from data.files import read_jsonl
 from data.regenerate import Journal, messages_of, prompts_digest
 from eval.cli import quieten
 from eval.methods import load_drafter
+from eval.templates import chat_arguments
 from modules.core.loading import load_target
 from modules.core.narrow import use_narrow_linears
 
@@ -46,7 +47,8 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
         raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
     asked = [messages_of(row, index) for index, row in enumerate(read_jsonl(Path(prompts)))][:limit]
     folder = find_folder(drafter)
-    loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device)
+    loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device,
+                         chat_arguments(None, [drafter]))
     found = load_drafter(drafter, loaded)
     served = found.adapt(loaded)
     if loaded.device.type == "cpu":

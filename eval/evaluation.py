@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from eval.sources import Turns
 from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary, summarise
 from eval.tasks import Task, load_tasks
+from eval.templates import chat_arguments
 from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
@@ -63,6 +64,7 @@ class Evaluation:
         repeats: passes over all prompts; medians are reported.
         draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the target's.
         dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
+        chat_template: arguments of the target's chat template; by default those the first drafter was trained with.
         device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
         compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels).
             Batches run uncompiled.
@@ -87,6 +89,7 @@ class Evaluation:
     repeats: int = 1
     draft_precision: Precision | None = None
     dtype: str = "float32"
+    chat_template: dict[str, Any] | None = None
     device: str | None = None
     compile: bool | Literal["max-autotune"] = False
     threads: int | None = None
@@ -187,12 +190,15 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
               ) -> dict[str, Any]:
     """One process's part: measure its share of the prompts; the first process then makes the report of all."""
     place, asked = share.journal(output / JOURNAL, resume), tasks
+    named = [method.drafter for method in evaluation.rows if isinstance(method.drafter, str)]
+    evaluation = replace(evaluation, chat_template=chat_arguments(evaluation.chat_template, named))
     settings, limit = settings_of(evaluation), {"limit": evaluation.limit}
     settings |= {"processes": share.count} if share.count > 1 else {}
     header = known_before({**settings, **limit}, evaluation.rows, tasks, device_name())
     if resume:
         refuse_changes(place, header, part=True)
-    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or own_device())
+    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or own_device(),
+                         evaluation.chat_template)
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target, most_together(tasks)) as rows:
@@ -260,6 +266,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
     engine |= {"compile": evaluation.compile} if evaluation.compile else {}
+    engine |= {"chat_template": evaluation.chat_template} if evaluation.chat_template else {}
     return {"prompts": [Path(name).name for name in evaluation.prompts], **engine,
             **{name: getattr(evaluation, name) for name in chosen},
             "threads": torch.get_num_threads()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -16,6 +17,7 @@ from data.configfiles import parse, run
 from data.conversations import prompt_ids
 from eval.cli import quieten
 from eval.methods import Precision, load_drafter
+from eval.templates import chat_arguments
 from eval.text import pieces
 from modules.core.drafter import Sampling
 from modules.core.loading import load_target, own_device
@@ -43,6 +45,7 @@ class Generation:
         draft_precision: of the drafter's weights: float32, bfloat16 or float16; by default the target's.
         dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed.
         device: a torch device; by default the GPU if there is one.
+        chat_template: arguments of the target's chat template; by default those the drafter was trained with.
         compare: decode once more without the drafter, to compare speed and tokens.
     """
 
@@ -59,6 +62,7 @@ class Generation:
     dtype: str = "float32"
     device: str | None = None
     compare: bool = True
+    chat_template: dict[str, Any] | None = None
 
 
 class Stopwatch:
@@ -99,7 +103,8 @@ def generate(asked: Generation, console: Console) -> None:
         raise ValueError("prompt is empty: give a question")
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
     name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
-    target = load_target(name, asked.dtype, asked.device or own_device())
+    target = load_target(name, asked.dtype, asked.device or own_device(),
+                         chat_arguments(asked.chat_template, [asked.drafter]))
     drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)

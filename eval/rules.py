@@ -27,6 +27,7 @@ from data.regenerate import messages_of
 from eval.cli import quieten
 from eval.methods import TRAINING_PROMPTS, load_drafter
 from eval.sources import HELD_OUT
+from eval.templates import chat_arguments
 from modules.core.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
 from modules.core.loading import load_target
 from modules.core.phases import now
@@ -365,7 +366,7 @@ def question_of(row: dict[str, Any], index: int) -> list[dict[str, str]]:
 def models(asked: Comparison) -> tuple[Target, Drafter, str]:
     """Target, drafter and what to call it."""
     if asked.drafter is not None:
-        target = load_target(asked.target)
+        target = load_target(asked.target, chat_template=chat_arguments(None, [asked.drafter]))
         drafter = load_drafter(asked.drafter, target)
         return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
     target = load_target(asked.target)

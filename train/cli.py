@@ -29,12 +29,12 @@ from train.profile import print_profile, profile
 from train.resuming import same_run
 from train.run import CONFIG, Place, Recipe, claim, steps_of, train
 
-_LASTING = ("target", "dtype", "drafter", "data", "seed", "objective")
+_LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
 _ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan", "profile")
 """Flags that are no part of the recipe."""
-_FLAGS = ("config", "drafter", "target", "dtype", "seed", "objective", "output", "resume", "init_from", "overwrite",
-          "plan", "profile")
+_FLAGS = ("config", "drafter", "target", "dtype", "chat_template", "seed", "objective", "output", "resume",
+          "init_from", "overwrite", "plan", "profile")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 _SHOWN = ("val/loss", "probe/tau", "val/preference_accuracy", "val/reward_margin")
 """Figures that the last line of a training tells, besides what was found on the held-out data in the end."""
@@ -153,11 +153,12 @@ def command(arguments: Sequence[str]) -> int:
         raise ValueError("--config is missing: name a recipe of configs/, such as --config clover.yaml")
     config = parse(parser, arguments)
     if config.plan:
-        print_plan(recipe_of(parser, config), outline(config.target, config.dtype))
+        print_plan(recipe_of(parser, config), outline(config.target, config.dtype, config.chat_template))
         return 0
     quieten()
     if config.profile:
-        print_profile(profile(recipe_of(parser, config), load_target(config.target, config.dtype)))
+        target = load_target(config.target, config.dtype, "cpu", config.chat_template)
+        print_profile(profile(recipe_of(parser, config), target))
         return 0
     recipe, place = prepare(parser, config)
     with claim(place.output, config.resume, config.overwrite) as resume:

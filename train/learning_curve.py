@@ -107,7 +107,8 @@ def command(arguments: Sequence[str]) -> int:
 
 def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
     """Train, and write what was found."""
-    points = curve(parser, config, output, config.sizes, load_target(config.target, config.dtype))
+    target = load_target(config.target, config.dtype, "cpu", config.chat_template)
+    points = curve(parser, config, output, config.sizes, target)
     if config.figure not in points[0].measured:
         raise ValueError(f"--figure {config.figure!r} was not measured: use one of {', '.join(points[0].measured)}")
     values = [{"tokens": point.tokens, **point.measured} for point in points]

@@ -50,6 +50,7 @@ class Recipe:
         data: what to train on, see data/datamodule.py.
         target: Hub id, folder, .gguf file or smollm2-135m.
         dtype: of the target: float32, bfloat16, float16 or float64.
+        chat_template: arguments of the target's chat template, for instance {enable_thinking: false}.
         seed: of weights, order and dropout.
         objective: a loss instead of the component's own, modules.alignment.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
@@ -63,6 +64,7 @@ class Recipe:
     data: ConversationData
     target: str = "smollm2-135m"
     dtype: str = "float32"
+    chat_template: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     objective: AlignedDrafting | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -112,7 +114,7 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
     """
     seed_everything(recipe.seed, verbose=False)
     trainer = lightning_trainer(recipe, place.output)
-    target = target or load_target(recipe.target, recipe.dtype)
+    target = target or load_target(recipe.target, recipe.dtype, "cpu", recipe.chat_template)
     trainable = build(recipe, target, place.init_from)
     module = training_module(recipe, trainable, target)
     if place.resume is None:

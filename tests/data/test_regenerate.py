@@ -132,7 +132,7 @@ def test_the_config_of_a_run_says_which_target_answers(target: Target, tmp_path:
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Every section that a run's config.yaml can have is accepted."""
     asked = []
-    monkeypatch.setattr(module, "load_target", lambda name, dtype, device: (asked.append((name, dtype)), target)[1])
+    monkeypatch.setattr(module, "load_target", lambda name, dtype, *_: (asked.append((name, dtype)), target)[1])
     (tmp_path / "p.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
     recipe = {key.name: {} for key in fields(Recipe)} | {"target": "mine", "dtype": "float64", "seed": 3}
     (tmp_path / "config.yaml").write_text(json.dumps(recipe))

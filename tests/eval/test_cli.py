@@ -25,7 +25,7 @@ FAKE = "tests.eval.fakes."
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every target is tiny, pictures are left out, and every path is relative to a scratch folder."""
-    monkeypatch.setattr(evaluation, "load_target", lambda name, dtype, device: target_of(dtype))
+    monkeypatch.setattr(evaluation, "load_target", lambda name, dtype, *_: target_of(dtype))
     monkeypatch.setattr(plots, "svg", lambda *_: "<svg></svg>")
     monkeypatch.chdir(tmp_path)
 

@@ -1,0 +1,33 @@
+"""Arguments of a target's chat template, as `enable_thinking: false`: every chat is rendered with them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_KEPT_AS = "chat_template_arguments"
+_OF_THE_CHAT = ("messages", "tools", "documents", "bos_token", "eos_token")
+
+
+def give_arguments(tokenizer: Any, arguments: Mapping[str, Any], name: str) -> None:
+    """Let all renderings by this tokenizer have the arguments, besides the chat.
+
+    Raises:
+        ValueError: no chat template, one that reads no such argument, or a name that means
+            something else.
+    """
+    taken = {*_OF_THE_CHAT, *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for key in arguments:
+        if key in taken:
+            raise ValueError(f"chat_template.{key} is not an argument of a template's own: leave it out")
+        if not re.search(rf"\b{re.escape(key)}\b", str(tokenizer.chat_template or "")):
+            raise ValueError(f"chat_template.{key}: the chat template of target {name!r} reads no {key!r}: leave it "
+                             "out, or correct its name")
+    setattr(tokenizer, _KEPT_AS, dict(arguments))
+
+
+def arguments_of(tokenizer: Any) -> dict[str, Any]:
+    """The arguments that its renderings have."""
+    return dict(getattr(tokenizer, _KEPT_AS, {}))
