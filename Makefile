@@ -2,7 +2,7 @@
 #   make demo                     train Clover for a few minutes on the embedded data, evaluate it, print the report's path
 #   make test | make lint         the test suite | ruff and pyright
 #   make mutants [MUTANTS=word]   plant known faults one at a time and see that the tests notice each
-#   make bench DATA=spec_bench.jsonl TRAIN=conversations.jsonl.gz     train at the reference budget, rebuild docs/benchmarks (hours)
+#   make bench DATA=spec_bench.jsonl TRAIN=conversations.jsonl.gz     train at the reference budget, measure into runs/bench/reports (hours)
 #   make verify-vllm DRAFTERS="runs/eagle3 runs/medusa"     serve exported drafters in vLLM and compare (own environment, heavy)
 # Variables: VENV_VLLM (vLLM's environment), VERIFY (more flags of eval.verify_vllm), PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
 PYTHON ?= python3
@@ -58,15 +58,15 @@ lint: $(INSTALLED)
 
 # Drafters that exist already are kept, and a measurement that was cut off goes on.
 bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
-	mkdir -p docs/benchmarks
+	mkdir -p runs/bench/reports
 	$(RUN) -m eval.latency > runs/bench/break_even.md
 	$(RUN) -m data.datastore --source $(TRAIN) --output runs/datastore
-	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output docs/benchmarks/greedy
+	$(RUN) eval.py --config eval/table.yaml --prompts $(DATA) --resume --output runs/bench/reports/greedy
 	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts $(DATA) --drafters $(SAMPLED) --temperature 1 --resume \
-		--output docs/benchmarks/sampled
+		--output runs/bench/reports/sampled
 	grep '"category": *"qa"' $(DATA) | head -n 16 > runs/bench/questions.jsonl
 	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts runs/bench/questions.jsonl --limit 16 --batch_size '[1, 4, 16]' \
-		--drafters $(BATCHED) --draft_precision bfloat16 --resume --output docs/benchmarks/batches
+		--drafters $(BATCHED) --draft_precision bfloat16 --resume --output runs/bench/reports/batches
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
 	$(RUN) train.py --config $*.yaml --config budget/reference.yaml $(BENCH_FLAGS) runs/bench/$*

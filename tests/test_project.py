@@ -67,12 +67,6 @@ def test_shims_do_not_hide_the_packages(name: str, monkeypatch: pytest.MonkeyPat
     assert (ROOT / f"{name}.py").read_text().count(f"from {name}.cli import main") == 1
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "Makefile"])
-def test_documents_name_configs_that_exist(document: str) -> None:
-    names = re.findall(r"--config ([\w/]+\.yaml)", (ROOT / document).read_text())
-    assert [name for name in names if not (ROOT / "configs" / name).is_file()] == []
-
-
 def test_documents_name_commands_that_exist() -> None:
     modules = {name for document in ("README.md", "CONTRIBUTING.md", "Makefile")
                for name in re.findall(r"-m ((?:data|eval|checkpoints)\.\w+)", (ROOT / document).read_text())}
@@ -121,6 +115,37 @@ def test_links_of_pages_lead_somewhere() -> None:
               if "://" not in link and not link.startswith("mailto:")
               if not (path.parent / link).exists()]
     assert broken == []
+
+
+def test_pages_name_configs_that_exist() -> None:
+    written = [path for path in pages() if not path.name.startswith("report")]
+    missing = [(path.name, name) for path in (*written, ROOT / "Makefile")
+               for name in re.findall(r"--config ([\w/]+\.yaml)", path.read_text())
+               if not (ROOT / "configs" / name).is_file() and not (ROOT / name).is_file()
+               and name != "NAME.yaml"]
+    assert missing == []
+
+
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_studies_have_a_short_page_that_the_index_links() -> None:
+    index = (BENCHMARKS / "README.md").read_text()
+    folders = sorted(path for path in BENCHMARKS.iterdir() if path.is_dir())
+    assert folders and all(re.fullmatch(r"\w+_[a-z]+\d*_20\d{4}", path.name) for path in folders)
+    assert [path.name for path in folders if lines(path / "README.md") > 80] == []
+    assert [path.name for path in folders if f"({path.name}/README.md)" not in index] == []
+    assert lines(BENCHMARKS / "README.md") <= 60
+
+
+def test_pictures_are_small() -> None:
+    pictures = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
+    assert [path.name for path in tracked()
+            if path.suffix in pictures and path.stat().st_size > 100_000] == []
 
 
 def test_pages_name_code_that_exists() -> None:

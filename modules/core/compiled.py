@@ -5,7 +5,8 @@ On a GPU the graphs are CUDA graphs (`reduce-overhead`), on a CPU inductor's ker
 (`freezing`; a packed copy per graph). Keys and values stay at fixed addresses in buffers of a few sizes; a call writes
 its rows at slots that it is given and attends to the whole buffer under a mask. Widths are rounded up to `WIDTHS` with
 rows that see only themselves. Prompts, calls that rewrite states on the way, wider trees and batches run as before.
-Nothing here has run on a GPU; docs/benchmarks/break_even.md has what single calls gave on a CPU.
+Nothing here has run on a GPU; single calls on a CPU:
+docs/benchmarks/verification_cost_xeon2_202611.
 
 Shape legend: B sequences, N rows of a call, K key/value heads, S slots, D head size, H hidden size.
 """

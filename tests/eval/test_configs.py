@@ -13,6 +13,7 @@ from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
 from data.classes import Kind
 from data.configfiles import CONFIGS
+from eval.cli import make_parser
 from eval.methods import Method, build_rows, class_of, unique_labels
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
@@ -20,8 +21,10 @@ from modules.heads.clover import Clover
 from modules.training_free.rasd import Rasd
 from modules.trees.rerank import RerankedTree
 from tests.fakes import tiny_target
+from tests.test_style import ROOT
 
-FILES = sorted((CONFIGS / "eval").glob("*.yaml"))
+STUDIES = sorted((ROOT / "docs" / "benchmarks").glob("*/methods*.yaml"))
+FILES = [*sorted((CONFIGS / "eval").glob("*.yaml")), *STUDIES]
 
 
 def methods(name: str) -> dict[str, dict[str, Any]]:
@@ -30,8 +33,14 @@ def methods(name: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_there_are_studies() -> None:
+    assert STUDIES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_row_can_be_built(file: Path) -> None:
+    settings = make_parser().parse_args(["--config", str(file)])
+    assert len(settings.methods) > 1
     rows = yaml.safe_load(file.read_text())["methods"]
     assert unique_labels([Method(**row) for row in rows])
     for row in rows:

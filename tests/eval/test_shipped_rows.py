@@ -11,7 +11,6 @@ import yaml
 
 from checkpoints.export import export
 from checkpoints.pretrained import Provenance, save_pretrained
-from data.configfiles import CONFIGS
 from eval.methods import Method, Row, build_rows
 from modules.core.drafter import Drafter, Sampling
 from modules.core.loading import load_target
@@ -27,7 +26,9 @@ from modules.language_models.sorted import Sorted
 from modules.trees.paths import NAMED
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
+from tests.test_style import ROOT
 
+STUDIES = "docs/benchmarks"
 EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "eagle_int8")},
           **{name: (Fspad, {}) for name in ("fspad", "fspad_s1", "fspad_s2")},
           "fspad_nofs": (Fspad, {"feature_sampling": False}), "fspad_nopad": (Fspad, {"partial_alignment": False}),
@@ -48,7 +49,7 @@ def saved(folder: Path, name: str, drafter: Drafter, target: Target) -> None:
 
 
 def shipped(config: str, folder: Path, target: Target) -> dict[str, Row]:
-    text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace("drafter: runs/", f"drafter: {folder}/runs/")
+    text = (ROOT / config).read_text().replace("drafter: runs/", f"drafter: {folder}/runs/")
     methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
     for method in methods:
         method.check()
@@ -77,7 +78,7 @@ def test_falcon_of_every_block_and_ablation_beside_eagle(tmp_path: Path) -> None
     saved(tmp_path, "falcon/eagle", Eagle(target.shape), target)
     for name, arguments in FALCONS.items():
         saved(tmp_path, f"falcon/{name}", Falcon(target.shape, **arguments), target)
-    rows = shipped("falcon", tmp_path, target)
+    rows = shipped(f"{STUDIES}/falcon_xeon2_202611/methods.yaml", tmp_path, target)
     assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [2, 3, 4]
     drafting = [row for row in rows.values() if row.builder]
     assert {row.budget for row in drafting} == {7}
@@ -91,7 +92,7 @@ def test_eagles_and_fspad_with_every_ablation_draft_the_same_kind_of_tree(tmp_pa
     target = tiny_target()
     for name, (kind, arguments) in EAGLES.items():
         saved(tmp_path, f"bench/{name}", kind(target.shape, **arguments), target)
-    rows = shipped("eagle", tmp_path, target)
+    rows = shipped(f"{STUDIES}/ablation_eagle_fspad_xeon2_202611/methods.yaml", tmp_path, target)
     assert set(rows) == {"autoregressive", *EAGLES, "eagle_static", "eagle_reranked"}
     assert {row.budget for row in rows.values() if row.builder} == {7}
     builders = [rows[name].decoder.builder for name in EAGLES if name != "medusa"]
@@ -102,7 +103,7 @@ def test_eagles_and_fspad_with_every_ablation_draft_the_same_kind_of_tree(tmp_pa
 
 
 def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: Path) -> None:
-    """The second target is made as docs/multi_target.md says: the first layers, exported, and loaded as a target."""
+    """The second target is made as the study's page says: the first layers, exported, and loaded as a target."""
     target = tiny_target(layers=6)
     for name, arguments in SORTED.items():
         saved(tmp_path, f"bench/{name}", Sorted(target.shape, **arguments), target)
@@ -112,7 +113,7 @@ def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: P
     assert smaller.shape.num_layers == 4 and smaller.tokenizer.get_vocab() == target.tokenizer.get_vocab()
     assert smaller.fingerprint() != target.fingerprint()
     for one in (target, smaller):
-        rows = shipped("s2d", tmp_path, one)
+        rows = shipped(f"{STUDIES}/s2d_two_targets_xeon2_202611/methods.yaml", tmp_path, one)
         all_lossless(rows)
         drafter = rows["exit_2"].decoder.drafter
         everything = sum(parameter.numel() for parameter in drafter.parameters())
@@ -131,7 +132,7 @@ def test_aligned_drafters_beside_distillation_alone(tmp_path: Path) -> None:
     for name, kind in (("clover", Clover), ("eagle", Eagle)):
         for suffix in ("", "_longer", "_aligned"):
             saved(tmp_path, name + suffix, kind(target.shape), target)
-    rows = shipped("aligned", tmp_path, target)
+    rows = shipped(f"{STUDIES}/aligned_drafting_xeon2_202611/methods.yaml", tmp_path, target)
     assert len(rows) == 7 and len({row.budget for row in rows.values() if row.builder}) == 1
     all_lossless(rows)
 
@@ -141,6 +142,6 @@ def test_drawn_trees_fit_the_drafter_that_their_comment_trains(tmp_path: Path, m
     target = tiny_target()
     saved(tmp_path, "clover", Clover(target.shape, heads=3), target)
     monkeypatch.setattr("eval.methods.automatic_budget", lambda *_: 6)
-    rows = shipped("drawn_trees", tmp_path, target)
+    rows = shipped("configs/eval/drawn_trees.yaml", tmp_path, target)
     assert len(rows) == 9 and rows["sequoia"].budget == 6
     all_lossless(rows)

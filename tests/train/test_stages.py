@@ -22,6 +22,7 @@ from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.heads.clover import Clover
 from modules.verifiers.judge import Judge
+from tests.test_style import ROOT
 from tests.train.conftest import WORDS
 from train.cli import command
 
@@ -150,14 +151,19 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
                    Sampling())
 
 
-@pytest.mark.parametrize("config", ["relaxed", "judge", "judge_free"])
+RELAXED = {"relaxed": CONFIGS / "eval" / "relaxed.yaml",
+           "judge": ROOT / "docs/benchmarks/judge_xeon2_202611/methods.yaml",
+           "judge_free": ROOT / "docs/benchmarks/judge_xeon2_202611/methods_token_recycling.yaml"}
+
+
+@pytest.mark.parametrize("config", RELAXED)
 def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
     """The shipped rows, with a folder for each part that is to be trained first."""
     clover = Clover(tiny.shape, heads=3, draft_vocabulary=64)
     runs = {"runs/clover": clover, "runs/bench/clover": clover, "runs/judge": Judge(tiny.shape)}
     for name, component in runs.items():
         save_pretrained(component, tmp_path / name, Provenance.of(tiny))
-    text = (CONFIGS / "eval" / f"{config}.yaml").read_text().replace(": runs/", f": {tmp_path}/runs/")
+    text = RELAXED[config].read_text().replace(": runs/", f": {tmp_path}/runs/")
     methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
     for method in methods:
         method.check()
