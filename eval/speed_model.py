@@ -128,7 +128,7 @@ def prediction_line(methods: Sequence[Mapping[str, Any]]) -> str:
 def latency_per_sequence(target: Target, widest: int, context: int, batch: int = 1) -> LatencyTable:
     """t(rows) up to `widest` rows behind `context` tokens: seconds of a call over `batch` sequences, over `batch`. Of a
     target with compiled calls, at the widths that have a graph: others would be compiled for this alone."""
-    known = WIDTHS if target.compiled is None else tuple(width for width, _ in target.compiled.graphs)
+    known = WIDTHS if target.compiled is None else tuple(width for width, *_ in target.compiled.graphs)
     widths = sorted({1, widest, *(width for width in known if width < widest)})
     behind = max(1, min(context, target.max_positions - widest))
     table = measure_latency(target, widths, behind, REPEATS, batch)

@@ -136,7 +136,7 @@ def test_compiled_calls_are_asked_for_by_name_and_told_in_the_report(tmp_path: P
     arguments = ["--config", config(tmp_path, rows), "--output", "out", "--limit", "1", "--compile"]
     assert run(*arguments, "true") == 0
     assert report()["settings"]["compile"] is True and all(row["lossless"] for row in report()["methods"])
-    assert target.compiled is not None and [width for width, _ in target.compiled.graphs] == [1, 4]
+    assert target.compiled is not None and sorted({width for width, *_ in target.compiled.graphs}) == [1, 4]
     assert run(*arguments, "fast") == 2
 
 
