@@ -17,23 +17,26 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.configfiles import config_parser, parse, run
-from data.files import read_jsonl
-from data.regenerate import (
-    Generation,
+from data.answering import (
     Journal,
-    answered_row,
-    messages_of,
+    Key,
+    chats_of,
+    open_questions,
     prompt_rows,
     prompts_digest,
+    summary,
     writable,
-    write_rows,
+    write_answers,
 )
+from data.configfiles import config_parser, parse, run
+from data.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
+from data.regenerate import Generation
+from data.rows import Message
 from modules.core.generation import SERVED_NEUTRAL
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ DEFAULT_GENERATION = Generation()
 _WORTH_RETRYING = (408, 409, 425, 429, 500, 502, 503, 504)
 _OF_THE_PROMPT = (400, 413, 422)
 """What servers say to a prompt that they will not take, for instance because it is longer than the context."""
+_REASONING = ("reasoning_content", "reasoning")
+"""Where servers with a reasoning parser put what is thought before the answer."""
 
 
 @dataclass(frozen=True)
@@ -83,52 +88,62 @@ class Endpoint:
 
 
 class Refused(ValueError):
-    """The server will not answer this prompt; others it may."""
+    """The server will not answer this prompt; others it may. place: where the prompt stands."""
+
+    def __init__(self, reason: str, place: Place | None = None) -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 class Request(NamedTuple):
-    """One answer to ask for."""
+    """One answer to ask for. place: of its prompt, for messages."""
 
-    index: int
-    number: int
+    key: Key
+    place: Place
     temperature: float
-    messages: list[Any]
+    messages: list[Message]
 
 
-def regenerate_by(endpoint: Endpoint, prompts: Sequence[dict[str, Any]], output: str | Path,
-                  generation: Generation = DEFAULT_GENERATION) -> Path:
+def regenerate_by(endpoint: Endpoint, prompts: Sequence[Row], output: str | Path,
+                  generation: Generation = DEFAULT_GENERATION, tally: Tally | None = None) -> Path:
     """Answer `prompts` through a server and write one JSONL row per answer, as `data.regenerate.regenerate` does.
 
     Every answer goes to a journal beside the output as it arrives, those too that are under way when the run has to
-    end; an interrupted run asks only for the rest.
+    end; an interrupted run asks only for the rest. Reasoning that the server gives beside the answer stands in the
+    answer's turn as `reasoning_content`.
 
     Raises:
-        ValueError: the output exists, a prompt is of an unknown shape, the journal belongs to other settings, or the
+        ValueError: the output exists, no prompt can be answered, the journal belongs to other settings, or the
             server refuses more than `endpoint.refusals` requests or goes on failing after the retries.
     """
-    output = writable(Path(output))
-    settings = {"target": f"{endpoint.model} at {endpoint.url}", "prompts": prompts_digest(prompts),
+    output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
+    chats = chats_of(prompts, tally)
+    settings = {"target": f"{endpoint.model} at {endpoint.url}",
+                "prompts": prompts_digest([row.content for row in prompts]),
                 "neutral": endpoint.neutral, **generation.settings()}
     journal = Journal(output.with_name(output.name + ".journal"), settings)
-    requests = [Request(index, number, generation.temperature(index, number), messages_of(row, index))
-                for index, row in enumerate(prompts) for number in range(generation.answers)]
-    pending = (request for request in requests if (request.index, request.number) not in journal.answers)
+    refused: list[Refused] = []
     with ThreadPoolExecutor(endpoint.concurrency) as pool:
-        for answer in _answers(pool, endpoint, pending, generation):
-            journal.append([answer])
-    write_rows(output, [answered_row(prompts[request.index], journal.answers[request.index, request.number])
-                        for request in requests if (request.index, request.number) in journal.answers])
-    journal.path.unlink()
+        for turn in range(max(len(chat.questions) for chat in chats)):
+            pending = (Request(key, chat.row.place, generation.temperature(key.index, key.number), messages)
+                       for chat, key, messages in list(open_questions(chats, turn, generation.answers, journal)))
+            for answer in _answers(pool, endpoint, pending, generation, refused):
+                journal.append([answer])
+    for one in refused:
+        tally.skip("refused by the server", one.place)
+    if not journal.answers:
+        raise ValueError(f"no prompt can be answered: {tally.reasons()}")
+    write_answers(output, chats, generation.answers, journal, tally)
     return output
 
 
-def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Request], generation: Generation
-             ) -> Iterator[dict[str, Any]]:
-    """Answers as they come, with never more than `concurrency` requests begun."""
+def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Request], generation: Generation,
+             refused: list[Refused]) -> Iterator[dict[str, Any]]:
+    """Answers as they come, with never more than `concurrency` requests begun; refusals are added to `refused`."""
     def begin(count: int) -> set[Future[dict[str, Any]]]:
         return {pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)}
 
-    running, refused, failure = begin(endpoint.concurrency), 0, None
+    running, failure = begin(endpoint.concurrency), None
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
@@ -136,8 +151,9 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
             if found is None:
                 yield future.result()
                 continue
-            refused += isinstance(found, Refused)
-            if isinstance(found, Refused) and refused <= endpoint.refusals:
+            if isinstance(found, Refused):
+                refused.append(found)
+            if isinstance(found, Refused) and len(refused) <= endpoint.refusals:
                 logger.warning("left out: %s", found)
             else:
                 failure = failure or found
@@ -150,10 +166,10 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
 
 
 def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
-    body = {"model": endpoint.model, "messages": request.messages, "max_tokens": generation.max_new_tokens,
+    said = [{key: turn[key] for key in ("role", "content", "name") if key in turn} for turn in request.messages]
+    body = {"model": endpoint.model, "messages": said, "max_tokens": generation.max_new_tokens,
             "temperature": request.temperature, "top_p": generation.top_p if request.temperature else 1.0,
-            "seed": generation.seed + 1_000_003 * request.index + request.number,
-            **(SERVED_NEUTRAL if endpoint.neutral else {})}
+            "seed": generation.seed_of(request.key), **(SERVED_NEUTRAL if endpoint.neutral else {})}
     try:
         choice = _posted(endpoint, body)
     except Refused as refused:
@@ -163,9 +179,12 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
                 f"endpoint.url {endpoint.url}: {refused}: the server does not take {unknown[0]}: "
                 "set endpoint.neutral to false, if it applies nothing of a generation_config"
             ) from None
-        raise Refused(f"prompt {request.index + 1}: {refused}") from None
-    return {"index": request.index, "number": request.number, "response": choice["message"]["content"],
-            "temperature": request.temperature, "finished": choice.get("finish_reason") == "stop"}
+        raise Refused(f"prompt {request.key.index + 1}: {refused}", request.place) from None
+    message = choice["message"]
+    reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
+    return {**request.key._asdict(), "response": message["content"], "temperature": request.temperature,
+            "finished": choice.get("finish_reason") == "stop",
+            **({"reasoning_content": reasoning} if reasoning.strip() else {})}
 
 
 def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +197,7 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-                return _choice(json.load(response))
+                return _choice(_json(response))
         except urllib.error.HTTPError as error:
             trouble = f"{error.code} {_said(error)}"
             if error.code in _OF_THE_PROMPT:
@@ -203,15 +222,32 @@ def _said(error: urllib.error.HTTPError) -> str:
         return "(and nothing more)"
 
 
+def _json(response: HTTPResponse) -> Any:
+    """What an answer holds, lone surrogates replaced. `Refused`: it is too long. ValueError: no JSON."""
+    body = response.read(LONGEST_LINE + 1)
+    if len(body) > LONGEST_LINE:
+        raise Refused(f"an answer of more than {LONGEST_LINE >> 20} MiB")
+    if response.length:
+        raise ValueError("an answer that is cut off")
+    try:
+        return clean(json.loads(body))
+    except RecursionError:
+        raise ValueError("an answer of JSON that is nested too deeply") from None
+
+
 def _choice(answer: Any) -> dict[str, Any]:
     """The first choice, with text in its message. `Refused` where there is none; ValueError: no such answer."""
     try:
         message = answer["choices"][0]["message"]
         content = message["content"]
-    except (KeyError, IndexError, TypeError):
+        if message.get("role", "assistant") not in ("assistant", None):
+            raise TypeError
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {json.dumps(answer)[:300]}") from None
     if not isinstance(content, str):
-        raise Refused(f"an answer without text: {json.dumps(message)[:300]}")
+        reason = " (all of max_new_tokens went into reasoning: raise it)" if any(
+            message.get(key) for key in _REASONING) else ""
+        raise Refused(f"an answer without text{reason}: {json.dumps(message)[:300]}")
     return answer["choices"][0]
 
 
@@ -223,15 +259,15 @@ def answer_file(prompts: str, output: str, endpoint: Endpoint, limit: int | None
     """Let a served target answer prompts.
 
     Args:
-        prompts: JSONL file of rows with `prompt`, `question` or `messages`.
+        prompts: file of prompts or chats (.jsonl, .json, .parquet), or a pattern of such.
         output: the `.jsonl` or `.jsonl.gz` to write.
         endpoint: where the target is served.
         limit: answer only the first so many prompts.
         generation: how answers are made.
     """
-    rows = prompt_rows(prompts, limit)
-    regenerate_by(endpoint, rows, output, generation)
-    print(f"{sum(1 for _ in read_jsonl(Path(output)))} answers: {output}")
+    tally = Tally("prompt")
+    regenerate_by(endpoint, prompt_rows(prompts, limit, tally), output, generation, tally)
+    print(summary(output, sum(1 for _ in read_jsonl(Path(output))), tally))
 
 
 def command(arguments: Sequence[str]) -> int:

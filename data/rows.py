@@ -123,6 +123,33 @@ def chat_of(row: Mapping[str, Any]) -> list[Message]:
     return asked if key is None else [*asked, *spoken(row[key], key, "assistant")]
 
 
+def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
+    """What a row asks, without its answers: for each question the turns behind the answer to the
+    one before. A system prompt stands with the question behind it.
+
+    Raises:
+        Skipped: no question, tool calls, or turns that cannot be read.
+    """
+    chat = any(row.get(key) is not None for key in CHATS)
+    alone = not chat and isinstance(row.get("turns"), list)
+    questions: list[list[Message]] = [[]]
+    for turn in chat_of(row) if chat else asked_of(row):
+        if turn["role"] == "tool" or turn.get("tool_calls"):
+            raise Skipped("a chat with tool calls, whose answers cannot be made anew")
+        asks = any(one["role"] == "user" for one in questions[-1])
+        if asks and (alone or turn["role"] == "assistant"):
+            questions.append([])
+        if turn["role"] != "assistant":
+            questions[-1].append(turn)
+    if not any(one["role"] == "user" for one in questions[-1]):
+        del questions[-1]
+    if not all(str(one["content"]).strip() for turns in questions for one in turns[-1:]):
+        raise Skipped("an empty question")
+    if not questions:
+        raise Skipped("no question: no turn of role user")
+    return questions
+
+
 def asked_of(row: Mapping[str, Any], keys: Sequence[str] = ("turns", *ASKED)) -> list[Message]:
     """What a row asks under the first of `keys` that it has, behind its system prompt.
 

@@ -13,10 +13,10 @@ from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from checkpoints.pretrained import find_folder, read_config
+from data.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
 from data.configfiles import parse, run
 from data.divergences import mine
-from data.files import read_jsonl
-from data.regenerate import Journal, messages_of, prompts_digest
+from data.files import Tally
 from eval.cli import quieten
 from eval.methods import load_drafter
 from eval.templates import chat_arguments
@@ -43,9 +43,9 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
     place = Path(output)
     if place.suffix != ".jsonl" or place.exists():
         raise ValueError(f"output {output!r} must be a new file that ends in .jsonl")
-    if not Path(prompts).is_file():
-        raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
-    asked = [messages_of(row, index) for index, row in enumerate(read_jsonl(Path(prompts)))][:limit]
+    tally = Tally("prompt")
+    asked = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
+    tally.log()
     folder = find_folder(drafter)
     loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device,
                          chat_arguments(None, [drafter]))
@@ -56,13 +56,14 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
     place.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(place.with_name(place.name + ".journal"), {
         "target": loaded.fingerprint(), "drafter": str(folder), "max_new_tokens": max_new_tokens,
-        "prompts": prompts_digest([{"messages": messages} for messages in asked]), "per_prompt": per_prompt})
+        "prompts": prompts_digest([{"messages": messages} for messages in asked]), "per_prompt": per_prompt},
+        needs="rows")
     for index, messages in enumerate(track(asked, "mining", disable=not sys.stderr.isatty())):
-        if (index, 0) not in journal.answers:
+        if (index, 0, 0) not in journal.answers:
             rows = list(mine(served, found, messages, max_new_tokens, per_prompt))
             journal.append([{"index": index, "number": 0, "rows": rows}])
-    write_mined([journal.answers[index, 0]["rows"] for index in range(len(asked))], place)
-    journal.path.unlink()
+    write_mined([journal.answers[Key(index, 0, 0)]["rows"] for index in range(len(asked))], place)
+    journal.remove()
 
 
 def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:

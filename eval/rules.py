@@ -20,10 +20,11 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from checkpoints.pretrained import find_folder, read_config
+from data.answering import chats_of, prompt_rows
 from data.configfiles import parse, run
 from data.conversations import prompt_ids
-from data.files import read_jsonl
-from data.regenerate import messages_of
+from data.files import Tally
+from data.rows import Message
 from eval.cli import quieten
 from eval.methods import TRAINING_PROMPTS, load_drafter
 from eval.sources import HELD_OUT
@@ -335,8 +336,8 @@ def compare(asked: Comparison) -> str:
     Raises:
         ValueError: no such drafter or target, more layers than the target has, prompts without a question.
     """
-    questions = [question_of(row, i) for i, row in enumerate(read_jsonl(Path(asked.prompts)))][:asked.limit]
-    calibration = [messages_of(row, i) for i, row in enumerate(read_jsonl(TRAINING_PROMPTS))][:max(2, asked.limit // 2)]
+    questions = first_questions(asked.prompts, asked.limit)
+    calibration = first_questions(str(TRAINING_PROMPTS), max(2, asked.limit // 2))
     target, drafter, name = models(asked)
     prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
     acceptance, level_seconds = calibrate(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
@@ -356,11 +357,12 @@ def compare(asked: Comparison) -> str:
     return "\n".join([*head, *shape, *tables(values), ""])
 
 
-def question_of(row: dict[str, Any], index: int) -> list[dict[str, str]]:
-    """The chat that a row opens: its first turn, or what `messages_of` finds."""
-    if isinstance(row.get("turns"), list) and row["turns"]:
-        return [{"role": "user", "content": row["turns"][0]}]
-    return messages_of(row, index)
+def first_questions(prompts: str, limit: int) -> list[list[Message]]:
+    """The first question of each prompt of a file; those that cannot be read are counted and logged."""
+    tally = Tally("prompt")
+    found = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
+    tally.log()
+    return found
 
 
 def models(asked: Comparison) -> tuple[Target, Drafter, str]:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.answering import placed
 from data.chat_tokens import answer_spans, encode, render
 from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all, tokenize_answer
 from data.datamodule import hold_out
@@ -238,7 +239,7 @@ def test_recorded_ids_follow_the_prompt_whatever_the_template_would_write(tokeni
 def test_what_a_target_answers_behind_opened_thoughts_is_trained_on_as_it_is(tmp_path: Path) -> None:
     target = tiny_target()
     target.tokenizer.chat_template = THOUGHTS_OPENED
-    output = regenerate(target, [{"messages": chat("hi")}, {"prompt": "say a"}], tmp_path / "answers.jsonl",
+    output = regenerate(target, placed([{"messages": chat("hi")}, {"prompt": "say a"}]), tmp_path / "answers.jsonl",
                         Generation(max_new_tokens=6, temperatures=(0.0,)), progress=False)
     for row, conversation in zip(read_jsonl(output), load_conversations(str(output)), strict=True):
         (document,) = tokenize(conversation, target.tokenizer, 100, target.eos_ids).documents

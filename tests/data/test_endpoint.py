@@ -12,24 +12,26 @@ from typing import Any
 
 import pytest
 
+from data.answering import placed
 from data.configfiles import run as one_line_run
 from data.endpoint import Endpoint, command, regenerate_by
-from data.files import read_jsonl
+from data.files import Tally, read_jsonl
 from data.regenerate import Generation
 from data.rows import load_conversations
 
-PROMPTS = [{"category": "test", "prompt": f"number {i}"} for i in range(6)]
+PROMPTS = placed([{"category": "test", "prompt": f"number {i}"} for i in range(6)])
 
 
 class Server(ThreadingHTTPServer):
     """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status, or a whole
     answer with something wrong: `cut` half-way, with no `choices`, or with `null` for its text.
-    Requests with an `unknown` key are refused."""
+    Requests with an `unknown` key are refused; `raw` are whole answers by count."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble: dict[int, int | str] = {}
         self.unknown: tuple[str, ...] = ()
+        self.raw: dict[int, bytes] = {}
         self.asked: list[dict[str, Any]] = []
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -45,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.asked.append(body)
-            trouble = server.trouble.get(len(server.asked), 200)
+            count = len(server.asked)
+            trouble = server.trouble.get(count, 200)
             status = trouble if isinstance(trouble, int) else 200
             server.running += 1
             server.most = max(server.most, server.running)
@@ -58,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         error = f"unrecognised: {unknown[0]}" if unknown else "trouble"
         content = json.dumps(answer if whole else {"error": error}).encode()
         with server.lock:
+            content = server.raw.get(count, content)
             server.running -= 1
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -87,7 +91,7 @@ def test_answers_come_in_the_order_of_the_prompts_and_are_conversations(server: 
     output = regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl", Generation(answers=2))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["response"] for row in rows] == [f"NUMBER {i}" for i in range(6) for _ in range(2)]
-    assert rows[0] == {**PROMPTS[0], "response": "NUMBER 0", "temperature": 0.0, "finished": True}
+    assert rows[0] == {**PROMPTS[0].content, "response": "NUMBER 0", "temperature": 0.0, "finished": True}
     assert 1 < server.most <= 3 and {body["model"] for body in server.asked} == {"tiny"}
     assert len({body["seed"] for body in server.asked}) == 12
     assert sum(1 for _ in load_conversations(str(output))) == 12 and list(tmp_path.iterdir()) == [output]
@@ -107,7 +111,7 @@ def test_a_broken_answer_is_asked_for_again(server: Server, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("trouble", "words"), [
-    ("cut", "IncompleteRead|bytes"), ("choices", "no chat completion: .*trouble"), (501, "501"), (404, "404 .*trouble"),
+    ("cut", "that is cut off"), ("choices", "no chat completion: .*trouble"), (501, "501"), (404, "404 .*trouble"),
 ])
 def test_a_server_that_stays_broken_is_named_in_one_line(server: Server, tmp_path: Path, trouble: int | str,
                                                          words: str) -> None:
@@ -144,9 +148,7 @@ def test_a_server_is_told_to_apply_no_generation_config(server: Server, tmp_path
     with pytest.raises(ValueError, match=words):
         regenerate_by(endpoint(server, refusals=100), PROMPTS, tmp_path / "b.jsonl")
     assert not (tmp_path / "b.jsonl").exists()
-    with pytest.raises(ValueError, match="was begun with neutral True, not False"):
-        regenerate_by(endpoint(server, neutral=False), PROMPTS, tmp_path / "b.jsonl")
-    output = regenerate_by(endpoint(server, neutral=False), PROMPTS, tmp_path / "c.jsonl")
+    output = regenerate_by(endpoint(server, neutral=False), PROMPTS, tmp_path / "b.jsonl")
     rows = list(read_jsonl(output))
     assert len(rows) == 6 and not set(server.asked[-1]) & {"repetition_penalty", "min_p", "top_k"}
 
@@ -162,16 +164,70 @@ def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Pat
     regenerate_by(endpoint(server, concurrency=1), PROMPTS, output)
     assert len(server.asked) == 2 and len(output.read_text().splitlines()) == 6
     other = tmp_path / "other.jsonl"
-    server.trouble = {3: 400, 4: 400}
+    server.trouble = {4: 400, 5: 400}
     with pytest.raises(ValueError, match="400"):
         regenerate_by(endpoint(server, concurrency=1), PROMPTS, other)
     with pytest.raises(ValueError, match="was begun with top_p 1.0, not 0.5"):
         regenerate_by(endpoint(server), PROMPTS, other, Generation(top_p=0.5))
 
 
+def raw(message: Any, **changes: Any) -> bytes:
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], **changes}).encode()
+
+
+def test_a_chats_questions_are_asked_behind_the_new_answers(server: Server, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "old"},
+            {"role": "user", "content": "two"}, {"role": "assistant", "content": "old"}]
+    rows = placed([{"messages": chat}, {"prompt": "three"}, {"text": "no shape"}])
+    server.raw[1] = raw({"role": "assistant", "content": "ONE", "reasoning_content": "hm", "tool_calls": []})
+    tally = Tally("prompt")
+    output = regenerate_by(endpoint(server, concurrency=1), rows, tmp_path / "a.jsonl", tally=tally)
+    sent = [chat[0], {"role": "assistant", "content": "ONE"}, chat[2]]
+    assert [body["messages"] for body in server.asked] == [chat[:1], [{"role": "user", "content": "three"}], sent]
+    first, second = load_conversations(str(output))
+    assert first.messages == [chat[0], {**sent[1], "reasoning_content": "hm"}, chat[2],
+                              {"role": "assistant", "content": "TWO"}]
+    assert second.messages[-1]["content"] == "THREE" and list(tally.skipped.values()) == [1]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_beside_an_answer_is_kept(key: str, server: Server, tmp_path: Path) -> None:
+    server.raw[1] = raw({"role": "assistant", "content": "4", key: "two and two"})
+    output = regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
+    assert next(load_conversations(str(output))).messages[1] == {
+        "role": "assistant", "content": "4", "reasoning_content": "two and two"}
+    server.raw[2] = raw({"role": "assistant", "content": None, key: "two and"})
+    with pytest.raises(ValueError, match="all of max_new_tokens went into reasoning: raise it"):
+        regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("content", [
+    raw({"role": "user", "content": "x"}), raw("x"), raw(None), b'{"choices": {"message": 1}}', b'{"choices": []}',
+    b"[]", b"null", b"3", b"no json", b"", b"[" * 100_000, b"\xff\xfe", b'{"choices": [[{"message": 1}]]}',
+])
+def test_answers_of_other_kinds_are_asked_for_again_and_named(content: bytes, server: Server, tmp_path: Path) -> None:
+    server.raw = {1: content}
+    output = regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
+    assert [row["response"] for row in read_jsonl(output)] == ["NUMBER 0"]
+    server.raw = dict.fromkeys(range(1, 9), content)
+    with pytest.raises(ValueError, match="endpoint.url http.*run the same command again when") as caught:
+        regenerate_by(endpoint(server, retries=1), PROMPTS[1:2], tmp_path / "b.jsonl")
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.journal"))
+
+
+def test_an_answer_is_read_up_to_a_limit_and_half_pairs_are_replaced(
+        server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.endpoint.LONGEST_LINE", 1 << 20)
+    server.raw = {1: raw({"content": "x" * (2 << 20)}), 2: raw({"content": "cut \ud83d"})}
+    tally = Tally("prompt")
+    output = regenerate_by(endpoint(server, concurrency=1, refusals=1), PROMPTS[:2], tmp_path / "a.jsonl", tally=tally)
+    assert [row["response"] for row in read_jsonl(output)] == ["cut \ufffd"]
+    assert tally.as_dict() == {"refused by the server": {"count": 1, "first": "prompts row 1"}}
+
+
 def test_the_command_and_its_mistakes(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    prompts.write_text("".join(json.dumps(row.content) + "\n" for row in PROMPTS))
     flags = ["--prompts", str(prompts), "--output", str(tmp_path / "a.jsonl"), "--endpoint.model", "tiny"]
     assert command([*flags, "--endpoint.url", server.url, "--limit", "2"]) == 0
     assert "2 answers" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
 from data.divergences import mine
 from data.labelled import LabelledData
-from data.regenerate import messages_of
+from data.rows import questions_of
 from eval import divergences
 from eval.divergences import command
 from eval.methods import load_drafter
@@ -62,7 +62,7 @@ def test_it_writes_what_a_judge_can_learn_from_and_goes_on_after_a_stop(
     assert command(arguments) == 0
     assert len(asked) == len(QUESTIONS) + 1 and not output.with_name("mined.jsonl.journal").exists()
     drafter = load_drafter(arguments[1], terse)
-    expected = [row for i, row in enumerate(QUESTIONS) for row in mine(terse, drafter, messages_of(row, i), 24, 2)]
+    expected = [row for row in QUESTIONS for row in mine(terse, drafter, questions_of(row)[0], 24, 2)]
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert found == expected and len(found) > 2
     printed = capsys.readouterr().out
