@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data.conversations import prompt_ids
+from data.conversations import check_ids, prompt_ids
+from data.files import Skipped
 from data.rows import Message
 from eval.journal import Journal, Record
 from eval.methods import Row
@@ -188,17 +189,28 @@ def fitting(tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int) -> 
     """Tasks without the prompts whose turns cannot fit the context, and the ids of those.
 
     Raises:
-        ValueError: no prompt fits.
+        ValueError: no prompt fits, or one cannot be rendered, or not be read by the target.
     """
     widest = max((row.budget or 0) for row in rows)
     room = min(row.target.max_positions for row in rows) - widest
     long = [prompt.id for task in tasks for prompt in task.prompts
-            if len(render(whole(prompt), [], rows[0].target)) + max_new_tokens * len(prompt.turns) > room]
+            if len(readable(prompt, rows[0].target)) + max_new_tokens * len(prompt.turns) > room]
     kept = [Task(task.name, tuple(p for p in task.prompts if p.id not in set(long))) for task in tasks]
     kept = [task for task in kept if task.prompts]
     if not kept:
         raise ValueError(f"max_new_tokens {max_new_tokens}: no prompt fits the context of {room} tokens: lower it")
     return kept, long
+
+
+def readable(prompt: Prompt, target: Target) -> list[int]:
+    """Token ids of all turns as one question. ValueError: the chat template refuses them, or some token lies beyond
+    the target's vocabulary."""
+    try:
+        ids = render(whole(prompt), [], target)
+        check_ids(ids, target.tokenizer, target.shape.vocab_size)
+    except Skipped as reason:
+        raise ValueError(f"prompt {prompt.id!r}: {reason}: leave it out") from None
+    return ids
 
 
 def whole(prompt: Prompt) -> Prompt:

@@ -130,12 +130,21 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
 def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Trainable:
     """The component, its weights started from the target's or from an earlier run's."""
     trainable = recipe.drafter(target.shape)
+    refuse_projected(trainable, target)
     recipe.data.bind(target, () if trainable.online else trainable.training_states)
     choose_vocabulary(trainable, recipe.data)
     trainable.initialise(target)
     if init_from is not None:
         warm_start(trainable, init_from)
     return trainable
+
+
+def refuse_projected(trainable: Trainable, target: Target) -> None:
+    """ValueError for a drafter on the states of a target whose embedding is narrower than its layers (OPT-350m)."""
+    width, size = target.anatomy.head.in_features, target.shape.hidden_size
+    if isinstance(trainable, Drafter) and not trainable.own_model and width != size:
+        raise ValueError(f"target {target.name!r} projects states of {size} dimensions to an LM head of {width}: "
+                         f"{type(trainable).__name__} does not support that, train independent.yaml")
 
 
 def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:

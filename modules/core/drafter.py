@@ -201,6 +201,9 @@ class Drafter(Trainable):
     """Which targets it may serve: the one it was trained for, any with the same tokenizer (which `adapt` compares), or
     any."""
 
+    own_model: ClassVar[bool] = False
+    """Whether it is a language model of its own, which takes nothing but tokens and laws from its target."""
+
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
         """Target states it reads in `start` and `absorb`."""

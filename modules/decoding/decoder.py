@@ -115,6 +115,10 @@ class SpeculativeDecoder:
         assert self.stop_ids is not None
         if min(map(len, prompts)) == 0:
             raise ValueError("a prompt has no tokens: give at least one")
+        known = self.target.shape.vocab_size
+        if (largest := max(map(max, prompts))) >= known:
+            raise ValueError(f"a prompt has token {largest}, beyond the vocabulary of {known} of {self.target.name!r}: "
+                             "its tokenizer was given tokens that the model was not")
         if longest + limit > self.target.max_positions:
             raise ValueError(f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
                              f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens")

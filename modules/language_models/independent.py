@@ -94,6 +94,7 @@ class Independent(TokenDrafter):
         tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
     """
 
+    own_model = True
     soft_labels = True
     language_model: Target
 

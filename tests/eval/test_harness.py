@@ -105,6 +105,17 @@ def test_prompts_that_do_not_fit_are_left_out(target: Target) -> None:
         fitting([long], rows(target, []), 10)
 
 
+def test_a_prompt_that_the_target_cannot_read_is_named() -> None:
+    target = tiny_target()
+    target.tokenizer.add_tokens(["<extra>"])
+    odd = Task("z", (Prompt("z/0", "z", ("why?", "and <extra>?")),))
+    with pytest.raises(ValueError, match="prompt 'z/0': token 128 '<extra>' is beyond the model's vocabulary of 128"):
+        fitting([*tasks(1), odd], rows(target, []), 10)
+    target.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ValueError, match="prompt 'x/0': refused by the chat template"):
+        fitting(tasks(1), rows(target, []), 10)
+
+
 def test_no_row_pass_or_batch_size_knows_answers_from_another(target: Target, tmp_path: Path) -> None:
     """A drafter that learns needs as many calls in every pass, in every row that shares it, and after the warm-up."""
     decoder = SpeculativeDecoder(target, TokenRecycling(target.shape, tokens=20))

@@ -110,6 +110,8 @@ def test_bad_input_is_refused_before_anything_runs():
         SpeculativeDecoder(target).decode([[5] * 510], GREEDY, 10)
     with pytest.raises(ValueError, match="no tokens"):
         SpeculativeDecoder(target).decode([[]], GREEDY, 10)
+    with pytest.raises(ValueError, match="has token 128, beyond the vocabulary of 128 of 'tiny-llama'"):
+        SpeculativeDecoder(target).decode([[5, 127], [5, 128]], GREEDY, 10)
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit must be at least 1 new token, got {limit}"):
             SpeculativeDecoder(target).decode([[5, 6]], GREEDY, limit)
