@@ -13,14 +13,14 @@ from data.configfiles import config_parser, parse, run
 from data.datamodule import ConversationData
 from data.shares import Share
 from modules.core.batches import StateName
-from modules.core.loading import load_target, own_device
+from modules.core.loading import AUTO, load_target, own_device
 from modules.core.trainable import TargetShape, Trainable
 
 _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")
 """Sections of a recipe that do not matter here."""
 
 
-def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "float32",
+def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUTO,
           drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None,
           shard: str | None = None, device: str | None = None,
           precision: Literal["32-true", "bf16-mixed"] = "32-true", chat_template: dict[str, Any] | None = None) -> None:
@@ -31,7 +31,8 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
     Args:
         data: what to read; `data.features` is the folder to write.
         target: Hub id, folder, .gguf file or smollm2-135m.
-        dtype: of the target: float32, bfloat16, float16 or float64.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
         drafter: the component whose states are wanted.
         states: state names instead of the drafter's.
         shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill one folder.
@@ -47,7 +48,7 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = "fl
         raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
-    loaded = load_target(target, dtype, "cpu", chat_template).to(device or own_device())
+    loaded = load_target(target, dtype, device or own_device(), chat_template)
     names = states or (drafter(loaded.shape).training_states if drafter else ())
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         if share is None:

@@ -38,7 +38,7 @@ from data.files import Row, Skipped, Tally, read_jsonl
 from modules.core.chat import arguments_of
 from modules.core.drafter import Sampling
 from modules.core.generation import stock_generate
-from modules.core.loading import load_target
+from modules.core.loading import AUTO, load_target
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -191,7 +191,7 @@ _OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", 
 """Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype` do."""
 
 
-def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = "float32", device: str = "cpu",
+def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = AUTO, device: str = "cpu",
                 limit: int | None = None, generation: Generation = Generation(),
                 chat_template: dict[str, Any] | None = None) -> None:
     """Let a target answer prompts.
@@ -200,7 +200,8 @@ def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: 
         prompts: file of prompts or chats (.jsonl, .json, .parquet), or a pattern of such.
         output: the `.jsonl` or `.jsonl.gz` to write.
         target: Hub id, folder, .gguf file or smollm2-135m.
-        dtype: of the target: float32, bfloat16, float16 or float64.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
         device: to generate on.
         limit: answer only the first so many prompts.
         generation: how answers are made.

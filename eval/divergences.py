@@ -20,12 +20,12 @@ from data.files import Tally
 from eval.cli import quieten
 from eval.methods import load_drafter
 from eval.templates import chat_arguments
-from modules.core.loading import load_target
+from modules.core.loading import AUTO, load_target
 from modules.core.narrow import use_narrow_linears
 
 
 def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
-              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = "float32", device: str = "cpu") -> None:
+              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = AUTO, device: str = "cpu") -> None:
     """Write a `.jsonl` file that `data.labelled.LabelledData` reads; the same command goes on where it was stopped.
 
     Args:
@@ -37,7 +37,8 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
         max_new_tokens: of each answer; those that are cut there give no label.
         per_prompt: mismatches of each answer whose drafted tokens are labelled, from its beginning;
             each costs the target an answer per drafted token.
-        dtype: of the target: float32, bfloat16, float16 or float64.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
         device: a torch device.
     """
     place = Path(output)

@@ -34,8 +34,8 @@ from eval.templates import chat_arguments
 from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
+from modules.core.loading import AUTO, check_loading, chosen_dtype, load_target, own_device
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.core.loading import check_loading, load_target, own_device
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 
@@ -63,7 +63,8 @@ class Evaluation:
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
         draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the target's.
-        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed.
+        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed; auto
+            is bfloat16 on a GPU that multiplies it and float32 elsewhere.
         chat_template: arguments of the target's chat template; by default those the first drafter was trained with.
         device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
         compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels).
@@ -88,12 +89,16 @@ class Evaluation:
     batch_size: int | list[int] = 1
     repeats: int = 1
     draft_precision: Precision | None = None
-    dtype: str = "float32"
+    dtype: str = AUTO
     chat_template: dict[str, Any] | None = None
     device: str | None = None
     compile: bool | Literal["max-autotune"] = False
     threads: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Say what `auto` is."""
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
 
     @property
     def rows(self) -> list[Method]:

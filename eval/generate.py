@@ -20,7 +20,7 @@ from eval.methods import Precision, load_drafter
 from eval.templates import chat_arguments
 from eval.text import pieces
 from modules.core.drafter import Sampling
-from modules.core.loading import load_target, own_device
+from modules.core.loading import AUTO, load_target, own_device
 from modules.core.phases import now
 from modules.decoding.decoder import SpeculativeDecoder
 
@@ -43,7 +43,8 @@ class Generation:
         seed: of sampling.
         budget: drafted nodes per call at most; by default the drafter's own.
         draft_precision: of the drafter's weights: float32, bfloat16 or float16; by default the target's.
-        dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed.
+        dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed; auto is bfloat16 on
+            a GPU that multiplies it and float32 elsewhere.
         device: a torch device; by default the GPU if there is one.
         chat_template: arguments of the target's chat template; by default those the drafter was trained with.
         compare: decode once more without the drafter, to compare speed and tokens.
@@ -59,7 +60,7 @@ class Generation:
     seed: int = 0
     budget: int | None = None
     draft_precision: Precision | None = None
-    dtype: str = "float32"
+    dtype: str = AUTO
     device: str | None = None
     compare: bool = True
     chat_template: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jsonargparse import auto_cli
 
-from modules.core.loading import load_target
+from modules.core.loading import AUTO, load_target
 from modules.decoding.latency import LatencyTable, measure_latency
 from modules.decoding.roofline import Roofline, measure_roofline
 
@@ -25,7 +25,7 @@ def table(latency: LatencyTable, roofline: Roofline) -> str:
     return "\n".join(lines)
 
 
-def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = "float32",
+def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = AUTO,
          compile: bool = False) -> None:
     """Measure t(rows) of a target on this device and print the break-even table.
 
@@ -33,14 +33,16 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         target: Hub id, folder, .gguf file or smollm2-135m.
         context: committed tokens behind which the rows stand.
         repeats: passes; the table holds medians.
-        dtype: of the target.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
         compile: let calls go through torch.compile.
     """
     loaded = load_target(target, dtype)
     if compile:
         loaded.compile_calls()
     limits = measure_roofline(loaded)
-    print(f"{target}, {dtype}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
+    precision = str(loaded.dtype).removeprefix("torch.")
+    print(f"{target}, {precision}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
           f"Measured limits: {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; "
           f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)

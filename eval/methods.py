@@ -19,7 +19,7 @@ from data.files import read_jsonl
 from modules.core.drafter import Drafter, Sampling, TreeBuilder
 from modules.core.loading import missing_here
 from modules.core.target import Target
-from modules.decoding.budget import BUDGETS, best_budget, try_budgets
+from modules.decoding.budget import best_budget, budgets_on, try_budgets
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
 from modules.decoding.latency import stored_latency
 from modules.decoding.rules import RULES, AcceptanceRule, check_pairing, rule_named
@@ -317,7 +317,8 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
 def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
     """The tree size that promises most here, tried on embedded prompts that no evaluation asks."""
     rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), prompts)
-    tokenizer, stored = decoder.target.tokenizer, stored_latency(decoder.target, widths=[1, *(n + 1 for n in BUDGETS)])
+    tokenizer, widths = decoder.target.tokenizer, [1, *(n + 1 for n in budgets_on(decoder.target.device))]
+    stored = stored_latency(decoder.target, widths=widths)
     asked = [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
     trials = try_budgets(decoder, stored, asked, sampling)
     for trial in trials:

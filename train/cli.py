@@ -23,11 +23,12 @@ from data.classes import Kind, named_class
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
 from data.outputs import write_whole
-from modules.core.loading import load_target, outline
+from modules.core.loading import AUTO, chosen_dtype, load_target, outline
 from train.plan import print_plan
 from train.profile import print_profile, profile
 from train.resuming import same_run
 from train.run import CONFIG, Place, Recipe, claim, steps_of, train
+from train.settings import chosen_precision, training_device
 
 _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
@@ -151,7 +152,7 @@ def command(arguments: Sequence[str]) -> int:
     parser = make_parser()
     if not any(word.startswith(("--config", "--drafter", "--print_config", "--help", "-h")) for word in arguments):
         raise ValueError("--config is missing: name a recipe of configs/, such as --config clover.yaml")
-    config = parse(parser, arguments)
+    config = settled(parse(parser, arguments))
     if config.plan:
         print_plan(recipe_of(parser, config), outline(config.target, config.dtype, config.chat_template))
         return 0
@@ -170,6 +171,22 @@ def command(arguments: Sequence[str]) -> int:
         folder, ended = train(recipe, place)
         report(folder, used_up(recipe, ended) if began == ended else "")
     return 0
+
+
+@rank_zero_only
+def _tell_chosen(config: Namespace) -> None:
+    print(f"target in {config.dtype}, training in {config.trainer.precision}: chosen for "
+          f"{training_device(config.trainer.accelerator)}", flush=True)
+
+
+def settled(config: Namespace) -> Namespace:
+    """The config with what `auto` means here in place of it, so that a run's config.yaml says what it was."""
+    if AUTO in (config.dtype, config.trainer.precision):
+        accelerator = config.trainer.accelerator
+        config.dtype = chosen_dtype(config.dtype, training_device(accelerator))
+        config.trainer.precision = chosen_precision(config.trainer.precision, accelerator)
+        _tell_chosen(config)
+    return config
 
 
 def quieten() -> None:

@@ -26,14 +26,22 @@ from data.outputs import claimed, write_whole
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.compiled import compile_blocks
 from modules.core.drafter import Drafter
-from modules.core.loading import check_unquantised, load_target
+from modules.core.loading import AUTO, check_unquantised, chosen_dtype, load_target
 from modules.core.recompute import use_activation_checkpointing
 from modules.core.target import Target
 from modules.core.trainable import Outcome, TargetShape, Trainable
 from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.module import TrainableModule
 from train.saving import SiblingCheckpointIO, remove_leftovers
-from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings, PublishSettings, TrainerSettings
+from train.settings import (
+    CheckpointSettings,
+    OptimizerSettings,
+    ProbeSettings,
+    PublishSettings,
+    TrainerSettings,
+    chosen_precision,
+    training_device,
+)
 from train.strategy import strategy_named
 
 logger = logging.getLogger(__name__)
@@ -49,7 +57,8 @@ class Recipe:
         drafter: what to train: class_path and init_args; `--drafter.heads 4` sets one of the latter.
         data: what to train on, see data/datamodule.py.
         target: Hub id, folder, .gguf file or smollm2-135m.
-        dtype: of the target: float32, bfloat16, float16 or float64.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that multiplies it and
+            float32 elsewhere.
         chat_template: arguments of the target's chat template, for instance {enable_thinking: false}.
         seed: of weights, order and dropout.
         objective: a loss instead of the component's own, modules.alignment.aligned_drafting.AlignedDrafting.
@@ -63,7 +72,7 @@ class Recipe:
     drafter: Callable[[TargetShape], Trainable]
     data: ConversationData
     target: str = "smollm2-135m"
-    dtype: str = "float32"
+    dtype: str = AUTO
     chat_template: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     objective: AlignedDrafting | None = None
@@ -74,10 +83,13 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse to choose by what is not measured, and a target in which nothing can be trained."""
+        """Refuse to choose by what is not measured, and a target in which nothing can be trained; resolve `auto`."""
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
             raise ValueError(f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by val/loss")
         check_unquantised(self.dtype)
+        self.dtype = chosen_dtype(self.dtype, training_device(self.trainer.accelerator))
+        precision = chosen_precision(self.trainer.precision, self.trainer.accelerator)
+        self.trainer = replace(self.trainer, precision=precision)
 
 
 @dataclass
@@ -113,6 +125,8 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
         target: an already loaded target; None loads `recipe.target`.
     """
     seed_everything(recipe.seed, verbose=False)
+    if "mixed" in recipe.trainer.precision and training_device(recipe.trainer.accelerator) != "cpu":
+        torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output)
     target = target or load_target(recipe.target, recipe.dtype, "cpu", recipe.chat_template)
     trainable = build(recipe, target, place.init_from)

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from checkpoints.hub import check_repo
+from modules.core.loading import AUTO, has_fast_bfloat16, own_device
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
@@ -52,6 +53,18 @@ class OptimizerSettings:
                 raise ValueError(f"optimizer.{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
+def training_device(accelerator: str) -> str:
+    """Where this process trains."""
+    return "cpu" if accelerator == "cpu" else own_device()
+
+
+def chosen_precision(precision: str, accelerator: str) -> str:
+    """What `auto` means: bf16-mixed on a GPU that multiplies bfloat16, 32-true elsewhere. Other names stay."""
+    if precision != AUTO:
+        return precision
+    return "bf16-mixed" if has_fast_bfloat16(training_device(accelerator)) else "32-true"
+
+
 @dataclass
 class TrainerSettings:
     """How long, on what and how precisely to train; the names are Lightning's.
@@ -59,7 +72,8 @@ class TrainerSettings:
     Args:
         max_epochs: passes over the data (-1: as many as max_steps takes).
         max_steps: optimiser steps (-1: as many as max_epochs takes).
-        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`.
+        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`; `auto` is bf16-mixed on a GPU that multiplies
+            bfloat16 and 32-true elsewhere. Mixed precisions multiply what stays float32 in TF32 on a GPU.
         accumulate_grad_batches: batches per optimiser step.
         gradient_clip_val: largest gradient norm (0: no clipping).
         gradient_clip_algorithm: `norm`, or `value` to clip every element.
@@ -76,7 +90,7 @@ class TrainerSettings:
 
     max_epochs: int = 1
     max_steps: int = -1
-    precision: str = "32-true"
+    precision: str = AUTO
     accumulate_grad_batches: int = 1
     gradient_clip_val: float = 1.0
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
@@ -99,8 +113,9 @@ class TrainerSettings:
             raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}")
         if self.max_steps < 0 and self.max_epochs < 0:
             raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision {self.precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        if self.precision not in (AUTO, *PRECISIONS):
+            raise ValueError(f"trainer.precision {self.precision!r} is unknown: use one of "
+                             f"{', '.join((*PRECISIONS, AUTO))}")
         if self.strategy != "auto" and not DEEPSPEED.fullmatch(self.strategy) and (
                 self.strategy not in StrategyRegistry):
             raise ValueError(f"trainer.strategy {self.strategy!r} is unknown: use auto, ddp, deepspeed_1, deepspeed_2, "

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 CHEAP_BUDGET = 5
 """Drafted nodes that, with the root, a CPU verifies for a fifth more than one row takes."""
+WIDE_BUDGET, WIDE_TREE = 60, "mc_sim_7b_63"
+"""Drafted nodes, and the static tree instead of `narrow`, by default on a GPU, which reads the weights once for so many
+rows (not measured here): as many as EAGLE-2 and -3 draft, and Medusa's released tree."""
+WIDE_LEVEL = 10
+"""Nodes of a level that EAGLE-2 expands."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class LearnedDrafter(Drafter):
         self.register_buffer("vocabulary", torch.arange(cast(int, draft_vocabulary)) if trimmed else None)
         self._builder: TreeBuilder = StaticTree.chain(max(1, steps))
         self._budget = CHEAP_BUDGET
+        self._wide: tuple[TreeBuilder | None, int] = (None, WIDE_BUDGET)
         self._optimised_nodes: int | None = None
 
     # -- draft vocabulary -------------------------------------------------------------------------------------
@@ -231,13 +237,20 @@ class LearnedDrafter(Drafter):
 
     @property
     def builder(self) -> TreeBuilder:
-        """The tree it was built with."""
-        return self._builder
+        """The tree it was built with; where none was asked for, a wide one on a GPU."""
+        return self._wide[0] if self._wide[0] is not None and self.on_gpu else self._builder
 
     @property
     def default_budget(self) -> int:
-        """All of a tree that was asked for; of `narrow` and of dynamic trees what a CPU verifies almost for free."""
-        return self._budget
+        """All of a tree that was asked for; of `narrow` and of dynamic trees what the device verifies almost for free:
+        CHEAP_BUDGET on a CPU, WIDE_BUDGET or all of WIDE_TREE on a GPU."""
+        return max(self._budget, self._wide[1]) if self.on_gpu else self._budget
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its weights are on one."""
+        weight = next(self.parameters(), None)
+        return weight is not None and weight.device.type == "cuda"
 
     def use_static_tree(self, tree: list[Path] | str) -> None:
         """Draft fixed paths, given in full or by name (`modules.trees.paths`); `optimised` and `optimised_N` ask for
@@ -245,7 +258,10 @@ class LearnedDrafter(Drafter):
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
         static = StaticTree(tree_paths(tree, self.max_depth))
-        self._builder, self._budget = static, CHEAP_BUDGET if tree == "narrow" else len(static.paths)
+        self._builder, self._budget, self._wide = static, len(static.paths), (None, 0)
+        if tree == "narrow":
+            wide = StaticTree(tree_paths(WIDE_TREE, self.max_depth))
+            self._budget, self._wide = CHEAP_BUDGET, (wide, len(wide.paths))
 
     @property
     def precision(self) -> torch.dtype:

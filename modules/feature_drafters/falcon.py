@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verified
 from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
-from modules.core.learned import DraftStep, LearnedDrafter, rows_at
+from modules.core.learned import WIDE_BUDGET, WIDE_LEVEL, DraftStep, LearnedDrafter, rows_at
 from modules.core.losses import Head, Laws, TrainingRows, greedy_tokens, training_rows
 from modules.core.recompute import recomputed
 from modules.core.token_scale import token_scale
@@ -32,6 +32,7 @@ from modules.feature_drafters.glancing import Documents, block_ends, random_phas
 from modules.feature_drafters.proposal import Proposal
 from modules.feature_drafters.recurrence import RECURRENT_LAYERS, NewestRow, Recurrence
 from modules.trees.dynamic import ThresholdTree
+from modules.trees.rerank import RerankedTree
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -116,7 +117,7 @@ class Falcon(LearnedDrafter):
         self.layer = DecoderLayer(shape, input_norm=False)
         self.register_buffer("token_scale", torch.ones(()))
         if tree is None:
-            self._builder = ThresholdTree(depth)
+            self._builder, self._wide = ThresholdTree(depth), (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET)
         else:
             self.use_static_tree(tree)
 

@@ -22,12 +22,19 @@ from torch.nn import functional as F
 from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verified
 from modules.core.layers import Attention, DecoderLayer, LayerCache, causal_rows
-from modules.core.learned import LearnedDrafter, rows_at, see_parents
+from modules.core.learned import (
+    WIDE_BUDGET,
+    WIDE_LEVEL,
+    LearnedDrafter,
+    rows_at,
+    see_parents,
+)
 from modules.core.losses import TrainingRows
 from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 from modules.trees.dynamic import ThresholdTree
 from modules.trees.paths import Path
+from modules.trees.rerank import RerankedTree
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -63,7 +70,7 @@ class FeatureDrafter(LearnedDrafter):
         steps: draft steps unrolled in training, each on the outputs of the one before; 1 is teacher forcing.
         draft_vocabulary: how many token ids can be drafted; None for all.
         decay: step j weighs decay^j.
-        depth: levels of its default tree, `ThresholdTree`.
+        depth: levels of its default tree, `ThresholdTree`, or on a GPU EAGLE-2's.
         tree: fixed paths instead of that tree, given in full or by name; an optimised tree is `steps` deep.
     """
 
@@ -77,7 +84,7 @@ class FeatureDrafter(LearnedDrafter):
             raise ValueError(f"steps must be at least 1, got {steps}")
         super().__init__(shape, steps, draft_vocabulary, decay)
         if tree is None:
-            self._builder = ThresholdTree(depth)
+            self._builder, self._wide = ThresholdTree(depth), (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET)
         else:
             self.use_static_tree(tree)
 
