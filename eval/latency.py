@@ -37,7 +37,7 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
             multiplies it and float32 elsewhere.
         compile: let calls go through torch.compile.
     """
-    loaded = load_target(target, dtype)
+    loaded = load_target(target, dtype, chats=False)
     if compile:
         loaded.compile_calls()
     limits = measure_roofline(loaded)

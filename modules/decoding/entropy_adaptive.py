@@ -53,8 +53,8 @@ class EntropyAdaptive:
                  shortest_run: int = 10) -> None:
         if min(window, shortest_run) < 1:
             raise ValueError(f"window and shortest_run must be at least 1, got {window} and {shortest_run}")
-        other = small if isinstance(small, Target) else load_target(small, str(large.dtype).removeprefix("torch."),
-                                                                    str(large.device))
+        precision, device = str(large.dtype).removeprefix("torch."), str(large.device)
+        other = small if isinstance(small, Target) else load_target(small, precision, device, chats=False)
         if other.tokenizer.get_vocab() != large.tokenizer.get_vocab():
             raise ValueError(f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: give a "
                              "model of the same tokenizer")
