@@ -131,7 +131,7 @@ def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
         Skipped: no question, tool calls, or turns that cannot be read.
     """
     chat = any(row.get(key) is not None for key in CHATS)
-    alone = not chat and isinstance(row.get("turns"), list)
+    alone = not chat and any(_texts(row.get(key)) for key in ("turns", *ASKED))
     questions: list[list[Message]] = [[]]
     for turn in chat_of(row) if chat else asked_of(row):
         if turn["role"] == "tool" or turn.get("tool_calls"):
@@ -161,8 +161,6 @@ def asked_of(row: Mapping[str, Any], keys: Sequence[str] = ("turns", *ASKED)) ->
         null = next((key for key in (*CHATS, *keys) if key in row), None)
         raise Skipped(f"`{null}` is null, expected text or turns" if null else
                       f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
-    if key == "turns" and isinstance(row[key], list):
-        return behind_system(row, [turn for one in row[key] for turn in spoken(one, key, "user")])
     asked = spoken(row[key], key, "user")
     given = row.get("input")
     if key == "instruction" and isinstance(given, str) and given.strip():
@@ -179,8 +177,10 @@ def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]
 
 
 def spoken(value: Any, key: str, role: str) -> list[Message]:
-    """Turns under `key`: a text that `role` says, one turn, or a list of turns (which may be
-    written as JSON text). Skipped: nothing of these."""
+    """Turns under `key`: one text that `role` says, or several, one turn, or a list of turns (which
+    may be written as JSON text). Skipped: nothing of these."""
+    if _texts(value):
+        return [{"role": role, "content": _short(text)} for text in value]
     if isinstance(value, str):
         turns = _listed(value)
         return [{"role": role, "content": _short(value)}] if turns is None else read_turns(
@@ -188,6 +188,10 @@ def spoken(value: Any, key: str, role: str) -> list[Message]:
     if not isinstance(value, dict | list):
         raise Skipped(f"`{key}` is {kind(value)}, expected text or turns")
     return read_turns([value] if isinstance(value, dict) else value, key)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def read_turns(value: Any, key: str) -> list[Message]:

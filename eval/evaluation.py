@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from checkpoints.pretrained import find_folder, read_config
 from data.classes import Kind
 from data.endings import resumable
+from data.files import Tally
 from eval.contamination import note_overlaps
 from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
 from eval.harness import Harness, fitting, units
@@ -116,7 +117,7 @@ class Evaluation:
         """Ascending."""
         return sorted(self.batch_size) if isinstance(self.batch_size, list) else [self.batch_size]
 
-    def check(self) -> list[Task]:
+    def check(self, tally: Tally | None = None) -> list[Task]:
         """Refuse what cannot run, before anything is loaded; returns the tasks.
 
         Raises:
@@ -137,7 +138,7 @@ class Evaluation:
             raise ValueError(f"compile {self.compile} is for this project's own loop: leave it out with engine 'vllm'")
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
-        return load_tasks(self.prompts, self.limit, self.turns)
+        return load_tasks(self.prompts, self.limit, self.turns, tally)
 
     def _check_variants(self) -> None:
         for name, given in (("batch_size", self.batch_size), ("temperature", self.temperature)):
@@ -178,7 +179,8 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False,
         ValueError: settings that cannot run, or an output that cannot be written (before anything
             is loaded); a drafter that does not fit the target.
     """
-    tasks = evaluation.check()
+    tally = Tally("prompt")
+    tasks = evaluation.check(tally)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: give one")
     if evaluation.threads is not None:
@@ -188,11 +190,11 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False,
             raise ValueError(f"engine 'vllm' measures in one process, {share.count} were started: leave out torchrun")
         console = console or Console(quiet=not share.first)
         with taken(output, resume or overwrite, share), resumable(lambda: "go on with --resume"):
-            return _evaluate(evaluation, tasks, output, resume, console, share)
+            return _evaluate(evaluation, tasks, output, resume, console, share, tally)
 
 
-def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share
-              ) -> dict[str, Any]:
+def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share,
+              tally: Tally) -> dict[str, Any]:
     """One process's part: measure its share of the prompts; the first process then makes the report of all."""
     place, asked = share.journal(output / JOURNAL, resume), tasks
     named = [method.drafter for method in evaluation.rows if isinstance(method.drafter, str)]
@@ -214,6 +216,8 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
         if skipped:
             line = f"skipped, longer than the context: {', '.join(skipped)}"
             console.print(line, highlight=False, markup=False)
+        for line in tally.lines():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in small_batches(tasks, evaluation.batch_sizes):
             console.print(line, style="yellow", highlight=False, markup=False)
         journal = begun(place, header | known_loaded(rows, asked), resume, share)
@@ -222,6 +226,7 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
     if share.first:
         summaries = summarise(rows, records, scoring_of(evaluation, tasks), most_together(tasks))
     named = {"tasks": [task.name for task in tasks], **settings, **limit, "skipped": skipped}
+    named |= {"left_out": tally.as_dict()} if tally.as_dict() else {}
     report = build_report(summaries, named)
     if share.first:
         write(report, output, choose_sample(summaries, tasks))

