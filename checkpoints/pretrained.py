@@ -125,7 +125,15 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
     if target is not None:
         check_binding(trainable, config["target"], target, str(name))
+    trainable.trained_length = _trained_length(folder)
     return trainable.eval()
+
+
+def _trained_length(folder: Path) -> int | None:
+    """`data.max_length` of its training, if that was recorded."""
+    data = read_json(folder / PROVENANCE).get("data") if (folder / PROVENANCE).is_file() else None
+    length = data.get("max_length") if isinstance(data, dict) else None
+    return length if isinstance(length, int) else None
 
 
 from_pretrained = load_pretrained

@@ -86,6 +86,8 @@ class Trainable(SteadyBuffers):
     """
 
     arguments: dict[str, Any]
+    trained_length: int | None = None
+    """Tokens of the longest row it was trained on, where its folder says so."""
     batch_kind: ClassVar[str] = "text"
     """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
 

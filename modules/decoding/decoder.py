@@ -5,6 +5,8 @@ Shape legend: B sequences, T prompt tokens.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +22,16 @@ from modules.decoding.loop import Run, Trace, check_limit
 from modules.decoding.rules import AcceptanceRule, check_pairing, default_rule
 from modules.trees.tree import Law
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Decoder", "SpeculativeDecoder", "Trace"]
+
+
+@functools.cache
+def _tell_beyond(name: str, trained: int) -> None:
+    """Warn, once, that a drafter reads positions it has never seen."""
+    logger.warning("%s was trained on rows of %d tokens (data.max_length) and drafts behind longer contexts: fewer "
+                   "drafts may be accepted", name, trained)
 
 
 class Decoder(Protocol):
@@ -122,6 +133,9 @@ class SpeculativeDecoder:
         if longest + limit > self.target.max_positions:
             raise ValueError(f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
                              f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens")
+        trained = None if self.drafter is None else self.drafter.trained_length
+        if trained is not None and longest + limit > trained:
+            _tell_beyond(self.name, trained)
         generators = [torch.Generator(self.target.device).manual_seed(sampling.seed + i) for i in range(len(prompts))]
         return Run(target=self.target, drafter=self.drafter, rule=self.rule_for(sampling), builder=self.builder,
                    budget=self.nodes, stop_ids=self.stop_ids, prompts=list(prompts), sampling=sampling, limit=limit,

@@ -1,10 +1,25 @@
 import pytest
 
-from data.configfiles import CONFIGS
+from data.configfiles import CONFIGS, parse
 from data.datamodule import ConversationData
-from train.cli import make_parser
+from train.cli import command, make_parser
 
 RECIPES, BUDGETS = (sorted(folder.glob("*.yaml")) for folder in (CONFIGS, CONFIGS / "budget"))
+LARGE = ("large", "gpu_8b")
+"""For targets of 7B and more, whose learning rate is another."""
+
+
+@pytest.mark.parametrize("budget", LARGE)
+@pytest.mark.parametrize("recipe", ["eagle3", "medusa", "clover2"])
+def test_budgets_for_large_targets_hold_published_values_and_can_be_planned(recipe, budget, capsys, monkeypatch):
+    """On a device of 80 GiB."""
+    monkeypatch.setattr("train.plan.available", lambda _: 80 * 2.0 ** 30)
+    flags = ["--config", f"{recipe}.yaml", "--config", f"budget/{budget}.yaml", "--drafter.draft_vocabulary", "32000"]
+    config = parse(make_parser(), flags)
+    assert config.optimizer.lr == 5e-5 and config.data.init_args.max_length == 2048 and config.data.init_args.workers
+    assert (config.dtype, config.trainer.precision) == ("bfloat16", "bf16-mixed")
+    assert command([*flags, "--plan"]) == 0
+    assert "bf16-mixed, by arithmetic" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda path: path.stem)
@@ -12,7 +27,10 @@ RECIPES, BUDGETS = (sorted(folder.glob("*.yaml")) for folder in (CONFIGS, CONFIG
 def test_every_budget_fits_every_recipe_and_leaves_the_method_alone(recipe, budget):
     alone = make_parser().parse_args(["--config", str(recipe)])
     merged = make_parser().parse_args(["--config", str(recipe), "--config", str(budget)])
-    assert merged.drafter == alone.drafter and merged.optimizer == alone.optimizer
+    assert merged.drafter == alone.drafter
+    own = ("lr", "warmup_ratio") if budget.stem in LARGE else ()
+    assert [name for name in vars(alone.optimizer) if merged.optimizer[name] != alone.optimizer[name]
+            and name not in own] == []
     assert merged.seed == 0 and merged.trainer.max_epochs > 0
 
 
