@@ -133,17 +133,18 @@ def _training(provenance: Provenance) -> str:
 def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
     made = {"drafter": "SpeculativeDecoder(target, component)",
             "adapters": "SpeculativeDecoder(component.adapt(target))",
-            "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target), component.acceptance_rule(target))'}
+            "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device, target.dtype),\n'
+                    '                             component.acceptance_rule(target))'}
     code = textwrap.dedent(f"""\
         ```python
         from checkpoints.pretrained import load_pretrained
         from data.conversations import prompt_ids
         from modules.core.drafter import Sampling
-        from modules.core.loading import load_target
+        from modules.core.loading import load_target, own_device
         from modules.decoding.decoder import SpeculativeDecoder
 
-        target = load_target("{provenance.target['name']}")
-        component = load_pretrained("{repo or 'THIS_FOLDER_OR_HUB_ID'}", target)
+        target = load_target("{provenance.target['name']}", device=own_device())
+        component = load_pretrained("{repo or 'THIS_FOLDER_OR_HUB_ID'}", target).to(target.device, target.dtype)
         decoder = {made[_kind(trainable)]}
         prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
         print(target.tokenizer.decode(decoder.decode([prompt], Sampling(), limit=64)[0].ids))

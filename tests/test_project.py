@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from modules.heads.medusa import Medusa
+from tests.fakes import tiny_target
 from tests.test_style import ROOMS, ROOT, SOURCES, imported_rooms
 
 PROVIDED_BY = {"yaml": "pyyaml"}
@@ -74,6 +76,24 @@ def test_readme_imports_resolve() -> None:
         if isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+def test_the_readmes_example_drafts_where_the_target_is(monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture) -> None:
+    """Its text is the whole answer's, not that of tokens one by one."""
+    target = tiny_target()
+    drafter, moved = Medusa(target.shape, 2), []
+    monkeypatch.setattr(drafter, "to", lambda *place: (moved.append(place), drafter.double().eval())[1])
+    monkeypatch.setattr("modules.core.loading.load_target", lambda name, device: target)
+    monkeypatch.setattr("checkpoints.pretrained.load_pretrained", lambda name, target: drafter)
+    monkeypatch.setattr(target.tokenizer, "decode",
+                        lambda ids, **_: "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2))
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None
+    exec(example.group(1), {})
+    assert moved == [(target.device, target.dtype)]
+    written = capsys.readouterr().out
+    assert written.startswith("éé") and written.count("\ufffd") <= 1
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
