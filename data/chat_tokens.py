@@ -22,6 +22,7 @@ Turn = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """What servers and templates call the reasoning of a turn; most templates read the first."""
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)\s*")
+_OPENED_TAG = re.compile(r"<(\w*(?:think|thought|reason)\w*)>\s*$")
 _ANCHORS = ("\n", "x", "")
 """Behind these a text is encoded as inside of one, where its beginning merges with the prompt's end."""
 
@@ -117,7 +118,8 @@ def answer_ids(conversation: Conversation, turn: int, tokenizer: Any, ends: Coll
 
     The last answer's recorded ids are taken as they are. Any other answer is what the template writes; where it does
     not write the prompt's own beginning again (templates that open `<think>` in the prompt alone), or leaves out a part
-    of the answer, the answer's text and the template's end of turn.
+    of the answer, the answer's text (behind its reasoning, if that is what the prompt opens) and the template's end of
+    turn.
 
     Args:
         ends: tokens that end an answer.
@@ -146,13 +148,17 @@ def _written(conversation: Conversation, turn: int, asked: str, tokenizer: Any, 
              ) -> tuple[str, list[int]]:
     """The text behind the prompt, and the end-of-turn token that it lacks."""
     messages, answer = conversation.messages[:turn + 1], conversation.messages[turn]
-    through = render(messages, tokenizer, tools=conversation.tools)
-    _refuse_left_out(messages, conversation.tools, through, tokenizer)
-    content = answer.get("content")
-    text = _unopened(content, asked) if isinstance(content, str) else ""
+    through, content = render(messages, tokenizer, tools=conversation.tools), answer.get("content") or ""
+    thought = next((answer[key] for key in _REASONING if answer.get(key)), "")
+    opened = _OPENED_TAG.search(asked)
+    text = _unopened(content, asked)
+    if opened and thought and not answer.get("tool_calls"):
+        text = f"{thought.rstrip()}\n</{opened[1]}>\n\n{content.lstrip()}"
+    else:
+        _refuse_left_out(messages, conversation.tools, through, tokenizer)
     if through.startswith(asked) and text.strip() in through[len(asked):]:
         return through[len(asked):], []
-    if answer.get("tool_calls") or any(answer.get(key) for key in _REASONING):
+    if answer.get("tool_calls") or (thought and not opened):
         raise Skipped("the chat template writes reasoning or tool calls otherwise than its prompt asks for them")
     ids = encode(through, tokenizer)
     ending = [token for token in ids if token in ends] or [

@@ -66,6 +66,8 @@ class Endpoint:
         neutral: ask for repetition_penalty 1, min_p 0 and top_k -1 too, which vLLM and SGLang
             otherwise take from the model's `generation_config`; false for a server that refuses
             these keys.
+        chat_template: arguments of the target's chat template (sent as `chat_template_kwargs`, which
+            vLLM and SGLang read), as in the recipe that trains on the answers.
     """
 
     url: str
@@ -77,6 +79,7 @@ class Endpoint:
     key_variable: str = "OPENAI_API_KEY"
     refusals: int = 0
     neutral: bool = True
+    chat_template: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no address, and values that cannot work."""
@@ -120,7 +123,8 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[Row], output: str | Path
     chats = chats_of(prompts, tally)
     settings = {"target": f"{endpoint.model} at {endpoint.url}",
                 "prompts": prompts_digest([row.content for row in prompts]),
-                "neutral": endpoint.neutral, **generation.settings()}
+                "neutral": endpoint.neutral, "chat_template": endpoint.chat_template or None,
+                **generation.settings()}
     journal = Journal(output.with_name(output.name + ".journal"), settings)
     refused: list[Refused] = []
     with ThreadPoolExecutor(endpoint.concurrency) as pool:
@@ -170,6 +174,8 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
     body = {"model": endpoint.model, "messages": said, "max_tokens": generation.max_new_tokens,
             "temperature": request.temperature, "top_p": generation.top_p if request.temperature else 1.0,
             "seed": generation.seed_of(request.key), **(SERVED_NEUTRAL if endpoint.neutral else {})}
+    if endpoint.chat_template:
+        body["chat_template_kwargs"] = endpoint.chat_template
     try:
         choice = _posted(endpoint, body)
     except Refused as refused:

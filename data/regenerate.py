@@ -181,7 +181,7 @@ def _answer(job: Job, ids: list[int], target: Target) -> dict[str, Any]:
 
 def _settings(target: Target, prompts: Sequence[Row], generation: Generation) -> dict[str, Any]:
     return {"target": target.fingerprint(), "stop_ids": sorted(target.eos_ids),
-            "chat_template": arguments_of(target.tokenizer), **generation.settings(),
+            "chat_template": arguments_of(target.tokenizer) or None, **generation.settings(),
             "prompts": prompts_digest([row.content for row in prompts])}
 
 

@@ -226,6 +226,18 @@ def test_a_prompt_that_opens_the_thoughts_is_followed_by_the_answers_text(tokeni
     assert said(cut, tokenizer) == ["hm</think>yes"]
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("thought", "content"), [("hm", "yes"), ("hm\n", "\n\nyes")])
+def test_reasoning_that_a_server_gave_apart_stands_where_the_prompt_opens_it(
+        tokenizer: Any, written: bool, thought: str, content: str) -> None:
+    tokenizer.chat_template = THOUGHTS_OPENED if not written else THOUGHTS_OPENED.replace(
+        "m.content.split('</think>')[-1]", "('<think>\n' + m.reasoning_content | trim + '\n</think>\n\n' + "
+        "m.content | trim if m.reasoning_content else m.content)")
+    turns = [*chat("a"), {"role": "assistant", "reasoning_content": thought, "content": content}]
+    (document,) = tokenize(Conversation(turns), tokenizer, 200).documents
+    assert said(document, tokenizer) == ["hm\n</think>\n\nyes<|end|>"]
+
+
 def test_recorded_ids_follow_the_prompt_whatever_the_template_would_write(tokenizer: Any) -> None:
     tokenizer.chat_template = THOUGHTS_OPENED.replace("m.content.split('</think>')[-1]", "'-'")
     ids = [*encode("hm</think>yes", tokenizer), tokenizer.eos_token_id]

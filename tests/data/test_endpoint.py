@@ -153,6 +153,18 @@ def test_a_server_is_told_to_apply_no_generation_config(server: Server, tmp_path
     assert len(rows) == 6 and not set(server.asked[-1]) & {"repetition_penalty", "min_p", "top_k"}
 
 
+def test_a_server_is_told_the_chat_templates_arguments(server: Server, tmp_path: Path) -> None:
+    regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
+    assert "chat_template_kwargs" not in server.asked[0]
+    silent = endpoint(server, chat_template={"enable_thinking": False}, concurrency=1)
+    server.trouble = {len(server.asked) + 2: 400}
+    with pytest.raises(ValueError, match="run the same command again"):
+        regenerate_by(silent, PROMPTS[:3], tmp_path / "b.jsonl")
+    assert server.asked[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    with pytest.raises(ValueError, match="was begun with chat_template {'enable_thinking': False}, not None"):
+        regenerate_by(endpoint(server), PROMPTS[:3], tmp_path / "b.jsonl")
+
+
 def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     server.trouble = {5: 400}
