@@ -226,7 +226,7 @@ def _undo(api: HfApi, repo: str, created: bool) -> str:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """The client waits for ever by default; here, `TIMEOUT` seconds for every answer."""
+    """Every answer has `TIMEOUT` seconds; the client's default is no limit."""
     session = get_session()
     before, session.timeout = session.timeout, TIMEOUT
     try:

@@ -2,7 +2,7 @@
 
 A saved component names its class by the stem of its file (`drafter_type`), and loading searches the `modules`
 package only: a downloaded folder can never name code to import. Drafters in the formats of others
-(`checkpoints.formats`) load as well, with their target, which tells what their files do not.
+(`checkpoints.formats`) load as well, with their target, which supplies the dimensions that their files lack.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def target_of(name: str | Path) -> str:
     """The name of the target that a component was trained for.
 
     Raises:
-        ValueError: its format does not tell.
+        ValueError: its format does not state it.
     """
     found = read_config(find_folder(name))["target"]["name"]
     if not found:

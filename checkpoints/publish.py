@@ -21,7 +21,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("run", type=str, help="run folder or drafter folder")
     parser.add_argument("--repo", type=str | None, help="USER/NAME on the Hub; created if there is none")
     parser.add_argument("--output", type=str | None, help="write the files into this folder instead; needs no token")
-    parser.add_argument("--public", action="store_true", help="for everybody to see")
+    parser.add_argument("--public", action="store_true", help="make the repository public")
     parser.add_argument("--private", action="store_true", help="for its owner only, as by default")
     parser.add_argument("--report", type=str | None, help="report.json on it, or none [RUN/eval/report.json]")
     parser.add_argument("--row", type=str | None, help="the name of its rows in the report [the run's]")

@@ -37,7 +37,7 @@ class Batches:
     """Batches of packed rows in an order that (seed, epoch) decides, and that can be taken up at any batch.
 
     Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with its
-    checkpoints, so a resumed training goes on with the batch after the last one it trained on. Rows are packed once;
+    checkpoints, so a resumed training continues with the batch after the last one it trained on. Rows are packed once;
     their order changes with the epoch. Over several ranks each takes every world-th batch; where the count does not
     come out even, the order is continued from its beginning with batches whose loss mask is empty, which weigh nothing,
     in validation too. Two ranks of `rows` therefore see, step by step, the rows that one rank of `2 * rows` does, and a

@@ -4,7 +4,7 @@ AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv
 3): every position of the target's answer is drafted; at each mismatch a drafted token replaces the
 target's, the target finishes, and the final answers are compared. A token that changes nothing is
 right (the first such stays in the text that is looked at next), one that changes the answer is
-wrong. The search goes on with the very next position. Only answers that end of themselves are
+wrong. The search continues at the next position. Only answers that end of themselves are
 compared: where one was cut short there is no label.
 """
 

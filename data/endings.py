@@ -23,7 +23,7 @@ _OF_DISKS = (
     errno.EPERM,
 )
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust (safetensors) tell the system's error."""
+"""How libraries written in Rust (safetensors) report the system's error."""
 
 
 class Stopped(BaseException):

@@ -95,7 +95,7 @@ def _refuse_neighbours(output: Path, place: Path) -> None:
 
 
 def _locks(lock: IO[str], kind: int) -> bool:
-    """Whether the lock could be taken; it is let go when the file is closed."""
+    """Whether the lock could be taken; it is released when the file is closed."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 ORDINARY = 0.98
-"""Share of channels, those of least magnitude, that an error is told of."""
+"""Share of channels, those of least magnitude, whose error is reported."""
 _SCALES, _CHANNELS = ".scales", ".channels"
 """What the scales of an int8 state are called: the state's name and these."""
 

@@ -1,4 +1,4 @@
-"""The evaluation room: tasks, methods, the harness, its figures and reports.
+"""Evaluation: tasks, methods, the harness, its figures and reports.
 
 The same few objects are the Python API::
 

@@ -86,7 +86,7 @@ class HuggingFaceGenerate:
         return [self._trace(prompt, row, watch, seconds) for prompt, row in zip(prompts, rows, strict=True)]
 
     def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
-        """A trace whose phases are only prefill and the rest: `generate` does not tell more."""
+        """A trace whose phases are only prefill and the rest: `generate` does not report more."""
         return Trace(len(prompt), ids, [False] * len(ids), [], [], [], seconds, seconds["prefill"])
 
 

@@ -86,7 +86,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def compare(left: str, right: str) -> int:
-    """Print what changed from one report to the other; the exit status tells of the second."""
+    """Print what changed from one report to the other; the exit status is the second report's."""
     before, after = load_report(left), load_report(right)
     console = Console()
     console.print(comparison_table(before, after, console.width))

@@ -119,7 +119,7 @@ def _known_in(spec: object) -> Iterator[Known]:
 
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
     """Put what is found into the `quality` of every row whose method knows data; one look per component. Several of one
-    method are told together."""
+    method are reported together."""
     sources = {method.label: known for method in methods if (known := known_to(method))}
     overlaps = {known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
                 for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))}

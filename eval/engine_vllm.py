@@ -243,7 +243,7 @@ def emitted_by_calls(counted: Mapping[str, Sequence[int]]) -> list[int]:
 def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
     """Calls without the tokens behind the ends of answers, so that no more than `tokens` are left.
 
-    Which call was an answer's last, and how much it lost, vLLM does not tell: every answer takes an
+    Which call was an answer's last, and how much it lost, vLLM does not report: every answer takes an
     even share off the shortest call that is long enough. The sum, and so τ, is right where all
     calls drafted; calls without drafts have no counter, and then too little is taken off.
     """

@@ -226,7 +226,7 @@ def forget_peak(target: Target) -> None:
 
 def peak_memory(target: Target) -> int:
     """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has ever held. A decoder
-    with a process of its own tells its own peak (`peak_memory`)."""
+    with a process of its own reports its own peak (`peak_memory`)."""
     if target.device.type == "cuda":
         return torch.cuda.max_memory_allocated(target.device)
     unit = 1 if sys.platform == "darwin" else 1024

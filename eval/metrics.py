@@ -44,7 +44,7 @@ def acceptance_by_depth(emitted: Sequence[int]) -> list[float]:
 def conditional_acceptance_by_depth(emitted: Sequence[int], offered: Sequence[int]) -> list[float]:
     """P(at least d drafts accepted | at least d-1 accepted and a tree at least d deep), for d = 1, 2, …
 
-    `offered` is the depth of each call's tree; an engine that does not tell it gives none, and an empty list.
+    `offered` is the depth of each call's tree; an engine that does not report it gives none, and an empty list.
     """
     if not len(offered):
         return []

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 Figures = Mapping[str, Any]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#7F7F7F")
-"""Okabe and Ito's palette: told apart by colour-blind readers too."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
 PHASE_COLOURS = {"draft": "#E69F00", "verify": "#0072B2", "accept": "#009E73", "commit": "#CC79A7", "other": "#B8BDC6"}
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
           "axes.spines.right": False, "axes.edgecolor": "#8a93a3", "axes.axisbelow": True, "legend.frameon": False}
@@ -44,7 +44,7 @@ def palette(methods: Sequence[Figures]) -> dict[str, str]:
 
 
 def fastest(methods: Sequence[Figures], most: int = len(COLOURS)) -> list[Figures]:
-    """The methods, or of more than can be told apart by colour those with the greatest speedups, in their order."""
+    """The methods, or of more than colours can distinguish those with the greatest speedups, in their order."""
     ranked = sorted(methods, key=lambda method: method["speedup"]["micro"] or 0.0, reverse=True)
     kept = {method["name"] for method in ranked[:most]}
     return [method for method in methods if method["name"] in kept]
@@ -80,7 +80,7 @@ def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarr
 
 
 def acceptance_by_depth(methods: Sequence[Figures]) -> str:
-    """Marginal (solid) and conditional (dashed) acceptance of the methods that tell it."""
+    """Marginal (solid) and conditional (dashed) acceptance of the methods that report it."""
     colours = palette(methods)
 
     def draw(axes: Axes) -> None:

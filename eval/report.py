@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU's, or the CPU's own name where the system tells it."""
+    """The GPU's name, or the CPU's where the system reports it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     listing = Path("/proc/cpuinfo")
@@ -106,7 +106,7 @@ OUTSIDE = "outside forwards"
 
 def outside(method: Figures) -> float | None:
     """The part of decoding that is neither the target's nor the drafter's: accepting, committing, what no phase owns.
-    None for an engine that does not tell its phases."""
+    None for an engine that does not report its phases."""
     seconds = method["seconds_by_phase"]
     if not seconds["verify"]:
         return None

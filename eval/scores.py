@@ -152,9 +152,9 @@ def _difference_cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of every negative control (`Method.control`): whether the target's log likelihood tells it from plain decoding.
+    """Per negative control (`Method.control`): whether the target's log likelihood separates it from plain decoding.
 
-    Where it does not, the measure cannot tell a bad answer from a good one on these prompts.
+    Where it does not, the measure cannot separate bad answers from good ones on these prompts.
     """
     found = [(method["name"], method["quality"]["likelihood_against_plain"]) for method in methods
              if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")]

@@ -102,7 +102,7 @@ class TaskSource:
         return self.categories is None or self.category(row) in self.categories
 
     def key(self, row: Mapping[str, Any], number: int) -> str:
-        """What tells the row from others: its own id, or its number where it has none, or null."""
+        """The row's identity: its own id, or its number where it has none, or null."""
         return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
 
     def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:

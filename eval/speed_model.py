@@ -37,7 +37,7 @@ class Calls:
     """The target calls of one row over all prompts.
 
     emitted: tokens kept of each call. rows: that each call computes, see `Trace` (none from an
-    engine that does not tell). seconds: by phase, over all calls.
+    engine that does not report it). seconds: by phase, over all calls.
     """
 
     emitted: Sequence[int]

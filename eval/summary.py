@@ -206,7 +206,7 @@ def _costs(row: Row, answers: Answers) -> dict[str, Any]:
 
 def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     """Noise of a baseline (its second runs against its first), flips at low precision, drafted nodes per call, and what
-    the decoder itself tells of its answers (`quality_of`)."""
+    the decoder itself reports about its answers (`quality_of`)."""
     own = [record for record in records if record.row == row.name]
     told = getattr(row.decoder, "quality_of", None)
     found: dict[str, Any] = {**row.quality, **(told([record.trace for record in own]) if told else {})}

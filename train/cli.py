@@ -38,7 +38,7 @@ _FLAGS = ("config", "drafter", "target", "dtype", "chat_template", "seed", "obje
           "init_from", "overwrite", "plan", "profile")
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 _SHOWN = ("val/loss", "probe/tau", "val/preference_accuracy", "val/reward_margin")
-"""Figures that the last line of a training tells, besides what was found on the held-out data in the end."""
+"""Figures in the last line of a training, besides those of the held-out data."""
 _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --drafter.heads 4"
 
 
@@ -115,7 +115,7 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                              "give another --output")
     recipe = recipe_of(parser, config)
     if recipe.objective is not None and config.init_from is None and config.resume is None:
-        raise ValueError("objective: it goes on with a trained drafter: name its run or folder with --init_from")
+        raise ValueError("objective: it continues a trained drafter: name its run or folder with --init_from")
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:
         check_token()
     return recipe, Place(output, None, config.init_from, settings)

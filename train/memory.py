@@ -1,7 +1,7 @@
 """`python -m train.memory`: what training needs at its peak, measured on this machine's CPU in fresh processes.
 
-Two questions. What does the chunked LM head save (`modules.core.losses`: logits never exist in full)? And does `--plan`
-tell the truth: `python -m train.memory --config clover.yaml --data.rows 1` trains three steps of that recipe and puts
+Two questions. What does the chunked LM head save (`modules.core.losses`: logits never exist in full)? Is `--plan`
+right? `python -m train.memory --config clover.yaml --data.rows 1` trains three steps of that recipe and puts
 the arithmetic beside the peak, and with `--lengths "[1024,2048,4096,8192]"` does so for rows of each of these lengths
 (`--trainer.activation_checkpointing true` and every other key as in `train.py`). Linux only: the peak is the kernel's
 (`VmHWM`), set back just before what is measured.
@@ -105,7 +105,7 @@ class Peak(Callback):
 def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
     """Bytes of a recipe's training steps above the process with its libraries, and what `--plan` says.
 
-    The target is loaded and let go once before: the code that comes with it (70 MiB here) is not the training's.
+    The target is loaded and released once before: the code that comes with it (70 MiB here) is not the training's.
     """
     parser = make_parser()
     recipe = recipe_of(parser, parse(parser, arguments))

@@ -161,7 +161,7 @@ def deep_values(trainable: Trainable, target: Any, recomputed: bool = False) -> 
 
 
 def processes(settings: TrainerSettings) -> int:
-    """How many take part, as far as it can be told before they start."""
+    """How many take part, as far as it is known before they start."""
     devices = settings.devices
     if devices in ("auto", -1, "-1"):
         devices = torch.cuda.device_count() if _on_gpu(settings) else 1

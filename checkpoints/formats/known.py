@@ -24,7 +24,7 @@ def formats_of(kind: type) -> list[str]:
 def format_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str | None:
     """The format of a folder with this config.json and these names of tensors, if it is one of these.
 
-    A plain model of one layer has the config of an EAGLE drafter; its final norm, which EAGLE lacks, tells it apart.
+    A plain model of one layer has the config of an EAGLE drafter; its final norm distinguishes it: EAGLE has none.
     """
     found = [name for name, module in FORMATS.items() if module.recognises(config)]
     plain = found[:1] == ["eagle"] and "hf" in found and hf.FINAL_NORM in tensors
@@ -33,7 +33,7 @@ def format_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str |
 
 def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
     """What this project's config.json would say of a drafter in the format `name`. Of the target's dimensions it has
-    those that the format tells; the target's fingerprint is never known.
+    those that the format states; the target's fingerprint is never known.
 
     Raises:
         ValueError: a key is missing, or asks for what is not supported here.

@@ -32,7 +32,7 @@ def refuse_activation(shape: TargetShape) -> None:
 
 
 def refuse_attention_options(shape: TargetShape, engine: str) -> None:
-    """ValueError for attention biases and query norms, which a plain Llama layer would drop without a word."""
+    """ValueError for attention biases and query norms, which a plain Llama layer would silently drop."""
     for name, used in (("attention_bias", shape.attention_bias), ("qk_norm", shape.qk_norm)):
         if used:
             raise ValueError(f"{name}: {engine} runs EAGLE layers without it and would drop the tensors silently; use "
@@ -60,7 +60,7 @@ def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The dimensions of a drafter's layer that a Llama or Qwen3 config tells, as fields of `TargetShape`."""
+    """The dimensions of a drafter's layer that a Llama or Qwen3 config states, as fields of `TargetShape`."""
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0), **rope}
@@ -129,7 +129,7 @@ def take_vocabulary(ledger: Ledger, draft_size: int, size: int) -> tuple[Tensor,
     """Target ids [D], ascending, and the order [D] in which the file's draft ids come to them.
 
     Raises:
-        ValueError: ids outside the vocabulary or twice, or `t2d` that tells otherwise.
+        ValueError: ids outside the vocabulary or twice, or a contradicting `t2d`.
     """
     ids = ledger.take("d2t", draft_size).long() + torch.arange(draft_size)
     ascending, order = ids.sort()

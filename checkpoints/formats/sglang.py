@@ -1,8 +1,8 @@
 """EAGLE-3 for SGLang (the layout of its trainer, SpecForge), which vLLM reads too.
 
 A flat Llama config. The engines count layers differently: SGLang's id v is the output of layer v, vLLM's id k the
-input of layer k. Both are written: `eagle_config` for SGLang, one less than the key at the top for vLLM. SGLang skips
-tensors that it does not know without a word, so what it does not have is refused here.
+input of layer k. Both are written: `eagle_config` for SGLang, one less than the key at the top for vLLM. SGLang
+silently skips tensors that it does not know, so parts that it does not have are refused here.
 """
 
 from __future__ import annotations

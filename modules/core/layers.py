@@ -279,7 +279,7 @@ class DecoderLayer(nn.Module):
         gain_out_H = target_weight(target, "norm")
         if gain_in_H is None or gain_out_H is None:
             return
-        # A channel that the final norm nearly silences tells next to nothing: it is not blown up.
+        # A channel that the final norm nearly removes carries no information: do not amplify it.
         least = _LEAST_GAIN * gain_out_H.abs().mean()
         ratio_H = gain_in_H / torch.where(gain_out_H.abs() < least, torch.inf, gain_out_H)
         for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj):

@@ -52,7 +52,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """`F.linear` by the kernel that is faster for few rows. x [..., I], weight [O, I], bias [O] -> [..., O].
 
     A packed copy of the weight is kept as long as the weight lives, and made anew when it has changed. Inputs of
-    another precision than the weight's are autocast's business.
+    another precision than the weight's are left to autocast.
     """
     rows = x.numel() // x.shape[-1]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \

@@ -63,7 +63,7 @@ class EntropyAdaptive:
 
     @torch.no_grad()
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
-        """Continue one prompt; `drafted` tells the tokens that the small model wrote, `entropies`
+        """Continue one prompt; `drafted` marks the tokens that the small model wrote, `entropies`
         the bits that each was chosen at, by whichever model wrote it.
 
         Raises:

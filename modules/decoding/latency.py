@@ -200,7 +200,7 @@ def _fresh(target: Target, file: Path, widths: Sequence[int], repeats: int) -> L
 
 @functools.cache
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model; where the system does not tell, what Python knows of it and at least its architecture."""
+    """The CPU's model; where the system does not report it, what Python knows and at least its architecture."""
     if cpuinfo.is_file():
         named = re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
         if named is not None:

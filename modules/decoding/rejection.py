@@ -1,7 +1,7 @@
 """Acceptance of siblings that were drawn from the drafter's law: pure functions of one node's laws.
 
 Each of the siblings at a node gets a round: a chance of being accepted, and the law that the next token has if this
-round fails too. The chances are numbers, so that a rule can toss for them and a test or a comparison can add them up.
+round fails too. The chances are numbers, so that a rule can sample them and a test or a comparison can add them up.
 
 Shape legend: V target vocabulary.
 """
@@ -167,7 +167,7 @@ def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -
 def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds) -> list[float]:
     """How likely each drafted node of a given tree is accepted [N]: 1 for node 0; of twins, their first has it all.
 
-    The sum over the other nodes is the expected number of accepted drafts, without any toss.
+    The sum over the other nodes is the expected number of accepted drafts, without sampling.
 
     Args:
         tree: as drawn.

@@ -1,1 +1,1 @@
-"""Drafters that continue the target's features one position at a time: EAGLE and its kin."""
+"""Drafters that continue the target's features one position at a time: EAGLE and related drafters."""

@@ -1,4 +1,4 @@
-"""Clover: Medusa's heads told, step by step, which token was drafted before (Xiao et al. 2024, arXiv 2405.00263).
+"""Clover: Medusa's heads, conditioned at each step on the token drafted before (Xiao et al. 2024, arXiv 2405.00263).
 
 Shape legend: B sequences, N rows of one call, H hidden size, Q heads of the attention decoder, E head size (Q·E = H).
 """

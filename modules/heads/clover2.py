@@ -42,7 +42,7 @@ class Clover2(HeadDrafter):
         tree: paths, or a name of `modules.trees.paths` (the paper's: `eagle_25`).
         decay: step i = 0 … K-1 weighs decay^i.
         feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft cross-entropy.
-        label_top_k, label_top_p: train step i at t only if the target would have given all the tokens that it is told,
+        label_top_k, label_top_p: train step i at t only if the target would have given all the tokens that it reads,
             x_{t+1} … x_{t+1+i}: each among the top k of the target's whole law of it, with at most a mass of top_p
             above it (the release's optional `label_mask`: 8 and 0.8). Its label does not matter. 0 and 1 turn them off,
             and so does validation.

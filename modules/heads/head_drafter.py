@@ -1,7 +1,7 @@
 """What the head families share: LM heads, the teacher-forced loop over depths, draft states.
 
 A head drafter reads one target state per position, turns it into a start (at the newest position once per proposal),
-and takes one step per draft depth: step d is told token x_{t+1+d} and drafts x_{t+2+d}.
+and takes one step per draft depth: step d reads token x_{t+1+d} and drafts x_{t+2+d}.
 
 Shape legend: B sequences, T tokens of a packed row, N rows of one call, W frontier nodes, R rows of a proposal, M
 training rows, K heads, H hidden size, X size of a step's memory, D draft vocabulary.
@@ -101,7 +101,7 @@ class HeadDrafter(LearnedDrafter):
         return hidden_BNH
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
-        """Memory [..., X] after step `depth` is told token x_{t+1+depth} [...]."""
+        """Memory [..., X] after step `depth` has read token x_{t+1+depth} [...]."""
         return memory_NX
 
     @abstractmethod

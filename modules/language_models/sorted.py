@@ -225,7 +225,7 @@ class Sorted(TokenDrafter):
             if self.leaves(logits, exit_index, state):
                 state.exits.append(self.exits[exit_index])
                 return logits
-        raise AssertionError("the last exit lets every level go")
+        raise AssertionError("the last exit must accept every level")
 
     def leaves(self, logits_BWD: Tensor, exit_index: int, state: SortedState) -> bool:
         """Whether a level leaves at an exit. It looks at probabilities only, never at what is then drawn from them."""

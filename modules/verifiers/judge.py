@@ -1,6 +1,6 @@
 """Judge decoding: a linear head on the target's own states that says whether a drafted token is right.
 
-Bachmann et al. 2025, arXiv 2501.19309: having read a wrong token, the target's last hidden state tells. The state is
+Bachmann et al. 2025, arXiv 2501.19309: after a wrong token, the target's last hidden state shows it. The state is
 the row of the token that is judged, not of the one before it, which could not know.
 
 Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens, H hidden size.

@@ -1,4 +1,4 @@
-"""Long work outside of a terminal tells a line now and then."""
+"""Long work outside of a terminal prints a line at intervals."""
 
 import time
 

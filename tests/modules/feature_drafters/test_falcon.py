@@ -1,5 +1,7 @@
 """What makes Falcon: blocks that see themselves, glancing, an LSTM carried along every path, passes of k tokens."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import pytest
@@ -44,7 +46,7 @@ def text(length: int, seed: int = 0, rows: int = 1):
 
 
 def test_rows_see_their_block_and_what_stands_before_it(monkeypatch) -> None:
-    """The sheet's matrix: six positions, blocks of two."""
+    """The mask of six positions in blocks of two."""
     drafter, batch, seen = falcon(), text(6), []
     filled(batch, drafter, TARGET)
     mix = drafter.attention.mix

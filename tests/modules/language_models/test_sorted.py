@@ -1,5 +1,7 @@
 """A sorted drafter may be left anywhere, for targets of any depth: no token changes, every exit is exact."""
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -91,7 +93,7 @@ def test_extreme_thresholds_are_the_deepest_and_the_shallowest_draft(thresholds:
 @pytest.mark.parametrize("script", [[0, 0, 2, 0, 1, 2], [0, 1, 0, 2, 2, 0], [2, 0, 0, 0, 0, 1]])
 @torch.no_grad()
 def test_layers_that_catch_up_give_what_running_all_of_them_gives(script: Sequence[int], monkeypatch) -> None:
-    """Forced exits within a proposal and over verifications, in a batch of unequal prompts (the sheet: 6, 6, 12, …)."""
+    """Forced exits within a proposal and over verifications, in a batch of unequal prompts."""
     made, batch = deep(EXITS), text(24, rows=2)
     expected, reader = in_full(made, batch), Reader(made, DEEP, batch, [5, 3])
     monkeypatch.setattr(made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)])
