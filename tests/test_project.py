@@ -164,6 +164,23 @@ def test_studies_have_a_short_page_that_the_index_links() -> None:
     assert lines(BENCHMARKS / "README.md") <= 60
 
 
+def test_the_readme_is_short() -> None:
+    assert lines(ROOT / "README.md") <= 100
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_of_links_exist() -> None:
+    broken = [(path.name, link, anchor) for path in pages()
+              for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", path.read_text())
+              if anchor not in anchors((path.parent / link) if link else path)]
+    assert broken == []
+
+
 def test_pictures_are_small() -> None:
     pictures = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
     assert [path.name for path in tracked()

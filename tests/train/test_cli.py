@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 import csv
 import json
 import os
