@@ -19,7 +19,7 @@ from data.chat_tokens import answer_spans, prompt_ids
 from data.conversations import Tokens, check_ids, hash_ids
 from data.datamodule import Batches, ConversationData
 from data.files import Row, Skipped, Tally, read_rows
-from data.rows import ASKED, Message, asked_of, token_ids
+from data.rows import Message, opening_of, token_ids
 from data.solutions import Problem, Span, inject, is_problem, read_problem
 from modules.core.batches import LabelledBatch, TextBatch
 
@@ -85,7 +85,7 @@ def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> l
     if not isinstance(response, str) or not isinstance(spans, list):
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     length = len(response if ids is None else ids)
-    return [LabelledAnswer(asked_of(row, ASKED), response, tuple(_span(span, length) for span in spans),
+    return [LabelledAnswer(opening_of(row), response, tuple(_span(span, length) for span in spans),
                            None if ids is None else tuple(ids))]
 
 

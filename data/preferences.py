@@ -23,7 +23,7 @@ from data.conversations import Tokens, check_ids, hash_ids, tokenize_answer
 from data.datamodule import Batches, ConversationData
 from data.files import Row, Skipped, Tally, read_rows
 from data.packing import collate
-from data.rows import ASKED, CHATS, Conversation, Message, asked_of, behind_system, chat_of, spoken, tools_of
+from data.rows import ASKED, CHATS, Conversation, Message, behind_system, opening_of, spoken, tools_of
 from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
 from modules.core.batches import PreferenceBatch, StateName, TextBatch
 
@@ -140,14 +140,13 @@ def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -
 def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
     """All turns of one side: of itself where it begins with the question, or behind the row's."""
     said = row[key]
-    if not any(row.get(name) for name in (*CHATS, *ASKED)) and isinstance(said, str):
+    asks = any(row.get(name) for name in (*CHATS, "turns", *ASKED))
+    if not asks and isinstance(said, str):
         return _turns(said, key)
     answer = spoken(said, key, "assistant")
     if answer and answer[0]["role"] != "assistant":
         return behind_system(row, answer)
-    if not any(row.get(name) for name in ASKED) and any(row.get(name) for name in CHATS):
-        return [*chat_of(row), *answer]
-    return [*(asked_of(row, ASKED) if any(row.get(name) for name in ASKED) else ()), *answer]
+    return [*opening_of(row), *answer] if asks else answer
 
 
 def _turns(dialogue: str, key: str) -> list[Message]:

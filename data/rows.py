@@ -8,7 +8,7 @@ reason that names the key and what was found there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -150,12 +150,23 @@ def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
     return questions
 
 
-def asked_of(row: Mapping[str, Any], keys: Sequence[str] = ("turns", *ASKED)) -> list[Message]:
-    """What a row asks under the first of `keys` that it has, behind its system prompt.
+def opening_of(row: Mapping[str, Any]) -> list[Message]:
+    """All turns before the answers that a row holds elsewhere (`chosen`, a labelled `response`):
+    what it asks, or its chat without an answer at the end. Skipped: none that can be read."""
+    chat = not any(row.get(key) for key in ("turns", *ASKED)) and any(row.get(key) for key in CHATS)
+    turns = chat_of(row) if chat else asked_of(row)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return turns
+
+
+def asked_of(row: Mapping[str, Any]) -> list[Message]:
+    """What a row asks under `turns` or the first of `ASKED` that it has, behind its system prompt.
 
     Raises:
         Skipped: nothing there, or something that cannot be read.
     """
+    keys = ("turns", *ASKED)
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         null = next((key for key in (*CHATS, *keys) if key in row), None)
