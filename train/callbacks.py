@@ -18,6 +18,7 @@ from modules.core.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from train.module import TrainableModule
 from train.settings import CheckpointSettings, ProbeSettings
+from train.strategy import unsharded
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class AcceptanceProbe(Callback):
 
     τ = tokens kept of target calls ÷ those calls, bonus token counted, pooled over the prompts.
 
-    It runs on every rank, because parameters and target may be sharded.
+    It runs on every rank, because parameters may be sharded, on a whole copy of them.
 
     Args:
         prompts: token ids of held-out prompts.
@@ -46,7 +47,7 @@ class AcceptanceProbe(Callback):
 
     def measure(self, module: TrainableModule) -> float:
         """τ of the current weights."""
-        drafter = module.trainable
+        drafter = unsharded(module.trainable)
         assert isinstance(drafter, Drafter)
         decoder = SpeculativeDecoder(drafter.adapt_sharing(module.target), drafter, budget=self.settings.budget)
         emitted = calls = 0

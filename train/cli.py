@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,6 +30,7 @@ from train.profile import print_profile, profile
 from train.resuming import same_run
 from train.run import CONFIG, Place, Recipe, claim, steps_of, train
 from train.settings import chosen_precision, training_device
+from train.strategy import check_shards
 
 _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
@@ -103,7 +105,8 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     """What a command line asks for; nothing is loaded or written, and mistakes are seen here.
 
     Raises:
-        ValueError: a value out of range, nothing to start from, no token to publish with.
+        ValueError: a value out of range, nothing to start from, no token to publish with, a
+            strategy that cannot train the component.
     """
     settings = recipe_settings(parser, config)
     output = Path(config.output or f"runs/{_stem(config)}")
@@ -114,6 +117,9 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
             raise ValueError(f"--init_from {config.init_from}: --overwrite would remove it first: "
                              "give another --output")
     recipe = recipe_of(parser, config)
+    if recipe.trainer.strategy.startswith("deepspeed_3"):
+        with torch.device("meta"):
+            check_shards(recipe.trainer.strategy, recipe.drafter(outline(config.target, config.dtype).shape))
     if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError("objective: it continues a trained drafter: name its run or folder with --init_from")
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -158,6 +159,13 @@ class TrainableModule(LightningModule):
             for parameter in parameters:
                 parameter.grad = None
         self.count_update(finite)
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """Count what is written: fused AdamW and DeepSpeed change weights without doing so, and copies of weights that
+        decoding makes (packed, or of some rows) would be those of an earlier validation."""
+        super().optimizer_step(*args, **options)
+        for parameter in self.trainable.parameters():
+            increment_version(parameter)
 
     def count_update(self, applied: bool) -> None:
         """Log an update that was left out. NonFinite: it was one too many in a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import zipfile
@@ -42,7 +43,7 @@ from train.settings import (
     chosen_precision,
     training_device,
 )
-from train.strategy import strategy_named
+from train.strategy import check_shards, strategy_named, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
     """The component, its weights started from the target's or from an earlier run's."""
     trainable = recipe.drafter(target.shape)
     refuse_projected(trainable, target)
+    check_shards(recipe.trainer.strategy, trainable)
     recipe.data.bind(target, () if trainable.online else trainable.training_states)
     choose_vocabulary(trainable, recipe.data)
     trainable.initialise(target)
@@ -173,15 +175,15 @@ def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> Tra
 
 
 def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Target) -> None:
-    """Train what comes before the whole (`Trainable.stages`); a resumed run has it in its checkpoint."""
+    """Train copies of what comes before the whole (`Trainable.stages`); a resumed run has it in its checkpoint."""
     for stage in trainable.stages:
         settings = replace(recipe.trainer, max_epochs=stage.epochs, max_steps=-1)
         trainer = _lightning_trainer(settings, None, place.output, f"{LIGHTNING}/{stage.name}")
         optimizer = replace(recipe.optimizer, lr=stage.lr)
-        stage.part.requires_grad_(True)
-        module = TrainableModule(stage.part, target, optimizer, settings.log_every_n_steps)
+        part = copy.deepcopy(stage.part).requires_grad_(True)
+        module = TrainableModule(part, target, optimizer, settings.log_every_n_steps)
         trainer.fit(module, datamodule=recipe.data.for_stages())
-        stage.part.requires_grad_(False)
+        stage.part.load_state_dict(whole_weights(part))
 
 
 def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from checkpoints.pretrained import assign_weights
+from modules.core.trainable import Trainable
 from train.settings import DEEPSPEED
 
 _COMPILED_COLLECTIVE = "deepspeed_shm_comm"
@@ -37,8 +39,13 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         """Whole float32 weights and the buffers, on rank 0; every rank takes part."""
         module = cast(nn.Module, self.lightning_module)
         state = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in _kept(module)}
-        for name, parameter in module.named_parameters():
-            self._collect(state, name, _whole(parameter))
+        first: dict[int, str] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            shared = first.setdefault(id(parameter), name)
+            if shared == name:
+                self._collect(state, name, _whole(parameter))
+            elif shared in state:
+                state[name] = state[shared]
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -224,6 +231,33 @@ def _whole(parameter: nn.Parameter) -> Tensor:
         return parameter.detach().clone()
 
 
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """What a module's state dict holds, weights gathered from their shards if they are in shards; on every process,
+    all of which take part."""
+    from deepspeed.runtime.zero import GatheredParameters
+    found: dict[int, Tensor] = {}
+    state = module.state_dict(keep_vars=True)
+    for tensor in state.values():
+        if id(tensor) not in found:
+            with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                found[id(tensor)] = tensor.detach().clone()
+    return {name: found[id(tensor)] for name, tensor in state.items()}
+
+
+def unsharded(trainable: Trainable) -> Trainable:
+    """The component, or of one whose weights are in shards (stage 3) a copy with whole ones, for use outside of
+    training's own forward passes: there its modules would gather their weights, and let go of them after each call,
+    and weights that are read without a call of their module are not there at all."""
+    sharded = [parameter for parameter in trainable.parameters() if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return trainable
+    device = sharded[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        fresh = type(trainable)(**trainable.arguments)
+    assign_weights(fresh, whole_weights(trainable), "what is trained")
+    return fresh.to(device).train(trainable.training)
+
+
 def _kept(module: nn.Module) -> set[str]:
     """Names of what a state dict of the module holds."""
     return set(nn.Module.state_dict(module))
@@ -238,6 +272,14 @@ def _share(value: Tensor, rank: int, world: int) -> Tensor:
     flat = value.flatten()
     size = -(-len(flat) // world)
     return nn.functional.pad(flat, (0, size * world - len(flat)))[rank * size:(rank + 1) * size]
+
+
+def check_shards(strategy: str, trainable: Trainable) -> None:
+    """ValueError: stage 3 cannot train this component."""
+    found = DEEPSPEED.fullmatch(strategy)
+    if found is not None and found[1] == "3" and trainable.uneven_calls:
+        raise ValueError(f"trainer.strategy is {strategy}, but {trainable.uneven_calls}, and ZeRO stage 3 waits for "
+                         "all processes at every call of a module: use deepspeed_2 or ddp")
 
 
 def strategy_named(name: str, accelerator: str) -> str | Strategy:

@@ -66,7 +66,9 @@ class Adapters(nn.ModuleList):
         """
         if self._twin is None or self._twin[0] is not target:
             self._twin = (target, self._make_twin(target, lm_head))
-        for _, module in self._adapted_modules(self._twin[1], lm_head):
+        for factors, module in self._adapted_modules(self._twin[1], lm_head):
+            # Read anew each time: ZeRO stage 3 gathers what is read.
+            module.lora_A["default"].weight, module.lora_B["default"].weight = factors.down, factors.up
             module.lora_dropout.train(self.training if training is None else training)
         return self._twin[1]
 
@@ -80,8 +82,6 @@ class Adapters(nn.ModuleList):
                             target_modules=names)
         learns = {id(factor): factor.requires_grad for factor in self._factors(lm_head)}
         twin = type(target)(inject_adapter_in_model(config, shared), target.tokenizer, f"{target.name}+{self.name}")
-        for factors, module in self._adapted_modules(twin, lm_head):
-            module.lora_A["default"].weight, module.lora_B["default"].weight = factors.down, factors.up
         for factor in self._factors(lm_head):
             factor.requires_grad_(learns[id(factor)])
         return twin

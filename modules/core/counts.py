@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MeanOverProcesses = Callable[[Tensor], Tensor]
-"""A scalar -> its mean over the processes; a collective, so every process calls it as often as the others."""
+"""A tensor -> its mean over the processes; a collective, so every process calls it as often as the others."""
 
 _MEAN: ContextVar[MeanOverProcesses | None] = ContextVar("mean over processes", default=None)
 
@@ -25,10 +25,14 @@ def divisor(count: Tensor) -> Tensor:
 
     Calls must not depend on the batch: the processes meet here.
     """
-    mean = _MEAN.get()
-    if mean is not None:
-        count = mean(count if count.is_floating_point() else count.float())
+    count = over_processes(count)
     return torch.where(count > 0, count, torch.ones_like(count))
+
+
+def over_processes(tensor: Tensor) -> Tensor:
+    """Inside `shared_counts` a tensor's mean over the processes, else the tensor itself; a collective, as `divisor`."""
+    mean = _MEAN.get()
+    return tensor if mean is None else mean(tensor if tensor.is_floating_point() else tensor.float())
 
 
 @contextmanager

@@ -154,10 +154,14 @@ class Attention(nn.Module):
 
     def mix(self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor) -> Tensor:
         """Values mixed by attention, projected [B,N,H]."""
+        return self.o_proj(self.attend(queries_BNQD, keys_BSGD, values_BSGD, visible_BNS))
+
+    def attend(self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor) -> Tensor:
+        """Values mixed by attention, the heads side by side [B,N,Q*D]."""
         mixed = F.scaled_dot_product_attention(
             queries_BNQD.transpose(1, 2), keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2),
             attn_mask=visible_BNS[:, None], enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2])
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:

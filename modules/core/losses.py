@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.core.batches import PADDING_DOCUMENT, TextBatch
 from modules.core.counts import divisor
+from modules.core.narrow import NarrowLinear, narrow_linear
 from modules.core.phases import phase
 from modules.core.trainable import Mean
 
@@ -40,6 +41,25 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
 Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """Rows and their features -> losses and ranks."""
+
+
+class LearntHead(NarrowLinear):
+    """An LM head of a drafter's own, of which parts are computed inside one call.
+
+    ZeRO stage 3 gathers a module's weights from all processes at each call of the module, so every
+    process must call it as often as the others. Chunks of rows are not as many on each of them.
+    """
+
+    def forward(self, input: Tensor, parts: Callable[[Head, Tensor], Any] | None = None) -> Any:
+        """[..., H] -> logits [..., D], or what `parts` makes of these logits and the features."""
+        def logits(hidden: Tensor) -> Tensor:
+            return narrow_linear(hidden, self.weight, self.bias)
+        return logits(input) if parts is None else parts(logits, input)
+
+
+def in_one_call(head: Head, features: Tensor, parts: Callable[[Head, Tensor], Any]) -> Any:
+    """`parts(head, features)`, of a head that learns inside one call of it."""
+    return head(features, parts=parts) if isinstance(head, LearntHead) else parts(head, features)
 
 
 @dataclass(frozen=True)
@@ -124,11 +144,13 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
         flat_M: flat positions of those laws.
         divergence: what is computed of logits and laws.
     """
-    def score(part: slice, features: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(features, head, labels_M[part], laws, None if flat_M is None else flat_M[part], divergence)
+    def scored(logits: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+        def score(part: slice, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return _score(rows, logits, labels_M[part], laws, None if flat_M is None else flat_M[part], divergence)
+        return _in_parts(score, logits, features, width)
 
     with phase("loss"):
-        return _in_parts(score, head, features_MH, width)
+        return in_one_call(head, features_MH, scored)
 
 
 def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -255,8 +277,11 @@ def likely_tokens(laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_
 
 def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
     """int64 [M]: the likeliest token after each `final` state, in chunks of rows."""
-    parts = [head(final_MH[part]).argmax(-1) for part in _slices(len(final_MH), max(1, MAX_LOGITS // width))]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=final_MH.device)
+    def likeliest(logits: Head, features: Tensor) -> Tensor:
+        parts = [logits(features[part]).argmax(-1) for part in _slices(len(features), max(1, MAX_LOGITS // width))]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=features.device)
+
+    return in_one_call(head, final_MH, likeliest)
 
 
 def entropies(laws: Laws, flat_M: Tensor, width: int) -> Tensor:

@@ -159,7 +159,7 @@ class Target(SteadyBuffers):
         else:
             bias = None if head.bias is None else head.bias[vocabulary_D].to(hidden.dtype)
             logits = narrow_linear(hidden, self._head_rows(vocabulary_D, hidden.dtype), bias)
-        return self._capped(logits.to(hidden.device))
+        return self.capped(logits.to(hidden.device))
 
     def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
         """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to 32 come in steps of
@@ -174,9 +174,10 @@ class Target(SteadyBuffers):
             logits = torch.cat([wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1)
         if head.bias is not None:
             logits += head.bias if vocabulary_D is None else head.bias[vocabulary_D]
-        return self._capped(logits.to(device))
+        return self.capped(logits.to(device))
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model's soft cap, if it has one, leaves them."""
         cap = self.anatomy.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

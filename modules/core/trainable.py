@@ -126,6 +126,11 @@ class Trainable(SteadyBuffers):
         return [{"params": list(self.declared_parameters()), "lr_scale": 1.0}]
 
     @property
+    def uneven_calls(self) -> str:
+        """Why processes call its modules unequally often in a step; empty: they do not (`LearntHead`)."""
+        return ""
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """Parts that are trained first, in this order."""
         return ()

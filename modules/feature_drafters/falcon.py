@@ -151,15 +151,23 @@ class Falcon(LearnedDrafter):
     def fuse(self, tokens_BN: Tensor, features_BNH: Tensor, memory_BLH: Tensor, target: Target,
              counts_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The layer's inputs [B,N,H] at consecutive rows, and the memory behind them."""
-        vectors = target.embed(tokens_BN).to(self.precision) * self.token_scale
-        inputs = torch.cat([vectors, features_BNH.to(self.precision)], dim=-1)
+        inputs = self.paired(tokens_BN, features_BNH, target)
         if self.recurrence is None:
-            assert self.fc is not None
-            return self.fc(inputs), memory_BLH
+            return self.joined(inputs, None), memory_BLH
         recalled, memory = self.recurrence(inputs, memory_BLH, counts_B)
-        if self.fc is None or self.recall is None:
-            return recalled, memory
-        return self.fc(inputs) + self.recall(recalled), memory
+        return self.joined(inputs, recalled), memory
+
+    def paired(self, tokens_N: Tensor, features_NH: Tensor, target: Target) -> Tensor:
+        """Embeddings and features side by side [...,2H]."""
+        vectors = target.embed(tokens_N).to(self.precision) * self.token_scale
+        return torch.cat([vectors, features_NH.to(self.precision)], dim=-1)
+
+    def joined(self, inputs_NX: Tensor, recalled_NH: Tensor | None) -> Tensor:
+        """The layer's inputs [...,H] from what the recurrence, if there is one, has read and put out."""
+        if self.fc is None:
+            assert recalled_NH is not None
+            return recalled_NH
+        return self.fc(inputs_NX) if self.recall is None else self.fc(inputs_NX) + self.recall(recalled_NH)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -240,14 +248,12 @@ class Falcon(LearnedDrafter):
 
     def fused(self, documents: Documents, features_PH: Tensor, following_P: Tensor, target: Target) -> Tensor:
         """The layer's inputs [P,H] of all rows, the memory blank before each document; 0 on padding."""
-        places, parts = [], []
-        for index_SL, inside_SL in documents.groups():
-            memory = self.blank_memory(features_PH, len(index_SL))
-            rows, _ = self.fuse(following_P[index_SL], features_PH[index_SL], memory, target)
-            places.append(index_SL[inside_SL])
-            parts.append(rows[inside_SL])
-        rows_PH = torch.cat(parts)
-        return rows_PH.new_zeros(len(following_P), rows_PH.shape[1]).index_copy(0, torch.cat(places), rows_PH)
+        groups = list(documents.groups())
+        places_M = torch.cat([index_SL[inside_SL] for index_SL, inside_SL in groups])
+        inputs_PX = self.paired(following_P, features_PH, target)
+        recalled_MH = None if self.recurrence is None else self.recurrence.over(inputs_PX, groups)
+        rows_MH = self.joined(inputs_PX[places_M], recalled_MH)
+        return rows_MH.new_zeros(len(following_P), rows_MH.shape[1]).index_copy(0, places_M, rows_MH)
 
     def _attend(self, batch: TextBatch, inputs_PH: Tensor, block_MKH: Tensor, index_MK: Tensor, ends_MK: Tensor
                 ) -> Tensor:
@@ -261,8 +267,8 @@ class Falcon(LearnedDrafter):
             rows = index_MK[own_M == b].flatten()
             seen = visible_PT[ends_MK[own_M == b].flatten() if self.relaxed_mask else rows]
             asked = queries[own_M == b].flatten(0, 1)[None]
-            mixed.append(self.attention.mix(asked, keys[b:b + 1], values[b:b + 1], seen[None])[0])
-        return torch.cat(mixed).view(*index_MK.shape, self.shape.hidden_size)
+            mixed.append(self.attention.attend(asked, keys[b:b + 1], values[b:b + 1], seen[None])[0])
+        return self.attention.o_proj(torch.cat(mixed)).view(*index_MK.shape, self.shape.hidden_size)
 
     # -- decoding ---------------------------------------------------------------------------------------------
 

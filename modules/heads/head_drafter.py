@@ -21,8 +21,7 @@ from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.drafter import Accepted, Context, DraftState, Frontier, Verified
 from modules.core.layers import DecoderLayer, LayerCache, causal_rows, run_layers
 from modules.core.learned import LearnedDrafter, rows_at
-from modules.core.losses import Head, TrainingRows
-from modules.core.narrow import NarrowLinear
+from modules.core.losses import Head, LearntHead, TrainingRows
 from modules.core.recompute import recomputed
 from modules.core.trainable import TargetShape
 
@@ -68,7 +67,7 @@ class HeadDrafter(LearnedDrafter):
 
     def use_own_lm_heads(self, bias: bool) -> None:
         """Give every step a trainable LM head of its own, copied from the target's by `initialise`."""
-        self.lm_heads = nn.ModuleList(NarrowLinear(self.shape.hidden_size, self.draft_size, bias)
+        self.lm_heads = nn.ModuleList(LearntHead(self.shape.hidden_size, self.draft_size, bias)
                                       for _ in range(self.heads))
 
     def head(self, depth: int, target: Target) -> Head:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.core.batches import Rows, TextBatch
@@ -33,6 +33,7 @@ from modules.core.losses import (
     cross_entropy,
     masked_mean,
 )
+from modules.core.narrow import narrow_linear
 from modules.core.target import Target
 from modules.core.trainable import Losses, Mean, TargetShape
 from modules.language_models.own_text import document_prompts, written
@@ -143,8 +144,16 @@ class Independent(TokenDrafter):
         return self.language_model.stock
 
     def head(self, depth: int, target: Target) -> Head:
-        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the target's its first."""
-        return lambda hidden: self.language_model.logits(hidden, self.vocabulary)[..., :self.draft_size]
+        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the target's
+        its first. Its weights are read, and its module never called, for the sake of ZeRO stage 3
+        (`modules.core.losses.LearntHead`)."""
+        model, own = self.language_model, self.language_model.anatomy.head
+
+        def logits(hidden: Tensor) -> Tensor:
+            if self.vocabulary is not None or not isinstance(own, nn.Linear):
+                return model.logits(hidden, self.vocabulary)
+            return model.capped(narrow_linear(hidden.to(model.dtype), own.weight, own.bias))
+        return lambda hidden: logits(hidden)[..., :self.draft_size]
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -152,6 +161,11 @@ class Independent(TokenDrafter):
     def online(self) -> bool:
         """Text of its own has no cached states."""
         return self.own_text > 0
+
+    @property
+    def uneven_calls(self) -> str:
+        """Text of its own is written by one process and not by another."""
+        return f"drafter.own_text is {self.own_text}: processes write at different steps" if self.online else ""
 
     def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
         """The chosen one [M]."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.core.batches import LabelledBatch, StateName
-from modules.core.counts import divisor
+from modules.core.counts import divisor, over_processes
 from modules.core.drafter import Verified
 from modules.core.ranking import area_under_curve
 from modules.core.trainable import Losses, Mean, Outcome, TargetShape, Trainable
@@ -122,12 +122,13 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def _observe(self, states_MH: Tensor) -> None:
-        """Mean and deviation over all states seen so far (Chan et al. 1979)."""
-        count = len(states_MH)
+        """Mean and deviation over all states that any process has seen so far (Chan et al. 1979)."""
+        count = over_processes(states_MH.new_tensor(float(len(states_MH))))
         if count < 2:
             return
-        total, shift_H = self.seen + count, states_MH.mean(0) - self.mean_H
-        own_H = self.deviation_H.square() * self.seen + states_MH.var(0, correction=0) * count
+        mean_H = over_processes(states_MH.sum(0)) / count
+        total, shift_H = self.seen + count, mean_H - self.mean_H
+        own_H = self.deviation_H.square() * self.seen + over_processes((states_MH - mean_H).square().sum(0))
         variance_H = (own_H + shift_H.square() * self.seen * count / total) / total
         self.mean_H += shift_H * count / total
         self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
