@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import re
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+GRACE = 120.0
+"""Seconds without a sign of life behind a signal, after which a process is ended from outside."""
+ONE_SIGNAL = 1.0
+"""Seconds within which signals count as one: torchrun passes on what its processes got from the
+terminal already."""
+_PULSE = 1.0
 _AGAIN = "run the same command again"
 _OF_DISKS = (
     errno.ENOSPC,
@@ -23,7 +32,7 @@ _OF_DISKS = (
     errno.EPERM,
 )
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust (safetensors) report the system's error."""
+"""How libraries written in Rust (safetensors) tell the system's error."""
 
 
 class Stopped(BaseException):
@@ -51,7 +60,11 @@ def signal_name(number: int) -> str:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Stopped` where the program stands; a second one ends it at once."""
+    """SIGTERM and Ctrl-C raise `Stopped` where the program stands; a second one ends it at once.
+
+    Python raises nothing inside a call that waits for other processes, which may be gone: a watch
+    ends the process `GRACE` seconds after a signal if no line of Python was run since.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,10 +85,76 @@ def stoppable() -> Iterator[None]:
     for number in before:
         signal.signal(number, stop)
     try:
-        yield
+        with _watched():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Watch:
+    """A thread that hears of signals while the main thread waits in a call that none interrupts.
+
+    Python's own handler in C writes a signal's number to a pipe at once. From then on the thread
+    asks the main thread for a sign of life (a handler of SIGURG) every second.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.alive = 0.0
+
+    def live(self, *_: Any) -> None:
+        """Run by the main thread, between two instructions of Python."""
+        self.alive = time.monotonic()
+
+    def run(self) -> None:
+        """Until the pipe is closed, or the process is ended."""
+        first, since = 0, 0.0
+        while True:
+            ready, _, _ = select.select([self.reader], [], [], _PULSE if first else None)
+            numbers = os.read(self.reader, 64) if ready else b""
+            if ready and not numbers:
+                os.close(self.reader)
+                return
+            for number in set(numbers) & {signal.SIGTERM, signal.SIGINT}:
+                if not first:
+                    first, since = number, time.monotonic()
+                    self.alive = since
+                elif time.monotonic() - since > ONE_SIGNAL:
+                    _end(number, "a second signal")
+            if first and not ready:
+                if time.monotonic() - self.alive > GRACE:
+                    _end(first, f"no sign of life for {GRACE:g} s")
+                _thread.interrupt_main(signal.SIGURG)
+
+
+def _end(number: int, why: str) -> None:
+    os.write(2, f"\nstopped by {signal_name(number)} in the middle: {why}\n".encode())
+    os._exit(128 + number)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    watch = _Watch()
+    pulse = signal.signal(signal.SIGURG, watch.live)
+    earlier = signal.set_wakeup_fd(watch.writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch.run, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
+        signal.signal(signal.SIGURG, signal.SIG_DFL if pulse is None else pulse)
+        os.close(watch.writer)
+
+
+def _deaf() -> None:
+    """A forked process (a data loader's worker) must not write to its parent's pipe."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_deaf)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-from data.endings import Stopped, signal_name
+from data.endings import ONE_SIGNAL, Stopped, signal_name
 from modules.core.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from train.module import TrainableModule
@@ -81,10 +81,6 @@ class Terminated(Stopped):
     """A signal ended a training between two steps; `last.ckpt` holds all of it."""
 
 
-ONE_SIGNAL = 1.0
-"""Seconds within which signals count as one: torchrun passes on what its processes got from the
-terminal already."""
-
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, between two optimiser steps only; at the end, on SIGTERM and Ctrl-C too.
@@ -92,7 +88,7 @@ class LastCheckpoint(ModelCheckpoint):
     A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the batches before it.
     SIGTERM (of a scheduler) or Ctrl-C to any of the processes ends the training after the optimiser
     step under way on all of them, with everything saved: one more all-reduce of a flag per
-    optimiser step. A second signal ends the process at once.
+    optimiser step. A second signal ends the process at once, and `data.endings.GRACE` one that hangs.
     """
 
     _signalled, _since = 0, 0.0

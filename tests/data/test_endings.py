@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,71 @@ def test_a_second_signal_ends_at_once() -> None:
         process.send_signal(number)
     assert process.wait(timeout=30) == -signal.SIGTERM
     process.communicate()
+
+
+WAITING = """
+import ctypes, signal, sys, threading, time
+from data import endings
+from data.configfiles import run
+def command(_):
+    lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    if "slow" in sys.argv:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Timer(1.0, print, ["ready"], {"flush": True}).start()
+    for _ in range(40 if "slow" in sys.argv else 0):
+        time.sleep(0.1)
+    for _ in range(0 if "slow" in sys.argv else 2):
+        library.pthread_mutex_lock(lock)
+    return 0
+endings.GRACE = float(sys.argv[1])
+sys.exit(run(command, []))
+"""
+
+
+def waiting(*arguments: str) -> subprocess.Popen[str]:
+    """A process that waits for another one, in a call that no signal interrupts."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and stderr; a process that does not end is killed."""
+    try:
+        said = process.communicate(timeout=40)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = process.communicate()[1]
+    return process.returncode, said
+
+
+def test_a_process_that_waits_for_another_ends_after_a_grace() -> None:
+    process = waiting("2")
+    process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    assert status == 143
+    assert said == "\nstopped by SIGTERM in the middle: no sign of life for 2 s\n"
+
+
+def test_a_process_that_waits_for_another_ends_at_a_second_signal() -> None:
+    process = waiting("1000")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, "\nstopped by Ctrl-C in the middle: a second signal\n")
+
+
+def test_a_process_that_is_slow_to_end_is_let_be() -> None:
+    """It answers the signal by itself, and runs Python meanwhile."""
+    process = waiting("2", "slow")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (0, "")
 
 
 def limited(tmp_path: Path) -> None:
