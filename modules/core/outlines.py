@@ -13,8 +13,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from modules.core.anatomy import SUPPORTED
 
 
-def check_config(name: str, folder: str) -> Mapping[str, Any]:
-    """The values of a target's config.json.
+def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, Any]:
+    """The values of a target's config.json, or of another model's (`what`), whose embedding may be of any width.
 
     Args:
         name: what errors call it.
@@ -24,13 +24,13 @@ def check_config(name: str, folder: str) -> Mapping[str, Any]:
         ValueError: no config, an architecture that is not supported, code of its own, packed weights, or an embedding
             of another width than its layers.
     """
-    with named(name):
+    with named(name, what):
         adapter = find_adapter_config_file(folder)
         if adapter is not None:
             with open(adapter, encoding="utf-8") as file:
                 folder = json.load(file)["base_model_name_or_path"]
         values = PretrainedConfig.get_config_dict(folder)[0]
-    told, supported = f"target {name!r}", f"use a model of one of {', '.join(SUPPORTED)}"
+    told, supported = f"{what} {name!r}", f"use a model of one of {', '.join(SUPPORTED)}"
     kind = values.get("model_type")
     if kind is None:
         raise ValueError(f"{told} has no config.json that names its architecture (model_type): give a whole model")
@@ -41,7 +41,7 @@ def check_config(name: str, folder: str) -> Mapping[str, Any]:
         raise ValueError(f"{told} is stored packed ({packed}), which is not supported: give the model that it was made "
                          "from in 16 bits (--dtype 8bit or 4bit packs that one for decoding)")
     width = values.get("word_embed_proj_dim") or values.get("hidden_size")
-    if width != values.get("hidden_size"):
+    if width != values.get("hidden_size") and what == "target":
         raise ValueError(f"{told} has embeddings of width {width} and layers of width {values['hidden_size']}, which "
                          "drafters cannot be built on: use a target whose widths are equal")
     return values
@@ -57,13 +57,13 @@ def packing(config: Mapping[str, Any]) -> str:
     return str(told.get("quant_method") or bits or "by an unnamed method")
 
 
-def read_tokenizer(name: str, folder: str, chats: bool = True) -> Any:
+def read_tokenizer(name: str, folder: str, chats: bool = True, what: str = "target") -> Any:
     """A target's tokenizer.
 
     Raises:
         ValueError: no tokenizer, one that cannot be read, or, where `chats` are wanted, one without a chat template.
     """
-    with named(name, "the tokenizer of target"):
+    with named(name, f"the tokenizer of {what}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if chats and not tokenizer.chat_template:
         raise ValueError(f"target {name!r} has a tokenizer without chat template: use a model tuned for chats, or add "

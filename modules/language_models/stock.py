@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from modules.core.anatomy import SUPPORTED
 from modules.core.loading import locate, truncated_config
+from modules.core.outlines import check_config, named, read_tokenizer
 from modules.core.target import Target
 from modules.core.trainable import TargetShape
 
+_NAMED = "drafter.model"
 _NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
 """Of a config: where it came from, what could name code to import, and what the weights say themselves."""
 
@@ -24,12 +26,12 @@ def config_named(name: str, layers: int | None) -> Any:
     """The config of a named model, cut to its first layers.
 
     Raises:
-        ValueError: nothing there, an unsupported architecture, or too few layers.
+        ValueError: nothing there, an unsupported architecture, packed weights, or too few layers.
     """
-    try:
-        config = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"drafter.model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    folder = locate(name)
+    check_config(name, folder, _NAMED)
+    with named(name, _NAMED):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _checked(config, layers)
 
 
@@ -90,8 +92,9 @@ def load_named(name: str | None, layers: int | None, target: Target) -> tuple[An
         stock = target.stock
         return truncated_config(stock.config, kept_layers(layers, target.shape)), stock.state_dict()
     config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)
-    check_tokenizer(AutoTokenizer.from_pretrained(folder), name, target)
-    return config, loader.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
+    check_tokenizer(read_tokenizer(name, folder, chats=False, what=_NAMED), name, target)
+    with named(name, _NAMED):
+        return config, loader.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
 
 
 def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from modules.core import loading
 from modules.core.loading import load_target, outline
 from modules.core.outlines import packing
+from modules.language_models.stock import config_named, load_named
 from tests.fakes import tiny_target
 
 
@@ -116,3 +117,14 @@ def test_how_weights_are_packed() -> None:
     assert packing({}) == packing({"quantization_config": None}) == ""
     assert packing({"compression_config": {"quant_method": "sparse"}}) == "sparse"
     assert packing({"quantization_config": {"bits": 4}}) == "by an unnamed method"
+
+
+def test_a_model_that_drafts_is_looked_at_too(folder: Path) -> None:
+    configured(quantization_config={"quant_method": "gptq"})(folder)
+    with pytest.raises(ValueError, match=r"drafter.model '.*' is stored packed \(gptq\)"):
+        config_named(str(folder), None)
+    configured(quantization_config=None)(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="drafter.model '.*' cannot be loaded: Safetensor"):
+        load_named(str(folder), None, tiny_target())

@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_refused(folder: str, tmp_path: Any) -> None:
         drafter().adapt(other)
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"layers": 5}, "between 1 and 4"), ({"divergence": "x"}, "divergence 'x' is unknown"),
-        ({"own_text": 2.0}, "own_text"), ({"width": 0}, "at least 1"), ({"model": str(tmp_path)}, "cannot be loaded"),
+        ({"own_text": 2.0}, "own_text"), ({"width": 0}, "at least 1"), ({"model": str(tmp_path)}, "no config.json"),
         ({"model": {}}, "model_type is None")]
     for arguments, words in mistakes:
         with pytest.raises(ValueError, match=words):
