@@ -71,7 +71,8 @@ class TokenDrafter(LearnedDrafter):
         """Draft for a target of so many ids."""
         self.served, known = size, min(self.readable, self.shape.vocab_size)
         if self.vocabulary is not None:
-            self.shared = self.vocabulary[self.vocabulary < size] if int(self.vocabulary[-1]) >= size else None
+            beyond = not self.vocabulary.is_meta and int(self.vocabulary[-1]) >= size
+            self.shared = self.vocabulary[self.vocabulary < size] if beyond else None
         else:
             place = next((parameter.device for parameter in self.parameters()), "cpu")
             self.shared = torch.arange(known, device=place) if known < size else None

@@ -186,3 +186,11 @@ def test_pairs_are_two_rows_and_components_without_layers_keep_none() -> None:
     assert deep_values(Medusa(TARGET.shape, 2), TARGET) == 0 and deep_values(Medusa2(TARGET.shape, 2), TARGET) > 0
     drafter = Independent(TARGET.shape, layers=2)
     assert deep_values(drafter, TARGET, recomputed=True) == deep_values(drafter, TARGET) / 2 + 2 * 32
+
+
+@pytest.mark.parametrize("recipe", ["independent", "s2d"])
+def test_language_models_are_planned_without_weights(recipe: str, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("train.plan.available", lambda _: 80.0 * GIB)
+    assert command(["--config", f"{recipe}.yaml", "--plan"]) == 0
+    assert "trainable parameters" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def test_it_learns_from_its_own_text_when_asked() -> None:
     made.steps = lambda batch, target: (seen.append(batch), Independent.steps(made, batch, target))[1]
     made.loss(tiny_batch(TARGET), TARGET, 0.0).total.backward()
     assert made.online and int(seen[0].loss_mask.sum()) == 4 * 5
-    assert all(bool(parameter.grad.any()) for parameter in made.declared_parameters())
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in made.declared_parameters())
     made.eval().loss(tiny_batch(TARGET), TARGET, 0.0)
     assert torch.equal(seen[1].input_ids, tiny_batch(TARGET).input_ids)
 
