@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
-from checkpoints.folders import CONFIG, PICKLED, whole_folder, write_json, write_tensors
+from checkpoints.folders import CONFIG, PICKLED, write_json, write_tensors
 from checkpoints.formats.exported import Exported
 from checkpoints.formats.known import FORMATS, formats_of
 from checkpoints.pretrained import find_folder, load_pretrained, read_config, target_of, trainable_class
 from data.configfiles import parse, run
+from modules.core.files import whole_folder
 from modules.core.loading import load_target
 from modules.core.target import Target
 

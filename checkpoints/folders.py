@@ -1,4 +1,4 @@
-"""Writing folders whole or not at all, and reading the tensors of folders that others wrote.
+"""Writing folders of components, and reading those that others wrote.
 
 Nothing that is read here can run code: safetensors and JSON only. PyTorch's own files (`.bin`, `.pt`, all that some
 public drafters come as) are pickles, and refused.
@@ -7,7 +7,6 @@ public drafters come as) are pickles, and refused.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,24 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.core.files import as_umask_says
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")
 """PyTorch files that engines read; written here, never read."""
 PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch files that public drafters come as; never read here."""
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder that takes the place of `folder` when the block has ended well; else nothing is left of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        fresh.rename(folder)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -58,10 +46,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, readable by everybody; every tensor gets memory of its own."""
+    """A safetensors file with the mode of any other; every tensor gets memory of its own."""
     kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(kept, file, metadata={"format": "pt", **(metadata or {})})
-    file.chmod(0o644)
+    as_umask_says(file)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

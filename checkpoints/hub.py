@@ -24,10 +24,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from checkpoints.card import LICENSES, Publishing, model_card
-from checkpoints.folders import CONFIG, WEIGHTS, whole_folder
+from checkpoints.folders import CONFIG, WEIGHTS
 from checkpoints.measurement import measurement
 from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
 from checkpoints.provenance import Provenance
+from modules.core.files import whole_folder
 
 REPORT = "report.json"
 FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)

@@ -30,12 +30,12 @@ from checkpoints.folders import (
     read_tensors,
     refuse_pickles,
     tensor_names,
-    whole_folder,
     write_json,
 )
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
+from modules.core.files import whole_folder
 from modules.core.loading import missing_here
 from modules.core.trainable import TargetShape, Trainable
 

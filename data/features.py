@@ -32,6 +32,7 @@ from data.progress import progress_of
 from data.rounding import ORDINARY, restored, state_bytes, stored
 from data.shares import Share
 from modules.core.batches import StateName
+from modules.core.files import as_umask_says
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -243,6 +244,7 @@ def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], s
     path = folder / f"shard-{digest[:16]}.safetensors"
     scratch = path.with_suffix(".partial")
     save_file(held, scratch)
+    as_umask_says(scratch)
     os.replace(scratch, path)
     shard = {"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
              "computed_in": _computing_in(target), _ERRORS: errors,

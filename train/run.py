@@ -27,6 +27,7 @@ from data.outputs import claimed, write_whole
 from modules.alignment.aligned_drafting import AlignedDrafting
 from modules.core.compiled import compile_blocks
 from modules.core.drafter import Drafter
+from modules.core.files import clear_scratch
 from modules.core.loading import AUTO, check_unquantised, chosen_dtype, load_target
 from modules.core.recompute import use_activation_checkpointing
 from modules.core.target import Target
@@ -354,10 +355,7 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | 
 def _clean(output: Path) -> None:
     """Remove what kills left of an export and of checkpoints; a drafter that was being replaced
     comes back."""
-    for scratch in output.glob(f".{DRAFTER}-*"):
-        if (scratch / "old").exists() and not (output / DRAFTER).exists():
-            (scratch / "old").rename(output / DRAFTER)
-        shutil.rmtree(scratch, ignore_errors=True)
+    clear_scratch(output / DRAFTER)
     remove_leftovers(output / CHECKPOINTS)
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from modules.core.bars import one_line_each
 from modules.core.chat import give_arguments
+from modules.core.files import as_umask_says, scratch_beside
 from modules.core.generation import unapplied_notice
 from modules.core.outlines import check_config, named, read_tokenizer
 from modules.core.target import Target
@@ -208,11 +208,11 @@ def _dequantised(file: Path) -> Path:
     cache = cache_folder()
     folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch, one_line_each(), named(str(file)):
-            _convert(file, Path(scratch) / "model")
+        with scratch_beside(folder) as scratch, one_line_each(), named(str(file)):
+            _convert(file, scratch / "model")
+            as_umask_says(*(scratch / "model").glob("*"))
             try:
-                (Path(scratch) / "model").rename(folder)
+                (scratch / "model").rename(folder)
             except OSError:
                 assert folder.exists(), "another process made the folder first, or the disk refused it"
     return folder

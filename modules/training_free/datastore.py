@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from modules.core.files import as_umask_says
 from modules.training_free.trie import END, Tokens
 
 ORDERED = 32
@@ -52,6 +53,7 @@ class Datastore:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{os.getpid()}"
         save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, scratch)
+        as_umask_says(scratch)
         os.replace(scratch, folder / "datastore.safetensors")
         scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}))
         os.replace(scratch, folder / "datastore.json")

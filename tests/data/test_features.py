@@ -226,3 +226,12 @@ def test_states_that_overflow_are_refused(target: Target, documents: list[Tokens
         name: torch.full((*batch.input_ids.shape, 4), float("nan")) for name in names})
     with pytest.raises(ValueError, match="NaN or infinity"):
         cache_features(target, documents, ["final"], tmp_path, **SMALL)
+
+
+def test_shards_are_readable_by_others_as_the_manifest_is(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    shards = list(tmp_path.rglob("*.safetensors"))
+    manifest = next(path for path in tmp_path.rglob("*.json"))
+    assert shards and {path.stat().st_mode for path in shards} == {manifest.stat().st_mode}

@@ -168,8 +168,8 @@ def test_one_training_at_a_time_and_a_killed_one_leaves_nothing_behind(tiny, rec
     process.kill()
     process.communicate()
     # What a kill would have left of an export, of a checkpoint and of a replacement of the drafter.
-    (output / ".drafter-killed" / "old").mkdir(parents=True)
-    (output / ".drafter-killed" / "old" / "config.json").write_text("{}")
+    (output / ".drafter-killed.scratch" / "old").mkdir(parents=True)
+    (output / ".drafter-killed.scratch" / "old" / "config.json").write_text("{}")
     (output / "lightning" / "checkpoints").mkdir(exist_ok=True)
     (output / "lightning" / "checkpoints" / ".last.ckpt.part").write_bytes(b"half")
     torch.save({}, output / "lightning" / "checkpoints" / "last.ckpt")

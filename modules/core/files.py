@@ -1,0 +1,123 @@
+"""Folders that are whole or as they were, and files whose mode the user's umask decides."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ENDING = ".scratch"
+_FRESH, _OLD = "new", "old"
+_EXCHANGE, _HERE = 2, -100
+"""`RENAME_EXCHANGE` and `AT_FDCWD` of Linux' `renameat2`."""
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `folder` when the block has ended well.
+
+    However else it ends, `folder` is as it was. Where the file system can, both change places in
+    one step, and readers always find one of them.
+    """
+    with scratch_beside(folder) as scratch:
+        fresh = scratch / _FRESH
+        fresh.mkdir()
+        yield fresh
+        _replace(folder, fresh, scratch / _OLD)
+
+
+@contextmanager
+def scratch_beside(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, removed in the end; first what killed processes left of such
+    is removed too."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_scratch(folder)
+    scratch, lock = _locked_scratch(folder)
+    try:
+        yield scratch
+    finally:
+        _discard(folder, scratch)
+        os.close(lock)
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what killed processes left beside a folder; one that was being replaced comes back."""
+    for scratch in folder.parent.glob(f".{folder.name}-*{_ENDING}"):
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _discard(folder, scratch)
+        except OSError:
+            # Its process lives, or the file system has no locks: nobody knows.
+            continue
+        finally:
+            os.close(lock)
+
+
+def _locked_scratch(folder: Path) -> tuple[Path, int]:
+    while True:
+        scratch = Path(tempfile.mkdtemp(_ENDING, f".{folder.name}-", folder.parent))
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            return scratch, lock
+        # Another process may have taken it for a left one before it was locked, and removed it.
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
+
+
+def _discard(folder: Path, scratch: Path) -> None:
+    old = scratch / _OLD
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(folder: Path, fresh: Path, old: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    if _exchanged(fresh, folder):
+        return
+    try:
+        folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths changed places; False where the system has no such call."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def as_umask_says(*files: Path) -> None:
+    """Give files the mode that `open` would: safetensors makes them unreadable for others."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        file.chmod(0o666 & ~mask)
