@@ -30,21 +30,6 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}, not an object with keys: it is no component's")
-    return value
-
-
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with the mode of any other; every tensor gets memory of its own."""
     kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -9,9 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from checkpoints.folders import read_json
 from checkpoints.provenance import Provenance
 from checkpoints.reports import load_report
+from modules.core.files import read_object
 
 SCHEMA = 1
 BASELINES = ("autoregressive", "hf_generate")
@@ -71,7 +71,7 @@ def measurement(file: Path, name: str, parameters: int, provenance: Provenance, 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"report {str(file)!r} does not exist: give a report.json")
-    report = read_json(file)
+    report = read_object(file)
     missing = {"schema", "methods", "settings", "environment", "targets"} - set(report)
     if missing or report["schema"] != SCHEMA:
         raise ValueError(f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py wrote")

@@ -22,11 +22,19 @@ from torch import Tensor
 
 import modules
 from checkpoints.card import model_card
+from checkpoints.checks import (
+    CONFIG_SHAPE,
+    check_arguments,
+    check_shape,
+    check_tensors,
+    check_values,
+    some,
+    target_shape,
+)
 from checkpoints.folders import (
     CONFIG,
     WEIGHTS,
     Ledger,
-    read_json,
     read_tensors,
     refuse_pickles,
     tensor_names,
@@ -35,7 +43,8 @@ from checkpoints.folders import (
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
-from modules.core.files import whole_folder
+from data.shapes import Each
+from modules.core.files import read_object, whole_folder
 from modules.core.loading import missing_here
 from modules.core.trainable import TargetShape, Trainable
 
@@ -121,8 +130,9 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     """
     folder = find_folder(name)
     config, tensors = _whole(read_config(folder), folder, None if target is None else target.shape, target)
-    trainable = _build(config, folder)
+    trainable = _build(config, folder, tensors)
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
+    check_values(trainable, str(folder / WEIGHTS))
     if target is not None:
         check_binding(trainable, config["target"], target, str(name))
     trainable.trained_length = _trained_length(folder)
@@ -163,12 +173,21 @@ def _translated(config: Config, folder: Path, shape: TargetShape | None, target:
     return {**config, "target": {**config["target"], "shape": asdict(known)}}, tensors
 
 
-def _build(config: Mapping[str, Any], folder: Path) -> Trainable:
-    found = trainable_class(config["drafter_type"], config["class"])
+def _build(config: Mapping[str, Any], folder: Path, tensors: Tensors) -> Trainable:
+    """The component that a config describes, outlined without memory and compared with the tensors before."""
+    found, where = trainable_class(config["drafter_type"], config["class"]), str(folder / CONFIG)
+    shape = target_shape(config["target"]["shape"], where)
+    check_arguments(found, config["arguments"], where)
     try:
-        return found(TargetShape(**config["target"]["shape"]), **config["arguments"])
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG} does not fit {found.__name__}: {error}") from error
+        with torch.device("meta"):
+            outline = found(shape, **config["arguments"])
+        check_tensors(outline, tensors, str(folder / WEIGHTS))
+        return found(shape, **config["arguments"])
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a stranger's values lead a constructor to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} does not fit {found.__name__}: {reason}") from error
 
 
 def find_folder(name: str | Path) -> Path:
@@ -207,7 +226,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         ValueError: not JSON, nobody's format that is known, or a version from the future.
     """
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
         name = format_of(config, tensor_names(folder))
@@ -215,8 +234,11 @@ def read_config(folder: Path) -> Config:
             return foreign_component(config, name, folder)
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component, nor "
                          f"a drafter in one of the formats {', '.join(FORMATS)}")
+    if "format" in config:
+        raise ValueError(f"{folder / CONFIG}: `format` is no key of a Slipstream component: take it out")
+    check_shape(config, CONFIG_SHAPE, str(folder / CONFIG))
     version = config["format_version"]
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{folder / CONFIG}: format_version {version} cannot be read, only 1 to {FORMAT_VERSION}: "
                          "update Slipstream")
     return config
@@ -251,13 +273,8 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
 
 def assign_weights(trainable: Trainable, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load tensors strictly; the module takes their precision. `source` is what error messages call them."""
+    check_tensors(trainable, tensors, source)
     expected = trainable.state_dict(keep_vars=True)
-    reshaped = {f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-                for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape}
-    wrong = {"missing": set(expected) - set(tensors), "unexpected": set(tensors) - set(expected), "reshaped": reshaped}
-    if any(wrong.values()):
-        raise ValueError(f"{source} does not fit {type(trainable).__name__}: " + "; ".join(
-            f"{kind}: {_some(names)}" for kind, names in wrong.items() if names))
     for name, tensor in tensors.items():
         if expected[name].dtype != tensor.dtype:
             expected[name].data = expected[name].data.to(tensor.dtype)
@@ -270,18 +287,22 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            aliases: Mapping[str, str] = json.loads((opened.metadata() or {}).get("aliases", "{}"))
+            aliases = _aliases((opened.metadata() or {}).get("aliases", "{}"), file)
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
     lost = set(aliases.values()) - set(tensors)
     if lost:
-        raise ValueError(f"{file} lacks {_some(lost)}, which other tensors share: it is damaged or incomplete")
+        raise ValueError(f"{file} lacks {some(lost)}, which other tensors share: it is damaged or incomplete")
     return {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
 
 
-def _some(names: set[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(sorted(names)[:shown]) + more
+def _aliases(text: str, file: Path) -> Mapping[str, str]:
+    try:
+        aliases = json.loads(text)
+    except (ValueError, RecursionError):
+        aliases = None
+    check_shape(aliases, Each(str), f"{file}: its aliases")
+    return aliases
 
 
 def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
@@ -335,6 +356,7 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
         tensors = {**own, **tensors}
     given = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()}
     assign_weights(trainable, given, str(folder / WEIGHTS))
+    check_values(trainable, f"init_from {str(name)!r}")
 
 
 __all__ = ["Provenance", "from_pretrained", "load_pretrained", "save_pretrained", "warm_start"]

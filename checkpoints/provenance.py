@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.checks import PROVENANCE_SHAPE, check_shape
 from modules.core.chat import arguments_of
+from modules.core.files import read_object
 
 if TYPE_CHECKING:
     from modules.core.target import Target
@@ -56,8 +57,11 @@ class Provenance:
         """
         if not file.is_file():
             raise ValueError(f"{file} does not exist: it does not tell where the component comes from")
+        told = read_object(file)
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            check_shape(told, PROVENANCE_SHAPE, "it")
+            datetime.fromisoformat(told.get("created", "2026-01-01"))
+            return cls(**told)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file} is no provenance of a component: {error}") from error
 

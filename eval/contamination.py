@@ -8,7 +8,6 @@ do not matter; a turn of fewer words has no such run and is counted apart.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from checkpoints.pretrained import PROVENANCE, find_folder
 from data.files import Tally, local_files, read_rows
 from eval.methods import Method, Row
 from eval.tasks import Prompt, Task
+from modules.core.files import read_object
 from modules.decoding.rules import RULES
 
 RUN = 13
@@ -68,13 +68,14 @@ def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
         tasks: what is asked.
     """
     file = find_folder(component) / PROVENANCE
-    provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return _searched(provenance.get("data", {}).get("train"), "its provenance names no data", tasks)
+    provenance = read_object(file) if file.is_file() else {}
+    data = provenance.get("data")
+    return _searched(data.get("train") if isinstance(data, dict) else None, "its provenance names no data", tasks)
 
 
 def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """The same of a datastore: of the data set that it says it was built from."""
-    told = json.loads((Path(folder) / "datastore.json").read_text(encoding="utf-8"))
+    told = read_object(Path(folder) / "datastore.json")
     return _searched(told.get("source"), "its datastore does not name what it was built from", tasks)
 
 

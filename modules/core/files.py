@@ -1,16 +1,18 @@
-"""Folders that are whole or as they were, and files whose mode the user's umask decides."""
+"""Folders that are whole or as they were, modes of files that the umask decides, and JSON."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _ENDING = ".scratch"
 _FRESH, _OLD = "new", "old"
@@ -121,3 +123,27 @@ def as_umask_says(*files: Path) -> None:
     os.umask(mask)
     for file in files:
         file.chmod(0o666 & ~mask)
+
+
+MOST_JSON = 1 << 26
+"""Bytes of a JSON file that is read."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: not JSON, not an object, nested too deeply, or too large; the line names the file.
+    """
+    try:
+        if file.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON} bytes")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{file} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise ValueError(f"{file} holds {kind}, not an object with keys: it is no component's")
+    return value

@@ -258,6 +258,9 @@ class LearnedDrafter(Drafter):
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
         static = StaticTree(tree_paths(tree, self.max_depth))
+        widest = max((path[-1] for path in static.paths), default=0)
+        if widest >= self.draft_size:
+            raise ValueError(f"tree has a rank of {widest}, but the draft vocabulary has {self.draft_size} tokens")
         self._builder, self._budget, self._wide = static, len(static.paths), (None, 0)
         if tree == "narrow":
             wide = StaticTree(tree_paths(WIDE_TREE, self.max_depth))

@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from modules.core.target import Target
 
 
+MOST = {
+    "heads": 64,
+    "steps": 64,
+    "block": 64,
+    "blocks": 64,
+    "layers": 1024,
+    "depth": 256,
+    "draft_length": 256,
+    "width": 1024,
+}
+"""The largest counts that a component takes: each is made one by one, and a tree's paths grow with
+its square. Far above any that was published."""
+
+
 class Mean(NamedTuple):
     """A metric that averages correctly over batches and ranks: sum and count, both scalars."""
 
@@ -92,10 +106,14 @@ class Trainable(SteadyBuffers):
     """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the constructor's arguments, defaults filled in."""
+        """Remember the constructor's arguments, defaults filled in. ValueError: a count beyond `MOST`."""
         module = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
+        for name in MOST.keys() & bound.arguments.keys():
+            value = bound.arguments[name]
+            if isinstance(value, int) and value > MOST[name]:
+                raise ValueError(f"{name} must be at most {MOST[name]}, got {value}")
         module.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])
         return module
 

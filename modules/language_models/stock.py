@@ -15,7 +15,7 @@ from modules.core.anatomy import SUPPORTED
 from modules.core.loading import locate, truncated_config
 from modules.core.outlines import check_config, named, read_tokenizer
 from modules.core.target import Target
-from modules.core.trainable import TargetShape
+from modules.core.trainable import MOST, TargetShape
 
 _NAMED = "drafter.model"
 _NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
@@ -73,6 +73,8 @@ def _within(layers: int, available: int) -> int:
 def _checked(config: Any, layers: int | None) -> Any:
     if config.model_type not in SUPPORTED:
         raise ValueError(f"drafter.model has architecture {config.model_type!r}: use one of {', '.join(SUPPORTED)}")
+    if not 1 <= config.num_hidden_layers <= MOST["layers"]:
+        raise ValueError(f"drafter.model has {config.num_hidden_layers} layers, expected 1 to {MOST['layers']}")
     return config if layers is None else truncated_config(config, _within(layers, config.num_hidden_layers))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from modules.core.files import as_umask_says
+from modules.core.files import as_umask_says, read_object
 from modules.training_free.trie import END, Tokens
 
 ORDERED = 32
@@ -69,7 +69,7 @@ class Datastore:
         if not (path / "datastore.json").is_file():
             raise ValueError(f"datastore {folder!r} does not exist: build it by `python -m data.datastore --output "
                              f"{folder}`")
-        found = json.loads((path / "datastore.json").read_text())["vocab_size"]
+        found = read_object(path / "datastore.json").get("vocab_size")
         if found != vocab_size:
             raise ValueError(f"datastore {folder!r} is of a vocabulary of {found} tokens, the target has {vocab_size}: "
                              "build it with the target's tokenizer")

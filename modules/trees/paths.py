@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from modules.trees.released import EAGLE_25, FALCON_8, MC_SIM_7B_63, Path
+from modules.trees.static import MOST_PATHS
 
 NARROW: list[Path] = [[0], [0, 0], [1], [0, 0, 0], [0, 1], [1, 0], [2], [0, 0, 0, 0], [3], [0, 0, 1], [2, 0], [0, 2],
                       [1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0]]
@@ -26,9 +27,15 @@ OPTIMISED = re.compile(r"optimised(?:_([1-9][0-9]*))?")
 
 
 def optimised_size(tree: list[Path] | str) -> int | None:
-    """Nodes of the optimised tree that `tree` asks for; None when it asks for none."""
+    """Nodes of the optimised tree that `tree` asks for; None when it asks for none.
+
+    Raises ValueError when they are more than can be drafted.
+    """
     found = OPTIMISED.fullmatch(tree) if isinstance(tree, str) else None
-    return None if found is None else int(found[1] or len(NARROW))
+    nodes = None if found is None else int(found[1] or len(NARROW))
+    if nodes is not None and not 1 <= nodes <= MOST_PATHS:
+        raise ValueError(f"tree {tree!r} must have 1 to {MOST_PATHS} nodes")
+    return nodes
 
 
 def tree_paths(tree: list[Path] | str, depth: int | None) -> list[Path]:

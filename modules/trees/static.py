@@ -16,6 +16,7 @@ from modules.core.drafter import Drafter, DraftState, Frontier
 from modules.trees.tree import Law, TokenTree, Topology
 
 Path = tuple[int, ...]
+MOST_PATHS = 4096
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,22 @@ class StaticTree:
         paths: prefix-closed, the most valuable first: a smaller budget takes the first ones.
 
     Raises:
-        ValueError: a path whose prefix does not stand before it.
+        ValueError: a path whose prefix does not stand before it, a rank that no draft has, or more paths than a
+            target can verify at once.
     """
 
     law = Law.POINT
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        if len(paths) > MOST_PATHS or any(len(path) > MOST_PATHS for path in paths):
+            raise ValueError(f"tree has {len(paths)} paths: at most {MOST_PATHS} are drafted, and none is longer")
         self.paths = tuple(tuple(path) for path in paths)
         known: set[Path] = {()}
         for path in self.paths:
             if path[:-1] not in known:
                 raise ValueError(f"tree path {list(path)} stands before {list(path[:-1])}: list prefixes first")
+            if not path or not 0 <= path[-1] < MOST_PATHS:
+                raise ValueError(f"tree path {list(path)} must end in a rank from 0 to {MOST_PATHS - 1}")
             known.add(path)
 
     @staticmethod

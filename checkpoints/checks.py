@@ -1,0 +1,195 @@
+"""What a folder of a component may hold: checked before anything is built or allocated from it.
+
+Folders come from strangers. Values have the types that the constructor declares and sizes that a
+drafter can have; tensors have the names, shapes and kinds of the component, built on the meta
+device, where nothing is allocated; weights are finite, and draft vocabularies lie in the target's.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from data.shapes import Each, Maybe, mismatch
+from modules.core.trainable import TargetShape
+
+CONFIG_SHAPE = {
+    "drafter_type": str,
+    "class": str,
+    "format_version": int,
+    "arguments": Each(object),
+    "target": {"name": Maybe(str), "fingerprint": Maybe(str), "shape": Each(object)},
+}
+PROVENANCE_SHAPE = {
+    "target": {"name": str, "fingerprint": Maybe(str), "chat_template?": Each(object)},
+    "data?": Each(object),
+    "measured?": Each(float),
+    "settings?": Each(object),
+    "command?": str,
+    "git_revision?": Maybe(str),
+    "packages?": Each(str),
+    "created?": str,
+}
+_LARGEST = {
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 23,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "intermediate_size": 1 << 20,
+    "max_positions": 1 << 27,
+}
+MOST_VALUES, MOST_LEVELS, MOST_TEXT = 1 << 16, 8, 1 << 16
+"""Of a component's arguments: numbers and texts in all, lists within lists, characters."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
+    """The dimensions that a config tells of its target.
+
+    Raises:
+        ValueError: one is missing, unknown, of another type, or no size that a target has.
+    """
+    known = {field.name: field.type for field in fields(TargetShape)}
+    strange = sorted(set(values) - set(known))
+    if strange:
+        raise ValueError(f"{where}: target.shape.{strange[0]} is unknown")
+    hints = typing.get_type_hints(TargetShape)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{where}: target.shape.{name} is {_short(value)}: {_told(hints[name])} is expected")
+        if name in _LARGEST and not 1 <= value <= _LARGEST[name]:
+            raise ValueError(f"{where}: target.shape.{name} is {value}, expected 1 to {_LARGEST[name]}")
+    if not values.get("norm_eps", 1e-5) > 0:
+        raise ValueError(f"{where}: target.shape.norm_eps is {values['norm_eps']}, expected above 0")
+    _check_plain(values, f"{where}: target.shape")
+    if values.get("activation", "silu") not in ACT2FN:
+        raise ValueError(f"{where}: target.shape.activation {_short(values['activation'])} is unknown")
+    try:
+        return TargetShape(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: target.shape: {error}") from error
+
+
+def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments that the constructor does not declare so, or of absurd size.
+
+    Raises:
+        ValueError: the argument, its value, and the type that is expected.
+    """
+    hints = typing.get_type_hints(kind.__init__)
+    for name, value in arguments.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ValueError(f"{where}: arguments.{name} is {_short(value)}: {_told(hints[name])} is expected")
+    _check_plain(arguments, f"{where}: arguments")
+
+
+def check_tensors(outline: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are not those of a component, which may be on the meta device.
+
+    Raises:
+        ValueError: what is missing, unexpected, of another shape or of another kind of number.
+    """
+    expected = outline.state_dict(keep_vars=True)
+    both = [name for name in tensors if name in expected]
+    wrong = {
+        "missing": set(expected) - set(tensors),
+        "unexpected": set(tensors) - set(expected),
+        "reshaped": {f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+                     for name in both if tensors[name].shape != expected[name].shape},
+        "of another kind": {f"{name} {_kind(tensors[name])} instead of {_kind(expected[name])}"
+                            for name in both if not _same_kind(tensors[name], expected[name])},
+    }
+    if any(wrong.values()):
+        raise ValueError(f"{source} does not fit {type(outline).__name__}: " + "; ".join(
+            f"{kind}: {some(names)}" for kind, names in wrong.items() if names))
+
+
+def check_values(trainable: nn.Module, source: str) -> None:
+    """Refuse weights that cannot be computed with.
+
+    Raises:
+        ValueError: NaN or infinity, or a draft vocabulary outside of the target's.
+    """
+    for name, tensor in (*trainable.named_parameters(), *trainable.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{source}: {name} holds NaN or infinity: it cannot draft")
+    ids, shape = getattr(trainable, "vocabulary", None), getattr(trainable, "shape", None)
+    if isinstance(ids, Tensor) and isinstance(shape, TargetShape) and len(ids):
+        ascending = bool((ids[1:] > ids[:-1]).all())
+        if not ascending or int(ids[0]) < 0 or int(ids[-1]) >= shape.vocab_size:
+            raise ValueError(f"{source}: vocabulary does not hold ascending ids from 0 to {shape.vocab_size - 1}")
+
+
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """Raise ValueError with the first value that is not as `data.shapes` describes it."""
+    wrong = mismatch(value, shape)
+    if wrong is not None:
+        raise ValueError(f"{where}: {wrong}")
+
+
+def some(names: set[str], shown: int = 4) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(sorted(names)[:shown]) + more
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _same_kind(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype or (one.dtype in _FLOATS and other.dtype in _FLOATS)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a declared type; a class that JSON cannot hold takes anything."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin in (list, tuple) or hint in (list, tuple):
+        inner = parts[0] if parts else Any
+        return isinstance(value, (list, tuple)) and all(_fits(each, inner) for each in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    plain = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number,
+             str: isinstance(value, str), type(None): value is None}
+    return plain.get(hint, True)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what is too much, too deep, too long or not finite."""
+    left, level = [value], 0
+    count = 0
+    while left:
+        count, level = count + len(left), level + 1
+        if count > MOST_VALUES or level > MOST_LEVELS:
+            raise ValueError(f"{where}: more than {MOST_VALUES} values or {MOST_LEVELS} levels")
+        for each in left:
+            if isinstance(each, str) and len(each) > MOST_TEXT:
+                raise ValueError(f"{where}: a text of {len(each)} characters, at most {MOST_TEXT} are read")
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{where}: a number that is not finite")
+        left = [inner for each in left for inner in (
+            each.values() if isinstance(each, Mapping) else each if isinstance(each, (list, tuple)) else ())]
+
+
+def _told(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
