@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from checkpoints.formats.exported import HUB_NAMES, served_name
 from checkpoints.formats.known import FORMATS, formats_of
+from checkpoints.markdown import block, code, plain
 from checkpoints.measurement import Measurement, conditions, dataset, table
 from modules.core.drafter import Drafter
 from modules.core.gguf_name import title
@@ -73,7 +76,7 @@ def _header(config: Mapping[str, Any], provenance: Provenance, publishing: Publi
         tags=["slipstream", "speculative-decoding", config["drafter_type"]],
         model_name=publishing.repo.rsplit("/", 1)[-1] if publishing else None,
         eval_results=_results(publishing.measurement, provenance) if publishing else None)
-    heading = f"# {config['class']} for {title(provenance.target['name'])}"
+    heading = f"# {plain(config['class'])} for {plain(title(provenance.target['name']))}"
     return f"---\n{data.to_yaml()}\n---\n\n{heading}\n"
 
 
@@ -104,7 +107,7 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
     summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
     total = sum(parameter.numel() for parameter in trainable.parameters())
     name, weights = title(provenance.target["name"]), provenance.target["fingerprint"]
-    return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target `{name}` with weights `{weights}`. "
+    return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target {code(name)} with weights {code(weights)}. "
             f"{total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of them trained.\n")
 
 
@@ -115,7 +118,7 @@ def _evaluated(found: Measurement) -> str:
 def _measured(measured: Mapping[str, float]) -> str:
     if not measured:
         return "## Measured while training\n\nNothing was measured in this run.\n"
-    rows = [f"| {name} | {value:.4f} | {_meaning(name)} |" for name, value in sorted(measured.items())]
+    rows = [f"| {plain(name)} | {value:.4f} | {_meaning(name)} |" for name, value in sorted(measured.items())]
     return "\n".join(["## Measured while training", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
                       "Figures are those of the weights in this folder, measured during training.", ""])
 
@@ -126,8 +129,8 @@ def _meaning(name: str) -> str:
 
 
 def _training(provenance: Provenance) -> str:
-    data = "\n".join(f"- {name}: {value}" for name, value in provenance.data.items())
-    return f"## Training\n\n    {provenance.command}\n\nData:\n\n{data or '- not recorded'}\n"
+    data = "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in provenance.data.items())
+    return f"## Training\n\n{block(provenance.command)}\n\nData:\n\n{data or '- not recorded'}\n"
 
 
 def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
@@ -135,7 +138,8 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
             "adapters": "SpeculativeDecoder(component.adapt(target))",
             "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device, target.dtype),\n'
                     '                             component.acceptance_rule(target))'}
-    code = textwrap.dedent(f"""\
+    named, folder = json.dumps(provenance.target["name"]), json.dumps(repo or "THIS_FOLDER_OR_HUB_ID")
+    example = textwrap.dedent(f"""\
         ```python
         from checkpoints.pretrained import load_pretrained
         from data.conversations import prompt_ids
@@ -143,25 +147,26 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
         from modules.core.loading import load_target, own_device
         from modules.decoding.decoder import SpeculativeDecoder
 
-        target = load_target("{provenance.target['name']}", device=own_device())
-        component = load_pretrained("{repo or 'THIS_FOLDER_OR_HUB_ID'}", target).to(target.device, target.dtype)
+        target = load_target({named}, device=own_device())
+        component = load_pretrained({folder}, target).to(target.device, target.dtype)
         decoder = {made[_kind(trainable)]}
         prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
         print(target.tokenizer.decode(decoder.decode([prompt], Sampling(), limit=64)[0].ids))
         ```""")
-    return f"## Use\n\nIn a checkout of Slipstream:\n\n{code}\n"
+    return f"## Use\n\nIn a checkout of Slipstream:\n\n{example}\n"
 
 
 def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
     """Commands for every format that holds this class; settings that an engine cannot run are refused by the export."""
-    target, known = provenance.target["name"], formats_of(type(trainable))
+    known, name = formats_of(type(trainable)), provenance.target["name"]
+    target = shlex.quote(" ".join(name.split()))
     if not known:
         return f"## Serve\n\n{_NO_ENGINE}\n"
     parts = [f"{' and '.join(FORMATS[form].ENGINES)}:\n\n```\npython -m checkpoints.export --format {form} {repo} "
              f"exports/{form}\n{FORMATS[form].usage(trainable, target).replace('FOLDER', f'exports/{form}')}\n```\n"
              for form in known]
-    told = (f"Export it in a checkout of Slipstream, then start the engine with the result and `{served_name(target)}`."
-            " The export refuses, with the reason, what an engine would run differently.")
+    told = (f"Export it in a checkout of Slipstream, then start the engine with the result and "
+            f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run differently.")
     return "\n".join([f"## Serve\n\n{told}\n", *parts])
 
 
@@ -173,6 +178,6 @@ def _kind(trainable: Trainable) -> str:
 
 
 def _origin(provenance: Provenance) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in provenance.packages.items())
+    packages = ", ".join(plain(f"{name} {version}") for name, version in provenance.packages.items())
     revision, day = provenance.git_revision or "unknown", provenance.created[:10]
-    return f"## Made with\n\nRevision `{revision}`, {day}. {packages}.\n"
+    return f"## Made with\n\nRevision {code(revision)}, {plain(day)}. {packages}.\n"

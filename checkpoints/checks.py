@@ -26,7 +26,8 @@ CONFIG_SHAPE = {
     "class": str,
     "format_version": int,
     "arguments": Each(object),
-    "target": {"name": Maybe(str), "fingerprint": Maybe(str), "shape": Each(object)},
+    "target": {"name": Maybe(str), "fingerprint": Maybe(str), "shape": Each(object),
+               "chat_template?": Maybe(Each(object))},
 }
 PROVENANCE_SHAPE = {
     "target": {"name": str, "fingerprint": Maybe(str), "chat_template?": Each(object)},

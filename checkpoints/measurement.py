@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from checkpoints.markdown import plain
 from checkpoints.provenance import Provenance
 from checkpoints.reports import load_report
 from modules.core.files import read_object
@@ -116,7 +117,8 @@ def cells(row: Row) -> list[str]:
     """A row of the table."""
     speedup, tau = row["speedup"], row["mean_accepted_tokens"]
     bounds = speedup["ci95"]
-    return [row["name"], _number(speedup["micro"], "×"), "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}",
+    return [plain(row["name"]), _number(speedup["micro"], "×"),
+            "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}",
             _number(tau), f"{row['tokens_per_second']:.1f}", _same(row)]
 
 
@@ -135,13 +137,14 @@ def _same(row: Row) -> str:
 def conditions(found: Measurement) -> str:
     """What was asked of what, on what."""
     settings, where = found.settings, found.environment
-    targets = ", ".join(f"{one['name']} in {one['dtype']}" for one in found.targets)
+    targets = ", ".join(plain(f"{one['name']} in {one['dtype']}") for one in found.targets)
     noise = [row["quality"]["noise"] for row in found.baselines if row["quality"].get("noise")]
     told = "" if not noise or noise[0]["micro"] is None else (
         f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
-    asked = f"{found.rows[0]['prompts']} prompts ({dataset(found)}: {', '.join(settings['tasks'])})"
-    return (f"Target {targets}; {asked}, up to {settings['max_new_tokens']} new tokens; {where['device']}, "
-            f"{settings['threads']} threads. Speedup is over `autoregressive`, plain decoding in the same process, "
+    asked = f"{found.rows[0]['prompts']} prompts ({plain(dataset(found))}: {plain(', '.join(settings['tasks']))})"
+    limit, device, threads = map(plain, (settings["max_new_tokens"], where["device"], settings["threads"]))
+    return (f"Target {targets}; {asked}, up to {limit} new tokens; {device}, {threads} threads. Speedup is over "
+            "`autoregressive`, plain decoding in the same process, "
             "with a paired bootstrap interval; τ is the mean number of tokens per target call, bonus token counted."
             f"{told}")
 

@@ -297,6 +297,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _aliases(text: str, file: Path) -> Mapping[str, str]:
+    aliases: Any
     try:
         aliases = json.loads(text)
     except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ from eval.methods import Method, Precision, Row, build_rows, class_of, unique_la
 from eval.place import JOURNAL, PAGE, begun, taken, write
 from eval.processes import Share, shared_out
 from eval.report import build_report, device_name, export_lines, failures, main_table, noise_lines
-from eval.scores import Quality, Scoring, control_lines
+from eval.scores import Quality, Scoring, control_lines, program_lines
 from eval.sources import Turns
 from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary, summarise
@@ -315,7 +315,8 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table on the terminal, the noise, what failed, and where the report is."""
     console.print(main_table(report, console.width))
     methods = report["methods"]
-    for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *explanations(methods)):
+    for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *program_lines(methods),
+                 *explanations(methods)):
         console.print(line, highlight=False, markup=False)
     for name in failures(report):
         line = f"{name} promises the autoregressive row's tokens and gave others"

@@ -21,7 +21,7 @@ from eval.report import (
     half_table,
     noise_lines,
 )
-from eval.scores import control_lines, quality_table
+from eval.scores import control_lines, program_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 
 STYLE = """
@@ -100,7 +100,8 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     header, lines = quality_table(methods)
     if lines:
         yield "<h2>Quality of answers</h2>" + table(header, lines)
-        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in control_lines(methods))
+        told = (*control_lines(methods), *program_lines(methods))
+        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in told)
         if plots.relaxed(methods):
             yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
                 f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"

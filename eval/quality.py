@@ -6,17 +6,14 @@ Shape legend: P prompts, S bootstrap samples.
 from __future__ import annotations
 
 import re
-import resource
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from eval.programs import passes
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _WORD = re.compile(r"[a-z0-9]+")
@@ -67,36 +64,6 @@ def program_of(answer: str, given: str, entry: str) -> str:
     code = block.group(1) if block else answer
     start = f"def {entry}("
     return f"{given.partition(start)[0]}\n{code}" if start in code else given + code
-
-
-def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30) -> bool:
-    """Whether a program and its test run to the end in a process of their own (Chen et al. 2021, HumanEval).
-
-    The process has a time limit, a memory limit in bytes, an empty folder as its home and nothing of our environment.
-    That keeps accidents in, not attackers: run programs of models you do not trust in a container.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "candidate.py"
-        script.write_text(f"{program}\n\n{test}\n", encoding="utf-8")
-        limits = _Limits(int(seconds) + 1, memory)
-        try:
-            ended = subprocess.run([sys.executable, "-I", str(script)], cwd=folder, env={"HOME": folder},
-                                   timeout=seconds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, preexec_fn=limits, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        return ended.returncode == 0
-
-
-class _Limits:
-    """Sets the limits in the child, before the program begins."""
-
-    def __init__(self, seconds: int, memory: int) -> None:
-        self.seconds, self.memory = seconds, memory
-
-    def __call__(self) -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
-        resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory))
 
 
 # -- one answer, many answers ---------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from checkpoints.markdown import plain
 from checkpoints.provenance import command_line, git_revision, package_versions
 from checkpoints.reports import SCHEMA
 from eval.contamination import overlap_lines
 from eval.methods import EXPORT_NOTES
 from eval.repetition import KEY as LESS_REPETITIVE
-from eval.scores import control_lines, quality_table
+from eval.scores import control_lines, program_lines, quality_table
 from eval.speed_model import explanations, is_baseline
 from eval.summary import Summary
 from modules.core.gguf_name import title
@@ -219,9 +220,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases), share(outside(method))]
                 for method in methods]
     return "\n\n".join([
-        "# Evaluation", caption(report) + ".", *noise_lines(report), _table(COLUMNS, [cells(m) for m in methods]),
-        *(f"**{name} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-        *(f"{line}." for line in export_lines(methods)),
+        "# Evaluation", plain(caption(report)) + ".", *map(plain, noise_lines(report)),
+        _table(COLUMNS, [cells(m) for m in methods]),
+        *(f"**{plain(name)} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
+        *(f"{plain(line)}." for line in export_lines(methods)),
         *_halves(methods), *_predictions(methods), *_qualities(methods), *_drafting(methods),
         "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
         "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),
@@ -259,17 +261,18 @@ def _halves(methods: Sequence[Figures]) -> list[str]:
 
 def _predictions(methods: Sequence[Figures]) -> list[str]:
     lines = explanations(methods)
-    return ["## Predicted and measured", "\n".join(f"- {line}" for line in lines)] if lines else []
+    return ["## Predicted and measured", "\n".join(f"- {plain(line)}" for line in lines)] if lines else []
 
 
 def _overlaps(methods: Sequence[Figures]) -> list[str]:
     lines = overlap_lines(methods)
-    return ["## Prompts in the training data", "\n".join(f"- {line}" for line in lines)] if lines else []
+    return ["## Prompts in the training data", "\n".join(f"- {plain(line)}" for line in lines)] if lines else []
 
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:
     header, rows = quality_table(methods)
-    return ["## Quality of answers", _table(header, rows), *control_lines(methods)] if rows else []
+    return ["## Quality of answers", _table(header, rows), *map(plain, control_lines(methods)),
+            *program_lines(methods)] if rows else []
 
 
 def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
@@ -301,4 +304,4 @@ def _task_cell(method: Figures, task: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *(list(row) + [""] * (len(header) - len(row)) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)

@@ -15,6 +15,7 @@ import torch
 from eval.journal import Record
 from eval.losslessness import teacher_forced_logits
 from eval.methods import Row
+from eval.programs import isolation
 from eval.quality import RUNS_CODE, Check, common_prefix, paired_outcome, score
 from modules.core.target import Target
 
@@ -110,6 +111,8 @@ def _scored(target: Target, answers: Answers, plain: Answers, checks: Mapping[st
             own, other = ([score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
                           for each in (answers, plain))
             found[metric] = {"mean": fmean(own), "prompts": len(asked), **paired_outcome(own, other)}
+            if metric in RUNS_CODE:
+                found[metric]["programs_ran_in"] = isolation()
     return found
 
 
@@ -128,6 +131,13 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
               "against plain decoding (win/tie/loss)", "target's first choice", "same beginning"]
     return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
                      *_agreement_cells(method["quality"])] for method in measured]
+
+
+def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How programs that methods wrote were kept apart, if any ran."""
+    places = {method["quality"][name]["programs_ran_in"] for method in methods for name in METRIC_NAMES
+              if isinstance(method["quality"].get(name), Mapping) and "programs_ran_in" in method["quality"][name]}
+    return [f"programs for pass@1 ran in: {place}" for place in sorted(places)]
 
 
 def _score_cell(entry: Mapping[str, Any] | None) -> str:

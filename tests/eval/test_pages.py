@@ -147,7 +147,8 @@ def test_the_less_repetitive_half_has_a_table_where_it_was_measured() -> None:
 
 def test_markdown_has_every_method_and_task() -> None:
     text = markdown(report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[])))
-    for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b & <c>", "sampled", "yes (3/4, 1 ties)"):
+    for words in ("| one | 1.50× | 1.40–1.60 |", "| two | 0.80× |", "b &amp; &lt;c&gt;", "sampled",
+                  "yes (3/4, 1 ties)"):
         assert words in text
 
 
@@ -181,3 +182,19 @@ def test_of_many_methods_the_fastest_are_drawn() -> None:
     many = [{"name": str(k), "speedup": {"micro": None if k == 3 else 1 + (k % 10) / 10}} for k in range(12)]
     assert [method["name"] for method in plots.fastest(many)] == ["1", "2", "4", "5", "6", "7", "8", "9"]
     assert plots.fastest(many[:8]) == many[:8]
+
+
+def test_names_of_strangers_are_harmless_in_a_report() -> None:
+    hostile = "x<script>alert(1)</script>\n\n# heading\n[a](http://b) | e"
+    one = method("plain"), method(hostile, lossless=False)
+    whole = report(*({**each, "by_task": {hostile: each["by_task"]["a"]}} for each in one))
+    whole["environment"]["device"] = hostile
+    whole["settings"]["tasks"] = [hostile]
+    told = markdown(whole)
+    assert "<script" not in told and "\n# heading" not in told and "[a](" not in told.replace("\\[a\\](", "")
+    rows = [line for line in told.splitlines() if "alert(1)" in line and line.startswith("|")]
+    assert rows and all(line.endswith("|") for line in rows)
+    console = Console(file=io.StringIO(), width=200)
+    for name in ("[/bold]", "[red]x[/red]", "[link=http://a]b[/link]", "[/x"):
+        console.print(main_table(report(method("plain"), method(name)), 200))
+        assert name in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,114 @@
+"""Running a program that a model wrote, with its tests: limits, and bubblewrap where it is installed.
+
+Without bubblewrap that keeps accidents in, not attackers: such a program reads files and reaches
+the network, and a child that begins a session of its own outlives it. docs/security.md says more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+LARGEST_FILE = 64 << 20
+"""Bytes that one of its files may have."""
+MORE_PROCESSES = 32
+"""Processes and threads that it may add to those of its user; the system does not hold root to it."""
+
+
+def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30) -> bool:
+    """Whether a program and its test run to the end in a process of their own (Chen et al. 2021, HumanEval).
+
+    The end is told by a word that the last line writes: a program that exits before its test has
+    not passed, whatever its exit status. The process has limits of time, memory (bytes), file size
+    and processes, an empty folder as its home, no environment, and a session of its own, which is
+    killed in the end.
+    """
+    word = secrets.token_hex(16)
+    reads, writes = os.pipe()
+    with tempfile.TemporaryDirectory() as folder, open(reads, "rb") as told:
+        script = Path(folder) / "candidate.py"
+        last = f"__import__('os').write({writes}, b'{word}')"
+        script.write_text(f"{program}\n\n{test}\n\n{last}\n", encoding="utf-8", errors="replace")
+        try:
+            ended = _run(script, writes, seconds, _Limits(int(seconds) + 1, memory))
+        finally:
+            os.close(writes)
+        if not ended:
+            return False
+        # A child that left the session may still hold the pipe: read what is there, wait for nothing.
+        os.set_blocking(reads, False)
+        return told.read(len(word)) == word.encode()
+
+
+def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
+    """Whether it ended well in time. Whatever it began in its session is dead afterwards."""
+    started = subprocess.Popen(
+        [*bubblewrap(script.parent), sys.executable, "-I", str(script)], cwd=script.parent,
+        env={"HOME": str(script.parent)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, pass_fds=(pipe,), start_new_session=True, preexec_fn=limits)
+    try:
+        return started.wait(seconds) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def bubblewrap(folder: Path) -> list[str]:
+    """The words before a command that shut it into `folder`, without network; none where bubblewrap does not work."""
+    if not _works():
+        return []
+    return [str(shutil.which("bwrap")), "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev",
+            "--proc", "/proc", "--tmpfs", "/tmp", "--bind", str(folder), str(folder), "--chdir", str(folder)]
+
+
+@cache
+def _works() -> bool:
+    found = shutil.which("bwrap")
+    if found is None:
+        return False
+    tried = [found, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    return subprocess.run(tried, capture_output=True, check=False).returncode == 0
+
+
+def isolation() -> str:
+    """How programs are kept apart on this machine, for the report."""
+    if _works():
+        return "bubblewrap (no network, read-only files, processes of its own) and limits"
+    return "limits only (no sandbox: files and network can be reached)"
+
+
+class _Limits:
+    """Sets the limits in the child, before the program begins."""
+
+    def __init__(self, seconds: int, memory: int) -> None:
+        self.limits = {
+            resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: LARGEST_FILE,
+            resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: _own_threads() + MORE_PROCESSES}
+
+    def __call__(self) -> None:
+        for name, value in self.limits.items():
+            hard = resource.getrlimit(name)[1]
+            most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(name, (most, most))
+
+
+def _own_threads() -> int:
+    """Processes and threads of this user now, which is what the limit of processes counts."""
+    count = 0
+    for entry in os.scandir("/proc") if Path("/proc/self").exists() else ():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{entry.name}/task"))
+    return count
