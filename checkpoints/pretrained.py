@@ -297,11 +297,10 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _aliases(text: str, file: Path) -> Mapping[str, str]:
-    aliases: Any
     try:
         aliases = json.loads(text)
     except (ValueError, RecursionError):
-        aliases = None
+        raise ValueError(f"{file}: its aliases are not JSON: it is damaged") from None
     check_shape(aliases, Each(str), f"{file}: its aliases")
     return aliases
 
