@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from eval.quality import common_prefix, final_number, paired_outcome, program_of, rouge_l, same_number
+from eval.quality import common_prefix, final_number, paired_outcome, passes, program_of, rouge_l, same_number
 
 METRICS = Path(__file__).resolve().parents[2] / "eval" / "evaluate_metrics"
 
@@ -37,6 +37,13 @@ def test_rouge_l_by_hand():
     assert rouge_l("the cat sat", "The cat sat.") == 1.0
     assert rouge_l("a b c d", "b d x") == pytest.approx(2 * 2 / 7)
     assert rouge_l("", "word") == 0.0
+
+
+def test_programs_run_apart_with_limits():
+    assert passes("def double(n):\n    return 2 * n", "assert double(2) == 4")
+    assert not passes("def double(n):\n    return n", "assert double(2) == 4")
+    assert not passes("while True:\n    pass", "", seconds=1.0)
+    assert not passes("block = bytearray(1 << 31)", "", memory=1 << 29)
 
 
 def test_acceptance_length():
