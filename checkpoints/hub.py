@@ -7,10 +7,10 @@ can fail holds it.
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import (
@@ -28,14 +28,14 @@ from checkpoints.folders import CONFIG, WEIGHTS
 from checkpoints.measurement import measurement
 from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
 from checkpoints.provenance import Provenance
-from modules.core.files import whole_folder
+from data.redaction import HIDDEN, portable, redacted
+from modules.core.files import read_object, whole_folder
 
 REPORT = "report.json"
 FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)
 """What a published component consists of; the report may be missing."""
 TIMEOUT = 120.0
 """Seconds without any answer after which the Hub counts as gone."""
-_SECRET = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 _MEANINGS = {
     401: "the token was refused: log in again with `hf auth login`, or set HF_TOKEN",
     403: "the token may not do this: use one that may write to that name",
@@ -93,10 +93,16 @@ def publication(run: Path, name: str, report: Path | None = None, row: str | Non
     size = trainable.trained_size
     found = None if report is None else measurement(report, name_of(run), size, provenance, row)
     publishing = Publishing(name, license or LICENSES.get(provenance.target["name"], "other"), found)
-    card = model_card(trainable, read_config(folder), provenance, publishing)
+    config = portable(read_object(folder / CONFIG))
+    card = model_card(trainable, config if "class" in config else read_config(folder),
+                      Provenance(**portable(asdict(provenance))), publishing)
     ModelCard(card)
-    files = {**{file: folder / file for file in (CONFIG, WEIGHTS, PROVENANCE)}, CARD: card.encode()}
-    made = Publication(files if report is None else {**files, REPORT: report.read_bytes()})
+    told = {CONFIG: config, PROVENANCE: portable(read_object(folder / PROVENANCE))}
+    if report is not None:
+        told[REPORT] = portable(read_object(report))
+    texts = {file: (json.dumps(value, indent=2, sort_keys=file != REPORT) + "\n").encode()
+             for file, value in told.items()}
+    made = Publication({WEIGHTS: folder / WEIGHTS, **texts, CARD: card.encode()})
     _refuse_secrets(made)
     return made
 
@@ -111,13 +117,13 @@ def _refuse_secrets(made: Publication) -> None:
     """Commands and settings are published with the provenance: they must not hold a token."""
     for name, content in made.files.items():
         if name != WEIGHTS and _holds_token(content if isinstance(content, bytes) else content.read_bytes()):
-            raise ValueError(f"{name} holds what looks like a token of the Hub: take it out before publishing, and "
-                             "revoke that token")
+            raise ValueError(f"{name} holds what looks like a token or a password: take it out before publishing, and "
+                             "revoke it")
 
 
 def _holds_token(content: bytes) -> bool:
-    token = get_token()
-    return bool(_SECRET.search(content)) or (token is not None and token.encode() in content)
+    token, text = get_token(), content.decode(errors="replace")
+    return redacted(text) != text or (token is not None and token in text)
 
 
 def write(made: Publication, folder: Path) -> None:
@@ -254,4 +260,4 @@ def _reason(error: BaseException) -> str:
 def _clean(message: str) -> str:
     token = get_token()
     line = " ".join(message.split())
-    return _SECRET.sub(b"<token>", (line.replace(token, "<token>") if token else line).encode()).decode()
+    return redacted(line.replace(token, HIDDEN) if token else line)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.checks import PROVENANCE_SHAPE, check_shape
+from data.redaction import at_home, redact, redacted
 from modules.core.chat import arguments_of
 from modules.core.files import read_object
 
@@ -66,15 +67,16 @@ class Provenance:
             raise ValueError(f"{file} is no provenance of a component: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able, without credentials."""
+        return redact(asdict(self))
 
 
 def command_line() -> str:
-    """This process's command, as it would be typed (folders of the script left out)."""
+    """This process's command, as it would be typed (folders of the script left out), without credentials, with `~` for
+    the user's home."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     started = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
-    return shlex.join(["python", *started, *sys.argv[1:]])
+    return at_home(redacted(shlex.join(["python", *started, *sys.argv[1:]])))
 
 
 def git_revision() -> str | None:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from data import classes
 from data.bounded_yaml import check_file
 from data.endings import Stopped, disk_message, disk_trouble, stoppable
+from data.redaction import redacted
 from data.shares import Share
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -134,7 +135,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
 
 
 def _fail(words: str) -> int:
-    print(f"error: {' '.join(words.split())}", file=sys.stderr)
+    print(f"error: {redacted(' '.join(words.split()))}", file=sys.stderr)
     return 2
 
 

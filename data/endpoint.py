@@ -13,11 +13,10 @@ import os
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,9 @@ from data.answering import (
 )
 from data.configfiles import config_parser, parse, run
 from data.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
+from data.redaction import redacted
 from data.regenerate import Generation
+from data.requests import Redirected, post, said
 from data.rows import Message
 from modules.core.generation import SERVED_NEUTRAL
 
@@ -59,7 +60,7 @@ class Endpoint:
         concurrency: requests under way at a time.
         retries: further attempts after a busy or broken answer, each after twice the wait of the one before.
         wait: seconds before the first of them.
-        timeout: seconds that one request may take.
+        timeout: seconds that connecting may take, and as many again that the answer may take in all.
         key_variable: environment variable with the key, if the server wants one.
         refusals: answers that the server may refuse (a prompt that is too long, say) before the run ends; the output is
             then without them.
@@ -84,7 +85,10 @@ class Endpoint:
     def __post_init__(self) -> None:
         """Refuse what is no address, and values that cannot work."""
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"endpoint.url must begin with http:// or https://, got {self.url!r}")
+            raise ValueError(f"endpoint.url must begin with http:// or https://, got {redacted(self.url)!r}")
+        if redacted(self.url) != self.url:
+            raise ValueError(f"endpoint.url {redacted(self.url)} holds credentials: put the key into the variable "
+                             f"{self.key_variable} instead")
         for name, least in (("concurrency", 1), ("retries", 0), ("wait", 0), ("timeout", 0.001), ("refusals", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"endpoint.{name} must be {least} or above, got {getattr(self, name)}")
@@ -121,7 +125,7 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[Row], output: str | Path
     """
     output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
     chats = chats_of(prompts, tally)
-    settings = {"target": f"{endpoint.model} at {endpoint.url}",
+    settings = {"target": endpoint.model,
                 "prompts": prompts_digest([row.content for row in prompts]),
                 "neutral": endpoint.neutral, "chat_template": endpoint.chat_template or None,
                 **generation.settings()}
@@ -201,17 +205,18 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
     address = endpoint.url.rstrip("/") + "/chat/completions"
     for attempt in range(endpoint.retries + 1):
         try:
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-                return _choice(_json(response))
+            return _choice(_json(*post(address, json.dumps(body).encode(), headers, endpoint.timeout,
+                                       LONGEST_LINE + 1)))
         except urllib.error.HTTPError as error:
-            trouble = f"{error.code} {_said(error)}"
+            trouble = f"{error.code} {said(error)}"
             if error.code in _OF_THE_PROMPT:
                 raise Refused(trouble) from None
             if error.code not in _WORTH_RETRYING:
                 break
         except Refused:
             raise
+        except Redirected as redirected:
+            raise ValueError(f"endpoint.url {endpoint.url}: {redirected}") from None
         except (OSError, HTTPException, ValueError) as error:
             trouble = f"{error}"
         if attempt < endpoint.retries:
@@ -220,20 +225,11 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
                      "when the server is well")
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The beginning of what came with a status, as far as it came."""
-    try:
-        return error.read(300).decode(errors="replace")
-    except (OSError, HTTPException):
-        return "(and nothing more)"
-
-
-def _json(response: HTTPResponse) -> Any:
+def _json(body: bytes, whole: bool) -> Any:
     """What an answer holds, lone surrogates replaced. `Refused`: it is too long. ValueError: no JSON."""
-    body = response.read(LONGEST_LINE + 1)
     if len(body) > LONGEST_LINE:
         raise Refused(f"an answer of more than {LONGEST_LINE >> 20} MiB")
-    if response.length:
+    if not whole:
         raise ValueError("an answer that is cut off")
     try:
         return clean(json.loads(body))
@@ -249,11 +245,11 @@ def _choice(answer: Any) -> dict[str, Any]:
         if message.get("role", "assistant") not in ("assistant", None):
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"no chat completion: {json.dumps(answer)[:300]}") from None
+        raise ValueError(f"no chat completion: {redacted(json.dumps(answer))[:300]}") from None
     if not isinstance(content, str):
         reason = " (all of max_new_tokens went into reasoning: raise it)" if any(
             message.get(key) for key in _REASONING) else ""
-        raise Refused(f"an answer without text{reason}: {json.dumps(message)[:300]}")
+        raise Refused(f"an answer without text{reason}: {redacted(json.dumps(message))[:300]}")
     return answer["choices"][0]
 
 

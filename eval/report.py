@@ -16,6 +16,7 @@ from rich.table import Table
 from checkpoints.markdown import plain
 from checkpoints.provenance import command_line, git_revision, package_versions
 from checkpoints.reports import SCHEMA
+from data.redaction import redact
 from eval.contamination import overlap_lines
 from eval.methods import EXPORT_NOTES
 from eval.repetition import KEY as LESS_REPETITIVE
@@ -32,7 +33,7 @@ def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> d
     """The report as JSON-able values: environment, targets, settings, methods."""
     targets = {id(summary.row.target): summary.row.target for summary in summaries}
     return {"schema": SCHEMA, "environment": environment(), "targets": [describe(one) for one in targets.values()],
-            "settings": dict(settings), "methods": [summary.figures for summary in summaries]}
+            "settings": redact(settings), "methods": [summary.figures for summary in summaries]}
 
 
 def describe(target: Target) -> dict[str, Any]:

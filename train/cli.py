@@ -24,6 +24,7 @@ from data.classes import Kind, named_class
 from data.configfiles import parse, run
 from data.datamodule import ConversationData
 from data.outputs import write_whole
+from data.redaction import redact
 from modules.core.loading import AUTO, chosen_dtype, load_target, outline
 from train.plan import print_plan
 from train.profile import print_profile, profile
@@ -142,9 +143,9 @@ def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
 
 
 def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The config without the flags that belong to one run only, as plain values."""
+    """The config without the flags that belong to one run only, as plain values without credentials."""
     whole = yaml.safe_load(parser.dump(config, skip_validation=True))
-    return {name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN}
+    return redact({name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN})
 
 
 def _stem(config: Namespace) -> str:

@@ -254,3 +254,88 @@ def test_a_server_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = Endpoint("http://127.0.0.1:9/v1", "tiny", retries=1, wait=0.001)
     with pytest.raises(ValueError, match="endpoint.url http://127.0.0.1:9/v1: .*refused"):
         regenerate_by(gone, PROMPTS, tmp_path / "answers.jsonl")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Sends every request on to another server, drips, or repeats the key."""
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if server.mood == "redirect":
+            self.send_response(server.status)
+            self.send_header("Location", server.other)
+            self.end_headers()
+        elif server.mood == "echo":
+            content = f"no: {self.headers['Authorization']}".encode()
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            while not server.stopped.wait(0.02):
+                self.wfile.write(b" ")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Any]:
+    made: Any = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    made.stopped, made.mood, made.status, made.other = threading.Event(), "redirect", 302, ""
+    made.url = f"http://127.0.0.1:{made.server_address[1]}/v1"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.stopped.set()
+    made.shutdown()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_the_key_goes_nowhere(
+    status: int, server: Server, elsewhere: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRETKEY1234567890")
+    elsewhere.status, elsewhere.other = status, f"{server.url}/chat/completions"
+    with pytest.raises(ValueError, match=rf"redirects \({status}\)") as caught:
+        regenerate_by(Endpoint(elsewhere.url, "m", retries=2, wait=0), PROMPTS, tmp_path / "o.jsonl")
+    assert server.asked == [] and "\n" not in str(caught.value) and not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_server_that_drips_is_given_up(elsewhere: Any, tmp_path: Path) -> None:
+    elsewhere.mood = "drip"
+    with pytest.raises(ValueError, match="no whole answer within 0.3 seconds"):
+        regenerate_by(Endpoint(elsewhere.url, "m", retries=0, timeout=0.3), PROMPTS, tmp_path / "o.jsonl")
+
+
+def test_what_a_server_says_of_trouble_is_told_without_the_key(
+    elsewhere: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "unusual-key-of-somebody")
+    elsewhere.mood = "echo"
+    with pytest.raises(ValueError, match="401 no: Bearer <redacted>") as caught:
+        regenerate_by(Endpoint(elsewhere.url, "m", retries=0), PROMPTS, tmp_path / "o.jsonl")
+    assert "unusual-key" not in str(caught.value)
+
+
+def test_credentials_in_the_address_are_refused_without_repeating_them() -> None:
+    with pytest.raises(ValueError, match="holds credentials.*OPENAI_API_KEY") as caught:
+        Endpoint("http://user:pa55word@127.0.0.1:1/v1", "m")
+    assert "pa55word" not in str(caught.value)
+
+
+def test_another_address_of_the_same_model_goes_on(server: Server, tmp_path: Path) -> None:
+    server.trouble = {4: 400}
+    with pytest.raises(ValueError):
+        regenerate_by(Endpoint(server.url, "m", concurrency=1, retries=0), PROMPTS, tmp_path / "o.jsonl")
+    assert server.url not in (tmp_path / "o.jsonl.journal").read_text()
+    moved = Server()
+    threading.Thread(target=moved.serve_forever, daemon=True).start()
+    with pytest.raises(ValueError, match="target"):
+        regenerate_by(Endpoint(moved.url, "other", retries=0), PROMPTS, tmp_path / "o.jsonl")
+    regenerate_by(Endpoint(moved.url, "m", retries=0), PROMPTS, tmp_path / "o.jsonl")
+    moved.shutdown()
+    assert len(moved.asked) == len(PROMPTS) - 3

@@ -1,0 +1,73 @@
+"""What must not be stored, printed or published: credentials, and where files lie on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "<redacted>"
+_NAMES = r"(?:api[_-]?key|access[_-]?key|token|password|passwd|secret)"
+_PATTERNS = (
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
+    (re.compile(r"\bsk-[A-Za-z0-9_-]{12,}"), HIDDEN),
+    (re.compile(r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"\b(Bearer|Basic)\s+(?!<redacted>)[^\s'\"]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(--[\w.-]*{_NAMES}(?:=|\s+))(?!<redacted>|-)('[^']*'|\"[^\"]*\"|[^\s]+)", re.IGNORECASE),
+     rf"\1{HIDDEN}"),
+    (re.compile(rf"\b((?:[\w.-]*{_NAMES}|key)=)(?!<redacted>)[^\s&'\"]{{6,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>)[^\s\"',}}]{{8,}}", re.IGNORECASE),
+     rf"\1{HIDDEN}"),
+)
+_SECRET_NAME = re.compile(rf"(?:.*[._-])?{_NAMES}", re.IGNORECASE)
+_VARIABLE = re.compile(r".*(?:TOKEN|KEY|SECRET|PASSWORD)")
+_LEAST = 8
+"""Characters of an environment variable's value that is looked for."""
+_ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
+
+
+def redacted(text: str) -> str:
+    """A text without credentials: those of urls and headers, tokens of known kinds, values of flags and keys that are
+    named so, and the values of this process's own variables (`*_TOKEN`, `*_KEY`, …)."""
+    for name, value in os.environ.items():
+        if _VARIABLE.fullmatch(name) and len(value) >= _LEAST:
+            text = text.replace(value, HIDDEN)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redact(value: Any) -> Any:
+    """A JSON value without credentials, in keys and values."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {key if not isinstance(key, str) else redacted(key):
+                HIDDEN if isinstance(key, str) and isinstance(inner, str) and _SECRET_NAME.fullmatch(key)
+                else redact(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(inner) for inner in value]
+    return value
+
+
+def at_home(text: str) -> str:
+    """A text with `~` for this user's home."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"(?<![\w.-]){re.escape(home)}(?=/|\s|$)", "~", text)
+
+
+def portable(value: Any) -> Any:
+    """A JSON value without the places of files on this machine: below the working directory a path is relative, and
+    elsewhere its last part is left."""
+    if isinstance(value, str):
+        here = Path.cwd()
+        text = value.replace(f"{here}/", "") if len(here.parts) > 1 else value
+        return _ABSOLUTE.sub(r"\1", text)
+    if isinstance(value, Mapping):
+        return {portable(key): portable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(inner) for inner in value]
+    return value
