@@ -58,8 +58,8 @@ class Provenance:
         """
         if not file.is_file():
             raise ValueError(f"{file} does not exist: it does not tell where the component comes from")
-        told = read_object(file)
         try:
+            told = read_object(file)
             check_shape(told, PROVENANCE_SHAPE, "it")
             datetime.fromisoformat(told.get("created", "2026-01-01"))
             return cls(**told)

@@ -11,6 +11,7 @@ A rows of a proposal but its root, P unread tokens, H hidden size of the drafter
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,7 +112,8 @@ class Independent(TokenDrafter):
         super().__init__(shape, config.vocab_size, draft_vocabulary)
         self.source, self.layers, self.frozen_embedding = model, layers, frozen_embedding
         self.divergence_name, self.own_text, self.own_tokens = divergence, own_text, own_tokens
-        with torch.device("cpu" if isinstance(model, dict) else "meta"):
+        # A saved one is built on whatever device the caller is: its loader outlines it on meta first.
+        with nullcontext() if isinstance(model, dict) else torch.device("meta"):
             self._adopt(fresh_model(config))
         self._builder = StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
         self._budget = max(CHEAP_BUDGET, draft_length)
