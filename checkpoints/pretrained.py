@@ -141,7 +141,7 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
 
 def _trained_length(folder: Path) -> int | None:
     """`data.max_length` of its training, if that was recorded."""
-    data = read_json(folder / PROVENANCE).get("data") if (folder / PROVENANCE).is_file() else None
+    data = read_object(folder / PROVENANCE).get("data") if (folder / PROVENANCE).is_file() else None
     length = data.get("max_length") if isinstance(data, dict) else None
     return length if isinstance(length, int) else None
 
