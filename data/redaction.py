@@ -10,6 +10,7 @@ from typing import Any
 
 HIDDEN = "<redacted>"
 _NAMES = r"(?:api[_-]?key|access[_-]?key|token|password|passwd|secret)"
+_NUMBER = r"-?\d+\.?\d*(?:e-?\d+)?\b"
 _PATTERNS = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
@@ -19,7 +20,7 @@ _PATTERNS = (
     (re.compile(rf"(--[\w.-]*{_NAMES}(?:=|\s+))(?!<redacted>|-)('[^']*'|\"[^\"]*\"|[^\s]+)", re.IGNORECASE),
      rf"\1{HIDDEN}"),
     (re.compile(rf"\b((?:[\w.-]*{_NAMES}|key)=)(?!<redacted>)[^\s&'\"]{{6,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>)[^\s\"',}}]{{8,}}", re.IGNORECASE),
+    (re.compile(rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"',}}]{{8,}}", re.IGNORECASE),
      rf"\1{HIDDEN}"),
 )
 _SECRET_NAME = re.compile(rf"(?:.*[._-])?{_NAMES}", re.IGNORECASE)

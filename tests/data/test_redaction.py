@@ -39,7 +39,8 @@ SECRETS = {
 HARMLESS = [
     "--drafter.token_weight 0.1 --endpoint.key_variable OPENAI_API_KEY --max_new_tokens 8 --tokens 4",
     "a token of the target, one token per call; key: prompt", "https://huggingface.co/a/b@main", f"revision {HEX}",
-    "python train.py --config clover.yaml --drafter.heads 4", "embed_tokens.weight", "--data.train user/name",
+    "python train.py --config clover.yaml --drafter.heads 4", "embed_tokens.weight",
+    '{"time_to_first_token": 0.0123456789, "a_token": 1e-05}', "--data.train user/name",
 ]
 
 
