@@ -34,7 +34,7 @@ def export(name: str | Path, form: str, out: Path, target: Target | None = None)
     refuse_unserved(trainable_class_of(name), form)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists: give a new folder")
-    target = target or load_target(target_of(name))
+    target = target or load_target(target_of(name), device="cpu")
     drafter = load_pretrained(name, target).to("cpu")
     with torch.no_grad():
         exported = FORMATS[form].exported(drafter, target)
@@ -87,7 +87,7 @@ def make_parser() -> ArgumentParser:
 def command(arguments: Sequence[str]) -> int:
     """Export, and say how an engine is started with the result."""
     chosen = parse(make_parser(), arguments)
-    target = None if chosen.target is None else load_target(chosen.target)
+    target = None if chosen.target is None else load_target(chosen.target, device="cpu")
     exported = export(chosen.run, chosen.format, Path(chosen.out), target)
     print(f"exported: {chosen.out}")
     for note in exported.notes:

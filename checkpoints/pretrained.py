@@ -123,7 +123,7 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
 
     Args:
         name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`, `USER/NAME@REVISION`).
-        target: the target it is to serve; then the binding is checked. Formats of others need it.
+        target: the target it is to serve; then the binding is checked and its device taken. Formats of others need it.
 
     Raises:
         ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape, another target.
@@ -135,6 +135,7 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     check_values(trainable, str(folder / WEIGHTS))
     if target is not None:
         check_binding(trainable, config["target"], target, str(name))
+        trainable = trainable.to(target.device)
     trainable.trained_length = _trained_length(folder)
     return trainable.eval()
 

@@ -13,7 +13,7 @@ from data.configfiles import config_parser, parse, run
 from data.datamodule import ConversationData
 from data.shares import Share
 from modules.core.batches import StateName
-from modules.core.loading import AUTO, load_target, own_device
+from modules.core.loading import AUTO, load_target
 from modules.core.trainable import TargetShape, Trainable
 
 _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")
@@ -48,7 +48,7 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUT
         raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
-    loaded = load_target(target, dtype, device or own_device(), chat_template)
+    loaded = load_target(target, dtype, device, chat_template)
     names = states or (drafter(loaded.shape).training_states if drafter else ())
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         if share is None:

@@ -31,7 +31,7 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
     Raises:
         ValueError: nothing to read.
     """
-    loaded = load_target(target, chat_template=chat_template)
+    loaded = load_target(target, device="cpu", chat_template=chat_template)
     tally = Tally("conversation")
     documents = tokenize_all(load_conversations(source, limit, split, tally=tally), loaded.tokenizer,
                              max_length, None, loaded.eos_ids, loaded.shape.vocab_size, tally)

@@ -191,8 +191,8 @@ _OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", 
 """Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype` do."""
 
 
-def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = AUTO, device: str = "cpu",
-                limit: int | None = None, generation: Generation = Generation(),
+def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = AUTO,
+                device: str | None = None, limit: int | None = None, generation: Generation = Generation(),
                 chat_template: dict[str, Any] | None = None) -> None:
     """Let a target answer prompts.
 
@@ -202,7 +202,7 @@ def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: 
         target: Hub id, folder, .gguf file or smollm2-135m.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
-        device: to generate on.
+        device: to generate on; null is this process's GPU, or the CPU.
         limit: answer only the first so many prompts.
         generation: how answers are made.
         chat_template: arguments of the target's chat template, as in the recipe that trains on the answers.

@@ -25,7 +25,8 @@ from modules.core.narrow import use_narrow_linears
 
 
 def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
-              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = AUTO, device: str = "cpu") -> None:
+              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = AUTO,
+              device: str | None = None) -> None:
     """Write a `.jsonl` file that `data.labelled.LabelledData` reads; the same command goes on where it was stopped.
 
     Args:
@@ -39,7 +40,7 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
             each costs the target an answer per drafted token.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
-        device: a torch device.
+        device: a torch device; by default the GPU if there is one.
     """
     place = Path(output)
     if place.suffix != ".jsonl" or place.exists():

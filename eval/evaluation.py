@@ -35,7 +35,7 @@ from eval.templates import chat_arguments
 from eval.text import pieces
 from eval.variants import vary
 from modules.core.drafter import Sampling
-from modules.core.loading import AUTO, check_loading, chosen_dtype, load_target, own_device
+from modules.core.loading import AUTO, check_loading, chosen_dtype, load_target
 from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
 from modules.core.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
@@ -204,7 +204,7 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
     header = known_before({**settings, **limit}, evaluation.rows, tasks, device_name())
     if resume:
         refuse_changes(place, header, part=True)
-    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device or own_device(),
+    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device,
                          evaluation.chat_template)
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)

@@ -21,7 +21,7 @@ from eval.methods import Precision, load_drafter
 from eval.templates import chat_arguments
 from eval.text import pieces
 from modules.core.drafter import Sampling
-from modules.core.loading import AUTO, load_target, own_device
+from modules.core.loading import AUTO, load_target
 from modules.core.phases import now
 from modules.decoding.decoder import SpeculativeDecoder
 
@@ -105,7 +105,7 @@ def generate(asked: Generation, console: Console) -> None:
         raise ValueError("prompt is empty: give a question")
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
     name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
-    target = load_target(name, asked.dtype, asked.device or own_device(),
+    target = load_target(name, asked.dtype, asked.device,
                          chat_arguments(asked.chat_template, [asked.drafter]))
     drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
     adapted = drafter.adapt(target)

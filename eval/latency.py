@@ -26,7 +26,7 @@ def table(latency: LatencyTable, roofline: Roofline) -> str:
 
 
 def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = AUTO,
-         compile: bool = False) -> None:
+         compile: bool = False, device: str | None = None) -> None:
     """Measure t(rows) of a target on this device and print the break-even table.
 
     Args:
@@ -36,13 +36,15 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
         compile: let calls go through torch.compile.
+        device: a torch device; by default the GPU if there is one.
     """
-    loaded = load_target(target, dtype, chats=False)
+    loaded = load_target(target, dtype, device, chats=False)
     if compile:
         loaded.compile_calls()
     limits = measure_roofline(loaded)
     precision = str(loaded.dtype).removeprefix("torch.")
-    print(f"{target}, {precision}, context {context}, {torch.get_num_threads()} threads, medians of {repeats}. "
+    print(f"{target}, {precision}, {loaded.device}, context {context}, {torch.get_num_threads()} threads, "
+          f"medians of {repeats}. "
           f"Measured limits: {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; "
           f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)

@@ -78,6 +78,7 @@ class Comparison:
             promise most here.
         only: names of the trials to run; by default all.
         seed: of everything that is drawn.
+        device: a torch device; by default the GPU if there is one.
         output: Markdown file to append to as well.
     """
 
@@ -94,6 +95,7 @@ class Comparison:
     fastest: bool = False
     only: list[str] | None = None
     seed: int = 0
+    device: str | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -220,8 +222,9 @@ class Spot:
     @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
         """How likely each node of every drawn tree is accepted [B][N]; every trial has the same generators."""
-        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(draws)]
-        state = self.state.select(torch.zeros(draws, dtype=torch.long))
+        device = self.target.device
+        generators = [torch.Generator(device).manual_seed(self.seed + i) for i in range(draws)]
+        state = self.state.select(torch.zeros(draws, dtype=torch.long, device=device))
         state.context = replace(state.context, generators=tuple(generators))
         if trial.builder.depth == 1:
             tree = trial.builder.build(Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes)
@@ -237,10 +240,11 @@ class Spot:
 @torch.no_grad()
 def opened(target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int) -> Spot:
     """The context after `text`; the target's cache then holds it `draws` times."""
-    ids_BT, newest_B, lengths_B = torch.tensor([text[:-1]]), torch.tensor([text[-1]]), torch.tensor([len(text) - 1])
+    ids_BT, newest_B, lengths_B = (torch.tensor(each, device=target.device)
+                                   for each in ([text[:-1]], [text[-1]], [len(text) - 1]))
     target.open(1, len(text) + NODES + 1)
     _, states = target.prefill(ids_BT, lengths_B, drafter.decoding_states)
-    context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(),))
+    context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(target.device),))
     state, root_B1 = drafter.start(context), newest_B[:, None]
     target_logits_V = target.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
     before = now(target.device)
@@ -368,13 +372,14 @@ def first_questions(prompts: str, limit: int) -> list[list[Message]]:
 def models(asked: Comparison) -> tuple[Target, Drafter, str]:
     """Target, drafter and what to call it."""
     if asked.drafter is not None:
-        target = load_target(asked.target, chat_template=chat_arguments(None, [asked.drafter]))
+        target = load_target(asked.target, "float32", asked.device, chat_arguments(None, [asked.drafter]))
         drafter = load_drafter(asked.drafter, target)
         return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
-    target = load_target(asked.target)
+    target = load_target(asked.target, "float32", asked.device)
     drafter = Sorted(target.shape, [asked.layers], adaptive=False)
     drafter.initialise(target)
-    return target, drafter.to(target.dtype).eval(), f"its own first {asked.layers} of {target.shape.num_layers} layers"
+    drafter = drafter.to(target.device, target.dtype).eval()
+    return target, drafter, f"its own first {asked.layers} of {target.shape.num_layers} layers"
 
 
 def command(arguments: Sequence[str]) -> int:

@@ -123,7 +123,7 @@ def verify(asked: Verification, console: Console) -> list[Finding]:
     evaluation.check()
     output = Path(asked.output)
     with claimed(output):
-        target = load_target(evaluation.target_name())
+        target = load_target(evaluation.target_name(), "float32", "cpu")
         loaded = {method.label: loading(method, target, asked.tokens) for method in evaluation.rows}
         theirs = evaluate(evaluation, output / ENGINE, console=console, overwrite=True)
         own = asked.evaluation("slipstream")

@@ -165,8 +165,9 @@ def command(arguments: Sequence[str]) -> int:
         return 0
     quieten()
     if config.profile:
-        target = load_target(config.target, config.dtype, "cpu", config.chat_template)
-        print_profile(profile(recipe_of(parser, config), target))
+        recipe = recipe_of(parser, config)
+        place = training_device(recipe.trainer.accelerator)
+        print_profile(profile(recipe, load_target(recipe.target, recipe.dtype, place, recipe.chat_template)))
         return 0
     recipe, place = prepare(parser, config)
     with claim(place.output, config.resume, config.overwrite) as resume:

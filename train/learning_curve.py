@@ -27,6 +27,7 @@ from modules.core.loading import load_target
 from modules.core.target import Target
 from train.cli import make_parser, quieten, recipe_of, recipe_settings
 from train.run import Place, claim, train
+from train.settings import training_device
 
 FIGURES, PAGE = "learning_curve.json", "learning_curve.html"
 
@@ -107,7 +108,8 @@ def command(arguments: Sequence[str]) -> int:
 
 def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
     """Train, and write what was found."""
-    target = load_target(config.target, config.dtype, "cpu", config.chat_template)
+    place = training_device(config.trainer.accelerator)
+    target = load_target(config.target, config.dtype, place, config.chat_template)
     points = curve(parser, config, output, config.sizes, target)
     if config.figure not in points[0].measured:
         raise ValueError(f"--figure {config.figure!r} was not measured: use one of {', '.join(points[0].measured)}")

@@ -110,11 +110,11 @@ def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
     parser = make_parser()
     recipe = recipe_of(parser, parse(parser, arguments))
     recipe.trainer.max_steps, recipe.trainer.max_epochs, recipe.probe.prompts = STEPS, -1, 0
-    load_target(recipe.target, recipe.dtype)
+    load_target(recipe.target, recipe.dtype, "cpu")
     gc.collect()
     peak, before = Peak(), resident("VmRSS")
     setattr(sys.modules["train.run"], "RunProgress", lambda: peak)  # noqa: B010
-    target = load_target(recipe.target, recipe.dtype)
+    target = load_target(recipe.target, recipe.dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Place(Path(folder) / "run"), target)
     size = measure(build(recipe, target), target, recipe.data.rows, recipe.data.max_length,

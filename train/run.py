@@ -130,7 +130,8 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
     if "mixed" in recipe.trainer.precision and training_device(recipe.trainer.accelerator) != "cpu":
         torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output)
-    target = target or load_target(recipe.target, recipe.dtype, "cpu", recipe.chat_template)
+    device = training_device(recipe.trainer.accelerator)
+    target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
     trainable = build(recipe, target, place.init_from)
     module = training_module(recipe, trainable, target)
     if place.resume is None:

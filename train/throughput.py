@@ -46,6 +46,7 @@ class Comparison:
         assistant: share of the row's tokens that are trained on, at its end.
         precision: float32, or bfloat16 for matrix products under autocast.
         repeats: timed passes of each.
+        device: a torch device; by default the GPU if there is one.
     """
 
     target: str = "smollm2-135m"
@@ -55,6 +56,7 @@ class Comparison:
     assistant: float = 1.0
     precision: str = "float32"
     repeats: int = 9
+    device: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -68,8 +70,10 @@ def packed_row(asked: Comparison, target: Target, names: Sequence[Any]) -> TextB
     """One document of random tokens that fills the row, all in the draft vocabulary, with random states."""
     ids_BT = torch.randint(asked.vocabulary, (1, asked.tokens))
     order = torch.arange(asked.tokens)[None]
-    states = {name: torch.randn(1, asked.tokens, target.shape.hidden_size) for name in names}
-    return TextBatch(ids_BT, order >= asked.tokens * (1 - asked.assistant), order, torch.zeros_like(order), states)
+    states = {name: torch.randn(1, asked.tokens, target.shape.hidden_size, device=target.device) for name in names}
+    counted_BT = order >= asked.tokens * (1 - asked.assistant)
+    parts = [part.to(target.device) for part in (ids_BT, counted_BT, order, torch.zeros_like(order))]
+    return TextBatch(parts[0], parts[1], parts[2], parts[3], states)
 
 
 def our_drafter(asked: Comparison, target: Target) -> Eagle3:
@@ -77,14 +81,14 @@ def our_drafter(asked: Comparison, target: Target) -> Eagle3:
     drafter = Eagle3(target.shape, asked.vocabulary, steps=asked.steps)
     drafter.set_vocabulary(range(asked.vocabulary))
     drafter.initialise(target)
-    return drafter
+    return drafter.to(target.device)
 
 
 def our_step(drafter: Eagle3, batch: TextBatch, target: Target, precision: str) -> Step:
     """The product's loss."""
     def step() -> Tensor:
         drafter.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = drafter.loss(batch, target, 0.5).total
         loss.backward()
         return loss.detach()
@@ -110,7 +114,7 @@ def their_drafter(ours: Eagle3, target: Target) -> nn.Module:
     missing, unexpected = drafter.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"t2d", "d2t"}, (missing, unexpected)
     drafter.embed_tokens.requires_grad_(False)
-    return drafter
+    return drafter.to(target.device)
 
 
 def _their_name(name: str) -> str:
@@ -129,7 +133,7 @@ def their_step(drafter: Any, batch: TextBatch, target: Target, ours: Eagle3, pre
 
     def step() -> Tensor:
         drafter.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             law_BTD = target.logits(batch.states["final"], ours.vocabulary_D).float().softmax(-1).detach()
             hidden_BTH, cache, total = drafter.project_hidden_states(fused_BTX), [[], []], torch.zeros(())
             for depth in range(ours.draft_steps):
@@ -152,15 +156,15 @@ def _shifted(rows_BTX: Tensor, places: int) -> Tensor:
 # -- the measurement ----------------------------------------------------------------------------------------------
 
 
-def alternating_seconds(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+def alternating_seconds(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every pass, the steps in turn, after one pass each to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
-            began = now(torch.device("cpu"))
+            began = now(device)
             step()
             if repeat:
-                taken[name].append(now(torch.device("cpu")) - began)
+                taken[name].append(now(device) - began)
     return taken
 
 
@@ -171,14 +175,14 @@ def compare(asked: Comparison) -> list[str]:
         ValueError: both drafters are there and their losses differ.
     """
     torch.manual_seed(0)
-    target = load_target(asked.target)
+    target = load_target(asked.target, "float32", asked.device)
     ours = our_drafter(asked, target).train()
     batch = packed_row(asked, target, ours.training_states)
     steps = {"slipstream": our_step(ours, batch, target, asked.precision)}
     if importlib.util.find_spec("specforge"):
         steps["specforge"] = their_step(their_drafter(ours, target).train(), batch, target, ours, asked.precision)
         _same(*(float(step()) for step in steps.values()))
-    taken = alternating_seconds(steps, asked.repeats)
+    taken = alternating_seconds(steps, asked.repeats, target.device)
     lines = [f"EAGLE-3, forward and backward, {asked.steps} steps, {asked.tokens} tokens, {asked.assistant:.0%} of them"
              f" the assistant's, draft vocabulary {asked.vocabulary}, {asked.precision}, "
              f"{torch.get_num_threads()} threads, median of {asked.repeats}:"]

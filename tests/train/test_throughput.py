@@ -63,7 +63,8 @@ class Theirs(nn.Module):
 
     def backbone(self, embedded: Tensor, hidden: Tensor, cache: list[list[Tensor]], mask: Tensor, positions: Tensor
                  ) -> Tensor:
-        layer, step = self.midlayer, len(cache[0])
+        layer: Any = self.midlayer
+        step = len(cache[0])
         inputs = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], dim=-1)
         queries, keys, values = (part[0] for part in layer.self_attn.project(inputs, positions + step))
         cache[0].append(keys), cache[1].append(values)
@@ -78,7 +79,7 @@ def test_both_drafters_do_the_same_work_and_a_wrong_shift_is_seen(monkeypatch: p
     asked, target = Comparison(tokens=24, vocabulary=40), tiny_target(layers=8, dtype=torch.float32)
     ours = our_drafter(asked, target).train()
     batch = packed_row(asked, target, ours.training_states)
-    theirs = their_drafter(ours, target).train()
+    theirs: Any = their_drafter(ours, target).train()
     expected = our_step(ours, batch, target, "float32")()
     torch.testing.assert_close(their_step(theirs, batch, target, ours, "float32")(), expected, rtol=1e-4, atol=1e-4)
     own = dict(ours.named_parameters())
@@ -94,12 +95,12 @@ def test_both_drafters_do_the_same_work_and_a_wrong_shift_is_seen(monkeypatch: p
 def test_passes_alternate_and_the_first_of_each_is_not_counted() -> None:
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) or torch.zeros(()) for name in ("a", "b")}
-    taken = alternating_seconds(steps, 2)
+    taken = alternating_seconds(steps, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3 and {name: len(seconds) for name, seconds in taken.items()} == {"a": 2, "b": 2}
 
 
 def test_the_command_prints_a_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(throughput, "load_target", lambda name: tiny_target(dtype=torch.float32))
+    monkeypatch.setattr(throughput, "load_target", lambda *_: tiny_target(dtype=torch.float32))
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
     assert command(["--tokens", "24", "--vocabulary", "40", "--repeats", "1", "--precision", "bfloat16"]) == 0
     lines = capsys.readouterr().out.splitlines()
