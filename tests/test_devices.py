@@ -59,6 +59,8 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr("train.run.lightning_trainer", lambda *_, **__: None)
     monkeypatch.setattr("eval.divergences.find_folder", lambda name: Path(name))
+    monkeypatch.setattr("eval.generate.chat_arguments", lambda *_: {})
+    monkeypatch.setattr("eval.divergences.chat_arguments", lambda *_: {})
     monkeypatch.setattr(loading, "check_loading", told)
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"prompt": "Why?"}\n')

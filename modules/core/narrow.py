@@ -1,11 +1,12 @@
-"""Calls of few rows on a CPU: the layers of a stock model with kernels that suit one to a few dozen rows.
+"""Calls of few rows: the layers of a stock model with kernels that suit one to a few dozen rows, most of them a CPU's.
 
 Verifying a tree is a call of 2 to 64 rows, plain decoding one of a single row. Stock layers are made for more:
 `x @ W.T` of a few rows goes through a poor kernel of the default library, attention copies the keys and values of
 every query head, and the norm takes six passes. Here linear layers use weights that oneDNN has laid out beforehand,
 attention treats the query heads of a group as further rows of their key/value head, and the norm is one call. The
-modules stay the stock ones, with their weights; only what `forward` calls changes. `python -m eval.latency` shows what
-it gives on yours.
+modules stay the stock ones, with their weights; only what `forward` calls changes. Grouped attention is for every
+device: the copies would grow with the context, and cost a draft what plain decoding is spared.
+`python -m eval.latency` shows what it gives on yours.
 
 Shape legend: B sequences, K key/value heads, G query heads per key/value head, N rows of one call, S attended slots,
 D head size, I inputs, O outputs.
@@ -199,7 +200,6 @@ def use_grouped_attention(model: Any) -> None:
 
 
 def use_narrow_kernels(model: nn.Module) -> None:
-    """All of the above, for a frozen model on a CPU."""
+    """Linear layers and norms of a frozen model on a CPU."""
     use_narrow_linears(model)
     use_fused_norms(model)
-    use_grouped_attention(model)

@@ -21,7 +21,7 @@ from modules.core.batches import Rows, StateName, TextBatch
 from modules.core.compiled import CompiledCalls
 from modules.core.drafter import Accepted, Verified
 from modules.core.kv_cache import SlotCache
-from modules.core.narrow import narrow_linear, use_narrow_kernels
+from modules.core.narrow import narrow_linear, use_grouped_attention, use_narrow_kernels
 from modules.core.phases import phase
 from modules.core.steady import SteadyBuffers
 from modules.core.trainable import TargetShape
@@ -63,9 +63,10 @@ class Target(SteadyBuffers):
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
         self._compiled: CompiledCalls | None = None
-        self._stock: tuple[Any] = (model,)
+        whole = self.device.type != "meta" and not self.quantisation
+        self._stock: tuple[Any] = (_sharing_weights(model) if whole else model,)
+        use_grouped_attention(model)
         if self.device.type == "cpu":
-            self._stock = (_sharing_weights(model),)
             use_narrow_kernels(model)
         self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
         self._watch()
@@ -79,7 +80,8 @@ class Target(SteadyBuffers):
 
     @property
     def stock(self) -> Any:
-        """The model as its library runs it, without our kernels and hooks; the weights are the same tensors."""
+        """The model as its library runs it, without our kernels and hooks; the weights are the same tensors. Of a
+        quantised target it is the model itself: packed layers keep a state of their own beside the weights."""
         return self._stock[0]
 
     @property

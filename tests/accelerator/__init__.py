@@ -1,0 +1,1 @@
+"""Checks on a pretend accelerator, in a process of their own: a backend of torch cannot be taken back."""

@@ -1,0 +1,140 @@
+"""Seven families of drafters on the pretend accelerator: the CPU's tokens, losses and laws, and budgets of waits and
+launches that may only fall. `test_accelerator.py` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.core.batches import TextBatch
+from modules.core.drafter import Sampling
+from modules.core.learned import LearnedDrafter
+from modules.core.target import Target
+from modules.decoding.clock import Clock
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.trees.tree import TokenTree
+from tests.accelerator.pretend import DEVICE, LOG, Log, There, pretending
+from tests.fakes import tiny_batch, tiny_target
+from tests.modules.families import built
+
+WAITS = {"medusa": 1, "clover": 6, "clover2": 4, "hydra": 3, "eagle": 7, "eagle3": 7, "fspad": 7}
+"""By family: how often a decoding step waits for the device, at most."""
+LAUNCHES = {"medusa": 60, "clover": 225, "clover2": 295, "hydra": 155, "eagle": 245, "eagle3": 285, "fspad": 345}
+"""By family: kernels that drafting launches per step, at most."""
+PROMPT, ENDLESS = [[7, 8, 9, 10, 11, 12]], frozenset({-1})
+STEP = ("draft", "verify", "accept", "commit")
+
+
+def moved(target: Target) -> Target:
+    """The same model on the device, with the kernels that it has there."""
+    return Target(target.stock.to(DEVICE), target.tokenizer, target.name)
+
+
+def pair(name: str, there: bool) -> tuple[Target, LearnedDrafter]:
+    """A target and a drafter of the family, on the CPU or on the device."""
+    target = tiny_target("llama", torch.float32)
+    drafter: Any = built(name, target, 0.05).float()
+    return (moved(target), drafter.to(DEVICE)) if there else (target, drafter)
+
+
+@pytest.fixture(autouse=True)
+def phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's phases are the log's; draws come from the CPU's generators."""
+    timed, generator = Clock.phase, torch.Generator
+
+    @contextmanager
+    def phase(self: Clock, name: str) -> Iterator[None]:
+        outer, LOG.phase = LOG.phase, name
+        try:
+            with timed(self, name):
+                yield
+        finally:
+            LOG.phase = outer
+
+    monkeypatch.setattr(Clock, "phase", phase)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
+
+
+def waits(log: Log) -> int:
+    """In the phases of a step."""
+    return sum(count for (phase, _, _), count in log.waits.items() if phase in STEP)
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_decoding_gives_the_cpus_tokens_within_its_budgets(name: str) -> None:
+    target, drafter = pair(name, False)
+    expected = SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode(PROMPT, Sampling(), 24)[0]
+    with pretending() as log:
+        decoder = SpeculativeDecoder(*pair(name, True), stop_ids=ENDLESS)
+        decoder.decode(PROMPT, Sampling(), 6)
+        log.clear()
+        found = decoder.decode(PROMPT, Sampling(), 24)[0]
+    steps = len(found.accepted)
+    assert found.ids == expected.ids and found.accepted == expected.accepted
+    assert waits(log) / steps <= WAITS[name] + 0.5, sorted(log.waits.items())
+    assert log.launches["draft"] / steps <= LAUNCHES[name]
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_training_step_gives_the_cpus_loss_and_leaves_gradients_on_the_device(name: str) -> None:
+    found = {}
+    with pretending():
+        for there in (False, True):
+            target, drafter = pair(name, there)
+            batch = tiny_batch(target)
+            parts = (batch.input_ids, batch.loss_mask, batch.position_ids, batch.document_ids)
+            ids, mask, positions, documents = (part.to(target.device) for part in parts)
+            batch = TextBatch(ids, mask, positions, documents)
+            batch.states = target.features(batch, drafter.training_states)
+            loss = drafter.loss(batch, target, 0.5).total
+            loss.backward()
+            loss = loss.detach()
+            gradients: list[Any] = [parameter.grad for parameter in drafter.declared_parameters()]
+            assert all(type(each) is (There if there else Tensor) for each in (loss, *gradients))
+            found[there] = float(loss), sum(float(gradient.abs().sum()) for gradient in gradients)
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_verification_writes_as_much_behind_a_long_context_as_behind_a_short_one() -> None:
+    written = []
+    with pretending() as log:
+        target = moved(tiny_target("llama", torch.float32))
+        tree = TokenTree.chain(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]).to(DEVICE))
+        for length in (32, 256):
+            target.open(1, 300)
+            target.prefill(torch.full((1, length), 9).to(DEVICE), torch.tensor([length]).to(DEVICE))
+            log.clear()
+            target.verify(tree)
+            written.append(sum(log.written.values()))
+    # Masks and what they are made of grow by 8 rows a slot; keys and values copied for every query
+    # head would add 2 layers x 2 x 4 heads x 8 numbers.
+    grown, copied = (written[1] - written[0]) / (256 - 32), 2 * 2 * 4 * 8 * 4
+    assert grown < copied / 2, (written, grown, copied)
+
+
+def test_the_librarys_own_model_keeps_its_attention() -> None:
+    with pretending():
+        target = moved(tiny_target("llama", torch.float32))
+        models: list[Any] = [target.model, target.stock]
+        implementations = [model.config._attn_implementation for model in models]
+        ids = torch.tensor(PROMPT).to(DEVICE)
+        found = [torch.tensor(model(input_ids=ids).logits.tolist()) for model in models]
+    assert implementations == ["grouped_sdpa", "sdpa"]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_operands_of_two_devices_are_refused() -> None:
+    with pretending() as log:
+        rows = torch.ones(3, device=DEVICE)
+        with pytest.raises(RuntimeError, match="two devices in add"):
+            _ = rows + torch.ones(3)
+        log.clear()
+        assert rows[torch.tensor([1])].device == DEVICE and rows.sum().item() == 3
+        assert rows[rows > 0].shape == (3,) and rows.tolist() == [1, 1, 1]
+        assert [reason for _, reason, _ in log.waits] == [
+            "an index of the host", "_local_scalar_dense", "a boolean index", "tolist"]
