@@ -222,9 +222,8 @@ class Spot:
     @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
         """How likely each node of every drawn tree is accepted [B][N]; every trial has the same generators."""
-        device = self.target.device
-        generators = [torch.Generator(device).manual_seed(self.seed + i) for i in range(draws)]
-        state = self.state.select(torch.zeros(draws, dtype=torch.long, device=device))
+        generators = [torch.Generator(self.target.device).manual_seed(self.seed + i) for i in range(draws)]
+        state = self.state.select(torch.zeros(draws, dtype=torch.long, device=self.target.device))
         state.context = replace(state.context, generators=tuple(generators))
         if trial.builder.depth == 1:
             tree = trial.builder.build(Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes)
