@@ -59,19 +59,28 @@ class LayerCache:
     keys_BCGD: Tensor
     values_BCGD: Tensor
     lengths_B: Tensor
-    _longest: int | None = field(default=None, init=False, repr=False)
-    """The greatest length on the host, read from the device once after each `keep`."""
+    _known: list[int] | None = field(default=None, init=False, repr=False)
+    """The lengths on the host, read from the device after a `keep` that did not tell them."""
 
     @staticmethod
     def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
         """A cache without rows for as many sequences as `lengths_B` has."""
         size = (lengths_B.shape[0], 0, shape.num_kv_heads, shape.head_dim)
         blank = torch.empty(size, dtype=dtype, device=lengths_B.device)
-        return LayerCache(blank, blank, torch.zeros_like(lengths_B))
+        cache = LayerCache(blank, blank, torch.zeros_like(lengths_B))
+        cache._known = [0] * len(lengths_B)
+        return cache
 
     def select(self, sequences_S: Tensor) -> LayerCache:
         """The cache of these sequences alone (int64 [S])."""
         return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
+
+    @property
+    def longest(self) -> int:
+        """The greatest length, on the host."""
+        if self._known is None:
+            self._known = self.lengths_B.tolist()
+        return max(self._known)
 
     def write(self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Put N rows behind each sequence's length and `ahead` rows that were written there before and not kept.
@@ -79,9 +88,7 @@ class LayerCache:
         Returns the slots [B,S,G,D] that rows may attend to.
         """
         batch, count = keys_BNGD.shape[:2]
-        if self._longest is None:
-            self._longest = int(self.lengths_B.max())
-        used = self._longest + ahead + count
+        used = self.longest + ahead + count
         self._grow(used)
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
         slots_BN = self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
@@ -89,9 +96,12 @@ class LayerCache:
         self.values_BCGD[sequences, slots_BN] = values_BNGD
         return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
 
-    def keep(self, counts_B: Tensor) -> None:
-        """Count the first `counts_B` of the rows written last."""
-        self.lengths_B, self._longest = self.lengths_B + counts_B, None
+    def keep(self, counts_B: Tensor, counts: list[int] | None = None) -> None:
+        """Count the first `counts_B` of the rows written last; `counts` are the same where the host has them, and spare
+        a wait for the device."""
+        known = None if counts is None or self._known is None else zip(self._known, counts, strict=True)
+        self.lengths_B = self.lengths_B + counts_B
+        self._known = None if known is None else [length + more for length, more in known]
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.

@@ -103,8 +103,9 @@ def next_token_rows(batch: TextBatch) -> tuple[Tensor, Tensor]:
 def _following(batch: TextBatch, count: int) -> tuple[Tensor, Tensor]:
     """x_{t+1} … x_{t+count} of every position [B*T,count], and whether each is a label in t's own document."""
     length, documents = batch.input_ids.shape[1], batch.document_ids
-    index = torch.arange(length)[:, None] + torch.arange(1, count + 1)
-    inside, index = (index < length).to(documents.device), index.clamp(max=length - 1).to(documents.device)
+    here = torch.arange(length, device=documents.device)[:, None]
+    index = here + torch.arange(1, count + 1, device=documents.device)
+    inside, index = index < length, index.clamp(max=length - 1)
     same = (documents[:, index] == documents[..., None]) & (documents != PADDING_DOCUMENT)[..., None]
     valid = inside & same & batch.loss_mask[:, index]
     return batch.input_ids[:, index].flatten(0, 1), valid.flatten(0, 1)

@@ -219,7 +219,7 @@ class TypicalRule:
         entropy_BN = -(law_BNV * (law_BNV + 1e-5).log()).sum(-1)
         threshold_BN = torch.minimum(torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp())
         parents = tree.parents_BN.clamp(min=0)
-        probability_BN = law_BNV[torch.arange(len(parents))[:, None], parents, tree.tokens_BN]
+        probability_BN = law_BNV[torch.arange(len(parents), device=parents.device)[:, None], parents, tree.tokens_BN]
         score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(-1)
         typical_BN = probability_BN > threshold_BN.gather(1, parents)
         return longest_path(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)

@@ -291,12 +291,13 @@ class Falcon(LearnedDrafter):
         """Read the accepted rows with the target's true features, of whatever tree they were."""
         assert isinstance(state, FalconState)
         features = accepted.along_path(verified.states[self.reads])
-        memory, block = self._read(state, accepted.emitted(verified.tree), features, accepted.lengths_B)
+        memory, block = self._read(state, accepted.emitted(verified.tree), features, accepted.lengths_B,
+                                   accepted.lengths)
         return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
                        memory_BLH=memory, block_BKH=block, proposal=None)
 
-    def _read(self, state: FalconState, following_BN: Tensor, features_BNH: Tensor, counts_B: Tensor
-              ) -> tuple[Tensor, Tensor]:
+    def _read(self, state: FalconState, following_BN: Tensor, features_BNH: Tensor, counts_B: Tensor,
+              counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Put the first `counts_B` rows into the cache; the memory behind them and the last k layer inputs.
 
         Keys and values of a row do not depend on its block, so a block that reaches back over rows read before needs
@@ -306,7 +307,7 @@ class Falcon(LearnedDrafter):
         _, keys, values = self.attention.project(inputs, causal_rows(state.cache.lengths_B, inputs.shape[1])
                                                  .position_ids_BN)
         state.cache.write(keys, values)
-        state.cache.keep(counts_B)
+        state.cache.keep(counts_B, counts)
         before = state.block_BKH if state.block_BKH.shape[1] else inputs[:, :1].expand(-1, self.block, -1)
         last_BK = counts_B[:, None] + torch.arange(self.block, device=counts_B.device)
         return memory, rows_at(torch.cat([before, inputs], dim=1), last_BK)
@@ -327,7 +328,7 @@ class Falcon(LearnedDrafter):
 
     def _first_pass(self, state: FalconState, frontier: Frontier) -> Proposal:
         """The last block of the prefix, whose rows the cache has."""
-        lengths_B1, used = state.cache.lengths_B[:, None], int(state.cache.lengths_B.max())
+        lengths_B1, used = state.cache.lengths_B[:, None], state.cache.longest
         positions = (lengths_B1 + torch.arange(-self.block, 0, device=lengths_B1.device)).clamp(min=0)
         block_BKH = self.started(state.block_BKH)
         queries, _, _ = self.attention.project(block_BKH, positions)

@@ -182,20 +182,20 @@ class FeatureDrafter(LearnedDrafter):
         assert isinstance(state, FeatureState)
         states = {name: accepted.along_path(verified.states[name]) for name in self.feature_states}
         feature, carried = self._read_prefix(states, accepted.emitted(verified.tree), accepted.lengths_B,
-                                             state.context.target, state.cache)
+                                             state.context.target, state.cache, accepted.lengths)
         return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
                        carried_BH=carried, feature_BH=feature, rows_BRH=None, above_BRA=None)
 
     def _read_prefix(self, states: Mapping[StateName, Tensor], next_BN: Tensor, counts_B: Tensor, target: Target,
-                     cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Put the first `counts_B` rows into the cache; outputs [B,H] of the last of them."""
+                     cache: LayerCache, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Put the first `counts_B` rows (on the host `counts`) into the cache; outputs [B,H] of the last of them."""
         features = self.read(states).to(self.precision)
         inputs, residual = self.fuse(self.vectors(next_BN, target), features)
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
         queries, keys, values = self.attention.project(inputs, rows.position_ids_BN)
         keys, values = cache.write(keys, values)
         visible = cache.visible(rows, keys.shape[1])
-        cache.keep(counts_B)
+        cache.keep(counts_B, counts)
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
         mixed = self.attention.mix(newest, keys, values, rows_at(visible, last_B1))
         feature, carried = self.outputs(self.layer.after_attention(rows_at(residual, last_B1) + mixed))

@@ -52,10 +52,10 @@ class Recurrence(nn.Module):
         inputs_BNX = self._scaled(inputs_BNX)
         alone = not (self.training or torch.is_grad_enabled()) and inputs_BNX.device.type == "cpu"
         if alone and inputs_BNX.shape[1] <= FEW_ROWS:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(inputs_BNX.device.type, enabled=False):
                 return self._few(inputs_BNX, hidden, cell, counts_B)
         if counts_B is None:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(inputs_BNX.device.type, enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
         else:
             packed = pack_padded_sequence(inputs_BNX, counts_B.cpu(), batch_first=True, enforce_sorted=False)

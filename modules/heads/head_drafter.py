@@ -145,13 +145,13 @@ class HeadDrafter(LearnedDrafter):
         assert isinstance(state, HeadState)
         hidden = accepted.along_path(verified.states[self.reads])
         starts = self._read(hidden, accepted.emitted(verified.tree), accepted.lengths_B, state.context.target,
-                            state.caches)
+                            state.caches, accepted.lengths)
         return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
                        start_BX=starts, rows_BRX=None)
 
     def _read(self, hidden_BNH: Tensor, next_BN: Tensor, counts_B: Tensor, target: Target,
-              caches: list[LayerCache]) -> Tensor:
-        """Starts at the last of each sequence's `counts_B` new rows [B,X]."""
+              caches: list[LayerCache], counts: list[int] | None = None) -> Tensor:
+        """Starts at the last of each sequence's `counts_B` new rows [B,X], on the host `counts`."""
         hidden_BNH = hidden_BNH.to(self.precision)
         if not caches:
             last = counts_B[:, None] - 1
@@ -161,7 +161,7 @@ class HeadDrafter(LearnedDrafter):
         rows = causal_rows(begun, hidden_BNH.shape[1])
         starts = self.begin(hidden_BNH, next_BN, target, rows, caches)
         for cache in caches:
-            cache.keep(counts_B)
+            cache.keep(counts_B, counts)
         return rows_at(starts, counts_B[:, None] - 1)[:, 0]
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:

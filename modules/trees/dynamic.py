@@ -55,7 +55,10 @@ class ThresholdTree:
                          torch.zeros(root.shape, device=root.device))
         remaining_B = torch.full_like(state.newest_B, budget)
         for depth in range(self.depth):
-            most = int(remaining_B.max())
+            # What surely remains suffices for a whole level: the device need not tell how much it is.
+            most = max(budget - depth * self.width, 0)
+            if most < self.width and depth:
+                most = int(remaining_B.max())
             if most < 1:
                 break
             logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
