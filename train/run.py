@@ -127,10 +127,9 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
         target: an already loaded target; None loads `recipe.target`.
     """
     seed_everything(recipe.seed, verbose=False)
-    if "mixed" in recipe.trainer.precision and training_device(recipe.trainer.accelerator) != "cpu":
+    if (device := training_device(recipe.trainer.accelerator)) != "cpu" and "mixed" in recipe.trainer.precision:
         torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output)
-    device = training_device(recipe.trainer.accelerator)
     target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
     trainable = build(recipe, target, place.init_from)
     module = training_module(recipe, trainable, target)
