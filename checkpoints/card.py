@@ -17,12 +17,12 @@ from checkpoints.formats.exported import HUB_NAMES, served_name
 from checkpoints.formats.known import FORMATS, formats_of
 from checkpoints.markdown import block, code, plain
 from checkpoints.measurement import Measurement, conditions, dataset, table
-from modules.core.drafter import Drafter
-from modules.core.gguf_name import title
+from modules.contracts.drafter import Drafter
+from modules.target.gguf_name import title
 
 if TYPE_CHECKING:
     from checkpoints.provenance import Provenance
-    from modules.core.trainable import Trainable
+    from modules.contracts.trainable import Trainable
 
 _KINDS = {"drafter": "A speculative-decoding component: it serves",
           "rule": "A lossy acceptance rule for speculative decoding: it judges drafts for",
@@ -143,8 +143,8 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
         ```python
         from checkpoints.pretrained import load_pretrained
         from data.conversations import prompt_ids
-        from modules.core.drafter import Sampling
-        from modules.core.loading import load_target, own_device
+        from modules.contracts.drafter import Sampling
+        from modules.target.loading import load_target, own_device
         from modules.decoding.decoder import SpeculativeDecoder
 
         target = load_target({named}, device=own_device())

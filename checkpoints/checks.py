@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from data.shapes import Each, Maybe, mismatch
-from modules.core.trainable import TargetShape
+from configs.command_line.shapes import Each, Maybe, mismatch
+from modules.contracts.trainable import TargetShape
 
 CONFIG_SHAPE = {
     "drafter_type": str,
@@ -132,7 +132,7 @@ def check_values(trainable: nn.Module, source: str) -> None:
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError with the first value that is not as `data.shapes` describes it."""
+    """Raise ValueError with the first value that is not as `configs.command_line.shapes` describes it."""
     wrong = mismatch(value, shape)
     if wrong is not None:
         raise ValueError(f"{where}: {wrong}")

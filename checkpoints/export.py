@@ -13,10 +13,10 @@ from checkpoints.folders import CONFIG, PICKLED, write_json, write_tensors
 from checkpoints.formats.exported import Exported
 from checkpoints.formats.known import FORMATS, formats_of
 from checkpoints.pretrained import find_folder, load_pretrained, read_config, target_of, trainable_class
-from data.configfiles import parse, run
-from modules.core.files import whole_folder
-from modules.core.loading import load_target
-from modules.core.target import Target
+from configs.command_line.loading import parse, run
+from modules.runtime.files import whole_folder
+from modules.target.loading import load_target
+from modules.target.target import Target
 
 
 def export(name: str | Path, form: str, out: Path, target: Target | None = None) -> Exported:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.core.files import as_umask_says
+from modules.runtime.files import as_umask_says
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")

@@ -28,8 +28,8 @@ from checkpoints.folders import CONFIG, WEIGHTS
 from checkpoints.measurement import measurement
 from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
 from checkpoints.provenance import Provenance
-from data.redaction import HIDDEN, portable, redacted
-from modules.core.files import read_object, whole_folder
+from configs.command_line.redaction import HIDDEN, portable, redacted
+from modules.runtime.files import read_object, whole_folder
 
 REPORT = "report.json"
 FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints.markdown import plain
 from checkpoints.provenance import Provenance
 from checkpoints.reports import load_report
-from modules.core.files import read_object
+from modules.runtime.files import read_object
 
 SCHEMA = 1
 BASELINES = ("autoregressive", "hf_generate")

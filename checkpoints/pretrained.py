@@ -43,13 +43,13 @@ from checkpoints.folders import (
 from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
-from data.shapes import Each
-from modules.core.files import read_object, whole_folder
-from modules.core.loading import missing_here
-from modules.core.trainable import TargetShape, Trainable
+from configs.command_line.shapes import Each
+from modules.contracts.trainable import TargetShape, Trainable
+from modules.runtime.files import read_object, whole_folder
+from modules.target.loading import missing_here
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 logger = logging.getLogger(__name__)
 

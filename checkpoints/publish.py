@@ -10,7 +10,7 @@ from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser
 
 from checkpoints.hub import REPORT, publication, publish, write
-from data.configfiles import parse, run
+from configs.command_line.loading import parse, run
 
 
 def make_parser() -> ArgumentParser:

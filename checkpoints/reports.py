@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.shapes import AtLeast, Each, Maybe, mismatch
+from configs.command_line.shapes import AtLeast, Each, Maybe, mismatch
 
 SCHEMA = 1
 REPORT = "report.json"

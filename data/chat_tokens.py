@@ -14,9 +14,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from data.files import Skipped
-from data.rows import Conversation
-from modules.core.chat import arguments_of
+from data.reading.files import Skipped
+from data.reading.rows import Conversation
+from modules.target.chat_template import arguments_of
 
 Turn = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from data.chat_tokens import Answer, answer_ids
 from data.chat_tokens import prompt_ids as prompt_ids
-from data.files import Skipped, Tally
-from data.rows import Conversation
+from data.reading.files import Skipped, Tally
+from data.reading.rows import Conversation
 
 
 @dataclass(frozen=True)

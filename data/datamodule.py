@@ -18,17 +18,17 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from configs.command_line.work_share import Share
 from data.conversations import Tokens, hash_ids, tokenize_all
-from data.features import CacheDtype, FeatureCache, cache_features
-from data.files import Tally, local_files
+from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
-from data.rows import load_conversations
-from data.shares import Share
+from data.reading.files import Tally, local_files
+from data.reading.rows import load_conversations
 from data.vocabulary import coverage, frequent_tokens
-from modules.core.batches import StateName, TextBatch
+from modules.contracts.batches import StateName, TextBatch
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. ValueError: the state is of other data or of another order."""
         if state["order"] != self._fingerprint():
-            raise ValueError("--resume: data.* or data.rows times the number of processes changed since the "
+            raise ValueError("--resume: data.* or data.reading.rows times the number of processes changed since the "
                              "checkpoint: restore them, or start a new run with --init_from")
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 

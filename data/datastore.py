@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.configfiles import config_parser, parse, run
+from configs.command_line.loading import config_parser, parse, run
 from data.conversations import tokenize_all
-from data.files import Tally
-from data.rows import load_conversations
-from modules.core.loading import load_target
-from modules.training_free.datastore import Datastore
+from data.reading.files import Tally
+from data.reading.rows import load_conversations
+from modules.drafters.retrieval.suffix_array import Datastore
+from modules.target.loading import load_target
 
 
 def build(output: str, source: str = "embedded", target: str = "smollm2-135m", split: str = "train",

@@ -21,7 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.answering import (
+from configs.command_line.loading import config_parser, parse, run
+from configs.command_line.redaction import redacted
+from data.generation.answering import (
     Journal,
     Key,
     chats_of,
@@ -32,13 +34,11 @@ from data.answering import (
     writable,
     write_answers,
 )
-from data.configfiles import config_parser, parse, run
-from data.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
-from data.redaction import redacted
+from data.generation.requests import Redirected, post, said
+from data.reading.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
+from data.reading.rows import Message
 from data.regenerate import Generation
-from data.requests import Redirected, post, said
-from data.rows import Message
-from modules.core.generation import SERVED_NEUTRAL
+from modules.target.generation_config import SERVED_NEUTRAL
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from data.arithmetic import EMBEDDED_SOLUTIONS
 from data.chat_tokens import answer_spans
 from data.conversations import Tokens, check_ids, hash_ids, tokenize_answer
+from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
-from data.files import Row, Skipped, Tally, read_rows
+from data.labelled.solution_errors import Span, frequent_wrong, inject, is_problem, read_problem
 from data.packing import collate
-from data.rows import ASKED, CHATS, Conversation, Message, behind_system, opening_of, spoken, tools_of
-from data.solutions import Span, frequent_wrong, inject, is_problem, read_problem
-from modules.core.batches import PreferenceBatch, StateName, TextBatch
+from data.reading.files import Row, Skipped, Tally, read_rows
+from data.reading.rows import ASKED, CHATS, Conversation, Message, behind_system, opening_of, spoken, tools_of
+from modules.contracts.batches import PreferenceBatch, StateName, TextBatch
 
 if TYPE_CHECKING:
-    from data.features import FeatureCache
-    from modules.core.target import Target
+    from data.feature_cache.cache import FeatureCache
+    from modules.target.target import Target
 
 EMBEDDED_PAIRS = Path(__file__).parent / "prompts" / "preferences.jsonl"
 EMBEDDED_SOURCES = {"embedded": EMBEDDED_PAIRS, "embedded_solutions": EMBEDDED_SOLUTIONS}

@@ -2,7 +2,7 @@
 Where a server runs the target, `python -m data.endpoint` asks that instead.
 
 Nothing of the target's `generation_config` is applied but its end tokens
-(`modules.core.generation`): greedy answers are what the decoder says.
+(`modules.target.generation_config`): greedy answers are what the decoder says.
 
 Every finished batch goes to a journal beside the output, and an interrupted run skips what is there. The output
 appears at the end, whole; prompts that cannot be answered are counted by reason.
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.answering import (
+from configs.command_line.loading import config_parser, parse, run
+from data.conversations import check_ids, prompt_ids
+from data.generation.answering import (
     Chat,
     Journal,
     Key,
@@ -32,16 +34,14 @@ from data.answering import (
     writable,
     write_answers,
 )
-from data.configfiles import config_parser, parse, run
-from data.conversations import check_ids, prompt_ids
-from data.files import Row, Skipped, Tally, read_jsonl
-from modules.core.chat import arguments_of
-from modules.core.drafter import Sampling
-from modules.core.generation import stock_generate
-from modules.core.loading import AUTO, load_target
+from data.reading.files import Row, Skipped, Tally, read_jsonl
+from modules.contracts.drafter import Sampling
+from modules.target.chat_template import arguments_of
+from modules.target.generation_config import stock_generate
+from modules.target.loading import AUTO, load_target
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def regenerate(target: Target, prompts: Sequence[Row], output: str | Path, gener
 
     Args:
         target: answers, and is taught by what it says.
-        prompts: rows of any shape that `data.rows` reads; answers in them are not used.
+        prompts: rows of any shape that `data.reading.rows` reads; answers in them are not used.
         output: `.jsonl` or `.jsonl.gz`.
         generation: how.
         progress: whether a bar is shown.

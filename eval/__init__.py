@@ -4,8 +4,8 @@ The same few objects are the Python API::
 
     from checkpoints.pretrained import load_pretrained
     from data.conversations import prompt_ids
-    from modules.core.drafter import Sampling
-    from modules.core.loading import load_target, own_device
+    from modules.contracts.drafter import Sampling
+    from modules.target.loading import load_target, own_device
     from modules.decoding.decoder import SpeculativeDecoder
 
     target = load_target("smollm2-135m", device=own_device())  # Hub id, folder, .gguf file, or this embedded one

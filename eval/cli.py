@@ -13,14 +13,14 @@ from rich.console import Console
 from transformers.utils import logging
 
 from checkpoints.reports import load_report
-from data.configfiles import parse, run
-from data.outputs import write_whole
-from eval.compare import comparison_lines, comparison_table
+from configs.command_line.loading import parse, run
+from configs.command_line.outputs import write_whole
 from eval.evaluation import Evaluation, evaluate
-from eval.html import page
-from eval.methods import Method
-from eval.place import PAGE
-from eval.report import failures
+from eval.methods.rows import Method
+from eval.report.compare import comparison_lines, comparison_table
+from eval.report.html import page
+from eval.report.markdown import failures
+from eval.report.output_folder import PAGE
 
 NOT_LOSSLESS = 1
 """Exit status when a method that promises the autoregressive row's tokens gave others."""

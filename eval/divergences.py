@@ -13,21 +13,21 @@ from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from checkpoints.pretrained import find_folder, read_config
-from data.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
-from data.configfiles import parse, run
-from data.divergences import mine
-from data.files import Tally
+from configs.command_line.loading import parse, run
+from data.generation.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
+from data.labelled.mining import mine
+from data.reading.files import Tally
 from eval.cli import quieten
-from eval.methods import load_drafter
-from eval.templates import chat_arguments
-from modules.core.loading import AUTO, load_target
-from modules.core.narrow import use_narrow_linears
+from eval.methods.rows import load_drafter
+from eval.methods.templates import chat_arguments
+from modules.target.kernels.cpu_kernels import use_narrow_linears
+from modules.target.loading import AUTO, load_target
 
 
 def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
               max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = AUTO,
               device: str | None = None) -> None:
-    """Write a `.jsonl` file that `data.labelled.LabelledData` reads; the same command goes on where it was stopped.
+    """Write a `.jsonl` file that `data.labelled.labelled.LabelledData` reads; the same command goes on where it was stopped.
 
     Args:
         drafter: run folder, drafter folder or Hub id.

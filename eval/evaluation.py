@@ -13,32 +13,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints.pretrained import find_folder, read_config
-from data.classes import Kind
-from data.endings import resumable
-from data.files import Tally
-from eval.contamination import note_overlaps
-from eval.engine_vllm import ENGINE, check_vllm, vllm_rows
-from eval.harness import Harness, fitting, units
-from eval.html import Sample
-from eval.identity import known_before, known_loaded
-from eval.journal import Journal, Record, refuse_changes
-from eval.methods import Method, Precision, Row, build_rows, class_of, unique_labels
-from eval.place import JOURNAL, PAGE, begun, taken, write
-from eval.processes import Share, shared_out
-from eval.report import build_report, device_name, export_lines, failures, main_table, noise_lines
-from eval.scores import Quality, Scoring, control_lines, program_lines
-from eval.sources import Turns
-from eval.speed_model import explanations, is_baseline
-from eval.summary import Summary, summarise
-from eval.tasks import Task, load_tasks
-from eval.templates import chat_arguments
-from eval.text import pieces
-from eval.variants import vary
-from modules.core.drafter import Sampling
-from modules.core.loading import AUTO, check_loading, chosen_dtype, load_target
-from modules.core.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.core.target import Target
+from configs.command_line.class_paths import Kind
+from configs.command_line.endings import resumable
+from data.reading.files import Tally
+from eval.methods.rows import Method, Precision, Row, build_rows, class_of, unique_labels
+from eval.methods.templates import chat_arguments
+from eval.methods.variants import vary
+from eval.metrics.speed_model import explanations, is_baseline
+from eval.report.answer_quality import Quality, Scoring, control_lines, program_lines
+from eval.report.html import Sample
+from eval.report.markdown import build_report, device_name, export_lines, failures, main_table, noise_lines
+from eval.report.output_folder import JOURNAL, PAGE, begun, taken, write
+from eval.report.summary import Summary, summarise
+from eval.report.token_pieces import pieces
+from eval.run.harness import Harness, fitting, units
+from eval.run.identity import known_before, known_loaded
+from eval.run.journal import Journal, Record, refuse_changes
+from eval.run.processes import Share, shared_out
+from eval.tasks.contamination import note_overlaps
+from eval.tasks.task_files import Turns
+from eval.tasks.tasks import Task, load_tasks
+from eval.vllm.engine import ENGINE, check_vllm, vllm_rows
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.target.loading import AUTO, check_loading, chosen_dtype, load_target
+from modules.target.loading import EMBEDDED as EMBEDDED_TARGET
+from modules.target.target import Target
 
 AUTOTUNE = "max-autotune"
 

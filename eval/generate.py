@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.text import Text
 
 from checkpoints.pretrained import find_folder, read_config
-from data.configfiles import parse, run
+from configs.command_line.loading import parse, run
 from data.conversations import check_ids, prompt_ids
-from data.files import clean
+from data.reading.files import clean
 from eval.cli import quieten
-from eval.methods import Precision, load_drafter
-from eval.templates import chat_arguments
-from eval.text import pieces
-from modules.core.drafter import Sampling
-from modules.core.loading import AUTO, load_target
-from modules.core.phases import now
+from eval.methods.rows import Precision, load_drafter
+from eval.methods.templates import chat_arguments
+from eval.report.token_pieces import pieces
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.runtime.phase_timer import now
+from modules.target.loading import AUTO, load_target
 
 DRAFTED = "black on light_sky_blue1"
 WARM_UP_TOKENS = 4

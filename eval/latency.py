@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from jsonargparse import auto_cli
 
-from modules.core.loading import AUTO, load_target
-from modules.decoding.latency import LatencyTable, measure_latency
-from modules.decoding.roofline import Roofline, measure_roofline
+from modules.cost_model.latency_table import LatencyTable, measure_latency
+from modules.cost_model.roofline import Roofline, measure_roofline
+from modules.target.loading import AUTO, load_target
 
 
 def table(latency: LatencyTable, roofline: Roofline) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from checkpoints.reports import load_report
-from data.bounded_yaml import load_yaml
-from data.configfiles import CONFIGS, parse, run
-from eval.report import number, times
-from eval.speed_model import is_baseline
+from configs.command_line.bounded_yaml import load_yaml
+from configs.command_line.loading import CONFIGS, parse, run
+from eval.metrics.speed_model import is_baseline
+from eval.report.markdown import number, times
 
 HARDWARE = CONFIGS / "hardware"
 WEIGHT_BYTES = 2

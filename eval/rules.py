@@ -20,34 +20,34 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from checkpoints.pretrained import find_folder, read_config
-from data.answering import chats_of, prompt_rows
-from data.configfiles import parse, run
+from configs.command_line.loading import parse, run
 from data.conversations import prompt_ids
-from data.files import Tally
-from data.rows import Message
+from data.generation.answering import chats_of, prompt_rows
+from data.reading.files import Tally
+from data.reading.rows import Message
 from eval.cli import quieten
-from eval.methods import TRAINING_PROMPTS, load_drafter
-from eval.sources import HELD_OUT
-from eval.templates import chat_arguments
-from modules.core.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
-from modules.core.loading import load_target
-from modules.core.phases import now
-from modules.core.target import Target
-from modules.core.trainable import Losses
+from eval.methods.rows import TRAINING_PROMPTS, load_drafter
+from eval.methods.templates import chat_arguments
+from eval.tasks.task_files import HELD_OUT
+from modules.acceptance.rejection import node_chances, recursive_rounds
+from modules.acceptance.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.trainable import Losses
+from modules.cost_model.latency_table import LatencyTable, stored_latency
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.latency import LatencyTable, stored_latency
-from modules.decoding.rejection import node_chances, recursive_rounds
-from modules.decoding.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
-from modules.language_models.sorted import Sorted
-from modules.trees.beam import StochasticBeamTree
-from modules.trees.chain import SampledChain
-from modules.trees.drawn import branching_tree, chains
-from modules.trees.draws import check_temperature, draft_law
-from modules.trees.dyspec import DySpecTree
-from modules.trees.rerank import RerankedTree
-from modules.trees.sequoia import best_paths, best_shape, expected_tokens, sequoia_tree
+from modules.drafters.small_models.s2d import Sorted
+from modules.runtime.phase_timer import now
+from modules.target.loading import load_target
+from modules.target.target import Target
+from modules.trees.reranked import RerankedTree
+from modules.trees.sampled.branching import branching_tree, chains
+from modules.trees.sampled.chain import SampledChain
+from modules.trees.sampled.draws import check_temperature, draft_law
+from modules.trees.sampled.dyspec import DySpecTree
+from modules.trees.sampled.sequoia import best_paths, best_shape, expected_tokens, sequoia_tree
+from modules.trees.sampled.stochastic_beam import StochasticBeamTree
 from modules.trees.static import StaticTree
-from modules.trees.tree import TokenTree
 
 SIBLINGS = 4
 NODES, DEEPEST = 15, 6

@@ -16,14 +16,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from data.configfiles import parse, run
-from data.outputs import claimed, write_whole
+from configs.command_line.loading import parse, run
+from configs.command_line.outputs import claimed, write_whole
 from eval.cli import quieten
-from eval.engine_vllm import ENGINE, Worker, engine_arguments, export_for_vllm
 from eval.evaluation import Evaluation, evaluate
-from eval.methods import Method, load_drafter
-from modules.core.loading import load_target
-from modules.core.target import Target
+from eval.methods.rows import Method, load_drafter
+from eval.vllm.engine import ENGINE, Worker, engine_arguments, export_for_vllm
+from modules.target.loading import load_target
+from modules.target.target import Target
 
 TOLERANCE = 0.05
 """How far vLLM's mean accepted tokens may be from ours, as a share of ours."""

@@ -9,6 +9,6 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-from data import classes  # noqa: E402
+from configs.command_line import class_paths as classes  # noqa: E402
 
 classes.allow(["tests"])

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modules.core.batches import TextBatch
-from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling, Verified
-from modules.core.target import Target
-from modules.core.trainable import Losses, TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling, Verified
+from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.trainable import Losses, TargetShape
 from modules.decoding.decoder import Decoder
-from modules.trees.tree import Law, TokenTree, Topology
+from modules.target.target import Target
 
 _TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")

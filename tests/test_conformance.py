@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from data.configfiles import CONFIGS
-from modules.core.batches import LabelledBatch, PreferenceBatch
-from modules.core.counts import shared_counts
-from modules.core.drafter import Drafter, Sampling
-from modules.core.target import Target
-from modules.core.trainable import Trainable
+from configs.command_line.loading import CONFIGS
+from modules.contracts.batches import LabelledBatch, PreferenceBatch
+from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.trainable import Trainable
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.losses.averages import shared_counts
+from modules.target.target import Target
 from modules.trees.static import StaticTree
 from tests.fakes import ids_by_batch, many_prompts, tiny_batch, tiny_target
 from tests.modules.sampling import Counts, first_two_tokens, homogeneous, small_target
 from train.cli import make_parser
-from train.module import text_batches
+from train.lightning.module import text_batches
 
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 DRAFT_VOCABULARY = 48

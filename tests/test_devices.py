@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import data.cache_command
+import data.features
 import data.regenerate
 import eval.cli
 import eval.divergences
@@ -19,10 +19,10 @@ import train.cli
 import train.learning_curve
 import train.throughput
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from modules.core import loading
-from modules.core.loading import load_target, own_device
-from modules.core.target import Target
-from modules.heads.medusa import Medusa
+from modules.drafters.heads.medusa import Medusa
+from modules.target import loading
+from modules.target.loading import load_target, own_device
+from modules.target.target import Target
 from tests.fakes import tiny_target
 
 RECIPE = ["--config", "eagle3.yaml"]
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], object], list[str]]] = {
     "train.profile": (train.cli.command, [*RECIPE, "--profile"]),
     "train.learning_curve": (train.learning_curve.command, [*RECIPE, "--sizes", "[100]", "--output", "curve"]),
     "train.throughput": (train.throughput.command, []),
-    "data.features": (data.cache_command.command, [*RECIPE, "--data.features", "features"]),
+    "data.features": (data.features.command, [*RECIPE, "--data.features", "features"]),
     "data.regenerate": (data.regenerate.command, ["--prompts", "prompts.jsonl", "--output", "answers.jsonl"]),
     "eval": (eval.cli.command, ["--output", "report", "--target", "smollm2-135m"]),
     "eval.generate": (eval.generate.command, ["--drafter", "none", "--prompt", "why?", "--target", "smollm2-135m"]),

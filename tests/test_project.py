@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modules.heads.medusa import Medusa
+from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 from tests.test_style import ROOMS, ROOT, SOURCES, imported_rooms
 
@@ -84,7 +84,7 @@ def test_the_readmes_example_drafts_where_the_target_is(monkeypatch: pytest.Monk
     target = tiny_target()
     drafter, moved = Medusa(target.shape, 2), []
     monkeypatch.setattr(drafter, "to", lambda *place: (moved.append(place), drafter.double().eval())[1])
-    monkeypatch.setattr("modules.core.loading.load_target", lambda name, device: target)
+    monkeypatch.setattr("modules.target.loading.load_target", lambda name, device: target)
     monkeypatch.setattr("checkpoints.pretrained.load_pretrained", lambda name, target: drafter)
     monkeypatch.setattr(target.tokenizer, "decode",
                         lambda ids, **_: "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2))

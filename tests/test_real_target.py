@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data.conversations import prompt_ids
-from modules.core.drafter import Sampling
-from modules.core.loading import load_target
+from modules.contracts.drafter import Sampling
+from modules.contracts.token_tree import TokenTree, Topology
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.heads.clover import Clover
-from modules.heads.medusa import Medusa
-from modules.trees.tree import TokenTree, Topology
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.medusa import Medusa
+from modules.target.loading import load_target
 from tests.fakes import ScriptedDrafter
 
 pytestmark = pytest.mark.slow

@@ -20,18 +20,18 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
-from data.classes import Kind, named_class
-from data.configfiles import parse, run
+from configs.command_line.class_paths import Kind, named_class
+from configs.command_line.loading import parse, run
+from configs.command_line.outputs import write_whole
+from configs.command_line.redaction import redact
 from data.datamodule import ConversationData
-from data.outputs import write_whole
-from data.redaction import redact
-from modules.core.loading import AUTO, chosen_dtype, load_target, outline
+from modules.target.loading import AUTO, chosen_dtype, load_target, outline
+from train.lightning.deepspeed import check_shards
 from train.plan import print_plan
 from train.profile import print_profile, profile
 from train.resuming import same_run
 from train.run import CONFIG, Place, Recipe, claim, steps_of, train
 from train.settings import chosen_precision, training_device
-from train.strategy import check_shards
 
 _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""

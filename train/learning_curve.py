@@ -20,11 +20,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 
 from checkpoints.pretrained import PROVENANCE
-from data.configfiles import parse, run
-from data.outputs import claimed, write_whole
-from eval import plots
-from modules.core.loading import load_target
-from modules.core.target import Target
+from configs.command_line.loading import parse, run
+from configs.command_line.outputs import claimed, write_whole
+from eval.report import plots
+from modules.target.loading import load_target
+from modules.target.target import Target
 from train.cli import make_parser, quieten, recipe_of, recipe_settings
 from train.run import Place, claim, train
 from train.settings import training_device

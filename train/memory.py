@@ -1,7 +1,7 @@
 """`python -m train.memory`: what training needs at its peak, measured on this machine's CPU in fresh processes.
 
-Two questions. What does the chunked LM head save (`modules.core.losses`: logits never exist in full)? Is `--plan`
-right? `python -m train.memory --config clover.yaml --data.rows 1` trains three steps of that recipe and puts
+Two questions. What does the chunked LM head save (`modules.losses.chunked`: logits never exist in full)? Is `--plan`
+right? `python -m train.memory --config clover.yaml --data.reading.rows 1` trains three steps of that recipe and puts
 the arithmetic beside the peak, and with `--lengths "[1024,2048,4096,8192]"` does so for rows of each of these lengths
 (`--trainer.activation_checkpointing true` and every other key as in `train.py`). Linux only: the peak is the kernel's
 (`VmHWM`), set back just before what is measured.
@@ -25,9 +25,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn import functional as F
 
-from data.configfiles import parse, run
-from modules.core import losses
-from modules.core.loading import load_target
+from configs.command_line.loading import parse, run
+from modules.losses import chunked as losses
+from modules.target.loading import load_target
 from train.cli import make_parser, recipe_of
 from train.plan import GIB, in_effect, measure, memory, processes
 from train.run import Place, build, train

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from data.rounding import state_bytes
-from modules.core.adapters import Adapters
-from modules.core.batches import StateName
-from modules.core.host import available_memory
-from modules.core.losses import MAX_LAWS, MAX_LOGITS
-from modules.core.trainable import TargetShape, Trainable
-from modules.feature_drafters.feature_drafter import MAX_SCORES, FeatureDrafter
+from data.feature_cache.rounding import state_bytes
+from modules.contracts.batches import StateName
+from modules.contracts.trainable import TargetShape, Trainable
+from modules.drafters.feature.base import MAX_SCORES, FeatureDrafter
+from modules.losses.chunked import MAX_LAWS, MAX_LOGITS
+from modules.runtime.host_memory import available_memory
+from modules.target.adapters import Adapters
 from train.settings import DEEPSPEED, TrainerSettings
 
 GIB = 2 ** 30
@@ -206,7 +206,7 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
                 if memory(size, name, precision, world).total <= room), None)
     smaller = replace(size, tokens=size.row * size.sides)
     if fix is None and memory(smaller, strategy, settings.precision, world).total <= room:
-        fix = "lower data.rows and raise trainer.accumulate_grad_batches"
+        fix = "lower data.reading.rows and raise trainer.accumulate_grad_batches"
     fix = fix or _shorter_rows(size, settings, world, room) or "use a smaller target, or a 16-bit dtype for it"
     raise ValueError(f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
                      f"{room / GIB:.1f} are free: {fix}")
@@ -267,7 +267,7 @@ def print_plan(recipe: Any, target: Any) -> None:
     data.check_length(target)
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
-    size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)
+    size = measure(trainable, target, data.reading.rows, data.max_length, settings.activation_checkpointing)
     room = available(settings)
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.bounded_yaml import load_yaml
+from configs.command_line.bounded_yaml import load_yaml
 
 
 def _lasting(section: Any) -> Any:

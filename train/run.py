@@ -21,20 +21,21 @@ from torch import Tensor
 
 from checkpoints.hub import publish
 from checkpoints.pretrained import Provenance, assign_weights, save_pretrained, warm_start
+from configs.command_line.endings import resumable
+from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
-from data.endings import resumable
-from data.outputs import claimed, write_whole
-from modules.alignment.aligned_drafting import AlignedDrafting
-from modules.core.compiled import compile_blocks
-from modules.core.drafter import Drafter
-from modules.core.files import clear_scratch
-from modules.core.loading import AUTO, check_unquantised, chosen_dtype, load_target
-from modules.core.recompute import use_activation_checkpointing
-from modules.core.target import Target
-from modules.core.trainable import Outcome, TargetShape, Trainable
-from train.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
-from train.module import TrainableModule
-from train.saving import SiblingCheckpointIO, remove_leftovers
+from modules.contracts.drafter import Drafter
+from modules.contracts.trainable import Outcome, TargetShape, Trainable
+from modules.layers.activation_checkpointing import use_activation_checkpointing
+from modules.preference.aligned_drafting import AlignedDrafting
+from modules.runtime.files import clear_scratch
+from modules.target.kernels.compiled_calls import compile_blocks
+from modules.target.loading import AUTO, check_unquantised, chosen_dtype, load_target
+from modules.target.target import Target
+from train.lightning.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
+from train.lightning.checkpoint_io import SiblingCheckpointIO, remove_leftovers
+from train.lightning.deepspeed import check_shards, strategy_named, whole_weights
+from train.lightning.module import TrainableModule
 from train.settings import (
     CheckpointSettings,
     OptimizerSettings,
@@ -44,7 +45,6 @@ from train.settings import (
     chosen_precision,
     training_device,
 )
-from train.strategy import check_shards, strategy_named, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Recipe:
             float32 elsewhere.
         chat_template: arguments of the target's chat template, for instance {enable_thinking: false}.
         seed: of weights, order and dropout.
-        objective: a loss instead of the component's own, modules.alignment.aligned_drafting.AlignedDrafting.
+        objective: a loss instead of the component's own, modules.preference.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
         trainer: see train/settings.py.
         probe: see train/settings.py.

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from checkpoints.hub import check_repo
-from modules.core.loading import AUTO, has_fast_bfloat16, own_device
+from modules.target.loading import AUTO, has_fast_bfloat16, own_device
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from data.configfiles import config_parser, parse, run
-from modules.core.batches import TextBatch
-from modules.core.loading import load_target
-from modules.core.phases import now
-from modules.core.target import Target
-from modules.feature_drafters.eagle3 import Eagle3
+from configs.command_line.loading import config_parser, parse, run
+from modules.contracts.batches import TextBatch
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.runtime.phase_timer import now
+from modules.target.loading import load_target
+from modules.target.target import Target
 
 Step = Callable[[], Tensor]
 """Forward and backward; returns the loss."""

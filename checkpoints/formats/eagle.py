@@ -28,11 +28,11 @@ from checkpoints.formats.llama import (
     take_embeddings,
     take_layer,
 )
-from modules.core.trainable import TargetShape
-from modules.feature_drafters.eagle import Eagle
+from modules.contracts.trainable import TargetShape
+from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 DRAFTER = Eagle
 ENGINES = ("vLLM", "the official implementation")

@@ -23,11 +23,11 @@ from checkpoints.formats.llama import (
     take_layer,
     take_vocabulary,
 )
-from modules.core.trainable import TargetShape
-from modules.feature_drafters.eagle3 import Eagle3
+from modules.contracts.trainable import TargetShape
+from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 _SAME = ("norm.weight", "lm_head.weight")
 _INSIDE = ("input_layernorm.weight", "hidden_norm.weight")

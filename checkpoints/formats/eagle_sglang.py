@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from checkpoints.formats import eagle
 from checkpoints.formats.exported import Exported, served_name
-from modules.feature_drafters.eagle import Eagle
+from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 DRAFTER = Eagle
 ENGINES = ("SGLang", "the official implementation")

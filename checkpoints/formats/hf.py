@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from checkpoints.folders import Ledger
 from checkpoints.formats.exported import Exported, served_name
-from modules.core.anatomy import SUPPORTED
-from modules.core.trainable import TargetShape
-from modules.language_models.independent import Independent
-from modules.language_models.stock import check_tokenizer, config_of_dict, dict_of_config, fresh_model
+from modules.contracts.trainable import TargetShape
+from modules.drafters.small_models.independent import Independent
+from modules.target.architecture import SUPPORTED
+from modules.target.hf_models import check_tokenizer, config_of_dict, dict_of_config, fresh_model
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 DRAFTER = Independent
 ENGINES = ("vLLM", "SGLang", "Hugging Face")

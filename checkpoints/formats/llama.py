@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from checkpoints.folders import Ledger
-from modules.core.trainable import TargetShape
+from modules.contracts.trainable import TargetShape
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _ROUNDING = 1e-2

@@ -16,11 +16,11 @@ from torch import Tensor
 from checkpoints.folders import Ledger
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.medusa import block_tensors, blocks_of, whole_heads, whole_vocabulary
-from modules.core.trainable import TargetShape
-from modules.heads.medusa import Medusa
+from modules.contracts.trainable import TargetShape
+from modules.drafters.heads.medusa import Medusa
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 DRAFTER = Medusa
 ENGINES = ("the reference implementation", "vLLM 0.32")

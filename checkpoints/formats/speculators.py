@@ -16,11 +16,11 @@ from checkpoints.folders import Ledger
 from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.llama import layer_config, layer_shape, single_layer
-from modules.core.trainable import TargetShape
-from modules.feature_drafters.eagle3 import Eagle3
+from modules.contracts.trainable import TargetShape
+from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:
-    from modules.core.target import Target
+    from modules.target.target import Target
 
 DRAFTER = Eagle3
 ENGINES = ("vLLM",)

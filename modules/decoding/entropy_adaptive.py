@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modules.core.drafter import Sampling
-from modules.core.kv_cache import SlotCache
-from modules.core.loading import load_target
-from modules.core.target import Target
-from modules.decoding.clock import Clock
+from modules.acceptance.rules import Draws
+from modules.contracts.drafter import Sampling
 from modules.decoding.loop import Trace, check_limit
-from modules.decoding.rules import Draws
+from modules.decoding.timing import Clock
+from modules.target.kv_cache import SlotCache
+from modules.target.loading import load_target
+from modules.target.target import Target
 
 
 def entropy_bits(logits_V: Tensor) -> float:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.core.batches import StateName
-from modules.core.drafter import Accepted, Context, Drafter, DraftState, Sampling, TreeBuilder, Verified
-from modules.core.target import Target
-from modules.decoding.clock import Clock
-from modules.decoding.rules import AcceptanceRule, Draws
-from modules.trees.tree import TokenTree
+from modules.acceptance.rules import AcceptanceRule, Draws
+from modules.contracts.batches import StateName
+from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling, TreeBuilder, Verified
+from modules.contracts.token_tree import TokenTree
+from modules.decoding.timing import Clock
+from modules.target.target import Target
 
 
 @dataclass

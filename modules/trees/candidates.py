@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modules.trees.tree import Topology
+from modules.contracts.token_tree import Topology
 
 
 def log_law(logits: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from modules.core.drafter import Drafter, DraftState, Frontier
-from modules.trees.tree import Law, TokenTree, Topology
+from modules.contracts.drafter import Drafter, DraftState, Frontier
+from modules.contracts.token_tree import Law, TokenTree, Topology
 
 Path = tuple[int, ...]
 MOST_PATHS = 4096

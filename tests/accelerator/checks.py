@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.core.batches import TextBatch
-from modules.core.drafter import Sampling
-from modules.core.learned import LearnedDrafter
-from modules.core.target import Target
-from modules.decoding.clock import Clock
+from modules.acceptance.rules import TypicalRule
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Sampling
+from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.rules import TypicalRule
-from modules.trees.tree import TokenTree
+from modules.decoding.timing import Clock
+from modules.drafters.trained import LearnedDrafter
+from modules.target.target import Target
 from tests.accelerator.pretend import DEVICE, LOG, Log, There, pretending
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built

@@ -13,9 +13,9 @@ from huggingface_hub.utils import close_session
 from checkpoints.pretrained import Provenance, save_pretrained
 from eval import evaluation
 from eval.evaluation import Evaluation, evaluate
-from eval.methods import Method
-from modules.core.target import Target
-from modules.heads.medusa import Medusa
+from eval.methods.rows import Method
+from modules.drafters.heads.medusa import Medusa
+from modules.target.target import Target
 from tests.checkpoints.hub_server import Hub
 from tests.fakes import tiny_target
 
@@ -74,7 +74,7 @@ def evaluated(trained: Path, target: Target, monkeypatch: pytest.MonkeyPatch) ->
     prompts = trained.parent / "questions.jsonl"
     prompts.write_text("".join(json.dumps({"id": i, "category": "ab"[i % 2], "turns": [f"question {i}"]}) + "\n"
                                for i in range(4)))
-    other = Method(name="lookup", drafter={"class_path": "modules.training_free.prompt_lookup.PromptLookup"})
+    other = Method(name="lookup", drafter={"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"})
     evaluate(Evaluation(drafters=[str(trained)], methods=[other], prompts=[str(prompts)], max_new_tokens=12,
                         temperature=[0.0, 1.0], dtype="float64"), trained / "eval")
     return trained

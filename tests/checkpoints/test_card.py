@@ -13,12 +13,12 @@ from checkpoints.card import hub_name
 from checkpoints.formats.known import FORMATS
 from checkpoints.hub import publication
 from checkpoints.pretrained import Provenance, save_pretrained
-from modules.core.target import Target
-from modules.core.trainable import Trainable
-from modules.feature_drafters.eagle import Eagle
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.heads.clover import Clover
-from modules.heads.medusa import Medusa
+from modules.contracts.trainable import Trainable
+from modules.drafters.feature.eagle import Eagle
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.medusa import Medusa
+from modules.target.target import Target
 from tests.checkpoints.hub_server import card_errors
 from tests.fakes import tiny_target
 

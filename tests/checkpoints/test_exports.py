@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints.export import command, export, write
 from checkpoints.formats.known import FORMATS, format_of
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained, warm_start
-from modules.core.drafter import Context
-from modules.core.learned import LearnedDrafter
-from modules.core.target import Target
-from modules.feature_drafters.eagle import Eagle
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.feature_drafters.fspad import Fspad
-from modules.heads.medusa import Medusa
-from modules.heads.medusa2 import Medusa2
-from modules.language_models.independent import Independent
+from modules.contracts.drafter import Context
+from modules.drafters.feature.eagle import Eagle
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.feature.fspad import Fspad
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.heads.medusa2 import Medusa2
+from modules.drafters.small_models.independent import Independent
+from modules.drafters.trained import LearnedDrafter
+from modules.target.target import Target
 from modules.trees.static import StaticTree
 from tests.checkpoints import engines
 from tests.fakes import tiny_target

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.checks import check_arguments
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained, trainable_class, warm_start
-from modules.core.target import Target
-from modules.core.trainable import MOST, Trainable
-from modules.feature_drafters.eagle import Eagle
-from modules.heads.medusa import Medusa
-from modules.language_models.independent import Independent
+from modules.contracts.trainable import MOST, Trainable
+from modules.drafters.feature.eagle import Eagle
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.small_models.independent import Independent
+from modules.target.target import Target
 from modules.trees.static import MOST_PATHS, StaticTree
 from tests.fakes import tiny_target
 from train.cli import command

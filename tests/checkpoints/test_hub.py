@@ -18,10 +18,10 @@ from checkpoints import hub as hub_module
 from checkpoints.hub import check_repo, check_token, publish
 from checkpoints.pretrained import load_pretrained
 from checkpoints.publish import command
-from data.configfiles import run as one_line_run
-from data.redaction import portable
-from modules.core.drafter import Context, Drafter
-from modules.core.target import Target
+from configs.command_line.loading import run as one_line_run
+from configs.command_line.redaction import portable
+from modules.contracts.drafter import Context, Drafter
+from modules.target.target import Target
 from modules.trees.static import StaticTree
 from tests.checkpoints.conftest import TOKEN, save
 from tests.checkpoints.hub_server import Hub, Repository

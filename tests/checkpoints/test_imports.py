@@ -13,13 +13,13 @@ from torch import Tensor
 
 import checkpoints.pretrained
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained, warm_start
-from modules.core.target import Target
-from modules.feature_drafters.eagle import Eagle
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.feature_drafters.falcon import Falcon
-from modules.feature_drafters.fspad import Fspad
-from modules.heads.hydra import Hydra
-from modules.heads.medusa import Medusa
+from modules.drafters.blocks.falcon import Falcon
+from modules.drafters.feature.eagle import Eagle
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.feature.fspad import Fspad
+from modules.drafters.heads.hydra import Hydra
+from modules.drafters.heads.medusa import Medusa
+from modules.target.target import Target
 from tests.fakes import tiny_target
 
 LAYERS, V, D = 8, 128, 40

@@ -11,7 +11,7 @@ import pytest
 from checkpoints.card import Publishing, model_card
 from checkpoints.markdown import block, code, plain
 from checkpoints.pretrained import Provenance, describe
-from modules.heads.medusa import Medusa
+from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
 HOSTILE = "x<script>alert(1)</script>\n\n# heading\n```\n<img src=x onerror=1> [a](http://b) ![c](d) | e | `f` &lt;"

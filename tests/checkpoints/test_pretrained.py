@@ -8,8 +8,8 @@ from torch import nn
 
 import checkpoints.pretrained as pretrained
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained, warm_start
-from modules.core.drafter import Drafter
-from modules.core.trainable import Losses, TargetShape
+from modules.contracts.drafter import Drafter
+from modules.contracts.trainable import Losses, TargetShape
 from tests.fakes import tiny_target
 
 
@@ -98,7 +98,7 @@ def test_card_and_provenance_say_what_was_measured_and_how(saved, target):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"drafter_type": "os"}, "names 0 files under modules/"),
     ({"drafter_type": "../evil"}, "not names of a module"),
-    ({"drafter_type": "trainable", "class": "Losses"}, "not a trainable component of modules.core.trainable"),
+    ({"drafter_type": "trainable", "class": "Losses"}, "not a trainable component of modules.contracts.trainable"),
     ({"format_version": 99}, "format_version 99"),
 ])
 def test_a_config_that_names_something_else_is_refused(saved, monkeypatch, changes, words):

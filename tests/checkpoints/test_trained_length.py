@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from modules.core.drafter import Sampling
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.heads.medusa import Medusa
+from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
 

@@ -11,16 +11,17 @@ import pytest
 
 from checkpoints.pretrained import read_config, save_pretrained
 from checkpoints.provenance import Provenance
-from data import cache_command, datastore, regenerate
+from data import datastore, regenerate
+from data import features as cache_command
 from data.chat_tokens import prompt_ids, render
 from data.conversations import tokenize
-from data.rows import Conversation
+from data.reading.rows import Conversation
 from eval import cli, evaluation, generate
-from eval.templates import chat_arguments
-from modules.core.chat import arguments_of, give_arguments
-from modules.core.loading import load_target, outline
-from modules.core.target import Target
-from modules.heads.medusa import Medusa
+from eval.methods.templates import chat_arguments
+from modules.drafters.heads.medusa import Medusa
+from modules.target.chat_template import arguments_of, give_arguments
+from modules.target.loading import load_target, outline
+from modules.target.target import Target
 from tests.fakes import tiny_target
 from train import run as training
 from train.cli import command
@@ -79,7 +80,7 @@ def test_what_a_template_does_not_read_is_refused_before_weights_are_loaded(
     target.tokenizer.save_pretrained(tmp_path)
     assert arguments_of(load_target(str(tmp_path), chat_template=SHORT).tokenizer) == SHORT
     assert arguments_of(outline(str(tmp_path), chat_template=SHORT).tokenizer) == SHORT
-    monkeypatch.setattr("modules.core.loading.AutoModelForCausalLM", None)
+    monkeypatch.setattr("modules.target.loading.AutoModelForCausalLM", None)
     for arguments, words in (({"thinking": False}, "reads no 'thinking'"), ({"messages": []}, "chat_template.messages"),
                              ({"tokenize": True}, "not an argument of a template's own")):
         for load in (load_target, outline):
@@ -91,7 +92,7 @@ def test_training_records_them_and_a_resumed_run_keeps_them(
         loaded: list[dict[str, Any]], rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({
-        "drafter": {"class_path": "modules.heads.medusa.Medusa", "init_args": {"heads": 2}}, "chat_template": SHORT,
+        "drafter": {"class_path": "modules.drafters.heads.medusa.Medusa", "init_args": {"heads": 2}}, "chat_template": SHORT,
         "data": {"train": rows, "validation_fraction": 0.3, "max_length": 64, "rows": 1}, "probe": {"prompts": 0},
         "trainer": {"max_steps": 1, "max_epochs": -1, "accelerator": "cpu"}}))
     output = str(tmp_path / "run")

@@ -11,15 +11,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.answering import placed
 from data.chat_tokens import answer_spans, encode, render
 from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all, tokenize_answer
 from data.datamodule import hold_out
-from data.files import Place, Row, read_jsonl
-from data.labelled import LabelledAnswer, tokenize_labelled
+from data.generation.answering import placed
+from data.labelled.labelled import LabelledAnswer, tokenize_labelled
 from data.preferences import tokenize_pairs
+from data.reading.files import Place, Row, read_jsonl
+from data.reading.rows import Conversation, load_conversations
 from data.regenerate import Generation, regenerate
-from data.rows import Conversation, load_conversations
 from tests.fakes import tiny_target, tiny_tokenizer
 
 TEXTS = ["Why is it so? Because of light.", "And then? The same again.", "<user>\n", "Be there or be square",

@@ -14,8 +14,8 @@ from tokenizers import decoders
 
 from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all
 from data.datamodule import ConversationData
-from data.files import Place
-from data.rows import Conversation, load_conversations
+from data.reading.files import Place
+from data.reading.rows import Conversation, load_conversations
 from tests.fakes import tiny_target, tiny_tokenizer
 
 END, USER, ASSISTANT = 0, 1, 2

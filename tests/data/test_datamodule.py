@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.datamodule import Batches, ConversationData, hold_out
-from modules.core.batches import TextBatch
-from modules.core.target import Target
+from modules.contracts.batches import TextBatch
+from modules.target.target import Target
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
 
@@ -211,7 +211,7 @@ def test_no_states_are_cached_for_who_reads_none(source: str, target: Target, tm
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"max_length": 1}, "data.max_length must be 2 or above, got 1"), ({"rows": 0}, "data.rows must be 1"),
+    ({"max_length": 1}, "data.max_length must be 2 or above, got 1"), ({"rows": 0}, "data.reading.rows must be 1"),
     ({"validation_fraction": 0.0}, "data.validation_fraction"), ({"train": "none.jsonl"}, "does not exist"),
     ({"max_response_tokens": 0}, "data.max_response_tokens"), ({"validation": "no.parquet"}, "does not exist"),
 ])

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from data.answering import placed
-from data.configfiles import run as one_line_run
+from configs.command_line.loading import run as one_line_run
 from data.endpoint import Endpoint, command, regenerate_by
-from data.files import Tally, read_jsonl
+from data.generation.answering import placed
+from data.reading.files import Tally, read_jsonl
+from data.reading.rows import load_conversations
 from data.regenerate import Generation
-from data.rows import load_conversations
 
 PROMPTS = placed([{"category": "test", "prompt": f"number {i}"} for i in range(6)])
 

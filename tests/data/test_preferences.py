@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from data.arithmetic import EMBEDDED_SOLUTIONS, embedded_problems
 from data.conversations import Skipped, prompt_ids
-from data.files import Place, Row, read_jsonl
+from data.corpora.word_problems import EMBEDDED_SOLUTIONS, embedded_problems
+from data.labelled.solution_errors import CALCULATION, first_error, is_problem, read_problem
 from data.preferences import (
     EMBEDDED_PAIRS,
     PreferenceData,
@@ -20,7 +20,7 @@ from data.preferences import (
     separate_traces,
     tokenize_pairs,
 )
-from data.solutions import CALCULATION, first_error, is_problem, read_problem
+from data.reading.files import Place, Row, read_jsonl
 from tests.fakes import tiny_target, tiny_tokenizer
 
 ASKED = {"role": "user", "content": "say a"}

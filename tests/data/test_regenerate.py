@@ -15,12 +15,12 @@ import torch
 from tokenizers import decoders
 
 import data.regenerate as module
-from data.answering import placed
 from data.conversations import prompt_ids, tokenize
-from data.files import Tally, read_jsonl
+from data.generation.answering import placed
+from data.reading.files import Tally, read_jsonl
+from data.reading.rows import load_conversations
 from data.regenerate import Generation, command, regenerate
-from data.rows import load_conversations
-from modules.core.target import Target
+from modules.target.target import Target
 from tests.fakes import tiny_target
 from train.run import Recipe
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from modules.core.drafter import Sampling
-from modules.core.target import Target
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder, Trace
+from modules.target.target import Target
 
 
 class Replay:

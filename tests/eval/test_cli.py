@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from eval import cli, evaluation, plots
-from eval.summary import METHOD_KEYS
-from modules.core import compiled
-from modules.core.target import Target
+from eval import cli, evaluation
+from eval.report import plots
+from eval.report.summary import METHOD_KEYS
+from modules.target.kernels import compiled_calls as compiled
+from modules.target.target import Target
 from tests.fakes import tiny_target
 from tests.test_style import ROOT
 
@@ -117,7 +118,7 @@ def test_a_method_with_its_own_temperature_gets_its_own_baseline(tmp_path: Path)
 
 def test_hugging_face_rows_and_a_training_free_drafter(tmp_path: Path) -> None:
     rows: list[Any] = [
-        {"name": "hf_generate", "decoder": {"class_path": "eval.baselines.HuggingFaceGenerate"}},
+        {"name": "hf_generate", "decoder": {"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}},
         {"name": "scripted", "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 2}}}]
     assert run("--config", config(tmp_path, rows), "--output", "out", "--limit", "1") == 0
     scripted = methods()["scripted"]

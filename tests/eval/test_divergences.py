@@ -9,14 +9,14 @@ import pytest
 
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
-from data.divergences import mine
-from data.labelled import LabelledData
-from data.rows import questions_of
+from data.labelled.labelled import LabelledData
+from data.labelled.mining import mine
+from data.reading.rows import questions_of
 from eval import divergences
 from eval.divergences import command
-from eval.methods import load_drafter
-from modules.heads.medusa import Medusa
-from tests.data.test_divergences import Terse
+from eval.methods.rows import load_drafter
+from modules.drafters.heads.medusa import Medusa
+from tests.data.labelled.test_mining import Terse
 from tests.fakes import tiny_target
 
 QUESTIONS = [{"question": f"how many {letter}?"} for letter in "abcdefgh"]
@@ -27,7 +27,7 @@ def terse(monkeypatch: pytest.MonkeyPatch) -> Terse:
     plain = tiny_target()
     target = Terse(plain.model, plain.tokenizer, "terse")
     monkeypatch.setattr(divergences, "load_target", lambda *_: target)
-    monkeypatch.setattr("data.divergences.final_number", lambda text: str(len(text) % 2))
+    monkeypatch.setattr("data.labelled.mining.final_number", lambda text: str(len(text) % 2))
     return target
 
 

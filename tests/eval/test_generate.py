@@ -9,7 +9,7 @@ import pytest
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
 from eval import generate
-from modules.heads.medusa import Medusa
+from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eval.project import HARDWARE, LABEL, Hardware, load_hardware, main, projected_speedup, projection, read_hardware
-from tests.eval.test_pages import method, report
+from tests.eval.report.test_pages import method, report
 
 TOY = Hardware("toy", 1e9, 1e12, 0.1)
 KNOWN = {"target": "tiny", "batch_size": 1, "speed_model": {"rows_per_call": 5.0}, "drafter_parameters": 0}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.methods import Method
+from eval.methods.rows import Method
 from eval.rules import (
     ORDERS,
     Comparison,
@@ -27,11 +27,11 @@ from eval.rules import (
     tree_trials,
     verdict,
 )
-from modules.core.target import Target
-from modules.decoding.latency import LatencyTable
-from modules.decoding.rules import Draws, PointRule, RatioRule
-from modules.language_models.sorted import Sorted
-from modules.trees.drawn import branching_tree
+from modules.acceptance.rules import Draws, PointRule, RatioRule
+from modules.cost_model.latency_table import LatencyTable
+from modules.drafters.small_models.s2d import Sorted
+from modules.target.target import Target
+from modules.trees.sampled.branching import branching_tree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 

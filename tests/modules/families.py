@@ -7,20 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modules.core.batches import TextBatch
-from modules.core.drafter import Accepted, Context, DraftState, Frontier
-from modules.core.learned import LearnedDrafter
-from modules.core.target import Target
-from modules.core.trainable import TargetShape
-from modules.feature_drafters.eagle import Eagle
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.feature_drafters.falcon import Falcon
-from modules.feature_drafters.fspad import Fspad
-from modules.heads.clover import Clover
-from modules.heads.clover2 import Clover2
-from modules.heads.hydra import Hydra
-from modules.heads.medusa import Medusa
-from modules.trees.tree import TokenTree
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Accepted, Context, DraftState, Frontier
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.trainable import TargetShape
+from modules.drafters.blocks.falcon import Falcon
+from modules.drafters.feature.eagle import Eagle
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.feature.fspad import Fspad
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.clover2 import Clover2
+from modules.drafters.heads.hydra import Hydra
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.trained import LearnedDrafter
+from modules.target.target import Target
 
 Build = Callable[[TargetShape], LearnedDrafter]
 DRAFTED = 40

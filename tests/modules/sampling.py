@@ -13,9 +13,9 @@ from scipy import stats
 from torch import Tensor
 from transformers import GenerationConfig
 
-from modules.core.drafter import Sampling
-from modules.core.target import Target
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.target.target import Target
 from tests.fakes import tiny_target
 
 Counts = Mapping[tuple[int, ...], int]

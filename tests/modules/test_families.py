@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.core.drafter import Sampling
-from modules.core.learned import LearnedDrafter
-from modules.core.losses import draft_labels, training_rows
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.heads.clover import Clover
-from modules.heads.hydra import Hydra
-from modules.heads.medusa import Medusa
-from modules.trees.rerank import RerankedTree
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.hydra import Hydra
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.trained import LearnedDrafter
+from modules.losses.chunked import draft_labels, training_rows
+from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import FAMILIES, Reader, built, documents, filled

@@ -1,6 +1,6 @@
 import pytest
 
-from data.configfiles import CONFIGS, parse
+from configs.command_line.loading import CONFIGS, parse
 from data.datamodule import ConversationData
 from train.cli import command, make_parser
 

@@ -12,12 +12,12 @@ import torch
 from checkpoints.pretrained import load_pretrained
 from data.conversations import Tokens
 from data.datamodule import Batches
-from data.features import CacheDtype, FeatureCache, cache_features
-from modules.feature_drafters.eagle3 import Eagle3
+from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
+from modules.drafters.feature.eagle3 import Eagle3
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
 from train.cli import command
-from train.module import TrainableModule
+from train.lightning.module import TrainableModule
 from train.run import resume_point
 from train.settings import OptimizerSettings
 
@@ -61,7 +61,7 @@ def test_packed_documents_of_other_lengths_differ_by_rounding_alone(tmp_path: Pa
 _KILLED = """
 import signal, sys, torch, train.run
 from tests.fakes import tiny_target
-from tests.train.deepspeed_worker import Signal
+from tests.train.lightning.deepspeed_worker import Signal
 from train.cli import command
 torch.set_num_threads(1)
 target = tiny_target(dtype=torch.float32)
@@ -76,7 +76,7 @@ def test_a_training_from_a_cache_that_is_killed_goes_on_to_the_unbroken_runs_wei
     """kill -9 in step 4, after three checkpoints and with the cache written."""
     recipe = tmp_path / "eagle3.yaml"
     recipe.write_text(f"""\
-drafter: {{class_path: modules.feature_drafters.eagle3.Eagle3, init_args: {{steps: 2, draft_vocabulary: 48}}}}
+drafter: {{class_path: modules.drafters.feature.eagle3.Eagle3, init_args: {{steps: 2, draft_vocabulary: 48}}}}
 data: {{train: {conversations}, validation_fraction: 0.2, max_length: 128, rows: 1, features: {tmp_path}/states}}
 trainer: {{max_steps: 6, max_epochs: -1, val_check_interval: 3, accelerator: cpu}}
 probe: {{prompts: 1, max_new_tokens: 3}}

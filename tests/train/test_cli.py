@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from checkpoints.pretrained import load_pretrained
-from data.configfiles import run as one_line_run
-from modules.core.drafter import Drafter, Sampling
+from configs.command_line.loading import run as one_line_run
+from modules.contracts.drafter import Drafter, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from tests.fakes import tiny_target
 from train.cli import command, make_parser
@@ -131,7 +131,7 @@ def test_a_loss_that_is_ramped_in_exports_the_weights_that_learnt_most(tiny, rec
     """Medusa-2's sine ramp makes the training loss rise while the heads learn; the choice must not follow it."""
     arguments = {"rank": 2, "dropout": 0.0, "schedule": "sine", "self_distillation": True, "coefficient": 1.0}
     flags = [flag for key, value in arguments.items() for flag in (f"--drafter.{key}", str(value).lower())]
-    run(recipe, tmp_path / "run", "--drafter", "modules.heads.medusa2.Medusa2", *flags, "--trainer.max_steps", "20",
+    run(recipe, tmp_path / "run", "--drafter", "modules.drafters.heads.medusa2.Medusa2", *flags, "--trainer.max_steps", "20",
         "--trainer.val_check_interval", "5", "--probe.prompts", "0", "--drafter.heads", "2")
     logged = list(csv.DictReader((tmp_path / "run" / "lightning" / "version_0" / "metrics.csv").open()))
     losses, heads = ([float(row[name]) for row in logged if row[name]] for name in ("val/loss", "val/cross_entropy_0"))

@@ -10,16 +10,16 @@ import pytest
 import torch
 import yaml
 
-import modules.core.loading
+import modules.target.loading
 from eval.evaluation import Evaluation
-from modules.core.drafter import Sampling
-from modules.core.learned import LearnedDrafter
-from modules.core.loading import chosen_dtype, load_target
-from modules.decoding.budget import BUDGETS, budgets_on
+from modules.contracts.drafter import Sampling
+from modules.cost_model.budget import BUDGETS, budgets_on
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.trees.dynamic import ThresholdTree
-from modules.trees.rerank import RerankedTree
+from modules.drafters.trained import LearnedDrafter
+from modules.target.loading import chosen_dtype, load_target
+from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
+from modules.trees.threshold import ThresholdTree
 from tests.fakes import tiny_target
 from tests.modules.families import built
 from train import cli
@@ -96,7 +96,7 @@ def test_a_target_is_loaded_as_auto_says(gpu: None, monkeypatch: pytest.MonkeyPa
     def from_pretrained(folder: str, dtype: torch.dtype, **_: object) -> None:
         asked.append(dtype)
         raise OSError("enough")
-    monkeypatch.setattr(modules.core.loading, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(modules.target.loading, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=from_pretrained))
     for device, dtype in (("cuda:0", torch.bfloat16), ("cpu", torch.float32)):
         with pytest.raises(ValueError, match="enough"):
             load_target("smollm2-135m", device=device)

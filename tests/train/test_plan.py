@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.configfiles import run as one_line_run
-from modules.alignment.dpo import DPO
-from modules.core.losses import MAX_LOGITS
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.feature_drafters.feature_drafter import MAX_SCORES
-from modules.heads.medusa import Medusa
-from modules.heads.medusa2 import Medusa2
-from modules.language_models.independent import Independent
+from configs.command_line.loading import run as one_line_run
+from modules.drafters.feature.base import MAX_SCORES
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.heads.medusa2 import Medusa2
+from modules.drafters.small_models.independent import Independent
+from modules.losses.chunked import MAX_LOGITS
+from modules.preference.dpo import DPO
 from tests.fakes import tiny_batch, tiny_target
 from train.cli import command
 from train.plan import (
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         wide = replace(SIZE, trainable=1, frozen=1, tokens=2 ** 20, row=2 ** 20)
         check_fits(wide, settings, memory(replace(wide, tokens=2 ** 18, row=2 ** 18), "ddp", "32-true", 4).total)
     tall = replace(SIZE, tokens=10 ** 8, row=64)
-    with pytest.raises(ValueError, match="lower data.rows"):
+    with pytest.raises(ValueError, match="lower data.reading.rows"):
         check_fits(tall, settings, memory(SIZE, "ddp", "32-true", 4).total)
 
 
@@ -134,9 +134,9 @@ def test_what_a_component_keeps_is_read_from_it() -> None:
 
 def test_free_memory_counts_what_the_system_can_give_back(monkeypatch, tmp_path) -> None:
     (tmp_path / "meminfo").write_text("MemFree:  100 kB\nMemAvailable:  4000 kB\n")
-    monkeypatch.setattr("modules.core.host.MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr("modules.runtime.host_memory.MEMORY", tmp_path / "meminfo")
     assert available(TrainerSettings(accelerator="cpu", devices=4)) == 1000 * 1024
-    monkeypatch.setattr("modules.core.host.MEMORY", tmp_path / "none")
+    monkeypatch.setattr("modules.runtime.host_memory.MEMORY", tmp_path / "none")
     assert available(TrainerSettings(accelerator="cpu")) == 1 << 62
 
 

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from data.datamodule import ConversationData
-from modules.core.drafter import Sampling
-from modules.core.target import Target
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.feature_drafters.eagle3 import Eagle3
-from modules.heads.clover import Clover
-from modules.heads.medusa import Medusa
-from modules.language_models.independent import Independent
-from modules.language_models.sorted import Sorted
+from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.small_models.independent import Independent
+from modules.drafters.small_models.s2d import Sorted
+from modules.target.target import Target
 from tests.fakes import tiny_tokenizer
 from train.run import Recipe, build
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from checkpoints.pretrained import load_pretrained
-from data.configfiles import run as one_line_run
+from configs.command_line.loading import run as one_line_run
 from tests.checkpoints.conftest import TOKEN, hub  # noqa: F401
 from train.cli import command
 

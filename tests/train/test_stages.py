@@ -13,15 +13,15 @@ import torch
 import yaml
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from data.arithmetic import embedded_problems
-from data.configfiles import CONFIGS
-from eval.methods import Method, build_rows
-from modules.alignment.cdpo import CDPO, PAGE, ContrastiveEstimator
-from modules.core.batches import PreferenceBatch
-from modules.core.drafter import Sampling
+from configs.command_line.loading import CONFIGS
+from data.corpora.word_problems import embedded_problems
+from eval.methods.rows import Method, build_rows
+from modules.contracts.batches import PreferenceBatch
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.heads.clover import Clover
-from modules.verifiers.judge import Judge
+from modules.drafters.heads.clover import Clover
+from modules.judges.judge import Judge
+from modules.preference.cdpo import CDPO, PAGE, ContrastiveEstimator
 from tests.test_style import ROOT
 from tests.train.conftest import WORDS
 from train.cli import command
@@ -49,7 +49,7 @@ def recipe(folder: Path, pairs: Path, drafter: dict[str, Any]) -> Path:
 
 
 def test_cdpo_end_to_end_leaves_adapters_figures_and_a_page(tiny, pairs, tmp_path):
-    drafter = {"class_path": "modules.alignment.cdpo.CDPO",
+    drafter = {"class_path": "modules.preference.cdpo.CDPO",
                "init_args": {"rank": 2, "estimator_rank": 2, "estimator_lr": 0.01}}
     before = tiny.fingerprint()
     output = tmp_path / "run"
@@ -72,7 +72,7 @@ def test_cdpo_end_to_end_leaves_adapters_figures_and_a_page(tiny, pairs, tmp_pat
 def test_cdpo_tells_how_well_it_finds_the_errors_of_solutions(tiny, tmp_path, capsys):
     file, output = tmp_path / "solutions.jsonl", tmp_path / "run"
     file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
-    drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
+    drafter = {"class_path": "modules.preference.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
     arguments = ["--config", str(recipe(tmp_path, file, drafter)), "--output", str(output), "--data.max_length", "500"]
     assert command(arguments) == 0
     measured = json.loads((output / "drafter" / "provenance.json").read_text())["measured"]
@@ -95,7 +95,7 @@ def test_the_estimators_see_every_trace_once_an_epoch(tiny, tmp_path, monkeypatc
         seen.update(text for text in texts if text and self.training)
         return plain(self, batch, target, progress)
     monkeypatch.setattr(ContrastiveEstimator, "loss", watched)
-    drafter = {"class_path": "modules.alignment.cdpo.CDPO",
+    drafter = {"class_path": "modules.preference.cdpo.CDPO",
                "init_args": {"rank": 2, "estimator_rank": 2, "estimator_epochs": 2}}
     command(["--config", str(recipe(tmp_path, file, drafter)), "--output", str(output),
              "--data.max_length", "500", "--data.corruptions", "2"])
@@ -105,7 +105,7 @@ def test_the_estimators_see_every_trace_once_an_epoch(tiny, tmp_path, monkeypatc
 
 
 def test_a_resumed_run_keeps_the_parts_it_trained_first(tiny, pairs, tmp_path):
-    drafter = {"class_path": "modules.alignment.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
+    drafter = {"class_path": "modules.preference.cdpo.CDPO", "init_args": {"rank": 2, "estimator_rank": 2}}
     config, output = recipe(tmp_path, pairs, drafter), tmp_path / "run"
     command(["--config", str(config), "--output", str(output), "--trainer.max_steps", "1"])
     first = load_pretrained(output).state_dict()
@@ -120,9 +120,9 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     file, config, output = tmp_path / "solutions.jsonl", tmp_path / "judge.yaml", tmp_path / "judge"
     file.write_text("".join(json.dumps(row) + "\n" for row in embedded_problems(12)), encoding="utf-8")
     config.write_text(json.dumps({
-        "drafter": {"class_path": "modules.verifiers.judge.Judge", "init_args": {
+        "drafter": {"class_path": "modules.judges.judge.Judge", "init_args": {
             "threshold": None, "precision": 0.6}},
-        "data": {"class_path": "data.labelled.LabelledData", "init_args": {
+        "data": {"class_path": "data.labelled.labelled.LabelledData", "init_args": {
             "train": str(file), "validation_fraction": 0.3, "max_length": 400, "rows": 2, "corruptions": 1}},
         "optimizer": {"lr": 0.01}, "trainer": {"max_steps": 4, "max_epochs": -1, "accelerator": "cpu"}}))
     assert command(["--config", str(config), "--output", str(output)]) == 0
@@ -133,7 +133,7 @@ def test_a_judge_is_calibrated_saved_and_named_as_a_rule(tiny, tmp_path):
     drafter = {"class_path": "tests.fakes.ScriptedDrafter"}
     methods = [Method("calibrated", drafter, rule=str(output)),
                Method("strict", drafter, rule={"trained": str(output), "init_args": {"threshold": 2.0}}),
-               Method("near", drafter, rule={"class_path": "modules.decoding.relaxed.TopKRule", "init_args": {"k": 2}})]
+               Method("near", drafter, rule={"class_path": "modules.acceptance.relaxed.TopKRule", "init_args": {"k": 2}})]
     for method in methods:
         method.check()
     rows = build_rows(methods, tiny, Sampling())[1:]
@@ -180,12 +180,12 @@ def test_the_relaxed_evaluations_name_every_rule(config, tiny, tmp_path):
 
 def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversations, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    common = ["--drafter", "modules.heads.medusa.Medusa", "--drafter.heads", "2", "--data.train", str(conversations),
+    common = ["--drafter", "modules.drafters.heads.medusa.Medusa", "--drafter.heads", "2", "--data.train", str(conversations),
               "--data.max_length", "128", "--data.validation_fraction", "0.2", "--trainer.max_steps", "2",
               "--trainer.max_epochs=-1", "--trainer.accelerator", "cpu", "--probe.prompts", "1",
               "--probe.max_new_tokens", "4"]
     assert command([*common, "--output", str(first)]) == 0
-    objective = "modules.alignment.aligned_drafting.AlignedDrafting"
+    objective = "modules.preference.aligned_drafting.AlignedDrafting"
     arguments = [*common, "--init_from", str(first), "--objective", objective, "--objective.anchor", "0.0"]
     assert command([*arguments, "--output", str(second)]) == 0
     before, after = load_pretrained(first, tiny).state_dict(), load_pretrained(second, tiny).state_dict()

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from eval.metrics import acceptance_by_depth, accepted_length_histogram, mean_accepted_tokens
+from eval.metrics.acceptance import acceptance_by_depth, accepted_length_histogram, mean_accepted_tokens
 
 _INPUTS = "predictions: per prompt, the tokens kept of each target call, its bonus token counted."
 

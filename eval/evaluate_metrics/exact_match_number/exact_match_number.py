@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from eval.quality import same_number
+from eval.tasks.answer_checks import same_number
 
 
 class ExactMatchNumber(evaluate.Metric):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from eval.metrics import first_divergence
-from eval.quality import common_prefix
+from eval.metrics.acceptance import first_divergence
+from eval.tasks.answer_checks import common_prefix
 
 
 class GreedyAgreement(evaluate.Metric):

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from eval.metrics import Speed, bootstrap_interval, first_divergence, micro_speedup
+from eval.metrics.acceptance import Speed, bootstrap_interval, first_divergence, micro_speedup
 
 _INPUTS = """predictions, references: token ids of the method and of plain decoding, prompt by prompt.
 seconds, reference_seconds: what decoding each of them took, prefill left out."""

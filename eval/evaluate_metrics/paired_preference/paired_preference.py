@@ -9,11 +9,11 @@ from typing import Any
 import datasets
 import evaluate
 
-from eval.quality import paired_outcome
+from eval.tasks.answer_checks import paired_outcome
 
 
 class PairedPreference(evaluate.Metric):
-    """See `eval.quality.paired_outcome`."""
+    """See `eval.tasks.answer_checks.paired_outcome`."""
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value("float64")

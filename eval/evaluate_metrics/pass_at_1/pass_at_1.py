@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from eval.programs import passes
+from eval.tasks.programs import passes
 
 
 class PassAt1(evaluate.Metric):
-    """One program per task. It runs what a model wrote: see `eval.programs.passes` for what its limits keep in."""
+    """One program per task. It runs what a model wrote: see `eval.tasks.programs.passes` for what its limits keep in."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

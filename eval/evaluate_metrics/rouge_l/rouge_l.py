@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from eval.quality import rouge_l
+from eval.tasks.answer_checks import rouge_l
 
 
 class RougeL(evaluate.Metric):

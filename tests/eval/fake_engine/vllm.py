@@ -1,4 +1,4 @@
-"""What `eval.vllm_worker` uses of vLLM, with tokens that follow from the prompt and drafts accepted by a fixed pattern.
+"""What `eval.vllm.worker` uses of vLLM, with tokens that follow from the prompt and drafts accepted by a fixed pattern.
 
 `FAKE_VLLM` chooses a fault: `refuses` to load, `lies` about tokens when drafting, or `dies` when asked.
 """

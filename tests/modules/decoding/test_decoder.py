@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.metrics import conditional_acceptance_by_depth
-from modules.core.drafter import Sampling
+from eval.metrics.acceptance import conditional_acceptance_by_depth
+from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.loop import kept_calls
-from modules.heads.medusa import Medusa
-from modules.trees.chain import SampledChain
+from modules.drafters.heads.medusa import Medusa
+from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree
 from tests.fakes import ScriptedDrafter, tiny_target
 

@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
-from modules.core.drafter import Sampling
-from modules.core.target import Target
+from modules.contracts.drafter import Sampling
 from modules.decoding import entropy_adaptive
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.decoding.entropy_adaptive import EntropyAdaptive, catch_up_tokens, entropy_bits
+from modules.target.target import Target
 from tests.fakes import tiny_target
 
 LARGE, SMALL = tiny_target(), tiny_target(layers=1, seed=3)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from modules.core.drafter import Accepted, Sampling
-from modules.decoding import clock
-from modules.decoding.clock import Clock
+from modules.contracts.drafter import Accepted, Sampling
+from modules.contracts.token_tree import TokenTree, Topology
+from modules.decoding import timing as clock
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.loop import tell
-from modules.heads.medusa import Medusa
+from modules.decoding.timing import Clock
+from modules.drafters.heads.medusa import Medusa
 from modules.trees.static import StaticTree
-from modules.trees.tree import TokenTree, Topology
 from tests.fakes import tiny_target
 from tests.modules.families import built
 

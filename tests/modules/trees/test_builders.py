@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.core.drafter import Context, Drafter, DraftState, Sampling
-from modules.core.trainable import Losses, TargetShape
-from modules.trees.chain import SampledChain
-from modules.trees.dynamic import ThresholdTree
-from modules.trees.rerank import RerankedTree
+from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.trainable import Losses, TargetShape
+from modules.trees.reranked import RerankedTree
+from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree
+from modules.trees.threshold import ThresholdTree
 from tests.fakes import tiny_target
 
 SHAPE = TargetShape(32, 10, 2, 4, 2, 8, 64)

@@ -1,0 +1,1 @@
+"""Config files by name, and commands that end in one line."""

@@ -1,0 +1,146 @@
+"""Config files by name, and command lines whose mistakes are one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from configs.command_line import class_paths as classes
+from configs.command_line.bounded_yaml import check_file
+from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
+from configs.command_line.redaction import redacted
+from configs.command_line.work_share import Share
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_FLAG = "--config"
+_ALLOW = "--allow_package"
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed, .*")
+_SUBJECT = re.compile(r'Parser key "([^"]+)"')
+_TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
+_CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
+_NAMESPACE = re.compile(r"\.? ?Got value: Namespace\(.*\)$", re.MULTILINE)
+_WRAPPING = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path",
+             "- Expected a <class 'NoneType'>")
+
+
+def resolve(name: str, folder: Path = CONFIGS) -> Path:
+    """The config file that `name` means: a path, or else a file under configs/ (with or without `.yaml`).
+
+    Raises:
+        ValueError: there is none; the line lists the closest names.
+    """
+    candidates = [Path(name), folder / name, folder / f"{name}.yaml"]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is not None:
+        return found
+    known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+    raise ValueError(f"--config {name!r} is neither a file nor a config: try {', '.join(close) or 'a path'}")
+
+
+def resolve_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line with every `--config NAME` turned into `--config PATH` (several merge left to right)."""
+    resolved, expecting = [], False
+    for word in arguments:
+        if expecting:
+            word = str(resolve(word))
+        elif word.startswith(_FLAG + "="):
+            word = f"{_FLAG}={resolve(word[len(_FLAG) + 1:])}"
+        expecting = not expecting and word == _FLAG
+        resolved.append(word)
+    return resolved
+
+
+def without_packages(arguments: Sequence[str]) -> list[str]:
+    """The command line without its `--allow_package NAME`, whose packages configs may name from now on.
+
+    It is no key of the parser's, so that no config can set it.
+    """
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, name = word.partition("=")
+        if flag != _ALLOW:
+            kept.append(word)
+            continue
+        name = name if equals else next(words, "")
+        if not name:
+            raise ValueError(f"{_ALLOW}: name a package whose classes configs may name")
+        classes.allow([name])
+    return kept
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse a command line whose parser has `exit_on_error=False` and a `--config` argument.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, a missing file, a class that no config may name, YAML beyond its
+            bounds; as one line that names the key.
+    """
+    words = resolve_arguments(without_packages(arguments))
+    for word, before in zip(words, ["", *words]):
+        if before == _FLAG or word.startswith(_FLAG + "="):
+            check_file(Path(word.removeprefix(_FLAG + "=")))
+    try:
+        return parser.parse_args(words)
+    except (argparse.ArgumentError, TypeError, RecursionError) as error:
+        raise ValueError(one_line(str(error))) from error
+
+
+def one_line(message: str) -> str:
+    """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
+    denied = _DENIED.search(message)
+    if denied:
+        keys = ".".join(dict.fromkeys(_SUBJECT.findall(message)))
+        return f"{keys}: {classes.refused(denied[1])}".removeprefix(": ")
+    message = _NAMESPACE.sub("", _CALLABLE.sub("", message))
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    keys = _SUBJECT.findall(message)
+    given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")]
+    value = given[-1] if given else None
+    kept = [line.removeprefix("- ") for line in lines if not line.startswith((*_WRAPPING, "Given value"))]
+    text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
+    text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
+    subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
+    return f"{subject}{text}" + (f", got {value!r}" if value is not None and repr(value) not in text else "")
+
+
+def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Call an entry point; what goes wrong outside of the code is one line and an exit status.
+
+    2 is a user's mistake (`ValueError`) or a disk that is full or cannot be written, 130 Ctrl-C,
+    143 SIGTERM.
+    """
+    try:
+        with stoppable():
+            return command(arguments)
+    except ValueError as error:
+        return _fail(str(error))
+    except Stopped as stopped:
+        if Share.of_process().index == 0:
+            print(stopped, file=sys.stderr)
+        return stopped.status
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        return _fail(disk_message(trouble))
+
+
+def _fail(words: str) -> int:
+    print(f"error: {redacted(' '.join(words.split()))}", file=sys.stderr)
+    return 2
+
+
+def config_parser(prog: str, description: str, **options: Any) -> ArgumentParser:
+    """A parser with `--config` that raises instead of exiting."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, **options)
+    parser.add_argument(_FLAG, action="config", help="a path, or a file under configs/; several merge left to right")
+    return parser

@@ -1,0 +1,1 @@
+"""Target states on disk, so that the target runs once per text."""

@@ -1,0 +1,1 @@
+"""Answers of the target: what is asked, kept and counted."""

@@ -1,0 +1,1 @@
+"""Texts with a label per token, for judges."""

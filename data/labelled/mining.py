@@ -1,0 +1,143 @@
+"""Labels mined from where a drafter leaves its target: does the answer change if the draft is kept?
+
+AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv 2504.20039, section
+3): every position of the target's answer is drafted; at each mismatch a drafted token replaces the
+target's, the target finishes, and the final answers are compared. A token that changes nothing is
+right (the first such stays in the text that is looked at next), one that changes the answer is
+wrong. The search continues at the next position. Only answers that end of themselves are
+compared: where one was cut short there is no label.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data.conversations import prompt_ids
+from data.labelled.solution_errors import plain_number
+from data.reading.rows import Message
+from modules.acceptance.rules import Draws, GreedyRule, check_pairing
+from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+
+if TYPE_CHECKING:
+    from modules.target.target import Target
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A place where the target rejected all that was drafted.
+
+    text: new tokens before it. drafted: the tokens drafted there, in the tree's order. chosen: the target's own.
+    """
+
+    text: list[int]
+    drafted: list[int]
+    chosen: int
+
+
+@torch.no_grad()
+def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: int
+                     ) -> Divergence | None:
+    """The first mismatch when the target continues `ids` greedily by at most `limit` tokens; None
+    if there is none, or only behind an end of sequence.
+
+    Every position is drafted, the first one behind `ids` too: drafting begins at the last of them.
+    Where all of a path was right, it goes on from that path's last draft, not from the token that
+    the target added, which nothing was drafted for.
+    """
+    rule, draws, text = GreedyRule(), Draws(Sampling(), [torch.Generator(target.device)]), []
+    check_pairing(rule, drafter.law)
+    state = _begin(target, drafter, ids, limit)
+    while len(text) < limit:
+        tree = drafter.propose(state, drafter.default_budget)
+        verified = target.verify(tree, drafter.decoding_states)
+        accepted = rule(tree, verified, draws)
+        path, chosen = accepted.paths[0], int(accepted.next_B)
+        drafts = tree.tokens_BN[0, path[1:]].tolist()
+        below = tree.acceptable_BN[0] & (tree.parents_BN[0] == path[-1])
+        rejected = tree.tokens_BN[0, below].tolist()
+        text += drafts if drafts or rejected else [chosen]
+        if target.eos_ids & set(text) or len(text) >= limit:
+            return None
+        if rejected:
+            return Divergence(text, rejected, chosen)
+        # The last draft becomes the next root, and what the target says behind it is drafted too.
+        if drafts:
+            accepted = Accepted(accepted.path_BA[:, :len(drafts)], accepted.lengths_B - 1,
+                                tree.tokens_BN[:, path[-1]])
+        target.commit(accepted)
+        state = drafter.absorb(state, verified, accepted)
+    return None
+
+
+def _begin(target: Target, drafter: Drafter, ids: list[int], limit: int) -> DraftState:
+    """The target has read all ids but the last, which is the root of the first tree."""
+    assert len(ids) > 1, "a chat template leaves more than one token"
+    read = torch.tensor([ids[:-1]], device=target.device)
+    lengths_B = torch.tensor([len(ids) - 1], device=target.device)
+    target.open(1, len(ids) + limit + drafter.default_budget + 1)
+    _, states = target.prefill(read, lengths_B, drafter.decoding_states)
+    newest_B = torch.tensor(ids[-1:], device=target.device)
+    return drafter.start(Context(target, read, lengths_B, newest_B, states))
+
+
+def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int) -> Iterator[dict[str, Any]]:
+    """Labelled rows `{prompt, response, response_ids, spans}` for `data.labelled.labelled`, one per drafted token at each
+    mismatch. None where the target's own answer is cut at `limit` or holds no number.
+
+    Args:
+        target: whose answers they are.
+        drafter: what it is served by.
+        messages: the question.
+        limit: new tokens per answer.
+        most: mismatches looked at, from the beginning of the answer.
+    """
+    prompt, text = prompt_ids(messages, target.tokenizer), list[int]()
+    answer, = _answers(target, prompt, [text], limit)
+    for _ in range(most if answer else 0):
+        found = first_divergence(target, drafter, prompt + text, limit - len(text))
+        if found is None:
+            return
+        text = text + found.text
+        drafts = [token for token in found.drafted if token not in target.eos_ids]
+        said = _answers(target, prompt, [[*text, token] for token in drafts], limit)
+        for token, other in zip(drafts, said, strict=True):
+            if other is not None:
+                yield _row(target, messages, [*text, token], other == answer)
+        text = [*text, next((token for token, other in zip(drafts, said) if other == answer), found.chosen)]
+        if text[-1] in target.eos_ids:
+            return
+
+
+def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -> dict[str, Any]:
+    """The last token is what the label is about."""
+    return {"prompt": messages, "response": _written(target, ids), "response_ids": ids,
+            "spans": [[len(ids) - 1, len(ids), int(right)]]}
+
+
+def final_number(text: str) -> str | None:
+    """The last number of a text, without separators and without a fraction of zero; None if it has
+    none."""
+    found = _NUMBER.findall(text)
+    return plain_number(found[-1]) if found else None
+
+
+def _answers(target: Target, prompt: list[int], texts: list[list[int]], limit: int) -> list[str | None]:
+    """The final number when the target goes on greedily from each of some texts of one length; empty if it ends without
+    one, None if it is cut at `limit`."""
+    if not texts or len(texts[0]) >= limit:
+        return [None] * len(texts)
+    traces = SpeculativeDecoder(target).decode([prompt + text for text in texts], Sampling(), limit - len(texts[0]))
+    return [(final_number(_written(target, text + trace.ids)) or "") if trace.ids[-1] in target.eos_ids else None
+            for text, trace in zip(texts, traces, strict=True)]
+
+
+def _written(target: Target, ids: list[int]) -> str:
+    return target.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,327 @@
+"""Rows of local files and Hub data sets, whatever their kind, and what was left out of them.
+
+A row that cannot be read is counted by its reason and passed over; a file that cannot be read ends
+the run. Half of a surrogate pair (an emoji that was cut in two) becomes U+FFFD, because no
+tokenizer and no UTF-8 file can hold it.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+EMBEDDED_ANSWERS = Path(__file__).parent.parent / "prompts" / "answers.jsonl.gz"
+KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+LONGEST_LINE = 16 * 2**20
+"""Bytes of a line, and characters of a text, that are read at most."""
+REPLACED = "half of a surrogate pair became U+FFFD"
+_BOM = b"\xef\xbb\xbf"
+_SUSPICIOUS = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+class Skipped(ValueError):
+    """A row that cannot be used; the message is the reason it is counted under."""
+
+
+class Place(NamedTuple):
+    """Where a row stands: line or row `number`, from 1, of `source`."""
+
+    source: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"{self.source!r} {self.unit} {self.number}"
+
+    @property
+    def short(self) -> str:
+        """Without folders, as provenance keeps it."""
+        return f"{Path(self.source).name} {self.unit} {self.number}"
+
+
+class Row(NamedTuple):
+    """What a row holds, and where it stands."""
+
+    place: Place
+    content: dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """How many rows were left out, and how many changed, for each reason, and where it was first.
+
+    word: what is counted. A reason of several rows is worded alike, so that it is counted once.
+    """
+
+    word: str = "row"
+    skipped: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    first: dict[str, Place] = field(default_factory=dict)
+
+    def skip(self, reason: str, place: Place | None = None) -> None:
+        """Count a row that is left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self._note(reason, place)
+
+    def change(self, reason: str, place: Place | None = None, count: int = 1) -> None:
+        """Count a row, or `count` parts of one, that is not used as it stands."""
+        self.changed[reason] = self.changed.get(reason, 0) + count
+        self._note(reason, place)
+
+    def _note(self, reason: str, place: Place | None) -> None:
+        if place is not None:
+            self.first.setdefault(reason, place)
+
+    def lines(self) -> list[str]:
+        """One line per reason."""
+        return [f"{verb} {count} {self.word}{'s' * (count != 1)}: {self._said(reason)}"
+                for verb, counts in (("skipped", self.skipped), ("changed", self.changed))
+                for reason, count in counts.items()]
+
+    def _said(self, reason: str) -> str:
+        return reason + (f" (first: {self.first[reason]})" if reason in self.first else "")
+
+    def reasons(self) -> str:
+        """Why rows were left out, in one line."""
+        return "; ".join(f"{count} × {self._said(reason)}"
+                         for reason, count in self.skipped.items()) or "it is empty"
+
+    def log(self) -> None:
+        """Warn with a line per reason."""
+        for line in self.lines():
+            logger.warning("%s", line)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Reason to `count` and `first`, for provenance and reports; empty if nothing was found."""
+        return {reason: {"count": count} | ({"first": self.first[reason].short}
+                                            if reason in self.first else {})
+                for counts in (self.skipped, self.changed) for reason, count in counts.items()}
+
+
+def clean(value: Any) -> Any:
+    """JSON data with U+FFFD for lone surrogates, in keys too; two halves in a row become one
+    character again."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace")
+    if isinstance(value, list):
+        return [clean(one) for one in value]
+    return ({clean(key): clean(one) for key, one in value.items()} if isinstance(value, dict)
+            else value)
+
+
+# -- sources --------------------------------------------------------------------------------------
+
+
+def local_files(source: str) -> list[Path] | None:
+    """The files that `source` names, by itself or as a pattern; None for a Hub data set.
+
+    Raises:
+        ValueError: there is none, or one is of an unknown kind.
+    """
+    if source == EMBEDDED:
+        return [EMBEDDED_ANSWERS]
+    path = Path(source)
+    if glob.has_magic(source) and not path.exists():
+        found = [one for one in map(Path, sorted(glob.glob(source))) if one.is_file()]
+        if not found:
+            raise ValueError(f"no data file matches {source!r}: check the path")
+        return [_known(one) for one in found]
+    if path.name.endswith(KINDS) and not path.is_file():
+        raise ValueError(f"data file {source!r} does not exist: check the path")
+    return [_known(path)] if path.is_file() else None
+
+
+def _known(path: Path) -> Path:
+    if not path.name.endswith(KINDS):
+        raise ValueError(f"data file {str(path)!r} is of an unknown kind: use {', '.join(KINDS)}")
+    return path
+
+
+def read_rows(source: str, split: str = "train", streaming: bool = False,
+              tally: Tally | None = None) -> Iterator[Row]:
+    """Rows of files or of a Hub data set, one after the other as they are asked for.
+
+    Args:
+        source: a file of one of `KINDS`, a pattern of such (`answers/*.jsonl`), a Hub data set
+            (`owner/name`, `owner/name:config`), or `embedded` (the answers that come with this
+            package). A `.json` file holds an array of rows or, as `.jsonl`, a row per line.
+        split: split of a Hub data set.
+        streaming: whether a Hub data set is downloaded no further than it is read.
+        tally: counts rows that are left out; without one, the first of them ends it.
+
+    Raises:
+        ValueError: no such file or data set, one that cannot be read or decoded, or, without a
+            tally, a row that is not JSON or not an object.
+    """
+    files = local_files(source)
+    if files is None:
+        yield from _hub_rows(source, split, streaming)
+        return
+    for path in files:
+        try:
+            yield from (_parquet_rows if path.suffix == ".parquet" else _json_rows)(path, tally)
+        except OSError as error:
+            raise ValueError(f"data file {str(path)!r} cannot be read: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one file, as `read_rows` without a tally."""
+    return (row.content for row in read_rows(str(path)))
+
+
+def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
+    packed = path.suffix == ".gz"
+    number = 0
+    try:
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+            if file.peek(256).lstrip(_BOM + b" \t\r\n").startswith(b"["):
+                yield from _array_rows(path, file.read(), tally)
+                return
+            for number, line in _lines(file):
+                row = _row(Place(str(path), "line", number), line, tally)
+                if row is not None:
+                    yield row
+    except gzip.BadGzipFile:
+        raise ValueError(f"data file {str(path)!r} is not a gzip file, or a damaged one: fetch it "
+                         "again, or name it without .gz") from None
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"data file {str(path)!r} is cut off or damaged behind line {number} "
+                         f"({error}): fetch it again") from None
+
+
+def _lines(file: gzip.GzipFile | BufferedReader) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that are not blank, with their numbers; None for one that is too long."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
+            if line.strip():
+                yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+        yield number, None
+
+
+def _row(place: Place, line: bytes | None, tally: Tally | None) -> Row | None:
+    """A row of its line; None if it is left out."""
+    try:
+        if line is None:
+            raise Skipped(f"the line is longer than {LONGEST_LINE >> 20} MiB")
+        text = _decoded(line, place)
+        content = _object(_loaded(text))
+    except Skipped as reason:
+        if tally is None:
+            raise ValueError(f"{place}: {reason}") from None
+        tally.skip(str(reason), place)
+        return None
+    return _cleaned(Row(place, content), tally) if _SUSPICIOUS.search(text) else Row(place, content)
+
+
+def _cleaned(row: Row, tally: Tally | None) -> Row:
+    content = clean(row.content)
+    if tally is not None and content != row.content:
+        tally.change(REPLACED, row.place)
+    return Row(row.place, content)
+
+
+def _decoded(line: bytes, place: Place) -> str:
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{place}: the file is UTF-16: save it as UTF-8")
+    try:
+        return line.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): "
+                         "save the file as UTF-8") from None
+
+
+def _loaded(text: str) -> Any:
+    """JSON data. Skipped: it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Skipped(f"not JSON ({error.msg})") from None
+    except RecursionError:
+        raise Skipped("JSON that is nested too deeply") from None
+    except ValueError:  # a number of thousands of digits
+        raise Skipped("JSON with a number that is too long") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Skipped(f"the row is {kind(value)}, expected a JSON object")
+    return value
+
+
+def _array_rows(path: Path, content: bytes, tally: Tally | None) -> Iterator[Row]:
+    text = _decoded(content.removeprefix(_BOM), Place(str(path), "line", 1))
+    try:
+        rows = _loaded(text)
+    except Skipped as reason:
+        raise ValueError(f"data file {str(path)!r} begins as a JSON array, but is {reason}: write "
+                         "one array of rows, or one row per line") from None
+    for number, one in enumerate(rows, 1):
+        place = Place(str(path), "row", number)
+        try:
+            row = Row(place, _object(one))
+        except Skipped as reason:
+            if tally is None:
+                raise ValueError(f"{place}: {reason}") from None
+            tally.skip(str(reason), place)
+            continue
+        yield _cleaned(row, tally)
+
+
+def _parquet_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(Place(str(path), "row", number), row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"data file {str(path)!r} is no Parquet file, or a damaged one "
+                         f"(behind row {number}): {reason}") from None
+
+
+def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, _, config = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        for number, row in enumerate(loaded, 1):
+            yield Row(Place(source, "row", number), dict(row))
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"data set {source!r} (split {split!r}) is neither a file nor loadable: "
+                         f"{reason}") from error
+
+
+def kind(value: Any) -> str:
+    """What a value is, for messages."""
+    names = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"),
+             (dict, "an object"), (bytes, "bytes"), (type(None), "null"))
+    return next((name for one, name in names if isinstance(value, one)), type(value).__name__)

@@ -1,0 +1,1 @@
+"""Rows of an evaluation: drafters with builders and rules, and the baselines."""

@@ -1,0 +1,52 @@
+"""The same rows at several temperatures and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from eval.methods.rows import Row
+from modules.contracts.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+
+
+def vary(rows: Sequence[Row], samplings: Sequence[Sampling], batch_sizes: Sequence[int]) -> list[Row]:
+    """Rows of the first sampling and batch size under their own names, then the others, named after theirs.
+
+    A row with a temperature of its own keeps it. A decoder that takes one prompt at a time is left out of batches.
+
+    Args:
+        rows: as `eval.methods.rows.build_rows` makes them, for the first sampling.
+        samplings: at least one.
+        batch_sizes: ascending, at least one.
+
+    Raises:
+        ValueError: a rule that cannot be used at one of the temperatures.
+    """
+    found = {row.name: replace(row, batch_size=batch_sizes[0]) for row in rows}
+    for sampling in samplings[1:]:
+        for row in (row for row in rows if row.sampling == rows[0].sampling):
+            warmer = at_temperature(replace(row, batch_size=batch_sizes[0]), sampling)
+            found.setdefault(warmer.name, warmer)
+    batched = [row for row in found.values() if getattr(row.decoder, "batched", True)]
+    return [*found.values(), *(in_batches(row, size) for size in batch_sizes[1:] for row in batched)]
+
+
+def at_temperature(row: Row, sampling: Sampling) -> Row:
+    """The row with another sampling, against the baseline of the same sampling."""
+    suffix = f" at {sampling.temperature:g}"
+    changed = replace(row, name=row.name + suffix, baseline=row.baseline + suffix, sampling=sampling)
+    if not isinstance(row.decoder, SpeculativeDecoder):
+        return changed
+    rule = row.decoder.rule_for(sampling)
+    if rule.name == "greedy" and sampling.temperature > 0:
+        raise ValueError(f"methods: {row.name}: rule 'greedy' does not sample at temperature {sampling.temperature:g}: "
+                         "leave `rule` out, or give the method a `temperature` of 0")
+    return replace(changed, rule=rule.name, claims_lossless=rule.lossless)
+
+
+def in_batches(row: Row, size: int) -> Row:
+    """The row with `size` prompts at once; its tokens must still be those of the baseline in the smallest batch."""
+    suffix = f", {size} at once"
+    return replace(row, name=row.name + suffix, baseline=row.baseline + suffix, batch_size=size,
+                   yardstick=row.baseline)

@@ -1,0 +1,174 @@
+"""The `quality` of a method in the report: scores of its answers, and what the target itself thinks of them.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from eval.methods.rows import Row
+from eval.metrics.losslessness import teacher_forced_logits
+from eval.run.journal import Record
+from eval.tasks.answer_checks import RUNS_CODE, Check, common_prefix, paired_outcome, score
+from eval.tasks.programs import isolation
+from modules.target.target import Target
+
+Quality = Literal["lossy", "all", "none"]
+Answers = Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which answers are scored, and how.
+
+    which: `lossy` rows and the plain decoding that they are compared with, `all` rows, or `none`. checks: by prompt.
+    run_code: whether programs that the model wrote may run.
+    """
+
+    which: Quality = "lossy"
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    run_code: bool = False
+
+    @property
+    def usable(self) -> dict[str, Check]:
+        """The checks that may run."""
+        return {name: check for name, check in self.checks.items() if self.run_code or check.metric not in RUNS_CODE}
+
+    def chosen(self, rows: Sequence[Row]) -> set[str]:
+        """Names of the rows whose quality is measured."""
+        if self.which == "all":
+            return {row.name for row in rows}
+        lossy = [row for row in rows if not row.claims_lossless] if self.which == "lossy" else []
+        return {name for row in lossy for name in (row.name, row.baseline)}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the target thinks of an answer: the sums over its tokens of their log probability at temperature 1, and of
+    whether each was its first choice."""
+
+    likelihood: float
+    first_choices: float
+    tokens: int
+
+
+def agreements(target: Target, answers: Answers) -> dict[str, Agreement]:
+    """Of every answer that has a token, by prompt; one pass of the target each."""
+    return {prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids}
+
+
+def _agreement(target: Target, answer: Record) -> Agreement:
+    logits_TV = teacher_forced_logits(target, answer.prompt_ids, answer.trace.ids)
+    ids_T = torch.tensor(answer.trace.ids)
+    likelihood = logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).double().sum()
+    return Agreement(float(likelihood), float((logits_TV.argmax(-1) == ids_T).sum()), len(ids_T))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row's answers, and the target's agreement with them."""
+
+    answers: Answers
+    agreements: Mapping[str, Agreement]
+
+
+def quality_figures(target: Target, own: Answered, plain: Answered, checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Scores by metric against plain decoding's, and agreement with the target.
+
+    target_log_likelihood: mean natural log probability, at temperature 1, that the target gives to an emitted token.
+    likelihood_against_plain: the mean of each answer, less that of plain decoding's answer to the same prompt.
+    argmax_share: of the emitted tokens that are the target's first choice after what was emitted before.
+    common_prefix: mean share of plain decoding's answer before the first difference.
+    """
+    found: dict[str, Any] = {**_likelihoods(own.agreements, plain.agreements), "common_prefix": fmean(
+        common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids) for prompt, answer in own.answers.items())}
+    found |= _scored(target, own.answers, plain.answers, checks)
+    return found
+
+
+def _likelihoods(own: Mapping[str, Agreement], plain: Mapping[str, Agreement]) -> dict[str, Any]:
+    tokens = sum(one.tokens for one in own.values())
+    if not tokens:
+        return {"target_log_likelihood": None, "argmax_share": None}
+    both = [prompt for prompt in own if prompt in plain]
+    means, others = ([each[prompt].likelihood / each[prompt].tokens for prompt in both] for each in (own, plain))
+    return {"target_log_likelihood": sum(one.likelihood for one in own.values()) / tokens,
+            "likelihood_against_plain": paired_outcome(means, others) if both else None,
+            "argmax_share": sum(one.first_choices for one in own.values()) / tokens}
+
+
+def _scored(target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for metric in dict.fromkeys(check.metric for check in checks.values()):
+        asked = [prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric]
+        if asked:
+            own, other = ([score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
+                          for each in (answers, plain))
+            found[metric] = {"mean": fmean(own), "prompts": len(asked), **paired_outcome(own, other)}
+            if metric in RUNS_CODE:
+                found[metric]["programs_ran_in"] = isolation()
+    return found
+
+
+def _text(target: Target, answer: Record) -> str:
+    return target.tokenizer.decode(answer.trace.ids, skip_special_tokens=True)
+
+
+METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "pass_at_1": "pass@1"}
+
+
+def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the methods whose quality was measured; no lines where none was."""
+    measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
+    metrics = [name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)]
+    header = ["method", *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics), "log likelihood per token",
+              "against plain decoding (win/tie/loss)", "target's first choice", "same beginning"]
+    return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
+                     *_agreement_cells(method["quality"])] for method in measured]
+
+
+def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How programs that methods wrote were kept apart, if any ran."""
+    places = {method["quality"][name]["programs_ran_in"] for method in methods for name in METRIC_NAMES
+              if isinstance(method["quality"].get(name), Mapping) and "programs_ran_in" in method["quality"][name]}
+    return [f"programs for pass@1 ran in: {place}" for place in sorted(places)]
+
+
+def _score_cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    return f"{entry['mean']:.3f} ({entry['win']}/{entry['tie']}/{entry['loss']}: {entry['verdict']})"
+
+
+def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
+    values = [quality[key] for key in ("target_log_likelihood", "argmax_share", "common_prefix")]
+    cells = ["–" if value is None else f"{value:.3f}" for value in values]
+    return [cells[0], _difference_cell(quality.get("likelihood_against_plain")), *cells[1:]]
+
+
+def _difference_cell(entry: Mapping[str, Any] | None) -> str:
+    """The mean difference, its interval, the verdict, and on how many prompts it was better, the same and worse."""
+    if entry is None:
+        return "–"
+    bounds = "" if entry["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*entry["ci95"])
+    counts = "/".join(str(entry[kind]) for kind in ("win", "tie", "loss"))
+    return f"{entry['difference']:+.3f}{bounds}: {entry['verdict']} ({counts})"
+
+
+def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Per negative control (`Method.control`): whether the target's log likelihood separates it from plain decoding.
+
+    Where it does not, the measure cannot separate bad answers from good ones on these prompts.
+    """
+    found = [(method["name"], method["quality"]["likelihood_against_plain"]) for method in methods
+             if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")]
+    return [f"control: {name} is {'found worse' if entry['verdict'] == 'loss' else 'NOT found worse'} than plain "
+            f"decoding, log likelihood per token {_difference_cell(entry)}"
+            + ("" if entry["verdict"] == "loss" else "; do not rely on the quality figures, ask more prompts")
+            for name, entry in found]

@@ -1,0 +1,174 @@
+"""`report.html`: one page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from eval.metrics.speed_model import explanations, is_baseline
+from eval.report import plots
+from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.markdown import (
+    COLUMNS,
+    HALF,
+    READING,
+    caption,
+    cells,
+    drafting_table,
+    export_lines,
+    failures,
+    half_table,
+    noise_lines,
+)
+from eval.tasks.contamination import overlap_lines
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; color: var(--ink); background: #fff;
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 60rem; } .quiet { color: var(--quiet); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; font-size: .85rem; } td:first-child, th:first-child { text-align: left; }
+tr.bad td { color: #b3261e; background: #fdf1f0; } .alarm { color: #b3261e; font-weight: 600; }
+svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
+.pair > figure { flex: 1 1 24rem; } figure { margin: 0; }
+.lines { white-space: pre-line; }
+.answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; }
+.answer mark { background: #d5ebf7; color: inherit; border-radius: 2px; box-shadow: inset 0 -2px 0 #8cc4e4; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to show: pieces of text, each with whether it was an accepted draft. Embedded prompts only."""
+
+    method: str
+    question: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+def page(report: Mapping[str, Any], sample: Sample | None) -> str:
+    """The whole page."""
+    measured = [method for method in report["methods"] if not is_baseline(method)]
+    return "\n".join([
+        '<!doctype html>', '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>Slipstream evaluation</title>",
+        f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
+        f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
+        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>'
+          for line in (*noise_lines(report), *export_lines(report["methods"]))),
+        *_pictures(report["methods"], measured), *_halves(report["methods"]), *_qualities(report["methods"]),
+        *_drafting(report["methods"]),
+        *_predictions(report["methods"]), *_sample(sample),
+        *_overlaps(report["methods"]),
+        f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
+
+
+def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
+    return (f'<p class="alarm">{escape(name)} promises the autoregressive row’s tokens and gave others.</p>'
+            for name in failures(report))
+
+
+def main_table(report: Mapping[str, Any]) -> str:
+    """All methods, one line each."""
+    return table(COLUMNS, [cells(method) for method in report["methods"]], set(failures(report)))
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection[str] = ()) -> str:
+    """An HTML table; lines whose first cell is among `bad` are marked."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in header)
+    body = "".join(f'<tr{" class=bad" if line[0] in bad else ""}>'
+                   + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _halves(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = half_table(methods)
+    if lines:
+        yield f"<h2>{HALF}</h2>" + table(header, lines)
+
+
+def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = quality_table(methods)
+    if lines:
+        yield "<h2>Quality of answers</h2>" + table(header, lines)
+        told = (*control_lines(methods), *program_lines(methods))
+        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in told)
+        if plots.relaxed(methods):
+            yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
+                f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"
+
+
+def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = drafting_table(methods)
+    if lines:
+        yield "<h2>Drafting</h2>" + table(header, lines)
+
+
+def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    shown = plots.fastest(measured)
+    left_out = f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
+    if measured:
+        yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(shown)}</figure>{left_out}"
+    yield '<div class="pair">'
+    if any(method["acceptance_by_depth"] for method in shown):
+        yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(shown)}</figure>"
+    if any(len(method["accepted_length_histogram"] or ()) > 1 for method in shown):
+        yield f"<figure><h2>Drafts accepted by a call</h2>{plots.accepted_lengths(shown)}</figure>"
+    for key, words in (("batch_size", "batch size"), ("temperature", "temperature")):
+        if plots.series(measured, key):
+            yield f"<figure><h2>Speedup against {words}</h2>{plots.speedup_against(measured, key)}</figure>"
+    yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
+
+
+def _predictions(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    lines = explanations(methods)
+    if lines:
+        yield "<h2>Predicted and measured</h2>"
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _overlaps(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    lines = overlap_lines(methods)
+    if lines:
+        yield "<h2>Prompts in the training data</h2>"
+        yield from (f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _sample(sample: Sample | None) -> Iterable[str]:
+    if sample is None:
+        return
+    share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(1, sum(len(t) for t, _ in sample.pieces))
+    yield f'<h2>A sample answer</h2><p class="lines">{escape(sample.question)}</p>'
+    yield f'<p class="quiet">{escape(sample.method)}; shaded: drafted and accepted, {share:.0%} of the text.</p>'
+    yield f'<div class="answer">{shaded(sample.pieces)}</div>'
+
+
+def shaded(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Text with the drafted pieces marked; neighbouring drafts share one mark."""
+    parts, open_mark = [], False
+    for text, drafted in pieces:
+        if drafted != open_mark:
+            parts.append("<mark>" if drafted else "</mark>")
+            open_mark = drafted
+        parts.append(escape(text))
+    return "".join(parts) + ("</mark>" if open_mark else "")
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    environment, settings = report["environment"], report["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    facts = {"device": environment["device"], "system": environment["system"], "packages": packages,
+             "revision": environment["git_revision"] or "unknown", "command": environment["command"],
+             **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
+             "targets": ", ".join(f"{one['name']} {one['fingerprint']}" for one in report["targets"])}
+    entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    return f"<h2>Settings</h2><dl>{entries}</dl>"

@@ -1,0 +1,1 @@
+"""Running all rows interleaved; journals; several processes."""

@@ -1,0 +1,233 @@
+"""Measuring rows side by side: every prompt goes through every row before the next prompt, in rotating order.
+
+Drift of the machine then falls on all rows alike. The autoregressive rows run twice per prompt, and how far their two
+runs differ is the noise of the measurement.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from data.conversations import check_ids, prompt_ids
+from data.reading.files import Skipped
+from data.reading.rows import Message
+from eval.methods.rows import Row
+from eval.run.journal import Journal, Record
+from eval.tasks.tasks import Prompt, Task
+from modules.decoding.decoder import Decoder, SpeculativeDecoder, Trace
+from modules.target.target import Target
+
+WARM_UP_TOKENS = 8
+SEEDS_PER_PROMPT = 1000
+"""Sampling seeds of neighbouring prompts lie this far apart (a batch uses one per sequence)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Prompts that are decoded as one batch.
+
+    number: counts units, and rotates the rows. index: the same within one pass, and decides the sampling seed.
+    """
+
+    number: int
+    index: int
+    repeat: int
+    task: str
+    prompts: tuple[Prompt, ...]
+    batch_size: int = 1
+
+    @property
+    def key(self) -> str:
+        """What the journal calls it."""
+        size = f"{self.batch_size}x" if self.batch_size > 1 else ""
+        return f"{size}{self.repeat}:" + "|".join(prompt.id for prompt in self.prompts)
+
+
+def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
+    """All batches of all passes. Tasks take turns, so that an early stop leaves no task out."""
+    batches = [[task.prompts[i:i + batch_size] for i in range(0, len(task.prompts), batch_size)] for task in tasks]
+    rounds = range(max((len(batch) for batch in batches), default=0))
+    mixed = [(task.name, batch[i]) for i in rounds for task, batch in zip(tasks, batches) if i < len(batch)]
+    return [Unit(repeat * len(mixed) + i, i, repeat, name, prompts, batch_size)
+            for repeat in range(repeats) for i, (name, prompts) in enumerate(mixed)]
+
+
+@dataclass
+class Harness:
+    """Runs rows over units.
+
+    Args:
+        rows: autoregressive rows first; every row's `baseline` is among them.
+        max_new_tokens: per answer.
+        seed: of sampling; each prompt has its own, the same for all rows and passes.
+        finished: called after each unit (a progress bar).
+    """
+
+    rows: Sequence[Row]
+    max_new_tokens: int
+    seed: int = 0
+    finished: Callable[[Unit], None] = lambda unit: None
+
+    def __post_init__(self) -> None:
+        """Nothing has been decoded."""
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Every drafter that learns begins as it was made: rows, passes and batch sizes are asked the same prompts, and
+        none may know the answers from another."""
+        self._decoders: dict[str, Decoder] = {
+            row.name: row.decoder.fresh() if isinstance(row.decoder, SpeculativeDecoder) else row.decoder
+            for row in self.rows}
+
+    def run(self, work: Sequence[Unit], journal: Journal) -> list[Record]:
+        """Measure every unit that the journal does not hold yet; returns all records.
+
+        Raises:
+            ValueError: a row returns another number of answers than there are prompts.
+        """
+        for unit in work:
+            if unit.key in journal.done and not self.whole(unit, journal.done[unit.key]):
+                journal.drop(unit.key)
+        waiting = [unit for unit in work if unit.key not in journal.done]
+        if waiting:
+            self.warm_up(waiting[0])
+        repeat = None
+        for unit in work:
+            if unit.repeat != repeat:
+                self.begin_pass()
+                repeat = unit.repeat
+            if unit.key not in journal.done:
+                journal.add(unit.key, list(self.measure(unit)))
+            self.finished(unit)
+        return [record for unit in work for record in journal.done[unit.key]]
+
+    def whole(self, unit: Unit, records: Sequence[Record]) -> bool:
+        """Whether these are all answers of a unit: every row's to every turn, baselines' twice."""
+        present = Counter((record.row, record.prompt, record.again, record.repeat, record.task)
+                          for record in records)
+        expected = Counter((row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
+                         for row, again in self.schedule(0) for prompt in unit.prompts
+                         for turn in range(len(prompt.turns)))
+        return present == expected
+
+    def warm_up(self, unit: Unit) -> None:
+        """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""
+        for row in self.rows:
+            ids = [render(prompt, [], row.target) for prompt in unit.prompts]
+            self._decoders[row.name].decode(ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
+
+    def schedule(self, number: int) -> list[tuple[Row, bool]]:
+        """Rows in the order of one unit, each with whether it is the second run of a baseline."""
+        runs = [(row, False) for row in self.rows] + [(row, True) for row in self.rows if row.baseline == row.name]
+        start = number % len(runs)
+        return runs[start:] + runs[:start]
+
+    def measure(self, unit: Unit) -> Iterator[Record]:
+        """All rows on all turns of a batch. A later turn follows the answers of the row's autoregressive baseline,
+        so that every row is asked the same.
+        """
+        answers: dict[str, list[list[str]]] = {row.name: [[] for _ in unit.prompts] for row in self.rows}
+        for turn in range(max(len(prompt.turns) for prompt in unit.prompts)):
+            asked = [i for i, prompt in enumerate(unit.prompts) if turn < len(prompt.turns)]
+            records = [record for row, again in self.schedule(unit.number)
+                       for record in self._answers(unit, turn, asked, row, again, answers[row.baseline])]
+            yield from records
+            self._remember(records, asked, answers)
+
+    def _answers(self, unit: Unit, turn: int, asked: list[int], row: Row, again: bool, said: list[list[str]]
+                 ) -> list[Record]:
+        prompts = [render(unit.prompts[i], said[i], row.target) for i in asked]
+        sampling = replace(row.sampling, seed=self.seed + SEEDS_PER_PROMPT * unit.index)
+        forget_peak(row.target)
+        traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
+        if len(traces) != len(prompts):
+            raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
+        peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)
+        names = [_turn_name(unit.prompts[i], turn) for i in asked]
+        return [Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
+                for name, ids, trace in zip(names, prompts, share(traces))]
+
+    def _remember(self, records: Sequence[Record], asked: list[int], answers: dict[str, list[list[str]]]) -> None:
+        for row in self.rows:
+            if row.baseline == row.name:
+                own = [record for record in records if record.row == row.name and not record.again]
+                for i, record in zip(asked, own):
+                    answers[row.name][i].append(row.target.tokenizer.decode(record.trace.ids, skip_special_tokens=True))
+
+
+def _turn_name(prompt: Prompt, turn: int) -> str:
+    """What records call a turn of a prompt."""
+    return prompt.id + (f"#{turn + 1}" if turn else "")
+
+
+def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
+    """Token ids of a conversation up to the next answer: the turns so far with the answers between them."""
+    messages: list[Message] = []
+    for question, answer in zip(prompt.turns, answers):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return prompt_ids([*messages, {"role": "user", "content": prompt.turns[len(answers)]}], target.tokenizer)
+
+
+def share(traces: Sequence[Trace]) -> list[Trace]:
+    """Traces of one batch, each with its share of the seconds that the whole batch took, until its last answer ended.
+
+    Summed over a batch they are its time on the clock, so tokens over seconds is throughput. The wait for the first
+    token is everybody's.
+    """
+    longest = max(traces, key=lambda trace: sum(trace.seconds.values())).seconds
+    equal = {phase: seconds / len(traces) for phase, seconds in longest.items()}
+    return [replace(trace, seconds=equal) for trace in traces]
+
+
+def fitting(tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int) -> tuple[list[Task], list[str]]:
+    """Tasks without the prompts whose turns cannot fit the context, and the ids of those.
+
+    Raises:
+        ValueError: no prompt fits, or one cannot be rendered, or not be read by the target.
+    """
+    widest = max((row.budget or 0) for row in rows)
+    room = min(row.target.max_positions for row in rows) - widest
+    long = [prompt.id for task in tasks for prompt in task.prompts
+            if len(readable(prompt, rows[0].target)) + max_new_tokens * len(prompt.turns) > room]
+    kept = [Task(task.name, tuple(p for p in task.prompts if p.id not in set(long))) for task in tasks]
+    kept = [task for task in kept if task.prompts]
+    if not kept:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: no prompt fits the context of {room} tokens: lower it")
+    return kept, long
+
+
+def readable(prompt: Prompt, target: Target) -> list[int]:
+    """Token ids of all turns as one question. ValueError: the chat template refuses them, or some token lies beyond
+    the target's vocabulary."""
+    try:
+        ids = render(whole(prompt), [], target)
+        check_ids(ids, target.tokenizer, target.shape.vocab_size)
+    except Skipped as reason:
+        raise ValueError(f"prompt {prompt.id!r}: {reason}: leave it out") from None
+    return ids
+
+
+def whole(prompt: Prompt) -> Prompt:
+    """All turns as one question: about as long as the whole conversation without its answers."""
+    return replace(prompt, turns=("\n".join(prompt.turns),))
+
+
+def forget_peak(target: Target) -> None:
+    """Start the device's peak memory anew (the CPU's cannot be)."""
+    if target.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target.device)
+
+
+def peak_memory(target: Target) -> int:
+    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has ever held. A decoder
+    with a process of its own reports its own peak (`peak_memory`)."""
+    if target.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(target.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,89 @@
+"""What a resumed evaluation must share with the one that its journal is of.
+
+The header of a journal holds digests of all that decides a record, by name, so that a refusal can
+say what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from checkpoints.provenance import package_versions
+from eval.methods.digests import digest, plain
+from eval.methods.rows import Method, Row
+from eval.run.harness import render
+from eval.tasks.tasks import Task
+
+FORMAT = 2
+"""Of a journal; 1 had no digests."""
+
+
+def questions(tasks: Sequence[Task]) -> dict[str, str]:
+    """A digest of every prompt by its id: what is asked, how the answer is scored, and its place,
+    which decides its seed and its batch."""
+    prompts = [prompt for task in tasks for prompt in task.prompts]
+    return {prompt.id: digest([place, asdict(prompt)]) for place, prompt in enumerate(prompts)}
+
+
+def known_before(
+    settings: Mapping[str, Any], methods: Sequence[Method], tasks: Sequence[Task], device: str
+) -> dict[str, Any]:
+    """The part of a header that needs neither the target nor a drafter.
+
+    Args:
+        settings: of the evaluation, as in the report.
+        methods: its rows.
+        tasks: all prompts.
+        device: what it is measured on.
+    """
+    named = {method.label: asdict(method) for method in methods}
+    return plain(
+        {
+            "format": FORMAT,
+            **settings,
+            "device": device,
+            "packages": package_versions(),
+            "method": named,
+            "prompt": questions(tasks),
+        }
+    )
+
+
+def known_loaded(rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, Any]:
+    """The rest of a header: what was loaded, and the prompts as its chat template renders them."""
+    asked = [render(prompt, [], rows[0].target) for task in tasks for prompt in task.prompts]
+    parts: dict[int, str] = {}
+    identities = {row.name: identify(row, parts) for row in rows}
+    return plain({"row": identities, "rendered_prompts": digest(asked)})
+
+
+def identify(row: Row, parts: dict[int, str] | None = None) -> dict[str, Any]:
+    """What makes a row the same row: its settings, and the state of all that it decodes with.
+
+    `parts` keeps digests by the object's id: rows at other temperatures and batch sizes share them.
+    """
+    target, parts = row.target, {} if parts is None else parts
+    for _, part in _parts(row):
+        if id(part) not in parts:
+            parts[id(part)] = digest(part)
+    return {
+        "target": target.fingerprint(),
+        "dtype": str(target.dtype),
+        "ends": sorted(target.eos_ids),
+        "engine": row.engine,
+        "rule": row.rule,
+        "builder": row.builder,
+        "budget": row.budget,
+        "sampling": asdict(row.sampling),
+        "batch_size": row.batch_size,
+        **{name: parts[id(part)] for name, part in _parts(row)},
+    }
+
+
+def _parts(row: Row) -> Iterator[tuple[str, Any]]:
+    """A decoder's drafter, assistant, rule, … by name: all that has a state but the target."""
+    for name, part in sorted(vars(row.decoder).items()):
+        if part is not row.target and not name.startswith("_") and hasattr(part, "__dict__"):
+            yield name, part

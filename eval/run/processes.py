@@ -1,0 +1,95 @@
+"""One evaluation split over several processes or GPUs, as `torchrun` starts them, with one report.
+
+    torchrun --nproc_per_node 4 eval.py --config eval/spec_bench.yaml --drafters runs/clover
+
+Every process measures all rows on its share of the prompts, so that a prompt's rows still follow each other on one
+device; the first process puts the records together in the order that one process would have had. What decides tokens
+(the prompts of a batch, their seeds, the budgets) does not depend on the number of processes. Drafters that learn from
+prompt to prompt learn from their own process's prompts alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from eval.run.journal import written_journals
+
+Item = TypeVar("Item")
+_PATIENCE = timedelta(days=7)
+"""Shares take unequal time, and the last process is waited for."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of an evaluation this process does: its `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the report and speaks."""
+        return self.rank == 0
+
+    def of(self, work: Sequence[Item]) -> list[Item]:
+        """This process's part of the work: every `count`-th piece."""
+        return list(work[self.rank::self.count])
+
+    def journal(self, path: Path, resume: bool) -> Path:
+        """Where this process writes what it measures.
+
+        Raises:
+            ValueError: what is to be resumed was shared out among another number of processes.
+        """
+        mine = path if self.count == 1 else path.with_name(f"{path.stem}.{self.rank}of{self.count}{path.suffix}")
+        others = written_journals(path)
+        if resume and others and not mine.is_file():
+            raise ValueError(f"--resume: {others[0]} was written by another number of processes than {self.count}: "
+                             "start as many as then, or add --overwrite instead of --resume")
+        return mine
+
+    def merged(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """All processes' entries together, in every process."""
+        if self.count == 1:
+            return dict(parts)
+        found: list[dict[str, Any]] = [{} for _ in range(self.count)]
+        distributed.all_gather_object(found, dict(parts))
+        return {key: value for part in found for key, value in part.items()}
+
+    def agreed(self, value: Item) -> Item:
+        """The first process's value, in every process."""
+        if self.count == 1:
+            return value
+        held: list[Any] = [value]
+        distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+
+@contextmanager
+def shared_out() -> Iterator[Share]:
+    """This process's share, by the environment that `torchrun` sets; the whole evaluation without it.
+
+    Raises:
+        ValueError: an environment that names some of the processes only.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Share()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE {count} is set without {missing[0]}: start several processes with `torchrun "
+                         f"--nproc_per_node {count} eval.py …`, or unset WORLD_SIZE")
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Share(distributed.get_rank(), count)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,131 @@
+"""Quality of answers, for methods that change them: pure functions of texts and scores.
+
+Shape legend: P prompts, S bootstrap samples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from eval.tasks.programs import passes
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_WORD = re.compile(r"[a-z0-9]+")
+_BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def final_number(text: str) -> float | None:
+    """The number behind `####` (GSM8K's mark of the answer), else the last number of the text; None without any."""
+    marked = text.rpartition("####")[2] if "####" in text else text
+    found = _NUMBER.findall(marked) or _NUMBER.findall(text)
+    if not found:
+        return None
+    chosen = found[0] if "####" in text and _NUMBER.findall(marked) else found[-1]
+    return float(chosen.replace(",", ""))
+
+
+def same_number(answer: str, solution: str) -> bool:
+    """Whether an answer ends in the solution's number (Cobbe et al. 2021, GSM8K)."""
+    given, wanted = final_number(answer), final_number(solution)
+    return given is not None and wanted is not None and abs(given - wanted) < 1e-6
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, lower case (Lin 2004, ROUGE-L with β = 1)."""
+    left, right = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
+    if not left or not right:
+        return 0.0
+    common = _common_subsequence(left, right)
+    return 2 * common / (len(left) + len(right))
+
+
+def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    row = [0] * (len(right) + 1)
+    for word in left:
+        diagonal = 0
+        for index, other in enumerate(right, 1):
+            diagonal, row[index] = row[index], diagonal + 1 if word == other else max(row[index], row[index - 1])
+    return row[-1]
+
+
+def program_of(answer: str, given: str, entry: str) -> str:
+    """The program that an answer means: the first code block, or else the whole text.
+
+    Code that defines `entry` stands behind what comes before that function in `given` (imports, helpers); any other
+    code continues `given`.
+    """
+    block = _BLOCK.search(answer)
+    code = block.group(1) if block else answer
+    start = f"def {entry}("
+    return f"{given.partition(start)[0]}\n{code}" if start in code else given + code
+
+
+# -- one answer, many answers ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Check:
+    """How an answer is scored.
+
+    metric: one of `SCORES`. reference: solution, summary or test. given: the code that a program continues. entry: name
+    of the function that is tested.
+    """
+
+    metric: str
+    reference: str
+    given: str = ""
+    entry: str = ""
+
+
+def _passes_its_test(answer: str, check: Check) -> float:
+    program = program_of(answer, check.given, check.entry)
+    return float(passes(program, f"{check.reference}\ncheck({check.entry})" if check.entry else check.reference))
+
+
+SCORES: dict[str, Callable[[str, Check], float]] = {
+    "exact_match": lambda answer, check: float(same_number(answer, check.reference)),
+    "rouge_l": lambda answer, check: rouge_l(answer, check.reference),
+    "pass_at_1": _passes_its_test,
+}
+"""Score in [0, 1] of an answer's text, by the metric's name."""
+RUNS_CODE = frozenset({"pass_at_1"})
+"""Metrics that execute what the model wrote."""
+
+
+@cache
+def score(answer: str, check: Check) -> float:
+    """An answer's score. The same answer to the same question is scored once."""
+    return SCORES[check.metric](answer, check)
+
+
+def paired_outcome(method: Sequence[float], plain: Sequence[float], samples: int = 2000, seed: int = 0,
+                   level: float = 0.95) -> dict[str, Any]:
+    """Wins, ties and losses of a method's scores against plain decoding's, prompt by prompt, and the mean difference
+    with its paired percentile bootstrap interval (Efron 1979; Koehn 2004 for text).
+
+    `verdict` is `win` or `loss` when the interval leaves 0 out, else `tie`; `ci95` is None below two prompts.
+    """
+    difference_P = np.asarray(method, dtype=np.float64) - np.asarray(plain, dtype=np.float64)
+    counts = {"win": int((difference_P > 0).sum()), "tie": int((difference_P == 0).sum()),
+              "loss": int((difference_P < 0).sum()), "difference": float(difference_P.mean())}
+    if len(difference_P) < 2:
+        return {**counts, "ci95": None, "verdict": "tie"}
+    drawn_SP = np.random.default_rng(seed).integers(len(difference_P), size=(samples, len(difference_P)))
+    low, high = np.quantile(difference_P[drawn_SP].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
+    return {**counts, "ci95": [float(low), float(high)], "verdict": verdict}
+
+
+def common_prefix(answer: Sequence[int], reference: Sequence[int]) -> float:
+    """Share of the reference's tokens that the answer repeats before it first differs; 1 for two empty answers."""
+    same = 0
+    for one, other in zip(answer, reference, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same / len(reference) if len(reference) else float(not len(answer))

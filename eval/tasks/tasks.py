@@ -1,0 +1,92 @@
+"""What is asked: prompts, grouped into tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from data.reading.files import Skipped, Tally
+from eval.tasks.answer_checks import Check
+from eval.tasks.task_files import TaskSource, Turns, task_sources
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to be answered turn by turn. `id` is unique within an evaluation.
+
+    embedded: written for this project, so that a report may show its text. check: how the first answer is scored.
+    """
+
+    id: str
+    task: str
+    turns: tuple[str, ...]
+    embedded: bool = False
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts of one kind: a category of a file, or the whole file when its rows have none."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+def load_tasks(sources: Sequence[str], limit: int | None = None, turns: Turns = "first",
+               tally: Tally | None = None) -> list[Task]:
+    """The tasks of some sources.
+
+    Args:
+        sources: what `eval.tasks.task_files.task_source` understands: files whose rows have `turns` (Spec-Bench), `prompt`,
+            `question`, `messages`, …, tasks' YAML files, Hub data sets, `embedded`.
+        limit: prompts per task, from the top of the file.
+        turns: only the first question of each conversation, or all of them; a task's YAML may say otherwise.
+        tally: counts rows that are left out: no JSON, no question, no reference; without one they are logged.
+
+    Raises:
+        ValueError: a missing or empty file, a source without a prompt, a limit below one.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit} leaves no prompt: give at least 1 per task")
+    grouped: dict[str, list[Prompt]] = {}
+    counted = Tally("prompt") if tally is None else tally
+    for source in task_sources(sources):
+        every = (source.turns or turns) == "all"
+        for prompt in _read(source, limit, len(sources) > 1, counted):
+            kept = grouped.setdefault(prompt.task, [])
+            if limit is None or len(kept) < limit:
+                kept.append(prompt if every else replace(prompt, turns=prompt.turns[:1]))
+    _check_ids(grouped)
+    if tally is None:
+        counted.log()
+    return [Task(name, tuple(prompts)) for name, prompts in grouped.items()]
+
+
+def _check_ids(grouped: Mapping[str, Sequence[Prompt]]) -> None:
+    ids = Counter(prompt.id for prompts in grouped.values() for prompt in prompts)
+    twice = next((name for name, count in ids.items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"prompts: the id {twice!r} occurs twice: give each row of a task its own `id`")
+
+
+def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) -> Iterator[Prompt]:
+    found = 0
+    for number, (place, row) in enumerate(source.rows(limit, tally), 1):
+        if not source.wanted(row):
+            continue
+        category = source.category(row)
+        name = "/".join(part for part in (source.stem if several or not category else "", category) if part)
+        if limit is not None and not category and found >= limit:
+            return
+        try:
+            prompt = Prompt(f"{name}/{source.key(row, number)}", name, source.questions(row), source.embedded,
+                            source.check(row))
+        except Skipped as reason:
+            tally.skip(str(reason), place)
+            continue
+        found += 1
+        yield prompt
+    if not found:
+        kinds = f" of {', '.join(source.categories)}" if source.categories else ""
+        raise ValueError(f"prompts {source.source!r} has no prompt{kinds}: {tally.reasons()}")

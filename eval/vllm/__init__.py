@@ -1,0 +1,1 @@
+"""Rows that run in vLLM."""

@@ -1,0 +1,1 @@
+"""Which drafted tokens stay: lossless rules, and relaxed ones that say so."""

@@ -1,0 +1,188 @@
+"""Acceptance of siblings that were drawn from the drafter's law: pure functions of one node's laws.
+
+Each of the siblings at a node gets a round: a chance of being accepted, and the law that the next token has if this
+round fails too. The chances are numbers, so that a rule can sample them and a test or a comparison can add them up.
+
+Shape legend: V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modules.contracts.token_tree import Law, TokenTree
+
+_STEPS, _EXACT = 100, 1e-14
+
+
+class Round(NamedTuple):
+    """One sibling's turn.
+
+    node: its row of the tree. chance: of being accepted, once its turn has come. residual_V: law of the token emitted
+    in its place if it is rejected and no sibling is left.
+    """
+
+    node: int
+    chance: float
+    residual_V: Tensor
+
+
+class Rounds(Protocol):
+    """The rounds of siblings, in draw order, under the target's law [V] at their parent."""
+
+    def __call__(self, tree: TokenTree, sequence: int, children: list[int], law_V: Tensor, /) -> Iterator[Round]:
+        """One round per child, made when the one before has failed."""
+        ...
+
+
+def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
+    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); at first R = p.
+
+    The token emitted by rounds that start with R has law R, whatever q is given the siblings rejected before. One
+    sibling: speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Independent ones: SpecInfer's multi-round
+    rule (Miao et al. 2023). Without replacement: RSD (Jeon et al. 2024), DySpec, Sequoia. Rounds of duplicates are run
+    too: that a sibling was drawn must not depend on its value.
+    """
+    residual_V, tried = law_V, []
+    for node in children:
+        token = int(tree.tokens_BN[sequence, node])
+        draft_V = sibling_law(tree, sequence, node, tried, residual_V)
+        chance = ratio(residual_V[token], draft_V[token])
+        residual_V = normalised((residual_V - draft_V).clamp(min=0), residual_V)
+        yield Round(node, chance, residual_V)
+        tried.append(token)
+
+
+def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
+    """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance min(1, p(x) / (ρ q(x))).
+
+    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the rest of p is residual.
+    All siblings are draws from the first one's law, as `DrawnTree` sees to for children of twins.
+    """
+    if not children:
+        return
+    count = len(children)
+    draft_V = sibling_law(tree, sequence, children[0], [], law_V)
+    threshold = k_sequential_threshold(law_V, draft_V, count)
+    kept_V = torch.minimum(draft_V, law_V / threshold)
+    beta = float(kept_V.sum())
+    share = (1 - (1 - beta) ** count) / beta if beta > 0 else 0.0
+    residual_V = normalised((law_V - kept_V * share).clamp(min=0), law_V)
+    for node in children:
+        token = int(tree.tokens_BN[sequence, node])
+        yield Round(node, ratio(law_V[token], threshold * draft_V[token]), residual_V)
+
+
+def ratio(target: Tensor, draft: Tensor) -> float:
+    """min(1, target / draft). A draft of probability 0 was never drawn and has no chance: 0 / 0 is not 1."""
+    return float((target / draft).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1))
+
+
+def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
+    """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that the residual is a law.
+
+    The difference of the two sides rises with ρ; its root is found by regula falsi (the Illinois variant).
+    """
+    def surplus(threshold: float) -> float:
+        beta = float(torch.minimum(draft_V, law_V / threshold).sum())
+        return threshold * beta - 1 + (1 - beta) ** count
+
+    low, high = 1.0, float(count)
+    below, above = surplus(low), surplus(high)
+    middle, side = (low if below > -_EXACT else high), 0.0
+    for _ in range(_STEPS):
+        if below > -_EXACT or above < _EXACT:
+            break
+        middle = high - above * (high - low) / (above - below)
+        found = surplus(middle)
+        if abs(found) < _EXACT:
+            break
+        if found < 0:
+            low, below, above = middle, found, above / (2 if side < 0 else 1)
+        else:
+            high, above, below = middle, found, below / (2 if side > 0 else 1)
+        side = found
+    return middle
+
+
+def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor) -> Tensor:
+    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's vocabulary.
+
+    A law without replacement that is used up goes on as the uniform one over the draft tokens not yet tried (Sequoia,
+    Chen et al. 2024, section 3.2); a builder that stops there never asks for it.
+    """
+    law = Law.POINT if tree.law_BN is None else Law(int(tree.law_BN[sequence, node]))
+    law_V = torch.zeros_like(like_V)
+    if law is Law.POINT:
+        law_V[tree.tokens_BN[sequence, node]] = 1
+        return law_V
+    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, "a sampled node travels with its law"
+    everywhere = slice(None) if tree.vocabulary_D is None else tree.vocabulary_D
+    law_V[everywhere] = tree.laws_BRD[sequence, tree.law_rows_BN[sequence, node]].to(like_V.dtype)
+    if law is Law.WITHOUT_REPLACEMENT and tried:
+        law_V[tried] = 0
+        if not law_V.any():
+            law_V[everywhere] = 1
+            law_V[tried] = 0
+    return law_V / law_V.sum()
+
+
+def normalised(left_V: Tensor, otherwise_V: Tensor) -> Tensor:
+    """`left_V` as a law [V]; the other one where nothing is left of it."""
+    total = left_V.sum()
+    return left_V / total if total > 0 else otherwise_V
+
+
+def families(tree: TokenTree, sequence: int) -> list[list[int]]:
+    """The acceptable children of every node, in draw order."""
+    found: list[list[int]] = [[] for _ in range(tree.size)]
+    usable = tree.acceptable_BN[sequence].tolist()
+    for node, parent in enumerate(tree.parents_BN[sequence].tolist()):
+        if parent >= 0 and usable[node]:
+            found[parent].append(node)
+    return found
+
+
+def children_of(family: list[list[int]], nodes: list[int]) -> list[int]:
+    """Children of nodes that stand for one prefix, in draw order."""
+    return sorted(child for node in nodes for child in family[node])
+
+
+def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -> list[int]:
+    """The siblings that stand for the prefix of an accepted one: all that hold its token.
+
+    Their children go on as siblings: point masses, or independent draws from one law. Draws without
+    replacement never hold a token twice, and their order is their parent's alone.
+    """
+    if Law.WITHOUT_REPLACEMENT in tree.laws_used:
+        return [chosen]
+    tokens_N = tree.tokens_BN[sequence]
+    return [node for node in children if tokens_N[node] == tokens_N[chosen]]
+
+
+def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds) -> list[float]:
+    """How likely each drafted node of a given tree is accepted [N]: 1 for node 0; of twins, their first has it all.
+
+    The sum over the other nodes is the expected number of accepted drafts, without sampling.
+
+    Args:
+        tree: as drawn.
+        sequence: of the batch.
+        laws_NV: the target's laws at its nodes.
+        rounds: of the rule.
+    """
+    chances, waiting, family = [1.0] + [0.0] * (tree.size - 1), [[0]], families(tree, sequence)
+    while waiting:
+        nodes = waiting.pop()
+        children, left = children_of(family, nodes), chances[nodes[0]]
+        groups: dict[int, list[int]] = {}
+        for node, chance, _ in rounds(tree, sequence, children, laws_NV[nodes[0]]):
+            group = groups.setdefault(node, twins_of(tree, sequence, node, children))
+            chances[group[0]] += left * chance
+            left *= 1 - chance
+        waiting += [group for node, group in groups.items() if group[0] == node and chances[node] > 0]
+    return chances

@@ -1,0 +1,127 @@
+"""Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls good.
+
+Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at temperature 0, the
+point rule for trees chosen by value, the ratio rule for sampled ones.
+
+Shape legend: B sequences, N nodes, R rows of draft laws, V vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modules.acceptance.rejection import recursive_rounds
+from modules.acceptance.rules import EVERY_LAW, Draws, accepted_paths, choices, longest_path, walk
+from modules.contracts.batches import StateName
+from modules.contracts.drafter import Accepted, Verified
+from modules.contracts.token_tree import Law, TokenTree
+
+
+class RelaxedRule:
+    """Accepts a token if the standard rule does or `good` holds; a path ends at its first token with neither.
+
+    Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection, the next token is the
+    standard rule's: the argmax, or a draw from the law that the rejections left. Where the ratio
+    rule rejects all siblings, the first good one is accepted.
+    """
+
+    name: str = "relaxed"
+    lossless = False
+    laws: frozenset[Law] = EVERY_LAW
+    states: tuple[StateName, ...] = ()
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """bool [B,N]: tokens that may stay although the standard rule rejects them."""
+        raise NotImplementedError
+
+    def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
+        """The accepted path of each sequence and the token after it."""
+        good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
+        if draws.sampling.temperature > 0 and tree.laws_used != {Law.POINT}:
+            return accepted_paths([walk(tree, verified, draws, b, recursive_rounds, good_N)
+                                   for b, good_N in enumerate(good_BN.tolist())], good_BN.device)
+        choice_BN = choices(tree, verified, draws)
+        standard_BN = tree.tokens_BN == choice_BN.gather(1, tree.parents_BN.clamp(min=0))
+        score_BN = (tree.topology.ancestors & standard_BN[:, None]).sum(-1).double()
+        return longest_path(tree, standard_BN | good_BN, choice_BN, score_BN)
+
+
+def parent_logits(tree: TokenTree, verified: Verified) -> Tensor:
+    """The target's logits [B,N,V] at each node's parent: its law of the node's token (node 0: its own row)."""
+    rows = torch.arange(len(tree.tokens_BN), device=tree.tokens_BN.device)[:, None]
+    return verified.logits_BNV[rows, tree.parents_BN.clamp(min=0)]
+
+
+class TopKRule(RelaxedRule):
+    """A token is good while it is among the target's `k` most likely ones. k = 1 is the standard rule when greedy."""
+
+    name = "top_k"
+
+    def __init__(self, k: int = 3) -> None:
+        if k < 1:
+            raise ValueError(f"rule top_k: k must be at least 1, got {k}")
+        self.k, self.name = k, f"top_k {k}"
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Rank below k under the parent's logits (unwarped)."""
+        logits_BNV = parent_logits(tree, verified)
+        own_BN1 = logits_BNV.gather(2, tree.tokens_BN[..., None])
+        return (logits_BNV > own_BN1).sum(-1) < self.k
+
+
+class DivergenceRule(RelaxedRule):
+    """A token is good while KL(target ‖ draft) of the laws it was drawn under is at most `threshold` (in nats).
+
+    The free baseline for a trained judge (Revisiting Judge Decoding 2026, arXiv 2601.04766). It needs trees that carry
+    the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. At temperature 0 both
+    laws are the unwarped ones; above it both are warped, and nothing is good where top-k or top-p
+    leave the target a token that they take from the draft.
+
+    A trimmed draft vocabulary gives no probability to the tokens outside, so that the KL would be
+    infinite as soon as the target has any mass there. That mass is counted by its logarithm
+    (`law_divergence`), and no token is good while the target's likeliest one is outside.
+    """
+
+    name = "divergence"
+    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT, Law.INDEPENDENT})
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        if threshold < 0:
+            raise ValueError(f"rule divergence: threshold must be 0 or above, got {threshold}")
+        self.threshold, self.name = threshold, f"divergence {threshold:g}"
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Divergence at the node's parent within the threshold; nodes without a law are never good."""
+        if tree.laws_BRD is None or tree.law_rows_BN is None:
+            return torch.zeros_like(tree.acceptable_BN)
+        greedy = draws.sampling.temperature == 0
+        if greedy and bool((tree.laws_BRD.max(-1).values == 1).all()):
+            raise ValueError("rule divergence: the trees carry a point mass, not the draft's law: use the builder "
+                             "modules.trees.sampled.chain.SampledChain with `soft: true` at temperature 0")
+        logits_BNV = parent_logits(tree, verified)
+        target_BNV = logits_BNV.double().softmax(-1) if greedy else draws.law(logits_BNV)
+        rows = torch.arange(len(logits_BNV), device=logits_BNV.device)[:, None]
+        draft_BND = tree.laws_BRD[rows, tree.law_rows_BN.clamp(min=0)]
+        divergence_BN = law_divergence(target_BNV, draft_BND.double(), tree.vocabulary_D)
+        good_BN = (divergence_BN <= self.threshold) & (tree.law_rows_BN >= 0)
+        if tree.vocabulary_D is None:
+            return good_BN
+        return good_BN & torch.isin(target_BNV.argmax(-1), tree.vocabulary_D)
+
+
+def law_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor | None) -> Tensor:
+    """How far the draft's law is from the target's, in nats [...]; infinite where it misses mass.
+
+    KL(p ‖ q) without a trimmed vocabulary. With one: KL(p_D ‖ q) - log p(D), with p_D the target's
+    law renormalised over it and p(D) the mass that it covers. 0 only where q is p, and at least
+    -log p(D), which grows without bound as the mass moves outside.
+    """
+    outside = torch.zeros((), dtype=target_NV.dtype, device=target_NV.device)
+    if vocabulary_D is not None:
+        covered_NV = target_NV[..., vocabulary_D]
+        mass_N = covered_NV.sum(-1)
+        # Without any mass inside, the law there may be any, as the distance is infinite.
+        target_NV = (covered_NV / mass_N[..., None]).where(mass_N[..., None] > 0, draft_ND)
+        outside = -mass_N.log()
+    return (torch.xlogy(target_NV, target_NV) - torch.xlogy(target_NV, draft_ND)).sum(-1) + outside

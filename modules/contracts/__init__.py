@@ -1,0 +1,1 @@
+"""What every part agrees on: batches, trees, drafters, trainables. Read first."""

@@ -1,0 +1,185 @@
+"""The token tree: what a drafter proposes and the target verifies in one forward.
+
+Shape legend: B sequences, N nodes, R rows of draft laws, D draft vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from modules.contracts.batches import Rows
+
+
+class Law(IntEnum):
+    """How a node was drawn among its siblings, which decides the rules it may be verified with."""
+
+    POINT = 0
+    """Chosen by value (top-k, retrieval, rerank): a point mass given the context."""
+    WITHOUT_REPLACEMENT = 1
+    """Drawn in order from its law with the earlier siblings removed (Plackett-Luce)."""
+    INDEPENDENT = 2
+    """Drawn from its law independently of its siblings; duplicates are kept."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which node hangs under which: everything that depends on `parents` alone, derived once and kept.
+
+    parents_BN: int64 [B,N]; -1 for node 0, the node's own index for padding, else an earlier node's index.
+        Siblings stand in draw order. A static template shares one Topology over all steps (B = 1 broadcasts).
+    """
+
+    parents_BN: Tensor
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.parents_BN.shape[1]
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """bool [B,N]: rows that only fill up the width."""
+        return self.parents_BN == torch.arange(self.size, device=self.parents_BN.device)
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """bool [B,N,N]: `[b, i, j]` when node j is node i or above it. On the device, at fixed N."""
+        parents = self.parents_BN
+        itself = torch.eye(self.size, dtype=torch.bool, device=parents.device).expand(parents.shape[0], -1, -1)
+        reach = itself | (parents[:, :, None] == torch.arange(self.size, device=parents.device))
+        for _ in range(max(1, (self.size - 1).bit_length())):
+            reach = torch.bmm(reach.float(), reach.float()) > 0
+        return reach
+
+    @cached_property
+    def depth(self) -> Tensor:
+        """int64 [B,N]: 0 for node 0 (and for padding)."""
+        return self.ancestors.sum(-1) - 1
+
+    def expand(self, batch: int) -> Topology:
+        """The same topology for `batch` sequences, keeping what was already derived."""
+        if self.parents_BN.shape[0] == batch:
+            return self
+        wide = Topology(self.parents_BN.expand(batch, -1))
+        for name in ("padding", "ancestors", "depth"):
+            wide.__dict__[name] = getattr(self, name).expand(batch, *getattr(self, name).shape[1:])
+        return wide
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A batch of drafted trees, padded to one width.
+
+    Node 0 is the newest emitted token, not yet in the KV cache. Rows with `candidate` False only compute (prompt
+    embeddings, pseudo states, a lookahead window): they are never accepted and never committed. Plain decoding is
+    the one-node tree; a chain is a tree with one branch.
+
+    tokens_BN: int64 [B,N].
+    topology: parents and what follows from them.
+    candidate_BN: bool [B,N]; None means every row that is not padding.
+    law_BN: int64 [B,N] of `Law`; None means every node is a point mass.
+    laws_BRD: float [B,R,D] probabilities of the sampled nodes' laws, over the draft vocabulary; only needed rows.
+    law_rows_BN: int64 [B,N]: the row of `laws_BRD` that the node was drawn from (-1: a point mass).
+    vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
+    embeddings_BNH, embedded_BN: input embeddings of the rows that have no token, and which rows those are.
+    """
+
+    tokens_BN: Tensor
+    topology: Topology
+    candidate_BN: Tensor | None = None
+    law_BN: Tensor | None = None
+    laws_BRD: Tensor | None = None
+    law_rows_BN: Tensor | None = None
+    vocabulary_D: Tensor | None = None
+    embeddings_BNH: Tensor | None = None
+    embedded_BN: Tensor | None = None
+
+    @property
+    def parents_BN(self) -> Tensor:
+        """int64 [B,N], see `Topology`."""
+        return self.topology.parents_BN
+
+    @property
+    def size(self) -> int:
+        """N, the newest token's node included."""
+        return self.tokens_BN.shape[1]
+
+    @cached_property
+    def acceptable_BN(self) -> Tensor:
+        """bool [B,N]: rows that may be accepted (node 0 always is)."""
+        real = ~self.topology.padding
+        return real if self.candidate_BN is None else real & self.candidate_BN
+
+    @cached_property
+    def laws_used(self) -> frozenset[Law]:
+        """The draft laws that occur among the drafted candidates; a point mass where there are none."""
+        return self.laws_carried or frozenset({Law.POINT})
+
+    @cached_property
+    def laws_carried(self) -> frozenset[Law]:
+        """The same, and none where nothing is drafted. Reads the device."""
+        if self.law_BN is None:
+            return frozenset({Law.POINT} if self.size > 1 else ())
+        drafted = self.acceptable_BN[:, 1:]
+        return frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
+
+    @cached_property
+    def first_BN(self) -> Tensor:
+        """int64 [B,N]: the first node that stands for the same prefix, often the node itself.
+
+        Trees chosen by value may hold siblings of one token. These, and the same paths below them,
+        stand for one prefix, for which the target may be drawn from once only. Nodes that cannot be
+        accepted stand for nothing. On the device, at fixed N.
+        """
+        nodes = torch.arange(self.size, device=self.tokens_BN.device)
+        parents = self.parents_BN.clamp(min=0)
+        usable_BN = ~(self.topology.ancestors & ~self.acceptable_BN[:, None]).any(-1)
+        depth_BN = self.topology.depth
+        same = self.tokens_BN[:, :, None] == self.tokens_BN[:, None]
+        same = same & (depth_BN[:, :, None] == depth_BN[:, None])
+        same = same & usable_BN[:, :, None] & usable_BN[:, None]
+        # The last 1, 2, 4, … tokens of both paths are equal; the root stands above itself.
+        above_BN = parents.expand(len(same), -1)
+        for _ in range(max(1, (self.size - 1).bit_length())):
+            rows = same.gather(1, above_BN[:, :, None].expand_as(same))
+            same = same & rows.gather(2, above_BN[:, None].expand_as(same))
+            above_BN = above_BN.gather(1, above_BN)
+        return torch.where(same.any(-1), same.int().argmax(-1), nodes)
+
+    def rows(self, lengths_B: Tensor) -> Rows:
+        """The rows to verify behind `lengths_B` committed tokens."""
+        return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors, cached=True)
+
+    @staticmethod
+    def root(tokens_B: Tensor) -> TokenTree:
+        """The one-node tree of plain decoding."""
+        return TokenTree(tokens_B[:, None], Topology(torch.full_like(tokens_B[:, None], -1)))
+
+    @staticmethod
+    def chain(tokens_BN: Tensor, **laws: Tensor | None) -> TokenTree:
+        """One branch: column i is the child of column i-1."""
+        parents = torch.arange(-1, tokens_BN.shape[1] - 1, device=tokens_BN.device)
+        return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **laws)
+
+
+def packed(tokens_BN: Tensor, parents_BN: Tensor, real_BN: Tensor,
+           vocabulary_D: Tensor | None = None) -> TokenTree:
+    """The tree of the real nodes alone, in their order; shorter sequences end in padding.
+
+    Args:
+        tokens_BN, parents_BN: int64 [B,N]; the parent of a real node is real.
+        real_BN: bool [B,N]; node 0 is.
+        vocabulary_D: target ids of the draft vocabulary.
+    """
+    width = int(real_BN.sum(1).max())
+    order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    moved = (real_BN.cumsum(1) - 1).gather(1, parents_BN.clamp(min=0))
+    parents = torch.where(parents_BN < 0, parents_BN, moved).gather(1, order)
+    own = torch.arange(width, device=parents.device)
+    topology = Topology(torch.where(real_BN.gather(1, order), parents, own))
+    return TokenTree(tokens_BN.gather(1, order), topology, vocabulary_D=vocabulary_D)

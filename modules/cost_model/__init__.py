@@ -1,0 +1,1 @@
+"""What a call costs on this machine, and which tree size pays."""

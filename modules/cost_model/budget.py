@@ -1,0 +1,77 @@
+"""How many nodes to draft: the tree size that is worth most on this device for this drafter.
+
+With a budget of n drafted nodes a call takes t(rows), with the rows that it really computes, and the drafting, and
+gives τ(n) tokens; the best n maximises τ(n) / (t(rows) + drafting) (the cost model of Sequoia, Chen et al. 2024, arXiv
+2402.12374, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from modules.contracts.drafter import Sampling
+from modules.cost_model.latency_table import LatencyTable
+from modules.decoding.decoder import SpeculativeDecoder
+
+BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
+WIDE_BUDGETS = (31, 47, 63)
+"""Tried besides on a GPU."""
+
+
+def budgets_on(device: torch.device) -> tuple[int, ...]:
+    """The tree sizes that are worth a trial."""
+    return (*BUDGETS, *WIDE_BUDGETS) if device.type == "cuda" else BUDGETS
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """One tree size, tried: tokens per call, drafting seconds per call, speedup that they promise here."""
+
+    budget: int
+    tokens_per_call: float
+    draft_seconds: float
+    predicted_speedup: float
+
+
+def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
+                limit: int = 32, budgets: Sequence[int] | None = None) -> list[BudgetTrial]:
+    """Decode a few prompts with every tree size, and set what each gives against what the target's calls take.
+
+    Args:
+        decoder: whose drafter, builder and rule are tried.
+        latency: of the same target, up to the largest budget + 1 rows.
+        prompts: token ids to decode; none that will be evaluated.
+        sampling: as decoding will sample.
+        limit: new tokens per prompt.
+        budgets: the tree sizes, by default those of the device; those that the drafter cannot fill are left out.
+
+    Raises:
+        ValueError: the drafter needs more nodes than any of them.
+    """
+    budgets = budgets_on(decoder.target.device) if budgets is None else budgets
+    least = 1 if decoder.drafter is None else decoder.drafter.least_budget
+    possible = [budget for budget in budgets if budget >= least]
+    if not possible:
+        raise ValueError(f"budget 'auto' tries at most {max(budgets)} nodes, {decoder.name} needs {least}: give its "
+                         "budget as a number")
+    return [_try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit) for budget in possible]
+
+
+def best_budget(trials: Sequence[BudgetTrial]) -> int:
+    """The tree size that promises most; of equals the smallest."""
+    return max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget)).budget
+
+
+def _try(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
+         limit: int) -> BudgetTrial:
+    assert decoder.budget is not None
+    traces = [decoder.decode([prompt], sampling, limit)[0] for prompt in prompts]
+    calls = max(1, sum(len(trace.accepted) for trace in traces))
+    tokens = sum(sum(trace.accepted) for trace in traces) / calls
+    drafting = sum(trace.seconds.get("draft", 0.0) for trace in traces) / calls
+    rows = [rows for trace in traces for rows in trace.rows] or [decoder.budget + 1]
+    call = sum(map(latency.at, rows)) / len(rows) + drafting
+    return BudgetTrial(decoder.budget, tokens, drafting, tokens * latency.seconds[1] / call)

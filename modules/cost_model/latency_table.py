@@ -1,0 +1,214 @@
+"""How long the target takes to verify trees of each width on this device, and what a drafter must give to win.
+
+Shape legend: N rows of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from modules.contracts.token_tree import TokenTree
+from modules.runtime.phase_timer import now
+from modules.target.loading import cache_folder
+from modules.target.target import Target
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+STEADY = 0.25
+"""A stored table is measured again when t(1) has moved by more than this share or spread so."""
+_STOCK, _CHECKS = 0, 5
+_current: WeakKeyDictionary[Target, dict[Path, LatencyTable]] = WeakKeyDictionary()
+"""Tables that this process has checked or measured."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Median seconds of one target call by rows in it (the newest token's row included), behind `context` tokens.
+
+    stock: of Hugging Face's own call of one row behind as many tokens, in turn with the others; None: not measured.
+    spread: seconds between the quartiles of each width's repeats; empty where they are not known.
+    """
+
+    context: int
+    seconds: dict[int, float]
+    stock: float | None = None
+    spread: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> float:
+        """The spread of t(1), as a share of it; 0 where it is not known."""
+        return self.spread.get(1, 0.0) / self.seconds[1]
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}.partial")
+        stored = {"context": self.context, "seconds": self.seconds, "spread": self.spread}
+        scratch.write_text(json.dumps(stored))
+        os.replace(scratch, file)
+
+    @staticmethod
+    def load(file: Path) -> LatencyTable:
+        """Read what `save` wrote, now or before tables had a spread.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            stored = json.loads(file.read_text())
+            seconds, spread = (
+                {int(rows): float(taken) for rows, taken in stored.get(key, {}).items()}
+                for key in ("seconds", "spread"))
+            table = LatencyTable(int(stored["context"]), seconds, spread=spread)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is no latency table: delete it") from error
+        if not min(seconds.values(), default=0.0) > 0:
+            raise ValueError(f"{file} is no latency table: delete it")
+        return table
+
+    def at(self, rows: float) -> float:
+        """Seconds of a call of `rows` rows; between measured widths by linear interpolation.
+
+        Raises:
+            ValueError: more rows than the widest call measured.
+        """
+        widths = sorted(self.seconds)
+        if rows > widths[-1]:
+            raise ValueError(f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: measure "
+                             "wider calls")
+        return float(np.interp(rows, widths, [self.seconds[width] for width in widths]))
+
+    def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
+        """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.
+
+        One call costs t(rows) + draft_seconds and gives tau tokens; plain decoding gives one per t(1).
+        """
+        return (self.seconds[rows] + draft_seconds) / self.seconds[1]
+
+
+@torch.no_grad()
+def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15,
+                    batch: int = 1, stock: bool = False) -> LatencyTable:
+    """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes.
+
+    A call holds `batch` sequences with as many rows each; the seconds are the whole call's. `stock` also times the
+    model as its library runs it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
+    target.open(batch, context + max(widths))
+    target.prefill(ids, torch.full((batch,), context, device=target.device))
+    trees = {width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths}
+    calls: dict[int, Callable[[], object]] = {width: functools.partial(target.verify, tree)
+                                              for width, tree in trees.items()}
+    calls |= {_STOCK: stock_step(target, ids)} if stock else {}
+    samples: dict[int, list[float]] = {key: [] for key in calls}
+    for _ in range(repeats + 1):
+        for key, call in calls.items():
+            samples[key].append(_seconds(target, call))
+    medians = {key: statistics.median(taken[1:]) for key, taken in samples.items()}
+    return LatencyTable(context, {width: medians[width] for width in widths}, medians.get(_STOCK),
+                        {width: _spread(samples[width][1:]) for width in widths})
+
+
+def _spread(samples: Sequence[float]) -> float:
+    """Distance of the quartiles."""
+    low, high = np.quantile(samples, [0.25, 0.75])
+    return float(high - low)
+
+
+@torch.no_grad()
+def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
+    """Hugging Face's own call of one row behind these tokens, with its own cache and kernels, to be repeated."""
+    model, cache = target.stock, DynamicCache()
+    model(input_ids=ids_BT, past_key_values=cache)
+
+    def step() -> None:
+        model(input_ids=ids_BT[:, :1], past_key_values=cache)
+        cache.crop(-1)
+
+    return step
+
+
+def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
+                   ) -> LatencyTable:
+    """The table of this target on this device with as many threads: measured once, then read.
+
+    A process times t(1) again before it takes a stored table: one that was measured under another
+    load than there is now (`STEADY`), or while the machine was busy, is measured anew.
+
+    Args:
+        folder: where tables are kept; by default `latency` in `SLIPSTREAM_CACHE` or ~/.cache/slipstream.
+        widths, repeats: see `measure_latency`; a stored table without one of the widths is measured
+            anew.
+    """
+    folder = folder or cache_folder() / "latency"
+    on_gpu = target.device.type == "cuda"
+    device = torch.cuda.get_device_name(target.device) if on_gpu else processor_name()
+    parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()),
+             *(("compiled",) if target.compiled is not None else ()))
+    file = folder / (re.sub(r"[^\w.()@-]", "_", "-".join(parts)) + ".json")
+    current = _current.setdefault(target, {})
+    if file not in current or not set(widths) <= set(current[file].seconds):
+        current[file] = _reusable(target, file, widths) or _fresh(target, file, widths, repeats)
+    return current[file]
+
+
+def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable | None:
+    """The stored table, if there is one for these widths and it still holds."""
+    if not file.is_file():
+        return None
+    try:
+        table = LatencyTable.load(file)
+    except ValueError as error:
+        logger.warning("%s: measured again", error)
+        return None
+    if not {1, *widths} <= set(table.seconds):
+        return None
+    moved = measure_latency(target, (1,), table.context, _CHECKS).seconds[1] / table.seconds[1]
+    if table.noise > STEADY or not 1 - STEADY <= moved <= 1 / (1 - STEADY):
+        logger.warning("stored t(rows) are measured again: t(1) is %.2f times what it was, its "
+                       "repeats spread by %.0f%%", moved, 100 * table.noise)
+        return None
+    return table
+
+
+def _fresh(target: Target, file: Path, widths: Sequence[int], repeats: int) -> LatencyTable:
+    table = measure_latency(target, sorted({1, *widths}), repeats=repeats)
+    if table.noise > STEADY:
+        logger.warning("t(rows) were measured while the machine was busy: the repeats of t(1) "
+                       "spread by %.0f%%", 100 * table.noise)
+    table.save(file)
+    return table
+
+
+@functools.cache
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model; where the system does not report it, what Python knows and at least its architecture."""
+    if cpuinfo.is_file():
+        named = re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if named is not None:
+            return f"{platform.machine()} {named[1].strip()}"
+    return " ".join(dict.fromkeys((platform.machine(), platform.processor()))).strip()
+
+
+def _seconds(target: Target, call: Callable[[], object]) -> float:
+    began = now(target.device)
+    call()
+    return now(target.device) - began

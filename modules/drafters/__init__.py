@@ -1,0 +1,1 @@
+"""Everything that proposes tokens; one folder per family, one file per method."""

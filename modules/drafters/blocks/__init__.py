@@ -1,0 +1,1 @@
+"""Drafters of several tokens per pass."""

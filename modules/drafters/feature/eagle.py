@@ -1,0 +1,133 @@
+"""EAGLE: autoregression on the target's features, with the token one step ahead (Li et al. 2024, arXiv 2401.15077).
+
+With the builder `modules.trees.reranked.RerankedTree` it is EAGLE-2 (Li et al. 2024, arXiv 2406.16858): the same weights.
+
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from modules.contracts.batches import StateName, TextBatch
+from modules.contracts.trainable import TargetShape
+from modules.drafters.feature.base import FeatureDrafter
+from modules.drafters.trained import DraftStep
+from modules.layers.decoder_layer import DecoderLayer
+from modules.layers.token_scale import token_scale
+from modules.losses.chunked import Head, masked_mean, smooth_l1
+
+if TYPE_CHECKING:
+    from modules.target.target import Target
+
+
+class Eagle(FeatureDrafter):
+    """z_t = W [s·e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by the frozen LM head.
+
+    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy, teacher forcing.
+    The release has s = 1; here s brings embeddings to the size of features (`modules.layers.token_scale`), and an export
+    folds it into W.
+
+    Args:
+        shape: the target's dimensions.
+        draft_vocabulary: how many token ids can be drafted; None for all.
+        bias: whether W has a bias (engines that serve it expect none, or zeros).
+        feature_weight: weight of the distance between drafted and true features (0: ablation).
+        token_weight: weight of the soft cross-entropy.
+        noise: half-width of the uniform noise on input features in training, scaled by 512 / the tokens of the
+            conversation (0: ablation).
+        steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
+        decay: step j weighs decay^j.
+        depth: levels of its default tree.
+        tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a list.
+    """
+
+    token_scale: Tensor
+
+    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, bias: bool = False,
+                 feature_weight: float = 1.0, token_weight: float = 0.1, noise: float = 0.1, steps: int = 1,
+                 decay: float = 0.8, depth: int = 5, tree: list[list[int]] | str | None = None) -> None:
+        super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
+        self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
+        self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
+        self.layer = DecoderLayer(shape, input_norm=False)
+        self.register_buffer("token_scale", torch.ones(()))
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """Pass features through at first: fusion keeps them and the layer adds nothing. What the layer looks at starts
+        as in the target's last, where it is of its kind."""
+        size = self.shape.hidden_size
+        nn.init.eye_(self.fc.weight[:, size:])
+        self.token_scale.fill_(token_scale(target))
+        self.start_layer(target)
+
+    def start_layer(self, target: Target) -> None:
+        """The target's last layer, without what it adds: that layer writes at the scale of states before the norm."""
+        self.copy_layer(target)
+        adds_nothing(self.layer)
+
+    def copy_layer(self, target: Target) -> None:
+        """What the target's last layer has for this one."""
+        self.layer.copy_from(target)
+
+    def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
+        """The target's final states."""
+        return states[self.reads]
+
+    def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
+        """Uniform noise on the input features in training."""
+        return uniform_noise(features_BTH, self.noise, batch.document_ids) if self.training else features_BTH
+
+    def vectors(self, ids: Tensor, target: Target) -> Tensor:
+        """The target's token embeddings [..., H], at the size of its final states."""
+        return super().vectors(ids, target) * self.token_scale
+
+    def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """z, twice."""
+        fused = self.fc(torch.cat([vectors_NH, features_NH], dim=-1))
+        return fused, fused
+
+    def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
+        """f̂ serves both."""
+        return hidden_NY, hidden_NY
+
+    def head(self, depth: int, target: Target) -> Head:
+        """The target's frozen LM head on the draft vocabulary."""
+        return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
+
+    def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
+        """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""
+        return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
+
+
+def adds_nothing(layer: DecoderLayer) -> None:
+    """Set what a layer adds to its input to 0."""
+    assert layer.self_attn is not None and layer.mlp is not None
+    nn.init.zeros_(layer.self_attn.o_proj.weight)
+    nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def uniform_noise(features_BTH: Tensor, half_width: float, document_ids_BT: Tensor) -> Tensor:
+    """Features with noise from ±half_width · 512 / L added, L the tokens of the position's own document (EAGLE's
+    release draws it for each conversation by itself); the features themselves when half_width is 0."""
+    if not half_width:
+        return features_BTH
+    slots_BT = document_ids_BT + 1
+    counts_BX = slots_BT.new_zeros(slots_BT.shape[0], slots_BT.shape[1] + 1)
+    lengths_BT = counts_BX.scatter_add(1, slots_BT, torch.ones_like(slots_BT)).gather(1, slots_BT)
+    width_BT1 = (half_width * 512 / lengths_BT)[..., None].to(features_BTH)
+    return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width_BT1
+
+
+def feature_and_token_loss(step: DraftStep, batch: TextBatch, feature_weight: float, token_weight: float) -> Tensor:
+    """feature_weight · SmoothL1 to the target's features, on all rows, + token_weight · the step's cross-entropy."""
+    loss = token_weight * masked_mean(step.losses_M, step.counted_M)
+    if feature_weight:
+        truth = batch.states["final"].flatten(0, 1)[step.flat_M]
+        loss = loss + feature_weight * masked_mean(smooth_l1(step.carried_MH, truth), step.valid_M)
+    return loss

@@ -1,0 +1,101 @@
+"""What drafters that look into the text share: the tokens so far, of every sequence.
+
+Shape legend: B sequences, T prompt tokens, L capacity, A accepted rows, K drafted tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modules.contracts.batches import StateName
+from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Verified
+from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.trainable import Losses, TargetShape
+from modules.target.target import Target
+
+Item = TypeVar("Item")
+
+
+class PerSequence(list[Item]):
+    """One object per sequence, which leaves the batch with its sequence."""
+
+    def select(self, sequences_S: Tensor) -> PerSequence[Item]:
+        """The objects of these sequences alone."""
+        return PerSequence(self[i] for i in sequences_S.tolist())
+
+
+@dataclass
+class TextState(DraftState):
+    """text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token, void behind it."""
+
+    text_BL: Tensor
+
+    def texts(self) -> list[list[int]]:
+        """The tokens of each sequence, the newest included."""
+        return [text[:count] for text, count in zip(self.text_BL.tolist(), self.counts_B.tolist(), strict=True)]
+
+    @property
+    def counts_B(self) -> Tensor:
+        """int64 [B]: tokens of each text, the newest included."""
+        return self.lengths_B + 1
+
+
+class TextDrafter(Drafter):
+    """Base of the drafters without parameters that read the text. Their trees are chosen by value: point masses.
+
+    Args:
+        shape: the target's dimensions (nothing of it is needed but by those that say so).
+    """
+
+    binds_to = "nothing"
+
+    def __init__(self, shape: TargetShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @property
+    def law(self) -> Law:
+        """Chosen by value."""
+        return Law.POINT
+
+    def loss(self, batch: object, target: Target, progress: float) -> Losses:
+        """There is nothing to train."""
+        raise ValueError(f"{type(self).__name__} has no parameters to train: name it in an evaluation's methods")
+
+    @property
+    def decoding_states(self) -> tuple[StateName, ...]:
+        """None: the tokens are enough."""
+        return ()
+
+    def start(self, context: Context) -> TextState:
+        """The prompt and the first token."""
+        text = F.pad(context.input_ids_BT, (0, 64))
+        text = text.scatter(1, context.lengths_B[:, None], context.newest_B[:, None])
+        return TextState(context, context.newest_B, context.lengths_B, text)
+
+    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> TextState:
+        """The text with what was emitted behind it."""
+        assert isinstance(state, TextState)
+        emitted = accepted.emitted(verified.tree)
+        width, needed = emitted.shape[1], int(state.counts_B.max()) + emitted.shape[1]
+        text = state.text_BL
+        if needed > text.shape[1]:
+            text = F.pad(text, (0, needed + text.shape[1] // 2 - text.shape[1]))
+        place = state.counts_B[:, None] + torch.arange(width, device=text.device)
+        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
+                       text_BL=text.scatter(1, place, emitted))
+
+
+def chains(newest_B: Tensor, drafts: list[Tensor]) -> TokenTree:
+    """A chain under each newest token: drafts int64 [K_b] per sequence, padded to the longest."""
+    longest = max(len(draft) for draft in drafts)
+    tokens = torch.stack([F.pad(draft, (0, longest - len(draft))) for draft in drafts])
+    tokens = torch.cat([newest_B[:, None], tokens], dim=1)
+    own = torch.arange(longest + 1, device=tokens.device)
+    counts = torch.tensor([len(draft) for draft in drafts], device=tokens.device)
+    return TokenTree(tokens, Topology(torch.where(own <= counts[:, None], own - 1, own)))

@@ -1,0 +1,103 @@
+"""What drafters share that read the text and may have another drafter beside them.
+
+Shape legend: B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modules.contracts.batches import StateName
+from modules.contracts.drafter import (
+    Accepted,
+    Context,
+    Drafter,
+    DraftState,
+    TreeBuilder,
+    Verified,
+    check_depth,
+)
+from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.trainable import TargetShape
+from modules.drafters.retrieval.base import TextDrafter, TextState
+from modules.trees.trie import Trie
+
+
+@dataclass
+class PartneredState(TextState):
+    """The partner's own state; None without a partner."""
+
+    partner: DraftState | None
+
+
+class Partnered(TextDrafter):
+    """Base of the text drafters that may have a partner, whose trees are point masses as well.
+
+    Args:
+        shape: the target's dimensions.
+        partner: the drafter beside this one, or None.
+        builder: grows the partner's trees in place of its own builder.
+
+    Raises:
+        ValueError: a partner or a builder whose trees cannot stand beside text.
+    """
+
+    def __init__(self, shape: TargetShape, partner: Drafter | None,
+                 builder: TreeBuilder | None = None) -> None:
+        super().__init__(shape)
+        if partner is not None:
+            _check_partner(type(self).__name__.lower(), partner, builder)
+        self.partner, self.builds = partner, builder
+
+    @property
+    def learns(self) -> bool:
+        """As its partner does."""
+        return self.partner is not None and self.partner.learns
+
+    @property
+    def decoding_states(self) -> tuple[StateName, ...]:
+        """The partner's."""
+        return () if self.partner is None else self.partner.decoding_states
+
+    def start(self, context: Context) -> PartneredState:
+        """The text, and the partner's start."""
+        partner = None if self.partner is None else self.partner.start(context)
+        return PartneredState(**vars(super().start(context)), partner=partner)
+
+    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> PartneredState:
+        """Text and partner learn what was emitted, whoever drafted it."""
+        assert isinstance(state, PartneredState)
+        went_on = super().absorb(state, verified, accepted)
+        assert isinstance(went_on, PartneredState)
+        if self.partner is not None and state.partner is not None:
+            went_on.partner = self.partner.absorb(state.partner, verified, accepted)
+        return went_on
+
+
+def _check_partner(name: str, partner: Drafter, builder: TreeBuilder | None) -> None:
+    """Refuse, by name, trees that are not chosen by value, deeper than the partner drafts, or not
+    of candidates alone: beside text, every node is a point mass."""
+    law = partner.law if builder is None else builder.law
+    if law is not Law.POINT:
+        kind = type(partner if builder is None else builder).__name__
+        raise ValueError(
+            f"{name}: {kind} draws its siblings ({law.name.lower()}), but a fused tree is verified "
+            "by value: give a `builder` that chooses, such as modules.trees.reranked.RerankedTree")
+    if partner.least_budget > 1:
+        raise ValueError(
+            f"{name}: partner {type(partner).__name__} needs rows that only compute, which a fused "
+            "tree does not keep: name another partner")
+    if builder is not None:
+        check_depth(builder, partner)
+
+
+def as_trie(tree: TokenTree, sequence: int) -> Trie:
+    """One sequence's drafted candidates; siblings of equal token become one node."""
+    assert tree.candidate_BN is None, "a partner's tree consists of candidates: `_check_partner`"
+    tokens, parents = tree.tokens_BN[sequence].tolist(), tree.parents_BN[sequence].tolist()
+    trie, places = Trie(tokens[0]), {0: 0}
+    for node in range(1, len(tokens)):
+        if parents[node] != node:
+            path = [*trie.path(places[parents[node]]), tokens[node]]
+            places[node] = trie.fuse(path, len(tokens))
+    return trie

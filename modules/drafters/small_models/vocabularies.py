@@ -1,0 +1,99 @@
+"""What drafters share that read tokens alone: they serve every target of their tokenizer, whatever either pads its
+vocabulary to (Qwen2.5 has 151,936 rows at 0.5B and 152,064 at 7B).
+
+Only ids below both sizes are drafted. Where the target has more, the draft vocabulary is those ids; where it has fewer,
+the drafter's logits are cut. Verification counts what the target has beyond them, so nothing becomes lossy.
+
+Shape legend: D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modules.contracts.trainable import TargetShape
+from modules.drafters.trained import LearnedDrafter
+from modules.target.hf_models import vocabulary_hash
+
+if TYPE_CHECKING:
+    from modules.target.target import Target
+
+
+class TokenDrafter(LearnedDrafter):
+    """A learned drafter of one step that reads tokens alone.
+
+    Args:
+        shape: dimensions of the target it is made for.
+        rows: token ids that it can read and draft.
+        draft_vocabulary: how many token ids can be drafted; None for all that both models have.
+    """
+
+    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "vocabulary"
+    arguments: dict[str, Any]
+
+    def __init__(self, shape: TargetShape, rows: int, draft_vocabulary: int | None) -> None:
+        if draft_vocabulary is not None and rows < min(draft_vocabulary, shape.vocab_size):
+            raise ValueError(f"draft_vocabulary is {draft_vocabulary}, but the drafter has {rows} tokens only: lower "
+                             "it, or give null")
+        super().__init__(shape, 1, draft_vocabulary, decay=1.0)
+        self.readable = rows
+        self.served = shape.vocab_size
+        self.register_buffer("shared", None, persistent=False)
+        self._serve(shape.vocab_size)
+
+    @property
+    def vocabulary_D(self) -> Tensor | None:
+        """Ids that can be drafted for the target that it serves [D], ascending; None: all of that target's."""
+        return self.vocabulary if self.shared is None else self.shared
+
+    @property
+    def draft_size(self) -> int:
+        """D."""
+        return self.served if self.vocabulary_D is None else len(self.vocabulary_D)
+
+    @property
+    def tokens_D(self) -> Tensor | None:
+        """Ids of its own that can be drafted [D]; None: all that it has."""
+        cut = self.vocabulary_D is None and self.served < self.readable
+        return torch.arange(self.served, device=next(self.parameters()).device) if cut else self.vocabulary_D
+
+    def set_vocabulary(self, ids: Any) -> None:
+        """As `LearnedDrafter.set_vocabulary`; ValueError also for an id that it does not have."""
+        super().set_vocabulary(ids)
+        if self.vocabulary is not None and int(self.vocabulary[-1]) >= self.readable:
+            raise ValueError(f"draft_vocabulary holds token {int(self.vocabulary[-1])}, but the drafter has "
+                             f"{self.readable} tokens only: lower it, or give null")
+
+    def _serve(self, size: int) -> None:
+        """Draft for a target of so many ids."""
+        self.served, known = size, min(self.readable, self.shape.vocab_size)
+        if self.vocabulary is not None:
+            beyond = not self.vocabulary.is_meta and int(self.vocabulary[-1]) >= size
+            self.shared = self.vocabulary[self.vocabulary < size] if beyond else None
+        else:
+            place = next((parameter.device for parameter in self.parameters()), "cpu")
+            self.shared = torch.arange(known, device=place) if known < size else None
+
+    def read_ids(self, tokens: Tensor) -> Tensor:
+        """Ids that it can read: those of a target's padding, which stand for nothing, become its last one."""
+        return tokens.clamp(max=self.readable - 1) if self.readable < self.served else tokens
+
+    def adapt(self, target: Target) -> Target:
+        """The target itself, of whose ids it drafts from now on those that both have.
+
+        Raises:
+            ValueError: the target's tokenizer is not the one that the drafter reads.
+        """
+        known, found = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
+        if known is not None and known != found:
+            raise ValueError(f"drafter: its tokenizer has vocabulary {known}, the target {target.name} has {found}: "
+                             "give a drafter of the same tokenizer")
+        if known is None and target.shape.vocab_size != self.shape.vocab_size:
+            raise ValueError(f"drafter: made for a vocabulary of {self.shape.vocab_size} tokens, the target "
+                             f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: give a "
+                             "drafter of the same size, or train it anew")
+        self._serve(target.shape.vocab_size)
+        return target

@@ -1,0 +1,292 @@
+"""Judge decoding: a linear head on the target's own states that says whether a drafted token is right.
+
+Bachmann et al. 2025, arXiv 2501.19309: after a wrong token, the target's last hidden state shows it. The state is
+the row of the token that is judged, not of the one before it, which could not know.
+
+Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.acceptance.relaxed import RelaxedRule
+from modules.acceptance.rules import Draws
+from modules.contracts.batches import LabelledBatch, StateName
+from modules.contracts.drafter import Verified
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.trainable import Losses, Mean, Outcome, TargetShape, Trainable
+from modules.losses.averages import divisor, over_processes
+from modules.losses.metrics import area_under_curve
+
+if TYPE_CHECKING:
+    from modules.target.target import Target
+
+logger = logging.getLogger(__name__)
+
+NOTHING = 2.0
+"""A threshold that no score reaches."""
+
+
+class Judge(Trainable):
+    """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is right.
+
+    Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch,
+    at most `largest_weight`. Mean and deviation of the states are gathered while training, and fold
+    into one dot product.
+
+    A token is accepted from a score of `threshold` on. The paper's 0.5 is where the weighted loss
+    holds a token for as likely right as wrong, and asks for no held-out tokens. Where few wrong
+    tokens were seen, or the weight met its cap, scores of 0.5 mean less: None sets the threshold
+    after training, on answers to half of the held-out questions.
+
+    Args:
+        shape: the target's dimensions.
+        state: the target state it reads; the paper finds the last one, before the final norm, the best.
+        threshold: score from which on a token is accepted; null: the lowest that reaches
+            `precision`.
+        precision: share of right tokens among those that are accepted on held-out answers, right
+            and wrong ones weighed alike.
+        largest_weight: cap on the weight of a wrong token.
+        focus: γ of the focal loss (1 − p)^γ CE; 0 is plain cross-entropy.
+    """
+
+    batch_kind: ClassVar[str] = "labelled"
+    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
+    threshold: Tensor
+    mean_H: Tensor
+    deviation_H: Tensor
+    seen: Tensor
+
+    def __init__(self, shape: TargetShape, state: int | str = "pre_norm", precision: float = 0.9,
+                 largest_weight: float = 20.0, focus: float = 0.0,
+                 threshold: float | None = 0.5) -> None:
+        super().__init__()
+        if threshold is not None and threshold < 0:
+            raise ValueError(f"threshold must be 0 or above, or null, got {threshold}")
+        if not 0.5 <= precision <= 1:
+            raise ValueError(f"precision must lie in [0.5, 1], got {precision}")
+        if largest_weight < 1:
+            raise ValueError(f"largest_weight must be at least 1, got {largest_weight}")
+        if focus < 0:
+            raise ValueError(f"focus must be 0 or above, got {focus}")
+        self.state, self.precision, self.largest_weight, self.focus = state, precision, largest_weight, focus
+        self.calibrates = threshold is None
+        self.linear = nn.Linear(shape.hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean_H", torch.zeros(shape.hidden_size))
+        self.register_buffer("deviation_H", torch.ones(shape.hidden_size))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("threshold", torch.tensor(0.5 if threshold is None else threshold))
+
+    @property
+    def training_states(self) -> tuple[StateName, ...]:
+        """The one it reads."""
+        return (self.state,)
+
+    def logits(self, states_NH: Tensor) -> Tensor:
+        """States [..., H] -> logits [...], by one dot product."""
+        weight_H = self.linear.weight[0] / self.deviation_H
+        bias = self.linear.bias[0] - weight_H @ self.mean_H
+        return states_NH.to(weight_H.dtype) @ weight_H + bias
+
+    def scores(self, states_NH: Tensor) -> Tensor:
+        """Probability [...] that the token of each state is right."""
+        return self.logits(states_NH).sigmoid()
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def loss(self, batch: LabelledBatch, target: Target, progress: float) -> Losses:
+        """Weighted cross-entropy over the labelled tokens; area under the curve within batches, and mean scores."""
+        states_MH, labels_M = self._labelled(batch)
+        if self.training:
+            self._observe(states_MH)
+        logits_M = self.logits(states_MH)
+        losses_M = F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="none")
+        losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
+        weights_M = class_weights(labels_M, self.largest_weight)
+        total = (weights_M * losses_M).sum() / divisor(weights_M.sum())
+        return Losses(total, _metrics(losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M))
+
+    def _labelled(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        counted_BT = batch.text.loss_mask
+        states_MH = batch.text.states[self.state][counted_BT].to(self.linear.weight.dtype)
+        return states_MH, batch.labels[counted_BT].to(states_MH.dtype)
+
+    @torch.no_grad()
+    def _observe(self, states_MH: Tensor) -> None:
+        """Mean and deviation over all states that any process has seen so far (Chan et al. 1979)."""
+        count = over_processes(states_MH.new_tensor(float(len(states_MH))))
+        if count < 2:
+            return
+        mean_H = over_processes(states_MH.sum(0)) / count
+        total, shift_H = self.seen + count, mean_H - self.mean_H
+        own_H = self.deviation_H.square() * self.seen + over_processes((states_MH - mean_H).square().sum(0))
+        variance_H = (own_H + shift_H.square() * self.seen * count / total) / total
+        self.mean_H += shift_H * count / total
+        self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
+        self.seen.copy_(total)
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
+        """What the threshold lets through on held-out answers, and the area under the curve over
+        all tokens.
+
+        `calibrated_threshold` is the lowest that reaches `precision`. Where it is to be the
+        threshold, it is set on answers to half of the questions, and what it lets through is that
+        of the others; where one half has no right or no wrong token, of all. `auc_numbers` looks at
+        tokens with a digit alone: where all errors are numbers, knowing a number when it sees one
+        would be enough for a good area over all tokens.
+        """
+        found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
+                 for batch in batches]
+        states_MH, labels_M, ids_M, first_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
+        numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
+        halves = self.calibrates and all(
+            bool((half_M & kind_M).any()) for half_M in (first_M, ~first_M)
+            for kind_M in (right_M, ~right_M))
+        if self.calibrates and not halves:
+            logger.warning("too few held-out answers to judge the threshold on others than those it is set on: give "
+                           "more data, or a larger data.validation_fraction")
+        everything_M = torch.ones_like(right_M)
+        set_M, told_M = (first_M, ~first_M) if halves else (everything_M, everything_M)
+        calibrated = calibrated_threshold(scores_M[set_M], right_M[set_M], self.precision)
+        if self.calibrates:
+            self.threshold.fill_(calibrated)
+        kept_M = scores_M >= self.threshold.double()
+        return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
+                        "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
+                        "held_out/threshold": float(self.threshold),
+                        "held_out/calibrated_threshold": calibrated,
+                        "held_out/accepted_right": _share(kept_M[right_M & told_M]),
+                        "held_out/accepted_wrong": _share(kept_M[~right_M & told_M])})
+
+    # -- decoding ---------------------------------------------------------------------------------------------
+
+    def acceptance_rule(self, target: Target, threshold: float | None = None, guard: bool = True,
+                        repetition: int = 0) -> JudgeRule:
+        """The rule that accepts what this head calls right.
+
+        Args:
+            target: what it serves.
+            threshold: instead of its own; 0 accepts every token, above 1 none.
+            guard: leave end-of-sequence and other special tokens to the standard rule.
+            repetition: leave a token to it too that would say the same 1 … `repetition` tokens
+                twice in a row; 0: not.
+
+        Raises:
+            ValueError: a negative `repetition`.
+        """
+        special = target.eos_ids | set(getattr(target.tokenizer, "all_special_ids", ())) if guard else set()
+        threshold = float(self.threshold) if threshold is None else threshold
+        return JudgeRule(self, threshold, special, repetition)
+
+
+class JudgeRule(RelaxedRule):
+    """A token is good when the judge's score of it is at least the threshold (the paper says above: scores are
+    rounded, and so a threshold of 0 accepts a score of 0 too).
+
+    Args:
+        judge: the trained head.
+        threshold: see `Judge.acceptance_rule`.
+        special: token ids that the judge may not wave through.
+        repetition: longest repetition that it may not wave through, see `repeats`; 0: none is
+            looked for.
+    """
+
+    def __init__(self, judge: Judge, threshold: float, special: Iterable[int] = (),
+                 repetition: int = 0) -> None:
+        if repetition < 0:
+            raise ValueError(f"rule judge: repetition must be 0 (off) or above, got {repetition}")
+        self.name = f"judge {threshold:g}"
+        self.judge, self.threshold, self.special = judge, threshold, sorted(special)
+        self.repetition = repetition
+        self.states: tuple[StateName, ...] = (judge.state,)
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Score each node by its own row, which has read its token."""
+        scores_BN = self.judge.scores(verified.states[self.judge.state])
+        special = torch.tensor(self.special, dtype=torch.long, device=scores_BN.device)
+        guarded_BN = torch.isin(tree.tokens_BN, special) | repeats(tree, self.repetition)
+        return (scores_BN >= self.threshold) & ~guarded_BN
+
+
+# -- pure functions -----------------------------------------------------------------------------------------------
+
+
+def repeats(tree: TokenTree, longest: int) -> Tensor:
+    """bool [B,N]: nodes at which the last 1 … `longest` tokens of their path stand twice in a row.
+
+    The path begins with node 0; what was said before it is not seen, so that a loop longer than
+    half of a path is not found.
+    """
+    parents_BN, tokens_BN = tree.parents_BN.clamp(min=0), tree.tokens_BN
+    found_BN = torch.zeros_like(tree.acceptable_BN)
+    above_BN = torch.arange(tree.size, device=tokens_BN.device).expand_as(parents_BN)
+    for period in range(1, longest + 1):
+        # Each node against the one `period` steps above it; then the last `period` nodes together.
+        above_BN = parents_BN.gather(1, above_BN)
+        same_BN = (tokens_BN == tokens_BN.gather(1, above_BN)) & (tree.topology.depth >= period)
+        run_BN = same_BN
+        for _ in range(period - 1):
+            same_BN = same_BN.gather(1, parents_BN)
+            run_BN = run_BN & same_BN
+        found_BN |= run_BN
+    return found_BN
+
+
+def _first_half(batch: LabelledBatch) -> Tensor:
+    """bool [M]: labelled tokens whose question has an even number; without numbers each row is a question."""
+    counted_BT = batch.text.loss_mask
+    rows = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand(counted_BT.shape)
+    return (rows if batch.questions is None else batch.questions)[counted_BT] % 2 == 0
+
+
+def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
+    """Those of the ids whose text holds a digit, each once."""
+    kept = [token for token in ids_M.unique().tolist() if any(map(str.isdigit, target.tokenizer.decode([token])))]
+    return ids_M.new_tensor(kept)
+
+
+def class_weights(labels_M: Tensor, largest: float) -> Tensor:
+    """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for wrong ones [M]."""
+    right = labels_M.sum()
+    ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
+    return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
+
+
+def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:
+    """The lowest score at or above which `precision` of the tokens are right, either class weighing the same.
+
+    `NOTHING` if no score reaches it, and where no wrong token was seen to calibrate on.
+    """
+    if not bool(right_M.any()) or bool(right_M.all()):
+        return NOTHING
+    levels, place_M = scores_M.unique(return_inverse=True)
+    rates = []
+    for one in (right_M, ~right_M):
+        counts = place_M[one].bincount(minlength=len(levels))
+        rates.append(counts.flip(0).cumsum(0).flip(0) / one.sum())
+    reached = rates[0] >= precision * (rates[0] + rates[1])
+    return float(levels[reached][0]) if bool(reached.any()) else NOTHING
+
+
+def _share(kept_M: Tensor) -> float:
+    return float(kept_M.double().mean()) if len(kept_M) else 0.0
+
+
+def _metrics(losses_M: Tensor, weights_M: Tensor, scores_M: Tensor, labels_M: Tensor) -> dict[str, Mean]:
+    right_M = labels_M > 0.5
+    pairs = cast(Tensor, right_M.sum() * (~right_M).sum())
+    return {"loss": Mean(losses_M.sum(), weights_M.sum()),
+            "auc": Mean(pairs * area_under_curve(scores_M, right_M), pairs),
+            "right_score": Mean(scores_M[right_M].sum(), right_M.sum()),
+            "wrong_score": Mean(scores_M[~right_M].sum(), (~right_M).sum())}

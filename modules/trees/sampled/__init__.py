@@ -1,0 +1,1 @@
+"""Builders that draw from the drafter's distribution."""

@@ -1,0 +1,89 @@
+"""The tree size that is worth most, and the stored times it is judged by."""
+
+from __future__ import annotations
+
+import pytest
+
+from eval.methods.rows import Method, build_rows
+from modules.contracts.drafter import Sampling
+from modules.cost_model.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
+from modules.cost_model.latency_table import LatencyTable, stored_latency
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.retrieval.lookahead import Lookahead
+from modules.drafters.retrieval.prompt_lookup import PromptLookup
+from modules.drafters.retrieval.token_recycling import UNKNOWN, TokenRecycling
+from tests.fakes import ScriptedDrafter, tiny_target
+
+
+class Obedient(ScriptedDrafter):
+    """A chain as long as the budget says."""
+
+    def propose(self, state, budget):
+        self.depth = budget
+        return super().propose(state, budget)
+
+
+def test_a_perfect_drafter_wants_all_of_its_depth_where_rows_are_free_and_one_node_where_they_are_dear():
+    target = tiny_target()
+    decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
+    for per_row, expected in ((0.0, 3), (10.0, 1)):
+        table = LatencyTable(8, {rows: 1.0 + per_row * (rows - 1) for rows in (1, 2, 3, 4)})
+        trials = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 24, budgets=(1, 2, 3))
+        assert [trial.budget for trial in trials] == [1, 2, 3]
+        assert trials[0].tokens_per_call < trials[1].tokens_per_call < trials[2].tokens_per_call
+        assert best_budget(trials) == expected
+
+
+def test_equals_go_to_the_smaller_tree():
+    assert best_budget([BudgetTrial(3, 1.5, 0.0, 1.2), BudgetTrial(5, 1.6, 0.0, 1.2)]) == 3
+
+
+def test_times_are_measured_once_and_a_missing_width_measures_anew(tmp_path, monkeypatch):
+    target = tiny_target()
+    first = stored_latency(target, tmp_path, widths=(1, 2), repeats=1)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert stored_latency(target, tmp_path, widths=(1, 2), repeats=1) == first
+    assert set(stored_latency(target, tmp_path, widths=(1, 2, 3), repeats=1).seconds) == {1, 2, 3}
+
+
+def test_an_evaluation_can_ask_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    target = tiny_target()
+    drafter = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
+    rows = build_rows([Method(name="lookup", drafter=drafter, budget="auto")], target, Sampling())
+    assert rows[-1].budget in BUDGETS
+
+
+def test_sizes_that_lookahead_cannot_fill_are_left_out():
+    target = tiny_target()
+    table = LatencyTable(8, {1: 1.0, 24: 1.0})
+    decoder = SpeculativeDecoder(target, Lookahead(target.shape))
+    trials = try_budgets(decoder, table, [[7, 8, 9, 7, 8]], Sampling(), 12)
+    assert [trial.budget for trial in trials] == [15, 23]
+    wide = SpeculativeDecoder(target, Lookahead(target.shape, window=12))
+    with pytest.raises(ValueError, match="'auto' tries at most 23 nodes, lookahead needs 37: give its budget"):
+        try_budgets(wide, table, [[7, 8]], Sampling(), 12)
+
+
+def test_a_trial_pays_for_the_rows_that_its_calls_compute():
+    """Lookup that finds nothing sends one row, whatever its budget."""
+    target = tiny_target()
+    table = LatencyTable(8, {1: 1.0, 4: 100.0})
+    decoder = SpeculativeDecoder(target, PromptLookup(target.shape, shortest=3))
+    trial, = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 3, budgets=[3])
+    assert trial.tokens_per_call == 1.0 and trial.predicted_speedup == pytest.approx(1.0, abs=0.1)
+
+
+def test_trials_of_a_drafter_that_learns_begin_alike_and_leave_it_as_it_was():
+    target = tiny_target()
+    drafter = TokenRecycling(target.shape, tokens=20)
+    table = LatencyTable(8, {1: 1.0, 24: 1.0})
+    trials = try_budgets(SpeculativeDecoder(target, drafter), table, [[20, 30]], Sampling(), 40, budgets=(7, 7))
+    assert trials[0].tokens_per_call == trials[1].tokens_per_call > 1
+    assert bool((drafter.successors_VK == UNKNOWN).all())
+
+
+def test_a_budget_below_one_is_refused():
+    drafter = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
+    with pytest.raises(ValueError, match="drafts nothing"):
+        Method(drafter=drafter, budget=0).check()

@@ -1,0 +1,52 @@
+"""A target at low precision beside a drafter in float32: loss, laws and decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import modules.target.target
+from modules.contracts.drafter import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.clover2 import Clover2
+from modules.drafters.heads.hydra import Hydra
+from modules.drafters.heads.medusa import Medusa
+from modules.losses.chunked import training_rows
+from tests.fakes import tiny_batch, tiny_target
+
+
+@pytest.mark.parametrize("kind", [Medusa, Clover, Clover2, Hydra])
+def test_bfloat16_target_with_a_float32_drafter(kind):
+    target = tiny_target(dtype=torch.bfloat16)
+    drafter = kind(target.shape, heads=3, draft_vocabulary=40)
+    drafter.initialise(target)
+    batch = tiny_batch(target)
+    batch.states = {name: state.float() for name, state in target.features(batch, drafter.training_states).items()}
+    loss = drafter.loss(batch, target, 0.0).total
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad is None for parameter in target.parameters())
+    trace = SpeculativeDecoder(target, drafter.eval()).decode([[5, 6, 7]], Sampling(), 8)[0]
+    assert trace.ids
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("trimmed", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@torch.no_grad()
+def test_laws_of_a_target_at_16_bits_are_those_of_its_weights(arch, trimmed, autocast, monkeypatch):
+    """Against float64 on the same states and weights. Rounded logits are off by a thousandth and more."""
+    monkeypatch.setattr(modules.target.target, "WIDENED_ROWS", 50)
+    target = tiny_target(arch, torch.bfloat16)
+    drafter = Hydra(target.shape, 2, draft_vocabulary=60 if trimmed else None)
+    batch = tiny_batch(target)
+    batch.states = {name: state.float() for name, state in target.features(batch, drafter.training_states).items()}
+    rows = training_rows(batch, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        laws = drafter.laws(batch, target, rows)
+    assert laws is not None
+    flat_M, chosen = rows.flat_MK1[:, 1], slice(60 if trimmed else None)
+    logits = batch.states["final"].flatten(0, 1)[flat_M].double() @ target.copy_weight("lm_head")[chosen].double().T
+    if target.anatomy.softcap is not None:
+        logits = torch.tanh(logits / target.anatomy.softcap) * target.anatomy.softcap
+    torch.testing.assert_close(laws(flat_M).double(), logits.softmax(-1), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,1 @@
+"""The Lightning module, callbacks, checkpoints and strategies."""

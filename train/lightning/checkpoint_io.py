@@ -1,0 +1,54 @@
+"""Checkpoint files that are whole or not there: written beside their place, then put there at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from configs.command_line.endings import about
+
+PART = ".part"
+"""Ending of checkpoints that are being written."""
+
+
+class SiblingCheckpointIO(TorchCheckpointIO):
+    """Lightning's files, written to the folder they belong to.
+
+    Lightning writes to the system's temporary folder first; from there to another file system a move is a copy, and a
+    kill in the middle of it leaves neither the old checkpoint nor the new one. Within a folder it is one rename.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `.NAME.part`, have it on the disk, and rename it.
+
+        Raises:
+            OSError: the disk did not take it; the file that was there before still is.
+        """
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}{PART}")
+        try:
+            with about(place), part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, place)
+        except RuntimeError as error:
+            # torch answers a full disk with an error of its own ("unexpected pos"), behind which is
+            # the disk's.
+            refused = error.__context__
+            if isinstance(refused, OSError):
+                raise OSError(refused.errno, refused.strerror, str(place)) from error
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what kills left half written in a folder of checkpoints; nobody may be writing."""
+    for part in folder.glob(f".*{PART}"):
+        part.unlink()
