@@ -1,4 +1,6 @@
-"""Measure drafters: `python eval.py --config eval/smoke.yaml --drafters runs/clover` (see `--help`)."""
+"""Measure drafters: `python eval.py --config eval/smoke.yaml --drafters runs/clover` (see
+`--help`).
+"""
 
 from eval.cli import main
 

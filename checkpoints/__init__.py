@@ -1,1 +1,3 @@
-"""What a trained component looks like outside this repository: folders, formats, cards, provenance."""
+"""What a trained component looks like outside this repository: folders, formats, cards,
+provenance.
+"""

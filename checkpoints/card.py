@@ -1,4 +1,6 @@
-"""The model card of a trained component: what it is, what was measured, how it was made and how to use it."""
+"""The model card of a trained component: what it is, what was measured, how it was made and how to
+use it.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,20 @@ if TYPE_CHECKING:
     from checkpoints.provenance import Provenance
     from modules.contracts.trainable import Trainable
 
-_KINDS = {"drafter": "A speculative-decoding component: it serves",
-          "rule": "A lossy acceptance rule for speculative decoding: it judges drafts for",
-          "adapters": "Low-rank adapters: they change"}
+_KINDS = {
+    "drafter": "A speculative-decoding component: it serves",
+    "rule": "A lossy acceptance rule for speculative decoding: it judges drafts for",
+    "adapters": "Low-rank adapters: they change",
+}
 _MEANINGS = {
     r"probe/tau": "tokens per target call on a few held-out prompts, greedy, bonus token counted",
     r"val/loss": "held-out loss",
     r"val/top(\d+)_(\d+)": r"held-out share of tokens among the \1 likeliest at draft step \2",
     r"val/cross_entropy_(\d+)": r"held-out cross-entropy at draft step \1",
-    r"val/preference_accuracy": "held-out share of pairs whose chosen response has the higher reward",
-    r"val/reward_margin": "held-out mean reward of the chosen response minus that of the rejected one",
+    r"val/preference_accuracy": "held-out share of pairs whose chosen response has the higher "
+    "reward",
+    r"val/reward_margin": "held-out mean reward of the chosen response minus that of the rejected "
+    "one",
     r"held_out/auc": "how often a right held-out token scores above a wrong one",
     r"held_out/threshold": "score from which on a token is accepted",
     r"held_out/calibrated_threshold": "the score that held-out answers would choose",
@@ -45,7 +51,8 @@ _MEANINGS = {
 class Publishing:
     """What a card says besides, when its component is published.
 
-    repo: the Hub id, or the folder it is written to instead. license: of the component. measurement: from a report.
+    repo: the Hub id, or the folder it is written to instead. license: of the component.
+    measurement: from a report.
     """
 
     repo: str
@@ -58,57 +65,107 @@ LICENSES = {"smollm2-135m": "apache-2.0"}
 _NO_ENGINE = "No serving engine loads this kind of component; it runs in this project's decoder."
 
 
-def model_card(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance,
-               publishing: Publishing | None = None) -> str:
+def model_card(
+    trainable: Trainable,
+    config: Mapping[str, Any],
+    provenance: Provenance,
+    publishing: Publishing | None = None,
+) -> str:
     """Markdown with a YAML header the Hub understands."""
     measurement = publishing.measurement if publishing else None
-    parts = [_header(config, provenance, publishing), _what(trainable, config, provenance),
-             _evaluated(measurement) if measurement else "", _measured(provenance.measured),
-             _training(provenance), _use(trainable, provenance, publishing.repo if publishing else None),
-             _serve(trainable, provenance, publishing.repo) if publishing else "", _origin(provenance)]
+    parts = [
+        _header(config, provenance, publishing),
+        _what(trainable, config, provenance),
+        _evaluated(measurement) if measurement else "",
+        _measured(provenance.measured),
+        _training(provenance),
+        _use(trainable, provenance, publishing.repo if publishing else None),
+        _serve(trainable, provenance, publishing.repo) if publishing else "",
+        _origin(provenance),
+    ]
     return "\n".join(part for part in parts if part)
 
 
-def _header(config: Mapping[str, Any], provenance: Provenance, publishing: Publishing | None) -> str:
+def _header(
+    config: Mapping[str, Any], provenance: Provenance, publishing: Publishing | None
+) -> str:
     data = ModelCardData(
-        base_model=hub_name(provenance.target["name"]), library_name="slipstream", pipeline_tag="text-generation",
+        base_model=hub_name(provenance.target["name"]),
+        library_name="slipstream",
+        pipeline_tag="text-generation",
         license=publishing.license if publishing else None,
         tags=["slipstream", "speculative-decoding", config["drafter_type"]],
         model_name=publishing.repo.rsplit("/", 1)[-1] if publishing else None,
-        eval_results=_results(publishing.measurement, provenance) if publishing else None)
+        eval_results=_results(publishing.measurement, provenance) if publishing else None,
+    )
     heading = f"# {plain(config['class'])} for {plain(title(provenance.target['name']))}"
     return f"---\n{data.to_yaml()}\n---\n\n{heading}\n"
 
 
 def hub_name(target: str) -> str | None:
-    """The Hub id of a target, if it has one: the embedded target's, or its name where that is no path."""
-    named = target.count("/") == 1 and not target.startswith(("/", ".", "~")) and not Path(target).exists()
+    """The Hub id of a target, if it has one: the embedded target's, or its name where that is no
+    path.
+    """
+    named = (
+        target.count("/") == 1
+        and not target.startswith(("/", ".", "~"))
+        and not Path(target).exists()
+    )
     return HUB_NAMES.get(target, target if named else None)
 
 
 def _results(measurement: Measurement | None, provenance: Provenance) -> list[EvalResult] | None:
-    """The entries of `model-index`: a report's figures, or else what was measured while training."""
+    """The entries of `model-index`: a report's figures, or else what was measured while
+    training.
+    """
     if measurement is not None:
-        return [_result(dataset(measurement), kind, name, value, f"temperature {row['temperature']:g}, batch size "
-                        f"{row['batch_size']}") for row in measurement.rows for kind, name, value in (
-                    ("speedup", "speedup over plain decoding", row["speedup"]["micro"]),
-                    ("mean_accepted_tokens", "tokens per target call", row["mean_accepted_tokens"]),
-                    ("tokens_per_second", "tokens per second", row["tokens_per_second"])) if value is not None]
+        return [
+            _result(
+                dataset(measurement),
+                kind,
+                name,
+                value,
+                f"temperature {row['temperature']:g}, batch size {row['batch_size']}",
+            )
+            for row in measurement.rows
+            for kind, name, value in (
+                ("speedup", "speedup over plain decoding", row["speedup"]["micro"]),
+                ("mean_accepted_tokens", "tokens per target call", row["mean_accepted_tokens"]),
+                ("tokens_per_second", "tokens per second", row["tokens_per_second"]),
+            )
+            if value is not None
+        ]
     tau = provenance.measured.get("probe/tau")
-    return None if tau is None else [_result("held-out prompts", "mean_accepted_tokens", "tokens per target call", tau)]
+    return (
+        None
+        if tau is None
+        else [_result("held-out prompts", "mean_accepted_tokens", "tokens per target call", tau)]
+    )
 
 
-def _result(asked: str, kind: str, name: str, value: float, config: str | None = None) -> EvalResult:
-    return EvalResult(task_type="text-generation", dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", asked.lower()),
-                      dataset_name=asked, dataset_config=config, metric_type=kind, metric_name=name, metric_value=value)
+def _result(
+    asked: str, kind: str, name: str, value: float, config: str | None = None
+) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", asked.lower()),
+        dataset_name=asked,
+        dataset_config=config,
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+    )
 
 
 def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
     summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
     total = sum(parameter.numel() for parameter in trainable.parameters())
     name, weights = title(provenance.target["name"]), provenance.target["fingerprint"]
-    return (f"{summary}\n\n{_KINDS[_kind(trainable)]} the target {code(name)} with weights {code(weights)}. "
-            f"{total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of them trained.\n")
+    return (
+        f"{summary}\n\n{_KINDS[_kind(trainable)]} the target {code(name)} with weights "
+        f"{code(weights)}. {total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of "
+        "them trained.\n"
+    )
 
 
 def _evaluated(found: Measurement) -> str:
@@ -118,9 +175,22 @@ def _evaluated(found: Measurement) -> str:
 def _measured(measured: Mapping[str, float]) -> str:
     if not measured:
         return "## Measured while training\n\nNothing was measured in this run.\n"
-    rows = [f"| {plain(name)} | {value:.4f} | {_meaning(name)} |" for name, value in sorted(measured.items())]
-    return "\n".join(["## Measured while training", "", "| figure | value | meaning |", "|---|---:|---|", *rows, "",
-                      "Figures are those of the weights in this folder, measured during training.", ""])
+    rows = [
+        f"| {plain(name)} | {value:.4f} | {_meaning(name)} |"
+        for name, value in sorted(measured.items())
+    ]
+    return "\n".join(
+        [
+            "## Measured while training",
+            "",
+            "| figure | value | meaning |",
+            "|---|---:|---|",
+            *rows,
+            "",
+            "Figures are those of the weights in this folder, measured during training.",
+            "",
+        ]
+    )
 
 
 def _meaning(name: str) -> str:
@@ -134,11 +204,16 @@ def _training(provenance: Provenance) -> str:
 
 
 def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
-    made = {"drafter": "SpeculativeDecoder(target, component)",
-            "adapters": "SpeculativeDecoder(component.adapt(target))",
-            "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device, target.dtype),\n'
-                    '                             component.acceptance_rule(target))'}
-    named, folder = json.dumps(provenance.target["name"]), json.dumps(repo or "THIS_FOLDER_OR_HUB_ID")
+    made = {
+        "drafter": "SpeculativeDecoder(target, component)",
+        "adapters": "SpeculativeDecoder(component.adapt(target))",
+        "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device, target.dtype),\n'
+        "                             component.acceptance_rule(target))",
+    }
+    named, folder = (
+        json.dumps(provenance.target["name"]),
+        json.dumps(repo or "THIS_FOLDER_OR_HUB_ID"),
+    )
     example = textwrap.dedent(f"""\
         ```python
         from checkpoints.pretrained import load_pretrained
@@ -157,16 +232,24 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
 
 
 def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
-    """Commands for every format that holds this class; settings that an engine cannot run are refused by the export."""
+    """Commands for every format that holds this class; settings that an engine cannot run are
+    refused by the export.
+    """
     known, name = formats_of(type(trainable)), provenance.target["name"]
     target = shlex.quote(" ".join(name.split()))
     if not known:
         return f"## Serve\n\n{_NO_ENGINE}\n"
-    parts = [f"{' and '.join(FORMATS[form].ENGINES)}:\n\n```\npython -m checkpoints.export --format {form} {repo} "
-             f"exports/{form}\n{FORMATS[form].usage(trainable, target).replace('FOLDER', f'exports/{form}')}\n```\n"
-             for form in known]
-    told = (f"Export it in a checkout of Slipstream, then start the engine with the result and "
-            f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run differently.")
+    parts = [
+        f"{' and '.join(FORMATS[form].ENGINES)}:\n\n```\npython -m checkpoints.export --format "
+        f"{form} {repo} "
+        f"exports/{form}\n{FORMATS[form].usage(trainable, target).replace('FOLDER', f'exports/{form}')}\n```\n"
+        for form in known
+    ]
+    told = (
+        "Export it in a checkout of Slipstream, then start the engine with the result and "
+        f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run "
+        "differently."
+    )
     return "\n".join([f"## Serve\n\n{told}\n", *parts])
 
 
@@ -178,6 +261,8 @@ def _kind(trainable: Trainable) -> str:
 
 
 def _origin(provenance: Provenance) -> str:
-    packages = ", ".join(plain(f"{name} {version}") for name, version in provenance.packages.items())
+    packages = ", ".join(
+        plain(f"{name} {version}") for name, version in provenance.packages.items()
+    )
     revision, day = provenance.git_revision or "unknown", provenance.created[:10]
     return f"## Made with\n\nRevision {code(revision)}, {plain(day)}. {packages}.\n"

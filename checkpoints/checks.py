@@ -26,8 +26,12 @@ CONFIG_SHAPE = {
     "class": str,
     "format_version": int,
     "arguments": Each(object),
-    "target": {"name": Maybe(str), "fingerprint": Maybe(str), "shape": Each(object),
-               "chat_template?": Maybe(Each(object))},
+    "target": {
+        "name": Maybe(str),
+        "fingerprint": Maybe(str),
+        "shape": Each(object),
+        "chat_template?": Maybe(Each(object)),
+    },
 }
 PROVENANCE_SHAPE = {
     "target": {"name": str, "fingerprint": Maybe(str), "chat_template?": Each(object)},
@@ -67,14 +71,22 @@ def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
     hints = typing.get_type_hints(TargetShape)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            raise ValueError(f"{where}: target.shape.{name} is {_short(value)}: {_told(hints[name])} is expected")
+            raise ValueError(
+                f"{where}: target.shape.{name} is {_short(value)}: {_told(hints[name])} is expected"
+            )
         if name in _LARGEST and not 1 <= value <= _LARGEST[name]:
-            raise ValueError(f"{where}: target.shape.{name} is {value}, expected 1 to {_LARGEST[name]}")
+            raise ValueError(
+                f"{where}: target.shape.{name} is {value}, expected 1 to {_LARGEST[name]}"
+            )
     if not values.get("norm_eps", 1e-5) > 0:
-        raise ValueError(f"{where}: target.shape.norm_eps is {values['norm_eps']}, expected above 0")
+        raise ValueError(
+            f"{where}: target.shape.norm_eps is {values['norm_eps']}, expected above 0"
+        )
     _check_plain(values, f"{where}: target.shape")
     if values.get("activation", "silu") not in ACT2FN:
-        raise ValueError(f"{where}: target.shape.activation {_short(values['activation'])} is unknown")
+        raise ValueError(
+            f"{where}: target.shape.activation {_short(values['activation'])} is unknown"
+        )
     try:
         return TargetShape(**values)
     except TypeError as error:
@@ -90,7 +102,9 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> Non
     hints = typing.get_type_hints(kind.__init__)
     for name, value in arguments.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{where}: arguments.{name} is {_short(value)}: {_told(hints[name])} is expected")
+            raise ValueError(
+                f"{where}: arguments.{name} is {_short(value)}: {_told(hints[name])} is expected"
+            )
     _check_plain(arguments, f"{where}: arguments")
 
 
@@ -105,14 +119,22 @@ def check_tensors(outline: nn.Module, tensors: Mapping[str, Tensor], source: str
     wrong = {
         "missing": set(expected) - set(tensors),
         "unexpected": set(tensors) - set(expected),
-        "reshaped": {f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-                     for name in both if tensors[name].shape != expected[name].shape},
-        "of another kind": {f"{name} {_kind(tensors[name])} instead of {_kind(expected[name])}"
-                            for name in both if not _same_kind(tensors[name], expected[name])},
+        "reshaped": {
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in both
+            if tensors[name].shape != expected[name].shape
+        },
+        "of another kind": {
+            f"{name} {_kind(tensors[name])} instead of {_kind(expected[name])}"
+            for name in both
+            if not _same_kind(tensors[name], expected[name])
+        },
     }
     if any(wrong.values()):
-        raise ValueError(f"{source} does not fit {type(outline).__name__}: " + "; ".join(
-            f"{kind}: {some(names)}" for kind, names in wrong.items() if names))
+        raise ValueError(
+            f"{source} does not fit {type(outline).__name__}: "
+            + "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
+        )
 
 
 def check_values(trainable: nn.Module, source: str) -> None:
@@ -128,11 +150,15 @@ def check_values(trainable: nn.Module, source: str) -> None:
     if isinstance(ids, Tensor) and isinstance(shape, TargetShape) and len(ids):
         ascending = bool((ids[1:] > ids[:-1]).all())
         if not ascending or int(ids[0]) < 0 or int(ids[-1]) >= shape.vocab_size:
-            raise ValueError(f"{source}: vocabulary does not hold ascending ids from 0 to {shape.vocab_size - 1}")
+            raise ValueError(
+                f"{source}: vocabulary does not hold ascending ids from 0 to {shape.vocab_size - 1}"
+            )
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError with the first value that is not as `configs.command_line.shapes` describes it."""
+    """Raise ValueError with the first value that is not as `configs.command_line.shapes` describes
+    it.
+    """
     wrong = mismatch(value, shape)
     if wrong is not None:
         raise ValueError(f"{where}: {wrong}")
@@ -165,8 +191,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict or hint is dict:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    plain = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number,
-             str: isinstance(value, str), type(None): value is None}
+    plain = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int),
+        float: number,
+        str: isinstance(value, str),
+        type(None): value is None,
+    }
     return plain.get(hint, True)
 
 
@@ -180,11 +211,22 @@ def _check_plain(value: Any, where: str) -> None:
             raise ValueError(f"{where}: more than {MOST_VALUES} values or {MOST_LEVELS} levels")
         for each in left:
             if isinstance(each, str) and len(each) > MOST_TEXT:
-                raise ValueError(f"{where}: a text of {len(each)} characters, at most {MOST_TEXT} are read")
+                raise ValueError(
+                    f"{where}: a text of {len(each)} characters, at most {MOST_TEXT} are read"
+                )
             if isinstance(each, float) and not math.isfinite(each):
                 raise ValueError(f"{where}: a number that is not finite")
-        left = [inner for each in left for inner in (
-            each.values() if isinstance(each, Mapping) else each if isinstance(each, (list, tuple)) else ())]
+        left = [
+            inner
+            for each in left
+            for inner in (
+                each.values()
+                if isinstance(each, Mapping)
+                else each
+                if isinstance(each, (list, tuple))
+                else ()
+            )
+        ]
 
 
 def _told(hint: Any) -> str:

@@ -1,4 +1,6 @@
-"""`python -m checkpoints.export --format F RUN OUT`: a trained drafter in the format of a serving engine."""
+"""`python -m checkpoints.export --format F RUN OUT`: a trained drafter in the format of a serving
+engine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from jsonargparse import ArgumentParser
 from checkpoints.folders import CONFIG, PICKLED, write_json, write_tensors
 from checkpoints.formats.exported import Exported
 from checkpoints.formats.known import FORMATS, formats_of
-from checkpoints.pretrained import find_folder, load_pretrained, read_config, target_of, trainable_class
+from checkpoints.pretrained import (
+    find_folder,
+    load_pretrained,
+    read_config,
+    target_of,
+    trainable_class,
+)
 from configs.command_line.loading import parse, run
 from modules.runtime.files import whole_folder
 from modules.target.loading import load_target
@@ -29,7 +37,8 @@ def export(name: str | Path, form: str, out: Path, target: Target | None = None)
         target: what the drafter was trained for; loaded by its name when not given.
 
     Raises:
-        ValueError: no engine serves such a drafter, or not in this format, or not with its settings.
+        ValueError: no engine serves such a drafter, or not in this format, or not with its
+            settings.
     """
     refuse_unserved(trainable_class_of(name), form)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -54,18 +63,25 @@ def refuse_unserved(kind: type, form: str) -> None:
         raise ValueError(f"--format {form!r} is unknown: use one of {', '.join(FORMATS)}")
     known = formats_of(kind)
     if not known:
-        raise ValueError(f"no engine serves {kind.__name__}: use this project's decoder (the model card shows how)")
+        raise ValueError(
+            f"no engine serves {kind.__name__}: use this project's decoder (the model card shows "
+            "how)"
+        )
     if form not in known:
         raise ValueError(f"--format {form} holds no {kind.__name__}: use {' or '.join(known)}")
 
 
 def write(exported: Exported, out: Path) -> None:
-    """The folder of an export. PyTorch files are written only where nothing else is read, and hold plain tensors."""
+    """The folder of an export. PyTorch files are written only where nothing else is read, and hold
+    plain tensors.
+    """
     with whole_folder(out) as fresh:
         write_json(fresh / CONFIG, exported.config)
         for name in exported.weights:
             if name in PICKLED:
-                torch.save({key: tensor.clone() for key, tensor in exported.tensors.items()}, fresh / name)
+                torch.save(
+                    {key: tensor.clone() for key, tensor in exported.tensors.items()}, fresh / name
+                )
             else:
                 write_tensors(fresh / name, exported.tensors)
         if exported.tokenizer is not None:
@@ -74,11 +90,23 @@ def write(exported: Exported, out: Path) -> None:
 
 def make_parser() -> ArgumentParser:
     """The parser of `python -m checkpoints.export`."""
-    parser = ArgumentParser(prog="python -m checkpoints.export", exit_on_error=False, description=(
-        "Write a trained drafter as a serving engine loads it: " + "; ".join(
-            f"{name} ({module.DRAFTER.__name__}: {', '.join(module.ENGINES)})" for name, module in FORMATS.items())))
-    parser.add_argument("--format", required=True, choices=list(FORMATS), help="the format to write")
-    parser.add_argument("--target", type=str | None, help="the drafter's target, if its name does not lead to it")
+    parser = ArgumentParser(
+        prog="python -m checkpoints.export",
+        exit_on_error=False,
+        description=(
+            "Write a trained drafter as a serving engine loads it: "
+            + "; ".join(
+                f"{name} ({module.DRAFTER.__name__}: {', '.join(module.ENGINES)})"
+                for name, module in FORMATS.items()
+            )
+        ),
+    )
+    parser.add_argument(
+        "--format", required=True, choices=list(FORMATS), help="the format to write"
+    )
+    parser.add_argument(
+        "--target", type=str | None, help="the drafter's target, if its name does not lead to it"
+    )
     parser.add_argument("run", type=str, help="run folder, drafter folder or Hub id")
     parser.add_argument("out", type=str, help="folder to write")
     return parser

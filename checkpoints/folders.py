@@ -1,7 +1,7 @@
 """Writing folders of components, and reading those that others wrote.
 
-Nothing that is read here can run code: safetensors and JSON only. PyTorch's own files (`.bin`, `.pt`, all that some
-public drafters come as) are pickles, and refused.
+Nothing that is read here can run code: safetensors and JSON only. PyTorch's own files (`.bin`,
+`.pt`, all that some public drafters come as) are pickles, and refused.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file with the mode of any other; every tensor gets memory of its own."""
-    kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    kept = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
     save_file(kept, file, metadata={"format": "pt", **(metadata or {})})
     as_umask_says(file)
 
@@ -51,13 +55,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def refuse_pickles(names: Iterable[str], where: str) -> None:
-    """ValueError if PyTorch's files are among these names, with the way to convert them; asked where no safetensors
-    are."""
+    """ValueError if PyTorch's files are among these names, with the way to convert them; asked
+    where no safetensors are."""
     pickles = sorted(name for name in names if name.endswith(PICKLE_ENDINGS))
     if pickles:
-        raise ValueError(f"{where} holds its weights as {pickles[0]} only, a pickle, which can run code: convert it "
-                         "where you trust it, safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-                         f"'{WEIGHTS}'), and give the folder with that file and {CONFIG}")
+        raise ValueError(
+            f"{where} holds its weights as {pickles[0]} only, a pickle, which can run code: "
+            "convert it where you trust it, safetensors.torch.save_file(torch.load(FILE, "
+            f"weights_only=True), '{WEIGHTS}'), and give the folder with that file and {CONFIG}"
+        )
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -79,11 +85,14 @@ def _damage_named(file: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete"
+        ) from error
 
 
 class Ledger:
-    """Tensors of somebody's file, each taken once, by name and shape, so that none is misread or left over.
+    """Tensors of somebody's file, each taken once, by name and shape, so that none is misread or
+    left over.
 
     Args:
         tensors: by name.
@@ -106,16 +115,26 @@ class Ledger:
             raise ValueError(f"{self.source}: {name} is missing")
         tensor = self.tensors.pop(name)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{self.source}: {name} has shape {tuple(tensor.shape)} instead of {shape}")
+            raise ValueError(
+                f"{self.source}: {name} has shape {tuple(tensor.shape)} instead of {shape}"
+            )
         return tensor
 
     def drop(self, ending: str) -> None:
-        """Leave out tensors whose names end so: what others store though it follows from the config."""
-        self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.endswith(ending)}
+        """Leave out tensors whose names end so: what others store though it follows from the
+        config.
+        """
+        self.tensors = {
+            name: tensor for name, tensor in self.tensors.items() if not name.endswith(ending)
+        }
 
     def close(self) -> None:
-        """Raise ValueError if a tensor was not taken: it would change drafts in its own engine, and be lost here."""
+        """Raise ValueError if a tensor was not taken: it would change drafts in its own engine, and
+        be lost here.
+        """
         if self.tensors:
             names = ", ".join(sorted(self.tensors)[:4])
-            raise ValueError(f"{self.source}: {names} has no place in this drafter: it was trained with something that "
-                             "is not supported here")
+            raise ValueError(
+                f"{self.source}: {names} has no place in this drafter: it was trained with "
+                "something that is not supported here"
+            )

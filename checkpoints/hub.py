@@ -1,8 +1,9 @@
-"""Publishing a trained component on the Hugging Face Hub: one commit with weights, card, report and provenance.
+"""Publishing a trained component on the Hugging Face Hub: one commit with weights, card, report and
+provenance.
 
-The token is the client's own business: it takes it from `HF_TOKEN` or from where `hf auth login` put it. Here it is
-only asked for to tell whether there is one, and to keep it out of messages and files; no variable of a function that
-can fail holds it.
+The token is the client's own business: it takes it from `HF_TOKEN` or from where `hf auth login`
+put it. Here it is only asked for to tell whether there is one, and to keep it out of messages and
+files; no variable of a function that can fail holds it.
 """
 
 from __future__ import annotations
@@ -42,17 +43,21 @@ _MEANINGS = {
     404: "there is no such repository, or the token may not see it",
     409: "somebody else changes it at this moment: try again",
     413: "the Hub finds it too large",
-    429: "too many requests: wait, and try again"}
+    429: "too many requests: wait, and try again",
+}
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published: the contents of files, or where they lie, by their names in the repository."""
+    """What is published: the contents of files, or where they lie, by their names in the
+    repository.
+    """
 
     files: Mapping[str, bytes | Path]
 
 
-# -- what is published --------------------------------------------------------------------------------------------
+# -- what is published -----------------------------------------------------------------------------
+
 
 def check_repo(repo: str) -> None:
     """Raise ValueError unless it is the id of a repository, with its owner."""
@@ -62,18 +67,27 @@ def check_repo(repo: str) -> None:
     except HFValidationError:
         whole = False
     if not whole:
-        raise ValueError(f"repo {repo!r} is not the id of a Hub repository: give USER/NAME, of letters, digits, '-', "
-                         "'_' and '.'")
+        raise ValueError(
+            f"repo {repo!r} is not the id of a Hub repository: give USER/NAME, of letters, digits, "
+            "'-', '_' and '.'"
+        )
 
 
 def check_token() -> None:
     """Raise ValueError unless there is a token for the Hub."""
     if get_token() is None:
-        raise ValueError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+        raise ValueError(
+            "there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"
+        )
 
 
-def publication(run: Path, name: str, report: Path | None = None, row: str | None = None,
-                license: str | None = None) -> Publication:
+def publication(
+    run: Path,
+    name: str,
+    report: Path | None = None,
+    row: str | None = None,
+    license: str | None = None,
+) -> Publication:
     """All that is published of a run, checked as far as that goes without the Hub.
 
     Args:
@@ -92,16 +106,24 @@ def publication(run: Path, name: str, report: Path | None = None, row: str | Non
     provenance, trainable = Provenance.read(folder / PROVENANCE), load_pretrained(folder)
     size = trainable.trained_size
     found = None if report is None else measurement(report, name_of(run), size, provenance, row)
-    publishing = Publishing(name, license or LICENSES.get(provenance.target["name"], "other"), found)
+    publishing = Publishing(
+        name, license or LICENSES.get(provenance.target["name"], "other"), found
+    )
     config = portable(read_object(folder / CONFIG))
-    card = model_card(trainable, config if "class" in config else read_config(folder),
-                      Provenance(**portable(asdict(provenance))), publishing)
+    card = model_card(
+        trainable,
+        config if "class" in config else read_config(folder),
+        Provenance(**portable(asdict(provenance))),
+        publishing,
+    )
     ModelCard(card)
     told = {CONFIG: config, PROVENANCE: portable(read_object(folder / PROVENANCE))}
     if report is not None:
         told[REPORT] = portable(read_object(report))
-    texts = {file: (json.dumps(value, indent=2, sort_keys=file != REPORT) + "\n").encode()
-             for file, value in told.items()}
+    texts = {
+        file: (json.dumps(value, indent=2, sort_keys=file != REPORT) + "\n").encode()
+        for file, value in told.items()
+    }
     made = Publication({WEIGHTS: folder / WEIGHTS, **texts, CARD: card.encode()})
     _refuse_secrets(made)
     return made
@@ -116,9 +138,13 @@ def name_of(run: Path) -> str:
 def _refuse_secrets(made: Publication) -> None:
     """Commands and settings are published with the provenance: they must not hold a token."""
     for name, content in made.files.items():
-        if name != WEIGHTS and _holds_token(content if isinstance(content, bytes) else content.read_bytes()):
-            raise ValueError(f"{name} holds what looks like a token or a password: take it out before publishing, and "
-                             "revoke it")
+        if name != WEIGHTS and _holds_token(
+            content if isinstance(content, bytes) else content.read_bytes()
+        ):
+            raise ValueError(
+                f"{name} holds what looks like a token or a password: take it out before "
+                "publishing, and revoke it"
+            )
 
 
 def _holds_token(content: bytes) -> bool:
@@ -136,19 +162,30 @@ def write(made: Publication, folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} exists: give a new folder")
     with whole_folder(folder) as fresh:
         for name, content in made.files.items():
-            (fresh / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+            (fresh / name).write_bytes(
+                content if isinstance(content, bytes) else content.read_bytes()
+            )
 
 
-# -- the Hub ------------------------------------------------------------------------------------------------------
+# -- the Hub ---------------------------------------------------------------------------------------
 
-def publish(run: Path, repo: str, private: bool = True, report: Path | None = None, row: str | None = None,
-            license: str | None = None) -> str:
-    """Publish a run in one commit, and leave nothing of it if that fails; publishing again is always safe.
+
+def publish(
+    run: Path,
+    repo: str,
+    private: bool = True,
+    report: Path | None = None,
+    row: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Publish a run in one commit, and leave nothing of it if that fails; publishing again is
+    always safe.
 
     Args:
         run: run folder or drafter folder.
         repo: `USER/NAME`; created if there is none.
-        private: whether only its owner sees it. A repository that is there already must be so as well.
+        private: whether only its owner sees it. A repository that is there already must be so as
+            well.
         report: see `publication`; so are `row` and `license`.
 
     Returns:
@@ -165,7 +202,8 @@ def publish(run: Path, repo: str, private: bool = True, report: Path | None = No
 
 
 def upload(made: Publication, repo: str, private: bool = True) -> str:
-    """Validate the card by the Hub, create the repository if there is none, and commit; returns the commit's address.
+    """Validate the card by the Hub, create the repository if there is none, and commit; returns the
+    commit's address.
 
     Raises:
         ValueError: what the Hub refused, and what is left there.
@@ -175,7 +213,9 @@ def upload(made: Publication, repo: str, private: bool = True) -> str:
         ModelCard(_text(made.files[CARD])).validate()
         created = _create(api, repo, private)
         operations = _operations(made, [] if created else _files_of(api, repo, private))
-        return api.create_commit(repo, operations, commit_message="Publish with Slipstream").commit_url
+        return api.create_commit(
+            repo, operations, commit_message="Publish with Slipstream"
+        ).commit_url
     except Exception as error:
         failure = _reason(error)
     except BaseException:
@@ -195,7 +235,9 @@ def _create(api: HfApi, repo: str, private: bool) -> bool:
         api.create_repo(repo, private=private)
         return True
     except HfHubHTTPError as error:
-        if error.response.status_code == 409 or (error.response.status_code == 403 and api.repo_exists(repo)):
+        if error.response.status_code == 409 or (
+            error.response.status_code == 403 and api.repo_exists(repo)
+        ):
             return False
         raise
 
@@ -204,21 +246,39 @@ def _files_of(api: HfApi, repo: str, private: bool) -> list[str]:
     """The files of a repository that was there before, which must be as private as is asked for."""
     found = api.model_info(repo)
     if private and not found.private:
-        raise ValueError("it is there and public, and this would be private: add --public (publish.private: false), or "
-                         "make it private on the Hub")
+        raise ValueError(
+            "it is there and public, and this would be private: add --public (publish.private: "
+            "false), or make it private on the Hub"
+        )
     if not private and found.private:
-        raise ValueError("it is there and private, and this would be public: leave --public out, or open it on the Hub")
+        raise ValueError(
+            "it is there and private, and this would be public: leave --public out, or open it on "
+            "the Hub"
+        )
     return [file.rfilename for file in found.siblings or []]
 
 
-def _operations(made: Publication, present: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Every file of ours; what an earlier publication had and this one has not goes in the same commit."""
+def _operations(
+    made: Publication, present: list[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Every file of ours; what an earlier publication had and this one has not goes in the same
+    commit.
+    """
     added = [CommitOperationAdd(name, content) for name, content in made.files.items()]
-    return [*added, *(CommitOperationDelete(name) for name in FILES if name in present and name not in made.files)]
+    return [
+        *added,
+        *(
+            CommitOperationDelete(name)
+            for name in FILES
+            if name in present and name not in made.files
+        ),
+    ]
 
 
 def _undo(api: HfApi, repo: str, created: bool) -> str:
-    """After a failure, delete the repository if it was created for this and nothing was committed; say what is left."""
+    """After a failure, delete the repository if it was created for this and nothing was committed;
+    say what is left.
+    """
     again = "publishing again is safe"
     if not created:
         return f"What was there is unchanged, unless only the answer was lost; {again}"
@@ -249,8 +309,12 @@ def _reason(error: BaseException) -> str:
         found = found.__cause__
     if found is not None:
         status = found.response.status_code
-        told = _MEANINGS.get(status, "the Hub is in trouble: try again later" if status >= 500 else "it was refused")
-        return _clean(f"{told} ({status}{', ' + found.server_message if found.server_message else ''})")
+        told = _MEANINGS.get(
+            status, "the Hub is in trouble: try again later" if status >= 500 else "it was refused"
+        )
+        return _clean(
+            f"{told} ({status}{', ' + found.server_message if found.server_message else ''})"
+        )
     kinds = [type(one).__name__ for one in (error, error.__cause__) if one is not None]
     if any("Timeout" in kind for kind in kinds):
         return f"no answer within {TIMEOUT:g} seconds"

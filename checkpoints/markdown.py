@@ -8,7 +8,9 @@ _SPECIAL = re.compile(r"([\\`\[\]|])")
 
 
 def plain(text: object) -> str:
-    """Text that a Markdown page shows as it is: HTML, links, code, table cells and headings of its own are escaped."""
+    """Text that a Markdown page shows as it is: HTML, links, code, table cells and headings of its
+    own are escaped.
+    """
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\1", line)

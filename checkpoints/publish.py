@@ -1,4 +1,6 @@
-"""`python -m checkpoints.publish RUN --repo USER/NAME`: a trained component on the Hugging Face Hub."""
+"""`python -m checkpoints.publish RUN --repo USER/NAME`: a trained component on the Hugging Face
+Hub.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,34 @@ from configs.command_line.loading import parse, run
 
 def make_parser() -> ArgumentParser:
     """The parser of `python -m checkpoints.publish`."""
-    parser = ArgumentParser(prog="python -m checkpoints.publish", exit_on_error=False, description=(
-        "Publish a trained component on the Hugging Face Hub, privately: weights, model card, report and provenance in "
-        "one commit. The token is that of `hf auth login` or HF_TOKEN."))
+    parser = ArgumentParser(
+        prog="python -m checkpoints.publish",
+        exit_on_error=False,
+        description=(
+            "Publish a trained component on the Hugging Face Hub, privately: weights, model card, "
+            "report and provenance in one commit. The token is that of `hf auth login` or HF_TOKEN."
+        ),
+    )
     parser.add_argument("run", type=str, help="run folder or drafter folder")
-    parser.add_argument("--repo", type=str | None, help="USER/NAME on the Hub; created if there is none")
-    parser.add_argument("--output", type=str | None, help="write the files into this folder instead; needs no token")
+    parser.add_argument(
+        "--repo", type=str | None, help="USER/NAME on the Hub; created if there is none"
+    )
+    parser.add_argument(
+        "--output", type=str | None, help="write the files into this folder instead; needs no token"
+    )
     parser.add_argument("--public", action="store_true", help="make the repository public")
     parser.add_argument("--private", action="store_true", help="for its owner only, as by default")
-    parser.add_argument("--report", type=str | None, help="report.json on it, or none [RUN/eval/report.json]")
-    parser.add_argument("--row", type=str | None, help="the name of its rows in the report [the run's]")
-    parser.add_argument("--license", type=str | None, help="of the component [the target's if it is known, else other]")
+    parser.add_argument(
+        "--report", type=str | None, help="report.json on it, or none [RUN/eval/report.json]"
+    )
+    parser.add_argument(
+        "--row", type=str | None, help="the name of its rows in the report [the run's]"
+    )
+    parser.add_argument(
+        "--license",
+        type=str | None,
+        help="of the component [the target's if it is known, else other]",
+    )
     return parser
 
 
@@ -48,7 +67,9 @@ def command(arguments: Sequence[str]) -> int:
     if chosen.public and chosen.private:
         raise ValueError("--public and --private contradict each other: give one")
     if (chosen.repo is None) == (chosen.output is None):
-        raise ValueError("give --repo USER/NAME to publish, or --output FOLDER to write the files there")
+        raise ValueError(
+            "give --repo USER/NAME to publish, or --output FOLDER to write the files there"
+        )
     folder, extras = Path(chosen.run), (chosen.row, chosen.license)
     report = report_of(folder, chosen.report)
     disable_progress_bars()
@@ -58,7 +79,10 @@ def command(arguments: Sequence[str]) -> int:
     else:
         print(f"published: {publish(folder, chosen.repo, not chosen.public, report, *extras)}")
     if report is None:
-        print("without figures of an evaluation: `python eval.py --drafters RUN --output RUN/eval` makes them")
+        print(
+            "without figures of an evaluation: `python eval.py --drafters RUN --output RUN/eval` "
+            "makes them"
+        )
     return 0
 
 

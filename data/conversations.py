@@ -25,7 +25,8 @@ from data.reading.rows import Conversation
 class Tokens:
     """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens.
 
-    opening: hash of the prompt with which its conversation begins, where that has several documents.
+    opening: hash of the prompt with which its conversation begins, where that has several
+    documents.
     """
 
     input_ids: Tensor
@@ -44,7 +45,7 @@ class Tokens:
     @property
     def prompt(self) -> list[int]:
         """The ids before the assistant's first token."""
-        return self.input_ids[:int(self.loss_mask.int().argmax())].tolist()
+        return self.input_ids[: int(self.loss_mask.int().argmax())].tolist()
 
     @cached_property
     def group(self) -> str:
@@ -59,7 +60,9 @@ class Tokens:
 
 def hash_ids(ids: Tensor | Sequence[int]) -> str:
     """128 bits of the SHA-256 of token ids, in hexadecimal."""
-    return hashlib.sha256(torch.as_tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()[:32]
+    return hashlib.sha256(torch.as_tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()[
+        :32
+    ]
 
 
 class Tokenized(NamedTuple):
@@ -69,13 +72,19 @@ class Tokenized(NamedTuple):
     left_out: Counter[str]
 
 
-def tokenize(conversation: Conversation, tokenizer: Any, max_length: int,
-             end_ids: Collection[int] | None = None) -> Tokenized:
-    """Apply the target's chat template; the mask covers the assistant's tokens and the end-of-turn tokens it emits.
+def tokenize(
+    conversation: Conversation,
+    tokenizer: Any,
+    max_length: int,
+    end_ids: Collection[int] | None = None,
+) -> Tokenized:
+    """Apply the target's chat template; the mask covers the assistant's tokens and the end-of-turn
+    tokens it emits.
 
-    The tokens before every answer are exactly its `prompt_ids`. All answers stand in one document as long as each
-    prompt goes on from the answer before it; where a template rewrites earlier turns, an answer begins a document of
-    its own. A document longer than `max_length` loses its end.
+    The tokens before every answer are exactly its `prompt_ids`. All answers stand in one document
+    as long as each prompt goes on from the answer before it; where a template rewrites earlier
+    turns, an answer begins a document of its own. A document longer than `max_length` loses its
+    end.
 
     Args:
         end_ids: tokens that end an answer (default: the tokenizer's EOS).
@@ -108,8 +117,12 @@ def tokenize(conversation: Conversation, tokenizer: Any, max_length: int,
     return Tokenized([_document(chain, max_length, opening) for chain in chains], left_out)
 
 
-def tokenize_answer(conversation: Conversation, tokenizer: Any, max_length: int,
-                    end_ids: Collection[int] | None = None) -> Tokens:
+def tokenize_answer(
+    conversation: Conversation,
+    tokenizer: Any,
+    max_length: int,
+    end_ids: Collection[int] | None = None,
+) -> Tokens:
     """The last turn, which is the assistant's, behind its prompt; the mask is on this answer alone.
 
     Raises:
@@ -129,7 +142,7 @@ def _too_long(max_length: int) -> str:
 def _goes_on(answer: Answer, earlier: Answer) -> bool:
     """Whether an answer's prompt begins with an earlier answer and its prompt."""
     before = earlier.prompt + earlier.said
-    return answer.prompt[:len(before)] == before
+    return answer.prompt[: len(before)] == before
 
 
 def _document(chain: Sequence[Answer], max_length: int, opening: str | None = None) -> Tokens:
@@ -147,17 +160,25 @@ def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> 
     tokens the model was not. Nothing is checked without `rows`."""
     largest = int(torch.as_tensor(ids).max())
     if rows is not None and largest >= rows:
-        raise Skipped(f"token {largest} {tokenizer.convert_ids_to_tokens(largest)!r} is beyond the "
-                      f"model's vocabulary of {rows}")
+        raise Skipped(
+            f"token {largest} {tokenizer.convert_ids_to_tokens(largest)!r} is beyond the "
+            f"model's vocabulary of {rows}"
+        )
 
 
-def tokenize_all(conversations: Iterable[Conversation], tokenizer: Any, max_length: int,
-                 max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
-                 rows: int | None = None, tally: Tally | None = None) -> list[Tokens]:
+def tokenize_all(
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    max_length: int,
+    max_response_tokens: int | None = None,
+    end_ids: Collection[int] | None = None,
+    rows: int | None = None,
+    tally: Tally | None = None,
+) -> list[Tokens]:
     """Documents of all usable conversations in order, up to a budget of response tokens.
 
-    Conversations skipped and answers left out of others are counted by reason and logged. A document seen before (the
-    same tokens) is kept once.
+    Conversations skipped and answers left out of others are counted by reason and logged. A
+    document seen before (the same tokens) is kept once.
 
     Args:
         rows: of the model's embedding, see `check_ids`.

@@ -1,4 +1,5 @@
-"""Conversations as batches: read, tokenised with the target's template, packed, with cached states if asked.
+"""Conversations as batches: read, tokenised with the target's template, packed, with cached states
+if asked.
 
 Shape legend: B rows, T tokens of a row, D draft vocabulary.
 """
@@ -34,13 +35,15 @@ logger = logging.getLogger(__name__)
 
 
 class Batches:
-    """Batches of packed rows in an order that (seed, epoch) decides, and that can be taken up at any batch.
+    """Batches of packed rows in an order that (seed, epoch) decides, and that can be taken up at
+    any batch.
 
-    Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with its
-    checkpoints, so a resumed training continues with the batch after the last one it trained on. Rows are packed once;
-    their order changes with the epoch. Over several ranks each takes every world-th batch; where the count does not
-    come out even, the order is continued from its beginning with batches whose loss mask is empty, which weigh nothing,
-    in validation too. Two ranks of `rows` therefore see, step by step, the rows that one rank of `2 * rows` does, and a
+    Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with
+    its checkpoints, so a resumed training continues with the batch after the last one it trained
+    on. Rows are packed once; their order changes with the epoch. Over several ranks each takes
+    every world-th batch; where the count does not come out even, the order is continued from its
+    beginning with batches whose loss mask is empty, which weigh nothing, in validation too. Two
+    ranks of `rows` therefore see, step by step, the rows that one rank of `2 * rows` does, and a
     training can go on with the one or the other.
 
     Args:
@@ -48,13 +51,30 @@ class Batches:
         max_length: tokens per row.
         rows: rows per batch.
         cache: states to bring along, if any.
-        shuffle: whether the order changes with the epoch; if not, rows come in the order they were packed.
+        shuffle: whether the order changes with the epoch; if not, rows come in the order they were
+            packed.
         workers: processes that prepare batches.
     """
 
-    def __init__(self, documents: Sequence[Any], max_length: int, rows: int, cache: FeatureCache | None = None,
-                 seed: int = 0, shuffle: bool = True, workers: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.documents, self.cache, self.seed, self.shuffle, self.workers = documents, cache, seed, shuffle, workers
+    def __init__(
+        self,
+        documents: Sequence[Any],
+        max_length: int,
+        rows: int,
+        cache: FeatureCache | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.documents, self.cache, self.seed, self.shuffle, self.workers = (
+            documents,
+            cache,
+            seed,
+            shuffle,
+            workers,
+        )
         self.rank, self.world, self.rows = rank, world, rows
         self.packed = self._pack(max_length)
         self.sampler, self.batch_sampler = self, None
@@ -74,15 +94,19 @@ class Batches:
         count = len(self.packed)
         shuffled = torch.randperm(count, generator=generator(self.seed + 1, epoch)).tolist()
         order = shuffled if self.shuffle else list(range(count))
-        batches = [order[start:start + self.rows] for start in range(0, count, self.rows)]
+        batches = [order[start : start + self.rows] for start in range(0, count, self.rows)]
         return [batches[(self.rank + k * self.world) % len(batches)] for k in range(len(self))]
 
     def __iter__(self) -> Iterator[Any]:
-        """The epoch's batches; the first time after a state was restored, only those that were left."""
+        """The epoch's batches; the first time after a state was restored, only those that were
+        left.
+        """
         self.batch = self._start if self._start < len(self) else 0
         self._start = 0
-        first, remaining = self.batch, self.order(self.epoch)[self.batch:]
-        loader = DataLoader(self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+        first, remaining = self.batch, self.order(self.epoch)[self.batch :]
+        loader = DataLoader(
+            self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate
+        )  # pyright: ignore[reportArgumentType]
         for step, batch in enumerate(loader, first):
             self.batch += 1
             for text in self._texts(batch) if self._repeated(step) else ():
@@ -116,13 +140,17 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. ValueError: the state is of other data or of another order."""
         if state["order"] != self._fingerprint():
-            raise ValueError("--resume: data.* or data.reading.rows times the number of processes changed since the "
-                             "checkpoint: restore them, or start a new run with --init_from")
+            raise ValueError(
+                "--resume: data.* or data.reading.rows times the number of processes changed since "
+                "the checkpoint: restore them, or start a new run with --init_from"
+            )
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
     def _fingerprint(self) -> str:
         keys = "".join(self.documents[i].key for row in self.packed for i in row)
-        return hashlib.sha256(f"{keys}{self.rows * self.world}{self.seed}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{keys}{self.rows * self.world}{self.seed}".encode()).hexdigest()[
+            :16
+        ]
 
 
 class ConversationData(LightningDataModule):
@@ -131,38 +159,61 @@ class ConversationData(LightningDataModule):
     Args:
         train: `.jsonl`, `.json` (each also with `.gz`) or `.parquet` file, a pattern of such
             (`answers/*.jsonl`), Hub data set (`owner/name[:config]`), or `embedded`.
-        validation: the same; null holds out `validation_fraction` of `train`, whole prompts at a time.
+        validation: the same; null holds out `validation_fraction` of `train`, whole prompts at a
+            time.
         split: split of a Hub data set to train on.
         validation_split: split of a Hub data set to validate on.
         validation_fraction: share of the prompts held out when `validation` is null.
         max_length: tokens of a packed row, and of a conversation at most.
         rows: packed rows per batch.
-        max_response_tokens: stop reading after this many response tokens (null: read all), held-out ones included. A
-            Hub data set is then streamed, and downloaded no further.
+        max_response_tokens: stop reading after this many response tokens (null: read all), held-out
+            ones included. A Hub data set is then streamed, and downloaded no further.
         max_validation_tokens: the same for `validation`.
-        features: folder of the feature cache; what it lacks is added before training. `{target}` in it stands for the
-            target's fingerprint and `{states}` for the states, so that runs can share it. null: computed online.
+        features: folder of the feature cache; what it lacks is added before training. `{target}` in
+            it stands for the target's fingerprint and `{states}` for the states, so that runs can
+            share it. null: computed online.
         features_dtype: of the cache; one folder holds one.
-        features_gib: the most that the cache's folder may hold; more is refused before anything is computed (null: as
-            much as the disk has free).
+        features_gib: the most that the cache's folder may hold; more is refused before anything is
+            computed (null: as much as the disk has free).
         seed: of packing and order.
         workers: processes that prepare batches.
-        max_training_tokens: train on the first so many response tokens of what is not held out (null: all).
+        max_training_tokens: train on the first so many response tokens of what is not held out
+            (null: all).
     """
 
     batches: ClassVar[type[Batches]] = Batches
     """What puts its documents into batches."""
 
-    def __init__(self, train: str = "embedded", validation: str | None = None, split: str = "train",
-                 validation_split: str = "validation", validation_fraction: float = 0.05, max_length: int = 1024,
-                 rows: int = 2, max_response_tokens: int | None = None, max_validation_tokens: int | None = None,
-                 features: str | None = None, features_dtype: CacheDtype = "bfloat16", seed: int = 0,
-                 workers: int = 0, max_training_tokens: int | None = None,
-                 features_gib: float | None = None) -> None:
+    def __init__(
+        self,
+        train: str = "embedded",
+        validation: str | None = None,
+        split: str = "train",
+        validation_split: str = "validation",
+        validation_fraction: float = 0.05,
+        max_length: int = 1024,
+        rows: int = 2,
+        max_response_tokens: int | None = None,
+        max_validation_tokens: int | None = None,
+        features: str | None = None,
+        features_dtype: CacheDtype = "bfloat16",
+        seed: int = 0,
+        workers: int = 0,
+        max_training_tokens: int | None = None,
+        features_gib: float | None = None,
+    ) -> None:
         super().__init__()
-        self.train, self.validation, self.split, self.validation_split = train, validation, split, validation_split
+        self.train, self.validation, self.split, self.validation_split = (
+            train,
+            validation,
+            split,
+            validation_split,
+        )
         self.validation_fraction, self.max_length, self.rows = validation_fraction, max_length, rows
-        self.max_response_tokens, self.max_validation_tokens = max_response_tokens, max_validation_tokens
+        self.max_response_tokens, self.max_validation_tokens = (
+            max_response_tokens,
+            max_validation_tokens,
+        )
         self.max_training_tokens = max_training_tokens
         self.features, self.seed, self.workers = features, seed, workers
         self.features_dtype: CacheDtype = features_dtype
@@ -175,36 +226,48 @@ class ConversationData(LightningDataModule):
         self._check()
 
     def _check(self) -> None:
-        for name, least in (("max_length", 2), ("rows", 1), ("workers", 0), ("max_response_tokens", 1),
-                            ("max_validation_tokens", 1), ("max_training_tokens", 1)):
+        for name, least in (
+            ("max_length", 2),
+            ("rows", 1),
+            ("workers", 0),
+            ("max_response_tokens", 1),
+            ("max_validation_tokens", 1),
+            ("max_training_tokens", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} must be {least} or above, got {value}")
         if self.features_gib is not None and self.features_gib <= 0:
             raise ValueError(f"data.features_gib must be above 0, got {self.features_gib:g}")
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction must lie in (0, 1), got {self.validation_fraction}")
+            raise ValueError(
+                f"data.validation_fraction must lie in (0, 1), got {self.validation_fraction}"
+            )
         for source in (self.train, self.validation):
             if source is not None:
                 local_files(source)
 
-    # -- reading ----------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def bind(self, target: Target, states: Sequence[StateName] = ()) -> None:
-        """Read and tokenise the data for `target`, and cache the states that a training reads. Call it before fit.
+        """Read and tokenise the data for `target`, and cache the states that a training reads. Call
+        it before fit.
 
         Args:
             target: gives tokenizer, chat template and context length.
-            states: `Trainable.training_states`; none are cached for a component that runs the target itself.
+            states: `Trainable.training_states`; none are cached for a component that runs the
+                target itself.
 
         Raises:
-            ValueError: `max_length` beyond the target's context, no usable conversation, or a foreign cache.
+            ValueError: `max_length` beyond the target's context, no usable conversation, or a
+                foreign cache.
         """
         self.read(target)
         self._cache = self._open_cache(target, states) if self.features and states else None
 
     def read(self, target: Target) -> None:
-        """Read and tokenise the data for `target`, of which only tokenizer and context length are used.
+        """Read and tokenise the data for `target`, of which only tokenizer and context length are
+        used.
 
         Raises:
             ValueError: `max_length` beyond the target's context, or no usable conversation.
@@ -216,22 +279,34 @@ class ConversationData(LightningDataModule):
             self.documents, self.held_out = hold_out(found, self.validation_fraction)
         else:
             self.documents = found
-            self.held_out = self._tokenized(self.validation, self.validation_split, self.max_validation_tokens)
+            self.held_out = self._tokenized(
+                self.validation, self.validation_split, self.max_validation_tokens
+            )
         self.documents = first_tokens(self.documents, self.max_training_tokens)
 
     def check_length(self, target: Target) -> None:
         """ValueError where a row would be longer than the target's context."""
         if self.max_length > target.max_positions:
-            raise ValueError(f"data.max_length is {self.max_length}, but the context of target {target.name!r} has "
-                             f"{target.max_positions} positions: lower it")
+            raise ValueError(
+                f"data.max_length is {self.max_length}, but the context of target {target.name!r} "
+                f"has {target.max_positions} positions: lower it"
+            )
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Tokens]:
         assert self._target is not None
         tally = self._tally("conversation")
-        conversations = load_conversations(source, split=split, streaming=budget is not None,
-                                           tally=tally)
-        return tokenize_all(conversations, self._target.tokenizer, self.max_length, budget,
-                            self._target.eos_ids, self._target.shape.vocab_size, tally)
+        conversations = load_conversations(
+            source, split=split, streaming=budget is not None, tally=tally
+        )
+        return tokenize_all(
+            conversations,
+            self._target.tokenizer,
+            self.max_length,
+            budget,
+            self._target.eos_ids,
+            self._target.shape.vocab_size,
+            tally,
+        )
 
     def _tally(self, word: str) -> Tally:
         """Counts what a source that is read now loses."""
@@ -246,14 +321,27 @@ class ConversationData(LightningDataModule):
         cache.require([*self.documents, *self.held_out])
         return cache
 
-    def write_features(self, target: Target, states: Sequence[StateName], share: Share | None = None) -> Path:
-        """Add what the feature cache lacks of the documents that were read, or of a share of them; its folder."""
+    def write_features(
+        self, target: Target, states: Sequence[StateName], share: Share | None = None
+    ) -> Path:
+        """Add what the feature cache lacks of the documents that were read, or of a share of them;
+        its folder.
+        """
         assert self.features is not None
-        folder = self.features.replace("{target}", target.fingerprint()).replace("{states}", "+".join(map(str, states)))
-        return cache_features(target, [*self.documents, *self.held_out], states, folder, self.features_dtype,
-                              share=share, gib=self.features_gib)
+        folder = self.features.replace("{target}", target.fingerprint()).replace(
+            "{states}", "+".join(map(str, states))
+        )
+        return cache_features(
+            target,
+            [*self.documents, *self.held_out],
+            states,
+            folder,
+            self.features_dtype,
+            share=share,
+            gib=self.features_gib,
+        )
 
-    # -- batches ----------------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------
 
     def train_dataloader(self) -> Batches:
         """Shuffled batches of the training documents."""
@@ -273,11 +361,24 @@ class ConversationData(LightningDataModule):
 
     def _batches(self, documents: Sequence[Tokens], shuffle: bool, alone: bool = False) -> Batches:
         assert self._target is not None, "bind() the data to a target first"
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer and not alone else (0, 1)
-        return self.batches(documents, self.max_length, self.rows, self._cache, self.seed, shuffle, self.workers, rank,
-                            world)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size)
+            if self.trainer and not alone
+            else (0, 1)
+        )
+        return self.batches(
+            documents,
+            self.max_length,
+            self.rows,
+            self._cache,
+            self.seed,
+            shuffle,
+            self.workers,
+            rank,
+            world,
+        )
 
-    # -- what it holds ----------------------------------------------------------------------------------------
+    # -- what it holds -----------------------------------------------------------------------------
 
     @property
     def response_tokens(self) -> int:
@@ -286,29 +387,46 @@ class ConversationData(LightningDataModule):
 
     def fingerprint(self) -> str:
         """Hash of all documents and their masks."""
-        parts = (document.key + hash_ids(document.loss_mask.long()) for document in [*self.documents, *self.held_out])
+        parts = (
+            document.key + hash_ids(document.loss_mask.long())
+            for document in [*self.documents, *self.held_out]
+        )
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> dict[str, Any]:
         """What provenance and model card say about the data; `left_out` and `validation_left_out`
         only where rows were (by reason: `count`, and where the `first` one stands)."""
         names = ("left_out", "validation_left_out")
-        left_out = {name: found for name, tally in zip(names, self.tallies)
-                    if (found := tally.as_dict())}
-        return {"train": self.train, "validation": self.validation, "documents": len(self.documents),
-                "response_tokens": self.response_tokens, "held_out_documents": len(self.held_out),
-                "max_length": self.max_length, "fingerprint": self.fingerprint(), **left_out}
+        left_out = {
+            name: found for name, tally in zip(names, self.tallies) if (found := tally.as_dict())
+        }
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "documents": len(self.documents),
+            "response_tokens": self.response_tokens,
+            "held_out_documents": len(self.held_out),
+            "max_length": self.max_length,
+            "fingerprint": self.fingerprint(),
+            **left_out,
+        }
 
     def probe_prompts(self, count: int) -> list[list[int]]:
-        """Token ids of up to `count` held-out prompts, spread over the held-out documents, for decoding."""
+        """Token ids of up to `count` held-out prompts, spread over the held-out documents, for
+        decoding.
+        """
         prompts = list(dict.fromkeys(tuple(document.prompt) for document in self.held_out))
         step = max(1.0, len(prompts) / max(1, count))
         return [list(prompts[int(k * step)]) for k in range(min(count, len(prompts)))]
 
     def vocabulary(self, size: int) -> Tensor:
-        """The `size` most frequent assistant tokens of the training documents (end of turn included), ids [D]."""
+        """The `size` most frequent assistant tokens of the training documents (end of turn
+        included), ids [D].
+        """
         assert self._target is not None, "bind() the data to a target first"
-        return frequent_tokens(self.documents, size, self._target.shape.vocab_size, self._target.eos_ids)
+        return frequent_tokens(
+            self.documents, size, self._target.shape.vocab_size, self._target.eos_ids
+        )
 
     def vocabulary_coverage(self, vocabulary_D: Tensor) -> float:
         """Share of the held-out assistant tokens that a draft vocabulary holds."""
@@ -319,20 +437,29 @@ class ConversationData(LightningDataModule):
 def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:
     """The documents up to the one with which their response tokens reach `most`."""
     before = accumulate((document.response_tokens for document in documents), initial=0)
-    return [document for document, tokens in zip(documents, before) if most is None or tokens < most]
+    return [
+        document for document, tokens in zip(documents, before) if most is None or tokens < most
+    ]
 
 
 def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
-    """(training, held-out) documents: the hash of the conversation's first prompt decides, so all answers to it stay on
-    one side and more data never move a document across.
+    """(training, held-out) documents: the hash of the conversation's first prompt decides, so all
+    answers to it stay on one side and more data never move a document across.
 
     Raises:
         ValueError: there is only one prompt.
     """
     hashes = [int(document.group[:8], 16) / 2**32 for document in documents]
     if len(set(hashes)) < 2:
-        raise ValueError("the data set has one prompt only, so nothing can be held out: name a data.validation set")
+        raise ValueError(
+            "the data set has one prompt only, so nothing can be held out: name a data.validation "
+            "set"
+        )
     threshold = min(max(fraction, min(hashes)), sorted(set(hashes))[-2])
-    kept = [document for document, value in zip(documents, hashes, strict=True) if value > threshold]
-    held = [document for document, value in zip(documents, hashes, strict=True) if value <= threshold]
+    kept = [
+        document for document, value in zip(documents, hashes, strict=True) if value > threshold
+    ]
+    held = [
+        document for document, value in zip(documents, hashes, strict=True) if value <= threshold
+    ]
     return kept, held

@@ -1,4 +1,6 @@
-"""`python -m data.datastore`: a corpus with a suffix array, for the drafters that retrieve (rest, aded, rasd)."""
+"""`python -m data.datastore`: a corpus with a suffix array, for the drafters that retrieve (rest,
+aded, rasd).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,15 @@ from modules.drafters.retrieval.suffix_array import Datastore
 from modules.target.loading import load_target
 
 
-def build(output: str, source: str = "embedded", target: str = "smollm2-135m", split: str = "train",
-          limit: int | None = None, max_length: int = 2048, chat_template: dict[str, Any] | None = None) -> None:
+def build(
+    output: str,
+    source: str = "embedded",
+    target: str = "smollm2-135m",
+    split: str = "train",
+    limit: int | None = None,
+    max_length: int = 2048,
+    chat_template: dict[str, Any] | None = None,
+) -> None:
     """Tokenise a data set as the target's prompts are and sort its suffixes.
 
     Args:
@@ -33,16 +42,27 @@ def build(output: str, source: str = "embedded", target: str = "smollm2-135m", s
     """
     loaded = load_target(target, device="cpu", chat_template=chat_template)
     tally = Tally("conversation")
-    documents = tokenize_all(load_conversations(source, limit, split, tally=tally), loaded.tokenizer,
-                             max_length, None, loaded.eos_ids, loaded.shape.vocab_size, tally)
-    store = Datastore.build([document.input_ids.tolist() for document in documents], loaded.shape.vocab_size)
+    documents = tokenize_all(
+        load_conversations(source, limit, split, tally=tally),
+        loaded.tokenizer,
+        max_length,
+        None,
+        loaded.eos_ids,
+        loaded.shape.vocab_size,
+        tally,
+    )
+    store = Datastore.build(
+        [document.input_ids.tolist() for document in documents], loaded.shape.vocab_size
+    )
     store.save(Path(output), source)
     print(f"{len(documents)} documents, {len(store.tokens_M)} tokens: {output}")
 
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and build."""
-    parser = config_parser("python -m data.datastore", "Index a data set for drafters that retrieve.")
+    parser = config_parser(
+        "python -m data.datastore", "Index a data set for drafters that retrieve."
+    )
     parser.add_function_arguments(build, fail_untyped=True)
     built = vars(parse(parser, arguments))
     built.pop("config", None)

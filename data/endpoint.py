@@ -1,7 +1,8 @@
-"""Answers from any server that speaks the OpenAI chat protocol (vLLM, SGLang, llama.cpp, …): the target, served.
+"""Answers from any server that speaks the OpenAI chat protocol (vLLM, SGLang, llama.cpp, …): the
+target, served.
 
-A drafter is to learn what its own target says, so the server must run that very target. Its chat template is the
-server's, and what comes back is text: rows carry no `response_ids`.
+A drafter is to learn what its own target says, so the server must run that very target. Its chat
+template is the server's, and what comes back is text: rows carry no `response_ids`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_GENERATION = Generation()
 _WORTH_RETRYING = (408, 409, 425, 429, 500, 502, 503, 504)
 _OF_THE_PROMPT = (400, 413, 422)
-"""What servers say to a prompt that they will not take, for instance because it is longer than the context."""
+"""What servers say to a prompt that they will not take, for instance because it is longer than the
+context.
+"""
 _REASONING = ("reasoning_content", "reasoning")
 """Where servers with a reasoning parser put what is thought before the answer."""
 
@@ -58,17 +61,19 @@ class Endpoint:
         url: up to `/v1`, for instance http://127.0.0.1:8000/v1.
         model: what the server calls it.
         concurrency: requests under way at a time.
-        retries: further attempts after a busy or broken answer, each after twice the wait of the one before.
+        retries: further attempts after a busy or broken answer, each after twice the wait of the
+            one before.
         wait: seconds before the first of them.
-        timeout: seconds that connecting may take, and as many again that the answer may take in all.
+        timeout: seconds that connecting may take, and as many again that the answer may take in
+            all.
         key_variable: environment variable with the key, if the server wants one.
-        refusals: answers that the server may refuse (a prompt that is too long, say) before the run ends; the output is
-            then without them.
+        refusals: answers that the server may refuse (a prompt that is too long, say) before the run
+            ends; the output is then without them.
         neutral: ask for repetition_penalty 1, min_p 0 and top_k -1 too, which vLLM and SGLang
             otherwise take from the model's `generation_config`; false for a server that refuses
             these keys.
-        chat_template: arguments of the target's chat template (sent as `chat_template_kwargs`, which
-            vLLM and SGLang read), as in the recipe that trains on the answers.
+        chat_template: arguments of the target's chat template (sent as `chat_template_kwargs`,
+            which vLLM and SGLang read), as in the recipe that trains on the answers.
     """
 
     url: str
@@ -85,13 +90,25 @@ class Endpoint:
     def __post_init__(self) -> None:
         """Refuse what is no address, and values that cannot work."""
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"endpoint.url must begin with http:// or https://, got {redacted(self.url)!r}")
+            raise ValueError(
+                f"endpoint.url must begin with http:// or https://, got {redacted(self.url)!r}"
+            )
         if redacted(self.url) != self.url:
-            raise ValueError(f"endpoint.url {redacted(self.url)} holds credentials: put the key into the variable "
-                             f"{self.key_variable} instead")
-        for name, least in (("concurrency", 1), ("retries", 0), ("wait", 0), ("timeout", 0.001), ("refusals", 0)):
+            raise ValueError(
+                f"endpoint.url {redacted(self.url)} holds credentials: put the key into the "
+                f"variable {self.key_variable} instead"
+            )
+        for name, least in (
+            ("concurrency", 1),
+            ("retries", 0),
+            ("wait", 0),
+            ("timeout", 0.001),
+            ("refusals", 0),
+        ):
             if getattr(self, name) < least:
-                raise ValueError(f"endpoint.{name} must be {least} or above, got {getattr(self, name)}")
+                raise ValueError(
+                    f"endpoint.{name} must be {least} or above, got {getattr(self, name)}"
+                )
 
 
 class Refused(ValueError):
@@ -111,30 +128,46 @@ class Request(NamedTuple):
     messages: list[Message]
 
 
-def regenerate_by(endpoint: Endpoint, prompts: Sequence[Row], output: str | Path,
-                  generation: Generation = DEFAULT_GENERATION, tally: Tally | None = None) -> Path:
-    """Answer `prompts` through a server and write one JSONL row per answer, as `data.regenerate.regenerate` does.
+def regenerate_by(
+    endpoint: Endpoint,
+    prompts: Sequence[Row],
+    output: str | Path,
+    generation: Generation = DEFAULT_GENERATION,
+    tally: Tally | None = None,
+) -> Path:
+    """Answer `prompts` through a server and write one JSONL row per answer, as
+    `data.regenerate.regenerate` does.
 
-    Every answer goes to a journal beside the output as it arrives, those too that are under way when the run has to
-    end; an interrupted run asks only for the rest. Reasoning that the server gives beside the answer stands in the
-    answer's turn as `reasoning_content`.
+    Every answer goes to a journal beside the output as it arrives, those too that are under way
+    when the run has to end; an interrupted run asks only for the rest. Reasoning that the server
+    gives beside the answer stands in the answer's turn as `reasoning_content`.
 
     Raises:
-        ValueError: the output exists, no prompt can be answered, the journal belongs to other settings, or the
-            server refuses more than `endpoint.refusals` requests or goes on failing after the retries.
+        ValueError: the output exists, no prompt can be answered, the journal belongs to other
+            settings, or the server refuses more than `endpoint.refusals` requests or goes on
+            failing after the retries.
     """
     output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
     chats = chats_of(prompts, tally)
-    settings = {"target": endpoint.model,
-                "prompts": prompts_digest([row.content for row in prompts]),
-                "neutral": endpoint.neutral, "chat_template": endpoint.chat_template or None,
-                **generation.settings()}
+    settings = {
+        "target": endpoint.model,
+        "prompts": prompts_digest([row.content for row in prompts]),
+        "neutral": endpoint.neutral,
+        "chat_template": endpoint.chat_template or None,
+        **generation.settings(),
+    }
     journal = Journal(output.with_name(output.name + ".journal"), settings)
     refused: list[Refused] = []
     with ThreadPoolExecutor(endpoint.concurrency) as pool:
         for turn in range(max(len(chat.questions) for chat in chats)):
-            pending = (Request(key, chat.row.place, generation.temperature(key.index, key.number), messages)
-                       for chat, key, messages in list(open_questions(chats, turn, generation.answers, journal)))
+            pending = (
+                Request(
+                    key, chat.row.place, generation.temperature(key.index, key.number), messages
+                )
+                for chat, key, messages in list(
+                    open_questions(chats, turn, generation.answers, journal)
+                )
+            )
             for answer in _answers(pool, endpoint, pending, generation, refused):
                 journal.append([answer])
     for one in refused:
@@ -145,11 +178,21 @@ def regenerate_by(endpoint: Endpoint, prompts: Sequence[Row], output: str | Path
     return output
 
 
-def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Request], generation: Generation,
-             refused: list[Refused]) -> Iterator[dict[str, Any]]:
-    """Answers as they come, with never more than `concurrency` requests begun; refusals are added to `refused`."""
+def _answers(
+    pool: ThreadPoolExecutor,
+    endpoint: Endpoint,
+    pending: Iterator[Request],
+    generation: Generation,
+    refused: list[Refused],
+) -> Iterator[dict[str, Any]]:
+    """Answers as they come, with never more than `concurrency` requests begun; refusals are added
+    to `refused`.
+    """
+
     def begin(count: int) -> set[Future[dict[str, Any]]]:
-        return {pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)}
+        return {
+            pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)
+        }
 
     running, failure = begin(endpoint.concurrency), None
     while running:
@@ -167,17 +210,29 @@ def _answers(pool: ThreadPoolExecutor, endpoint: Endpoint, pending: Iterator[Req
                 failure = failure or found
         running |= begin(len(done)) if failure is None else set()
     if isinstance(failure, Refused):
-        raise ValueError(f"endpoint.url {endpoint.url}: {failure}; what was answered is kept: run the same command "
-                         f"again, with endpoint.refusals above {endpoint.refusals} to do without such prompts")
+        raise ValueError(
+            f"endpoint.url {endpoint.url}: {failure}; what was answered is kept: run the same "
+            f"command again, with endpoint.refusals above {endpoint.refusals} to do without such "
+            "prompts"
+        )
     if failure is not None:
         raise failure
 
 
 def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
-    said = [{key: turn[key] for key in ("role", "content", "name") if key in turn} for turn in request.messages]
-    body = {"model": endpoint.model, "messages": said, "max_tokens": generation.max_new_tokens,
-            "temperature": request.temperature, "top_p": generation.top_p if request.temperature else 1.0,
-            "seed": generation.seed_of(request.key), **(SERVED_NEUTRAL if endpoint.neutral else {})}
+    said = [
+        {key: turn[key] for key in ("role", "content", "name") if key in turn}
+        for turn in request.messages
+    ]
+    body = {
+        "model": endpoint.model,
+        "messages": said,
+        "max_tokens": generation.max_new_tokens,
+        "temperature": request.temperature,
+        "top_p": generation.top_p if request.temperature else 1.0,
+        "seed": generation.seed_of(request.key),
+        **(SERVED_NEUTRAL if endpoint.neutral else {}),
+    }
     if endpoint.chat_template:
         body["chat_template_kwargs"] = endpoint.chat_template
     try:
@@ -192,21 +247,36 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
         raise Refused(f"prompt {request.key.index + 1}: {refused}", request.place) from None
     message = choice["message"]
     reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
-    return {**request.key._asdict(), "response": message["content"], "temperature": request.temperature,
-            "finished": choice.get("finish_reason") == "stop",
-            **({"reasoning_content": reasoning} if reasoning.strip() else {})}
+    return {
+        **request.key._asdict(),
+        "response": message["content"],
+        "temperature": request.temperature,
+        "finished": choice.get("finish_reason") == "stop",
+        **({"reasoning_content": reasoning} if reasoning.strip() else {}),
+    }
 
 
 def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """The choice in the server's answer; busy servers, broken connections and broken answers are tried again."""
+    """The choice in the server's answer; busy servers, broken connections and broken answers are
+    tried again.
+    """
     headers = {"Content-Type": "application/json"}
     if os.environ.get(endpoint.key_variable):
         headers["Authorization"] = f"Bearer {os.environ[endpoint.key_variable]}"
     address = endpoint.url.rstrip("/") + "/chat/completions"
     for attempt in range(endpoint.retries + 1):
         try:
-            return _choice(_json(*post(address, json.dumps(body).encode(), headers, endpoint.timeout,
-                                       LONGEST_LINE + 1)))
+            return _choice(
+                _json(
+                    *post(
+                        address,
+                        json.dumps(body).encode(),
+                        headers,
+                        endpoint.timeout,
+                        LONGEST_LINE + 1,
+                    )
+                )
+            )
         except urllib.error.HTTPError as error:
             trouble = f"{error.code} {said(error)}"
             if error.code in _OF_THE_PROMPT:
@@ -220,13 +290,17 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
         except (OSError, HTTPException, ValueError) as error:
             trouble = f"{error}"
         if attempt < endpoint.retries:
-            time.sleep(endpoint.wait * 2 ** attempt)
-    raise ValueError(f"endpoint.url {endpoint.url}: {trouble}; what was answered is kept: run the same command again "
-                     "when the server is well")
+            time.sleep(endpoint.wait * 2**attempt)
+    raise ValueError(
+        f"endpoint.url {endpoint.url}: {trouble}; what was answered is kept: run the same command "
+        "again when the server is well"
+    )
 
 
 def _json(body: bytes, whole: bool) -> Any:
-    """What an answer holds, lone surrogates replaced. `Refused`: it is too long. ValueError: no JSON."""
+    """What an answer holds, lone surrogates replaced. `Refused`: it is too long. ValueError: no
+    JSON.
+    """
     if len(body) > LONGEST_LINE:
         raise Refused(f"an answer of more than {LONGEST_LINE >> 20} MiB")
     if not whole:
@@ -238,7 +312,9 @@ def _json(body: bytes, whole: bool) -> Any:
 
 
 def _choice(answer: Any) -> dict[str, Any]:
-    """The first choice, with text in its message. `Refused` where there is none; ValueError: no such answer."""
+    """The first choice, with text in its message. `Refused` where there is none; ValueError: no
+    such answer.
+    """
     try:
         message = answer["choices"][0]["message"]
         content = message["content"]
@@ -247,17 +323,25 @@ def _choice(answer: Any) -> dict[str, Any]:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {redacted(json.dumps(answer))[:300]}") from None
     if not isinstance(content, str):
-        reason = " (all of max_new_tokens went into reasoning: raise it)" if any(
-            message.get(key) for key in _REASONING) else ""
+        reason = (
+            " (all of max_new_tokens went into reasoning: raise it)"
+            if any(message.get(key) for key in _REASONING)
+            else ""
+        )
         raise Refused(f"an answer without text{reason}: {redacted(json.dumps(message))[:300]}")
     return answer["choices"][0]
 
 
-# -- command line -----------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
-def answer_file(prompts: str, output: str, endpoint: Endpoint, limit: int | None = None,
-                generation: Generation = DEFAULT_GENERATION) -> None:
+def answer_file(
+    prompts: str,
+    output: str,
+    endpoint: Endpoint,
+    limit: int | None = None,
+    generation: Generation = DEFAULT_GENERATION,
+) -> None:
     """Let a served target answer prompts.
 
     Args:
@@ -274,7 +358,9 @@ def answer_file(prompts: str, output: str, endpoint: Endpoint, limit: int | None
 
 def command(arguments: Sequence[str]) -> int:
     """Parse and ask."""
-    parser = config_parser("python -m data.endpoint", "Let a target that a server runs answer prompts.")
+    parser = config_parser(
+        "python -m data.endpoint", "Let a target that a server runs answer prompts."
+    )
     parser.add_function_arguments(answer_file, fail_untyped=True)
     built = vars(parser.instantiate(parse(parser, arguments)))
     answer_file(**{name: built[name] for name in inspect.signature(answer_file).parameters})

@@ -20,13 +20,21 @@ _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoin
 """Sections of a recipe that do not matter here."""
 
 
-def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUTO,
-          drafter: Callable[[TargetShape], Trainable] | None = None, states: list[StateName] | None = None,
-          shard: str | None = None, device: str | None = None,
-          precision: Literal["32-true", "bf16-mixed"] = "32-true", chat_template: dict[str, Any] | None = None) -> None:
+def cache(
+    data: ConversationData,
+    target: str = "smollm2-135m",
+    dtype: str = AUTO,
+    drafter: Callable[[TargetShape], Trainable] | None = None,
+    states: list[StateName] | None = None,
+    shard: str | None = None,
+    device: str | None = None,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    chat_template: dict[str, Any] | None = None,
+) -> None:
     """Compute the states of a frozen target over a data set, once.
 
-    Processes that torchrun or SLURM started share the work by themselves, and end when all of it is done.
+    Processes that torchrun or SLURM started share the work by themselves, and end when all of it is
+    done.
 
     Args:
         data: what to read; `data.features` is the folder to write.
@@ -35,9 +43,11 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUT
             multiplies it and float32 elsewhere.
         drafter: the component whose states are wanted.
         states: state names instead of the drafter's.
-        shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill one folder.
+        shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill
+            one folder.
         device: that the target runs on; null is this process's GPU, or the CPU.
-        precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the processor can.
+        precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the
+            processor can.
         chat_template: arguments of the target's chat template, as in the recipe.
 
     Raises:
@@ -45,7 +55,9 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUT
     """
     share = None if shard is None else Share.parse(shard, "--shard")
     if data.features is None:
-        raise ValueError("data.features is not set: give the folder to write, as --data.features FOLDER")
+        raise ValueError(
+            "data.features is not set: give the folder to write, as --data.features FOLDER"
+        )
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
     loaded = load_target(target, dtype, device, chat_template)
@@ -57,7 +69,10 @@ def cache(data: ConversationData, target: str = "smollm2-135m", dtype: str = AUT
             data.read(loaded)
             data.write_features(loaded, names, share)
     part = "" if shard is None else f", of which part {shard} is written"
-    print(f"{len(data.documents)} training documents, {data.response_tokens} response tokens{part}: {data.features}")
+    print(
+        f"{len(data.documents)} training documents, {data.response_tokens} response tokens{part}: "
+        f"{data.features}"
+    )
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -67,8 +82,17 @@ def command(arguments: Sequence[str]) -> int:
     for section in _OF_TRAINING:
         parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
     built = parser.instantiate(parse(parser, arguments))
-    cache(built.data, built.target, built.dtype, built.drafter, built.states, built.shard, built.device,
-          built.precision, built.chat_template)
+    cache(
+        built.data,
+        built.target,
+        built.dtype,
+        built.drafter,
+        built.states,
+        built.shard,
+        built.device,
+        built.precision,
+        built.chat_template,
+    )
     return 0
 
 

@@ -1,7 +1,7 @@
 """Packing documents into rows of at most T tokens, and rows into batches.
 
-Best fit stands in for buckets by length: rows come out nearly full, whatever documents they hold, so a batch of B rows
-is a batch of about B · T tokens.
+Best fit stands in for buckets by length: rows come out nearly full, whatever documents they hold,
+so a batch of B rows is a batch of about B · T tokens.
 
 Shape legend: B rows, T tokens of a row, H hidden size.
 """
@@ -19,12 +19,15 @@ from modules.contracts.batches import PADDING_DOCUMENT, StateName, TextBatch
 
 
 def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
-    """Rows of document indices whose lengths sum to at most `max_length`, deterministic in (seed, epoch).
+    """Rows of document indices whose lengths sum to at most `max_length`, deterministic in (seed,
+    epoch).
 
-    The documents are shuffled, then each goes to the fullest row that still holds it (best fit), so that rows are
-    mixed and well filled. A document longer than `max_length` is a caller's mistake.
+    The documents are shuffled, then each goes to the fullest row that still holds it (best fit), so
+    that rows are mixed and well filled. A document longer than `max_length` is a caller's mistake.
     """
-    assert not lengths or max(lengths) <= max_length, "documents are truncated before they are packed"
+    assert not lengths or max(lengths) <= max_length, (
+        "documents are truncated before they are packed"
+    )
     shuffled = torch.randperm(len(lengths), generator=generator(seed, epoch)).tolist()
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []
@@ -45,14 +48,19 @@ def generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
-def collate(rows: Sequence[Sequence[Tokens]], states: Sequence[Sequence[dict[StateName, Tensor]]] | None = None,
-            device: torch.device | str = "cpu") -> TextBatch:
+def collate(
+    rows: Sequence[Sequence[Tokens]],
+    states: Sequence[Sequence[dict[StateName, Tensor]]] | None = None,
+    device: torch.device | str = "cpu",
+) -> TextBatch:
     """One batch of packed rows, padded to the longest.
 
-    Positions restart at 0 with each document; documents of a row are numbered from 0; padding is -1 and sees itself.
+    Positions restart at 0 with each document; documents of a row are numbered from 0; padding is -1
+    and sees itself.
 
     Args:
-        states: per row and document, `{name: [T,H]}` from the feature cache; the batch keeps their dtype.
+        states: per row and document, `{name: [T,H]}` from the feature cache; the batch keeps their
+            dtype.
     """
     width = max(sum(map(len, row)) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -66,19 +74,28 @@ def collate(rows: Sequence[Sequence[Tokens]], states: Sequence[Sequence[dict[Sta
             positions[b, span], documents[b, span] = torch.arange(len(document)), number
             start += len(document)
     filled = {} if states is None else _place(states, width)
-    return TextBatch(ids.to(device), mask.to(device), positions.to(device), documents.to(device),
-                     {name: tensor.to(device) for name, tensor in filled.items()})
+    return TextBatch(
+        ids.to(device),
+        mask.to(device),
+        positions.to(device),
+        documents.to(device),
+        {name: tensor.to(device) for name, tensor in filled.items()},
+    )
 
 
-def _place(states: Sequence[Sequence[dict[StateName, Tensor]]], width: int) -> dict[StateName, Tensor]:
+def _place(
+    states: Sequence[Sequence[dict[StateName, Tensor]]], width: int
+) -> dict[StateName, Tensor]:
     """Cached states laid out like their rows [B,T,H], zero on padding."""
     first = states[0][0]
-    placed = {name: torch.zeros(len(states), width, tensor.shape[-1], dtype=tensor.dtype)
-              for name, tensor in first.items()}
+    placed = {
+        name: torch.zeros(len(states), width, tensor.shape[-1], dtype=tensor.dtype)
+        for name, tensor in first.items()
+    }
     for b, row in enumerate(states):
         start = 0
         for document in row:
             for name, tensor in document.items():
-                placed[name][b, start:start + tensor.shape[0]] = tensor
+                placed[name][b, start : start + tensor.shape[0]] = tensor
             start += next(iter(document.values())).shape[0] if document else 0
     return placed

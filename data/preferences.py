@@ -24,7 +24,16 @@ from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Span, frequent_wrong, inject, is_problem, read_problem
 from data.packing import collate
 from data.reading.files import Row, Skipped, Tally, read_rows
-from data.reading.rows import ASKED, CHATS, Conversation, Message, behind_system, opening_of, spoken, tools_of
+from data.reading.rows import (
+    ASKED,
+    CHATS,
+    Conversation,
+    Message,
+    behind_system,
+    opening_of,
+    spoken,
+    tools_of,
+)
 from modules.contracts.batches import PreferenceBatch, StateName, TextBatch
 
 if TYPE_CHECKING:
@@ -33,8 +42,10 @@ if TYPE_CHECKING:
 
 EMBEDDED_PAIRS = Path(__file__).parent / "prompts" / "preferences.jsonl"
 EMBEDDED_SOURCES = {"embedded": EMBEDDED_PAIRS, "embedded_solutions": EMBEDDED_SOLUTIONS}
-SHAPES = ("`chosen` + `rejected` (text with a `prompt`, turns, or `Human:`/`Assistant:` dialogues), or a "
-          "`question` with solutions known to be right or wrong")
+SHAPES = (
+    "`chosen` + `rejected` (text with a `prompt`, turns, or `Human:`/`Assistant:` dialogues), or a "
+    "`question` with solutions known to be right or wrong"
+)
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -44,9 +55,9 @@ class Preference:
     """Messages up to where the assistant is to speak, and two answers to them; with one of them
     None, the other is a right or wrong trace of its own, which nothing is compared with.
 
-    error: characters of the first mistake in the rejected answer, where it is known. inferred: it is only known to lie
-    in the step that `error` spans. turns: the two answers whole, where they hold more than text. tools: descriptions
-    of the functions that the assistant may call.
+    error: characters of the first mistake in the rejected answer, where it is known. inferred: it
+    is only known to lie in the step that `error` spans. turns: the two answers whole, where they
+    hold more than text. tools: descriptions of the functions that the assistant may call.
     """
 
     messages: list[Message]
@@ -60,9 +71,11 @@ class Preference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer alone.
+    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer
+    alone.
 
-    errors: bool [T], tokens of the rejected document that are known to be wrong; all of a step if `inferred`.
+    errors: bool [T], tokens of the rejected document that are known to be wrong; all of a step if
+    `inferred`.
     compared: whether both sides are there. A side that is not has one token and an empty loss mask.
     """
 
@@ -107,7 +120,7 @@ class Pair:
         return self.chosen.response_tokens + self.rejected.response_tokens if self.compared else 0
 
 
-# -- reading ------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -> list[Preference]:
@@ -127,11 +140,19 @@ def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -
         asked = [{"role": "user", "content": problem.question}]
         right, wrong = problem.positive.text, frequent_wrong(problem)
         chance = random.Random(f"{seed} {problem.question}")
-        changed = [found for found in (inject(right, chance) for _ in range(corruptions)) if found is not None]
-        traces = [Preference(asked, None if k else right, one.text, one.error, one.inferred)
-                  for k, one in enumerate(wrong)]
-        return [*(traces or [Preference(asked, right, None)]),
-                *(Preference(asked, right, one.text + one.rest, one.error) for one in changed)]
+        changed = [
+            found
+            for found in (inject(right, chance) for _ in range(corruptions))
+            if found is not None
+        ]
+        traces = [
+            Preference(asked, None if k else right, one.text, one.error, one.inferred)
+            for k, one in enumerate(wrong)
+        ]
+        return [
+            *(traces or [Preference(asked, right, None)]),
+            *(Preference(asked, right, one.text + one.rest, one.error) for one in changed),
+        ]
     if not {"chosen", "rejected"} <= row.keys():
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     return [_dialogues(_dialogue(row, "chosen"), _dialogue(row, "rejected"), tools_of(row))]
@@ -154,31 +175,47 @@ def _turns(dialogue: str, key: str) -> list[Message]:
     before, *parts = _TURN.split(dialogue if dialogue.startswith("\n\n") else "\n\n" + dialogue)
     if before.strip() or not parts:
         raise Skipped(f"`{key}` without a `prompt` does not begin with 'Human:'")
-    return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]
+    return [
+        {"role": _SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2])
+    ]
 
 
-def _dialogues(chosen: list[Message], rejected: list[Message], tools: list[Any] | None) -> Preference:
+def _dialogues(
+    chosen: list[Message], rejected: list[Message], tools: list[Any] | None
+) -> Preference:
     if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise Skipped("the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise Skipped("the dialogues differ before the last answer")
     better, worse = chosen[-1], rejected[-1]
-    return Preference(chosen[:-1], better["content"] or "", worse["content"] or "", turns=(better, worse), tools=tools)
+    return Preference(
+        chosen[:-1],
+        better["content"] or "",
+        worse["content"] or "",
+        turns=(better, worse),
+        tools=tools,
+    )
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
-def tokenize_pair(preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
-                  ) -> Pair:
+def tokenize_pair(
+    preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
+) -> Pair:
     """The answers behind the target's chat template; `Skipped` when one leaves nothing to
     compare."""
     sides: list[Tokens | None] = []
     answers = preference.chosen, preference.rejected
-    turns = preference.turns or [{"role": "assistant", "content": answer or ""} for answer in answers]
+    turns = preference.turns or [
+        {"role": "assistant", "content": answer or ""} for answer in answers
+    ]
     for answer, turn in zip(answers, turns, strict=True):
         dialogue = Conversation([*preference.messages, turn], tools=preference.tools)
-        sides.append(None if answer is None else tokenize_answer(dialogue, tokenizer, max_length, end_ids))
+        sides.append(
+            None if answer is None else tokenize_answer(dialogue, tokenizer, max_length, end_ids)
+        )
     real = next(side for side in sides if side is not None)
     chosen, rejected = (_absent(real) if side is None else side for side in sides)
     if chosen.key == rejected.key:
@@ -204,7 +241,7 @@ def separate_traces(pairs: Iterable[Pair]) -> list[Pair]:
             sides[name] = _absent(side) if side.key in keys else side
             keys.add(side.key)
         if any(side.response_tokens for side in sides.values()):
-            errors = pair.errors[:len(sides["rejected"])]
+            errors = pair.errors[: len(sides["rejected"])]
             found.append(Pair(**sides, errors=errors, inferred=pair.inferred, compared=False))
     return found
 
@@ -215,17 +252,31 @@ def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Te
     if preference.error is None or preference.rejected is None:
         return found
     start, end = preference.error
-    ids, spans = answer_spans([*preference.messages, {"role": "assistant", "content": preference.rejected}], tokenizer)
-    places = rejected.loss_mask.nonzero()[:len(ids), 0]
-    assert rejected.input_ids[places].tolist() == ids[:len(places)], "one text has one tokenisation"
-    found[places] = torch.tensor([first < end and start < last for first, last in spans])[:len(places)]
+    ids, spans = answer_spans(
+        [*preference.messages, {"role": "assistant", "content": preference.rejected}], tokenizer
+    )
+    places = rejected.loss_mask.nonzero()[: len(ids), 0]
+    assert rejected.input_ids[places].tolist() == ids[: len(places)], (
+        "one text has one tokenisation"
+    )
+    found[places] = torch.tensor([first < end and start < last for first, last in spans])[
+        : len(places)
+    ]
     return found
 
 
-def tokenize_pairs(rows: Iterable[Row], source: str, tokenizer: Any, max_length: int,
-                   max_response_tokens: int | None = None, end_ids: Collection[int] | None = None,
-                   corruptions: int = 0, seed: int = 0, vocab: int | None = None,
-                   tally: Tally | None = None) -> list[Pair]:
+def tokenize_pairs(
+    rows: Iterable[Row],
+    source: str,
+    tokenizer: Any,
+    max_length: int,
+    max_response_tokens: int | None = None,
+    end_ids: Collection[int] | None = None,
+    corruptions: int = 0,
+    seed: int = 0,
+    vocab: int | None = None,
+    tally: Tally | None = None,
+) -> list[Pair]:
     """All usable pairs in order, each once, up to a budget of response tokens, and the traces of
     the same rows that are not compared; skips are counted and logged.
 
@@ -253,7 +304,9 @@ def tokenize_pairs(rows: Iterable[Row], source: str, tokenizer: Any, max_length:
             pairs.setdefault(pair.key, pair)
     tally.log()
     if not any(pair.compared for pair in pairs.values()):
-        reasons = "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()
+        reasons = (
+            "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()
+        )
         raise ValueError(f"no pair of data set {source!r} can be trained on: {reasons}")
     return list(pairs.values())
 
@@ -266,7 +319,7 @@ def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[Pref
         return []
 
 
-# -- batches ------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 class PairBatches(Batches):
@@ -276,13 +329,19 @@ class PairBatches(Batches):
         return [[i] for i in range(len(self.documents))]
 
     def _collate(self, rows: list[list[Pair]]) -> PreferenceBatch:
-        chosen, rejected = (collate([[side] for side in sides])
-                            for sides in zip(*((pair.chosen, pair.rejected) for pair, in rows), strict=True))
+        chosen, rejected = (
+            collate([[side] for side in sides])
+            for sides in zip(*((pair.chosen, pair.rejected) for (pair,) in rows), strict=True)
+        )
         errors = torch.zeros_like(rejected.loss_mask)
         for b, (pair,) in enumerate(rows):
-            errors[b, :len(pair.errors)] = pair.errors
-        return PreferenceBatch(chosen, rejected, errors=errors,
-                               inferred=torch.tensor([pair.inferred for pair, in rows]))
+            errors[b, : len(pair.errors)] = pair.errors
+        return PreferenceBatch(
+            chosen,
+            rejected,
+            errors=errors,
+            inferred=torch.tensor([pair.inferred for (pair,) in rows]),
+        )
 
     def _texts(self, batch: PreferenceBatch) -> tuple[TextBatch, ...]:
         return batch.chosen, batch.rejected
@@ -291,18 +350,19 @@ class PairBatches(Batches):
 class PreferenceData(ConversationData):
     """Preference pairs; the other keys are those of `ConversationData`.
 
-    `train` and `validation` are files or Hub data sets whose rows hold `chosen` and
-    `rejected` (text with a `prompt`, turns, `Human:`/`Assistant:` dialogues) or a question with right and
-    wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word problems). `rows` are
-    pairs per batch. States that a loss reads are computed online: `features` is not used.
+    `train` and `validation` are files or Hub data sets whose rows hold `chosen` and `rejected`
+    (text with a `prompt`, turns, `Human:`/`Assistant:` dialogues) or a question with right and
+    wrong solutions; or `embedded` (pairs written for this project), or `embedded_solutions` (word
+    problems). `rows` are pairs per batch. States that a loss reads are computed online: `features`
+    is not used.
 
     A question gives one pair. What is trained before the whole (cDPO's two estimators) reads
     `for_stages`: each right and each wrong trace once, those of questions that give no pair too.
     Budgets of tokens count pairs alone.
 
     Args:
-        corruptions: further pairs of each problem, whose rejected answer is the chosen one with one result changed: an
-            error whose place is known.
+        corruptions: further pairs of each problem, whose rejected answer is the chosen one with one
+            result changed: an error whose place is known.
         kwargs: of `ConversationData`.
     """
 
@@ -322,12 +382,15 @@ class PreferenceData(ConversationData):
         super().read(target)
         everything: list[list[Any]] = [self.documents, self.held_out]
         self.traces, self.held_out_traces = map(separate_traces, everything)
-        self.documents, self.held_out = ([pair for pair in found if pair.compared]
-                                         for found in everything)
+        self.documents, self.held_out = (
+            [pair for pair in found if pair.compared] for found in everything
+        )
         if not self.documents or not self.held_out:
-            raise ValueError(f"data set {self.train!r}: no question with a right and a wrong "
-                             f"solution is left {'to train on' if self.held_out else 'to hold out'}"
-                             ": give more data, or a larger data.validation_fraction")
+            raise ValueError(
+                f"data set {self.train!r}: no question with a right and a wrong "
+                f"solution is left {'to train on' if self.held_out else 'to hold out'}"
+                ": give more data, or a larger data.validation_fraction"
+            )
 
     def for_stages(self) -> PreferenceData:
         """The same rows as traces, each once."""
@@ -338,17 +401,33 @@ class PreferenceData(ConversationData):
 
     def summary(self) -> dict[str, Any]:
         """How many right and wrong traces there are, besides."""
-        right, wrong = (sum(bool(side.response_tokens) for side in sides) for sides in (
-            [pair.chosen for pair in self.traces], [pair.rejected for pair in self.traces]))
+        right, wrong = (
+            sum(bool(side.response_tokens) for side in sides)
+            for sides in (
+                [pair.chosen for pair in self.traces],
+                [pair.rejected for pair in self.traces],
+            )
+        )
         return {**super().summary(), "right_traces": right, "wrong_traces": wrong}
 
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None
         tally = self._tally("pair")
-        rows = read_rows(str(EMBEDDED_SOURCES.get(source, source)), split,
-                         budget is not None, tally)
-        return tokenize_pairs(rows, source, self._target.tokenizer, self.max_length, budget, self._target.eos_ids,
-                              self.corruptions, self.seed, self._target.shape.vocab_size, tally)
+        rows = read_rows(
+            str(EMBEDDED_SOURCES.get(source, source)), split, budget is not None, tally
+        )
+        return tokenize_pairs(
+            rows,
+            source,
+            self._target.tokenizer,
+            self.max_length,
+            budget,
+            self._target.eos_ids,
+            self.corruptions,
+            self.seed,
+            self._target.shape.vocab_size,
+            tally,
+        )
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
         return None

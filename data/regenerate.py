@@ -1,11 +1,11 @@
-"""`python -m data.regenerate`: the target answers the prompts itself, so that drafters learn what it will really say.
-Where a server runs the target, `python -m data.endpoint` asks that instead.
+"""`python -m data.regenerate`: the target answers the prompts itself, so that drafters learn what
+it will really say. Where a server runs the target, `python -m data.endpoint` asks that instead.
 
 Nothing of the target's `generation_config` is applied but its end tokens
 (`modules.target.generation_config`): greedy answers are what the decoder says.
 
-Every finished batch goes to a journal beside the output, and an interrupted run skips what is there. The output
-appears at the end, whole; prompts that cannot be answered are counted by reason.
+Every finished batch goes to a journal beside the output, and an interrupted run skips what is
+there. The output appears at the end, whole; prompts that cannot be answered are counted by reason.
 """
 
 from __future__ import annotations
@@ -70,12 +70,16 @@ class Generation:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)}")
         if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError(f"temperatures must be a list of 0 or above, got {list(self.temperatures)}")
+            raise ValueError(
+                f"temperatures must be a list of 0 or above, got {list(self.temperatures)}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if 0 in self.temperatures and self.answers > len(self.temperatures):
-            raise ValueError(f"answers is {self.answers}, but a greedy answer would repeat: give at most "
-                             f"{len(self.temperatures)}, or no temperature 0")
+            raise ValueError(
+                f"answers is {self.answers}, but a greedy answer would repeat: give at most "
+                f"{len(self.temperatures)}, or no temperature 0"
+            )
 
     def temperature(self, index: int, number: int) -> float:
         """Of answer `number` to prompt `index`."""
@@ -87,8 +91,13 @@ class Generation:
 
     def settings(self) -> dict[str, Any]:
         """What decides the answers."""
-        return {"max_new_tokens": self.max_new_tokens, "temperatures": list(self.temperatures),
-                "answers": self.answers, "top_p": self.top_p, "seed": self.seed}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperatures": list(self.temperatures),
+            "answers": self.answers,
+            "top_p": self.top_p,
+            "seed": self.seed,
+        }
 
 
 class Job(NamedTuple):
@@ -99,13 +108,20 @@ class Job(NamedTuple):
     ids: list[int]
 
 
-def regenerate(target: Target, prompts: Sequence[Row], output: str | Path, generation: Generation = Generation(),
-               progress: bool = True, tally: Tally | None = None) -> Path:
+def regenerate(
+    target: Target,
+    prompts: Sequence[Row],
+    output: str | Path,
+    generation: Generation = Generation(),
+    progress: bool = True,
+    tally: Tally | None = None,
+) -> Path:
     """Answer `prompts` and write one JSONL row per answer.
 
-    A row keeps its prompt's keys (`category`, `prompt`, …) and adds `response`, `response_ids`, `temperature` and
-    `finished`. A chat's questions are answered one after the other, each behind the new answers to the earlier ones,
-    and the chat stands in `messages`; it ends early where an answer is cut off or the context is full.
+    A row keeps its prompt's keys (`category`, `prompt`, …) and adds `response`, `response_ids`,
+    `temperature` and `finished`. A chat's questions are answered one after the other, each behind
+    the new answers to the earlier ones, and the chat stands in `messages`; it ends early where an
+    answer is cut off or the context is full.
 
     Args:
         target: answers, and is taught by what it says.
@@ -116,20 +132,28 @@ def regenerate(target: Target, prompts: Sequence[Row], output: str | Path, gener
         tally: counts prompts that are left out: of an unknown shape, or longer than the context.
 
     Raises:
-        ValueError: the output exists, no prompt can be answered, or the journal beside the output belongs to other
-            settings.
+        ValueError: the output exists, no prompt can be answered, or the journal beside the output
+            belongs to other settings.
     """
     output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
     chats = chats_of(prompts, tally)
-    journal = Journal(output.with_name(output.name + ".journal"), _settings(target, prompts, generation))
+    journal = Journal(
+        output.with_name(output.name + ".journal"), _settings(target, prompts, generation)
+    )
     total = generation.answers * sum(len(chat.questions) for chat in chats)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("", total=total, completed=len(journal.answers))
         for turn in range(max(len(chat.questions) for chat in chats)):
-            for batch in _batches(list(_jobs(target, chats, turn, journal, generation, tally)), generation.batch_size):
-                journal.append([_answer(job, ids, target)
-                                for job, ids in zip(batch, _generate(target, batch, generation))])
+            for batch in _batches(
+                list(_jobs(target, chats, turn, journal, generation, tally)), generation.batch_size
+            ):
+                journal.append(
+                    [
+                        _answer(job, ids, target)
+                        for job, ids in zip(batch, _generate(target, batch, generation))
+                    ]
+                )
                 bar.advance(task, len(batch))
             if not journal.answers:
                 raise ValueError(f"no prompt can be answered: {tally.reasons()}")
@@ -137,11 +161,17 @@ def regenerate(target: Target, prompts: Sequence[Row], output: str | Path, gener
     return output
 
 
-# -- generating -------------------------------------------------------------------------------------------------
+# -- generating ------------------------------------------------------------------------------------
 
 
-def _jobs(target: Target, chats: Sequence[Chat], turn: int, journal: Journal, generation: Generation, tally: Tally
-          ) -> Iterator[Job]:
+def _jobs(
+    target: Target,
+    chats: Sequence[Chat],
+    turn: int,
+    journal: Journal,
+    generation: Generation,
+    tally: Tally,
+) -> Iterator[Job]:
     """Answers to make to questions number `turn`; a prompt that does not fit is counted once."""
     room = target.max_positions - generation.max_new_tokens
     for chat, key, messages in open_questions(chats, turn, generation.answers, journal):
@@ -149,8 +179,10 @@ def _jobs(target: Target, chats: Sequence[Chat], turn: int, journal: Journal, ge
             ids = prompt_ids(messages, target.tokenizer)
             check_ids(ids, target.tokenizer, target.shape.vocab_size)
             if len(ids) > room:
-                raise Skipped(f"longer than {room} tokens, the context of {target.name!r} less max_new_tokens "
-                              f"{generation.max_new_tokens}")
+                raise Skipped(
+                    f"longer than {room} tokens, the context of {target.name!r} less "
+                    f"max_new_tokens {generation.max_new_tokens}"
+                )
         except Skipped as reason:
             if not turn and not key.number:
                 tally.skip(str(reason), chat.row.place)
@@ -161,39 +193,74 @@ def _jobs(target: Target, chats: Sequence[Chat], turn: int, journal: Journal, ge
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     """Jobs of one temperature and similar length together."""
     for temperature in sorted({job.temperature for job in jobs}):
-        same = sorted((job for job in jobs if job.temperature == temperature), key=lambda job: len(job.ids))
+        same = sorted(
+            (job for job in jobs if job.temperature == temperature), key=lambda job: len(job.ids)
+        )
         for start in range(0, len(same), size):
-            yield same[start:start + size]
+            yield same[start : start + size]
 
 
 def _generate(target: Target, jobs: Sequence[Job], generation: Generation) -> list[list[int]]:
     """New ids per job, cut behind the first end-of-turn token."""
-    sampling = Sampling(jobs[0].temperature, top_p=generation.top_p, seed=generation.seed_of(jobs[0].key))
-    return stock_generate(target.model, [job.ids for job in jobs], sampling,
-                          generation.max_new_tokens, target.eos_ids)
+    sampling = Sampling(
+        jobs[0].temperature, top_p=generation.top_p, seed=generation.seed_of(jobs[0].key)
+    )
+    return stock_generate(
+        target.model, [job.ids for job in jobs], sampling, generation.max_new_tokens, target.eos_ids
+    )
 
 
 def _answer(job: Job, ids: list[int], target: Target) -> dict[str, Any]:
-    text = target.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return {**job.key._asdict(), "response": text, "response_ids": ids, "temperature": job.temperature,
-            "finished": ids[-1] in target.eos_ids}
+    text = target.tokenizer.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return {
+        **job.key._asdict(),
+        "response": text,
+        "response_ids": ids,
+        "temperature": job.temperature,
+        "finished": ids[-1] in target.eos_ids,
+    }
 
 
 def _settings(target: Target, prompts: Sequence[Row], generation: Generation) -> dict[str, Any]:
-    return {"target": target.fingerprint(), "stop_ids": sorted(target.eos_ids),
-            "chat_template": arguments_of(target.tokenizer) or None, **generation.settings(),
-            "prompts": prompts_digest([row.content for row in prompts])}
+    return {
+        "target": target.fingerprint(),
+        "stop_ids": sorted(target.eos_ids),
+        "chat_template": arguments_of(target.tokenizer) or None,
+        **generation.settings(),
+        "prompts": prompts_digest([row.content for row in prompts]),
+    }
 
 
-# -- command line -----------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
-_OF_TRAINING = ("seed", "objective", "drafter", "data", "optimizer", "trainer", "probe", "checkpoint", "publish")
-"""Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype` do."""
+_OF_TRAINING = (
+    "seed",
+    "objective",
+    "drafter",
+    "data",
+    "optimizer",
+    "trainer",
+    "probe",
+    "checkpoint",
+    "publish",
+)
+"""Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype`
+do.
+"""
 
 
-def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: str = AUTO,
-                device: str | None = None, limit: int | None = None, generation: Generation = Generation(),
-                chat_template: dict[str, Any] | None = None) -> None:
+def answer_file(
+    prompts: str,
+    output: str,
+    target: str = "smollm2-135m",
+    dtype: str = AUTO,
+    device: str | None = None,
+    limit: int | None = None,
+    generation: Generation = Generation(),
+    chat_template: dict[str, Any] | None = None,
+) -> None:
     """Let a target answer prompts.
 
     Args:
@@ -205,18 +272,23 @@ def answer_file(prompts: str, output: str, target: str = "smollm2-135m", dtype: 
         device: to generate on; null is this process's GPU, or the CPU.
         limit: answer only the first so many prompts.
         generation: how answers are made.
-        chat_template: arguments of the target's chat template, as in the recipe that trains on the answers.
+        chat_template: arguments of the target's chat template, as in the recipe that trains on the
+            answers.
     """
     tally = Tally("prompt")
     rows = prompt_rows(prompts, limit, tally)
     writable(Path(output))
-    regenerate(load_target(target, dtype, device, chat_template), rows, output, generation, tally=tally)
+    regenerate(
+        load_target(target, dtype, device, chat_template), rows, output, generation, tally=tally
+    )
     print(summary(output, sum(1 for _ in read_jsonl(Path(output))), tally))
 
 
 def command(arguments: Sequence[str]) -> int:
     """Parse and answer."""
-    parser = config_parser("python -m data.regenerate", "Let a target answer prompts: what drafters are to learn.")
+    parser = config_parser(
+        "python -m data.regenerate", "Let a target answer prompts: what drafters are to learn."
+    )
     parser.add_function_arguments(answer_file, fail_untyped=True)
     for section in _OF_TRAINING:
         parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)

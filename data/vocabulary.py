@@ -16,22 +16,29 @@ from data.conversations import Tokens
 logger = logging.getLogger(__name__)
 
 
-def frequent_tokens(documents: Sequence[Tokens], size: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+def frequent_tokens(
+    documents: Sequence[Tokens], size: int, vocab_size: int, always: Iterable[int] = ()
+) -> Tensor:
     """The `size` most frequent assistant tokens, ascending int64 ids [D]; ties go to the lower id.
 
-    The ids `always` (end of turn) come first of all. When the data hold fewer different tokens, the lowest ids
-    that they lack fill up: in a byte-pair vocabulary those are the commonest.
+    The ids `always` (end of turn) come first of all. When the data hold fewer different tokens, the
+    lowest ids that they lack fill up: in a byte-pair vocabulary those are the commonest.
 
     Raises:
         ValueError: `size` is not between 1 and `vocab_size`.
     """
     if not 1 <= size <= vocab_size:
-        raise ValueError(f"draft_vocabulary must lie between 1 and the target's {vocab_size} tokens, got {size}")
+        raise ValueError(
+            f"draft_vocabulary must lie between 1 and the target's {vocab_size} tokens, got {size}"
+        )
     counts = _counts(documents, vocab_size)
     counts[torch.tensor(list(always), dtype=torch.long)] = counts.sum() + 1
     chosen = counts.argsort(descending=True, stable=True)[:size].sort().values
-    logger.info("draft vocabulary of %d tokens covers %.2f%% of the assistant's", size,
-                100 * coverage(documents, chosen, vocab_size))
+    logger.info(
+        "draft vocabulary of %d tokens covers %.2f%% of the assistant's",
+        size,
+        100 * coverage(documents, chosen, vocab_size),
+    )
     return chosen
 
 

@@ -8,13 +8,13 @@ The same few objects are the Python API::
     from modules.target.loading import load_target, own_device
     from modules.decoding.decoder import SpeculativeDecoder
 
-    target = load_target("smollm2-135m", device=own_device())  # Hub id, folder, .gguf file, or this embedded one
-    drafter = load_pretrained("runs/clover", target)           # run folder, drafter folder or Hub id
-    drafter.to(target.device, target.dtype)
-    decoder = SpeculativeDecoder(drafter.adapt(target), drafter)
-    ids = prompt_ids([{"role": "user", "content": "Why is the sky blue?"}], target.tokenizer)
-    trace = decoder.decode([ids], Sampling(temperature=0.0), limit=64)[0]
-    print(target.tokenizer.decode(trace.ids), trace.accepted)
+    target = load_target("smollm2-135m", device=own_device())  # Hub id, folder, .gguf file, or this
+    embedded one drafter = load_pretrained("runs/clover", target)           # run folder, drafter
+    folder or Hub id drafter.to(target.device, target.dtype) decoder =
+    SpeculativeDecoder(drafter.adapt(target), drafter) ids = prompt_ids([{"role": "user", "content":
+    "Why is the sky blue?"}], target.tokenizer) trace = decoder.decode([ids],
+    Sampling(temperature=0.0), limit=64)[0] print(target.tokenizer.decode(trace.ids),
+    trace.accepted)
 
 and an evaluation is::
 

@@ -33,30 +33,59 @@ python eval.py --config eval/smoke.yaml --drafters runs/clover [--KEY VALUE ...]
 
 def make_parser() -> ArgumentParser:
     """The parser of `python eval.py`: the keys of `Evaluation`, and the flags of one run."""
-    parser = ArgumentParser(prog="python eval.py", usage=_USAGE, exit_on_error=False, description=(
-        "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, 1 when a lossless "
-        "method was not (with --compare: in the second report), 2 for a mistake in what was asked "
-        "or a disk that is full, 130 after Ctrl-C, 143 after SIGTERM. --allow_package NAME "
-        "lets class_path name classes of that package too."))
-    parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
-    parser.add_argument("--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG")
-    parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was cut off")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace an earlier evaluation in the same output")
-    parser.add_argument("--compare", nargs=2, type=str, metavar=("A", "B"), help="compare two reports instead")
-    parser.add_argument("--render", type=str, metavar="REPORT", help=(
-        "write the page of an earlier report beside it; an answer, which only the evaluation itself "
-        "has, is left out"))
+    parser = ArgumentParser(
+        prog="python eval.py",
+        usage=_USAGE,
+        exit_on_error=False,
+        description=(
+            "Measure drafters against plain decoding, interleaved in one process. Exit status: 0, "
+            "1 when a lossless method was not (with --compare: in the second report), 2 for a "
+            "mistake in what was asked or a disk that is full, 130 after Ctrl-C, 143 after "
+            "SIGTERM. --allow_package NAME lets class_path name classes of that package too."
+        ),
+    )
+    parser.add_argument(
+        "--config", action="config", help="a path, or a file under configs/; several merge"
+    )
+    parser.add_argument(
+        "--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an evaluation that was cut off"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier evaluation in the same output"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=str, metavar=("A", "B"), help="compare two reports instead"
+    )
+    parser.add_argument(
+        "--render",
+        type=str,
+        metavar="REPORT",
+        help=(
+            "write the page of an earlier report beside it; an answer, which only the evaluation "
+            "itself has, is left out"
+        ),
+    )
     for name in _LISTS:
-        default = next(field.default_factory() for field in fields(Evaluation) if field.name == name)  # type: ignore
-        parser.add_argument(f"--{name}", nargs="+", type=str, default=default, help=_described(name))
+        default = next(
+            field.default_factory() for field in fields(Evaluation) if field.name == name
+        )  # type: ignore
+        parser.add_argument(
+            f"--{name}", nargs="+", type=str, default=default, help=_described(name)
+        )
     parser.add_class_arguments(Evaluation, skip=set(_LISTS), fail_untyped=True)
     return parser
 
 
 def _described(name: str) -> str:
     lines = inspect.getdoc(Evaluation) or ""
-    return next(line.split(": ", 1)[1] for line in lines.splitlines() if line.strip().startswith(f"{name}: "))
+    return next(
+        line.split(": ", 1)[1]
+        for line in lines.splitlines()
+        if line.strip().startswith(f"{name}: ")
+    )
 
 
 def read(settings: Namespace) -> Evaluation:

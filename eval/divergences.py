@@ -1,4 +1,6 @@
-"""`python -m eval.divergences`: label where a drafter leaves its target, as training data for a judge."""
+"""`python -m eval.divergences`: label where a drafter leaves its target, as training data for a
+judge.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,24 @@ from modules.target.kernels.cpu_kernels import use_narrow_linears
 from modules.target.loading import AUTO, load_target
 
 
-def mine_file(drafter: str, prompts: str, output: str, target: str | None = None, limit: int | None = None,
-              max_new_tokens: int = 256, per_prompt: int = 8, dtype: str = AUTO,
-              device: str | None = None) -> None:
-    """Write a `.jsonl` file that `data.labelled.labelled.LabelledData` reads; the same command goes on where it was stopped.
+def mine_file(
+    drafter: str,
+    prompts: str,
+    output: str,
+    target: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+    per_prompt: int = 8,
+    dtype: str = AUTO,
+    device: str | None = None,
+) -> None:
+    """Write a `.jsonl` file that `data.labelled.labelled.LabelledData` reads; the same command goes
+    on where it was stopped.
 
     Args:
         drafter: run folder, drafter folder or Hub id.
-        prompts: JSONL file of rows with `prompt`, `question` or `messages` that end in a number as the answer.
+        prompts: JSONL file of rows with `prompt`, `question` or `messages` that end in a number as
+            the answer.
         output: the `.jsonl` to write.
         target: Hub id, folder or .gguf file; by default what the drafter was trained for.
         limit: only the first so many prompts.
@@ -49,17 +61,28 @@ def mine_file(drafter: str, prompts: str, output: str, target: str | None = None
     asked = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
     tally.log()
     folder = find_folder(drafter)
-    loaded = load_target(target or read_config(folder)["target"]["name"], dtype, device,
-                         chat_arguments(None, [drafter]))
+    loaded = load_target(
+        target or read_config(folder)["target"]["name"],
+        dtype,
+        device,
+        chat_arguments(None, [drafter]),
+    )
     found = load_drafter(drafter, loaded)
     served = found.adapt(loaded)
     if loaded.device.type == "cpu":
         use_narrow_linears(found)
     place.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(place.with_name(place.name + ".journal"), {
-        "target": loaded.fingerprint(), "drafter": str(folder), "max_new_tokens": max_new_tokens,
-        "prompts": prompts_digest([{"messages": messages} for messages in asked]), "per_prompt": per_prompt},
-        needs="rows")
+    journal = Journal(
+        place.with_name(place.name + ".journal"),
+        {
+            "target": loaded.fingerprint(),
+            "drafter": str(folder),
+            "max_new_tokens": max_new_tokens,
+            "prompts": prompts_digest([{"messages": messages} for messages in asked]),
+            "per_prompt": per_prompt,
+        },
+        needs="rows",
+    )
     for index, messages in enumerate(track(asked, "mining", disable=not sys.stderr.isatty())):
         if (index, 0, 0) not in journal.answers:
             rows = list(mine(served, found, messages, max_new_tokens, per_prompt))
@@ -72,17 +95,25 @@ def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
     """Write the rows of all prompts at once, and say what they are."""
     rows = [row for one in mined for row in one]
     scratch = place.with_name(place.name + ".partial")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    scratch.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     os.replace(scratch, place)
     wrong, silent = sum(1 - row["spans"][0][2] for row in rows), sum(not one for one in mined)
-    print(f"{len(rows)} drafted tokens, {wrong} of them change the answer: {place} ({silent} of {len(mined)} prompts "
-          "gave none: nothing was rejected, or an answer did not end or holds no number)")
+    print(
+        f"{len(rows)} drafted tokens, {wrong} of them change the answer: {place} ({silent} of "
+        f"{len(mined)} prompts gave none: nothing was rejected, or an answer did not end or holds "
+        "no number)"
+    )
 
 
 def command(arguments: Sequence[str]) -> int:
     """Parse and mine."""
-    parser = ArgumentParser(prog="python -m eval.divergences", exit_on_error=False,
-                            description="Label where a drafter leaves its target.")
+    parser = ArgumentParser(
+        prog="python -m eval.divergences",
+        exit_on_error=False,
+        description="Label where a drafter leaves its target.",
+    )
     parser.add_function_arguments(mine_file, fail_untyped=True)
     given = vars(parse(parser, arguments))
     quieten()

@@ -22,7 +22,14 @@ from eval.methods.variants import vary
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report.answer_quality import Quality, Scoring, control_lines, program_lines
 from eval.report.html import Sample
-from eval.report.markdown import build_report, device_name, export_lines, failures, main_table, noise_lines
+from eval.report.markdown import (
+    build_report,
+    device_name,
+    export_lines,
+    failures,
+    main_table,
+    noise_lines,
+)
 from eval.report.output_folder import JOURNAL, PAGE, begun, taken, write
 from eval.report.summary import Summary, summarise
 from eval.report.token_pieces import pieces
@@ -48,14 +55,19 @@ class Evaluation:
     """What is measured, on what.
 
     Args:
-        target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was trained for.
+        target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was
+            trained for.
         drafters: run folders, drafter folders or Hub ids, each with its own defaults.
-        engine: slipstream is this project's loop; vllm (if installed) serves exported drafters, budget tokens a chain.
+        engine: slipstream is this project's loop; vllm (if installed) serves exported drafters,
+            budget tokens a chain.
         methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
-        prompts: tasks (`tasks/gsm8k`, `tasks/gsm8k=PATH`), files with `turns`, `prompt` or `question`, or `embedded`.
+        prompts: tasks (`tasks/gsm8k`, `tasks/gsm8k=PATH`), files with `turns`, `prompt` or
+            `question`, or `embedded`.
         turns: `first`, or `all` to ask later turns too.
-        quality: whose answers are scored: of `lossy` methods and their baselines, of `all`, or of `none`.
-        run_code: let HumanEval's pass@1 run the programs that models write (in a limited process, not a sandbox).
+        quality: whose answers are scored: of `lossy` methods and their baselines, of `all`, or of
+            `none`.
+        run_code: let HumanEval's pass@1 run the programs that models write (in a limited process,
+            not a sandbox).
         limit: prompts per task.
         max_new_tokens: per answer.
         temperature: 0 is greedy; a list such as [0, 0.5, 1] measures every row at each.
@@ -63,13 +75,16 @@ class Evaluation:
         top_p: sample within this probability mass.
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
-        draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the target's.
-        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes is installed; auto
-            is bfloat16 on a GPU that multiplies it and float32 elsewhere.
-        chat_template: arguments of the target's chat template; by default those the first drafter was trained with.
-        device: a torch device; by default the GPU if there is one; `auto` spreads the target over all of them.
-        compile: let the target's calls over trees go through torch.compile (`max-autotune` also tries kernels).
-            Batches run uncompiled.
+        draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the
+            target's.
+        dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes
+            is installed; auto is bfloat16 on a GPU that multiplies it and float32 elsewhere.
+        chat_template: arguments of the target's chat template; by default those the first drafter
+            was trained with.
+        device: a torch device; by default the GPU if there is one; `auto` spreads the target over
+            all of them.
+        compile: let the target's calls over trees go through torch.compile (`max-autotune` also
+            tries kernels). Batches run uncompiled.
         threads: of the CPU; by default as torch chooses.
         seed: of sampling; every prompt has its own, the same for all methods.
     """
@@ -135,7 +150,10 @@ class Evaluation:
             method.check()
         unique_labels(self.rows)
         if self.compile and self.engine == ENGINE:
-            raise ValueError(f"compile {self.compile} is for this project's own loop: leave it out with engine 'vllm'")
+            raise ValueError(
+                f"compile {self.compile} is for this project's own loop: leave it out with engine "
+                "'vllm'"
+            )
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
         return load_tasks(self.prompts, self.limit, self.turns, tally)
@@ -149,20 +167,32 @@ class Evaluation:
         assert self.samplings
         for method in self.methods if self.batch_sizes[0] > 1 else ():
             if method.decoder is not None and not getattr(
-                    class_of(method.decoder, "methods", Kind.DECODER, 1), "batched", True):
-                raise ValueError(f"methods: {method.label} decodes one prompt at a time: give batch_size 1, a list "
-                                 "with 1 in it, or leave the method out")
+                class_of(method.decoder, "methods", Kind.DECODER, 1), "batched", True
+            ):
+                raise ValueError(
+                    f"methods: {method.label} decodes one prompt at a time: give batch_size 1, a "
+                    "list with 1 in it, or leave the method out"
+                )
 
     def target_name(self) -> str:
-        """The target as given, or the one that the first drafter was trained for, or the embedded one."""
-        trained = next((method.drafter for method in self.rows if isinstance(method.drafter, str)), None)
+        """The target as given, or the one that the first drafter was trained for, or the embedded
+        one.
+        """
+        trained = next(
+            (method.drafter for method in self.rows if isinstance(method.drafter, str)), None
+        )
         if self.target is not None or trained is None:
             return self.target or EMBEDDED_TARGET
         return read_config(find_folder(trained))["target"]["name"]
 
 
-def evaluate(evaluation: Evaluation, output: Path, resume: bool = False,
-             console: Console | None = None, overwrite: bool = False) -> dict[str, Any]:
+def evaluate(
+    evaluation: Evaluation,
+    output: Path,
+    resume: bool = False,
+    console: Console | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Measure, and write `report.json`, `.md` and `.html` into `output`; returns the report.
 
     Of several processes that `torchrun` started, each measures its share, and all return the one
@@ -187,15 +217,27 @@ def evaluate(evaluation: Evaluation, output: Path, resume: bool = False,
         torch.set_num_threads(evaluation.threads)
     with shared_out() as share:
         if share.count > 1 and evaluation.engine == ENGINE:
-            raise ValueError(f"engine 'vllm' measures in one process, {share.count} were started: leave out torchrun")
+            raise ValueError(
+                f"engine 'vllm' measures in one process, {share.count} were started: leave out "
+                "torchrun"
+            )
         console = console or Console(quiet=not share.first)
         with taken(output, resume or overwrite, share), resumable(lambda: "go on with --resume"):
             return _evaluate(evaluation, tasks, output, resume, console, share, tally)
 
 
-def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: bool, console: Console, share: Share,
-              tally: Tally) -> dict[str, Any]:
-    """One process's part: measure its share of the prompts; the first process then makes the report of all."""
+def _evaluate(
+    evaluation: Evaluation,
+    tasks: list[Task],
+    output: Path,
+    resume: bool,
+    console: Console,
+    share: Share,
+    tally: Tally,
+) -> dict[str, Any]:
+    """One process's part: measure its share of the prompts; the first process then makes the report
+    of all.
+    """
     place, asked = share.journal(output / JOURNAL, resume), tasks
     named = [method.drafter for method in evaluation.rows if isinstance(method.drafter, str)]
     evaluation = replace(evaluation, chat_template=chat_arguments(evaluation.chat_template, named))
@@ -204,8 +246,9 @@ def _evaluate(evaluation: Evaluation, tasks: list[Task], output: Path, resume: b
     header = known_before({**settings, **limit}, evaluation.rows, tasks, device_name())
     if resume:
         refuse_changes(place, header, part=True)
-    target = load_target(evaluation.target_name(), evaluation.dtype, evaluation.device,
-                         evaluation.chat_template)
+    target = load_target(
+        evaluation.target_name(), evaluation.dtype, evaluation.device, evaluation.chat_template
+    )
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target, most_together(tasks)) as rows:
@@ -242,12 +285,18 @@ def most_together(tasks: Sequence[Task]) -> int:
 def small_batches(tasks: Sequence[Task], sizes: Sequence[int]) -> list[str]:
     """A line for each batch size that no task can fill."""
     most = most_together(tasks)
-    return [f"batch_size {size}: no task has more than {most} prompts, so no batch is larger: raise --limit, or give a "
-            "file with more prompts of one task" for size in sizes if size > most]
+    return [
+        f"batch_size {size}: no task has more than {most} prompts, so no batch is larger: raise "
+        "--limit, or give a file with more prompts of one task"
+        for size in sizes
+        if size > most
+    ]
 
 
 def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
-    """Let every process draft as many nodes as the first one: `budget: auto` measures, and may differ."""
+    """Let every process draft as many nodes as the first one: `budget: auto` measures, and may
+    differ.
+    """
     for row, budget in zip(rows, share.agreed([row.budget for row in rows]), strict=True):
         if isinstance(row.decoder, SpeculativeDecoder) and row.decoder.drafter is not None:
             row.budget = row.decoder.budget = budget
@@ -267,56 +316,104 @@ def opened_rows(evaluation: Evaluation, target: Target, most: int) -> Iterator[l
 
 def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
     """How these tasks' answers are scored."""
-    checks = {prompt.id: prompt.check for task in tasks for prompt in task.prompts if prompt.check is not None}
+    checks = {
+        prompt.id: prompt.check
+        for task in tasks
+        for prompt in task.prompts
+        if prompt.check is not None
+    }
     return Scoring(evaluation.quality, checks, evaluation.run_code)
 
 
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     """The report's `settings` that a resumed journal must share."""
-    chosen = ("max_new_tokens", "seed", "repeats", "temperature", "top_k", "top_p", "batch_size", "turns")
+    chosen = (
+        "max_new_tokens",
+        "seed",
+        "repeats",
+        "temperature",
+        "top_k",
+        "top_p",
+        "batch_size",
+        "turns",
+    )
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
     engine |= {"compile": evaluation.compile} if evaluation.compile else {}
     engine |= {"chat_template": evaluation.chat_template} if evaluation.chat_template else {}
-    return {"prompts": [Path(name).name for name in evaluation.prompts], **engine,
-            **{name: getattr(evaluation, name) for name in chosen},
-            "threads": torch.get_num_threads()}
+    return {
+        "prompts": [Path(name).name for name in evaluation.prompts],
+        **engine,
+        **{name: getattr(evaluation, name) for name in chosen},
+        "threads": torch.get_num_threads(),
+    }
 
 
-def _measure(evaluation: Evaluation, tasks: Sequence[Task], rows: Sequence[Row], journal: Journal, console: Console,
-             share: Share) -> list[Record]:
+def _measure(
+    evaluation: Evaluation,
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    journal: Journal,
+    console: Console,
+    share: Share,
+) -> list[Record]:
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values()))
+        bar = progress.add_task(
+            f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values())
+        )
         for size, batches in work.items():
-            harness = Harness([row for row in rows if row.batch_size == size], evaluation.max_new_tokens,
-                              evaluation.seed, lambda unit: progress.update(bar, advance=1, description=unit.task))
+            harness = Harness(
+                [row for row in rows if row.batch_size == size],
+                evaluation.max_new_tokens,
+                evaluation.seed,
+                lambda unit: progress.update(bar, advance=1, description=unit.task),
+            )
             harness.run(share.of(batches), journal)
     done = share.merged(journal.done)
     return [record for batches in work.values() for unit in batches for record in done[unit.key]]
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:
-    """The fastest drafting method's answer with most accepted drafts, among embedded prompts; None without either."""
+    """The fastest drafting method's answer with most accepted drafts, among embedded prompts; None
+    without either.
+    """
     prompts = {prompt.id: prompt for task in tasks for prompt in task.prompts if prompt.embedded}
-    drafting = [one for one in summaries if not is_baseline(one.figures)
-                and any(any(answer.trace.drafted) for answer in one.answers.values())]
+    drafting = [
+        one
+        for one in summaries
+        if not is_baseline(one.figures)
+        and any(any(answer.trace.drafted) for answer in one.answers.values())
+    ]
     if not prompts or not drafting:
         return None
     best = max(drafting, key=lambda one: one.figures["speedup"]["micro"] or 0.0)
     shown = [answer for answer in best.answers.values() if answer.prompt in prompts]
     answer = max(shown, key=lambda answer: sum(answer.trace.drafted))
     tokens = zip(answer.trace.ids, answer.trace.drafted)
-    return Sample(best.row.name, prompts[answer.prompt].turns[0], list(pieces(tokens, best.row.target.tokenizer)))
+    return Sample(
+        best.row.name,
+        prompts[answer.prompt].turns[0],
+        list(pieces(tokens, best.row.target.tokenizer)),
+    )
 
 
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table on the terminal, the noise, what failed, and where the report is."""
     console.print(main_table(report, console.width))
     methods = report["methods"]
-    for line in (*noise_lines(report), *export_lines(methods), *control_lines(methods), *program_lines(methods),
-                 *explanations(methods)):
+    for line in (
+        *noise_lines(report),
+        *export_lines(methods),
+        *control_lines(methods),
+        *program_lines(methods),
+        *explanations(methods),
+    ):
         console.print(line, highlight=False, markup=False)
     for name in failures(report):
         line = f"{name} promises the autoregressive row's tokens and gave others"

@@ -1,4 +1,6 @@
-"""One prompt, streamed, with what was drafted shown: `python -m eval.generate --drafter runs/clover --prompt "…"`."""
+"""One prompt, streamed, with what was drafted shown: `python -m eval.generate --drafter runs/clover
+--prompt "…"`.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,13 @@ class Generation:
         top_p: sample within this probability mass.
         seed: of sampling.
         budget: drafted nodes per call at most; by default the drafter's own.
-        draft_precision: of the drafter's weights: float32, bfloat16 or float16; by default the target's.
-        dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed; auto is bfloat16 on
-            a GPU that multiplies it and float32 elsewhere.
+        draft_precision: of the drafter's weights: float32, bfloat16 or float16; by default the
+            target's.
+        dtype: float32, float64, bfloat16 or float16; 8bit or 4bit where bitsandbytes is installed;
+            auto is bfloat16 on a GPU that multiplies it and float32 elsewhere.
         device: a torch device; by default the GPU if there is one.
-        chat_template: arguments of the target's chat template; by default those the drafter was trained with.
+        chat_template: arguments of the target's chat template; by default those the drafter was
+            trained with.
         compare: decode once more without the drafter, to compare speed and tokens.
     """
 
@@ -68,8 +72,8 @@ class Generation:
 
 
 class Stopwatch:
-    """Passes a stream of tokens on, remembers them, and times the wait for each but the first (which is the prefill);
-    what is done with a token between two waits costs nothing.
+    """Passes a stream of tokens on, remembers them, and times the wait for each but the first
+    (which is the prefill); what is done with a token between two waits costs nothing.
     """
 
     def __init__(self, stream: Iterator[tuple[int, bool]], device: torch.device) -> None:
@@ -92,21 +96,27 @@ class Stopwatch:
     @property
     def tokens_per_second(self) -> float:
         """Of the tokens behind the first one; 0 when there are none."""
-        return (len(self.tokens) - 1) / self.seconds if self.seconds > 0 and len(self.tokens) > 1 else 0.0
+        return (
+            (len(self.tokens) - 1) / self.seconds
+            if self.seconds > 0 and len(self.tokens) > 1
+            else 0.0
+        )
 
 
 def generate(asked: Generation, console: Console) -> None:
     """Stream the answer, then print the speed with and without the drafter.
 
     Raises:
-        ValueError: an empty prompt, no such drafter, another target's drafter, a prompt longer than the context.
+        ValueError: an empty prompt, no such drafter, another target's drafter, a prompt longer than
+            the context.
     """
     if not asked.prompt.strip():
         raise ValueError("prompt is empty: give a question")
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
     name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
-    target = load_target(name, asked.dtype, asked.device,
-                         chat_arguments(asked.chat_template, [asked.drafter]))
+    target = load_target(
+        name, asked.dtype, asked.device, chat_arguments(asked.chat_template, [asked.drafter])
+    )
     drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)
@@ -120,9 +130,16 @@ def generate(asked: Generation, console: Console) -> None:
         console.print(comparison(with_drafter, plain, sampling), highlight=False)
 
 
-def answer(decoder: SpeculativeDecoder, ids: list[int], sampling: Sampling, limit: int, console: Console | None
-           ) -> Stopwatch:
-    """Decode one prompt after a short warm-up; the text is shown as it comes where there is a console."""
+def answer(
+    decoder: SpeculativeDecoder,
+    ids: list[int],
+    sampling: Sampling,
+    limit: int,
+    console: Console | None,
+) -> Stopwatch:
+    """Decode one prompt after a short warm-up; the text is shown as it comes where there is a
+    console.
+    """
     decoder.decode([ids], sampling, min(limit, WARM_UP_TOKENS))
     watch = Stopwatch(decoder.stream(ids, sampling, limit), decoder.target.device)
     for text, drafted in pieces(watch, decoder.target.tokenizer):
@@ -137,12 +154,18 @@ def report(watch: Stopwatch, label: str, console: Console) -> None:
     """One line: tokens, speed, share drafted."""
     drafted, count = sum(drafted for _, drafted in watch.tokens), len(watch.tokens)
     share = f", {drafted / count:.0%} drafted" if drafted else ""
-    console.print(f"{label}: {watch.tokens_per_second:.1f} tokens/s ({count} tokens{share})", highlight=False)
+    console.print(
+        f"{label}: {watch.tokens_per_second:.1f} tokens/s ({count} tokens{share})", highlight=False
+    )
 
 
 def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str:
     """How much faster, and whether the tokens agree (greedy decoding only)."""
-    ratio = f"{drafting.tokens_per_second / plain.tokens_per_second:.2f}×" if plain.tokens_per_second else "–"
+    ratio = (
+        f"{drafting.tokens_per_second / plain.tokens_per_second:.2f}×"
+        if plain.tokens_per_second
+        else "–"
+    )
     if sampling.temperature > 0:
         return f"{ratio} (sampled: the two answers differ, their law is the same)"
     same = [token for token, _ in drafting.tokens] == [token for token, _ in plain.tokens]
@@ -151,7 +174,9 @@ def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and generate; returns the exit status."""
-    parser = ArgumentParser(prog="python -m eval.generate", exit_on_error=False, description=__doc__)
+    parser = ArgumentParser(
+        prog="python -m eval.generate", exit_on_error=False, description=__doc__
+    )
     parser.add_class_arguments(Generation, fail_untyped=True)
     values = parse(parser, arguments).as_dict()
     quieten()

@@ -1,4 +1,6 @@
-"""`python -m eval.latency`: what verification costs by tree width here, and the τ that each width needs to win."""
+"""`python -m eval.latency`: what verification costs by tree width here, and the τ that each width
+needs to win.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,37 @@ from modules.target.loading import AUTO, load_target
 
 
 def table(latency: LatencyTable, roofline: Roofline) -> str:
-    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row (and against Hugging
-    Face's, where that was measured), τ to break even with drafting at 0, 10, 20 % of a one-row call."""
+    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row
+    (and against Hugging Face's, where that was measured), τ to break even with drafting at 0, 10,
+    20 % of a one-row call."""
     theirs = " × Hugging Face's one row |" if latency.stock else ""
-    lines = [f"| rows | ms | limit, ms | × one row |{theirs} τ needed, free drafting | drafting 10 % | drafting 20 % |",
-             "|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if latency.stock else "")]
+    lines = [
+        f"| rows | ms | limit, ms | × one row |{theirs} τ needed, free drafting | drafting 10 % | "
+        "drafting 20 % |",
+        "|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if latency.stock else ""),
+    ]
     one = latency.seconds[1]
     for rows, seconds in latency.seconds.items():
-        needed = " | ".join(f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2))
+        needed = " | ".join(
+            f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2)
+        )
         limit = roofline.seconds(rows) * 1e3
         against = f" {seconds / latency.stock:.2f} |" if latency.stock else ""
-        lines.append(f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} |{against} {needed} |")
+        lines.append(
+            f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} |{against} "
+            f"{needed} |"
+        )
     return "\n".join(lines)
 
 
-def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dtype: str = AUTO,
-         compile: bool = False, device: str | None = None) -> None:
+def main(
+    target: str = "smollm2-135m",
+    context: int = 256,
+    repeats: int = 15,
+    dtype: str = AUTO,
+    compile: bool = False,
+    device: str | None = None,
+) -> None:
     """Measure t(rows) of a target on this device and print the break-even table.
 
     Args:
@@ -43,16 +60,21 @@ def main(target: str = "smollm2-135m", context: int = 256, repeats: int = 15, dt
         loaded.compile_calls()
     limits = measure_roofline(loaded)
     precision = str(loaded.dtype).removeprefix("torch.")
-    print(f"{target}, {precision}, {loaded.device}, context {context}, {torch.get_num_threads()} threads, "
-          f"medians of {repeats}. "
-          f"Measured limits: {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; "
-          f"a call reads {limits.weight_bytes / 1e6:.0f} MB of weights.\n")
+    print(
+        f"{target}, {precision}, {loaded.device}, context {context}, {torch.get_num_threads()} "
+        f"threads, medians of {repeats}. Measured limits: {limits.bytes_per_second / 1e9:.1f} "
+        f"GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; a call reads "
+        f"{limits.weight_bytes / 1e6:.0f} MB of weights.\n"
+    )
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)
     print(table(measured, limits))
     spread = max(measured.spread[rows] / seconds for rows, seconds in measured.seconds.items())
     print(f"\nThe quartiles of the passes are at most {spread:.0%} of a row's time apart.")
     if measured.stock:
-        print(f"\nHugging Face's own call of one row, in turn with these: {measured.stock * 1e3:.1f} ms.")
+        print(
+            f"\nHugging Face's own call of one row, in turn with these: {measured.stock * 1e3:.1f} "
+            "ms."
+        )
 
 
 if __name__ == "__main__":

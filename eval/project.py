@@ -1,12 +1,15 @@
-"""`python -m eval.project REPORT --hardware h100`: a projection of speedups to other hardware. It measures nothing.
+"""`python -m eval.project REPORT --hardware h100`: a projection of speedups to other hardware. It
+measures nothing.
 
-Only acceptance (τ, rows per call, draft depth) is taken from the report; every time is calculated from data-sheet
-figures by a roofline (Williams et al. 2009): a pass of a model with W weights over R rows takes
+Only acceptance (τ, rows per call, draft depth) is taken from the report; every time is calculated
+from data-sheet figures by a roofline (Williams et al. 2009): a pass of a model with W weights over
+R rows takes
 
     max(2 W / bandwidth, 2 W R / FLOP rate) + overhead of a call
 
-with 16-bit weights. One call of the target per step, and one pass of a drafter's own weights per drafted depth.
-What is left out flatters the projection: the KV cache, kernels short of their limits, drafters' work on the host.
+with 16-bit weights. One call of the target per step, and one pass of a drafter's own weights per
+drafted depth. What is left out flatters the projection: the KV cache, kernels short of their
+limits, drafters' work on the host.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ LABEL = "PROJECTION, not a measurement"
 class Hardware:
     """What a file of configs/hardware says.
 
-    name: for people. bytes_per_second: memory bandwidth. flops_per_second: dense 16-bit matrix products.
+    name: for people. bytes_per_second: memory bandwidth. flops_per_second: dense 16-bit matrix
+    products.
     call_seconds: overhead of one pass, an assumption.
     """
 
@@ -44,8 +48,13 @@ class Hardware:
 
     def seconds(self, weights: int, rows: float) -> float:
         """One pass of a model over some rows."""
-        return max(WEIGHT_BYTES * weights / self.bytes_per_second,
-                   2 * weights * rows / self.flops_per_second) + self.call_seconds
+        return (
+            max(
+                WEIGHT_BYTES * weights / self.bytes_per_second,
+                2 * weights * rows / self.flops_per_second,
+            )
+            + self.call_seconds
+        )
 
 
 def load_hardware(name: str) -> Hardware:
@@ -70,12 +79,18 @@ def read_hardware(values: Mapping[str, Any], where: str) -> Hardware:
         raise ValueError(f"hardware {where}: {key} is {wrong}: give {', '.join(keys)}")
     for key in keys[1:]:
         if not isinstance(values[key], (int, float)) or values[key] <= 0:
-            raise ValueError(f"hardware {where}: {key} {values[key]!r} is no number above zero: write it as 1.0e+12")
+            raise ValueError(
+                f"hardware {where}: {key} {values[key]!r} is no number above zero: write it as "
+                "1.0e+12"
+            )
     return Hardware(str(values["name"]), *(float(values[key]) for key in keys[1:]))
 
 
-def projected_speedup(method: Mapping[str, Any], parameters: int, hardware: Hardware) -> float | None:
-    """τ t(B) / (t(rows of a call times B) + drafting), with B sequences together; None where calls are not known.
+def projected_speedup(
+    method: Mapping[str, Any], parameters: int, hardware: Hardware
+) -> float | None:
+    """τ t(B) / (t(rows of a call times B) + drafting), with B sequences together; None where calls
+    are not known.
 
     Args:
         method: its entry in the report.
@@ -86,11 +101,15 @@ def projected_speedup(method: Mapping[str, Any], parameters: int, hardware: Hard
     if tau is None or rows is None:
         return None
     verifying = hardware.seconds(parameters, rows * batch)
-    return tau * hardware.seconds(parameters, batch) / (verifying + drafting_seconds(method, hardware))
+    return (
+        tau * hardware.seconds(parameters, batch) / (verifying + drafting_seconds(method, hardware))
+    )
 
 
 def rows_per_call(method: Mapping[str, Any]) -> float | None:
-    """Mean rows of a target call; from the drafted nodes in reports without a model of speed, None without either."""
+    """Mean rows of a target call; from the drafted nodes in reports without a model of speed, None
+    without either.
+    """
     if method.get("speed_model"):
         return method["speed_model"]["rows_per_call"]
     nodes = method["quality"].get("drafted_nodes_per_call")
@@ -98,7 +117,9 @@ def rows_per_call(method: Mapping[str, Any]) -> float | None:
 
 
 def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
-    """One pass of the drafter's own weights per drafted depth; free for drafters without weights."""
+    """One pass of the drafter's own weights per drafted depth; free for drafters without
+    weights.
+    """
     if not method.get("drafter_parameters"):
         return 0.0
     depth = max(1, len(method.get("conditional_acceptance_by_depth") or ()))
@@ -109,11 +130,14 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
     """Lines of Markdown: the label, the table, what the figures are not."""
     parameters = {target["name"]: target["parameters"] for target in report["targets"]}
     yield f"# {LABEL}: {hardware.name}\n"
-    yield (f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
-           f"{hardware.flops_per_second / 1e12:.0f} TFLOP/s and an assumed {hardware.call_seconds * 1e6:.0f} µs per "
-           f"pass. Only τ and rows per call were measured (on {report['environment']['device']}); the KV cache, "
-           "kernels short of their limits and drafting on the host are left out, which flatters; a drafter's weights "
-           "are read once per drafted depth, which is too much for heads that serve one depth each.\n")
+    yield (
+        f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
+        f"{hardware.flops_per_second / 1e12:.0f} TFLOP/s and an assumed "
+        f"{hardware.call_seconds * 1e6:.0f} µs per pass. Only τ and rows per call were measured "
+        f"(on {report['environment']['device']}); the KV cache, kernels short of their limits and "
+        "drafting on the host are left out, which flatters; a drafter's weights are read once per "
+        "drafted depth, which is too much for heads that serve one depth each.\n"
+    )
     yield "| method | τ, measured | rows per call | projected speedup |\n|---|---:|---:|---:|"
     for method in (method for method in report["methods"] if not is_baseline(method)):
         projected = projected_speedup(method, parameters[method["target"]], hardware)
@@ -124,8 +148,11 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
 
 def command(arguments: Sequence[str]) -> int:
     """Print the projection; returns the exit status. ValueError: a mistake in what was asked."""
-    parser = ArgumentParser(prog="python -m eval.project", exit_on_error=False,
-                            description="Project speedups to other hardware from measured acceptance.")
+    parser = ArgumentParser(
+        prog="python -m eval.project",
+        exit_on_error=False,
+        description="Project speedups to other hardware from measured acceptance.",
+    )
     parser.add_argument("report", type=str, help="a report.json or its folder")
     parser.add_argument("--hardware", type=str, required=True, help="a file under configs/hardware")
     settings = parse(parser, arguments)

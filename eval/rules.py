@@ -1,7 +1,9 @@
-"""`python -m eval.rules`: acceptance rules and tree builders on the same contexts of the real models, without tossing.
+"""`python -m eval.rules`: acceptance rules and tree builders on the same contexts of the real
+models, without tossing.
 
-At every context each trial draws the same number of trees; what its rule would accept of a tree in expectation follows
-from the tree (`node_chances`), so that only the draws of the trees are left to chance. Nothing is timed.
+At every context each trial draws the same number of trees; what its rule would accept of a tree in
+expectation follows from the tree (`node_chances`), so that only the draws of the trees are left to
+chance. Nothing is timed.
 
 Shape legend: B draws, N nodes, V vocabulary, P prompts.
 """
@@ -30,8 +32,23 @@ from eval.methods.rows import TRAINING_PROMPTS, load_drafter
 from eval.methods.templates import chat_arguments
 from eval.tasks.task_files import HELD_OUT
 from modules.acceptance.rejection import node_chances, recursive_rounds
-from modules.acceptance.rules import Draws, KSequentialRule, MultiRoundRule, PointRule, RatioRule, check_pairing
-from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder, Verified
+from modules.acceptance.rules import (
+    Draws,
+    KSequentialRule,
+    MultiRoundRule,
+    PointRule,
+    RatioRule,
+    check_pairing,
+)
+from modules.contracts.drafter import (
+    Context,
+    Drafter,
+    DraftState,
+    Frontier,
+    Sampling,
+    TreeBuilder,
+    Verified,
+)
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.trainable import Losses
 from modules.cost_model.latency_table import LatencyTable, stored_latency
@@ -64,18 +81,20 @@ class Comparison:
 
     Args:
         target: Hub id, folder, .gguf file or smollm2-135m.
-        drafter: run folder, drafter folder or Hub id; by default the target's own first `layers` layers.
+        drafter: run folder, drafter folder or Hub id; by default the target's own first `layers`
+            layers.
         layers: of the target that draft, under its own norm and LM head, without training.
-        prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the embedded held-out
-            prompts.
+        prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the
+            embedded held-out prompts.
         limit: prompts.
         contexts: of each prompt, evenly spaced over an answer that the target samples.
         max_new_tokens: of that answer.
         draws: trees per trial and context; eight times as many of one level.
-        temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at DySpec's 0.6.
+        temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at
+            DySpec's 0.6.
         draft_temperature: of whole trees that are drawn, instead.
-        fastest: also time this device, on which nothing else should run, and say which size and depth of Sequoia's tree
-            promise most here.
+        fastest: also time this device, on which nothing else should run, and say which size and
+            depth of Sequoia's tree promise most here.
         only: names of the trials to run; by default all.
         seed: of everything that is drawn.
         device: a torch device; by default the GPU if there is one.
@@ -110,7 +129,9 @@ class Comparison:
         if unknown := sorted(set(self.only or ()) - set(known)):
             raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(known)}")
         if not Path(self.prompts).is_file():
-            raise ValueError(f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file")
+            raise ValueError(
+                f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,12 +154,16 @@ def level_trials() -> dict[str, Trial]:
         trials[f"multi_round {count}"] = Trial(chains(count, 1), MultiRoundRule(), count)
         trials[f"k_seq {count}"] = Trial(chains(count, 1), KSequentialRule(), count)
         trials[f"recursive {count}"] = Trial(branching_tree([count]), RatioRule(), count)
-        trials[f"point {count}"] = Trial(StaticTree([(i,) for i in range(count)]), PointRule(), count)
+        trials[f"point {count}"] = Trial(
+            StaticTree([(i,) for i in range(count)]), PointRule(), count
+        )
     return trials
 
 
 def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[str, Trial]:
-    """Whole trees of 15 nodes, and one chain as deep as the five chains; `heat` is the drawn trees' temperature."""
+    """Whole trees of 15 nodes, and one chain as deep as the five chains; `heat` is the drawn trees'
+    temperature.
+    """
     independent = branching_tree([3, 2, 1], "independent", heat)
     static = best_paths([acceptance], NODES, DEEPEST)
     return {
@@ -149,7 +174,9 @@ def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[
         "3-2-1 independent, k_seq": Trial(independent, KSequentialRule(), NODES),
         "RSD-C 3-2-1": Trial(branching_tree([3, 2, 1], temperature=heat), RatioRule(), NODES),
         "RSD-S 5 wide, 3 deep": Trial(StochasticBeamTree(5, 3, heat), RatioRule(), NODES),
-        "Sequoia": Trial(sequoia_tree([acceptance], NODES, DEEPEST, temperature=heat), RatioRule(), NODES),
+        "Sequoia": Trial(
+            sequoia_tree([acceptance], NODES, DEEPEST, temperature=heat), RatioRule(), NODES
+        ),
         "Sequoia's shape, top-k by value": Trial(StaticTree(static), PointRule(), NODES),
         "DySpec": Trial(DySpecTree(DEEPEST, temperature=heat), RatioRule(), NODES),
         "EAGLE-2's rerank, top-k by value": Trial(RerankedTree(DEEPEST, 5), PointRule(), NODES),
@@ -158,12 +185,17 @@ def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[
 
 ORDERS = [
     *((f"recursive {k}", f"multi_round {k}") for k in range(2, SIBLINGS + 1)),
-    ("RSD-C 3-2-1", "3-2-1 independent, multi_round"), ("RSD-S 5 wide, 3 deep", "3-2-1 independent, multi_round"),
+    ("RSD-C 3-2-1", "3-2-1 independent, multi_round"),
+    ("RSD-S 5 wide, 3 deep", "3-2-1 independent, multi_round"),
     ("RSD-S 5 wide, 3 deep", "5 chains of 3, multi_round"),
-    *((f"k_seq {k}", "ratio 1") for k in range(2, SIBLINGS + 1)), ("5 chains of 3, k_seq", "chain of 3, ratio"),
+    *((f"k_seq {k}", "ratio 1") for k in range(2, SIBLINGS + 1)),
+    ("5 chains of 3, k_seq", "chain of 3, ratio"),
     *((f"k_seq {k}", f"multi_round {k}") for k in range(2, SIBLINGS + 1)),
-    ("5 chains of 3, k_seq", "5 chains of 3, multi_round"), ("DySpec", "RSD-C 3-2-1"), ("DySpec", "Sequoia"),
-    ("DySpec", "Sequoia's shape, top-k by value"), ("DySpec", "EAGLE-2's rerank, top-k by value"),
+    ("5 chains of 3, k_seq", "5 chains of 3, multi_round"),
+    ("DySpec", "RSD-C 3-2-1"),
+    ("DySpec", "Sequoia"),
+    ("DySpec", "Sequoia's shape, top-k by value"),
+    ("DySpec", "EAGLE-2's rerank, top-k by value"),
 ]
 """Pairs in the order that their papers claim: the first accepts at least as much."""
 
@@ -199,8 +231,8 @@ class Recorded(Drafter):
 class Spot:
     """One context: the models behind it, and their logits right there.
 
-    state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token. level_seconds: of
-    drafting them. seed: of its draws.
+    state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token.
+    level_seconds: of drafting them. seed: of its draws.
     """
 
     target: Target
@@ -213,20 +245,30 @@ class Spot:
     seed: int
 
     def first_draw(self, heat: float | None = None) -> tuple[float, float]:
-        """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ q²."""
+        """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ
+        q².
+        """
         target_V = Draws(self.sampling, []).law(self.target_logits_V)
         draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
-        draft_V[slice(None) if known is None else known] = draft_law(self.draft_logits_D, self.state.context, heat)
-        return float(torch.minimum(target_V, draft_V).sum()), float((draft_V ** 2).sum())
+        draft_V[slice(None) if known is None else known] = draft_law(
+            self.draft_logits_D, self.state.context, heat
+        )
+        return float(torch.minimum(target_V, draft_V).sum()), float((draft_V**2).sum())
 
     @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
-        """How likely each node of every drawn tree is accepted [B][N]; every trial has the same generators."""
-        generators = [torch.Generator(self.target.device).manual_seed(self.seed + i) for i in range(draws)]
+        """How likely each node of every drawn tree is accepted [B][N]; every trial has the same
+        generators.
+        """
+        generators = [
+            torch.Generator(self.target.device).manual_seed(self.seed + i) for i in range(draws)
+        ]
         state = self.state.select(torch.zeros(draws, dtype=torch.long, device=self.target.device))
         state.context = replace(state.context, generators=tuple(generators))
         if trial.builder.depth == 1:
-            tree = trial.builder.build(Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes)
+            tree = trial.builder.build(
+                Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes
+            )
             verified = Verified(tree, self.target_logits_V.expand(*tree.tokens_BN.shape, -1))
         else:
             tree = trial.builder.build(self.drafter, state, trial.nodes)
@@ -237,13 +279,19 @@ class Spot:
 
 
 @torch.no_grad()
-def opened(target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int) -> Spot:
+def opened(
+    target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int
+) -> Spot:
     """The context after `text`; the target's cache then holds it `draws` times."""
-    ids_BT, newest_B, lengths_B = (torch.tensor(each, device=target.device)
-                                   for each in ([text[:-1]], [text[-1]], [len(text) - 1]))
+    ids_BT, newest_B, lengths_B = (
+        torch.tensor(each, device=target.device)
+        for each in ([text[:-1]], [text[-1]], [len(text) - 1])
+    )
     target.open(1, len(text) + NODES + 1)
     _, states = target.prefill(ids_BT, lengths_B, drafter.decoding_states)
-    context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(target.device),))
+    context = Context(
+        target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(target.device),)
+    )
     state, root_B1 = drafter.start(context), newest_B[:, None]
     target_logits_V = target.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
     before = now(target.device)
@@ -251,30 +299,45 @@ def opened(target: Target, drafter: Drafter, text: list[int], sampling: Sampling
     level_seconds = now(target.device) - before
     assert target.cache is not None
     target.cache.keep([0] * draws)
-    return Spot(target, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed)
+    return Spot(
+        target, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed
+    )
 
 
-def spots(target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
-          ) -> Iterator[tuple[int, Spot]]:
+def spots(
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
+) -> Iterator[tuple[int, Spot]]:
     """Prompt number and context, one after the other: the target holds one at a time."""
     for index, prompt in enumerate(prompts):
         sampling = Sampling(asked.temperature, seed=asked.seed + index)
         answer = SpeculativeDecoder(target).decode([prompt], sampling, asked.max_new_tokens)[0].ids
         for place in np.unique(np.linspace(1, len(answer), asked.contexts).astype(int)).tolist():
             seed = (asked.seed * 1000 + index) * 1_000_000 + place * 1000
-            yield index, opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed)
+            yield (
+                index,
+                opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed),
+            )
 
 
-def calibrate(found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None) -> tuple[list[float], float]:
-    """Over contexts: how often the k-th sibling without replacement is accepted (Sequoia's P[k]), and the median
-    seconds of drafting a level."""
-    trial = Trial(branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS)
-    each = [(np.mean(spot.chances(trial, draws), axis=0)[1:], spot.level_seconds) for _, spot in found]
-    return np.mean([chances for chances, _ in each], axis=0).tolist(), float(np.median([taken for _, taken in each]))
+def calibrate(
+    found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None
+) -> tuple[list[float], float]:
+    """Over contexts: how often the k-th sibling without replacement is accepted (Sequoia's P[k]),
+    and the median seconds of drafting a level."""
+    trial = Trial(
+        branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS
+    )
+    each = [
+        (np.mean(spot.chances(trial, draws), axis=0)[1:], spot.level_seconds) for _, spot in found
+    ]
+    return np.mean([chances for chances, _ in each], axis=0).tolist(), float(
+        np.median([taken for _, taken in each])
+    )
 
 
 def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds: float) -> str:
-    """Size and depth of Sequoia's tree that promise most on this device, in a sentence (Chen et al. 2024, section 3.3).
+    """Size and depth of Sequoia's tree that promise most on this device, in a sentence (Chen et al.
+    2024, section 3.3).
 
     Args:
         acceptance: by sibling. latency: of the target. level_seconds: of drafting one level.
@@ -285,14 +348,20 @@ def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds:
         return "On this device no tree of Sequoia's promises more than plain decoding."
     tokens = expected_tokens([acceptance], draws, levels)[-1]
     speedup = tokens * seconds[0] / (seconds[draws] + levels * level_seconds)
-    return (f"On this device Sequoia's tree promises most with `nodes: {draws}, depth: {levels}`: {tokens:.2f} tokens "
-            f"a call, {speedup:.2f}x plain decoding (a level takes {1000 * level_seconds:.1f} ms, a call "
-            f"{1000 * seconds[0]:.1f} ms, of this tree {1000 * seconds[draws]:.1f} ms).")
+    return (
+        f"On this device Sequoia's tree promises most with `nodes: {draws}, depth: {levels}`: "
+        f"{tokens:.2f} tokens a call, {speedup:.2f}x plain decoding (a level takes "
+        f"{1000 * level_seconds:.1f} ms, a call {1000 * seconds[0]:.1f} ms, of this tree "
+        f"{1000 * seconds[draws]:.1f} ms)."
+    )
 
 
-def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
-            ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
-    """Expected accepted drafts of every trial, a value per prompt, and what `Spot.first_draw` says of each context."""
+def measure(
+    found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
+) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
+    """Expected accepted drafts of every trial, a value per prompt, and what `Spot.first_draw` says
+    of each context.
+    """
     values: dict[str, dict[int, list[float]]] = {name: {} for name in trials}
     firsts: list[tuple[float, float]] = []
     for index, spot in found:
@@ -302,7 +371,9 @@ def measure(found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], aske
             accepted = [sum(chances) - 1 for chances in spot.chances(trial, draws)]
             values[name].setdefault(index, []).append(float(np.mean(accepted)))
         print(f"{len(firsts)} contexts", end="\r", file=sys.stderr)
-    return {name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()}, firsts
+    return {
+        name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()
+    }, firsts
 
 
 def interval(values_P: Sequence[float], samples: int = 4000) -> tuple[float, float]:
@@ -324,12 +395,18 @@ def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
     for name, per_prompt in values.items():
         low, high = interval(per_prompt)
         lines.append(f"| {name} | {np.mean(per_prompt):.3f} | {low:.3f} to {high:.3f} |")
-    lines += ["", "| claimed to accept more | than | difference | 95 % interval, paired | |", "|---|---|---:|---:|---|"]
+    lines += [
+        "",
+        "| claimed to accept more | than | difference | 95 % interval, paired | |",
+        "|---|---|---:|---:|---|",
+    ]
     for better, worse in ((one, other) for one, other in ORDERS if {one, other} <= set(values)):
         difference = [one - other for one, other in zip(values[better], values[worse], strict=True)]
         low, high = interval(difference)
-        lines.append(f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
-                     f"{verdict(low, high)} |")
+        lines.append(
+            f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
+            f"{verdict(low, high)} |"
+        )
     return lines
 
 
@@ -337,31 +414,49 @@ def compare(asked: Comparison) -> str:
     """Measure everything that is asked and describe it in Markdown.
 
     Raises:
-        ValueError: no such drafter or target, more layers than the target has, prompts without a question.
+        ValueError: no such drafter or target, more layers than the target has, prompts without a
+            question.
     """
     questions = first_questions(asked.prompts, asked.limit)
     calibration = first_questions(str(TRAINING_PROMPTS), max(2, asked.limit // 2))
     target, drafter, name = models(asked)
-    prompts, others = ([prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration))
-    acceptance, level_seconds = calibrate(spots(target, drafter, others, asked), asked.draws, asked.draft_temperature)
+    prompts, others = (
+        [prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration)
+    )
+    acceptance, level_seconds = calibrate(
+        spots(target, drafter, others, asked), asked.draws, asked.draft_temperature
+    )
     every = {**level_trials(), **tree_trials(acceptance, asked.draft_temperature)}
-    trials = {name: trial for name, trial in every.items() if asked.only is None or name in asked.only}
+    trials = {
+        name: trial for name, trial in every.items() if asked.only is None or name in asked.only
+    }
     values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
     accepted, believed = np.mean(firsts, axis=0)
-    drawn = "" if asked.draft_temperature is None else f", trees drawn at {asked.draft_temperature:g}"
-    head = [f"## Temperature {asked.temperature:g}{drawn}", "",
-            f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
-            f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), seed {asked.seed}. "
-            f"A first draw is accepted with {accepted:.3f} on average, and DySpec takes it to be {believed:.3f}. "
-            f"Acceptance by sibling on "
-            f"{len(others)} other prompts, from which Sequoia's tree is made: "
-            f"{', '.join(f'{share:.3f}' for share in acceptance)}.", ""]
-    shape = [fastest_shape(acceptance, stored_latency(target), level_seconds), ""] if asked.fastest else []
+    drawn = (
+        "" if asked.draft_temperature is None else f", trees drawn at {asked.draft_temperature:g}"
+    )
+    head = [
+        f"## Temperature {asked.temperature:g}{drawn}",
+        "",
+        f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
+        f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), "
+        f"seed {asked.seed}. A first draw is accepted with {accepted:.3f} on average, and DySpec "
+        f"takes it to be {believed:.3f}. Acceptance by sibling on {len(others)} other prompts, "
+        f"from which Sequoia's tree is made: {', '.join(f'{share:.3f}' for share in acceptance)}.",
+        "",
+    ]
+    shape = (
+        [fastest_shape(acceptance, stored_latency(target), level_seconds), ""]
+        if asked.fastest
+        else []
+    )
     return "\n".join([*head, *shape, *tables(values), ""])
 
 
 def first_questions(prompts: str, limit: int) -> list[list[Message]]:
-    """The first question of each prompt of a file; those that cannot be read are counted and logged."""
+    """The first question of each prompt of a file; those that cannot be read are counted and
+    logged.
+    """
     tally = Tally("prompt")
     found = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
     tally.log()
@@ -371,7 +466,9 @@ def first_questions(prompts: str, limit: int) -> list[list[Message]]:
 def models(asked: Comparison) -> tuple[Target, Drafter, str]:
     """Target, drafter and what to call it."""
     if asked.drafter is not None:
-        target = load_target(asked.target, "float32", asked.device, chat_arguments(None, [asked.drafter]))
+        target = load_target(
+            asked.target, "float32", asked.device, chat_arguments(None, [asked.drafter])
+        )
         drafter = load_drafter(asked.drafter, target)
         return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
     target = load_target(asked.target, "float32", asked.device)
@@ -383,8 +480,11 @@ def models(asked: Comparison) -> tuple[Target, Drafter, str]:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse, compare, print; append to the output file."""
-    parser = ArgumentParser(prog="python -m eval.rules", exit_on_error=False,
-                            description="Compare acceptance rules and tree builders on recorded contexts.")
+    parser = ArgumentParser(
+        prog="python -m eval.rules",
+        exit_on_error=False,
+        description="Compare acceptance rules and tree builders on recorded contexts.",
+    )
     parser.add_class_arguments(Comparison, fail_untyped=True)
     asked = Comparison(**vars(parse(parser, arguments)))
     quieten()

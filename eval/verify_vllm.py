@@ -1,7 +1,9 @@
-"""Does vLLM make of an export what this project trained? `python -m eval.verify_vllm --drafters runs/eagle3` (heavy).
+"""Does vLLM make of an export what this project trained? `python -m eval.verify_vllm --drafters
+runs/eagle3` (heavy).
 
-For every drafter: vLLM loads it without a missing or unused tensor; greedy answers are those of vLLM without it; and
-its mean accepted tokens are within 5 % of this project's own loop with the same chain on the same prompts.
+For every drafter: vLLM loads it without a missing or unused tensor; greedy answers are those of
+vLLM without it; and its mean accepted tokens are within 5 % of this project's own loop with the
+same chain on the same prompts.
 """
 
 from __future__ import annotations
@@ -28,10 +30,23 @@ from modules.target.target import Target
 TOLERANCE = 0.05
 """How far vLLM's mean accepted tokens may be from ours, as a share of ours."""
 TELLING = 1 / (1 - TOLERANCE)
-"""Mean accepted tokens up to which drafts that all miss would be within the tolerance: too few to prove anything."""
+"""Mean accepted tokens up to which drafts that all miss would be within the tolerance: too few to
+prove anything.
+"""
 _CHAIN = "modules.trees.static.StaticTree"
-_COLUMNS = ("drafter", "tensors", "missing", "unused", "same tokens as without drafter", "τ in vLLM", "τ here", "ratio",
-            "acceptance by depth in vLLM", "here", "verdict")
+_COLUMNS = (
+    "drafter",
+    "tensors",
+    "missing",
+    "unused",
+    "same tokens as without drafter",
+    "τ in vLLM",
+    "τ here",
+    "ratio",
+    "acceptance by depth in vLLM",
+    "here",
+    "verdict",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Verification:
 
     Args:
         drafters: run folders, drafter folders or Hub ids.
-        target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was trained for.
+        target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was
+            trained for.
         prompts: as `eval.py` takes them.
         limit: prompts per task.
         tokens: drafted in a chain.
@@ -62,10 +78,18 @@ class Verification:
         """The drafters with a chain of `tokens`, through vLLM or through our loop."""
         paths = [[0] * (depth + 1) for depth in range(self.tokens)]
         chain = None if engine == ENGINE else {"class_path": _CHAIN, "init_args": {"paths": paths}}
-        methods = [Method(drafter=name, builder=chain, budget=self.tokens) for name in self.drafters]
-        return Evaluation(target=self.target, methods=methods, prompts=self.prompts, limit=self.limit,
-                          max_new_tokens=self.max_new_tokens, batch_size=self.batch_size,
-                          engine=engine)  # type: ignore[arg-type]
+        methods = [
+            Method(drafter=name, builder=chain, budget=self.tokens) for name in self.drafters
+        ]
+        return Evaluation(
+            target=self.target,
+            methods=methods,
+            prompts=self.prompts,
+            limit=self.limit,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            engine=engine,
+        )  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,30 +109,53 @@ class Finding:
     def faults(self) -> list[str]:
         """What is wrong, if anything."""
         name = self.theirs["name"]
-        found = [f"{name}: {kind} tensors: {', '.join(self.loaded[kind])}" for kind in ("missing", "unused")
-                 if self.loaded[kind]]
+        found = [
+            f"{name}: {kind} tensors: {', '.join(self.loaded[kind])}"
+            for kind in ("missing", "unused")
+            if self.loaded[kind]
+        ]
         if not self.theirs["lossless"]:
-            found.append(f"{name}: answers differ from vLLM's without the drafter: {self.theirs['first_divergence']}")
+            found.append(
+                f"{name}: answers differ from vLLM's without the drafter: "
+                f"{self.theirs['first_divergence']}"
+            )
         if not self.ours["lossless"]:
-            found.append(f"{name}: answers differ from plain decoding in our own loop: {self.ours['first_divergence']}")
+            found.append(
+                f"{name}: answers differ from plain decoding in our own loop: "
+                f"{self.ours['first_divergence']}"
+            )
         here = self.ours["mean_accepted_tokens"] or 0.0
         if here <= TELLING:
-            found.append(f"{name}: mean accepted tokens here are {here:.3f}, which proves nothing, for drafts that all "
-                         f"miss come as near: train it until they are above {TELLING:.2f}")
+            found.append(
+                f"{name}: mean accepted tokens here are {here:.3f}, which proves nothing, for "
+                f"drafts that all miss come as near: train it until they are above {TELLING:.2f}"
+            )
         elif abs(self.ratio - 1) > TOLERANCE:
-            found.append(f"{name}: mean accepted tokens are {self.ratio:.3f} times ours, more than {TOLERANCE:.0%} off")
+            found.append(
+                f"{name}: mean accepted tokens are {self.ratio:.3f} times ours, more than "
+                f"{TOLERANCE:.0%} off"
+            )
         return found
 
     def cells(self) -> list[str]:
         """Its line of the table."""
         row = self.theirs
         ties = f", {row['tie_divergences']} ties" if row["tie_divergences"] else ""
-        depths = [", ".join(f"{share:.3f}" for share in one["acceptance_by_depth"]) for one in (row, self.ours)]
+        depths = [
+            ", ".join(f"{share:.3f}" for share in one["acceptance_by_depth"])
+            for one in (row, self.ours)
+        ]
         counts = [str(len(self.loaded[kind])) for kind in ("missing", "unused")]
-        return [row["name"], str(self.loaded["shipped"]), *counts,
-                f"{row['identical_outputs']} of {row['prompts']}{ties}",
-                *(f"{one['mean_accepted_tokens'] or 0:.3f}" for one in (row, self.ours)), f"{self.ratio:.3f}", *depths,
-                "wrong" if self.faults() else "right"]
+        return [
+            row["name"],
+            str(self.loaded["shipped"]),
+            *counts,
+            f"{row['identical_outputs']} of {row['prompts']}{ties}",
+            *(f"{one['mean_accepted_tokens'] or 0:.3f}" for one in (row, self.ours)),
+            f"{self.ratio:.3f}",
+            *depths,
+            "wrong" if self.faults() else "right",
+        ]
 
 
 def verify(asked: Verification, console: Console) -> list[Finding]:
@@ -118,7 +165,10 @@ def verify(asked: Verification, console: Console) -> list[Finding]:
         ValueError: vLLM is not installed, or a drafter that it does not serve or cannot load.
     """
     if not asked.drafters:
-        raise ValueError("drafters: [] names none: give trained runs, such as `--drafters runs/eagle3 runs/medusa`")
+        raise ValueError(
+            "drafters: [] names none: give trained runs, such as `--drafters runs/eagle3 "
+            "runs/medusa`"
+        )
     evaluation = asked.evaluation(ENGINE)
     evaluation.check()
     output = Path(asked.output)
@@ -128,8 +178,9 @@ def verify(asked: Verification, console: Console) -> list[Finding]:
         theirs = evaluate(evaluation, output / ENGINE, console=console, overwrite=True)
         own = asked.evaluation("slipstream")
         ours = evaluate(own, output / "slipstream", console=console, overwrite=True)
-        rows = [{method["name"]: method for method in report["methods"]}
-                for report in (theirs, ours)]
+        rows = [
+            {method["name"]: method for method in report["methods"]} for report in (theirs, ours)
+        ]
         found = [Finding(loaded[name], rows[0][name], rows[1][name]) for name in loaded]
         write_whole({output / "serving.md": document(found, theirs)})
     return found
@@ -147,7 +198,10 @@ def loading(method: Method, target: Target, tokens: int) -> dict[str, Any]:
         worker = Worker({**common, "speculative_config": speculation}, where, str(folder))
         worker.close()
     if "shipped" not in worker.loaded:
-        raise ValueError(f"{where}: vLLM has not loaded the drafter through its usual loader: nothing was compared")
+        raise ValueError(
+            f"{where}: vLLM has not loaded the drafter through its usual loader: nothing was "
+            "compared"
+        )
     return worker.loaded
 
 
@@ -158,18 +212,35 @@ def document(findings: Sequence[Finding], report: Mapping[str, Any]) -> str:
     lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *(finding.cells() for finding in findings)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     first, target = report["methods"][0], report["targets"][0]
-    asked = (f"{first['prompts']} prompts ({', '.join(settings['prompts'])}), {first['batch_size']} at once, up to "
-             f"{settings['max_new_tokens']} new tokens, greedy, {target['name']} in {target['dtype']}.")
-    facts = [f"command: `{environment['command']}`", f"revision: {environment['git_revision']}",
-             f"machine: {environment['device']}, {environment['cores']} cores", f"packages: {packages}"]
+    asked = (
+        f"{first['prompts']} prompts ({', '.join(settings['prompts'])}), {first['batch_size']} at "
+        f"once, up to {settings['max_new_tokens']} new tokens, greedy, {target['name']} in "
+        f"{target['dtype']}."
+    )
+    facts = [
+        f"command: `{environment['command']}`",
+        f"revision: {environment['git_revision']}",
+        f"machine: {environment['device']}, {environment['cores']} cores",
+        f"packages: {packages}",
+    ]
     return "\n\n".join([table, asked, "\n".join(f"- {fact}" for fact in facts)]) + "\n"
 
 
 def command(arguments: Sequence[str]) -> int:
     """Verify, print the table and what is wrong; returns the exit status."""
-    parser = ArgumentParser(prog="python -m eval.verify_vllm", exit_on_error=False, description=__doc__)
-    parser.add_argument("--drafters", nargs="+", type=str, default=[], help="run folders, drafter folders or Hub ids")
-    parser.add_argument("--prompts", nargs="+", type=str, default=["embedded"], help="as eval.py takes them")
+    parser = ArgumentParser(
+        prog="python -m eval.verify_vllm", exit_on_error=False, description=__doc__
+    )
+    parser.add_argument(
+        "--drafters",
+        nargs="+",
+        type=str,
+        default=[],
+        help="run folders, drafter folders or Hub ids",
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", type=str, default=["embedded"], help="as eval.py takes them"
+    )
     parser.add_class_arguments(Verification, skip={"drafters", "prompts"}, fail_untyped=True)
     asked = Verification(**parse(parser, arguments).as_dict())
     quieten()

@@ -1,5 +1,6 @@
-"""One thread here and in every process that tests start: sums of other thread counts round differently, and tests that
-compare processes bit by bit would fail wherever a machine has several cores."""
+"""One thread here and in every process that tests start: sums of other thread counts round
+differently, and tests that compare processes bit by bit would fail wherever a machine has several
+cores."""
 
 import os
 

@@ -1,4 +1,6 @@
-"""Tiny random models, a tokenizer made in memory, and drafters that are always, never or sometimes right."""
+"""Tiny random models, a tokenizer made in memory, and drafters that are always, never or sometimes
+right.
+"""
 
 from __future__ import annotations
 
@@ -17,41 +19,68 @@ from modules.contracts.trainable import Losses, TargetShape
 from modules.decoding.decoder import Decoder
 from modules.target.target import Target
 
-_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 _SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?!:;'0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ\n-+=()"
 
 DIMENSIONS = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 64, "max_position_embeddings": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
 }
 ARCHITECTURES = {
-    "llama": ("llama", {}), "qwen3": ("qwen3", {}), "gemma2": ("gemma2", {"sliding_window": 6}),
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"sliding_window": 6}),
     "gemma": ("gemma", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    "mistral": ("mistral", {"sliding_window": 6}), "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
 }
 
 
 def tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
-    """One token per character, a chat template, end of turn = id 0. Unknown characters map to `<unk>`."""
+    """One token per character, a chat template, end of turn = id 0. Unknown characters map to
+    `<unk>`.
+    """
     pieces = [*_SPECIAL, *dict.fromkeys(LETTERS)]
     pieces += [f"<{i}>" for i in range(vocab - len(pieces))]
-    model = models.WordLevel({piece: i for i, piece in enumerate(pieces[:vocab])}, unk_token="<unk>")
+    model = models.WordLevel(
+        {piece: i for i, piece in enumerate(pieces[:vocab])}, unk_token="<unk>"
+    )
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token="<unk>",
-                                        additional_special_tokens=_SPECIAL[1:4])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        additional_special_tokens=_SPECIAL[1:4],
+    )
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
 
 
-def tiny_target(arch: str = "llama", dtype: torch.dtype = torch.float64, vocab: int = 128, layers: int = 2,
-                seed: int = 0) -> Target:
-    """A random-weight target with laws sharp enough to be told apart, every norm with a gain of its own."""
+def tiny_target(
+    arch: str = "llama",
+    dtype: torch.dtype = torch.float64,
+    vocab: int = 128,
+    layers: int = 2,
+    seed: int = 0,
+) -> Target:
+    """A random-weight target with laws sharp enough to be told apart, every norm with a gain of its
+    own.
+    """
     kind, extra = ARCHITECTURES[arch]
-    dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | ({"n_layer": layers} if arch == "gpt2" else {})
+    dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | (
+        {"n_layer": layers} if arch == "gpt2" else {}
+    )
     ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
     config = CONFIG_MAPPING[kind](vocab_size=vocab, **{**ids, **dimensions, **extra})
     torch.manual_seed(seed)
@@ -63,22 +92,28 @@ def tiny_target(arch: str = "llama", dtype: torch.dtype = torch.float64, vocab: 
                 parameter.normal_(0, 0.3)
             elif name.endswith("weight"):
                 # A norm's gain; Gemma's norms multiply by 1 + weight.
-                parameter.uniform_(0.3, 2, generator=gains).sub_(1.0 if kind.startswith("gemma") else 0.0)
+                parameter.uniform_(0.3, 2, generator=gains).sub_(
+                    1.0 if kind.startswith("gemma") else 0.0
+                )
             else:
                 parameter.normal_(0, 0.1, generator=gains)
     return Target(model, tiny_tokenizer(vocab), f"tiny-{arch}")
 
 
 def tiny_batch(target: Target, rows: int = 2, length: int = 24, seed: int = 0) -> TextBatch:
-    """Two documents a row, the second padded; the later half of each document is the assistant's."""
+    """Two documents a row, the second padded; the later half of each document is the
+    assistant's.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, target.shape.vocab_size, (rows, length), generator=generator)
     half, end = length // 2, length - 3
     documents = torch.full((rows, length), -1)
     documents[:, :half], documents[:, half:end] = 0, 1
-    positions = torch.cat([torch.arange(half), torch.arange(length - half)]).expand(rows, -1).clone()
+    positions = (
+        torch.cat([torch.arange(half), torch.arange(length - half)]).expand(rows, -1).clone()
+    )
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    mask[:, half // 3:half], mask[:, half + 3:end] = True, True
+    mask[:, half // 3 : half], mask[:, half + 3 : end] = True, True
     return TextBatch(ids, mask, positions, documents)
 
 
@@ -98,16 +133,20 @@ class ScriptState(DraftState):
 
 
 class ScriptedDrafter(Drafter):
-    """Drafts from a script: `right` = the share of drafted tokens that equal the target's own greedy future.
+    """Drafts from a script: `right` = the share of drafted tokens that equal the target's own
+    greedy future.
 
-    The future is found by greedy decoding with the raw model, so the drafter is an oracle at `right=1.0`, always
-    wrong at 0, and sometimes right between. `decoys` adds that many wrong siblings per node before the right one.
+    The future is found by greedy decoding with the raw model, so the drafter is an oracle at
+    `right=1.0`, always wrong at 0, and sometimes right between. `decoys` adds that many wrong
+    siblings per node before the right one.
     """
 
     binds_to = "nothing"
     law = Law.POINT
 
-    def __init__(self, shape: TargetShape, right: float = 1.0, depth: int = 3, decoys: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, shape: TargetShape, right: float = 1.0, depth: int = 3, decoys: int = 0, seed: int = 0
+    ) -> None:
         super().__init__()
         self.vocab, self.right, self.depth, self.decoys = shape.vocab_size, right, depth, decoys
         self.coin = torch.Generator().manual_seed(seed)
@@ -119,12 +158,16 @@ class ScriptedDrafter(Drafter):
     def start(self, context: Context) -> DraftState:
         """Remember the prompts; the future is computed when asked for."""
         rows = zip(context.input_ids_BT.tolist(), context.lengths_B.tolist(), strict=True)
-        return ScriptState(context, context.newest_B, context.lengths_B, Texts(ids[:n] for ids, n in rows))
+        return ScriptState(
+            context, context.newest_B, context.lengths_B, Texts(ids[:n] for ids, n in rows)
+        )
 
     def propose(self, state: ScriptState, budget: int) -> TokenTree:
         """A chain of the (possibly spoiled) future, with decoys as earlier siblings."""
-        futures = [self._future(state.context.target, [*text, int(new)])
-                   for text, new in zip(state.text, state.newest_B, strict=True)]
+        futures = [
+            self._future(state.context.target, [*text, int(new)])
+            for text, new in zip(state.text, state.newest_B, strict=True)
+        ]
         tokens, parents = [state.newest_B.tolist()], [-1]
         trunk = 0
         for level in range(self.depth):
@@ -150,8 +193,14 @@ class ScriptedDrafter(Drafter):
     def absorb(self, state: ScriptState, verified: Verified, accepted: Accepted) -> DraftState:
         """Append what was emitted."""
         emitted = accepted.emitted(verified.tree)
-        text = Texts([*ids, int(state.newest_B[row]), *emitted[row, :int(accepted.lengths_B[row]) - 1].tolist()]
-                     for row, ids in enumerate(state.text))
+        text = Texts(
+            [
+                *ids,
+                int(state.newest_B[row]),
+                *emitted[row, : int(accepted.lengths_B[row]) - 1].tolist(),
+            ]
+            for row, ids in enumerate(state.text)
+        )
         return replace(super().absorb(state, verified, accepted), text=text)
 
 
@@ -162,9 +211,11 @@ class RandomDrafter(ScriptedDrafter):
         return torch.randint(self.vocab, (self.depth,), generator=self.coin).tolist()
 
 
-def ids_by_batch(decoder: Decoder, prompts: list[list[int]], size: int, limit: int) -> list[list[int]]:
+def ids_by_batch(
+    decoder: Decoder, prompts: list[list[int]], size: int, limit: int
+) -> list[list[int]]:
     """Greedy answers to all prompts, decoded `size` at once."""
-    batches = [prompts[i:i + size] for i in range(0, len(prompts), size)]
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return [trace.ids for batch in batches for trace in decoder.decode(batch, Sampling(), limit)]
 
 

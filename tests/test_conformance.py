@@ -1,4 +1,6 @@
-"""What every shipped recipe must hold, whatever it trains: a new YAML under configs/ is tested here without an edit."""
+"""What every shipped recipe must hold, whatever it trains: a new YAML under configs/ is tested here
+without an edit.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def target() -> Target:
 
 
 def build(recipe: Path, target: Target, shake: float = 0.05) -> Trainable:
-    """The recipe's component for the tiny target, in float64, its weights moved off their special beginnings."""
+    """The recipe's component for the tiny target, in float64, its weights moved off their special
+    beginnings.
+    """
     drafter = make_parser().parse_args(["--config", str(recipe)]).drafter
     module, name = drafter.class_path.rsplit(".", 1)
     arguments = dict(drafter.init_args.as_dict())
@@ -61,8 +65,11 @@ def build(recipe: Path, target: Target, shake: float = 0.05) -> Trainable:
 def batch_for(trainable: Trainable, target: Target) -> Any:
     """A tiny batch of the kind the component wants, with the states it reads."""
     first, second = tiny_batch(target), tiny_batch(target, seed=1)
-    batch: Any = {"text": first, "preference": PreferenceBatch(first, second),
-                  "labelled": LabelledBatch(first, (first.input_ids % 2))}[trainable.batch_kind]
+    batch: Any = {
+        "text": first,
+        "preference": PreferenceBatch(first, second),
+        "labelled": LabelledBatch(first, (first.input_ids % 2)),
+    }[trainable.batch_kind]
     if not trainable.online:
         for text in text_batches(batch):
             text.states = dict(target.features(text, trainable.training_states))
@@ -89,8 +96,12 @@ def test_gradients_reach_exactly_the_declared_parameters(recipe, target):
     trainable = build(recipe, target)
     trainable.loss(batch_for(trainable, target), target, 0.5).total.backward()
     declared = {id(parameter) for parameter in trainable.declared_parameters()}
-    grouped = [id(parameter) for group in trainable.parameter_groups() for parameter in group["params"]]
-    assert sorted(grouped) == sorted(declared), "parameter_groups and declared_parameters name different parameters"
+    grouped = [
+        id(parameter) for group in trainable.parameter_groups() for parameter in group["params"]
+    ]
+    assert sorted(grouped) == sorted(declared), (
+        "parameter_groups and declared_parameters name different parameters"
+    )
     for name, parameter in trainable.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert reached == (id(parameter) in declared), name
@@ -127,10 +138,14 @@ def test_what_is_saved_loads_the_same(recipe, target, tmp_path):
     loaded = load_pretrained(tmp_path / "drafter", target)
     assert loaded.config() == trainable.config()
     before, after = trainable.state_dict(), loaded.state_dict()
-    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert set(before) == set(after) and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     loaded.double()
     batch = batch_for(trainable, target)
-    assert torch.equal(loaded.loss(batch, target, 0.5).total, trainable.loss(batch, target, 0.5).total)
+    assert torch.equal(
+        loaded.loss(batch, target, 0.5).total, trainable.loss(batch, target, 0.5).total
+    )
     if isinstance(trainable, Drafter) and isinstance(loaded, Drafter):
         first, second = (decode(one, one.adapt(target)) for one in (trainable, loaded))
         assert [trace.ids for trace in first] == [trace.ids for trace in second]
@@ -142,7 +157,9 @@ def test_greedy_decoding_is_exactly_the_targets_own(recipe, target):
     if not isinstance(drafter, Drafter):
         pytest.skip("not a drafter")
     own = drafter.adapt(target)
-    assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
+    assert [trace.ids for trace in decode(drafter, own)] == [
+        trace.ids for trace in decode(None, own)
+    ]
 
 
 def test_greedy_decoding_is_exactly_the_targets_own_when_drafts_are_coarse(recipe, target):
@@ -151,7 +168,9 @@ def test_greedy_decoding_is_exactly_the_targets_own_when_drafts_are_coarse(recip
         pytest.skip("not a drafter")
     own = drafter.adapt(target)
     drafter.to(torch.bfloat16)
-    assert [trace.ids for trace in decode(drafter, own)] == [trace.ids for trace in decode(None, own)]
+    assert [trace.ids for trace in decode(drafter, own)] == [
+        trace.ids for trace in decode(None, own)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +179,9 @@ def plain_counts() -> Counts:
 
 
 def test_sampled_decoding_keeps_the_targets_law(recipe, plain_counts):
-    """Through the whole loop at temperature 1, with a tree that a vocabulary of six tokens can fill."""
+    """Through the whole loop at temperature 1, with a tree that a vocabulary of six tokens can
+    fill.
+    """
     target = small_target()
     drafter = build(recipe, target, shake=0.2).eval()
     if not isinstance(drafter, Drafter):
@@ -187,4 +208,6 @@ def test_the_constructor_says_what_each_argument_is(recipe):
     arguments = list(inspect.signature(found.__init__).parameters)[1:]
     assert arguments[0] == "shape"
     described = inspect.getdoc(found) or ""
-    assert all(argument in described for argument in arguments), f"{name}: an argument lacks a description"
+    assert all(argument in described for argument in arguments), (
+        f"{name}: an argument lacks a description"
+    )

@@ -1,4 +1,6 @@
-"""The list of planted faults is up to date: each one still finds its place in the code, and its tests are there."""
+"""The list of planted faults is up to date: each one still finds its place in the code, and its
+tests are there.
+"""
 
 from __future__ import annotations
 

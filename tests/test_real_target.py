@@ -1,4 +1,6 @@
-"""The real 135M target: tree verification rounds like plain decoding, and speculation gives the same tokens."""
+"""The real 135M target: tree verification rounds like plain decoding, and speculation gives the
+same tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,18 @@ def target():
 
 @pytest.fixture(scope="module")
 def prompts(target):
-    return [prompt_ids([{"role": "user", "content": question}], target.tokenizer) for question in QUESTIONS]
+    return [
+        prompt_ids([{"role": "user", "content": question}], target.tokenizer)
+        for question in QUESTIONS
+    ]
 
 
 def test_tree_and_chain_agree_to_rounding(target, prompts):
     ids = torch.tensor([prompts[0]])
-    tree = TokenTree(torch.randint(100, 40000, (1, 8), generator=torch.Generator().manual_seed(0)),
-                     Topology(torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 6]])))
+    tree = TokenTree(
+        torch.randint(100, 40000, (1, 8), generator=torch.Generator().manual_seed(0)),
+        Topology(torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 6]])),
+    )
     target.open(1, 128)
     target.prefill(ids, torch.tensor([ids.shape[1]]))
     verified = target.verify(tree).logits_BNV[0]
@@ -43,15 +50,21 @@ def test_tree_and_chain_agree_to_rounding(target, prompts):
 
 
 def test_greedy_speculation_is_token_identical(target, prompts):
-    expected = [target.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids):].tolist()
-                for ids in prompts]
+    expected = [
+        target.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+        for ids in prompts
+    ]
     drafters = [None, ScriptedDrafter(target.shape, right=0.7, decoys=1)]
     for kind in (Medusa, Clover):
         drafter = kind(target.shape, heads=3, draft_vocabulary=1024)
         drafter.initialise(target)
         drafters.append(drafter.eval())
     for drafter in drafters:
-        traces = [SpeculativeDecoder(target, drafter).decode([ids], Sampling(), 16)[0] for ids in prompts]
+        traces = [
+            SpeculativeDecoder(target, drafter).decode([ids], Sampling(), 16)[0] for ids in prompts
+        ]
         assert [trace.ids for trace in traces] == expected
     together = SpeculativeDecoder(target, drafters[-1]).decode(prompts, Sampling(), 16)
     assert [trace.ids for trace in together] == expected

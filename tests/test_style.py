@@ -1,4 +1,6 @@
-"""The house style, measured: short functions, small files, imports that go leftwards, nothing left undone."""
+"""The house style, measured: short functions, small files, imports that go leftwards, nothing left
+undone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ ROOMS = ("modules", "data", "checkpoints", "eval", "train")
 """Left to right: a room imports from itself and from rooms before it."""
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".toml", ".txt", ".html", ".jsonl", ""}
-SKIPPED = {".venv", ".venv-vllm", ".git", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+SKIPPED = {
+    ".venv",
+    ".venv-vllm",
+    ".git",
+    "runs",
+    "build",
+    "dist",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+}
 UNWANTED = ("TO" + "DO", "FIX" + "ME", "X" * 3, ".." + "/shared", "/wo" + "rk/")
 
 
@@ -25,7 +37,10 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+            yield (
+                f"{path.relative_to(ROOT)}:{node.lineno} {node.name}",
+                node.end_lineno - node.lineno + 1,
+            )
 
 
 def imported_rooms(path: Path) -> Iterator[str]:
@@ -40,7 +55,9 @@ def imported_rooms(path: Path) -> Iterator[str]:
 def texts() -> Iterator[tuple[Path, str]]:
     """Every text file that belongs to the project."""
     for folder, inside, names in os.walk(ROOT):
-        inside[:] = sorted(name for name in inside if name not in SKIPPED and not name.endswith(".egg-info"))
+        inside[:] = sorted(
+            name for name in inside if name not in SKIPPED and not name.endswith(".egg-info")
+        )
         for path in (Path(folder, name) for name in sorted(names)):
             if path.suffix in TEXT_SUFFIXES and path.name not in SKIPPED:
                 yield path, path.read_text()
@@ -57,20 +74,34 @@ def test_no_function_has_more_than_60_lines() -> None:
 
 @pytest.mark.parametrize("folder", [*ROOMS, "tests"])
 def test_no_file_has_more_than_400_lines(folder: str) -> None:
-    lengths = {str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    lengths = {
+        str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")
+    }
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_go_leftwards_only(room: str) -> None:
     rightwards = {*ROOMS[ROOMS.index(room) + 1 :], "tests"}
-    wrong = [f"{path.relative_to(ROOT)} imports {name}"
-             for path in (ROOT / room).rglob("*.py") for name in imported_rooms(path) if name in rightwards]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (ROOT / room).rglob("*.py")
+        for name in imported_rooms(path)
+        if name in rightwards
+    ]
     assert wrong == []
 
 
 def test_nothing_is_left_undone() -> None:
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" if word.isalpha() else re.escape(word)
-                                  for word in UNWANTED))
-    found = [f"{path.relative_to(ROOT)}: {match.group()}" for path, text in texts() for match in pattern.finditer(text)]
+    pattern = re.compile(
+        "|".join(
+            rf"(?<!\w){re.escape(word)}(?!\w)" if word.isalpha() else re.escape(word)
+            for word in UNWANTED
+        )
+    )
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path, text in texts()
+        for match in pattern.finditer(text)
+    ]
     assert found == []

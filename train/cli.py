@@ -37,8 +37,21 @@ _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "obje
 """Keys that a resumed run may not change."""
 _ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan", "profile")
 """Flags that are no part of the recipe."""
-_FLAGS = ("config", "drafter", "target", "dtype", "chat_template", "seed", "objective", "output", "resume",
-          "init_from", "overwrite", "plan", "profile")
+_FLAGS = (
+    "config",
+    "drafter",
+    "target",
+    "dtype",
+    "chat_template",
+    "seed",
+    "objective",
+    "output",
+    "resume",
+    "init_from",
+    "overwrite",
+    "plan",
+    "profile",
+)
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
 _SHOWN = ("val/loss", "probe/tau", "val/preference_accuracy", "val/reward_margin")
 """Figures in the last line of a training, besides those of the held-out data."""
@@ -46,7 +59,9 @@ _EXAMPLE = "python train.py --config clover.yaml --config budget/demo.yaml --dra
 
 
 class TrainParser(ArgumentParser):
-    """A parser whose help fits on one screen: a section is a few lines of keys, not a paragraph per key."""
+    """A parser whose help fits on one screen: a section is a few lines of keys, not a paragraph per
+    key.
+    """
 
     def format_help(self) -> str:
         """Flags of their own, then the sections with their keys and defaults."""
@@ -54,51 +69,93 @@ class TrainParser(ArgumentParser):
             return super().format_help()
         flags = [_flag(action) for action in self._actions if action.dest in _FLAGS]
         sections = [_section(name, _defaults(self, name)) for name in _SECTIONS]
-        return "\n".join([f"usage: {self.prog} --config NAME [--config NAME ...] [--KEY VALUE ...]", "",
-                          str(self.description), f"For example: {_EXAMPLE}", "", *flags, "", *sections, "",
-                          _row("--drafter.help CLASS", "what a drafter's keys mean"),
-                          _row("--allow_package NAME", "let class_path name classes of this package too"),
-                          _row("--print_config", "print the merged config, every key, and stop"), ""])
+        return "\n".join(
+            [
+                f"usage: {self.prog} --config NAME [--config NAME ...] [--KEY VALUE ...]",
+                "",
+                str(self.description),
+                f"For example: {_EXAMPLE}",
+                "",
+                *flags,
+                "",
+                *sections,
+                "",
+                _row("--drafter.help CLASS", "what a drafter's keys mean"),
+                _row("--allow_package NAME", "let class_path name classes of this package too"),
+                _row("--print_config", "print the merged config, every key, and stop"),
+                "",
+            ]
+        )
 
 
 def _row(left: str, right: str) -> str:
-    return f"  {left:<22}  " + ("\n" + " " * 26).join(textwrap.wrap(right, 92, break_on_hyphens=False))
+    return f"  {left:<22}  " + ("\n" + " " * 26).join(
+        textwrap.wrap(right, 92, break_on_hyphens=False)
+    )
 
 
 def _flag(action: Any) -> str:
-    default = f" [{action.default}]" if isinstance(action.default, str) or action.dest == "seed" else ""
-    return _row(f"--{action.dest}", str(action.help).split(" (type:")[0].split(" (required")[0] + default)
+    default = (
+        f" [{action.default}]" if isinstance(action.default, str) or action.dest == "seed" else ""
+    )
+    return _row(
+        f"--{action.dest}", str(action.help).split(" (type:")[0].split(" (required")[0] + default
+    )
 
 
 def _section(name: str, defaults: Mapping[str, Any]) -> str:
-    return _row(f"--{name}.KEY", ", ".join(f"{key}={_written(value)}" for key, value in defaults.items()))
+    return _row(
+        f"--{name}.KEY", ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
+    )
 
 
 def _written(value: Any) -> str:
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+    return yaml.safe_dump(
+        list(value) if isinstance(value, tuple) else value, default_flow_style=True
+    ).split("\n")[0]
 
 
 def _defaults(parser: ArgumentParser, name: str) -> dict[str, Any]:
     if name == "data":
         parameters = list(inspect.signature(ConversationData.__init__).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
-    return {action.dest.split(".", 1)[1]: action.default for action in parser._actions
-            if action.dest.startswith(f"{name}.") and not action.dest.endswith(".help")}
+    return {
+        action.dest.split(".", 1)[1]: action.default
+        for action in parser._actions
+        if action.dest.startswith(f"{name}.") and not action.dest.endswith(".help")
+    }
 
 
 def make_parser() -> TrainParser:
     """The parser of `python train.py`: the keys of `Recipe`, and the flags of one run."""
-    parser = TrainParser(prog="python train.py", exit_on_error=False,
-                         description="Train a decoding accelerator for a frozen target.")
-    parser.add_argument("--config", action="config", help="a path, or a file under configs/; several merge")
+    parser = TrainParser(
+        prog="python train.py",
+        exit_on_error=False,
+        description="Train a decoding accelerator for a frozen target.",
+    )
+    parser.add_argument(
+        "--config", action="config", help="a path, or a file under configs/; several merge"
+    )
     parser.add_class_arguments(Recipe, fail_untyped=True)
     parser.set_defaults({"data": {"class_path": "data.datamodule.ConversationData"}})
-    parser.add_argument("--output", type=str | None, help="folder of the run [runs/NAME of the first config]")
-    parser.add_argument("--resume", type=str | None, help="`last` or a checkpoint: go on with the same batches")
-    parser.add_argument("--init_from", type=str | None, help="run, drafter or Hub id whose weights to start from")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same output")
-    parser.add_argument("--plan", action="store_true", help="print what it needs, refuse what cannot fit, and stop")
-    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and stop")
+    parser.add_argument(
+        "--output", type=str | None, help="folder of the run [runs/NAME of the first config]"
+    )
+    parser.add_argument(
+        "--resume", type=str | None, help="`last` or a checkpoint: go on with the same batches"
+    )
+    parser.add_argument(
+        "--init_from", type=str | None, help="run, drafter or Hub id whose weights to start from"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the same output"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what it needs, refuse what cannot fit, and stop"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time of a step goes, and stop"
+    )
     return parser
 
 
@@ -115,14 +172,20 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
         folder = find_folder(config.init_from)
         read_config(folder)
         if config.overwrite and folder.resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"--init_from {config.init_from}: --overwrite would remove it first: "
-                             "give another --output")
+            raise ValueError(
+                f"--init_from {config.init_from}: --overwrite would remove it first: "
+                "give another --output"
+            )
     recipe = recipe_of(parser, config)
     if recipe.trainer.strategy.startswith("deepspeed_3"):
         with torch.device("meta"):
-            check_shards(recipe.trainer.strategy, recipe.drafter(outline(config.target, config.dtype).shape))
+            check_shards(
+                recipe.trainer.strategy, recipe.drafter(outline(config.target, config.dtype).shape)
+            )
     if recipe.objective is not None and config.init_from is None and config.resume is None:
-        raise ValueError("objective: it continues a trained drafter: name its run or folder with --init_from")
+        raise ValueError(
+            "objective: it continues a trained drafter: name its run or folder with --init_from"
+        )
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:
         check_token()
     return recipe, Place(output, None, config.init_from, settings)
@@ -143,7 +206,9 @@ def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
 
 
 def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The config without the flags that belong to one run only, as plain values without credentials."""
+    """The config without the flags that belong to one run only, as plain values without
+    credentials.
+    """
     whole = yaml.safe_load(parser.dump(config, skip_validation=True))
     return redact({name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN})
 
@@ -157,17 +222,26 @@ def _stem(config: Namespace) -> str:
 def command(arguments: Sequence[str]) -> int:
     """Parse, write the run's config, train, and say where the result is."""
     parser = make_parser()
-    if not any(word.startswith(("--config", "--drafter", "--print_config", "--help", "-h")) for word in arguments):
-        raise ValueError("--config is missing: name a recipe of configs/, such as --config clover.yaml")
+    if not any(
+        word.startswith(("--config", "--drafter", "--print_config", "--help", "-h"))
+        for word in arguments
+    ):
+        raise ValueError(
+            "--config is missing: name a recipe of configs/, such as --config clover.yaml"
+        )
     config = settled(parse(parser, arguments))
     if config.plan:
-        print_plan(recipe_of(parser, config), outline(config.target, config.dtype, config.chat_template))
+        print_plan(
+            recipe_of(parser, config), outline(config.target, config.dtype, config.chat_template)
+        )
         return 0
     quieten()
     if config.profile:
         recipe = recipe_of(parser, config)
         place = training_device(recipe.trainer.accelerator)
-        print_profile(profile(recipe, load_target(recipe.target, recipe.dtype, place, recipe.chat_template)))
+        print_profile(
+            profile(recipe, load_target(recipe.target, recipe.dtype, place, recipe.chat_template))
+        )
         return 0
     recipe, place = prepare(parser, config)
     with claim(place.output, config.resume, config.overwrite) as resume:
@@ -183,12 +257,17 @@ def command(arguments: Sequence[str]) -> int:
 
 @rank_zero_only
 def _tell_chosen(config: Namespace) -> None:
-    print(f"target in {config.dtype}, training in {config.trainer.precision}: chosen for "
-          f"{training_device(config.trainer.accelerator)}", flush=True)
+    print(
+        f"target in {config.dtype}, training in {config.trainer.precision}: chosen for "
+        f"{training_device(config.trainer.accelerator)}",
+        flush=True,
+    )
 
 
 def settled(config: Namespace) -> Namespace:
-    """The config with what `auto` means here in place of it, so that a run's config.yaml says what it was."""
+    """The config with what `auto` means here in place of it, so that a run's config.yaml says what
+    it was.
+    """
     if AUTO in (config.dtype, config.trainer.precision):
         accelerator = config.trainer.accelerator
         config.dtype = chosen_dtype(config.dtype, training_device(accelerator))

@@ -1,4 +1,5 @@
-"""`python -m train.learning_curve --config judge.yaml --sizes "[1000, 4000, 16000]"`: what more data gives.
+"""`python -m train.learning_curve --config judge.yaml --sizes "[1000, 4000, 16000]"`: what more
+data gives.
 
 The recipe is trained once for every size, on the first so many tokens of its training data
 (`data.max_training_tokens`); the held-out data are the same for all. Give
@@ -40,7 +41,9 @@ class Point:
     measured: Mapping[str, float]
 
 
-def curve(parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequence[int], target: Target) -> list[Point]:
+def curve(
+    parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequence[int], target: Target
+) -> list[Point]:
     """Train the recipe on every size in turn, each into a folder of `output` named after it."""
     found = []
     for size in sizes:
@@ -57,40 +60,59 @@ def curve(parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequen
 
 def picture(points: Sequence[Point], figure: str) -> str:
     """One figure over the number of training tokens, as an SVG element."""
+
     def draw(axes: Axes) -> None:
-        axes.plot([point.tokens for point in points], [point.measured[figure] for point in points], marker="o",
-                  markersize=4, color=plots.COLOURS[0])
+        axes.plot(
+            [point.tokens for point in points],
+            [point.measured[figure] for point in points],
+            marker="o",
+            markersize=4,
+            color=plots.COLOURS[0],
+        )
         axes.set_xscale("log")
         axes.set_xlabel("training tokens")
         axes.set_ylabel(figure)
         axes.grid(color="#e3e7ee")
+
     return plots.svg(draw, 5.6, 3.6, "learning curve")
 
 
 def lines(points: Sequence[Point], figure: str) -> list[str]:
     """A table of the sizes."""
-    return [f"{'tokens':>10}  {figure}", *(f"{point.tokens:>10}  {point.measured[figure]:.4f}" for point in points)]
+    return [
+        f"{'tokens':>10}  {figure}",
+        *(f"{point.tokens:>10}  {point.measured[figure]:.4f}" for point in points),
+    ]
 
 
 def page(points: Sequence[Point], figure: str, title: str) -> str:
     """A page that needs nothing else."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
-            f'<body style="max-width: 44rem; margin: 2rem auto; font: 15px system-ui, sans-serif">'
-            f"<h1>{escape(title)}</h1>\n{picture(points, figure)}\n"
-            f"<pre>{escape(chr(10).join(lines(points, figure)))}</pre></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
+        f'<body style="max-width: 44rem; margin: 2rem auto; font: 15px system-ui, sans-serif">'
+        f"<h1>{escape(title)}</h1>\n{picture(points, figure)}\n"
+        f"<pre>{escape(chr(10).join(lines(points, figure)))}</pre></body></html>\n"
+    )
 
 
 def check(sizes: Sequence[int]) -> None:
     """ValueError unless the sizes ascend from 1."""
     if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-        raise ValueError(f"--sizes must be ascending numbers of tokens, got {list(sizes)}: for example [1000, 4000]")
+        raise ValueError(
+            f"--sizes must be ascending numbers of tokens, got {list(sizes)}: for example [1000, "
+            "4000]"
+        )
 
 
 def make_curve_parser() -> ArgumentParser:
     """`python train.py`'s keys, and two more."""
     parser = make_parser()
-    parser.add_argument("--sizes", type=list[int], required=True, help="training tokens of each run, ascending")
-    parser.add_argument("--figure", type=str, default="held_out/auc", help="what is drawn, by its name")
+    parser.add_argument(
+        "--sizes", type=list[int], required=True, help="training tokens of each run, ascending"
+    )
+    parser.add_argument(
+        "--figure", type=str, default="held_out/auc", help="what is drawn, by its name"
+    )
     return parser
 
 
@@ -112,10 +134,17 @@ def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
     target = load_target(config.target, config.dtype, place, config.chat_template)
     points = curve(parser, config, output, config.sizes, target)
     if config.figure not in points[0].measured:
-        raise ValueError(f"--figure {config.figure!r} was not measured: use one of {', '.join(points[0].measured)}")
+        raise ValueError(
+            f"--figure {config.figure!r} was not measured: use one of "
+            f"{', '.join(points[0].measured)}"
+        )
     values = [{"tokens": point.tokens, **point.measured} for point in points]
-    write_whole({output / FIGURES: json.dumps(values, indent=1) + "\n",
-                 output / PAGE: page(points, config.figure, f"Learning curve: {config.figure}")})
+    write_whole(
+        {
+            output / FIGURES: json.dumps(values, indent=1) + "\n",
+            output / PAGE: page(points, config.figure, f"Learning curve: {config.figure}"),
+        }
+    )
     print("\n".join([*lines(points, config.figure), f"learning curve: {output / PAGE}"]))
 
 

@@ -1,9 +1,10 @@
 """`python train.py --plan`: what a training needs, by arithmetic, before anything is loaded.
 
-Nothing is measured here. With P trainable parameters, F frozen ones and N processes, AdamW in float32 costs 4P bytes of
-weights, 4P of gradients and 8P of optimiser state per process; DeepSpeed in 16 bits costs 2P, 2P and 12P (with the
-float32 master weights). ZeRO stage 1 divides the optimiser's part by N, stage 2 the gradients too, stage 3 the weights
-too (Rajbhandari et al. 2020, section 3). The target is replicated: F times the bytes of its dtype.
+Nothing is measured here. With P trainable parameters, F frozen ones and N processes, AdamW in
+float32 costs 4P bytes of weights, 4P of gradients and 8P of optimiser state per process; DeepSpeed
+in 16 bits costs 2P, 2P and 12P (with the float32 master weights). ZeRO stage 1 divides the
+optimiser's part by N, stage 2 the gradients too, stage 3 the weights too (Rajbhandari et al. 2020,
+section 3). The target is replicated: F times the bytes of its dtype.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from modules.runtime.host_memory import available_memory
 from modules.target.adapters import Adapters
 from train.settings import DEEPSPEED, TrainerSettings
 
-GIB = 2 ** 30
+GIB = 2**30
 VALUES_PER_STEP = 16
-"""Values of width H that a draft step keeps per token for its backward pass: an estimate, on the high side."""
+"""Values of width H that a draft step keeps per token for its backward pass: an estimate, on the
+high side.
+"""
 HIDDEN_PER_LAYER, INNER_PER_LAYER = 11, 4
-"""Values of the hidden and of the feed-forward width that a decoder layer keeps per token for its backward pass:
-counted on Llama's, 10.4 and 4 where all of it learns, 8.6 and 4 where adapters do."""
+"""Values of the hidden and of the feed-forward width that a decoder layer keeps per token for its
+backward pass: counted on Llama's, 10.4 and 4 where all of it learns, 8.6 and 4 where adapters do.
+"""
 HIDDEN_PER_DROPOUT, INNER_PER_DROPOUT = 7.5, 1.25
 """The same, of adapters with dropout besides: their own inputs, and masks of a byte."""
 ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
@@ -40,11 +44,13 @@ ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_
 class Size:
     """What the arithmetic starts from.
 
-    trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one process, padding
-    included. steps: draft steps that are trained. width: logits per row. names: states that the loss reads. row: tokens
-    of a row. own_head: an LM head that learns. soft: the target's laws are learnt. hanging: EAGLE's training attention.
-    recomputed: activations are not kept. sides: rows that belong together (2 of a pair). deep: values per token that
-    decoder layers which run with a gradient keep: the target's under adapters, or a language model's.
+    trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one
+    process, padding included. steps: draft steps that are trained. width: logits per row. names:
+    states that the loss reads. row: tokens of a row. own_head: an LM head that learns. soft: the
+    target's laws are learnt. hanging: EAGLE's training attention.
+    recomputed: activations are not kept. sides: rows that belong together (2 of a pair). deep:
+    values per token that decoder layers which run with a gradient keep: the target's under
+    adapters, or a language model's.
     """
 
     trainable: int
@@ -79,7 +85,14 @@ class Memory:
     @property
     def total(self) -> float:
         """Of the device."""
-        return self.target + self.parameters + self.gradients + self.optimiser + self.activations + self.features
+        return (
+            self.target
+            + self.parameters
+            + self.gradients
+            + self.optimiser
+            + self.activations
+            + self.features
+        )
 
 
 def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
@@ -98,17 +111,30 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     value = 2 if precision.startswith(("16", "bf16")) else 8 if precision.startswith("64") else 4
     wide = 2 if value == 8 else 1
     hidden = size.tokens * size.shape.hidden_size
-    running = size.target_bytes * size.tokens * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
+    running = (
+        size.target_bytes
+        * size.tokens
+        * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
+    )
     activations = value * VALUES_PER_STEP * (1 if size.recomputed else size.steps) * hidden
-    activations += wide * (logit_bytes(size) + score_bytes(size)) + max(running, 4 * size.tokens * size.row)
+    activations += wide * (logit_bytes(size) + score_bytes(size)) + max(
+        running, 4 * size.tokens * size.row
+    )
     activations += max(value, size.target_bytes) * size.deep * size.tokens
-    return Memory(size.frozen * size.target_bytes, parts[0], parts[1], 0.0 if offload else parts[2], activations,
-                  value * hidden * len(size.names), parts[2] if offload else 0.0)
+    return Memory(
+        size.frozen * size.target_bytes,
+        parts[0],
+        parts[1],
+        0.0 if offload else parts[2],
+        activations,
+        value * hidden * len(size.names),
+        parts[2] if offload else 0.0,
+    )
 
 
 def logit_bytes(size: Size) -> float:
-    """Of logits, their gradients and the laws they are held against, float32: of one chunk, and where an LM head learns
-    and all rows fit in one, of every step until its backward pass."""
+    """Of logits, their gradients and the laws they are held against, float32: of one chunk, and
+    where an LM head learns and all rows fit in one, of every step until its backward pass."""
     wanted, laws = size.tokens * size.width, 1 if size.soft else 0
     transient = 4.0 * (3 + laws) * min(wanted, MAX_LOGITS)
     if size.own_head and wanted <= MAX_LOGITS:
@@ -117,7 +143,9 @@ def logit_bytes(size: Size) -> float:
 
 
 def score_bytes(size: Size) -> float:
-    """Of EAGLE's attention scores, their masked and their normalised values: of every step, or of one part."""
+    """Of EAGLE's attention scores, their masked and their normalised values: of every step, or of
+    one part.
+    """
     wanted = size.row * size.row * size.shape.num_heads
     if not size.hanging:
         return 0.0
@@ -126,26 +154,44 @@ def score_bytes(size: Size) -> float:
     return 4.0 * 3 * wanted * (size.tokens / size.row) * (1 if size.recomputed else size.steps)
 
 
-def measure(trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False) -> Size:
+def measure(
+    trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False
+) -> Size:
     """The size of a component beside its target (either may be on the meta device)."""
     arguments = trainable.arguments
     dtype = next(target.parameters()).dtype
     own = trainable.trained_size
     width = int(arguments.get("draft_vocabulary") or target.shape.vocab_size)
-    own_head = any(tuple(parameter.shape) == (width, target.shape.hidden_size)
-                   for parameter in trainable.declared_parameters())
+    own_head = any(
+        tuple(parameter.shape) == (width, target.shape.hidden_size)
+        for parameter in trainable.declared_parameters()
+    )
     sides = 2 if trainable.batch_kind == "preference" else 1
-    return Size(own, sum(parameter.numel() for parameter in target.parameters()), dtype.itemsize, sides * rows * length,
-                int(getattr(trainable, "draft_steps", 1)), target.shape,
-                width, trainable.training_states, length, own_head, bool(getattr(trainable, "soft_labels", False)),
-                isinstance(trainable, FeatureDrafter), recomputed, sides, deep_values(trainable, target, recomputed))
+    return Size(
+        own,
+        sum(parameter.numel() for parameter in target.parameters()),
+        dtype.itemsize,
+        sides * rows * length,
+        int(getattr(trainable, "draft_steps", 1)),
+        target.shape,
+        width,
+        trainable.training_states,
+        length,
+        own_head,
+        bool(getattr(trainable, "soft_labels", False)),
+        isinstance(trainable, FeatureDrafter),
+        recomputed,
+        sides,
+        deep_values(trainable, target, recomputed),
+    )
 
 
 def deep_values(trainable: Trainable, target: Any, recomputed: bool = False) -> float:
-    """Values per token that decoder layers keep which run with a gradient; 0 of a component without such layers.
+    """Values per token that decoder layers keep which run with a gradient; 0 of a component without
+    such layers.
 
-    Recomputed layers keep their inputs, and one of them at a time the rest. The target's layers under adapters are the
-    target's own, which are not recomputed.
+    Recomputed layers keep their inputs, and one of them at a time the rest. The target's layers
+    under adapters are the target's own, which are not recomputed.
     """
     adapters = next((part for part in trainable.modules() if isinstance(part, Adapters)), None)
     model = target if adapters is not None else getattr(trainable, "language_model", None)
@@ -154,7 +200,11 @@ def deep_values(trainable: Trainable, target: Any, recomputed: bool = False) -> 
     shape = model.shape
     each = HIDDEN_PER_LAYER * shape.hidden_size + INNER_PER_LAYER * shape.intermediate_size
     if adapters is None:
-        return each + shape.num_layers * shape.hidden_size if recomputed else float(each * shape.num_layers)
+        return (
+            each + shape.num_layers * shape.hidden_size
+            if recomputed
+            else float(each * shape.num_layers)
+        )
     if adapters.dropout:
         each += HIDDEN_PER_DROPOUT * shape.hidden_size + INNER_PER_DROPOUT * shape.intermediate_size
     return float(each * shape.num_layers)
@@ -200,55 +250,101 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
     needed = memory(size, strategy, settings.precision, world).total
     if needed <= room:
         return
-    tried = [(name, settings.precision) for name in alternatives(settings) if world > 1 or name.endswith("offload")]
+    tried = [
+        (name, settings.precision)
+        for name in alternatives(settings)
+        if world > 1 or name.endswith("offload")
+    ]
     tried = [(strategy, "bf16-mixed"), *tried, *((name, "bf16-mixed") for name, _ in tried)]
-    fix = next((f"set trainer.strategy {name} and trainer.precision {precision}" for name, precision in tried
-                if memory(size, name, precision, world).total <= room), None)
+    fix = next(
+        (
+            f"set trainer.strategy {name} and trainer.precision {precision}"
+            for name, precision in tried
+            if memory(size, name, precision, world).total <= room
+        ),
+        None,
+    )
     smaller = replace(size, tokens=size.row * size.sides)
     if fix is None and memory(smaller, strategy, settings.precision, world).total <= room:
         fix = "lower data.reading.rows and raise trainer.accumulate_grad_batches"
-    fix = fix or _shorter_rows(size, settings, world, room) or "use a smaller target, or a 16-bit dtype for it"
-    raise ValueError(f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
-                     f"{room / GIB:.1f} are free: {fix}")
+    fix = (
+        fix
+        or _shorter_rows(size, settings, world, room)
+        or "use a smaller target, or a 16-bit dtype for it"
+    )
+    raise ValueError(
+        f"trainer.strategy {settings.strategy} needs {needed / GIB:.1f} GiB per device and "
+        f"{room / GIB:.1f} are free: {fix}"
+    )
 
 
-def _shorter_rows(size: Size, settings: TrainerSettings, world: int, room: float, least: int = 128) -> str | None:
+def _shorter_rows(
+    size: Size, settings: TrainerSettings, world: int, room: float, least: int = 128
+) -> str | None:
     """The fix that names the greatest half, quarter, … of the rows' length that fits."""
-    lengths = [size.row >> halvings for halvings in range(1, size.row.bit_length()) if size.row >> halvings >= least]
-    fits = (length for length in lengths if memory(
-        replace(size, tokens=size.tokens * length // size.row, row=length), in_effect(settings.strategy, settings),
-        settings.precision, world).total <= room)
+    lengths = [
+        size.row >> halvings
+        for halvings in range(1, size.row.bit_length())
+        if size.row >> halvings >= least
+    ]
+    fits = (
+        length
+        for length in lengths
+        if memory(
+            replace(size, tokens=size.tokens * length // size.row, row=length),
+            in_effect(settings.strategy, settings),
+            settings.precision,
+            world,
+        ).total
+        <= room
+    )
     length = next(fits, None)
     return None if length is None else f"lower data.max_length to {length}"
 
 
 def check_disk(needed: float, folder: Path, gib: float | None = None) -> None:
-    """ValueError where a feature cache of so many bytes is beyond the user's limit or the disk of `folder`."""
+    """ValueError where a feature cache of so many bytes is beyond the user's limit or the disk of
+    `folder`.
+    """
     if gib is not None and needed > gib * GIB:
-        raise ValueError(f"data.features_gib is {gib:g}, but data.features needs {needed / GIB:.4g} GiB: raise it, set "
-                         "data.features_dtype int8, or lower data.max_response_tokens")
+        raise ValueError(
+            f"data.features_gib is {gib:g}, but data.features needs {needed / GIB:.4g} GiB: raise "
+            "it, set data.features_dtype int8, or lower data.max_response_tokens"
+        )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise ValueError(f"data.features needs {needed / GIB:.2f} GiB in {str(folder)!r} and {free / GIB:.2f} are "
-                         "free: set data.features_dtype int8, lower data.max_response_tokens, or set no data.features")
+        raise ValueError(
+            f"data.features needs {needed / GIB:.2f} GiB in {str(folder)!r} and {free / GIB:.2f} "
+            "are free: set data.features_dtype int8, lower data.max_response_tokens, or set no "
+            "data.features"
+        )
 
 
 def described(size: Size, settings: TrainerSettings, room: float) -> list[str]:
     """The plan as lines of text."""
     world = processes(settings)
-    lines = [f"trainable parameters  {size.trainable:,}", f"frozen parameters     {size.frozen:,}",
-             f"processes             {world}",
-             f"tokens per step       {size.tokens * world * settings.accumulate_grad_batches:,} (padding included)",
-             f"free per device       {room / GIB:.2f} GiB", "",
-             f"GiB per device, {settings.precision}, by arithmetic:",
-             f"  {'strategy':<20} target  weights  gradients  optimiser  activations  features   total  host"]
+    lines = [
+        f"trainable parameters  {size.trainable:,}",
+        f"frozen parameters     {size.frozen:,}",
+        f"processes             {world}",
+        f"tokens per step       {size.tokens * world * settings.accumulate_grad_batches:,} "
+        "(padding included)",
+        f"free per device       {room / GIB:.2f} GiB",
+        "",
+        f"GiB per device, {settings.precision}, by arithmetic:",
+        f"  {'strategy':<20} target  weights  gradients  optimiser  activations  features   total  "
+        "host",
+    ]
     for name in dict.fromkeys((settings.strategy, "deepspeed_1", *alternatives(settings))):
         each = memory(size, in_effect(name, settings), settings.precision, world)
         chosen = "*" if name == settings.strategy else " "
-        lines.append(f"{chosen} {name:<20} {each.target / GIB:6.2f}  {each.parameters / GIB:7.2f}  "
-                     f"{each.gradients / GIB:9.2f}  {each.optimiser / GIB:9.2f}  {each.activations / GIB:11.2f}  "
-                     f"{each.features / GIB:8.2f}  {each.total / GIB:6.2f}  {each.host / GIB:4.2f}")
+        lines.append(
+            f"{chosen} {name:<20} {each.target / GIB:6.2f}  {each.parameters / GIB:7.2f}  "
+            f"{each.gradients / GIB:9.2f}  {each.optimiser / GIB:9.2f}  "
+            f"{each.activations / GIB:11.2f}  {each.features / GIB:8.2f}  {each.total / GIB:6.2f}  "
+            f"{each.host / GIB:4.2f}"
+        )
     return lines
 
 
@@ -267,12 +363,18 @@ def print_plan(recipe: Any, target: Any) -> None:
     data.check_length(target)
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
-    size = measure(trainable, target, data.reading.rows, data.max_length, settings.activation_checkpointing)
+    size = measure(
+        trainable, target, data.reading.rows, data.max_length, settings.activation_checkpointing
+    )
     room = available(settings)
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:
         disk = _cache_disk(data, target, size)
-        lines += ["", f"feature cache         {disk / GIB:.2f} GiB ({data.features_dtype}), less what is there already"]
+        lines += [
+            "",
+            f"feature cache         {disk / GIB:.2f} GiB ({data.features_dtype}), less what is "
+            "there already",
+        ]
     print("\n".join(lines))
     check_fits(size, settings, room)
     if data.features is not None and not trainable.online:

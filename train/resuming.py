@@ -10,8 +10,9 @@ from configs.command_line.bounded_yaml import load_yaml
 
 
 def _lasting(section: Any) -> Any:
-    """A section without what may change: rows per process (the batches check their product with the processes), where
-    states are cached, who prepares batches, and keys that say nothing (a run may be older than they are)."""
+    """A section without what may change: rows per process (the batches check their product with the
+    processes), where states are cached, who prepares batches, and keys that say nothing (a run may
+    be older than they are)."""
     if not isinstance(section, Mapping) or "init_args" not in section:
         return section
     free = ("rows", "workers", "features", "features_dtype", "features_gib")
@@ -22,16 +23,22 @@ def _lasting(section: Any) -> Any:
 def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
     """Refuse to resume a run whose config (`file`) has changed where it may not."""
     if not file.is_file():
-        raise ValueError(f"--resume: {file} does not exist, so the run cannot be continued: start a new one")
+        raise ValueError(
+            f"--resume: {file} does not exist, so the run cannot be continued: start a new one"
+        )
     saved = load_yaml(file)
     if not isinstance(saved, Mapping):
         raise ValueError(f"--resume: {file} holds no keys: it is no run's config, start a new one")
     for key in keys:
-        changed = next(_differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None)
+        changed = next(
+            _differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None
+        )
         if changed is not None:
             name, before, now = changed
-            raise ValueError(f"--resume: {name} is {now!r}, but the run was begun with {before!r}: restore it, or "
-                             "start a new run (--init_from takes the weights)")
+            raise ValueError(
+                f"--resume: {name} is {now!r}, but the run was begun with {before!r}: restore it, "
+                "or start a new run (--init_from takes the weights)"
+            )
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

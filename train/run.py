@@ -48,7 +48,12 @@ from train.settings import (
 
 logger = logging.getLogger(__name__)
 
-LIGHTNING, CHECKPOINTS, DRAFTER, CONFIG = "lightning", "lightning/checkpoints", "drafter", "config.yaml"
+LIGHTNING, CHECKPOINTS, DRAFTER, CONFIG = (
+    "lightning",
+    "lightning/checkpoints",
+    "drafter",
+    "config.yaml",
+)
 
 
 @dataclass
@@ -56,14 +61,17 @@ class Recipe:
     """What to train, on what and how: every key of a config.
 
     Args:
-        drafter: what to train: class_path and init_args; `--drafter.heads 4` sets one of the latter.
+        drafter: what to train: class_path and init_args; `--drafter.heads 4` sets one of the
+            latter.
         data: what to train on, see data/datamodule.py.
         target: Hub id, folder, .gguf file or smollm2-135m.
-        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that multiplies it and
-            float32 elsewhere.
-        chat_template: arguments of the target's chat template, for instance {enable_thinking: false}.
+        dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
+        chat_template: arguments of the target's chat template, for instance {enable_thinking:
+            false}.
         seed: of weights, order and dropout.
-        objective: a loss instead of the component's own, modules.preference.aligned_drafting.AlignedDrafting.
+        objective: a loss instead of the component's own,
+            modules.preference.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
         trainer: see train/settings.py.
         probe: see train/settings.py.
@@ -85,9 +93,14 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse to choose by what is not measured, and a target in which nothing can be trained; resolve `auto`."""
+        """Refuse to choose by what is not measured, and a target in which nothing can be trained;
+        resolve `auto`.
+        """
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
-            raise ValueError(f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by val/loss")
+            raise ValueError(
+                f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by "
+                "val/loss"
+            )
         check_unquantised(self.dtype)
         self.dtype = chosen_dtype(self.dtype, training_device(self.trainer.accelerator))
         precision = chosen_precision(self.trainer.precision, self.trainer.accelerator)
@@ -127,7 +140,9 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
         target: an already loaded target; None loads `recipe.target`.
     """
     seed_everything(recipe.seed, verbose=False)
-    if (device := training_device(recipe.trainer.accelerator)) != "cpu" and "mixed" in recipe.trainer.precision:
+    if (
+        device := training_device(recipe.trainer.accelerator)
+    ) != "cpu" and "mixed" in recipe.trainer.precision:
         torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output)
     target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
@@ -136,7 +151,9 @@ def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained
     if place.resume is None:
         train_stages(recipe, place, trainable, target)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
-        cast(Any, trainer).callbacks.insert(0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe))
+        cast(Any, trainer).callbacks.insert(
+            0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe)
+        )
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
     folder = export(recipe, place, trainer, module)
     publish_run(recipe.publish, place.output)
@@ -157,26 +174,36 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
 
 
 def refuse_projected(trainable: Trainable, target: Target) -> None:
-    """ValueError for a drafter on the states of a target whose embedding is narrower than its layers (OPT-350m)."""
+    """ValueError for a drafter on the states of a target whose embedding is narrower than its
+    layers (OPT-350m).
+    """
     width, size = target.anatomy.head.in_features, target.shape.hidden_size
     if isinstance(trainable, Drafter) and not trainable.own_model and width != size:
-        raise ValueError(f"target {target.name!r} projects states of {size} dimensions to an LM head of {width}: "
-                         f"{type(trainable).__name__} does not support that, train independent.yaml")
+        raise ValueError(
+            f"target {target.name!r} projects states of {size} dimensions to an LM head of "
+            f"{width}: {type(trainable).__name__} does not support that, train independent.yaml"
+        )
 
 
 def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:
-    """What Lightning trains. ValueError: a component without blocks to recompute or to compile where that is asked."""
+    """What Lightning trains. ValueError: a component without blocks to recompute or to compile
+    where that is asked.
+    """
     if recipe.trainer.activation_checkpointing:
         use_activation_checkpointing(trainable)
     if recipe.trainer.compile:
         compile_blocks(trainable)
     if recipe.objective is not None:
         recipe.objective.begin(trainable)
-    return TrainableModule(trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective)
+    return TrainableModule(
+        trainable, target, recipe.optimizer, recipe.trainer.log_every_n_steps, recipe.objective
+    )
 
 
 def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Target) -> None:
-    """Train copies of what comes before the whole (`Trainable.stages`); a resumed run has it in its checkpoint."""
+    """Train copies of what comes before the whole (`Trainable.stages`); a resumed run has it in its
+    checkpoint.
+    """
     for stage in trainable.stages:
         settings = replace(recipe.trainer, max_epochs=stage.epochs, max_steps=-1)
         trainer = _lightning_trainer(settings, None, place.output, f"{LIGHTNING}/{stage.name}")
@@ -188,7 +215,9 @@ def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Tar
 
 
 def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:
-    """Give a component with a trimmed draft vocabulary the most frequent assistant tokens of the training data."""
+    """Give a component with a trimmed draft vocabulary the most frequent assistant tokens of the
+    training data.
+    """
     size = trainable.arguments.get("draft_vocabulary")
     if size is not None and isinstance(trainable, Drafter) and trainable.vocabulary_D is not None:
         cast(Any, trainable).set_vocabulary(data.vocabulary(size))
@@ -197,10 +226,14 @@ def choose_vocabulary(trainable: Trainable, data: ConversationData) -> None:
 def probe_prompts(recipe: Recipe, target: Target) -> list[list[int]]:
     """The held-out prompts that leave room for an answer in the target's context."""
     prompts = recipe.data.probe_prompts(recipe.probe.prompts)
-    fitting = [ids for ids in prompts if len(ids) + recipe.probe.max_new_tokens <= target.max_positions]
+    fitting = [
+        ids for ids in prompts if len(ids) + recipe.probe.max_new_tokens <= target.max_positions
+    ]
     if not fitting:
-        raise ValueError(f"probe.max_new_tokens is {recipe.probe.max_new_tokens}: no held-out prompt leaves room for "
-                         f"that in the target's context of {target.max_positions} tokens, lower it")
+        raise ValueError(
+            f"probe.max_new_tokens is {recipe.probe.max_new_tokens}: no held-out prompt leaves "
+            f"room for that in the target's context of {target.max_positions} tokens, lower it"
+        )
     return fitting
 
 
@@ -208,7 +241,8 @@ def lightning_trainer(recipe: Recipe, folder: Path, keep: bool = True) -> Traine
     """Lightning's Trainer as the recipe asks for it; `keep` False writes no checkpoints.
 
     Raises:
-        ValueError: a strategy, precision or device that Lightning does not know or this machine does not have.
+        ValueError: a strategy, precision or device that Lightning does not know or this machine
+            does not have.
     """
     try:
         return _lightning_trainer(recipe.trainer, recipe.checkpoint if keep else None, folder)
@@ -216,22 +250,39 @@ def lightning_trainer(recipe: Recipe, folder: Path, keep: bool = True) -> Traine
         raise ValueError(f"trainer: {error}") from error
 
 
-def _lightning_trainer(settings: TrainerSettings, checkpoint: CheckpointSettings | None, folder: Path,
-                       logs: str = LIGHTNING) -> Trainer:
-    """`checkpoint` None keeps none; `logs` is the folder of the default loggers, LIGHTNING or a folder in it."""
+def _lightning_trainer(
+    settings: TrainerSettings,
+    checkpoint: CheckpointSettings | None,
+    folder: Path,
+    logs: str = LIGHTNING,
+) -> Trainer:
+    """`checkpoint` None keeps none; `logs` is the folder of the default loggers, LIGHTNING or a
+    folder in it.
+    """
     kept = [] if checkpoint is None else checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)
     return Trainer(
-        default_root_dir=folder, logger=loggers(settings, folder, logs), callbacks=[RunProgress(), *kept],
+        default_root_dir=folder,
+        logger=loggers(settings, folder, logs),
+        callbacks=[RunProgress(), *kept],
         enable_checkpointing=checkpoint is not None,
-        accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
-        precision=cast(Any, settings.precision), plugins=[SiblingCheckpointIO()],
-        strategy=strategy_named(settings.strategy, settings.accelerator), max_steps=settings.max_steps,
-        max_epochs=settings.max_epochs, accumulate_grad_batches=settings.accumulate_grad_batches,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        precision=cast(Any, settings.precision),
+        plugins=[SiblingCheckpointIO()],
+        strategy=strategy_named(settings.strategy, settings.accelerator),
+        max_steps=settings.max_steps,
+        max_epochs=settings.max_epochs,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val or None,
-        gradient_clip_algorithm=settings.gradient_clip_algorithm, val_check_interval=settings.val_check_interval,
+        gradient_clip_algorithm=settings.gradient_clip_algorithm,
+        val_check_interval=settings.val_check_interval,
         check_val_every_n_epoch=None if isinstance(settings.val_check_interval, int) else 1,
-        log_every_n_steps=1, num_sanity_val_steps=0, inference_mode=False,
-        enable_model_summary=False)
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        enable_model_summary=False,
+    )
 
 
 def loggers(settings: TrainerSettings, folder: Path, logs: str = LIGHTNING) -> list[Logger]:
@@ -242,7 +293,8 @@ def loggers(settings: TrainerSettings, folder: Path, logs: str = LIGHTNING) -> l
     return [csv, TensorBoardLogger(folder, name=logs, version=csv.version, default_hp_metric=False)]
 
 
-# -- what remains of a run ----------------------------------------------------------------------------------------
+# -- what remains of a run -------------------------------------------------------------------------
+
 
 def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModule) -> Path:
     """Validate the chosen weights and write them, with what was measured, to `DIR/drafter/`."""
@@ -251,8 +303,12 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
     if trainer.is_global_zero:
         trainable = restored(module.trainable, checkpoint)
         outcome = finish(recipe, module, trainable)
-        provenance = Provenance.of(module.target, data=recipe.data.summary(), measured={**measured, **outcome.figures},
-                                   settings=place.settings)
+        provenance = Provenance.of(
+            module.target,
+            data=recipe.data.summary(),
+            measured={**measured, **outcome.figures},
+            settings=place.settings,
+        )
         save_pretrained(trainable, folder, provenance)
         write_whole({place.output / name: text for name, text in outcome.pages.items()})
     trainer.strategy.barrier()
@@ -269,49 +325,73 @@ def publish_run(settings: PublishSettings, run: Path) -> None:
     if settings.repo is None:
         return
     try:
-        print(f"published: {publish(run, settings.repo, settings.private, license=settings.license)}")
+        print(
+            f"published: {publish(run, settings.repo, settings.private, license=settings.license)}"
+        )
     except ValueError as error:
         flags = f"--repo {settings.repo}" + ("" if settings.private else " --public")
         flags += f" --license {settings.license}" if settings.license else ""
-        raise ValueError(f"{error}. {run} is trained and whole, and can be published later: python -m "
-                         f"checkpoints.publish {run} {flags}") from None
+        raise ValueError(
+            f"{error}. {run} is trained and whole, and can be published later: python -m "
+            f"checkpoints.publish {run} {flags}"
+        ) from None
 
 
 def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Outcome:
-    """The component's own last touches, over all held-out batches with their states; on one process."""
-    ready = TrainableModule(trainable.to(module.target.device).eval(), module.target, recipe.optimizer)
+    """The component's own last touches, over all held-out batches with their states; on one
+    process.
+    """
+    ready = TrainableModule(
+        trainable.to(module.target.device).eval(), module.target, recipe.optimizer
+    )
 
     def batches() -> Iterator[Any]:
         for batch in recipe.data.held_out_batches():
             batch = recipe.data.transfer_batch_to_device(batch, module.target.device, 0)
             ready.fill_states(batch)
             yield batch
+
     with torch.no_grad():
         return trainable.finish(batches(), module.target)
 
 
-def chosen(recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModule) -> tuple[Path, dict[str, float]]:
-    """The checkpoint to export and its figures. Weights that training ended on between two validations compete too."""
+def chosen(
+    recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModule
+) -> tuple[Path, dict[str, float]]:
+    """The checkpoint to export and its figures. Weights that training ended on between two
+    validations compete too.
+    """
     last, best, key = folder / "last.ckpt", folder / "best.ckpt", recipe.checkpoint.best_by
     candidates = [last]
     if recipe.checkpoint.export == "best" and best.exists():
         whole = zipfile.is_zipfile(last) and module.validated_step != trainer.global_step
         candidates = [best, last] if whole else [best]
     measured = {path: _validated(trainer, module, recipe, path) for path in candidates}
-    worth = {path: figures.get(key, 0.0) * (-1 if key == "val/loss" else 1) for path, figures in measured.items()}
+    worth = {
+        path: figures.get(key, 0.0) * (-1 if key == "val/loss" else 1)
+        for path, figures in measured.items()
+    }
     winner = max(candidates, key=lambda path: worth[path])
     return winner, measured[winner]
 
 
-def _validated(trainer: Trainer, module: TrainableModule, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
-    fresh = TrainableModule(restored(module.trainable, checkpoint), module.target, recipe.optimizer,
-                            objective=recipe.objective)
+def _validated(
+    trainer: Trainer, module: TrainableModule, recipe: Recipe, checkpoint: Path
+) -> dict[str, float]:
+    fresh = TrainableModule(
+        restored(module.trainable, checkpoint),
+        module.target,
+        recipe.optimizer,
+        objective=recipe.objective,
+    )
     figures = trainer.validate(fresh, datamodule=recipe.data, verbose=False)[0]
     return {name: float(value) for name, value in figures.items()}
 
 
 def restored(trainable: Trainable, checkpoint: Path) -> Trainable:
-    """A copy of a component, built anew, with the weights of a checkpoint (the original may be in shards)."""
+    """A copy of a component, built anew, with the weights of a checkpoint (the original may be in
+    shards).
+    """
     fresh = type(trainable)(**trainable.arguments)
     assign_weights(fresh, component_weights(checkpoint), str(checkpoint))
     return fresh
@@ -321,10 +401,15 @@ def component_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The component's tensors in a Lightning checkpoint."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "trainable."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
-# -- where a run lives --------------------------------------------------------------------------------------------
+# -- where a run lives -----------------------------------------------------------------------------
+
 
 @contextmanager
 def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | None]:
@@ -347,8 +432,13 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | 
         _clean(output)
         if resume is None:
             _vacate(output, overwrite)
-        with resumable(lambda: "go on with --resume last" if _whole_checkpoint(output) else
-                       "begin again with --overwrite (no checkpoint is there yet)"):
+        with resumable(
+            lambda: (
+                "go on with --resume last"
+                if _whole_checkpoint(output)
+                else "begin again with --overwrite (no checkpoint is there yet)"
+            )
+        ):
             yield None if resume is None else resume_point(output, resume)
 
 
@@ -362,10 +452,14 @@ def _clean(output: Path) -> None:
 def _vacate(output: Path, overwrite: bool) -> None:
     """ValueError if there is a run, unless it is to be overwritten; then it is removed."""
     if (output / LIGHTNING).exists() and not overwrite:
-        ways = "add --resume last, --overwrite" if _whole_checkpoint(output) else (
-            "it has no whole checkpoint to resume, so add --overwrite")
-        raise ValueError(f"output {str(output)!r} already holds a run: {ways}, or give another "
-                         "--output")
+        ways = (
+            "add --resume last, --overwrite"
+            if _whole_checkpoint(output)
+            else ("it has no whole checkpoint to resume, so add --overwrite")
+        )
+        raise ValueError(
+            f"output {str(output)!r} already holds a run: {ways}, or give another --output"
+        )
     for name in (LIGHTNING, DRAFTER):
         shutil.rmtree(output / name, ignore_errors=True)
 
@@ -387,8 +481,10 @@ def resume_point(output: Path, resume: str) -> Path:
             logger.warning("%s is not a whole checkpoint: skipped", path)
     begun = (output / LIGHTNING).exists()
     begin = "begin again with --overwrite" if begun else "start without --resume"
-    raise ValueError(f"--resume {resume}: {paths[0]} does not exist or is not whole: {begin}, or "
-                     "name the run's --output")
+    raise ValueError(
+        f"--resume {resume}: {paths[0]} does not exist or is not whole: {begin}, or "
+        "name the run's --output"
+    )
 
 
 def steps_of(checkpoint: Path | None) -> int | None:

@@ -1,4 +1,6 @@
-"""The sections of a training config. Every field is a key of the YAML and a flag: `--optimizer.lr 0.001`."""
+"""The sections of a training config. Every field is a key of the YAML and a flag: `--optimizer.lr
+0.001`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from modules.target.loading import AUTO, has_fast_bfloat16, own_device
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
-"""Names of our DeepSpeed strategies: the ZeRO stage, and whether its optimiser state is offloaded."""
+"""Names of our DeepSpeed strategies: the ZeRO stage, and whether its optimiser state is
+offloaded.
+"""
 
 
 @dataclass
@@ -45,7 +49,9 @@ class OptimizerSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay must be at least 0 and finite, got {self.weight_decay}")
+            raise ValueError(
+                f"optimizer.weight_decay must be at least 0 and finite, got {self.weight_decay}"
+            )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
         for name in ("warmup_ratio", "floor"):
@@ -59,7 +65,9 @@ def training_device(accelerator: str) -> str:
 
 
 def chosen_precision(precision: str, accelerator: str) -> str:
-    """What `auto` means: bf16-mixed on a GPU that multiplies bfloat16, 32-true elsewhere. Other names stay."""
+    """What `auto` means: bf16-mixed on a GPU that multiplies bfloat16, 32-true elsewhere. Other
+    names stay.
+    """
     if precision != AUTO:
         return precision
     return "bf16-mixed" if has_fast_bfloat16(training_device(accelerator)) else "32-true"
@@ -72,17 +80,20 @@ class TrainerSettings:
     Args:
         max_epochs: passes over the data (-1: as many as max_steps takes).
         max_steps: optimiser steps (-1: as many as max_epochs takes).
-        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`; `auto` is bf16-mixed on a GPU that multiplies
-            bfloat16 and 32-true elsewhere. Mixed precisions multiply what stays float32 in TF32 on a GPU.
+        precision: `32-true`, `bf16-mixed`, `16-mixed`, `64-true`; `auto` is bf16-mixed on a GPU
+            that multiplies bfloat16 and 32-true elsewhere. Mixed precisions multiply what stays
+            float32 in TF32 on a GPU.
         accumulate_grad_batches: batches per optimiser step.
         gradient_clip_val: largest gradient norm (0: no clipping).
         gradient_clip_algorithm: `norm`, or `value` to clip every element.
-        activation_checkpointing: compute activations of the component's own layers once more instead of keeping them.
+        activation_checkpointing: compute activations of the component's own layers once more
+            instead of keeping them.
         compile: let the component's own blocks go through torch.compile.
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.
-        strategy: `auto`, `ddp`, `deepspeed_1`, `deepspeed_2`, `deepspeed_3`, or any other name of Lightning's.
+        strategy: `auto`, `ddp`, `deepspeed_1`, `deepspeed_2`, `deepspeed_3`, or any other name of
+            Lightning's.
         val_check_interval: validate every so many batches, or (0.5) that share of an epoch.
         log_every_n_steps: optimiser steps between two logged training means.
         logger: Lightning loggers by class path; the default writes CSV and TensorBoard files.
@@ -107,22 +118,42 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         """Refuse a training without an end, and values that Lightning takes but cannot mean."""
         if not 0 <= self.gradient_clip_val < math.inf:
-            raise ValueError("trainer.gradient_clip_val must be at least 0 (no clipping) and finite, got "
-                             f"{self.gradient_clip_val}")
+            raise ValueError(
+                "trainer.gradient_clip_val must be at least 0 (no clipping) and finite, got "
+                f"{self.gradient_clip_val}"
+            )
         if self.accumulate_grad_batches < 1:
-            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}")
+            raise ValueError(
+                "trainer.accumulate_grad_batches must be at least 1, got "
+                f"{self.accumulate_grad_batches}"
+            )
         if self.max_steps < 0 and self.max_epochs < 0:
-            raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: give one of them")
+            raise ValueError(
+                "trainer.max_steps and trainer.max_epochs are both -1: give one of them"
+            )
         if self.precision not in (AUTO, *PRECISIONS):
-            raise ValueError(f"trainer.precision {self.precision!r} is unknown: use one of "
-                             f"{', '.join((*PRECISIONS, AUTO))}")
-        if self.strategy != "auto" and not DEEPSPEED.fullmatch(self.strategy) and (
-                self.strategy not in StrategyRegistry):
-            raise ValueError(f"trainer.strategy {self.strategy!r} is unknown: use auto, ddp, deepspeed_1, deepspeed_2, "
-                             "deepspeed_3 (each also with _offload), or a name of Lightning's")
-        if self.strategy.startswith("deepspeed") and self.gradient_clip_algorithm == "value" and self.gradient_clip_val:
-            raise ValueError("trainer.gradient_clip_algorithm is value, but DeepSpeed clips by norm only: set it to "
-                             "norm, or use trainer.strategy ddp")
+            raise ValueError(
+                f"trainer.precision {self.precision!r} is unknown: use one of "
+                f"{', '.join((*PRECISIONS, AUTO))}"
+            )
+        if (
+            self.strategy != "auto"
+            and not DEEPSPEED.fullmatch(self.strategy)
+            and (self.strategy not in StrategyRegistry)
+        ):
+            raise ValueError(
+                f"trainer.strategy {self.strategy!r} is unknown: use auto, ddp, deepspeed_1, "
+                "deepspeed_2, deepspeed_3 (each also with _offload), or a name of Lightning's"
+            )
+        if (
+            self.strategy.startswith("deepspeed")
+            and self.gradient_clip_algorithm == "value"
+            and self.gradient_clip_val
+        ):
+            raise ValueError(
+                "trainer.gradient_clip_algorithm is value, but DeepSpeed clips by norm only: set "
+                "it to norm, or use trainer.strategy ddp"
+            )
 
 
 @dataclass
@@ -142,7 +173,8 @@ class ProbeSettings:
 
 @dataclass
 class PublishSettings:
-    """The component on the Hugging Face Hub, when training has ended (`python -m checkpoints.publish` does it later).
+    """The component on the Hugging Face Hub, when training has ended (`python -m
+    checkpoints.publish` does it later).
 
     Args:
         repo: USER/NAME; null is not published.

@@ -1,10 +1,12 @@
-"""`python -m train.throughput`: tokens per second of EAGLE-3's training step, beside SpecForge's where it is installed.
+"""`python -m train.throughput`: tokens per second of EAGLE-3's training step, beside SpecForge's
+where it is installed.
 
-Forward and backward of three unrolled steps over one packed row, the same random ids, states, weights and soft
-cross-entropy over the same draft vocabulary, the two in turn. SpecForge's drafter is its `LlamaForCausalLMEagle3` (sdpa
-backend) called as its trainer calls it; its compiled Triton loss needs a GPU, so the same sum is written out here. That
-both compute the same is checked before anything is timed. Its package goes into an environment beside this project:
-`pip install --no-deps specforge==0.2.0`.
+Forward and backward of three unrolled steps over one packed row, the same random ids, states,
+weights and soft cross-entropy over the same draft vocabulary, the two in turn. SpecForge's drafter
+is its `LlamaForCausalLMEagle3` (sdpa backend) called as its trainer calls it; its compiled Triton
+loss needs a GPU, so the same sum is written out here. That both compute the same is checked before
+anything is timed. Its package goes into an environment beside this project: `pip install --no-deps
+specforge==0.2.0`.
 
 Shape legend: B rows (1), T tokens, H hidden size, D draft vocabulary.
 """
@@ -67,12 +69,19 @@ class Comparison:
 
 
 def packed_row(asked: Comparison, target: Target, names: Sequence[Any]) -> TextBatch:
-    """One document of random tokens that fills the row, all in the draft vocabulary, with random states."""
+    """One document of random tokens that fills the row, all in the draft vocabulary, with random
+    states.
+    """
     ids_BT = torch.randint(asked.vocabulary, (1, asked.tokens))
     order = torch.arange(asked.tokens)[None]
-    states = {name: torch.randn(1, asked.tokens, target.shape.hidden_size, device=target.device) for name in names}
+    states = {
+        name: torch.randn(1, asked.tokens, target.shape.hidden_size, device=target.device)
+        for name in names
+    }
     counted_BT = order >= asked.tokens * (1 - asked.assistant)
-    parts = [part.to(target.device) for part in (ids_BT, counted_BT, order, torch.zeros_like(order))]
+    parts = [
+        part.to(target.device) for part in (ids_BT, counted_BT, order, torch.zeros_like(order))
+    ]
     return TextBatch(parts[0], parts[1], parts[2], parts[3], states)
 
 
@@ -86,16 +95,18 @@ def our_drafter(asked: Comparison, target: Target) -> Eagle3:
 
 def our_step(drafter: Eagle3, batch: TextBatch, target: Target, precision: str) -> Step:
     """The product's loss."""
+
     def step() -> Tensor:
         drafter.zero_grad()
         with torch.autocast(target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = drafter.loss(batch, target, 0.5).total
         loss.backward()
         return loss.detach()
+
     return step
 
 
-# -- SpecForge ----------------------------------------------------------------------------------------------------
+# -- SpecForge -------------------------------------------------------------------------------------
 
 
 def their_drafter(ours: Eagle3, target: Target) -> nn.Module:
@@ -103,13 +114,25 @@ def their_drafter(ours: Eagle3, target: Target) -> nn.Module:
     module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     shape = target.shape
     kind: Any = LlamaConfig
-    config = kind(hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-                  num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
-                  vocab_size=shape.vocab_size, max_position_embeddings=shape.max_positions,
-                  rms_norm_eps=shape.norm_eps, rope_parameters=dict(shape.rope), head_dim=shape.head_dim,
-                  draft_vocab_size=ours.draft_size, pad_token_id=0)
+    config = kind(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_positions,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters=dict(shape.rope),
+        head_dim=shape.head_dim,
+        draft_vocab_size=ours.draft_size,
+        pad_token_id=0,
+    )
     drafter = module.LlamaForCausalLMEagle3(config, attention_backend="sdpa")
-    weights = {_their_name(name): weight for name, weight in ours.state_dict().items() if name != "vocabulary"}
+    weights = {
+        _their_name(name): weight
+        for name, weight in ours.state_dict().items()
+        if name != "vocabulary"
+    }
     weights["embed_tokens.weight"] = target.copy_weight("embed")
     missing, unexpected = drafter.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"t2d", "d2t"}, (missing, unexpected)
@@ -123,28 +146,44 @@ def _their_name(name: str) -> str:
     return name.replace("layer.", "midlayer.", 1) if name.startswith("layer.") else name
 
 
-def their_step(drafter: Any, batch: TextBatch, target: Target, ours: Eagle3, precision: str) -> Step:
-    """The unrolled steps as SpecForge's trainer takes them: every position of the row, ids and laws shifted by one more
-    token in each, earlier steps' keys and values at hand."""
+def their_step(
+    drafter: Any, batch: TextBatch, target: Target, ours: Eagle3, precision: str
+) -> Step:
+    """The unrolled steps as SpecForge's trainer takes them: every position of the row, ids and laws
+    shifted by one more token in each, earlier steps' keys and values at hand."""
     module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     fused_BTX = torch.cat([batch.states[layer] for layer in ours.fused_layers], dim=-1)
-    mask_B1TT = module.prepare_decoder_attention_mask(torch.ones_like(batch.loss_mask), batch.input_ids.shape,
-                                                      fused_BTX, 0)
+    mask_B1TT = module.prepare_decoder_attention_mask(
+        torch.ones_like(batch.loss_mask), batch.input_ids.shape, fused_BTX, 0
+    )
 
     def step() -> Tensor:
         drafter.zero_grad()
         with torch.autocast(target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            law_BTD = target.logits(batch.states["final"], ours.vocabulary_D).float().softmax(-1).detach()
-            hidden_BTH, cache, total = drafter.project_hidden_states(fused_BTX), [[], []], torch.zeros(())
+            law_BTD = (
+                target.logits(batch.states["final"], ours.vocabulary_D).float().softmax(-1).detach()
+            )
+            hidden_BTH, cache, total = (
+                drafter.project_hidden_states(fused_BTX),
+                [[], []],
+                torch.zeros(()),
+            )
             for depth in range(ours.draft_steps):
                 embedded = drafter.embed_input_ids(_shifted(batch.input_ids, depth + 1))
-                hidden_BTH = drafter.backbone(embedded, hidden_BTH, cache, mask_B1TT, batch.position_ids)
+                hidden_BTH = drafter.backbone(
+                    embedded, hidden_BTH, cache, mask_B1TT, batch.position_ids
+                )
                 logs_BTD = drafter.compute_logits(hidden_BTH).float().log_softmax(-1)
-                counted_BT = _shifted(batch.loss_mask & (batch.input_ids < ours.draft_size), depth + 2)
+                counted_BT = _shifted(
+                    batch.loss_mask & (batch.input_ids < ours.draft_size), depth + 2
+                )
                 losses_BT = -(_shifted(law_BTD, depth + 1) * logs_BTD).sum(-1)
-                total = total + ours.decay ** depth * (losses_BT * counted_BT).sum() / counted_BT.sum()
+                total = (
+                    total + ours.decay**depth * (losses_BT * counted_BT).sum() / counted_BT.sum()
+                )
         total.backward()
         return total.detach()
+
     return step
 
 
@@ -153,10 +192,12 @@ def _shifted(rows_BTX: Tensor, places: int) -> Tensor:
     return torch.cat([rows_BTX[:, places:], torch.zeros_like(rows_BTX[:, :places])], dim=1)
 
 
-# -- the measurement ----------------------------------------------------------------------------------------------
+# -- the measurement -------------------------------------------------------------------------------
 
 
-def alternating_seconds(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def alternating_seconds(
+    steps: dict[str, Step], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of every pass, the steps in turn, after one pass each to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
@@ -180,28 +221,45 @@ def compare(asked: Comparison) -> list[str]:
     batch = packed_row(asked, target, ours.training_states)
     steps = {"slipstream": our_step(ours, batch, target, asked.precision)}
     if importlib.util.find_spec("specforge"):
-        steps["specforge"] = their_step(their_drafter(ours, target).train(), batch, target, ours, asked.precision)
+        steps["specforge"] = their_step(
+            their_drafter(ours, target).train(), batch, target, ours, asked.precision
+        )
         _same(*(float(step()) for step in steps.values()))
     taken = alternating_seconds(steps, asked.repeats, target.device)
-    lines = [f"EAGLE-3, forward and backward, {asked.steps} steps, {asked.tokens} tokens, {asked.assistant:.0%} of them"
-             f" the assistant's, draft vocabulary {asked.vocabulary}, {asked.precision}, "
-             f"{torch.get_num_threads()} threads, median of {asked.repeats}:"]
-    lines += [f"{name:<12} {asked.tokens / statistics.median(seconds):8.0f} tokens/s  (fastest {min(seconds):.3f} s, "
-              f"slowest {max(seconds):.3f} s)" for name, seconds in taken.items()]
+    lines = [
+        f"EAGLE-3, forward and backward, {asked.steps} steps, {asked.tokens} tokens, "
+        f"{asked.assistant:.0%} of them the assistant's, draft vocabulary {asked.vocabulary}, "
+        f"{asked.precision}, {torch.get_num_threads()} threads, median of {asked.repeats}:"
+    ]
+    lines += [
+        f"{name:<12} {asked.tokens / statistics.median(seconds):8.0f} tokens/s  (fastest "
+        f"{min(seconds):.3f} s, slowest {max(seconds):.3f} s)"
+        for name, seconds in taken.items()
+    ]
     if len(taken) > 1:
-        ratios = sorted(theirs / own for own, theirs in zip(taken["slipstream"], taken["specforge"], strict=True))
-        lines.append(f"slipstream over specforge {statistics.median(ratios):.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        ratios = sorted(
+            theirs / own
+            for own, theirs in zip(taken["slipstream"], taken["specforge"], strict=True)
+        )
+        lines.append(
+            f"slipstream over specforge {statistics.median(ratios):.2f}x "
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        )
     return lines
 
 
 def _same(own: float, theirs: float, tolerance: float = 0.02) -> None:
     if abs(own - theirs) > tolerance * abs(theirs):
-        raise ValueError(f"the two losses differ ({own:.4f} and {theirs:.4f}): they do not do the same work")
+        raise ValueError(
+            f"the two losses differ ({own:.4f} and {theirs:.4f}): they do not do the same work"
+        )
 
 
 def command(arguments: Sequence[str]) -> int:
     """Parse, measure, print."""
-    parser = config_parser("python -m train.throughput", "Tokens per second of EAGLE-3's training step.")
+    parser = config_parser(
+        "python -m train.throughput", "Tokens per second of EAGLE-3's training step."
+    )
     parser.add_class_arguments(Comparison, fail_untyped=True)
     given = vars(parse(parser, arguments))
     given.pop("config", None)

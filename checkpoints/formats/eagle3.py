@@ -1,7 +1,7 @@
 """EAGLE-3 drafters as vLLM and SGLang name them: what `speculators.py` and `sglang.py` share.
 
-Both engines put the fused states side by side in the order of the layers, whatever order the config gives, so an
-exported fusion layer has its columns in that order.
+Both engines put the fused states side by side in the order of the layers, whatever order the config
+gives, so an exported fusion layer has its columns in that order.
 
 Shape legend: H hidden size, S fused states, D draft vocabulary.
 """
@@ -39,11 +39,15 @@ def eagle3_tensors(drafter: Eagle3, target: Target, prefix: str, mapped: bool) -
     refuse_activation(drafter.shape)
     state = drafter.state_dict()
     order = sorted(range(len(drafter.fused_layers)), key=lambda i: drafter.fused_layers[i])
-    found = {name: state[name] for name in _SAME} | {f"{prefix}.{name}": state[name] for name in _INSIDE}
+    found = {name: state[name] for name in _SAME} | {
+        f"{prefix}.{name}": state[name] for name in _INSIDE
+    }
     found |= layer_tensors(state, prefix)
     found["fc.weight"] = state["fc.weight"].unflatten(1, (len(order), -1))[:, order].flatten(1)
     if drafter.fc_norm is not None:
-        found |= {f"fc_norm.{place}.weight": state[f"fc_norm.{i}.weight"] for place, i in enumerate(order)}
+        found |= {
+            f"fc_norm.{place}.weight": state[f"fc_norm.{i}.weight"] for place, i in enumerate(order)
+        }
     found["embed_tokens.weight"] = embeddings(target, drafter.precision)
     return found | (offsets(drafter.vocabulary_D, drafter.shape.vocab_size) if mapped else {})
 
@@ -56,13 +60,17 @@ def layer_ids(drafter: Eagle3) -> list[int]:
     """
     ids = sorted(drafter.fused_layers)
     if len(set(ids)) < len(ids):
-        raise ValueError(f"fused_layers {drafter.fused_layers} name a state twice: engines would pass it once")
+        raise ValueError(
+            f"fused_layers {drafter.fused_layers} name a state twice: engines would pass it once"
+        )
     return ids
 
 
-def eagle3_arguments(config: Mapping[str, Any], ids: Sequence[int] | None, norm_before_residual: bool, source: str
-                     ) -> dict[str, Any]:
-    """Constructor arguments of the drafter that a config describes; `ids` as `layer_ids`, None for the default three.
+def eagle3_arguments(
+    config: Mapping[str, Any], ids: Sequence[int] | None, norm_before_residual: bool, source: str
+) -> dict[str, Any]:
+    """Constructor arguments of the drafter that a config describes; `ids` as `layer_ids`, None for
+    the default three.
 
     Raises:
         ValueError: an option that this project's EAGLE-3 does not have.
@@ -71,15 +79,22 @@ def eagle3_arguments(config: Mapping[str, Any], ids: Sequence[int] | None, norm_
         if config.get(option):
             raise ValueError(f"{source}: {option} is set, which is not supported here")
     size, trimmed = config["vocab_size"], config.get("draft_vocab_size")
-    return {"draft_vocabulary": trimmed if trimmed and trimmed < size else None,
-            "fused_layers": None if not ids else list(ids), "norm_before_residual": norm_before_residual,
-            "fc_norm": bool(config.get("fc_norm")), "norm_output": bool(config.get("norm_output"))}
+    return {
+        "draft_vocabulary": trimmed if trimmed and trimmed < size else None,
+        "fused_layers": None if not ids else list(ids),
+        "norm_before_residual": norm_before_residual,
+        "fc_norm": bool(config.get("fc_norm")),
+        "norm_output": bool(config.get("norm_output")),
+    }
 
 
-def take_eagle3(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], target: Target | None
-                ) -> dict[str, Tensor]:
+def take_eagle3(
+    ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], target: Target | None
+) -> dict[str, Tensor]:
     """The tensors under this project's names; the layer's may be under `midlayer` or `layers.0`."""
-    prefix = "midlayer" if any(name.startswith("midlayer.") for name in ledger.tensors) else "layers.0"
+    prefix = (
+        "midlayer" if any(name.startswith("midlayer.") for name in ledger.tensors) else "layers.0"
+    )
     size, draft_size = shape.hidden_size, arguments["draft_vocabulary"] or shape.vocab_size
     fused = len(arguments["fused_layers"] or default_layers(shape.num_layers))
     found = take_layer(ledger, prefix, shape, 2)
@@ -87,7 +102,9 @@ def take_eagle3(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any]
     found["norm.weight"] = ledger.take("norm.weight", size)
     found["fc.weight"] = ledger.take("fc.weight", size, fused * size)
     if arguments["fc_norm"]:
-        found |= {f"fc_norm.{i}.weight": ledger.take(f"fc_norm.{i}.weight", size) for i in range(fused)}
+        found |= {
+            f"fc_norm.{i}.weight": ledger.take(f"fc_norm.{i}.weight", size) for i in range(fused)
+        }
     head = ledger.take("lm_head.weight", draft_size, size)
     if "d2t" in ledger or arguments["draft_vocabulary"]:
         ids, order = take_vocabulary(ledger, draft_size, shape.vocab_size)
@@ -98,5 +115,7 @@ def take_eagle3(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any]
 
 
 def default_layers(count: int) -> list[int]:
-    """The three states that engines take when a config names none, for a target of `count` layers."""
+    """The three states that engines take when a config names none, for a target of `count`
+    layers.
+    """
     return sorted({2 % count, count // 2, max(count - 3, 0)})

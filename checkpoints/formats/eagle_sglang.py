@@ -1,4 +1,6 @@
-"""EAGLE-1 and EAGLE-2 for SGLang: the official layout with a bias of the fusion layer, zeros where there is none."""
+"""EAGLE-1 and EAGLE-2 for SGLang: the official layout with a bias of the fusion layer, zeros where
+there is none.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,19 @@ if TYPE_CHECKING:
 
 DRAFTER = Eagle
 ENGINES = ("SGLang", "the official implementation")
-_USAGE = ("python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE "
-          "--speculative-draft-model-path FOLDER --speculative-num-steps {steps} --speculative-eagle-topk 4 "
-          "--speculative-num-draft-tokens 16")
+_USAGE = (
+    "python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE "
+    "--speculative-draft-model-path FOLDER --speculative-num-steps {steps} "
+    "--speculative-eagle-topk 4 --speculative-num-draft-tokens 16"
+)
 
 
 def exported(drafter: Eagle, target: Target) -> Exported:
     """The drafter as SGLang loads it."""
     config, tensors = eagle.layout(drafter, target, biased=True)
-    return Exported(config, tensors, usage=usage(drafter, target.name), notes=eagle.trimmed_note(drafter))
+    return Exported(
+        config, tensors, usage=usage(drafter, target.name), notes=eagle.trimmed_note(drafter)
+    )
 
 
 def usage(drafter: Eagle, name: str) -> str:

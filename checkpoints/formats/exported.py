@@ -13,8 +13,10 @@ from torch import Tensor
 class Exported:
     """A drafter in an engine's format.
 
-    config: of `config.json`. tensors: by the engine's names. weights: file names, each holding all the tensors.
-    usage: how the engine is started with it (`FOLDER` stands for where it lies). notes: what its user must know.
+    config: of `config.json`. tensors: by the engine's names. weights: file names, each holding all
+    the tensors.
+    usage: how the engine is started with it (`FOLDER` stands for where it lies). notes: what its
+    user must know.
     tokenizer: to be saved beside it, for what is a model of its own.
     """
 

@@ -1,7 +1,8 @@
-"""A small language model that drafts, as a plain Hugging Face folder: what every engine and library loads.
+"""A small language model that drafts, as a plain Hugging Face folder: what every engine and library
+loads.
 
-Any causal LM of a supported architecture comes in the same way, with the target's tokenizer; where the folder brings a
-tokenizer, it must be the target's.
+Any causal LM of a supported architecture comes in the same way, with the target's tokenizer; where
+the folder brings a tokenizer, it must be the target's.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 
 DRAFTER = Independent
 ENGINES = ("vLLM", "SGLang", "Hugging Face")
-_USAGE = ("vllm serve {target} --speculative-config "
-          "'{{\"method\": \"draft_model\", \"model\": \"FOLDER\", \"num_speculative_tokens\": {tokens}}}'")
+_USAGE = (
+    "vllm serve {target} --speculative-config "
+    '\'{{"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": {tokens}}}\''
+)
 FINAL_NORM = "model.norm.weight"
 """What a Llama has and an EAGLE drafter lacks."""
 _OURS = "model."
@@ -41,12 +44,21 @@ def exported(drafter: Independent, target: Target) -> Exported:
         ValueError: a trimmed draft vocabulary, which a plain model cannot express.
     """
     if drafter.vocabulary is not None:
-        raise ValueError(f"draft_vocabulary is {drafter.draft_size}: a plain model drafts from all tokens, and the "
-                         "others were never taught to be unlikely; train with draft_vocabulary: null for engines")
+        raise ValueError(
+            f"draft_vocabulary is {drafter.draft_size}: a plain model drafts from all tokens, and "
+            "the others were never taught to be unlikely; train with draft_vocabulary: null for "
+            "engines"
+        )
     stock = drafter.stock
-    config = {**dict_of_config(stock.config), "architectures": [type(stock).__name__],
-              "dtype": str(drafter.precision)[6:], "base_model_name_or_path": served_name(target.name)}
-    return Exported(config, _own(stock), usage=usage(drafter, target.name), tokenizer=target.tokenizer)
+    config = {
+        **dict_of_config(stock.config),
+        "architectures": [type(stock).__name__],
+        "dtype": str(drafter.precision)[6:],
+        "base_model_name_or_path": served_name(target.name),
+    }
+    return Exported(
+        config, _own(stock), usage=usage(drafter, target.name), tokenizer=target.tokenizer
+    )
 
 
 def usage(drafter: Independent, name: str) -> str:
@@ -57,28 +69,48 @@ def usage(drafter: Independent, name: str) -> str:
 def recognises(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this format."""
     return config.get("model_type") in SUPPORTED and any(
-        "LMHead" in name or "CausalLM" in name for name in config.get("architectures") or ())
+        "LMHead" in name or "CausalLM" in name for name in config.get("architectures") or ()
+    )
 
 
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments and target of the drafter that a config describes; the model's dimensions are not the target's."""
-    kept = {key: value for key, value in config.items() if key not in ("architectures", "base_model_name_or_path")}
-    return {"arguments": {"model": kept}, "shape": {}, "target": config.get("base_model_name_or_path")}
+    """Arguments and target of the drafter that a config describes; the model's dimensions are not
+    the target's.
+    """
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in ("architectures", "base_model_name_or_path")
+    }
+    return {
+        "arguments": {"model": kept},
+        "shape": {},
+        "target": config.get("base_model_name_or_path"),
+    }
 
 
-def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], config: Mapping[str, Any],
-            target: Target | None) -> dict[str, Tensor]:
+def weights(
+    ledger: Ledger,
+    shape: TargetShape,
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any],
+    target: Target | None,
+) -> dict[str, Tensor]:
     """The tensors under this project's names; a tied LM head need not be there."""
     folder = Path(ledger.source)
     if target is not None and (folder / "tokenizer_config.json").is_file():
-        check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder), target)
+        check_tokenizer(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder), target
+        )
     with torch.device("meta"):
         expected = fresh_model(config_of_dict(arguments["model"], None))
     own = {name: ledger.take(name, *tensor.shape) for name, tensor in _own(expected).items()}
     tied = set(expected.state_dict()) - set(own)
     for name in tied:
         ledger.drop(name)
-    embedding = next((own[name] for name in own if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    embedding = next(
+        (own[name] for name in own if name.endswith(("embed_tokens.weight", "wte.weight"))), None
+    )
     assert embedding is not None or not tied, tied
     whole = own | {name: embedding for name in tied if embedding is not None}
     return {f"{_OURS}{name}": tensor for name, tensor in whole.items()}

@@ -8,23 +8,41 @@ from types import ModuleType
 from typing import Any
 
 from checkpoints.folders import CONFIG
-from checkpoints.formats import eagle, eagle_sglang, hf, medusa, medusa_reference, sglang, speculators
+from checkpoints.formats import (
+    eagle,
+    eagle_sglang,
+    hf,
+    medusa,
+    medusa_reference,
+    sglang,
+    speculators,
+)
 
 FORMATS: dict[str, ModuleType] = {
-    "speculators": speculators, "sglang": sglang, "eagle": eagle, "eagle_sglang": eagle_sglang, "medusa": medusa,
-    "medusa_reference": medusa_reference, "hf": hf}
+    "speculators": speculators,
+    "sglang": sglang,
+    "eagle": eagle,
+    "eagle_sglang": eagle_sglang,
+    "medusa": medusa,
+    "medusa_reference": medusa_reference,
+    "hf": hf,
+}
 """By name. Of formats that could be meant by the same config.json the first one is."""
 
 
 def formats_of(kind: type) -> list[str]:
-    """Names of the formats that hold drafters of exactly this class (a subclass computes something else)."""
+    """Names of the formats that hold drafters of exactly this class (a subclass computes something
+    else).
+    """
     return [name for name, module in FORMATS.items() if module.DRAFTER is kind]
 
 
 def format_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str | None:
-    """The format of a folder with this config.json and these names of tensors, if it is one of these.
+    """The format of a folder with this config.json and these names of tensors, if it is one of
+    these.
 
-    A plain model of one layer has the config of an EAGLE drafter; its final norm distinguishes it: EAGLE has none.
+    A plain model of one layer has the config of an EAGLE drafter; its final norm distinguishes it:
+    EAGLE has none.
     """
     found = [name for name, module in FORMATS.items() if module.recognises(config)]
     plain = found[:1] == ["eagle"] and "hf" in found and hf.FINAL_NORM in tensors
@@ -32,8 +50,8 @@ def format_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str |
 
 
 def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """What this project's config.json would say of a drafter in the format `name`. Of the target's dimensions it has
-    those that the format states; the target's fingerprint is never known.
+    """What this project's config.json would say of a drafter in the format `name`. Of the target's
+    dimensions it has those that the format states; the target's fingerprint is never known.
 
     Raises:
         ValueError: a key is missing, or asks for what is not supported here.
@@ -42,10 +60,17 @@ def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dic
     try:
         found = module.component(config)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not a whole {name} config: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"{folder / CONFIG} is not a whole {name} config: {type(error).__name__} {error}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     kind = module.DRAFTER
-    return {"drafter_type": kind.__module__.rsplit(".", 1)[-1], "class": kind.__name__, "format": name,
-            "arguments": found["arguments"], "original": dict(config),
-            "target": {"name": found["target"], "fingerprint": None, "shape": found["shape"]}}
+    return {
+        "drafter_type": kind.__module__.rsplit(".", 1)[-1],
+        "class": kind.__name__,
+        "format": name,
+        "arguments": found["arguments"],
+        "original": dict(config),
+        "target": {"name": found["target"], "fingerprint": None, "shape": found["shape"]},
+    }

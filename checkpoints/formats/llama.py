@@ -1,4 +1,5 @@
-"""What the EAGLE formats share: a Llama config for the one decoder layer, draft vocabularies as offsets, embeddings.
+"""What the EAGLE formats share: a Llama config for the one decoder layer, draft vocabularies as
+offsets, embeddings.
 
 Shape legend: B layers' states, H hidden size, V target vocabulary, D draft vocabulary.
 """
@@ -19,39 +20,61 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _ROUNDING = 1e-2
-"""Largest difference of embeddings, by their largest value, that is rounding between 16-bit types."""
+"""Largest difference of embeddings, by their largest value, that is rounding between 16-bit
+types.
+"""
 
 
-# -- configs ------------------------------------------------------------------------------------------------------
+# -- configs ---------------------------------------------------------------------------------------
+
 
 def refuse_activation(shape: TargetShape) -> None:
     """ValueError for activations that the engines' Llama layers do not have."""
     if shape.activation != "silu":
-        raise ValueError(f"activation {shape.activation!r}: engines run drafter layers with 'silu' only; use this "
-                         "project's decoder for drafters of this target")
+        raise ValueError(
+            f"activation {shape.activation!r}: engines run drafter layers with 'silu' only; use "
+            "this project's decoder for drafters of this target"
+        )
 
 
 def refuse_attention_options(shape: TargetShape, engine: str) -> None:
-    """ValueError for attention biases and query norms, which a plain Llama layer would silently drop."""
+    """ValueError for attention biases and query norms, which a plain Llama layer would silently
+    drop.
+    """
     for name, used in (("attention_bias", shape.attention_bias), ("qk_norm", shape.qk_norm)):
         if used:
-            raise ValueError(f"{name}: {engine} runs EAGLE layers without it and would drop the tensors silently; use "
-                             "--format speculators, or this project's decoder")
+            raise ValueError(
+                f"{name}: {engine} runs EAGLE layers without it and would drop the tensors "
+                "silently; use --format speculators, or this project's decoder"
+            )
 
 
 def layer_config(shape: TargetShape, dtype: torch.dtype) -> dict[str, Any]:
     """A one-layer Llama (with query norms: Qwen3) config, rotary settings in the new spelling."""
-    return {"model_type": "qwen3" if shape.qk_norm else "llama", "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size, "num_hidden_layers": 1,
-            "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim, "hidden_act": shape.activation, "rms_norm_eps": shape.norm_eps,
-            "max_position_embeddings": shape.max_positions, "attention_bias": shape.attention_bias,
-            "mlp_bias": False, "vocab_size": shape.vocab_size, "tie_word_embeddings": False,
-            "rope_parameters": dict(shape.rope), "dtype": str(dtype)[6:]}
+    return {
+        "model_type": "qwen3" if shape.qk_norm else "llama",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": shape.activation,
+        "rms_norm_eps": shape.norm_eps,
+        "max_position_embeddings": shape.max_positions,
+        "attention_bias": shape.attention_bias,
+        "mlp_bias": False,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": False,
+        "rope_parameters": dict(shape.rope),
+        "dtype": str(dtype)[6:],
+    }
 
 
 def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with rotary settings as `rope_theta` and `rope_scaling`, which every release reads."""
+    """The config with rotary settings as `rope_theta` and `rope_scaling`, which every release
+    reads.
+    """
     kept = {key: value for key, value in config.items() if key != "rope_parameters"}
     rope = dict(config["rope_parameters"])
     kept["rope_theta"] = rope.pop("rope_theta")
@@ -60,50 +83,80 @@ def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The dimensions of a drafter's layer that a Llama or Qwen3 config states, as fields of `TargetShape`."""
+    """The dimensions of a drafter's layer that a Llama or Qwen3 config states, as fields of
+    `TargetShape`.
+    """
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0), **rope}
-    return {"hidden_size": config["hidden_size"], "vocab_size": config["vocab_size"], "num_heads": heads,
-            "num_kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-            "intermediate_size": config["intermediate_size"], "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "max_positions": config.get("max_position_embeddings", 2048),
-            "activation": config.get("hidden_act", "silu"),
-            "attention_bias": bool(config.get("attention_bias", config.get("qkv_bias", False))),
-            "qk_norm": config.get("model_type") == "qwen3", "rope": {k: v for k, v in rope.items() if k != "type"}}
+    rope = {
+        "rope_type": rope.get("type", "default"),
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **rope,
+    }
+    return {
+        "hidden_size": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "intermediate_size": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "max_positions": config.get("max_position_embeddings", 2048),
+        "activation": config.get("hidden_act", "silu"),
+        "attention_bias": bool(config.get("attention_bias", config.get("qkv_bias", False))),
+        "qk_norm": config.get("model_type") == "qwen3",
+        "rope": {k: v for k, v in rope.items() if k != "type"},
+    }
 
 
 def single_layer(config: Mapping[str, Any], source: str) -> None:
     """Raise ValueError for drafters of several layers."""
     if config.get("num_hidden_layers", 1) != 1:
-        raise ValueError(f"{source}: num_hidden_layers is {config['num_hidden_layers']}: EAGLE drafters have one layer "
-                         "here")
+        raise ValueError(
+            f"{source}: num_hidden_layers is {config['num_hidden_layers']}: EAGLE drafters have "
+            "one layer here"
+        )
 
 
-# -- tensors ------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
+
 
 def layer_tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The decoder layer's tensors under `prefix`; where q, k and v have biases so has, in engines, o: zeros."""
-    found = {f"{prefix}.{name.removeprefix('layer.')}": tensor for name, tensor in state.items()
-             if name.startswith("layer.")}
+    """The decoder layer's tensors under `prefix`; where q, k and v have biases so has, in engines,
+    o: zeros.
+    """
+    found = {
+        f"{prefix}.{name.removeprefix('layer.')}": tensor
+        for name, tensor in state.items()
+        if name.startswith("layer.")
+    }
     if f"{prefix}.self_attn.q_proj.bias" in found:
         output = found[f"{prefix}.self_attn.o_proj.weight"]
         found[f"{prefix}.self_attn.o_proj.bias"] = output.new_zeros(len(output))
     return found
 
 
-def take_layer(ledger: Ledger, prefix: str, shape: TargetShape, input_width: int) -> dict[str, Tensor]:
+def take_layer(
+    ledger: Ledger, prefix: str, shape: TargetShape, input_width: int
+) -> dict[str, Tensor]:
     """The decoder layer's tensors under this project's names."""
     size, inner, found = shape.hidden_size, shape.intermediate_size, {}
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     wanted: dict[str, tuple[int, ...]] = {
-        **{f"{name}.weight": (rows, input_width * size) for name, rows in zip(PROJECTIONS, (queries, keys, keys))},
-        "self_attn.o_proj.weight": (size, queries), "mlp.gate_proj.weight": (inner, size),
-        "mlp.up_proj.weight": (inner, size), "mlp.down_proj.weight": (size, inner),
-        "post_attention_layernorm.weight": (size,)}
+        **{
+            f"{name}.weight": (rows, input_width * size)
+            for name, rows in zip(PROJECTIONS, (queries, keys, keys))
+        },
+        "self_attn.o_proj.weight": (size, queries),
+        "mlp.gate_proj.weight": (inner, size),
+        "mlp.up_proj.weight": (inner, size),
+        "mlp.down_proj.weight": (size, inner),
+        "post_attention_layernorm.weight": (size,),
+    }
     if shape.attention_bias:
-        wanted |= {f"{name}.bias": (rows,) for name, rows in zip(PROJECTIONS, (queries, keys, keys))}
+        wanted |= {
+            f"{name}.bias": (rows,) for name, rows in zip(PROJECTIONS, (queries, keys, keys))
+        }
     if shape.qk_norm:
         wanted |= {f"self_attn.{name}_norm.weight": (shape.head_dim,) for name in "qk"}
     for name, dimensions in wanted.items():
@@ -114,7 +167,9 @@ def take_layer(ledger: Ledger, prefix: str, shape: TargetShape, input_width: int
 
 def _refuse_output_bias(ledger: Ledger, name: str, size: int) -> None:
     if name in ledger and bool(ledger.take(name, size).any()):
-        raise ValueError(f"{ledger.source}: {name} is not zero: this project's layers have no such bias")
+        raise ValueError(
+            f"{ledger.source}: {name} is not zero: this project's layers have no such bias"
+        )
 
 
 def offsets(vocabulary_D: Tensor | None, size: int) -> dict[str, Tensor]:
@@ -134,15 +189,21 @@ def take_vocabulary(ledger: Ledger, draft_size: int, size: int) -> tuple[Tensor,
     ids = ledger.take("d2t", draft_size).long() + torch.arange(draft_size)
     ascending, order = ids.sort()
     if len(ids.unique()) < draft_size or int(ascending[0]) < 0 or int(ascending[-1]) >= size:
-        raise ValueError(f"{ledger.source}: d2t does not lead to {draft_size} different ids below {size}: it must hold "
-                         "offsets, target id minus draft id")
-    if "t2d" in ledger and not torch.equal(ledger.take("t2d", size).bool().nonzero()[:, 0], ascending):
+        raise ValueError(
+            f"{ledger.source}: d2t does not lead to {draft_size} different ids below {size}: it "
+            "must hold offsets, target id minus draft id"
+        )
+    if "t2d" in ledger and not torch.equal(
+        ledger.take("t2d", size).bool().nonzero()[:, 0], ascending
+    ):
         raise ValueError(f"{ledger.source}: t2d marks other ids than d2t leads to")
     return ascending, order
 
 
 def embeddings(target: Target, dtype: torch.dtype) -> Tensor:
-    """What the drafter reads for every token [V,H]: the target's input embeddings, scaled where the target's are."""
+    """What the drafter reads for every token [V,H]: the target's input embeddings, scaled where the
+    target's are.
+    """
     every = torch.arange(target.shape.vocab_size, device=target.device)
     return target.embed(every).to(dtype)
 
@@ -160,5 +221,8 @@ def take_embeddings(ledger: Ledger, shape: TargetShape, target: Target | None) -
         return
     theirs = embeddings(target, torch.float32).to(own.device)
     if float((own.float() - theirs).abs().max()) > _ROUNDING * float(theirs.abs().max()):
-        raise ValueError(f"{ledger.source}: embed_tokens.weight differs from the embeddings of {target.name}: this is "
-                         "another target's drafter, or one with embeddings of its own, which is not supported")
+        raise ValueError(
+            f"{ledger.source}: embed_tokens.weight differs from the embeddings of {target.name}: "
+            "this is another target's drafter, or one with embeddings of its own, which is not "
+            "supported"
+        )

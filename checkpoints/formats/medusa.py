@@ -1,8 +1,8 @@
 """Medusa heads for vLLM up to 0.32, and in the layout of the reference implementation.
 
-vLLM: `blocks.{head}.layers.{block}.weight`, `lm_heads.{head}.weight` over the whole vocabulary; a chain of each head's
-likeliest token. Biases count only with `medusa_fc_bias`. A smaller vocabulary (`token_map`) is for one LM head that all
-heads share (`original_lm_head`).
+vLLM: `blocks.{head}.layers.{block}.weight`, `lm_heads.{head}.weight` over the whole vocabulary; a
+chain of each head's likeliest token. Biases count only with `medusa_fc_bias`. A smaller vocabulary
+(`token_map`) is for one LM head that all heads share (`original_lm_head`).
 
 Shape legend: K heads, H hidden size, V target vocabulary, D draft vocabulary.
 """
@@ -25,28 +25,44 @@ if TYPE_CHECKING:
 
 DRAFTER = Medusa
 ENGINES = ("vLLM up to 0.32",)
-_USAGE = ("vllm serve {target} --speculative-config "
-          "'{{\"method\": \"medusa\", \"model\": \"FOLDER\", \"num_speculative_tokens\": {heads}}}'")
+_USAGE = (
+    "vllm serve {target} --speculative-config "
+    '\'{{"method": "medusa", "model": "FOLDER", "num_speculative_tokens": {heads}}}\''
+)
 
 
-# -- export -------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
+
 
 def exported(drafter: Medusa, target: Target) -> Exported:
     """In vLLM's layout. Heads with LM heads of their own get all V rows (`whole_vocabulary`)."""
     shape, vocabulary = drafter.shape, drafter.vocabulary_D
     shared = not drafter.lm_heads
-    config = {"model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": shape.hidden_size,
-              "vocab_size": shape.vocab_size, "num_heads": drafter.heads, "num_hidden_layers": blocks_of(drafter),
-              "truncated_vocab_size": drafter.draft_size if shared and vocabulary is not None else None,
-              "medusa_fc_bias": True, "original_lm_head": shared, "dtype": str(drafter.precision)[6:]}
-    tensors = {f"blocks.{head}.layers.{block}.{part}": tensor for head, block, part, tensor in block_tensors(drafter)}
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "num_heads": drafter.heads,
+        "num_hidden_layers": blocks_of(drafter),
+        "truncated_vocab_size": drafter.draft_size if shared and vocabulary is not None else None,
+        "medusa_fc_bias": True,
+        "original_lm_head": shared,
+        "dtype": str(drafter.precision)[6:],
+    }
+    tensors = {
+        f"blocks.{head}.layers.{block}.{part}": tensor
+        for head, block, part, tensor in block_tensors(drafter)
+    }
     if shared:
         every = torch.arange(shape.vocab_size)
         rows = target.lm_head_rows((every if vocabulary is None else vocabulary).to(target.device))
         tensors["lm_heads.0.weight"] = rows.to(drafter.precision)
         tensors |= {} if vocabulary is None else {"token_map": vocabulary}
     else:
-        tensors |= {f"lm_heads.{head}.weight": rows for head, rows in enumerate(whole_heads(drafter))}
+        tensors |= {
+            f"lm_heads.{head}.weight": rows for head, rows in enumerate(whole_heads(drafter))
+        }
     return Exported(config, tensors, usage=usage(drafter, target.name), notes=_notes(drafter))
 
 
@@ -59,8 +75,10 @@ def _notes(drafter: Medusa) -> tuple[str, ...]:
     chain = "the engine drafts a chain of each head's likeliest token, not this project's tree"
     if drafter.vocabulary_D is None or not drafter.lm_heads:
         return (chain,)
-    return chain, (f"LM heads over {drafter.draft_size} tokens are written with {drafter.shape.vocab_size} rows: other "
-                   "tokens get the mean row, which is never the likeliest")
+    return chain, (
+        f"LM heads over {drafter.draft_size} tokens are written with {drafter.shape.vocab_size} "
+        "rows: other tokens get the mean row, which is never the likeliest"
+    )
 
 
 def blocks_of(drafter: Medusa) -> int:
@@ -80,14 +98,16 @@ def block_tensors(drafter: Medusa) -> list[tuple[int, int, str, Tensor]]:
 def whole_heads(drafter: Medusa) -> list[Tensor]:
     """The LM heads [V,H] over the whole vocabulary."""
     heads = [head.get_parameter("weight").detach() for head in drafter.lm_heads]
-    return [whole_vocabulary(rows, drafter.vocabulary_D, drafter.shape.vocab_size) for rows in heads]
+    return [
+        whole_vocabulary(rows, drafter.vocabulary_D, drafter.shape.vocab_size) for rows in heads
+    ]
 
 
 def whole_vocabulary(rows_DH: Tensor, vocabulary_D: Tensor | None, size: int) -> Tensor:
     """LM-head rows [V,H] whose likeliest token is that of the rows [D,H].
 
-    A token outside the draft vocabulary gets the mean of all rows, so its logit is the mean of all logits: below the
-    highest one, unless all are equal.
+    A token outside the draft vocabulary gets the mean of all rows, so its logit is the mean of all
+    logits: below the highest one, unless all are equal.
     """
     if vocabulary_D is None:
         return rows_DH
@@ -96,7 +116,8 @@ def whole_vocabulary(rows_DH: Tensor, vocabulary_D: Tensor | None, size: int) ->
     return whole_VH
 
 
-# -- import -------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------------------
+
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this format."""
@@ -106,14 +127,26 @@ def recognises(config: Mapping[str, Any]) -> bool:
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments, known dimensions and target of the drafter that a config describes."""
     size, trimmed = config["vocab_size"], config.get("truncated_vocab_size")
-    arguments = {"heads": config["num_heads"], "blocks": config["num_hidden_layers"], "lm_head": "own",
-                 "draft_vocabulary": trimmed if trimmed and trimmed < size else None}
-    return {"arguments": arguments, "shape": {"hidden_size": config["hidden_size"], "vocab_size": size},
-            "target": config.get("base_model_name_or_path")}
+    arguments = {
+        "heads": config["num_heads"],
+        "blocks": config["num_hidden_layers"],
+        "lm_head": "own",
+        "draft_vocabulary": trimmed if trimmed and trimmed < size else None,
+    }
+    return {
+        "arguments": arguments,
+        "shape": {"hidden_size": config["hidden_size"], "vocab_size": size},
+        "target": config.get("base_model_name_or_path"),
+    }
 
 
-def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], config: Mapping[str, Any],
-            target: Target | None) -> dict[str, Tensor]:
+def weights(
+    ledger: Ledger,
+    shape: TargetShape,
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any],
+    target: Target | None,
+) -> dict[str, Tensor]:
     """The tensors under this project's names."""
     size, found = shape.hidden_size, {}
     biased = bool(config.get("medusa_fc_bias")) or "blocks.0.layers.0.bias" in ledger
@@ -121,23 +154,37 @@ def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], co
         for block in range(arguments["blocks"]):
             theirs, ours = f"blocks.{head}.layers.{block}", f"blocks.{head}.{block}.linear"
             weight = found[f"{ours}.weight"] = ledger.take(f"{theirs}.weight", size, size)
-            found[f"{ours}.bias"] = ledger.take(f"{theirs}.bias", size) if biased else weight.new_zeros(size)
+            found[f"{ours}.bias"] = (
+                ledger.take(f"{theirs}.bias", size) if biased else weight.new_zeros(size)
+            )
     return found | _lm_heads(ledger, shape, arguments, bool(config.get("original_lm_head")))
 
 
-def _lm_heads(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], shared: bool) -> dict[str, Tensor]:
+def _lm_heads(
+    ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], shared: bool
+) -> dict[str, Tensor]:
     trimmed, found = arguments["draft_vocabulary"], {}
     order, whole = slice(None), shape.vocab_size
     if trimmed is not None:
         token_map = ledger.take("token_map", trimmed).long()
-        if len(token_map.unique()) < trimmed or int(token_map.min()) < 0 or int(token_map.max()) >= whole:
-            raise ValueError(f"{ledger.source}: token_map does not hold {trimmed} different ids below {whole}: it is "
-                             "another vocabulary's, or damaged")
+        if (
+            len(token_map.unique()) < trimmed
+            or int(token_map.min()) < 0
+            or int(token_map.max()) >= whole
+        ):
+            raise ValueError(
+                f"{ledger.source}: token_map does not hold {trimmed} different ids below {whole}: "
+                "it is another vocabulary's, or damaged"
+            )
         found["vocabulary"], order = token_map.sort()
         rows = len(ledger.tensors["lm_heads.0.weight"]) if "lm_heads.0.weight" in ledger else 0
         whole, order = (whole, found["vocabulary"]) if rows == whole else (trimmed, order)
     first = ledger.take("lm_heads.0.weight", whole, shape.hidden_size)[order]
     for head in range(arguments["heads"]):
-        rows = first if shared or not head else ledger.take(f"lm_heads.{head}.weight", whole, shape.hidden_size)[order]
+        rows = (
+            first
+            if shared or not head
+            else ledger.take(f"lm_heads.{head}.weight", whole, shape.hidden_size)[order]
+        )
         found[f"lm_heads.{head}.weight"] = rows
     return found

@@ -1,7 +1,8 @@
-"""Medusa heads in the layout of the reference implementation (Cai et al. 2024): `medusa_lm_head.pt`, and the same
-tensors as safetensors for servers that read those.
+"""Medusa heads in the layout of the reference implementation (Cai et al. 2024):
+`medusa_lm_head.pt`, and the same tensors as safetensors for servers that read those.
 
-Names are those of its module list: `{head}.{block}.linear.weight`, and `{head}.{blocks}.weight` for the LM head.
+Names are those of its module list: `{head}.{block}.linear.weight`, and `{head}.{blocks}.weight` for
+the LM head.
 
 Shape legend: H hidden size, V target vocabulary.
 """
@@ -34,18 +35,33 @@ def exported(drafter: Medusa, target: Target) -> Exported:
     """
     blocks = blocks_of(drafter)
     if blocks > 1:
-        raise ValueError(f"blocks is {blocks}: the reference implementation repeats one block, so different ones would "
-                         "be lost; use --format medusa")
-    tensors = {f"{head}.{block}.linear.{part}": tensor for head, block, part, tensor in block_tensors(drafter)}
-    tensors |= {f"{head}.{blocks}.weight": rows for head, rows in enumerate(_lm_heads(drafter, target))}
-    config = {"medusa_num_heads": drafter.heads, "medusa_num_layers": blocks,
-              "base_model_name_or_path": served_name(target.name)}
-    return Exported(config, tensors, ("medusa_lm_head.safetensors", "medusa_lm_head.pt"), usage(drafter, target.name))
+        raise ValueError(
+            f"blocks is {blocks}: the reference implementation repeats one block, so different "
+            "ones would be lost; use --format medusa"
+        )
+    tensors = {
+        f"{head}.{block}.linear.{part}": tensor
+        for head, block, part, tensor in block_tensors(drafter)
+    }
+    tensors |= {
+        f"{head}.{blocks}.weight": rows for head, rows in enumerate(_lm_heads(drafter, target))
+    }
+    config = {
+        "medusa_num_heads": drafter.heads,
+        "medusa_num_layers": blocks,
+        "base_model_name_or_path": served_name(target.name),
+    }
+    return Exported(
+        config,
+        tensors,
+        ("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
+        usage(drafter, target.name),
+    )
 
 
 def usage(drafter: Medusa, name: str) -> str:
     """How an engine is started with it; `name` is the target's."""
-    return f"MedusaModel.from_pretrained(\"FOLDER\")  # loads {served_name(name)} itself"
+    return f'MedusaModel.from_pretrained("FOLDER")  # loads {served_name(name)} itself'
 
 
 def _lm_heads(drafter: Medusa, target: Target) -> list[Tensor]:
@@ -54,7 +70,10 @@ def _lm_heads(drafter: Medusa, target: Target) -> list[Tensor]:
     vocabulary = drafter.vocabulary_D
     rows = target.copy_weight("lm_head").to(drafter.precision)
     trimmed = rows if vocabulary is None else rows[vocabulary.to(rows.device)]
-    return [whole_vocabulary(trimmed, vocabulary, drafter.shape.vocab_size) for _ in range(drafter.heads)]
+    return [
+        whole_vocabulary(trimmed, vocabulary, drafter.shape.vocab_size)
+        for _ in range(drafter.heads)
+    ]
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -63,13 +82,24 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments and target of the drafter that a config describes; it says nothing of dimensions."""
-    arguments = {"heads": config["medusa_num_heads"], "blocks": config.get("medusa_num_layers", 1), "lm_head": "own"}
+    """Arguments and target of the drafter that a config describes; it says nothing of
+    dimensions.
+    """
+    arguments = {
+        "heads": config["medusa_num_heads"],
+        "blocks": config.get("medusa_num_layers", 1),
+        "lm_head": "own",
+    }
     return {"arguments": arguments, "shape": {}, "target": config.get("base_model_name_or_path")}
 
 
-def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], config: Mapping[str, Any],
-            target: Target | None) -> dict[str, Tensor]:
+def weights(
+    ledger: Ledger,
+    shape: TargetShape,
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any],
+    target: Target | None,
+) -> dict[str, Tensor]:
     """The tensors under this project's names."""
     size, blocks, found = shape.hidden_size, arguments["blocks"], {}
     for head in range(arguments["heads"]):
@@ -77,5 +107,7 @@ def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], co
             name = f"{head}.{block}.linear"
             found[f"blocks.{name}.weight"] = ledger.take(f"{name}.weight", size, size)
             found[f"blocks.{name}.bias"] = ledger.take(f"{name}.bias", size)
-        found[f"lm_heads.{head}.weight"] = ledger.take(f"{head}.{blocks}.weight", shape.vocab_size, size)
+        found[f"lm_heads.{head}.weight"] = ledger.take(
+            f"{head}.{blocks}.weight", shape.vocab_size, size
+        )
     return found

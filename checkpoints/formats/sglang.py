@@ -1,8 +1,9 @@
 """EAGLE-3 for SGLang (the layout of its trainer, SpecForge), which vLLM reads too.
 
-A flat Llama config. The engines count layers differently: SGLang's id v is the output of layer v, vLLM's id k the
-input of layer k. Both are written: `eagle_config` for SGLang, one less than the key at the top for vLLM. SGLang
-silently skips tensors that it does not know, so parts that it does not have are refused here.
+A flat Llama config. The engines count layers differently: SGLang's id v is the output of layer v,
+vLLM's id k the input of layer k. Both are written: `eagle_config` for SGLang, one less than the key
+at the top for vLLM. SGLang silently skips tensors that it does not know, so parts that it does not
+have are refused here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from torch import Tensor
 from checkpoints.folders import Ledger
 from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
 from checkpoints.formats.exported import Exported, served_name
-from checkpoints.formats.llama import layer_config, layer_shape, old_rope, refuse_attention_options, single_layer
+from checkpoints.formats.llama import (
+    layer_config,
+    layer_shape,
+    old_rope,
+    refuse_attention_options,
+    single_layer,
+)
 from modules.contracts.trainable import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
@@ -25,9 +32,11 @@ if TYPE_CHECKING:
 DRAFTER = Eagle3
 ENGINES = ("SGLang", "vLLM")
 _KEY = "eagle_aux_hidden_state_layer_ids"
-_USAGE = ("python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
-          "--speculative-draft-model-path FOLDER --speculative-num-steps {steps} --speculative-eagle-topk 4 "
-          "--speculative-num-draft-tokens 16")
+_USAGE = (
+    "python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
+    "--speculative-draft-model-path FOLDER --speculative-num-steps {steps} "
+    "--speculative-eagle-topk 4 --speculative-num-draft-tokens 16"
+)
 
 
 def exported(drafter: Eagle3, target: Target) -> Exported:
@@ -39,21 +48,37 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
     ids = layer_ids(drafter)
     refuse_attention_options(drafter.shape, "SGLang")
     if drafter.norm_before_residual:
-        raise ValueError("norm_before_residual is true: SGLang adds attention to the feature as it came; use --format "
-                         "speculators")
+        raise ValueError(
+            "norm_before_residual is true: SGLang adds attention to the feature as it came; use "
+            "--format speculators"
+        )
     if len(ids) < 2 or ids[0] == 0:
-        raise ValueError(f"fused_layers {drafter.fused_layers}: SGLang fuses two states or more, and none before the "
-                         "first layer (0); use --format speculators")
+        raise ValueError(
+            f"fused_layers {drafter.fused_layers}: SGLang fuses two states or more, and none "
+            "before the first layer (0); use --format speculators"
+        )
     layer = old_rope(layer_config(drafter.shape, drafter.precision))
-    config = {**layer, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": drafter.draft_size,
-              "fc_norm": drafter.fc_norm is not None, "norm_output": drafter.norm_output,
-              "norm_before_residual": False, "num_aux_hidden_states": len(ids), _KEY: ids,
-              "eagle_config": {"use_aux_hidden_state": True, _KEY: [k - 1 for k in ids]},
-              "base_model_name_or_path": served_name(target.name)}
+    config = {
+        **layer,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": drafter.draft_size,
+        "fc_norm": drafter.fc_norm is not None,
+        "norm_output": drafter.norm_output,
+        "norm_before_residual": False,
+        "num_aux_hidden_states": len(ids),
+        _KEY: ids,
+        "eagle_config": {"use_aux_hidden_state": True, _KEY: [k - 1 for k in ids]},
+        "base_model_name_or_path": served_name(target.name),
+    }
     tensors = eagle3_tensors(drafter, target, "midlayer", mapped=True)
-    notes = () if drafter.vocabulary_D is not None else (
-        "a drafter over the whole vocabulary carries d2t, which SGLang asks for and vLLM refuses: for vLLM use "
-        "--format speculators",)
+    notes = (
+        ()
+        if drafter.vocabulary_D is not None
+        else (
+            "a drafter over the whole vocabulary carries d2t, which SGLang asks for and vLLM "
+            "refuses: for vLLM use --format speculators",
+        )
+    )
     return Exported(config, tensors, usage=usage(drafter, target.name), notes=notes)
 
 
@@ -65,7 +90,8 @@ def usage(drafter: Eagle3, name: str) -> str:
 def recognises(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this format."""
     return any(name.endswith("Eagle3") for name in config.get("architectures") or ()) or (
-        "draft_vocab_size" in config and "speculators_model_type" not in config)
+        "draft_vocab_size" in config and "speculators_model_type" not in config
+    )
 
 
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,14 +101,29 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
     top: list[int] | None = config.get(_KEY)
     ids = [v + 1 for v in theirs] if theirs else top
     if theirs and top and sorted(v + 1 for v in theirs) != sorted(top):
-        raise ValueError(f"config.json: {_KEY} is {top} at the top but {theirs} in eagle_config, which counts "
-                         "one less: engines would read different layers")
-    arguments = eagle3_arguments(config, sorted(ids) if ids else None, bool(config.get("norm_before_residual")),
-                                 "config.json")
-    return {"arguments": arguments, "shape": layer_shape(config), "target": config.get("base_model_name_or_path")}
+        raise ValueError(
+            f"config.json: {_KEY} is {top} at the top but {theirs} in eagle_config, which counts "
+            "one less: engines would read different layers"
+        )
+    arguments = eagle3_arguments(
+        config,
+        sorted(ids) if ids else None,
+        bool(config.get("norm_before_residual")),
+        "config.json",
+    )
+    return {
+        "arguments": arguments,
+        "shape": layer_shape(config),
+        "target": config.get("base_model_name_or_path"),
+    }
 
 
-def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], config: Mapping[str, Any],
-            target: Target | None) -> dict[str, Tensor]:
+def weights(
+    ledger: Ledger,
+    shape: TargetShape,
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any],
+    target: Target | None,
+) -> dict[str, Tensor]:
     """The tensors under this project's names."""
     return take_eagle3(ledger, shape, arguments, target)

@@ -1,7 +1,8 @@
 """EAGLE-3 for vLLM, in the format of its `speculators` library.
 
-`eagle_aux_hidden_state_layer_ids` count as this project does (id k = input of layer k). Every norm option is written
-out, because vLLM takes a missing `norm_before_residual` for true. A drafter over the whole vocabulary has no `d2t`.
+`eagle_aux_hidden_state_layer_ids` count as this project does (id k = input of layer k). Every norm
+option is written out, because vLLM takes a missing `norm_before_residual` for true. A drafter over
+the whole vocabulary has no `d2t`.
 """
 
 from __future__ import annotations
@@ -26,27 +27,54 @@ DRAFTER = Eagle3
 ENGINES = ("vLLM",)
 _VERSION = "0.3.0"
 """Of the format: the first release of its library with these keys."""
-_USAGE = ("vllm serve {target} --speculative-config "
-          "'{{\"method\": \"eagle3\", \"model\": \"FOLDER\", \"num_speculative_tokens\": {tokens}}}'")
+_USAGE = (
+    "vllm serve {target} --speculative-config "
+    '\'{{"method": "eagle3", "model": "FOLDER", "num_speculative_tokens": {tokens}}}\''
+)
 
 
 def exported(drafter: Eagle3, target: Target) -> Exported:
     """The drafter as vLLM loads it."""
     trimmed, name = drafter.vocabulary_D is not None, served_name(target.name)
     ids, tokens = layer_ids(drafter), drafter.draft_steps
-    layer = {**layer_config(drafter.shape, drafter.precision), "num_aux_hidden_states": len(ids),
-             "architectures": ["LlamaForCausalLM"]}
-    method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {"name_or_path": name, "architectures": list(target.anatomy.config.architectures or [])}
+    layer = {
+        **layer_config(drafter.shape, drafter.precision),
+        "num_aux_hidden_states": len(ids),
+        "architectures": ["LlamaForCausalLM"],
+    }
+    method = {
+        "proposal_type": "greedy",
+        "speculative_tokens": tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    verifier = {
+        "name_or_path": name,
+        "architectures": list(target.anatomy.config.architectures or []),
+    }
     config = {
-        "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "speculators_version": _VERSION,
-        "draft_vocab_size": drafter.draft_size, "eagle_aux_hidden_state_layer_ids": ids,
-        "norm_before_residual": drafter.norm_before_residual, "norm_before_fc": False,
-        "fc_norm": drafter.fc_norm is not None, "norm_output": drafter.norm_output, "embed_requires_grad": False,
-        "target_hidden_size": None, "tie_word_embeddings": False, "dtype": layer["dtype"],
-        "transformers_version": metadata.version("transformers"), "transformer_layer_config": layer,
-        "speculators_config": {"algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [method],
-                               "verifier": verifier}}
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": _VERSION,
+        "draft_vocab_size": drafter.draft_size,
+        "eagle_aux_hidden_state_layer_ids": ids,
+        "norm_before_residual": drafter.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": drafter.fc_norm is not None,
+        "norm_output": drafter.norm_output,
+        "embed_requires_grad": False,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "dtype": layer["dtype"],
+        "transformers_version": metadata.version("transformers"),
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": verifier,
+        },
+    }
     tensors = eagle3_tensors(drafter, target, "layers.0", trimmed)
     return Exported(config, tensors, usage=usage(drafter, target.name))
 
@@ -72,13 +100,26 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"speculators_model_type is {kind!r}: only 'eagle3' can be imported")
     layer = config["transformer_layer_config"]
     single_layer(layer, "transformer_layer_config")
-    arguments = eagle3_arguments({**layer, **config}, config.get("eagle_aux_hidden_state_layer_ids"),
-                                 bool(config.get("norm_before_residual", True)), "config.json")
+    arguments = eagle3_arguments(
+        {**layer, **config},
+        config.get("eagle_aux_hidden_state_layer_ids"),
+        bool(config.get("norm_before_residual", True)),
+        "config.json",
+    )
     verifier = config.get("speculators_config", {}).get("verifier", {})
-    return {"arguments": arguments, "shape": layer_shape(layer), "target": verifier.get("name_or_path")}
+    return {
+        "arguments": arguments,
+        "shape": layer_shape(layer),
+        "target": verifier.get("name_or_path"),
+    }
 
 
-def weights(ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], config: Mapping[str, Any],
-            target: Target | None) -> dict[str, Tensor]:
+def weights(
+    ledger: Ledger,
+    shape: TargetShape,
+    arguments: Mapping[str, Any],
+    config: Mapping[str, Any],
+    target: Target | None,
+) -> dict[str, Tensor]:
     """The tensors under this project's names."""
     return take_eagle3(ledger, shape, arguments, target)

@@ -48,7 +48,9 @@ def check_yaml(text: str) -> None:
             sizes[anchor] = size
         open_sizes[-1] += size
         if open_sizes[-1] > MOST_NODES:
-            raise ValueError(f"the YAML has more than {MOST_NODES} values with its aliases written out")
+            raise ValueError(
+                f"the YAML has more than {MOST_NODES} values with its aliases written out"
+            )
 
 
 def load_yaml(file: Path) -> Any:

@@ -1,9 +1,10 @@
 """Which code a config may name: classes of a few packages that are what their key holds.
 
-A config that somebody sends must not run what it likes. A name in another package is refused
-before that package is imported, and a name in these is refused before it is called, unless it is a
-class of the key's kind, or a function that declares to return one (`modules.trees.sampled.branching.chains`).
-Users allow packages of their own on the command line (`--allow_package`), never in a config.
+A config that somebody sends must not run what it likes. A name in another package is refused before
+that package is imported, and a name in these is refused before it is called, unless it is a class
+of the key's kind, or a function that declares to return one
+(`modules.trees.sampled.branching.chains`). Users allow packages of their own on the command line
+(`--allow_package`), never in a config.
 """
 
 from __future__ import annotations
@@ -101,7 +102,10 @@ def _made_by(found: Any) -> type | None:
 
 
 def _fits(made: type, kind: Kind) -> bool:
-    known = {*dir(made), *(name for one in made.__mro__ for name in vars(one).get("__annotations__", ()))}
+    known = {
+        *dir(made),
+        *(name for one in made.__mro__ for name in vars(one).get("__annotations__", ())),
+    }
     return all(
         part in known if isinstance(part, str) else issubclass(made, part) for part in kind.value
     )

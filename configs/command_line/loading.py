@@ -26,12 +26,19 @@ _SUBJECT = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
 _CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
 _NAMESPACE = re.compile(r"\.? ?Got value: Namespace\(.*\)$", re.MULTILINE)
-_WRAPPING = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path",
-             "- Expected a <class 'NoneType'>")
+_WRAPPING = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Problem with given class_path",
+    "- Expected a <class 'NoneType'>",
+)
 
 
 def resolve(name: str, folder: Path = CONFIGS) -> Path:
-    """The config file that `name` means: a path, or else a file under configs/ (with or without `.yaml`).
+    """The config file that `name` means: a path, or else a file under configs/ (with or without
+    `.yaml`).
 
     Raises:
         ValueError: there is none; the line lists the closest names.
@@ -42,24 +49,29 @@ def resolve(name: str, folder: Path = CONFIGS) -> Path:
         return found
     known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-    raise ValueError(f"--config {name!r} is neither a file nor a config: try {', '.join(close) or 'a path'}")
+    raise ValueError(
+        f"--config {name!r} is neither a file nor a config: try {', '.join(close) or 'a path'}"
+    )
 
 
 def resolve_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line with every `--config NAME` turned into `--config PATH` (several merge left to right)."""
+    """The command line with every `--config NAME` turned into `--config PATH` (several merge left
+    to right).
+    """
     resolved, expecting = [], False
     for word in arguments:
         if expecting:
             word = str(resolve(word))
         elif word.startswith(_FLAG + "="):
-            word = f"{_FLAG}={resolve(word[len(_FLAG) + 1:])}"
+            word = f"{_FLAG}={resolve(word[len(_FLAG) + 1 :])}"
         expecting = not expecting and word == _FLAG
         resolved.append(word)
     return resolved
 
 
 def without_packages(arguments: Sequence[str]) -> list[str]:
-    """The command line without its `--allow_package NAME`, whose packages configs may name from now on.
+    """The command line without its `--allow_package NAME`, whose packages configs may name from now
+    on.
 
     It is no key of the parser's, so that no config can set it.
     """
@@ -81,8 +93,8 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse a command line whose parser has `exit_on_error=False` and a `--config` argument.
 
     Raises:
-        ValueError: an unknown key, a wrong type, a missing file, a class that no config may name, YAML beyond its
-            bounds; as one line that names the key.
+        ValueError: an unknown key, a wrong type, a missing file, a class that no config may name,
+            YAML beyond its bounds; as one line that names the key.
     """
     words = resolve_arguments(without_packages(arguments))
     for word, before in zip(words, ["", *words]):
@@ -95,7 +107,9 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def one_line(message: str) -> str:
-    """A parser's message folded into one line: the innermost key, the value, and what is wrong with it."""
+    """A parser's message folded into one line: the innermost key, the value, and what is wrong with
+    it.
+    """
     denied = _DENIED.search(message)
     if denied:
         keys = ".".join(dict.fromkeys(_SUBJECT.findall(message)))
@@ -103,13 +117,21 @@ def one_line(message: str) -> str:
     message = _NAMESPACE.sub("", _CALLABLE.sub("", message))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     keys = _SUBJECT.findall(message)
-    given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")]
+    given = [
+        line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")
+    ]
     value = given[-1] if given else None
-    kept = [line.removeprefix("- ") for line in lines if not line.startswith((*_WRAPPING, "Given value"))]
+    kept = [
+        line.removeprefix("- ")
+        for line in lines
+        if not line.startswith((*_WRAPPING, "Given value"))
+    ]
     text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
     subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
-    return f"{subject}{text}" + (f", got {value!r}" if value is not None and repr(value) not in text else "")
+    return f"{subject}{text}" + (
+        f", got {value!r}" if value is not None and repr(value) not in text else ""
+    )
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -142,5 +164,7 @@ def _fail(words: str) -> int:
 def config_parser(prog: str, description: str, **options: Any) -> ArgumentParser:
     """A parser with `--config` that raises instead of exiting."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, **options)
-    parser.add_argument(_FLAG, action="config", help="a path, or a file under configs/; several merge left to right")
+    parser.add_argument(
+        _FLAG, action="config", help="a path, or a file under configs/; several merge left to right"
+    )
     return parser

@@ -1,4 +1,6 @@
-"""What must not be stored, printed or published: credentials, and where files lie on this machine."""
+"""What must not be stored, printed or published: credentials, and where files lie on this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,29 @@ _PATTERNS = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{12,}"), HIDDEN),
-    (re.compile(r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (
+        re.compile(r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-)[A-Za-z0-9_-]{16,}"),
+        HIDDEN,
+    ),
     (re.compile(r"\b(Bearer|Basic)\s+(?!<redacted>)[^\s'\"]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
-    (re.compile(rf"(--[\w.-]*{_NAMES}(?:=|\s+))(?!<redacted>|-)('[^']*'|\"[^\"]*\"|[^\s]+)", re.IGNORECASE),
-     rf"\1{HIDDEN}"),
-    (re.compile(rf"\b((?:[\w.-]*{_NAMES}|key)=)(?!<redacted>)[^\s&'\"]{{6,}}", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"',}}]{{8,}}", re.IGNORECASE),
-     rf"\1{HIDDEN}"),
+    (
+        re.compile(
+            rf"(--[\w.-]*{_NAMES}(?:=|\s+))(?!<redacted>|-)('[^']*'|\"[^\"]*\"|[^\s]+)",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        re.compile(rf"\b((?:[\w.-]*{_NAMES}|key)=)(?!<redacted>)[^\s&'\"]{{6,}}", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        re.compile(
+            rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"',}}]{{8,}}",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
 )
 _SECRET_NAME = re.compile(rf"(?:.*[._-])?{_NAMES}", re.IGNORECASE)
 _VARIABLE = re.compile(r".*(?:TOKEN|KEY|SECRET|PASSWORD)")
@@ -31,8 +49,9 @@ _ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
 def redacted(text: str) -> str:
-    """A text without credentials: those of urls and headers, tokens of known kinds, values of flags and keys that are
-    named so, and the values of this process's own variables (`*_TOKEN`, `*_KEY`, …)."""
+    """A text without credentials: those of urls and headers, tokens of known kinds, values of flags
+    and keys that are named so, and the values of this process's own variables (`*_TOKEN`, `*_KEY`,
+    …)."""
     for name, value in os.environ.items():
         if _VARIABLE.fullmatch(name) and len(value) >= _LEAST:
             text = text.replace(value, HIDDEN)
@@ -46,9 +65,12 @@ def redact(value: Any) -> Any:
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
-        return {key if not isinstance(key, str) else redacted(key):
-                HIDDEN if isinstance(key, str) and isinstance(inner, str) and _SECRET_NAME.fullmatch(key)
-                else redact(inner) for key, inner in value.items()}
+        return {
+            key if not isinstance(key, str) else redacted(key): HIDDEN
+            if isinstance(key, str) and isinstance(inner, str) and _SECRET_NAME.fullmatch(key)
+            else redact(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [redact(inner) for inner in value]
     return value
@@ -61,8 +83,8 @@ def at_home(text: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """A JSON value without the places of files on this machine: below the working directory a path is relative, and
-    elsewhere its last part is left."""
+    """A JSON value without the places of files on this machine: below the working directory a path
+    is relative, and elsewhere its last part is left."""
     if isinstance(value, str):
         here = Path.cwd()
         text = value.replace(f"{here}/", "") if len(here.parts) > 1 else value

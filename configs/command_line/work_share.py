@@ -1,4 +1,6 @@
-"""How several processes divide work that each piece of needs no other: by a hash, so that nobody has to ask."""
+"""How several processes divide work that each piece of needs no other: by a hash, so that nobody
+has to ask.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Share:
         return Share()
 
     def takes(self, key: str) -> bool:
-        """Whether a piece with this hexadecimal hash falls to it. Every piece falls to exactly one share."""
+        """Whether a piece with this hexadecimal hash falls to it. Every piece falls to exactly one
+        share.
+        """
         return int(key[:12], 16) % self.count == self.index
 
     def __str__(self) -> str:

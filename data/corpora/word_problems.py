@@ -1,6 +1,7 @@
 """Word problems of our own with right solutions and wrong ones whose first error is known.
 
-`python -m data.corpora.word_problems` writes the embedded set anew (`data/prompts/solutions.jsonl`), the same bytes every time.
+`python -m data.corpora.word_problems` writes the embedded set anew
+(`data/prompts/solutions.jsonl`), the same bytes every time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,27 @@ from typing import Any
 
 EMBEDDED_SOLUTIONS = Path(__file__).parent.parent / "prompts" / "solutions.jsonl"
 Values = dict[str, int]
-NAMES = ("Ada", "Bilal", "Chen", "Dora", "Emil", "Fatou", "Goran", "Hana", "Ivo", "Jun", "Kirsi", "Luz")
+NAMES = (
+    "Ada",
+    "Bilal",
+    "Chen",
+    "Dora",
+    "Emil",
+    "Fatou",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kirsi",
+    "Luz",
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a solution: the value it finds, how, and what it says (the value stands behind the equals sign)."""
+    """One line of a solution: the value it finds, how, and what it says (the value stands behind
+    the equals sign).
+    """
 
     finds: str
     compute: Callable[[Values], int]
@@ -37,85 +53,142 @@ class Template:
 
 TEMPLATES = (
     Template(
-        "{name} packs {a} crates with {b} jars of honey each and then sells {c} jars at the gate. How many jars "
-        "are left?",
+        "{name} packs {a} crates with {b} jars of honey each and then sells {c} jars at the gate. "
+        "How many jars are left?",
         {"a": (4, 12), "b": (6, 15), "c": (5, 20)},
-        (Step("x", lambda v: v["a"] * v["b"], "{a} crates of {b} jars hold {a} * {b} = {x} jars."),
-         Step("y", lambda v: v["x"] - v["c"], "After the sale {x} - {c} = {y} jars are left."))),
+        (
+            Step(
+                "x", lambda v: v["a"] * v["b"], "{a} crates of {b} jars hold {a} * {b} = {x} jars."
+            ),
+            Step("y", lambda v: v["x"] - v["c"], "After the sale {x} - {c} = {y} jars are left."),
+        ),
+    ),
     Template(
-        "A bus starts with {a} passengers. At the first stop {b} get on, at the second {c} get off, and at the third "
-        "{d} get on. How many passengers are on the bus then?",
+        "A bus starts with {a} passengers. At the first stop {b} get on, at the second {c} get "
+        "off, and at the third {d} get on. How many passengers are on the bus then?",
         {"a": (20, 35), "b": (5, 15), "c": (4, 12), "d": (3, 14)},
-        (Step("x", lambda v: v["a"] + v["b"], "After the first stop there are {a} + {b} = {x} passengers."),
-         Step("y", lambda v: v["x"] - v["c"], "After the second stop there are {x} - {c} = {y} passengers."),
-         Step("z", lambda v: v["y"] + v["d"], "After the third stop there are {y} + {d} = {z} passengers."))),
+        (
+            Step(
+                "x",
+                lambda v: v["a"] + v["b"],
+                "After the first stop there are {a} + {b} = {x} passengers.",
+            ),
+            Step(
+                "y",
+                lambda v: v["x"] - v["c"],
+                "After the second stop there are {x} - {c} = {y} passengers.",
+            ),
+            Step(
+                "z",
+                lambda v: v["y"] + v["d"],
+                "After the third stop there are {y} + {d} = {z} passengers.",
+            ),
+        ),
+    ),
     Template(
-        "{name} buys {a} notebooks at {b} euros each and {c} pencils at {d} euros each. How many euros is that "
-        "together?",
+        "{name} buys {a} notebooks at {b} euros each and {c} pencils at {d} euros each. How many "
+        "euros is that together?",
         {"a": (3, 9), "b": (3, 8), "c": (4, 12), "d": (1, 3)},
-        (Step("x", lambda v: v["a"] * v["b"], "The notebooks cost {a} * {b} = {x} euros."),
-         Step("y", lambda v: v["c"] * v["d"], "The pencils cost {c} * {d} = {y} euros."),
-         Step("z", lambda v: v["x"] + v["y"], "Together that is {x} + {y} = {z} euros."))),
+        (
+            Step("x", lambda v: v["a"] * v["b"], "The notebooks cost {a} * {b} = {x} euros."),
+            Step("y", lambda v: v["c"] * v["d"], "The pencils cost {c} * {d} = {y} euros."),
+            Step("z", lambda v: v["x"] + v["y"], "Together that is {x} + {y} = {z} euros."),
+        ),
+    ),
     Template(
-        "A hiker walks {a} kilometres an hour for {b} hours, rests, and then walks another {c} kilometres. The whole "
-        "trail is {d} kilometres longer than that. How long is the trail?",
+        "A hiker walks {a} kilometres an hour for {b} hours, rests, and then walks another {c} "
+        "kilometres. The whole trail is {d} kilometres longer than that. How long is the trail?",
         {"a": (3, 6), "b": (3, 7), "c": (4, 9), "d": (5, 18)},
-        (Step("x", lambda v: v["a"] * v["b"], "Before the rest the hiker walks {a} * {b} = {x} kilometres."),
-         Step("y", lambda v: v["x"] + v["c"], "With the rest of the day that makes {x} + {c} = {y} kilometres."),
-         Step("z", lambda v: v["y"] + v["d"], "The trail is {y} + {d} = {z} kilometres long."))),
+        (
+            Step(
+                "x",
+                lambda v: v["a"] * v["b"],
+                "Before the rest the hiker walks {a} * {b} = {x} kilometres.",
+            ),
+            Step(
+                "y",
+                lambda v: v["x"] + v["c"],
+                "With the rest of the day that makes {x} + {c} = {y} kilometres.",
+            ),
+            Step("z", lambda v: v["y"] + v["d"], "The trail is {y} + {d} = {z} kilometres long."),
+        ),
+    ),
     Template(
-        "{name} saves {a} coins every week for {b} weeks and spends {c} of them on a present. Then an aunt "
-        "doubles what "
-        "is left. How many coins does {name} have?",
+        "{name} saves {a} coins every week for {b} weeks and spends {c} of them on a present. Then "
+        "an aunt doubles what is left. How many coins does {name} have?",
         {"a": (6, 14), "b": (4, 9), "c": (8, 20)},
-        (Step("x", lambda v: v["a"] * v["b"], "The savings are {a} * {b} = {x} coins."),
-         Step("y", lambda v: v["x"] - v["c"], "The present leaves {x} - {c} = {y} coins."),
-         Step("z", lambda v: 2 * v["y"], "Doubled, that is 2 * {y} = {z} coins."))),
+        (
+            Step("x", lambda v: v["a"] * v["b"], "The savings are {a} * {b} = {x} coins."),
+            Step("y", lambda v: v["x"] - v["c"], "The present leaves {x} - {c} = {y} coins."),
+            Step("z", lambda v: 2 * v["y"], "Doubled, that is 2 * {y} = {z} coins."),
+        ),
+    ),
     Template(
-        "A theatre has {a} rows of {b} seats. For tonight {c} tickets were sold in advance and {d} at the door. "
-        "How many "
-        "seats stay empty?",
+        "A theatre has {a} rows of {b} seats. For tonight {c} tickets were sold in advance and {d} "
+        "at the door. How many seats stay empty?",
         {"a": (10, 16), "b": (11, 18), "c": (40, 70), "d": (10, 30)},
-        (Step("x", lambda v: v["a"] * v["b"], "The theatre has {a} * {b} = {x} seats."),
-         Step("y", lambda v: v["c"] + v["d"], "Altogether {c} + {d} = {y} tickets were sold."),
-         Step("z", lambda v: v["x"] - v["y"], "So {x} - {y} = {z} seats stay empty."))),
+        (
+            Step("x", lambda v: v["a"] * v["b"], "The theatre has {a} * {b} = {x} seats."),
+            Step("y", lambda v: v["c"] + v["d"], "Altogether {c} + {d} = {y} tickets were sold."),
+            Step("z", lambda v: v["x"] - v["y"], "So {x} - {y} = {z} seats stay empty."),
+        ),
+    ),
     Template(
-        "A baker makes {a} rolls in the morning and {b} at noon, and puts {c} of them into each bag for {d} "
-        "bags. How many "
-        "rolls are not in a bag?",
+        "A baker makes {a} rolls in the morning and {b} at noon, and puts {c} of them into each "
+        "bag for {d} bags. How many rolls are not in a bag?",
         {"a": (50, 80), "b": (30, 60), "c": (4, 8), "d": (5, 9)},
-        (Step("x", lambda v: v["a"] + v["b"], "The baker makes {a} + {b} = {x} rolls."),
-         Step("y", lambda v: v["c"] * v["d"], "The bags take {c} * {d} = {y} rolls."),
-         Step("z", lambda v: v["x"] - v["y"], "Not in a bag are {x} - {y} = {z} rolls."))),
+        (
+            Step("x", lambda v: v["a"] + v["b"], "The baker makes {a} + {b} = {x} rolls."),
+            Step("y", lambda v: v["c"] * v["d"], "The bags take {c} * {d} = {y} rolls."),
+            Step("z", lambda v: v["x"] - v["y"], "Not in a bag are {x} - {y} = {z} rolls."),
+        ),
+    ),
     Template(
-        "A tank holds {a} litres. A pump adds {b} litres a minute for {c} minutes while {d} litres leak away in "
-        "all. How "
-        "much water is in the tank afterwards?",
+        "A tank holds {a} litres. A pump adds {b} litres a minute for {c} minutes while {d} litres "
+        "leak away in all. How much water is in the tank afterwards?",
         {"a": (30, 90), "b": (6, 15), "c": (5, 12), "d": (8, 25)},
-        (Step("x", lambda v: v["b"] * v["c"], "The pump adds {b} * {c} = {x} litres."),
-         Step("y", lambda v: v["a"] + v["x"], "Without the leak there would be {a} + {x} = {y} litres."),
-         Step("z", lambda v: v["y"] - v["d"], "With the leak there are {y} - {d} = {z} litres."))),
+        (
+            Step("x", lambda v: v["b"] * v["c"], "The pump adds {b} * {c} = {x} litres."),
+            Step(
+                "y",
+                lambda v: v["a"] + v["x"],
+                "Without the leak there would be {a} + {x} = {y} litres.",
+            ),
+            Step("z", lambda v: v["y"] - v["d"], "With the leak there are {y} - {d} = {z} litres."),
+        ),
+    ),
     Template(
-        "{name} reads {a} pages a day from Monday to Friday and {b} pages on each day of the weekend. The book has {c} "
-        "pages more than that. How many pages has the book?",
+        "{name} reads {a} pages a day from Monday to Friday and {b} pages on each day of the "
+        "weekend. The book has {c} pages more than that. How many pages has the book?",
         {"a": (9, 18), "b": (20, 35), "c": (15, 60)},
-        (Step("x", lambda v: 5 * v["a"], "From Monday to Friday that is 5 * {a} = {x} pages."),
-         Step("y", lambda v: 2 * v["b"], "On the weekend it is 2 * {b} = {y} pages."),
-         Step("z", lambda v: v["x"] + v["y"], "In the whole week that makes {x} + {y} = {z} pages."),
-         Step("w", lambda v: v["z"] + v["c"], "The book has {z} + {c} = {w} pages."))),
+        (
+            Step("x", lambda v: 5 * v["a"], "From Monday to Friday that is 5 * {a} = {x} pages."),
+            Step("y", lambda v: 2 * v["b"], "On the weekend it is 2 * {b} = {y} pages."),
+            Step(
+                "z",
+                lambda v: v["x"] + v["y"],
+                "In the whole week that makes {x} + {y} = {z} pages.",
+            ),
+            Step("w", lambda v: v["z"] + v["c"], "The book has {z} + {c} = {w} pages."),
+        ),
+    ),
     Template(
-        "A farmer has {a} hens that lay {b} eggs each in a week. The family eats {c} of the eggs and the rest "
-        "is sold for "
-        "2 euros apiece. How many euros does the farmer earn?",
+        "A farmer has {a} hens that lay {b} eggs each in a week. The family eats {c} of the eggs "
+        "and the rest is sold for 2 euros apiece. How many euros does the farmer earn?",
         {"a": (6, 13), "b": (4, 6), "c": (7, 15)},
-        (Step("x", lambda v: v["a"] * v["b"], "The hens lay {a} * {b} = {x} eggs."),
-         Step("y", lambda v: v["x"] - v["c"], "For sale remain {x} - {c} = {y} eggs."),
-         Step("z", lambda v: 2 * v["y"], "They bring in 2 * {y} = {z} euros."))),
+        (
+            Step("x", lambda v: v["a"] * v["b"], "The hens lay {a} * {b} = {x} eggs."),
+            Step("y", lambda v: v["x"] - v["c"], "For sale remain {x} - {c} = {y} eggs."),
+            Step("z", lambda v: 2 * v["y"], "They bring in 2 * {y} = {z} euros."),
+        ),
+    ),
 )
 
 
 def embedded_problems(count: int = 100, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of `{question, solution, wrong, error}`; `error` is where the first wrong number stands in `wrong`."""
+    """Rows of `{question, solution, wrong, error}`; `error` is where the first wrong number stands
+    in `wrong`.
+    """
     chance = random.Random(seed)
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
@@ -125,7 +198,9 @@ def embedded_problems(count: int = 100, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def problem(template: Template, chance: random.Random) -> dict[str, Any]:
-    """One problem with numbers drawn, its right solution, and a wrong one that carries its error on to the end."""
+    """One problem with numbers drawn, its right solution, and a wrong one that carries its error on
+    to the end.
+    """
     given = {key: chance.randint(*bounds) for key, bounds in template.numbers.items()}
     name = chance.choice(NAMES)
     right = _solve(template.steps, given)
@@ -134,19 +209,27 @@ def problem(template: Template, chance: random.Random) -> dict[str, Any]:
         step = chance.choice(template.steps)
         wrong = _solve(template.steps, given, {step.finds: mistaken(right[step.finds], chance)})
         error = _place(template.steps, wrong, step)
-    return {"question": template.question.format(name=name, **given), "solution": _write(template.steps, right),
-            "wrong": _write(template.steps, wrong), "error": list(error)}
+    return {
+        "question": template.question.format(name=name, **given),
+        "solution": _write(template.steps, right),
+        "wrong": _write(template.steps, wrong),
+        "error": list(error),
+    }
 
 
 def mistaken(value: int, chance: random.Random) -> int:
-    """Another number that a slip could have given: off by little or by ten, or with its digits swapped."""
+    """Another number that a slip could have given: off by little or by ten, or with its digits
+    swapped.
+    """
     swapped = int(str(value)[::-1])
     slips = [value + change for change in (-10, -2, -1, 1, 2, 10) if value + change > 0]
     return chance.choice([*slips, *([swapped] * 2 if swapped not in (value, 0) else [])])
 
 
 def _solve(steps: Sequence[Step], given: Values, forced: Values | None = None) -> Values:
-    """All values; those in `forced` are taken as they are, and what follows is computed with them."""
+    """All values; those in `forced` are taken as they are, and what follows is computed with
+    them.
+    """
     values = dict(given)
     for step in steps:
         values[step.finds] = (forced or {}).get(step.finds, step.compute(values))
@@ -160,7 +243,7 @@ def _write(steps: Sequence[Step], values: Values) -> str:
 
 def _place(steps: Sequence[Step], values: Values, wrong: Step) -> tuple[int, int]:
     """Where the value of a step stands in the written solution."""
-    before = "".join(step.says.format(**values) + "\n" for step in steps[:steps.index(wrong)])
+    before = "".join(step.says.format(**values) + "\n" for step in steps[: steps.index(wrong)])
     start = len(before) + len(wrong.says.split("{" + wrong.finds + "}")[0].format(**values))
     return start, start + len(str(values[wrong.finds]))
 

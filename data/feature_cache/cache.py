@@ -1,9 +1,11 @@
-"""The feature cache: states of the frozen target, computed once per document and found by a hash of its tokens.
+"""The feature cache: states of the frozen target, computed once per document and found by a hash of
+its tokens.
 
-A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor [S,H] per state,
-its documents one after the other, and is written atomically: an interrupted run goes on where it stopped, and a
-cache can be extended with more documents at any time. Several processes, on several machines too, may write one folder
-at the same time, each a share of the documents (`configs.command_line.work_share`); the manifest takes up their shards as they come.
+A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor
+[S,H] per state, its documents one after the other, and is written atomically: an interrupted run
+goes on where it stopped, and a cache can be extended with more documents at any time. Several
+processes, on several machines too, may write one folder at the same time, each a share of the
+documents (`configs.command_line.work_share`); the manifest takes up their shards as they come.
 
 Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
 """
@@ -42,7 +44,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 CacheDtype = Literal["bfloat16", "float32", "int8"]
 _ERRORS = "rms_error"
-"""Of a shard in the manifest: how far off its states are, by name (`data.feature_cache.rounding`)."""
+"""Of a shard in the manifest: how far off its states are, by name
+(`data.feature_cache.rounding`).
+"""
 _MANIFEST_LOCK = ".lock-manifest"
 """Held while the manifest is read and written."""
 
@@ -59,7 +63,9 @@ class FeatureCache:
         ValueError: no cache there, a foreign target, or states that it does not hold.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str, names: Sequence[StateName] = ()) -> None:
+    def __init__(
+        self, folder: str | Path, fingerprint: str, names: Sequence[StateName] = ()
+    ) -> None:
         self.folder, self.names = Path(folder), tuple(names)
         self.manifest = _read_manifest(self.folder)
         _check(self.manifest, self.folder, fingerprint, names)
@@ -88,8 +94,10 @@ class FeatureCache:
         """
         missing = sum(document.key not in self for document in documents)
         if missing:
-            raise ValueError(f"features {str(self.folder)!r} lack {missing} of {len(documents)} documents: "
-                             "run `python -m data.features` with the same data and max_length to add them")
+            raise ValueError(
+                f"features {str(self.folder)!r} lack {missing} of {len(documents)} documents: "
+                "run `python -m data.features` with the same data and max_length to add them"
+            )
         for number in sorted({self._index[document.key][0] for document in documents}):
             self.verify(number)
 
@@ -100,39 +108,57 @@ class FeatureCache:
             return
         path = self.folder / shard["file"]
         if not path.is_file() or _sha256(path) != shard["sha256"]:
-            raise ValueError(f"features shard {str(path)!r} is missing or damaged: delete it and run "
-                             "`python -m data.features` again")
+            raise ValueError(
+                f"features shard {str(path)!r} is missing or damaged: delete it and run "
+                "`python -m data.features` again"
+            )
         self._verified.add(number)
 
     def read(self, key: str) -> dict[StateName, Tensor]:
-        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype (float32 from an int8 one)."""
+        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype (float32 from an
+        int8 one).
+        """
         number, start, stop = self._index[key]
         if number not in self._opened:
             path = self.folder / self.manifest["shards"][number]["file"]
             self._opened[number] = safe_open(path, framework="pt")
         opened, by_channel = self._opened[number], _ERRORS in self.manifest["shards"][number]
-        return {name: restored(opened, str(name), start, stop, self.manifest["dtype"], by_channel)
-                for name in self.names}
+        return {
+            name: restored(opened, str(name), start, stop, self.manifest["dtype"], by_channel)
+            for name in self.names
+        }
 
 
-def cache_features(target: Target, documents: Sequence[Tokens], names: Sequence[StateName], folder: str | Path,
-                   dtype: CacheDtype = "bfloat16", batch_tokens: int = 2048, shard_tokens: int = 32768,
-                   progress: bool = True, share: Share | None = None, gib: float | None = None) -> Path:
-    """Compute the target's states of all documents, or of a share of them, that the cache does not hold yet.
+def cache_features(
+    target: Target,
+    documents: Sequence[Tokens],
+    names: Sequence[StateName],
+    folder: str | Path,
+    dtype: CacheDtype = "bfloat16",
+    batch_tokens: int = 2048,
+    shard_tokens: int = 32768,
+    progress: bool = True,
+    share: Share | None = None,
+    gib: float | None = None,
+) -> Path:
+    """Compute the target's states of all documents, or of a share of them, that the cache does not
+    hold yet.
 
     Args:
-        names: state names, see `Target.features`; a cache holds the same ones for all its documents.
+        names: state names, see `Target.features`; a cache holds the same ones for all its
+            documents.
         dtype: of the stored states; a cache holds one.
         batch_tokens: tokens per target call (padding included).
         shard_tokens: tokens per shard, about.
         progress: whether the size and a progress bar are shown.
-        share: who writes all of a cache waits for those who write shares, and then finds the work done.
+        share: who writes all of a cache waits for those who write shares, and then finds the work
+            done.
         gib: the most that the whole folder may hold, all shares of all documents together.
 
     What the dtype costs is measured on every shard, stored in the manifest and printed.
 
-    Returns the folder. Raises ValueError for a cache of another target, with other states or in another dtype, and for
-    one that would outgrow `gib` or the disk.
+    Returns the folder. Raises ValueError for a cache of another target, with other states or in
+    another dtype, and for one that would outgrow `gib` or the disk.
     """
     folder, share = Path(folder), share or Share()
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,34 +186,51 @@ def _tell_errors(folder: Path) -> None:
     manifest = _read_manifest(folder)
     shards = [shard for shard in manifest["shards"] if _ERRORS in shard]
     tokens = sum(shard["tokens"] for shard in shards)
-    errors = {name: (sum(shard["tokens"] * shard[_ERRORS][name] ** 2 for shard in shards) / tokens) ** 0.5
-              for name in manifest["states"]}
+    errors = {
+        name: (sum(shard["tokens"] * shard[_ERRORS][name] ** 2 for shard in shards) / tokens) ** 0.5
+        for name in manifest["states"]
+    }
     told = ", ".join(f"{name} {error:.2%}" for name, error in errors.items())
-    print(f"features {str(folder)!r}: RMS error in {manifest['dtype']} by state, over the {ORDINARY:.0%} of channels "
-          f"of least magnitude: {told}", flush=True)
+    print(
+        f"features {str(folder)!r}: RMS error in {manifest['dtype']} by state, over the "
+        f"{ORDINARY:.0%} of channels of least magnitude: {told}",
+        flush=True,
+    )
 
 
-def _check_size(folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, told: bool) -> None:
-    """Say how much will be written, and refuse before anything is computed what the limit or the disk cannot hold."""
+def _check_size(
+    folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, told: bool
+) -> None:
+    """Say how much will be written, and refuse before anything is computed what the limit or the
+    disk cannot hold.
+    """
     each = len(manifest["states"]) * state_bytes(manifest["hidden_size"], manifest["dtype"]) / 2**30
     needed, there = tokens * each, sum(shard["tokens"] for shard in manifest["shards"]) * each
     free = shutil.disk_usage(folder).free / 2**30
     if tokens and told:
-        print(f"features {str(folder)!r}: {tokens} tokens to add, {needed:.2f} GiB in {manifest['dtype']} "
-              f"({there:.2f} GiB are there, {free:.2f} GiB of the disk are free)", flush=True)
+        print(
+            f"features {str(folder)!r}: {tokens} tokens to add, {needed:.2f} GiB in "
+            f"{manifest['dtype']} ({there:.2f} GiB are there, {free:.2f} GiB of the disk are free)",
+            flush=True,
+        )
     fix = "set data.features_dtype int8 (a folder of its own), lower data.max_response_tokens, or"
     if gib is not None and needed + there > gib:
-        raise ValueError(f"data.features_gib is {gib:g}, but features {str(folder)!r} would hold "
-                         f"{needed + there:.4g} GiB: {fix} raise it")
+        raise ValueError(
+            f"data.features_gib is {gib:g}, but features {str(folder)!r} would hold "
+            f"{needed + there:.4g} GiB: {fix} raise it"
+        )
     if needed > free:
-        raise ValueError(f"features {str(folder)!r} need {needed:.2f} GiB more and the disk has {free:.2f} free: "
-                         f"{fix} give another folder")
+        raise ValueError(
+            f"features {str(folder)!r} need {needed:.2f} GiB more and the disk has {free:.2f} "
+            f"free: {fix} give another folder"
+        )
 
 
-def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int,
-            advance: Any) -> dict[str, Tensor]:
-    """States [S,H] of a shard's documents in order, as the target gives them; they are run sorted by length, so that
-    little is padded."""
+def _states(
+    target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int, advance: Any
+) -> dict[str, Tensor]:
+    """States [S,H] of a shard's documents in order, as the target gives them; they are run sorted
+    by length, so that little is padded."""
     names = [_name(text) for text in manifest["states"]]
     found: dict[int, dict[str, Tensor]] = {}
     order = sorted(range(len(group)), key=lambda i: len(group[i]))
@@ -195,12 +238,17 @@ def _states(target: Target, group: list[Tokens], manifest: dict[str, Any], batch
         batch = collate([[group[i]] for i in chosen], device=target.device)
         states_BTH = target.features(batch, names)
         for row, i in enumerate(chosen):
-            found[i] = {str(n): states_BTH[n][row, :len(group[i])].cpu() for n in names}
+            found[i] = {str(n): states_BTH[n][row, : len(group[i])].cpu() for n in names}
         advance(len(chosen))
-    return {name: torch.cat([found[i][name] for i in range(len(group))]).contiguous() for name in found[0]}
+    return {
+        name: torch.cat([found[i][name] for i in range(len(group))]).contiguous()
+        for name in found[0]
+    }
 
 
-def _length_batches(order: list[int], group: list[Tokens], batch_tokens: int) -> Iterator[list[int]]:
+def _length_batches(
+    order: list[int], group: list[Tokens], batch_tokens: int
+) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) + 1) * len(group[i]) > batch_tokens:
@@ -224,7 +272,8 @@ def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tok
         yield group
 
 
-# -- files ------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
+
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what kills left half written; nobody else may be writing."""
@@ -232,23 +281,36 @@ def _remove_leftovers(folder: Path) -> None:
         partial.unlink()
 
 
-def _append_shard(folder: Path, manifest: dict[str, Any], group: list[Tokens], states: dict[str, Tensor],
-                  target: Target) -> None:
+def _append_shard(
+    folder: Path,
+    manifest: dict[str, Any],
+    group: list[Tokens],
+    states: dict[str, Tensor],
+    target: Target,
+) -> None:
     held, errors = {}, {}
     for name, state in states.items():
         tensors, errors[name] = stored(name, state, manifest["dtype"])
         held |= tensors
     if not all(bool(torch.isfinite(tensor).all()) for tensor in held.values()):
-        raise ValueError(f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype float32")
+        raise ValueError(
+            f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype "
+            "float32"
+        )
     digest = hashlib.sha256("".join(document.key for document in group).encode()).hexdigest()
     path = folder / f"shard-{digest[:16]}.safetensors"
     scratch = path.with_suffix(".partial")
     save_file(held, scratch)
     as_umask_says(scratch)
     os.replace(scratch, path)
-    shard = {"file": path.name, "sha256": _sha256(path), "tokens": sum(map(len, group)),
-             "computed_in": _computing_in(target), _ERRORS: errors,
-             "documents": [[document.key, len(document)] for document in group]}
+    shard = {
+        "file": path.name,
+        "sha256": _sha256(path),
+        "tokens": sum(map(len, group)),
+        "computed_in": _computing_in(target),
+        _ERRORS: errors,
+        "documents": [[document.key, len(document)] for document in group],
+    }
     with _locked(folder / _MANIFEST_LOCK):
         current = _read_manifest(folder)
         _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
@@ -261,7 +323,9 @@ def _computing_in(target: Target) -> str:
     return str(chosen).removeprefix("torch.")
 
 
-def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dtype: str) -> dict[str, Any]:
+def _open_manifest(
+    folder: Path, target: Target, names: Sequence[StateName], dtype: str
+) -> dict[str, Any]:
     """The manifest, begun if there is none, without shards that have been deleted."""
     with _locked(folder / _MANIFEST_LOCK):
         if (folder / "manifest.json").exists():
@@ -269,48 +333,74 @@ def _open_manifest(folder: Path, target: Target, names: Sequence[StateName], dty
             _check(manifest, folder, target.fingerprint(), names)
             _check_dtype(manifest, folder, dtype)
         else:
-            manifest = {"format": FORMAT, "target": target.name, "fingerprint": target.fingerprint(), "dtype": dtype,
-                        "hidden_size": target.shape.hidden_size, "states": [str(name) for name in names], "shards": []}
+            manifest = {
+                "format": FORMAT,
+                "target": target.name,
+                "fingerprint": target.fingerprint(),
+                "dtype": dtype,
+                "hidden_size": target.shape.hidden_size,
+                "states": [str(name) for name in names],
+                "shards": [],
+            }
         kept = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
         _write_manifest(folder, {**manifest, "shards": kept})
     return {**manifest, "shards": kept}
 
 
-def _check(manifest: dict[str, Any], folder: Path, fingerprint: str, names: Sequence[StateName]) -> None:
+def _check(
+    manifest: dict[str, Any], folder: Path, fingerprint: str, names: Sequence[StateName]
+) -> None:
     if manifest["fingerprint"] != fingerprint:
-        raise ValueError(f"features {str(folder)!r} belong to target {manifest['target']!r} (fingerprint "
-                         f"{manifest['fingerprint']}), not to this one ({fingerprint}): give another folder")
+        raise ValueError(
+            f"features {str(folder)!r} belong to target {manifest['target']!r} (fingerprint "
+            f"{manifest['fingerprint']}), not to this one ({fingerprint}): give another folder"
+        )
     missing = [str(name) for name in names if str(name) not in manifest["states"]]
     if missing:
-        raise ValueError(f"features {str(folder)!r} hold states {', '.join(manifest['states'])} and lack "
-                         f"{', '.join(missing)}: build another folder with --states")
+        raise ValueError(
+            f"features {str(folder)!r} hold states {', '.join(manifest['states'])} and lack "
+            f"{', '.join(missing)}: build another folder with --states"
+        )
 
 
 def _tell_of_old_shards(manifest: dict[str, Any], folder: Path) -> None:
     """Warn of int8 shards that have no scales of channels."""
     old = sum(_ERRORS not in shard for shard in manifest["shards"])
     if old and manifest["dtype"] == "int8":
-        logger.warning("features %r hold %d int8 shards of an earlier version, whose middle layers may be half noise "
-                       "(no scale per channel): write them again into another folder", str(folder), old)
+        logger.warning(
+            "features %r hold %d int8 shards of an earlier version, whose middle layers may be "
+            "half noise (no scale per channel): write them again into another folder",
+            str(folder),
+            old,
+        )
 
 
 def _check_dtype(manifest: dict[str, Any], folder: Path, dtype: str) -> None:
     if manifest["dtype"] != dtype:
-        raise ValueError(f"features {str(folder)!r} are stored in {manifest['dtype']}, but data.features_dtype is "
-                         f"{dtype}: give another folder, or set data.features_dtype {manifest['dtype']}")
+        raise ValueError(
+            f"features {str(folder)!r} are stored in {manifest['dtype']}, but data.features_dtype "
+            f"is {dtype}: give another folder, or set data.features_dtype {manifest['dtype']}"
+        )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"features {str(folder)!r} hold no feature cache: build it with `python -m data.features`")
+        raise ValueError(
+            f"features {str(folder)!r} hold no feature cache: build it with `python -m "
+            "data.features`"
+        )
     try:
         manifest = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"features manifest {str(path)!r} is not JSON ({error}): delete the folder") from None
+        raise ValueError(
+            f"features manifest {str(path)!r} is not JSON ({error}): delete the folder"
+        ) from None
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"features {str(folder)!r} are of format {manifest.get('format')}, not {FORMAT}: "
-                         "delete the folder")
+        raise ValueError(
+            f"features {str(folder)!r} are of format {manifest.get('format')}, not {FORMAT}: "
+            "delete the folder"
+        )
     return manifest
 
 
@@ -334,7 +424,9 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _writing(folder: Path, share: Share) -> Iterator[None]:
-    """One process writes a share at a time, and nobody else while all is written: the others wait."""
+    """One process writes a share at a time, and nobody else while all is written: the others
+    wait.
+    """
     with _locked(folder / ".lock", shared=share.count > 1), _locked(folder / f".lock-{share}"):
         yield
 
@@ -347,6 +439,8 @@ def _locked(path: Path, shared: bool = False) -> Iterator[None]:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if path.name != _MANIFEST_LOCK:
-                logger.warning("waiting for another process that is writing features %r", str(path.parent))
+                logger.warning(
+                    "waiting for another process that is writing features %r", str(path.parent)
+                )
             fcntl.flock(lock, kind)
         yield

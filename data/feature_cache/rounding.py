@@ -23,11 +23,13 @@ def state_bytes(hidden_size: int, dtype: str) -> int:
 
 
 def quantised(states_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 [S,H], a float32 scale per token [S,1] and one per channel [1,H]; their product comes back.
+    """int8 [S,H], a float32 scale per token [S,1] and one per channel [1,H]; their product comes
+    back.
 
-    A channel's scale is its mean magnitude over the shard, a token's its largest magnitude ÷ 127 after
-    that division. A few channels are a hundred times as large as the others (massive activations, Sun
-    et al. 2024, arXiv 2402.17762); with a scale per token alone the others would be rounded to nothing.
+    A channel's scale is its mean magnitude over the shard, a token's its largest magnitude ÷ 127
+    after that division. A few channels are a hundred times as large as the others (massive
+    activations, Sun et al. 2024, arXiv 2402.17762); with a scale per token alone the others would
+    be rounded to nothing.
     """
     values_SH = states_SH.float()
     channels_1H = values_SH.abs().mean(0, keepdim=True).clamp(min=1e-30)
@@ -47,8 +49,8 @@ def stored(name: str, states_SH: Tensor, dtype: str) -> tuple[dict[str, Tensor],
 
 
 def restored(opened: Any, name: str, start: int, stop: int, dtype: str, by_channel: bool) -> Tensor:
-    """Tokens `start … stop-1` of a state in an open shard [T,H], float32 from an int8 one. Shards of
-    earlier versions have no scales of channels (`by_channel` False)."""
+    """Tokens `start … stop-1` of a state in an open shard [T,H], float32 from an int8 one. Shards
+    of earlier versions have no scales of channels (`by_channel` False)."""
     states_TH = opened.get_slice(name)[start:stop]
     if dtype != "int8":
         return states_TH
@@ -60,6 +62,6 @@ def rms_error(exact_SH: Tensor, found_SH: Tensor) -> float:
     """RMS of the difference ÷ RMS of the states, over the ORDINARY channels: those few that are far
     larger would hide the others' error."""
     exact_SH = exact_SH.float()
-    ordinary = exact_SH.abs().mean(0).argsort()[:max(1, int(ORDINARY * exact_SH.shape[1]))]
+    ordinary = exact_SH.abs().mean(0).argsort()[: max(1, int(ORDINARY * exact_SH.shape[1]))]
     exact_SC, found_SC = exact_SH[:, ordinary], found_SH[:, ordinary].float()
     return float((found_SC - exact_SC).norm() / exact_SC.norm().clamp(min=1e-30))

@@ -1,5 +1,5 @@
-"""Prompts as chats that are answered turn by turn, the journal of their answers, and the rows that come out: what
-`data.regenerate` and `data.endpoint` share.
+"""Prompts as chats that are answered turn by turn, the journal of their answers, and the rows that
+come out: what `data.regenerate` and `data.endpoint` share.
 
 A chat that has answers loses them: each of its questions is answered behind the new answers to the
 earlier ones, so that no turn goes on from words that the target did not say.
@@ -36,7 +36,9 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """A prompt's questions: for each, the turns that stand before its answer, behind the answer before it."""
+    """A prompt's questions: for each, the turns that stand before its answer, behind the answer
+    before it.
+    """
 
     index: int
     row: Row
@@ -50,8 +52,8 @@ class Chat:
         return turns
 
     def answered(self, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The prompt's row with the last answer, and all turns as `messages` where one answer alone does not tell
-        them."""
+        """The prompt's row with the last answer, and all turns as `messages` where one answer alone
+        does not tell them."""
         content, last = self.row.content, answers[-1]
         kept = {key: value for key, value in content.items() if key not in (*CHATS, "turns")}
         made = {key: last[key] for key in _ANSWER if key in last}
@@ -76,7 +78,9 @@ def prompt_rows(prompts: str, limit: int | None, tally: Tally) -> list[Row]:
         ValueError: no such file, or no row in it that can be read.
     """
     if local_files(prompts) is None:
-        raise ValueError(f"prompts {prompts!r} does not exist: give a .jsonl, .json or .parquet file")
+        raise ValueError(
+            f"prompts {prompts!r} does not exist: give a .jsonl, .json or .parquet file"
+        )
     rows = list(islice(read_rows(prompts, tally=tally), limit))
     if not rows:
         raise ValueError(f"prompts {prompts!r} has no prompt: {tally.reasons()}")
@@ -102,8 +106,9 @@ def chats_of(rows: Sequence[Row], tally: Tally) -> list[Chat]:
     return chats
 
 
-def open_questions(chats: Sequence[Chat], turn: int, answers: int, journal: Journal
-                   ) -> Iterator[tuple[Chat, Key, list[Message]]]:
+def open_questions(
+    chats: Sequence[Chat], turn: int, answers: int, journal: Journal
+) -> Iterator[tuple[Chat, Key, list[Message]]]:
     """Questions number `turn` that are not answered, behind their chats so far.
 
     A chat ends at an answer that was cut off, or that could not be made: nothing follows from it.
@@ -120,7 +125,7 @@ def prompts_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[:16]
 
 
-# -- files ------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 class Journal:
@@ -140,17 +145,23 @@ class Journal:
         self.path, self.settings, self.needs = path, settings, needs
         self.answers: dict[Key, dict[str, Any]] = {}
         self._begun = False
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        )
         begun, found = _object(lines[0]) if lines else None, [*map(_object, lines[1:])]
         damaged = sum(not self._remember(answer) for answer, line in zip(found, lines[1:]) if line)
         if not self.answers:
             return
         if damaged:
-            logger.warning("journal %r: %d line(s) hold no answer, which are made anew", str(path), damaged)
+            logger.warning(
+                "journal %r: %d line(s) hold no answer, which are made anew", str(path), damaged
+            )
         for key, value in settings.items():
             if begun is None or begun.get(key) != value:
-                raise ValueError(f"journal {str(path)!r} was begun with {key} {begun and begun.get(key)}, not {value}: "
-                                 "restore it, or delete the journal")
+                raise ValueError(
+                    f"journal {str(path)!r} was begun with {key} {begun and begun.get(key)}, not "
+                    f"{value}: restore it, or delete the journal"
+                )
         self._write(self.answers.values())
 
     def append(self, answers: Sequence[dict[str, Any]]) -> None:
@@ -209,9 +220,11 @@ def writable(output: Path) -> Path:
     return output
 
 
-def write_answers(output: Path, chats: Sequence[Chat], answers: int, journal: Journal, tally: Tally) -> None:
-    """One row for each of `answers` to every chat that has one, and remove the journal. Chats that ended early are
-    counted."""
+def write_answers(
+    output: Path, chats: Sequence[Chat], answers: int, journal: Journal, tally: Tally
+) -> None:
+    """One row for each of `answers` to every chat that has one, and remove the journal. Chats that
+    ended early are counted."""
     rows = []
     for chat in chats:
         for number in range(answers):

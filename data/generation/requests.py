@@ -1,4 +1,6 @@
-"""One HTTP request to a server that may do anything: no redirects, a limit of time for the whole, bounded answers."""
+"""One HTTP request to a server that may do anything: no redirects, a limit of time for the whole,
+bounded answers.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,21 @@ class Redirected(ValueError):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would send the key on to whatever address the server names, and take its answer."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        raise Redirected(f"the server redirects ({code}) to {redacted(newurl)[:LONGEST_TROUBLE]}: the key is not sent "
-                         "there, give that address if you trust it")
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        raise Redirected(
+            f"the server redirects ({code}) to {redacted(newurl)[:LONGEST_TROUBLE]}: the key is "
+            "not sent there, give that address if you trust it"
+        )
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
-def post(address: str, body: bytes, headers: dict[str, str], seconds: float, most: int) -> tuple[bytes, bool]:
+def post(
+    address: str, body: bytes, headers: dict[str, str], seconds: float, most: int
+) -> tuple[bytes, bool]:
     """The answer's body, cut behind `most` bytes, and whether it came whole.
 
     Raises:

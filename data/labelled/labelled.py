@@ -23,18 +23,22 @@ from data.reading.files import Row, Skipped, Tally, read_rows
 from data.reading.rows import Message, opening_of, token_ids
 from modules.contracts.batches import LabelledBatch, TextBatch
 
-SHAPES = ("`question` with solutions known to be right or wrong, or `prompt` (text or messages), `response` and "
-          "`spans` of [start, end, label]: of its characters, or of the tokens of `response_ids` where these are given")
+SHAPES = (
+    "`question` with solutions known to be right or wrong, or `prompt` (text or messages), "
+    "`response` and `spans` of [start, end, label]: of its characters, or of the tokens of "
+    "`response_ids` where these are given"
+)
 LabelledSpan = tuple[int, int, int]
 """Characters (or tokens) of a response and their label: 1 right, 0 wrong."""
 
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """An answer, and the characters of it that are known to be right or wrong; the others teach nothing.
+    """An answer, and the characters of it that are known to be right or wrong; the others teach
+    nothing.
 
-    ids: its tokens, where they are known (text may be cut into other tokens than those it was made of); spans count
-    them then.
+    ids: its tokens, where they are known (text may be cut into other tokens than those it was made
+    of); spans count them then.
     """
 
     messages: list[Message]
@@ -56,10 +60,10 @@ class LabelledTokens(Tokens):
     @property
     def prompt(self) -> list[int]:
         """The ids before the answer."""
-        return self.input_ids[:self.prompt_length].tolist()
+        return self.input_ids[: self.prompt_length].tolist()
 
 
-# -- reading ------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> list[LabelledAnswer]:
@@ -67,10 +71,11 @@ def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> l
 
     A problem gives each right solution (all of it right), `corruptions` copies of each with one
     result changed, and its wrong solutions whose error is known. Wrong answers end behind their
-    error: what follows is not labelled. Where an error is inferred (`data.labelled.solution_errors.first_error`)
-    label 0 says that the token belongs to the first step that no right solution takes, not that the
-    token itself is wrong. A beginning that an earlier answer to the question has too is
-    not labelled again: to the target its tokens are the same ones, and they would weigh once per
+    error: what follows is not labelled. Where an error is inferred
+    (`data.labelled.solution_errors.first_error`) label 0 says that the token belongs to the first
+    step that no right solution takes, not that the token itself is wrong. A beginning that an
+    earlier answer to the question has too is not labelled again: to the target its tokens are the
+    same ones, and they would weigh once per
         copy.
 
     Raises:
@@ -80,24 +85,38 @@ def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> l
         problem = read_problem(row)
         asked = [{"role": "user", "content": problem.question}]
         chance = random.Random(f"{seed} {problem.question}")
-        return [LabelledAnswer(asked, text, spans) for text, spans in _answers(problem, corruptions, chance)]
+        return [
+            LabelledAnswer(asked, text, spans)
+            for text, spans in _answers(problem, corruptions, chance)
+        ]
     response, spans, ids = row.get("response"), row.get("spans"), token_ids(row.get("response_ids"))
     if not isinstance(response, str) or not isinstance(spans, list):
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     length = len(response if ids is None else ids)
-    return [LabelledAnswer(opening_of(row), response, tuple(_span(span, length) for span in spans),
-                           None if ids is None else tuple(ids))]
+    return [
+        LabelledAnswer(
+            opening_of(row),
+            response,
+            tuple(_span(span, length) for span in spans),
+            None if ids is None else tuple(ids),
+        )
+    ]
 
 
 def _span(span: Any, length: int) -> LabelledSpan:
-    if not isinstance(span, list) or len(span) != 3 or not all(type(one) is int for one in span) or not (
-            0 <= span[0] < span[1] <= length and span[2] in (0, 1)):
+    if (
+        not isinstance(span, list)
+        or len(span) != 3
+        or not all(type(one) is int for one in span)
+        or not (0 <= span[0] < span[1] <= length and span[2] in (0, 1))
+    ):
         raise Skipped("a span is no [start, end, label] inside the response with label 0 or 1")
     return span[0], span[1], span[2]
 
 
-def _answers(problem: Problem, corruptions: int, chance: random.Random
-             ) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
+def _answers(
+    problem: Problem, corruptions: int, chance: random.Random
+) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
     """Texts and their spans, whose right ones begin where the answer leaves all earlier ones."""
     earlier = list[str]()
     for text, (start, end) in _solutions(problem, corruptions, chance):
@@ -109,8 +128,9 @@ def _answers(problem: Problem, corruptions: int, chance: random.Random
             yield text, tuple(spans)
 
 
-def _solutions(problem: Problem, corruptions: int, chance: random.Random
-               ) -> Iterator[tuple[str, Span]]:
+def _solutions(
+    problem: Problem, corruptions: int, chance: random.Random
+) -> Iterator[tuple[str, Span]]:
     """Texts that end behind their error, and the error's characters (none at the end if it is
     right)."""
     for solution in problem.right:
@@ -119,7 +139,7 @@ def _solutions(problem: Problem, corruptions: int, chance: random.Random
             yield from corrupted(solution.text, chance)
     for solution in problem.wrong:
         if solution.error is not None:
-            yield solution.text[:solution.error[1]], solution.error
+            yield solution.text[: solution.error[1]], solution.error
 
 
 def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, Span]]:
@@ -132,11 +152,12 @@ def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, Span]]:
         yield changed.text, changed.error
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -> LabelledTokens:
-    """The answer behind the target's chat template, as in decoding. A token that touches a wrong character is wrong.
+    """The answer behind the target's chat template, as in decoding. A token that touches a wrong
+    character is wrong.
 
     Raises:
         Skipped: no labelled token within `max_length`, or the answer's tokens are another
@@ -155,12 +176,21 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
     """The answer's tokens, and where each stands in what the spans count."""
     if answer.ids is None:
-        return answer_spans([*answer.messages, {"role": "assistant", "content": answer.response}], tokenizer)
+        return answer_spans(
+            [*answer.messages, {"role": "assistant", "content": answer.response}], tokenizer
+        )
     own = max(answer.ids, default=0) < len(tokenizer)
-    if not own or tokenizer.decode(list(answer.ids), skip_special_tokens=True,
-                                   clean_up_tokenization_spaces=False) != answer.response:
-        raise Skipped("response_ids do not say what response does: they are another tokenizer's, mine them "
-                      "anew with this target")
+    if (
+        not own
+        or tokenizer.decode(
+            list(answer.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        != answer.response
+    ):
+        raise Skipped(
+            "response_ids do not say what response does: they are another tokenizer's, mine them "
+            "anew with this target"
+        )
     return answer.ids, [(i, i + 1) for i in range(len(answer.ids))]
 
 
@@ -169,10 +199,19 @@ def _label(start: int, end: int, spans: Iterable[LabelledSpan]) -> int:
     return min(touched, default=-1)
 
 
-def tokenize_labelled_rows(rows: Iterable[Row], source: str, tokenizer: Any, max_length: int,
-                           max_labels: int | None = None, corruptions: int = 1, seed: int = 0,
-                           vocab: int | None = None, tally: Tally | None = None) -> list[LabelledTokens]:
-    """All labelled answers in order, each once, up to a budget of labelled tokens; skips are counted and logged.
+def tokenize_labelled_rows(
+    rows: Iterable[Row],
+    source: str,
+    tokenizer: Any,
+    max_length: int,
+    max_labels: int | None = None,
+    corruptions: int = 1,
+    seed: int = 0,
+    vocab: int | None = None,
+    tally: Tally | None = None,
+) -> list[LabelledTokens]:
+    """All labelled answers in order, each once, up to a budget of labelled tokens; skips are
+    counted and logged.
 
     Args:
         vocab: rows of the model's embedding, see `data.conversations.check_ids`.
@@ -210,7 +249,7 @@ def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[Labe
         return []
 
 
-# -- batches ------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 class LabelledBatches(Batches):
@@ -221,9 +260,11 @@ class LabelledBatches(Batches):
         labels, questions = torch.zeros_like(text.input_ids), torch.zeros_like(text.input_ids)
         for b, row in enumerate(rows):
             joined = torch.cat([document.labels for document in row])
-            labels[b, :len(joined)] = joined
+            labels[b, : len(joined)] = joined
             numbers = torch.tensor([int(hash_ids(document.prompt)[:12], 16) for document in row])
-            questions[b, :len(joined)] = numbers.repeat_interleave(torch.tensor([len(document) for document in row]))
+            questions[b, : len(joined)] = numbers.repeat_interleave(
+                torch.tensor([len(document) for document in row])
+            )
         return LabelledBatch(text, labels, questions)
 
     def _texts(self, batch: LabelledBatch) -> tuple[TextBatch, ...]:
@@ -235,8 +276,9 @@ class LabelledData(ConversationData):
 
     Args:
         corruptions: copies of each right solution in which one result is changed.
-        kwargs: `train` and `validation` are files or Hub data sets whose rows hold a question with right and wrong
-            solutions, or labelled spans; `embedded` are word problems written for this project.
+        kwargs: `train` and `validation` are files or Hub data sets whose rows hold a question with
+            right and wrong solutions, or labelled spans; `embedded` are word problems written for
+            this project.
     """
 
     batches: ClassVar[type[Batches]] = LabelledBatches
@@ -250,7 +292,20 @@ class LabelledData(ConversationData):
     def _tokenized(self, source: str, split: str, budget: int | None) -> list[Any]:
         assert self._target is not None
         tally = self._tally("answer")
-        rows = read_rows(str(EMBEDDED_SOLUTIONS) if source == "embedded" else source, split,
-                         budget is not None, tally)
-        return tokenize_labelled_rows(rows, source, self._target.tokenizer, self.max_length, budget, self.corruptions,
-                                      self.seed, self._target.shape.vocab_size, tally)
+        rows = read_rows(
+            str(EMBEDDED_SOLUTIONS) if source == "embedded" else source,
+            split,
+            budget is not None,
+            tally,
+        )
+        return tokenize_labelled_rows(
+            rows,
+            source,
+            self._target.tokenizer,
+            self.max_length,
+            budget,
+            self.corruptions,
+            self.seed,
+            self._target.shape.vocab_size,
+            tally,
+        )

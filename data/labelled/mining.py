@@ -34,7 +34,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 class Divergence:
     """A place where the target rejected all that was drafted.
 
-    text: new tokens before it. drafted: the tokens drafted there, in the tree's order. chosen: the target's own.
+    text: new tokens before it. drafted: the tokens drafted there, in the tree's order. chosen: the
+    target's own.
     """
 
     text: list[int]
@@ -43,8 +44,9 @@ class Divergence:
 
 
 @torch.no_grad()
-def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: int
-                     ) -> Divergence | None:
+def first_divergence(
+    target: Target, drafter: Drafter, ids: list[int], limit: int
+) -> Divergence | None:
     """The first mismatch when the target continues `ids` greedily by at most `limit` tokens; None
     if there is none, or only behind an end of sequence.
 
@@ -70,8 +72,11 @@ def first_divergence(target: Target, drafter: Drafter, ids: list[int], limit: in
             return Divergence(text, rejected, chosen)
         # The last draft becomes the next root, and what the target says behind it is drafted too.
         if drafts:
-            accepted = Accepted(accepted.path_BA[:, :len(drafts)], accepted.lengths_B - 1,
-                                tree.tokens_BN[:, path[-1]])
+            accepted = Accepted(
+                accepted.path_BA[:, : len(drafts)],
+                accepted.lengths_B - 1,
+                tree.tokens_BN[:, path[-1]],
+            )
         target.commit(accepted)
         state = drafter.absorb(state, verified, accepted)
     return None
@@ -88,9 +93,12 @@ def _begin(target: Target, drafter: Drafter, ids: list[int], limit: int) -> Draf
     return drafter.start(Context(target, read, lengths_B, newest_B, states))
 
 
-def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int) -> Iterator[dict[str, Any]]:
-    """Labelled rows `{prompt, response, response_ids, spans}` for `data.labelled.labelled`, one per drafted token at each
-    mismatch. None where the target's own answer is cut at `limit` or holds no number.
+def mine(
+    target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int
+) -> Iterator[dict[str, Any]]:
+    """Labelled rows `{prompt, response, response_ids, spans}` for `data.labelled.labelled`, one per
+    drafted token at each mismatch. None where the target's own answer is cut at `limit` or holds no
+    number.
 
     Args:
         target: whose answers they are.
@@ -100,7 +108,7 @@ def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, 
         most: mismatches looked at, from the beginning of the answer.
     """
     prompt, text = prompt_ids(messages, target.tokenizer), list[int]()
-    answer, = _answers(target, prompt, [text], limit)
+    (answer,) = _answers(target, prompt, [text], limit)
     for _ in range(most if answer else 0):
         found = first_divergence(target, drafter, prompt + text, limit - len(text))
         if found is None:
@@ -111,15 +119,22 @@ def mine(target: Target, drafter: Drafter, messages: list[Message], limit: int, 
         for token, other in zip(drafts, said, strict=True):
             if other is not None:
                 yield _row(target, messages, [*text, token], other == answer)
-        text = [*text, next((token for token, other in zip(drafts, said) if other == answer), found.chosen)]
+        text = [
+            *text,
+            next((token for token, other in zip(drafts, said) if other == answer), found.chosen),
+        ]
         if text[-1] in target.eos_ids:
             return
 
 
 def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -> dict[str, Any]:
     """The last token is what the label is about."""
-    return {"prompt": messages, "response": _written(target, ids), "response_ids": ids,
-            "spans": [[len(ids) - 1, len(ids), int(right)]]}
+    return {
+        "prompt": messages,
+        "response": _written(target, ids),
+        "response_ids": ids,
+        "spans": [[len(ids) - 1, len(ids), int(right)]],
+    }
 
 
 def final_number(text: str) -> str | None:
@@ -129,15 +144,25 @@ def final_number(text: str) -> str | None:
     return plain_number(found[-1]) if found else None
 
 
-def _answers(target: Target, prompt: list[int], texts: list[list[int]], limit: int) -> list[str | None]:
-    """The final number when the target goes on greedily from each of some texts of one length; empty if it ends without
-    one, None if it is cut at `limit`."""
+def _answers(
+    target: Target, prompt: list[int], texts: list[list[int]], limit: int
+) -> list[str | None]:
+    """The final number when the target goes on greedily from each of some texts of one length;
+    empty if it ends without one, None if it is cut at `limit`."""
     if not texts or len(texts[0]) >= limit:
         return [None] * len(texts)
-    traces = SpeculativeDecoder(target).decode([prompt + text for text in texts], Sampling(), limit - len(texts[0]))
-    return [(final_number(_written(target, text + trace.ids)) or "") if trace.ids[-1] in target.eos_ids else None
-            for text, trace in zip(texts, traces, strict=True)]
+    traces = SpeculativeDecoder(target).decode(
+        [prompt + text for text in texts], Sampling(), limit - len(texts[0])
+    )
+    return [
+        (final_number(_written(target, text + trace.ids)) or "")
+        if trace.ids[-1] in target.eos_ids
+        else None
+        for text, trace in zip(texts, traces, strict=True)
+    ]
 
 
 def _written(target: Target, ids: list[int]) -> str:
-    return target.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return target.tokenizer.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )

@@ -1,4 +1,6 @@
-"""Problems with solutions that are known to be right or wrong: what judges and token-level preferences learn from."""
+"""Problems with solutions that are known to be right or wrong: what judges and token-level
+preferences learn from.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _OPERAND = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _WRITTEN = re.compile(r"\s*[$€£]?\s*(-?\d(?:[\d,]*\d)?(?:\.\d+)?)")
 _RESULT = re.compile(r"= ?[$€£]?(\d+)")
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _ANSWER = re.compile(r"(?:A:|answer is|####)\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 Span = tuple[int, int]
 
@@ -29,9 +36,9 @@ Span = tuple[int, int]
 class Solution:
     """A worked answer.
 
-    text: without calculator annotations. right: whether its final answer is. error: characters of the first mistake in
-    `text`, where it is known. inferred: the mistake is only known to lie in the step that `error` spans, see
-    `first_error`.
+    text: without calculator annotations. right: whether its final answer is. error: characters of
+    the first mistake in `text`, where it is known. inferred: the mistake is only known to lie in
+    the step that `error` spans, see `first_error`.
     """
 
     text: str
@@ -73,43 +80,66 @@ class Problem:
 
 
 def is_problem(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds solutions known to be right or wrong: ours (`solution`, `wrong`) or OpenAI's
-    (`ground_truth`, and `{is_correct, solution}` under any other key)."""
+    """Whether a row holds solutions known to be right or wrong: ours (`solution`, `wrong`) or
+    OpenAI's (`ground_truth`, and `{is_correct, solution}` under any other key)."""
     return isinstance(row.get("question"), str) and (
-        isinstance(row.get("solution"), str) and isinstance(row.get("wrong"), str)
-        or isinstance(row.get("ground_truth"), str))
+        isinstance(row.get("solution"), str)
+        and isinstance(row.get("wrong"), str)
+        or isinstance(row.get("ground_truth"), str)
+    )
 
 
 def read_problem(row: Mapping[str, Any]) -> Problem:
-    """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says, or else what
-    `first_error` finds (nothing without calculator annotations). Skipped: it says no characters."""
+    """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says,
+    or else what `first_error` finds (nothing without calculator annotations). Skipped: it says no
+    characters."""
     if "ground_truth" not in row:
         wrong, error = row["wrong"], row.get("error") or None
-        if error and not (isinstance(error, list) and len(error) == 2 and all(
-                type(one) is int for one in error) and 0 <= error[0] < error[1] <= len(wrong)):
+        if error and not (
+            isinstance(error, list)
+            and len(error) == 2
+            and all(type(one) is int for one in error)
+            and 0 <= error[0] < error[1] <= len(wrong)
+        ):
             raise Skipped("`error` is no [start, end] of characters of `wrong`")
-        return Problem(row["question"], (Solution(row["solution"], True),
-                                         Solution(wrong, False, tuple(error) if error else None)))
-    tried = [value for value in row.values() if isinstance(value, Mapping) and isinstance(value.get("solution"), str)]
+        return Problem(
+            row["question"],
+            (
+                Solution(row["solution"], True),
+                Solution(wrong, False, tuple(error) if error else None),
+            ),
+        )
+    tried = [
+        value
+        for value in row.values()
+        if isinstance(value, Mapping) and isinstance(value.get("solution"), str)
+    ]
     right = [row["ground_truth"], *(one["solution"] for one in tried if one.get("is_correct"))]
     known = {plain_number(result) for text in right for _, result in CALCULATION.findall(text)}
     wrong = [one["solution"] for one in tried if not one.get("is_correct")]
-    return Problem(row["question"], (*(Solution(_clean(text), True) for text in right),
-                                     *(Solution(_clean(text), False, *first_error(text, known)) for text in wrong)))
+    return Problem(
+        row["question"],
+        (
+            *(Solution(_clean(text), True) for text in right),
+            *(Solution(_clean(text), False, *first_error(text, known)) for text in wrong),
+        ),
+    )
 
 
 def first_error(text: str, known: set[str]) -> tuple[Span | None, bool]:
-    """Where a wrong solution first does what no right one does, in characters of the text without annotations, and
-    whether that is inferred; None without a calculated result that is not among `known`.
+    """Where a wrong solution first does what no right one does, in characters of the text without
+    annotations, and whether that is inferred; None without a calculated result that is not among
+    `known`.
 
-    Where the calculation itself is false its result is the mistake. Mostly it is true, because a calculator made it:
-    then its operands are wrong, or the step should not have been taken, and all of the step is spanned, from its first
-    operand to its result. That is an inference: the mistake may be one operand alone, lie in the words before, or not
-    be one (a detour that no right solution of the row takes).
+    Where the calculation itself is false its result is the mistake. Mostly it is true, because a
+    calculator made it: then its operands are wrong, or the step should not have been taken, and all
+    of the step is spanned, from its first operand to its result. That is an inference: the mistake
+    may be one operand alone, lie in the words before, or not be one (a detour that no right
+    solution of the row takes).
     """
     for found in CALCULATION.finditer(text):
         if plain_number(found[2]) not in known:
-            before = _clean(text[:found.start()])
+            before = _clean(text[: found.start()])
             result = _WRITTEN.match(_clean(text), len(before))
             if result is None:
                 return None, False
@@ -120,13 +150,17 @@ def first_error(text: str, known: set[str]) -> tuple[Span | None, bool]:
 
 
 def _step_start(before: str, expression: str) -> int:
-    """Where a calculation begins in the text before its result: at the first of its operands, found from the last one
-    back within the line (those in words are passed over); the end of the text if none is written."""
+    """Where a calculation begins in the text before its result: at the first of its operands, found
+    from the last one back within the line (those in words are passed over); the end of the text if
+    none is written."""
     line = before.rfind("\n") + 1
     written, start = list(_OPERAND.finditer(before, line)), len(before)
     for operand in reversed(_OPERAND.findall(expression)):
-        earlier = [one for one in written
-                   if one.end() <= start and plain_number(one[0]) == plain_number(operand)]
+        earlier = [
+            one
+            for one in written
+            if one.end() <= start and plain_number(one[0]) == plain_number(operand)
+        ]
         start = earlier[-1].start() if earlier else start
     while start > line and start < len(before) and before[start - 1] in "($€£.-":
         start -= 1
@@ -134,7 +168,9 @@ def _step_start(before: str, expression: str) -> int:
 
 
 def calculated(expression: str) -> float | None:
-    """The value of a calculation of numbers by + - * / and brackets; None where it is written otherwise."""
+    """The value of a calculation of numbers by + - * / and brackets; None where it is written
+    otherwise.
+    """
     try:
         return _value(ast.parse(expression.replace(",", "").strip(), mode="eval").body)
     except (SyntaxError, KeyError, ZeroDivisionError):
@@ -155,13 +191,15 @@ def _value(node: ast.AST) -> float:
 def _holds(expression: str, result: str) -> bool:
     """Whether a calculation that can be checked gives the result, but for rounding."""
     value, said = calculated(expression), calculated(result)
-    return value is not None and said is not None and isclose(value, said, rel_tol=1e-2, abs_tol=1e-2)
+    return (
+        value is not None and said is not None and isclose(value, said, rel_tol=1e-2, abs_tol=1e-2)
+    )
 
 
 @dataclass(frozen=True)
 class Injected:
-    """A right solution with one of its results changed: the text up to the changed number, the rest as it was, and the
-    characters of the digits that differ."""
+    """A right solution with one of its results changed: the text up to the changed number, the rest
+    as it was, and the characters of the digits that differ."""
 
     text: str
     rest: str
@@ -169,14 +207,19 @@ class Injected:
 
 
 def inject(text: str, chance: random.Random) -> Injected | None:
-    """Change one result of a right solution; None without a result, or when the change only leaves out last digits."""
+    """Change one result of a right solution; None without a result, or when the change only leaves
+    out last digits.
+    """
     results = list(_RESULT.finditer(text))
     if not results:
         return None
     found = chance.choice(results)
     right, (begins, ends) = found[1], found.span(1)
     wrong = str(mistaken(int(right), chance))
-    same = next((i for i, (old, new) in enumerate(zip(right, wrong)) if old != new), min(len(right), len(wrong)))
+    same = next(
+        (i for i, (old, new) in enumerate(zip(right, wrong)) if old != new),
+        min(len(right), len(wrong)),
+    )
     start, end = begins + same, begins + len(wrong)
     return Injected(text[:begins] + wrong, text[ends:], (start, end)) if start < end else None
 

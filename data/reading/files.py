@@ -87,17 +87,21 @@ class Tally:
 
     def lines(self) -> list[str]:
         """One line per reason."""
-        return [f"{verb} {count} {self.word}{'s' * (count != 1)}: {self._said(reason)}"
-                for verb, counts in (("skipped", self.skipped), ("changed", self.changed))
-                for reason, count in counts.items()]
+        return [
+            f"{verb} {count} {self.word}{'s' * (count != 1)}: {self._said(reason)}"
+            for verb, counts in (("skipped", self.skipped), ("changed", self.changed))
+            for reason, count in counts.items()
+        ]
 
     def _said(self, reason: str) -> str:
         return reason + (f" (first: {self.first[reason]})" if reason in self.first else "")
 
     def reasons(self) -> str:
         """Why rows were left out, in one line."""
-        return "; ".join(f"{count} × {self._said(reason)}"
-                         for reason, count in self.skipped.items()) or "it is empty"
+        return (
+            "; ".join(f"{count} × {self._said(reason)}" for reason, count in self.skipped.items())
+            or "it is empty"
+        )
 
     def log(self) -> None:
         """Warn with a line per reason."""
@@ -106,21 +110,28 @@ class Tally:
 
     def as_dict(self) -> dict[str, Any]:
         """Reason to `count` and `first`, for provenance and reports; empty if nothing was found."""
-        return {reason: {"count": count} | ({"first": self.first[reason].short}
-                                            if reason in self.first else {})
-                for counts in (self.skipped, self.changed) for reason, count in counts.items()}
+        return {
+            reason: {"count": count}
+            | ({"first": self.first[reason].short} if reason in self.first else {})
+            for counts in (self.skipped, self.changed)
+            for reason, count in counts.items()
+        }
 
 
 def clean(value: Any) -> Any:
     """JSON data with U+FFFD for lone surrogates, in keys too; two halves in a row become one
     character again."""
     if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode(
-            "utf-16", "replace")
+        return (
+            value
+            if value.isascii()
+            else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        )
     if isinstance(value, list):
         return [clean(one) for one in value]
-    return ({clean(key): clean(one) for key, one in value.items()} if isinstance(value, dict)
-            else value)
+    return (
+        {clean(key): clean(one) for key, one in value.items()} if isinstance(value, dict) else value
+    )
 
 
 # -- sources --------------------------------------------------------------------------------------
@@ -151,8 +162,9 @@ def _known(path: Path) -> Path:
     return path
 
 
-def read_rows(source: str, split: str = "train", streaming: bool = False,
-              tally: Tally | None = None) -> Iterator[Row]:
+def read_rows(
+    source: str, split: str = "train", streaming: bool = False, tally: Tally | None = None
+) -> Iterator[Row]:
     """Rows of files or of a Hub data set, one after the other as they are asked for.
 
     Args:
@@ -196,11 +208,15 @@ def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
                 if row is not None:
                     yield row
     except gzip.BadGzipFile:
-        raise ValueError(f"data file {str(path)!r} is not a gzip file, or a damaged one: fetch it "
-                         "again, or name it without .gz") from None
+        raise ValueError(
+            f"data file {str(path)!r} is not a gzip file, or a damaged one: fetch it "
+            "again, or name it without .gz"
+        ) from None
     except (EOFError, zlib.error) as error:
-        raise ValueError(f"data file {str(path)!r} is cut off or damaged behind line {number} "
-                         f"({error}): fetch it again") from None
+        raise ValueError(
+            f"data file {str(path)!r} is cut off or damaged behind line {number} "
+            f"({error}): fetch it again"
+        ) from None
 
 
 def _lines(file: gzip.GzipFile | BufferedReader) -> Iterator[tuple[int, bytes | None]]:
@@ -247,8 +263,10 @@ def _decoded(line: bytes, place: Place) -> str:
     try:
         return line.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): "
-                         "save the file as UTF-8") from None
+        raise ValueError(
+            f"{place} is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): "
+            "save the file as UTF-8"
+        ) from None
 
 
 def _loaded(text: str) -> Any:
@@ -274,8 +292,10 @@ def _array_rows(path: Path, content: bytes, tally: Tally | None) -> Iterator[Row
     try:
         rows = _loaded(text)
     except Skipped as reason:
-        raise ValueError(f"data file {str(path)!r} begins as a JSON array, but is {reason}: write "
-                         "one array of rows, or one row per line") from None
+        raise ValueError(
+            f"data file {str(path)!r} begins as a JSON array, but is {reason}: write "
+            "one array of rows, or one row per line"
+        ) from None
     for number, one in enumerate(rows, 1):
         place = Place(str(path), "row", number)
         try:
@@ -301,8 +321,10 @@ def _parquet_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
                     yield Row(Place(str(path), "row", number), row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data file {str(path)!r} is no Parquet file, or a damaged one "
-                         f"(behind row {number}): {reason}") from None
+        raise ValueError(
+            f"data file {str(path)!r} is no Parquet file, or a damaged one "
+            f"(behind row {number}): {reason}"
+        ) from None
 
 
 def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
@@ -316,12 +338,20 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
             yield Row(Place(source, "row", number), dict(row))
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data set {source!r} (split {split!r}) is neither a file nor loadable: "
-                         f"{reason}") from error
+        raise ValueError(
+            f"data set {source!r} (split {split!r}) is neither a file nor loadable: {reason}"
+        ) from error
 
 
 def kind(value: Any) -> str:
     """What a value is, for messages."""
-    names = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"),
-             (dict, "an object"), (bytes, "bytes"), (type(None), "null"))
+    names = (
+        (bool, "true or false"),
+        (str, "text"),
+        (int | float, "a number"),
+        (list, "a list"),
+        (dict, "an object"),
+        (bytes, "bytes"),
+        (type(None), "null"),
+    )
     return next((name for one, name in names if isinstance(value, one)), type(value).__name__)

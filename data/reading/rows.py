@@ -19,15 +19,28 @@ CHATS = ("messages", "conversations", "conversation")
 """Keys of a whole chat, a list of turns."""
 ASKED = ("prompt", "question", "instruction", "query")
 ANSWERED = ("response", "completion", "answer", "output")
-SHAPES = ("`messages` or `conversations` (turns with role/content or from/value), `turns`, or "
-          "`prompt`, `question` or `instruction` with `response`, `completion`, `answer` or "
-          "`output`")
+SHAPES = (
+    "`messages` or `conversations` (turns with role/content or from/value), `turns`, or "
+    "`prompt`, `question` or `instruction` with `response`, `completion`, `answer` or "
+    "`output`"
+)
 _SYSTEM = ("system", "system_prompt")
 _ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "bot": "assistant",
-    "ai": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool",
-    "tool_result": "tool", **{role: role for role in ("user", "assistant", "system", "tool")}}
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    **{role: role for role in ("user", "assistant", "system", "tool")},
+}
 _CALLING = ("function_call", "tool_call")
 """Roles of turns whose text is a call as JSON, not something that is said."""
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
@@ -55,9 +68,13 @@ class Conversation:
     place: Place | None = None
 
 
-def load_conversations(source: str, limit: int | None = None, split: str = "train",
-                       streaming: bool = False, tally: Tally | None = None
-                       ) -> Iterator[Conversation]:
+def load_conversations(
+    source: str,
+    limit: int | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    tally: Tally | None = None,
+) -> Iterator[Conversation]:
     """Read conversations, one after the other as they are asked for.
 
     Args:
@@ -87,8 +104,13 @@ def load_conversations(source: str, limit: int | None = None, split: str = "trai
 
 def read_conversation(row: Mapping[str, Any], place: Place | None = None) -> Conversation:
     """The conversation that a row holds. Skipped: it holds none that can be read."""
-    return Conversation(chat_of(row), token_ids(row.get("response_ids")),
-                        bool(row.get("finished", True)), tools_of(row), place)
+    return Conversation(
+        chat_of(row),
+        token_ids(row.get("response_ids")),
+        bool(row.get("finished", True)),
+        tools_of(row),
+        place,
+    )
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -170,8 +192,11 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         null = next((key for key in (*CHATS, *keys) if key in row), None)
-        raise Skipped(f"`{null}` is null, expected text or turns" if null else
-                      f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+        raise Skipped(
+            f"`{null}` is null, expected text or turns"
+            if null
+            else f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}"
+        )
     asked = spoken(row[key], key, "user")
     given = row.get("input")
     if key == "instruction" and isinstance(given, str) and given.strip():
@@ -194,8 +219,9 @@ def spoken(value: Any, key: str, role: str) -> list[Message]:
         return [{"role": role, "content": _short(text)} for text in value]
     if isinstance(value, str):
         turns = _listed(value)
-        return [{"role": role, "content": _short(value)}] if turns is None else read_turns(
-            turns, key)
+        return (
+            [{"role": role, "content": _short(value)}] if turns is None else read_turns(turns, key)
+        )
     if not isinstance(value, dict | list):
         raise Skipped(f"`{key}` is {kind(value)}, expected text or turns")
     return read_turns([value] if isinstance(value, dict) else value, key)
@@ -218,8 +244,12 @@ def _listed(text: str) -> list[Any] | None:
     if not text.lstrip().startswith("["):
         return None
     found = json_of(text)
-    return found if isinstance(found, list) and all(
-        isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else None
+    return (
+        found
+        if isinstance(found, list)
+        and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found)
+        else None
+    )
 
 
 def read_message(turn: Any) -> Message:
@@ -270,8 +300,11 @@ def _text(value: Any, key: str) -> str:
 def _part(part: Any) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and (
-            part.get("type") in (None, "text", "input_text", "output_text")):
+    if (
+        isinstance(part, Mapping)
+        and isinstance(part.get("text"), str)
+        and (part.get("type") in (None, "text", "input_text", "output_text"))
+    ):
         return part["text"]
     found = part.get("type") if isinstance(part, Mapping) else kind(part)
     raise Skipped(f"a turn with a part of type {found}, expected text alone")
@@ -287,9 +320,15 @@ def token_ids(value: Any) -> list[int] | None:
     """`response_ids` of a row: token ids, or None. Skipped: something else."""
     if value is None or value == []:
         return None
-    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < 2**31
-                                              for one in value):
-        raise Skipped(f"`response_ids` is {kind(value)}" + (
-            " with something else than token ids" if isinstance(value, list) else
-            ", expected a list of token ids"))
+    if not isinstance(value, list) or not all(
+        type(one) is int and 0 <= one < 2**31 for one in value
+    ):
+        raise Skipped(
+            f"`response_ids` is {kind(value)}"
+            + (
+                " with something else than token ids"
+                if isinstance(value, list)
+                else ", expected a list of token ids"
+            )
+        )
     return value

@@ -1,9 +1,9 @@
 """Hugging Face's own ways of decoding, as decoders that the harness measures beside ours.
 
 They run on the target's own weights with the library's kernels and cache, as its users run it, but
-like our loop without what the target's `generation_config` asks for (`modules.target.generation_config`).
-The prefill ends, as in our loop, when the first token is known; a streamer takes the times, so
-nothing is patched.
+like our loop without what the target's `generation_config` asks for
+(`modules.target.generation_config`). The prefill ends, as in our loop, when the first token is
+known; a streamer takes the times, so nothing is patched.
 
 Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabulary.
 """
@@ -29,7 +29,9 @@ from modules.target.target import Target
 
 
 class _Stopwatch:
-    """A streamer that notes when tokens arrive, and how many at a time. The first thing it is given is the prompt."""
+    """A streamer that notes when tokens arrive, and how many at a time. The first thing it is given
+    is the prompt.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -37,7 +39,9 @@ class _Stopwatch:
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate` with the prompt, then with the tokens of each call (already on the CPU)."""
+        """Called by `generate` with the prompt, then with the tokens of each call (already on the
+        CPU).
+        """
         if self._prompt_seen:
             self.times.append(time.perf_counter())
             self.counts.append(value.shape[-1] if value.dim() > 1 else 1)
@@ -76,16 +80,31 @@ class HuggingFaceGenerate:
             ValueError: several prompts at once for a decoder that takes one.
         """
         if len(prompts) > 1 and not self.batched:
-            raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
+            raise ValueError(
+                f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
+            )
         watch, began = _Stopwatch(), now(self.target.device)
-        rows = stock_generate(self.target.stock, prompts, sampling, limit, self.target.eos_ids,
-                              self.options(), streamer=watch, **self.arguments())
+        rows = stock_generate(
+            self.target.stock,
+            prompts,
+            sampling,
+            limit,
+            self.target.eos_ids,
+            self.options(),
+            streamer=watch,
+            **self.arguments(),
+        )
         ended = now(self.target.device)
         prefill = watch.times[0] - began
         seconds = {"prefill": prefill, "other": ended - watch.times[0]}
-        return [self._trace(prompt, row, watch, seconds) for prompt, row in zip(prompts, rows, strict=True)]
+        return [
+            self._trace(prompt, row, watch, seconds)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
 
-    def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
+    def _trace(
+        self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]
+    ) -> Trace:
         """A trace whose phases are only prefill and the rest: `generate` does not report more."""
         return Trace(len(prompt), ids, [False] * len(ids), [], [], [], seconds, seconds["prefill"])
 
@@ -95,14 +114,17 @@ class _HuggingFaceSpeculation(HuggingFaceGenerate):
 
     batched = False
 
-    def _trace(self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]) -> Trace:
+    def _trace(
+        self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]
+    ) -> Trace:
         drafted = [position < count - 1 for count in watch.counts for position in range(count)]
-        drafted, calls = drafted[:len(ids)], kept_calls(watch.counts, len(ids))[1:]
+        drafted, calls = drafted[: len(ids)], kept_calls(watch.counts, len(ids))[1:]
         return Trace(len(prompt), ids, drafted, calls, [], [], seconds, seconds["prefill"])
 
 
 class HuggingFacePromptLookup(_HuggingFaceSpeculation):
-    """`generate(prompt_lookup_num_tokens=…)`: drafts copied from the text so far. The row `hf_prompt_lookup`.
+    """`generate(prompt_lookup_num_tokens=…)`: drafts copied from the text so far. The row
+    `hf_prompt_lookup`.
 
     Args:
         target: the target whose model is called.
@@ -122,26 +144,39 @@ class HuggingFacePromptLookup(_HuggingFaceSpeculation):
 
 
 class HuggingFaceAssisted(_HuggingFaceSpeculation):
-    """`generate(assistant_model=…)`, with the target's own first layers or a trained drafter as the assistant. The row
-    `hf_assisted`.
+    """`generate(assistant_model=…)`, with the target's own first layers or a trained drafter as the
+    assistant. The row `hf_assisted`.
 
     Args:
         target: the target whose model is called.
-        layers: layers that the assistant keeps (its weights are the target's own, shared), where none is named.
+        layers: layers that the assistant keeps (its weights are the target's own, shared), where
+            none is named.
         tokens: drafted tokens per call.
-        assistant: run, folder or Hub id of a trained `Independent` drafter, whose model then is the assistant.
+        assistant: run, folder or Hub id of a trained `Independent` drafter, whose model then is the
+            assistant.
     """
 
     name = "hf_assisted"
 
-    def __init__(self, target: Target, layers: int = 4, tokens: int = 4, assistant: str | None = None) -> None:
+    def __init__(
+        self, target: Target, layers: int = 4, tokens: int = 4, assistant: str | None = None
+    ) -> None:
         super().__init__(target)
         if assistant is None and not 0 < layers < target.shape.num_layers:
-            raise ValueError(f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for {target.name}")
-        self.assistant = truncated_copy(target.stock, layers) if assistant is None else trained(assistant, target)
+            raise ValueError(
+                f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for "
+                f"{target.name}"
+            )
+        self.assistant = (
+            truncated_copy(target.stock, layers)
+            if assistant is None
+            else trained(assistant, target)
+        )
         self.assistant.generation_config = GenerationConfig(
-            num_assistant_tokens=tokens, num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0)
+            num_assistant_tokens=tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Hands over the assistant."""
@@ -149,7 +184,8 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
 
 
 class TrimmedHead(nn.Module):
-    """An LM head of the draft vocabulary alone, as a stock model calls it: the other tokens get no probability.
+    """An LM head of the draft vocabulary alone, as a stock model calls it: the other tokens get no
+    probability.
 
     Args:
         head: the whole head, whose rows are copied.
@@ -161,7 +197,11 @@ class TrimmedHead(nn.Module):
         super().__init__()
         self.register_buffer("vocabulary", vocabulary_D)
         self.weight = nn.Parameter(head.weight[vocabulary_D].detach(), requires_grad=False)
-        self.bias = None if head.bias is None else nn.Parameter(head.bias[vocabulary_D].detach(), requires_grad=False)
+        self.bias = (
+            None
+            if head.bias is None
+            else nn.Parameter(head.bias[vocabulary_D].detach(), requires_grad=False)
+        )
         self.size = size
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
@@ -175,11 +215,14 @@ def trained(name: str, target: Target) -> Any:
     """The stock model of a trained drafter, which drafts the same tokens as it does in our loop.
 
     Raises:
-        ValueError: nothing there, another kind of component, or another tokenizer than the target's.
+        ValueError: nothing there, another kind of component, or another tokenizer than the
+            target's.
     """
     drafter = load_pretrained(name, target)
     if not isinstance(drafter, Independent):
-        raise ValueError(f"assistant {name!r} is a {type(drafter).__name__}: give a trained Independent drafter")
+        raise ValueError(
+            f"assistant {name!r} is a {type(drafter).__name__}: give a trained Independent drafter"
+        )
     drafter.adapt(target)
     # Cast by the drafter, which keeps its rotary frequencies; the stock model shares its weights.
     stock = drafter.to(target.device, target.dtype).stock
@@ -192,7 +235,9 @@ def trained(name: str, target: Target) -> Any:
 
 
 def truncated_copy(model: Any, layers: int) -> Any:
-    """A model of the same kind that keeps the first `layers` layers; its weights share memory with the original's."""
+    """A model of the same kind that keeps the first `layers` layers; its weights share memory with
+    the original's.
+    """
     config = truncated_config(model.config, layers)
     with torch.device("meta"):
         shallow = AutoModelForCausalLM.from_config(config)
@@ -204,7 +249,9 @@ def truncated_copy(model: Any, layers: int) -> Any:
 
 
 def _copy_buffers(source: nn.Module, into: nn.Module) -> None:
-    """Buffers that no state dict carries (rotary frequencies) are still on the meta device: take the original's."""
+    """Buffers that no state dict carries (rotary frequencies) are still on the meta device: take
+    the original's.
+    """
     found = dict(source.named_buffers())
     for name, buffer in list(into.named_buffers()):
         if buffer.is_meta:

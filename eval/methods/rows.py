@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = "autoregressive"
 EXPORT_NOTES = "export_notes"
-"""Of a row's `quality`: how what an engine runs differs from the drafter that was exported to it."""
+"""Of a row's `quality`: how what an engine runs differs from the drafter that was exported to
+it.
+"""
 TRAINING_PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts" / "prompts.jsonl"
 Precision = Literal["float32", "bfloat16", "float16"]
 ClassSpec = Mapping[str, Any]
@@ -37,24 +39,26 @@ ClassSpec = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """One row as a config names it: a drafter with a builder, a rule and a budget, or another decoder.
+    """One row as a config names it: a drafter with a builder, a rule and a budget, or another
+    decoder.
 
     Args:
         name: what the report calls it; by default the drafter's folder or the class in lower case.
-        drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that needs no training.
-        decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such as
-            `eval.methods.huggingface.HuggingFaceGenerate`.
+        drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that
+            needs no training.
+        decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such
+            as `eval.methods.huggingface.HuggingFaceGenerate`.
         builder: a tree builder `{class_path, init_args}` instead of the drafter's own.
-        rule: acceptance rule; by default the lossless one that fits the trees and the temperature. A name; a class
-            `{class_path, init_args}`; or a trained judge: its folder or Hub id, or `{trained, init_args}`, such as
-            `{trained: runs/judge, init_args: {threshold: 0.7}}`.
-        budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on a few embedded
-            prompts and takes the one that promises most with this device's times.
+        rule: acceptance rule; by default the lossless one that fits the trees and the temperature.
+            A name; a class `{class_path, init_args}`; or a trained judge: its folder or Hub id, or
+            `{trained, init_args}`, such as `{trained: runs/judge, init_args: {threshold: 0.7}}`.
+        budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on
+            a few embedded prompts and takes the one that promises most with this device's times.
         temperature: by default the evaluation's.
-        precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts may be coarse:
-            what is emitted stays the target's.
-        control: a negative control, which accepts too much on purpose: the report says whether its answers are found
-            worse than plain decoding's by the target's log likelihood.
+        precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts
+            may be coarse: what is emitted stays the target's.
+        control: a negative control, which accepts too much on purpose: the report says whether its
+            answers are found worse than plain decoding's by the target's log likelihood.
     """
 
     name: str = ""
@@ -75,7 +79,11 @@ class Method:
         source = self.drafter if self.drafter is not None else self.decoder
         if isinstance(source, str):
             path = Path(source)
-            return path.parent.name if path.name == "drafter" and path.parent.name else path.resolve().name
+            return (
+                path.parent.name
+                if path.name == "drafter" and path.parent.name
+                else path.resolve().name
+            )
         wanted = Kind.DECODER if self.drafter is None else Kind.DRAFTER
         kind = class_of(source or {}, "methods", wanted, 1)
         named = getattr(kind, "name", None)
@@ -89,17 +97,33 @@ class Method:
         """
         where = f"methods: {self.name or self.drafter or self.decoder}"
         if (self.drafter is None) == (self.decoder is None):
-            raise ValueError(f"{where}: give either `drafter` or `decoder` (the autoregressive row is always there)")
-        if self.decoder is not None and (self.builder or self.rule or self.precision or self.budget is not None):
-            raise ValueError(f"{where}: builder, rule, budget and precision belong to a `drafter`, not to a `decoder`")
+            raise ValueError(
+                f"{where}: give either `drafter` or `decoder` (the autoregressive row is always "
+                "there)"
+            )
+        if self.decoder is not None and (
+            self.builder or self.rule or self.precision or self.budget is not None
+        ):
+            raise ValueError(
+                f"{where}: builder, rule, budget and precision belong to a `drafter`, not to a "
+                "`decoder`"
+            )
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
             _folder_exists(Path(self.drafter), where)
-        elif isinstance(self.drafter, str) and ("/" not in self.drafter or missing_here(self.drafter)):
-            raise ValueError(f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a Hub id")
-        for spec, kind, given in ((self.drafter, Kind.DRAFTER, 1), (self.decoder, Kind.DECODER, 1),
-                                  (self.builder, Kind.BUILDER, 0)):
+        elif isinstance(self.drafter, str) and (
+            "/" not in self.drafter or missing_here(self.drafter)
+        ):
+            raise ValueError(
+                f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a "
+                "Hub id"
+            )
+        for spec, kind, given in (
+            (self.drafter, Kind.DRAFTER, 1),
+            (self.decoder, Kind.DECODER, 1),
+            (self.builder, Kind.BUILDER, 0),
+        ):
             if isinstance(spec, Mapping):
                 class_of(spec, where, kind, given)
         if isinstance(self.drafter, Mapping):
@@ -121,7 +145,9 @@ def _check_parts(spec: ClassSpec, where: str) -> None:
 
 def _folder_exists(folder: Path, where: str) -> None:
     if not any((place / "config.json").is_file() for place in (folder, folder / "drafter")):
-        raise ValueError(f"{where}: {folder} holds no drafter (no config.json): give a finished run")
+        raise ValueError(
+            f"{where}: {folder} holds no drafter (no config.json): give a finished run"
+        )
 
 
 def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
@@ -134,7 +160,10 @@ def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
     elif isinstance(rule, str) and "/" not in rule:
         rule_named(rule)
     elif "/" not in folder or missing_here(folder):
-        raise ValueError(f"{where}: rule {folder!r} does not exist: give a rule's name, a judge's run or a Hub id")
+        raise ValueError(
+            f"{where}: rule {folder!r} does not exist: give a rule's name, a judge's run or a Hub "
+            "id"
+        )
 
 
 def _trained(rule: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -143,8 +172,10 @@ def _trained(rule: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, 
         return rule, {}
     unknown = sorted(set(rule) - {"trained", "init_args"})
     if unknown or not isinstance(rule["trained"], str):
-        raise ValueError(f"{where}: {unknown[0] if unknown else 'trained'} is wrong in {dict(rule)}: give `trained` (a "
-                         "folder or Hub id) and perhaps `init_args`")
+        raise ValueError(
+            f"{where}: {unknown[0] if unknown else 'trained'} is wrong in {dict(rule)}: give "
+            "`trained` (a folder or Hub id) and perhaps `init_args`"
+        )
     return rule["trained"], dict(rule.get("init_args") or {})
 
 
@@ -161,7 +192,10 @@ def acceptance_rule(rule: str | Mapping[str, Any], target: Target, where: str) -
     folder, settings = _trained(rule, where)
     found = load_pretrained(folder, target).to(target.device)
     if not hasattr(found, "acceptance_rule"):
-        raise ValueError(f"{where}: rule {folder!r} is a {type(found).__name__}, which accepts nothing: give a judge")
+        raise ValueError(
+            f"{where}: rule {folder!r} is a {type(found).__name__}, which accepts nothing: give a "
+            "judge"
+        )
     try:
         return cast(Any, found).acceptance_rule(target, **settings)
     except TypeError as error:
@@ -178,14 +212,16 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, given: int = 0) -> Callabl
         given: positional arguments that the caller will add in front.
 
     Raises:
-        ValueError: an unknown key, a class that does not exist, is not allowed or of another kind, an argument that it
-            does not take or misses.
+        ValueError: an unknown key, a class that does not exist, is not allowed or of another kind,
+            an argument that it does not take or misses.
     """
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     path = spec.get("class_path")
     if unknown or not isinstance(path, str) or "." not in path:
-        raise ValueError(f"{where}: {unknown[0] if unknown else 'class_path'} is wrong in {dict(spec)}: give "
-                         "`class_path` (package.module.Class) and perhaps `init_args`")
+        raise ValueError(
+            f"{where}: {unknown[0] if unknown else 'class_path'} is wrong in {dict(spec)}: give "
+            "`class_path` (package.module.Class) and perhaps `init_args`"
+        )
     found = named_class(path, kind, where)
     try:
         inspect.signature(found).bind(*[None] * given, **dict(spec.get("init_args") or {}))
@@ -203,11 +239,13 @@ def construct(spec: ClassSpec, where: str, kind: Kind, *given: Any) -> Any:
 class Row:
     """A row that is ready to run.
 
-    baseline: name of the autoregressive row on the same target at the same temperature (its own for that row).
+    baseline: name of the autoregressive row on the same target at the same temperature (its own for
+    that row).
     draft_precision: of the drafter's weights, if not the target's.
-    drafter_parameters: as far as they were trained; a frozen copy of the target's (S2D's embedding) is not its own.
-    batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared with, where that is
-    not its baseline.
+    drafter_parameters: as far as they were trained; a frozen copy of the target's (S2D's embedding)
+    is not its own.
+    batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared
+    with, where that is not its baseline.
     """
 
     name: str
@@ -239,29 +277,47 @@ def unique_labels(methods: Sequence[Method]) -> list[str]:
         ValueError: two methods share a name, or one takes the baseline's.
     """
     labels = [method.label for method in methods]
-    repeated = sorted({label for label in labels if labels.count(label) > 1 or label == AUTOREGRESSIVE})
+    repeated = sorted(
+        {label for label in labels if labels.count(label) > 1 or label == AUTOREGRESSIVE}
+    )
     if repeated:
-        raise ValueError(f"methods: the name {repeated[0]!r} is taken twice: give each row its own `name`")
+        raise ValueError(
+            f"methods: the name {repeated[0]!r} is taken twice: give each row its own `name`"
+        )
     return labels
 
 
-def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling, precision: Precision | None = None
-               ) -> list[Row]:
-    """Load every method's parts; an autoregressive row is added for each target and temperature that occurs.
+def build_rows(
+    methods: Sequence[Method],
+    target: Target,
+    sampling: Sampling,
+    precision: Precision | None = None,
+) -> list[Row]:
+    """Load every method's parts; an autoregressive row is added for each target and temperature
+    that occurs.
 
     Args:
         methods: checked methods.
-        target: what they serve. A drafter that adapts it (Medusa-2) brings its own target and baseline.
+        target: what they serve. A drafter that adapts it (Medusa-2) brings its own target and
+            baseline.
         sampling: the evaluation's sampling; a method may have its own temperature.
         precision: of drafters whose method names none; by default the target's.
     """
     loaded: dict[str, tuple[Drafter, Target]] = {}
     rows = [_autoregressive(AUTOREGRESSIVE, target, sampling)]
     for method, label in zip(methods, unique_labels(methods)):
-        own = sampling if method.temperature is None else Sampling(
-            method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
-        row = _decoder_row(method, label, target, own) if method.decoder is not None else _drafter_row(
-            replace(method, precision=method.precision or precision), label, target, own, loaded)
+        own = (
+            sampling
+            if method.temperature is None
+            else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+        )
+        row = (
+            _decoder_row(method, label, target, own)
+            if method.decoder is not None
+            else _drafter_row(
+                replace(method, precision=method.precision or precision), label, target, own, loaded
+            )
+        )
         row.baseline = _baseline_for(row, rows)
         if method.control:
             row.quality = {**row.quality, "control": True}
@@ -271,13 +327,19 @@ def build_rows(methods: Sequence[Method], target: Target, sampling: Sampling, pr
 
 def _autoregressive(name: str, target: Target, sampling: Sampling) -> Row:
     decoder = SpeculativeDecoder(target, name=name)
-    return Row(name, decoder, target, sampling, name, rule=decoder.rule_for(sampling).name, budget=0)
+    return Row(
+        name, decoder, target, sampling, name, rule=decoder.rule_for(sampling).name, budget=0
+    )
 
 
 def _baseline_for(row: Row, rows: list[Row]) -> str:
     """The matching autoregressive row's name; the row is made when there is none yet."""
     for other in rows:
-        if other.name == other.baseline and other.target is row.target and other.sampling == row.sampling:
+        if (
+            other.name == other.baseline
+            and other.target is row.target
+            and other.sampling == row.sampling
+        ):
             return other.name
     adapted = "" if row.target is rows[0].target else f" of {row.name}"
     heat = "" if row.sampling == rows[0].sampling else f" at {row.sampling.temperature:g}"
@@ -287,12 +349,24 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
 
 def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
     decoder = construct(method.decoder or {}, f"methods: {label}", Kind.DECODER, target)
-    return Row(label, decoder, target, sampling, "", getattr(decoder, "claims_lossless", True),
-               getattr(decoder, "engine", "slipstream"))
+    return Row(
+        label,
+        decoder,
+        target,
+        sampling,
+        "",
+        getattr(decoder, "claims_lossless", True),
+        getattr(decoder, "engine", "slipstream"),
+    )
 
 
-def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
-                 loaded: dict[str, tuple[Drafter, Target]]) -> Row:
+def _drafter_row(
+    method: Method,
+    label: str,
+    target: Target,
+    sampling: Sampling,
+    loaded: dict[str, tuple[Drafter, Target]],
+) -> Row:
     where = f"methods: {label}"
     key = f"{method.drafter if isinstance(method.drafter, str) else label} {method.precision}"
     if key not in loaded:
@@ -303,33 +377,59 @@ def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling,
     rule = acceptance_rule(method.rule, adapted, where) if method.rule else None
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
         fitting = SpeculativeDecoder(adapted, drafter, None, builder).rule_for(sampling).name
-        raise ValueError(f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}")
+        raise ValueError(
+            f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}"
+        )
     given = None if method.budget == "auto" else method.budget
     decoder = SpeculativeDecoder(adapted, drafter, rule, builder, given, label)
     if method.budget == "auto":
         decoder.budget = automatic_budget(decoder, sampling)
     used = decoder.rule_for(sampling)
-    return Row(label, decoder, adapted, sampling, "", used.lossless, builder=builder_name(drafter, builder),
-               rule=used.name, budget=decoder.nodes, draft_precision=method.precision,
-               drafter_parameters=drafter.trained_size)
+    return Row(
+        label,
+        decoder,
+        adapted,
+        sampling,
+        "",
+        used.lossless,
+        builder=builder_name(drafter, builder),
+        rule=used.name,
+        budget=decoder.nodes,
+        draft_precision=method.precision,
+        drafter_parameters=drafter.trained_size,
+    )
 
 
 def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
     """The tree size that promises most here, tried on embedded prompts that no evaluation asks."""
     rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), prompts)
-    tokenizer, widths = decoder.target.tokenizer, [1, *(n + 1 for n in budgets_on(decoder.target.device))]
+    tokenizer, widths = (
+        decoder.target.tokenizer,
+        [1, *(n + 1 for n in budgets_on(decoder.target.device))],
+    )
     stored = stored_latency(decoder.target, widths=widths)
     asked = [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
     trials = try_budgets(decoder, stored, asked, sampling)
     for trial in trials:
-        logger.info("%s with %d nodes: %.2f tokens per call, drafting %.1f ms, %.2f times plain decoding", decoder.name,
-                    trial.budget, trial.tokens_per_call, trial.draft_seconds * 1e3, trial.predicted_speedup)
+        logger.info(
+            "%s with %d nodes: %.2f tokens per call, drafting %.1f ms, %.2f times plain decoding",
+            decoder.name,
+            trial.budget,
+            trial.tokens_per_call,
+            trial.draft_seconds * 1e3,
+            trial.predicted_speedup,
+        )
     return best_budget(trials)
 
 
-def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter", precision: Precision | None = None
-                 ) -> Drafter:
-    """A drafter ready to decode: from a folder or the Hub, or made from a class that needs no training.
+def load_drafter(
+    source: str | ClassSpec,
+    target: Target,
+    where: str = "drafter",
+    precision: Precision | None = None,
+) -> Drafter:
+    """A drafter ready to decode: from a folder or the Hub, or made from a class that needs no
+    training.
 
     Args:
         source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
@@ -343,14 +443,22 @@ def load_drafter(source: str | ClassSpec, target: Target, where: str = "drafter"
     if isinstance(source, str):
         found = load_pretrained(source, target)
     else:
-        found = construct(_with_partner(source, target, where, precision), where, Kind.DRAFTER, target.shape)
+        found = construct(
+            _with_partner(source, target, where, precision), where, Kind.DRAFTER, target.shape
+        )
     if not isinstance(found, Drafter):
-        raise ValueError(f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter")
+        raise ValueError(
+            f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter"
+        )
     return found.to(target.device, getattr(torch, precision) if precision else target.dtype).eval()
 
 
-def _with_partner(source: ClassSpec, target: Target, where: str, precision: Precision | None) -> ClassSpec:
-    """The spec with the drafter and the builder that `init_args.partner` and `.builder` name in their place (RASD)."""
+def _with_partner(
+    source: ClassSpec, target: Target, where: str, precision: Precision | None
+) -> ClassSpec:
+    """The spec with the drafter and the builder that `init_args.partner` and `.builder` name in
+    their place (RASD).
+    """
     arguments = dict(source.get("init_args") or {})
     if isinstance(arguments.get("builder"), Mapping):
         arguments["builder"] = construct(arguments["builder"], f"{where}: builder", Kind.BUILDER)
@@ -358,7 +466,9 @@ def _with_partner(source: ClassSpec, target: Target, where: str, precision: Prec
         return {**source, "init_args": arguments}
     partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)
     if partner.adapt(target) is not target:
-        raise ValueError(f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not")
+        raise ValueError(
+            f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not"
+        )
     return {**source, "init_args": {**arguments, "partner": partner}}
 
 

@@ -12,16 +12,24 @@ logger = logging.getLogger(__name__)
 
 
 def chat_arguments(given: Mapping[str, Any] | None, drafters: Sequence[str]) -> dict[str, Any]:
-    """What is given, or else what the first drafter was trained with; a warning names every drafter that was trained
-    with something else.
+    """What is given, or else what the first drafter was trained with; a warning names every drafter
+    that was trained with something else.
 
     Args:
         given: None for the drafter's own.
         drafters: run folders, drafter folders or Hub ids.
     """
-    trained = {name: dict(read_config(find_folder(name))["target"].get("chat_template") or {}) for name in drafters}
+    trained = {
+        name: dict(read_config(find_folder(name))["target"].get("chat_template") or {})
+        for name in drafters
+    }
     chosen = dict(next(iter(trained.values()), {}) if given is None else given)
     for name, arguments in trained.items():
         if arguments != chosen:
-            logger.warning("drafter %r was trained with chat_template %s, prompts have %s", name, arguments, chosen)
+            logger.warning(
+                "drafter %r was trained with chat_template %s, prompts have %s",
+                name,
+                arguments,
+                chosen,
+            )
     return chosen

@@ -10,10 +10,14 @@ from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 
 
-def vary(rows: Sequence[Row], samplings: Sequence[Sampling], batch_sizes: Sequence[int]) -> list[Row]:
-    """Rows of the first sampling and batch size under their own names, then the others, named after theirs.
+def vary(
+    rows: Sequence[Row], samplings: Sequence[Sampling], batch_sizes: Sequence[int]
+) -> list[Row]:
+    """Rows of the first sampling and batch size under their own names, then the others, named after
+    theirs.
 
-    A row with a temperature of its own keeps it. A decoder that takes one prompt at a time is left out of batches.
+    A row with a temperature of its own keeps it. A decoder that takes one prompt at a time is left
+    out of batches.
 
     Args:
         rows: as `eval.methods.rows.build_rows` makes them, for the first sampling.
@@ -29,24 +33,38 @@ def vary(rows: Sequence[Row], samplings: Sequence[Sampling], batch_sizes: Sequen
             warmer = at_temperature(replace(row, batch_size=batch_sizes[0]), sampling)
             found.setdefault(warmer.name, warmer)
     batched = [row for row in found.values() if getattr(row.decoder, "batched", True)]
-    return [*found.values(), *(in_batches(row, size) for size in batch_sizes[1:] for row in batched)]
+    return [
+        *found.values(),
+        *(in_batches(row, size) for size in batch_sizes[1:] for row in batched),
+    ]
 
 
 def at_temperature(row: Row, sampling: Sampling) -> Row:
     """The row with another sampling, against the baseline of the same sampling."""
     suffix = f" at {sampling.temperature:g}"
-    changed = replace(row, name=row.name + suffix, baseline=row.baseline + suffix, sampling=sampling)
+    changed = replace(
+        row, name=row.name + suffix, baseline=row.baseline + suffix, sampling=sampling
+    )
     if not isinstance(row.decoder, SpeculativeDecoder):
         return changed
     rule = row.decoder.rule_for(sampling)
     if rule.name == "greedy" and sampling.temperature > 0:
-        raise ValueError(f"methods: {row.name}: rule 'greedy' does not sample at temperature {sampling.temperature:g}: "
-                         "leave `rule` out, or give the method a `temperature` of 0")
+        raise ValueError(
+            f"methods: {row.name}: rule 'greedy' does not sample at temperature "
+            f"{sampling.temperature:g}: leave `rule` out, or give the method a `temperature` of 0"
+        )
     return replace(changed, rule=rule.name, claims_lossless=rule.lossless)
 
 
 def in_batches(row: Row, size: int) -> Row:
-    """The row with `size` prompts at once; its tokens must still be those of the baseline in the smallest batch."""
+    """The row with `size` prompts at once; its tokens must still be those of the baseline in the
+    smallest batch.
+    """
     suffix = f", {size} at once"
-    return replace(row, name=row.name + suffix, baseline=row.baseline + suffix, batch_size=size,
-                   yardstick=row.baseline)
+    return replace(
+        row,
+        name=row.name + suffix,
+        baseline=row.baseline + suffix,
+        batch_size=size,
+        yardstick=row.baseline,
+    )

@@ -1,8 +1,8 @@
 """What the figures in a report mean: pure functions of traces, seconds and logits.
 
-Everywhere, a *call* is one verification by the target. It emits the drafts that it accepts and one more token (the
-bonus token); the token that the prefill gives belongs to no call. Of the call in which an answer
-ends only the tokens up to there are its own.
+Everywhere, a *call* is one verification by the target. It emits the drafts that it accepts and one
+more token (the bonus token); the token that the prefill gives belongs to no call. Of the call in
+which an answer ends only the tokens up to there are its own.
 
 Shape legend: P prompts, S bootstrap samples, T tokens, V vocabulary.
 """
@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 TIE_GAP = 1e-3
-"""Two tokens whose teacher-forced logits are this close may swap with the rounding of wider calls."""
+"""Two tokens whose teacher-forced logits are this close may swap with the rounding of wider
+calls.
+"""
 Floats = NDArray[np.float64]
 
 
-# -- acceptance ---------------------------------------------------------------------------------------------------
+# -- acceptance ------------------------------------------------------------------------------------
+
 
 def mean_accepted_tokens(emitted: Sequence[int]) -> float | None:
     """τ: tokens that calls emitted over those calls, bonus token counted; None without calls.
@@ -34,7 +37,8 @@ def mean_accepted_tokens(emitted: Sequence[int]) -> float | None:
 def acceptance_by_depth(emitted: Sequence[int]) -> list[float]:
     """Share of all calls that accepted at least d drafts, for d = 1, 2, …, up to the deepest.
 
-    A call without a draft of that depth counts as not accepting one, so τ = 1 + the sum of this list.
+    A call without a draft of that depth counts as not accepting one, so τ = 1 + the sum of this
+    list.
     """
     drafts = np.asarray(emitted, dtype=np.int64) - 1
     deepest = int(drafts.max(initial=0))
@@ -42,9 +46,11 @@ def acceptance_by_depth(emitted: Sequence[int]) -> list[float]:
 
 
 def conditional_acceptance_by_depth(emitted: Sequence[int], offered: Sequence[int]) -> list[float]:
-    """P(at least d drafts accepted | at least d-1 accepted and a tree at least d deep), for d = 1, 2, …
+    """P(at least d drafts accepted | at least d-1 accepted and a tree at least d deep), for d = 1,
+    2, …
 
-    `offered` is the depth of each call's tree; an engine that does not report it gives none, and an empty list.
+    `offered` is the depth of each call's tree; an engine that does not report it gives none, and an
+    empty list.
     """
     if not len(offered):
         return []
@@ -64,10 +70,13 @@ def accepted_length_histogram(emitted: Sequence[int]) -> list[int]:
     return np.bincount(drafts).tolist() if len(drafts) else []
 
 
-# -- speed --------------------------------------------------------------------------------------------------------
+# -- speed -----------------------------------------------------------------------------------------
+
 
 class Speed(NamedTuple):
-    """One prompt's decoding: tokens after the first (which prefill gives) and the seconds they took."""
+    """One prompt's decoding: tokens after the first (which prefill gives) and the seconds they
+    took.
+    """
 
     tokens: float
     seconds: float
@@ -80,7 +89,9 @@ def rate(speeds: Sequence[Speed]) -> float:
 
 
 def micro_speedup(method: Sequence[Speed], baseline: Sequence[Speed]) -> float | None:
-    """Ratio of pooled tokens per second, method over baseline; None when the baseline decoded nothing."""
+    """Ratio of pooled tokens per second, method over baseline; None when the baseline decoded
+    nothing.
+    """
     reference = rate(baseline)
     return rate(method) / reference if reference else None
 
@@ -91,8 +102,13 @@ def macro_speedup(tasks: Mapping[str, tuple[Sequence[Speed], Sequence[Speed]]]) 
     return float(np.mean(found)) if found else None
 
 
-def bootstrap_interval(method: Sequence[Speed], baseline: Sequence[Speed], samples: int = 2000, seed: int = 0,
-                       level: float = 0.95) -> tuple[float, float] | None:
+def bootstrap_interval(
+    method: Sequence[Speed],
+    baseline: Sequence[Speed],
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float] | None:
     """Paired percentile bootstrap of the micro speedup over prompts (Efron 1979).
 
     Row i of both sequences is the same prompt. None without two prompts to draw from.
@@ -100,17 +116,25 @@ def bootstrap_interval(method: Sequence[Speed], baseline: Sequence[Speed], sampl
     assert len(method) == len(baseline), "paired bootstrap wants the same prompts in both rows"
     if len(method) < 2:
         return None
-    method_P2, baseline_P2 = np.asarray(method, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    method_P2, baseline_P2 = (
+        np.asarray(method, dtype=np.float64),
+        np.asarray(baseline, dtype=np.float64),
+    )
     drawn_SP = _draws(len(method), samples, seed)
     return _quantiles(_rates(method_P2, drawn_SP) / _rates(baseline_P2, drawn_SP), level)
 
 
-def rate_interval(speeds: Sequence[Speed], samples: int = 2000, seed: int = 0, level: float = 0.95
-                  ) -> tuple[float, float] | None:
-    """Percentile bootstrap of a pooled rate over prompts: of tokens per second, or of τ when `seconds` counts calls."""
+def rate_interval(
+    speeds: Sequence[Speed], samples: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Percentile bootstrap of a pooled rate over prompts: of tokens per second, or of τ when
+    `seconds` counts calls.
+    """
     if len(speeds) < 2:
         return None
-    return _quantiles(_rates(np.asarray(speeds, dtype=np.float64), _draws(len(speeds), samples, seed)), level)
+    return _quantiles(
+        _rates(np.asarray(speeds, dtype=np.float64), _draws(len(speeds), samples, seed)), level
+    )
 
 
 def _draws(prompts: int, samples: int, seed: int) -> NDArray[np.int64]:
@@ -131,7 +155,8 @@ def _rates(speeds_P2: Floats, drawn_SP: NDArray[np.int64]) -> Floats:
         return totals_S2[:, 0] / totals_S2[:, 1]
 
 
-# -- losslessness -------------------------------------------------------------------------------------------------
+# -- losslessness ----------------------------------------------------------------------------------
+
 
 class Identity(str, Enum):
     """How a method's token ids compare with the autoregressive row's."""
@@ -143,19 +168,27 @@ class Identity(str, Enum):
 
 
 def first_divergence(expected: Sequence[int], actual: Sequence[int]) -> int | None:
-    """Index of the first differing token (the shorter length when one is a prefix of the other); None when equal."""
+    """Index of the first differing token (the shorter length when one is a prefix of the other);
+    None when equal.
+    """
     for index, (left, right) in enumerate(zip(expected, actual, strict=False)):
         if left != right:
             return index
     return None if len(expected) == len(actual) else min(len(expected), len(actual))
 
 
-def is_tie(logits_V: Sequence[float] | Floats, expected: int, actual: int, gap: float = TIE_GAP) -> bool:
-    """Whether the two tokens' teacher-forced logits differ by at most `gap` (their common prefix is given)."""
+def is_tie(
+    logits_V: Sequence[float] | Floats, expected: int, actual: int, gap: float = TIE_GAP
+) -> bool:
+    """Whether the two tokens' teacher-forced logits differ by at most `gap` (their common prefix is
+    given).
+    """
     return abs(float(logits_V[expected]) - float(logits_V[actual])) <= gap
 
 
 def argmax_gaps(logits_TV: Floats, ids_T: Sequence[int]) -> Floats:
     """How far below the largest logit each emitted token stands [T]; 0 where it is the argmax."""
-    chosen_T = np.take_along_axis(logits_TV, np.asarray(ids_T, dtype=np.int64)[:, None], axis=1)[:, 0]
+    chosen_T = np.take_along_axis(logits_TV, np.asarray(ids_T, dtype=np.int64)[:, None], axis=1)[
+        :, 0
+    ]
     return logits_TV.max(axis=1) - chosen_T

@@ -1,4 +1,5 @@
-"""Is an answer the autoregressive row's? Token identity, true ties, and teacher forcing at low precision.
+"""Is an answer the autoregressive row's? Token identity, true ties, and teacher forcing at low
+precision.
 
 Shape legend: T tokens, V vocabulary.
 """
@@ -17,16 +18,18 @@ from modules.contracts.batches import TextBatch
 from modules.target.target import Target
 
 LOW_PRECISION_GAP = {torch.bfloat16: 0.5, torch.float16: 0.0625}
-"""At these precisions every emitted token must be the teacher-forced argmax or stand within this gap of it."""
+"""At these precisions every emitted token must be the teacher-forced argmax or stand within this
+gap of it.
+"""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How one answer compares.
 
-    position: index of the first differing token, None when identical. expected, actual: the two tokens there (None
-    where an answer has ended). gap: distance of their teacher-forced logits. flips: share of tokens that are not the
-    teacher-forced argmax (low precision only).
+    position: index of the first differing token, None when identical. expected, actual: the two
+    tokens there (None where an answer has ended). gap: distance of their teacher-forced logits.
+    flips: share of tokens that are not the teacher-forced argmax (low precision only).
     """
 
     identity: Identity
@@ -37,11 +40,14 @@ class Verdict:
     flips: float | None = None
 
 
-def judge(target: Target, prompt: Sequence[int], expected: Sequence[int], actual: Sequence[int]) -> Verdict:
+def judge(
+    target: Target, prompt: Sequence[int], expected: Sequence[int], actual: Sequence[int]
+) -> Verdict:
     """Compare an answer with the autoregressive row's on the same target.
 
-    In float32 and float64 the first divergence must be a tie (`is_tie`); at lower precision, where widths of calls
-    round differently all the time, every token must be the argmax or within `LOW_PRECISION_GAP`.
+    In float32 and float64 the first divergence must be a tie (`is_tie`); at lower precision, where
+    widths of calls round differently all the time, every token must be the argmax or within
+    `LOW_PRECISION_GAP`.
     """
     position = first_divergence(expected, actual)
     gap = LOW_PRECISION_GAP.get(target.dtype)
@@ -51,14 +57,15 @@ def judge(target: Target, prompt: Sequence[int], expected: Sequence[int], actual
         return Verdict(Identity.IDENTICAL)
     if position >= min(len(expected), len(actual)):
         return Verdict(Identity.DIFFERENT, position, _at(expected, position), _at(actual, position))
-    logits_V = teacher_forced_logits(target, prompt, actual[:position + 1])[-1].tolist()
+    logits_V = teacher_forced_logits(target, prompt, actual[: position + 1])[-1].tolist()
     left, right = expected[position], actual[position]
     kind = Identity.TIE if is_tie(logits_V, left, right, TIE_GAP) else Identity.DIFFERENT
     return Verdict(kind, position, left, right, abs(logits_V[left] - logits_V[right]))
 
 
-def _judge_loosely(target: Target, prompt: Sequence[int], actual: Sequence[int], position: int | None, gap: float
-                   ) -> Verdict:
+def _judge_loosely(
+    target: Target, prompt: Sequence[int], actual: Sequence[int], position: int | None, gap: float
+) -> Verdict:
     gaps_T = argmax_gaps(teacher_forced_logits(target, prompt, actual).double().numpy(), actual)
     flips = float(np.mean(gaps_T > 0)) if len(gaps_T) else 0.0
     if position is None:
@@ -73,9 +80,17 @@ def _at(ids: Sequence[int], position: int) -> int | None:
 
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Logits [T,V] before each of the answer's T tokens, the answer itself given; one pass without a KV cache."""
+    """Logits [T,V] before each of the answer's T tokens, the answer itself given; one pass without
+    a KV cache.
+    """
     ids = torch.tensor([[*prompt, *answer][:-1]], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
-    batch = TextBatch(ids, torch.zeros_like(ids, dtype=torch.bool), positions, torch.zeros_like(ids))
+    batch = TextBatch(
+        ids, torch.zeros_like(ids, dtype=torch.bool), positions, torch.zeros_like(ids)
+    )
     with torch.no_grad():
-        return target.logits(target.features(batch, ["final"])["final"][0, len(prompt) - 1:]).float().cpu()
+        return (
+            target.logits(target.features(batch, ["final"])["final"][0, len(prompt) - 1 :])
+            .float()
+            .cpu()
+        )

@@ -1,4 +1,5 @@
-"""The `quality` of a method in the report: scores of its answers, and what the target itself thinks of them.
+"""The `quality` of a method in the report: scores of its answers, and what the target itself thinks
+of them.
 
 Shape legend: T tokens, V vocabulary.
 """
@@ -27,7 +28,8 @@ Answers = Mapping[str, Record]
 class Scoring:
     """Which answers are scored, and how.
 
-    which: `lossy` rows and the plain decoding that they are compared with, `all` rows, or `none`. checks: by prompt.
+    which: `lossy` rows and the plain decoding that they are compared with, `all` rows, or `none`.
+    checks: by prompt.
     run_code: whether programs that the model wrote may run.
     """
 
@@ -38,7 +40,11 @@ class Scoring:
     @property
     def usable(self) -> dict[str, Check]:
         """The checks that may run."""
-        return {name: check for name, check in self.checks.items() if self.run_code or check.metric not in RUNS_CODE}
+        return {
+            name: check
+            for name, check in self.checks.items()
+            if self.run_code or check.metric not in RUNS_CODE
+        }
 
     def chosen(self, rows: Sequence[Row]) -> set[str]:
         """Names of the rows whose quality is measured."""
@@ -50,8 +56,8 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the target thinks of an answer: the sums over its tokens of their log probability at temperature 1, and of
-    whether each was its first choice."""
+    """What the target thinks of an answer: the sums over its tokens of their log probability at
+    temperature 1, and of whether each was its first choice."""
 
     likelihood: float
     first_choices: float
@@ -60,7 +66,9 @@ class Agreement:
 
 def agreements(target: Target, answers: Answers) -> dict[str, Agreement]:
     """Of every answer that has a token, by prompt; one pass of the target each."""
-    return {prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids}
+    return {
+        prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids
+    }
 
 
 def _agreement(target: Target, answer: Record) -> Agreement:
@@ -78,16 +86,26 @@ class Answered:
     agreements: Mapping[str, Agreement]
 
 
-def quality_figures(target: Target, own: Answered, plain: Answered, checks: Mapping[str, Check]) -> dict[str, Any]:
+def quality_figures(
+    target: Target, own: Answered, plain: Answered, checks: Mapping[str, Check]
+) -> dict[str, Any]:
     """Scores by metric against plain decoding's, and agreement with the target.
 
-    target_log_likelihood: mean natural log probability, at temperature 1, that the target gives to an emitted token.
-    likelihood_against_plain: the mean of each answer, less that of plain decoding's answer to the same prompt.
-    argmax_share: of the emitted tokens that are the target's first choice after what was emitted before.
+    target_log_likelihood: mean natural log probability, at temperature 1, that the target gives to
+    an emitted token.
+    likelihood_against_plain: the mean of each answer, less that of plain decoding's answer to the
+    same prompt.
+    argmax_share: of the emitted tokens that are the target's first choice after what was emitted
+    before.
     common_prefix: mean share of plain decoding's answer before the first difference.
     """
-    found: dict[str, Any] = {**_likelihoods(own.agreements, plain.agreements), "common_prefix": fmean(
-        common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids) for prompt, answer in own.answers.items())}
+    found: dict[str, Any] = {
+        **_likelihoods(own.agreements, plain.agreements),
+        "common_prefix": fmean(
+            common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids)
+            for prompt, answer in own.answers.items()
+        ),
+    }
     found |= _scored(target, own.answers, plain.answers, checks)
     return found
 
@@ -97,20 +115,34 @@ def _likelihoods(own: Mapping[str, Agreement], plain: Mapping[str, Agreement]) -
     if not tokens:
         return {"target_log_likelihood": None, "argmax_share": None}
     both = [prompt for prompt in own if prompt in plain]
-    means, others = ([each[prompt].likelihood / each[prompt].tokens for prompt in both] for each in (own, plain))
-    return {"target_log_likelihood": sum(one.likelihood for one in own.values()) / tokens,
-            "likelihood_against_plain": paired_outcome(means, others) if both else None,
-            "argmax_share": sum(one.first_choices for one in own.values()) / tokens}
+    means, others = (
+        [each[prompt].likelihood / each[prompt].tokens for prompt in both] for each in (own, plain)
+    )
+    return {
+        "target_log_likelihood": sum(one.likelihood for one in own.values()) / tokens,
+        "likelihood_against_plain": paired_outcome(means, others) if both else None,
+        "argmax_share": sum(one.first_choices for one in own.values()) / tokens,
+    }
 
 
-def _scored(target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]) -> dict[str, Any]:
+def _scored(
+    target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric in dict.fromkeys(check.metric for check in checks.values()):
-        asked = [prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric]
+        asked = [
+            prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric
+        ]
         if asked:
-            own, other = ([score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
-                          for each in (answers, plain))
-            found[metric] = {"mean": fmean(own), "prompts": len(asked), **paired_outcome(own, other)}
+            own, other = (
+                [score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
+                for each in (answers, plain)
+            )
+            found[metric] = {
+                "mean": fmean(own),
+                "prompts": len(asked),
+                **paired_outcome(own, other),
+            }
             if metric in RUNS_CODE:
                 found[metric]["programs_ran_in"] = isolation()
     return found
@@ -126,24 +158,45 @@ METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "pass_at_1":
 def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the methods whose quality was measured; no lines where none was."""
     measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
-    metrics = [name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)]
-    header = ["method", *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics), "log likelihood per token",
-              "against plain decoding (win/tie/loss)", "target's first choice", "same beginning"]
-    return header, [[method["name"], *(_score_cell(method["quality"].get(name)) for name in metrics),
-                     *_agreement_cells(method["quality"])] for method in measured]
+    metrics = [
+        name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)
+    ]
+    header = [
+        "method",
+        *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics),
+        "log likelihood per token",
+        "against plain decoding (win/tie/loss)",
+        "target's first choice",
+        "same beginning",
+    ]
+    return header, [
+        [
+            method["name"],
+            *(_score_cell(method["quality"].get(name)) for name in metrics),
+            *_agreement_cells(method["quality"]),
+        ]
+        for method in measured
+    ]
 
 
 def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
     """How programs that methods wrote were kept apart, if any ran."""
-    places = {method["quality"][name]["programs_ran_in"] for method in methods for name in METRIC_NAMES
-              if isinstance(method["quality"].get(name), Mapping) and "programs_ran_in" in method["quality"][name]}
+    places = {
+        method["quality"][name]["programs_ran_in"]
+        for method in methods
+        for name in METRIC_NAMES
+        if isinstance(method["quality"].get(name), Mapping)
+        and "programs_ran_in" in method["quality"][name]
+    }
     return [f"programs for pass@1 ran in: {place}" for place in sorted(places)]
 
 
 def _score_cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    return f"{entry['mean']:.3f} ({entry['win']}/{entry['tie']}/{entry['loss']}: {entry['verdict']})"
+    return (
+        f"{entry['mean']:.3f} ({entry['win']}/{entry['tie']}/{entry['loss']}: {entry['verdict']})"
+    )
 
 
 def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
@@ -153,7 +206,9 @@ def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
 
 
 def _difference_cell(entry: Mapping[str, Any] | None) -> str:
-    """The mean difference, its interval, the verdict, and on how many prompts it was better, the same and worse."""
+    """The mean difference, its interval, the verdict, and on how many prompts it was better, the
+    same and worse.
+    """
     if entry is None:
         return "–"
     bounds = "" if entry["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*entry["ci95"])
@@ -162,13 +217,23 @@ def _difference_cell(entry: Mapping[str, Any] | None) -> str:
 
 
 def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Per negative control (`Method.control`): whether the target's log likelihood separates it from plain decoding.
+    """Per negative control (`Method.control`): whether the target's log likelihood separates it
+    from plain decoding.
 
     Where it does not, the measure cannot separate bad answers from good ones on these prompts.
     """
-    found = [(method["name"], method["quality"]["likelihood_against_plain"]) for method in methods
-             if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")]
-    return [f"control: {name} is {'found worse' if entry['verdict'] == 'loss' else 'NOT found worse'} than plain "
-            f"decoding, log likelihood per token {_difference_cell(entry)}"
-            + ("" if entry["verdict"] == "loss" else "; do not rely on the quality figures, ask more prompts")
-            for name, entry in found]
+    found = [
+        (method["name"], method["quality"]["likelihood_against_plain"])
+        for method in methods
+        if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")
+    ]
+    return [
+        f"control: {name} is {'found worse' if entry['verdict'] == 'loss' else 'NOT found worse'} "
+        f"than plain decoding, log likelihood per token {_difference_cell(entry)}"
+        + (
+            ""
+            if entry["verdict"] == "loss"
+            else "; do not rely on the quality figures, ask more prompts"
+        )
+        for name, entry in found
+    ]

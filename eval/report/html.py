@@ -48,7 +48,9 @@ dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer to show: pieces of text, each with whether it was an accepted draft. Embedded prompts only."""
+    """An answer to show: pieces of text, each with whether it was an accepted draft. Embedded
+    prompts only.
+    """
 
     method: str
     question: str
@@ -58,23 +60,44 @@ class Sample:
 def page(report: Mapping[str, Any], sample: Sample | None) -> str:
     """The whole page."""
     measured = [method for method in report["methods"] if not is_baseline(method)]
-    return "\n".join([
-        '<!doctype html>', '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>Slipstream evaluation</title>",
-        f"<style>{STYLE}</style></head><body>", "<h1>Speedup over autoregressive decoding</h1>",
-        f'<p class="quiet">{escape(caption(report))}.</p>', *_alarms(report), main_table(report),
-        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>'
-          for line in (*noise_lines(report), *export_lines(report["methods"]))),
-        *_pictures(report["methods"], measured), *_halves(report["methods"]), *_qualities(report["methods"]),
-        *_drafting(report["methods"]),
-        *_predictions(report["methods"]), *_sample(sample),
-        *_overlaps(report["methods"]),
-        f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>', _facts(report), "</body></html>"]) + "\n"
+    return (
+        "\n".join(
+            [
+                "<!doctype html>",
+                '<html lang="en"><head><meta charset="utf-8">',
+                '<meta name="viewport" content="width=device-width, initial-scale=1">',
+                "<title>Slipstream evaluation</title>",
+                f"<style>{STYLE}</style></head><body>",
+                "<h1>Speedup over autoregressive decoding</h1>",
+                f'<p class="quiet">{escape(caption(report))}.</p>',
+                *_alarms(report),
+                main_table(report),
+                *(
+                    f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>'
+                    for line in (*noise_lines(report), *export_lines(report["methods"]))
+                ),
+                *_pictures(report["methods"], measured),
+                *_halves(report["methods"]),
+                *_qualities(report["methods"]),
+                *_drafting(report["methods"]),
+                *_predictions(report["methods"]),
+                *_sample(sample),
+                *_overlaps(report["methods"]),
+                f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>',
+                _facts(report),
+                "</body></html>",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
-    return (f'<p class="alarm">{escape(name)} promises the autoregressive row’s tokens and gave others.</p>'
-            for name in failures(report))
+    return (
+        f'<p class="alarm">{escape(name)} promises the autoregressive row’s tokens and gave '
+        "others.</p>"
+        for name in failures(report)
+    )
 
 
 def main_table(report: Mapping[str, Any]) -> str:
@@ -85,8 +108,12 @@ def main_table(report: Mapping[str, Any]) -> str:
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection[str] = ()) -> str:
     """An HTML table; lines whose first cell is among `bad` are marked."""
     head = "".join(f"<th>{escape(column)}</th>" for column in header)
-    body = "".join(f'<tr{" class=bad" if line[0] in bad else ""}>'
-                   + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    body = "".join(
+        f"<tr{' class=bad' if line[0] in bad else ''}>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in line)
+        + "</tr>"
+        for line in lines
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -103,8 +130,13 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         told = (*control_lines(methods), *program_lines(methods))
         yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in told)
         if plots.relaxed(methods):
-            yield '<h2>What relaxing costs</h2><div class="pair">' + "".join(
-                f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS) + "</div>"
+            yield (
+                '<h2>What relaxing costs</h2><div class="pair">'
+                + "".join(
+                    f"<figure>{plots.trade_off(methods, key)}</figure>" for key in plots.GAINS
+                )
+                + "</div>"
+            )
 
 
 def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -113,9 +145,13 @@ def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         yield "<h2>Drafting</h2>" + table(header, lines)
 
 
-def _pictures(methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _pictures(
+    methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]
+) -> Iterable[str]:
     shown = plots.fastest(measured)
-    left_out = f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
+    left_out = (
+        f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
+    )
     if measured:
         yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(shown)}</figure>{left_out}"
     yield '<div class="pair">'
@@ -146,7 +182,9 @@ def _overlaps(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 def _sample(sample: Sample | None) -> Iterable[str]:
     if sample is None:
         return
-    share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(1, sum(len(t) for t, _ in sample.pieces))
+    share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(
+        1, sum(len(t) for t, _ in sample.pieces)
+    )
     yield f'<h2>A sample answer</h2><p class="lines">{escape(sample.question)}</p>'
     yield f'<p class="quiet">{escape(sample.method)}; shaded: drafted and accepted, {share:.0%} of the text.</p>'
     yield f'<div class="answer">{shaded(sample.pieces)}</div>'
@@ -166,9 +204,16 @@ def shaded(pieces: Sequence[tuple[str, bool]]) -> str:
 def _facts(report: Mapping[str, Any]) -> str:
     environment, settings = report["environment"], report["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    facts = {"device": environment["device"], "system": environment["system"], "packages": packages,
-             "revision": environment["git_revision"] or "unknown", "command": environment["command"],
-             **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
-             "targets": ", ".join(f"{one['name']} {one['fingerprint']}" for one in report["targets"])}
-    entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    facts = {
+        "device": environment["device"],
+        "system": environment["system"],
+        "packages": packages,
+        "revision": environment["git_revision"] or "unknown",
+        "command": environment["command"],
+        **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
+        "targets": ", ".join(f"{one['name']} {one['fingerprint']}" for one in report["targets"]),
+    }
+    entries = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items()
+    )
     return f"<h2>Settings</h2><dl>{entries}</dl>"

@@ -1,4 +1,6 @@
-"""The report of an evaluation: `report.json` (schema 1), `report.md`, and the tables on the terminal."""
+"""The report of an evaluation: `report.json` (schema 1), `report.md`, and the tables on the
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,36 @@ Figures = Mapping[str, Any]
 def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The report as JSON-able values: environment, targets, settings, methods."""
     targets = {id(summary.row.target): summary.row.target for summary in summaries}
-    return {"schema": SCHEMA, "environment": environment(), "targets": [describe(one) for one in targets.values()],
-            "settings": redact(settings), "methods": [summary.figures for summary in summaries]}
+    return {
+        "schema": SCHEMA,
+        "environment": environment(),
+        "targets": [describe(one) for one in targets.values()],
+        "settings": redact(settings),
+        "methods": [summary.figures for summary in summaries],
+    }
 
 
 def describe(target: Target) -> dict[str, Any]:
     """A target's entry."""
     packed = f", {target.quantisation}" if target.quantisation else ""
-    return {"name": title(target.name), "parameters": target.parameter_count,
-            "dtype": str(target.dtype).removeprefix("torch.") + packed, "fingerprint": target.fingerprint()}
+    return {
+        "name": title(target.name),
+        "parameters": target.parameter_count,
+        "dtype": str(target.dtype).removeprefix("torch.") + packed,
+        "fingerprint": target.fingerprint(),
+    }
 
 
 def environment() -> dict[str, Any]:
     """What the figures depend on besides the settings."""
-    return {"device": device_name(), "cores": os.cpu_count(), "system": platform.platform(),
-            "packages": package_versions(), "git_revision": git_revision(), "command": command_line()}
+    return {
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "packages": package_versions(),
+        "git_revision": git_revision(),
+        "command": command_line(),
+    }
 
 
 def device_name() -> str:
@@ -55,17 +72,23 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.is_file() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    named = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+    )
     return named or platform.processor() or platform.machine()
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:
     """Names of the methods that promise losslessness, decode greedily, and gave other tokens."""
-    return [method["name"] for method in report["methods"]
-            if method["claims_lossless"] and method["temperature"] == 0 and method["lossless"] is False]
+    return [
+        method["name"]
+        for method in report["methods"]
+        if method["claims_lossless"] and method["temperature"] == 0 and method["lossless"] is False
+    ]
 
 
-# -- words --------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
+
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     """A figure, or a dash where there is none."""
@@ -83,7 +106,9 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 
 def lossless(method: Figures) -> str:
-    """What was seen: all identical (ties counted), or how many were not; sampled rows cannot be compared."""
+    """What was seen: all identical (ties counted), or how many were not; sampled rows cannot be
+    compared.
+    """
     word = lossless_word(method)
     if word == "sampled":
         return word
@@ -92,7 +117,9 @@ def lossless(method: Figures) -> str:
 
 
 def lossless_word(method: Figures) -> str:
-    """`yes`, `NO` for a broken promise, `lossy` where none was given, `sampled` where tokens cannot be compared."""
+    """`yes`, `NO` for a broken promise, `lossy` where none was given, `sampled` where tokens cannot
+    be compared.
+    """
     if method["lossless"] is None:
         return "sampled"
     return "yes" if method["lossless"] else "NO" if method["claims_lossless"] else "lossy"
@@ -107,8 +134,8 @@ OUTSIDE = "outside forwards"
 
 
 def outside(method: Figures) -> float | None:
-    """The part of decoding that is neither the target's nor the drafter's: accepting, committing, what no phase owns.
-    None for an engine that does not report its phases."""
+    """The part of decoding that is neither the target's nor the drafter's: accepting, committing,
+    what no phase owns. None for an engine that does not report its phases."""
     seconds = method["seconds_by_phase"]
     if not seconds["verify"]:
         return None
@@ -116,53 +143,86 @@ def outside(method: Figures) -> float | None:
     return (seconds["accept"] + seconds["commit"] + seconds["other"]) / decoding
 
 
-COLUMNS = ("method", "speedup", "95% interval", "macro", "predicted", "τ", "tokens/s", "first token", "lossless")
+COLUMNS = (
+    "method",
+    "speedup",
+    "95% interval",
+    "macro",
+    "predicted",
+    "τ",
+    "tokens/s",
+    "first token",
+    "lossless",
+)
 _ONLY_ON_PAPER = ("macro", "predicted", "first token")
 
 
 def cells(method: Figures) -> list[str]:
     """One line of the main table."""
     speedup = method["speedup"]
-    return [method["name"], times(speedup["micro"]), interval(speedup["ci95"]), times(speedup["macro"]),
-            times(method["predicted_speedup"]), number(method["mean_accepted_tokens"]),
-            number(method["tokens_per_second"], 1), number(1000 * method["time_to_first_token"], 0, " ms"),
-            lossless(method)]
+    return [
+        method["name"],
+        times(speedup["micro"]),
+        interval(speedup["ci95"]),
+        times(speedup["macro"]),
+        times(method["predicted_speedup"]),
+        number(method["mean_accepted_tokens"]),
+        number(method["tokens_per_second"], 1),
+        number(1000 * method["time_to_first_token"], 0, " ms"),
+        lossless(method),
+    ]
 
 
 def noise_lines(report: Mapping[str, Any]) -> list[str]:
-    """How far the two runs of each baseline differ: what no smaller difference can mean anything against.
+    """How far the two runs of each baseline differ: what no smaller difference can mean anything
+    against.
 
     An interval without 1 says that the machine itself changed between neighbouring runs.
     """
     found = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
-    return [f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval {interval(noise['ci95'])}"
-            f"{'' if holds_one(noise) else ', which does not hold 1: the machine was not steady, measure again'})"
-            for name, noise in found if noise]
+    return [
+        f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval "
+        f"{interval(noise['ci95'])}{'' if holds_one(noise) else ', which does not hold 1: the machine was not steady, measure again'})"
+        for name, noise in found
+        if noise
+    ]
 
 
 def export_lines(methods: Sequence[Figures]) -> list[str]:
-    """How drafters differ from what an engine was given of them, each difference once, with the rows it concerns."""
-    notes = dict.fromkeys(note for method in methods for note in method["quality"].get(EXPORT_NOTES, ()))
-    return [f"exported {', '.join(one['name'] for one in methods if note in one['quality'].get(EXPORT_NOTES, ()))}: "
-            f"{note}" for note in notes]
+    """How drafters differ from what an engine was given of them, each difference once, with the
+    rows it concerns.
+    """
+    notes = dict.fromkeys(
+        note for method in methods for note in method["quality"].get(EXPORT_NOTES, ())
+    )
+    return [
+        "exported "
+        f"{', '.join(one['name'] for one in methods if note in one['quality'].get(EXPORT_NOTES, ()))}: {note}"
+        for note in notes
+    ]
 
 
 def holds_one(noise: Mapping[str, Any]) -> bool:
-    """Whether the interval of a baseline against itself contains 1, as it must; True where there is no interval."""
+    """Whether the interval of a baseline against itself contains 1, as it must; True where there is
+    no interval.
+    """
     return noise["ci95"] is None or noise["ci95"][0] <= 1.0 <= noise["ci95"][1]
 
 
 def caption(report: Mapping[str, Any]) -> str:
     """What was run, in a line."""
     settings, method = report["settings"], report["methods"][0]
-    targets = ", ".join(f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})" for one in report["targets"])
+    targets = ", ".join(
+        f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})"
+        for one in report["targets"]
+    )
     tasks, limit = len(settings["tasks"]), settings["max_new_tokens"]
     asked = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
     return f"{targets}; {asked}; {report['environment']['device']}, {threads}"
 
 
-# -- terminal -----------------------------------------------------------------------------------------------------
+# -- terminal --------------------------------------------------------------------------------------
 
 _FOLDED = 16
 """Characters that a folded column of text has at least, before others are left out for it."""
@@ -175,14 +235,28 @@ def main_table(report: Mapping[str, Any], width: int = 120) -> Table:
     rows = [[cells(method)[index] for index in shown] for method in report["methods"]]
     bad = set(failures(report))
     styles = ["red" if method["name"] in bad else None for method in report["methods"]]
-    return fitted_table("Speedup over autoregressive decoding", [COLUMNS[index] for index in shown],
-                        rows, styles, width, spare=("tokens/s", "95% interval"),
-                        words=("method", "lossless"), caption=caption(report))
+    return fitted_table(
+        "Speedup over autoregressive decoding",
+        [COLUMNS[index] for index in shown],
+        rows,
+        styles,
+        width,
+        spare=("tokens/s", "95% interval"),
+        words=("method", "lossless"),
+        caption=caption(report),
+    )
 
 
-def fitted_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
-                 styles: Sequence[str | None], width: int, spare: Sequence[str],
-                 words: Sequence[str], caption: str = "") -> Table:
+def fitted_table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str | None],
+    width: int,
+    spare: Sequence[str],
+    words: Sequence[str],
+    caption: str = "",
+) -> Table:
     """A Rich table whose figures are never cut.
 
     Args:
@@ -203,32 +277,65 @@ def fitted_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     table = Table(title=title, caption=escape(caption), title_justify="left")
     for name in shown:
         folded = name in words
-        table.add_column(name, justify="left" if folded else "right", overflow="fold",
-                         no_wrap=not folded, min_width=None if folded else widths[name])
+        table.add_column(
+            name,
+            justify="left" if folded else "right",
+            overflow="fold",
+            no_wrap=not folded,
+            min_width=None if folded else widths[name],
+        )
     places = [header.index(name) for name in shown]
     for row, style in zip(rows, styles, strict=True):
         table.add_row(*(escape(row[place]) for place in places), style=style)
     return table
 
 
-# -- markdown -----------------------------------------------------------------------------------------------------
+# -- markdown --------------------------------------------------------------------------------------
+
 
 def markdown(report: Mapping[str, Any]) -> str:
     """`report.md`: the main table, speedup by task, time per phase, and how to read them."""
     methods = report["methods"]
     tasks, phases = list(methods[0]["by_task"]), list(methods[0]["seconds_by_phase"])
-    by_task = [[method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods]
-    by_phase = [[method["name"], *(number(method["seconds_by_phase"][p]) for p in phases), share(outside(method))]
-                for method in methods]
-    return "\n\n".join([
-        "# Evaluation", plain(caption(report)) + ".", *map(plain, noise_lines(report)),
-        _table(COLUMNS, [cells(m) for m in methods]),
-        *(f"**{plain(name)} promises the autoregressive row's tokens and gave others.**" for name in failures(report)),
-        *(f"{plain(line)}." for line in export_lines(methods)),
-        *_halves(methods), *_predictions(methods), *_qualities(methods), *_drafting(methods),
-        "## Speedup by task", _table(["method", *tasks], by_task), *_acceptance(methods),
-        "## Seconds by phase", _table(["method", *phases, OUTSIDE], by_phase), *_overlaps(methods),
-        "## Reading", READING]) + "\n"
+    by_task = [
+        [method["name"], *(_task_cell(method, task) for task in tasks)] for method in methods
+    ]
+    by_phase = [
+        [
+            method["name"],
+            *(number(method["seconds_by_phase"][p]) for p in phases),
+            share(outside(method)),
+        ]
+        for method in methods
+    ]
+    return (
+        "\n\n".join(
+            [
+                "# Evaluation",
+                plain(caption(report)) + ".",
+                *map(plain, noise_lines(report)),
+                _table(COLUMNS, [cells(m) for m in methods]),
+                *(
+                    f"**{plain(name)} promises the autoregressive row's tokens and gave others.**"
+                    for name in failures(report)
+                ),
+                *(f"{plain(line)}." for line in export_lines(methods)),
+                *_halves(methods),
+                *_predictions(methods),
+                *_qualities(methods),
+                *_drafting(methods),
+                "## Speedup by task",
+                _table(["method", *tasks], by_task),
+                *_acceptance(methods),
+                "## Seconds by phase",
+                _table(["method", *phases, OUTSIDE], by_phase),
+                *_overlaps(methods),
+                "## Reading",
+                READING,
+            ]
+        )
+        + "\n"
+    )
 
 
 HALF = "On the less repetitive half of the prompts"
@@ -247,12 +354,24 @@ least to copy there. On a CPU, peak memory is the whole process's."""
 
 
 def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the methods on the less repetitive half, baselines left out; no lines without a half."""
-    known = [(method["name"], method[LESS_REPETITIVE]) for method in methods
-             if method.get(LESS_REPETITIVE) and not is_baseline(method)]
+    """Header and lines of the methods on the less repetitive half, baselines left out; no lines
+    without a half.
+    """
+    known = [
+        (method["name"], method[LESS_REPETITIVE])
+        for method in methods
+        if method.get(LESS_REPETITIVE) and not is_baseline(method)
+    ]
     return ["method", "speedup", "95% interval", "τ", "prompts"], [
-        [name, times(half["speedup"]), interval(half["ci95"]), number(half["mean_accepted_tokens"]),
-         str(half["prompts"])] for name, half in known]
+        [
+            name,
+            times(half["speedup"]),
+            interval(half["ci95"]),
+            number(half["mean_accepted_tokens"]),
+            str(half["prompts"]),
+        ]
+        for name, half in known
+    ]
 
 
 def _halves(methods: Sequence[Figures]) -> list[str]:
@@ -262,28 +381,62 @@ def _halves(methods: Sequence[Figures]) -> list[str]:
 
 def _predictions(methods: Sequence[Figures]) -> list[str]:
     lines = explanations(methods)
-    return ["## Predicted and measured", "\n".join(f"- {plain(line)}" for line in lines)] if lines else []
+    return (
+        ["## Predicted and measured", "\n".join(f"- {plain(line)}" for line in lines)]
+        if lines
+        else []
+    )
 
 
 def _overlaps(methods: Sequence[Figures]) -> list[str]:
     lines = overlap_lines(methods)
-    return ["## Prompts in the training data", "\n".join(f"- {plain(line)}" for line in lines)] if lines else []
+    return (
+        ["## Prompts in the training data", "\n".join(f"- {plain(line)}" for line in lines)]
+        if lines
+        else []
+    )
 
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:
     header, rows = quality_table(methods)
-    return ["## Quality of answers", _table(header, rows), *map(plain, control_lines(methods)),
-            *program_lines(methods)] if rows else []
+    return (
+        [
+            "## Quality of answers",
+            _table(header, rows),
+            *map(plain, control_lines(methods)),
+            *program_lines(methods),
+        ]
+        if rows
+        else []
+    )
 
 
 def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the methods that draft: nodes of a call, and what they cost."""
-    header = ["method", "drafted tokens a call", "ms a call", "ms a drafted token", "τ", "drafter's parameters"]
-    drafting = [(method, method["quality"]) for method in methods if "draft_seconds_per_node" in method["quality"]]
-    return header, [[method["name"], number(own["drafted_nodes_per_call"]),
-                     number(1e3 * own["draft_seconds_per_node"] * own["drafted_nodes_per_call"]),
-                     number(1e3 * own["draft_seconds_per_node"]), number(method["mean_accepted_tokens"]),
-                     f"{method['drafter_parameters'] or 0:,}"] for method, own in drafting]
+    header = [
+        "method",
+        "drafted tokens a call",
+        "ms a call",
+        "ms a drafted token",
+        "τ",
+        "drafter's parameters",
+    ]
+    drafting = [
+        (method, method["quality"])
+        for method in methods
+        if "draft_seconds_per_node" in method["quality"]
+    ]
+    return header, [
+        [
+            method["name"],
+            number(own["drafted_nodes_per_call"]),
+            number(1e3 * own["draft_seconds_per_node"] * own["drafted_nodes_per_call"]),
+            number(1e3 * own["draft_seconds_per_node"]),
+            number(method["mean_accepted_tokens"]),
+            f"{method['drafter_parameters'] or 0:,}",
+        ]
+        for method, own in drafting
+    ]
 
 
 def _drafting(methods: Sequence[Figures]) -> list[str]:
@@ -292,7 +445,11 @@ def _drafting(methods: Sequence[Figures]) -> list[str]:
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:
-    rows = [[m["name"], *map(number, m["acceptance_by_depth"])] for m in methods if m["acceptance_by_depth"]]
+    rows = [
+        [m["name"], *map(number, m["acceptance_by_depth"])]
+        for m in methods
+        if m["acceptance_by_depth"]
+    ]
     depths = range(1, max(map(len, rows), default=1))
     title = "## Share of calls that accept at least d drafts"
     return [title, _table(["method", *map(str, depths)], rows)] if rows else []
@@ -304,5 +461,9 @@ def _task_cell(method: Figures, task: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *(list(row) + [""] * (len(header) - len(row)) for row in rows)]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *(list(row) + [""] * (len(header) - len(row)) for row in rows),
+    ]
     return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)

@@ -15,9 +15,23 @@ from matplotlib.ticker import MaxNLocator
 Figures = Mapping[str, Any]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#7F7F7F")
 """Okabe and Ito's palette, which colour-blind readers can distinguish."""
-PHASE_COLOURS = {"draft": "#E69F00", "verify": "#0072B2", "accept": "#009E73", "commit": "#CC79A7", "other": "#B8BDC6"}
-_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
-          "axes.spines.right": False, "axes.edgecolor": "#8a93a3", "axes.axisbelow": True, "legend.frameon": False}
+PHASE_COLOURS = {
+    "draft": "#E69F00",
+    "verify": "#0072B2",
+    "accept": "#009E73",
+    "commit": "#CC79A7",
+    "other": "#B8BDC6",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a93a3",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) -> str:
@@ -26,9 +40,11 @@ def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) ->
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = stream.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]
 
 
 def figure_of(axes: Axes) -> Figure:
@@ -44,7 +60,9 @@ def palette(methods: Sequence[Figures]) -> dict[str, str]:
 
 
 def fastest(methods: Sequence[Figures], most: int = len(COLOURS)) -> list[Figures]:
-    """The methods, or of more than colours can distinguish those with the greatest speedups, in their order."""
+    """The methods, or of more than colours can distinguish those with the greatest speedups, in
+    their order.
+    """
     ranked = sorted(methods, key=lambda method: method["speedup"]["micro"] or 0.0, reverse=True)
     kept = {method["name"] for method in ranked[:most]}
     return [method for method in methods if method["name"] in kept]
@@ -59,11 +77,22 @@ def speedup_by_task(methods: Sequence[Figures]) -> str:
         for index, method in enumerate(methods):
             heights, errors = _bars(method, groups)
             places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
-            axes.bar(places, heights, width * 0.92, yerr=errors, label=method["name"],
-                     color=colours[method["name"]], error_kw={"elinewidth": 0.8, "ecolor": "#39404d"})
+            axes.bar(
+                places,
+                heights,
+                width * 0.92,
+                yerr=errors,
+                label=method["name"],
+                color=colours[method["name"]],
+                error_kw={"elinewidth": 0.8, "ecolor": "#39404d"},
+            )
         axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0,
-                        ha="right" if len(groups) > 6 else "center")
+        axes.set_xticks(
+            range(len(groups)),
+            groups,
+            rotation=30 if len(groups) > 6 else 0,
+            ha="right" if len(groups) > 6 else "center",
+        )
         axes.set_ylabel("speedup over autoregressive")
         figure_of(axes).legend(loc="outside upper left", ncols=4)
 
@@ -72,7 +101,9 @@ def speedup_by_task(methods: Sequence[Figures]) -> str:
 
 def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarray]:
     entries = [(method["speedup"]["micro"], method["speedup"]["ci95"])]
-    entries += [(method["by_task"][task]["speedup"], method["by_task"][task]["ci95"]) for task in groups[1:]]
+    entries += [
+        (method["by_task"][task]["speedup"], method["by_task"][task]["ci95"]) for task in groups[1:]
+    ]
     heights = [value or 0.0 for value, _ in entries]
     bounds = [bounds or (height, height) for height, (_, bounds) in zip(heights, entries)]
     errors = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, bounds)]
@@ -85,11 +116,20 @@ def acceptance_by_depth(methods: Sequence[Figures]) -> str:
 
     def draw(axes: Axes) -> None:
         for method in (method for method in methods if method["acceptance_by_depth"]):
-            for key, style, label in (("acceptance_by_depth", "-", method["name"]),
-                                      ("conditional_acceptance_by_depth", "--", None)):
+            for key, style, label in (
+                ("acceptance_by_depth", "-", method["name"]),
+                ("conditional_acceptance_by_depth", "--", None),
+            ):
                 shares = method[key]
-                axes.plot(range(1, len(shares) + 1), shares, style, marker="o", markersize=3, label=label,
-                          color=colours[method["name"]])
+                axes.plot(
+                    range(1, len(shares) + 1),
+                    shares,
+                    style,
+                    marker="o",
+                    markersize=3,
+                    label=label,
+                    color=colours[method["name"]],
+                )
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("draft depth (solid: of all calls; dashed: of calls that got there)")
@@ -105,10 +145,19 @@ def accepted_lengths(methods: Sequence[Figures]) -> str:
     colours = palette(methods)
 
     def draw(axes: Axes) -> None:
-        for method in (method for method in methods if len(method["accepted_length_histogram"] or ()) > 1):
+        for method in (
+            method for method in methods if len(method["accepted_length_histogram"] or ()) > 1
+        ):
             counts = np.array(method["accepted_length_histogram"])
-            axes.plot(range(len(counts)), counts / counts.sum(), marker="o", markersize=3, drawstyle="steps-mid",
-                      label=method["name"], color=colours[method["name"]])
+            axes.plot(
+                range(len(counts)),
+                counts / counts.sum(),
+                marker="o",
+                markersize=3,
+                drawstyle="steps-mid",
+                label=method["name"],
+                color=colours[method["name"]],
+            )
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("drafts accepted by a call")
@@ -124,12 +173,18 @@ SUFFIXES = {"batch_size": ", {:g} at once", "temperature": " at {:g}"}
 
 
 def series(methods: Sequence[Figures], key: str) -> dict[str, list[Figures]]:
-    """Rows that differ in `key` (of `SUFFIXES`) alone, by what their names share; only those with several values."""
+    """Rows that differ in `key` (of `SUFFIXES`) alone, by what their names share; only those with
+    several values.
+    """
     found: dict[str, list[Figures]] = {}
     for method in methods:
         name = method["name"].replace(SUFFIXES[key].format(method[key] or 0), "")
         found.setdefault(name, []).append(method)
-    return {name: sorted(rows, key=lambda row: row[key]) for name, rows in found.items() if len(rows) > 1}
+    return {
+        name: sorted(rows, key=lambda row: row[key])
+        for name, rows in found.items()
+        if len(rows) > 1
+    }
 
 
 def speedup_against(methods: Sequence[Figures], key: str) -> str:
@@ -140,10 +195,20 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
         for index, (name, rows) in enumerate(found.items()):
             heights = [row["speedup"]["micro"] or 0.0 for row in rows]
             bounds = [row["speedup"]["ci95"] or (h, h) for row, h in zip(rows, heights)]
-            errors = [[max(0.0, h - low) for h, (low, _) in zip(heights, bounds)],
-                      [max(0.0, high - h) for h, (_, high) in zip(heights, bounds)]]
-            axes.errorbar([row[key] for row in rows], heights, errors, marker="o", markersize=3, elinewidth=0.8,
-                          label=name, color=COLOURS[index % len(COLOURS)])
+            errors = [
+                [max(0.0, h - low) for h, (low, _) in zip(heights, bounds)],
+                [max(0.0, high - h) for h, (_, high) in zip(heights, bounds)],
+            ]
+            axes.errorbar(
+                [row[key] for row in rows],
+                heights,
+                errors,
+                marker="o",
+                markersize=3,
+                elinewidth=0.8,
+                label=name,
+                color=COLOURS[index % len(COLOURS)],
+            )
         axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xticks(sorted({row[key] for rows in found.values() for row in rows}))
         axes.set_xlabel("prompts decoded together" if key == "batch_size" else "temperature")
@@ -153,22 +218,32 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
     return svg(draw, 5.6, 3.4, key)
 
 
-GAINS = {"mean_accepted_tokens": "tokens per target call (τ)", "speedup": "speedup over autoregressive"}
+GAINS = {
+    "mean_accepted_tokens": "tokens per target call (τ)",
+    "speedup": "speedup over autoregressive",
+}
 """What a relaxed rule gains, by key of a method."""
 
 
 def relaxed(methods: Sequence[Figures]) -> dict[str, list[Figures]]:
-    """Lossy rows whose quality was measured, by kind of rule and tree, from the one that gains least on."""
+    """Lossy rows whose quality was measured, by kind of rule and tree, from the one that gains
+    least on.
+    """
     found: dict[str, list[Figures]] = {}
     for method in methods:
         if not method["claims_lossless"] and method["quality"].get("likelihood_against_plain"):
-            found.setdefault(f"{(method['rule'] or method['name']).split()[0]}, {method['builder']}", []).append(method)
-    return {name: sorted(rows, key=lambda row: _gain(row, "mean_accepted_tokens")) for name, rows in found.items()}
+            found.setdefault(
+                f"{(method['rule'] or method['name']).split()[0]}, {method['builder']}", []
+            ).append(method)
+    return {
+        name: sorted(rows, key=lambda row: _gain(row, "mean_accepted_tokens"))
+        for name, rows in found.items()
+    }
 
 
 def trade_off(methods: Sequence[Figures], key: str) -> str:
-    """Log likelihood per token against plain decoding over a gain (of `GAINS`): a curve for each kind of rule over its
-    settings, the lossless rows on the line of no loss."""
+    """Log likelihood per token against plain decoding over a gain (of `GAINS`): a curve for each
+    kind of rule over its settings, the lossless rows on the line of no loss."""
     curves = relaxed(methods)
 
     def draw(axes: Axes) -> None:
@@ -177,7 +252,13 @@ def trade_off(methods: Sequence[Figures], key: str) -> str:
         for method in methods:
             if method["claims_lossless"] and method["builder"]:
                 axes.plot(_gain(method, key), 0.0, marker="*", markersize=9, color="#39404d")
-                axes.annotate(method["name"], (_gain(method, key), 0.0), (3, 4), textcoords="offset points", fontsize=7)
+                axes.annotate(
+                    method["name"],
+                    (_gain(method, key), 0.0),
+                    (3, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         axes.axhline(0.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlabel(GAINS[key])
         axes.set_ylabel("log likelihood per token,\nagainst plain decoding")
@@ -190,11 +271,29 @@ def _curve(axes: Axes, name: str, rows: Sequence[Figures], key: str, colour: str
     entries = [row["quality"]["likelihood_against_plain"] for row in rows]
     places, heights = [_gain(row, key) for row in rows], [entry["difference"] for entry in entries]
     bounds = [entry["ci95"] or (height, height) for entry, height in zip(entries, heights)]
-    errors = [[h - low for h, (low, _) in zip(heights, bounds)], [high - h for h, (_, high) in zip(heights, bounds)]]
-    axes.errorbar(places, heights, np.maximum(errors, 0), marker="o", markersize=3, elinewidth=0.8, label=name,
-                  color=colour)
+    errors = [
+        [h - low for h, (low, _) in zip(heights, bounds)],
+        [high - h for h, (_, high) in zip(heights, bounds)],
+    ]
+    axes.errorbar(
+        places,
+        heights,
+        np.maximum(errors, 0),
+        marker="o",
+        markersize=3,
+        elinewidth=0.8,
+        label=name,
+        color=colour,
+    )
     for row, place, height in zip(rows, places, heights):
-        axes.annotate(row["name"], (place, height), (3, 3), textcoords="offset points", fontsize=7, color=colour)
+        axes.annotate(
+            row["name"],
+            (place, height),
+            (3, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+        )
 
 
 def _gain(method: Figures, key: str) -> float:
@@ -204,6 +303,7 @@ def _gain(method: Figures, key: str) -> float:
 
 def time_per_phase(methods: Sequence[Figures]) -> str:
     """Milliseconds of decoding per new token, by phase."""
+
     def draw(axes: Axes) -> None:
         names = [method["name"] for method in methods]
         left = np.zeros(len(methods))

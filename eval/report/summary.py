@@ -27,7 +27,9 @@ Answers = Mapping[str, Record]
 
 @dataclass(frozen=True)
 class Summary:
-    """One method's figures. `figures` is its entry in the report; the rest is for pictures and printing."""
+    """One method's figures. `figures` is its entry in the report; the rest is for pictures and
+    printing.
+    """
 
     row: Row
     figures: dict[str, Any]
@@ -35,46 +37,74 @@ class Summary:
     verdicts: Mapping[str, Verdict]
 
 
-def summarise(rows: Sequence[Row], records: Sequence[Record], scoring: Scoring | None = None,
-              most: int | None = None) -> list[Summary]:
+def summarise(
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    scoring: Scoring | None = None,
+    most: int | None = None,
+) -> list[Summary]:
     """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per
     target and batch size, for the model of speed, and answers are scored as `scoring` says.
 
     `most` is the number of prompts in the largest batch that there was: no larger one is timed.
     """
     scoring = scoring or Scoring()
-    folded = {row.name: fold([record for record in records if record.row == row.name]) for row in rows}
+    folded = {
+        row.name: fold([record for record in records if record.row == row.name]) for row in rows
+    }
     tables, scored = measure_tables(rows, folded, most), scoring.chosen(rows)
-    found = [_summary(row, folded[row.name], folded[row.baseline], folded[row.yardstick or row.baseline], records,
-                      tables.get((id(row.target), row.batch_size))) for row in rows]
-    judged = {row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
-              for row in rows if row.name in scored}
+    found = [
+        _summary(
+            row,
+            folded[row.name],
+            folded[row.baseline],
+            folded[row.yardstick or row.baseline],
+            records,
+            tables.get((id(row.target), row.batch_size)),
+        )
+        for row in rows
+    ]
+    judged = {
+        row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
+        for row in rows
+        if row.name in scored
+    }
     for row, one in zip(rows, found, strict=True):
         if row.name in scored:
-            one.figures["quality"] |= quality_figures(row.target, judged[row.name], judged[row.baseline],
-                                                      scoring.usable)
+            one.figures["quality"] |= quality_figures(
+                row.target, judged[row.name], judged[row.baseline], scoring.usable
+            )
     return found
 
 
-def measure_tables(rows: Sequence[Row], folded: Mapping[str, Answers], most: int | None = None
-                   ) -> dict[tuple[int, int], LatencyTable]:
+def measure_tables(
+    rows: Sequence[Row], folded: Mapping[str, Answers], most: int | None = None
+) -> dict[tuple[int, int], LatencyTable]:
     """t(rows) per sequence by target and batch size, as wide as the widest call, behind the median
     context; of a batch size above `most`, which no batch had, in batches of `most`."""
     found: dict[tuple[int, int], LatencyTable] = {}
     for row in rows:
-        alike = [other for other in rows if other.target is row.target and other.batch_size == row.batch_size]
+        alike = [
+            other
+            for other in rows
+            if other.target is row.target and other.batch_size == row.batch_size
+        ]
         answers = [answer for other in alike for answer in folded[other.name].values()]
         widths = [rows for answer in answers for rows in answer.trace.rows]
         key = id(row.target), row.batch_size
         if widths and key not in found:
-            context = median(len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers)
+            context = median(
+                len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers
+            )
             together = row.batch_size if most is None else min(row.batch_size, most)
             found[key] = latency_per_sequence(row.target, max(widths), int(context), together)
     return found
 
 
 def fold(records: Sequence[Record]) -> dict[str, Record]:
-    """One record per prompt: the first one's tokens, the median of all passes' seconds, the highest memory."""
+    """One record per prompt: the first one's tokens, the median of all passes' seconds, the highest
+    memory.
+    """
     by_prompt: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.repeat, record.again)):
         by_prompt.setdefault(record.prompt, []).append(record)
@@ -83,8 +113,11 @@ def fold(records: Sequence[Record]) -> dict[str, Record]:
 
 def _middle(runs: Sequence[Record]) -> Record:
     seconds = {phase: median(run.trace.seconds.get(phase, 0.0) for run in runs) for phase in PHASES}
-    trace = replace(runs[0].trace, seconds=seconds,
-                    time_to_first_token=median(run.trace.time_to_first_token for run in runs))
+    trace = replace(
+        runs[0].trace,
+        seconds=seconds,
+        time_to_first_token=median(run.trace.time_to_first_token for run in runs),
+    )
     return replace(runs[0], trace=trace, peak_memory=max(run.peak_memory for run in runs))
 
 
@@ -93,19 +126,35 @@ def speed(trace: Trace) -> Speed:
     return Speed(max(0, len(trace.ids) - 1), trace.decode_seconds)
 
 
-def _summary(row: Row, answers: Answers, plain: Answers, standard: Answers, records: Sequence[Record],
-             table: LatencyTable | None) -> Summary:
+def _summary(
+    row: Row,
+    answers: Answers,
+    plain: Answers,
+    standard: Answers,
+    records: Sequence[Record],
+    table: LatencyTable | None,
+) -> Summary:
     verdicts = _verdicts(row, answers, plain, standard) if row.greedy else {}
     model = None if table is None else speed_model(calls_of(answers), calls_of(plain), table)
-    figures = {**_description(row), **_identity(row, answers, verdicts), **_speeds(answers, plain),
-               "predicted_speedup": model["predicted"] if model else None, "speed_model": model,
-               **_acceptance(answers), **_costs(row, answers), "quality": _quality(row, records, verdicts),
-               LESS_REPETITIVE: _less_repetitive_half(answers, plain), "by_task": _by_task(answers, plain, verdicts)}
+    figures = {
+        **_description(row),
+        **_identity(row, answers, verdicts),
+        **_speeds(answers, plain),
+        "predicted_speedup": model["predicted"] if model else None,
+        "speed_model": model,
+        **_acceptance(answers),
+        **_costs(row, answers),
+        "quality": _quality(row, records, verdicts),
+        LESS_REPETITIVE: _less_repetitive_half(answers, plain),
+        "by_task": _by_task(answers, plain, verdicts),
+    }
     return Summary(row, {key: figures[key] for key in METHOD_KEYS}, answers, verdicts)
 
 
 def _verdicts(row: Row, answers: Answers, plain: Answers, standard: Answers) -> dict[str, Verdict]:
-    """Each answer against the yardstick's; against the baseline's where a later turn was asked other things."""
+    """Each answer against the yardstick's; against the baseline's where a later turn was asked
+    other things.
+    """
     found: dict[str, Verdict] = {}
     for prompt, answer in answers.items():
         same = standard[prompt].prompt_ids == answer.prompt_ids
@@ -122,29 +171,69 @@ def calls_of(answers: Answers) -> Calls:
 
 
 METHOD_KEYS = (
-    "name", "target", "engine", "builder", "rule", "budget", "draft_precision", "temperature", "batch_size",
-    "claims_lossless", "lossless", "prompts", "identical_outputs", "tie_divergences", "first_divergence", "new_tokens",
-    "seconds", "tokens_per_second", "time_to_first_token", "speedup", "predicted_speedup", "speed_model",
-    "mean_accepted_tokens", "mean_accepted_tokens_ci95", "acceptance_by_depth", "conditional_acceptance_by_depth",
-    "accepted_length_histogram", "seconds_by_phase", "peak_memory_bytes", "drafter_parameters", "quality",
-    LESS_REPETITIVE, "by_task")
+    "name",
+    "target",
+    "engine",
+    "builder",
+    "rule",
+    "budget",
+    "draft_precision",
+    "temperature",
+    "batch_size",
+    "claims_lossless",
+    "lossless",
+    "prompts",
+    "identical_outputs",
+    "tie_divergences",
+    "first_divergence",
+    "new_tokens",
+    "seconds",
+    "tokens_per_second",
+    "time_to_first_token",
+    "speedup",
+    "predicted_speedup",
+    "speed_model",
+    "mean_accepted_tokens",
+    "mean_accepted_tokens_ci95",
+    "acceptance_by_depth",
+    "conditional_acceptance_by_depth",
+    "accepted_length_histogram",
+    "seconds_by_phase",
+    "peak_memory_bytes",
+    "drafter_parameters",
+    "quality",
+    LESS_REPETITIVE,
+    "by_task",
+)
 """Keys of a method in `report.json`, schema 1, in order."""
 
 
 def _description(row: Row) -> dict[str, Any]:
-    return {"name": row.name, "target": title(row.target.name), "engine": row.engine,
-            "builder": row.builder, "rule": row.rule, "budget": row.budget,
-            "draft_precision": row.draft_precision, "temperature": row.sampling.temperature,
-            "batch_size": row.batch_size, "claims_lossless": row.claims_lossless,
-            "drafter_parameters": row.drafter_parameters}
+    return {
+        "name": row.name,
+        "target": title(row.target.name),
+        "engine": row.engine,
+        "builder": row.builder,
+        "rule": row.rule,
+        "budget": row.budget,
+        "draft_precision": row.draft_precision,
+        "temperature": row.sampling.temperature,
+        "batch_size": row.batch_size,
+        "claims_lossless": row.claims_lossless,
+        "drafter_parameters": row.drafter_parameters,
+    }
 
 
 def _identity(row: Row, answers: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     kinds = [verdict.identity for verdict in verdicts.values()]
     same, ties = kinds.count(Identity.IDENTICAL), kinds.count(Identity.TIE)
-    return {"prompts": len(answers), "lossless": same + ties == len(answers) if row.greedy else None,
-            "identical_outputs": same if row.greedy else None, "tie_divergences": ties if row.greedy else None,
-            "first_divergence": _first_divergence(verdicts)}
+    return {
+        "prompts": len(answers),
+        "lossless": same + ties == len(answers) if row.greedy else None,
+        "identical_outputs": same if row.greedy else None,
+        "tie_divergences": ties if row.greedy else None,
+        "first_divergence": _first_divergence(verdicts),
+    }
 
 
 def _first_divergence(verdicts: Mapping[str, Verdict]) -> dict[str, Any] | None:
@@ -152,25 +241,42 @@ def _first_divergence(verdicts: Mapping[str, Verdict]) -> dict[str, Any] | None:
     for kind in (Identity.DIFFERENT, Identity.TIE):
         for prompt, verdict in verdicts.items():
             if verdict.identity is kind:
-                return {"prompt": prompt, "position": verdict.position, "expected": verdict.expected,
-                        "actual": verdict.actual, "logit_gap": verdict.gap}
+                return {
+                    "prompt": prompt,
+                    "position": verdict.position,
+                    "expected": verdict.expected,
+                    "actual": verdict.actual,
+                    "logit_gap": verdict.gap,
+                }
     return None
 
 
-def _pairs(answers: Answers, plain: Answers, task: str | None = None) -> tuple[list[Speed], list[Speed]]:
+def _pairs(
+    answers: Answers, plain: Answers, task: str | None = None
+) -> tuple[list[Speed], list[Speed]]:
     prompts = [prompt for prompt, answer in answers.items() if task is None or answer.task == task]
-    return [speed(answers[prompt].trace) for prompt in prompts], [speed(plain[prompt].trace) for prompt in prompts]
+    return [speed(answers[prompt].trace) for prompt in prompts], [
+        speed(plain[prompt].trace) for prompt in prompts
+    ]
 
 
 def _speeds(answers: Answers, plain: Answers) -> dict[str, Any]:
     own, baseline = _pairs(answers, plain)
     tasks = {task: _pairs(answers, plain, task) for task in tasks_of(answers)}
     interval = metrics.bootstrap_interval(own, baseline)
-    return {"new_tokens": sum(len(answer.trace.ids) for answer in answers.values()),
-            "seconds": sum(one.seconds for one in own), "tokens_per_second": metrics.rate(own),
-            "time_to_first_token": median(answer.trace.time_to_first_token for answer in answers.values()),
-            "speedup": {"micro": metrics.micro_speedup(own, baseline), "macro": metrics.macro_speedup(tasks),
-                        "ci95": list(interval) if interval else None}}
+    return {
+        "new_tokens": sum(len(answer.trace.ids) for answer in answers.values()),
+        "seconds": sum(one.seconds for one in own),
+        "tokens_per_second": metrics.rate(own),
+        "time_to_first_token": median(
+            answer.trace.time_to_first_token for answer in answers.values()
+        ),
+        "speedup": {
+            "micro": metrics.micro_speedup(own, baseline),
+            "macro": metrics.macro_speedup(tasks),
+            "ci95": list(interval) if interval else None,
+        },
+    }
 
 
 def tasks_of(answers: Answers) -> list[str]:
@@ -185,31 +291,44 @@ def emitted(answers: Answers) -> list[int]:
 
 def phases(answers: Answers) -> dict[str, float]:
     """Seconds per phase over all prompts."""
-    return {phase: sum(answer.trace.seconds[phase] for answer in answers.values()) for phase in PHASES}
+    return {
+        phase: sum(answer.trace.seconds[phase] for answer in answers.values()) for phase in PHASES
+    }
 
 
 def _acceptance(answers: Answers) -> dict[str, Any]:
     counts = emitted(answers)
     offered = [depth for answer in answers.values() for depth in answer.trace.offered]
-    per_prompt = [Speed(sum(answer.trace.accepted), len(answer.trace.accepted)) for answer in answers.values()]
-    return {"mean_accepted_tokens": metrics.mean_accepted_tokens(counts),
-            "mean_accepted_tokens_ci95": metrics.rate_interval(per_prompt),
-            "acceptance_by_depth": metrics.acceptance_by_depth(counts),
-            "conditional_acceptance_by_depth": metrics.conditional_acceptance_by_depth(counts, offered),
-            "accepted_length_histogram": metrics.accepted_length_histogram(counts)}
+    per_prompt = [
+        Speed(sum(answer.trace.accepted), len(answer.trace.accepted)) for answer in answers.values()
+    ]
+    return {
+        "mean_accepted_tokens": metrics.mean_accepted_tokens(counts),
+        "mean_accepted_tokens_ci95": metrics.rate_interval(per_prompt),
+        "acceptance_by_depth": metrics.acceptance_by_depth(counts),
+        "conditional_acceptance_by_depth": metrics.conditional_acceptance_by_depth(counts, offered),
+        "accepted_length_histogram": metrics.accepted_length_histogram(counts),
+    }
 
 
 def _costs(row: Row, answers: Answers) -> dict[str, Any]:
-    return {"seconds_by_phase": phases(answers),
-            "peak_memory_bytes": max(answer.peak_memory for answer in answers.values())}
+    return {
+        "seconds_by_phase": phases(answers),
+        "peak_memory_bytes": max(answer.peak_memory for answer in answers.values()),
+    }
 
 
-def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
-    """Noise of a baseline (its second runs against its first), flips at low precision, drafted nodes per call, and what
-    the decoder itself reports about its answers (`quality_of`)."""
+def _quality(
+    row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]
+) -> dict[str, Any]:
+    """Noise of a baseline (its second runs against its first), flips at low precision, drafted
+    nodes per call, and what the decoder itself reports about its answers (`quality_of`)."""
     own = [record for record in records if record.row == row.name]
     told = getattr(row.decoder, "quality_of", None)
-    found: dict[str, Any] = {**row.quality, **(told([record.trace for record in own]) if told else {})}
+    found: dict[str, Any] = {
+        **row.quality,
+        **(told([record.trace for record in own]) if told else {}),
+    }
     nodes = [count for record in own if not record.again for count in record.trace.nodes]
     if any(nodes):
         drafting = sum(record.trace.seconds.get("draft", 0.0) for record in own if not record.again)
@@ -221,33 +340,49 @@ def _quality(row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict
     again = [record for record in own if record.again]
     if again:
         second, first = _pairs(fold(again), fold([record for record in own if not record.again]))
-        found["noise"] = {"micro": metrics.micro_speedup(second, first),
-                          "ci95": metrics.bootstrap_interval(second, first)}
+        found["noise"] = {
+            "micro": metrics.micro_speedup(second, first),
+            "ci95": metrics.bootstrap_interval(second, first),
+        }
     return found
 
 
 def _less_repetitive_half(answers: Answers, plain: Answers) -> dict[str, Any] | None:
-    """The figures on the half of the prompts whose plain answers repeat themselves least; None below two prompts."""
+    """The figures on the half of the prompts whose plain answers repeat themselves least; None
+    below two prompts.
+    """
     chosen = less_repetitive({prompt: plain[prompt].trace.ids for prompt in answers})
     here = {prompt: answer for prompt, answer in answers.items() if prompt in chosen}
     if not here:
         return None
     own, baseline = _pairs(here, plain)
-    return {"prompts": len(here), "speedup": metrics.micro_speedup(own, baseline),
-            "ci95": metrics.bootstrap_interval(own, baseline),
-            "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here))}
+    return {
+        "prompts": len(here),
+        "speedup": metrics.micro_speedup(own, baseline),
+        "ci95": metrics.bootstrap_interval(own, baseline),
+        "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
+    }
 
 
 def _by_task(answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     return {task: _task(task, answers, plain, verdicts) for task in tasks_of(answers)}
 
 
-def _task(task: str, answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+def _task(
+    task: str, answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]
+) -> dict[str, Any]:
     here = {prompt: answer for prompt, answer in answers.items() if answer.task == task}
     own, baseline = _pairs(here, plain)
-    same = [verdicts[prompt].identity is Identity.IDENTICAL for prompt in here if prompt in verdicts]
-    return {"prompts": len(here), "new_tokens": sum(len(answer.trace.ids) for answer in here.values()),
-            "seconds": sum(one.seconds for one in own), "tokens_per_second": metrics.rate(own),
-            "speedup": metrics.micro_speedup(own, baseline), "ci95": metrics.bootstrap_interval(own, baseline),
-            "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
-            "identical_outputs": sum(same) if verdicts else None}
+    same = [
+        verdicts[prompt].identity is Identity.IDENTICAL for prompt in here if prompt in verdicts
+    ]
+    return {
+        "prompts": len(here),
+        "new_tokens": sum(len(answer.trace.ids) for answer in here.values()),
+        "seconds": sum(one.seconds for one in own),
+        "tokens_per_second": metrics.rate(own),
+        "speedup": metrics.micro_speedup(own, baseline),
+        "ci95": metrics.bootstrap_interval(own, baseline),
+        "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
+        "identical_outputs": sum(same) if verdicts else None,
+    }

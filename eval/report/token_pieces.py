@@ -9,10 +9,11 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def pieces(tokens: Iterable[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text that each token adds, as tokens come, with the token's flag (whether it was drafted).
+    """The text that each token adds, as tokens come, with the token's flag (whether it was
+    drafted).
 
-    A token that ends inside a character adds nothing; the token that completes it adds the character. Special tokens
-    add nothing. The pieces joined are the decoded text.
+    A token that ends inside a character adds nothing; the token that completes it adds the
+    character. Special tokens add nothing. The pieces joined are the decoded text.
     """
     ids: list[int] = []
     shown, flag = "", False
@@ -20,9 +21,9 @@ def pieces(tokens: Iterable[tuple[int, bool]], tokenizer: Any) -> Iterator[tuple
         ids.append(token)
         text = _decode(ids, tokenizer)
         if not text.endswith(_INCOMPLETE) and len(text) > len(shown):
-            yield text[len(shown):], flag
+            yield text[len(shown) :], flag
             shown = text
-    rest = _decode(ids, tokenizer)[len(shown):]
+    rest = _decode(ids, tokenizer)[len(shown) :]
     if rest:
         yield rest, flag
 

@@ -1,7 +1,8 @@
-"""Measuring rows side by side: every prompt goes through every row before the next prompt, in rotating order.
+"""Measuring rows side by side: every prompt goes through every row before the next prompt, in
+rotating order.
 
-Drift of the machine then falls on all rows alike. The autoregressive rows run twice per prompt, and how far their two
-runs differ is the noise of the measurement.
+Drift of the machine then falls on all rows alike. The autoregressive rows run twice per prompt, and
+how far their two runs differ is the noise of the measurement.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SEEDS_PER_PROMPT = 1000
 class Unit:
     """Prompts that are decoded as one batch.
 
-    number: counts units, and rotates the rows. index: the same within one pass, and decides the sampling seed.
+    number: counts units, and rotates the rows. index: the same within one pass, and decides the
+    sampling seed.
     """
 
     number: int
@@ -51,11 +53,22 @@ class Unit:
 
 def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
     """All batches of all passes. Tasks take turns, so that an early stop leaves no task out."""
-    batches = [[task.prompts[i:i + batch_size] for i in range(0, len(task.prompts), batch_size)] for task in tasks]
+    batches = [
+        [task.prompts[i : i + batch_size] for i in range(0, len(task.prompts), batch_size)]
+        for task in tasks
+    ]
     rounds = range(max((len(batch) for batch in batches), default=0))
-    mixed = [(task.name, batch[i]) for i in rounds for task, batch in zip(tasks, batches) if i < len(batch)]
-    return [Unit(repeat * len(mixed) + i, i, repeat, name, prompts, batch_size)
-            for repeat in range(repeats) for i, (name, prompts) in enumerate(mixed)]
+    mixed = [
+        (task.name, batch[i])
+        for i in rounds
+        for task, batch in zip(tasks, batches)
+        if i < len(batch)
+    ]
+    return [
+        Unit(repeat * len(mixed) + i, i, repeat, name, prompts, batch_size)
+        for repeat in range(repeats)
+        for i, (name, prompts) in enumerate(mixed)
+    ]
 
 
 @dataclass
@@ -79,11 +92,14 @@ class Harness:
         self.begin_pass()
 
     def begin_pass(self) -> None:
-        """Every drafter that learns begins as it was made: rows, passes and batch sizes are asked the same prompts, and
-        none may know the answers from another."""
+        """Every drafter that learns begins as it was made: rows, passes and batch sizes are asked
+        the same prompts, and none may know the answers from another."""
         self._decoders: dict[str, Decoder] = {
-            row.name: row.decoder.fresh() if isinstance(row.decoder, SpeculativeDecoder) else row.decoder
-            for row in self.rows}
+            row.name: row.decoder.fresh()
+            if isinstance(row.decoder, SpeculativeDecoder)
+            else row.decoder
+            for row in self.rows
+        }
 
     def run(self, work: Sequence[Unit], journal: Journal) -> list[Record]:
         """Measure every unit that the journal does not hold yet; returns all records.
@@ -109,56 +125,82 @@ class Harness:
 
     def whole(self, unit: Unit, records: Sequence[Record]) -> bool:
         """Whether these are all answers of a unit: every row's to every turn, baselines' twice."""
-        present = Counter((record.row, record.prompt, record.again, record.repeat, record.task)
-                          for record in records)
-        expected = Counter((row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
-                         for row, again in self.schedule(0) for prompt in unit.prompts
-                         for turn in range(len(prompt.turns)))
+        present = Counter(
+            (record.row, record.prompt, record.again, record.repeat, record.task)
+            for record in records
+        )
+        expected = Counter(
+            (row.name, _turn_name(prompt, turn), again, unit.repeat, unit.task)
+            for row, again in self.schedule(0)
+            for prompt in unit.prompts
+            for turn in range(len(prompt.turns))
+        )
         return present == expected
 
     def warm_up(self, unit: Unit) -> None:
-        """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built tables."""
+        """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built
+        tables.
+        """
         for row in self.rows:
             ids = [render(prompt, [], row.target) for prompt in unit.prompts]
-            self._decoders[row.name].decode(ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens))
+            self._decoders[row.name].decode(
+                ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens)
+            )
 
     def schedule(self, number: int) -> list[tuple[Row, bool]]:
         """Rows in the order of one unit, each with whether it is the second run of a baseline."""
-        runs = [(row, False) for row in self.rows] + [(row, True) for row in self.rows if row.baseline == row.name]
+        runs = [(row, False) for row in self.rows] + [
+            (row, True) for row in self.rows if row.baseline == row.name
+        ]
         start = number % len(runs)
         return runs[start:] + runs[:start]
 
     def measure(self, unit: Unit) -> Iterator[Record]:
-        """All rows on all turns of a batch. A later turn follows the answers of the row's autoregressive baseline,
-        so that every row is asked the same.
+        """All rows on all turns of a batch. A later turn follows the answers of the row's
+        autoregressive baseline, so that every row is asked the same.
         """
-        answers: dict[str, list[list[str]]] = {row.name: [[] for _ in unit.prompts] for row in self.rows}
+        answers: dict[str, list[list[str]]] = {
+            row.name: [[] for _ in unit.prompts] for row in self.rows
+        }
         for turn in range(max(len(prompt.turns) for prompt in unit.prompts)):
             asked = [i for i, prompt in enumerate(unit.prompts) if turn < len(prompt.turns)]
-            records = [record for row, again in self.schedule(unit.number)
-                       for record in self._answers(unit, turn, asked, row, again, answers[row.baseline])]
+            records = [
+                record
+                for row, again in self.schedule(unit.number)
+                for record in self._answers(unit, turn, asked, row, again, answers[row.baseline])
+            ]
             yield from records
             self._remember(records, asked, answers)
 
-    def _answers(self, unit: Unit, turn: int, asked: list[int], row: Row, again: bool, said: list[list[str]]
-                 ) -> list[Record]:
+    def _answers(
+        self, unit: Unit, turn: int, asked: list[int], row: Row, again: bool, said: list[list[str]]
+    ) -> list[Record]:
         prompts = [render(unit.prompts[i], said[i], row.target) for i in asked]
         sampling = replace(row.sampling, seed=self.seed + SEEDS_PER_PROMPT * unit.index)
         forget_peak(row.target)
         traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
         if len(traces) != len(prompts):
-            raise ValueError(f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its decoder")
+            raise ValueError(
+                f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its "
+                "decoder"
+            )
         peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)
         names = [_turn_name(unit.prompts[i], turn) for i in asked]
-        return [Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
-                for name, ids, trace in zip(names, prompts, share(traces))]
+        return [
+            Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
+            for name, ids, trace in zip(names, prompts, share(traces))
+        ]
 
-    def _remember(self, records: Sequence[Record], asked: list[int], answers: dict[str, list[list[str]]]) -> None:
+    def _remember(
+        self, records: Sequence[Record], asked: list[int], answers: dict[str, list[list[str]]]
+    ) -> None:
         for row in self.rows:
             if row.baseline == row.name:
                 own = [record for record in records if record.row == row.name and not record.again]
                 for i, record in zip(asked, own):
-                    answers[row.name][i].append(row.target.tokenizer.decode(record.trace.ids, skip_special_tokens=True))
+                    answers[row.name][i].append(
+                        row.target.tokenizer.decode(record.trace.ids, skip_special_tokens=True)
+                    )
 
 
 def _turn_name(prompt: Prompt, turn: int) -> str:
@@ -167,25 +209,35 @@ def _turn_name(prompt: Prompt, turn: int) -> str:
 
 
 def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
-    """Token ids of a conversation up to the next answer: the turns so far with the answers between them."""
+    """Token ids of a conversation up to the next answer: the turns so far with the answers between
+    them.
+    """
     messages: list[Message] = []
     for question, answer in zip(prompt.turns, answers):
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return prompt_ids([*messages, {"role": "user", "content": prompt.turns[len(answers)]}], target.tokenizer)
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    return prompt_ids(
+        [*messages, {"role": "user", "content": prompt.turns[len(answers)]}], target.tokenizer
+    )
 
 
 def share(traces: Sequence[Trace]) -> list[Trace]:
-    """Traces of one batch, each with its share of the seconds that the whole batch took, until its last answer ended.
+    """Traces of one batch, each with its share of the seconds that the whole batch took, until its
+    last answer ended.
 
-    Summed over a batch they are its time on the clock, so tokens over seconds is throughput. The wait for the first
-    token is everybody's.
+    Summed over a batch they are its time on the clock, so tokens over seconds is throughput. The
+    wait for the first token is everybody's.
     """
     longest = max(traces, key=lambda trace: sum(trace.seconds.values())).seconds
     equal = {phase: seconds / len(traces) for phase, seconds in longest.items()}
     return [replace(trace, seconds=equal) for trace in traces]
 
 
-def fitting(tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int) -> tuple[list[Task], list[str]]:
+def fitting(
+    tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int
+) -> tuple[list[Task], list[str]]:
     """Tasks without the prompts whose turns cannot fit the context, and the ids of those.
 
     Raises:
@@ -193,18 +245,27 @@ def fitting(tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int) -> 
     """
     widest = max((row.budget or 0) for row in rows)
     room = min(row.target.max_positions for row in rows) - widest
-    long = [prompt.id for task in tasks for prompt in task.prompts
-            if len(readable(prompt, rows[0].target)) + max_new_tokens * len(prompt.turns) > room]
-    kept = [Task(task.name, tuple(p for p in task.prompts if p.id not in set(long))) for task in tasks]
+    long = [
+        prompt.id
+        for task in tasks
+        for prompt in task.prompts
+        if len(readable(prompt, rows[0].target)) + max_new_tokens * len(prompt.turns) > room
+    ]
+    kept = [
+        Task(task.name, tuple(p for p in task.prompts if p.id not in set(long))) for task in tasks
+    ]
     kept = [task for task in kept if task.prompts]
     if not kept:
-        raise ValueError(f"max_new_tokens {max_new_tokens}: no prompt fits the context of {room} tokens: lower it")
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}: no prompt fits the context of {room} tokens: lower "
+            "it"
+        )
     return kept, long
 
 
 def readable(prompt: Prompt, target: Target) -> list[int]:
-    """Token ids of all turns as one question. ValueError: the chat template refuses them, or some token lies beyond
-    the target's vocabulary."""
+    """Token ids of all turns as one question. ValueError: the chat template refuses them, or some
+    token lies beyond the target's vocabulary."""
     try:
         ids = render(whole(prompt), [], target)
         check_ids(ids, target.tokenizer, target.shape.vocab_size)
@@ -225,8 +286,8 @@ def forget_peak(target: Target) -> None:
 
 
 def peak_memory(target: Target) -> int:
-    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has ever held. A decoder
-    with a process of its own reports its own peak (`peak_memory`)."""
+    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has
+    ever held. A decoder with a process of its own reports its own peak (`peak_memory`)."""
     if target.device.type == "cuda":
         return torch.cuda.max_memory_allocated(target.device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,6 @@
-"""The journal of an evaluation: every finished prompt is on disk before the next begins, so that it can resume."""
+"""The journal of an evaluation: every finished prompt is on disk before the next begins, so that it
+can resume.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,27 @@ from modules.decoding.decoder import Trace
 
 logger = logging.getLogger(__name__)
 
-_TRACE = {"prompt_tokens": int, "ids": [int], "drafted": [bool], "accepted": [int],
-          "offered": [int], "nodes": [int], "seconds": Each(float), "time_to_first_token": float,
-          "rows": [int]}
-_RECORD = {"row": str, "prompt": str, "task": str, "repeat": int, "again": bool,
-           "prompt_ids": [int], "trace": _TRACE, "peak_memory": int}
+_TRACE = {
+    "prompt_tokens": int,
+    "ids": [int],
+    "drafted": [bool],
+    "accepted": [int],
+    "offered": [int],
+    "nodes": [int],
+    "seconds": Each(float),
+    "time_to_first_token": float,
+    "rows": [int],
+}
+_RECORD = {
+    "row": str,
+    "prompt": str,
+    "task": str,
+    "repeat": int,
+    "again": bool,
+    "prompt_ids": [int],
+    "trace": _TRACE,
+    "peak_memory": int,
+}
 _UNIT = {"unit": str, "of": str, "records": [_RECORD]}
 _PREVIOUS = ".previous.jsonl"
 _ANEW = "add --overwrite instead of --resume to measure anew, or give another --output"
@@ -32,8 +50,10 @@ _ANEW = "add --overwrite instead of --resume to measure anew, or give another --
 class Record:
     """One answer of one row.
 
-    prompt: the prompt's id, with `#2` … for later turns. again: the second run of a baseline on the same prompt.
-    prompt_ids: what was asked, as tokens. trace: of this prompt; its seconds are its share of the batch's.
+    prompt: the prompt's id, with `#2` … for later turns. again: the second run of a baseline on the
+    same prompt.
+    prompt_ids: what was asked, as tokens. trace: of this prompt; its seconds are its share of the
+    batch's.
     peak_memory: bytes, see `eval.run.harness.peak_memory`.
     """
 
@@ -53,7 +73,8 @@ class Record:
 
 
 class Journal:
-    """A JSONL file: a header that says what is measured, then one line per finished unit with its records.
+    """A JSONL file: a header that says what is measured, then one line per finished unit with its
+    records.
 
     A unit carries the header's digest, so that what another evaluation measured never counts as
     this one's. Nobody else may be writing it (`configs.command_line.outputs.claimed`).
@@ -93,8 +114,12 @@ class Journal:
             try:
                 unit, records = self._unit(line)
             except (ValueError, TypeError, RecursionError) as error:
-                logger.warning("%s line %d does not count (%s): what it was about is measured "
-                               "again", self.path, number, _reason(error))
+                logger.warning(
+                    "%s line %d does not count (%s): what it was about is measured again",
+                    self.path,
+                    number,
+                    _reason(error),
+                )
                 continue
             self.done[unit] = records
             intact.append(line)
@@ -171,8 +196,9 @@ def refuse_changes(path: Path, header: Mapping[str, Any], part: bool = False) ->
     difference = changed({key: stored.get(key) for key in header} if part else stored, dict(header))
     if difference is not None:
         name, before, now = difference
-        raise ValueError(f"{path} was made with another {name} ({_short(before)}, now "
-                         f"{_short(now)}): {_ANEW}")
+        raise ValueError(
+            f"{path} was made with another {name} ({_short(before)}, now {_short(now)}): {_ANEW}"
+        )
 
 
 def _reason(error: BaseException) -> str:

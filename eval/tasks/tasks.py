@@ -15,7 +15,8 @@ from eval.tasks.task_files import TaskSource, Turns, task_sources
 class Prompt:
     """One conversation to be answered turn by turn. `id` is unique within an evaluation.
 
-    embedded: written for this project, so that a report may show its text. check: how the first answer is scored.
+    embedded: written for this project, so that a report may show its text. check: how the first
+    answer is scored.
     """
 
     id: str
@@ -33,16 +34,23 @@ class Task:
     prompts: tuple[Prompt, ...]
 
 
-def load_tasks(sources: Sequence[str], limit: int | None = None, turns: Turns = "first",
-               tally: Tally | None = None) -> list[Task]:
+def load_tasks(
+    sources: Sequence[str],
+    limit: int | None = None,
+    turns: Turns = "first",
+    tally: Tally | None = None,
+) -> list[Task]:
     """The tasks of some sources.
 
     Args:
-        sources: what `eval.tasks.task_files.task_source` understands: files whose rows have `turns` (Spec-Bench), `prompt`,
-            `question`, `messages`, …, tasks' YAML files, Hub data sets, `embedded`.
+        sources: what `eval.tasks.task_files.task_source` understands: files whose rows have `turns`
+            (Spec-Bench), `prompt`, `question`, `messages`, …, tasks' YAML files, Hub data sets,
+            `embedded`.
         limit: prompts per task, from the top of the file.
-        turns: only the first question of each conversation, or all of them; a task's YAML may say otherwise.
-        tally: counts rows that are left out: no JSON, no question, no reference; without one they are logged.
+        turns: only the first question of each conversation, or all of them; a task's YAML may say
+            otherwise.
+        tally: counts rows that are left out: no JSON, no question, no reference; without one they
+            are logged.
 
     Raises:
         ValueError: a missing or empty file, a source without a prompt, a limit below one.
@@ -67,7 +75,9 @@ def _check_ids(grouped: Mapping[str, Sequence[Prompt]]) -> None:
     ids = Counter(prompt.id for prompts in grouped.values() for prompt in prompts)
     twice = next((name for name, count in ids.items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"prompts: the id {twice!r} occurs twice: give each row of a task its own `id`")
+        raise ValueError(
+            f"prompts: the id {twice!r} occurs twice: give each row of a task its own `id`"
+        )
 
 
 def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) -> Iterator[Prompt]:
@@ -76,12 +86,19 @@ def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) ->
         if not source.wanted(row):
             continue
         category = source.category(row)
-        name = "/".join(part for part in (source.stem if several or not category else "", category) if part)
+        name = "/".join(
+            part for part in (source.stem if several or not category else "", category) if part
+        )
         if limit is not None and not category and found >= limit:
             return
         try:
-            prompt = Prompt(f"{name}/{source.key(row, number)}", name, source.questions(row), source.embedded,
-                            source.check(row))
+            prompt = Prompt(
+                f"{name}/{source.key(row, number)}",
+                name,
+                source.questions(row),
+                source.embedded,
+                source.check(row),
+            )
         except Skipped as reason:
             tally.skip(str(reason), place)
             continue

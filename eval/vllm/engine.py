@@ -1,8 +1,8 @@
 """vLLM as a decoder that the harness measures: `python eval.py --engine vllm --drafters …`.
 
-Every row is a vLLM engine in a process of its own, started when it is first asked and kept until the end, so rows are
-interleaved prompt by prompt as all others are. A process holds one engine, because vLLM's counters, its process groups
-and its threads belong to the process.
+Every row is a vLLM engine in a process of its own, started when it is first asked and kept until
+the end, so rows are interleaved prompt by prompt as all others are. A process holds one engine,
+because vLLM's counters, its process groups and its threads belong to the process.
 """
 
 from __future__ import annotations
@@ -34,25 +34,39 @@ SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa", "hf": "
 """Export formats that vLLM reads, and what it calls the method."""
 DTYPES = ("float32", "bfloat16", "float16")
 _ROOT = Path(__file__).resolve().parents[2]
-_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-"""Unless the environment says otherwise: GiB of KV cache for each engine on a CPU, all of an engine in one process."""
+_DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Unless the environment says otherwise: GiB of KV cache for each engine on a CPU, all of an engine
+in one process.
+"""
 
 
-# -- what can run -------------------------------------------------------------------------------------------------
+# -- what can run ----------------------------------------------------------------------------------
+
 
 def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> None:
     """Refuse, before anything is loaded, what vLLM cannot run.
 
     Raises:
-        ValueError: vLLM is not installed, a drafter that it does not serve, or a setting that belongs to our own loop.
+        ValueError: vLLM is not installed, a drafter that it does not serve, or a setting that
+            belongs to our own loop.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("engine 'vllm': vLLM is not installed in this Python: use an environment that has it "
-                         "(`make verify-vllm` makes one), or leave --engine out")
+        raise ValueError(
+            "engine 'vllm': vLLM is not installed in this Python: use an environment that has it "
+            "(`make verify-vllm` makes one), or leave --engine out"
+        )
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: vLLM does not compute in it: use one of {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype {dtype!r}: vLLM does not compute in it: use one of {', '.join(DTYPES)}"
+        )
     if device is not None:
-        raise ValueError(f"device {device!r}: vLLM runs on what it was built for: leave `device` out")
+        raise ValueError(
+            f"device {device!r}: vLLM runs on what it was built for: leave `device` out"
+        )
     for method in methods:
         _check_method(method, f"methods: {method.label}")
 
@@ -60,11 +74,20 @@ def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> Non
 def _check_method(method: Method, where: str) -> None:
     for key in ("decoder", "builder", "rule", "control", "precision"):
         if getattr(method, key):
-            raise ValueError(f"{where}: `{key}` belongs to this project's own loop: leave it out with engine 'vllm'")
+            raise ValueError(
+                f"{where}: `{key}` belongs to this project's own loop: leave it out with engine "
+                "'vllm'"
+            )
     if method.budget == "auto":
-        raise ValueError(f"{where}: budget 'auto' belongs to this project's own loop: give a number of drafted tokens")
+        raise ValueError(
+            f"{where}: budget 'auto' belongs to this project's own loop: give a number of drafted "
+            "tokens"
+        )
     if not isinstance(method.drafter, str):
-        raise ValueError(f"{where}: a drafter without training has no export: give a trained one with engine 'vllm'")
+        raise ValueError(
+            f"{where}: a drafter without training has no export: give a trained one with engine "
+            "'vllm'"
+        )
     format_for(trainable_class_of(method.drafter), where)
 
 
@@ -76,12 +99,15 @@ def format_for(kind: type, where: str) -> str:
     """
     found = next((name for name in formats_of(kind) if name in SERVED), None)
     if found is None:
-        raise ValueError(f"{where}: vLLM serves no {kind.__name__}: leave it out, or leave out --engine to measure it "
-                         "with this project's own loop")
+        raise ValueError(
+            f"{where}: vLLM serves no {kind.__name__}: leave it out, or leave out --engine to "
+            "measure it with this project's own loop"
+        )
     return found
 
 
-# -- the process --------------------------------------------------------------------------------------------------
+# -- the process -----------------------------------------------------------------------------------
+
 
 @dataclass
 class Worker:
@@ -107,8 +133,14 @@ class Worker:
         self.log = Path(log)
         with os.fdopen(handle, "w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "eval.vllm.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=errors, text=True, encoding="utf-8", env=environment())
+                [sys.executable, "-m", "eval.vllm.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env=environment(),
+            )
         self.loaded = self.ask({"engine": dict(self.engine), "watch": self.watch})
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,10 +156,16 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        reply = json.loads(line) if line else {"error": f"its process ended with status {self.process.wait()}"}
+        reply = (
+            json.loads(line)
+            if line
+            else {"error": f"its process ended with status {self.process.wait()}"}
+        )
         if "error" in reply:
             self._end()
-            raise ValueError(f"{self.where}: vLLM failed: {reply['error']} (all it said: {self.log})")
+            raise ValueError(
+                f"{self.where}: vLLM failed: {reply['error']} (all it said: {self.log})"
+            )
         return reply
 
     def close(self) -> None:
@@ -154,22 +192,32 @@ class Worker:
 def environment() -> dict[str, str]:
     """The environment of a vLLM process: this one's, with as many threads as torch uses here."""
     threads = torch.get_num_threads()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(threads))
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(threads))
+    )
     bound = ",".join(map(str, cores[:threads]))
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {"VLLM_CPU_OMP_THREADS_BIND": bound, **_DEFAULTS, **os.environ, "PYTHONPATH": path,
-            "OMP_NUM_THREADS": str(threads)}
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": bound,
+        **_DEFAULTS,
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+    }
 
 
-# -- the decoder --------------------------------------------------------------------------------------------------
+# -- the decoder -----------------------------------------------------------------------------------
+
 
 class VllmDecoder:
     """Answers through a vLLM engine, with an exported drafter or without.
 
-    Of speculation vLLM counts, per batch, the calls that drafted and how many of them accepted at least 1, 2, … drafts.
-    From these each call's tokens follow, though not whose they were, so a batch's calls stand in its first trace.
-    They are counted before answers are cut at their end, which `cut_off` makes up for.
-    Prefill ends with the batch's first token.
+    Of speculation vLLM counts, per batch, the calls that drafted and how many of them accepted at
+    least 1, 2, … drafts. From these each call's tokens follow, though not whose they were, so a
+    batch's calls stand in its first trace. They are counted before answers are cut at their end,
+    which `cut_off` makes up for. Prefill ends with the batch's first token.
 
     Args:
         name: what reports call it.
@@ -181,7 +229,9 @@ class VllmDecoder:
     engine: ClassVar[str] = ENGINE
     batched: ClassVar[bool] = True
 
-    def __init__(self, name: str, target: Target, engine: Mapping[str, Any], drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, name: str, target: Target, engine: Mapping[str, Any], drafter: Drafter | None = None
+    ) -> None:
         self.name, self.target, self.arguments, self.drafter = name, target, engine, drafter
         self.peak_memory: int | None = None
         self._worker: Worker | None = None
@@ -193,7 +243,9 @@ class VllmDecoder:
             ValueError: vLLM failed.
         """
         self._worker = self._worker or Worker(self.arguments, self.name)
-        arguments = [sampling_arguments(sampling, i, limit, self.target) for i in range(len(prompts))]
+        arguments = [
+            sampling_arguments(sampling, i, limit, self.target) for i in range(len(prompts))
+        ]
         reply = self._worker.ask({"prompts": prompts, "sampling": arguments})
         self.peak_memory = reply["peak"]
         return traces(prompts, reply, self.drafter is not None)
@@ -204,16 +256,29 @@ class VllmDecoder:
             self._worker.close()
 
 
-def sampling_arguments(sampling: Sampling, index: int, limit: int, target: Target) -> dict[str, Any]:
+def sampling_arguments(
+    sampling: Sampling, index: int, limit: int, target: Target
+) -> dict[str, Any]:
     """Arguments of vLLM's `SamplingParams` for one prompt of a batch."""
-    found = {"max_tokens": limit, "temperature": sampling.temperature, "stop_token_ids": sorted(target.eos_ids),
-             "detokenize": False}
+    found = {
+        "max_tokens": limit,
+        "temperature": sampling.temperature,
+        "stop_token_ids": sorted(target.eos_ids),
+        "detokenize": False,
+    }
     if sampling.temperature == 0:
         return found
-    return {**found, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": sampling.seed + index}
+    return {
+        **found,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed + index,
+    }
 
 
-def traces(prompts: Sequence[Sequence[int]], reply: Mapping[str, Any], drafting: bool) -> list[Trace]:
+def traces(
+    prompts: Sequence[Sequence[int]], reply: Mapping[str, Any], drafting: bool
+) -> list[Trace]:
     """Traces of one batch from what `eval.vllm.worker.answer` says of it."""
     prefill = min(reply["first_tokens"])
     seconds = {"prefill": prefill, "other": reply["seconds"] - prefill}
@@ -230,21 +295,26 @@ def traces(prompts: Sequence[Sequence[int]], reply: Mapping[str, Any], drafting:
 def emitted_by_calls(counted: Mapping[str, Sequence[int]]) -> list[int]:
     """Tokens that each drafting call emitted (fewest first), from vLLM's counters.
 
-    `accepted_tokens_per_pos[d]` calls accepted more than d drafts, so exactly d were accepted by the difference of its
-    neighbours; a call emits one token more than it accepts.
+    `accepted_tokens_per_pos[d]` calls accepted more than d drafts, so exactly d were accepted by
+    the difference of its neighbours; a call emits one token more than it accepts.
     """
     reached = [counted["drafts"][0], *counted["accepted_tokens_per_pos"], 0]
-    found = [accepted + 1 for accepted in range(len(reached) - 1)
-             for _ in range(reached[accepted] - reached[accepted + 1])]
-    assert sum(found) == counted["accepted_tokens"][0] + counted["drafts"][0], "vLLM's counters contradict each other"
+    found = [
+        accepted + 1
+        for accepted in range(len(reached) - 1)
+        for _ in range(reached[accepted] - reached[accepted + 1])
+    ]
+    assert sum(found) == counted["accepted_tokens"][0] + counted["drafts"][0], (
+        "vLLM's counters contradict each other"
+    )
     return found
 
 
 def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
     """Calls without the tokens behind the ends of answers, so that no more than `tokens` are left.
 
-    Which call was an answer's last, and how much it lost, vLLM does not report: every answer takes an
-    even share off the shortest call that is long enough. The sum, and so τ, is right where all
+    Which call was an answer's last, and how much it lost, vLLM does not report: every answer takes
+    an even share off the shortest call that is long enough. The sum, and so τ, is right where all
     calls drafted; calls without drafts have no counter, and then too little is taken off.
     """
     left, cut, excess = sorted(emitted), [], max(0, sum(emitted) - tokens)
@@ -256,12 +326,15 @@ def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
     return sorted(left + cut)
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
+
 
 @contextmanager
-def vllm_rows(methods: Sequence[Method], target: Target, sampling: Sampling, dtype: str, batch: int
-              ) -> Iterator[list[Row]]:
-    """Rows through vLLM while the block lasts: `autoregressive` without a drafter, and every method's.
+def vllm_rows(
+    methods: Sequence[Method], target: Target, sampling: Sampling, dtype: str, batch: int
+) -> Iterator[list[Row]]:
+    """Rows through vLLM while the block lasts: `autoregressive` without a drafter, and every
+    method's.
 
     Args:
         methods: as `check_vllm` lets them through.
@@ -280,22 +353,37 @@ def vllm_rows(methods: Sequence[Method], target: Target, sampling: Sampling, dty
         stack.callback(plain.close)
         rows = [_plain_row(plain, sampling, sampling)]
         for method, label in zip(methods, unique_labels(methods)):
-            own = sampling if method.temperature is None else Sampling(
-                method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+            own = (
+                sampling
+                if method.temperature is None
+                else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+            )
             baseline = _plain_row(plain, own, sampling)
             rows += [] if baseline.name in {row.name for row in rows} else [baseline]
-            rows.append(_drafter_row(method, label, target, own, common, scratch / str(len(rows)), baseline.name))
+            rows.append(
+                _drafter_row(
+                    method, label, target, own, common, scratch / str(len(rows)), baseline.name
+                )
+            )
             stack.callback(rows[-1].decoder.close)  # type: ignore[attr-defined]
         yield rows
 
 
 def engine_arguments(target: Target, dtype: str, batch: int, engines: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that all rows share. No prefix is cached, because every row reads the same prompts, and a
-    baseline reads them twice. Graphs are compiled on a GPU only, whose memory the engines share out."""
+    """Arguments of `vllm.LLM` that all rows share. No prefix is cached, because every row reads the
+    same prompts, and a baseline reads them twice. Graphs are compiled on a GPU only, whose memory
+    the engines share out."""
     gpu = torch.cuda.is_available()
-    return {"model": locate(target.name), "dtype": dtype, "max_model_len": target.max_positions, "max_num_seqs": batch,
-            "enable_prefix_caching": False, "disable_log_stats": False, "enforce_eager": not gpu,
-            **({"gpu_memory_utilization": round(0.9 / (engines + 1), 3)} if gpu else {})}
+    return {
+        "model": locate(target.name),
+        "dtype": dtype,
+        "max_model_len": target.max_positions,
+        "max_num_seqs": batch,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "enforce_eager": not gpu,
+        **({"gpu_memory_utilization": round(0.9 / (engines + 1), 3)} if gpu else {}),
+    }
 
 
 def _plain_row(decoder: VllmDecoder, sampling: Sampling, first: Sampling) -> Row:
@@ -303,21 +391,42 @@ def _plain_row(decoder: VllmDecoder, sampling: Sampling, first: Sampling) -> Row
     return Row(name, decoder, decoder.target, sampling, name, engine=ENGINE, budget=0)
 
 
-def _drafter_row(method: Method, label: str, target: Target, sampling: Sampling, common: Mapping[str, Any],
-                 folder: Path, baseline: str) -> Row:
+def _drafter_row(
+    method: Method,
+    label: str,
+    target: Target,
+    sampling: Sampling,
+    common: Mapping[str, Any],
+    folder: Path,
+    baseline: str,
+) -> Row:
     where = f"methods: {label}"
     drafter = load_drafter(method.drafter or "", target, where)
     method_name, notes = export_for_vllm(drafter, target, folder, where)
-    tokens = drafted_tokens(drafter, method.budget if isinstance(method.budget, int) else None, where)
+    tokens = drafted_tokens(
+        drafter, method.budget if isinstance(method.budget, int) else None, where
+    )
     speculation = {"method": method_name, "model": str(folder), "num_speculative_tokens": tokens}
     decoder = VllmDecoder(label, target, {**common, "speculative_config": speculation}, drafter)
-    return Row(label, decoder, target, sampling, baseline, engine=ENGINE, builder="chain", budget=tokens,
-               drafter_parameters=drafter.trained_size, quality={EXPORT_NOTES: list(notes)} if notes else {})
+    return Row(
+        label,
+        decoder,
+        target,
+        sampling,
+        baseline,
+        engine=ENGINE,
+        builder="chain",
+        budget=tokens,
+        drafter_parameters=drafter.trained_size,
+        quality={EXPORT_NOTES: list(notes)} if notes else {},
+    )
 
 
-def export_for_vllm(drafter: Drafter, target: Target, folder: Path, where: str) -> tuple[str, tuple[str, ...]]:
-    """Write the drafter as vLLM reads it; returns what vLLM calls the method, and how the export differs from the
-    drafter.
+def export_for_vllm(
+    drafter: Drafter, target: Target, folder: Path, where: str
+) -> tuple[str, tuple[str, ...]]:
+    """Write the drafter as vLLM reads it; returns what vLLM calls the method, and how the export
+    differs from the drafter.
 
     Raises:
         ValueError: vLLM does not serve it, or not with its settings.
@@ -339,6 +448,8 @@ def drafted_tokens(drafter: Drafter, budget: int | None, where: str) -> int:
         ValueError: more than the drafter has heads.
     """
     if budget is not None and drafter.max_depth is not None and budget > drafter.max_depth:
-        raise ValueError(f"{where}: budget {budget}: vLLM drafts a chain, and the drafter has {drafter.max_depth} "
-                         f"heads: give {drafter.max_depth} at most")
+        raise ValueError(
+            f"{where}: budget {budget}: vLLM drafts a chain, and the drafter has "
+            f"{drafter.max_depth} heads: give {drafter.max_depth} at most"
+        )
     return budget or drafter.builder.depth

@@ -1,7 +1,8 @@
 """What becomes of a drafter's tensors when vLLM loads them; runs inside vLLM's process.
 
-vLLM's loaders skip tensors without a place, and leave parameters without a tensor as they were allocated. So parameters
-are blanked before loading: what is still blank afterwards was missing; a tensor whose values are nowhere was unused.
+vLLM's loaders skip tensors without a place, and leave parameters without a tensor as they were
+allocated. So parameters are blanked before loading: what is still blank afterwards was missing; a
+tensor whose values are nowhere was unused.
 
 Shape legend: R rows, X anything.
 """
@@ -26,16 +27,22 @@ def watch(folder: str) -> dict[str, Any]:
     """From now on, watch vLLM's loader load this folder.
 
     Returns:
-        A dictionary that is filled then: `shipped` (how many tensors), names under `missing` and `unused`.
+        A dictionary that is filled then: `shipped` (how many tensors), names under `missing` and
+            `unused`.
     """
-    loader: Any = importlib.import_module("vllm.model_executor.model_loader.default_loader").DefaultModelLoader
+    loader: Any = importlib.import_module(
+        "vllm.model_executor.model_loader.default_loader"
+    ).DefaultModelLoader
     found: dict[str, Any] = {}
     loader.load_weights = watched(loader.load_weights, Path(folder), found)
     return found
 
 
-def watched(load_weights: Callable[..., Any], folder: Path, found: dict[str, Any]) -> Callable[..., Any]:
+def watched(
+    load_weights: Callable[..., Any], folder: Path, found: dict[str, Any]
+) -> Callable[..., Any]:
     """The loader's method, which also fills `found` when it loads the folder."""
+
     def load(self: Any, model: nn.Module, model_config: Any) -> None:
         ours = Path(model_config.model) == folder
         if ours:
@@ -51,15 +58,20 @@ def watched(load_weights: Callable[..., Any], folder: Path, found: dict[str, Any
 def blank(model: nn.Module) -> None:
     """Give every parameter values that no tensor has."""
     for parameter in model.parameters():
-        parameter.fill_(float("nan") if parameter.is_floating_point() else torch.iinfo(parameter.dtype).min)
+        parameter.fill_(
+            float("nan") if parameter.is_floating_point() else torch.iinfo(parameter.dtype).min
+        )
 
 
 @torch.no_grad()
 def compared(shipped: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Any]:
     """Shipped tensors against the parameters that held blanks before."""
     missing = [name for name, tensor in held.items() if bool(is_blank(tensor).any())]
-    unused = [name for name, tensor in shipped.items()
-              if name not in NOT_READ and not any(contains(other, tensor) for other in held.values())]
+    unused = [
+        name
+        for name, tensor in shipped.items()
+        if name not in NOT_READ and not any(contains(other, tensor) for other in held.values())
+    ]
     return {"shipped": len(shipped), "missing": missing, "unused": unused}
 
 
@@ -69,10 +81,12 @@ def is_blank(tensor: Tensor) -> Tensor:
 
 
 def contains(held_RX: Tensor, shipped_RX: Tensor) -> bool:
-    """Whether the shipped tensor is a block of consecutive rows of a parameter (merged projections hold several)."""
+    """Whether the shipped tensor is a block of consecutive rows of a parameter (merged projections
+    hold several).
+    """
     count = len(shipped_RX)
     if held_RX.shape[1:] != shipped_RX.shape[1:] or len(held_RX) < count:
         return False
     wanted = shipped_RX.to(held_RX.device, held_RX.dtype)
     starts = (held_RX == wanted[0]).reshape(len(held_RX), -1).all(1).nonzero()[:, 0].tolist()
-    return any(torch.equal(held_RX[start:start + count], wanted) for start in starts)
+    return any(torch.equal(held_RX[start : start + count], wanted) for start in starts)

@@ -1,7 +1,8 @@
 """Acceptance of siblings that were drawn from the drafter's law: pure functions of one node's laws.
 
-Each of the siblings at a node gets a round: a chance of being accepted, and the law that the next token has if this
-round fails too. The chances are numbers, so that a rule can sample them and a test or a comparison can add them up.
+Each of the siblings at a node gets a round: a chance of being accepted, and the law that the next
+token has if this round fails too. The chances are numbers, so that a rule can sample them and a
+test or a comparison can add them up.
 
 Shape legend: V target vocabulary.
 """
@@ -22,8 +23,8 @@ _STEPS, _EXACT = 100, 1e-14
 class Round(NamedTuple):
     """One sibling's turn.
 
-    node: its row of the tree. chance: of being accepted, once its turn has come. residual_V: law of the token emitted
-    in its place if it is rejected and no sibling is left.
+    node: its row of the tree. chance: of being accepted, once its turn has come. residual_V: law of
+    the token emitted in its place if it is rejected and no sibling is left.
     """
 
     node: int
@@ -34,17 +35,24 @@ class Round(NamedTuple):
 class Rounds(Protocol):
     """The rounds of siblings, in draw order, under the target's law [V] at their parent."""
 
-    def __call__(self, tree: TokenTree, sequence: int, children: list[int], law_V: Tensor, /) -> Iterator[Round]:
+    def __call__(
+        self, tree: TokenTree, sequence: int, children: list[int], law_V: Tensor, /
+    ) -> Iterator[Round]:
         """One round per child, made when the one before has failed."""
         ...
 
 
-def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
-    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); at first R = p.
+def recursive_rounds(
+    tree: TokenTree, sequence: int, children: list[int], law_V: Tensor
+) -> Iterator[Round]:
+    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); at
+    first R = p.
 
-    The token emitted by rounds that start with R has law R, whatever q is given the siblings rejected before. One
-    sibling: speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Independent ones: SpecInfer's multi-round
-    rule (Miao et al. 2023). Without replacement: RSD (Jeon et al. 2024), DySpec, Sequoia. Rounds of duplicates are run
+    The token emitted by rounds that start with R has law R, whatever q is given the siblings
+    rejected before. One
+    sibling: speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Independent ones:
+    SpecInfer's multi-round rule (Miao et al. 2023). Without replacement: RSD (Jeon et al. 2024),
+    DySpec, Sequoia. Rounds of duplicates are run
     too: that a sibling was drawn must not depend on its value.
     """
     residual_V, tried = law_V, []
@@ -57,11 +65,15 @@ def recursive_rounds(tree: TokenTree, sequence: int, children: list[int], law_V:
         tried.append(token)
 
 
-def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law_V: Tensor) -> Iterator[Round]:
-    """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance min(1, p(x) / (ρ q(x))).
+def k_sequential_rounds(
+    tree: TokenTree, sequence: int, children: list[int], law_V: Tensor
+) -> Iterator[Round]:
+    """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance
+    min(1, p(x) / (ρ q(x))).
 
-    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the rest of p is residual.
-    All siblings are draws from the first one's law, as `DrawnTree` sees to for children of twins.
+    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the
+    rest of p is residual. All siblings are draws from the first one's law, as `DrawnTree` sees to
+    for children of twins.
     """
     if not children:
         return
@@ -78,15 +90,20 @@ def k_sequential_rounds(tree: TokenTree, sequence: int, children: list[int], law
 
 
 def ratio(target: Tensor, draft: Tensor) -> float:
-    """min(1, target / draft). A draft of probability 0 was never drawn and has no chance: 0 / 0 is not 1."""
+    """min(1, target / draft). A draft of probability 0 was never drawn and has no chance: 0 / 0 is
+    not 1.
+    """
     return float((target / draft).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1))
 
 
 def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
-    """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that the residual is a law.
+    """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that
+    the residual is a law.
 
-    The difference of the two sides rises with ρ; its root is found by regula falsi (the Illinois variant).
+    The difference of the two sides rises with ρ; its root is found by regula falsi (the Illinois
+    variant).
     """
+
     def surplus(threshold: float) -> float:
         beta = float(torch.minimum(draft_V, law_V / threshold).sum())
         return threshold * beta - 1 + (1 - beta) ** count
@@ -109,18 +126,24 @@ def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
     return middle
 
 
-def sibling_law(tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor) -> Tensor:
-    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's vocabulary.
+def sibling_law(
+    tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor
+) -> Tensor:
+    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's
+    vocabulary.
 
-    A law without replacement that is used up goes on as the uniform one over the draft tokens not yet tried (Sequoia,
-    Chen et al. 2024, section 3.2); a builder that stops there never asks for it.
+    A law without replacement that is used up goes on as the uniform one over the draft tokens not
+    yet tried (Sequoia, Chen et al. 2024, section 3.2); a builder that stops there never asks for
+    it.
     """
     law = Law.POINT if tree.law_BN is None else Law(int(tree.law_BN[sequence, node]))
     law_V = torch.zeros_like(like_V)
     if law is Law.POINT:
         law_V[tree.tokens_BN[sequence, node]] = 1
         return law_V
-    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, "a sampled node travels with its law"
+    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, (
+        "a sampled node travels with its law"
+    )
     everywhere = slice(None) if tree.vocabulary_D is None else tree.vocabulary_D
     law_V[everywhere] = tree.laws_BRD[sequence, tree.law_rows_BN[sequence, node]].to(like_V.dtype)
     if law is Law.WITHOUT_REPLACEMENT and tried:
@@ -165,7 +188,8 @@ def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -
 
 
 def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds) -> list[float]:
-    """How likely each drafted node of a given tree is accepted [N]: 1 for node 0; of twins, their first has it all.
+    """How likely each drafted node of a given tree is accepted [N]: 1 for node 0; of twins, their
+    first has it all.
 
     The sum over the other nodes is the expected number of accepted drafts, without sampling.
 
@@ -184,5 +208,7 @@ def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds
             group = groups.setdefault(node, twins_of(tree, sequence, node, children))
             chances[group[0]] += left * chance
             left *= 1 - chance
-        waiting += [group for node, group in groups.items() if group[0] == node and chances[node] > 0]
+        waiting += [
+            group for node, group in groups.items() if group[0] == node and chances[node] > 0
+        ]
     return chances

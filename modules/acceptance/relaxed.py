@@ -1,7 +1,8 @@
-"""Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls good.
+"""Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls
+good.
 
-Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at temperature 0, the
-point rule for trees chosen by value, the ratio rule for sampled ones.
+Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at
+temperature 0, the point rule for trees chosen by value, the ratio rule for sampled ones.
 
 Shape legend: B sequences, N nodes, R rows of draft laws, V vocabulary, D draft vocabulary.
 """
@@ -19,11 +20,12 @@ from modules.contracts.token_tree import Law, TokenTree
 
 
 class RelaxedRule:
-    """Accepts a token if the standard rule does or `good` holds; a path ends at its first token with neither.
+    """Accepts a token if the standard rule does or `good` holds; a path ends at its first token
+    with neither.
 
-    Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection, the next token is the
-    standard rule's: the argmax, or a draw from the law that the rejections left. Where the ratio
-    rule rejects all siblings, the first good one is accepted.
+    Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection,
+    the next token is the standard rule's: the argmax, or a draw from the law that the rejections
+    left. Where the ratio rule rejects all siblings, the first good one is accepted.
     """
 
     name: str = "relaxed"
@@ -39,8 +41,13 @@ class RelaxedRule:
         """The accepted path of each sequence and the token after it."""
         good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
         if draws.sampling.temperature > 0 and tree.laws_used != {Law.POINT}:
-            return accepted_paths([walk(tree, verified, draws, b, recursive_rounds, good_N)
-                                   for b, good_N in enumerate(good_BN.tolist())], good_BN.device)
+            return accepted_paths(
+                [
+                    walk(tree, verified, draws, b, recursive_rounds, good_N)
+                    for b, good_N in enumerate(good_BN.tolist())
+                ],
+                good_BN.device,
+            )
         choice_BN = choices(tree, verified, draws)
         standard_BN = tree.tokens_BN == choice_BN.gather(1, tree.parents_BN.clamp(min=0))
         score_BN = (tree.topology.ancestors & standard_BN[:, None]).sum(-1).double()
@@ -48,13 +55,17 @@ class RelaxedRule:
 
 
 def parent_logits(tree: TokenTree, verified: Verified) -> Tensor:
-    """The target's logits [B,N,V] at each node's parent: its law of the node's token (node 0: its own row)."""
+    """The target's logits [B,N,V] at each node's parent: its law of the node's token (node 0: its
+    own row).
+    """
     rows = torch.arange(len(tree.tokens_BN), device=tree.tokens_BN.device)[:, None]
     return verified.logits_BNV[rows, tree.parents_BN.clamp(min=0)]
 
 
 class TopKRule(RelaxedRule):
-    """A token is good while it is among the target's `k` most likely ones. k = 1 is the standard rule when greedy."""
+    """A token is good while it is among the target's `k` most likely ones. k = 1 is the standard
+    rule when greedy.
+    """
 
     name = "top_k"
 
@@ -71,12 +82,13 @@ class TopKRule(RelaxedRule):
 
 
 class DivergenceRule(RelaxedRule):
-    """A token is good while KL(target ‖ draft) of the laws it was drawn under is at most `threshold` (in nats).
+    """A token is good while KL(target ‖ draft) of the laws it was drawn under is at most
+    `threshold` (in nats).
 
-    The free baseline for a trained judge (Revisiting Judge Decoding 2026, arXiv 2601.04766). It needs trees that carry
-    the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. At temperature 0 both
-    laws are the unwarped ones; above it both are warped, and nothing is good where top-k or top-p
-    leave the target a token that they take from the draft.
+    The free baseline for a trained judge (Revisiting Judge Decoding 2026, arXiv 2601.04766). It
+    needs trees that carry the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. At
+    temperature 0 both laws are the unwarped ones; above it both are warped, and nothing is good
+    where top-k or top-p leave the target a token that they take from the draft.
 
     A trimmed draft vocabulary gives no probability to the tokens outside, so that the KL would be
     infinite as soon as the target has any mass there. That mass is counted by its logarithm
@@ -92,13 +104,18 @@ class DivergenceRule(RelaxedRule):
         self.threshold, self.name = threshold, f"divergence {threshold:g}"
 
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
-        """Divergence at the node's parent within the threshold; nodes without a law are never good."""
+        """Divergence at the node's parent within the threshold; nodes without a law are never
+        good.
+        """
         if tree.laws_BRD is None or tree.law_rows_BN is None:
             return torch.zeros_like(tree.acceptable_BN)
         greedy = draws.sampling.temperature == 0
         if greedy and bool((tree.laws_BRD.max(-1).values == 1).all()):
-            raise ValueError("rule divergence: the trees carry a point mass, not the draft's law: use the builder "
-                             "modules.trees.sampled.chain.SampledChain with `soft: true` at temperature 0")
+            raise ValueError(
+                "rule divergence: the trees carry a point mass, not the draft's law: use the "
+                "builder modules.trees.sampled.chain.SampledChain with `soft: true` at temperature "
+                "0"
+            )
         logits_BNV = parent_logits(tree, verified)
         target_BNV = logits_BNV.double().softmax(-1) if greedy else draws.law(logits_BNV)
         rows = torch.arange(len(logits_BNV), device=logits_BNV.device)[:, None]

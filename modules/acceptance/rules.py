@@ -1,7 +1,7 @@
 """Acceptance rules: what is kept of a verified tree, and which token follows.
 
-A rule is a function (tree, verified, draws) -> Accepted that declares whether it keeps the target's law and which
-draft laws it may be paired with.
+A rule is a function (tree, verified, draws) -> Accepted that declares whether it keeps the target's
+law and which draft laws it may be paired with.
 
 Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
 """
@@ -32,7 +32,8 @@ EVERY_LAW = frozenset(Law)
 
 
 class Draws:
-    """The randomness of a decoding run: the warped target law and draws from it, one generator per sequence.
+    """The randomness of a decoding run: the warped target law and draws from it, one generator per
+    sequence.
 
     Args:
         sampling: temperature and warpers, applied to the target before anything is accepted.
@@ -58,10 +59,14 @@ class Draws:
         return torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
 
     def choose(self, logits_BNV: Tensor) -> Tensor:
-        """One token per row, int64 [B,N]: the argmax at temperature 0, else drawn from the warped law."""
+        """One token per row, int64 [B,N]: the argmax at temperature 0, else drawn from the warped
+        law.
+        """
         if self.sampling.temperature == 0:
             return logits_BNV.argmax(-1)
-        uniform_BN = torch.stack([self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])])
+        uniform_BN = torch.stack(
+            [self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])]
+        )
         return sample_law(self.law(logits_BNV), uniform_BN.to(logits_BNV.device))
 
 
@@ -79,7 +84,9 @@ class AcceptanceRule(Protocol):
 
 
 class GreedyRule:
-    """Longest path on which every token is the target's argmax (temperature 0 only; any draft law)."""
+    """Longest path on which every token is the target's argmax (temperature 0 only; any draft
+    law).
+    """
 
     name, lossless = "greedy", True
     laws: frozenset[Law] = EVERY_LAW
@@ -88,15 +95,17 @@ class GreedyRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Match every node against its parent's argmax."""
         if draws.sampling.temperature != 0:
-            raise ValueError("rule 'greedy' needs temperature 0: use 'point' or 'ratio' when sampling")
+            raise ValueError(
+                "rule 'greedy' needs temperature 0: use 'point' or 'ratio' when sampling"
+            )
         return _follow(tree, verified.logits_BNV.argmax(-1))
 
 
 class PointRule:
     """One draw of the target per prefix; a child that equals it is accepted (chosen by value).
 
-    Acceptance at a node is the target's mass on its children. Lossless because the draw does not look at the tree.
-    Siblings of one token, and the same paths below them, share their draws
+    Acceptance at a node is the target's mass on its children. Lossless because the draw does not
+    look at the tree. Siblings of one token, and the same paths below them, share their draws
     (`TokenTree.first_BN`): of a draw for each, the luckier one would be taken.
     """
 
@@ -112,10 +121,11 @@ class PointRule:
 
 
 class RatioRule:
-    """Recursive rejection by the ratio of residual to draft law (`recursive_rounds`), for every tree that was drawn.
+    """Recursive rejection by the ratio of residual to draft law (`recursive_rounds`), for every
+    tree that was drawn.
 
-    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the same rule under the
-    name it has for one kind of trees alone.
+    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the
+    same rule under the name it has for one kind of trees alone.
     """
 
     name, lossless = "ratio", True
@@ -136,21 +146,26 @@ class RatioRule:
 
 
 class MultiRoundRule(RatioRule):
-    """SpecInfer's multi-round rule (Miao et al. 2023): independent siblings, each against what the others left."""
+    """SpecInfer's multi-round rule (Miao et al. 2023): independent siblings, each against what the
+    others left.
+    """
 
     name = "multi_round"
     laws: frozenset[Law] = frozenset({Law.INDEPENDENT})
 
 
 class RecursiveRule(RatioRule):
-    """Recursive rejection of siblings drawn without replacement (RSD, Jeon et al. 2024; DySpec; Sequoia)."""
+    """Recursive rejection of siblings drawn without replacement (RSD, Jeon et al. 2024; DySpec;
+    Sequoia).
+    """
 
     name = "recursive"
     laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT})
 
 
 class KSequentialRule(RatioRule):
-    """SpecTr's K-SEQ (Sun et al. 2023): one threshold for all independent siblings (`k_sequential_rounds`).
+    """SpecTr's K-SEQ (Sun et al. 2023): one threshold for all independent siblings
+    (`k_sequential_rounds`).
 
     With K chains from node 0, those that drew the accepted token go on together.
     """
@@ -160,8 +175,14 @@ class KSequentialRule(RatioRule):
     rounds: Rounds = staticmethod(k_sequential_rounds)
 
 
-def walk(tree: TokenTree, verified: Verified, draws: Draws, sequence: int, rounds: Rounds,
-         good_N: Sequence[bool] = ()) -> tuple[list[int], int]:
+def walk(
+    tree: TokenTree,
+    verified: Verified,
+    draws: Draws,
+    sequence: int,
+    rounds: Rounds,
+    good_N: Sequence[bool] = (),
+) -> tuple[list[int], int]:
     """One sequence's path by rejection from node 0 down, and the token after it.
 
     Args:
@@ -184,8 +205,12 @@ def walk(tree: TokenTree, verified: Verified, draws: Draws, sequence: int, round
         nodes = twins_of(tree, sequence, chosen, children)
 
 
-def first_accepted(rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequence: int) -> tuple[int | None, Tensor]:
-    """Toss for each round in turn: the accepted node (None: none) and the law [V] left for the next token."""
+def first_accepted(
+    rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequence: int
+) -> tuple[int | None, Tensor]:
+    """Toss for each round in turn: the accepted node (None: none) and the law [V] left for the next
+    token.
+    """
     for node, chance, residual_V in rounds:
         if draws.uniform(sequence)[0] < chance:
             return node, law_V
@@ -196,9 +221,9 @@ def first_accepted(rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequenc
 class TypicalRule:
     """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))).
 
-    Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token is the target's
-    argmax, as in the release; at temperature 0 this is argmax matching, unless the law is left as it is there.
-    Nothing is drawn, so that siblings of one token are judged alike.
+    Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token
+    is the target's argmax, as in the release; at temperature 0 this is argmax matching, unless the
+    law is left as it is there. Nothing is drawn, so that siblings of one token are judged alike.
 
     Args:
         epsilon, delta: above.
@@ -215,29 +240,68 @@ class TypicalRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Threshold every node by its parent's entropy."""
         unwarped = self.soft and draws.sampling.temperature == 0
-        law_BNV = verified.logits_BNV.double().softmax(-1) if unwarped else draws.law(verified.logits_BNV)
+        law_BNV = (
+            verified.logits_BNV.double().softmax(-1) if unwarped else draws.law(verified.logits_BNV)
+        )
         entropy_BN = -(law_BNV * (law_BNV + 1e-5).log()).sum(-1)
-        threshold_BN = torch.minimum(torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp())
+        threshold_BN = torch.minimum(
+            torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp()
+        )
         parents = tree.parents_BN.clamp(min=0)
-        probability_BN = law_BNV[torch.arange(len(parents), device=parents.device)[:, None], parents, tree.tokens_BN]
-        score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(-1)
+        probability_BN = law_BNV[
+            torch.arange(len(parents), device=parents.device)[:, None], parents, tree.tokens_BN
+        ]
+        score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(
+            -1
+        )
         typical_BN = probability_BN > threshold_BN.gather(1, parents)
         return longest_path(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
 
 
-RULES: dict[str, Callable[[], AcceptanceRule]] = {rule.name: rule for rule in (
-    GreedyRule, PointRule, RatioRule, MultiRoundRule, RecursiveRule, KSequentialRule, TypicalRule)}
+RULES: dict[str, Callable[[], AcceptanceRule]] = {
+    rule.name: rule
+    for rule in (
+        GreedyRule,
+        PointRule,
+        RatioRule,
+        MultiRoundRule,
+        RecursiveRule,
+        KSequentialRule,
+        TypicalRule,
+    )
+}
 WRONG = {
-    "per_row": ("a draw per candidate row, and a fresh one on a mismatch, gives drafts too much", "point"),
-    "value_ratio": ("children chosen by value were not drawn from q, so p/q means nothing", "point"),
-    "unnormalised": ("siblings without replacement were drawn from q without the earlier ones", "recursive"),
-    "skip_duplicates": ("skipping a duplicate's round lets the value decide whether there was a draw", "multi_round"),
-    "unordered": ("siblings without replacement must be tried in the order in which they were drawn", "recursive"),
-    "raw_bonus": ("what follows the last accepted draft comes from the warped law, not from raw logits", "ratio"),
+    "per_row": (
+        "a draw per candidate row, and a fresh one on a mismatch, gives drafts too much",
+        "point",
+    ),
+    "value_ratio": (
+        "children chosen by value were not drawn from q, so p/q means nothing",
+        "point",
+    ),
+    "unnormalised": (
+        "siblings without replacement were drawn from q without the earlier ones",
+        "recursive",
+    ),
+    "skip_duplicates": (
+        "skipping a duplicate's round lets the value decide whether there was a draw",
+        "multi_round",
+    ),
+    "unordered": (
+        "siblings without replacement must be tried in the order in which they were drawn",
+        "recursive",
+    ),
+    "raw_bonus": (
+        "what follows the last accepted draft comes from the warped law, not from raw logits",
+        "ratio",
+    ),
 }
 """Ways to verify that are found in the wild and change the law, why, and what to use instead."""
-_DRAWN = {Law.POINT: "tokens chosen by value", Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
-          Law.INDEPENDENT: "siblings drawn independently"}
+_DRAWN = {
+    Law.POINT: "tokens chosen by value",
+    Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
+    Law.INDEPENDENT: "siblings drawn independently",
+}
 
 
 def rule_named(name: str) -> AcceptanceRule:
@@ -260,9 +324,13 @@ def default_rule(law: Law, sampling: Sampling) -> AcceptanceRule:
 def check_pairing(rule: AcceptanceRule, law: Law) -> None:
     """Refuse, by name, a rule that may not verify trees of this law."""
     if law not in rule.laws:
-        fitting = ", ".join(name for name, made in RULES.items() if (kind := made()).lossless and law in kind.laws)
-        raise ValueError(f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are not "
-                         f"what it compares with: use one of {fitting}")
+        fitting = ", ".join(
+            name for name, made in RULES.items() if (kind := made()).lossless and law in kind.laws
+        )
+        raise ValueError(
+            f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are "
+            f"not what it compares with: use one of {fitting}"
+        )
 
 
 def choices(tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
@@ -278,8 +346,12 @@ def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:
     return longest_path(tree, tree.tokens_BN == wanted_BN, choice_BN)
 
 
-def longest_path(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor | None = None) -> Accepted:
-    """The deepest node whose whole path is good (the first such; or the one of highest score), and its path."""
+def longest_path(
+    tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Tensor | None = None
+) -> Accepted:
+    """The deepest node whose whole path is good (the first such; or the one of highest score), and
+    its path.
+    """
     good_BN = good_BN & tree.acceptable_BN
     good_BN[:, 0] = True
     topology = tree.topology
@@ -295,7 +367,9 @@ def longest_path(tree: TokenTree, good_BN: Tensor, next_BN: Tensor, score_BN: Te
     path_BA = torch.zeros_like(tree.tokens_BN)
     nodes = torch.arange(tree.size, device=last_B.device).expand_as(path_BA)
     slots = torch.where(on_path_BN, topology.depth, tree.size - 1)
-    path_BA = path_BA.scatter_reduce(1, slots, torch.where(on_path_BN, nodes, 0), "amax", include_self=True)
+    path_BA = path_BA.scatter_reduce(
+        1, slots, torch.where(on_path_BN, nodes, 0), "amax", include_self=True
+    )
     return Accepted(path_BA, deepest_B + 1, next_BN[rows, last_B])
 
 
@@ -304,5 +378,8 @@ def accepted_paths(walks: Sequence[tuple[list[int], int]], device: torch.device)
     width = max(len(path) for path, _ in walks)
     padded = [path + [0] * (width - len(path)) for path, _ in walks]
     lengths, tokens = [len(path) for path, _ in walks], [token for _, token in walks]
-    return Accepted(torch.tensor(padded, device=device), torch.tensor(lengths, device=device),
-                    torch.tensor(tokens, device=device))
+    return Accepted(
+        torch.tensor(padded, device=device),
+        torch.tensor(lengths, device=device),
+        torch.tensor(tokens, device=device),
+    )

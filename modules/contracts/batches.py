@@ -21,9 +21,11 @@ class Rows:
     """Rows to run through layers: where each one stands and which others it sees.
 
     position_ids_BN: int64 [B,N].
-    visible_BNN: bool [B,N,N], `visible[b, i, j]`: row i attends to row j of the same call (itself included).
+    visible_BNN: bool [B,N,N], `visible[b, i, j]`: row i attends to row j of the same call (itself
+    included).
         Cached rows may have columns before those N: rows that earlier calls wrote and did not keep.
-    cached: the rows also attend to the target's committed KV cache, and their own keys and values are written
+    cached: the rows also attend to the target's committed KV cache, and their own keys and values
+    are written
         behind it, for `Target.commit` to keep.
     """
 
@@ -34,10 +36,12 @@ class Rows:
 
 @dataclass
 class TextBatch:
-    """Packed token rows. A padding token has document id -1, sees only itself and is never in the loss mask.
+    """Packed token rows. A padding token has document id -1, sees only itself and is never in the
+    loss mask.
 
     input_ids: int64 [B,T].
-    loss_mask: bool [B,T], true on assistant tokens (as *labels*: a token is trained on when it is to be predicted).
+    loss_mask: bool [B,T], true on assistant tokens (as *labels*: a token is trained on when it is
+    to be predicted).
     position_ids: int64 [B,T], restarting at 0 with each document.
     document_ids: int64 [B,T], distinct per document within a row.
     states: `{name: [B,T,H]}` of the frozen target, read from the feature cache or filled in online.
@@ -61,7 +65,9 @@ class TextBatch:
 
 @dataclass
 class PreferenceBatch:
-    """Pairs for preference training: `chosen` and `rejected` answers to the same prompts, row by row."""
+    """Pairs for preference training: `chosen` and `rejected` answers to the same prompts, row by
+    row.
+    """
 
     chosen: TextBatch
     rejected: TextBatch
@@ -76,9 +82,13 @@ class PreferenceBatch:
 
 @dataclass
 class LabelledBatch:
-    """Text whose tokens carry a right (1) / wrong (0) label [B,T]; `text.loss_mask` says where labels count."""
+    """Text whose tokens carry a right (1) / wrong (0) label [B,T]; `text.loss_mask` says where
+    labels count.
+    """
 
     text: TextBatch
     labels: Tensor
     questions: Tensor | None = None
-    """int64 [B,T]: a number of the question that each token's answer belongs to, at random but the same everywhere."""
+    """int64 [B,T]: a number of the question that each token's answer belongs to, at random but the
+    same everywhere.
+    """

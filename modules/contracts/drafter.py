@@ -1,7 +1,8 @@
-"""The contract of everything that drafts, and what passes between a drafter, the target and the acceptance rule.
+"""The contract of everything that drafts, and what passes between a drafter, the target and the
+acceptance rule.
 
-Shape legend: B sequences, T prompt tokens, N tree nodes, A accepted rows (padded), W frontier rows, V target
-vocabulary, D draft vocabulary, H hidden size.
+Shape legend: B sequences, T prompt tokens, N tree nodes, A accepted rows (padded), W frontier rows,
+V target vocabulary, D draft vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse bad values; whole numbers are taken for the floats that the warpers ask for."""
         if not 0 <= self.temperature < inf:
-            raise ValueError("temperature must be 0 (greedy) or a finite number above, got "
-                             f"{self.temperature}")
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a finite number above, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.top_k < inf or self.top_k != int(self.top_k):
@@ -57,9 +59,11 @@ class Sampling:
 class Context:
     """What a drafter starts from: the prompts as the target has just read them.
 
-    input_ids_BT: right-padded prompt tokens; lengths_B: their lengths (all committed to the target's cache).
+    input_ids_BT: right-padded prompt tokens; lengths_B: their lengths (all committed to the
+    target's cache).
     newest_B: the first emitted token of each sequence, not yet in the cache.
-    states: the prompt's target states `{name: [B,T,H]}` that the drafter asked for (`decoding_states`).
+    states: the prompt's target states `{name: [B,T,H]}` that the drafter asked for
+    (`decoding_states`).
     """
 
     target: Target
@@ -73,10 +77,14 @@ class Context:
 
     def select(self, sequences_S: Tensor) -> Context:
         """The context of these sequences alone (int64 [S])."""
-        return replace(self, input_ids_BT=self.input_ids_BT[sequences_S], lengths_B=self.lengths_B[sequences_S],
-                       newest_B=self.newest_B[sequences_S],
-                       states={name: state[sequences_S] for name, state in self.states.items()},
-                       generators=tuple(self.generators[i] for i in sequences_S.tolist()))
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT[sequences_S],
+            lengths_B=self.lengths_B[sequences_S],
+            newest_B=self.newest_B[sequences_S],
+            states={name: state[sequences_S] for name, state in self.states.items()},
+            generators=tuple(self.generators[i] for i in sequences_S.tolist()),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,10 @@ class Verified:
 class Accepted:
     """What a rule let through.
 
-    path_BA: int64 [B,A], accepted rows of the tree from node 0 down, padded with 0 behind `lengths_B`.
-    lengths_B: int64 [B], accepted rows, node 0 included (so at least 1); as many tokens are emitted by the call:
+    path_BA: int64 [B,A], accepted rows of the tree from node 0 down, padded with 0 behind
+    `lengths_B`.
+    lengths_B: int64 [B], accepted rows, node 0 included (so at least 1); as many tokens are emitted
+    by the call:
         the accepted drafts and `next_B`.
     next_B: int64 [B], the token that follows the last accepted row; node 0 of the next tree.
     """
@@ -110,11 +120,15 @@ class Accepted:
     @cached_property
     def paths(self) -> list[list[int]]:
         """The accepted rows of each sequence on the host, without padding."""
-        return [path[:count] for path, count in zip(self.path_BA.tolist(), self.lengths, strict=True)]
+        return [
+            path[:count] for path, count in zip(self.path_BA.tolist(), self.lengths, strict=True)
+        ]
 
     def trimmed(self) -> Accepted:
-        """The same without columns that are padding in every sequence; what is on the host stays there."""
-        narrow = Accepted(self.path_BA[:, :max(self.lengths)], self.lengths_B, self.next_B)
+        """The same without columns that are padding in every sequence; what is on the host stays
+        there.
+        """
+        narrow = Accepted(self.path_BA[:, : max(self.lengths)], self.lengths_B, self.next_B)
         narrow.__dict__.update(lengths=self.lengths, paths=self.paths)
         return narrow
 
@@ -124,7 +138,9 @@ class Accepted:
         return self.path_BA.gather(1, self.lengths_B[:, None] - 1)[:, 0]
 
     def along_path(self, rows_BNX: Tensor) -> Tensor:
-        """Rows [B,N,...] gathered along the accepted path [B,A,...] (padding columns repeat row 0)."""
+        """Rows [B,N,...] gathered along the accepted path [B,A,...] (padding columns repeat row
+        0).
+        """
         index = self.path_BA.reshape(*self.path_BA.shape, *([1] * (rows_BNX.dim() - 2)))
         return rows_BNX.gather(1, index.expand(*self.path_BA.shape, *rows_BNX.shape[2:]))
 
@@ -133,14 +149,17 @@ class Accepted:
         return rows_BNX[torch.arange(rows_BNX.shape[0], device=rows_BNX.device), self.last_B]
 
     def emitted(self, tree: TokenTree) -> Tensor:
-        """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B`; void past `lengths_B`."""
+        """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B`; void past
+        `lengths_B`.
+        """
         drafts = torch.cat([self.along_path(tree.tokens_BN)[:, 1:], self.next_B[:, None]], dim=1)
         return drafts.scatter(1, self.lengths_B[:, None] - 1, self.next_B[:, None])
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Nodes to expand next. Rows of a proposal are numbered in the order they were handed to `expand`, row 0 the root.
+    """Nodes to expand next. Rows of a proposal are numbered in the order they were handed to
+    `expand`, row 0 the root.
 
     tokens_BW: int64 [B,W]; parents_BW: int64 [B,W], the parent's row number (-1 for the root).
     """
@@ -152,9 +171,11 @@ class Frontier:
 
 @dataclass
 class DraftState:
-    """Everything a drafter knows about the sequences it is drafting for; subclasses add their own tensors.
+    """Everything a drafter knows about the sequences it is drafting for; subclasses add their own
+    tensors.
 
-    newest_B: int64 [B], node 0 of the next tree. lengths_B: int64 [B], tokens in the target's cache.
+    newest_B: int64 [B], node 0 of the next tree. lengths_B: int64 [B], tokens in the target's
+    cache.
     """
 
     context: Context
@@ -162,8 +183,17 @@ class DraftState:
     lengths_B: Tensor
 
     def select(self, sequences_S: Tensor) -> Self:
-        """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have their own `select`."""
-        return replace(self, **{f.name: _selected(getattr(self, f.name), sequences_S) for f in fields(self) if f.init})
+        """The state of these sequences alone (int64 [S]). Tensors lead with B; other parts have
+        their own `select`.
+        """
+        return replace(
+            self,
+            **{
+                f.name: _selected(getattr(self, f.name), sequences_S)
+                for f in fields(self)
+                if f.init
+            },
+        )
 
 
 def _selected(part: Any, sequences_S: Tensor) -> Any:
@@ -193,16 +223,18 @@ class TreeBuilder(Protocol):
 class Drafter(Trainable):
     """Proposes tokens for the target to verify. No per-sequence state lives on the module.
 
-    Subclasses implement `start`, `expand` and `absorb`, and give a default `builder`; one whose tree is its own
-    overrides `propose` instead of `expand`.
+    Subclasses implement `start`, `expand` and `absorb`, and give a default `builder`; one whose
+    tree is its own overrides `propose` instead of `expand`.
     """
 
     binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
-    """Which targets it may serve: the one it was trained for, any with the same tokenizer (which `adapt` compares), or
-    any."""
+    """Which targets it may serve: the one it was trained for, any with the same tokenizer (which
+    `adapt` compares), or any."""
 
     own_model: ClassVar[bool] = False
-    """Whether it is a language model of its own, which takes nothing but tokens and laws from its target."""
+    """Whether it is a language model of its own, which takes nothing but tokens and laws from its
+    target.
+    """
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -212,7 +244,9 @@ class Drafter(Trainable):
     @property
     def builder(self) -> TreeBuilder:
         """The tree builder it uses unless a method names another."""
-        raise ValueError(f"{type(self).__name__} has no default tree builder: name one under `builder:`")
+        raise ValueError(
+            f"{type(self).__name__} has no default tree builder: name one under `builder:`"
+        )
 
     @property
     def default_budget(self) -> int:
@@ -221,7 +255,9 @@ class Drafter(Trainable):
 
     @property
     def least_budget(self) -> int:
-        """The smallest budget that it can make a tree of; above 1 where its calls have rows that only compute."""
+        """The smallest budget that it can make a tree of; above 1 where its calls have rows that
+        only compute.
+        """
         return 1
 
     @property
@@ -236,7 +272,9 @@ class Drafter(Trainable):
 
     @property
     def law(self) -> Law:
-        """How the siblings of its own trees are drawn, which decides the rules it may be verified with."""
+        """How the siblings of its own trees are drawn, which decides the rules it may be verified
+        with.
+        """
         return self.builder.law
 
     @property
@@ -245,11 +283,15 @@ class Drafter(Trainable):
         return None
 
     def adapt(self, target: Target) -> Target:
-        """The target this drafter decodes with: `target` itself unless training changed it (Medusa-2)."""
+        """The target this drafter decodes with: `target` itself unless training changed it
+        (Medusa-2).
+        """
         return target
 
     def adapt_sharing(self, target: Target) -> Target:
-        """The same for a look at weights that still move: on the target's own weights instead of a copy of them."""
+        """The same for a look at weights that still move: on the target's own weights instead of a
+        copy of them.
+        """
         return self.adapt(target)
 
     @abstractmethod
@@ -261,17 +303,25 @@ class Drafter(Trainable):
         return self.builder.build(self, state, budget)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node. Called with depth 0 first, which begins a proposal."""
-        raise ValueError(f"{type(self).__name__} proposes its own trees: it cannot be given a tree builder")
+        """Logits [B,W,D] of the token after each frontier node. Called with depth 0 first, which
+        begins a proposal.
+        """
+        raise ValueError(
+            f"{type(self).__name__} proposes its own trees: it cannot be given a tree builder"
+        )
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """State after a verification, of this drafter's tree or of any other."""
-        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B)
+        return replace(
+            state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B
+        )
 
 
 def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:
     """Refuse a builder of trees that are deeper than the drafter can draft."""
     longest = drafter.max_depth
     if longest is not None and builder.depth > longest:
-        raise ValueError(f"builder draws trees of depth {builder.depth}, but the drafter has {longest} heads: lower "
-                         "the depth or train more heads")
+        raise ValueError(
+            f"builder draws trees of depth {builder.depth}, but the drafter has {longest} heads: "
+            "lower the depth or train more heads"
+        )

@@ -13,16 +13,19 @@ from typing_extensions import Self
 class SteadyBuffers(nn.Module):
     """A module whose float32 buffers that no state dict holds keep their precision.
 
-    These are rotary frequencies, of stock Hugging Face models inside it too. A frequency in bfloat16
-    is up to 0.4 % off, so the angle at position 1,000 up to 4 radians (Hugging Face loads them in
-    float32 for this reason). `to`, `half`, `bfloat16` and a cast of a module around this one (by
-    Lightning or DeepSpeed) move them to the device and do no more.
+    These are rotary frequencies, of stock Hugging Face models inside it too. A frequency in
+    bfloat16 is up to 0.4 % off, so the angle at position 1,000 up to 4 radians (Hugging Face loads
+    them in float32 for this reason). `to`, `half`, `bfloat16` and a cast of a module around this
+    one (by Lightning or DeepSpeed) move them to the device and do no more.
     """
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        kept = [(module, name, buffer) for module in self.modules()
-                for name, buffer in module.named_buffers(recurse=False)
-                if name in module._non_persistent_buffers_set and buffer.dtype == torch.float32]
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.dtype == torch.float32
+        ]
         super()._apply(fn, recurse)
         for module, name, before in kept:
             after = module._buffers[name]

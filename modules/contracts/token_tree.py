@@ -28,10 +28,13 @@ class Law(IntEnum):
 
 @dataclass(frozen=True)
 class Topology:
-    """Which node hangs under which: everything that depends on `parents` alone, derived once and kept.
+    """Which node hangs under which: everything that depends on `parents` alone, derived once and
+    kept.
 
-    parents_BN: int64 [B,N]; -1 for node 0, the node's own index for padding, else an earlier node's index.
-        Siblings stand in draw order. A static template shares one Topology over all steps (B = 1 broadcasts).
+    parents_BN: int64 [B,N]; -1 for node 0, the node's own index for padding, else an earlier node's
+    index.
+        Siblings stand in draw order. A static template shares one Topology over all steps (B = 1
+        broadcasts).
     """
 
     parents_BN: Tensor
@@ -48,9 +51,13 @@ class Topology:
 
     @cached_property
     def ancestors(self) -> Tensor:
-        """bool [B,N,N]: `[b, i, j]` when node j is node i or above it. On the device, at fixed N."""
+        """bool [B,N,N]: `[b, i, j]` when node j is node i or above it. On the device, at fixed
+        N.
+        """
         parents = self.parents_BN
-        itself = torch.eye(self.size, dtype=torch.bool, device=parents.device).expand(parents.shape[0], -1, -1)
+        itself = torch.eye(self.size, dtype=torch.bool, device=parents.device).expand(
+            parents.shape[0], -1, -1
+        )
         reach = itself | (parents[:, :, None] == torch.arange(self.size, device=parents.device))
         for _ in range(max(1, (self.size - 1).bit_length())):
             reach = torch.bmm(reach.float(), reach.float()) > 0
@@ -75,18 +82,20 @@ class Topology:
 class TokenTree:
     """A batch of drafted trees, padded to one width.
 
-    Node 0 is the newest emitted token, not yet in the KV cache. Rows with `candidate` False only compute (prompt
-    embeddings, pseudo states, a lookahead window): they are never accepted and never committed. Plain decoding is
-    the one-node tree; a chain is a tree with one branch.
+    Node 0 is the newest emitted token, not yet in the KV cache. Rows with `candidate` False only
+    compute (prompt embeddings, pseudo states, a lookahead window): they are never accepted and
+    never committed. Plain decoding is the one-node tree; a chain is a tree with one branch.
 
     tokens_BN: int64 [B,N].
     topology: parents and what follows from them.
     candidate_BN: bool [B,N]; None means every row that is not padding.
     law_BN: int64 [B,N] of `Law`; None means every node is a point mass.
-    laws_BRD: float [B,R,D] probabilities of the sampled nodes' laws, over the draft vocabulary; only needed rows.
+    laws_BRD: float [B,R,D] probabilities of the sampled nodes' laws, over the draft vocabulary;
+    only needed rows.
     law_rows_BN: int64 [B,N]: the row of `laws_BRD` that the node was drawn from (-1: a point mass).
     vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
-    embeddings_BNH, embedded_BN: input embeddings of the rows that have no token, and which rows those are.
+    embeddings_BNH, embedded_BN: input embeddings of the rows that have no token, and which rows
+    those are.
     """
 
     tokens_BN: Tensor
@@ -117,7 +126,9 @@ class TokenTree:
 
     @cached_property
     def laws_used(self) -> frozenset[Law]:
-        """The draft laws that occur among the drafted candidates; a point mass where there are none."""
+        """The draft laws that occur among the drafted candidates; a point mass where there are
+        none.
+        """
         return self.laws_carried or frozenset({Law.POINT})
 
     @cached_property
@@ -167,8 +178,9 @@ class TokenTree:
         return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **laws)
 
 
-def packed(tokens_BN: Tensor, parents_BN: Tensor, real_BN: Tensor,
-           vocabulary_D: Tensor | None = None) -> TokenTree:
+def packed(
+    tokens_BN: Tensor, parents_BN: Tensor, real_BN: Tensor, vocabulary_D: Tensor | None = None
+) -> TokenTree:
     """The tree of the real nodes alone, in their order; shorter sequences end in padding.
 
     Args:

@@ -1,4 +1,6 @@
-"""The contract of everything that is trained: a loss, declared parameters, arguments that are the config."""
+"""The contract of everything that is trained: a loss, declared parameters, arguments that are the
+config.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class TargetShape:
     activation: str = "silu"
     attention_bias: bool = False
     qk_norm: bool = False
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Stage:
     """A part of a component that is trained before the whole, by its own loss and on what the data
     give for stages.
 
-    name: of the part. part: what is trained; frozen otherwise. epochs: passes over the data. lr: peak learning rate.
+    name: of the part. part: what is trained; frozen otherwise. epochs: passes over the data. lr:
+    peak learning rate.
     """
 
     name: str
@@ -85,7 +90,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Trainable.finish` found out: figures by name, and texts to leave in the run's folder by file name."""
+    """What `Trainable.finish` found out: figures by name, and texts to leave in the run's folder by
+    file name.
+    """
 
     figures: dict[str, float] = field(default_factory=dict)
     pages: dict[str, str] = field(default_factory=dict)
@@ -94,9 +101,9 @@ class Outcome:
 class Trainable(SteadyBuffers):
     """A module that Slipstream trains.
 
-    A subclass's constructor takes `shape: TargetShape` first and JSON-able keyword arguments after it; they are
-    remembered in `arguments` and *are* the saved config. Weights that start from the target are copied in
-    `initialise`, so that loading a saved module never needs the target.
+    A subclass's constructor takes `shape: TargetShape` first and JSON-able keyword arguments after
+    it; they are remembered in `arguments` and *are* the saved config. Weights that start from the
+    target are copied in `initialise`, so that loading a saved module never needs the target.
     """
 
     arguments: dict[str, Any]
@@ -106,7 +113,9 @@ class Trainable(SteadyBuffers):
     """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the constructor's arguments, defaults filled in. ValueError: a count beyond `MOST`."""
+        """Remember the constructor's arguments, defaults filled in. ValueError: a count beyond
+        `MOST`.
+        """
         module = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
@@ -128,7 +137,9 @@ class Trainable(SteadyBuffers):
         return False
 
     def initialise(self, target: Target) -> None:
-        """Copy whatever starts from the target's weights. Called once, before training from scratch."""
+        """Copy whatever starts from the target's weights. Called once, before training from
+        scratch.
+        """
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that training changes, and the only ones that gradients may reach."""
@@ -136,7 +147,9 @@ class Trainable(SteadyBuffers):
 
     @property
     def trained_size(self) -> int:
-        """How many numbers those are; a frozen copy of a part of the target, such as its embedding, does not count."""
+        """How many numbers those are; a frozen copy of a part of the target, such as its embedding,
+        does not count.
+        """
         return sum(parameter.numel() for parameter in self.declared_parameters())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -145,7 +158,9 @@ class Trainable(SteadyBuffers):
 
     @property
     def uneven_calls(self) -> str:
-        """Why processes call its modules unequally often in a step; empty: they do not (`LearntHead`)."""
+        """Why processes call its modules unequally often in a step; empty: they do not
+        (`LearntHead`).
+        """
         return ""
 
     @property
@@ -154,15 +169,20 @@ class Trainable(SteadyBuffers):
         return ()
 
     def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
-        """Last touches on trained weights before they are saved, with the held-out batches (a threshold, a page)."""
+        """Last touches on trained weights before they are saved, with the held-out batches (a
+        threshold, a page).
+        """
         return Outcome()
 
     @abstractmethod
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:
-        """The loss of one batch. `progress` is for schedules: it runs from 0 to 1 over training, and validation passes
-        1, so that the validation losses of one run can be compared with each other."""
+        """The loss of one batch. `progress` is for schedules: it runs from 0 to 1 over training,
+        and validation passes 1, so that the validation losses of one run can be compared with each
+        other."""
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON-able values."""
-        return {key: asdict(value) if isinstance(value, TargetShape) else value
-                for key, value in self.arguments.items()}
+        return {
+            key: asdict(value) if isinstance(value, TargetShape) else value
+            for key, value in self.arguments.items()
+        }

@@ -1,8 +1,8 @@
 """How many nodes to draft: the tree size that is worth most on this device for this drafter.
 
-With a budget of n drafted nodes a call takes t(rows), with the rows that it really computes, and the drafting, and
-gives τ(n) tokens; the best n maximises τ(n) / (t(rows) + drafting) (the cost model of Sequoia, Chen et al. 2024, arXiv
-2402.12374, section 4.2).
+With a budget of n drafted nodes a call takes t(rows), with the rows that it really computes, and
+the drafting, and gives τ(n) tokens; the best n maximises τ(n) / (t(rows) + drafting) (the cost
+model of Sequoia, Chen et al. 2024, arXiv 2402.12374, section 4.2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def budgets_on(device: torch.device) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """One tree size, tried: tokens per call, drafting seconds per call, speedup that they promise here."""
+    """One tree size, tried: tokens per call, drafting seconds per call, speedup that they promise
+    here.
+    """
 
     budget: int
     tokens_per_call: float
@@ -36,9 +38,16 @@ class BudgetTrial:
     predicted_speedup: float
 
 
-def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
-                limit: int = 32, budgets: Sequence[int] | None = None) -> list[BudgetTrial]:
-    """Decode a few prompts with every tree size, and set what each gives against what the target's calls take.
+def try_budgets(
+    decoder: SpeculativeDecoder,
+    latency: LatencyTable,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    limit: int = 32,
+    budgets: Sequence[int] | None = None,
+) -> list[BudgetTrial]:
+    """Decode a few prompts with every tree size, and set what each gives against what the target's
+    calls take.
 
     Args:
         decoder: whose drafter, builder and rule are tried.
@@ -46,7 +55,8 @@ def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Seq
         prompts: token ids to decode; none that will be evaluated.
         sampling: as decoding will sample.
         limit: new tokens per prompt.
-        budgets: the tree sizes, by default those of the device; those that the drafter cannot fill are left out.
+        budgets: the tree sizes, by default those of the device; those that the drafter cannot fill
+            are left out.
 
     Raises:
         ValueError: the drafter needs more nodes than any of them.
@@ -55,9 +65,14 @@ def try_budgets(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Seq
     least = 1 if decoder.drafter is None else decoder.drafter.least_budget
     possible = [budget for budget in budgets if budget >= least]
     if not possible:
-        raise ValueError(f"budget 'auto' tries at most {max(budgets)} nodes, {decoder.name} needs {least}: give its "
-                         "budget as a number")
-    return [_try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit) for budget in possible]
+        raise ValueError(
+            f"budget 'auto' tries at most {max(budgets)} nodes, {decoder.name} needs {least}: give "
+            "its budget as a number"
+        )
+    return [
+        _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit)
+        for budget in possible
+    ]
 
 
 def best_budget(trials: Sequence[BudgetTrial]) -> int:
@@ -65,8 +80,13 @@ def best_budget(trials: Sequence[BudgetTrial]) -> int:
     return max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget)).budget
 
 
-def _try(decoder: SpeculativeDecoder, latency: LatencyTable, prompts: Sequence[list[int]], sampling: Sampling,
-         limit: int) -> BudgetTrial:
+def _try(
+    decoder: SpeculativeDecoder,
+    latency: LatencyTable,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    limit: int,
+) -> BudgetTrial:
     assert decoder.budget is not None
     traces = [decoder.decode([prompt], sampling, limit)[0] for prompt in prompts]
     calls = max(1, sum(len(trace.accepted) for trace in traces))

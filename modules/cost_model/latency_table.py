@@ -1,4 +1,5 @@
-"""How long the target takes to verify trees of each width on this device, and what a drafter must give to win.
+"""How long the target takes to verify trees of each width on this device, and what a drafter must
+give to win.
 
 Shape legend: N rows of a call.
 """
@@ -39,9 +40,11 @@ _current: WeakKeyDictionary[Target, dict[Path, LatencyTable]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Median seconds of one target call by rows in it (the newest token's row included), behind `context` tokens.
+    """Median seconds of one target call by rows in it (the newest token's row included), behind
+    `context` tokens.
 
-    stock: of Hugging Face's own call of one row behind as many tokens, in turn with the others; None: not measured.
+    stock: of Hugging Face's own call of one row behind as many tokens, in turn with the others;
+    None: not measured.
     spread: seconds between the quartiles of each width's repeats; empty where they are not known.
     """
 
@@ -74,7 +77,8 @@ class LatencyTable:
             stored = json.loads(file.read_text())
             seconds, spread = (
                 {int(rows): float(taken) for rows, taken in stored.get(key, {}).items()}
-                for key in ("seconds", "spread"))
+                for key in ("seconds", "spread")
+            )
             table = LatencyTable(int(stored["context"]), seconds, spread=spread)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file} is no latency table: delete it") from error
@@ -90,41 +94,60 @@ class LatencyTable:
         """
         widths = sorted(self.seconds)
         if rows > widths[-1]:
-            raise ValueError(f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: measure "
-                             "wider calls")
+            raise ValueError(
+                f"latency table ends at {widths[-1]} rows, a call of {rows:g} was asked for: "
+                "measure wider calls"
+            )
         return float(np.interp(rows, widths, [self.seconds[width] for width in widths]))
 
     def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
         """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.
 
-        One call costs t(rows) + draft_seconds and gives tau tokens; plain decoding gives one per t(1).
+        One call costs t(rows) + draft_seconds and gives tau tokens; plain decoding gives one per
+        t(1).
         """
         return (self.seconds[rows] + draft_seconds) / self.seconds[1]
 
 
 @torch.no_grad()
-def measure_latency(target: Target, widths: Sequence[int] = WIDTHS, context: int = 256, repeats: int = 15,
-                    batch: int = 1, stock: bool = False) -> LatencyTable:
-    """Time verification of random chains of every width, widths interleaved, medians over `repeats` passes.
+def measure_latency(
+    target: Target,
+    widths: Sequence[int] = WIDTHS,
+    context: int = 256,
+    repeats: int = 15,
+    batch: int = 1,
+    stock: bool = False,
+) -> LatencyTable:
+    """Time verification of random chains of every width, widths interleaved, medians over `repeats`
+    passes.
 
-    A call holds `batch` sequences with as many rows each; the seconds are the whole call's. `stock` also times the
-    model as its library runs it.
+    A call holds `batch` sequences with as many rows each; the seconds are the whole call's. `stock`
+    also times the model as its library runs it.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(target.device)
+    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(
+        target.device
+    )
     target.open(batch, context + max(widths))
     target.prefill(ids, torch.full((batch,), context, device=target.device))
-    trees = {width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths}
-    calls: dict[int, Callable[[], object]] = {width: functools.partial(target.verify, tree)
-                                              for width, tree in trees.items()}
+    trees = {
+        width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths
+    }
+    calls: dict[int, Callable[[], object]] = {
+        width: functools.partial(target.verify, tree) for width, tree in trees.items()
+    }
     calls |= {_STOCK: stock_step(target, ids)} if stock else {}
     samples: dict[int, list[float]] = {key: [] for key in calls}
     for _ in range(repeats + 1):
         for key, call in calls.items():
             samples[key].append(_seconds(target, call))
     medians = {key: statistics.median(taken[1:]) for key, taken in samples.items()}
-    return LatencyTable(context, {width: medians[width] for width in widths}, medians.get(_STOCK),
-                        {width: _spread(samples[width][1:]) for width in widths})
+    return LatencyTable(
+        context,
+        {width: medians[width] for width in widths},
+        medians.get(_STOCK),
+        {width: _spread(samples[width][1:]) for width in widths},
+    )
 
 
 def _spread(samples: Sequence[float]) -> float:
@@ -135,7 +158,9 @@ def _spread(samples: Sequence[float]) -> float:
 
 @torch.no_grad()
 def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
-    """Hugging Face's own call of one row behind these tokens, with its own cache and kernels, to be repeated."""
+    """Hugging Face's own call of one row behind these tokens, with its own cache and kernels, to be
+    repeated.
+    """
     model, cache = target.stock, DynamicCache()
     model(input_ids=ids_BT, past_key_values=cache)
 
@@ -146,23 +171,30 @@ def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
     return step
 
 
-def stored_latency(target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
-                   ) -> LatencyTable:
+def stored_latency(
+    target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
+) -> LatencyTable:
     """The table of this target on this device with as many threads: measured once, then read.
 
     A process times t(1) again before it takes a stored table: one that was measured under another
     load than there is now (`STEADY`), or while the machine was busy, is measured anew.
 
     Args:
-        folder: where tables are kept; by default `latency` in `SLIPSTREAM_CACHE` or ~/.cache/slipstream.
+        folder: where tables are kept; by default `latency` in `SLIPSTREAM_CACHE` or
+            ~/.cache/slipstream.
         widths, repeats: see `measure_latency`; a stored table without one of the widths is measured
             anew.
     """
     folder = folder or cache_folder() / "latency"
     on_gpu = target.device.type == "cuda"
     device = torch.cuda.get_device_name(target.device) if on_gpu else processor_name()
-    parts = (target.fingerprint(), str(target.dtype).removeprefix("torch."), device, str(torch.get_num_threads()),
-             *(("compiled",) if target.compiled is not None else ()))
+    parts = (
+        target.fingerprint(),
+        str(target.dtype).removeprefix("torch."),
+        device,
+        str(torch.get_num_threads()),
+        *(("compiled",) if target.compiled is not None else ()),
+    )
     file = folder / (re.sub(r"[^\w.()@-]", "_", "-".join(parts)) + ".json")
     current = _current.setdefault(target, {})
     if file not in current or not set(widths) <= set(current[file].seconds):
@@ -183,8 +215,12 @@ def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable
         return None
     moved = measure_latency(target, (1,), table.context, _CHECKS).seconds[1] / table.seconds[1]
     if table.noise > STEADY or not 1 - STEADY <= moved <= 1 / (1 - STEADY):
-        logger.warning("stored t(rows) are measured again: t(1) is %.2f times what it was, its "
-                       "repeats spread by %.0f%%", moved, 100 * table.noise)
+        logger.warning(
+            "stored t(rows) are measured again: t(1) is %.2f times what it was, its "
+            "repeats spread by %.0f%%",
+            moved,
+            100 * table.noise,
+        )
         return None
     return table
 
@@ -192,17 +228,26 @@ def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable
 def _fresh(target: Target, file: Path, widths: Sequence[int], repeats: int) -> LatencyTable:
     table = measure_latency(target, sorted({1, *widths}), repeats=repeats)
     if table.noise > STEADY:
-        logger.warning("t(rows) were measured while the machine was busy: the repeats of t(1) "
-                       "spread by %.0f%%", 100 * table.noise)
+        logger.warning(
+            "t(rows) were measured while the machine was busy: the repeats of t(1) "
+            "spread by %.0f%%",
+            100 * table.noise,
+        )
     table.save(file)
     return table
 
 
 @functools.cache
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model; where the system does not report it, what Python knows and at least its architecture."""
+    """The CPU's model; where the system does not report it, what Python knows and at least its
+    architecture.
+    """
     if cpuinfo.is_file():
-        named = re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        named = re.search(
+            r"^(?:model name|Model)\s*:\s*(\S.*)$",
+            cpuinfo.read_text(errors="replace"),
+            re.MULTILINE,
+        )
         if named is not None:
             return f"{platform.machine()} {named[1].strip()}"
     return " ".join(dict.fromkeys((platform.machine(), platform.processor()))).strip()

@@ -1,4 +1,5 @@
-"""How fast a target call could be on this device: by the memory it must read and by the arithmetic it must do.
+"""How fast a target call could be on this device: by the memory it must read and by the arithmetic
+it must do.
 
 Shape legend: N rows of a call.
 """
@@ -21,7 +22,8 @@ _SQUARE = 1536
 class Roofline:
     """Measured limits of a device and what a target asks of it.
 
-    bytes_per_second: of a large read. flops_per_second: of a large matrix product. weight_bytes: read by every call.
+    bytes_per_second: of a large read. flops_per_second: of a large matrix product. weight_bytes:
+    read by every call.
     flops_per_row: of the linear layers, two per weight.
     """
 
@@ -31,13 +33,20 @@ class Roofline:
     flops_per_row: int
 
     def seconds(self, rows: int) -> float:
-        """The least that a call of this many rows can take (roofline model, Williams et al. 2009)."""
-        return max(self.weight_bytes / self.bytes_per_second, rows * self.flops_per_row / self.flops_per_second)
+        """The least that a call of this many rows can take (roofline model, Williams et al.
+        2009).
+        """
+        return max(
+            self.weight_bytes / self.bytes_per_second,
+            rows * self.flops_per_row / self.flops_per_second,
+        )
 
 
 @torch.no_grad()
 def measure_roofline(target: Target, repeats: int = 7) -> Roofline:
-    """Measure the device that holds `target` (best of `repeats`), with what its linear layers and head read and do."""
+    """Measure the device that holds `target` (best of `repeats`), with what its linear layers and
+    head read and do.
+    """
     weights = [parameter for parameter in target.model.parameters() if parameter.dim() == 2]
     embedding = target.anatomy.embedding.get_parameter("weight")
     head = target.anatomy.head.weight
@@ -45,10 +54,12 @@ def measure_roofline(target: Target, repeats: int = 7) -> Roofline:
     elements = sum(weight.numel() for weight in read)
     large = torch.ones(_READ_BYTES // 4, device=target.device)
     square = torch.randn(_SQUARE, _SQUARE, device=target.device)
-    return Roofline(bytes_per_second=_READ_BYTES / _best(lambda: large.sum(), target, repeats),
-                    flops_per_second=2 * _SQUARE**3 / _best(lambda: square @ square, target, repeats),
-                    weight_bytes=sum(weight.numel() * weight.element_size() for weight in read),
-                    flops_per_row=2 * elements)
+    return Roofline(
+        bytes_per_second=_READ_BYTES / _best(lambda: large.sum(), target, repeats),
+        flops_per_second=2 * _SQUARE**3 / _best(lambda: square @ square, target, repeats),
+        weight_bytes=sum(weight.numel() * weight.element_size() for weight in read),
+        flops_per_row=2 * elements,
+    )
 
 
 def _best(call: Callable[[], object], target: Target, repeats: int) -> float:

@@ -30,8 +30,12 @@ __all__ = ["Decoder", "SpeculativeDecoder", "Trace"]
 @functools.cache
 def _tell_beyond(name: str, trained: int) -> None:
     """Warn, once, that a drafter reads positions it has never seen."""
-    logger.warning("%s was trained on rows of %d tokens (data.max_length) and drafts behind longer contexts: fewer "
-                   "drafts may be accepted", name, trained)
+    logger.warning(
+        "%s was trained on rows of %d tokens (data.max_length) and drafts behind longer contexts: "
+        "fewer drafts may be accepted",
+        name,
+        trained,
+    )
 
 
 class Decoder(Protocol):
@@ -59,7 +63,8 @@ class SpeculativeDecoder:
             ends none, so that every answer is as long as its limit.
 
     Raises:
-        ValueError: a rule that may not verify this drafter's trees; a prompt that leaves no room for an answer.
+        ValueError: a rule that may not verify this drafter's trees; a prompt that leaves no room
+            for an answer.
     """
 
     target: Target
@@ -77,7 +82,9 @@ class SpeculativeDecoder:
         if self.builder is not None and self.drafter is not None:
             check_depth(self.builder, self.drafter)
         if not self.name:
-            self.name = "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
+            self.name = (
+                "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
+            )
         if self.drafter is not None and self.target.device.type == "cpu":
             use_narrow_linears(self.drafter)
         self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
@@ -101,7 +108,9 @@ class SpeculativeDecoder:
         return self.rule or default_rule(self.law, sampling)
 
     def fresh(self) -> SpeculativeDecoder:
-        """The same decoder with a copy of a drafter that learns: neither sees what the other decodes."""
+        """The same decoder with a copy of a drafter that learns: neither sees what the other
+        decodes.
+        """
         learns = self.drafter is not None and self.drafter.learns
         return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
@@ -112,7 +121,9 @@ class SpeculativeDecoder:
             pass
         return run.traces
 
-    def stream(self, prompt: list[int], sampling: Sampling, limit: int) -> Iterator[tuple[int, bool]]:
+    def stream(
+        self, prompt: list[int], sampling: Sampling, limit: int
+    ) -> Iterator[tuple[int, bool]]:
         """The tokens of one answer as they come, each with whether it was drafted."""
         run, shown = self._begin([prompt], sampling, limit), 0
         for _ in run:
@@ -128,15 +139,32 @@ class SpeculativeDecoder:
             raise ValueError("a prompt has no tokens: give at least one")
         known = self.target.shape.vocab_size
         if (largest := max(map(max, prompts))) >= known:
-            raise ValueError(f"a prompt has token {largest}, beyond the vocabulary of {known} of {self.target.name!r}: "
-                             "its tokenizer was given tokens that the model was not")
+            raise ValueError(
+                f"a prompt has token {largest}, beyond the vocabulary of {known} of "
+                f"{self.target.name!r}: its tokenizer was given tokens that the model was not"
+            )
         if longest + limit > self.target.max_positions:
-            raise ValueError(f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
-                             f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens")
+            raise ValueError(
+                f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
+                f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens"
+            )
         trained = None if self.drafter is None else self.drafter.trained_length
         if trained is not None and longest + limit > trained:
             _tell_beyond(self.name, trained)
-        generators = [torch.Generator(self.target.device).manual_seed(sampling.seed + i) for i in range(len(prompts))]
-        return Run(target=self.target, drafter=self.drafter, rule=self.rule_for(sampling), builder=self.builder,
-                   budget=self.nodes, stop_ids=self.stop_ids, prompts=list(prompts), sampling=sampling, limit=limit,
-                   generators=generators, clock=Clock(self.target.device))
+        generators = [
+            torch.Generator(self.target.device).manual_seed(sampling.seed + i)
+            for i in range(len(prompts))
+        ]
+        return Run(
+            target=self.target,
+            drafter=self.drafter,
+            rule=self.rule_for(sampling),
+            builder=self.builder,
+            budget=self.nodes,
+            stop_ids=self.stop_ids,
+            prompts=list(prompts),
+            sampling=sampling,
+            limit=limit,
+            generators=generators,
+            clock=Clock(self.target.device),
+        )

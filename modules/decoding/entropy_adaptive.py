@@ -1,5 +1,5 @@
-"""Entropy adaptive decoding: a small and a large model take turns, as the next token's entropy asks (Simonds 2025,
-arXiv 2502.06833). Lossy: nothing is verified.
+"""Entropy adaptive decoding: a small and a large model take turns, as the next token's entropy asks
+(Simonds 2025, arXiv 2502.06833). Lossy: nothing is verified.
 
 Shape legend: V vocabulary.
 """
@@ -31,13 +31,13 @@ def entropy_bits(logits_V: Tensor) -> float:
 
 
 class EntropyAdaptive:
-    """The large model begins; after at least `shortest_run` tokens the mean entropy of the last `window` ones decides
-    who goes on. A model that comes in first reads what the other wrote.
+    """The large model begins; after at least `shortest_run` tokens the mean entropy of the last
+    `window` ones decides who goes on. A model that comes in first reads what the other wrote.
 
     Args:
         large: the target, whose text is approximated.
-        small: a smaller model of the same tokenizer, however its vocabulary is padded: Hub id or folder, or the loaded
-            target.
+        small: a smaller model of the same tokenizer, however its vocabulary is padded: Hub id or
+            folder, or the loaded target.
         threshold: bits; above it the large model writes.
         window: entropies averaged. shortest_run: tokens between two changes at least.
 
@@ -49,15 +49,29 @@ class EntropyAdaptive:
     claims_lossless: ClassVar[bool] = False
     batched: ClassVar[bool] = False
 
-    def __init__(self, large: Target, small: str | Target, threshold: float = 1.0, window: int = 5,
-                 shortest_run: int = 10) -> None:
+    def __init__(
+        self,
+        large: Target,
+        small: str | Target,
+        threshold: float = 1.0,
+        window: int = 5,
+        shortest_run: int = 10,
+    ) -> None:
         if min(window, shortest_run) < 1:
-            raise ValueError(f"window and shortest_run must be at least 1, got {window} and {shortest_run}")
+            raise ValueError(
+                f"window and shortest_run must be at least 1, got {window} and {shortest_run}"
+            )
         precision, device = str(large.dtype).removeprefix("torch."), str(large.device)
-        other = small if isinstance(small, Target) else load_target(small, precision, device, chats=False)
+        other = (
+            small
+            if isinstance(small, Target)
+            else load_target(small, precision, device, chats=False)
+        )
         if other.tokenizer.get_vocab() != large.tokenizer.get_vocab():
-            raise ValueError(f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: give a "
-                             "model of the same tokenizer")
+            raise ValueError(
+                f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: "
+                "give a model of the same tokenizer"
+            )
         self.large, self.small = large, other
         self.threshold, self.window, self.shortest_run = threshold, window, shortest_run
 
@@ -72,14 +86,21 @@ class EntropyAdaptive:
         """
         check_limit(limit)
         if len(prompts) != 1:
-            raise ValueError(f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out")
+            raise ValueError(
+                f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
+            )
         for model in (self.large, self.small):
             if len(prompts[0]) + limit > model.max_positions:
-                raise ValueError(f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed {model.name}'s "
-                                 f"context of {model.max_positions}: shorten the prompt or lower max_new_tokens")
+                raise ValueError(
+                    f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed "
+                    f"{model.name}'s context of {model.max_positions}: shorten the prompt or lower "
+                    "max_new_tokens"
+                )
         trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
         draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])
-        caches = [self._opened(model, len(prompts[0]) + limit) for model in (self.large, self.small)]
+        caches = [
+            self._opened(model, len(prompts[0]) + limit) for model in (self.large, self.small)
+        ]
         small, run, entropies = False, 0, deque[float](maxlen=self.window)
         while len(trace.ids) < limit and not (trace.ids and trace.ids[-1] in self.large.eos_ids):
             with clock.phase("verify" if trace.ids else "prefill"):
@@ -104,13 +125,13 @@ class EntropyAdaptive:
         return model.cache
 
     def _read(self, model: Target, text: list[int]) -> Tensor:
-        """Logits behind the text, of no more ids than the large model has; only what the model has not seen is read,
-        ids of the other's padding as its own last one."""
+        """Logits behind the text, of no more ids than the large model has; only what the model has
+        not seen is read, ids of the other's padding as its own last one."""
         assert model.cache is not None
-        unseen = torch.tensor([text[model.cache.lengths[0]:]], device=model.device)
+        unseen = torch.tensor([text[model.cache.lengths[0] :]], device=model.device)
         unseen = unseen.clamp(max=model.shape.vocab_size - 1)
         logits_BV, _ = model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))
-        return logits_BV[0, :self.large.shape.vocab_size]
+        return logits_BV[0, : self.large.shape.vocab_size]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
         """What a report says of these answers: the shares of their tokens that either model wrote
@@ -123,15 +144,20 @@ class EntropyAdaptive:
             return {}
         small = sum(sum(trace.drafted) for trace in traces) / tokens
         weight = self.small.parameter_count / self.large.parameter_count
-        return {"large_share": 1 - small, "small_share": small,
-                "relative_cost": 1 - small + small * weight,
-                "switches": sum(sum(map(ne, trace.drafted, trace.drafted[1:])) for trace in traces),
-                "catch_up_tokens": sum(map(catch_up_tokens, traces)),
-                "mean_entropy": sum(sum(trace.entropies) for trace in traces) / tokens}
+        return {
+            "large_share": 1 - small,
+            "small_share": small,
+            "relative_cost": 1 - small + small * weight,
+            "switches": sum(sum(map(ne, trace.drafted, trace.drafted[1:])) for trace in traces),
+            "catch_up_tokens": sum(map(catch_up_tokens, traces)),
+            "mean_entropy": sum(sum(trace.entropies) for trace in traces) / tokens,
+        }
 
 
 def catch_up_tokens(trace: Trace) -> int:
-    """Tokens that a model which came in had not seen, the newest left out; the small one begins with the prompt."""
+    """Tokens that a model which came in had not seen, the newest left out; the small one begins
+    with the prompt.
+    """
     seen, found = {False: trace.prompt_tokens, True: 0}, 0
     for written, small in enumerate(trace.drafted):
         there = trace.prompt_tokens + written

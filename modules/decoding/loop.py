@@ -14,7 +14,15 @@ from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
 from modules.contracts.batches import StateName
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling, TreeBuilder, Verified
+from modules.contracts.drafter import (
+    Accepted,
+    Context,
+    Drafter,
+    DraftState,
+    Sampling,
+    TreeBuilder,
+    Verified,
+)
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.timing import Clock
 from modules.target.target import Target
@@ -24,12 +32,14 @@ from modules.target.target import Target
 class Trace:
     """What decoding one prompt gave.
 
-    ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id, whether it was an
-    accepted draft. accepted: tokens kept of each target call, which with the prefill's add up to
-    `ids`. offered: depth of each call's tree, no deeper than where the answer was cut off.
-    nodes: drafted candidates of each call. seconds: per phase, for the whole batch. time_to_first_token: seconds.
-    rows: what each call really computes for this sequence: the newest token, the candidates, rows that only compute,
-    and padding to the widest tree of the batch.
+    ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id,
+    whether it was an accepted draft. accepted: tokens kept of each target call, which with the
+    prefill's add up to `ids`. offered: depth of each call's tree, no deeper than where the answer
+    was cut off.
+    nodes: drafted candidates of each call. seconds: per phase, for the whole batch.
+    time_to_first_token: seconds.
+    rows: what each call really computes for this sequence: the newest token, the candidates, rows
+    that only compute, and padding to the widest tree of the batch.
     entropies: bits of the model's own law of each id, where a decoder goes by them (entropy
     adaptive decoding).
     """
@@ -52,7 +62,9 @@ class Trace:
 
 
 class Told(NamedTuple):
-    """What one call gave one sequence, on the host: emitted tokens, depth of the tree and drafted candidates."""
+    """What one call gave one sequence, on the host: emitted tokens, depth of the tree and drafted
+    candidates.
+    """
 
     tokens: list[int]
     depth: int
@@ -60,15 +72,19 @@ class Told(NamedTuple):
 
 
 def tell(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[Told]]:
-    """Everything that the host must know of a step, in one read of the device; the acceptance without padding."""
+    """Everything that the host must know of a step, in one read of the device; the acceptance
+    without padding.
+    """
     depth_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
     nodes_B = tree.acceptable_BN.sum(1) - 1
     figures_B3 = torch.stack([accepted.lengths_B, depth_B, nodes_B], 1)
     width = accepted.path_BA.shape[1]
     rows = torch.cat([figures_B3, accepted.path_BA, accepted.emitted(tree)], 1).tolist()
     lengths = [row[0] for row in rows]
-    accepted.__dict__.update(lengths=lengths, paths=[row[3:3 + row[0]] for row in rows])
-    return accepted.trimmed(), [Told(row[3 + width:3 + width + row[0]], row[1], row[2]) for row in rows]
+    accepted.__dict__.update(lengths=lengths, paths=[row[3 : 3 + row[0]] for row in rows])
+    return accepted.trimmed(), [
+        Told(row[3 + width : 3 + width + row[0]], row[1], row[2]) for row in rows
+    ]
 
 
 def check_limit(limit: int) -> None:
@@ -88,7 +104,9 @@ def kept_calls(emitted: Sequence[int], tokens: int) -> list[int]:
 
 @dataclass
 class Run:
-    """One batch being decoded; iterating over it runs the steps (the first iteration is the prefill)."""
+    """One batch being decoded; iterating over it runs the steps (the first iteration is the
+    prefill).
+    """
 
     target: Target
     drafter: Drafter | None
@@ -130,7 +148,10 @@ class Run:
         device = self.target.device
         lengths = [len(prompt) for prompt in self.prompts]
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
-        ids_BT, lengths_B = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+        ids_BT, lengths_B = (
+            torch.tensor(padded, device=device),
+            torch.tensor(lengths, device=device),
+        )
         with self.clock.phase("prefill"):
             self.target.open(len(lengths), max(lengths) + self.limit + self.budget + 1)
             self._cache = self.target.cache
@@ -139,8 +160,17 @@ class Run:
         first = self.clock.elapsed()
         if self.drafter is not None:
             with self.clock.phase("draft"):
-                self._state = self.drafter.start(Context(self.target, ids_BT, lengths_B, self._newest_B, states,
-                                                         self.sampling, tuple(self.generators)))
+                self._state = self.drafter.start(
+                    Context(
+                        self.target,
+                        ids_BT,
+                        lengths_B,
+                        self._newest_B,
+                        states,
+                        self.sampling,
+                        tuple(self.generators),
+                    )
+                )
         for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
             trace.time_to_first_token = first
             trace.ids.append(token)
@@ -189,16 +219,24 @@ class Run:
             trace.offered.append(call.depth if kept == len(call.tokens) else kept - 1)
 
     def _cut(self, trace: Trace) -> None:
-        """End the answer at its first stop token or at the limit: after verification, never before."""
-        end = next((i + 1 for i, token in enumerate(trace.ids) if token in self.stop_ids), self.limit)
-        del trace.ids[min(end, self.limit):], trace.drafted[min(end, self.limit):]
+        """End the answer at its first stop token or at the limit: after verification, never
+        before.
+        """
+        end = next(
+            (i + 1 for i, token in enumerate(trace.ids) if token in self.stop_ids), self.limit
+        )
+        del trace.ids[min(end, self.limit) :], trace.drafted[min(end, self.limit) :]
 
     def _finished(self, trace: Trace) -> bool:
         return len(trace.ids) >= self.limit or trace.ids[-1] in self.stop_ids
 
     def _drop_finished(self) -> None:
         """Ended sequences leave the batch: the cache, the drafter's state and the generators."""
-        running = [row for row, sequence in enumerate(self._alive) if not self._finished(self.traces[sequence])]
+        running = [
+            row
+            for row, sequence in enumerate(self._alive)
+            if not self._finished(self.traces[sequence])
+        ]
         if len(running) == len(self._alive):
             return
         for sequence in self._alive:

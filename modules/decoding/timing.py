@@ -17,8 +17,9 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit", "other")
 class Clock:
     """Adds up seconds per phase; `other` is what no phase claimed.
 
-    On a CUDA device the boundaries of phases are events in the device's own stream, read when somebody asks: no step
-    waits for the device on the clock's account, and a phase owns the time of its kernels.
+    On a CUDA device the boundaries of phases are events in the device's own stream, read when
+    somebody asks: no step waits for the device on the clock's account, and a phase owns the time of
+    its kernels.
     """
 
     def __init__(self, device: torch.device) -> None:

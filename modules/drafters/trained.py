@@ -2,8 +2,8 @@
 
 Step d of a drafter, given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, W chosen rows, M training rows, K draft steps,
-H hidden size, X any width, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, W chosen rows, M training
+rows, K draft steps, H hidden size, X any width, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 CHEAP_BUDGET = 5
 """Drafted nodes that, with the root, a CPU verifies for a fifth more than one row takes."""
 WIDE_BUDGET, WIDE_TREE = 60, "mc_sim_7b_63"
-"""Drafted nodes, and the static tree instead of `narrow`, by default on a GPU, which reads the weights once for so many
-rows (not measured here): as many as EAGLE-2 and -3 draft, and Medusa's released tree."""
+"""Drafted nodes, and the static tree instead of `narrow`, by default on a GPU, which reads the
+weights once for so many rows (not measured here): as many as EAGLE-2 and -3 draft, and Medusa's
+released tree."""
 WIDE_LEVEL = 10
 """Nodes of a level that EAGLE-2 expands."""
 
@@ -54,9 +55,11 @@ WIDE_LEVEL = 10
 class DraftStep:
     """One draft step over the training rows.
 
-    feature_MH: what its LM head read. carried_MH: what the next step goes on from, where that is a feature too.
+    feature_MH: what its LM head read. carried_MH: what the next step goes on from, where that is a
+    feature too.
     labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
-    valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see `cross_entropy`.
+    valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see
+    `cross_entropy`.
     flat_M: flat positions of the target's laws of the labels. laws: those laws, if they are learnt.
     """
 
@@ -78,8 +81,11 @@ class DraftStep:
     def metrics(self) -> dict[str, Mean]:
         """Cross-entropy, top-1 and top-5 accuracy (a label that cannot be drafted is a miss)."""
         entropies = Mean(self.losses_M.detach().sum(), self.counted_M.sum())
-        return {f"cross_entropy_{self.depth}": entropies, f"top1_{self.depth}": accuracy(self.ranks_M, self.valid_M, 1),
-                f"top5_{self.depth}": accuracy(self.ranks_M, self.valid_M, 5)}
+        return {
+            f"cross_entropy_{self.depth}": entropies,
+            f"top1_{self.depth}": accuracy(self.ranks_M, self.valid_M, 1),
+            f"top5_{self.depth}": accuracy(self.ranks_M, self.valid_M, 5),
+        }
 
 
 class LearnedDrafter(Drafter):
@@ -90,31 +96,41 @@ class LearnedDrafter(Drafter):
     Args:
         shape: the target's dimensions.
         steps: K, draft steps that are trained.
-        draft_vocabulary: D, how many token ids can be drafted; None, or as many as the target has, means all of them.
+        draft_vocabulary: D, how many token ids can be drafted; None, or as many as the target has,
+            means all of them.
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
     reads: StateName = "final"
     """The target state it starts from."""
     soft_labels: bool = False
-    """Whether it learns the target's law (restricted to the draft vocabulary) rather than the tokens of the data."""
+    """Whether it learns the target's law (restricted to the draft vocabulary) rather than the
+    tokens of the data.
+    """
     first_exponent: ClassVar[int] = 1
     recompute = False
     """Whether what a draft step's backward pass needs is computed once more."""
 
-    def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float) -> None:
+    def __init__(
+        self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float
+    ) -> None:
         super().__init__()
         if draft_vocabulary is not None and draft_vocabulary < 1:
-            raise ValueError(f"draft_vocabulary must be at least 1 (or null for all tokens), got {draft_vocabulary}")
+            raise ValueError(
+                "draft_vocabulary must be at least 1 (or null for all tokens), got "
+                f"{draft_vocabulary}"
+            )
         self.shape, self.draft_steps, self.decay = shape, steps, decay
         trimmed = draft_vocabulary is not None and draft_vocabulary < shape.vocab_size
-        self.register_buffer("vocabulary", torch.arange(cast(int, draft_vocabulary)) if trimmed else None)
+        self.register_buffer(
+            "vocabulary", torch.arange(cast(int, draft_vocabulary)) if trimmed else None
+        )
         self._builder: TreeBuilder = StaticTree.chain(max(1, steps))
         self._budget = CHEAP_BUDGET
         self._wide: tuple[TreeBuilder | None, int] = (None, WIDE_BUDGET)
         self._optimised_nodes: int | None = None
 
-    # -- draft vocabulary -------------------------------------------------------------------------------------
+    # -- draft vocabulary --------------------------------------------------------------------------
 
     @property
     def vocabulary_D(self) -> Tensor | None:
@@ -127,19 +143,30 @@ class LearnedDrafter(Drafter):
         return self.shape.vocab_size if self.vocabulary_D is None else len(self.vocabulary_D)
 
     def set_vocabulary(self, ids: Tensor | Iterable[int]) -> None:
-        """Choose the tokens that can be drafted; before `initialise`, which copies the LM head's rows for them.
+        """Choose the tokens that can be drafted; before `initialise`, which copies the LM head's
+        rows for them.
 
-        Whatever their order here, they are kept ascending: index d of every head and of every saved map from draft to
-        target ids is the d-th smallest id. Raises ValueError unless there are exactly `draft_vocabulary` different ids
-        of the target's vocabulary, each given once.
+        Whatever their order here, they are kept ascending: index d of every head and of every saved
+        map from draft to target ids is the d-th smallest id. Raises ValueError unless there are
+        exactly `draft_vocabulary` different ids of the target's vocabulary, each given once.
         """
         given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long()
         chosen = given.unique()
         if len(given) > len(chosen):
-            raise ValueError(f"the draft vocabulary was given {len(given) - len(chosen)} ids twice: give each once")
-        if len(chosen) != self.draft_size or int(chosen[0]) < 0 or int(chosen[-1]) >= self.shape.vocab_size:
-            raise ValueError(f"draft_vocabulary is {self.draft_size} but {len(chosen)} different ids were given: give "
-                             f"that many ids below {self.shape.vocab_size}, or set draft_vocabulary to {len(chosen)}")
+            raise ValueError(
+                f"the draft vocabulary was given {len(given) - len(chosen)} ids twice: give each "
+                "once"
+            )
+        if (
+            len(chosen) != self.draft_size
+            or int(chosen[0]) < 0
+            or int(chosen[-1]) >= self.shape.vocab_size
+        ):
+            raise ValueError(
+                f"draft_vocabulary is {self.draft_size} but {len(chosen)} different ids were "
+                f"given: give that many ids below {self.shape.vocab_size}, or set draft_vocabulary "
+                f"to {len(chosen)}"
+            )
         if self.vocabulary_D is not None:
             self.vocabulary = chosen.to(self.vocabulary_D.device)
 
@@ -147,7 +174,7 @@ class LearnedDrafter(Drafter):
     def head(self, depth: int, target: Target) -> Head:
         """Features [..., H] of step `depth` -> logits [..., D]."""
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
@@ -155,10 +182,14 @@ class LearnedDrafter(Drafter):
         return tuple(dict.fromkeys((self.reads, "final"))) if self.soft_labels else (self.reads,)
 
     @abstractmethod
-    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
         """The LM head's inputs [M,H], step by step, given the data's own tokens."""
 
-    def unrolled(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[tuple[Tensor, Tensor]]:
+    def unrolled(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The LM head's inputs [M,H] and what the next step goes on from [M,H], step by step."""
         return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
 
@@ -167,24 +198,32 @@ class LearnedDrafter(Drafter):
         return training_rows(batch, self.draft_steps)
 
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
-        """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be drafted.
+        """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be
+        drafted.
 
-        Where laws are learnt, rows whose token cannot be drafted have a law too, and are left out all the same. On text
-        that the target wrote a row then counts as often as its law p puts a token into the draft vocabulary D, so that
-        the loss is in expectation -Σ_{v in D} p(v) log q(v), the whole vocabulary's cross-entropy without what cannot
-        be drafted. Weighting every row by p(D) is the same with less variance, but takes the whole LM head; it gave
-        0.0004 more expected acceptance on tiny targets' text (15 % of it outside D), 0.0007 on that of another writer
-        (27 %).
+        Where laws are learnt, rows whose token cannot be drafted have a law too, and are left out
+        all the same. On text that the target wrote a row then counts as often as its law p puts a
+        token into the draft vocabulary D, so that the loss is in expectation -Σ_{v in D} p(v) log
+        q(v), the whole vocabulary's cross-entropy without what cannot be drafted. Weighting every
+        row by p(D) is the same with less variance, but takes the whole LM head; it gave 0.0004 more
+        expected acceptance on tiny targets' text (15 % of it outside D), 0.0007 on that of another
+        writer (27 %).
         """
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
 
     def laws(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Laws | None:
-        """The target's laws of the labels, if they are learnt, at float32 even of a target at 16 bits."""
+        """The target's laws of the labels, if they are learnt, at float32 even of a target at 16
+        bits.
+        """
         if not self.soft_labels:
             return None
-        return target_laws(lambda hidden: target.unrounded_logits(hidden, self.vocabulary_D), batch.states["final"],
-                           rows.flat_MK1[:, 1:], self.draft_size)
+        return target_laws(
+            lambda hidden: target.unrounded_logits(hidden, self.vocabulary_D),
+            batch.states["final"],
+            rows.flat_MK1[:, 1:],
+            self.draft_size,
+        )
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
@@ -192,15 +231,41 @@ class LearnedDrafter(Drafter):
         laws = self.laws(batch, target, rows)
         return self.scored(batch, target, rows, laws, self.unrolled(batch, target, rows))
 
-    def scored(self, batch: TextBatch, target: Target, rows: TrainingRows, laws: Laws | None,
-               outputs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[DraftStep]:
+    def scored(
+        self,
+        batch: TextBatch,
+        target: Target,
+        rows: TrainingRows,
+        laws: Laws | None,
+        outputs: Iterable[tuple[Tensor, Tensor]],
+    ) -> Iterator[DraftStep]:
         """The steps that `unrolled` put out over these rows, held against their labels or laws."""
         labels = self.labels(batch, target, rows)
         for depth, (feature, carried) in enumerate(outputs):
-            labels_M, flat_M = labels[:, depth].contiguous(), rows.flat_MK1[:, depth + 1].contiguous()
-            losses, ranks = cross_entropy(feature, self.head(depth, target), labels_M, self.draft_size, laws, flat_M,
-                                          self.divergence)
-            yield DraftStep(depth, feature, carried, labels_M, rows.valid_MK[:, depth], losses, ranks, flat_M, laws)
+            labels_M, flat_M = (
+                labels[:, depth].contiguous(),
+                rows.flat_MK1[:, depth + 1].contiguous(),
+            )
+            losses, ranks = cross_entropy(
+                feature,
+                self.head(depth, target),
+                labels_M,
+                self.draft_size,
+                laws,
+                flat_M,
+                self.divergence,
+            )
+            yield DraftStep(
+                depth,
+                feature,
+                carried,
+                labels_M,
+                rows.valid_MK[:, depth],
+                losses,
+                ranks,
+                flat_M,
+                laws,
+            )
 
     def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
         """The loss per row [M] where laws are learnt."""
@@ -216,7 +281,7 @@ class LearnedDrafter(Drafter):
 
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
         """The steps' losses summed by their weights, and their metrics."""
-        weights = depth_weights(self.draft_steps, self.decay, self.decay ** self.first_exponent)
+        weights = depth_weights(self.draft_steps, self.decay, self.decay**self.first_exponent)
         total, metrics = torch.zeros((), device=batch.input_ids.device), {}
         for step in steps:
             total = total + weights[step.depth] * self.step_loss(step, batch)
@@ -224,16 +289,24 @@ class LearnedDrafter(Drafter):
         return Losses(total, metrics)
 
     def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
-        """Where an optimised tree was asked for: find it on the held-out batches and remember it as the tree."""
+        """Where an optimised tree was asked for: find it on the held-out batches and remember it as
+        the tree.
+        """
         if self._optimised_nodes is None:
             return Outcome()
         table = measured_accuracies(self, batches, target).tolist()
         paths = optimised_tree(table, self._optimised_nodes)
         self.use_static_tree(paths)
         self.arguments["tree"] = paths
-        return Outcome({"tree/expected_tokens": expected_length(paths, [sorted(row, reverse=True) for row in table])})
+        return Outcome(
+            {
+                "tree/expected_tokens": expected_length(
+                    paths, [sorted(row, reverse=True) for row in table]
+                )
+            }
+        )
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     @property
     def builder(self) -> TreeBuilder:
@@ -242,8 +315,9 @@ class LearnedDrafter(Drafter):
 
     @property
     def default_budget(self) -> int:
-        """All of a tree that was asked for; of `narrow` and of dynamic trees what the device verifies almost for free:
-        CHEAP_BUDGET on a CPU, WIDE_BUDGET or all of WIDE_TREE on a GPU."""
+        """All of a tree that was asked for; of `narrow` and of dynamic trees what the device
+        verifies almost for free: CHEAP_BUDGET on a CPU, WIDE_BUDGET or all of WIDE_TREE on a GPU.
+        """
         return max(self._budget, self._wide[1]) if self.on_gpu else self._budget
 
     @property
@@ -253,14 +327,18 @@ class LearnedDrafter(Drafter):
         return weight is not None and weight.device.type == "cuda"
 
     def use_static_tree(self, tree: list[Path] | str) -> None:
-        """Draft fixed paths, given in full or by name (`modules.trees.named_trees`); `optimised` and `optimised_N` ask for
-        the best tree of so many nodes, which `finish` finds once the drafter is trained. Until then it is `narrow`."""
+        """Draft fixed paths, given in full or by name (`modules.trees.named_trees`); `optimised`
+        and `optimised_N` ask for the best tree of so many nodes, which `finish` finds once the
+        drafter is trained. Until then it is `narrow`."""
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
         static = StaticTree(tree_paths(tree, self.max_depth))
         widest = max((path[-1] for path in static.paths), default=0)
         if widest >= self.draft_size:
-            raise ValueError(f"tree has a rank of {widest}, but the draft vocabulary has {self.draft_size} tokens")
+            raise ValueError(
+                f"tree has a rank of {widest}, but the draft vocabulary has {self.draft_size} "
+                "tokens"
+            )
         self._builder, self._budget, self._wide = static, len(static.paths), (None, 0)
         if tree == "narrow":
             wide = StaticTree(tree_paths(WIDE_TREE, self.max_depth))
@@ -273,9 +351,13 @@ class LearnedDrafter(Drafter):
 
 
 def see_parents(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
-    """bool [B,W,A+W]: new rows see the rows A that their parents see, among R rows so far, and themselves."""
+    """bool [B,W,A+W]: new rows see the rows A that their parents see, among R rows so far, and
+    themselves.
+    """
     width = parents_BW.shape[1]
-    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(len(above_BRA), -1, -1)
+    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(
+        len(above_BRA), -1, -1
+    )
     return torch.cat([rows_at(above_BRA, parents_BW), itself], dim=2)
 
 
@@ -285,20 +367,27 @@ def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measured_accuracies(drafter: LearnedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
-                        ) -> Tensor:
-    """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there (what greedy
-    verification accepts), given the data's tokens before it, without dropout. For `trees.optimise`."""
+def measured_accuracies(
+    drafter: LearnedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
+) -> Tensor:
+    """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there
+    (what greedy verification accepts), given the data's tokens before it, without dropout. For
+    `trees.optimise`."""
     hits, counts = torch.zeros(drafter.draft_steps, ranks), torch.zeros(drafter.draft_steps)
     training = drafter.training
     drafter.eval()
     for batch in batches:
-        rows, final_PH = training_rows(batch, drafter.draft_steps), final_states(batch, target).flatten(0, 1)
+        rows, final_PH = (
+            training_rows(batch, drafter.draft_steps),
+            final_states(batch, target).flatten(0, 1),
+        )
         for depth, (feature, _) in enumerate(drafter.unrolled(batch, target, rows)):
             valid_M, flat_M = rows.valid_MK[:, depth], rows.flat_MK1[:, depth + 1]
             greedy_M = greedy_tokens(target.logits, final_PH[flat_M], drafter.shape.vocab_size)
             labels_M = draft_labels(greedy_M, drafter.vocabulary_D)
-            _, ranks_M = cross_entropy(feature, drafter.head(depth, target), labels_M, drafter.draft_size)
+            _, ranks_M = cross_entropy(
+                feature, drafter.head(depth, target), labels_M, drafter.draft_size
+            )
             found = ranks_M[valid_M].clamp(max=ranks)
             hits[depth] += found.bincount(minlength=ranks + 1)[:ranks].cpu()
             counts[depth] += len(found)
@@ -307,7 +396,9 @@ def measured_accuracies(drafter: LearnedDrafter, batches: Iterable[TextBatch], t
 
 
 def final_states(batch: TextBatch, target: Target) -> Tensor:
-    """The target's `final` states of a batch [B,T,H], computed only where the batch does not bring them."""
+    """The target's `final` states of a batch [B,T,H], computed only where the batch does not bring
+    them.
+    """
     if "final" in batch.states:
         return batch.states["final"]
     if "pre_norm" in batch.states:

@@ -1,7 +1,9 @@
-"""Judge decoding: a linear head on the target's own states that says whether a drafted token is right.
+"""Judge decoding: a linear head on the target's own states that says whether a drafted token is
+right.
 
-Bachmann et al. 2025, arXiv 2501.19309: after a wrong token, the target's last hidden state shows it. The state is
-the row of the token that is judged, not of the one before it, which could not know.
+Bachmann et al. 2025, arXiv 2501.19309: after a wrong token, the target's last hidden state shows
+it. The state is the row of the token that is judged, not of the one before it, which could not
+know.
 
 Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens, H hidden size.
 """
@@ -35,7 +37,8 @@ NOTHING = 2.0
 
 
 class Judge(Trainable):
-    """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is right.
+    """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is
+    right.
 
     Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch,
     at most `largest_weight`. Mean and deviation of the states are gathered while training, and fold
@@ -48,7 +51,8 @@ class Judge(Trainable):
 
     Args:
         shape: the target's dimensions.
-        state: the target state it reads; the paper finds the last one, before the final norm, the best.
+        state: the target state it reads; the paper finds the last one, before the final norm, the
+            best.
         threshold: score from which on a token is accepted; null: the lowest that reaches
             `precision`.
         precision: share of right tokens among those that are accepted on held-out answers, right
@@ -64,9 +68,15 @@ class Judge(Trainable):
     deviation_H: Tensor
     seen: Tensor
 
-    def __init__(self, shape: TargetShape, state: int | str = "pre_norm", precision: float = 0.9,
-                 largest_weight: float = 20.0, focus: float = 0.0,
-                 threshold: float | None = 0.5) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        state: int | str = "pre_norm",
+        precision: float = 0.9,
+        largest_weight: float = 20.0,
+        focus: float = 0.0,
+        threshold: float | None = 0.5,
+    ) -> None:
         super().__init__()
         if threshold is not None and threshold < 0:
             raise ValueError(f"threshold must be 0 or above, or null, got {threshold}")
@@ -76,7 +86,12 @@ class Judge(Trainable):
             raise ValueError(f"largest_weight must be at least 1, got {largest_weight}")
         if focus < 0:
             raise ValueError(f"focus must be 0 or above, got {focus}")
-        self.state, self.precision, self.largest_weight, self.focus = state, precision, largest_weight, focus
+        self.state, self.precision, self.largest_weight, self.focus = (
+            state,
+            precision,
+            largest_weight,
+            focus,
+        )
         self.calibrates = threshold is None
         self.linear = nn.Linear(shape.hidden_size, 1)
         nn.init.zeros_(self.linear.weight)
@@ -101,10 +116,12 @@ class Judge(Trainable):
         """Probability [...] that the token of each state is right."""
         return self.logits(states_NH).sigmoid()
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def loss(self, batch: LabelledBatch, target: Target, progress: float) -> Losses:
-        """Weighted cross-entropy over the labelled tokens; area under the curve within batches, and mean scores."""
+        """Weighted cross-entropy over the labelled tokens; area under the curve within batches, and
+        mean scores.
+        """
         states_MH, labels_M = self._labelled(batch)
         if self.training:
             self._observe(states_MH)
@@ -113,7 +130,12 @@ class Judge(Trainable):
         losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
         weights_M = class_weights(labels_M, self.largest_weight)
         total = (weights_M * losses_M).sum() / divisor(weights_M.sum())
-        return Losses(total, _metrics(losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M))
+        return Losses(
+            total,
+            _metrics(
+                losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M
+            ),
+        )
 
     def _labelled(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         counted_BT = batch.text.loss_mask
@@ -122,13 +144,17 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def _observe(self, states_MH: Tensor) -> None:
-        """Mean and deviation over all states that any process has seen so far (Chan et al. 1979)."""
+        """Mean and deviation over all states that any process has seen so far (Chan et al.
+        1979).
+        """
         count = over_processes(states_MH.new_tensor(float(len(states_MH))))
         if count < 2:
             return
         mean_H = over_processes(states_MH.sum(0)) / count
         total, shift_H = self.seen + count, mean_H - self.mean_H
-        own_H = self.deviation_H.square() * self.seen + over_processes((states_MH - mean_H).square().sum(0))
+        own_H = self.deviation_H.square() * self.seen + over_processes(
+            (states_MH - mean_H).square().sum(0)
+        )
         variance_H = (own_H + shift_H.square() * self.seen * count / total) / total
         self.mean_H += shift_H * count / total
         self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
@@ -145,34 +171,51 @@ class Judge(Trainable):
         tokens with a digit alone: where all errors are numbers, knowing a number when it sees one
         would be enough for a good area over all tokens.
         """
-        found = [(*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
-                 for batch in batches]
-        states_MH, labels_M, ids_M, first_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found = [
+            (*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
+            for batch in batches
+        ]
+        states_MH, labels_M, ids_M, first_M = (
+            torch.cat(parts) for parts in zip(*found, strict=True)
+        )
         scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
         numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
         halves = self.calibrates and all(
-            bool((half_M & kind_M).any()) for half_M in (first_M, ~first_M)
-            for kind_M in (right_M, ~right_M))
+            bool((half_M & kind_M).any())
+            for half_M in (first_M, ~first_M)
+            for kind_M in (right_M, ~right_M)
+        )
         if self.calibrates and not halves:
-            logger.warning("too few held-out answers to judge the threshold on others than those it is set on: give "
-                           "more data, or a larger data.validation_fraction")
+            logger.warning(
+                "too few held-out answers to judge the threshold on others than those it is set "
+                "on: give more data, or a larger data.validation_fraction"
+            )
         everything_M = torch.ones_like(right_M)
         set_M, told_M = (first_M, ~first_M) if halves else (everything_M, everything_M)
         calibrated = calibrated_threshold(scores_M[set_M], right_M[set_M], self.precision)
         if self.calibrates:
             self.threshold.fill_(calibrated)
         kept_M = scores_M >= self.threshold.double()
-        return Outcome({"held_out/auc": area_under_curve(scores_M, right_M),
-                        "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
-                        "held_out/threshold": float(self.threshold),
-                        "held_out/calibrated_threshold": calibrated,
-                        "held_out/accepted_right": _share(kept_M[right_M & told_M]),
-                        "held_out/accepted_wrong": _share(kept_M[~right_M & told_M])})
+        return Outcome(
+            {
+                "held_out/auc": area_under_curve(scores_M, right_M),
+                "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
+                "held_out/threshold": float(self.threshold),
+                "held_out/calibrated_threshold": calibrated,
+                "held_out/accepted_right": _share(kept_M[right_M & told_M]),
+                "held_out/accepted_wrong": _share(kept_M[~right_M & told_M]),
+            }
+        )
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
-    def acceptance_rule(self, target: Target, threshold: float | None = None, guard: bool = True,
-                        repetition: int = 0) -> JudgeRule:
+    def acceptance_rule(
+        self,
+        target: Target,
+        threshold: float | None = None,
+        guard: bool = True,
+        repetition: int = 0,
+    ) -> JudgeRule:
         """The rule that accepts what this head calls right.
 
         Args:
@@ -185,14 +228,18 @@ class Judge(Trainable):
         Raises:
             ValueError: a negative `repetition`.
         """
-        special = target.eos_ids | set(getattr(target.tokenizer, "all_special_ids", ())) if guard else set()
+        special = (
+            target.eos_ids | set(getattr(target.tokenizer, "all_special_ids", ()))
+            if guard
+            else set()
+        )
         threshold = float(self.threshold) if threshold is None else threshold
         return JudgeRule(self, threshold, special, repetition)
 
 
 class JudgeRule(RelaxedRule):
-    """A token is good when the judge's score of it is at least the threshold (the paper says above: scores are
-    rounded, and so a threshold of 0 accepts a score of 0 too).
+    """A token is good when the judge's score of it is at least the threshold (the paper says above:
+    scores are rounded, and so a threshold of 0 accepts a score of 0 too).
 
     Args:
         judge: the trained head.
@@ -202,8 +249,9 @@ class JudgeRule(RelaxedRule):
             looked for.
     """
 
-    def __init__(self, judge: Judge, threshold: float, special: Iterable[int] = (),
-                 repetition: int = 0) -> None:
+    def __init__(
+        self, judge: Judge, threshold: float, special: Iterable[int] = (), repetition: int = 0
+    ) -> None:
         if repetition < 0:
             raise ValueError(f"rule judge: repetition must be 0 (off) or above, got {repetition}")
         self.name = f"judge {threshold:g}"
@@ -219,7 +267,7 @@ class JudgeRule(RelaxedRule):
         return (scores_BN >= self.threshold) & ~guarded_BN
 
 
-# -- pure functions -----------------------------------------------------------------------------------------------
+# -- pure functions --------------------------------------------------------------------------------
 
 
 def repeats(tree: TokenTree, longest: int) -> Tensor:
@@ -244,7 +292,9 @@ def repeats(tree: TokenTree, longest: int) -> Tensor:
 
 
 def _first_half(batch: LabelledBatch) -> Tensor:
-    """bool [M]: labelled tokens whose question has an even number; without numbers each row is a question."""
+    """bool [M]: labelled tokens whose question has an even number; without numbers each row is a
+    question.
+    """
     counted_BT = batch.text.loss_mask
     rows = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand(counted_BT.shape)
     return (rows if batch.questions is None else batch.questions)[counted_BT] % 2 == 0
@@ -252,19 +302,26 @@ def _first_half(batch: LabelledBatch) -> Tensor:
 
 def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
     """Those of the ids whose text holds a digit, each once."""
-    kept = [token for token in ids_M.unique().tolist() if any(map(str.isdigit, target.tokenizer.decode([token])))]
+    kept = [
+        token
+        for token in ids_M.unique().tolist()
+        if any(map(str.isdigit, target.tokenizer.decode([token])))
+    ]
     return ids_M.new_tensor(kept)
 
 
 def class_weights(labels_M: Tensor, largest: float) -> Tensor:
-    """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for wrong ones [M]."""
+    """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for
+    wrong ones [M].
+    """
     right = labels_M.sum()
     ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
     return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
 
 
 def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:
-    """The lowest score at or above which `precision` of the tokens are right, either class weighing the same.
+    """The lowest score at or above which `precision` of the tokens are right, either class weighing
+    the same.
 
     `NOTHING` if no score reaches it, and where no wrong token was seen to calibrate on.
     """
@@ -283,10 +340,14 @@ def _share(kept_M: Tensor) -> float:
     return float(kept_M.double().mean()) if len(kept_M) else 0.0
 
 
-def _metrics(losses_M: Tensor, weights_M: Tensor, scores_M: Tensor, labels_M: Tensor) -> dict[str, Mean]:
+def _metrics(
+    losses_M: Tensor, weights_M: Tensor, scores_M: Tensor, labels_M: Tensor
+) -> dict[str, Mean]:
     right_M = labels_M > 0.5
     pairs = cast(Tensor, right_M.sum() * (~right_M).sum())
-    return {"loss": Mean(losses_M.sum(), weights_M.sum()),
-            "auc": Mean(pairs * area_under_curve(scores_M, right_M), pairs),
-            "right_score": Mean(scores_M[right_M].sum(), right_M.sum()),
-            "wrong_score": Mean(scores_M[~right_M].sum(), (~right_M).sum())}
+    return {
+        "loss": Mean(losses_M.sum(), weights_M.sum()),
+        "auc": Mean(pairs * area_under_curve(scores_M, right_M), pairs),
+        "right_score": Mean(scores_M[right_M].sum(), right_M.sum()),
+        "wrong_score": Mean(scores_M[~right_M].sum(), (~right_M).sum()),
+    }

@@ -1,6 +1,8 @@
-"""Activation checkpointing: blocks that compute what their backward pass needs once more instead of keeping it.
+"""Activation checkpointing: blocks that compute what their backward pass needs once more instead of
+keeping it.
 
-Chen et al. 2016, arXiv 1604.06174. A block has an attribute `recompute`; `use_activation_checkpointing` sets it.
+Chen et al. 2016, arXiv 1604.06174. A block has an attribute `recompute`;
+`use_activation_checkpointing` sets it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(wanted: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's outputs; of a wanted recomputation only its arguments are kept for the backward pass."""
+    """The function's outputs; of a wanted recomputation only its arguments are kept for the
+    backward pass.
+    """
     if wanted and torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
@@ -26,13 +30,18 @@ def use_activation_checkpointing(trainable: nn.Module) -> None:
     Raises:
         ValueError: it has none.
     """
-    blocks: list[Any] = [module for module in trainable.modules()
-                         if hasattr(module, "recompute") or hasattr(module, "gradient_checkpointing_enable")]
+    blocks: list[Any] = [
+        module
+        for module in trainable.modules()
+        if hasattr(module, "recompute") or hasattr(module, "gradient_checkpointing_enable")
+    ]
     for block in blocks:
         if hasattr(block, "recompute"):
             block.recompute = True
         else:
             block.gradient_checkpointing_enable({"use_reentrant": False})
     if not blocks:
-        raise ValueError(f"trainer.activation_checkpointing is true, but {type(trainable).__name__} has no layers of "
-                         "its own to recompute: set it to false")
+        raise ValueError(
+            f"trainer.activation_checkpointing is true, but {type(trainable).__name__} has no "
+            "layers of its own to recompute: set it to false"
+        )

@@ -1,7 +1,8 @@
 """Layers that drafters are built from, and the KV cache of a drafter's own layers.
 
-Shape legend: B sequences, N rows of one call, S attended slots, C cache capacity, H hidden size, X = H times an input
-width, Y = H times an output width, Q query heads, G key/value heads, D head size.
+Shape legend: B sequences, N rows of one call, S attended slots, C cache capacity, H hidden size, X
+= H times an input width, Y = H times an output width, Q query heads, G key/value heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class ResBlock(nn.Module):
 class LayerCache:
     """Keys and values of one drafter layer, behind a length of its own for each sequence.
 
-    `write` puts rows behind the lengths without counting them; `keep` then counts the first so many of each sequence,
-    and the next `write` covers the rest.
+    `write` puts rows behind the lengths without counting them; `keep` then counts the first so many
+    of each sequence, and the next `write` covers the rest.
 
     keys_BCGD, values_BCGD: [B,C,G,D]; lengths_B: int64 [B].
     """
@@ -73,7 +74,9 @@ class LayerCache:
 
     def select(self, sequences_S: Tensor) -> LayerCache:
         """The cache of these sequences alone (int64 [S])."""
-        return LayerCache(self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S])
+        return LayerCache(
+            self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S]
+        )
 
     @property
     def longest(self) -> int:
@@ -82,8 +85,11 @@ class LayerCache:
             self._known = self.lengths_B.tolist()
         return max(self._known)
 
-    def write(self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Put N rows behind each sequence's length and `ahead` rows that were written there before and not kept.
+    def write(
+        self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Put N rows behind each sequence's length and `ahead` rows that were written there before
+        and not kept.
 
         Returns the slots [B,S,G,D] that rows may attend to.
         """
@@ -91,22 +97,27 @@ class LayerCache:
         used = self.longest + ahead + count
         self._grow(used)
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
-        slots_BN = self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
+        slots_BN = (
+            self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
+        )
         self.keys_BCGD[sequences, slots_BN] = keys_BNGD
         self.values_BCGD[sequences, slots_BN] = values_BNGD
         return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
 
     def keep(self, counts_B: Tensor, counts: list[int] | None = None) -> None:
-        """Count the first `counts_B` of the rows written last; `counts` are the same where the host has them, and spare
-        a wait for the device."""
-        known = None if counts is None or self._known is None else zip(self._known, counts, strict=True)
+        """Count the first `counts_B` of the rows written last; `counts` are the same where the host
+        has them, and spare a wait for the device."""
+        known = (
+            None if counts is None or self._known is None else zip(self._known, counts, strict=True)
+        )
         self.lengths_B = self.lengths_B + counts_B
         self._known = None if known is None else [length + more for length, more in known]
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
 
-        The last N columns of its `visible_BNN` are the rows of this call, columns before them rows written ahead of it.
+        The last N columns of its `visible_BNN` are the rows of this call, columns before them rows
+        written ahead of it.
         """
         own_rows, count = rows.visible_BNN.shape[1:]
         offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
@@ -119,7 +130,10 @@ class LayerCache:
         capacity = self.keys_BCGD.shape[1]
         if needed > capacity:
             extra = (0, 0, 0, 0, 0, max(needed, 2 * capacity, 64) - capacity)
-            self.keys_BCGD, self.values_BCGD = F.pad(self.keys_BCGD, extra), F.pad(self.values_BCGD, extra)
+            self.keys_BCGD, self.values_BCGD = (
+                F.pad(self.keys_BCGD, extra),
+                F.pad(self.values_BCGD, extra),
+            )
 
 
 def causal_rows(start_B: Tensor, count: int) -> Rows:
@@ -134,12 +148,17 @@ class Attention(nn.Module):
 
     Args:
         shape: the target's dimensions.
-        input_width: inputs are [.., input_width * H] (EAGLE-3 feeds embedding and feature side by side).
+        input_width: inputs are [.., input_width * H] (EAGLE-3 feeds embedding and feature side by
+            side).
     """
 
     def __init__(self, shape: TargetShape, input_width: int = 1) -> None:
         super().__init__()
-        self.head_dim, self.heads, self.kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
+        self.head_dim, self.heads, self.kv_heads = (
+            shape.head_dim,
+            shape.num_heads,
+            shape.num_kv_heads,
+        )
         inputs, queries, keys = input_width * shape.hidden_size, shape.num_heads, shape.num_kv_heads
         self.q_proj = nn.Linear(inputs, queries * shape.head_dim, bias=shape.attention_bias)
         self.k_proj = nn.Linear(inputs, keys * shape.head_dim, bias=shape.attention_bias)
@@ -149,9 +168,15 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.rotary = LlamaRotaryEmbedding(rotary_config(shape))
 
-    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
-                asking_BNX: Tensor | None = None) -> Tensor:
-        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind it.
+    def forward(
+        self,
+        hidden_BNX: Tensor,
+        rows: Rows,
+        cache: LayerCache | None = None,
+        asking_BNX: Tensor | None = None,
+    ) -> Tensor:
+        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind
+        it.
 
         `asking_BNX` is what the queries are of, the inputs themselves by default.
         """
@@ -162,20 +187,31 @@ class Attention(nn.Module):
             visible = cache.visible(rows, keys.shape[1])
         return self.mix(queries, keys, values, visible)
 
-    def mix(self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor) -> Tensor:
+    def mix(
+        self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor
+    ) -> Tensor:
         """Values mixed by attention, projected [B,N,H]."""
         return self.o_proj(self.attend(queries_BNQD, keys_BSGD, values_BSGD, visible_BNS))
 
-    def attend(self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor) -> Tensor:
+    def attend(
+        self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor
+    ) -> Tensor:
         """Values mixed by attention, the heads side by side [B,N,Q*D]."""
         mixed = F.scaled_dot_product_attention(
-            queries_BNQD.transpose(1, 2), keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2),
-            attn_mask=visible_BNS[:, None], enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2])
+            queries_BNQD.transpose(1, 2),
+            keys_BSGD.transpose(1, 2),
+            values_BSGD.transpose(1, 2),
+            attn_mask=visible_BNS[:, None],
+            enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2],
+        )
         return mixed.transpose(1, 2).flatten(2)
 
-    def project(self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
-                ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D], rotated to their positions."""
+    def project(
+        self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D], rotated to
+        their positions.
+        """
         asking_BNX = hidden_BNX if asking_BNX is None else asking_BNX
         queries = self.q_norm(self.q_proj(asking_BNX).unflatten(-1, (self.heads, self.head_dim)))
         keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
@@ -187,8 +223,13 @@ class Attention(nn.Module):
 
 def rotary_config(shape: TargetShape) -> LlamaConfig:
     """What Hugging Face's rotary embedding reads of a configuration."""
-    return LlamaConfig(hidden_size=shape.hidden_size, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
-                       max_position_embeddings=shape.max_positions, rope_parameters=dict(shape.rope))
+    return LlamaConfig(
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters=dict(shape.rope),
+    )
 
 
 class FeedForward(nn.Module):
@@ -200,7 +241,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, output_width * shape.hidden_size, bias=False)
+        self.down_proj = nn.Linear(
+            shape.intermediate_size, output_width * shape.hidden_size, bias=False
+        )
         self.activation = ACT2FN[shape.activation]
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
@@ -214,16 +257,26 @@ class DecoderLayer(nn.Module):
     Args:
         shape: the target's dimensions.
         input_norm: whether attention reads normalised inputs (EAGLE's layer does not).
-        input_width: width of the attention inputs in multiples of H; above 1 the residual is passed apart.
-        output_width: width of the output in multiples of H; the residual is repeated (FSPAD's split output).
+        input_width: width of the attention inputs in multiples of H; above 1 the residual is passed
+            apart.
+        output_width: width of the output in multiples of H; the residual is repeated (FSPAD's split
+            output).
         attention, feed_forward: leave out one of the two halves (Clover's ablations).
     """
 
     recompute = False
     """Whether what its backward pass needs is computed once more."""
 
-    def __init__(self, shape: TargetShape, *, input_norm: bool = True, input_width: int = 1, output_width: int = 1,
-                 attention: bool = True, feed_forward: bool = True) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        *,
+        input_norm: bool = True,
+        input_width: int = 1,
+        output_width: int = 1,
+        attention: bool = True,
+        feed_forward: bool = True,
+    ) -> None:
         super().__init__()
         self.output_width, self.shape = output_width, shape
         self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
@@ -235,15 +288,34 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.norm_eps)
             self.mlp = FeedForward(shape, output_width)
 
-    def forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None = None,
-                residual_BNH: Tensor | None = None, asking_BNX: Tensor | None = None) -> Tensor:
-        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, `asking_BNX` what the queries are of: by
-        default the inputs."""
-        return recomputed(self.recompute and cache is None, self._forward, hidden_BNX, rows, cache, residual_BNH,
-                          asking_BNX)
+    def forward(
+        self,
+        hidden_BNX: Tensor,
+        rows: Rows,
+        cache: LayerCache | None = None,
+        residual_BNH: Tensor | None = None,
+        asking_BNX: Tensor | None = None,
+    ) -> Tensor:
+        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, `asking_BNX` what
+        the queries are of: by default the inputs."""
+        return recomputed(
+            self.recompute and cache is None,
+            self._forward,
+            hidden_BNX,
+            rows,
+            cache,
+            residual_BNH,
+            asking_BNX,
+        )
 
-    def _forward(self, hidden_BNX: Tensor, rows: Rows, cache: LayerCache | None, residual_BNH: Tensor | None,
-                 asking_BNX: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        hidden_BNX: Tensor,
+        rows: Rows,
+        cache: LayerCache | None,
+        residual_BNH: Tensor | None,
+        asking_BNX: Tensor | None,
+    ) -> Tensor:
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
             asking = None if asking_BNX is None else self.attention_inputs(asking_BNX)
@@ -262,22 +334,32 @@ class DecoderLayer(nn.Module):
         return hidden
 
     def copy_from(self, target: Target, layer: int = -1) -> bool:
-        """Start from a layer of the target (the last by default); False, no change and a warning, when they differ.
+        """Start from a layer of the target (the last by default); False, no change and a warning,
+        when they differ.
 
-        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or has weights that
-        this one has no place for (Gemma 2 and 3 also normalise what their halves put out). A half that this layer
-        leaves out altogether is left out of the copy too. A layer without an input norm is taken to read final states
-        of the target: its queries, keys and values of them are those that the target's layer has of what its own norm
-        makes of the same direction (`_fold_input_norm`).
+        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or
+        has weights that this one has no place for (Gemma 2 and 3 also normalise what their halves
+        put out). A half that this layer leaves out altogether is left out of the copy too. A layer
+        without an input norm is taken to read final states of the target: its queries, keys and
+        values of them are those that the target's layer has of what its own norm makes of the same
+        direction (`_fold_input_norm`).
         """
         index, own = layer % self.shape.num_layers, dict(self.named_parameters())
         theirs = set(target.layer_weights(index))
-        odd = sorted((set(own) - theirs) | {name for name in theirs - set(own) if self._should_have(name)})
-        weights = {name: target.copy_weight(f"layers.{index}.{name}") for name in own if name in theirs}
+        odd = sorted(
+            (set(own) - theirs) | {name for name in theirs - set(own) if self._should_have(name)}
+        )
+        weights = {
+            name: target.copy_weight(f"layers.{index}.{name}") for name in own if name in theirs
+        }
         odd += [name for name, weight in weights.items() if weight.shape != own[name].shape]
         if odd:
-            logger.warning("a drafter's layer starts at random, not from layer %d of %s: they differ in %s", index,
-                           target.name, ", ".join(odd))
+            logger.warning(
+                "a drafter's layer starts at random, not from layer %d of %s: they differ in %s",
+                index,
+                target.name,
+                ", ".join(odd),
+            )
             return False
         for name, weight in weights.items():
             own[name].data.copy_(weight)
@@ -286,8 +368,9 @@ class DecoderLayer(nn.Module):
         return True
 
     def _fold_input_norm(self, target: Target, layer: int) -> None:
-        """Multiply the columns of q, k and v by g_in / g_out, the gains of the target's norm before that layer and of
-        its final norm: projections of h / rms(h) * g_in come out of h / rms(h) * g_out too."""
+        """Multiply the columns of q, k and v by g_in / g_out, the gains of the target's norm before
+        that layer and of its final norm: projections of h / rms(h) * g_in come out of h / rms(h) *
+        g_out too."""
         assert self.self_attn is not None
         gain_in_H = target_weight(target, f"layers.{layer}.input_layernorm.weight")
         gain_out_H = target_weight(target, "norm")
@@ -300,7 +383,9 @@ class DecoderLayer(nn.Module):
             projection.weight.data.mul_(ratio_H.to(projection.weight))
 
     def _should_have(self, name: str) -> bool:
-        """Whether a weight of the target's layer belongs to a part that this layer has, or has no notion of."""
+        """Whether a weight of the target's layer belongs to a part that this layer has, or has no
+        notion of.
+        """
         part = name.partition(".")[0]
         return not hasattr(self, part) or getattr(self, part) is not None
 
@@ -313,8 +398,12 @@ def target_weight(target: Target, name: str) -> Tensor | None:
         return None
 
 
-def run_layers(layers: Sequence[DecoderLayer] | nn.ModuleList, hidden_BNH: Tensor, rows: Rows,
-               caches: Sequence[LayerCache] | None = None) -> Tensor:
+def run_layers(
+    layers: Sequence[DecoderLayer] | nn.ModuleList,
+    hidden_BNH: Tensor,
+    rows: Rows,
+    caches: Sequence[LayerCache] | None = None,
+) -> Tensor:
     """Layers one after the other [B,N,H] -> [B,N,H], each with its own cache if there are any."""
     for index, layer in enumerate(layers):
         hidden_BNH = layer(hidden_BNH, rows, None if caches is None else caches[index])

@@ -21,12 +21,13 @@ _CHUNK = 8192
 
 @torch.no_grad()
 def token_scale(target: Target) -> float:
-    """The power of two nearest to rms(final states) / rms(input embeddings); 1 without a final norm.
+    """The power of two nearest to rms(final states) / rms(input embeddings); 1 without a final
+    norm.
 
     A linear layer over [e ; f] that starts at random, and whose weights are all trained at one
     learning rate, learns nothing of an embedding e that is a hundredth of the state f. Final states
-    are h / rms(h) times the norm's gain, so their rms is that of the gain. A power of two multiplies
-    exactly at every precision, and can be folded exactly into the weights that read e.
+    are h / rms(h) times the norm's gain, so their rms is that of the gain. A power of two
+    multiplies exactly at every precision, and can be folded exactly into the weights that read e.
     """
     gain_H = target_weight(target, "norm")
     if gain_H is None:

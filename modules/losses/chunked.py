@@ -1,10 +1,10 @@
 """Training losses of drafters: pure functions of tensors, computed only on the rows that count.
 
-Index contract: at position t the target's state f_t is its law of x_{t+1}; step d of a drafter, given the tokens up to
-x_{t+1+d}, drafts x_{t+2+d}.
+Index contract: at position t the target's state f_t is its law of x_{t+1}; step d of a drafter,
+given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
 
-Shape legend: B sequences, T tokens of a packed row, M training rows (positions that count), K draft steps, H hidden
-size, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, M training rows (positions that count), K draft
+steps, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from modules.target.kernels.cpu_kernels import NarrowLinear, narrow_linear
 
 IGNORED = -1
 """Label of a row that no loss counts."""
-MAX_LOGITS = 2 ** 24
+MAX_LOGITS = 2**24
 """Logits [M,D] above this many are computed in chunks of rows."""
-MAX_LAWS = 2 ** 25
+MAX_LAWS = 2**25
 """Probabilities of the target's laws up to this many are kept for all draft steps of a batch."""
 
 Head = Callable[[Tensor], Tensor]
@@ -52,8 +52,10 @@ class LearntHead(NarrowLinear):
 
     def forward(self, input: Tensor, parts: Callable[[Head, Tensor], Any] | None = None) -> Any:
         """[..., H] -> logits [..., D], or what `parts` makes of these logits and the features."""
+
         def logits(hidden: Tensor) -> Tensor:
             return narrow_linear(hidden, self.weight, self.bias)
+
         return logits(input) if parts is None else parts(logits, input)
 
 
@@ -66,8 +68,10 @@ def in_one_call(head: Head, features: Tensor, parts: Callable[[Head, Tensor], An
 class TrainingRows:
     """The positions t that are trained on, and the tokens that follow them.
 
-    flat_MK1: int64 [M,K+1], t … t + K as indices into the batch's flattened [B*T] (held inside it where not valid).
-    tokens_MK1: int64 [M,K+1], x_{t+1} … x_{t+1+K}: step d is given columns up to d and predicts column d + 1.
+    flat_MK1: int64 [M,K+1], t … t + K as indices into the batch's flattened [B*T] (held inside it
+    where not valid).
+    tokens_MK1: int64 [M,K+1], x_{t+1} … x_{t+1+K}: step d is given columns up to d and predicts
+    column d + 1.
     valid_MK: bool [M,K], whether step d's label counts.
     """
 
@@ -81,7 +85,8 @@ class TrainingRows:
 
 
 def training_rows(batch: TextBatch, steps: int, among_BT: Tensor | None = None) -> TrainingRows:
-    """The positions whose first draft is an assistant token, or those `among_BT` of which any draft is one.
+    """The positions whose first draft is an assistant token, or those `among_BT` of which any draft
+    is one.
 
     Step d of position t counts when x_{t+2+d} is in the loss mask and in t's own document.
     """
@@ -94,25 +99,33 @@ def training_rows(batch: TextBatch, steps: int, among_BT: Tensor | None = None) 
 
 
 def next_token_rows(batch: TextBatch) -> tuple[Tensor, Tensor]:
-    """Flat positions t [M] whose next token is an assistant token, and those tokens [M]: a language model's rows."""
+    """Flat positions t [M] whose next token is an assistant token, and those tokens [M]: a language
+    model's rows.
+    """
     tokens, valid = _following(batch, 1)
     flat_M = valid[:, 0].nonzero()[:, 0]
     return flat_M, tokens[flat_M, 0]
 
 
 def _following(batch: TextBatch, count: int) -> tuple[Tensor, Tensor]:
-    """x_{t+1} … x_{t+count} of every position [B*T,count], and whether each is a label in t's own document."""
+    """x_{t+1} … x_{t+count} of every position [B*T,count], and whether each is a label in t's own
+    document.
+    """
     length, documents = batch.input_ids.shape[1], batch.document_ids
     here = torch.arange(length, device=documents.device)[:, None]
     index = here + torch.arange(1, count + 1, device=documents.device)
     inside, index = index < length, index.clamp(max=length - 1)
-    same = (documents[:, index] == documents[..., None]) & (documents != PADDING_DOCUMENT)[..., None]
+    same = (documents[:, index] == documents[..., None]) & (documents != PADDING_DOCUMENT)[
+        ..., None
+    ]
     valid = inside & same & batch.loss_mask[:, index]
     return batch.input_ids[:, index].flatten(0, 1), valid.flatten(0, 1)
 
 
 def draft_labels(tokens: Tensor, vocabulary_D: Tensor | None) -> Tensor:
-    """Indices of target token ids in a draft vocabulary (sorted ids), `IGNORED` for those outside it."""
+    """Indices of target token ids in a draft vocabulary (sorted ids), `IGNORED` for those outside
+    it.
+    """
     if vocabulary_D is None:
         return tokens
     index = torch.searchsorted(vocabulary_D, tokens).clamp(max=len(vocabulary_D) - 1)
@@ -124,17 +137,26 @@ def soft_cross_entropy(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
     return F.cross_entropy(logits_MD, law_MD, reduction="none")
 
 
-def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int, laws: Laws | None = None,
-                  flat_M: Tensor | None = None, divergence: Divergence = soft_cross_entropy) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M` (or another
-    divergence from those).
+def cross_entropy(
+    features_MH: Tensor,
+    head: Head,
+    labels_M: Tensor,
+    width: int,
+    laws: Laws | None = None,
+    flat_M: Tensor | None = None,
+    divergence: Divergence = soft_cross_entropy,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M`
+    (or another divergence from those).
 
-    Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens stand above the
-    label (0: it is the best), D where the label is ignored. Never holds more than `MAX_LOGITS` logits: above that the
-    rows are cut into chunks. Of a frozen head nothing is computed twice and no logits are kept: a row's loss depends on
-    its own features alone, so that dL/dh_m = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is found chunk by chunk in
-    the forward pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Where the head learns too, its weights get
-    a sum over rows by dL/dl_m, which is not known yet: its chunks are computed once more going back.
+    Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens
+    stand above the label (0: it is the best), D where the label is ignored. Never holds more than
+    `MAX_LOGITS` logits: above that the rows are cut into chunks. Of a frozen head nothing is
+    computed twice and no logits are kept: a row's loss depends on its own features alone, so that
+    dL/dh_m = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is found chunk by chunk in the forward
+    pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Where the head learns too, its
+    weights get a sum over rows by dL/dl_m, which is not known yet: its chunks are computed once
+    more going back.
 
     Args:
         features_MH: inputs of the head.
@@ -145,9 +167,18 @@ def cross_entropy(features_MH: Tensor, head: Head, labels_M: Tensor, width: int,
         flat_M: flat positions of those laws.
         divergence: what is computed of logits and laws.
     """
+
     def scored(logits: Head, features: Tensor) -> tuple[Tensor, Tensor]:
         def score(part: slice, rows: Tensor) -> tuple[Tensor, Tensor]:
-            return _score(rows, logits, labels_M[part], laws, None if flat_M is None else flat_M[part], divergence)
+            return _score(
+                rows,
+                logits,
+                labels_M[part],
+                laws,
+                None if flat_M is None else flat_M[part],
+                divergence,
+            )
+
         return _in_parts(score, logits, features, width)
 
     with phase("loss"):
@@ -175,15 +206,19 @@ def _learns(head: Head, features_MH: Tensor) -> bool:
 
 
 def _with_slopes(score: Score, parts: list[slice], features_MH: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and ranks [M] whose slopes are computed with them, part by part, so that no part's logits outlive it."""
+    """Losses and ranks [M] whose slopes are computed with them, part by part, so that no part's
+    logits outlive it.
+    """
     slopes_MH, found = torch.empty_like(features_MH, requires_grad=False), []
     for part in parts:
         own = features_MH[part].detach().requires_grad_()
         losses, ranks = score(part, own)
-        slopes_MH[part], = torch.autograd.grad(losses.sum(), own)
+        (slopes_MH[part],) = torch.autograd.grad(losses.sum(), own)
         found.append((losses.detach(), ranks))
     losses, ranks = zip(*found, strict=True)
-    return cast(Tensor, _KnownSlopes.apply(features_MH, torch.cat(losses), slopes_MH)), torch.cat(ranks)
+    return cast(Tensor, _KnownSlopes.apply(features_MH, torch.cat(losses), slopes_MH)), torch.cat(
+        ranks
+    )
 
 
 class _KnownSlopes(Function):
@@ -197,12 +232,18 @@ class _KnownSlopes(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
-        slopes_MH, = ctx.saved_tensors
+        (slopes_MH,) = ctx.saved_tensors
         return (slopes_MH * grad_M[:, None]).to(slopes_MH.dtype), None, None
 
 
-def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None, flat_M: Tensor | None,
-           divergence: Divergence) -> tuple[Tensor, Tensor]:
+def _score(
+    features_MH: Tensor,
+    head: Head,
+    labels_M: Tensor,
+    laws: Laws | None,
+    flat_M: Tensor | None,
+    divergence: Divergence,
+) -> tuple[Tensor, Tensor]:
     logits = full_precision(head(features_MH))
     ranks = label_ranks(logits.detach(), labels_M)
     if laws is None:
@@ -214,9 +255,13 @@ def _score(features_MH: Tensor, head: Head, labels_M: Tensor, laws: Laws | None,
 
 
 def label_ranks(logits_MD: Tensor, labels_M: Tensor) -> Tensor:
-    """int64 [M]: how many logits stand above the label's (0: it is the best); D for ignored labels."""
+    """int64 [M]: how many logits stand above the label's (0: it is the best); D for ignored
+    labels.
+    """
     own = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
-    above = (logits_MD > own).sum(1, dtype=torch.int32).long()  # a sum of int64 would take twice the logits' memory
+    above = (
+        (logits_MD > own).sum(1, dtype=torch.int32).long()
+    )  # a sum of int64 would take twice the logits' memory
     return above.where(labels_M != IGNORED, logits_MD.shape[1])
 
 
@@ -228,8 +273,8 @@ def full_precision(tensor: Tensor) -> Tensor:
 def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) -> Laws:
     """The target's probabilities over the draft vocabulary, by flat position.
 
-    Steps share most positions, so the laws are computed once for all of `positions` where they fit in memory
-    (`MAX_LAWS`), and anew at each request where they do not.
+    Steps share most positions, so the laws are computed once for all of `positions` where they fit
+    in memory (`MAX_LAWS`), and anew at each request where they do not.
     """
     final_PH = final_BTH.flatten(0, 1)
 
@@ -266,8 +311,12 @@ def covered_laws(head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int)
     return laws
 
 
-def likely_tokens(laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_k: int, top_p: float) -> Tensor:
-    """bool [M]: whether a token is among the law's `top_k` (0: any) and the mass above it is at most `top_p`."""
+def likely_tokens(
+    laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_k: int, top_p: float
+) -> Tensor:
+    """bool [M]: whether a token is among the law's `top_k` (0: any) and the mass above it is at
+    most `top_p`.
+    """
     parts = []
     for part in _slices(len(tokens_M), max(1, MAX_LOGITS // width)):
         law = laws(flat_M[part])
@@ -278,9 +327,15 @@ def likely_tokens(laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_
 
 def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
     """int64 [M]: the likeliest token after each `final` state, in chunks of rows."""
+
     def likeliest(logits: Head, features: Tensor) -> Tensor:
-        parts = [logits(features[part]).argmax(-1) for part in _slices(len(features), max(1, MAX_LOGITS // width))]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=features.device)
+        parts = [
+            logits(features[part]).argmax(-1)
+            for part in _slices(len(features), max(1, MAX_LOGITS // width))
+        ]
+        return (
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=features.device)
+        )
 
     return in_one_call(head, final_MH, likeliest)
 
@@ -294,22 +349,28 @@ def entropies(laws: Laws, flat_M: Tensor, width: int) -> Tensor:
 
 def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
     """Smooth L1 distance per row [M], mean over H, in full precision."""
-    distance = F.smooth_l1_loss(full_precision(features_MH), full_precision(states_MH), reduction="none")
+    distance = F.smooth_l1_loss(
+        full_precision(features_MH), full_precision(states_MH), reduction="none"
+    )
     return distance.mean(-1)
 
 
 def masked_mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
-    """Mean over the rows that count (of all processes, see `divisor`); 0 (with a gradient of 0) when none does."""
+    """Mean over the rows that count (of all processes, see `divisor`); 0 (with a gradient of 0)
+    when none does.
+    """
     return (values_M * counted_M).sum() / divisor(counted_M.sum())
 
 
 def depth_weights(steps: int, decay: float, first: float = 1.0) -> list[float]:
     """Loss weights first * decay**d of the draft steps."""
-    return [first * decay ** step for step in range(steps)]
+    return [first * decay**step for step in range(steps)]
 
 
 def accuracy(ranks_M: Tensor, valid_M: Tensor, best: int) -> Mean:
-    """How often the label is among the `best` drafts. Labels outside the draft vocabulary are misses."""
+    """How often the label is among the `best` drafts. Labels outside the draft vocabulary are
+    misses.
+    """
     return Mean(((ranks_M < best) & valid_M).sum(), valid_M.sum())
 
 

@@ -1,8 +1,9 @@
 """How far a drafter's law q stands from the target's law p: the losses of distillation, per row.
 
-The five of online speculative distillation (Liu et al. 2023, arXiv 2310.07177) and DistillSpec (Zhou et al. 2023, arXiv
-2310.08461). Each takes draft logits [M,D] (full precision) and target probabilities [M,D], and is 0 where they agree.
-For all but `total_variation` the probabilities sum to 1.
+The five of online speculative distillation (Liu et al. 2023, arXiv 2310.07177) and DistillSpec
+(Zhou et al. 2023, arXiv 2310.08461). Each takes draft logits [M,D] (full precision) and target
+probabilities [M,D], and is 0 where they agree. For all but `total_variation` the probabilities sum
+to 1.
 
 Shape legend: M rows, D draft vocabulary.
 """
@@ -34,10 +35,14 @@ def kl_mixture(logits_MD: Tensor, law_MD: Tensor, forward: float = 0.9) -> Tenso
 
 
 def jensen_shannon(logits_MD: Tensor, law_MD: Tensor, beta: float = 0.5) -> Tensor:
-    """β KL(p‖m) + (1 − β) KL(q‖m) with m = β p + (1 − β) q [M]; at β = ½ symmetric and at most log 2."""
+    """β KL(p‖m) + (1 − β) KL(q‖m) with m = β p + (1 − β) q [M]; at β = ½ symmetric and at most log
+    2.
+    """
     log_p, log_q = _log(law_MD), logits_MD.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * (law_MD * (log_p - log_m)).sum(-1) + (1 - beta) * (log_q.exp() * (log_q - log_m)).sum(-1)
+    return beta * (law_MD * (log_p - log_m)).sum(-1) + (1 - beta) * (
+        log_q.exp() * (log_q - log_m)
+    ).sum(-1)
 
 
 def total_variation(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
@@ -51,7 +56,10 @@ def total_variation(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": forward_kl, "reverse_kl": reverse_kl, "kl_mixture": kl_mixture, "jensen_shannon": jensen_shannon,
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "kl_mixture": kl_mixture,
+    "jensen_shannon": jensen_shannon,
     "total_variation": total_variation,
 }
 """By the name that a config gives."""

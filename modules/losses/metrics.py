@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def area_under_curve(scores_M: Tensor, right_M: Tensor) -> float:
-    """How often a right token scores above a wrong one, ties counting half; 0.5 when one class is missing."""
+    """How often a right token scores above a wrong one, ties counting half; 0.5 when one class is
+    missing.
+    """
     right, wrong = int(right_M.sum()), int((~right_M).sum())
     if not right or not wrong:
         return 0.5

@@ -30,8 +30,9 @@ def residual_states(target: Target) -> tuple[StateName, ...]:
 
 
 @torch.no_grad()
-def mean_activations(target: Target, batch: TextBatch, groups: Sequence[Group] = GROUPS
-                     ) -> list[Tensor]:
+def mean_activations(
+    target: Target, batch: TextBatch, groups: Sequence[Group] = GROUPS
+) -> list[Tensor]:
     """One tensor [A,B,T] per group: its activations, each averaged over its dimension H.
 
     The groups of the released code (SparsePO, `--activation_hook=all`), of each layer of a
@@ -71,16 +72,29 @@ def _points(layer: Any, group: Group, name: str) -> list[tuple[nn.Module, bool]]
         own = layer.self_attn
         middle = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
         points: dict[Group, list[tuple[nn.Module, bool]]] = {
-            "attention": [(own.q_proj, False), (own.k_proj, False), (own.v_proj, False),
-                          (own.o_proj, True)],
+            "attention": [
+                (own.q_proj, False),
+                (own.k_proj, False),
+                (own.v_proj, False),
+                (own.o_proj, True),
+            ],
             "feed_forward": [(layer.mlp.down_proj, True)],
-            "residual": [(layer.input_layernorm, True), (layer.input_layernorm, False),
-                         (own, False), (middle, True), (middle, False), (layer.mlp, False),
-                         (layer, False)],
-            "logits": []}
+            "residual": [
+                (layer.input_layernorm, True),
+                (layer.input_layernorm, False),
+                (own, False),
+                (middle, True),
+                (middle, False),
+                (layer.mlp, False),
+                (layer, False),
+            ],
+            "logits": [],
+        }
     except AttributeError as error:
-        raise ValueError(f"activations {group!r}: {error}: target {name!r} is not a Llama-type "
-                         "one, use masks 'ones' or 'random'") from None
+        raise ValueError(
+            f"activations {group!r}: {error}: target {name!r} is not a Llama-type "
+            "one, use masks 'ones' or 'random'"
+        ) from None
     return points[group]
 
 
@@ -94,6 +108,7 @@ def _watch(part: nn.Module, entering: bool, means: list[Tensor]) -> Any:
 def _keep_output(means: list[Tensor]) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         means.append(_mean(output[0] if isinstance(output, tuple) else output))
+
     return hook
 
 

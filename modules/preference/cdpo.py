@@ -1,4 +1,5 @@
-"""cDPO: DPO in which the critical tokens of the rejected response count most (Lin et al. 2024, arXiv 2411.19943).
+"""cDPO: DPO in which the critical tokens of the rejected response count most (Lin et al. 2024,
+arXiv 2411.19943).
 
 Shape legend: B pairs, T tokens of a row, M tokens that count, V vocabulary.
 """
@@ -35,7 +36,8 @@ PAGE = "critical_tokens.html"
 
 
 class ContrastiveEstimator(Trainable):
-    """Two adapted copies of the target: P_p, fine-tuned on right trajectories, and P_n, on wrong ones.
+    """Two adapted copies of the target: P_p, fine-tuned on right trajectories, and P_n, on wrong
+    ones.
 
     A token is critical where their contrast makes it unlikely (section 3.2). Chosen responses are
     the right trajectories, rejected ones the wrong; either side of a row may be absent, its loss
@@ -50,8 +52,14 @@ class ContrastiveEstimator(Trainable):
 
     batch_kind: ClassVar[str] = "preference"
 
-    def __init__(self, shape: TargetShape, rank: int = 8, alpha: float = 16.0, dropout: float = 0.1,
-                 contrast: float = 1.0) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.1,
+        contrast: float = 1.0,
+    ) -> None:
         super().__init__()
         if contrast < 0:
             raise ValueError(f"contrast must be 0 or above, got {contrast}")
@@ -67,8 +75,10 @@ class ContrastiveEstimator(Trainable):
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
         """Cross-entropy of P_p on the chosen responses plus that of P_n on the rejected ones."""
         metrics, total = {}, torch.zeros((), device=batch.chosen.input_ids.device)
-        for name, adapters, text in (("positive", self.positive, batch.chosen),
-                                     ("negative", self.negative, batch.rejected)):
+        for name, adapters, text in (
+            ("positive", self.positive, batch.chosen),
+            ("negative", self.negative, batch.rejected),
+        ):
             losses_M = _language_losses(text, adapters.twin(target))
             count = torch.as_tensor(len(losses_M), device=losses_M.device)
             total = total + losses_M.sum() / divisor(count)
@@ -79,12 +89,16 @@ class ContrastiveEstimator(Trainable):
     def scores(self, text: TextBatch, target: Target) -> Tensor:
         """s_t of every counted token [B,T], 0 elsewhere: small where the token is critical."""
         flat_M, labels_M = next_token_rows(text)
-        twins = [adapters.twin(target, training=False) for adapters in (self.positive, self.negative)]
+        twins = [
+            adapters.twin(target, training=False) for adapters in (self.positive, self.negative)
+        ]
         states = [twin.features(text, ("final",))["final"].flatten(0, 1)[flat_M] for twin in twins]
         rows, found = max(1, MAX_LOGITS // target.shape.vocab_size), []
         for start in range(0, len(labels_M), rows):
             part = slice(start, start + rows)
-            positive, negative = (full_precision(twin.logits(state[part])) for twin, state in zip(twins, states))
+            positive, negative = (
+                full_precision(twin.logits(state[part])) for twin, state in zip(twins, states)
+            )
             law = contrastive_law(positive, negative, self.contrast)
             found.append(law.gather(1, labels_M[part, None])[:, 0])
         return at_tokens(text, torch.cat(found) if found else states[0].new_zeros(0))
@@ -93,11 +107,14 @@ class ContrastiveEstimator(Trainable):
 def _language_losses(text: TextBatch, twin: Target) -> Tensor:
     flat_M, labels_M = next_token_rows(text)
     final_BTH = twin.features(text, ("final",), gradient=True)["final"]
-    return cross_entropy(final_BTH.flatten(0, 1)[flat_M], twin.logits, labels_M, twin.shape.vocab_size)[0]
+    return cross_entropy(
+        final_BTH.flatten(0, 1)[flat_M], twin.logits, labels_M, twin.shape.vocab_size
+    )[0]
 
 
 class CDPO(PreferenceTrainable):
-    """−log σ(γ (Σ r_w − Σ (1 − s_t) r_l)): tokens of the rejected response weigh by how critical they are.
+    """−log σ(γ (Σ r_w − Σ (1 − s_t) r_l)): tokens of the rejected response weigh by how critical
+    they are.
 
     First the contrastive estimator learns right and wrong trajectories of the same questions; then
     its scores of the rejected tokens are computed once, and the policy is trained with them. The
@@ -107,25 +124,40 @@ class CDPO(PreferenceTrainable):
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
         gamma: what log-ratios are multiplied with.
-        positionwise: compare token by token and average, as the released code does, instead of whole responses.
+        positionwise: compare token by token and average, as the released code does, instead of
+            whole responses.
         contrast: β of the contrast between the two models.
         estimator_rank, estimator_alpha, estimator_dropout: of their adapters.
-        estimator_epochs, estimator_lr: how long and at which peak learning rate they are trained first.
+        estimator_epochs, estimator_lr: how long and at which peak learning rate they are trained
+            first.
     """
 
     method: ClassVar[str] = "cdpo"
 
-    def __init__(self, shape: TargetShape, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0,
-                 gamma: float = 1.0, positionwise: bool = False, contrast: float = 1.0, estimator_rank: int = 8,
-                 estimator_alpha: float = 16.0, estimator_dropout: float = 0.1, estimator_epochs: int = 1,
-                 estimator_lr: float = 3e-4) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        gamma: float = 1.0,
+        positionwise: bool = False,
+        contrast: float = 1.0,
+        estimator_rank: int = 8,
+        estimator_alpha: float = 16.0,
+        estimator_dropout: float = 0.1,
+        estimator_epochs: int = 1,
+        estimator_lr: float = 3e-4,
+    ) -> None:
         super().__init__(shape, rank, alpha, dropout, gamma)
         if estimator_epochs < 1:
             raise ValueError(f"estimator_epochs must be at least 1, got {estimator_epochs}")
         if estimator_lr <= 0:
             raise ValueError(f"estimator_lr must be above 0, got {estimator_lr}")
         self.positionwise, self.epochs, self.lr = positionwise, estimator_epochs, estimator_lr
-        self.estimator = ContrastiveEstimator(shape, estimator_rank, estimator_alpha, estimator_dropout, contrast)
+        self.estimator = ContrastiveEstimator(
+            shape, estimator_rank, estimator_alpha, estimator_dropout, contrast
+        )
         self.estimator.requires_grad_(False)
         self._scores = RowCache()
 
@@ -138,41 +170,62 @@ class CDPO(PreferenceTrainable):
         """The estimator's s_t of every counted token [B,T], computed once per row."""
         return self._scores(text, target, self.estimator.scores)
 
-    def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
-                    ) -> tuple[Tensor, dict[str, Mean]]:
-        """The sequence form, or the released code's form [B]; the mean score of the rejected tokens as a metric."""
+    def pair_losses(
+        self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
+    ) -> tuple[Tensor, dict[str, Mean]]:
+        """The sequence form, or the released code's form [B]; the mean score of the rejected tokens
+        as a metric.
+        """
         scores_BT = self.scores(batch.rejected, target)
         shown = {"rejected_score": Mean(scores_BT.sum(), rejected.counted_BT.sum())}
         if self.positionwise:
-            return positionwise_dpo_loss(chosen.ratio_BT, chosen.counted_BT, rejected.ratio_BT, rejected.counted_BT,
-                                         scores_BT, self.beta), shown
+            return positionwise_dpo_loss(
+                chosen.ratio_BT,
+                chosen.counted_BT,
+                rejected.ratio_BT,
+                rejected.counted_BT,
+                scores_BT,
+                self.beta,
+            ), shown
         return critical_dpo_loss(chosen.ratio_BT, rejected.ratio_BT, scores_BT, self.beta), shown
 
     def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
-        """A page that shows the critical tokens of the held-out wrong trajectories; where their errors are known, how
-        well the scores find them, beside the target's own surprise at each token."""
+        """A page that shows the critical tokens of the held-out wrong trajectories; where their
+        errors are known, how well the scores find them, beside the target's own surprise at each
+        token."""
         shown: list[TokenScores] = []
         places: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
         for batch in batches:
             scores_BT = self.scores(batch.rejected, target)
-            errors_BT = torch.zeros_like(batch.rejected.loss_mask) if batch.errors is None else batch.errors
-            inferred = [False] * len(errors_BT) if batch.inferred is None else batch.inferred.tolist()
+            errors_BT = (
+                torch.zeros_like(batch.rejected.loss_mask) if batch.errors is None else batch.errors
+            )
+            inferred = (
+                [False] * len(errors_BT) if batch.inferred is None else batch.inferred.tolist()
+            )
             surprise_BT = -self._references(batch.rejected, target, reference_log_probabilities)
             shown += token_scores(batch.rejected, scores_BT, errors_BT, target)
             for b, row in enumerate(counted(batch.rejected)):
                 if bool(errors_BT[b, row].any()):
-                    places[inferred[b]].append((1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row]))
+                    places[inferred[b]].append(
+                        (1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row])
+                    )
         figures = error_figures(places[False]) | error_figures(places[True], "inferred_")
         return Outcome(figures, {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
 
 
-def error_figures(responses: Sequence[tuple[Tensor, Tensor, Tensor]], prefix: str = "") -> dict[str, float]:
-    """How well two rankings of the tokens of wrong responses find their errors; nothing without responses.
+def error_figures(
+    responses: Sequence[tuple[Tensor, Tensor, Tensor]], prefix: str = ""
+) -> dict[str, float]:
+    """How well two rankings of the tokens of wrong responses find their errors; nothing without
+    responses.
 
-    criticality_auc: how often an error's token is more critical than another token of any of the responses.
-    surprise_auc: the same for −log p of the target, which needs no estimator. most_critical_is_error: share of the
-    responses whose most critical token is an error's. known_errors: responses. With `prefix` the errors are steps in
-    which the mistake is only inferred to lie.
+    criticality_auc: how often an error's token is more critical than another token of any of the
+    responses.
+    surprise_auc: the same for −log p of the target, which needs no estimator.
+    most_critical_is_error: share of the responses whose most critical token is an error's.
+    known_errors: responses. With `prefix` the errors are steps in which the mistake is only
+    inferred to lie.
 
     Args:
         responses: criticality 1 − s [T], −log p [T] and which tokens are errors (bool [T]) of each.
@@ -182,18 +235,27 @@ def error_figures(responses: Sequence[tuple[Tensor, Tensor, Tensor]], prefix: st
         return {}
     critical_M, surprise_M, errors_M = (torch.cat(parts) for parts in zip(*responses, strict=True))
     first = [float(errors_T[critical_T.argmax()]) for critical_T, _, errors_T in responses]
-    figures = {"criticality_auc": area_under_curve(critical_M, errors_M),
-               "surprise_auc": area_under_curve(surprise_M, errors_M),
-               "most_critical_is_error": sum(first) / len(first), "known_errors": float(len(first))}
+    figures = {
+        "criticality_auc": area_under_curve(critical_M, errors_M),
+        "surprise_auc": area_under_curve(surprise_M, errors_M),
+        "most_critical_is_error": sum(first) / len(first),
+        "known_errors": float(len(first)),
+    }
     return {f"held_out/{prefix}{name}": value for name, value in figures.items()}
 
 
-def token_scores(text: TextBatch, scores_BT: Tensor, errors_BT: Tensor, target: Target) -> list[TokenScores]:
+def token_scores(
+    text: TextBatch, scores_BT: Tensor, errors_BT: Tensor, target: Target
+) -> list[TokenScores]:
     """Each row's prompt, and its response token by token with its scores and known errors."""
     found = []
     for ids, scored, scores, errors in zip(text.input_ids, counted(text), scores_BT, errors_BT):
         if scored.any():
-            prompt = target.tokenizer.decode(ids[:int(scored.int().argmax())].tolist(), skip_special_tokens=True)
+            prompt = target.tokenizer.decode(
+                ids[: int(scored.int().argmax())].tolist(), skip_special_tokens=True
+            )
             pieces = [target.tokenizer.decode([token]) for token in ids[scored].tolist()]
-            found.append(TokenScores(prompt, pieces, scores[scored].tolist(), errors[scored].tolist()))
+            found.append(
+                TokenScores(prompt, pieces, scores[scored].tolist(), errors[scored].tolist())
+            )
     return found

@@ -1,4 +1,5 @@
-"""DPO: direct preference optimisation of whole responses (Rafailov et al. 2023), the baseline of the token-level ones.
+"""DPO: direct preference optimisation of whole responses (Rafailov et al. 2023), the baseline of
+the token-level ones.
 
 Shape legend: B pairs.
 """
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class DPO(PreferenceTrainable):
-    """−log σ(β (Σ r_w − Σ r_l)) with low-rank adapters as the policy and the target as the reference.
+    """−log σ(β (Σ r_w − Σ r_l)) with low-rank adapters as the policy and the target as the
+    reference.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
@@ -29,11 +31,18 @@ class DPO(PreferenceTrainable):
 
     method: ClassVar[str] = "dpo"
 
-    def __init__(self, shape: TargetShape, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0,
-                 beta: float = 0.1) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        beta: float = 0.1,
+    ) -> None:
         super().__init__(shape, rank, alpha, dropout, beta)
 
-    def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
-                    ) -> tuple[Tensor, dict[str, Mean]]:
+    def pair_losses(
+        self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
+    ) -> tuple[Tensor, dict[str, Mean]]:
         """`dpo_loss` [B]."""
         return dpo_loss(chosen.ratio_BT, rejected.ratio_BT, self.beta), {}

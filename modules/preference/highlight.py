@@ -25,8 +25,8 @@ figure { margin: 0; }
 
 @dataclass(frozen=True)
 class TokenScores:
-    """A response: its prompt, the text of each token, each token's contrastive score in [0, 1] (low: critical), and
-    whether it is known to be wrong."""
+    """A response: its prompt, the text of each token, each token's contrastive score in [0, 1]
+    (low: critical), and whether it is known to be wrong."""
 
     prompt: str
     tokens: Sequence[str]
@@ -35,31 +35,49 @@ class TokenScores:
 
 
 def highlight_page(title: str, responses: Sequence[TokenScores]) -> str:
-    """HTML without outside parts: at most `SHOWN` responses, each token shaded by 1 − s, the lowest score outlined."""
+    """HTML without outside parts: at most `SHOWN` responses, each token shaded by 1 − s, the lowest
+    score outlined.
+    """
     shown = responses[:SHOWN]
-    return "\n".join([
-        '<!doctype html>', '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style></head><body>", f"<h1>{escape(title)}</h1>",
-        f'<p class="quiet">{len(shown)} of {len(responses)} held-out wrong responses. The darker a token, the lower '
-        "its score s: the more it belongs to wrong trajectories rather than right ones. The lowest score of each "
-        "response is outlined, a known error underlined; point at a token to read its score.</p>",
-        *(_article(number, response) for number, response in enumerate(shown, 1)), "</body></html>"]) + "\n"
+    return (
+        "\n".join(
+            [
+                "<!doctype html>",
+                '<html lang="en"><head><meta charset="utf-8">',
+                '<meta name="viewport" content="width=device-width, initial-scale=1">',
+                f"<title>{escape(title)}</title>",
+                f"<style>{STYLE}</style></head><body>",
+                f"<h1>{escape(title)}</h1>",
+                f'<p class="quiet">{len(shown)} of {len(responses)} held-out wrong responses. The darker a token, the lower '
+                "its score s: the more it belongs to wrong trajectories rather than right ones. The lowest score of each "
+                "response is outlined, a known error underlined; point at a token to read its score.</p>",
+                *(_article(number, response) for number, response in enumerate(shown, 1)),
+                "</body></html>",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _article(number: int, response: TokenScores) -> str:
     lowest = min(range(len(response.scores)), key=lambda i: response.scores[i])
     rows = zip(response.tokens, response.scores, response.errors, strict=True)
-    spans = "".join(_span(token, score, i == lowest, error) for i, (token, score, error) in enumerate(rows))
+    spans = "".join(
+        _span(token, score, i == lowest, error) for i, (token, score, error) in enumerate(rows)
+    )
     mean = sum(response.scores) / len(response.scores)
-    return (f'<article><p class="quiet">{escape(response.prompt.strip())}</p><figure>'
-            f'<div class="response">{spans}</div>'
-            f"<figcaption>Response {number}: mean score {mean:.2f}, lowest {response.scores[lowest]:.3f} at token "
-            f"{lowest + 1} of {len(response.scores)}</figcaption></figure></article>")
+    return (
+        f'<article><p class="quiet">{escape(response.prompt.strip())}</p><figure>'
+        f'<div class="response">{spans}</div>'
+        f"<figcaption>Response {number}: mean score {mean:.2f}, lowest {response.scores[lowest]:.3f} at token "
+        f"{lowest + 1} of {len(response.scores)}</figcaption></figure></article>"
+    )
 
 
 def _span(token: str, score: float, lowest: bool, error: bool) -> str:
     classes = " ".join(name for name, holds in (("lowest", lowest), ("error", error)) if holds)
     mark = f' class="{classes}"' if classes else ""
-    return (f'<span{mark} style="background: rgba(213, 94, 0, {max(0.0, 1 - score) * 0.6:.3f})" '
-            f'title="s = {score:.3f}">{escape(token)}</span>')
+    return (
+        f'<span{mark} style="background: rgba(213, 94, 0, {max(0.0, 1 - score) * 0.6:.3f})" '
+        f'title="s = {score:.3f}">{escape(token)}</span>'
+    )

@@ -1,9 +1,11 @@
 """Preference losses as pure functions of per-token quantities: DPO, cDPO and SparsePO.
 
-Everything per token is 0 where no token counts, so that a sum over a row is a sum over its response. For a response
-y to a prompt x, r_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) is its log-ratio.
+Everything per token is 0 where no token counts, so that a sum over a row is a sum over its
+response. For a response y to a prompt x, r_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) is
+its log-ratio.
 
-Shape legend: B pairs, T tokens of a row, R tokens of the longest response, L layers, M rows of logits, V vocabulary.
+Shape legend: B pairs, T tokens of a row, R tokens of the longest response, L layers, M rows of
+logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,34 +19,47 @@ from torch.nn import functional as F
 
 
 def dpo_loss(chosen_BT: Tensor, rejected_BT: Tensor, beta: float) -> Tensor:
-    """−log σ(β (Σ_t r_t(y_w) − Σ_t r_t(y_l))) of log-ratios [B,T] -> [B] (Rafailov et al. 2023, equation 7)."""
+    """−log σ(β (Σ_t r_t(y_w) − Σ_t r_t(y_l))) of log-ratios [B,T] -> [B] (Rafailov et al. 2023,
+    equation 7).
+    """
     return -F.logsigmoid(beta * (chosen_BT.sum(1) - rejected_BT.sum(1)))
 
 
-# -- cDPO ---------------------------------------------------------------------------------------------------------
+# -- cDPO ------------------------------------------------------------------------------------------
 
 
 def contrastive_law(positive_MV: Tensor, negative_MV: Tensor, contrast: float) -> Tensor:
-    """softmax_v((1 + β) log P_p(v) − β log P_n(v)) of two models' logits [M,V] -> probabilities [M,V].
+    """softmax_v((1 + β) log P_p(v) − β log P_n(v)) of two models' logits [M,V] -> probabilities
+    [M,V].
 
-    P_p has seen right trajectories and P_n wrong ones: a token of small probability here is typical of wrong ones
-    (Lin et al. 2024, section 3.2). β = 0 gives P_p.
+    P_p has seen right trajectories and P_n wrong ones: a token of small probability here is typical
+    of wrong ones (Lin et al. 2024, section 3.2). β = 0 gives P_p.
     """
     positive_MV, negative_MV = positive_MV.log_softmax(-1), negative_MV.log_softmax(-1)
     return ((1 + contrast) * positive_MV - contrast * negative_MV).softmax(-1)
 
 
-def critical_dpo_loss(chosen_BT: Tensor, rejected_BT: Tensor, scores_BT: Tensor, gamma: float) -> Tensor:
+def critical_dpo_loss(
+    chosen_BT: Tensor, rejected_BT: Tensor, scores_BT: Tensor, gamma: float
+) -> Tensor:
     """−log σ(γ (Σ_t r_t(y_w) − Σ_t (1 − s_t) r_t(y_l))) -> [B] (Lin et al. 2024, section 3.3).
 
-    s_t is the contrastive probability of the rejected token: critical tokens (small s_t) keep their whole weight.
+    s_t is the contrastive probability of the rejected token: critical tokens (small s_t) keep their
+    whole weight.
     """
     return dpo_loss(chosen_BT, (1 - scores_BT) * rejected_BT, gamma)
 
 
-def positionwise_dpo_loss(chosen_BT: Tensor, chosen_counted_BT: Tensor, rejected_BT: Tensor,
-                          rejected_counted_BT: Tensor, scores_BT: Tensor, gamma: float) -> Tensor:
-    """The form of the paper's released code: token i of y_w against token i of y_l, averaged over positions -> [B].
+def positionwise_dpo_loss(
+    chosen_BT: Tensor,
+    chosen_counted_BT: Tensor,
+    rejected_BT: Tensor,
+    rejected_counted_BT: Tensor,
+    scores_BT: Tensor,
+    gamma: float,
+) -> Tensor:
+    """The form of the paper's released code: token i of y_w against token i of y_l, averaged over
+    positions -> [B].
 
     Behind the end of the shorter response its log-ratio is 0. (The released code's mean also runs
     over prompt and
@@ -53,8 +68,9 @@ def positionwise_dpo_loss(chosen_BT: Tensor, chosen_counted_BT: Tensor, rejected
     chosen_BR = _responses(chosen_BT, chosen_counted_BT)
     rejected_BR = _responses((1 - scores_BT) * rejected_BT, rejected_counted_BT)
     length = max(chosen_BR.shape[1], rejected_BR.shape[1])
-    difference_BR = (F.pad(chosen_BR, (0, length - chosen_BR.shape[1]))
-                     - F.pad(rejected_BR, (0, length - rejected_BR.shape[1])))
+    difference_BR = F.pad(chosen_BR, (0, length - chosen_BR.shape[1])) - F.pad(
+        rejected_BR, (0, length - rejected_BR.shape[1])
+    )
     lengths_B = torch.maximum(chosen_counted_BT.sum(1), rejected_counted_BT.sum(1))
     real_BR = torch.arange(length, device=lengths_B.device) < lengths_B[:, None]
     return (-F.logsigmoid(gamma * difference_BR) * real_BR).sum(1) / lengths_B.clamp(min=1)
@@ -63,7 +79,7 @@ def positionwise_dpo_loss(chosen_BT: Tensor, chosen_counted_BT: Tensor, rejected
 def _responses(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
     """What counts of each row, moved to its front in order [B,R]."""
     order_BT = counted_BT.long().argsort(dim=1, descending=True, stable=True)
-    return (values_BT * counted_BT).gather(1, order_BT)[:, :int(counted_BT.sum(1).max())]
+    return (values_BT * counted_BT).gather(1, order_BT)[:, : int(counted_BT.sum(1).max())]
 
 
 # -- SparsePO --------------------------------------------------------------------------------------
@@ -73,8 +89,8 @@ def _responses(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
 class Side:
     """One response of each pair.
 
-    ratio_BT: log-ratios r_t. divergence_BT: KL(π_ref ‖ π_θ) over the vocabulary at each token, at least 0.
-    reward_mask_BT, divergence_mask_BT: the weights m^u and m^d of the two.
+    ratio_BT: log-ratios r_t. divergence_BT: KL(π_ref ‖ π_θ) over the vocabulary at each token, at
+    least 0. reward_mask_BT, divergence_mask_BT: the weights m^u and m^d of the two.
     """
 
     ratio_BT: Tensor
@@ -99,14 +115,17 @@ def sparse_loss(chosen: Side, rejected: Side, beta: float, detach_chosen: bool =
     `detach_chosen` stops the gradient through d_w, as TDPO's second form does.
     """
     divergence_B = chosen.divergence_B.detach() if detach_chosen else chosen.divergence_B
-    return -F.logsigmoid(beta * (chosen.reward_B - rejected.reward_B - divergence_B + rejected.divergence_B))
+    return -F.logsigmoid(
+        beta * (chosen.reward_B - rejected.reward_B - divergence_B + rejected.divergence_B)
+    )
 
 
 def activation_mask(groups: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
-    """A mask read from activations: each of them min-max scaled to [0, 1] over the response's tokens, then averaged.
+    """A mask read from activations: each of them min-max scaled to [0, 1] over the response's
+    tokens, then averaged.
 
-    The average is over the activations of a group, then over groups. (The paper standardises before it scales, which
-    scaling undoes.) An activation that does not vary over the response gives 0.
+    The average is over the activations of a group, then over groups. (The paper standardises before
+    it scales, which scaling undoes.) An activation that does not vary over the response gives 0.
 
     Args:
         groups: mean activations [L,B,T] of one kind (residual stream, attention outputs, ...) each.

@@ -1,6 +1,8 @@
-"""What preference recipes share: a policy of adapters on the target, log-ratios to the target itself, metrics.
+"""What preference recipes share: a policy of adapters on the target, log-ratios to the target
+itself, metrics.
 
-The reference model is the target without adapters, so it is never stored; what it says about a pair is computed once.
+The reference model is the target without adapters, so it is never stored; what it says about a pair
+is computed once.
 
 Shape legend: B pairs, T tokens of a row, M tokens that count, H hidden size, V vocabulary.
 """
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 class Response:
     """The responses on one side of a batch of pairs.
 
-    log_probability_BT: log π_θ of each token, 0 where none counts. reference_BT: the reference's. counted_BT: bool.
+    log_probability_BT: log π_θ of each token, 0 where none counts. reference_BT: the reference's.
+    counted_BT: bool.
     final_BTH: the policy's `final` states.
     """
 
@@ -45,46 +48,66 @@ class Response:
 
 
 def counted(batch: TextBatch) -> Tensor:
-    """bool [B,T]: the tokens that are predicted: in the loss mask, and not the first of their document."""
+    """bool [B,T]: the tokens that are predicted: in the loss mask, and not the first of their
+    document.
+    """
     return at_tokens(batch, torch.ones_like(next_token_rows(batch)[0])).bool()
 
 
 def at_tokens(batch: TextBatch, values_M: Tensor) -> Tensor:
-    """Values [M] of the rows of `next_token_rows`, laid where the predicted tokens stand [B,T], 0 elsewhere."""
+    """Values [M] of the rows of `next_token_rows`, laid where the predicted tokens stand [B,T], 0
+    elsewhere.
+    """
     flat_M = next_token_rows(batch)[0]
     laid = values_M.new_zeros(batch.input_ids.numel()).index_put((flat_M + 1,), values_M)
     return laid.view(batch.input_ids.shape)
 
 
 def log_probabilities(batch: TextBatch, final_BTH: Tensor, head: Head, width: int) -> Tensor:
-    """log p of each counted token [B,T], 0 elsewhere, from `final` states and the LM head over `width` tokens."""
+    """log p of each counted token [B,T], 0 elsewhere, from `final` states and the LM head over
+    `width` tokens.
+    """
     flat_M, labels_M = next_token_rows(batch)
-    return at_tokens(batch, -cross_entropy(final_BTH.flatten(0, 1)[flat_M], head, labels_M, width)[0])
+    return at_tokens(
+        batch, -cross_entropy(final_BTH.flatten(0, 1)[flat_M], head, labels_M, width)[0]
+    )
 
 
 class RowCache:
-    """Values [B,T] of rows that never change for a target, computed once: found by the row's tokens and mask."""
+    """Values [B,T] of rows that never change for a target, computed once: found by the row's tokens
+    and mask.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[bytes, Tensor] = {}
         self._target: Target | None = None
 
-    def __call__(self, batch: TextBatch, target: Target, compute: Callable[[TextBatch, Target], Tensor]) -> Tensor:
-        """The batch's values; the whole batch is computed (without gradient) if one of its rows is new."""
+    def __call__(
+        self, batch: TextBatch, target: Target, compute: Callable[[TextBatch, Target], Tensor]
+    ) -> Tensor:
+        """The batch's values; the whole batch is computed (without gradient) if one of its rows is
+        new.
+        """
         if self._target is not target:
             self._rows, self._target = {}, target
         keys = [_key(batch, row) for row in range(batch.input_ids.shape[0])]
         if any(key not in self._rows for key in keys):
             with torch.no_grad():
                 fresh_BT = compute(batch, target)
-            self._rows |= {key: values.to("cpu", copy=True) for key, values in zip(keys, fresh_BT, strict=True)}
+            self._rows |= {
+                key: values.to("cpu", copy=True) for key, values in zip(keys, fresh_BT, strict=True)
+            }
         width, device = batch.input_ids.shape[1], batch.input_ids.device
         return torch.stack([_fitted(self._rows[key], width) for key in keys]).to(device)
 
 
 def _key(batch: TextBatch, row: int) -> bytes:
     real = batch.document_ids[row] != PADDING_DOCUMENT
-    parts = (batch.input_ids[row][real], batch.loss_mask[row][real].long(), batch.document_ids[row][real])
+    parts = (
+        batch.input_ids[row][real],
+        batch.loss_mask[row][real].long(),
+        batch.document_ids[row][real],
+    )
     return torch.cat(parts).cpu().numpy().tobytes()
 
 
@@ -101,7 +124,8 @@ def reference_log_probabilities(batch: TextBatch, target: Target) -> Tensor:
 
 
 class PreferenceTrainable(Trainable):
-    """A policy that learns from pairs: low-rank adapters on the target, which itself is the reference.
+    """A policy that learns from pairs: low-rank adapters on the target, which itself is the
+    reference.
 
     Subclasses give `pair_losses`.
 
@@ -115,7 +139,9 @@ class PreferenceTrainable(Trainable):
     method: ClassVar[str] = "preference"
     """What an adapted target's name ends in."""
 
-    def __init__(self, shape: TargetShape, rank: int, alpha: float, dropout: float, beta: float) -> None:
+    def __init__(
+        self, shape: TargetShape, rank: int, alpha: float, dropout: float, beta: float
+    ) -> None:
         super().__init__()
         if beta <= 0:
             raise ValueError(f"beta (cDPO: gamma) must be above 0, got {beta}")
@@ -133,7 +159,9 @@ class PreferenceTrainable(Trainable):
         return self.policy.merged(target)
 
     def response(self, text: TextBatch, reference_BT: Tensor | None, target: Target) -> Response:
-        """One side under the policy (with gradient) and the reference (cached unless the batch brings it)."""
+        """One side under the policy (with gradient) and the reference (cached unless the batch
+        brings it).
+        """
         twin = self.policy.twin(target)
         final_BTH = twin.features(text, ("final",), gradient=True)["final"]
         policy_BT = log_probabilities(text, final_BTH, twin.logits, self.shape.vocab_size)
@@ -142,28 +170,41 @@ class PreferenceTrainable(Trainable):
         return Response(policy_BT, reference_BT.to(policy_BT.dtype), counted(text), final_BTH)
 
     @abstractmethod
-    def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
-                    ) -> tuple[Tensor, dict[str, Mean]]:
+    def pair_losses(
+        self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
+    ) -> tuple[Tensor, dict[str, Mean]]:
         """The loss of each pair [B], and metrics of its own."""
 
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
-        """Mean over the pairs that have a token to be trained on; preference accuracy (the chosen response has the
-        higher reward) and reward margin."""
+        """Mean over the pairs that have a token to be trained on; preference accuracy (the chosen
+        response has the higher reward) and reward margin."""
         chosen = self.response(batch.chosen, batch.chosen_reference, target)
         rejected = self.response(batch.rejected, batch.rejected_reference, target)
         losses_B, metrics = self.pair_losses(batch, chosen, rejected, target)
         real_B = chosen.counted_BT.any(1) | rejected.counted_BT.any(1)
         losses_B = losses_B * real_B
-        shown = {**preference_metrics(losses_B, chosen.ratio_BT, rejected.ratio_BT, self.beta, real_B), **metrics}
+        shown = {
+            **preference_metrics(losses_B, chosen.ratio_BT, rejected.ratio_BT, self.beta, real_B),
+            **metrics,
+        }
         return Losses(losses_B.sum() / divisor(shown["loss"].count), shown)
 
 
-def preference_metrics(losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float, real_B: Tensor
-                       ) -> dict[str, Mean]:
-    """Means over real pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and either."""
+def preference_metrics(
+    losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float, real_B: Tensor
+) -> dict[str, Mean]:
+    """Means over real pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and
+    either.
+    """
     losses_B = losses_B.detach()
-    chosen_B, rejected_B = (beta * ratio_BT.detach().sum(1) for ratio_BT in (chosen_BT, rejected_BT))
+    chosen_B, rejected_B = (
+        beta * ratio_BT.detach().sum(1) for ratio_BT in (chosen_BT, rejected_BT)
+    )
     pairs = real_B.sum()
-    return {"loss": Mean(losses_B.sum(), pairs), "preference_accuracy": Mean((chosen_B > rejected_B).sum(), pairs),
-            "reward_margin": Mean((chosen_B - rejected_B).sum(), pairs),
-            "chosen_reward": Mean(chosen_B.sum(), pairs), "rejected_reward": Mean(rejected_B.sum(), pairs)}
+    return {
+        "loss": Mean(losses_B.sum(), pairs),
+        "preference_accuracy": Mean((chosen_B > rejected_B).sum(), pairs),
+        "reward_margin": Mean((chosen_B - rejected_B).sum(), pairs),
+        "chosen_reward": Mean(chosen_B.sum(), pairs),
+        "rejected_reward": Mean(rejected_B.sum(), pairs),
+    }

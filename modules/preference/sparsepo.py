@@ -1,4 +1,5 @@
-"""SparsePO: token masks on the reward and on the divergence of DPO (Christopoulou et al. 2024, arXiv 2410.05102).
+"""SparsePO: token masks on the reward and on the divergence of DPO (Christopoulou et al. 2024,
+arXiv 2410.05102).
 
 Shape legend: B pairs, T tokens of a row, M tokens that count, L layers, H hidden size.
 """
@@ -26,7 +27,8 @@ MASK_DROPOUT = 0.01
 
 
 class MaskHead(nn.Module):
-    """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each layer's state.
+    """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each
+    layer's state.
 
     Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off,
     which is what makes it sparse. It starts close to 1, where SparsePO is TDPO: w small, b = 1, v =
@@ -43,14 +45,18 @@ class MaskHead(nn.Module):
     def forward(self, states_LBTH: Tensor) -> Tensor:
         """The reference's residual states [L,B,T,H] -> mask [B,T]."""
         normal_LBTH = F.layer_norm(states_LBTH, states_LBTH.shape[-1:])
-        units_LBT = torch.einsum("lbth,lh->lbt", normal_LBTH, self.weight) + self.bias[:, None, None]
+        units_LBT = (
+            torch.einsum("lbth,lh->lbt", normal_LBTH, self.weight) + self.bias[:, None, None]
+        )
         units_LBT = F.relu(F.dropout(units_LBT, MASK_DROPOUT, self.training))
         mixed_BT = torch.einsum("lbt,l->bt", units_LBT, self.mix[0])
         return F.relu(F.dropout(mixed_BT, MASK_DROPOUT, self.training))
 
 
 def behind(values_BT: Tensor) -> Tensor:
-    """Of each token what was read before it, [..., T]: the row that predicts it. The first has 0 and never counts."""
+    """Of each token what was read before it, [..., T]: the row that predicts it. The first has 0
+    and never counts.
+    """
     return F.pad(values_BT, (1, 0))[..., :-1]
 
 
@@ -67,10 +73,11 @@ class TokenMasks(NamedTuple):
 
 
 class SparsePO(PreferenceTrainable):
-    """−log σ(β [(u_w − u_l) − (d_w − d_l)]) with u = Σ m^u_t r_t and d = −Σ m^d_t KL(π_ref ‖ π_θ)_t.
+    """−log σ(β [(u_w − u_l) − (d_w − d_l)]) with u = Σ m^u_t r_t and d = −Σ m^d_t KL(π_ref ‖
+    π_θ)_t.
 
-    Masks are learned with the policy from the reference's states, or read from its activations without parameters: m_t
-    weighs y_t, and comes from the row that predicts it, as the KL does.
+    Masks are learned with the policy from the reference's states, or read from its activations
+    without parameters: m_t weighs y_t, and comes from the row that predicts it, as the KL does.
 
     `"binarised"` masks are the sign of learned ones, 0 or 1. A sign has no slope; its gradient is
     passed to the learned mask unchanged (straight through, Bengio et al. 2013). The released code
@@ -81,7 +88,8 @@ class SparsePO(PreferenceTrainable):
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
         beta: strength of the tie to the reference.
-        masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and `"ones"` (TDPO).
+        masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and
+            `"ones"` (TDPO).
         activations: which of the reference's activations MaPO reads, of `residual`, `attention`,
             `feed_forward` and `logits` (see `mean_activations`); null: all, as the released recipes
             do.
@@ -95,10 +103,21 @@ class SparsePO(PreferenceTrainable):
 
     method: ClassVar[str] = "sparsepo"
 
-    def __init__(self, shape: TargetShape, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0,
-                 beta: float = 0.1, masks: Masks = "learned", activations: list[Group] | None = None,
-                 common_mask: bool = True, sparsity: float = 0.0, mask_lr_scale: float = 1.0,
-                 mask_weight_decay: float = 0.01, detach_chosen: bool = False) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        beta: float = 0.1,
+        masks: Masks = "learned",
+        activations: list[Group] | None = None,
+        common_mask: bool = True,
+        sparsity: float = 0.0,
+        mask_lr_scale: float = 1.0,
+        mask_weight_decay: float = 0.01,
+        detach_chosen: bool = False,
+    ) -> None:
         super().__init__(shape, rank, alpha, dropout, beta)
         self.groups: list[Group] = list(GROUPS) if activations is None else activations
         _check(masks, self.groups, sparsity)
@@ -113,18 +132,28 @@ class SparsePO(PreferenceTrainable):
         """The masks have a learning rate and a weight decay of their own."""
         groups = [{"params": list(self.policy.parameters()), "lr_scale": 1.0}]
         if self.mask_heads:
-            groups.append({"params": list(self.mask_heads.parameters()), "lr_scale": self.mask_lr_scale,
-                           "weight_decay": self.mask_weight_decay})
+            groups.append(
+                {
+                    "params": list(self.mask_heads.parameters()),
+                    "lr_scale": self.mask_lr_scale,
+                    "weight_decay": self.mask_weight_decay,
+                }
+            )
         return groups
 
-    # -- masks ------------------------------------------------------------------------------------------------
+    # -- masks -------------------------------------------------------------------------------------
 
     def reference_states(self, text: TextBatch, target: Target) -> dict[StateName, Tensor]:
-        """What one side needs of the reference: its `final` states, and the residual stream for learned masks."""
-        return target.features(text, (*(residual_states(target) if self.mask_heads else ()), "final"))
+        """What one side needs of the reference: its `final` states, and the residual stream for
+        learned masks.
+        """
+        return target.features(
+            text, (*(residual_states(target) if self.mask_heads else ()), "final")
+        )
 
-    def token_masks(self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
-                    ) -> TokenMasks:
+    def token_masks(
+        self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
+    ) -> TokenMasks:
         """The two masks of one side: learned from the reference's states, read from its
         activations, or drawn."""
         ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
@@ -147,10 +176,14 @@ class SparsePO(PreferenceTrainable):
         groups = [behind(group) for group in mean_activations(target, text, self.groups)]
         return activation_mask(groups, counted(text))
 
-    # -- loss -------------------------------------------------------------------------------------------------
+    # -- loss --------------------------------------------------------------------------------------
 
-    def divergences(self, text: TextBatch, response: Response, reference_BTH: Tensor, target: Target) -> Tensor:
-        """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T], from the reference's `final` states."""
+    def divergences(
+        self, text: TextBatch, response: Response, reference_BTH: Tensor, target: Target
+    ) -> Tensor:
+        """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T], from the reference's
+        `final` states.
+        """
         flat_M, labels_M = next_token_rows(text)
         size, twin = self.shape.vocab_size, self.policy.twin(target)
         laws = target_laws(target.logits, reference_BTH, flat_M, size)
@@ -158,17 +191,25 @@ class SparsePO(PreferenceTrainable):
         cross_M = cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0]
         return at_tokens(text, cross_M - entropies(laws, flat_M, size))
 
-    def pair_losses(self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
-                    ) -> tuple[Tensor, dict[str, Mean]]:
-        """`sparse_loss` plus the masks' L1 penalty [B]; either side's divergence and, in validation, its sparsity."""
+    def pair_losses(
+        self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
+    ) -> tuple[Tensor, dict[str, Mean]]:
+        """`sparse_loss` plus the masks' L1 penalty [B]; either side's divergence and, in
+        validation, its sparsity.
+        """
         sides, masks = [], []
         metrics: dict[str, Mean] = {}
-        for name, text, response in (("chosen", batch.chosen, chosen), ("rejected", batch.rejected, rejected)):
+        for name, text, response in (
+            ("chosen", batch.chosen, chosen),
+            ("rejected", batch.rejected, rejected),
+        ):
             states = self.reference_states(text, target)
             masks.append(self.token_masks(text, response.counted_BT, states, target))
             divergence_BT = self.divergences(text, response, states["final"], target)
             sides.append(Side(response.ratio_BT, divergence_BT, *masks[-1]))
-            metrics[f"{name}_divergence"] = Mean(divergence_BT.detach().sum(), response.counted_BT.any(1).sum())
+            metrics[f"{name}_divergence"] = Mean(
+                divergence_BT.detach().sum(), response.counted_BT.any(1).sum()
+            )
             if not self.training:  # dropout's zeros are not sparsity
                 metrics |= _sparsity(name, masks[-1], response.counted_BT)
         losses_B = sparse_loss(sides[0], sides[1], self.beta, self.detach_chosen)
@@ -190,8 +231,10 @@ class SparsePO(PreferenceTrainable):
 def _sparsity(side: str, masks: TokenMasks, counted_BT: Tensor) -> dict[str, Mean]:
     """Shares of the response's tokens that a mask leaves out."""
     tokens = counted_BT.sum()
-    return {f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
-            for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))}
+    return {
+        f"{side}_{name}_sparsity": Mean(((mask == 0) & counted_BT).sum(), tokens)
+        for name, mask in (("reward", masks.reward_BT), ("divergence", masks.divergence_BT))
+    }
 
 
 def _check(masks: str, groups: list[Group], sparsity: float) -> None:

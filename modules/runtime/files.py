@@ -133,7 +133,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: not JSON, not an object, nested too deeply, or too large; the line names the file.
+        ValueError: not JSON, not an object, nested too deeply, or too large; the line names the
+            file.
     """
     try:
         if file.stat().st_size > MOST_JSON:

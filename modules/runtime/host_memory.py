@@ -8,7 +8,9 @@ MEMORY = Path("/proc/meminfo")
 
 
 def available_memory() -> int:
-    """Bytes that can be had here, reclaimable caches included; without limit where the system does not say."""
+    """Bytes that can be had here, reclaimable caches included; without limit where the system does
+    not say.
+    """
     try:
         lines = MEMORY.read_text().splitlines()
     except OSError:

@@ -1,4 +1,6 @@
-"""Where the time of a training step goes: every moment is charged to the phase that was entered last."""
+"""Where the time of a training step goes: every moment is charged to the phase that was entered
+last.
+"""
 
 from __future__ import annotations
 

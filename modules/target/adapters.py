@@ -1,7 +1,8 @@
-"""Low-rank adapters on a frozen target's linear layers (LoRA, Hu et al. 2021), owned by the module that trains them.
+"""Low-rank adapters on a frozen target's linear layers (LoRA, Hu et al. 2021), owned by the module
+that trains them.
 
-The target's weights are never copied into a trained module: an adapter is its two factors alone, and `twin` runs the
-target's own weights through them.
+The target's weights are never copied into a trained module: an adapter is its two factors alone,
+and `twin` runs the target's own weights through them.
 
 Shape legend: I inputs and O outputs of a linear layer.
 """
@@ -30,12 +31,16 @@ class LowRank(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
+        self.down, self.up = (
+            nn.Parameter(torch.empty(rank, inputs)),
+            nn.Parameter(torch.zeros(outputs, rank)),
+        )
         nn.init.kaiming_uniform_(self.down, a=sqrt(5))
 
 
 class Adapters(nn.ModuleList):
-    """The factors for linear layers of a Llama-type target: one `ModuleDict` by layer name for each of its layers.
+    """The factors for linear layers of a Llama-type target: one `ModuleDict` by layer name for each
+    of its layers.
 
     Args:
         shape: the target's dimensions.
@@ -44,20 +49,38 @@ class Adapters(nn.ModuleList):
         name: what is appended to the name of an adapted target.
     """
 
-    def __init__(self, shape: TargetShape, rank: int, alpha: float, dropout: float,
-                 layers: Sequence[str] = EVERY_LINEAR, name: str = "adapted") -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        layers: Sequence[str] = EVERY_LINEAR,
+        name: str = "adapted",
+    ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         sizes = layer_sizes(shape)
-        super().__init__(nn.ModuleDict({layer: LowRank(*sizes[layer], rank) for layer in layers})
-                         for _ in range(shape.num_layers))
-        self.rank, self.alpha, self.dropout, self.layers, self.name = rank, alpha, dropout, tuple(layers), name
+        super().__init__(
+            nn.ModuleDict({layer: LowRank(*sizes[layer], rank) for layer in layers})
+            for _ in range(shape.num_layers)
+        )
+        self.rank, self.alpha, self.dropout, self.layers, self.name = (
+            rank,
+            alpha,
+            dropout,
+            tuple(layers),
+            name,
+        )
         self._twin: tuple[Target, Target] | None = None
 
-    def twin(self, target: Target, lm_head: LowRank | None = None, training: bool | None = None) -> Target:
-        """A target that shares all weights with `target` and runs through these factors (made once).
+    def twin(
+        self, target: Target, lm_head: LowRank | None = None, training: bool | None = None
+    ) -> Target:
+        """A target that shares all weights with `target` and runs through these factors (made
+        once).
 
         Args:
             target: whose weights.
@@ -68,20 +91,32 @@ class Adapters(nn.ModuleList):
             self._twin = (target, self._make_twin(target, lm_head))
         for factors, module in self._adapted_modules(self._twin[1], lm_head):
             # Read anew each time: ZeRO stage 3 gathers what is read.
-            module.lora_A["default"].weight, module.lora_B["default"].weight = factors.down, factors.up
+            module.lora_A["default"].weight, module.lora_B["default"].weight = (
+                factors.down,
+                factors.up,
+            )
             module.lora_dropout.train(self.training if training is None else training)
         return self._twin[1]
 
     def _make_twin(self, target: Target, lm_head: LowRank | None) -> Target:
         from peft import LoraConfig, inject_adapter_in_model
+
         self.refuse_other_layers(target)
         tensors = [*target.model.parameters(), *target.model.buffers()]
-        shared = copy.deepcopy(target.model, {id(target): target} | {id(tensor): tensor for tensor in tensors})
+        shared = copy.deepcopy(
+            target.model, {id(target): target} | {id(tensor): tensor for tensor in tensors}
+        )
         names = [*self.layers, *(["lm_head"] if lm_head is not None else [])]
-        config = LoraConfig(r=self.rank, lora_alpha=cast(int, self.alpha), lora_dropout=self.dropout,
-                            target_modules=names)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=cast(int, self.alpha),
+            lora_dropout=self.dropout,
+            target_modules=names,
+        )
         learns = {id(factor): factor.requires_grad for factor in self._factors(lm_head)}
-        twin = type(target)(inject_adapter_in_model(config, shared), target.tokenizer, f"{target.name}+{self.name}")
+        twin = type(target)(
+            inject_adapter_in_model(config, shared), target.tokenizer, f"{target.name}+{self.name}"
+        )
         for factor in self._factors(lm_head):
             factor.requires_grad_(learns[id(factor)])
         return twin
@@ -91,22 +126,36 @@ class Adapters(nn.ModuleList):
 
     @torch.no_grad()
     def merged(self, target: Target, lm_head: LowRank | None = None) -> Target:
-        """A copy of the target with the changes added to its weights: a different model, with its own fingerprint."""
+        """A copy of the target with the changes added to its weights: a different model, with its
+        own fingerprint.
+        """
         self.refuse_other_layers(target)
-        adapted = type(target)(copy.deepcopy(target.model, {id(target): target}), target.tokenizer,
-                               f"{target.name}+{self.name}")
+        adapted = type(target)(
+            copy.deepcopy(target.model, {id(target): target}),
+            target.tokenizer,
+            f"{target.name}+{self.name}",
+        )
         for factors, module in self._adapted_modules(adapted, lm_head):
             change = (self.alpha / self.rank) * (factors.up @ factors.down)
-            module.weight = nn.Parameter(module.weight + change.to(module.weight), requires_grad=False)
+            module.weight = nn.Parameter(
+                module.weight + change.to(module.weight), requires_grad=False
+            )
         if lm_head is not None:
             cast(Any, adapted.model).config.tie_word_embeddings = False
         return adapted
 
-    def _adapted_modules(self, target: Target, lm_head: LowRank | None) -> list[tuple[LowRank, Any]]:
-        pairs: list[tuple[LowRank, Any]] = [] if lm_head is None else [(lm_head, target.anatomy.head)]
+    def _adapted_modules(
+        self, target: Target, lm_head: LowRank | None
+    ) -> list[tuple[LowRank, Any]]:
+        pairs: list[tuple[LowRank, Any]] = (
+            [] if lm_head is None else [(lm_head, target.anatomy.head)]
+        )
         for adapters, layer in zip(self, target.anatomy.layers, strict=True):
             found = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
-            pairs += [(cast(LowRank, factors), found[name]) for name, factors in cast(nn.ModuleDict, adapters).items()]
+            pairs += [
+                (cast(LowRank, factors), found[name])
+                for name, factors in cast(nn.ModuleDict, adapters).items()
+            ]
         return pairs
 
     def refuse_other_layers(self, target: Target) -> None:
@@ -114,13 +163,26 @@ class Adapters(nn.ModuleList):
         names = {name.rsplit(".", 1)[-1] for name, _ in target.anatomy.layers[0].named_modules()}
         missing = [name for name in self.layers if name not in names]
         if missing:
-            raise ValueError(f"target {target.name!r} has no layers {', '.join(missing)} to adapt: {self.name} "
-                             "needs a Llama-type target")
+            raise ValueError(
+                f"target {target.name!r} has no layers {', '.join(missing)} to adapt: {self.name} "
+                "needs a Llama-type target"
+            )
 
 
 def layer_sizes(shape: TargetShape) -> dict[str, tuple[int, int]]:
     """Inputs and outputs (I, O) of a Llama-type layer's linear parts."""
-    size, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    size, queries, keys = (
+        shape.hidden_size,
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+    )
     inner = shape.intermediate_size
-    return {"q_proj": (size, queries), "k_proj": (size, keys), "v_proj": (size, keys), "o_proj": (queries, size),
-            "gate_proj": (size, inner), "up_proj": (size, inner), "down_proj": (inner, size)}
+    return {
+        "q_proj": (size, queries),
+        "k_proj": (size, keys),
+        "v_proj": (size, keys),
+        "o_proj": (queries, size),
+        "gate_proj": (size, inner),
+        "up_proj": (size, inner),
+        "down_proj": (inner, size),
+    }

@@ -23,17 +23,23 @@ _LAYERS, _NORMS = ("layers", "h"), ("norm", "ln_f", "final_layer_norm")
 
 
 class Anatomy:
-    """Decoder, layers, final norm and LM head of a stock model. Raises ValueError for an unknown architecture."""
+    """Decoder, layers, final norm and LM head of a stock model. Raises ValueError for an unknown
+    architecture.
+    """
 
     def __init__(self, model: Any) -> None:
         self.config = model.config
         if self.config.model_type not in SUPPORTED:
             raise ValueError(
-                f"target architecture {self.config.model_type!r} is not supported: use one of {', '.join(SUPPORTED)}")
+                f"target architecture {self.config.model_type!r} is not supported: use one of "
+                f"{', '.join(SUPPORTED)}"
+            )
         decoder = model.base_model
         self.decoder: Any = decoder.decoder if self.config.model_type == "opt" else decoder
         self._layers_name = next(name for name in _LAYERS if hasattr(self.decoder, name))
-        norm_name = next((name for name in _NORMS if getattr(self.decoder, name, None) is not None), None)
+        norm_name = next(
+            (name for name in _NORMS if getattr(self.decoder, name, None) is not None), None
+        )
         self.norm: nn.Module | None = getattr(self.decoder, norm_name) if norm_name else None
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
@@ -55,15 +61,24 @@ class Anatomy:
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None)
         return TargetShape(
-            hidden_size=config.hidden_size, vocab_size=config.vocab_size, num_layers=config.num_hidden_layers,
-            num_heads=heads, num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             intermediate_size=_intermediate_size(config),
-            norm_eps=getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_epsilon", 1e-5),
-            max_positions=config.max_position_embeddings, activation=_activation(config),
-            attention_bias=self.config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            norm_eps=getattr(config, "rms_norm_eps", None)
+            or getattr(config, "layer_norm_epsilon", 1e-5),
+            max_positions=config.max_position_embeddings,
+            activation=_activation(config),
+            attention_bias=self.config.model_type == "qwen2"
+            or bool(getattr(config, "attention_bias", False)),
             qk_norm=config.model_type in ("qwen3", "gemma3_text"),
-            rope=dict(rope) if rope and "rope_theta" in rope else {"rope_type": "default", "rope_theta": 10000.0})
+            rope=dict(rope)
+            if rope and "rope_theta" in rope
+            else {"rope_type": "default", "rope_theta": 10000.0},
+        )
 
     def weight(self, name: str) -> Tensor:
         """A weight by its canonical name; KeyError if the model has none such.
@@ -71,7 +86,9 @@ class Anatomy:
         A norm's weight is what it multiplies by: Gemma stores that less one.
         """
         stored = self._stored(name)
-        offset = self.config.model_type in _OFFSET_NORMS and name.removesuffix(".weight").endswith("norm")
+        offset = self.config.model_type in _OFFSET_NORMS and name.removesuffix(".weight").endswith(
+            "norm"
+        )
         return stored + 1 if offset else stored
 
     def layer_weights(self, layer: int) -> list[str]:
@@ -95,14 +112,20 @@ class Anatomy:
             raise KeyError(f"the target has no weight {name!r}") from None
 
     def mask(self, rows: Rows, cache: SlotCache | None, embeddings_BNH: Tensor) -> Any:
-        """The additive mask [B,1,N,S] the layers expect (a dict per layer type for models that mix them)."""
+        """The additive mask [B,1,N,S] the layers expect (a dict per layer type for models that mix
+        them).
+        """
         seen = _visible(rows, cache)
         full = _additive(seen, embeddings_BNH.dtype)
         window = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
         if not window or "sliding_attention" not in kinds:
             window = None
-        narrow = full if window is None else _additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
+        narrow = (
+            full
+            if window is None
+            else _additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
+        )
         if self.config.model_type in _MASK_BY_LAYER_TYPE:
             return {"full_attention": full, "sliding_attention": narrow}
         return narrow

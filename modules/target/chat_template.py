@@ -1,4 +1,6 @@
-"""Arguments of a target's chat template, as `enable_thinking: false`: every chat is rendered with them."""
+"""Arguments of a target's chat template, as `enable_thinking: false`: every chat is rendered with
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,14 @@ def give_arguments(tokenizer: Any, arguments: Mapping[str, Any], name: str) -> N
     taken = {*_OF_THE_CHAT, *inspect.signature(tokenizer.apply_chat_template).parameters}
     for key in arguments:
         if key in taken:
-            raise ValueError(f"chat_template.{key} is not an argument of a template's own: leave it out")
+            raise ValueError(
+                f"chat_template.{key} is not an argument of a template's own: leave it out"
+            )
         if not re.search(rf"\b{re.escape(key)}\b", str(tokenizer.chat_template or "")):
-            raise ValueError(f"chat_template.{key}: the chat template of target {name!r} reads no {key!r}: leave it "
-                             "out, or correct its name")
+            raise ValueError(
+                f"chat_template.{key}: the chat template of target {name!r} reads no {key!r}: "
+                "leave it out, or correct its name"
+            )
     setattr(tokenizer, _KEPT_AS, dict(arguments))
 
 

@@ -21,17 +21,39 @@ from modules.contracts.drafter import Sampling
 
 NEUTRAL: dict[str, Any] = {
     # Logits processors, at any temperature.
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "min_length": 0, "min_new_tokens": 0,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1.0,
-    "exponential_decay_length_penalty": None, "watermarking_config": None, "token_healing": False,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "token_healing": False,
     # Warpers, which act on sampling alone.
-    "min_p": 0.0, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
     # Ends of an answer beside its end tokens, and searches other than greedy and sampled decoding.
-    "stop_strings": None, "max_time": None, "num_beams": 1, "num_beam_groups": 1,
-    "num_return_sequences": 1, "constraints": None, "force_words_ids": None, "penalty_alpha": 0.0,
-    "dola_layers": None, "assistant_ensemble_weight": None,
+    "stop_strings": None,
+    "max_time": None,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "assistant_ensemble_weight": None,
 }
 """Options of a `generation_config` that decide which tokens come out, at the values that do nothing
 (transformers 5.23, `GenerationConfig`)."""
@@ -43,32 +65,52 @@ SERVED_NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "min_p": 0.0, "top_
 def unapplied(config: Any) -> dict[str, Any]:
     """What a `generation_config` asks for and decoding here does not do, with the values."""
     found = {name: getattr(config, name, None) for name in NEUTRAL}
-    return {name: value for name, value in found.items()
-            if value is not None and value != NEUTRAL[name] and value not in ([], {}, "")}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and value != NEUTRAL[name] and value not in ([], {}, "")
+    }
 
 
 def unapplied_notice(config: Any) -> str:
     """One line that names what is not applied, long values cut; empty if there is nothing."""
     asked = {name: " ".join(str(value).split()) for name, value in unapplied(config).items()}
-    named = [f"{name} {value if len(value) <= 40 else value[:40] + ' …'}"
-             for name, value in asked.items()]
-    return "" if not named else (
-        f"its generation_config asks for {', '.join(named)}: no command here applies that, and "
-        "answers are those of the model without it")
+    named = [
+        f"{name} {value if len(value) <= 40 else value[:40] + ' …'}"
+        for name, value in asked.items()
+    ]
+    return (
+        ""
+        if not named
+        else (
+            f"its generation_config asks for {', '.join(named)}: no command here applies that, and "
+            "answers are those of the model without it"
+        )
+    )
 
 
 def sampling_options(sampling: Sampling) -> dict[str, Any]:
     """The same choice of tokens for `generate`."""
     if sampling.temperature == 0:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k,
-            "top_p": sampling.top_p}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
 
 
 @torch.no_grad()
-def stock_generate(model: Any, prompts: list[list[int]], sampling: Sampling, limit: int,
-                   eos_ids: frozenset[int], options: Mapping[str, Any] | None = None,
-                   **arguments: Any) -> list[list[int]]:
+def stock_generate(
+    model: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    limit: int,
+    eos_ids: frozenset[int],
+    options: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> list[list[int]]:
     """New ids of every prompt by `generate`, as one left-padded batch, each through its end token.
     Nothing is taken from the model's `generation_config`, and torch's own generators stay as they
     were.
@@ -87,13 +129,21 @@ def stock_generate(model: Any, prompts: list[list[int]], sampling: Sampling, lim
     ids_BT = torch.tensor([[padding] * count + prompt for count, prompt in zip(missing, prompts)])
     mask_BT = torch.tensor([[0] * count + [1] * (width - count) for count in missing])
     config = GenerationConfig(
-        max_new_tokens=limit, eos_token_id=sorted(eos_ids) or None, pad_token_id=padding,
-        **sampling_options(sampling), **options or {})
+        max_new_tokens=limit,
+        eos_token_id=sorted(eos_ids) or None,
+        pad_token_id=padding,
+        **sampling_options(sampling),
+        **options or {},
+    )
     devices = [device] if device.type == "cuda" else []
     with _without_its_config(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
-        text_BT = model.generate(ids_BT.to(device), attention_mask=mask_BT.to(device),
-                                 generation_config=config, **arguments)
+        text_BT = model.generate(
+            ids_BT.to(device),
+            attention_mask=mask_BT.to(device),
+            generation_config=config,
+            **arguments,
+        )
     return [_through_end(row, eos_ids) for row in text_BT[:, width:].tolist()]
 
 
@@ -110,4 +160,4 @@ def _without_its_config(model: Any) -> Iterator[None]:
 
 def _through_end(ids: list[int], ends: frozenset[int]) -> list[int]:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop + 1]
+    return ids[: stop + 1]

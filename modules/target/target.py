@@ -1,7 +1,8 @@
-"""The frozen target: a stock Hugging Face causal LM that prefills, verifies token trees and commits accepted rows.
+"""The frozen target: a stock Hugging Face causal LM that prefills, verifies token trees and commits
+accepted rows.
 
-Shape legend: B sequences, T prompt tokens, N rows of one call, S cache slots, H hidden size, V vocabulary,
-D draft vocabulary.
+Shape legend: B sequences, T prompt tokens, N rows of one call, S cache slots, H hidden size, V
+vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from modules.contracts.trainable import TargetShape
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Anatomy
 from modules.target.kernels.compiled_calls import CompiledCalls
-from modules.target.kernels.cpu_kernels import narrow_linear, use_grouped_attention, use_narrow_kernels
+from modules.target.kernels.cpu_kernels import (
+    narrow_linear,
+    use_grouped_attention,
+    use_narrow_kernels,
+)
 from modules.target.kv_cache import SlotCache
 
 SLICED_HEADS = 4
@@ -43,8 +48,8 @@ class _Skip(nn.Module):
 
 
 class Target(SteadyBuffers):
-    """A frozen causal LM. Its weights are reached only through the methods below, so that it may be sharded,
-    quantised or soft-capped.
+    """A frozen causal LM. Its weights are reached only through the methods below, so that it may be
+    sharded, quantised or soft-capped.
 
     Args:
         model: a Hugging Face causal LM of a supported architecture (others refuse clearly).
@@ -71,7 +76,7 @@ class Target(SteadyBuffers):
         self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
         self._watch()
 
-    # -- what it is -------------------------------------------------------------------------------------------
+    # -- what it is --------------------------------------------------------------------------------
 
     @property
     def shape(self) -> TargetShape:
@@ -80,8 +85,9 @@ class Target(SteadyBuffers):
 
     @property
     def stock(self) -> Any:
-        """The model as its library runs it, without our kernels and hooks; the weights are the same tensors. Of a
-        quantised target it is the model itself: packed layers keep a state of their own beside the weights."""
+        """The model as its library runs it, without our kernels and hooks; the weights are the same
+        tensors. Of a quantised target it is the model itself: packed layers keep a state of their
+        own beside the weights."""
         return self._stock[0]
 
     @property
@@ -104,7 +110,9 @@ class Target(SteadyBuffers):
         """Tokens that end an answer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         found = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None)
+        return frozenset(
+            i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None
+        )
 
     @property
     def quantisation(self) -> str:
@@ -123,7 +131,9 @@ class Target(SteadyBuffers):
         return model.num_parameters()
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and float32 values of the weights: the same at any precision that holds them."""
+        """SHA-256 over names, shapes and float32 values of the weights: the same at any precision
+        that holds them.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.model.state_dict().items()):
@@ -132,23 +142,30 @@ class Target(SteadyBuffers):
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    # -- its weights ------------------------------------------------------------------------------------------
+    # -- its weights -------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., H] of token ids."""
         return self.anatomy.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """`final` states from `pre_norm` ones, at their precision (identity for models without a final norm)."""
+        """`final` states from `pre_norm` ones, at their precision (identity for models without a
+        final norm).
+        """
         norm = self.anatomy.norm
         return hidden if norm is None else norm(hidden.to(self.dtype)).to(hidden.dtype)
 
-    def logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None, precision: torch.dtype | None = None
-               ) -> Tensor:
-        """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token ids.
+    def logits(
+        self,
+        hidden: Tensor,
+        vocabulary_D: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> Tensor:
+        """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token
+        ids.
 
-        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V; at `precision`, a
-        drafter's own, where that is lower than the target's.
+        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V;
+        at `precision`, a drafter's own, where that is lower than the target's.
         """
         head = self.anatomy.head
         coarse = precision is not None and precision.itemsize < self.dtype.itemsize
@@ -164,16 +181,22 @@ class Target(SteadyBuffers):
         return self.capped(logits.to(hidden.device))
 
     def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
-        """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to 32 come in steps of
-        an eighth (bfloat16). Of wider targets `logits`."""
+        """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to
+        32 come in steps of an eighth (bfloat16). Of wider targets `logits`."""
         head = self.anatomy.head
-        if self.dtype.itemsize > 2 or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        if (
+            self.dtype.itemsize > 2
+            or not isinstance(head, nn.Linear)
+            or not head.weight.is_floating_point()
+        ):
             return self.logits(hidden, vocabulary_D)
         weight = head.weight if vocabulary_D is None else self._head_rows(vocabulary_D, self.dtype)
         wide, device = hidden.to(weight.device, torch.float32), hidden.device
         with torch.autocast(weight.device.type, enabled=False):
             # No more than a part of the weights stands there at float32.
-            logits = torch.cat([wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1)
+            logits = torch.cat(
+                [wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1
+            )
         if head.bias is not None:
             logits += head.bias if vocabulary_D is None else head.bias[vocabulary_D]
         return self.capped(logits.to(device))
@@ -201,41 +224,57 @@ class Target(SteadyBuffers):
         return torch.nn.functional.embedding(ids, self.anatomy.head.weight)
 
     def copy_weight(self, name: str) -> Tensor:
-        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as the model has it
-        (of a norm, what it multiplies by).
+        """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as
+        the model has it (of a norm, what it multiplies by).
 
-        Raises KeyError when the target has no such weight, ValueError when it is packed into few bits.
+        Raises KeyError when the target has no such weight, ValueError when it is packed into few
+        bits.
         """
         weight = self.anatomy.weight(name)
         if not weight.is_floating_point():
-            raise ValueError(f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16")
+            raise ValueError(
+                f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16"
+            )
         return weight.detach().clone()
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
         return self.anatomy.layer_weights(layer)
 
-    # -- running it -------------------------------------------------------------------------------------------
+    # -- running it --------------------------------------------------------------------------------
 
-    def features(self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
-                 ) -> dict[StateName, Tensor]:
-        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if asked."""
+    def features(
+        self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
+    ) -> dict[StateName, Tensor]:
+        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if
+        asked.
+        """
         if gradient:
             return self._forward(self.embed(batch.input_ids), batch.rows(), names)
         with torch.no_grad(), phase("target states"):
             return self._forward(self.embed(batch.input_ids), batch.rows(), names)
 
-    def run(self, rows: Rows, hidden_BNH: Tensor, start: int, stop: int, names: Sequence[StateName] = ("pre_norm",),
-            gradient: bool = False) -> dict[StateName, Tensor]:
-        """Call the stock layers `start … stop-1` on hidden states that stand at the input of layer `start`.
+    def run(
+        self,
+        rows: Rows,
+        hidden_BNH: Tensor,
+        start: int,
+        stop: int,
+        names: Sequence[StateName] = ("pre_norm",),
+        gradient: bool = False,
+    ) -> dict[StateName, Tensor]:
+        """Call the stock layers `start … stop-1` on hidden states that stand at the input of layer
+        `start`.
 
-        `"pre_norm"` of the result is the output of layer `stop - 1`, `"final"` that output after the final norm.
-        Cached rows read and write the KV cache of these layers only.
+        `"pre_norm"` of the result is the output of layer `stop - 1`, `"final"` that output after
+        the final norm. Cached rows read and write the KV cache of these layers only.
         """
         layers = self.anatomy.layers
         kept = [layer if start <= k < stop else _Skip() for k, layer in enumerate(layers)]
         self.anatomy.layers = nn.ModuleList(kept)
-        hook = kept[start].register_forward_pre_hook(_replace_hidden(hidden_BNH), with_kwargs=True, prepend=True)
+        hook = kept[start].register_forward_pre_hook(
+            _replace_hidden(hidden_BNH), with_kwargs=True, prepend=True
+        )
         try:
             with nullcontext() if gradient else torch.no_grad():
                 return self._forward(hidden_BNH, rows, names)
@@ -244,7 +283,9 @@ class Target(SteadyBuffers):
             self.anatomy.layers = layers
 
     def open(self, batch_size: int, capacity: int) -> None:
-        """Begin new sequences: an empty KV cache of `capacity` tokens each (at most `max_positions`)."""
+        """Begin new sequences: an empty KV cache of `capacity` tokens each (at most
+        `max_positions`).
+        """
         self.cache = None
         if self._compiled is not None and batch_size == 1:
             self.cache = self._compiled.open(capacity)
@@ -257,19 +298,23 @@ class Target(SteadyBuffers):
         return self._compiled
 
     def compile_calls(self, autotune: bool = False) -> None:
-        """Let calls over the trees of one sequence go through `torch.compile` from the next `open` on.
+        """Let calls over the trees of one sequence go through `torch.compile` from the next `open`
+        on.
 
         Raises:
             ValueError: a target that cannot be compiled whole.
         """
         if len(set(self._layer_devices)) > 1 or self.quantisation:
-            raise ValueError(f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it out, or "
-                             "load the target on one device with a dtype of 16 bits or more")
+            raise ValueError(
+                f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it "
+                "out, or load the target on one device with a dtype of 16 bits or more"
+            )
         self._compiled = CompiledCalls(self, autotune)
 
     @torch.no_grad()
-    def prefill(self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
-                ) -> tuple[Tensor, dict[StateName, Tensor]]:
+    def prefill(
+        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
         """Append right-padded tokens behind what is committed (second turns too).
 
         Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
@@ -287,15 +332,21 @@ class Target(SteadyBuffers):
 
     @torch.no_grad()
     def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
-        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed yet."""
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed
+        yet.
+        """
         return self._forward(self.embed(ids_BN), self._inside(rows), ("final",))["final"]
 
     def _inside(self, rows: Rows) -> Rows:
         return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
 
     @torch.no_grad()
-    def verify(self, tree: TokenTree, states: Sequence[StateName] = (),
-               inject: Mapping[int, Injection] | None = None) -> Verified:
+    def verify(
+        self,
+        tree: TokenTree,
+        states: Sequence[StateName] = (),
+        inject: Mapping[int, Injection] | None = None,
+    ) -> Verified:
         """One forward over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
 
         `inject[k]` rewrites the input of layer k (all rows) on the way.
@@ -307,7 +358,11 @@ class Target(SteadyBuffers):
             embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
         rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
         names = (*states, "final")
-        if self._compiled is not None and not inject and self._compiled.takes(tree.size, self.cache):
+        if (
+            self._compiled is not None
+            and not inject
+            and self._compiled.takes(tree.size, self.cache)
+        ):
             seen = self._compiled(embeddings, rows, self.cache, names)
         else:
             seen = self._forward(embeddings, rows, names, inject or {})
@@ -318,38 +373,70 @@ class Target(SteadyBuffers):
         assert self.cache is not None, "open() the target first"
         self.cache.commit(accepted)
 
-    def _forward(self, embeddings_BNH: Tensor, rows: Rows, names: Sequence[StateName],
-                 inject: Mapping[int, Injection] | None = None) -> dict[StateName, Tensor]:
+    def _forward(
+        self,
+        embeddings_BNH: Tensor,
+        rows: Rows,
+        names: Sequence[StateName],
+        inject: Mapping[int, Injection] | None = None,
+    ) -> dict[StateName, Tensor]:
         cache = self.cache if rows.cached else None
         if cache is not None:
             cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
         with self.watching(names, inject):
-            found = self.layer_states(embeddings_BNH, rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
-                                      self.anatomy.mask(rows, cache, embeddings_BNH), cache, names)
-        return {name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)}
+            found = self.layer_states(
+                embeddings_BNH,
+                rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
+                self.anatomy.mask(rows, cache, embeddings_BNH),
+                cache,
+                names,
+            )
+        return {
+            name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)
+        }
 
-    def layer_states(self, embeddings_BNH: Tensor, position_ids_BN: Tensor, mask: Any, cache: Any,
-                     names: Sequence[StateName]) -> list[Tensor]:
-        """States of one pass through the stock layers, in the order of `names`; to be called while `watching` them."""
-        final = self.anatomy.decoder(inputs_embeds=embeddings_BNH, position_ids=position_ids_BN, attention_mask=mask,
-                                     past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    def layer_states(
+        self,
+        embeddings_BNH: Tensor,
+        position_ids_BN: Tensor,
+        mask: Any,
+        cache: Any,
+        names: Sequence[StateName],
+    ) -> list[Tensor]:
+        """States of one pass through the stock layers, in the order of `names`; to be called while
+        `watching` them.
+        """
+        final = self.anatomy.decoder(
+            inputs_embeds=embeddings_BNH,
+            position_ids=position_ids_BN,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
         self._seen.setdefault("pre_norm", final)
         return [final if name == "final" else self._seen[name] for name in names]
 
     @contextmanager
-    def watching(self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None) -> Iterator[None]:
-        """Note the states of these names as they pass, and rewrite the inputs of layers, while the block lasts."""
+    def watching(
+        self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None
+    ) -> Iterator[None]:
+        """Note the states of these names as they pass, and rewrite the inputs of layers, while the
+        block lasts.
+        """
         known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
         wrong = [name for name in names if name not in known]
         if wrong:
-            raise ValueError(f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', 'final'")
+            raise ValueError(
+                f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', "
+                "'final'"
+            )
         self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
         try:
             yield
         finally:
             self._wanted, self._seen, self._inject = frozenset(), {}, {}
 
-    # -- watching its layers ----------------------------------------------------------------------------------
+    # -- watching its layers -----------------------------------------------------------------------
 
     def _watch(self) -> None:
         for k, layer in enumerate(self.anatomy.layers):
@@ -368,6 +455,7 @@ class Target(SteadyBuffers):
             if k in self._wanted:
                 self._seen[k] = hidden
             return args, kwargs
+
         return hook
 
     def _at_norm(self, _: nn.Module, args: tuple) -> None:
@@ -386,4 +474,5 @@ def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict
 def _replace_hidden(hidden_BNH: Tensor) -> Callable[..., tuple[tuple, dict]]:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return _with_hidden(args, kwargs, hidden_BNH)
+
     return hook

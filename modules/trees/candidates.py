@@ -17,7 +17,9 @@ def log_law(logits: Tensor) -> Tensor:
 
 
 class Candidates:
-    """Candidates in the order of creation; parents are candidate numbers, -1 for the root; -inf is no candidate."""
+    """Candidates in the order of creation; parents are candidate numbers, -1 for the root; -inf is
+    no candidate.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
@@ -41,20 +43,26 @@ class Candidates:
         """bool [B,C]: the `budget` best so far, ties to the older."""
         scores_BC = torch.cat(self.scores, dim=1)
         best = scores_BC.argsort(dim=1, descending=True, stable=True)[:, :budget]
-        return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(1, best, True) & scores_BC.isfinite()
+        return (
+            torch.zeros_like(scores_BC, dtype=torch.bool).scatter(1, best, True)
+            & scores_BC.isfinite()
+        )
 
     def best(self, root_B1: Tensor, budget: int) -> tuple[Tensor, Topology, Tensor]:
-        """Tokens [B,N], topology and parents' rows [B,N] (-1 for node 0) of the tree of the `budget` best.
+        """Tokens [B,N], topology and parents' rows [B,N] (-1 for node 0) of the tree of the
+        `budget` best.
 
-        The set must hold every kept node's parent, which scores that never rise along a path see to. Sequences with
-        fewer nodes than others end in padding.
+        The set must hold every kept node's parent, which scores that never rise along a path see
+        to. Sequences with fewer nodes than others end in padding.
         """
         kept_BC = self.leading(budget)
         width = int(kept_BC.sum(1).max())
         order = (~kept_BC).int().argsort(dim=1, stable=True)[:, :width]
         real = kept_BC.gather(1, order)
-        tokens, parents, rows = (torch.cat(part, dim=1).gather(1, order)
-                                 for part in (self.tokens, self.parents, self.rows))
+        tokens, parents, rows = (
+            torch.cat(part, dim=1).gather(1, order)
+            for part in (self.tokens, self.parents, self.rows)
+        )
         node_BC = kept_BC.cumsum(1)
         above = torch.where(parents < 0, 0, node_BC.gather(1, parents.clamp(min=0)))
         above = torch.where(real, above, torch.arange(1, width + 1, device=above.device))

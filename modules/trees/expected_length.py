@@ -1,4 +1,6 @@
-"""The static tree with the most expected acceptance for a number of nodes (Medusa, Cai et al. 2024, section 2.3.3)."""
+"""The static tree with the most expected acceptance for a number of nodes (Medusa, Cai et al. 2024,
+section 2.3.3).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,13 @@ def expected_length(paths: Sequence[Sequence[int]], accuracies: Sequence[Sequenc
 def optimised_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[Path]:
     """Paths of the best tree of `nodes` drafted nodes, the most likely first.
 
-    Grows by the likeliest next sibling or first child of a node. A path's probability falls with its ranks and its
-    depth (each head's ranks are ordered), so that the greedy tree is the best one under independence.
+    Grows by the likeliest next sibling or first child of a node. A path's probability falls with
+    its ranks and its depth (each head's ranks are ordered), so that the greedy tree is the best one
+    under independence.
 
     Args:
-        accuracies: a[k][i], how often the rank-i draft of head k is right; each row is put in descending order.
+        accuracies: a[k][i], how often the rank-i draft of head k is right; each row is put in
+            descending order.
         nodes: how many nodes to draft (fewer when the table has fewer paths).
     """
     table = [sorted(row, reverse=True) for row in accuracies]

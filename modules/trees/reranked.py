@@ -1,4 +1,5 @@
-"""EAGLE-2's trees: expand the most probable nodes level by level, then keep the best of all that was seen.
+"""EAGLE-2's trees: expand the most probable nodes level by level, then keep the best of all that
+was seen.
 
 Shape legend: B sequences, W frontier nodes, K children considered per node, D draft vocabulary.
 """
@@ -16,16 +17,18 @@ from modules.trees.candidates import Candidates, log_law
 
 
 class RerankedTree:
-    """Expansion and reranking by the probability of whole paths (Li et al. 2024, arXiv 2406.16858, section 4).
+    """Expansion and reranking by the probability of whole paths (Li et al. 2024, arXiv 2406.16858,
+    section 4).
 
-    Each level expands the `width` candidates of the level before with the highest path probability, each into its
-    `width` likeliest children; of all candidates the `budget` most probable are drafted. A path never gains
-    probability, so the ancestors of what is kept are kept; ties go to the shallower node. Chosen by value,
-    hence point masses.
+    Each level expands the `width` candidates of the level before with the highest path probability,
+    each into its `width` likeliest children; of all candidates the `budget` most probable are
+    drafted. A path never gains probability, so the ancestors of what is kept are kept; ties go to
+    the shallower node. Chosen by value, hence point masses.
 
-    With `least`, paths that the drafter finds less probable than that are neither expanded nor drafted: where it is
-    unsure it drafts few tokens and stops early, where it is sure many. A node is worth drafting when its probability
-    exceeds what a further row costs, in calls of one row (`python -m eval.latency`), times the speedup reached.
+    With `least`, paths that the drafter finds less probable than that are neither expanded nor
+    drafted: where it is unsure it drafts few tokens and stops early, where it is sure many. A node
+    is worth drafting when its probability exceeds what a further row costs, in calls of one row
+    (`python -m eval.latency`), times the speedup reached.
 
     The probabilities of a drafter with a trimmed vocabulary are conditional: they sum to 1 over the
     tokens that it can draft, and a path's is too high by the target's mass on these at each of its
@@ -43,8 +46,9 @@ class RerankedTree:
 
     law = Law.POINT
 
-    def __init__(self, depth: int = 6, width: int = 10, least: float = 0.0,
-                 covered: float = 1.0) -> None:
+    def __init__(
+        self, depth: int = 6, width: int = 10, least: float = 0.0, covered: float = 1.0
+    ) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"tree depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= least < 1:
@@ -68,10 +72,15 @@ class RerankedTree:
             candidates.add(children, chosen, self._probable(paths_BWK))
             if depth + 1 == min(self.depth, budget):
                 break
-            scores, picked = candidates.scores[-1].topk(self._promising(candidates.scores[-1]), dim=1)
+            scores, picked = candidates.scores[-1].topk(
+                self._promising(candidates.scores[-1]), dim=1
+            )
             if not picked.shape[1]:
                 break
-            tokens, rows = candidates.tokens[-1].gather(1, picked), row + picked // log_BWK.shape[-1]
+            tokens, rows = (
+                candidates.tokens[-1].gather(1, picked),
+                row + picked // log_BWK.shape[-1],
+            )
             chosen = first + picked
         if not candidates.count:
             return TokenTree.root(state.newest_B)
@@ -80,9 +89,15 @@ class RerankedTree:
 
     def _probable(self, scores_BWK: Tensor) -> Tensor:
         """Scores, -inf where the path is less probable than `least`."""
-        return scores_BWK.masked_fill(scores_BWK < log(self.least), -torch.inf) if self.least else scores_BWK
+        return (
+            scores_BWK.masked_fill(scores_BWK < log(self.least), -torch.inf)
+            if self.least
+            else scores_BWK
+        )
 
     def _promising(self, scores_BC: Tensor) -> int:
-        """How many nodes of a level are expanded: with `least`, as many as the sequence with the most has left."""
+        """How many nodes of a level are expanded: with `least`, as many as the sequence with the
+        most has left.
+        """
         width = min(self.width, scores_BC.shape[1])
         return min(width, int(scores_BC.isfinite().sum(1).max())) if self.least else width

@@ -44,28 +44,35 @@ class Template:
 
 
 class StaticTree:
-    """Fills fixed paths: (i, j) is the rank-j token under the rank-i token (Cai et al. 2024, section 2.3).
+    """Fills fixed paths: (i, j) is the rank-j token under the rank-i token (Cai et al. 2024,
+    section 2.3).
 
     Args:
         paths: prefix-closed, the most valuable first: a smaller budget takes the first ones.
 
     Raises:
-        ValueError: a path whose prefix does not stand before it, a rank that no draft has, or more paths than a
-            target can verify at once.
+        ValueError: a path whose prefix does not stand before it, a rank that no draft has, or more
+            paths than a target can verify at once.
     """
 
     law = Law.POINT
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         if len(paths) > MOST_PATHS or any(len(path) > MOST_PATHS for path in paths):
-            raise ValueError(f"tree has {len(paths)} paths: at most {MOST_PATHS} are drafted, and none is longer")
+            raise ValueError(
+                f"tree has {len(paths)} paths: at most {MOST_PATHS} are drafted, and none is longer"
+            )
         self.paths = tuple(tuple(path) for path in paths)
         known: set[Path] = {()}
         for path in self.paths:
             if path[:-1] not in known:
-                raise ValueError(f"tree path {list(path)} stands before {list(path[:-1])}: list prefixes first")
+                raise ValueError(
+                    f"tree path {list(path)} stands before {list(path[:-1])}: list prefixes first"
+                )
             if not path or not 0 <= path[-1] < MOST_PATHS:
-                raise ValueError(f"tree path {list(path)} must end in a rank from 0 to {MOST_PATHS - 1}")
+                raise ValueError(
+                    f"tree path {list(path)} must end in a rank from 0 to {MOST_PATHS - 1}"
+                )
             known.add(path)
 
     @staticmethod
@@ -84,13 +91,19 @@ class StaticTree:
         columns = [state.newest_B[:, None]]
         tokens_BN = columns[0]
         for depth, level in enumerate(fixed.levels):
-            frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
+            frontier = Frontier(
+                tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth
+            )
             logits_BWD = drafter.expand(state, frontier)
             best_BWR = logits_BWD.topk(level.widest, dim=-1).indices
             drafted = best_BWR[:, level.sources, level.ranks]
-            columns.append(drafted if drafter.vocabulary_D is None else drafter.vocabulary_D[drafted])
+            columns.append(
+                drafted if drafter.vocabulary_D is None else drafter.vocabulary_D[drafted]
+            )
             tokens_BN = torch.cat(columns, dim=1)
-        return TokenTree(tokens_BN, fixed.topology.expand(len(tokens_BN)), vocabulary_D=drafter.vocabulary_D)
+        return TokenTree(
+            tokens_BN, fixed.topology.expand(len(tokens_BN)), vocabulary_D=drafter.vocabulary_D
+        )
 
 
 @lru_cache(maxsize=64)
@@ -105,10 +118,15 @@ def template(paths: tuple[Path, ...], device: torch.device) -> Template:
     for depth in range(max((len(path) for path in expanded), default=-1) + 1):
         at = [path for path in expanded if len(path) == depth]
         children = [path for path in nodes if len(path) == depth + 1]
-        levels.append(Level(
-            nodes=torch.tensor([index[path] for path in at], device=device),
-            parent_rows=torch.tensor([row[path[:-1]] if path else -1 for path in at], device=device),
-            sources=torch.tensor([at.index(path[:-1]) for path in children], device=device),
-            ranks=torch.tensor([path[-1] for path in children], device=device),
-            widest=max(path[-1] for path in children) + 1))
+        levels.append(
+            Level(
+                nodes=torch.tensor([index[path] for path in at], device=device),
+                parent_rows=torch.tensor(
+                    [row[path[:-1]] if path else -1 for path in at], device=device
+                ),
+                sources=torch.tensor([at.index(path[:-1]) for path in children], device=device),
+                ranks=torch.tensor([path[-1] for path in children], device=device),
+                widest=max(path[-1] for path in children) + 1,
+            )
+        )
     return Template(Topology(torch.tensor([parents], device=device)), tuple(levels))

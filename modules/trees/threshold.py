@@ -17,7 +17,9 @@ from modules.trees.candidates import log_law
 
 @dataclass
 class _Growth:
-    """A tree under construction: every node was handed to `expand`, so its row number is its node index."""
+    """A tree under construction: every node was handed to `expand`, so its row number is its node
+    index.
+    """
 
     tokens: list[Tensor]
     parents: list[Tensor]
@@ -34,8 +36,9 @@ class _Growth:
 class ThresholdTree:
     """Clover's sampler (Xiao et al. 2024, section 3.4): likely children only, level by level.
 
-    Of each node keep the children inside the top-p mass and at least `ratio` as likely as the best one; of each level
-    keep the `width` best joint probabilities, as long as the budget lasts. Chosen by value, hence point masses.
+    Of each node keep the children inside the top-p mass and at least `ratio` as likely as the best
+    one; of each level keep the `width` best joint probabilities, as long as the budget lasts.
+    Chosen by value, hence point masses.
 
     Args:
         depth: levels. width: nodes kept per level. top_p, ratio: the two thresholds.
@@ -51,26 +54,41 @@ class ThresholdTree:
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A tree of at most `budget` drafted nodes."""
         root = state.newest_B[:, None]
-        growth = _Growth([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)],
-                         torch.zeros(root.shape, device=root.device))
+        growth = _Growth(
+            [root],
+            [torch.full_like(root, -1)],
+            [torch.ones_like(root, dtype=torch.bool)],
+            torch.zeros(root.shape, device=root.device),
+        )
         remaining_B = torch.full_like(state.newest_B, budget)
         for depth in range(self.depth):
-            # What surely remains suffices for a whole level: the device need not tell how much it is.
+            # What surely remains suffices for a whole level: the device need not tell how much it
+            # is.
             most = max(budget - depth * self.width, 0)
             if most < self.width and depth:
                 most = int(remaining_B.max())
             if most < 1:
                 break
-            logits_BWD = drafter.expand(state, Frontier(growth.tokens[-1], growth.parents[-1], depth))
-            remaining_B = remaining_B - self._level(growth, logits_BWD, drafter.vocabulary_D, remaining_B, most)
+            logits_BWD = drafter.expand(
+                state, Frontier(growth.tokens[-1], growth.parents[-1], depth)
+            )
+            remaining_B = remaining_B - self._level(
+                growth, logits_BWD, drafter.vocabulary_D, remaining_B, most
+            )
         parts = (growth.tokens, growth.parents, growth.real)
         tokens, parents, real = (torch.cat(part, dim=1) for part in parts)
         return packed(tokens, parents, real, drafter.vocabulary_D)
 
-    def _level(self, growth: _Growth, logits_BWD: Tensor, vocabulary_D: Tensor | None, remaining_B: Tensor, most: int
-               ) -> Tensor:
-        """Append the best children, `width` or what remains of the budget (at most `most`); returns how many each
-        sequence took [B]."""
+    def _level(
+        self,
+        growth: _Growth,
+        logits_BWD: Tensor,
+        vocabulary_D: Tensor | None,
+        remaining_B: Tensor,
+        most: int,
+    ) -> Tensor:
+        """Append the best children, `width` or what remains of the budget (at most `most`); returns
+        how many each sequence took [B]."""
         count = min(self.width, most)
         log_BWK, tokens_BWK = log_law(logits_BWD).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]

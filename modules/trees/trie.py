@@ -19,7 +19,9 @@ Tokens = NDArray[np.int64]
 
 
 class Trie:
-    """A tree of tokens under a newest token (node 0), no two siblings equal, parents before children."""
+    """A tree of tokens under a newest token (node 0), no two siblings equal, parents before
+    children.
+    """
 
     def __init__(self, newest: int) -> None:
         self.tokens, self.parents = [newest], [-1]
@@ -34,8 +36,8 @@ class Trie:
         return self._children.get((node, token))
 
     def fuse(self, path: Iterable[int], size: int) -> int:
-        """Walk down a path, sharing its longest known prefix and adding the rest while there are fewer than `size`
-        nodes; the node where it ends."""
+        """Walk down a path, sharing its longest known prefix and adding the rest while there are
+        fewer than `size` nodes; the node where it ends."""
         node = 0
         for token in path:
             known = self._children.get((node, token))
@@ -62,7 +64,9 @@ def batch_of_trees(tries: Sequence[Trie], device: torch.device) -> TokenTree:
     size = max(map(len, tries))
     tokens = [trie.tokens + [0] * (size - len(trie)) for trie in tries]
     parents = [trie.parents + list(range(len(trie), size)) for trie in tries]
-    return TokenTree(torch.tensor(tokens, device=device), Topology(torch.tensor(parents, device=device)))
+    return TokenTree(
+        torch.tensor(tokens, device=device), Topology(torch.tensor(parents, device=device))
+    )
 
 
 def likeliest(continuations_CL: Tokens) -> list[int]:
@@ -83,7 +87,8 @@ def likeliest(continuations_CL: Tokens) -> list[int]:
 
 
 def frequent_prefixes(continuations_CL: Tokens, most: int) -> list[tuple[list[int], int]]:
-    """The `most` commonest prefixes of continuations and how many begin so, a prefix before what extends it.
+    """The `most` commonest prefixes of continuations and how many begin so, a prefix before what
+    extends it.
 
     continuations_CL: int64, `END` behind the last token of each, in any order.
     """
@@ -99,4 +104,4 @@ def frequent_prefixes(continuations_CL: Tokens, most: int) -> list[tuple[list[in
     real = rows[starts, depths] != END
     depths, starts, counts = depths[real], starts[real], counts[real]
     order = np.lexsort((depths, -counts))[:most]
-    return [(rows[starts[i], :depths[i] + 1].tolist(), int(counts[i])) for i in order]
+    return [(rows[starts[i], : depths[i] + 1].tolist(), int(counts[i])) for i in order]

@@ -1,5 +1,5 @@
-"""Seven families of drafters on the pretend accelerator: the CPU's tokens, losses and laws, and budgets of waits and
-launches that may only fall. `test_accelerator.py` runs them."""
+"""Seven families of drafters on the pretend accelerator: the CPU's tokens, losses and laws, and
+budgets of waits and launches that may only fall. `test_accelerator.py` runs them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from tests.modules.families import built
 
 WAITS = {"medusa": 1, "clover": 4, "clover2": 1, "hydra": 1, "eagle": 4, "eagle3": 4, "fspad": 5}
 """By family: how often a decoding step waits for the device, at most."""
-LAUNCHES = {"medusa": 60, "clover": 220, "clover2": 290, "hydra": 155, "eagle": 240, "eagle3": 260, "fspad": 345}
+LAUNCHES = {
+    "medusa": 60,
+    "clover": 220,
+    "clover2": 290,
+    "hydra": 155,
+    "eagle": 240,
+    "eagle3": 260,
+    "fspad": 345,
+}
 """By family: kernels that drafting launches per step, at most."""
 PROMPT, ENDLESS = [[7, 8, 9, 10, 11, 12]], frozenset({-1})
 STEP = ("draft", "verify", "accept", "commit")
@@ -69,7 +77,9 @@ def waits(log: Log) -> int:
 @pytest.mark.parametrize("name", WAITS)
 def test_decoding_gives_the_cpus_tokens_within_its_budgets(name: str) -> None:
     target, drafter = pair(name, False)
-    expected = SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode(PROMPT, Sampling(), 24)[0]
+    expected = SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode(PROMPT, Sampling(), 24)[
+        0
+    ]
     with pretending() as log:
         decoder = SpeculativeDecoder(*pair(name, True), stop_ids=ENDLESS)
         decoder.decode(PROMPT, Sampling(), 6)
@@ -145,4 +155,8 @@ def test_operands_of_two_devices_are_refused() -> None:
         assert rows[torch.tensor([1])].device == DEVICE and rows.sum().item() == 3
         assert rows[rows > 0].shape == (3,) and rows.tolist() == [1, 1, 1]
         assert [reason for _, reason, _ in log.waits] == [
-            "an index of the host", "_local_scalar_dense", "a boolean index", "tolist"]
+            "an index of the host",
+            "_local_scalar_dense",
+            "a boolean index",
+            "tolist",
+        ]

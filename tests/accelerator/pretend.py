@@ -1,11 +1,12 @@
-"""A pretend accelerator. Its tensors say that they are on `pretend:0` and hold their numbers on the CPU.
+"""A pretend accelerator. Its tensors say that they are on `pretend:0` and hold their numbers on the
+CPU.
 
-What a real device refuses is refused: operands of two devices. What a real device makes the host wait
-for is counted (a value that is read, an index whose size depends on values, a copy from or to pageable
-memory), and so are launches of kernels and the bytes that they write, by phase. It stands on torch's
-Python backends for the dispatch key PrivateUse1 (`torch.utils.backend_registration`), so gradients,
-checkpointing and `device=` work as they do elsewhere. No kernels, streams, dtypes or memory limits of
-CUDA are modelled.
+What a real device refuses is refused: operands of two devices. What a real device makes the host
+wait for is counted (a value that is read, an index whose size depends on values, a copy from or to
+pageable memory), and so are launches of kernels and the bytes that they write, by phase. It stands
+on torch's Python backends for the dispatch key PrivateUse1 (`torch.utils.backend_registration`), so
+gradients, checkpointing and `device=` work as they do elsewhere. No kernels, streams, dtypes or
+memory limits of CUDA are modelled.
 """
 
 from __future__ import annotations
@@ -27,13 +28,34 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 CODE = str(Path(__file__).resolve().parents[2] / "modules")
-VALUES = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2",
-                    "unique_dim", "unique_consecutive"})
+VALUES = frozenset(
+    {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "bincount",
+        "equal",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+    }
+)
 """Operators whose result, or its size, the host must know."""
 INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 COPIES = frozenset({"_to_copy", "copy_"})
-NO_KERNEL = frozenset({"_local_scalar_dense", "detach", "alias", "lift_fresh", "empty", "empty_like",
-                       "empty_strided", "new_empty", "set_"})
+NO_KERNEL = frozenset(
+    {
+        "_local_scalar_dense",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "set_",
+    }
+)
 
 
 class Hooks(backend_registration._DummyBackendModule):
@@ -54,7 +76,9 @@ DEVICE = torch.device(NAME, 0)
 
 @dataclass
 class Log:
-    """What the device did since `clear`. Keys are phases; of waits also the reason and the line of our code."""
+    """What the device did since `clear`. Keys are phases; of waits also the reason and the line of
+    our code.
+    """
 
     phase: str = ""
     waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -75,8 +99,11 @@ class Log:
     def launch(self, results: Any, operands: list[Tensor]) -> None:
         """A kernel ran; what it wrote is not a view of its operands."""
         known = {operand.untyped_storage().data_ptr() for operand in operands}
-        fresh = [result for result in map(here, tree_leaves(results)) if isinstance(result, Tensor)
-                 and result.untyped_storage().data_ptr() not in known]
+        fresh = [
+            result
+            for result in map(here, tree_leaves(results))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known
+        ]
         self.launches[self.phase] += bool(fresh)
         self.written[self.phase] += sum(result.nbytes for result in fresh)
 
@@ -89,7 +116,9 @@ def line() -> str:
     frame = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(CODE):
         frame = frame.f_back
-    return "" if frame is None else f"{frame.f_code.co_filename.removeprefix(CODE)}:{frame.f_lineno}"
+    return (
+        "" if frame is None else f"{frame.f_code.co_filename.removeprefix(CODE)}:{frame.f_lineno}"
+    )
 
 
 class There(torch.Tensor):
@@ -102,8 +131,13 @@ class There(torch.Tensor):
     def __new__(cls, here: Tensor) -> There:
         """Wrap a CPU tensor."""
         made: Any = torch.Tensor._make_wrapper_subclass(
-            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
-            device=DEVICE)
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=DEVICE,
+        )
         made.here = here
         return made
 
@@ -152,7 +186,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(there, results) if result_there else results
 
 
-def note_waits(name: str, args: Any, operands: list[Tensor], ours: list[There], to_device: bool) -> None:
+def note_waits(
+    name: str, args: Any, operands: list[Tensor], ours: list[There], to_device: bool
+) -> None:
     """Count what makes the host wait. RuntimeError: operands of two devices."""
     others = [operand for operand in operands if not isinstance(operand, There)]
     if name in COPIES:
@@ -172,7 +208,9 @@ def note_waits(name: str, args: Any, operands: list[Tensor], ours: list[There], 
 
 
 class Operators(TorchDispatchMode):
-    """Operators without a tensor of the device that make one, such as `torch.zeros(…, device=…)`."""
+    """Operators without a tensor of the device that make one, such as `torch.zeros(…,
+    device=…)`.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Those of the device go to `run`."""
@@ -185,7 +223,9 @@ class Operators(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
-    """Functions that reach for a tensor's memory before any operator is called, and attention, which is one kernel."""
+    """Functions that reach for a tensor's memory before any operator is called, and attention,
+    which is one kernel.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Those few; all others as they are."""

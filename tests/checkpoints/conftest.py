@@ -24,15 +24,22 @@ TOKEN = "hf_" + "NeverToBeSeenAnywhere" * 2
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The real client is logged in here, with an empty cache; its waits between retries are left out."""
+    """The real client is logged in here, with an empty cache; its waits between retries are left
+    out.
+    """
     server = Hub(TOKEN)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = tmp_path / "huggingface"
     for name, value in {
-        "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": False,
-        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"), "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_TELEMETRY": True}.items():
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -56,7 +63,11 @@ def save(folder: Path, target: Target, seed: int = 0) -> Medusa:
         for parameter in drafter.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     measured = {"probe/tau": 1.25 + seed, "val/loss": 3.5}
-    save_pretrained(drafter, folder / "drafter", Provenance.of(target, measured=measured, data={"train": "embedded"}))
+    save_pretrained(
+        drafter,
+        folder / "drafter",
+        Provenance.of(target, measured=measured, data={"train": "embedded"}),
+    )
     return drafter.eval()
 
 
@@ -72,9 +83,25 @@ def evaluated(trained: Path, target: Target, monkeypatch: pytest.MonkeyPatch) ->
     """The same run with a report that the harness made, greedy and sampled."""
     monkeypatch.setattr(evaluation, "load_target", lambda *_: target)
     prompts = trained.parent / "questions.jsonl"
-    prompts.write_text("".join(json.dumps({"id": i, "category": "ab"[i % 2], "turns": [f"question {i}"]}) + "\n"
-                               for i in range(4)))
-    other = Method(name="lookup", drafter={"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"})
-    evaluate(Evaluation(drafters=[str(trained)], methods=[other], prompts=[str(prompts)], max_new_tokens=12,
-                        temperature=[0.0, 1.0], dtype="float64"), trained / "eval")
+    prompts.write_text(
+        "".join(
+            json.dumps({"id": i, "category": "ab"[i % 2], "turns": [f"question {i}"]}) + "\n"
+            for i in range(4)
+        )
+    )
+    other = Method(
+        name="lookup",
+        drafter={"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"},
+    )
+    evaluate(
+        Evaluation(
+            drafters=[str(trained)],
+            methods=[other],
+            prompts=[str(prompts)],
+            max_new_tokens=12,
+            temperature=[0.0, 1.0],
+            dtype="float64",
+        ),
+        trained / "eval",
+    )
     return trained

@@ -1,7 +1,9 @@
-"""A Hub of its own: the part of the Hugging Face Hub's API that its client speaks to publish and to download a model.
+"""A Hub of its own: the part of the Hugging Face Hub's API that its client speaks to publish and to
+download a model.
 
-It keeps repositories in memory, checks what it is sent (tokens, names, hashes, card metadata, the order of things), and
-can be told to fail at any stage: with a status, by never answering, by cutting the connection, or by losing an answer.
+It keeps repositories in memory, checks what it is sent (tokens, names, hashes, card metadata, the
+order of things), and can be told to fail at any stage: with a status, by never answering, by
+cutting the connection, or by losing an answer.
 """
 
 from __future__ import annotations
@@ -19,12 +21,18 @@ import yaml
 
 LICENSES = {"apache-2.0", "mit", "other"}
 STAGES = {
-    "validate": r"POST /api/validate-yaml", "create": r"POST /api/repos/create", "delete": r"DELETE /api/repos/delete",
-    "info": r"GET /api/models/[^/]+/[^/]+(/revision/[^/]+)?", "tree": r"GET /api/models/[^/]+/[^/]+/tree/.*",
+    "validate": r"POST /api/validate-yaml",
+    "create": r"POST /api/repos/create",
+    "delete": r"DELETE /api/repos/delete",
+    "info": r"GET /api/models/[^/]+/[^/]+(/revision/[^/]+)?",
+    "tree": r"GET /api/models/[^/]+/[^/]+/tree/.*",
     "preupload": r"POST /api/models/[^/]+/[^/]+/preupload/main",
-    "batch": r"POST /[^/]+/[^/]+\.git/info/lfs/objects/batch", "put": r"PUT /storage/\w+",
-    "verify": r"POST /storage/verify", "commit": r"POST /api/models/[^/]+/[^/]+/commit/main",
-    "resolve": r"(GET|HEAD) /[^/]+/[^/]+/resolve/.*"}
+    "batch": r"POST /[^/]+/[^/]+\.git/info/lfs/objects/batch",
+    "put": r"PUT /storage/\w+",
+    "verify": r"POST /storage/verify",
+    "commit": r"POST /api/models/[^/]+/[^/]+/commit/main",
+    "resolve": r"(GET|HEAD) /[^/]+/[^/]+/resolve/.*",
+}
 """Requests by the stage of publishing or downloading that they belong to."""
 
 
@@ -44,13 +52,17 @@ class Repository:
         return self.commits[self.head]
 
     def commit(self, files: dict[str, bytes]) -> str:
-        made = hashlib.sha1(f"{len(self.commits)} {sorted(files)}".encode() + b"".join(files.values())).hexdigest()
+        made = hashlib.sha1(
+            f"{len(self.commits)} {sorted(files)}".encode() + b"".join(files.values())
+        ).hexdigest()
         self.commits[made] = files
         return made
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `trouble[stage]` is a status, `hang`, `cut` (half-way through the request) or `lost` (the answer)."""
+    """The server. `trouble[stage]` is a status, `hang`, `cut` (half-way through the request) or
+    `lost` (the answer).
+    """
 
     daemon_threads = True
 
@@ -106,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.released.wait()
                 raise Cut
             if isinstance(trouble, int):
-                raise Refusal(trouble, f"trouble on purpose for {self.headers.get('Authorization')}")
+                raise Refusal(
+                    trouble, f"trouble on purpose for {self.headers.get('Authorization')}"
+                )
             getattr(self, f"on_{stage}", self.on_unknown)(body)
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
@@ -116,14 +130,20 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
 
-    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def answer(
+        self, content: Any, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         """JSON, or bytes as they are."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         if self.server.trouble.get("lost") == self.server.asked[-1]:
             raise Cut
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -149,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404 if self.known else 401, "Repository not found", "RepoNotFound")
         return name, repository
 
-    # -- answers ------------------------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
 
     def on_unknown(self, body: bytes) -> None:
         raise Refusal(404, "Sorry, we can't find the page you are looking for.")
@@ -159,19 +179,36 @@ class Handler(BaseHTTPRequestHandler):
         sent = json.loads(body)
         assert sent["repoType"] == "model"
         errors = list(card_errors(sent["content"]))
-        self.answer({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
+        self.answer(
+            {"errors": [{"message": error} for error in errors], "warnings": []},
+            400 if errors else 200,
+        )
 
     def on_create(self, body: bytes) -> None:
         self.need_token()
         sent = json.loads(body)
         name = f"{sent.get('organization') or self.server.user}/{sent['name']}"
         if not name.startswith(self.server.user + "/"):
-            raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
+            raise Refusal(
+                403,
+                "You don't have the rights to create a model under the namespace "
+                f"{name.split('/')[0]}",
+            )
         if name in self.server.repositories:
-            self.answer({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
+            self.answer(
+                {
+                    "error": "You already created this model repo",
+                    "url": f"{self.server.url}/{name}",
+                },
+                409,
+            )
             return
-        repository = self.server.repositories[name] = Repository(sent.get("visibility") == "private")
-        repository.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        repository = self.server.repositories[name] = Repository(
+            sent.get("visibility") == "private"
+        )
+        repository.commit(
+            {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
         self.answer({"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
     def on_delete(self, body: bytes) -> None:
@@ -183,16 +220,30 @@ class Handler(BaseHTTPRequestHandler):
     def on_info(self, body: bytes) -> None:
         name, repository = self.found()
         files = [{"rfilename": file} for file in repository.files]
-        self.answer({"id": name, "sha": repository.head, "private": repository.private, "siblings": files, "tags": []})
+        self.answer(
+            {
+                "id": name,
+                "sha": repository.head,
+                "private": repository.private,
+                "siblings": files,
+                "tags": [],
+            }
+        )
 
     def on_tree(self, body: bytes) -> None:
         _, repository = self.found()
-        self.answer([{"type": "file", "path": name, **described(name, content)}
-                     for name, content in repository.commits[self.revision(repository)].items()])
+        self.answer(
+            [
+                {"type": "file", "path": name, **described(name, content)}
+                for name, content in repository.commits[self.revision(repository)].items()
+            ]
+        )
 
     def revision(self, repository: Repository) -> str:
         """The commit that a path asks for after `tree` or `resolve`."""
-        asked = re.split(r"/(?:tree|resolve)/", self.path.split("?")[0], maxsplit=1)[1].split("/")[0]
+        asked = re.split(r"/(?:tree|resolve)/", self.path.split("?")[0], maxsplit=1)[1].split("/")[
+            0
+        ]
         return repository.head if asked == "main" else asked
 
     def on_preupload(self, body: bytes) -> None:
@@ -200,18 +251,43 @@ class Handler(BaseHTTPRequestHandler):
         _, repository = self.found()
         files = json.loads(body)["files"]
         oids = {name: oid_of(name, content) for name, content in repository.files.items()}
-        self.answer({"files": [{"path": file["path"], "shouldIgnore": False, "oid": oids.get(file["path"]),
-                                "uploadMode": "lfs" if large(file["path"]) else "regular"} for file in files]})
+        self.answer(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "shouldIgnore": False,
+                        "oid": oids.get(file["path"]),
+                        "uploadMode": "lfs" if large(file["path"]) else "regular",
+                    }
+                    for file in files
+                ]
+            }
+        )
 
     def on_batch(self, body: bytes) -> None:
         self.need_token()
         self.found()
         verify = {"href": f"{self.server.url}/storage/verify"}
-        self.answer({"transfer": "basic", "objects": [
-            {"oid": one["oid"], "size": one["size"]} if one["oid"] in self.server.storage else
-            {"oid": one["oid"], "size": one["size"], "authenticated": True, "actions": {
-                "upload": {"href": f"{self.server.url}/storage/{one['oid']}"}, "verify": verify}}
-            for one in json.loads(body)["objects"]]})
+        self.answer(
+            {
+                "transfer": "basic",
+                "objects": [
+                    {"oid": one["oid"], "size": one["size"]}
+                    if one["oid"] in self.server.storage
+                    else {
+                        "oid": one["oid"],
+                        "size": one["size"],
+                        "authenticated": True,
+                        "actions": {
+                            "upload": {"href": f"{self.server.url}/storage/{one['oid']}"},
+                            "verify": verify,
+                        },
+                    }
+                    for one in json.loads(body)["objects"]
+                ],
+            }
+        )
 
     def on_put(self, body: bytes) -> None:
         """Storage elsewhere: the address is the permission, the token must not come here."""
@@ -247,15 +323,28 @@ class Handler(BaseHTTPRequestHandler):
                 assert operation["key"] == "deletedFile"
                 del files[value["path"]]
         made = repository.commit(files)
-        self.answer({"success": True, "commitOid": made, "commitUrl": f"{self.server.url}/{name}/commit/{made}"})
+        self.answer(
+            {
+                "success": True,
+                "commitOid": made,
+                "commitUrl": f"{self.server.url}/{name}/commit/{made}",
+            }
+        )
 
     def on_resolve(self, body: bytes) -> None:
         _, repository = self.found()
-        commit, name = self.revision(repository), self.path.split("?")[0].split("/resolve/", 1)[1].split("/", 1)[1]
+        commit, name = (
+            self.revision(repository),
+            self.path.split("?")[0].split("/resolve/", 1)[1].split("/", 1)[1],
+        )
         if name not in repository.commits.get(commit, {}):
             raise Refusal(404, "Entry not found", "EntryNotFound")
         content = repository.commits[commit][name]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{oid_of(name, content)}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{oid_of(name, content)}"',
+            "Accept-Ranges": "bytes",
+        }
         self.answer(content, headers=headers)
 
 
@@ -287,16 +376,28 @@ def card_errors(content: str) -> list[str]:
         data = yaml.safe_load(match.group(1))
     except yaml.YAMLError as error:
         return [f"not YAML: {error}"]
-    errors = [] if data.get("license", "other") in LICENSES else [f'"license" must be one of {sorted(LICENSES)}']
+    errors = (
+        []
+        if data.get("license", "other") in LICENSES
+        else [f'"license" must be one of {sorted(LICENSES)}']
+    )
     if not isinstance(data.get("tags", []), list):
         errors.append('"tags" must be an array')
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", data.get("base_model", "a/b")):
         errors.append('"base_model" must be the id of a model')
     for index, model in enumerate(data.get("model-index", [])):
-        errors += [f'"model-index[{index}].{key}" is required' for key in ("name", "results") if key not in model]
+        errors += [
+            f'"model-index[{index}].{key}" is required'
+            for key in ("name", "results")
+            if key not in model
+        ]
         for result in model.get("results", []):
-            whole = result.get("task", {}).get("type") and {"name", "type"} <= set(result.get("dataset", {}))
-            if not whole or not all(isinstance(one.get("value"), int | float | str) and one.get("type")
-                                    for one in result.get("metrics", [])):
+            whole = result.get("task", {}).get("type") and {"name", "type"} <= set(
+                result.get("dataset", {})
+            )
+            if not whole or not all(
+                isinstance(one.get("value"), int | float | str) and one.get("type")
+                for one in result.get("metrics", [])
+            ):
                 errors.append(f'"model-index[{index}].results" are not whole')
     return errors

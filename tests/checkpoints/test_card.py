@@ -34,24 +34,35 @@ def rows(card: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-# -- figures ------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
+
 
 def test_the_table_and_the_metadata_hold_the_reports_figures(evaluated) -> None:
     file = evaluated / "eval" / "report.json"
     report = {row["name"]: row for row in json.loads(file.read_text())["methods"]}
     card = card_of(evaluated, report=file)
     shown = rows(card, "Evaluation")
-    assert [row[0] for row in shown] == ["autoregressive", "autoregressive at 1", "heads", "heads at 1"]
+    assert [row[0] for row in shown] == [
+        "autoregressive",
+        "autoregressive at 1",
+        "heads",
+        "heads at 1",
+    ]
     for name, speedup, interval, tau, rate, same in shown:
         row = report[name]
-        assert speedup == f"{row['speedup']['micro']:.2f}×" and tau == f"{row['mean_accepted_tokens']:.2f}"
+        assert (
+            speedup == f"{row['speedup']['micro']:.2f}×"
+            and tau == f"{row['mean_accepted_tokens']:.2f}"
+        )
         low, high = row["speedup"]["ci95"]
         assert interval == f"{low:.2f}–{high:.2f}" and rate == f"{row['tokens_per_second']:.1f}"
         assert same == ("4 of 4" if row["temperature"] == 0 else "sampled: cannot be compared")
     results = ModelCard(card).data.eval_results
     assert results is not None and len(results) == 6
     for one in results:
-        row = report["heads" if one.dataset_config == "temperature 0, batch size 1" else "heads at 1"]
+        row = report[
+            "heads" if one.dataset_config == "temperature 0, batch size 1" else "heads at 1"
+        ]
         figure = row["speedup"]["micro"] if one.metric_type == "speedup" else row[one.metric_type]
         assert one.metric_value == figure and one.dataset_name == "questions"
     assert "lookup" not in card and "4 prompts (questions: a, b), up to 12 new tokens" in card
@@ -62,19 +73,30 @@ def test_training_figures_stand_apart_and_serve_when_there_is_no_report(trained)
     assert "## Evaluation" not in card
     assert ["probe/tau", "1.2500"] in [row[:2] for row in rows(card, "Measured while training")]
     results = ModelCard(card).data.eval_results or []
-    assert [(one.metric_type, one.metric_value) for one in results] == [("mean_accepted_tokens", 1.25)]
+    assert [(one.metric_type, one.metric_value) for one in results] == [
+        ("mean_accepted_tokens", 1.25)
+    ]
 
 
 def changed(file: Path, row: str, **figures) -> Path:
     report = json.loads(file.read_text())
-    report["methods"] = [{**one, **figures} if one["name"] == row else one for one in report["methods"]]
+    report["methods"] = [
+        {**one, **figures} if one["name"] == row else one for one in report["methods"]
+    ]
     file.write_text(json.dumps(report))
     return file
 
 
 def test_missing_intervals_ties_and_lossy_rules_are_said(evaluated) -> None:
-    file = changed(evaluated / "eval" / "report.json", "heads", claims_lossless=False, identical_outputs=3,
-                   tie_divergences=1, speedup={"micro": None, "macro": None, "ci95": None}, mean_accepted_tokens=None)
+    file = changed(
+        evaluated / "eval" / "report.json",
+        "heads",
+        claims_lossless=False,
+        identical_outputs=3,
+        tie_divergences=1,
+        speedup={"micro": None, "macro": None, "ci95": None},
+        mean_accepted_tokens=None,
+    )
     card = card_of(evaluated, report=file)
     row = next(row for row in rows(card, "Evaluation") if row[0] == "heads")
     assert row[1:4] == ["–", "–", "–"] and row[5] == "3 of 4, 1 at ties (a lossy rule)"
@@ -85,17 +107,26 @@ def test_missing_intervals_ties_and_lossy_rules_are_said(evaluated) -> None:
 def test_rows_by_another_name_are_found_by_size_or_named(evaluated) -> None:
     file = changed(evaluated / "eval" / "report.json", "heads", name="mine")
     changed(file, "heads at 1", name="mine at 1")
-    assert [row[0] for row in rows(card_of(evaluated, report=file), "Evaluation")][2:] == ["mine", "mine at 1"]
+    assert [row[0] for row in rows(card_of(evaluated, report=file), "Evaluation")][2:] == [
+        "mine",
+        "mine at 1",
+    ]
     changed(file, "mine at 1", name="yours")
-    with pytest.raises(ValueError, match="no row 'heads': give --row, one of autoregressive, mine, lookup.*, yours"):
+    with pytest.raises(
+        ValueError, match="no row 'heads': give --row, one of autoregressive, mine, lookup.*, yours"
+    ):
         card_of(evaluated, report=file)
-    assert [row[0] for row in rows(card_of(evaluated, report=file, row="yours"), "Evaluation")][2:] == ["yours"]
+    assert [row[0] for row in rows(card_of(evaluated, report=file, row="yours"), "Evaluation")][
+        2:
+    ] == ["yours"]
 
 
 def test_reports_of_something_else_are_refused(evaluated, tmp_path) -> None:
     file = evaluated / "eval" / "report.json"
     text = file.read_text()
-    with pytest.raises(ValueError, match="no row 'nobody': give --row, one of autoregressive, heads, "):
+    with pytest.raises(
+        ValueError, match="no row 'nobody': give --row, one of autoregressive, heads, "
+    ):
         card_of(evaluated, report=file, row="nobody")
     changed(file, "heads", drafter_parameters=7)
     with pytest.raises(ValueError, match="row 'heads' has 7 parameters, this component"):
@@ -124,7 +155,9 @@ def test_a_report_with_forged_values_is_refused_by_file_and_key(evaluated) -> No
         card_of(evaluated, report=file)
 
 
-def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_components_own(evaluated) -> None:
+def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_components_own(
+    evaluated,
+) -> None:
     """As of Medusa-2, whose rows run on weights of their own."""
     file = evaluated / "eval" / "report.json"
     report = json.loads(file.read_text())
@@ -133,21 +166,36 @@ def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_component
     assert len(rows(card_of(evaluated, report=file), "Evaluation")) == 4
 
 
-# -- metadata -----------------------------------------------------------------------------------------------------
+# -- metadata --------------------------------------------------------------------------------------
+
 
 def test_the_metadata_is_whole(evaluated) -> None:
     card = card_of(evaluated, report=evaluated / "eval" / "report.json")
     assert card_errors(card) == []
     data = ModelCard(card).data.to_dict()
-    assert data["license"] == "other" and data["library_name"] == "slipstream" and "base_model" not in data
+    assert (
+        data["license"] == "other"
+        and data["library_name"] == "slipstream"
+        and "base_model" not in data
+    )
     assert {"slipstream", "speculative-decoding", "medusa"} <= set(data["tags"])
     assert data["model-index"][0]["name"] == "heads" and data["pipeline_tag"] == "text-generation"
     assert ModelCard(card_of(evaluated, license="mit")).data.license == "mit"
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("ada/model", "ada/model"), ("/models/ada", None),
-    ("./ada", None), ("a/b/c", None), ("tests/checkpoints", None), ("model.gguf", None), ("~/model", None)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("ada/model", "ada/model"),
+        ("/models/ada", None),
+        ("./ada", None),
+        ("a/b/c", None),
+        ("tests/checkpoints", None),
+        ("model.gguf", None),
+        ("~/model", None),
+    ],
+)
 def test_the_base_model_is_a_hub_id_or_absent(name, expected, monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     assert hub_name(name) == expected
@@ -161,7 +209,8 @@ def test_the_embedded_target_brings_its_licence_and_id(trained) -> None:
     assert (data.license, data.base_model) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
-# -- use and serve ------------------------------------------------------------------------------------------------
+# -- use and serve ---------------------------------------------------------------------------------
+
 
 def published(folder: Path, drafter: Trainable, target: Target) -> str:
     save_pretrained(drafter, folder, Provenance.of(target))
@@ -171,16 +220,22 @@ def published(folder: Path, drafter: Trainable, target: Target) -> str:
 def test_only_what_an_engine_serves_gets_commands_to_serve_it(tmp_path) -> None:
     target = tiny_target(layers=8)
     shape = target.shape
-    for kind, served in ((Eagle3(shape), {"speculators": "vllm serve", "sglang": "sglang.launch_server"}),
-                         (Eagle(shape), {"eagle": "vllm serve", "eagle_sglang": "sglang.launch_server"}),
-                         (Medusa(shape), {"medusa": "vllm serve", "medusa_reference": "from_pretrained"}),
-                         (Clover(shape), {})):
+    for kind, served in (
+        (Eagle3(shape), {"speculators": "vllm serve", "sglang": "sglang.launch_server"}),
+        (Eagle(shape), {"eagle": "vllm serve", "eagle_sglang": "sglang.launch_server"}),
+        (Medusa(shape), {"medusa": "vllm serve", "medusa_reference": "from_pretrained"}),
+        (Clover(shape), {}),
+    ):
         card = published(tmp_path / type(kind).__name__, kind, target)
         commands = re.findall(r"checkpoints.export --format (\w+) ada/heads exports/(\w+)", card)
         assert commands == [(form, form) for form in served]
         for form, started in served.items():
             lines = card.split(f"--format {form} ada/heads exports/{form}\n", 1)[1].splitlines()[0]
-            assert started in lines and f"exports/{form}" in lines and " and ".join(FORMATS[form].ENGINES) in card
+            assert (
+                started in lines
+                and f"exports/{form}" in lines
+                and " and ".join(FORMATS[form].ENGINES) in card
+            )
         assert ("No serving engine loads this" in card) == (not served)
         assert 'component = load_pretrained("ada/heads", target)' in card
 
@@ -209,4 +264,8 @@ def test_the_card_renders(evaluated) -> None:
     html = markdown_it.MarkdownIt("commonmark").enable("table").render(text)
     page.feed(html)
     assert page.open == [] and page.seen.count("table") == 2 and page.seen.count("h1") == 1
-    assert html.count("<tr>") == 1 + 4 + 1 + 2 and "|---" not in html and "<code class=\"language-python\">" in html
+    assert (
+        html.count("<tr>") == 1 + 4 + 1 + 2
+        and "|---" not in html
+        and '<code class="language-python">' in html
+    )

@@ -1,4 +1,6 @@
-"""Exports, held against what engines make of them (tests/checkpoints/engines.py), and imports of the same folders."""
+"""Exports, held against what engines make of them (tests/checkpoints/engines.py), and imports of
+the same folders.
+"""
 
 import json
 from dataclasses import replace
@@ -41,7 +43,9 @@ def qwen() -> Target:
 
 
 def shaken(drafter: LearnedDrafter, target: Target) -> LearnedDrafter:
-    """A drafter in float64 whose weights are far from their beginnings, so that every detail matters."""
+    """A drafter in float64 whose weights are far from their beginnings, so that every detail
+    matters.
+    """
     torch.manual_seed(5)
     drafter.double()
     if drafter.vocabulary_D is not None:
@@ -79,11 +83,14 @@ def returns(folder: Path, drafter: LearnedDrafter, target: Target) -> LearnedDra
     """The export comes back as a drafter that drafts the same."""
     back = load_pretrained(folder, target)
     assert isinstance(back, LearnedDrafter) and type(back) is type(drafter)
-    assert [ours(back, target, ids) for ids in PROMPTS] == [ours(drafter, target, ids) for ids in PROMPTS]
+    assert [ours(back, target, ids) for ids in PROMPTS] == [
+        ours(drafter, target, ids) for ids in PROMPTS
+    ]
     return back
 
 
-# -- Medusa -------------------------------------------------------------------------------------------------------
+# -- Medusa ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("lm_head", ["own", "shared"])
 @pytest.mark.parametrize("vocabulary", [None, DRAFTED])
@@ -105,16 +112,22 @@ def test_medusa_drafts_the_same_in_the_reference(target, tmp_path, lm_head, voca
         agrees(engines.ReferenceMedusa(folder, 128, 32, weights), drafter, target)
     returns(folder, drafter, target)
     (folder / "medusa_lm_head.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds its weights as medusa_lm_head.pt only, a pickle, .*: convert it"):
+    with pytest.raises(
+        ValueError, match="holds its weights as medusa_lm_head.pt only, a pickle, .*: convert it"
+    ):
         load_pretrained(folder, target)
 
 
 def test_the_reference_would_make_one_of_several_blocks(target):
-    with pytest.raises(ValueError, match="blocks is 2: the reference implementation repeats one block"):
+    with pytest.raises(
+        ValueError, match="blocks is 2: the reference implementation repeats one block"
+    ):
         FORMATS["medusa_reference"].exported(Medusa(target.shape, 3, 2), target)
 
 
-def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest_even_when_all_logits_are_negative(target):
+def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest_even_when_all_logits_are_negative(
+    target,
+):
     drafter: Any = shaken(Medusa(target.shape, 3, draft_vocabulary=DRAFTED), target)
     rows, vocabulary = drafter.lm_heads[0].weight, drafter.vocabulary_D
     assert vocabulary is not None
@@ -124,10 +137,16 @@ def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest_even_when_a
     assert all(int(token) in set(vocabulary.tolist()) for token in logits.argmax(0))
 
 
-# -- EAGLE-3 ------------------------------------------------------------------------------------------------------
+# -- EAGLE-3 ---------------------------------------------------------------------------------------
 
-OPTIONS = [{}, {"fc_norm": True}, {"norm_output": True}, {"norm_before_residual": True},
-           {"fused_layers": [6, 1, 4, 2], "fc_norm": True}, {"fused_layers": [5]}]
+OPTIONS = [
+    {},
+    {"fc_norm": True},
+    {"norm_output": True},
+    {"norm_before_residual": True},
+    {"fused_layers": [6, 1, 4, 2], "fc_norm": True},
+    {"fused_layers": [5]},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -139,7 +158,9 @@ def test_eagle3_drafts_the_same_in_vllm(target, tmp_path, options, vocabulary):
     assert returns(folder, drafter, target).draft_size == drafter.draft_size
 
 
-@pytest.mark.parametrize("options", [{}, {"fc_norm": True, "norm_output": True}, {"fused_layers": [6, 1, 4]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fc_norm": True, "norm_output": True}, {"fused_layers": [6, 1, 4]}], ids=str
+)
 @pytest.mark.parametrize("vocabulary", [None, DRAFTED])
 def test_eagle3_drafts_the_same_in_sglang(target, tmp_path, options, vocabulary):
     drafter = shaken(Eagle3(target.shape, vocabulary, **options), target)
@@ -157,21 +178,28 @@ def test_query_norms_and_attention_biases_reach_vllm(qwen, tmp_path):
     returns(folder, drafter, qwen)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"norm_before_residual": True}, "norm_before_residual is true: SGLang adds"),
-    ({"fused_layers": [5]}, "SGLang fuses two states or more"),
-    ({"fused_layers": [0, 2, 5]}, r"none before the first layer \(0\)"),
-    ({"fused_layers": [2, 2, 5]}, "name a state twice"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"norm_before_residual": True}, "norm_before_residual is true: SGLang adds"),
+        ({"fused_layers": [5]}, "SGLang fuses two states or more"),
+        ({"fused_layers": [0, 2, 5]}, r"none before the first layer \(0\)"),
+        ({"fused_layers": [2, 2, 5]}, "name a state twice"),
+    ],
+)
 def test_what_sglang_would_read_otherwise_is_refused(target, options, words):
     with pytest.raises(ValueError, match=words):
         FORMATS["sglang"].exported(Eagle3(target.shape, **options), target)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"attention_bias": True}, "attention_bias: SGLang .* would drop the tensors silently"),
-    ({"qk_norm": True}, "qk_norm: SGLang"), ({"activation": "gelu"}, "activation 'gelu': engines"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_bias": True}, "attention_bias: SGLang .* would drop the tensors silently"),
+        ({"qk_norm": True}, "qk_norm: SGLang"),
+        ({"activation": "gelu"}, "activation 'gelu': engines"),
+    ],
+)
 def test_layers_that_sglang_does_not_have_are_refused(target, change, words):
     with pytest.raises(ValueError, match=words):
         FORMATS["sglang"].exported(Eagle3(replace(target.shape, **change)), target)
@@ -183,11 +211,18 @@ def test_layer_ids_are_written_as_each_engine_counts(target):
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
 
 
-# -- EAGLE-1 ------------------------------------------------------------------------------------------------------
+# -- EAGLE-1 ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("form", "bias", "readers"), [
-    ("eagle", False, ["official", "vllm"]), ("eagle", True, ["official", "sglang"]),
-    ("eagle_sglang", False, ["official", "sglang"]), ("eagle_sglang", True, ["official", "sglang"])])
+
+@pytest.mark.parametrize(
+    ("form", "bias", "readers"),
+    [
+        ("eagle", False, ["official", "vllm"]),
+        ("eagle", True, ["official", "sglang"]),
+        ("eagle_sglang", False, ["official", "sglang"]),
+        ("eagle_sglang", True, ["official", "sglang"]),
+    ],
+)
 def test_eagle_drafts_the_same_in_engines(target, tmp_path, form, bias, readers):
     drafter = shaken(Eagle(target.shape, bias=bias), target)
     folder = exported(drafter, target, form, tmp_path)
@@ -201,7 +236,8 @@ def test_a_bias_and_a_trimmed_vocabulary_are_told(target):
     assert "which vLLM refuses" in notes[0] and "this project from 40" in notes[1]
 
 
-# -- a language model ---------------------------------------------------------------------------------------------
+# -- a language model ------------------------------------------------------------------------------
+
 
 def independent(target: Target, layers: int = 3, **arguments) -> Independent:
     drafter = Independent(target.shape, layers=layers, draft_length=STEPS, **arguments)
@@ -224,14 +260,18 @@ def test_a_language_model_is_a_plain_folder_that_its_library_drafts_with(arch, t
         written = list(ids)
         for _ in range(STEPS):
             written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
-        assert written[len(ids):] == ours(drafter, target, ids)
+        assert written[len(ids) :] == ours(drafter, target, ids)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == target.tokenizer.get_vocab()
     back = returns(folder, drafter, target)
-    assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in drafter.state_dict().items()}
+    assert {k: v.shape for k, v in back.state_dict().items()} == {
+        k: v.shape for k, v in drafter.state_dict().items()
+    }
 
 
 def test_a_plain_model_cannot_say_which_tokens_it_was_never_taught(target):
-    with pytest.raises(ValueError, match="draft_vocabulary is 40: a plain model drafts from all tokens"):
+    with pytest.raises(
+        ValueError, match="draft_vocabulary is 40: a plain model drafts from all tokens"
+    ):
         FORMATS["hf"].exported(Independent(target.shape, draft_vocabulary=DRAFTED), target)
 
 
@@ -239,15 +279,20 @@ def test_a_plain_model_of_one_layer_is_not_taken_for_an_eagle_drafter(target, tm
     drafter = independent(target, layers=1)
     loaded = load_pretrained(exported(drafter, target, "hf", tmp_path), target)
     assert type(loaded) is Independent
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+    assert all(
+        torch.equal(tensor, loaded.state_dict()[name])
+        for name, tensor in drafter.state_dict().items()
+    )
 
 
 def test_a_plain_model_of_another_tokenizer_or_with_other_tensors_is_refused(target, tmp_path):
     folder = exported(independent(target), target, "hf", tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    for changed, words in (({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
-                           ({**tensors, "score.weight": torch.zeros(1)}, "score.weight has no place")):
+    for changed, words in (
+        ({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
+        ({**tensors, "score.weight": torch.zeros(1)}, "score.weight has no place"),
+    ):
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(ValueError, match=words):
             load_pretrained(folder, target)
@@ -258,7 +303,8 @@ def test_a_plain_model_of_another_tokenizer_or_with_other_tensors_is_refused(tar
         load_pretrained(folder, target)
 
 
-# -- the command --------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def run(target, tmp_path) -> Path:
@@ -266,7 +312,9 @@ def run(target, tmp_path) -> Path:
     return save_pretrained(drafter, tmp_path / "run" / "drafter", Provenance.of(target)).parent
 
 
-def test_the_command_writes_a_folder_and_says_how_to_serve_it(run, target, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_folder_and_says_how_to_serve_it(
+    run, target, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("checkpoints.export.load_target", lambda name, device: target)
     out = tmp_path / "out"
     assert command(["--format", "speculators", str(run), str(out)]) == 0
@@ -278,12 +326,16 @@ def test_the_command_writes_a_folder_and_says_how_to_serve_it(run, target, tmp_p
 
 
 def test_what_cannot_be_exported_is_refused_before_the_target_is_loaded(run, target, tmp_path):
-    with pytest.raises(ValueError, match="--format medusa holds no Eagle3: use speculators or sglang"):
+    with pytest.raises(
+        ValueError, match="--format medusa holds no Eagle3: use speculators or sglang"
+    ):
         export(run, "medusa", tmp_path / "out")
     for number, kind in enumerate((Fspad, Medusa2)):
         folder = tmp_path / str(number)
         save_pretrained(kind(target.shape), folder, Provenance.of(target))
-        with pytest.raises(ValueError, match=f"no engine serves {kind.__name__}: use this project's decoder"):
+        with pytest.raises(
+            ValueError, match=f"no engine serves {kind.__name__}: use this project's decoder"
+        ):
             export(folder, "eagle", tmp_path / "out")
     with pytest.raises(ValueError, match="exists: give a new folder"):
         export(run, "sglang", run, target)
@@ -293,7 +345,9 @@ def test_what_cannot_be_exported_is_refused_before_the_target_is_loaded(run, tar
 
 
 def test_a_failed_export_leaves_nothing(run, target, tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoints.export.write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "checkpoints.export.write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         export(run, "speculators", tmp_path / "out", target)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
@@ -305,4 +359,6 @@ def test_training_can_start_from_an_export(run, target, tmp_path):
     warm_start(fresh, tmp_path / "out")
     saved: Any = load_pretrained(run, target)
     assert torch.equal(fresh.lm_head.weight, saved.lm_head.weight.float())
-    assert torch.equal(fresh.vocabulary, saved.vocabulary) and fresh.fc.weight.dtype == torch.float32
+    assert (
+        torch.equal(fresh.vocabulary, saved.vocabulary) and fresh.fc.weight.dtype == torch.float32
+    )

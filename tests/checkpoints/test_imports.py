@@ -1,4 +1,6 @@
-"""Drafters in the formats of others, made by hand as their documentation names tensors and shapes, and wrong ones."""
+"""Drafters in the formats of others, made by hand as their documentation names tensors and shapes,
+and wrong ones.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,23 @@ def target() -> Target:
 def llama(target: Target, **more: Any) -> dict[str, Any]:
     """A one-layer Llama config of the target's dimensions, in the old spelling."""
     shape = target.shape
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size, "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "num_hidden_layers": 1,
-            "vocab_size": V, "rms_norm_eps": shape.norm_eps, "hidden_act": "silu", "rope_theta": 10000.0,
-            "max_position_embeddings": shape.max_positions, "tie_word_embeddings": False, **more}
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "num_hidden_layers": 1,
+        "vocab_size": V,
+        "rms_norm_eps": shape.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 def layer(target: Target, prefix: str, width: int) -> dict[str, Tensor]:
@@ -45,11 +59,19 @@ def layer(target: Target, prefix: str, width: int) -> dict[str, Tensor]:
     shape = target.shape
     size, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    shapes = {"self_attn.q_proj": (queries, width * size), "self_attn.k_proj": (keys, width * size),
-              "self_attn.v_proj": (keys, width * size), "self_attn.o_proj": (size, queries),
-              "mlp.gate_proj": (inner, size), "mlp.up_proj": (inner, size), "mlp.down_proj": (size, inner),
-              "post_attention_layernorm": (size,)}
-    return {f"{prefix}.{name}.weight": torch.randn(dimensions) for name, dimensions in shapes.items()}
+    shapes = {
+        "self_attn.q_proj": (queries, width * size),
+        "self_attn.k_proj": (keys, width * size),
+        "self_attn.v_proj": (keys, width * size),
+        "self_attn.o_proj": (size, queries),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+        "post_attention_layernorm": (size,),
+    }
+    return {
+        f"{prefix}.{name}.weight": torch.randn(dimensions) for name, dimensions in shapes.items()
+    }
 
 
 def eagle3(target: Target, prefix: str) -> dict[str, Tensor]:
@@ -57,58 +79,108 @@ def eagle3(target: Target, prefix: str) -> dict[str, Tensor]:
     size, ids = target.shape.hidden_size, 3 * torch.arange(D)
     marked = torch.zeros(V, dtype=torch.bool)
     marked[ids] = True
-    norms = {f"{prefix}.{name}.weight": torch.randn(size) for name in ("input_layernorm", "hidden_norm")}
-    return {"embed_tokens.weight": target.embed(torch.arange(V)).clone(), "fc.weight": torch.randn(size, 3 * size),
-            "norm.weight": torch.randn(size), "lm_head.weight": torch.randn(D, size), **norms,
-            **layer(target, prefix, 2), "d2t": ids - torch.arange(D), "t2d": marked}
+    norms = {
+        f"{prefix}.{name}.weight": torch.randn(size) for name in ("input_layernorm", "hidden_norm")
+    }
+    return {
+        "embed_tokens.weight": target.embed(torch.arange(V)).clone(),
+        "fc.weight": torch.randn(size, 3 * size),
+        "norm.weight": torch.randn(size),
+        "lm_head.weight": torch.randn(D, size),
+        **norms,
+        **layer(target, prefix, 2),
+        "d2t": ids - torch.arange(D),
+        "t2d": marked,
+    }
 
 
 def speculators(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     verifier = {"name_or_path": "tiny-llama", "architectures": ["LlamaForCausalLM"]}
-    return {"speculators_model_type": "eagle3", "speculators_version": "0.5.0", "architectures": ["Eagle3DraftModel"],
-            "draft_vocab_size": D, "norm_before_residual": True, "eagle_aux_hidden_state_layer_ids": [1, 4, 6],
-            "transformer_layer_config": llama(target), "target_hidden_size": None,
-            "speculators_config": {"algorithm": "eagle3", "verifier": verifier}}, eagle3(target, "layers.0")
+    return {
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.5.0",
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": D,
+        "norm_before_residual": True,
+        "eagle_aux_hidden_state_layer_ids": [1, 4, 6],
+        "transformer_layer_config": llama(target),
+        "target_hidden_size": None,
+        "speculators_config": {"algorithm": "eagle3", "verifier": verifier},
+    }, eagle3(target, "layers.0")
 
 
 def sglang(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     eagle_config = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [0, 3, 5]}
-    config = llama(target, architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=D, eagle_config=eagle_config)
+    config = llama(
+        target,
+        architectures=["LlamaForCausalLMEagle3"],
+        draft_vocab_size=D,
+        eagle_config=eagle_config,
+    )
     return config, eagle3(target, "midlayer")
 
 
 def eagle(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     size = target.shape.hidden_size
-    return llama(target, bias=False), {"embed_tokens.weight": target.embed(torch.arange(V)).clone(),
-                                       "fc.weight": torch.randn(size, 2 * size), **layer(target, "layers.0", 1)}
+    return llama(target, bias=False), {
+        "embed_tokens.weight": target.embed(torch.arange(V)).clone(),
+        "fc.weight": torch.randn(size, 2 * size),
+        **layer(target, "layers.0", 1),
+    }
 
 
 def medusa(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     size = target.shape.hidden_size
-    config = {"model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": size, "vocab_size": V,
-              "num_heads": 2, "num_hidden_layers": 1, "truncated_vocab_size": None, "medusa_fc_bias": True,
-              "original_lm_head": False}
-    tensors = {f"blocks.{head}.layers.0.{part}": torch.randn(shape)
-               for head in range(2) for part, shape in (("weight", (size, size)), ("bias", (size,)))}
+    config = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": size,
+        "vocab_size": V,
+        "num_heads": 2,
+        "num_hidden_layers": 1,
+        "truncated_vocab_size": None,
+        "medusa_fc_bias": True,
+        "original_lm_head": False,
+    }
+    tensors = {
+        f"blocks.{head}.layers.0.{part}": torch.randn(shape)
+        for head in range(2)
+        for part, shape in (("weight", (size, size)), ("bias", (size,)))
+    }
     return config, tensors | {f"lm_heads.{head}.weight": torch.randn(V, size) for head in range(2)}
 
 
 def reference(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     size = target.shape.hidden_size
-    config = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "tiny-llama"}
-    tensors = {f"{head}.0.linear.{part}": torch.randn(shape)
-               for head in range(2) for part, shape in (("weight", (size, size)), ("bias", (size,)))}
+    config = {
+        "medusa_num_heads": 2,
+        "medusa_num_layers": 1,
+        "base_model_name_or_path": "tiny-llama",
+    }
+    tensors = {
+        f"{head}.0.linear.{part}": torch.randn(shape)
+        for head in range(2)
+        for part, shape in (("weight", (size, size)), ("bias", (size,)))
+    }
     return config, tensors | {f"{head}.1.weight": torch.randn(V, size) for head in range(2)}
 
 
-MADE = {"speculators": (speculators, Eagle3), "sglang": (sglang, Eagle3), "eagle": (eagle, Eagle),
-        "medusa": (medusa, Medusa), "reference": (reference, Medusa)}
+MADE = {
+    "speculators": (speculators, Eagle3),
+    "sglang": (sglang, Eagle3),
+    "eagle": (eagle, Eagle),
+    "medusa": (medusa, Medusa),
+    "reference": (reference, Medusa),
+}
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -128,54 +200,101 @@ def test_a_drafter_made_by_hand_is_imported_and_can_be_trained_further(target, t
 def test_layer_ids_norms_and_offsets_are_read_as_the_engine_does(target, tmp_path):
     config, tensors = speculators(target)
     drafter = load_pretrained(write(tmp_path / "vllm", config, tensors), target)
-    assert isinstance(drafter, Eagle3) and drafter.fused_layers == [1, 4, 6] and drafter.norm_before_residual
-    assert torch.equal(drafter.vocabulary, 3 * torch.arange(D)) and torch.equal(drafter.lm_head.weight,
-                                                                              tensors["lm_head.weight"])
+    assert (
+        isinstance(drafter, Eagle3)
+        and drafter.fused_layers == [1, 4, 6]
+        and drafter.norm_before_residual
+    )
+    assert torch.equal(drafter.vocabulary, 3 * torch.arange(D)) and torch.equal(
+        drafter.lm_head.weight, tensors["lm_head.weight"]
+    )
     del config["norm_before_residual"]
-    assert load_pretrained(write(tmp_path / "default", config, tensors), target).norm_before_residual
+    assert load_pretrained(
+        write(tmp_path / "default", config, tensors), target
+    ).norm_before_residual
     other = load_pretrained(write(tmp_path / "sglang", *sglang(target)), target)
-    assert isinstance(other, Eagle3) and other.fused_layers == [1, 4, 6] and not other.norm_before_residual
+    assert (
+        isinstance(other, Eagle3)
+        and other.fused_layers == [1, 4, 6]
+        and not other.norm_before_residual
+    )
 
 
-@pytest.mark.parametrize(("name", "tensor"), [
-    ("speculators", "layers.0.hidden_norm.weight"), ("sglang", "midlayer.self_attn.q_proj.weight"),
-    ("eagle", "fc.weight"), ("medusa", "blocks.1.layers.0.bias"), ("reference", "1.1.weight")])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("speculators", "layers.0.hidden_norm.weight"),
+        ("sglang", "midlayer.self_attn.q_proj.weight"),
+        ("eagle", "fc.weight"),
+        ("medusa", "blocks.1.layers.0.bias"),
+        ("reference", "1.1.weight"),
+    ],
+)
 def test_wrong_tensors_are_refused_by_name(target, tmp_path, name, tensor):
     config, tensors = MADE[name][0](target)
     missing = {key: value for key, value in tensors.items() if key != tensor}
     shaped = {**tensors, tensor: torch.zeros(3, 5)}
-    for case, found, words in (("missing", missing, "is missing"), ("shaped", shaped, r"has shape \(3, 5\)"),
-                               ("more", {**tensors, "extra.weight": torch.zeros(1)}, "has no place")):
-        with pytest.raises(ValueError, match=f"{'extra.weight' if case == 'more' else tensor} {words}"):
+    for case, found, words in (
+        ("missing", missing, "is missing"),
+        ("shaped", shaped, r"has shape \(3, 5\)"),
+        ("more", {**tensors, "extra.weight": torch.zeros(1)}, "has no place"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{'extra.weight' if case == 'more' else tensor} {words}"
+        ):
             load_pretrained(write(tmp_path / case, config, found), target)
 
 
 def test_offsets_that_lead_nowhere_and_foreign_embeddings_are_refused(target, tmp_path):
     config, tensors = speculators(target)
-    with pytest.raises(ValueError, match="d2t does not lead to 40 different ids below 128: it must hold offsets"):
-        load_pretrained(write(tmp_path / "ids", config, {**tensors, "d2t": 3 * torch.arange(D) + 90}), target)
-    with pytest.raises(ValueError, match="embed_tokens.weight differs from the embeddings of tiny-llama"):
-        load_pretrained(write(tmp_path / "embed", config, {**tensors, "embed_tokens.weight": torch.randn(V, 32)}),
-                        target)
+    with pytest.raises(
+        ValueError, match="d2t does not lead to 40 different ids below 128: it must hold offsets"
+    ):
+        load_pretrained(
+            write(tmp_path / "ids", config, {**tensors, "d2t": 3 * torch.arange(D) + 90}), target
+        )
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight differs from the embeddings of tiny-llama"
+    ):
+        load_pretrained(
+            write(
+                tmp_path / "embed", config, {**tensors, "embed_tokens.weight": torch.randn(V, 32)}
+            ),
+            target,
+        )
 
 
-@pytest.mark.parametrize("token_map", [torch.arange(D) + V - D + 1, torch.arange(D) - 1, torch.arange(D) // 2])
-def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(target, tmp_path, token_map):
+@pytest.mark.parametrize(
+    "token_map", [torch.arange(D) + V - D + 1, torch.arange(D) - 1, torch.arange(D) // 2]
+)
+def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(
+    target, tmp_path, token_map
+):
     config, tensors = medusa(target)
     config |= {"truncated_vocab_size": D, "original_lm_head": True}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_heads")}
     tensors["lm_heads.0.weight"] = torch.randn(D, target.shape.hidden_size)
-    right = load_pretrained(write(tmp_path / "right", config, {**tensors, "token_map": 3 * torch.arange(D)}), target)
+    right = load_pretrained(
+        write(tmp_path / "right", config, {**tensors, "token_map": 3 * torch.arange(D)}), target
+    )
     assert torch.equal(right.state_dict()["vocabulary"], 3 * torch.arange(D))
     with pytest.raises(ValueError, match="token_map does not hold 40 different ids below 128"):
-        load_pretrained(write(tmp_path / "wrong", config, {**tensors, "token_map": token_map}), target)
+        load_pretrained(
+            write(tmp_path / "wrong", config, {**tensors, "token_map": token_map}), target
+        )
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash': only 'eagle3'"),
-    ({"norm_before_fc": True}, "norm_before_fc is set, which is not supported"),
-    ({"draft_vocab_size": None, "transformer_layer_config": {}}, "is not a whole speculators config"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash': only 'eagle3'"),
+        ({"norm_before_fc": True}, "norm_before_fc is set, which is not supported"),
+        (
+            {"draft_vocab_size": None, "transformer_layer_config": {}},
+            "is not a whole speculators config",
+        ),
+    ],
+)
 def test_configs_that_ask_for_something_else_are_refused(target, tmp_path, change, words):
     config, tensors = speculators(target)
     with pytest.raises(ValueError, match=words):
@@ -186,7 +305,9 @@ def test_training_never_starts_from_other_rotary_parameters(target, tmp_path):
     config, tensors = sglang(target)
     folder = write(tmp_path / "drafter", {**config, "rope_theta": 5e5}, tensors)
     fresh = Eagle3(target.shape, D, [1, 4, 6])
-    with pytest.raises(ValueError, match="was trained with rotary parameters .*500000.*: it would start wrong"):
+    with pytest.raises(
+        ValueError, match="was trained with rotary parameters .*500000.*: it would start wrong"
+    ):
         warm_start(fresh, folder)
 
 
@@ -221,7 +342,9 @@ def test_an_older_version_is_migrated(target, tmp_path, monkeypatch):
     config["arguments"]["count"] = config["arguments"].pop("heads")
     (saved / "config.json").write_text(json.dumps(config))
 
-    def renamed(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def renamed(
+        config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         arguments = dict(config["arguments"])
         arguments["heads"] = arguments.pop("count")
         return {**config, "arguments": arguments}, tensors

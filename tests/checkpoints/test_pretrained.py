@@ -92,15 +92,23 @@ def test_card_and_provenance_say_what_was_measured_and_how(saved, target):
     assert "A drafter of one matrix, used twice." in card and "More about it" not in card
     found = json.loads((saved[1] / "provenance.json").read_text())
     assert found["target"] == {"name": target.name, "fingerprint": target.fingerprint()}
-    assert found["packages"]["torch"] == torch.__version__ and found["command"].startswith("python ")
+    assert found["packages"]["torch"] == torch.__version__ and found["command"].startswith(
+        "python "
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"drafter_type": "os"}, "names 0 files under modules/"),
-    ({"drafter_type": "../evil"}, "not names of a module"),
-    ({"drafter_type": "trainable", "class": "Losses"}, "not a trainable component of modules.contracts.trainable"),
-    ({"format_version": 99}, "format_version 99"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"drafter_type": "os"}, "names 0 files under modules/"),
+        ({"drafter_type": "../evil"}, "not names of a module"),
+        (
+            {"drafter_type": "trainable", "class": "Losses"},
+            "not a trainable component of modules.contracts.trainable",
+        ),
+        ({"format_version": 99}, "format_version 99"),
+    ],
+)
 def test_a_config_that_names_something_else_is_refused(saved, monkeypatch, changes, words):
     monkeypatch.undo()
     edit(saved[1], **changes)
@@ -111,7 +119,9 @@ def test_a_config_that_names_something_else_is_refused(saved, monkeypatch, chang
 def test_tensors_that_do_not_fit_are_named_in_one_line(saved):
     config = json.loads((saved[1] / "config.json").read_text())
     edit(saved[1], arguments={**config["arguments"], "width": 6})
-    with pytest.raises(ValueError, match=r"reshaped: first.bias \(5,\) instead of \(6,\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"reshaped: first.bias \(5,\) instead of \(6,\)"
+    ) as caught:
         load_pretrained(saved[1])
     assert "\n" not in str(caught.value)
 
@@ -151,7 +161,9 @@ def test_names_that_hold_nothing_are_refused(tmp_path, monkeypatch):
         load_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not exist: give a run folder"):
         load_pretrained(tmp_path / "none")
-    monkeypatch.setattr(pretrained, "_download", lambda name: pytest.fail(f"{name} was looked for on the Hub"))
+    monkeypatch.setattr(
+        pretrained, "_download", lambda name: pytest.fail(f"{name} was looked for on the Hub")
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "exports").mkdir()
     for name in ("runs/nothere", "exports/eagle3"):
@@ -192,14 +204,20 @@ def test_warm_start_takes_what_a_base_class_has_and_refuses_a_stranger(saved, ta
 
     larger = Larger(target.shape, width=5)
     warm_start(larger, saved[1])
-    assert torch.equal(larger.first.weight, saved[0].first.weight) and torch.equal(larger.extra, torch.ones(3))
+    assert torch.equal(larger.first.weight, saved[0].first.weight) and torch.equal(
+        larger.extra, torch.ones(3)
+    )
     monkeypatch.setattr(pretrained, "trainable_class", lambda *_: Larger)
     with pytest.raises(ValueError, match="is a Larger, the config trains a Tiny"):
         warm_start(Tiny(target.shape), saved[1])
 
 
 def test_shapes_differing_only_in_positions_are_the_same_target(target):
-    config = {"name": "t", "fingerprint": target.fingerprint(), "shape": vars(replace(target.shape, max_positions=7))}
+    config = {
+        "name": "t",
+        "fingerprint": target.fingerprint(),
+        "shape": vars(replace(target.shape, max_positions=7)),
+    }
     pretrained.check_binding(Tiny(target.shape), config, target, "x")
 
 

@@ -1,4 +1,6 @@
-"""A drafter knows how long its training rows were, and says once that it drafts behind longer contexts."""
+"""A drafter knows how long its training rows were, and says once that it drafts behind longer
+contexts.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
 
-def test_decoding_beyond_the_trained_length_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_decoding_beyond_the_trained_length_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     target = tiny_target()
-    save_pretrained(Medusa(target.shape, 2).double(), tmp_path, Provenance.of(target, data={"max_length": 20}))
+    save_pretrained(
+        Medusa(target.shape, 2).double(), tmp_path, Provenance.of(target, data={"max_length": 20})
+    )
     drafter = load_pretrained(tmp_path, target)
     assert isinstance(drafter, Medusa) and drafter.trained_length == 20
     decoder = SpeculativeDecoder(target, drafter, name="of twenty")

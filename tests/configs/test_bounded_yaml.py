@@ -1,4 +1,6 @@
-"""YAML that would take all memory or the stack is refused in a line; anchors as configs use them are not."""
+"""YAML that would take all memory or the stack is refused in a line; anchors as configs use them
+are not.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from configs.command_line.loading import CONFIGS, parse
 from train.cli import make_parser
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{now}: &{now} [{','.join(['*' + before] * 9)}]\n" for before, now in zip("abcdefgh", "bcdefghi"))
+    f"{now}: &{now} [{','.join(['*' + before] * 9)}]\n"
+    for before, now in zip("abcdefgh", "bcdefghi")
+)
 HOSTILE = {
     "laughs": (LAUGHS, "aliases written out"),
     "deep": ("drafter: " + "[" * 3000 + "]" * 3000, "deeper"),
@@ -41,7 +45,10 @@ def test_hostile_yaml_is_one_line(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["laughs", "deep"])
 def test_hostile_values_of_flags_are_one_line(name: str) -> None:
     with pytest.raises(ValueError) as caught:
-        parse(make_parser(), ["--config", "clover.yaml", "--data", HOSTILE[name][0].removeprefix("drafter: ")])
+        parse(
+            make_parser(),
+            ["--config", "clover.yaml", "--data", HOSTILE[name][0].removeprefix("drafter: ")],
+        )
     assert "\n" not in str(caught.value)
 
 

@@ -30,7 +30,13 @@ class Options:
 def read(arguments: list[str]) -> Options:
     parser = config_parser("test", "a test")
     parser.add_class_arguments(Options)
-    return Options(**{k: v for k, v in vars(parser.instantiate(parse(parser, arguments))).items() if k != "config"})
+    return Options(
+        **{
+            k: v
+            for k, v in vars(parser.instantiate(parse(parser, arguments))).items()
+            if k != "config"
+        }
+    )
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -41,7 +47,9 @@ def write(folder: Path, name: str, text: str) -> str:
 def test_a_name_is_a_path_or_a_file_under_the_folder(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     path = write(tmp_path / "eval", "smoke.yaml", "limit: 1\n")
-    assert all(resolve(name, tmp_path) == Path(path) for name in ("eval/smoke.yaml", "eval/smoke", path))
+    assert all(
+        resolve(name, tmp_path) == Path(path) for name in ("eval/smoke.yaml", "eval/smoke", path)
+    )
 
 
 def test_an_unknown_name_lists_the_closest(tmp_path: Path) -> None:
@@ -58,19 +66,27 @@ def test_several_configs_merge_left_to_right_and_the_command_line_wins(tmp_path:
     assert read(["--config", second, "--config", first, "--limit", "7"]).limit == 7
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("limt: 3", ["limt"]), ("limit: abc", ["limit", "int", "abc"]),
-    ("entries:\n  - name: x\n    budgt: 3", ["entries", "budgt"]),
-    ("entries:\n  - budget: many", ["entries.budget", "int", "many"]),
-])
-def test_mistakes_in_a_file_are_one_line_naming_the_key(tmp_path: Path, text: str, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("limt: 3", ["limt"]),
+        ("limit: abc", ["limit", "int", "abc"]),
+        ("entries:\n  - name: x\n    budgt: 3", ["entries", "budgt"]),
+        ("entries:\n  - budget: many", ["entries.budget", "int", "many"]),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line_naming_the_key(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
     with pytest.raises(ValueError) as caught:
         read(["--config", write(tmp_path, "c.yaml", text)])
     print(caught.value)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("arguments", [["--limt", "3"], ["--limit", "abc"], ["--config", "no/such/file.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--limt", "3"], ["--limit", "abc"], ["--config", "no/such/file.yaml"]]
+)
 def test_mistakes_on_the_command_line_are_one_line(arguments: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         read(arguments)

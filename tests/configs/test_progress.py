@@ -16,7 +16,8 @@ def test_outside_of_a_terminal_a_line_is_told_every_so_often_and_at_the_end(monk
     assert capsys.readouterr().out.splitlines() == [
         "target states: 140 of 200 documents, about 0:00:46 left",
         "target states: 180 of 200 documents, about 0:00:16 left",
-        "target states: 200 of 200 documents"]
+        "target states: 200 of 200 documents",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -1,4 +1,6 @@
-"""Credentials are in nothing that is stored or printed, and places of files in nothing that is published."""
+"""Credentials are in nothing that is stored or printed, and places of files in nothing that is
+published.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,15 @@ SECRETS = {
     "github": ("ghp_AbCdEfGhIjKlMnOpQrStUv", "ghp_AbCdEfGhIjKlMnOpQrStUv"),
 }
 HARMLESS = [
-    "--drafter.token_weight 0.1 --endpoint.key_variable OPENAI_API_KEY --max_new_tokens 8 --tokens 4",
-    "a token of the target, one token per call; key: prompt", "https://huggingface.co/a/b@main", f"revision {HEX}",
-    "python train.py --config clover.yaml --drafter.heads 4", "embed_tokens.weight",
-    '{"time_to_first_token": 0.0123456789, "a_token": 1e-05}', "--data.train user/name",
+    "--drafter.token_weight 0.1 --endpoint.key_variable OPENAI_API_KEY --max_new_tokens 8 --tokens "
+    "4",
+    "a token of the target, one token per call; key: prompt",
+    "https://huggingface.co/a/b@main",
+    f"revision {HEX}",
+    "python train.py --config clover.yaml --drafter.heads 4",
+    "embed_tokens.weight",
+    '{"time_to_first_token": 0.0123456789, "a_token": 1e-05}',
+    "--data.train user/name",
 ]
 
 
@@ -58,17 +65,41 @@ def test_other_text_stays(text: str) -> None:
     assert redacted(text) == text
 
 
-def test_values_of_variables_and_of_keys_named_so_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_variables_and_of_keys_named_so_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", HEX)
     assert HEX not in redacted(f"it is {HEX}.")
-    told = redact({"api_key": "x", "nested": [{"my.token": "abc", "token_weight": 0.1, "tokens": "9"}], "n": 1})
-    assert told == {"api_key": HIDDEN, "nested": [{"my.token": HIDDEN, "token_weight": 0.1, "tokens": "9"}], "n": 1}
+    told = redact(
+        {
+            "api_key": "x",
+            "nested": [{"my.token": "abc", "token_weight": 0.1, "tokens": "9"}],
+            "n": 1,
+        }
+    )
+    assert told == {
+        "api_key": HIDDEN,
+        "nested": [{"my.token": HIDDEN, "token_weight": 0.1, "tokens": "9"}],
+        "n": 1,
+    }
 
 
-def test_a_command_line_is_stored_without_credentials_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_line_is_stored_without_credentials_and_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
-    monkeypatch.setattr(sys, "argv", ["train.py", *(text for text, _ in SECRETS.values() if " " not in text),
-                                      "--publish.token", "two words", "--config", "/home/alice/tiny.yaml"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *(text for text, _ in SECRETS.values() if " " not in text),
+            "--publish.token",
+            "two words",
+            "--config",
+            "/home/alice/tiny.yaml",
+        ],
+    )
     told = command_line()
     print(told)
     assert all(secret not in told for text, secret in SECRETS.values() if " " not in text)
@@ -89,10 +120,16 @@ def test_errors_do_not_repeat_credentials(name: str, capsys: pytest.CaptureFixtu
 
 def test_settings_are_stored_without_credentials() -> None:
     parser = make_parser()
-    config = parser.parse_args(["--config", "configs/clover.yaml", "--data.train=https://u:pa55word@host/x.jsonl"])
+    config = parser.parse_args(
+        ["--config", "configs/clover.yaml", "--data.train=https://u:pa55word@host/x.jsonl"]
+    )
     assert "pa55word" not in str(recipe_settings(parser, config))
-    told = Provenance({"name": "x", "fingerprint": "y"}, data={"train": SECRETS["url"][0]},
-                      settings={"trainer": {"api_key": HEX}}, command=SECRETS["flag"][0]).as_dict()
+    told = Provenance(
+        {"name": "x", "fingerprint": "y"},
+        data={"train": SECRETS["url"][0]},
+        settings={"trainer": {"api_key": HEX}},
+        command=SECRETS["flag"][0],
+    ).as_dict()
     assert all(secret not in str(told) for _, secret in SECRETS.values())
 
 
@@ -100,28 +137,61 @@ def test_places_of_files_are_not_published(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     target, place = tiny_target(), "/home/alice/secret-project"
     provenance = Provenance(
-        {"name": f"{place}/models/llama", "fingerprint": target.fingerprint()}, data={"train": f"{place}/chats.jsonl"},
-        settings={"data": {"train": [f"{place}/chats.jsonl", f"{tmp_path}/runs/x", "https://host/a/b", "user/name"]}},
-        command=f"python train.py --config={place}/tiny.yaml --output {place}/r/base --data.train ~/alice/x.jsonl")
+        {"name": f"{place}/models/llama", "fingerprint": target.fingerprint()},
+        data={"train": f"{place}/chats.jsonl"},
+        settings={
+            "data": {
+                "train": [
+                    f"{place}/chats.jsonl",
+                    f"{tmp_path}/runs/x",
+                    "https://host/a/b",
+                    "user/name",
+                ]
+            }
+        },
+        command=f"python train.py --config={place}/tiny.yaml --output {place}/r/base --data.train "
+        "~/alice/x.jsonl",
+    )
     save_pretrained(Medusa(target.shape, heads=2), tmp_path / "run" / "drafter", provenance)
     write(publication(tmp_path / "run", "ada/heads"), tmp_path / "out")
-    texts = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
+    texts = {
+        path.name: path.read_text()
+        for path in (tmp_path / "out").iterdir()
+        if path.suffix != ".safetensors"
+    }
     assert set(texts) == {"config.json", "provenance.json", "README.md"}
-    assert all("alice" not in text and "secret-project" not in text and str(tmp_path) not in text
-               for text in texts.values()), texts
+    assert all(
+        "alice" not in text and "secret-project" not in text and str(tmp_path) not in text
+        for text in texts.values()
+    ), texts
     assert json.loads(texts["provenance.json"])["settings"]["data"]["train"] == [
-        "chats.jsonl", "runs/x", "https://host/a/b", "user/name"]
+        "chats.jsonl",
+        "runs/x",
+        "https://host/a/b",
+        "user/name",
+    ]
     assert json.loads(texts["config.json"])["target"]["name"] == "llama"
 
 
 def test_portable_leaves_what_is_no_place() -> None:
-    for text in ("1/2", "and/or", "https://a.b/c/d", "USER/NAME", "runs/x", "3 / 4", "tokens/s", "a//b"):
+    for text in (
+        "1/2",
+        "and/or",
+        "https://a.b/c/d",
+        "USER/NAME",
+        "runs/x",
+        "3 / 4",
+        "tokens/s",
+        "a//b",
+    ):
         assert portable(text) == text
 
 
 def test_older_provenance_with_a_credential_is_refused(tmp_path: Path) -> None:
     target = tiny_target()
-    folder = save_pretrained(Medusa(target.shape, heads=2), tmp_path / "drafter", Provenance.of(target))
+    folder = save_pretrained(
+        Medusa(target.shape, heads=2), tmp_path / "drafter", Provenance.of(target)
+    )
     for text, secret in SECRETS.values():
         told = json.loads((folder / "provenance.json").read_text())
         (folder / "provenance.json").write_text(json.dumps({**told, "command": text}))

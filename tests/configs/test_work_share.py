@@ -21,13 +21,21 @@ from modules.target.target import Target
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
 
-SMALL: dict[str, Any] = {"dtype": "float32", "batch_tokens": 32, "shard_tokens": 40, "progress": False}
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "batch_tokens": 32,
+    "shard_tokens": 40,
+    "progress": False,
+}
 DOCUMENTS = [document(3 + 5 * i % 17, i) for i in range(40)]
 
 
 def ids(batch: Any) -> list[tuple[int, ...]]:
     """The documents of a batch of single ones."""
-    return [tuple(row[real].tolist()) for row, real in zip(batch.input_ids, batch.document_ids >= 0, strict=True)]
+    return [
+        tuple(row[real].tolist())
+        for row, real in zip(batch.input_ids, batch.document_ids >= 0, strict=True)
+    ]
 
 
 @pytest.fixture()
@@ -40,6 +48,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         with lock:
             seen.extend(ids(batch))
         return run(self, batch, names)
+
     monkeypatch.setattr(Target, "features", counted)
     return seen
 
@@ -49,11 +58,17 @@ def keys(manifest: dict[str, Any]) -> list[str]:
 
 
 def same_cache(one: Path, other: Path, target: Target, documents: list[Tokens]) -> None:
-    first, second = (FeatureCache(folder, target.fingerprint(), ["final"]) for folder in (one, other))
-    assert sorted(keys(first.manifest)) == sorted(keys(second.manifest)) and len(keys(first.manifest)) == len(documents)
+    first, second = (
+        FeatureCache(folder, target.fingerprint(), ["final"]) for folder in (one, other)
+    )
+    assert sorted(keys(first.manifest)) == sorted(keys(second.manifest)) and len(
+        keys(first.manifest)
+    ) == len(documents)
     first.require(documents)
     for tokens in documents:
-        torch.testing.assert_close(first.read(tokens.key), second.read(tokens.key), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            first.read(tokens.key), second.read(tokens.key), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_every_piece_falls_to_exactly_one_share() -> None:
@@ -77,8 +92,9 @@ def test_a_process_knows_its_share_from_who_started_it() -> None:
     assert Share.of_process({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Share()
 
 
-def test_writers_at_the_same_time_leave_what_a_single_one_does(tmp_path: Path, computed: list[tuple[int, ...]],
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writers_at_the_same_time_leave_what_a_single_one_does(
+    tmp_path: Path, computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three writers, each of which has states to write before any has written a shard."""
     barrier, append, met = Barrier(3, timeout=60), features._append_shard, set()
 
@@ -87,11 +103,23 @@ def test_writers_at_the_same_time_leave_what_a_single_one_does(tmp_path: Path, c
             met.add(get_ident())
             barrier.wait()
         append(*arguments)
+
     monkeypatch.setattr(features, "_append_shard", meet)
     targets = [tiny_target(dtype=torch.float32) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda i: cache_features(targets[i], DOCUMENTS, ["final"], tmp_path / "shared", **SMALL,
-                                               share=Share(i, 3)), range(3)))
+        list(
+            pool.map(
+                lambda i: cache_features(
+                    targets[i],
+                    DOCUMENTS,
+                    ["final"],
+                    tmp_path / "shared",
+                    **SMALL,
+                    share=Share(i, 3),
+                ),
+                range(3),
+            )
+        )
     assert sorted(computed) == sorted(tuple(tokens.input_ids.tolist()) for tokens in DOCUMENTS)
     monkeypatch.setattr(features, "_append_shard", append)
     cache_features(targets[0], DOCUMENTS, ["final"], tmp_path / "single", **SMALL)
@@ -99,22 +127,32 @@ def test_writers_at_the_same_time_leave_what_a_single_one_does(tmp_path: Path, c
     assert len(json.loads((tmp_path / "shared" / "manifest.json").read_text())["shards"]) > 3
 
 
-def test_who_writes_everything_adds_what_the_shares_left(tmp_path: Path, computed: list[tuple[int, ...]]) -> None:
+def test_who_writes_everything_adds_what_the_shares_left(
+    tmp_path: Path, computed: list[tuple[int, ...]]
+) -> None:
     target = tiny_target(dtype=torch.float32)
     cache_features(target, DOCUMENTS, ["final"], tmp_path, **SMALL, share=Share(1, 3))
     mine = [tokens for tokens in DOCUMENTS if Share(1, 3).takes(tokens.key)]
     assert sorted(computed) == sorted(tuple(tokens.input_ids.tolist()) for tokens in mine)
-    with pytest.raises(ValueError, match=f"lack {len(DOCUMENTS) - len(mine)} of {len(DOCUMENTS)} documents"):
+    with pytest.raises(
+        ValueError, match=f"lack {len(DOCUMENTS) - len(mine)} of {len(DOCUMENTS)} documents"
+    ):
         FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(DOCUMENTS)
     cache_features(target, DOCUMENTS, ["final"], tmp_path, **SMALL)
     assert len(computed) == len(set(computed)) == len(DOCUMENTS)
 
 
-def test_who_writes_everything_waits_for_a_share_under_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_writes_everything_waits_for_a_share_under_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     target = tiny_target(dtype=torch.float32)
     tmp_path.joinpath("cache").mkdir()
     with features._writing(tmp_path / "cache", Share(0, 2)):
-        whole = Thread(target=cache_features, args=(target, DOCUMENTS, ["final"], tmp_path / "cache"), kwargs=SMALL)
+        whole = Thread(
+            target=cache_features,
+            args=(target, DOCUMENTS, ["final"], tmp_path / "cache"),
+            kwargs=SMALL,
+        )
         whole.start()
         whole.join(0.5)
         assert whole.is_alive() and not (tmp_path / "cache" / "manifest.json").exists()
@@ -123,11 +161,16 @@ def test_who_writes_everything_waits_for_a_share_under_way(tmp_path: Path, caplo
     FeatureCache(tmp_path / "cache", target.fingerprint(), ["final"]).require(DOCUMENTS)
 
 
-def test_ranks_of_a_training_share_the_work_before_they_begin(tmp_path: Path, computed: list[tuple[int, ...]],
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_training_share_the_work_before_they_begin(
+    tmp_path: Path, computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each computes its own part first; the one that comes last finds all of it there."""
     file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"number {n}", "response": "so it is"}) + "\n" for n in range(24)))
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": f"number {n}", "response": "so it is"}) + "\n" for n in range(24)
+        )
+    )
     order, write = [], features.cache_features
 
     def noted(*arguments: Any, **options: Any) -> Path:
@@ -135,12 +178,14 @@ def test_ranks_of_a_training_share_the_work_before_they_begin(tmp_path: Path, co
         folder = write(*arguments, **options)
         order.append((options["share"], len(computed) - before))
         return folder
+
     monkeypatch.setattr("data.datamodule.cache_features", noted)
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         ConversationData(str(file), max_length=64, features=str(tmp_path / "cache")).bind(
-            tiny_target(dtype=torch.float32), ("final",))
+            tiny_target(dtype=torch.float32), ("final",)
+        )
     (first, own), (everything, rest), later, last = order
     assert (first, everything) == (Share(0, 2), None) and own + rest == 24 and 0 < own < 24
     assert later == (Share(1, 2), 0) and last == (None, 0)

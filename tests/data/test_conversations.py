@@ -43,30 +43,43 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def test_a_hub_data_set_is_loaded_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+
     asked: list[Any] = []
 
     def load(name: str, config: str | None, split: str, streaming: bool) -> Any:
         asked.append((name, config, split, streaming))
         return datasets.Dataset.from_list([{"question": "hi", "answer": "yes"}] * 3)
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert len(list(load_conversations("someone/chats:main", limit=2, split="test"))) == 2
     assert asked == [("someone/chats", "main", "test", True)]
 
 
-def test_a_hub_data_set_is_streamed_no_further_than_the_budget_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_streamed_no_further_than_the_budget_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
+
     read: list[int] = []
 
     def rows() -> Iterator[dict[str, str]]:
         for number in range(1000):
             read.append(number)
             yield {"question": f"say {number}", "answer": "yes " * 10}
+
     asked: list[bool] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: asked.append(streaming) or rows())
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, split, streaming: asked.append(streaming) or rows()
+    )
     data = ConversationData("someone/chats", max_length=64, max_response_tokens=100)
     data.read(tiny_target())
-    assert asked == [True] and 2 <= len(read) < 20 and 100 <= data.response_tokens + sum(
-        document.response_tokens for document in data.held_out) < 150
+    assert (
+        asked == [True]
+        and 2 <= len(read) < 20
+        and 100
+        <= data.response_tokens + sum(document.response_tokens for document in data.held_out)
+        < 150
+    )
     del read[:]
     data = ConversationData("someone/chats", max_length=64)
     data.read(tiny_target())
@@ -78,17 +91,24 @@ def test_an_unreachable_hub_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch
 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nmore")
+
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=r"'someone/chats' .*no route$"):
         next(load_conversations("someone/chats"))
 
 
 def test_the_mask_decodes_to_what_the_assistant_said(tokenizer: Any) -> None:
-    turns = [{"role": "system", "content": "be kind"}, *PAIR, {"role": "user", "content": "why?"},
-             {"role": "assistant", "content": "so, and so"}]
+    turns = [
+        {"role": "system", "content": "be kind"},
+        *PAIR,
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": "so, and so"},
+    ]
     (tokens,) = tokenize(Conversation(turns), tokenizer, 100).documents
     assert said(tokens, tokenizer) == "yes<|end|>so, and so<|end|>"
-    assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(
+        turns, tokenize=False
+    )
     assert tokens.prompt == prompt_ids(turns[:2], tokenizer)
     assert tokens.prompt[-1] == ASSISTANT
 
@@ -104,8 +124,12 @@ def test_exact_ids_win_when_they_are_this_tokenizers(tokenizer: Any) -> None:
     exact = [*tokenizer("yes", add_special_tokens=False)["input_ids"], END]
     foreign = [token + 1 for token in exact]
     unfinished = exact[:-1]
-    for ids, finished, expected in ((exact, True, exact), (foreign, True, exact), (unfinished, False, unfinished),
-                                    (None, False, unfinished)):
+    for ids, finished, expected in (
+        (exact, True, exact),
+        (foreign, True, exact),
+        (unfinished, False, unfinished),
+        (None, False, unfinished),
+    ):
         (tokens,) = tokenize(Conversation(PAIR, ids, finished), tokenizer, 100).documents
         assert tokens.input_ids[tokens.loss_mask].tolist() == expected
 
@@ -121,11 +145,15 @@ def test_skips_are_counted_and_logged(tokenizer: Any, caplog: pytest.LogCaptureF
     silent = Conversation(PAIR[:1], place=Place("a.jsonl", "line", 7))
     long = Conversation([{"role": "user", "content": "x" * 50}, PAIR[1]])
     with caplog.at_level(logging.WARNING):
-        kept = tokenize_all([silent, Conversation(PAIR), long, silent, Conversation(PAIR)], tokenizer, 20)
+        kept = tokenize_all(
+            [silent, Conversation(PAIR), long, silent, Conversation(PAIR)], tokenizer, 20
+        )
     assert len(kept) == 1
-    assert caplog.messages == ["skipped 2 conversations: no assistant turn (first: 'a.jsonl' line 7)",
-                               "skipped 1 conversation: prompt longer than the context (20 tokens)",
-                               "skipped 1 conversation: seen before"]
+    assert caplog.messages == [
+        "skipped 2 conversations: no assistant turn (first: 'a.jsonl' line 7)",
+        "skipped 1 conversation: prompt longer than the context (20 tokens)",
+        "skipped 1 conversation: seen before",
+    ]
 
 
 def test_nothing_left_is_one_line(tokenizer: Any) -> None:
@@ -145,6 +173,12 @@ def test_a_template_that_refuses_is_a_skip_and_none_is_an_error(tokenizer: Any) 
 
 
 def test_the_budget_stops_in_order(tokenizer: Any) -> None:
-    answers = [Conversation([PAIR[0], {"role": "assistant", "content": letter * 3}]) for letter in "abcdef"]
+    answers = [
+        Conversation([PAIR[0], {"role": "assistant", "content": letter * 3}]) for letter in "abcdef"
+    ]
     kept = tokenize_all(answers, tokenizer, 50, max_response_tokens=9)
-    assert [said(tokens, tokenizer) for tokens in kept] == ["aaa<|end|>", "bbb<|end|>", "ccc<|end|>"]
+    assert [said(tokens, tokenizer) for tokens in kept] == [
+        "aaa<|end|>",
+        "bbb<|end|>",
+        "ccc<|end|>",
+    ]

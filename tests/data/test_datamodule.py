@@ -1,4 +1,6 @@
-"""Batches in an order that can be taken up anywhere, held-out prompts that stay apart, and bad settings."""
+"""Batches in an order that can be taken up anywhere, held-out prompts that stay apart, and bad
+settings.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ def target() -> Target:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    rows = [{"prompt": f"{one} and {two}", "response": f"{two}, {number}"} for one in WORDS for two in WORDS[:5]
-            for number in range(2)]
+    rows = [
+        {"prompt": f"{one} and {two}", "response": f"{two}, {number}"}
+        for one in WORDS
+        for two in WORDS[:5]
+        for number in range(2)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -44,7 +50,7 @@ def ids(batches: Any) -> list[list]:
     return [batch.input_ids.tolist() for batch in batches]
 
 
-# -- order ------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 def batches(**settings: Any) -> Batches:
@@ -55,7 +61,9 @@ def test_an_epoch_holds_every_document_once_and_epochs_differ() -> None:
     loader = batches()
     seen = [document for row in loader.packed for document in row]
     assert sorted(seen) == list(range(30))
-    assert sum(int(batch.loss_mask.sum()) for batch in loader) == sum(d.response_tokens for d in loader.documents)
+    assert sum(int(batch.loss_mask.sum()) for batch in loader) == sum(
+        d.response_tokens for d in loader.documents
+    )
     assert len(list(loader)) == len(loader)
     assert loader.order(0) != loader.order(1)
     assert loader.order(0) == batches().order(0) != batches(seed=1).order(0)
@@ -91,8 +99,10 @@ def test_a_state_of_another_order_is_refused() -> None:
 def test_ranks_share_the_batches_and_take_as_many_each() -> None:
     alone, ranks = batches(), [batches(rank=rank, world=3) for rank in range(3)]
     assert {len(rank.order(2)) for rank in ranks} == {len(ranks[0])}
-    shared = [rows for step in zip(*(rank.order(2) for rank in ranks), strict=True) for rows in step]
-    assert shared[:len(alone)] == alone.order(2)
+    shared = [
+        rows for step in zip(*(rank.order(2) for rank in ranks), strict=True) for rows in step
+    ]
+    assert shared[: len(alone)] == alone.order(2)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -104,7 +114,7 @@ def test_what_ranks_repeat_at_the_end_has_no_labels(shuffle: bool) -> None:
     wanted = [int(batch.loss_mask.sum()) for batch in alone]
     found = [[int(batch.loss_mask.sum()) for batch in rank] for rank in ranks]
     together = [count for step in zip(*found, strict=True) for count in step]
-    assert together[:len(wanted)] == wanted and set(together[len(wanted):]) == {0}
+    assert together[: len(wanted)] == wanted and set(together[len(wanted) :]) == {0}
     assert all(int((batch.document_ids >= 0).sum()) > 0 for batch in ranks[-1])
     resumed = batches(shuffle=shuffle, rank=world - 1, world=world)
     resumed.load_state_dict({**ranks[-1].state_dict(), "batch": len(ranks[-1]) - 1})
@@ -132,12 +142,22 @@ class Recorder(LightningModule):
 
 def trainer(folder: Path, steps: int, every: int, callbacks: tuple[Callback, ...] = ()) -> Trainer:
     keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every)
-    return Trainer(max_steps=steps, max_epochs=-1, callbacks=[keep, *callbacks], logger=False, accelerator="cpu",
-                   enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                   default_root_dir=folder)
+    return Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[keep, *callbacks],
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
 
 
-def test_lightning_resumes_with_the_same_batches(source: str, target: Target, tmp_path: Path) -> None:
+def test_lightning_resumes_with_the_same_batches(
+    source: str, target: Target, tmp_path: Path
+) -> None:
     whole = Recorder()
     data = bound(source, target)
     epoch = len(data.train_dataloader())
@@ -147,14 +167,22 @@ def test_lightning_resumes_with_the_same_batches(source: str, target: Target, tm
     for done in (2, epoch, epoch + 3):
         resumed = Recorder()
         trainer(tmp_path / "again", steps, every=1000).fit(
-            resumed, datamodule=bound(source, target), ckpt_path=tmp_path / f"step={done}.ckpt", weights_only=False)
-        assert resumed.seen == whole.seen[done:], f"resumed after {done} of {epoch} batches an epoch"
+            resumed,
+            datamodule=bound(source, target),
+            ckpt_path=tmp_path / f"step={done}.ckpt",
+            weights_only=False,
+        )
+        assert resumed.seen == whole.seen[done:], (
+            f"resumed after {done} of {epoch} batches an epoch"
+        )
 
 
-# -- what it holds ----------------------------------------------------------------------------------------------
+# -- what it holds ---------------------------------------------------------------------------------
 
 
-def test_answers_to_one_prompt_stay_on_one_side_and_more_data_moves_none(source: str, target: Target) -> None:
+def test_answers_to_one_prompt_stay_on_one_side_and_more_data_moves_none(
+    source: str, target: Target
+) -> None:
     data = bound(source, target)
     trained, held = ({tuple(d.prompt) for d in side} for side in (data.documents, data.held_out))
     assert trained and held and not trained & held
@@ -169,7 +197,9 @@ def test_one_prompt_cannot_be_held_out() -> None:
 
 
 def test_a_validation_set_of_its_own_and_budgets(source: str, target: Target) -> None:
-    data = bound(source, target, validation=source, max_response_tokens=100, max_validation_tokens=30)
+    data = bound(
+        source, target, validation=source, max_response_tokens=100, max_validation_tokens=30
+    )
     assert 100 <= data.response_tokens < 112
     assert 30 <= sum(d.response_tokens for d in data.held_out) < 42
     assert data.documents[0].key == data.held_out[0].key
@@ -178,14 +208,21 @@ def test_a_validation_set_of_its_own_and_budgets(source: str, target: Target) ->
 def test_probe_prompts_end_where_the_assistant_speaks(source: str, target: Target) -> None:
     prompts = bound(source, target).probe_prompts(3)
     assert len(prompts) == 3 and len({tuple(prompt) for prompt in prompts}) == 3
-    assert all(prompt[-1] == target.tokenizer.convert_tokens_to_ids("<|assistant|>") for prompt in prompts)
+    assert all(
+        prompt[-1] == target.tokenizer.convert_tokens_to_ids("<|assistant|>") for prompt in prompts
+    )
 
 
 def test_the_vocabulary_comes_from_training_answers(source: str, target: Target) -> None:
     data = bound(source, target)
     vocabulary = data.vocabulary(12)
-    assert vocabulary.dtype == torch.int64 and vocabulary.tolist() == sorted(set(vocabulary.tolist()))
-    assert target.eos_ids <= set(vocabulary.tolist()) and 0.5 < data.vocabulary_coverage(vocabulary) <= 1
+    assert vocabulary.dtype == torch.int64 and vocabulary.tolist() == sorted(
+        set(vocabulary.tolist())
+    )
+    assert (
+        target.eos_ids <= set(vocabulary.tolist())
+        and 0.5 < data.vocabulary_coverage(vocabulary) <= 1
+    )
 
 
 def test_the_fingerprint_tells_data_apart(source: str, target: Target) -> None:
@@ -201,21 +238,33 @@ def test_cached_states_arrive_in_their_places(source: str, target: Target, tmp_p
         for batch in loader:
             real = batch.document_ids >= 0
             for name, state in target.features(batch, ["final", 1]).items():
-                torch.testing.assert_close(batch.states[name][real], state[real], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    batch.states[name][real], state[real], rtol=1e-4, atol=1e-4
+                )
 
 
-def test_no_states_are_cached_for_who_reads_none(source: str, target: Target, tmp_path: Path) -> None:
+def test_no_states_are_cached_for_who_reads_none(
+    source: str, target: Target, tmp_path: Path
+) -> None:
     data = bound(source, target, (), features=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
     assert next(iter(data.train_dataloader())).states == {}
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"max_length": 1}, "data.max_length must be 2 or above, got 1"), ({"rows": 0}, "data.reading.rows must be 1"),
-    ({"validation_fraction": 0.0}, "data.validation_fraction"), ({"train": "none.jsonl"}, "does not exist"),
-    ({"max_response_tokens": 0}, "data.max_response_tokens"), ({"validation": "no.parquet"}, "does not exist"),
-])
-def test_bad_settings_are_refused_before_a_model_loads(settings: dict[str, Any], message: str, source: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 1}, "data.max_length must be 2 or above, got 1"),
+        ({"rows": 0}, "data.reading.rows must be 1"),
+        ({"validation_fraction": 0.0}, "data.validation_fraction"),
+        ({"train": "none.jsonl"}, "does not exist"),
+        ({"max_response_tokens": 0}, "data.max_response_tokens"),
+        ({"validation": "no.parquet"}, "does not exist"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_model_loads(
+    settings: dict[str, Any], message: str, source: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ConversationData(**{"train": source, **settings})
 

@@ -23,9 +23,10 @@ PROMPTS = placed([{"category": "test", "prompt": f"number {i}"} for i in range(6
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the prompt in capitals; every request whose count is in `trouble` gets that status, or a whole
-    answer with something wrong: `cut` half-way, with no `choices`, or with `null` for its text.
-    Requests with an `unknown` key are refused; `raw` are whole answers by count."""
+    """Answers with the prompt in capitals; every request whose count is in `trouble` gets that
+    status, or a whole answer with something wrong: `cut` half-way, with no `choices`, or with
+    `null` for its text. Requests with an `unknown` key are refused; `raw` are whole answers by
+    count."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -56,7 +57,11 @@ class Handler(BaseHTTPRequestHandler):
         text = None if trouble == "null" else body["messages"][-1]["content"].upper()
         unknown = [key for key in body if key in server.unknown]
         status = 400 if unknown else status
-        answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop" if status == 200 else None}]}
+        answer = {
+            "choices": [
+                {"message": {"content": text}, "finish_reason": "stop" if status == 200 else None}
+            ]
+        }
         whole = status == 200 and trouble != "choices"
         error = f"unrecognised: {unknown[0]}" if unknown else "trouble"
         content = json.dumps(answer if whole else {"error": error}).encode()
@@ -66,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[:len(content) // 2] if trouble in ("cut", 501) else content)
+        self.wfile.write(content[: len(content) // 2] if trouble in ("cut", 501) else content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -84,17 +89,30 @@ def server() -> Iterator[Server]:
 
 
 def endpoint(server: Server, **changes: Any) -> Endpoint:
-    return Endpoint(**{"url": server.url, "model": "tiny", "concurrency": 3, "wait": 0.001, **changes})
+    return Endpoint(
+        **{"url": server.url, "model": "tiny", "concurrency": 3, "wait": 0.001, **changes}
+    )
 
 
-def test_answers_come_in_the_order_of_the_prompts_and_are_conversations(server: Server, tmp_path: Path) -> None:
-    output = regenerate_by(endpoint(server), PROMPTS, tmp_path / "answers.jsonl", Generation(answers=2))
+def test_answers_come_in_the_order_of_the_prompts_and_are_conversations(
+    server: Server, tmp_path: Path
+) -> None:
+    output = regenerate_by(
+        endpoint(server), PROMPTS, tmp_path / "answers.jsonl", Generation(answers=2)
+    )
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["response"] for row in rows] == [f"NUMBER {i}" for i in range(6) for _ in range(2)]
-    assert rows[0] == {**PROMPTS[0].content, "response": "NUMBER 0", "temperature": 0.0, "finished": True}
+    assert rows[0] == {
+        **PROMPTS[0].content,
+        "response": "NUMBER 0",
+        "temperature": 0.0,
+        "finished": True,
+    }
     assert 1 < server.most <= 3 and {body["model"] for body in server.asked} == {"tiny"}
     assert len({body["seed"] for body in server.asked}) == 12
-    assert sum(1 for _ in load_conversations(str(output))) == 12 and list(tmp_path.iterdir()) == [output]
+    assert sum(1 for _ in load_conversations(str(output))) == 12 and list(tmp_path.iterdir()) == [
+        output
+    ]
 
 
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
@@ -110,24 +128,38 @@ def test_a_broken_answer_is_asked_for_again(server: Server, tmp_path: Path) -> N
     assert len(server.asked) == len(PROMPTS) + 3
 
 
-@pytest.mark.parametrize(("trouble", "words"), [
-    ("cut", "that is cut off"), ("choices", "no chat completion: .*trouble"), (501, "501"), (404, "404 .*trouble"),
-])
-def test_a_server_that_stays_broken_is_named_in_one_line(server: Server, tmp_path: Path, trouble: int | str,
-                                                         words: str) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("cut", "that is cut off"),
+        ("choices", "no chat completion: .*trouble"),
+        (501, "501"),
+        (404, "404 .*trouble"),
+    ],
+)
+def test_a_server_that_stays_broken_is_named_in_one_line(
+    server: Server, tmp_path: Path, trouble: int | str, words: str
+) -> None:
     server.trouble = dict.fromkeys(range(1, 100), trouble)
-    with pytest.raises(ValueError, match=f"endpoint.url http.*({words}).*: run the same command again when") as caught:
-        regenerate_by(endpoint(server, retries=1, refusals=100), PROMPTS, tmp_path / "answers.jsonl")
+    with pytest.raises(
+        ValueError, match=f"endpoint.url http.*({words}).*: run the same command again when"
+    ) as caught:
+        regenerate_by(
+            endpoint(server, retries=1, refusals=100), PROMPTS, tmp_path / "answers.jsonl"
+        )
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("trouble", [400, "null"])
-def test_refused_prompts_end_the_run_unless_some_are_allowed(server: Server, tmp_path: Path, trouble: int | str,
-                                                             caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_prompts_end_the_run_unless_some_are_allowed(
+    server: Server, tmp_path: Path, trouble: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Answers under way when it ends are kept, and no answer without text is ever written."""
     output = tmp_path / "answers.jsonl"
     server.trouble = {2: trouble}
-    with pytest.raises(ValueError, match=r"endpoint.url .*prompt \d: .*again, with endpoint.refusals above 0"):
+    with pytest.raises(
+        ValueError, match=r"endpoint.url .*prompt \d: .*again, with endpoint.refusals above 0"
+    ):
         regenerate_by(endpoint(server), PROMPTS, output)
     first = len(server.asked)
     assert 3 <= first < 6 and not output.exists()
@@ -161,7 +193,9 @@ def test_a_server_is_told_the_chat_templates_arguments(server: Server, tmp_path:
     with pytest.raises(ValueError, match="run the same command again"):
         regenerate_by(silent, PROMPTS[:3], tmp_path / "b.jsonl")
     assert server.asked[-1]["chat_template_kwargs"] == {"enable_thinking": False}
-    with pytest.raises(ValueError, match="was begun with chat_template {'enable_thinking': False}, not None"):
+    with pytest.raises(
+        ValueError, match="was begun with chat_template {'enable_thinking': False}, not None"
+    ):
         regenerate_by(endpoint(server), PROMPTS[:3], tmp_path / "b.jsonl")
 
 
@@ -184,21 +218,37 @@ def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Pat
 
 
 def raw(message: Any, **changes: Any) -> bytes:
-    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], **changes}).encode()
+    return json.dumps(
+        {"choices": [{"message": message, "finish_reason": "stop"}], **changes}
+    ).encode()
 
 
 def test_a_chats_questions_are_asked_behind_the_new_answers(server: Server, tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "old"},
-            {"role": "user", "content": "two"}, {"role": "assistant", "content": "old"}]
+    chat = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "old"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "old"},
+    ]
     rows = placed([{"messages": chat}, {"prompt": "three"}, {"text": "no shape"}])
-    server.raw[1] = raw({"role": "assistant", "content": "ONE", "reasoning_content": "hm", "tool_calls": []})
+    server.raw[1] = raw(
+        {"role": "assistant", "content": "ONE", "reasoning_content": "hm", "tool_calls": []}
+    )
     tally = Tally("prompt")
     output = regenerate_by(endpoint(server, concurrency=1), rows, tmp_path / "a.jsonl", tally=tally)
     sent = [chat[0], {"role": "assistant", "content": "ONE"}, chat[2]]
-    assert [body["messages"] for body in server.asked] == [chat[:1], [{"role": "user", "content": "three"}], sent]
+    assert [body["messages"] for body in server.asked] == [
+        chat[:1],
+        [{"role": "user", "content": "three"}],
+        sent,
+    ]
     first, second = load_conversations(str(output))
-    assert first.messages == [chat[0], {**sent[1], "reasoning_content": "hm"}, chat[2],
-                              {"role": "assistant", "content": "TWO"}]
+    assert first.messages == [
+        chat[0],
+        {**sent[1], "reasoning_content": "hm"},
+        chat[2],
+        {"role": "assistant", "content": "TWO"},
+    ]
     assert second.messages[-1]["content"] == "THREE" and list(tally.skipped.values()) == [1]
 
 
@@ -207,45 +257,80 @@ def test_reasoning_beside_an_answer_is_kept(key: str, server: Server, tmp_path: 
     server.raw[1] = raw({"role": "assistant", "content": "4", key: "two and two"})
     output = regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
     assert next(load_conversations(str(output))).messages[1] == {
-        "role": "assistant", "content": "4", "reasoning_content": "two and two"}
+        "role": "assistant",
+        "content": "4",
+        "reasoning_content": "two and two",
+    }
     server.raw[2] = raw({"role": "assistant", "content": None, key: "two and"})
     with pytest.raises(ValueError, match="all of max_new_tokens went into reasoning: raise it"):
         regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("content", [
-    raw({"role": "user", "content": "x"}), raw("x"), raw(None), b'{"choices": {"message": 1}}', b'{"choices": []}',
-    b"[]", b"null", b"3", b"no json", b"", b"[" * 100_000, b"\xff\xfe", b'{"choices": [[{"message": 1}]]}',
-])
-def test_answers_of_other_kinds_are_asked_for_again_and_named(content: bytes, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        raw({"role": "user", "content": "x"}),
+        raw("x"),
+        raw(None),
+        b'{"choices": {"message": 1}}',
+        b'{"choices": []}',
+        b"[]",
+        b"null",
+        b"3",
+        b"no json",
+        b"",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"choices": [[{"message": 1}]]}',
+    ],
+)
+def test_answers_of_other_kinds_are_asked_for_again_and_named(
+    content: bytes, server: Server, tmp_path: Path
+) -> None:
     server.raw = {1: content}
     output = regenerate_by(endpoint(server), PROMPTS[:1], tmp_path / "a.jsonl")
     assert [row["response"] for row in read_jsonl(output)] == ["NUMBER 0"]
     server.raw = dict.fromkeys(range(1, 9), content)
-    with pytest.raises(ValueError, match="endpoint.url http.*run the same command again when") as caught:
+    with pytest.raises(
+        ValueError, match="endpoint.url http.*run the same command again when"
+    ) as caught:
         regenerate_by(endpoint(server, retries=1), PROMPTS[1:2], tmp_path / "b.jsonl")
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.journal"))
 
 
 def test_an_answer_is_read_up_to_a_limit_and_half_pairs_are_replaced(
-        server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data.endpoint.LONGEST_LINE", 1 << 20)
     server.raw = {1: raw({"content": "x" * (2 << 20)}), 2: raw({"content": "cut \ud83d"})}
     tally = Tally("prompt")
-    output = regenerate_by(endpoint(server, concurrency=1, refusals=1), PROMPTS[:2], tmp_path / "a.jsonl", tally=tally)
+    output = regenerate_by(
+        endpoint(server, concurrency=1, refusals=1), PROMPTS[:2], tmp_path / "a.jsonl", tally=tally
+    )
     assert [row["response"] for row in read_jsonl(output)] == ["cut \ufffd"]
     assert tally.as_dict() == {"refused by the server": {"count": 1, "first": "prompts row 1"}}
 
 
-def test_the_command_and_its_mistakes(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_and_its_mistakes(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row.content) + "\n" for row in PROMPTS))
-    flags = ["--prompts", str(prompts), "--output", str(tmp_path / "a.jsonl"), "--endpoint.model", "tiny"]
+    flags = [
+        "--prompts",
+        str(prompts),
+        "--output",
+        str(tmp_path / "a.jsonl"),
+        "--endpoint.model",
+        "tiny",
+    ]
     assert command([*flags, "--endpoint.url", server.url, "--limit", "2"]) == 0
     assert "2 answers" in capsys.readouterr().out
-    for changes, words in ((["--endpoint.url", "localhost"], "endpoint.url must begin with http"),
-                           (["--endpoint.url", server.url, "--endpoint.concurrency", "0"], "endpoint.concurrency"),
-                           (["--endpoint.url", server.url], "exists already")):
+    for changes, words in (
+        (["--endpoint.url", "localhost"], "endpoint.url must begin with http"),
+        (["--endpoint.url", server.url, "--endpoint.concurrency", "0"], "endpoint.concurrency"),
+        (["--endpoint.url", server.url], "exists already"),
+    ):
         assert one_line_run(command, [*flags, *changes]) == 2
         assert words in capsys.readouterr().err
 
@@ -301,14 +386,20 @@ def test_a_redirect_is_refused_and_the_key_goes_nowhere(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRETKEY1234567890")
     elsewhere.status, elsewhere.other = status, f"{server.url}/chat/completions"
     with pytest.raises(ValueError, match=rf"redirects \({status}\)") as caught:
-        regenerate_by(Endpoint(elsewhere.url, "m", retries=2, wait=0), PROMPTS, tmp_path / "o.jsonl")
-    assert server.asked == [] and "\n" not in str(caught.value) and not (tmp_path / "o.jsonl").exists()
+        regenerate_by(
+            Endpoint(elsewhere.url, "m", retries=2, wait=0), PROMPTS, tmp_path / "o.jsonl"
+        )
+    assert (
+        server.asked == [] and "\n" not in str(caught.value) and not (tmp_path / "o.jsonl").exists()
+    )
 
 
 def test_a_server_that_drips_is_given_up(elsewhere: Any, tmp_path: Path) -> None:
     elsewhere.mood = "drip"
     with pytest.raises(ValueError, match="no whole answer within 0.3 seconds"):
-        regenerate_by(Endpoint(elsewhere.url, "m", retries=0, timeout=0.3), PROMPTS, tmp_path / "o.jsonl")
+        regenerate_by(
+            Endpoint(elsewhere.url, "m", retries=0, timeout=0.3), PROMPTS, tmp_path / "o.jsonl"
+        )
 
 
 def test_what_a_server_says_of_trouble_is_told_without_the_key(
@@ -330,7 +421,9 @@ def test_credentials_in_the_address_are_refused_without_repeating_them() -> None
 def test_another_address_of_the_same_model_goes_on(server: Server, tmp_path: Path) -> None:
     server.trouble = {4: 400}
     with pytest.raises(ValueError):
-        regenerate_by(Endpoint(server.url, "m", concurrency=1, retries=0), PROMPTS, tmp_path / "o.jsonl")
+        regenerate_by(
+            Endpoint(server.url, "m", concurrency=1, retries=0), PROMPTS, tmp_path / "o.jsonl"
+        )
     assert server.url not in (tmp_path / "o.jsonl.journal").read_text()
     moved = Server()
     threading.Thread(target=moved.serve_forever, daemon=True).start()

@@ -35,7 +35,10 @@ def test_a_batch_restarts_positions_and_tells_documents_apart() -> None:
     batch = collate([[document(3), document(2)], [document(4)]])
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, -1]]
-    assert batch.loss_mask.tolist() == [[False, True, True, False, True], [False, False, True, True, False]]
+    assert batch.loss_mask.tolist() == [
+        [False, True, True, False, True],
+        [False, False, True, True, False],
+    ]
 
 
 def test_packed_states_equal_those_of_each_document_alone() -> None:
@@ -44,12 +47,13 @@ def test_packed_states_equal_those_of_each_document_alone() -> None:
     packed = target.features(collate([documents[:2], documents[2:]]), ["final"])["final"]
     for (row, start), alone in zip([(0, 0), (0, 7), (1, 0)], documents, strict=True):
         expected = target.features(collate([[alone]]), ["final"])["final"][0]
-        torch.testing.assert_close(packed[row, start:start + len(alone)], expected)
+        torch.testing.assert_close(packed[row, start : start + len(alone)], expected)
 
 
 def test_states_are_laid_out_like_their_rows() -> None:
     rows = [[document(3), document(2)], [document(4)]]
     states: list[list[dict[StateName, torch.Tensor]]] = [
-        [{"final": torch.full((len(d), 2), float(len(d)))} for d in row] for row in rows]
+        [{"final": torch.full((len(d), 2), float(len(d)))} for d in row] for row in rows
+    ]
     batch = collate(rows, states)
     assert batch.states["final"][..., 0].tolist() == [[3, 3, 3, 2, 2], [4, 4, 4, 4, 0]]

@@ -7,7 +7,17 @@ from collections import Counter
 from pathlib import Path
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts"
-CATEGORIES = {"question", "maths", "code", "summarise", "rewrite", "roleplay", "extraction", "reasoning", "writing"}
+CATEGORIES = {
+    "question",
+    "maths",
+    "code",
+    "summarise",
+    "rewrite",
+    "roleplay",
+    "extraction",
+    "reasoning",
+    "writing",
+}
 
 
 def rows(name: str) -> list[dict]:

@@ -21,5 +21,7 @@ def test_the_most_frequent_assistant_tokens_and_the_end_of_turn() -> None:
 def test_sizes_that_make_no_sense_are_refused() -> None:
     documents = [Tokens(torch.tensor([1, 2]), torch.tensor([False, True]))]
     for size in (0, 13):
-        with pytest.raises(ValueError, match=f"draft_vocabulary must .* the target's 12 tokens, got {size}"):
+        with pytest.raises(
+            ValueError, match=f"draft_vocabulary must .* the target's 12 tokens, got {size}"
+        ):
             frequent_tokens(documents, size, 12)

@@ -1,4 +1,6 @@
-"""Decoders with known behaviour: always right, never right in its drafts, and one that lies about the tokens."""
+"""Decoders with known behaviour: always right, never right in its drafts, and one that lies about
+the tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from modules.target.target import Target
 
 
 class Replay:
-    """The target's own tokens, told as if `per_call` of them came from each call that took 0.1 s."""
+    """The target's own tokens, told as if `per_call` of them came from each call that took 0.1
+    s.
+    """
 
     engine, name = "fake", "replay"
 
@@ -23,15 +27,31 @@ class Replay:
         self.depth = per_call - 1 if depth is None else depth
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
-        return [self.tell(trace) for trace in SpeculativeDecoder(self.target).decode(prompts, sampling, limit)]
+        return [
+            self.tell(trace)
+            for trace in SpeculativeDecoder(self.target).decode(prompts, sampling, limit)
+        ]
 
     def tell(self, trace: Trace) -> Trace:
         calls = -(-(len(trace.ids) - 1) // self.per_call)
         drafted = [i % self.per_call != 0 for i in range(len(trace.ids))]
-        seconds = {"prefill": 0.5, "draft": 0.02 * calls, "verify": 0.08 * calls, "accept": 0.0, "commit": 0.0}
-        return replace(trace, drafted=drafted, accepted=[self.per_call] * calls, offered=[self.depth] * calls,
-                       nodes=[self.depth] * calls, rows=[self.depth + 1] * calls,
-                       seconds={**seconds, "other": 0.0}, time_to_first_token=0.5)
+        seconds = {
+            "prefill": 0.5,
+            "draft": 0.02 * calls,
+            "verify": 0.08 * calls,
+            "accept": 0.0,
+            "commit": 0.0,
+        }
+        return replace(
+            trace,
+            drafted=drafted,
+            accepted=[self.per_call] * calls,
+            offered=[self.depth] * calls,
+            nodes=[self.depth] * calls,
+            rows=[self.depth + 1] * calls,
+            seconds={**seconds, "other": 0.0},
+            time_to_first_token=0.5,
+        )
 
 
 class AlwaysRight(Replay):

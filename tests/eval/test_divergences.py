@@ -38,13 +38,27 @@ def arguments(terse: Terse, tmp_path: Path) -> list[str]:
     save_pretrained(medusa, tmp_path / "run" / "drafter", Provenance.of(terse))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    return ["--drafter", str(tmp_path / "run"), "--prompts", str(prompts), "--output", str(tmp_path / "mined.jsonl"),
-            "--max_new_tokens", "24", "--per_prompt", "2"]
+    return [
+        "--drafter",
+        str(tmp_path / "run"),
+        "--prompts",
+        str(prompts),
+        "--output",
+        str(tmp_path / "mined.jsonl"),
+        "--max_new_tokens",
+        "24",
+        "--per_prompt",
+        "2",
+    ]
 
 
 def test_it_writes_what_a_judge_can_learn_from_and_goes_on_after_a_stop(
-        terse: Terse, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    terse: Terse,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     asked: list[object] = []
 
     def once(*given):
@@ -52,6 +66,7 @@ def test_it_writes_what_a_judge_can_learn_from_and_goes_on_after_a_stop(
         if len(asked) == 4:
             raise KeyboardInterrupt
         return mine(*given)
+
     monkeypatch.setattr(divergences, "mine", once)
     with pytest.raises(KeyboardInterrupt):
         command(arguments)
@@ -62,14 +77,18 @@ def test_it_writes_what_a_judge_can_learn_from_and_goes_on_after_a_stop(
     assert command(arguments) == 0
     assert len(asked) == len(QUESTIONS) + 1 and not output.with_name("mined.jsonl.journal").exists()
     drafter = load_drafter(arguments[1], terse)
-    expected = [row for row in QUESTIONS for row in mine(terse, drafter, questions_of(row)[0], 24, 2)]
+    expected = [
+        row for row in QUESTIONS for row in mine(terse, drafter, questions_of(row)[0], 24, 2)
+    ]
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert found == expected and len(found) > 2
     printed = capsys.readouterr().out
     assert f"{len(found)} drafted tokens" in printed and f"of {len(QUESTIONS)} prompts" in printed
     data = LabelledData(train=str(output), validation=str(output), max_length=64, rows=2)
     data.bind(terse, ("pre_norm",))
-    assert sum(int(batch.text.loss_mask.sum()) for batch in data.train_dataloader()) == len(data.documents)
+    assert sum(int(batch.text.loss_mask.sum()) for batch in data.train_dataloader()) == len(
+        data.documents
+    )
 
 
 def test_the_target_is_adapted_once(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +98,14 @@ def test_the_target_is_adapted_once(arguments: list[str], monkeypatch: pytest.Mo
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"--output": "mined.json"}, "must be a new file"), ({"--prompts": "none.jsonl"}, "does not exist"),
-    ({"--drafter": "no/such/run"}, "no/such/run")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--output": "mined.json"}, "must be a new file"),
+        ({"--prompts": "none.jsonl"}, "does not exist"),
+        ({"--drafter": "no/such/run"}, "no/such/run"),
+    ],
+)
 def test_mistakes_are_named(arguments: list[str], change: dict[str, str], words: str) -> None:
     for key, value in change.items():
         arguments[arguments.index(key) + 1] = value

@@ -30,24 +30,51 @@ def run(*arguments: str) -> int:
 
 
 def test_the_answer_and_both_speeds(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--drafter", drafter, "--prompt", "hello", "--max_new_tokens", "10", "--dtype", "float64") == 0
+    assert (
+        run(
+            "--drafter",
+            drafter,
+            "--prompt",
+            "hello",
+            "--max_new_tokens",
+            "10",
+            "--dtype",
+            "float64",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "with the drafter: " in out and "without: " in out and "the same tokens" in out
 
 
 def test_sampled_and_without_comparison(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--drafter", drafter, "--prompt", "hello", "--max_new_tokens", "6", "--dtype", "float64"]
+    arguments = [
+        "--drafter",
+        drafter,
+        "--prompt",
+        "hello",
+        "--max_new_tokens",
+        "6",
+        "--dtype",
+        "float64",
+    ]
     assert run(*arguments, "--temperature", "1") == 0
     assert "their law is the same" in capsys.readouterr().out
     assert run(*arguments, "--compare", "false") == 0
     assert "without" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--prompt", " "], "prompt is empty"), (["--prompt", "x" * 600], "context"),
-    (["--prompt", "x", "--budgt", "3"], "budgt")])
-def test_mistakes_are_one_line(drafter: str, arguments: list[str], words: str,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "x" * 600], "context"),
+        (["--prompt", "x", "--budgt", "3"], "budgt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    drafter: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("--drafter", drafter, *arguments, "--dtype", "float64") == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

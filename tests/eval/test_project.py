@@ -9,11 +9,25 @@ from typing import Any
 
 import pytest
 
-from eval.project import HARDWARE, LABEL, Hardware, load_hardware, main, projected_speedup, projection, read_hardware
+from eval.project import (
+    HARDWARE,
+    LABEL,
+    Hardware,
+    load_hardware,
+    main,
+    projected_speedup,
+    projection,
+    read_hardware,
+)
 from tests.eval.report.test_pages import method, report
 
 TOY = Hardware("toy", 1e9, 1e12, 0.1)
-KNOWN = {"target": "tiny", "batch_size": 1, "speed_model": {"rows_per_call": 5.0}, "drafter_parameters": 0}
+KNOWN = {
+    "target": "tiny",
+    "batch_size": 1,
+    "speed_model": {"rows_per_call": 5.0},
+    "drafter_parameters": 0,
+}
 
 
 def heads(**other: Any) -> dict[str, Any]:
@@ -24,14 +38,17 @@ def test_by_hand_while_memory_is_the_limit() -> None:
     one = 2 * 5e8 / 1e9 + 0.1
     assert projected_speedup(heads(), 500_000_000, TOY) == pytest.approx(2.2)
     drafting = 2 * (2 * 5e7 / 1e9 + 0.1)
-    assert projected_speedup(heads(drafter_parameters=50_000_000), 500_000_000, TOY) == pytest.approx(
-        2.2 * one / (one + drafting))
+    assert projected_speedup(
+        heads(drafter_parameters=50_000_000), 500_000_000, TOY
+    ) == pytest.approx(2.2 * one / (one + drafting))
 
 
 def test_rows_cost_where_arithmetic_is_the_limit() -> None:
     slow = Hardware("slow", 1e12, 1e9, 1e-9)
     assert projected_speedup(heads(), 1_000_000, slow) == pytest.approx(2.2 / 5, rel=1e-3)
-    assert projected_speedup(heads(batch_size=16), 1_000_000, slow) == pytest.approx(2.2 / 5, rel=1e-3)
+    assert projected_speedup(heads(batch_size=16), 1_000_000, slow) == pytest.approx(
+        2.2 / 5, rel=1e-3
+    )
 
 
 def test_methods_whose_calls_are_unknown_are_not_projected() -> None:
@@ -48,13 +65,20 @@ def test_shipped_files_are_plausible_and_the_page_is_labelled(name: str) -> None
     assert 5e11 < hardware.bytes_per_second < 1e13 and 1e14 < hardware.flops_per_second < 1e16
     plain = method("autoregressive", 1.0, quality={"noise": {"micro": 1.0, "ci95": None}}, **KNOWN)
     text = "\n".join(projection(report(plain, heads()), hardware))
-    assert text.startswith(f"# {LABEL}: {hardware.name}") and "| heads | 2.20 | 5.0 | 2.20× |" in text
+    assert (
+        text.startswith(f"# {LABEL}: {hardware.name}") and "| heads | 2.20 | 5.0 | 2.20× |" in text
+    )
     assert "autoregressive" not in text and "1.50×" not in text
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    ({"name": "x"}, "is missing"), ({**asdict(TOY), "y": 1}, "y is unknown"),
-    ({**asdict(TOY), "bytes_per_second": "1e12"}, "no number above zero")])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"name": "x"}, "is missing"),
+        ({**asdict(TOY), "y": 1}, "y is unknown"),
+        ({**asdict(TOY), "bytes_per_second": "1e12"}, "no number above zero"),
+    ],
+)
 def test_files_that_cannot_be_read(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_hardware(values, "x.yaml")

@@ -1,4 +1,6 @@
-"""The comparison of rules: the chances it adds up are those of tossing, and a perfect drafter is accepted whole."""
+"""The comparison of rules: the chances it adds up are those of tossing, and a perfect drafter is
+accepted whole.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +55,37 @@ def target() -> Target:
 def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None:
     trials = tree_trials([0.7, 0.2])
     values, firsts = measure(spots(target, drafted_by(target, 3), PROMPTS, ASKED), trials, ASKED)
-    assert min(accepted for accepted, _ in firsts) > 1 - 1e-5 > max(believed for _, believed in firsts)
-    for name in ("chain of 3, ratio", "5 chains of 3, multi_round", "5 chains of 3, k_seq", "RSD-C 3-2-1",
-                 "3-2-1 independent, multi_round"):
+    assert (
+        min(accepted for accepted, _ in firsts) > 1 - 1e-5 > max(believed for _, believed in firsts)
+    )
+    for name in (
+        "chain of 3, ratio",
+        "5 chains of 3, multi_round",
+        "5 chains of 3, k_seq",
+        "RSD-C 3-2-1",
+        "3-2-1 independent, multi_round",
+    ):
         assert values[name] == pytest.approx([3.0, 3.0], abs=1e-4), name
     assert all(len(values[name]) == 2 and max(values[name]) <= 6 for name in trials)
 
 
 def one_spot(target: Target) -> Spot:
-    return next(spot for _, spot in spots(target, drafted_by(target, 1), PROMPTS, replace(ASKED, draws=200)))
+    return next(
+        spot for _, spot in spots(target, drafted_by(target, 1), PROMPTS, replace(ASKED, draws=200))
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["5 chains of 3, multi_round", "5 chains of 3, k_seq", "RSD-S 5 wide, 3 deep",
-                                  "DySpec", "Sequoia's shape, top-k by value"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "5 chains of 3, multi_round",
+        "5 chains of 3, k_seq",
+        "RSD-S 5 wide, 3 deep",
+        "DySpec",
+        "Sequoia's shape, top-k by value",
+    ],
+)
 def test_chances_are_what_tossing_gives(target: Target, name: str) -> None:
     """The same trees, judged once by the rule itself: the mean difference is noise around 0."""
     trial, spot = tree_trials([0.4, 0.2, 0.1])[name], one_spot(target)
@@ -97,14 +116,18 @@ def test_acceptance_by_sibling_is_a_share(target: Target) -> None:
 
 
 def test_sequoias_shape_follows_the_latency_table() -> None:
-    """Free rows make it as large as may be, levels that cost shallow; where a row costs a call nothing is drafted."""
+    """Free rows make it as large as may be, levels that cost shallow; where a row costs a call
+    nothing is drafted.
+    """
     acceptance = [0.6, 0.2, 0.1]
     free, dear = (LatencyTable(8, {1: 1.0, 16: 1.0 + 15 * per_row}) for per_row in (0.0, 1.0))
     large = fastest_shape(acceptance, free, 0.0)
     assert "`nodes: 15, depth: " in large and "call 1000.0 ms, of this tree 1000.0 ms" in large
     assert fastest_shape(acceptance, dear, 0.1).startswith("On this device no tree")
-    depth, shallow = (int(re.findall(r"depth: (\d+)", text)[0]) for text in
-                      (large, fastest_shape(acceptance, free, 0.3)))
+    depth, shallow = (
+        int(re.findall(r"depth: (\d+)", text)[0])
+        for text in (large, fastest_shape(acceptance, free, 0.3))
+    )
     assert shallow < depth
     with pytest.raises(ValueError, match="latency table ends at 16 rows"):
         free.at(17)
@@ -121,21 +144,35 @@ def test_tables_order_every_pair() -> None:
     values[better] = [1.5, 2.5, 3.5]
     lines = tables(values)
     assert f"| {better} | {worse} | +0.5000 | +0.5000 to +0.5000 | holds |" in lines
-    assert sum(line.endswith("| tie |") for line in lines) == len(ORDERS) - sum(better in pair for pair in ORDERS)
-    assert [verdict(0.1, 0.2), verdict(-0.1, 0.2), verdict(-0.2, -0.1)] == ["holds", "tie", "reversed"]
-    assert tables({"DySpec": [1.0, 2.0], "Sequoia": [1.0, 3.0]})[-1].startswith("| DySpec | Sequoia | -0.5000 |")
+    assert sum(line.endswith("| tie |") for line in lines) == len(ORDERS) - sum(
+        better in pair for pair in ORDERS
+    )
+    assert [verdict(0.1, 0.2), verdict(-0.1, 0.2), verdict(-0.2, -0.1)] == [
+        "holds",
+        "tie",
+        "reversed",
+    ]
+    assert tables({"DySpec": [1.0, 2.0], "Sequoia": [1.0, 3.0]})[-1].startswith(
+        "| DySpec | Sequoia | -0.5000 |"
+    )
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4
 
 
-def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
         Trial(StaticTree([(0,)]), RatioRule(), 1)
     with pytest.raises(ValueError, match="rule 'point' cannot verify without_replacement trees"):
         Trial(branching_tree([2]), PointRule(), 2)
-    for wrong, message in (({"draws": 0}, "draws must be at least 1"), ({"temperature": -1.0}, "temperature must be"),
-                           ({"prompts": "nowhere.jsonl"}, "does not exist"),
-                           ({"draft_temperature": 0.0}, "above 0"), ({"only": ["luck"]}, "'luck' is no trial")):
+    for wrong, message in (
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"prompts": "nowhere.jsonl"}, "does not exist"),
+        ({"draft_temperature": 0.0}, "above 0"),
+        ({"only": ["luck"]}, "'luck' is no trial"),
+    ):
         with pytest.raises(ValueError, match=message):
             Comparison(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draws"):
@@ -157,7 +194,9 @@ def test_at_temperature_0_all_rules_match_the_targets_choice(target: Target) -> 
     trials = {**level_trials(), **tree_trials([0.4, 0.2])}
     _, spot = next(spots(target, drafted_by(target, 1), PROMPTS, asked))
     choice = int(spot.target_logits_V.argmax())
-    assert sum(spot.chances(trials["ratio 1"], 1)[0]) - 1 == float(choice == int(spot.draft_logits_D.argmax()))
+    assert sum(spot.chances(trials["ratio 1"], 1)[0]) - 1 == float(
+        choice == int(spot.draft_logits_D.argmax())
+    )
     for name in ("k_seq 4", "multi_round 4", "recursive 4", "DySpec", "5 chains of 3, k_seq"):
         for chances in spot.chances(trials[name], 2):
             assert set(chances) <= {0.0, 1.0}

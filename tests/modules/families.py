@@ -36,16 +36,32 @@ FAMILIES: dict[str, Build] = {
     "clover_mlp_block": lambda shape: Clover(shape, 3, augmenting="mlp"),
     "clover_no_block": lambda shape: Clover(shape, 3, augmenting="none", tree="narrow"),
     "clover2": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED),
-    "clover2_released": lambda shape: Clover2(shape, 3, draft_vocabulary=DRAFTED, map_lr_scale=1.0, map_bias=True,
-                                              start_norm="final", token_scale="head"),
-    "clover2_label_mask": lambda shape: Clover2(shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"),
+    "clover2_released": lambda shape: Clover2(
+        shape,
+        3,
+        draft_vocabulary=DRAFTED,
+        map_lr_scale=1.0,
+        map_bias=True,
+        start_norm="final",
+        token_scale="head",
+    ),
+    "clover2_label_mask": lambda shape: Clover2(
+        shape, 3, label_top_k=8, label_top_p=0.8, tree="eagle_25"
+    ),
     "hydra": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED),
-    "hydra_released": lambda shape: Hydra(shape, 3, draft_vocabulary=DRAFTED, prefix_start="random",
-                                          dropout_at="every_block", shared_block=True),
+    "hydra_released": lambda shape: Hydra(
+        shape,
+        3,
+        draft_vocabulary=DRAFTED,
+        prefix_start="random",
+        dropout_at="every_block",
+        shared_block=True,
+    ),
     "eagle": lambda shape: Eagle(shape, draft_vocabulary=DRAFTED, steps=3),
     "eagle3": lambda shape: Eagle3(shape, draft_vocabulary=DRAFTED),
-    "eagle3_one_layer": lambda shape: Eagle3(shape, fused_layers=[1], norm_before_residual=True, norm_output=True,
-                                             fc_norm=True),
+    "eagle3_one_layer": lambda shape: Eagle3(
+        shape, fused_layers=[1], norm_before_residual=True, norm_output=True, fc_norm=True
+    ),
     "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
     "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),
     "fspad_alignment": lambda shape: Fspad(shape, feature_sampling=False, steps=3),
@@ -57,7 +73,9 @@ FAMILIES: dict[str, Build] = {
 
 
 def built(name: str, target: Target, shake: float = 0.0) -> LearnedDrafter:
-    """A drafter of the family in float64, started from the target, its parameters then shaken by Gaussian noise."""
+    """A drafter of the family in float64, started from the target, its parameters then shaken by
+    Gaussian noise.
+    """
     torch.manual_seed(1)
     drafter = FAMILIES[name](target.shape).double()
     if drafter.vocabulary_D is not None:
@@ -72,9 +90,12 @@ def built(name: str, target: Target, shake: float = 0.0) -> LearnedDrafter:
 def documents(rows: list[list[int]], labels_from: int = 0) -> TextBatch:
     """One document a row, right-padded, every token from `labels_from` on a label."""
     length = max(map(len, rows))
-    ids, documents = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -1)
+    ids, documents = (
+        torch.zeros(len(rows), length, dtype=torch.long),
+        torch.full((len(rows), length), -1),
+    )
     for b, row in enumerate(rows):
-        ids[b, :len(row)], documents[b, :len(row)] = torch.tensor(row), 0
+        ids[b, : len(row)], documents[b, : len(row)] = torch.tensor(row), 0
     positions = torch.arange(length).expand(len(rows), -1).clone()
     return TextBatch(ids, (documents == 0) & (positions >= labels_from), positions, documents)
 
@@ -86,13 +107,21 @@ def filled(batch: TextBatch, drafter: LearnedDrafter, target: Target) -> TextBat
 
 
 class Reader:
-    """Feeds a drafter known text as decoding would: a prompt, then accepted chains of given lengths."""
+    """Feeds a drafter known text as decoding would: a prompt, then accepted chains of given
+    lengths.
+    """
 
-    def __init__(self, drafter: LearnedDrafter, target: Target, batch: TextBatch, lengths: list[int]) -> None:
-        self.drafter, self.target, self.ids = drafter, target, torch.nn.functional.pad(batch.input_ids, (0, 8))
+    def __init__(
+        self, drafter: LearnedDrafter, target: Target, batch: TextBatch, lengths: list[int]
+    ) -> None:
+        self.drafter, self.target, self.ids = (
+            drafter,
+            target,
+            torch.nn.functional.pad(batch.input_ids, (0, 8)),
+        )
         self.read = torch.tensor(lengths)
         target.open(len(lengths), 64 + max(lengths))
-        prompts = self.ids[:, :max(lengths)]
+        prompts = self.ids[:, : max(lengths)]
         _, states = target.prefill(prompts, self.read, drafter.decoding_states)
         context = Context(target, prompts, self.read, self.token(0), states)
         self.state: DraftState = drafter.start(context)
@@ -116,5 +145,10 @@ class Reader:
     def logits(self) -> Tensor:
         """Draft logits [B,K,D] of every step, each told the text's own tokens."""
         parent = torch.full_like(self.read, -1)[:, None]
-        return torch.cat([self.drafter.expand(self.state, Frontier(self.token(d)[:, None], parent + d, d))
-                          for d in range(self.drafter.draft_steps)], 1)
+        return torch.cat(
+            [
+                self.drafter.expand(self.state, Frontier(self.token(d)[:, None], parent + d, d))
+                for d in range(self.drafter.draft_steps)
+            ],
+            1,
+        )

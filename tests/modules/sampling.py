@@ -27,10 +27,14 @@ def small_target() -> Target:
 
 
 def first_two_tokens(decoder: SpeculativeDecoder, runs: int, batch: int = 250) -> Counts:
-    """How often each pair follows the first emitted token, in `runs` answers of temperature 1, so many at a time."""
+    """How often each pair follows the first emitted token, in `runs` answers of temperature 1, so
+    many at a time.
+    """
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(runs // batch):
-        for trace in decoder.decode([[3, 1]] * batch, Sampling(temperature=1.0, seed=seed * 1000), 3):
+        for trace in decoder.decode(
+            [[3, 1]] * batch, Sampling(temperature=1.0, seed=seed * 1000), 3
+        ):
             key = tuple(trace.ids[1:3])
             counts[key] = counts.get(key, 0) + 1
     return counts
@@ -49,15 +53,22 @@ def pair_law(target: Target, prompt: list[int], sampling: Sampling, start: int) 
     """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out, by
     the laws that Hugging Face's `generate` draws from."""
     size = target.shape.vocab_size
-    texts = [[[*prompt, *more] for more in product(range(size), repeat=count)]
-             for count in range(3)]
+    texts = [
+        [[*prompt, *more] for more in product(range(size), repeat=count)] for count in range(3)
+    ]
     first, second, third = (generate_laws(target, each, sampling) for each in texts)
     pairs, third = first[0][:, None] * second, third.reshape(size, size, size)
     return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
 
 
-def goodness(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling, runs: int,
-             start: int = 1, batch: int = 500) -> float:
+def goodness(
+    decoder: SpeculativeDecoder,
+    prompt: list[int],
+    sampling: Sampling,
+    runs: int,
+    start: int = 1,
+    batch: int = 500,
+) -> float:
     """Chi-square p-value of two tokens of the text that decoding gives, under their exact law; 0
     where a token of law 0 came out."""
     size = decoder.target.shape.vocab_size
@@ -78,8 +89,15 @@ def goodness(decoder: SpeculativeDecoder, prompt: list[int], sampling: Sampling,
 def generate_laws(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:
     """The laws [B,V] that Hugging Face's own `generate` draws the next token from, in float64."""
     config = GenerationConfig(
-        max_new_tokens=1, do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
-        top_p=sampling.top_p, output_scores=True, return_dict_in_generate=True, pad_token_id=0)
+        max_new_tokens=1,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        output_scores=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
     model: Any = target.stock
     ids = torch.tensor(texts)
     found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)

@@ -1,4 +1,6 @@
-"""What every head family must hold to: decoding is training, alignment, dependence, losslessness, gradients."""
+"""What every head family must hold to: decoding is training, alignment, dependence, losslessness,
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import FAMILIES, Reader, built, documents, filled
 
 TARGET = tiny_target("llama")
-SEES_TOKENS = [name for name in FAMILIES if not name.startswith(("medusa", "falcon")) and name != "clover_no_token"]
+SEES_TOKENS = [
+    name
+    for name in FAMILIES
+    if not name.startswith(("medusa", "falcon")) and name != "clover_no_token"
+]
 
 
 def train(drafter: LearnedDrafter, batch, steps: int, lr: float = 1e-2) -> float:
@@ -40,8 +46,13 @@ def test_decoding_computes_what_training_does(name: str) -> None:
     batch = documents([torch.randint(5, 128, (n,), generator=generator).tolist() for n in (22, 19)])
     drafter = filled_drafter(name, batch)
     rows = training_rows(batch, drafter.draft_steps)
-    expected = torch.stack([drafter.head(d, TARGET)(feature)
-                            for d, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows))], 1)
+    expected = torch.stack(
+        [
+            drafter.head(d, TARGET)(feature)
+            for d, feature in enumerate(drafter.teacher_forced(batch, TARGET, rows))
+        ],
+        1,
+    )
     row_of = {int(flat): m for m, flat in enumerate(rows.flat_MK1[:, 0])}
     reader = Reader(drafter, TARGET, batch, [5, 3])
     for lengths in ([], [1, 3], [3, 1], [2, 2], [1, 1]):
@@ -63,7 +74,9 @@ def filled_drafter(name: str, batch) -> LearnedDrafter:
 def test_greedy_output_is_the_targets_own(name: str) -> None:
     prompts = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44, 45, 46]]
     plain = SpeculativeDecoder(TARGET).decode(prompts, Sampling(), 14)
-    drafted = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.05)).decode(prompts, Sampling(), 14)
+    drafted = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.05)).decode(
+        prompts, Sampling(), 14
+    )
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
@@ -72,16 +85,23 @@ def test_a_batch_drafts_what_each_prompt_alone_does(name: str) -> None:
     prompts = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44, 45, 46]]
     drafter = built(name, TARGET, shake=0.02)
     together = SpeculativeDecoder(TARGET, drafter).decode(prompts, Sampling(), 12)
-    alone = [SpeculativeDecoder(TARGET, drafter).decode([prompt], Sampling(), 12)[0] for prompt in prompts]
+    alone = [
+        SpeculativeDecoder(TARGET, drafter).decode([prompt], Sampling(), 12)[0]
+        for prompt in prompts
+    ]
     assert [trace.accepted for trace in together] == [trace.accepted for trace in alone]
 
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "clover", "falcon"])
 def test_reranked_trees_change_no_token(name: str) -> None:
     prompts = [[7, 8, 9, 10], [20, 30]]
-    decoder = SpeculativeDecoder(TARGET, built(name, TARGET, shake=0.02), builder=RerankedTree(3, 3), budget=6)
+    decoder = SpeculativeDecoder(
+        TARGET, built(name, TARGET, shake=0.02), builder=RerankedTree(3, 3), budget=6
+    )
     plain = SpeculativeDecoder(TARGET).decode(prompts, Sampling(), 14)
-    assert [trace.ids for trace in decoder.decode(prompts, Sampling(), 14)] == [trace.ids for trace in plain]
+    assert [trace.ids for trace in decoder.decode(prompts, Sampling(), 14)] == [
+        trace.ids for trace in plain
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -114,10 +134,14 @@ def teach(drafter: LearnedDrafter, batch, monkeypatch) -> None:
         drafter.feature_weight = 0.0
 
 
-@pytest.mark.parametrize("name", ["medusa", "clover", "clover_mlp_fusion", "clover2", "hydra", "eagle", "eagle3",
-                                  "fspad"])
+@pytest.mark.parametrize(
+    "name",
+    ["medusa", "clover", "clover_mlp_fusion", "clover2", "hydra", "eagle", "eagle3", "fspad"],
+)
 def test_drafts_continue_a_cycle_they_learnt(name: str, monkeypatch) -> None:
-    """Trained on x_t = t mod m, every step must draft the token that decoding needs from it: no step is off by one."""
+    """Trained on x_t = t mod m, every step must draft the token that decoding needs from it: no
+    step is off by one.
+    """
     period, ids = 7, list(range(50, 57)) * 4
     batch = documents([ids])
     drafter = built(name, TARGET)
@@ -134,14 +158,23 @@ def test_drafts_continue_a_cycle_they_learnt(name: str, monkeypatch) -> None:
 
 
 def triples() -> list[list[int]]:
-    """All (a, b, a + b mod 4): the third token follows from the first two together, and from neither alone."""
+    """All (a, b, a + b mod 4): the third token follows from the first two together, and from
+    neither alone.
+    """
     return [[20 + a, 20 + b, 20 + (a + b) % 4] for a in range(4) for b in range(4)]
 
 
-@pytest.mark.parametrize("build, learns", [
-    (lambda shape: Medusa(shape, 1), False), (lambda shape: Clover(shape, 1, token_input=False), False),
-    (lambda shape: Clover(shape, 1), True), (lambda shape: Clover(shape, 1, gate="cosine"), True),
-    (lambda shape: Clover(shape, 1, fusion="mlp"), True), (lambda shape: Hydra(shape, 1, 2, dropout=0.0), True)])
+@pytest.mark.parametrize(
+    "build, learns",
+    [
+        (lambda shape: Medusa(shape, 1), False),
+        (lambda shape: Clover(shape, 1, token_input=False), False),
+        (lambda shape: Clover(shape, 1), True),
+        (lambda shape: Clover(shape, 1, gate="cosine"), True),
+        (lambda shape: Clover(shape, 1, fusion="mlp"), True),
+        (lambda shape: Hydra(shape, 1, 2, dropout=0.0), True),
+    ],
+)
 def test_order_two_chain(build, learns: bool) -> None:
     torch.manual_seed(0)
     drafter = build(TARGET.shape).double()
@@ -180,13 +213,17 @@ def test_mistakes_are_one_line() -> None:
     shape = TARGET.shape
     with pytest.raises(ValueError, match="draft_vocabulary is 40 but 3 different ids"):
         built("clover", TARGET).set_vocabulary([1, 2, 3])
-    for build, words in ((lambda: Medusa(shape, 0), "heads must"), (lambda: Medusa(shape, lm_head="x"), "lm_head"),
-                         (lambda: Clover(shape, fusion="x"), "fusion"), (lambda: Clover(shape, gate="x"), "gate"),
-                         (lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]), "deeper than the 2 draft heads"),
-                         (lambda: Medusa(shape, tree="oak"), "tree 'oak'"),
-                         (lambda: Hydra(shape, lm_head="x"), "lm_head"),
-                         (lambda: Hydra(shape, prefix_start="x"), "prefix_start"),
-                         (lambda: Hydra(shape, dropout_at="x"), "dropout_at"),
-                         (lambda: Medusa(shape, draft_vocabulary=0), "draft_vocabulary")):
+    for build, words in (
+        (lambda: Medusa(shape, 0), "heads must"),
+        (lambda: Medusa(shape, lm_head="x"), "lm_head"),
+        (lambda: Clover(shape, fusion="x"), "fusion"),
+        (lambda: Clover(shape, gate="x"), "gate"),
+        (lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]), "deeper than the 2 draft heads"),
+        (lambda: Medusa(shape, tree="oak"), "tree 'oak'"),
+        (lambda: Hydra(shape, lm_head="x"), "lm_head"),
+        (lambda: Hydra(shape, prefix_start="x"), "prefix_start"),
+        (lambda: Hydra(shape, dropout_at="x"), "dropout_at"),
+        (lambda: Medusa(shape, draft_vocabulary=0), "draft_vocabulary"),
+    ):
         with pytest.raises(ValueError, match=words):
             build()

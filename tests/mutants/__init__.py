@@ -1,1 +1,3 @@
-"""Faults planted in the code one at a time, to see that the tests named beside each of them notice (`make mutants`)."""
+"""Faults planted in the code one at a time, to see that the tests named beside each of them notice
+(`make mutants`).
+"""

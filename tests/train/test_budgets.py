@@ -11,12 +11,25 @@ LARGE = ("large", "gpu_8b")
 
 @pytest.mark.parametrize("budget", LARGE)
 @pytest.mark.parametrize("recipe", ["eagle3", "medusa", "clover2"])
-def test_budgets_for_large_targets_hold_published_values_and_can_be_planned(recipe, budget, capsys, monkeypatch):
+def test_budgets_for_large_targets_hold_published_values_and_can_be_planned(
+    recipe, budget, capsys, monkeypatch
+):
     """On a device of 80 GiB."""
-    monkeypatch.setattr("train.plan.available", lambda _: 80 * 2.0 ** 30)
-    flags = ["--config", f"{recipe}.yaml", "--config", f"budget/{budget}.yaml", "--drafter.draft_vocabulary", "32000"]
+    monkeypatch.setattr("train.plan.available", lambda _: 80 * 2.0**30)
+    flags = [
+        "--config",
+        f"{recipe}.yaml",
+        "--config",
+        f"budget/{budget}.yaml",
+        "--drafter.draft_vocabulary",
+        "32000",
+    ]
     config = parse(make_parser(), flags)
-    assert config.optimizer.lr == 5e-5 and config.data.init_args.max_length == 2048 and config.data.init_args.workers
+    assert (
+        config.optimizer.lr == 5e-5
+        and config.data.init_args.max_length == 2048
+        and config.data.init_args.workers
+    )
     assert (config.dtype, config.trainer.precision) == ("bfloat16", "bf16-mixed")
     assert command([*flags, "--plan"]) == 0
     assert "bf16-mixed, by arithmetic" in capsys.readouterr().out
@@ -29,19 +42,34 @@ def test_every_budget_fits_every_recipe_and_leaves_the_method_alone(recipe, budg
     merged = make_parser().parse_args(["--config", str(recipe), "--config", str(budget)])
     assert merged.drafter == alone.drafter
     own = ("lr", "warmup_ratio") if budget.stem in LARGE else ()
-    assert [name for name in vars(alone.optimizer) if merged.optimizer[name] != alone.optimizer[name]
-            and name not in own] == []
+    assert [
+        name
+        for name in vars(alone.optimizer)
+        if merged.optimizer[name] != alone.optimizer[name] and name not in own
+    ] == []
     assert merged.seed == 0 and merged.trainer.max_epochs > 0
 
 
 def test_the_reference_budget_is_what_tables_are_measured_at():
-    config = make_parser().parse_args(["--config", str(CONFIGS / "clover.yaml"), "--config",
-                                       str(CONFIGS / "budget" / "reference.yaml")])
-    assert (config.data.init_args.max_response_tokens, config.trainer.max_epochs, config.seed) == (200000, 2, 0)
+    config = make_parser().parse_args(
+        [
+            "--config",
+            str(CONFIGS / "clover.yaml"),
+            "--config",
+            str(CONFIGS / "budget" / "reference.yaml"),
+        ]
+    )
+    assert (config.data.init_args.max_response_tokens, config.trainer.max_epochs, config.seed) == (
+        200000,
+        2,
+        0,
+    )
 
 
 def test_runs_share_a_feature_cache_by_target_and_states(tiny, conversations, tmp_path):
-    data = ConversationData(train=str(conversations), max_length=128, features=str(tmp_path / "{target}-{states}"))
+    data = ConversationData(
+        train=str(conversations), max_length=128, features=str(tmp_path / "{target}-{states}")
+    )
     data.bind(tiny, ("final", 1))
     assert [path.name for path in tmp_path.iterdir()] == [f"{tiny.fingerprint()}-final+1"]
     batch = next(iter(data.train_dataloader()))

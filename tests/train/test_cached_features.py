@@ -1,4 +1,6 @@
-"""A drafter that reads cached states learns what it learns from states computed online, and survives a kill -9."""
+"""A drafter that reads cached states learns what it learns from states computed online, and
+survives a kill -9.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ from train.settings import OptimizerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCES: dict[CacheDtype, float] = {"float32": 0.0, "bfloat16": 2e-3, "int8": 5e-3}
-"""Relative, of the loss: float32 is bit-equal; bfloat16 keeps 8 bits of a state, int8 7 and a sign."""
+"""Relative, of the loss: float32 is bit-equal; bfloat16 keeps 8 bits of a state, int8 7 and a
+sign.
+"""
 
 
-def losses(documents: list[Tokens], length: int, folder: Path, dtype: CacheDtype) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(
+    documents: list[Tokens], length: int, folder: Path, dtype: CacheDtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """EAGLE-3's loss on one batch of all documents, online and from a cache."""
     target = tiny_target(dtype=torch.float32, layers=4)
     torch.manual_seed(1)
@@ -37,7 +43,7 @@ def losses(documents: list[Tokens], length: int, folder: Path, dtype: CacheDtype
     cache = FeatureCache(folder, target.fingerprint(), drafter.training_states)
     found = []
     for source in (None, cache):
-        batch, = Batches(documents, length, rows=len(documents), cache=source)
+        (batch,) = Batches(documents, length, rows=len(documents), cache=source)
         assert set(batch.states) == (set() if source is None else set(drafter.training_states))
         module.fill_states(batch)
         found.append(drafter.loss(batch, target, 0.0).total.detach())
@@ -71,26 +77,45 @@ command(sys.argv[1:])
 """
 
 
-def test_a_training_from_a_cache_that_is_killed_goes_on_to_the_unbroken_runs_weights(tiny, conversations,
-                                                                                     tmp_path: Path) -> None:
+def test_a_training_from_a_cache_that_is_killed_goes_on_to_the_unbroken_runs_weights(
+    tiny, conversations, tmp_path: Path
+) -> None:
     """kill -9 in step 4, after three checkpoints and with the cache written."""
     recipe = tmp_path / "eagle3.yaml"
-    recipe.write_text(f"""\
+    recipe.write_text(
+        f"""\
 drafter: {{class_path: modules.drafters.feature.eagle3.Eagle3, init_args: {{steps: 2, draft_vocabulary: 48}}}}
 data: {{train: {conversations}, validation_fraction: 0.2, max_length: 128, rows: 1, features: {tmp_path}/states}}
 trainer: {{max_steps: 6, max_epochs: -1, val_check_interval: 3, accelerator: cpu}}
 probe: {{prompts: 1, max_new_tokens: 3}}
 checkpoint: {{every_n_steps: 1, export: last}}
-""", encoding="utf-8")
+""",
+        encoding="utf-8",
+    )
     flags = ["--config", str(recipe), "--output"]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *flags, str(tmp_path / "killed")], cwd=ROOT, check=False,
-                            timeout=120, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, *flags, str(tmp_path / "killed")],
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert killed.returncode == -9, killed.stderr[-3000:]
-    assert torch.load(resume_point(tmp_path / "killed", "last"), weights_only=True)["global_step"] == 3
+    assert (
+        torch.load(resume_point(tmp_path / "killed", "last"), weights_only=True)["global_step"] == 3
+    )
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "states").glob("shard-*")}
     assert command([*flags, str(tmp_path / "killed"), "--resume", "last"]) == 0
     assert command([*flags, str(tmp_path / "whole")]) == 0
-    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "states").glob("shard-*")} != {}
-    resumed, unbroken = (load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))
+    assert (
+        written
+        == {path: path.stat().st_mtime_ns for path in (tmp_path / "states").glob("shard-*")}
+        != {}
+    )
+    resumed, unbroken = (
+        load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole")
+    )
     assert resumed.keys() == unbroken.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())

@@ -33,10 +33,15 @@ def test_a_run_leaves_its_config_a_drafter_a_card_and_logs(tiny, recipe, tmp_pat
     assert run(recipe, output, "--drafter.heads", "3") == 0
     assert f"trained: {output / 'drafter'}" in capsys.readouterr().out
     drafter = load_pretrained(output, tiny)
-    assert drafter.heads == 3 and drafter.vocabulary_D is not None and len(drafter.vocabulary_D) == 48
+    assert (
+        drafter.heads == 3 and drafter.vocabulary_D is not None and len(drafter.vocabulary_D) == 48
+    )
     provenance = json.loads((output / "drafter" / "provenance.json").read_text())
     assert {"val/loss", "val/top1_0", "val/top5_2", "probe/tau"} <= set(provenance["measured"])
-    assert provenance["data"]["fingerprint"] and provenance["settings"]["drafter"]["init_args"]["heads"] == 3
+    assert (
+        provenance["data"]["fingerprint"]
+        and provenance["settings"]["drafter"]["init_args"]["heads"] == 3
+    )
     assert "val/loss" in (output / "drafter" / "README.md").read_text()
     rows = list(csv.DictReader((output / "lightning" / "version_0" / "metrics.csv").open()))
     assert [row["step"] for row in rows if row["train/loss"]] == [str(step) for step in range(1, 7)]
@@ -101,7 +106,10 @@ def test_a_torn_checkpoint_is_skipped_and_said_so(tmp_path, caplog):
     folder.mkdir(parents=True)
     (folder / "last.ckpt").mkdir()
     torch.save({}, folder / "best.ckpt")
-    assert resume_point(tmp_path, "last") == folder / "best.ckpt" and "not a whole checkpoint" in caplog.text
+    assert (
+        resume_point(tmp_path, "last") == folder / "best.ckpt"
+        and "not a whole checkpoint" in caplog.text
+    )
     (folder / "best.ckpt").write_bytes((folder / "best.ckpt").read_bytes()[:100])
     with pytest.raises(ValueError, match="--resume last: .* does not exist or is not whole"):
         resume_point(tmp_path, "last")
@@ -115,7 +123,9 @@ def test_unknown_names_are_refused_before_anything_starts(key, value):
 
 
 def test_deepspeed_refuses_to_clip_by_value():
-    with pytest.raises(ValueError, match="gradient_clip_algorithm is value, but DeepSpeed clips by norm only"):
+    with pytest.raises(
+        ValueError, match="gradient_clip_algorithm is value, but DeepSpeed clips by norm only"
+    ):
         TrainerSettings(strategy="deepspeed_2", gradient_clip_algorithm="value")
 
 
@@ -128,25 +138,68 @@ def test_the_best_weights_are_exported_with_their_own_figures(tiny, recipe, tmp_
 
 
 def test_a_loss_that_is_ramped_in_exports_the_weights_that_learnt_most(tiny, recipe, tmp_path):
-    """Medusa-2's sine ramp makes the training loss rise while the heads learn; the choice must not follow it."""
-    arguments = {"rank": 2, "dropout": 0.0, "schedule": "sine", "self_distillation": True, "coefficient": 1.0}
-    flags = [flag for key, value in arguments.items() for flag in (f"--drafter.{key}", str(value).lower())]
-    run(recipe, tmp_path / "run", "--drafter", "modules.drafters.heads.medusa2.Medusa2", *flags, "--trainer.max_steps", "20",
-        "--trainer.val_check_interval", "5", "--probe.prompts", "0", "--drafter.heads", "2")
-    logged = list(csv.DictReader((tmp_path / "run" / "lightning" / "version_0" / "metrics.csv").open()))
-    losses, heads = ([float(row[name]) for row in logged if row[name]] for name in ("val/loss", "val/cross_entropy_0"))
-    assert losses == sorted(losses, reverse=True) and heads == sorted(heads, reverse=True) and len(losses) == 5
-    last = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all(torch.equal(tensor, last["state_dict"][f"trainable.{name}"])
-               for name, tensor in weights(tmp_path / "run").items())
+    """Medusa-2's sine ramp makes the training loss rise while the heads learn; the choice must not
+    follow it.
+    """
+    arguments = {
+        "rank": 2,
+        "dropout": 0.0,
+        "schedule": "sine",
+        "self_distillation": True,
+        "coefficient": 1.0,
+    }
+    flags = [
+        flag
+        for key, value in arguments.items()
+        for flag in (f"--drafter.{key}", str(value).lower())
+    ]
+    run(
+        recipe,
+        tmp_path / "run",
+        "--drafter",
+        "modules.drafters.heads.medusa2.Medusa2",
+        *flags,
+        "--trainer.max_steps",
+        "20",
+        "--trainer.val_check_interval",
+        "5",
+        "--probe.prompts",
+        "0",
+        "--drafter.heads",
+        "2",
+    )
+    logged = list(
+        csv.DictReader((tmp_path / "run" / "lightning" / "version_0" / "metrics.csv").open())
+    )
+    losses, heads = (
+        [float(row[name]) for row in logged if row[name]]
+        for name in ("val/loss", "val/cross_entropy_0")
+    )
+    assert (
+        losses == sorted(losses, reverse=True)
+        and heads == sorted(heads, reverse=True)
+        and len(losses) == 5
+    )
+    last = torch.load(
+        tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True
+    )
+    assert all(
+        torch.equal(tensor, last["state_dict"][f"trainable.{name}"])
+        for name, tensor in weights(tmp_path / "run").items()
+    )
 
 
 def test_weights_between_two_validations_compete_too(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run", "--trainer.max_steps", "5", "--trainer.val_check_interval", "4")
-    last = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
+    last = torch.load(
+        tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True
+    )
     assert last["global_step"] == 5
     exported = weights(tmp_path / "run")
-    assert torch.equal(exported["blocks.0.0.linear.weight"], last["state_dict"]["trainable.blocks.0.0.linear.weight"])
+    assert torch.equal(
+        exported["blocks.0.0.linear.weight"],
+        last["state_dict"]["trainable.blocks.0.0.linear.weight"],
+    )
 
 
 def test_a_warm_start_begins_with_the_weights_of_an_earlier_run(tiny, recipe, tmp_path):
@@ -166,27 +219,35 @@ def test_an_output_that_is_taken_is_refused_unless_overwritten(tiny, recipe, tmp
 
 def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run")
-    with pytest.raises(ValueError, match="--resume: drafter.heads is 3, but the run was begun with 2"):
+    with pytest.raises(
+        ValueError, match="--resume: drafter.heads is 3, but the run was begun with 2"
+    ):
         run(recipe, tmp_path / "run", "--resume", "last", "--drafter.heads", "3")
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--drafter.hads", "3"], "drafter.*'hads' is not accepted"),
-    (["--drafter.heads", "many"], "drafter.heads.*expected int"),
-    (["--trainer.max_steps", "x"], "trainer.max_steps: expected int"),
-    (["--trainer.steps", "3"], "--trainer.steps"),
-    (["--trainer.max_steps", "-1"], "trainer.max_steps and trainer.max_epochs are both -1"),
-    (["--data.max_lenth", "3"], "data.*'max_lenth' is not accepted"),
-    (["--data.train", "none.jsonl"], "none.jsonl.* does not exist"),
-    (["--optimizer.lr", "0"], "optimizer.lr must be above 0"),
-    (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
-    (["--resume", "last"], "last.ckpt does not exist or is not whole"),
-    (["--init_from", "/none"], "'/none' does not exist"),
-    (["--trainer.strategy", "magic"], "trainer.*'magic' is unknown: use auto, ddp"),
-    (["--trainer.precision", "7"], "trainer.*'7' is unknown: use one of 32-true"),
-    (["--config", "objective/aligned.yaml"], "objective: it continues a trained drafter: .* --init_from"),
-    (["--checkpoint.best_by", "probe/tau", "--probe.prompts", "0"], "probe.prompts is 0"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--drafter.hads", "3"], "drafter.*'hads' is not accepted"),
+        (["--drafter.heads", "many"], "drafter.heads.*expected int"),
+        (["--trainer.max_steps", "x"], "trainer.max_steps: expected int"),
+        (["--trainer.steps", "3"], "--trainer.steps"),
+        (["--trainer.max_steps", "-1"], "trainer.max_steps and trainer.max_epochs are both -1"),
+        (["--data.max_lenth", "3"], "data.*'max_lenth' is not accepted"),
+        (["--data.train", "none.jsonl"], "none.jsonl.* does not exist"),
+        (["--optimizer.lr", "0"], "optimizer.lr must be above 0"),
+        (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
+        (["--resume", "last"], "last.ckpt does not exist or is not whole"),
+        (["--init_from", "/none"], "'/none' does not exist"),
+        (["--trainer.strategy", "magic"], "trainer.*'magic' is unknown: use auto, ddp"),
+        (["--trainer.precision", "7"], "trainer.*'7' is unknown: use one of 32-true"),
+        (
+            ["--config", "objective/aligned.yaml"],
+            "objective: it continues a trained drafter: .* --init_from",
+        ),
+        (["--checkpoint.best_by", "probe/tau", "--probe.prompts", "0"], "probe.prompts is 0"),
+    ],
+)
 def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr("train.run.load_target", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=words) as caught:
@@ -201,8 +262,12 @@ def test_a_command_without_a_recipe_says_what_is_missing():
 
 
 def test_configs_merge_left_to_right_and_flags_win(recipe, tmp_path):
-    (tmp_path / "more.yaml").write_text("drafter: {init_args: {heads: 7}}\ntrainer: {max_steps: 2}\nseed: 5\n")
-    config = make_parser().parse_args(["--config", str(recipe), "--config", str(tmp_path / "more.yaml"), "--seed", "9"])
+    (tmp_path / "more.yaml").write_text(
+        "drafter: {init_args: {heads: 7}}\ntrainer: {max_steps: 2}\nseed: 5\n"
+    )
+    config = make_parser().parse_args(
+        ["--config", str(recipe), "--config", str(tmp_path / "more.yaml"), "--seed", "9"]
+    )
     assert config.drafter.init_args.heads == 7 and config.drafter.init_args.draft_vocabulary == 48
     assert (config.trainer.max_steps, config.optimizer.lr, config.seed) == (2, 0.01, 9)
 
@@ -211,7 +276,10 @@ def test_the_help_fits_on_one_screen():
     lines = make_parser().format_help().splitlines()
     assert len(lines) <= 45 and max(map(len, lines)) <= 120
     shown = "\n".join(lines)
-    assert all(f"--{name}" in shown for name in ("config", "drafter", "output", "resume", "init_from", "trainer.KEY"))
+    assert all(
+        f"--{name}" in shown
+        for name in ("config", "drafter", "output", "resume", "init_from", "trainer.KEY")
+    )
 
 
 def test_the_printed_config_is_a_config(recipe, capsys):
@@ -222,7 +290,9 @@ def test_the_printed_config_is_a_config(recipe, capsys):
 
 def test_the_target_stays_out_of_the_checkpoints(tiny, recipe, tmp_path):
     run(recipe, tmp_path / "run")
-    saved = torch.load(tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(
+        tmp_path / "run" / "lightning" / "checkpoints" / "last.ckpt", weights_only=True
+    )
     assert all(name.startswith("trainable.") for name in saved["state_dict"])
 
 
@@ -234,16 +304,28 @@ def test_other_architectures_train_and_decode_losslessly(recipe, tmp_path, monke
     drafter = load_pretrained(tmp_path / "run", target)
     assert isinstance(drafter, Drafter) and next(drafter.parameters()).dtype == torch.float64
     prompts = [[7, 8, 9], [20, 21, 22, 23]]
-    drafted, plain = (SpeculativeDecoder(target, one).decode(prompts, Sampling(), 24) for one in (drafter, None))
+    drafted, plain = (
+        SpeculativeDecoder(target, one).decode(prompts, Sampling(), 24) for one in (drafter, None)
+    )
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(tiny, recipe, tmp_path, capsys):
-    arguments = ["--config", str(recipe), "--output", str(tmp_path / "run"), "--optimizer.lr", "1e30",
-                 "--trainer.gradient_clip_val", "0"]
+    arguments = [
+        "--config",
+        str(recipe),
+        "--output",
+        str(tmp_path / "run"),
+        "--optimizer.lr",
+        "1e30",
+        "--trainer.gradient_clip_val",
+        "0",
+    ]
     assert one_line_run(command, arguments) == 2
     said = capsys.readouterr().err
-    assert re.search(r"error: the (train|val) loss is (nan|inf) at step \d: lower optimizer.lr", said)
+    assert re.search(
+        r"error: the (train|val) loss is (nan|inf) at step \d: lower optimizer.lr", said
+    )
 
 
 def test_recomputed_activations_train_the_same_weights(tiny, recipe, tmp_path):

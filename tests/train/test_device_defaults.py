@@ -45,12 +45,18 @@ def test_auto_is_float32_on_a_cpu() -> None:
     assert chosen_precision("auto", "auto") == "32-true" and chosen_dtype("auto") == "float32"
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ([], ("bfloat16", "bf16-mixed")), (["--dtype", "float32"], ("float32", "bf16-mixed")),
-    (["--trainer.precision", "32-true"], ("bfloat16", "32-true")), (["--trainer.accelerator", "cpu"],
-                                                                   ("float32", "32-true"))])
-def test_auto_is_bfloat16_on_a_gpu_and_what_is_given_wins(gpu: None, flags: list[str], expected: tuple[str, str],
-                                                          capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("bfloat16", "bf16-mixed")),
+        (["--dtype", "float32"], ("float32", "bf16-mixed")),
+        (["--trainer.precision", "32-true"], ("bfloat16", "32-true")),
+        (["--trainer.accelerator", "cpu"], ("float32", "32-true")),
+    ],
+)
+def test_auto_is_bfloat16_on_a_gpu_and_what_is_given_wins(
+    gpu: None, flags: list[str], expected: tuple[str, str], capsys: pytest.CaptureFixture
+) -> None:
     assert settled(*flags) == expected
     device = "cpu" if "cpu" in flags else "cuda:0"
     told = f"target in {expected[0]}, training in {expected[1]}: chosen for {device}\n"
@@ -67,8 +73,14 @@ def test_nothing_is_said_of_what_was_given(capsys: pytest.CaptureFixture) -> Non
     assert not capsys.readouterr().out
 
 
-def test_a_run_stores_what_auto_was(gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "train", lambda recipe, place: pytest.fail(f"{recipe.dtype} {recipe.trainer.precision}"))
+def test_a_run_stores_what_auto_was(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        cli,
+        "train",
+        lambda recipe, place: pytest.fail(f"{recipe.dtype} {recipe.trainer.precision}"),
+    )
     with pytest.raises(pytest.fail.Exception, match="bfloat16 bf16-mixed"):
         cli.command(["--config", "eagle3.yaml", "--output", str(tmp_path / "run")])
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -76,8 +88,9 @@ def test_a_run_stores_what_auto_was(gpu: None, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("auto", ["high"]), ("32-true", [])])
-def test_mixed_training_on_a_gpu_multiplies_in_tf32(gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                    precision: str, expected: list[str]) -> None:
+def test_mixed_training_on_a_gpu_multiplies_in_tf32(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, expected: list[str]
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr("train.run.lightning_trainer", lambda *_: sys.exit(7))
@@ -88,15 +101,21 @@ def test_mixed_training_on_a_gpu_multiplies_in_tf32(gpu: None, monkeypatch: pyte
     assert asked == expected
 
 
-def test_a_target_is_loaded_as_auto_says(gpu: None, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture) -> None:
+def test_a_target_is_loaded_as_auto_says(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Also `eval.py`, whose engines are told the same name."""
     asked: list[torch.dtype] = []
 
     def from_pretrained(folder: str, dtype: torch.dtype, **_: object) -> None:
         asked.append(dtype)
         raise OSError("enough")
-    monkeypatch.setattr(modules.target.loading, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=from_pretrained))
+
+    monkeypatch.setattr(
+        modules.target.loading,
+        "AutoModelForCausalLM",
+        SimpleNamespace(from_pretrained=from_pretrained),
+    )
     for device, dtype in (("cuda:0", torch.bfloat16), ("cpu", torch.float32)):
         with pytest.raises(ValueError, match="enough"):
             load_target("smollm2-135m", device=device)
@@ -106,13 +125,22 @@ def test_a_target_is_loaded_as_auto_says(gpu: None, monkeypatch: pytest.MonkeyPa
         assert Evaluation(device=device).dtype == name
 
 
-# -- trees --------------------------------------------------------------------------------------------------------
+# -- trees -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "builder", "nodes"), [
-    ("eagle3", RerankedTree, 60), ("fspad", RerankedTree, 60), ("clover", ThresholdTree, 60),
-    ("medusa", StaticTree, 61), ("hydra", StaticTree, 61)])
-def test_a_gpu_drafts_wide_trees(name: str, builder: type, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "builder", "nodes"),
+    [
+        ("eagle3", RerankedTree, 60),
+        ("fspad", RerankedTree, 60),
+        ("clover", ThresholdTree, 60),
+        ("medusa", StaticTree, 61),
+        ("hydra", StaticTree, 61),
+    ],
+)
+def test_a_gpu_drafts_wide_trees(
+    name: str, builder: type, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tiny_target()
     drafter = built(name, target, shake=0.05)
     assert drafter.default_budget == 5 and not isinstance(drafter.builder, RerankedTree)

@@ -1,4 +1,6 @@
-"""Targets whose embedding is narrower than their layers (OPT-350m): refused by name, or drafted for by a model."""
+"""Targets whose embedding is narrower than their layers (OPT-350m): refused by name, or drafted for
+by a model.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,18 @@ from train.run import Recipe, build
 @pytest.fixture(scope="module")
 def target() -> Target:
     torch.manual_seed(0)
-    config = CONFIG_MAPPING["opt"](vocab_size=128, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64,
-                                   num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
-                                   bos_token_id=1, eos_token_id=0, pad_token_id=0)
+    config = CONFIG_MAPPING["opt"](
+        vocab_size=128,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     model: Any = AutoModelForCausalLM
     return Target(model.from_config(config).double(), tiny_tokenizer(), "tiny-projected")
 
@@ -38,9 +49,13 @@ def recipe(kind: Any, conversations: Path, **arguments: Any) -> Recipe:
 
 @pytest.mark.parametrize("kind", [Medusa, Clover, Eagle3, Sorted])
 def test_drafters_on_its_states_are_refused_before_data_are_read(
-        kind: Any, target: Target, conversations: Path) -> None:
+    kind: Any, target: Target, conversations: Path
+) -> None:
     asked = recipe(kind, conversations)
-    with pytest.raises(ValueError, match=f"'tiny-projected' projects states of 32 .* {kind.__name__} does not support"):
+    with pytest.raises(
+        ValueError,
+        match=f"'tiny-projected' projects states of 32 .* {kind.__name__} does not support",
+    ):
         build(asked, target)
     assert not asked.data.documents
 
@@ -51,6 +66,8 @@ def test_a_model_of_its_own_drafts_for_it(target: Target, conversations: Path) -
     assert isinstance(made, Independent)
     batch = next(iter(asked.data.val_dataloader()))
     assert bool(made.loss(batch, target, 0.0).total.isfinite())
-    plain, drafted = (SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0].ids
-                      for drafter in (None, made.eval()))
+    plain, drafted = (
+        SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0].ids
+        for drafter in (None, made.eval())
+    )
     assert plain == drafted

@@ -1,4 +1,6 @@
-"""What happens around the training loop: the acceptance probe, the progress bar, the checkpoints."""
+"""What happens around the training loop: the acceptance probe, the progress bar, the
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ PROBE = "probe/tau"
 
 
 class AcceptanceProbe(Callback):
-    """After each validation, decodes held-out prompts greedily with the drafter as it stands, and logs τ (`probe/tau`).
+    """After each validation, decodes held-out prompts greedily with the drafter as it stands, and
+    logs τ (`probe/tau`).
 
     τ = tokens kept of target calls ÷ those calls, bonus token counted, pooled over the prompts.
 
@@ -49,7 +52,9 @@ class AcceptanceProbe(Callback):
         """τ of the current weights."""
         drafter = unsharded(module.trainable)
         assert isinstance(drafter, Drafter)
-        decoder = SpeculativeDecoder(drafter.adapt_sharing(module.target), drafter, budget=self.settings.budget)
+        decoder = SpeculativeDecoder(
+            drafter.adapt_sharing(module.target), drafter, budget=self.settings.budget
+        )
         emitted = calls = 0
         for prompt in self.prompts:
             trace = decoder.decode([prompt], Sampling(), self.settings.max_new_tokens)[0]
@@ -62,12 +67,20 @@ class RunProgress(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Without the run's version number."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        return {
+            name: value
+            for name, value in super().get_metrics(trainer, pl_module).items()
+            if name != "v_num"
+        }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was measured."""
         super().on_validation_end(trainer, pl_module)
-        shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name in ("val/loss", PROBE)}
+        shown = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name in ("val/loss", PROBE)
+        }
         if trainer.is_global_zero and shown:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items()))
             _console(self).print(f"step {trainer.global_step}  {figures}")
@@ -81,14 +94,14 @@ class Terminated(Stopped):
     """A signal ended a training between two steps; `last.ckpt` holds all of it."""
 
 
-
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, between two optimiser steps only; at the end, on SIGTERM and Ctrl-C too.
 
-    A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the batches before it.
-    SIGTERM (of a scheduler) or Ctrl-C to any of the processes ends the training after the optimiser
-    step under way on all of them, with everything saved: one more all-reduce of a flag per
-    optimiser step. A second signal ends the process at once, and `configs.command_line.endings.GRACE` one that hangs.
+    A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the
+    batches before it. SIGTERM (of a scheduler) or Ctrl-C to any of the processes ends the training
+    after the optimiser step under way on all of them, with everything saved: one more all-reduce of
+    a flag per optimiser step. A second signal ends the process at once, and
+    `configs.command_line.endings.GRACE` one that hangs.
     """
 
     _signalled, _since = 0, 0.0
@@ -112,8 +125,9 @@ class LastCheckpoint(ModelCheckpoint):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save when it is time to, and for the last time when the process is to end."""
         self._between_steps, self._step = trainer.global_step > self._step, trainer.global_step
         if not self._between_steps:
@@ -136,15 +150,24 @@ class LastCheckpoint(ModelCheckpoint):
         else:
             self._due = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell where it stands, of `best.ckpt` too, which holds the weights that were validated, whenever that was."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell where it stands, of `best.ckpt` too, which holds the weights that were validated,
+        whenever that was.
+        """
         checkpoint["between_steps"] = self._between_steps
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Say so where gradients are missing."""
         if not checkpoint.get("between_steps", True) and trainer.is_global_zero:
-            logger.warning("the checkpoint is of step %d, in the middle of an accumulation: the gradients of the "
-                           "batches since that step are lost", checkpoint["global_step"])
+            logger.warning(
+                "the checkpoint is of step %d, in the middle of an accumulation: the gradients of "
+                "the batches since that step are lost",
+                checkpoint["global_step"],
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The weights that training ended on."""
@@ -155,7 +178,11 @@ class LastCheckpoint(ModelCheckpoint):
 def checkpoint_callbacks(folder: Path, settings: CheckpointSettings) -> list[ModelCheckpoint]:
     """Writers of `last.ckpt` and `best.ckpt`."""
     mode = "max" if settings.best_by == PROBE else "min"
-    common: dict[str, Any] = {"dirpath": folder, "save_on_train_epoch_end": False, "enable_version_counter": False}
+    common: dict[str, Any] = {
+        "dirpath": folder,
+        "save_on_train_epoch_end": False,
+        "enable_version_counter": False,
+    }
     best = ModelCheckpoint(filename="best", monitor=settings.best_by, mode=mode, **common)
     last = LastCheckpoint(filename="last", every_n_train_steps=settings.every_n_steps, **common)
     return [best, last]

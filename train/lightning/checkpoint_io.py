@@ -1,4 +1,6 @@
-"""Checkpoint files that are whole or not there: written beside their place, then put there at once."""
+"""Checkpoint files that are whole or not there: written beside their place, then put there at
+once.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,14 @@ PART = ".part"
 class SiblingCheckpointIO(TorchCheckpointIO):
     """Lightning's files, written to the folder they belong to.
 
-    Lightning writes to the system's temporary folder first; from there to another file system a move is a copy, and a
-    kill in the middle of it leaves neither the old checkpoint nor the new one. Within a folder it is one rename.
+    Lightning writes to the system's temporary folder first; from there to another file system a
+    move is a copy, and a kill in the middle of it leaves neither the old checkpoint nor the new
+    one. Within a folder it is one rename.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         """Write `.NAME.part`, have it on the disk, and rename it.
 
         Raises:

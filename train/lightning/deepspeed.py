@@ -1,6 +1,7 @@
 """How processes share the work: by name, DeepSpeed's ZeRO stages on GPUs and on CPUs too.
 
-The frozen target is no part of the module that a strategy wraps: it is replicated, never optimised, never saved.
+The frozen target is no part of the module that a strategy wraps: it is replicated, never optimised,
+never saved.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeed whose checkpoints are the ordinary ones: one file with whole weights and whole optimiser states.
+    """DeepSpeed whose checkpoints are the ordinary ones: one file with whole weights and whole
+    optimiser states.
 
-    A drafter is small beside its target (tens of millions to a few thousand millions of parameters), so its shards are
-    gathered, one parameter at a time, to rank 0's host memory, which writes `last.ckpt` as any other strategy does:
-    atomically (a kill in the middle leaves the one before), readable without DeepSpeed, and good to resume on any
-    number of processes, at any stage, and under DDP or a single process. DeepSpeed's own folder of shards is none of
-    that, and its universal format would be a second conversion of the same numbers. The dynamic scale of float16
-    is not kept: it is found anew within a few steps.
+    A drafter is small beside its target (tens of millions to a few thousand millions of
+    parameters), so its shards are gathered, one parameter at a time, to rank 0's host memory, which
+    writes `last.ckpt` as any other strategy does: atomically (a kill in the middle leaves the one
+    before), readable without DeepSpeed, and good to resume on any number of processes, at any
+    stage, and under DDP or a single process. DeepSpeed's own folder of shards is none of that, and
+    its universal format would be a second conversion of the same numbers. The dynamic scale of
+    float16 is not kept: it is found anew within a few steps.
     """
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole float32 weights and the buffers, on rank 0; every rank takes part."""
         module = cast(nn.Module, self.lightning_module)
-        state = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in _kept(module)}
+        state = {
+            name: buffer.detach().cpu()
+            for name, buffer in module.named_buffers()
+            if name in _kept(module)
+        }
         first: dict[int, str] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             shared = first.setdefault(id(parameter), name)
@@ -51,6 +58,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """AdamW's state as `torch.optim.AdamW.state_dict` gives it without sharding, on rank 0."""
         from deepspeed.utils import safe_get_full_optimizer_state
+
         state: dict[int, dict[str, Tensor]] = {}
         steps = self._steps_taken()
         if steps is not None:
@@ -65,22 +73,29 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         if self.is_global_zero and tensor is not None:
             into[name] = tensor.detach().cpu().clone()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         """One file, from rank 0."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """The whole file, on every rank."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give every rank its part of the weights, of the float32 masters too."""
         from deepspeed.runtime.zero import GatheredParameters
+
         module, state = cast(nn.Module, self.lightning_module), checkpoint["state_dict"]
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+                with GatheredParameters(
+                    [parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")
+                ):
                     parameter.copy_(state[name])
                 self._scatter(parameter, state[name], None)
             for name, buffer in module.named_buffers():
@@ -102,18 +117,22 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
             return
         for flat in self._flat_parts():
             blank = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            base.state[flat] = {"step": saved["state"][0]["step"].to(flat.device, copy=True), **blank}
+            base.state[flat] = {
+                "step": saved["state"][0]["step"].to(flat.device, copy=True),
+                **blank,
+            }
         self._link_optimiser_state()
         for index, parameter in enumerate(self._optimised):
             for key in _MOMENTS:
                 self._scatter(parameter, saved["state"][index][key], key)
 
-    # -- steps ------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """Lightning decides where an optimiser step is, as under every other strategy: DeepSpeed's own count goes on
-        from one epoch to the next, and takes no step with the batches that are left over at an epoch's end."""
+        """Lightning decides where an optimiser step is, as under every other strategy: DeepSpeed's
+        own count goes on from one epoch to the next, and takes no step with the batches that are
+        left over at an epoch's end."""
         return False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -122,23 +141,33 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
 
     def block_backward_sync(self) -> Any:
-        """Batches that accumulate are nothing special: DeepSpeed knows from the boundary what to exchange."""
+        """Batches that accumulate are nothing special: DeepSpeed knows from the boundary what to
+        exchange.
+        """
         return nullcontext()
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **options: Any) -> Tensor:
-        """Gradients; Lightning has divided the loss by the number of batches that are accumulated already."""
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **options: Any
+    ) -> Tensor:
+        """Gradients; Lightning has divided the loss by the number of batches that are accumulated
+        already.
+        """
         loss = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **options)
         if not self.deepspeed_engine.is_gradient_accumulation_boundary():
             self.deepspeed_engine.step()
         return loss
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any) -> Any:
-        """A step, or none where its gradient is not finite: DeepSpeed finds that out by itself, at every precision."""
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any
+    ) -> Any:
+        """A step, or none where its gradient is not finite: DeepSpeed finds that out by itself, at
+        every precision.
+        """
         output = super().optimizer_step(optimizer, closure, model, **options)
         cast(Any, self.lightning_module).count_update(self.deepspeed_engine.was_step_applied())
         return output
 
-    # -- DeepSpeed's parts ------------------------------------------------------------------------------------
+    # -- DeepSpeed's parts -------------------------------------------------------------------------
 
     @property
     def _zero(self) -> Any:
@@ -146,7 +175,11 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
 
     def _flat_parts(self) -> list[Tensor]:
         """This rank's flat float32 masters: of each group (stages 1, 2) or sub-group (stage 3)."""
-        name = "fp32_partitioned_groups_flat" if self.zero_stage_3 else "single_partition_of_fp32_groups"
+        name = (
+            "fp32_partitioned_groups_flat"
+            if self.zero_stage_3
+            else "single_partition_of_fp32_groups"
+        )
         return list(getattr(self._zero, name))
 
     def _steps_taken(self) -> Tensor | None:
@@ -162,27 +195,33 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         numbered, start = [], 0
         sizes = cast(Any, self.lightning_module).group_sizes
         for size, current in zip(sizes, self._zero.optimizer.param_groups, strict=True):
-            settings = {key: value for key, value in current.items() if key != "params" and _plain(value)}
+            settings = {
+                key: value for key, value in current.items() if key != "params" and _plain(value)
+            }
             numbered.append({**settings, "params": list(range(start, start + size))})
             start += size
         return numbered
 
     def _link_optimiser_state(self) -> None:
-        """Let parameters of stages 1 and 2 find their part of the state: DeepSpeed links them when its first group has
-        taken its first step, and the other groups then have none yet."""
+        """Let parameters of stages 1 and 2 find their part of the state: DeepSpeed links them when
+        its first group has taken its first step, and the other groups then have none yet."""
         if not self.zero_stage_3:
             from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
             for group, flat in zip(self._zero.bit16_groups, self._flat_parts(), strict=True):
                 lazy_init_hp_params_optimizer_state(group, flat, self._zero.optimizer.state)
 
     def _scatter(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Write this rank's part of a whole tensor: the master weight, or the optimiser's state `key`."""
+        """Write this rank's part of a whole tensor: the master weight, or the optimiser's state
+        `key`.
+        """
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
             safe_set_local_fp32_param,
             safe_set_local_optimizer_state,
         )
+
         if not parameter.requires_grad:
             return
         value, sharded = value.to(self.root_device, torch.float32), self.zero_stage_3
@@ -191,7 +230,9 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         if key is None:
             (safe_set_local_fp32_param if sharded else safe_set_full_fp32_param)(parameter, value)
         else:
-            (safe_set_local_optimizer_state if sharded else safe_set_full_optimizer_state)(parameter, value, key)
+            (safe_set_local_optimizer_state if sharded else safe_set_full_optimizer_state)(
+                parameter, value, key
+            )
 
 
 class CpuDeepSpeedStrategy(ConsolidatedDeepSpeedStrategy):
@@ -204,10 +245,11 @@ class CpuDeepSpeedStrategy(ConsolidatedDeepSpeedStrategy):
     def setup_distributed(self) -> None:
         """What the parent does, without comparing GPU indices.
 
-        DeepSpeed would compile a shared-memory collective first, and a process killed during that leaves a lock that
-        every later run waits for without end; gloo does without it.
+        DeepSpeed would compile a shared-memory collective first, and a process killed during that
+        leaves a lock that every later run waits for without end; gloo does without it.
         """
         import deepspeed.ops
+
         deepspeed.ops.__compatible_ops__[_COMPILED_COLLECTIVE] = False
         reset_seed()
         self.set_world_ranks()
@@ -223,6 +265,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     """A parameter gathered from its shards, the float32 master where there is one."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
+
     if parameter.requires_grad:
         master = safe_get_full_fp32_param(parameter)
         if master is not None:
@@ -232,9 +275,10 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """What a module's state dict holds, weights gathered from their shards if they are in shards; on every process,
-    all of which take part."""
+    """What a module's state dict holds, weights gathered from their shards if they are in shards;
+    on every process, all of which take part."""
     from deepspeed.runtime.zero import GatheredParameters
+
     found: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)
     for tensor in state.values():
@@ -245,9 +289,10 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def unsharded(trainable: Trainable) -> Trainable:
-    """The component, or of one whose weights are in shards (stage 3) a copy with whole ones, for use outside of
-    training's own forward passes: there its modules would gather their weights, and let go of them after each call,
-    and weights that are read without a call of their module are not there at all."""
+    """The component, or of one whose weights are in shards (stage 3) a copy with whole ones, for
+    use outside of training's own forward passes: there its modules would gather their weights, and
+    let go of them after each call, and weights that are read without a call of their module are not
+    there at all."""
     sharded = [parameter for parameter in trainable.parameters() if hasattr(parameter, "ds_id")]
     if not sharded:
         return trainable
@@ -271,34 +316,39 @@ def _share(value: Tensor, rank: int, world: int) -> Tensor:
     """The rank's part of a flattened tensor, padded with zeros to a multiple of the ranks."""
     flat = value.flatten()
     size = -(-len(flat) // world)
-    return nn.functional.pad(flat, (0, size * world - len(flat)))[rank * size:(rank + 1) * size]
+    return nn.functional.pad(flat, (0, size * world - len(flat)))[rank * size : (rank + 1) * size]
 
 
 def check_shards(strategy: str, trainable: Trainable) -> None:
     """ValueError: stage 3 cannot train this component."""
     found = DEEPSPEED.fullmatch(strategy)
     if found is not None and found[1] == "3" and trainable.uneven_calls:
-        raise ValueError(f"trainer.strategy is {strategy}, but {trainable.uneven_calls}, and ZeRO stage 3 waits for "
-                         "all processes at every call of a module: use deepspeed_2 or ddp")
+        raise ValueError(
+            f"trainer.strategy is {strategy}, but {trainable.uneven_calls}, and ZeRO stage 3 waits "
+            "for all processes at every call of a module: use deepspeed_2 or ddp"
+        )
 
 
 def strategy_named(name: str, accelerator: str) -> str | Strategy:
     """A strategy for Lightning's Trainer.
 
-    Offloaded states are stepped by the same `torch.optim.AdamW`, on the host: DeepSpeed asks for its own compiled one
-    unless told not to insist. Offloading has not been run on a GPU.
+    Offloaded states are stepped by the same `torch.optim.AdamW`, on the host: DeepSpeed asks for
+    its own compiled one unless told not to insist. Offloading has not been run on a GPU.
 
     Args:
-        name: `deepspeed_1`, `deepspeed_2`, `deepspeed_3` (ZeRO stages; with `_offload`, the optimiser's state lives in
-            host memory), or one of Lightning's own names.
+        name: `deepspeed_1`, `deepspeed_2`, `deepspeed_3` (ZeRO stages; with `_offload`, the
+            optimiser's state lives in host memory), or one of Lightning's own names.
         accelerator: `auto`, `cpu` or `cuda`.
     """
     found = DEEPSPEED.fullmatch(name)
     if found is None:
         return name
     cuda = accelerator != "cpu" and torch.cuda.is_available()
-    options: dict[str, Any] = {"stage": int(found[1]), "logging_batch_size_per_gpu": 1,
-                               "offload_optimizer": cuda and bool(found[2])}
+    options: dict[str, Any] = {
+        "stage": int(found[1]),
+        "logging_batch_size_per_gpu": 1,
+        "offload_optimizer": cuda and bool(found[2]),
+    }
     if cuda:
         strategy = ConsolidatedDeepSpeedStrategy(**options)
         cast(Any, strategy.config)["zero_force_ds_cpu_optimizer"] = False

@@ -27,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
 MOST_SKIPPED = 12
-"""Updates in a row that may be left out because their gradient is not finite: float16's loss scale, halved so often,
-has fallen from 65,536 to 16."""
+"""Updates in a row that may be left out because their gradient is not finite: float16's loss scale,
+halved so often, has fallen from 65,536 to 16."""
 
 
 class NonFinite(ValueError):
-    """Losses, gradients or weights became NaN or infinite; training stops, and the last checkpoint is from before."""
+    """Losses, gradients or weights became NaN or infinite; training stops, and the last checkpoint
+    is from before.
+    """
 
 
 class RunningMeans:
@@ -48,17 +50,24 @@ class RunningMeans:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, reduce: Any) -> dict[str, float]:
-        """The means since the last call, of what was counted at all; `reduce` sums a tensor over the ranks."""
+        """The means since the last call, of what was counted at all; `reduce` sums a tensor over
+        the ranks.
+        """
         names = sorted(self.sums)
         if not names:
             return {}
         sums = reduce(torch.stack([self.sums[name] for name in names]))
         self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        return {
+            name: total / count
+            for name, (total, count) in zip(names, sums.tolist(), strict=True)
+            if count
+        }
 
 
 class TrainableModule(LightningModule):
-    """Trains `trainable`; the target stands beside it and is no part of the module's parameters or checkpoints.
+    """Trains `trainable`; the target stands beside it and is no part of the module's parameters or
+    checkpoints.
 
     Args:
         trainable: what learns.
@@ -70,8 +79,14 @@ class TrainableModule(LightningModule):
 
     target: Target
 
-    def __init__(self, trainable: Trainable, target: Target, optimizer: OptimizerSettings, log_every: int = 10,
-                 objective: AlignedDrafting | None = None) -> None:
+    def __init__(
+        self,
+        trainable: Trainable,
+        target: Target,
+        optimizer: OptimizerSettings,
+        log_every: int = 10,
+        objective: AlignedDrafting | None = None,
+    ) -> None:
         super().__init__()
         self.trainable, self.objective = trainable, objective
         self.settings, self.log_every = optimizer, log_every
@@ -85,13 +100,15 @@ class TrainableModule(LightningModule):
         self.group_sizes: list[int] = []
         """How many of them are in each of its groups."""
         self.skipped = self.skipped_in_a_row = 0
-        """Updates that were left out because their gradient was not finite, of this process's training."""
+        """Updates that were left out because their gradient was not finite, of this process's
+        training.
+        """
 
     def setup(self, stage: str) -> None:
         """Put the target on this rank's device."""
         self.target.to(self.trainer.strategy.root_device)
 
-    # -- steps ------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def training_step(self, batch: AnyBatch, batch_idx: int) -> Tensor:
         """The loss to minimise."""
@@ -104,12 +121,17 @@ class TrainableModule(LightningModule):
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
         with shared_counts(self._mean_over_processes):
-            # Validations are compared with each other, so all of them count what a schedule ends with.
+            # Validations are compared with each other, so all of them count what a schedule ends
+            # with.
             losses = self._losses(batch, self.progress if stage == "train" else 1.0)
-            count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch))))
+            count = divisor(
+                torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch)))
+            )
         if not torch.isfinite(losses.total):
             raise self._not_finite(f"the {stage} loss is {losses.total.item()}")
-        self.means[stage].add({"loss": Mean(losses.total.detach() * count, count), **losses.metrics})
+        self.means[stage].add(
+            {"loss": Mean(losses.total.detach() * count, count), **losses.metrics}
+        )
         return losses.total
 
     def _mean_over_processes(self, count: Tensor) -> Tensor:
@@ -126,10 +148,14 @@ class TrainableModule(LightningModule):
         return self.objective.loss(self.trainable, batch, self.target, progress)
 
     def fill_states(self, batch: AnyBatch) -> None:
-        """Compute the states that the loss reads and the feature cache did not bring, at the target's own precision."""
+        """Compute the states that the loss reads and the feature cache did not bring, at the
+        target's own precision.
+        """
         if self.trainable.online:
             return
-        dtype = next((parameter.dtype for parameter in self.trainable.parameters()), self.target.dtype)
+        dtype = next(
+            (parameter.dtype for parameter in self.trainable.parameters()), self.target.dtype
+        )
         for text in text_batches(batch):
             wanted = [name for name in self.trainable.training_states if name not in text.states]
             if wanted:
@@ -142,18 +168,22 @@ class TrainableModule(LightningModule):
         """How much of the training is done, from 0 to 1."""
         return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
-    # -- what is not finite -----------------------------------------------------------------------------------
+    # -- what is not finite ------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leave an update out whose gradient is not finite on any process.
 
-        DeepSpeed keeps gradients to itself and does the same (`train.lightning.deepspeed` counts it); a loss scaler too, and
-        lowers its scale.
+        DeepSpeed keeps gradients to itself and does the same (`train.lightning.deepspeed` counts
+        it); a loss scaler too, and lowers its scale.
         """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        norm = get_total_norm(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
         finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm)), all=True)
         if not finite:
             for parameter in parameters:
@@ -161,8 +191,9 @@ class TrainableModule(LightningModule):
         self.count_update(finite)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Count what is written: fused AdamW and DeepSpeed change weights without doing so, and copies of weights that
-        decoding makes (packed, or of some rows) would be those of an earlier validation."""
+        """Count what is written: fused AdamW and DeepSpeed change weights without doing so, and
+        copies of weights that decoding makes (packed, or of some rows) would be those of an earlier
+        validation."""
         super().optimizer_step(*args, **options)
         for parameter in self.trainable.parameters():
             increment_version(parameter)
@@ -174,17 +205,23 @@ class TrainableModule(LightningModule):
             return
         self.skipped += 1
         if self.trainer.is_global_zero:
-            logger.warning("step %d: the gradient is not finite, so its update is skipped (%d in a row; %d end the "
-                           "training)", self.global_step, self.skipped_in_a_row, MOST_SKIPPED)
+            logger.warning(
+                "step %d: the gradient is not finite, so its update is skipped (%d in a row; %d "
+                "end the training)",
+                self.global_step,
+                self.skipped_in_a_row,
+                MOST_SKIPPED,
+            )
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise self._not_finite(f"{MOST_SKIPPED} gradients in a row are not finite")
 
     def _not_finite(self, what: str) -> NonFinite:
         return NonFinite(
             f"{what} at step {self.global_step}: lower optimizer.lr (now {self.settings.lr}) or "
-            "trainer.gradient_clip_val, then continue with --resume last or start again")
+            "trainer.gradient_clip_val, then continue with --resume last or start again"
+        )
 
-    # -- logging ----------------------------------------------------------------------------------------------
+    # -- logging -----------------------------------------------------------------------------------
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the means of the last steps."""
@@ -195,8 +232,15 @@ class TrainableModule(LightningModule):
         means = self._take("train")
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         for each in self.loggers:
-            each.log_metrics({**means, "lr": learning_rate, "epoch": self.current_epoch,
-                              "skipped_updates": self.skipped}, step=step)
+            each.log_metrics(
+                {
+                    **means,
+                    "lr": learning_rate,
+                    "epoch": self.current_epoch,
+                    "skipped_updates": self.skipped,
+                },
+                step=step,
+            )
         self.log("loss", means["train/loss"], prog_bar=True, logger=False)
 
     def on_validation_epoch_end(self) -> None:
@@ -209,33 +253,45 @@ class TrainableModule(LightningModule):
             reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
             assert isinstance(reduced, Tensor)
             return reduced
+
         return {f"{stage}/{name}": value for name, value in self.means[stage].take(total).items()}
 
-    # -- optimiser --------------------------------------------------------------------------------------------
+    # -- optimiser ---------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """AdamW over the declared parameter groups, with the schedule per step."""
         settings = self.settings
-        groups = [group for declared in self.trainable.parameter_groups() for group in decay_groups(declared, settings)]
+        groups = [
+            group
+            for declared in self.trainable.parameter_groups()
+            for group in decay_groups(declared, settings)
+        ]
         self.optimised = [parameter for group in groups for parameter in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]
         optimizer = adamw(groups, settings)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"},
+        }
 
     def _schedule(self, optimizer: Optimizer) -> LambdaLR:
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.settings.warmup_steps
         if warmup is None:
             warmup = round(self.settings.warmup_ratio * total)
-        return LambdaLR(optimizer, lambda step: learning_rate_share(step, total, warmup, self.settings.floor))
+        return LambdaLR(
+            optimizer, lambda step: learning_rate_share(step, total, warmup, self.settings.floor)
+        )
 
-    # -- resuming ---------------------------------------------------------------------------------------------
+    # -- resuming ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, so that a resumed training draws the same numbers. NonFinite: of a weight; nothing is
-        saved, on no process."""
+        """Keep the random state, so that a resumed training draws the same numbers. NonFinite: of a
+        weight; nothing is saved, on no process."""
         names, state = {name for name, _ in self.named_parameters()}, checkpoint["state_dict"]
-        finite = all(bool(torch.isfinite(tensor).all()) for name, tensor in state.items() if name in names)
+        finite = all(
+            bool(torch.isfinite(tensor).all()) for name, tensor in state.items() if name in names
+        )
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise self._not_finite("weights are not finite, so they are not saved,")
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
@@ -262,10 +318,11 @@ def text_batches(batch: AnyBatch) -> Iterable[TextBatch]:
 
 
 def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
-    """AdamW in one pass over each parameter, which on a CPU takes a fifth of the time of a loop over operations.
+    """AdamW in one pass over each parameter, which on a CPU takes a fifth of the time of a loop
+    over operations.
 
-    It could undo the scaling of float16's gradients itself, and Lightning would then refuse to clip them: it is told
-    not to.
+    It could undo the scaling of float16's gradients itself, and Lightning would then refuse to clip
+    them: it is told not to.
     """
     optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -273,8 +330,8 @@ def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
 
 
 def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """One declared group as one or two optimiser groups: decay falls on matrices only, by the group's own
-    `weight_decay` or else the recipe's."""
+    """One declared group as one or two optimiser groups: decay falls on matrices only, by the
+    group's own `weight_decay` or else the recipe's."""
     decay = declared.get("weight_decay", settings.weight_decay)
     parameters, rate = list(declared["params"]), settings.lr * declared.get("lr_scale", 1.0)
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -284,7 +341,9 @@ def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> li
 
 
 def learning_rate_share(step: int, total: int, warmup: int, floor: float) -> float:
-    """Share of the peak learning rate at optimiser step `step` (0-based): linear warm-up, then a cosine to `floor`."""
+    """Share of the peak learning rate at optimiser step `step` (0-based): linear warm-up, then a
+    cosine to `floor`.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, total - warmup))

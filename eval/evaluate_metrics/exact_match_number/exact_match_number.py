@@ -1,4 +1,6 @@
-"""Share of answers that end in the solution's number (GSM8K), as a Hugging Face `evaluate` metric."""
+"""Share of answers that end in the solution's number (GSM8K), as a Hugging Face `evaluate`
+metric.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,16 @@ class ExactMatchNumber(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
-        return evaluate.MetricInfo(description=__doc__ or "", citation="", inputs_description="texts and references",
-                                   features=datasets.Features({"predictions": text, "references": text}))
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="",
+            inputs_description="texts and references",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:  # pyright: ignore
-        values = [float(same_number(answer, wanted)) for answer, wanted in zip(predictions, references, strict=True)]
+        values = [
+            float(same_number(answer, wanted))
+            for answer, wanted in zip(predictions, references, strict=True)
+        ]
         return {"exact_match": sum(values) / len(values)}

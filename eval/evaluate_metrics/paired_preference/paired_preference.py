@@ -1,5 +1,5 @@
-"""Wins, ties and losses of one method's scores against another's, with a paired bootstrap, as a Hugging Face `evaluate`
-metric."""
+"""Wins, ties and losses of one method's scores against another's, with a paired bootstrap, as a
+Hugging Face `evaluate` metric."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ class PairedPreference(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value("float64")
-        return evaluate.MetricInfo(description=__doc__ or "", citation="",
-                                   inputs_description="scores of the method and of the other, prompt by prompt",
-                                   features=datasets.Features({"predictions": value, "references": value}))
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="",
+            inputs_description="scores of the method and of the other, prompt by prompt",
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, Any]:  # pyright: ignore
         if len(predictions) != len(references):
-            raise ValueError(f"predictions and references must pair, got {len(predictions)} and {len(references)}")
+            raise ValueError(
+                f"predictions and references must pair, got {len(predictions)} and "
+                f"{len(references)}"
+            )
         return paired_outcome(predictions, references)

@@ -1,4 +1,6 @@
-"""Mean F1 of the longest common subsequence of words (ROUGE-L), as a Hugging Face `evaluate` metric."""
+"""Mean F1 of the longest common subsequence of words (ROUGE-L), as a Hugging Face `evaluate`
+metric.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,16 @@ class RougeL(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
-        return evaluate.MetricInfo(description=__doc__ or "", citation="", inputs_description="texts and references",
-                                   features=datasets.Features({"predictions": text, "references": text}))
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="",
+            inputs_description="texts and references",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:  # pyright: ignore
-        values = [float(rouge_l(answer, wanted)) for answer, wanted in zip(predictions, references, strict=True)]
+        values = [
+            float(rouge_l(answer, wanted))
+            for answer, wanted in zip(predictions, references, strict=True)
+        ]
         return {"rouge_l": sum(values) / len(values)}

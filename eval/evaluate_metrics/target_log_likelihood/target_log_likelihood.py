@@ -1,5 +1,5 @@
-"""Mean natural log probability per emitted token under the target, and its perplexity, as a Hugging Face `evaluate`
-metric."""
+"""Mean natural log probability per emitted token under the target, and its perplexity, as a Hugging
+Face `evaluate` metric."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ class TargetLogLikelihood(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))})
-        return evaluate.MetricInfo(description=__doc__ or "", citation="", features=features,
-                                   inputs_description="predictions: log probability of each token, answer by answer.")
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="",
+            features=features,
+            inputs_description="predictions: log probability of each token, answer by answer.",
+        )
 
     def _compute(self, predictions: Sequence[Sequence[float]]) -> dict[str, float]:  # pyright: ignore
         tokens = [value for answer in predictions for value in answer]
         if not tokens:
-            raise ValueError("predictions hold no token: give the log probabilities of at least one")
+            raise ValueError(
+                "predictions hold no token: give the log probabilities of at least one"
+            )
         mean = math.fsum(tokens) / len(tokens)
         return {"log_likelihood_per_token": mean, "perplexity": math.exp(-mean)}

@@ -1,8 +1,9 @@
-"""Blocks of k positions, and what Coupled Sequential Glancing Distillation reveals inside them (Falcon, Gao et al.
-2025, arXiv 2412.12639): a share of the answers that the drafter still gets wrong is put into its inputs, and fades out.
+"""Blocks of k positions, and what Coupled Sequential Glancing Distillation reveals inside them
+(Falcon, Gao et al. 2025, arXiv 2412.12639): a share of the answers that the drafter still gets
+wrong is put into its inputs, and fades out.
 
-Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, S documents, L tokens of the longest one, M
-blocks, K rows of a block, H hidden size.
+Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, S documents, L tokens
+of the longest one, M blocks, K rows of a block, H hidden size.
 """
 
 from __future__ import annotations
@@ -37,26 +38,32 @@ class Documents:
         return Documents(starts, lengths, document_ids_BT.flatten()[starts] != PADDING_DOCUMENT)
 
     def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Documents to be read side by side: as few groups as padding allows, because the steps of one come in turn.
+        """Documents to be read side by side: as few groups as padding allows, because the steps of
+        one come in turn.
 
-        Yields their flat positions [S,L], the last one repeated behind a document's end, and which are inside it
-        (bool [S,L]): from the longest document down, all groups together at most twice as many as there are tokens.
-        Padding is left out, unless there is nothing else.
+        Yields their flat positions [S,L], the last one repeated behind a document's end, and which
+        are inside it (bool [S,L]): from the longest document down, all groups together at most
+        twice as many as there are tokens. Padding is left out, unless there is nothing else.
         """
         wanted = (self.real_S | ~self.real_S.any()).nonzero()[:, 0]
         order_S = wanted[self.lengths_S[wanted].argsort(descending=True, stable=True)]
         for part in side_by_side(self.lengths_S[order_S].tolist()):
-            starts, lengths = self.starts_S[order_S[part], None], self.lengths_S[order_S[part], None]
+            starts, lengths = (
+                self.starts_S[order_S[part], None],
+                self.lengths_S[order_S[part], None],
+            )
             ahead = torch.arange(int(lengths[0]), device=starts.device)
             yield starts + torch.minimum(ahead, lengths - 1), ahead < lengths
 
 
 def side_by_side(lengths: Sequence[int]) -> Iterator[slice]:
-    """Runs of descending lengths, each as long as its padding leaves room to read what is left one by one."""
+    """Runs of descending lengths, each as long as its padding leaves room to read what is left one
+    by one.
+    """
     left, room, first = sum(lengths), 2 * sum(lengths), 0
     while first < len(lengths):
         count, rest = 1, left - lengths[first]
-        for length in lengths[first + 1:]:
+        for length in lengths[first + 1 :]:
             if (count + 1) * lengths[first] + rest - length > room:
                 break
             count, rest = count + 1, rest - length
@@ -65,7 +72,9 @@ def side_by_side(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def block_ends(position_ids_BT: Tensor, size: int, phase_BT: Tensor | int = 0) -> Tensor:
-    """bool [B,T]: the last rows of whole blocks, of which the first begins at position `phase` (0 … k-1)."""
+    """bool [B,T]: the last rows of whole blocks, of which the first begins at position `phase` (0 …
+    k-1).
+    """
     return (position_ids_BT >= size - 1) & ((position_ids_BT + 1 - phase_BT) % size == 0)
 
 
@@ -75,11 +84,14 @@ def random_phases(documents: Documents, size: int) -> Tensor:
     return phases.repeat_interleave(documents.lengths_S)
 
 
-def revealed_positions(wrong_MK: Tensor, valid_MK: Tensor, sequences_M: Tensor, rate: float) -> Tensor:
+def revealed_positions(
+    wrong_MK: Tensor, valid_MK: Tensor, sequences_M: Tensor, rate: float
+) -> Tensor:
     """bool [M,K]: the rows whose answers are revealed.
 
-    Of each sequence floor(rate · wrong rows) rows, as runs that begin with their block: single rows for k = 2; for
-    k > 2 a k-th as many runs, each of 1 to k - 1 rows. Never the whole block, hence nothing for k = 1.
+    Of each sequence floor(rate · wrong rows) rows, as runs that begin with their block: single rows
+    for k = 2; for k > 2 a k-th as many runs, each of 1 to k - 1 rows. Never the whole block, hence
+    nothing for k = 1.
 
     Args:
         wrong_MK, valid_MK: bool [M,K], the drafter's mistakes, and the rows that count.
@@ -100,8 +112,11 @@ def revealed_positions(wrong_MK: Tensor, valid_MK: Tensor, sequences_M: Tensor, 
     return starts[:, None] & within_MK & valid_MK.cumprod(1).bool()
 
 
-def reveal(features_PH: Tensor, following_P: Tensor, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Inputs with the answers in place: f_p ← f_{p+k} and x_{p+1} ← x_{p+1+k} at flat positions p, both together.
+def reveal(
+    features_PH: Tensor, following_P: Tensor, positions: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs with the answers in place: f_p ← f_{p+k} and x_{p+1} ← x_{p+1+k} at flat positions p,
+    both together.
 
     Args:
         features_PH: f of every position.
@@ -110,5 +125,8 @@ def reveal(features_PH: Tensor, following_P: Tensor, positions: Tensor, size: in
         size: k.
     """
     features, following = features_PH.clone(), following_P.clone()
-    features[positions], following[positions] = features_PH[positions + size], following_P[positions + size]
+    features[positions], following[positions] = (
+        features_PH[positions + size],
+        following_P[positions + size],
+    )
     return features, following

@@ -1,7 +1,7 @@
 """A tree that is drafted in blocks of k levels (Falcon, Gao et al. 2025, arXiv 2412.12639).
 
-Shape legend: B sequences, W frontier nodes, R rows of the proposal, C its blocks, K rows of a block, A rows written
-ahead, X memories of the recurrence, flat, H hidden size, D draft vocabulary.
+Shape legend: B sequences, W frontier nodes, R rows of the proposal, C its blocks, K rows of a
+block, A rows written ahead, X memories of the recurrence, flat, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from modules.drafters.trained import rows_at
 
 @dataclass
 class Proposal:
-    """What a proposal has computed so far; block 0 is the last of the prefix, every other one hangs off a node.
+    """What a proposal has computed so far; block 0 is the last of the prefix, every other one hangs
+    off a node.
 
-    tokens_BR, parents_BR, blocks_BR: the rows handed to `expand`, and the block whose outputs each one's drafts are.
-    features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory behind them (flat).
+    tokens_BR, parents_BR, blocks_BR: the rows handed to `expand`, and the block whose outputs each
+    one's drafts are. features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory
+    behind them (flat).
     above_BCA: which of the rows written ahead each block sees, its own included.
     logits_BCKD: of the blocks of the last pass, which begin at `first`.
     """

@@ -1,5 +1,5 @@
-"""What Falcon's layer reads (Gao et al. 2025, arXiv 2412.12639): a recurrence over embeddings and features, and of a
-block also its newest row.
+"""What Falcon's layer reads (Gao et al. 2025, arXiv 2412.12639): a recurrence over embeddings and
+features, and of a block also its newest row.
 
 Shape legend: B sequences, N rows of one call, K rows of a block, L memories, H hidden size, X = 2H.
 """
@@ -18,27 +18,34 @@ from modules.target.kernels.cpu_kernels import narrow_linear
 
 RECURRENT_LAYERS = 2
 FEW_ROWS = 16
-"""Decoding on a CPU takes up to so many one by one: the library's LSTM lays its weights out anew for every call."""
+"""Decoding on a CPU takes up to so many one by one: the library's LSTM lays its weights out anew
+for every call.
+"""
 
 
 class LibraryLSTM(nn.LSTM):
-    """The library's LSTM, of which several sequences are read inside one call, for the sake of ZeRO stage 3
-    (`modules.losses.chunked.LearntHead`)."""
+    """The library's LSTM, of which several sequences are read inside one call, for the sake of ZeRO
+    stage 3 (`modules.losses.chunked.LearntHead`)."""
 
-    def forward(self, input: Any, hx: Any = None, parts: Callable[[Callable[..., Any], Tensor], Any] | None = None
-                ) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        parts: Callable[[Callable[..., Any], Tensor], Any] | None = None,
+    ) -> Any:
         """The library's outputs and memory, or what `parts` makes of it and the inputs."""
         return super().forward(input, hx) if parts is None else parts(super().forward, input)
 
 
 class Recurrence(nn.Module):
-    """An LSTM over embedding and feature side by side, whose memory is one tensor: hidden states, then cells.
+    """An LSTM over embedding and feature side by side, whose memory is one tensor: hidden states,
+    then cells.
 
     Args:
         size: H.
         dropout: between its layers, in training.
-        unit_scale: read each half at a root mean square of 1: a model's features may be fifty times its embedding's
-            size, and would close all gates.
+        unit_scale: read each half at a root mean square of 1: a model's features may be fifty times
+            its embedding's size, and would close all gates.
     """
 
     def __init__(self, size: int, dropout: float, unit_scale: bool) -> None:
@@ -46,8 +53,12 @@ class Recurrence(nn.Module):
         self.unit_scale = unit_scale
         self.lstm = LibraryLSTM(2 * size, size, RECURRENT_LAYERS, batch_first=True, dropout=dropout)
 
-    def forward(self, inputs_BNX: Tensor, memory_BLH: Tensor, counts_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] behind the first `counts_B` rows of each (all by default)."""
+    def forward(
+        self, inputs_BNX: Tensor, memory_BLH: Tensor, counts_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] behind the first `counts_B` rows of each (all
+        by default).
+        """
         hidden, cell = memory_BLH.transpose(0, 1).contiguous().chunk(2)
         inputs_BNX = self._scaled(inputs_BNX)
         alone = not (self.training or torch.is_grad_enabled()) and inputs_BNX.device.type == "cpu"
@@ -58,7 +69,9 @@ class Recurrence(nn.Module):
             with torch.autocast(inputs_BNX.device.type, enabled=False):
                 out, memory = self.lstm(inputs_BNX, (hidden, cell))
         else:
-            packed = pack_padded_sequence(inputs_BNX, counts_B.cpu(), batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(
+                inputs_BNX, counts_B.cpu(), batch_first=True, enforce_sorted=False
+            )
             packed, memory = self.lstm(packed, (hidden, cell))
             out, _ = pad_packed_sequence(packed, batch_first=True, total_length=inputs_BNX.shape[1])
         return out, torch.cat(memory).transpose(0, 1)
@@ -66,16 +79,19 @@ class Recurrence(nn.Module):
     def over(self, inputs_PX: Tensor, groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The outputs of whole documents, the memory blank before each, from flat inputs [P,2H].
 
-        The library's LSTM over whole sequences is four times as fast on a CPU as over packed ones (forward and back,
-        four documents of 170 to 400 tokens), and faster in float32 than under autocast.
+        The library's LSTM over whole sequences is four times as fast on a CPU as over packed ones
+        (forward and back, four documents of 170 to 400 tokens), and faster in float32 than under
+        autocast.
 
         Args:
             inputs_PX: of all rows.
-            groups: flat positions [S,L] of documents that are read side by side, and which of them are inside (bool).
+            groups: flat positions [S,L] of documents that are read side by side, and which of them
+                are inside (bool).
 
         Returns:
             Outputs of all that are inside, group by group [M,H].
         """
+
         def read(lstm: Callable[..., Any], rows_PX: Tensor) -> Tensor:
             return torch.cat([lstm(rows_PX[index])[0][inside] for index, inside in groups])
 
@@ -89,15 +105,23 @@ class Recurrence(nn.Module):
         halves_N2H = inputs_NX.unflatten(-1, (2, -1))
         return F.rms_norm(halves_N2H, halves_N2H.shape[-1:], eps=1e-6).flatten(-2)
 
-    def _few(self, inputs_BNX: Tensor, hidden_LBH: Tensor, cell_LBH: Tensor, counts_B: Tensor | None
-             ) -> tuple[Tensor, Tensor]:
+    def _few(
+        self, inputs_BNX: Tensor, hidden_LBH: Tensor, cell_LBH: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The same of few rows on a CPU, without a gradient."""
         rows, memory, sequences_B = inputs_BNX, [], torch.arange(len(inputs_BNX))
         for weights, hidden, cell in zip(self.lstm.all_weights, hidden_LBH, cell_LBH, strict=True):
             of_input, of_hidden, bias, further = weights
-            given_BNG, hidden_BH, cell_BH, seen = narrow_linear(rows, of_input, bias + further), hidden, cell, []
+            given_BNG, hidden_BH, cell_BH, seen = (
+                narrow_linear(rows, of_input, bias + further),
+                hidden,
+                cell,
+                [],
+            )
             for row_BG in given_BNG.unbind(1):
-                enter, forget, new, leave = (row_BG + narrow_linear(hidden_BH, of_hidden)).chunk(4, -1)
+                enter, forget, new, leave = (row_BG + narrow_linear(hidden_BH, of_hidden)).chunk(
+                    4, -1
+                )
                 cell_BH = forget.sigmoid() * cell_BH + enter.sigmoid() * new.tanh()
                 hidden_BH = leave.sigmoid() * cell_BH.tanh()
                 seen.append(torch.cat([hidden_BH, cell_BH], dim=-1))
@@ -111,7 +135,8 @@ class Recurrence(nn.Module):
 class NewestRow(nn.Module):
     """Earlier rows of a block start from its newest one: z_j + M_j (z_K - z_j), M_j = 1 at first.
 
-    What comes next depends most on the newest row, which the others otherwise know through attention alone.
+    What comes next depends most on the newest row, which the others otherwise know through
+    attention alone.
 
     Args:
         block: K.
@@ -128,4 +153,7 @@ class NewestRow(nn.Module):
     def forward(self, block_NKH: Tensor) -> Tensor:
         """[...,K,H] -> [...,K,H]."""
         *early, last = block_NKH.unbind(-2)
-        return torch.stack([*(row + one(last - row) for row, one in zip(early, self.maps, strict=True)), last], dim=-2)
+        return torch.stack(
+            [*(row + one(last - row) for row, one in zip(early, self.maps, strict=True)), last],
+            dim=-2,
+        )

@@ -1,1 +1,3 @@
-"""Drafters that continue the target's features one position at a time: EAGLE and related drafters."""
+"""Drafters that continue the target's features one position at a time: EAGLE and related
+drafters.
+"""

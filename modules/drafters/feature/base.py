@@ -1,11 +1,14 @@
-"""What feature drafters share: one decoder layer that reads features and tokens, and feeds on its own output.
+"""What feature drafters share: one decoder layer that reads features and tokens, and feeds on its
+own output.
 
-Row t of a sequence pairs the feature at position t with token x_{t+1} and drafts x_{t+2}; to draft further, the row's
-own output takes the place of the target's feature. The layer sees the whole prefix, read with the target's features.
+Row t of a sequence pairs the feature at position t with token x_{t+1} and drafts x_{t+2}; to draft
+further, the row's own output takes the place of the target's feature. The layer sees the whole
+prefix, read with the target's features.
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J steps already taken, W
-frontier nodes, R rows of a proposal, A rows written ahead in a proposal, H hidden size, X width of the attention's
-input, Y of the layer's output, Q query heads, G key/value heads, S slots, E head size, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J steps
+already taken, W frontier nodes, R rows of a proposal, A rows written ahead in a proposal, H hidden
+size, X width of the attention's input, Y of the layer's output, Q query heads, G key/value heads, S
+slots, E head size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from modules.trees.threshold import ThresholdTree
 if TYPE_CHECKING:
     from modules.target.target import Target
 
-MAX_SCORES = 2 ** 24
+MAX_SCORES = 2**24
 """Attention scores [M,Q,T] of training rows above this many are computed in parts."""
 
 
@@ -48,9 +51,12 @@ class FeatureState(DraftState):
     """A feature drafter's knowledge of its sequences.
 
     cache: its layer's keys and values of the prefix (one row per token the target has read).
-    carried_BH, feature_BH: output of the newest prefix row, what a step goes on from and what the LM head reads.
-    rows_BRH: what each row handed to `expand` in this proposal carries on, row 0 the newest prefix row.
-    above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees, itself included.
+    carried_BH, feature_BH: output of the newest prefix row, what a step goes on from and what the
+    LM head reads.
+    rows_BRH: what each row handed to `expand` in this proposal carries on, row 0 the newest prefix
+    row.
+    above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
+    itself included.
     """
 
     cache: LayerCache
@@ -67,28 +73,40 @@ class FeatureDrafter(LearnedDrafter):
 
     Args:
         shape: the target's dimensions.
-        steps: draft steps unrolled in training, each on the outputs of the one before; 1 is teacher forcing.
+        steps: draft steps unrolled in training, each on the outputs of the one before; 1 is teacher
+            forcing.
         draft_vocabulary: how many token ids can be drafted; None for all.
         decay: step j weighs decay^j.
         depth: levels of its default tree, `ThresholdTree`, or on a GPU EAGLE-2's.
-        tree: fixed paths instead of that tree, given in full or by name; an optimised tree is `steps` deep.
+        tree: fixed paths instead of that tree, given in full or by name; an optimised tree is
+            `steps` deep.
     """
 
     soft_labels: bool = True
     first_exponent: ClassVar[int] = 0
     layer: DecoderLayer
 
-    def __init__(self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float, depth: int,
-                 tree: list[Path] | str | None) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        steps: int,
+        draft_vocabulary: int | None,
+        decay: float,
+        depth: int,
+        tree: list[Path] | str | None,
+    ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         super().__init__(shape, steps, draft_vocabulary, decay)
         if tree is None:
-            self._builder, self._wide = ThresholdTree(depth), (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET)
+            self._builder, self._wide = (
+                ThresholdTree(depth),
+                (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET),
+            )
         else:
             self.use_static_tree(tree)
 
-    # -- what makes a method ----------------------------------------------------------------------------------
+    # -- what makes a method -----------------------------------------------------------------------
 
     @property
     def feature_states(self) -> tuple[StateName, ...]:
@@ -117,7 +135,7 @@ class FeatureDrafter(LearnedDrafter):
         """The target's token embeddings [..., H]."""
         return target.embed(ids).to(self.precision)
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
@@ -128,15 +146,21 @@ class FeatureDrafter(LearnedDrafter):
         """Features as training reads them."""
         return features_BTH
 
-    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
         """The LM head's inputs [M,H], step by step."""
         return (feature for feature, _ in self.unrolled(batch, target, rows))
 
-    def unrolled(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[tuple[Tensor, Tensor]]:
-        """Outputs of every step: the first reads the target's features, the others what the step before carried on.
+    def unrolled(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs of every step: the first reads the target's features, the others what the step
+        before carried on.
 
-        Step j stands at position t + j, and sees the prefix up to t as the first step read it and, of the steps after
-        it, the rows that hang off the same t (training-time test, Li et al. 2025, arXiv 2503.01840).
+        Step j stands at position t + j, and sees the prefix up to t as the first step read it and,
+        of the steps after it, the rows that hang off the same t (training-time test, Li et al.
+        2025, arXiv 2503.01840).
         """
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
@@ -146,23 +170,44 @@ class FeatureDrafter(LearnedDrafter):
         positions, carried, own = rows.take(batch.position_ids), residual, []
         for step in range(self.draft_steps):
             if step:
-                inputs, residual = self.fuse(self.vectors(rows.tokens_MK1[:, step], target), carried)
-            feature, carried, *row = recomputed(self.recompute, self._draft, inputs, residual, positions + step, prefix,
-                                                tuple(own), step > 0)
+                inputs, residual = self.fuse(
+                    self.vectors(rows.tokens_MK1[:, step], target), carried
+                )
+            feature, carried, *row = recomputed(
+                self.recompute,
+                self._draft,
+                inputs,
+                residual,
+                positions + step,
+                prefix,
+                tuple(own),
+                step > 0,
+            )
             if step:
                 own.append(row)
             yield feature, carried
 
-    def _draft(self, inputs_MX: Tensor, residual_MH: Tensor, positions_M: Tensor, prefix: _Prefix,
-               own: Sequence[Sequence[Tensor]], hangs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One step: outputs of the training rows, and their keys and values. Before it `own` rows hang off each of
-        them, and so do these unless they are part of the prefix."""
-        queries, key, value = (part[0] for part in self.attention.project(inputs_MX[None], positions_M[None]))
-        mixed = self.attention.o_proj(prefix.mix(queries, [*own, (key, value)] if hangs else own).flatten(1))
+    def _draft(
+        self,
+        inputs_MX: Tensor,
+        residual_MH: Tensor,
+        positions_M: Tensor,
+        prefix: _Prefix,
+        own: Sequence[Sequence[Tensor]],
+        hangs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step: outputs of the training rows, and their keys and values. Before it `own` rows
+        hang off each of them, and so do these unless they are part of the prefix."""
+        queries, key, value = (
+            part[0] for part in self.attention.project(inputs_MX[None], positions_M[None])
+        )
+        mixed = self.attention.o_proj(
+            prefix.mix(queries, [*own, (key, value)] if hangs else own).flatten(1)
+        )
         feature, carried = self.outputs(self.layer.after_attention(residual_MH + mixed))
         return feature, carried, key, value
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -174,21 +219,45 @@ class FeatureDrafter(LearnedDrafter):
         cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
         last = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
-        feature, carried = self._read_prefix(context.states, following, context.lengths_B, context.target, cache)
+        feature, carried = self._read_prefix(
+            context.states, following, context.lengths_B, context.target, cache
+        )
         return FeatureState(context, context.newest_B, context.lengths_B, cache, carried, feature)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> FeatureState:
         """Read the accepted rows with the target's true features, of whatever tree they were."""
         assert isinstance(state, FeatureState)
         states = {name: accepted.along_path(verified.states[name]) for name in self.feature_states}
-        feature, carried = self._read_prefix(states, accepted.emitted(verified.tree), accepted.lengths_B,
-                                             state.context.target, state.cache, accepted.lengths)
-        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
-                       carried_BH=carried, feature_BH=feature, rows_BRH=None, above_BRA=None)
+        feature, carried = self._read_prefix(
+            states,
+            accepted.emitted(verified.tree),
+            accepted.lengths_B,
+            state.context.target,
+            state.cache,
+            accepted.lengths,
+        )
+        return replace(
+            state,
+            newest_B=accepted.next_B,
+            lengths_B=state.lengths_B + accepted.lengths_B,
+            carried_BH=carried,
+            feature_BH=feature,
+            rows_BRH=None,
+            above_BRA=None,
+        )
 
-    def _read_prefix(self, states: Mapping[StateName, Tensor], next_BN: Tensor, counts_B: Tensor, target: Target,
-                     cache: LayerCache, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Put the first `counts_B` rows (on the host `counts`) into the cache; outputs [B,H] of the last of them."""
+    def _read_prefix(
+        self,
+        states: Mapping[StateName, Tensor],
+        next_BN: Tensor,
+        counts_B: Tensor,
+        target: Target,
+        cache: LayerCache,
+        counts: list[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Put the first `counts_B` rows (on the host `counts`) into the cache; outputs [B,H] of the
+        last of them.
+        """
         features = self.read(states).to(self.precision)
         inputs, residual = self.fuse(self.vectors(next_BN, target), features)
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
@@ -198,16 +267,22 @@ class FeatureDrafter(LearnedDrafter):
         cache.keep(counts_B, counts)
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
         mixed = self.attention.mix(newest, keys, values, rows_at(visible, last_B1))
-        feature, carried = self.outputs(self.layer.after_attention(rows_at(residual, last_B1) + mixed))
+        feature, carried = self.outputs(
+            self.layer.after_attention(rows_at(residual, last_B1) + mixed)
+        )
         return feature[:, 0], carried[:, 0]
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one call of the layer."""
+        """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one call of
+        the layer.
+        """
         assert isinstance(state, FeatureState)
         target = state.context.target
         if frontier.depth == 0 or state.rows_BRH is None or state.above_BRA is None:
             state.rows_BRH = state.carried_BH[:, None]
-            state.above_BRA = torch.zeros(len(state.carried_BH), 1, 0, dtype=torch.bool, device=state.carried_BH.device)
+            state.above_BRA = torch.zeros(
+                len(state.carried_BH), 1, 0, dtype=torch.bool, device=state.carried_BH.device
+            )
             return self.head(0, target)(state.feature_BH[:, None])
         before = rows_at(state.rows_BRH, frontier.parents_BW)
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
@@ -224,44 +299,85 @@ class FeatureDrafter(LearnedDrafter):
 class _Prefix:
     """Keys and values of the prefix that the training rows see."""
 
-    def __init__(self, keys_BTGE: Tensor, values_BTGE: Tensor, visible_BTT: Tensor, flat_M: Tensor) -> None:
+    def __init__(
+        self, keys_BTGE: Tensor, values_BTGE: Tensor, visible_BTT: Tensor, flat_M: Tensor
+    ) -> None:
         batch, length = keys_BTGE.shape[:2]
         self.keys, self.values = keys_BTGE, values_BTGE
         self.counts = torch.bincount(flat_M // length, minlength=batch).tolist()
         self.visible = visible_BTT.flatten(0, 1)[flat_M].split(self.counts)
 
     def mix(self, queries_MQE: Tensor, own: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Values mixed by attention [M,Q,E] to the prefix and to own rows, keys and values [M,G,E] each."""
+        """Values mixed by attention [M,Q,E] to the prefix and to own rows, keys and values [M,G,E]
+        each.
+        """
         own_keys, own_values = ([pair[i].split(self.counts) for pair in own] for i in (0, 1))
-        parts = [attention_in_parts(queries, self.keys[b], self.values[b], self.visible[b],
-                                    [keys[b] for keys in own_keys], [values[b] for values in own_values])
-                 for b, queries in enumerate(queries_MQE.split(self.counts))]
+        parts = [
+            attention_in_parts(
+                queries,
+                self.keys[b],
+                self.values[b],
+                self.visible[b],
+                [keys[b] for keys in own_keys],
+                [values[b] for values in own_values],
+            )
+            for b, queries in enumerate(queries_MQE.split(self.counts))
+        ]
         return torch.cat(parts)
 
 
-def attention_in_parts(queries_MQE: Tensor, keys_TGE: Tensor, values_TGE: Tensor, visible_MT: Tensor,
-                       own_keys_JMGE: list[Tensor], own_values_JMGE: list[Tensor]) -> Tensor:
-    """`hanging_attention` that never holds more than `MAX_SCORES` scores: above that the rows are cut into parts, whose
-    scores are computed once more going back."""
+def attention_in_parts(
+    queries_MQE: Tensor,
+    keys_TGE: Tensor,
+    values_TGE: Tensor,
+    visible_MT: Tensor,
+    own_keys_JMGE: list[Tensor],
+    own_values_JMGE: list[Tensor],
+) -> Tensor:
+    """`hanging_attention` that never holds more than `MAX_SCORES` scores: above that the rows are
+    cut into parts, whose scores are computed once more going back."""
     count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_TGE)))
     if len(queries_MQE) <= count:
-        return hanging_attention(queries_MQE, keys_TGE, values_TGE, visible_MT, own_keys_JMGE, own_values_JMGE)
+        return hanging_attention(
+            queries_MQE, keys_TGE, values_TGE, visible_MT, own_keys_JMGE, own_values_JMGE
+        )
     parts = [slice(start, start + count) for start in range(0, len(queries_MQE), count)]
-    return torch.cat([recomputed(True, hanging_attention, queries_MQE[part], keys_TGE, values_TGE, visible_MT[part],
-                                 [keys[part] for keys in own_keys_JMGE], [values[part] for values in own_values_JMGE])
-                      for part in parts])
+    return torch.cat(
+        [
+            recomputed(
+                True,
+                hanging_attention,
+                queries_MQE[part],
+                keys_TGE,
+                values_TGE,
+                visible_MT[part],
+                [keys[part] for keys in own_keys_JMGE],
+                [values[part] for values in own_values_JMGE],
+            )
+            for part in parts
+        ]
+    )
 
 
-def hanging_attention(queries_MQE: Tensor, keys_TGE: Tensor, values_TGE: Tensor, visible_MT: Tensor,
-                      own_keys_JMGE: list[Tensor], own_values_JMGE: list[Tensor]) -> Tensor:
+def hanging_attention(
+    queries_MQE: Tensor,
+    keys_TGE: Tensor,
+    values_TGE: Tensor,
+    visible_MT: Tensor,
+    own_keys_JMGE: list[Tensor],
+    own_values_JMGE: list[Tensor],
+) -> Tensor:
     """Attention of rows to the visible part of a common prefix and to J rows of their own each.
 
-    queries [M,Q,E], keys and values [T,G,E], visible bool [M,T], own keys and values J times [M,G,E] -> [M,Q,E].
+    queries [M,Q,E], keys and values [T,G,E], visible bool [M,T], own keys and values J times
+    [M,G,E] -> [M,Q,E].
     """
     rows, heads, size = queries_MQE.shape
     length, groups = len(keys_TGE), keys_TGE.shape[1]
     queries = queries_MQE.view(rows, groups, heads // groups, size) * size**-0.5
-    scores = torch.einsum("mgre,tge->mgrt", queries, keys_TGE).masked_fill(~visible_MT[:, None, None], -torch.inf)
+    scores = torch.einsum("mgre,tge->mgrt", queries, keys_TGE).masked_fill(
+        ~visible_MT[:, None, None], -torch.inf
+    )
     if own_keys_JMGE:
         own = torch.stack([(queries * keys[:, :, None]).sum(-1) for keys in own_keys_JMGE], dim=-1)
         scores = torch.cat([scores, own], dim=-1)

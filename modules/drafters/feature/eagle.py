@@ -1,6 +1,8 @@
-"""EAGLE: autoregression on the target's features, with the token one step ahead (Li et al. 2024, arXiv 2401.15077).
+"""EAGLE: autoregression on the target's features, with the token one step ahead (Li et al. 2024,
+arXiv 2401.15077).
 
-With the builder `modules.trees.reranked.RerankedTree` it is EAGLE-2 (Li et al. 2024, arXiv 2406.16858): the same weights.
+With the builder `modules.trees.reranked.RerankedTree` it is EAGLE-2 (Li et al. 2024, arXiv
+2406.16858): the same weights.
 
 Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size.
 """
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class Eagle(FeatureDrafter):
-    """z_t = W [s·e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by the frozen LM head.
+    """z_t = W [s·e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by
+    the frozen LM head.
 
-    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy, teacher forcing.
-    The release has s = 1; here s brings embeddings to the size of features (`modules.layers.token_scale`), and an export
-    folds it into W.
+    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy,
+    teacher forcing. The release has s = 1; here s brings embeddings to the size of features
+    (`modules.layers.token_scale`), and an export folds it into W.
 
     Args:
         shape: the target's dimensions.
@@ -38,19 +41,30 @@ class Eagle(FeatureDrafter):
         bias: whether W has a bias (engines that serve it expect none, or zeros).
         feature_weight: weight of the distance between drafted and true features (0: ablation).
         token_weight: weight of the soft cross-entropy.
-        noise: half-width of the uniform noise on input features in training, scaled by 512 / the tokens of the
-            conversation (0: ablation).
+        noise: half-width of the uniform noise on input features in training, scaled by 512 / the
+            tokens of the conversation (0: ablation).
         steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
         decay: step j weighs decay^j.
         depth: levels of its default tree.
-        tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a list.
+        tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a
+            list.
     """
 
     token_scale: Tensor
 
-    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, bias: bool = False,
-                 feature_weight: float = 1.0, token_weight: float = 0.1, noise: float = 0.1, steps: int = 1,
-                 decay: float = 0.8, depth: int = 5, tree: list[list[int]] | str | None = None) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        draft_vocabulary: int | None = None,
+        bias: bool = False,
+        feature_weight: float = 1.0,
+        token_weight: float = 0.1,
+        noise: float = 0.1,
+        steps: int = 1,
+        decay: float = 0.8,
+        depth: int = 5,
+        tree: list[list[int]] | str | None = None,
+    ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
@@ -59,15 +73,17 @@ class Eagle(FeatureDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Pass features through at first: fusion keeps them and the layer adds nothing. What the layer looks at starts
-        as in the target's last, where it is of its kind."""
+        """Pass features through at first: fusion keeps them and the layer adds nothing. What the
+        layer looks at starts as in the target's last, where it is of its kind."""
         size = self.shape.hidden_size
         nn.init.eye_(self.fc.weight[:, size:])
         self.token_scale.fill_(token_scale(target))
         self.start_layer(target)
 
     def start_layer(self, target: Target) -> None:
-        """The target's last layer, without what it adds: that layer writes at the scale of states before the norm."""
+        """The target's last layer, without what it adds: that layer writes at the scale of states
+        before the norm.
+        """
         self.copy_layer(target)
         adds_nothing(self.layer)
 
@@ -81,7 +97,11 @@ class Eagle(FeatureDrafter):
 
     def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
         """Uniform noise on the input features in training."""
-        return uniform_noise(features_BTH, self.noise, batch.document_ids) if self.training else features_BTH
+        return (
+            uniform_noise(features_BTH, self.noise, batch.document_ids)
+            if self.training
+            else features_BTH
+        )
 
     def vectors(self, ids: Tensor, target: Target) -> Tensor:
         """The target's token embeddings [..., H], at the size of its final states."""
@@ -101,7 +121,9 @@ class Eagle(FeatureDrafter):
         return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """Distance of what is carried on to the target's own feature there, on all rows; soft cross-entropy."""
+        """Distance of what is carried on to the target's own feature there, on all rows; soft
+        cross-entropy.
+        """
         return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
 
 
@@ -113,8 +135,9 @@ def adds_nothing(layer: DecoderLayer) -> None:
 
 
 def uniform_noise(features_BTH: Tensor, half_width: float, document_ids_BT: Tensor) -> Tensor:
-    """Features with noise from ±half_width · 512 / L added, L the tokens of the position's own document (EAGLE's
-    release draws it for each conversation by itself); the features themselves when half_width is 0."""
+    """Features with noise from ±half_width · 512 / L added, L the tokens of the position's own
+    document (EAGLE's release draws it for each conversation by itself); the features themselves
+    when half_width is 0."""
     if not half_width:
         return features_BTH
     slots_BT = document_ids_BT + 1
@@ -124,8 +147,12 @@ def uniform_noise(features_BTH: Tensor, half_width: float, document_ids_BT: Tens
     return features_BTH + (2 * torch.rand_like(features_BTH) - 1) * width_BT1
 
 
-def feature_and_token_loss(step: DraftStep, batch: TextBatch, feature_weight: float, token_weight: float) -> Tensor:
-    """feature_weight · SmoothL1 to the target's features, on all rows, + token_weight · the step's cross-entropy."""
+def feature_and_token_loss(
+    step: DraftStep, batch: TextBatch, feature_weight: float, token_weight: float
+) -> Tensor:
+    """feature_weight · SmoothL1 to the target's features, on all rows, + token_weight · the step's
+    cross-entropy.
+    """
     loss = token_weight * masked_mean(step.losses_M, step.counted_M)
     if feature_weight:
         truth = batch.states["final"].flatten(0, 1)[step.flat_M]

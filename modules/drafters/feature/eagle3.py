@@ -1,7 +1,8 @@
-"""EAGLE-3: fused features of several layers and training on its own outputs (Li et al. 2025, arXiv 2503.01840).
+"""EAGLE-3: fused features of several layers and training on its own outputs (Li et al. 2025, arXiv
+2503.01840).
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J draft steps, U positions
-whose laws are asked for, H hidden size, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J draft
+steps, U positions whose laws are asked for, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -24,56 +25,81 @@ if TYPE_CHECKING:
 
 
 class Eagle3(FeatureDrafter):
-    """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ; RMSNorm(g_t)] and adds to g_t;
-    its output a_t takes g's place in the next step, and W_d RMSNorm(a_t) are the logits.
+    """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ;
+    RMSNorm(g_t)] and adds to g_t; its output a_t takes g's place in the next step, and W_d
+    RMSNorm(a_t) are the logits.
 
-    Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant positions whose token
-    can be drafted. The paper asks this of the target's most likely token (`greedy_labels`), which takes the whole LM
-    head; with 8,192 of SmolLM2's tokens the answer is another for 3 to 5 % of the positions.
+    Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant
+    positions whose token can be drafted. The paper asks this of the target's most likely token
+    (`greedy_labels`), which takes the whole LM head; with 8,192 of SmolLM2's tokens the answer is
+    another for 3 to 5 % of the positions.
 
     Args:
         shape: the target's dimensions.
         draft_vocabulary: how many token ids can be drafted; None for all.
-        fused_layers: states that are fused, `k` the input of layer k; None: 2, L // 2 and L - 3 of L layers.
+        fused_layers: states that are fused, `k` the input of layer k; None: 2, L // 2 and L - 3 of
+            L layers.
         steps: draft steps unrolled in training (1: ablation, no training-time test).
         decay: step j weighs decay^j.
-        norm_before_residual: whether attention is added to the normalised feature (engines assume what is exported).
+        norm_before_residual: whether attention is added to the normalised feature (engines assume
+            what is exported).
         fc_norm: whether each fused state is normalised first.
         norm_output: whether the next step goes on from the normalised output.
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: a name or a list of paths.
-        greedy_labels: count positions, and accuracy, by the target's most likely token instead of the text's own. On
-            text that is not the target's greedy answer, accuracy by the text's own is not how often drafts are
-            accepted.
+        greedy_labels: count positions, and accuracy, by the target's most likely token instead of
+            the text's own. On text that is not the target's greedy answer, accuracy by the text's
+            own is not how often drafts are accepted.
     """
 
-    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, fused_layers: list[int] | None = None,
-                 steps: int = 3, decay: float = 0.8, norm_before_residual: bool = False, fc_norm: bool = False,
-                 norm_output: bool = False, depth: int = 5, tree: list[list[int]] | str | None = None,
-                 greedy_labels: bool = False) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        draft_vocabulary: int | None = None,
+        fused_layers: list[int] | None = None,
+        steps: int = 3,
+        decay: float = 0.8,
+        norm_before_residual: bool = False,
+        fc_norm: bool = False,
+        norm_output: bool = False,
+        depth: int = 5,
+        tree: list[list[int]] | str | None = None,
+        greedy_labels: bool = False,
+    ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         size, count = shape.hidden_size, shape.num_layers
-        layers = fused_layers if fused_layers is not None else sorted({2 % count, count // 2, max(count - 3, 0)})
+        layers = (
+            fused_layers
+            if fused_layers is not None
+            else sorted({2 % count, count // 2, max(count - 3, 0)})
+        )
         if not layers or min(layers) < 0 or max(layers) >= count:
-            raise ValueError(f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}")
+            raise ValueError(
+                f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}"
+            )
         self.fused_layers = layers
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
         self.greedy_labels = greedy_labels
         self.fc = nn.Linear(len(layers) * size, size, bias=False)
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in layers) if fc_norm else None
-        self.input_layernorm, self.hidden_norm, self.norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(3))
+        self.fc_norm = (
+            nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in layers) if fc_norm else None
+        )
+        self.input_layernorm, self.hidden_norm, self.norm = (
+            nn.RMSNorm(size, shape.norm_eps) for _ in range(3)
+        )
         self.layer = DecoderLayer(shape, input_norm=False, input_width=2)
         self.lm_head = nn.Linear(size, self.draft_size, bias=False)
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start as the target goes on from the last fused state: fusion passes it through, the draft head and the norm
-        before it are the target's, and so is, where it is of its kind, the layer's half that reads features."""
+        """Start as the target goes on from the last fused state: fusion passes it through, the
+        draft head and the norm before it are the target's, and so is, where it is of its kind, the
+        layer's half that reads features."""
         every = torch.arange(self.shape.vocab_size, device=target.device)
         rows = every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
         self.lm_head.weight.copy_(target.lm_head_rows(rows))
         nn.init.zeros_(self.fc.weight)
-        nn.init.eye_(self.fc.weight[:, -self.shape.hidden_size:])
+        nn.init.eye_(self.fc.weight[:, -self.shape.hidden_size :])
         norm = target_weight(target, "norm")
         if norm is not None:
             self.norm.weight.copy_(norm)
@@ -83,15 +109,19 @@ class Eagle3(FeatureDrafter):
             self.hidden_norm.weight.copy_(last.input_layernorm.weight)
             theirs = last.state_dict()
             for name, weight in self.layer.state_dict().items():
-                weight[..., -theirs[name].shape[-1]:].copy_(theirs[name])
+                weight[..., -theirs[name].shape[-1] :].copy_(theirs[name])
 
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
-        """Draft vocabulary indices [M,J] of the text's tokens, or of the target's most likely ones."""
+        """Draft vocabulary indices [M,J] of the text's tokens, or of the target's most likely
+        ones.
+        """
         if not self.greedy_labels:
             return super().labels(batch, target, rows)
         unique, index = rows.flat_MK1[:, 1:].unique(return_inverse=True)
         final_UH = batch.states["final"].flatten(0, 1)[unique]
-        likely = draft_labels(greedy_tokens(target.logits, final_UH, self.shape.vocab_size), self.vocabulary_D)
+        likely = draft_labels(
+            greedy_tokens(target.logits, final_UH, self.shape.vocab_size), self.vocabulary_D
+        )
         return likely[index].masked_fill(~rows.valid_MK, IGNORED)
 
     @property
@@ -107,7 +137,9 @@ class Eagle3(FeatureDrafter):
         return self.fc(torch.cat(parts, dim=-1))
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Both normalised, side by side; attention is added to the feature as it came, unless asked otherwise."""
+        """Both normalised, side by side; attention is added to the feature as it came, unless asked
+        otherwise.
+        """
         normalised = self.hidden_norm(features_NH)
         inputs = torch.cat([self.input_layernorm(vectors_NH), normalised], dim=-1)
         return inputs, normalised if self.norm_before_residual else features_NH

@@ -1,4 +1,5 @@
-"""FSPAD: feature sampling and partial alignment distillation on top of EAGLE (Gui et al. 2024, arXiv 2408.15562).
+"""FSPAD: feature sampling and partial alignment distillation on top of EAGLE (Gui et al. 2024,
+arXiv 2408.15562).
 
 Shape legend: N rows of one call, H hidden size, I intermediate size.
 """
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 class Fspad(Eagle):
     """EAGLE with two changes, each its own flag.
 
-    Feature sampling: z + W_down(SiLU(W_gate e) ⊙ W_up RMSNorm(z)) in place of z = W [e ; f]: the token's embedding
-    picks what the next step needs of the feature. W_down starts at zero, so that the start is EAGLE's fusion.
-    Partial alignment: the layer puts out [ô ; f̂]; the LM head reads ô, the next step and the feature loss take f̂.
+    Feature sampling: z + W_down(SiLU(W_gate e) ⊙ W_up RMSNorm(z)) in place of z = W [e ; f]: the
+    token's embedding picks what the next step needs of the feature. W_down starts at zero, so that
+    the start is EAGLE's fusion. Partial alignment: the layer puts out [ô ; f̂]; the LM head reads
+    ô, the next step and the feature loss take f̂.
 
     Args:
         shape: the target's dimensions.
@@ -37,12 +39,33 @@ class Fspad(Eagle):
         depth, tree: as EAGLE's.
     """
 
-    def __init__(self, shape: TargetShape, draft_vocabulary: int | None = None, feature_sampling: bool = True,
-                 partial_alignment: bool = True, bias: bool = True, feature_weight: float = 1.0,
-                 token_weight: float = 0.1, noise: float = 0.1, steps: int = 1, decay: float = 0.8, depth: int = 5,
-                 tree: list[list[int]] | str | None = None) -> None:
-        super().__init__(shape, draft_vocabulary, bias, feature_weight, token_weight, noise, steps, decay, depth,
-                         tree)
+    def __init__(
+        self,
+        shape: TargetShape,
+        draft_vocabulary: int | None = None,
+        feature_sampling: bool = True,
+        partial_alignment: bool = True,
+        bias: bool = True,
+        feature_weight: float = 1.0,
+        token_weight: float = 0.1,
+        noise: float = 0.1,
+        steps: int = 1,
+        decay: float = 0.8,
+        depth: int = 5,
+        tree: list[list[int]] | str | None = None,
+    ) -> None:
+        super().__init__(
+            shape,
+            draft_vocabulary,
+            bias,
+            feature_weight,
+            token_weight,
+            noise,
+            steps,
+            decay,
+            depth,
+            tree,
+        )
         size, inner = shape.hidden_size, shape.intermediate_size
         self.feature_sampling, self.partial_alignment = feature_sampling, partial_alignment
         if feature_sampling:
@@ -54,12 +77,18 @@ class Fspad(Eagle):
             self.layer = DecoderLayer(shape, input_norm=False, output_width=2)
 
     def copy_layer(self, target: Target) -> None:
-        """As EAGLE; a layer with a split output takes from a plain one all but the projection that it splits."""
+        """As EAGLE; a layer with a split output takes from a plain one all but the projection that
+        it splits.
+        """
         if not self.partial_alignment:
             return super().copy_layer(target)
         plain = DecoderLayer(self.shape, input_norm=False).to(self.precision)
         if plain.copy_from(target):
-            kept = {name: weight for name, weight in plain.state_dict().items() if name != "mlp.down_proj.weight"}
+            kept = {
+                name: weight
+                for name, weight in plain.state_dict().items()
+                if name != "mlp.down_proj.weight"
+            }
             self.layer.load_state_dict(kept, strict=False)
         return None
 

@@ -1,10 +1,11 @@
 """What the head families share: LM heads, the teacher-forced loop over depths, draft states.
 
-A head drafter reads one target state per position, turns it into a start (at the newest position once per proposal),
-and takes one step per draft depth: step d reads token x_{t+1+d} and drafts x_{t+2+d}.
+A head drafter reads one target state per position, turns it into a start (at the newest position
+once per proposal), and takes one step per draft depth: step d reads token x_{t+1+d} and drafts
+x_{t+2+d}.
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, W frontier nodes, R rows of a proposal, M
-training rows, K heads, H hidden size, X size of a step's memory, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, W frontier nodes, R rows of
+a proposal, M training rows, K heads, H hidden size, X size of a step's memory, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -46,16 +47,20 @@ class HeadState(DraftState):
 class HeadDrafter(LearnedDrafter):
     """Base of the head families.
 
-    Subclasses give `step` and `feature`, and override `begin` when their start is more than the target's state.
+    Subclasses give `step` and `feature`, and override `begin` when their start is more than the
+    target's state.
 
     Args:
         shape: the target's dimensions.
         heads: K, how many tokens are drafted in a row.
-        draft_vocabulary: D, how many token ids can be drafted; None, or as many as the target has, means all of them.
+        draft_vocabulary: D, how many token ids can be drafted; None, or as many as the target has,
+            means all of them.
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
-    def __init__(self, shape: TargetShape, heads: int, draft_vocabulary: int | None, decay: float) -> None:
+    def __init__(
+        self, shape: TargetShape, heads: int, draft_vocabulary: int | None, decay: float
+    ) -> None:
         if heads < 1:
             raise ValueError(f"heads must be at least 1, got {heads}")
         super().__init__(shape, heads, draft_vocabulary, decay)
@@ -66,23 +71,32 @@ class HeadDrafter(LearnedDrafter):
     # -- LM heads ------------------------------------------------------------------------
 
     def use_own_lm_heads(self, bias: bool) -> None:
-        """Give every step a trainable LM head of its own, copied from the target's by `initialise`."""
-        self.lm_heads = nn.ModuleList(LearntHead(self.shape.hidden_size, self.draft_size, bias)
-                                      for _ in range(self.heads))
+        """Give every step a trainable LM head of its own, copied from the target's by
+        `initialise`.
+        """
+        self.lm_heads = nn.ModuleList(
+            LearntHead(self.shape.hidden_size, self.draft_size, bias) for _ in range(self.heads)
+        )
 
     def head(self, depth: int, target: Target) -> Head:
-        """Features [..., H] of step `depth` -> logits [..., D]: by its own LM head, or by the target's frozen one."""
+        """Features [..., H] of step `depth` -> logits [..., D]: by its own LM head, or by the
+        target's frozen one.
+        """
         if not self.lm_heads:
             return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
         return self.lm_heads[depth]
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Copy the target's LM head into own LM heads, and into own layers what `start_layers` says."""
+        """Copy the target's LM head into own LM heads, and into own layers what `start_layers`
+        says.
+        """
         self.start_layers(target)
         every = torch.arange(self.shape.vocab_size, device=target.device)
         for own in self.lm_heads:
-            rows = target.lm_head_rows(every if self.vocabulary_D is None else self.vocabulary_D.to(target.device))
+            rows = target.lm_head_rows(
+                every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
+            )
             cast(nn.Linear, own).weight.copy_(rows)
             if own.bias is not None:
                 nn.init.zeros_(cast(Tensor, own.bias))
@@ -92,11 +106,19 @@ class HeadDrafter(LearnedDrafter):
         for layer in self.layers:
             cast(DecoderLayer, layer).copy_from(target)
 
-    # -- what makes a family ----------------------------------------------------------------------------------
+    # -- what makes a family -----------------------------------------------------------------------
 
-    def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
-              caches: list[LayerCache] | None) -> Tensor:
-        """Starts [B,N,X] from the target's states at consecutive positions and the tokens that follow them."""
+    def begin(
+        self,
+        hidden_BNH: Tensor,
+        next_BN: Tensor,
+        target: Target,
+        rows: Rows,
+        caches: list[LayerCache] | None,
+    ) -> Tensor:
+        """Starts [B,N,X] from the target's states at consecutive positions and the tokens that
+        follow them.
+        """
         return hidden_BNH
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
@@ -107,9 +129,11 @@ class HeadDrafter(LearnedDrafter):
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """What the LM head of step `depth` reads [..., H]."""
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
-    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
         """The LM heads' inputs [M,H], step by step, given the data's own tokens."""
         following = batch.input_ids.roll(-1, 1)
         starts = self.begin(batch.states[self.reads], following, target, batch.rows(), None)
@@ -119,7 +143,7 @@ class HeadDrafter(LearnedDrafter):
             memory = recomputed(self.recompute, self.step, depth, memory, tokens, target)
             yield recomputed(self.recompute, self.feature, depth, memory, tokens, target)
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -134,7 +158,9 @@ class HeadDrafter(LearnedDrafter):
     def start(self, context: Context) -> HeadState:
         """Read the prompts' states."""
         hidden = context.states[self.reads]
-        caches = [LayerCache.empty(self.shape, context.lengths_B, self.precision) for _ in self.layers]
+        caches = [
+            LayerCache.empty(self.shape, context.lengths_B, self.precision) for _ in self.layers
+        ]
         last = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         starts = self._read(hidden, following, context.lengths_B, context.target, caches)
@@ -144,13 +170,31 @@ class HeadDrafter(LearnedDrafter):
         """Read the accepted rows' states, of whatever tree they were."""
         assert isinstance(state, HeadState)
         hidden = accepted.along_path(verified.states[self.reads])
-        starts = self._read(hidden, accepted.emitted(verified.tree), accepted.lengths_B, state.context.target,
-                            state.caches, accepted.lengths)
-        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
-                       start_BX=starts, rows_BRX=None)
+        starts = self._read(
+            hidden,
+            accepted.emitted(verified.tree),
+            accepted.lengths_B,
+            state.context.target,
+            state.caches,
+            accepted.lengths,
+        )
+        return replace(
+            state,
+            newest_B=accepted.next_B,
+            lengths_B=state.lengths_B + accepted.lengths_B,
+            start_BX=starts,
+            rows_BRX=None,
+        )
 
-    def _read(self, hidden_BNH: Tensor, next_BN: Tensor, counts_B: Tensor, target: Target,
-              caches: list[LayerCache], counts: list[int] | None = None) -> Tensor:
+    def _read(
+        self,
+        hidden_BNH: Tensor,
+        next_BN: Tensor,
+        counts_B: Tensor,
+        target: Target,
+        caches: list[LayerCache],
+        counts: list[int] | None = None,
+    ) -> Tensor:
         """Starts at the last of each sequence's `counts_B` new rows [B,X], on the host `counts`."""
         hidden_BNH = hidden_BNH.to(self.precision)
         if not caches:
@@ -165,17 +209,28 @@ class HeadDrafter(LearnedDrafter):
         return rows_at(starts, counts_B[:, None] - 1)[:, 0]
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, whose own token its step is told."""
+        """Logits [B,W,D] of the token after each frontier node, whose own token its step is
+        told.
+        """
         assert isinstance(state, HeadState)
         target = state.context.target
-        before = (state.start_BX[:, None] if frontier.depth == 0 or state.rows_BRX is None
-                  else rows_at(state.rows_BRX, frontier.parents_BW))
+        before = (
+            state.start_BX[:, None]
+            if frontier.depth == 0 or state.rows_BRX is None
+            else rows_at(state.rows_BRX, frontier.parents_BW)
+        )
         memory = self.step(frontier.depth, before, frontier.tokens_BW, target)
-        kept = [memory] if frontier.depth == 0 or state.rows_BRX is None else [state.rows_BRX, memory]
+        kept = (
+            [memory] if frontier.depth == 0 or state.rows_BRX is None else [state.rows_BRX, memory]
+        )
         state.rows_BRX = torch.cat(kept, dim=1)
-        return self.head(frontier.depth, target)(self.feature(frontier.depth, memory, frontier.tokens_BW, target))
+        return self.head(frontier.depth, target)(
+            self.feature(frontier.depth, memory, frontier.tokens_BW, target)
+        )
 
-    def run_own_layers(self, hidden_BNH: Tensor, rows: Rows, caches: list[LayerCache] | None) -> Tensor:
+    def run_own_layers(
+        self, hidden_BNH: Tensor, rows: Rows, caches: list[LayerCache] | None
+    ) -> Tensor:
         """Its own decoder layers [B,N,H] -> [B,N,H]."""
         return run_layers(self.layers, hidden_BNH, rows, caches)
 
@@ -187,6 +242,8 @@ def refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def soft_labels(labels: str) -> bool:
-    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's law rather than for the tokens of the data."""
+    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's law rather than for the tokens
+    of the data.
+    """
     refuse_unknown("labels", labels, ("soft", "hard"))
     return labels == "soft"

@@ -1,6 +1,8 @@
-"""Clover: Medusa's heads, conditioned at each step on the token drafted before (Xiao et al. 2024, arXiv 2405.00263).
+"""Clover: Medusa's heads, conditioned at each step on the token drafted before (Xiao et al. 2024,
+arXiv 2405.00263).
 
-Shape legend: B sequences, N rows of one call, H hidden size, Q heads of the attention decoder, E head size (Q·E = H).
+Shape legend: B sequences, N rows of one call, H hidden size, Q heads of the attention decoder, E
+head size (Q·E = H).
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ Gate = Literal["silu", "cosine"]
 
 
 class AttentionDecoder(nn.Module):
-    """h + concat_q(gate(q, k) · v): attention to a single key, so a gate per head instead of a softmax.
+    """h + concat_q(gate(q, k) · v): attention to a single key, so a gate per head instead of a
+    softmax.
 
-    q = W_Q RMSNorm(h), k = W_K e, v = W_V e. Heads are as many as the target's where that divides H, else their
-    greatest common divisor. With the cosine gate no head adds more than its value: |out - h| <= |v|.
+    q = W_Q RMSNorm(h), k = W_K e, v = W_V e. Heads are as many as the target's where that divides
+    H, else their greatest common divisor. With the cosine gate no head adds more than its value:
+    |out - h| <= |v|.
 
     Args:
         shape: the target's dimensions.
-        gate: `"silu"`, SiLU(q·k / √E) (Clover; the paper draws SiLU behind the product and gives no formula, the
-            scale is inferred), or `"cosine"`, cos(q, k) (Clover-2).
+        gate: `"silu"`, SiLU(q·k / √E) (Clover; the paper draws SiLU behind the product and gives no
+            formula, the scale is inferred), or `"cosine"`, cos(q, k) (Clover-2).
         bias: whether the three projections have biases.
     """
 
@@ -55,8 +59,14 @@ class AttentionDecoder(nn.Module):
 
     def forward(self, hidden_NH: Tensor, token_NH: Tensor) -> Tensor:
         """Hidden states and token vectors [..., H] -> hidden states [..., H]."""
-        query, key, value = (projected.unflatten(-1, (self.heads, -1)) for projected in (
-            self.query(self.norm(hidden_NH)), self.key(token_NH), self.value(token_NH)))
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1))
+            for projected in (
+                self.query(self.norm(hidden_NH)),
+                self.key(token_NH),
+                self.value(token_NH),
+            )
+        )
         if self.gate == "cosine":
             gate = F.cosine_similarity(query, key, dim=-1)
         else:
@@ -65,7 +75,9 @@ class AttentionDecoder(nn.Module):
 
 
 class FeedForwardFusion(nn.Module):
-    """h + SiLU(W [RMSNorm(h) ; e]) with W = 0 at the start: the ablation's stand-in for the attention decoder."""
+    """h + SiLU(W [RMSNorm(h) ; e]) with W = 0 at the start: the ablation's stand-in for the
+    attention decoder.
+    """
 
     compiles = True
 
@@ -82,18 +94,21 @@ class FeedForwardFusion(nn.Module):
 
 
 class Clover(HeadDrafter):
-    """Augmenting block once per target call, then per step: attention decoder, residual block, frozen LM head.
+    """Augmenting block once per target call, then per step: attention decoder, residual block,
+    frozen LM head.
 
-    h_0 = finalnorm(A(g)) with g the target's output before its final norm and A a decoder layer that starts as a copy
-    of the target's last; h_i = decoder(h_{i-1}, e_{i-1}); law of x_{t+1+i} = W_LM (Medusa block_i)(h_i). Token
-    vectors e are the LM head's rows, normalised. At the start every head predicts from h_0, whatever was drafted.
+    h_0 = finalnorm(A(g)) with g the target's output before its final norm and A a decoder layer
+    that starts as a copy of the target's last; h_i = decoder(h_{i-1}, e_{i-1}); law of x_{t+1+i} =
+    W_LM (Medusa block_i)(h_i). Token vectors e are the LM head's rows, normalised. At the start
+    every head predicts from h_0, whatever was drafted.
 
     Args:
         shape: the target's dimensions.
         heads: K.
         draft_vocabulary: how many token ids can be drafted; None for all.
         fusion: `"attention"`, or `"mlp"` (ablation).
-        token_input: False withholds the drafted tokens, and with them the fusion (ablation: Medusa on h_0).
+        token_input: False withholds the drafted tokens, and with them the fusion (ablation: Medusa
+            on h_0).
         augmenting: `"block"`, one of its halves `"attention"` or `"mlp"`, or `"none"` (ablations).
         gate: the attention decoder's gate.
         tree: paths or a name; None draws the paper's dynamic tree.
@@ -103,29 +118,52 @@ class Clover(HeadDrafter):
 
     reads: StateName = "pre_norm"
 
-    def __init__(self, shape: TargetShape, heads: int = 3, draft_vocabulary: int | None = None,
-                 fusion: Literal["attention", "mlp"] = "attention", token_input: bool = True,
-                 augmenting: Literal["none", "block", "attention", "mlp"] = "block", gate: Gate = "silu",
-                 tree: list[list[int]] | str | None = None, top_p: float = 0.8, ratio: float = 0.25, width: int = 4,
-                 decay: float = 0.8) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        heads: int = 3,
+        draft_vocabulary: int | None = None,
+        fusion: Literal["attention", "mlp"] = "attention",
+        token_input: bool = True,
+        augmenting: Literal["none", "block", "attention", "mlp"] = "block",
+        gate: Gate = "silu",
+        tree: list[list[int]] | str | None = None,
+        top_p: float = 0.8,
+        ratio: float = 0.25,
+        width: int = 4,
+        decay: float = 0.8,
+    ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         refuse_unknown("fusion", fusion, ("attention", "mlp"))
         refuse_unknown("augmenting", augmenting, ("none", "block", "attention", "mlp"))
         refuse_unknown("gate", gate, ("silu", "cosine"))
         if augmenting != "none":
-            self.layers.append(DecoderLayer(shape, attention=augmenting in ("block", "attention"),
-                                            feed_forward=augmenting in ("block", "mlp")))
+            self.layers.append(
+                DecoderLayer(
+                    shape,
+                    attention=augmenting in ("block", "attention"),
+                    feed_forward=augmenting in ("block", "mlp"),
+                )
+            )
         self.fusion = None
         if token_input:
-            self.fusion = AttentionDecoder(shape, gate) if fusion == "attention" else FeedForwardFusion(shape)
+            self.fusion = (
+                AttentionDecoder(shape, gate) if fusion == "attention" else FeedForwardFusion(shape)
+            )
         self.blocks = nn.ModuleList(ResBlock(shape.hidden_size) for _ in range(heads))
         if tree is None:
             self._builder = ThresholdTree(heads, width, top_p, ratio)
         else:
             self.use_static_tree(tree)
 
-    def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
-              caches: list[LayerCache] | None) -> Tensor:
+    def begin(
+        self,
+        hidden_BNH: Tensor,
+        next_BN: Tensor,
+        target: Target,
+        rows: Rows,
+        caches: list[LayerCache] | None,
+    ) -> Tensor:
         """The augmenting block's output, normalised as the target normalises its own."""
         return target.final_norm(self.run_own_layers(hidden_BNH, rows, caches))
 
@@ -133,7 +171,9 @@ class Clover(HeadDrafter):
         """Fuse the token into the hidden state."""
         if self.fusion is None:
             return memory_NX
-        return self.fusion(memory_NX, F.normalize(target.lm_head_rows(tokens_N).to(memory_NX.dtype), dim=-1))
+        return self.fusion(
+            memory_NX, F.normalize(target.lm_head_rows(tokens_N).to(memory_NX.dtype), dim=-1)
+        )
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The step's residual block."""

@@ -1,4 +1,5 @@
-"""Clover-2: Clover with an information-augmented start and knowledge distillation (Xiao et al. 2024, arXiv 2408.00264).
+"""Clover-2: Clover with an information-augmented start and knowledge distillation (Xiao et al.
+2024, arXiv 2408.00264).
 
 Shape legend: B sequences, N rows of one call, M training rows, H hidden size.
 """
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
 
 
 class Clover2(HeadDrafter):
-    """Start: h_0 = RMSNorm(layers(ResAttn_1(g_t, y_{t+1}))), g the target's output before its final norm.
+    """Start: h_0 = RMSNorm(layers(ResAttn_1(g_t, y_{t+1}))), g the target's output before its final
+    norm.
 
-    Step 0: feature = head_norm(FC_1 h_0). Step i: h_i = ResAttn_2(h_{i-1}, e_i), feature = head_norm(FC_2 [h_i ; e_i]).
-    Logits by the frozen LM head; token vectors are that head's rows. Layers start as copies of the target's last one,
-    head_norm of its final norm, every other part close to the identity (at H = 576, where this was tuned).
+    Step 0: feature = head_norm(FC_1 h_0). Step i: h_i = ResAttn_2(h_{i-1}, e_i), feature =
+    head_norm(FC_2 [h_i ; e_i]). Logits by the frozen LM head; token vectors are that head's rows.
+    Layers start as copies of the target's last one, head_norm of its final norm, every other part
+    close to the identity (at H = 576, where this was tuned).
 
-    The release, which trains for 20 epochs on large targets, has `token_scale: head`, `map_lr_scale: 1`,
-    `map_bias: true` and `start_norm: final`. It also adds U(0, 0.01) to the identities that FC_1 and FC_2 begin with.
+    The release, which trains for 20 epochs on large targets, has `token_scale: head`,
+    `map_lr_scale: 1`, `map_bias: true` and `start_norm: final`. It also adds U(0, 0.01) to the
+    identities that FC_1 and FC_2 begin with.
 
     Args:
         shape: the target's dimensions.
@@ -41,45 +45,76 @@ class Clover2(HeadDrafter):
         draft_vocabulary: how many token ids can be drafted; None for all.
         tree: paths, or a name of `modules.trees.named_trees` (the paper's: `eagle_25`).
         decay: step i = 0 … K-1 weighs decay^i.
-        feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft cross-entropy.
-        label_top_k, label_top_p: train step i at t only if the target would have given all the tokens that it reads,
-            x_{t+1} … x_{t+1+i}: each among the top k of the target's whole law of it, with at most a mass of top_p
-            above it (the release's optional `label_mask`: 8 and 0.8). Its label does not matter. 0 and 1 turn them off,
-            and so does validation.
-        fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y] (ablation).
+        feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft
+            cross-entropy.
+        label_top_k, label_top_p: train step i at t only if the target would have given all the
+            tokens that it reads, x_{t+1} … x_{t+1+i}: each among the top k of the target's whole
+            law of it, with at most a mass of top_p above it (the release's optional `label_mask`: 8
+            and 0.8). Its label does not matter. 0 and 1 turn them off, and so does validation.
+        fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y]
+            (ablation).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
-        token_scale: `"state"` scales token vectors to the norm of the states that they meet, `"head"` leaves the LM
-            head's rows as they are (the release). A target's last states may be 200 times as large as those rows,
-            and then what was drafted is learnt last. No gradient flows through the scale.
-        map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as identities in front
-            of a frozen LM head, and steps as large as the rest's take them apart before anything is learnt.
+        token_scale: `"state"` scales token vectors to the norm of the states that they meet,
+            `"head"` leaves the LM head's rows as they are (the release). A target's last states may
+            be 200 times as large as those rows, and then what was drafted is learnt last. No
+            gradient flows through the scale.
+        map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as
+            identities in front of a frozen LM head, and steps as large as the rest's take them
+            apart before anything is learnt.
     """
 
     reads: StateName = "pre_norm"
     first_exponent: ClassVar[int] = 0
 
-    def __init__(self, shape: TargetShape, heads: int = 5, layers: int = 2, draft_vocabulary: int | None = None,
-                 tree: list[list[int]] | str = "narrow", decay: float = 0.7, feature_weight: float = 10.0,
-                 label_top_k: int = 0, label_top_p: float = 1.0, fusion: Literal["attention", "linear"] = "attention",
-                 labels: Literal["soft", "hard"] = "soft", map_lr_scale: float = 0.1,
-                 token_scale: Literal["state", "head"] = "state", map_bias: bool = False,
-                 start_norm: Literal["ones", "final"] = "ones") -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        heads: int = 5,
+        layers: int = 2,
+        draft_vocabulary: int | None = None,
+        tree: list[list[int]] | str = "narrow",
+        decay: float = 0.7,
+        feature_weight: float = 10.0,
+        label_top_k: int = 0,
+        label_top_p: float = 1.0,
+        fusion: Literal["attention", "linear"] = "attention",
+        labels: Literal["soft", "hard"] = "soft",
+        map_lr_scale: float = 0.1,
+        token_scale: Literal["state", "head"] = "state",
+        map_bias: bool = False,
+        start_norm: Literal["ones", "final"] = "ones",
+    ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
-        self.map_lr_scale, self.token_scale, self.norm_starts = map_lr_scale, token_scale, start_norm
+        self.map_lr_scale, self.token_scale, self.norm_starts = (
+            map_lr_scale,
+            token_scale,
+            start_norm,
+        )
         refuse_unknown("fusion", fusion, ("attention", "linear"))
         refuse_unknown("token_scale", token_scale, ("state", "head"))
         refuse_unknown("start_norm", start_norm, ("ones", "final"))
         self.soft_labels = soft_labels(labels)
         if not self.soft_labels and (label_top_k or label_top_p < 1):
-            raise ValueError("label_top_k and label_top_p go by the target's law, but labels is 'hard': use 'soft', or "
-                             "set them to 0 and 1")
+            raise ValueError(
+                "label_top_k and label_top_p go by the target's law, but labels is 'hard': use "
+                "'soft', or set them to 0 and 1"
+            )
         size = shape.hidden_size
-        self.feature_weight, self.label_top_k, self.label_top_p = feature_weight, label_top_k, label_top_p
-        self.start_attention = _residual_attention(shape) if fusion == "attention" else LinearFusion(size)
+        self.feature_weight, self.label_top_k, self.label_top_p = (
+            feature_weight,
+            label_top_k,
+            label_top_p,
+        )
+        self.start_attention = (
+            _residual_attention(shape) if fusion == "attention" else LinearFusion(size)
+        )
         self.step_attention = _residual_attention(shape)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.start_norm, self.head_norm = (nn.RMSNorm(size, shape.norm_eps) for _ in range(2))
-        self.first, self.later = nn.Linear(size, size, bias=map_bias), nn.Linear(2 * size, size, bias=map_bias)
+        self.first, self.later = (
+            nn.Linear(size, size, bias=map_bias),
+            nn.Linear(2 * size, size, bias=map_bias),
+        )
         nn.init.eye_(self.first.weight)
         _start_from_first(self.later)
         if map_bias:
@@ -95,7 +130,11 @@ class Clover2(HeadDrafter):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The maps before the LM head learn `map_lr_scale` times as fast as the rest."""
         maps = [*self.first.parameters(), *self.later.parameters()]
-        rest = [parameter for parameter in self.declared_parameters() if all(parameter is not own for own in maps)]
+        rest = [
+            parameter
+            for parameter in self.declared_parameters()
+            if all(parameter is not own for own in maps)
+        ]
         return [{"params": rest, "lr_scale": 1.0}, {"params": maps, "lr_scale": self.map_lr_scale}]
 
     @torch.no_grad()
@@ -108,15 +147,25 @@ class Clover2(HeadDrafter):
             if self.norm_starts == "final":
                 self.start_norm.weight.copy_(weight)
 
-    def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
-              caches: list[LayerCache] | None) -> Tensor:
+    def begin(
+        self,
+        hidden_BNH: Tensor,
+        next_BN: Tensor,
+        target: Target,
+        rows: Rows,
+        caches: list[LayerCache] | None,
+    ) -> Tensor:
         """h_0 at every position, given the token that follows it."""
         hidden = self.start_attention(hidden_BNH, self.vectors(next_BN, hidden_BNH, target))
         return self.start_norm(self.run_own_layers(hidden, rows, caches))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The first step's token is in the start already; each later one is attended to."""
-        return memory_NX if depth == 0 else self.step_attention(memory_NX, self.vectors(tokens_N, memory_NX, target))
+        return (
+            memory_NX
+            if depth == 0
+            else self.step_attention(memory_NX, self.vectors(tokens_N, memory_NX, target))
+        )
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """An estimate of the target's final state at the drafted position."""
@@ -126,36 +175,48 @@ class Clover2(HeadDrafter):
         return self.head_norm(self.later(torch.cat([memory_NX, vectors], dim=-1)))
 
     def vectors(self, tokens_N: Tensor, beside_NH: Tensor, target: Target) -> Tensor:
-        """The LM head's rows of tokens [...], scaled to what they are added to or put beside [...,H]."""
+        """The LM head's rows of tokens [...], scaled to what they are added to or put beside
+        [...,H].
+        """
         vectors = target.lm_head_rows(tokens_N).to(beside_NH.dtype)
         if self.token_scale == "head":
             return vectors
         return F.normalize(vectors, dim=-1) * beside_NH.detach().norm(dim=-1, keepdim=True)
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """In training only the steps whose inputs are likely enough (`label_top_k`, `label_top_p`)."""
+        """In training only the steps whose inputs are likely enough (`label_top_k`,
+        `label_top_p`).
+        """
         rows = super().rows(batch, target)
         if not self.training or not (self.label_top_k or self.label_top_p < 1):
             return rows
-        # Steps share most of their inputs, so each position is asked once for the law of the token behind it.
+        # Steps share most of their inputs, so each position is asked once for the law of the token
+        # behind it.
         positions_P, index_MK = rows.flat_MK1[:, :-1].unique(return_inverse=True)
         tokens_P, width = batch.input_ids.roll(-1, 1).flatten()[positions_P], self.shape.vocab_size
         laws = target_laws(target.logits, batch.states["final"], positions_P, width)
-        likely_P = likely_tokens(laws, positions_P, tokens_P, width, self.label_top_k, self.label_top_p)
+        likely_P = likely_tokens(
+            laws, positions_P, tokens_P, width, self.label_top_k, self.label_top_p
+        )
         return replace(rows, valid_MK=rows.valid_MK & likely_P[index_MK].cumprod(1).bool())
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at the label's law.
+        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at
+        the label's law.
 
-        The distance counts at every row whose label counts, in the draft vocabulary or not: f does not depend on it.
+        The distance counts at every row whose label counts, in the draft vocabulary or not: f does
+        not depend on it.
         """
         distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
-        return (self.feature_weight * masked_mean(distance, step.valid_M)
-                + masked_mean(step.losses_M, step.counted_M))
+        return self.feature_weight * masked_mean(distance, step.valid_M) + masked_mean(
+            step.losses_M, step.counted_M
+        )
 
 
 class LinearFusion(nn.Module):
-    """W [h ; e], at the start h and a little of e: the ablation's stand-in for the residual attention."""
+    """W [h ; e], at the start h and a little of e: the ablation's stand-in for the residual
+    attention.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -170,7 +231,7 @@ class LinearFusion(nn.Module):
 def _start_from_first(linear: nn.Linear) -> None:
     """[I | U(0, 0.01)] for what reads [h ; e]."""
     nn.init.uniform_(linear.weight, 0, 0.01)
-    nn.init.eye_(linear.weight.data[:, :linear.out_features])
+    nn.init.eye_(linear.weight.data[:, : linear.out_features])
 
 
 def _residual_attention(shape: TargetShape) -> AttentionDecoder:

@@ -1,6 +1,8 @@
-"""Hydra++: Medusa-like heads that see the drafted tokens' embeddings (Ankner et al. 2024, arXiv 2402.05109).
+"""Hydra++: Medusa-like heads that see the drafted tokens' embeddings (Ankner et al. 2024, arXiv
+2402.05109).
 
-Shape legend: B sequences, N rows of one call, H hidden size, K heads, X = (K+1)·H, the longest concatenation.
+Shape legend: B sequences, N rows of one call, H hidden size, K heads, X = (K+1)·H, the longest
+concatenation.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class FirstBlock(nn.Module):
         return self.residual(inputs_NX) + F.silu(self.linear(inputs_NX))
 
 
-def _head_blocks(inputs: int, size: int, count: int, shared: bool, dropout: float, everywhere: bool) -> nn.Sequential:
+def _head_blocks(
+    inputs: int, size: int, count: int, shared: bool, dropout: float, everywhere: bool
+) -> nn.Sequential:
     """A head's blocks from its inputs [..., inputs] to what its LM head reads [..., size]."""
     later = [ResBlock(size)] * (count - 1) if shared else [ResBlock(size) for _ in range(count - 1)]
     parts: list[nn.Module] = []
@@ -48,31 +52,35 @@ def _head_blocks(inputs: int, size: int, count: int, shared: bool, dropout: floa
 
 
 class Hydra(HeadDrafter):
-    """Head i reads c_i = [f'_t ; s·e_{t+1} ; … ; s·e_{t+1+i}] and drafts x_{t+2+i}, taught by the target's law.
+    """Head i reads c_i = [f'_t ; s·e_{t+1} ; … ; s·e_{t+1+i}] and drafts x_{t+2+i}, taught by the
+    target's law.
 
-    f' is the target's state after one more decoder layer (the prefix layer), normalised; e are the target's input
-    embeddings, frozen, and s brings them to the size of f' (`modules.layers.token_scale`). By default the prefix layer
-    reads the state before the target's final norm, starts as a copy of the target's last layer, and its outputs go
-    through that norm, frozen.
+    f' is the target's state after one more decoder layer (the prefix layer), normalised; e are the
+    target's input embeddings, frozen, and s brings them to the size of f'
+    (`modules.layers.token_scale`). By default the prefix layer reads the state before the target's
+    final norm, starts as a copy of the target's last layer, and its outputs go through that norm,
+    frozen.
 
-    The release has s = 1, `prefix_start: random`, `dropout_at: every_block` and `shared_block: true`; there the biases
-    of the first blocks and of the LM heads start at random, here at 0.
+    The release has s = 1, `prefix_start: random`, `dropout_at: every_block` and `shared_block:
+    true`; there the biases of the first blocks and of the LM heads start at random, here at 0.
 
     Args:
         shape: the target's dimensions.
         heads: K.
         blocks: layers per head, the first one (concatenation to H) included.
         prefix: whether there is a prefix layer (Hydra++) or heads read f_t itself (Hydra).
-        lm_head: `"own"` (a trainable copy with a bias per head) or `"shared"` (the target's, frozen).
+        lm_head: `"own"` (a trainable copy with a bias per head) or `"shared"` (the target's,
+            frozen).
         dropout: on each head's last hidden state, or more often (`dropout_at`).
         draft_vocabulary: how many token ids can be drafted; None for all.
         tree: paths, or a name of `modules.trees.named_trees` (the paper's: `mc_sim_7b_63`).
         decay: head i weighs decay^i (the release weighs all alike: 1).
-        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (Hydra without the teacher).
-        prefix_start: `"target"`, or `"random"`: the prefix layer starts at random, reads the target's final state, and
-            has a norm of its own behind it.
-        dropout_at: `"lm_head"`, in front of it alone, or `"every_block"`: in front of each block too, the first one's
-            inputs included.
+        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (Hydra without the
+            teacher).
+        prefix_start: `"target"`, or `"random"`: the prefix layer starts at random, reads the
+            target's final state, and has a norm of its own behind it.
+        dropout_at: `"lm_head"`, in front of it alone, or `"every_block"`: in front of each block
+            too, the first one's inputs included.
         shared_block: whether the blocks of a head behind its first share their weights.
     """
 
@@ -80,11 +88,22 @@ class Hydra(HeadDrafter):
     first_exponent: ClassVar[int] = 0
     token_scale: Tensor
 
-    def __init__(self, shape: TargetShape, heads: int = 4, blocks: int = 4, prefix: bool = True,
-                 lm_head: Literal["own", "shared"] = "own", dropout: float = 0.2, draft_vocabulary: int | None = None,
-                 tree: list[list[int]] | str = "narrow", decay: float = 1.0,
-                 labels: Literal["soft", "hard"] = "soft", prefix_start: Literal["target", "random"] = "target",
-                 dropout_at: Literal["lm_head", "every_block"] = "lm_head", shared_block: bool = False) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        heads: int = 4,
+        blocks: int = 4,
+        prefix: bool = True,
+        lm_head: Literal["own", "shared"] = "own",
+        dropout: float = 0.2,
+        draft_vocabulary: int | None = None,
+        tree: list[list[int]] | str = "narrow",
+        decay: float = 1.0,
+        labels: Literal["soft", "hard"] = "soft",
+        prefix_start: Literal["target", "random"] = "target",
+        dropout_at: Literal["lm_head", "every_block"] = "lm_head",
+        shared_block: bool = False,
+    ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         refuse_unknown("lm_head", lm_head, ("own", "shared"))
         refuse_unknown("prefix_start", prefix_start, ("target", "random"))
@@ -96,8 +115,16 @@ class Hydra(HeadDrafter):
             self.reads, self.norm = "final", nn.RMSNorm(shape.hidden_size, shape.norm_eps)
         self.register_buffer("token_scale", torch.ones(()))
         self.blocks = nn.ModuleList(
-            _head_blocks((depth + 2) * shape.hidden_size, shape.hidden_size, blocks, shared_block, dropout,
-                         dropout_at == "every_block") for depth in range(heads))
+            _head_blocks(
+                (depth + 2) * shape.hidden_size,
+                shape.hidden_size,
+                blocks,
+                shared_block,
+                dropout,
+                dropout_at == "every_block",
+            )
+            for depth in range(heads)
+        )
         if lm_head == "own":
             self.use_own_lm_heads(bias=True)
         self.use_static_tree(tree)
@@ -119,8 +146,14 @@ class Hydra(HeadDrafter):
                     nn.init.zeros_(part.bias)
         return None
 
-    def begin(self, hidden_BNH: Tensor, next_BN: Tensor, target: Target, rows: Rows,
-              caches: list[LayerCache] | None) -> Tensor:
+    def begin(
+        self,
+        hidden_BNH: Tensor,
+        next_BN: Tensor,
+        target: Target,
+        rows: Rows,
+        caches: list[LayerCache] | None,
+    ) -> Tensor:
         """f' [B,N,H], with room behind it for the embeddings of a whole path [B,N,X]."""
         hidden = self.run_own_layers(hidden_BNH, rows, caches)
         hidden = target.final_norm(hidden) if self.norm is None else self.norm(hidden)
@@ -130,8 +163,8 @@ class Hydra(HeadDrafter):
         """Write the token's embedding behind those of its path."""
         used, size = (depth + 1) * self.shape.hidden_size, self.shape.hidden_size
         vectors = target.embed(tokens_N).to(memory_NX.dtype) * self.token_scale
-        return torch.cat([memory_NX[..., :used], vectors, memory_NX[..., used + size:]], dim=-1)
+        return torch.cat([memory_NX[..., :used], vectors, memory_NX[..., used + size :]], dim=-1)
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The head's blocks on c_depth."""
-        return self.blocks[depth](memory_NX[..., :(depth + 2) * self.shape.hidden_size])
+        return self.blocks[depth](memory_NX[..., : (depth + 2) * self.shape.hidden_size])

@@ -22,26 +22,37 @@ if TYPE_CHECKING:
 class Medusa(HeadDrafter):
     """Medusa-1: K heads of residual blocks and an LM head each, trained on a frozen target.
 
-    At the start the residual blocks add nothing but SiLU(bias), so every head repeats the target's own prediction.
+    At the start the residual blocks add nothing but SiLU(bias), so every head repeats the target's
+    own prediction.
 
     Args:
         shape: the target's dimensions.
         heads: K.
         blocks: residual blocks per head.
-        lm_head: `"own"` (the paper's: a trainable copy per head) or `"shared"` (the target's, frozen).
+        lm_head: `"own"` (the paper's: a trainable copy per head) or `"shared"` (the target's,
+            frozen).
         draft_vocabulary: how many token ids can be drafted; None for all.
         tree: paths, or a name of `modules.trees.named_trees`.
         decay: head k weighs decay^(k+1).
     """
 
-    def __init__(self, shape: TargetShape, heads: int = 5, blocks: int = 1, lm_head: Literal["own", "shared"] = "own",
-                 draft_vocabulary: int | None = None, tree: list[list[int]] | str = "narrow", decay: float = 0.8
-                 ) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        heads: int = 5,
+        blocks: int = 1,
+        lm_head: Literal["own", "shared"] = "own",
+        draft_vocabulary: int | None = None,
+        tree: list[list[int]] | str = "narrow",
+        decay: float = 0.8,
+    ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         if lm_head not in ("own", "shared"):
             raise ValueError(f"lm_head must be 'own' or 'shared', got {lm_head!r}")
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResBlock(shape.hidden_size) for _ in range(blocks))) for _ in range(heads))
+            nn.Sequential(*(ResBlock(shape.hidden_size) for _ in range(blocks)))
+            for _ in range(heads)
+        )
         if lm_head == "own":
             self.use_own_lm_heads(bias=False)
         self.use_static_tree(cast(list[Path] | str, tree))

@@ -1,4 +1,5 @@
-"""Medusa-2: heads and target trained together, the target through low-rank adapters (Cai et al. 2024, section 2.2.2).
+"""Medusa-2: heads and target trained together, the target through low-rank adapters (Cai et al.
+2024, section 2.2.2).
 
 Shape legend: B sequences, T tokens of a packed row, M training rows, H hidden size, V vocabulary.
 """
@@ -25,27 +26,44 @@ if TYPE_CHECKING:
 
 
 class Medusa2(Medusa):
-    """Medusa whose target moves too: it decodes with `adapt(target)`, a different model, exactly as that one would.
+    """Medusa whose target moves too: it decodes with `adapt(target)`, a different model, exactly as
+    that one would.
 
-    L = L_LM + coefficient · s(progress) · Σ_k decay^(k+1) CE_k. L_LM is the cross-entropy of the data, or with
-    `self_distillation` KL(p_target ‖ p_adapted). The usual second stage starts from trained Medusa-1 heads.
+    L = L_LM + coefficient · s(progress) · Σ_k decay^(k+1) CE_k. L_LM is the cross-entropy of the
+    data, or with `self_distillation` KL(p_target ‖ p_adapted). The usual second stage starts from
+    trained Medusa-1 heads.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
-        heads, blocks, draft_vocabulary, tree, decay: as in Medusa, with an LM head of its own per head.
+        heads, blocks, draft_vocabulary, tree, decay: as in Medusa, with an LM head of its own per
+            head.
         rank, alpha, dropout: of the adapters, which sit on every linear layer and on the LM head.
         coefficient: weight of the heads' losses.
-        schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`, then stays 1. In
-            validation it is 1 throughout.
+        schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`,
+            then stays 1. In validation it is 1 throughout.
         ramp: share of the training over which s rises.
-        self_distillation: keep to the unchanged target's laws instead of the data (for text it wrote itself).
+        self_distillation: keep to the unchanged target's laws instead of the data (for text it
+            wrote itself).
         head_lr_scale: learning rate of the heads as a multiple of the adapters'.
     """
 
-    def __init__(self, shape: TargetShape, heads: int = 5, blocks: int = 1, draft_vocabulary: int | None = None,
-                 tree: list[list[int]] | str = "narrow", decay: float = 0.8, rank: int = 32, alpha: float = 16.0,
-                 dropout: float = 0.05, coefficient: float = 0.2, schedule: Literal["constant", "sine"] = "constant",
-                 ramp: float = 1.0, self_distillation: bool = False, head_lr_scale: float = 4.0) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        heads: int = 5,
+        blocks: int = 1,
+        draft_vocabulary: int | None = None,
+        tree: list[list[int]] | str = "narrow",
+        decay: float = 0.8,
+        rank: int = 32,
+        alpha: float = 16.0,
+        dropout: float = 0.05,
+        coefficient: float = 0.2,
+        schedule: Literal["constant", "sine"] = "constant",
+        ramp: float = 1.0,
+        self_distillation: bool = False,
+        head_lr_scale: float = 4.0,
+    ) -> None:
         super().__init__(shape, heads, blocks, "own", draft_vocabulary, tree, decay)
         if schedule not in ("constant", "sine"):
             raise ValueError(f"schedule must be 'constant' or 'sine', got {schedule!r}")
@@ -56,7 +74,7 @@ class Medusa2(Medusa):
         self.adapters = Adapters(shape, rank, alpha, dropout, name="medusa2")
         self.lm_head_adapter = LowRank(shape.hidden_size, shape.vocab_size, rank)
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
@@ -72,8 +90,13 @@ class Medusa2(Medusa):
         """The heads learn `head_lr_scale` times as fast as the adapters."""
         adapters = [*self.adapters.parameters(), *self.lm_head_adapter.parameters()]
         known = {id(parameter) for parameter in adapters}
-        heads = [parameter for parameter in self.declared_parameters() if id(parameter) not in known]
-        return [{"params": adapters, "lr_scale": 1.0}, {"params": heads, "lr_scale": self.head_lr_scale}]
+        heads = [
+            parameter for parameter in self.declared_parameters() if id(parameter) not in known
+        ]
+        return [
+            {"params": adapters, "lr_scale": 1.0},
+            {"params": heads, "lr_scale": self.head_lr_scale},
+        ]
 
     def ramp_up(self, progress: float) -> float:
         """s(progress)."""
@@ -86,30 +109,45 @@ class Medusa2(Medusa):
         heads = super().loss(replace(batch, states={"final": final_BTH}), twin, progress)
         losses_M = self._language_losses(batch, target, twin, final_BTH)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
-        total = losses_M.sum() / divisor(count) + self.coefficient * self.ramp_up(progress) * heads.total
-        return Losses(total, {**heads.metrics, "language_loss": Mean(losses_M.detach().sum(), count)})
+        total = (
+            losses_M.sum() / divisor(count)
+            + self.coefficient * self.ramp_up(progress) * heads.total
+        )
+        return Losses(
+            total, {**heads.metrics, "language_loss": Mean(losses_M.detach().sum(), count)}
+        )
 
-    def _language_losses(self, batch: TextBatch, target: Target, twin: Target, final_BTH: Tensor) -> Tensor:
+    def _language_losses(
+        self, batch: TextBatch, target: Target, twin: Target, final_BTH: Tensor
+    ) -> Tensor:
         flat_M, labels_M = next_token_rows(batch)
         features_MH, size = final_BTH.flatten(0, 1)[flat_M], self.shape.vocab_size
         if not self.self_distillation:
             return cross_entropy(features_MH, twin.logits, labels_M, size)[0]
         unchanged = target.features(batch, ("final",))["final"]
         laws = target_laws(target.logits, unchanged, flat_M, size)
-        return cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0] - entropies(laws, flat_M, size)
+        return cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0] - entropies(
+            laws, flat_M, size
+        )
 
     def adapted_twin(self, target: Target) -> Target:
-        """A target that shares all weights with `target` and runs through this module's adapters (made once)."""
+        """A target that shares all weights with `target` and runs through this module's adapters
+        (made once).
+        """
         self._refuse_other_layers(target)
         return self.adapters.twin(target, self.lm_head_adapter)
 
     def adapt(self, target: Target) -> Target:
-        """A copy of the target with the adapters added to its weights: a different model, with its own fingerprint."""
+        """A copy of the target with the adapters added to its weights: a different model, with its
+        own fingerprint.
+        """
         self._refuse_other_layers(target)
         return self.adapters.merged(target, self.lm_head_adapter)
 
     def adapt_sharing(self, target: Target) -> Target:
-        """The twin, without dropout: up to rounding what `adapt` gives, in no more memory than the adapters take."""
+        """The twin, without dropout: up to rounding what `adapt` gives, in no more memory than the
+        adapters take.
+        """
         self._refuse_other_layers(target)
         return self.adapters.twin(target, self.lm_head_adapter, training=False)
 
@@ -123,4 +161,6 @@ class Medusa2(Medusa):
         try:
             self.adapters.refuse_other_layers(target)
         except ValueError as error:
-            raise ValueError(f"{error}; use modules.drafters.heads.medusa.Medusa with this one") from None
+            raise ValueError(
+                f"{error}; use modules.drafters.heads.medusa.Medusa with this one"
+            ) from None

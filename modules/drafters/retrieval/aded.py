@@ -1,4 +1,5 @@
-"""ADED: a table of tri-grams that adapts to the text, searched by simulations (Liu et al. 2024, arXiv 2407.12021).
+"""ADED: a table of tri-grams that adapts to the text, searched by simulations (Liu et al. 2024,
+arXiv 2407.12021).
 
 Shape legend: B sequences.
 """
@@ -29,10 +30,14 @@ Successors = dict[int, float]
 
 
 class Trigrams:
-    """Law of the third token of a tri-gram given two, from a corpus: the best `KEPT` successors of every pair."""
+    """Law of the third token of a tri-gram given two, from a corpus: the best `KEPT` successors of
+    every pair.
+    """
 
     def __init__(self, tokens_M: Array | None = None) -> None:
-        self.keys, self.starts, self.words, self.laws = _table(np.zeros(0, np.int32) if tokens_M is None else tokens_M)
+        self.keys, self.starts, self.words, self.laws = _table(
+            np.zeros(0, np.int32) if tokens_M is None else tokens_M
+        )
 
     def successors(self, pair: Pair) -> Successors:
         """Third tokens and their conditional probabilities, the likeliest first."""
@@ -47,10 +52,18 @@ class Trigrams:
 def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Sorted keys, where each key's rows begin, third tokens, probabilities."""
     wide = tokens_M.astype(np.int64)
-    triples = np.stack([wide[:-2], wide[1:-1], wide[2:]], axis=1) if len(wide) > 2 else np.zeros((0, 3), np.int64)
+    triples = (
+        np.stack([wide[:-2], wide[1:-1], wide[2:]], axis=1)
+        if len(wide) > 2
+        else np.zeros((0, 3), np.int64)
+    )
     triples, counts = np.unique(triples[(triples != END).all(1)], axis=0, return_counts=True)
     keys, of = np.unique((triples[:, 0] << 32) + triples[:, 1], return_inverse=True)
-    laws = counts / np.bincount(of, weights=counts, minlength=len(keys))[of] if len(of) else np.zeros(0)
+    laws = (
+        counts / np.bincount(of, weights=counts, minlength=len(keys))[of]
+        if len(of)
+        else np.zeros(0)
+    )
     order = np.lexsort((-laws, of))
     of, words, laws = of[order], triples[order, 2], laws[order]
     place = np.arange(len(of)) - np.searchsorted(of, of)
@@ -60,7 +73,9 @@ def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 class Adaptive:
-    """The table as one text has changed it: only the pairs that occurred in it or were looked up are copied."""
+    """The table as one text has changed it: only the pairs that occurred in it or were looked up
+    are copied.
+    """
 
     def __init__(self, corpus: Trigrams) -> None:
         self._corpus, self._own = corpus, dict[Pair, Successors]()
@@ -80,7 +95,9 @@ class Adaptive:
 
 
 class _Node:
-    """A searched sequence: its last word, visits and total score; `children` is None until it is expanded."""
+    """A searched sequence: its last word, visits and total score; `children` is None until it is
+    expanded.
+    """
 
     __slots__ = ("children", "parent", "prior", "total", "visits", "word", "words")
 
@@ -97,10 +114,14 @@ def exploration(visits: int) -> float:
 
 
 def upper_score(parent_visits: int, visits: int, total: float, prior: float) -> float:
-    """PUCT: mean score and a bonus for what is likely and seldom tried; infinite before the first visit."""
+    """PUCT: mean score and a bonus for what is likely and seldom tried; infinite before the first
+    visit.
+    """
     if not visits:
         return math.inf
-    return total / visits + exploration(parent_visits) * prior * math.sqrt(parent_visits) / (1 + visits)
+    return total / visits + exploration(parent_visits) * prior * math.sqrt(parent_visits) / (
+        1 + visits
+    )
 
 
 class Search:
@@ -153,13 +174,17 @@ class Search:
         return total
 
     def paths(self) -> list[list[int]]:
-        """The `PATHS` most visited sequences, each with its last pair's best successor behind it, the newest token
-        left out."""
+        """The `PATHS` most visited sequences, each with its last pair's best successor behind it,
+        the newest token left out."""
         nodes = [self.root]
         for node in nodes:
             nodes.extend(node.children or ())
-        visited = sorted((node for node in nodes if node.visits), key=lambda node: -node.visits)[:PATHS]
-        return [path for node in visited if (path := [*node.words[1:], *self._best_successor(node)])]
+        visited = sorted((node for node in nodes if node.visits), key=lambda node: -node.visits)[
+            :PATHS
+        ]
+        return [
+            path for node in visited if (path := [*node.words[1:], *self._best_successor(node)])
+        ]
 
     def _best_successor(self, node: _Node) -> list[int]:
         found = self.table.successors(self._pair(node))
@@ -179,7 +204,9 @@ def _best_child(node: _Node) -> _Node:
 
 
 def best_first(table: Adaptive, before: int, newest: int, budget: int) -> list[list[int]]:
-    """The `budget` sequences of highest product of normalised scores: the baseline of the search."""
+    """The `budget` sequences of highest product of normalised scores: the baseline of the
+    search.
+    """
     found: list[list[int]] = []
     open_paths: list[tuple[float, list[int]]] = [(1.0, [before, newest])]
     while open_paths and len(found) < budget:
@@ -217,13 +244,24 @@ class Aded(TextDrafter):
         tokens: nodes drafted, unless a method's budget says otherwise (the release: 64).
     """
 
-    def __init__(self, shape: TargetShape, datastore: str | None = None, simulations: int = 150, adapt: bool = True,
-                 tokens: int = 7) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        datastore: str | None = None,
+        simulations: int = 150,
+        adapt: bool = True,
+        tokens: int = 7,
+    ) -> None:
         super().__init__(shape)
         if simulations < 0 or tokens < 1:
-            raise ValueError(f"simulations must be at least 0 and tokens at least 1, got {simulations} and {tokens}")
+            raise ValueError(
+                f"simulations must be at least 0 and tokens at least 1, got {simulations} and "
+                f"{tokens}"
+            )
         self.simulations, self.adapts, self.tokens = simulations, adapt, tokens
-        self.corpus = Trigrams(None if datastore is None else Datastore.load(datastore, shape.vocab_size).tokens_M)
+        self.corpus = Trigrams(
+            None if datastore is None else Datastore.load(datastore, shape.vocab_size).tokens_M
+        )
 
     @property
     def default_budget(self) -> int:
@@ -263,7 +301,9 @@ class Aded(TextDrafter):
             tries.append(trie)
         return batch_of_trees(tries, state.newest_B.device)
 
-    def _paths(self, table: Adaptive, draw: random.Random, text: list[int], budget: int) -> list[list[int]]:
+    def _paths(
+        self, table: Adaptive, draw: random.Random, text: list[int], budget: int
+    ) -> list[list[int]]:
         if not self.simulations:
             return best_first(table, text[-2], text[-1], budget)
         search = Search(table, text[-2], text[-1], draw)

@@ -31,13 +31,18 @@ class PerSequence(list[Item]):
 
 @dataclass
 class TextState(DraftState):
-    """text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token, void behind it."""
+    """text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token, void behind
+    it.
+    """
 
     text_BL: Tensor
 
     def texts(self) -> list[list[int]]:
         """The tokens of each sequence, the newest included."""
-        return [text[:count] for text, count in zip(self.text_BL.tolist(), self.counts_B.tolist(), strict=True)]
+        return [
+            text[:count]
+            for text, count in zip(self.text_BL.tolist(), self.counts_B.tolist(), strict=True)
+        ]
 
     @property
     def counts_B(self) -> Tensor:
@@ -46,7 +51,8 @@ class TextState(DraftState):
 
 
 class TextDrafter(Drafter):
-    """Base of the drafters without parameters that read the text. Their trees are chosen by value: point masses.
+    """Base of the drafters without parameters that read the text. Their trees are chosen by value:
+    point masses.
 
     Args:
         shape: the target's dimensions (nothing of it is needed but by those that say so).
@@ -65,7 +71,9 @@ class TextDrafter(Drafter):
 
     def loss(self, batch: object, target: Target, progress: float) -> Losses:
         """There is nothing to train."""
-        raise ValueError(f"{type(self).__name__} has no parameters to train: name it in an evaluation's methods")
+        raise ValueError(
+            f"{type(self).__name__} has no parameters to train: name it in an evaluation's methods"
+        )
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
@@ -87,8 +95,12 @@ class TextDrafter(Drafter):
         if needed > text.shape[1]:
             text = F.pad(text, (0, needed + text.shape[1] // 2 - text.shape[1]))
         place = state.counts_B[:, None] + torch.arange(width, device=text.device)
-        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
-                       text_BL=text.scatter(1, place, emitted))
+        return replace(
+            state,
+            newest_B=accepted.next_B,
+            lengths_B=state.lengths_B + accepted.lengths_B,
+            text_BL=text.scatter(1, place, emitted),
+        )
 
 
 def chains(newest_B: Tensor, drafts: list[Tensor]) -> TokenTree:

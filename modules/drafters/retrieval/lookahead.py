@@ -1,5 +1,5 @@
-"""Lookahead decoding: n-grams from parallel Jacobi iterations, drafted when their first token comes (Fu et al. 2024,
-arXiv 2402.02057).
+"""Lookahead decoding: n-grams from parallel Jacobi iterations, drafted when their first token comes
+(Fu et al. 2024, arXiv 2402.02057).
 
 Shape legend: B sequences, N nodes, W columns of the window, L its levels (n-gram size less one).
 """
@@ -49,9 +49,10 @@ class LookaheadState(TextState):
 
 
 class Lookahead(TextDrafter):
-    """Every call also runs a window of guesses, whose rows only compute: column i of level l is a guess of the token
-    l + i + 1 places on and sees level 0 up to its column and its own column. What the last level predicts completes
-    an n-gram per column; n-grams that begin with the newest token are drafted.
+    """Every call also runs a window of guesses, whose rows only compute: column i of level l is a
+    guess of the token l + i + 1 places on and sees level 0 up to its column and its own column.
+    What the last level predicts completes an n-gram per column; n-grams that begin with the newest
+    token are drafted.
 
     The released code by default moves the window by one place per call however many tokens were
     accepted; here it moves by as many, and repeats its last column where nothing is known yet.
@@ -62,11 +63,15 @@ class Lookahead(TextDrafter):
         ngram: tokens of an n-gram. window: columns. guesses: n-grams kept per token.
     """
 
-    def __init__(self, shape: TargetShape, ngram: int = 4, window: int = 4, guesses: int = 4) -> None:
+    def __init__(
+        self, shape: TargetShape, ngram: int = 4, window: int = 4, guesses: int = 4
+    ) -> None:
         super().__init__(shape)
         if ngram < 2 or min(window, guesses) < 1:
-            raise ValueError(f"ngram must be at least 2, window and guesses at least 1, got {ngram}, {window} and "
-                             f"{guesses}")
+            raise ValueError(
+                f"ngram must be at least 2, window and guesses at least 1, got {ngram}, {window} "
+                f"and {guesses}"
+            )
         self.ngram, self.window, self.guesses = ngram, window, guesses
 
     @property
@@ -87,19 +92,23 @@ class Lookahead(TextDrafter):
         window = state.text_BL.gather(1, cells % state.counts_B[:, None])
         for pool, text in zip(pools, state.texts(), strict=True):
             self._remember(pool, text)
-        return LookaheadState(**vars(state), window_BLW=window.view(-1, self.ngram - 1, self.window), pools=pools)
+        return LookaheadState(
+            **vars(state), window_BLW=window.view(-1, self.ngram - 1, self.window), pools=pools
+        )
 
     def _remember(self, pool: Pool, text: list[int]) -> None:
         for begin in range(len(text) - self.ngram + 1):
-            pool.add(text[begin:begin + self.ngram])
+            pool.add(text[begin : begin + self.ngram])
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """The window's rows behind the newest token, then the n-grams known to follow it."""
         assert isinstance(state, LookaheadState)
         cells = (self.ngram - 1) * self.window
         if budget <= cells:
-            raise ValueError(f"budget {budget} leaves nothing beside a window of {cells} rows: give more, or a smaller "
-                             "window")
+            raise ValueError(
+                f"budget {budget} leaves nothing beside a window of {cells} rows: give more, or a "
+                "smaller window"
+            )
         tries = []
         for pool, newest in zip(state.pools, state.newest_B.tolist(), strict=True):
             trie = Trie(newest)
@@ -116,21 +125,27 @@ class Lookahead(TextDrafter):
         drafted = guesses.parents_BN[:, 1:]
         drafted = torch.where(drafted > 0, drafted + cells, 0)
         parents = torch.cat([guesses.parents_BN[:, :1], above.expand(batch, -1), drafted], dim=1)
-        tokens = torch.cat([guesses.tokens_BN[:, :1], window_BLW.flatten(1), guesses.tokens_BN[:, 1:]], dim=1)
+        tokens = torch.cat(
+            [guesses.tokens_BN[:, :1], window_BLW.flatten(1), guesses.tokens_BN[:, 1:]], dim=1
+        )
         candidate = torch.ones_like(tokens, dtype=torch.bool)
-        candidate[:, 1:cells + 1] = False
+        candidate[:, 1 : cells + 1] = False
         return TokenTree(tokens, Topology(parents), candidate)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> LookaheadState:
-        """Complete the window's n-grams, drop its oldest level and shift it by what was accepted."""
+        """Complete the window's n-grams, drop its oldest level and shift it by what was
+        accepted.
+        """
         assert isinstance(state, LookaheadState)
         began = (state.counts_B - self.ngram + 1).clamp(min=0).tolist()
         cells = state.window_BLW[0].numel()
-        newest_BW = verified.logits_BNV[:, cells - self.window + 1:cells + 1].argmax(-1)
+        newest_BW = verified.logits_BNV[:, cells - self.window + 1 : cells + 1].argmax(-1)
         grown = torch.cat([state.window_BLW, newest_BW[:, None]], dim=1)
         went_on = super().absorb(state, verified, accepted)
         assert isinstance(went_on, LookaheadState)
-        for pool, ngrams, text, begin in zip(state.pools, grown.mT.tolist(), went_on.texts(), began, strict=True):
+        for pool, ngrams, text, begin in zip(
+            state.pools, grown.mT.tolist(), went_on.texts(), began, strict=True
+        ):
             for ngram in ngrams:
                 pool.add(ngram)
             self._remember(pool, text[begin:])

@@ -42,8 +42,9 @@ class Partnered(TextDrafter):
         ValueError: a partner or a builder whose trees cannot stand beside text.
     """
 
-    def __init__(self, shape: TargetShape, partner: Drafter | None,
-                 builder: TreeBuilder | None = None) -> None:
+    def __init__(
+        self, shape: TargetShape, partner: Drafter | None, builder: TreeBuilder | None = None
+    ) -> None:
         super().__init__(shape)
         if partner is not None:
             _check_partner(type(self).__name__.lower(), partner, builder)
@@ -82,11 +83,13 @@ def _check_partner(name: str, partner: Drafter, builder: TreeBuilder | None) -> 
         kind = type(partner if builder is None else builder).__name__
         raise ValueError(
             f"{name}: {kind} draws its siblings ({law.name.lower()}), but a fused tree is verified "
-            "by value: give a `builder` that chooses, such as modules.trees.reranked.RerankedTree")
+            "by value: give a `builder` that chooses, such as modules.trees.reranked.RerankedTree"
+        )
     if partner.least_budget > 1:
         raise ValueError(
             f"{name}: partner {type(partner).__name__} needs rows that only compute, which a fused "
-            "tree does not keep: name another partner")
+            "tree does not keep: name another partner"
+        )
     if builder is not None:
         check_depth(builder, partner)
 

@@ -15,9 +15,9 @@ from modules.drafters.retrieval.base import TextDrafter, TextState, chains
 
 
 class PromptLookup(TextDrafter):
-    """The longest n-gram at the end of the text that occurs before it, of several places the latest that a whole draft
-    follows, or else the one that most follows; nothing where it never occurred. (Saxena's code
-    takes the first place that a whole draft follows.)
+    """The longest n-gram at the end of the text that occurs before it, of several places the latest
+    that a whole draft follows, or else the one that most follows; nothing where it never occurred.
+    (Saxena's code takes the first place that a whole draft follows.)
 
     Args:
         shape: the target's dimensions.
@@ -25,7 +25,9 @@ class PromptLookup(TextDrafter):
         tokens: drafted at most, unless a method's budget says otherwise.
     """
 
-    def __init__(self, shape: TargetShape, longest: int = 3, shortest: int = 1, tokens: int = 7) -> None:
+    def __init__(
+        self, shape: TargetShape, longest: int = 3, shortest: int = 1, tokens: int = 7
+    ) -> None:
         super().__init__(shape)
         if not 1 <= shortest <= longest:
             raise ValueError(f"shortest must lie between 1 and longest ({longest}), got {shortest}")
@@ -41,11 +43,15 @@ class PromptLookup(TextDrafter):
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """A chain of at most `budget` tokens."""
         assert isinstance(state, TextState)
-        texts = [text[:count] for text, count in zip(state.text_BL, state.counts_B.tolist(), strict=True)]
+        texts = [
+            text[:count] for text, count in zip(state.text_BL, state.counts_B.tolist(), strict=True)
+        ]
         return chains(state.newest_B, [self.lookup(text, budget) for text in texts])
 
     def lookup(self, text_L: Tensor, count: int) -> Tensor:
-        """Up to `count` tokens that followed the text's last n-gram where it occurred before; empty if it never did."""
+        """Up to `count` tokens that followed the text's last n-gram where it occurred before; empty
+        if it never did.
+        """
         for size in range(min(self.longest, len(text_L) - 1), self.shortest - 1, -1):
             windows = text_L[:-1].unfold(0, size, 1)
             found = (windows == text_L[-size:]).all(1).nonzero()
@@ -53,5 +59,5 @@ class PromptLookup(TextDrafter):
                 begins = found[:, 0] + size
                 whole = begins[begins + count <= len(text_L)]
                 begin = int(whole[-1]) if len(whole) else int(begins[0])
-                return text_L[begin:begin + count]
+                return text_L[begin : begin + count]
         return torch.empty(0, dtype=torch.long, device=text_L.device)

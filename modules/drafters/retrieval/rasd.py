@@ -1,5 +1,5 @@
-"""RASD: what is retrieved, pruned by what a drafter finds plausible, fused with the drafter's tree (Quan et al. 2025,
-arXiv 2503.03434).
+"""RASD: what is retrieved, pruned by what a drafter finds plausible, fused with the drafter's tree
+(Quan et al. 2025, arXiv 2503.03434).
 
 Shape legend: B sequences, W frontier rows, V target vocabulary, D draft vocabulary, T tokens of a
 text, C continuations, L tokens of one.
@@ -66,8 +66,10 @@ class Overheard:
             return [Opinion([], [], None, columns_V, share) for share in shares]
         tokens, parents = torch.cat(self.tokens, 1).tolist(), torch.cat(self.parents, 1).tolist()
         laws_BWD = torch.cat(self.laws, 1).cpu()
-        return [Opinion(own, above, laws_WD, columns_V, share) for own, above, laws_WD, share
-                in zip(tokens, parents, laws_BWD, shares, strict=True)]
+        return [
+            Opinion(own, above, laws_WD, columns_V, share)
+            for own, above, laws_WD, share in zip(tokens, parents, laws_BWD, shares, strict=True)
+        ]
 
 
 def columns_of(vocabulary_D: Tensor | None, vocab_size: int) -> Columns | None:
@@ -105,8 +107,10 @@ class Opinion:
 
     def __post_init__(self) -> None:
         """Index the rows by parent and token."""
-        self._rows = {(parent, token): row
-                      for row, (parent, token) in reversed(list(enumerate(zip(self.parents, self.tokens))))}
+        self._rows = {
+            (parent, token): row
+            for row, (parent, token) in reversed(list(enumerate(zip(self.parents, self.tokens))))
+        }
 
     def judge(self, path: Sequence[int], top: int, least: float) -> float | None:
         """The probability of the part of a path that the drafter has a law for; None when a token
@@ -133,8 +137,9 @@ class Opinion:
 
 
 class Rasd(Partnered):
-    """Continuations of the text's end, from the text and perhaps a corpus, beside a drafter's tree. Without a partner
-    it is its retrieval half. All nodes are point masses: the target's draw does not look at how they came about.
+    """Continuations of the text's end, from the text and perhaps a corpus, beside a drafter's tree.
+    Without a partner it is its retrieval half. All nodes are point masses: the target's draw does
+    not look at how they came about.
 
     Args:
         shape: the target's dimensions.
@@ -142,12 +147,14 @@ class Rasd(Partnered):
             drafters. One that makes its own trees, not by a builder, rules nothing out.
         datastore: folder that `python -m data.datastore` wrote; None retrieves from the text alone.
         longest: tokens of the suffix looked up in the text. length: of a continuation.
-        top, least: a retrieved token stays when the partner has it among the `top` likeliest or finds it at least as
-            likely as `least` (inferred, as is how a token outside its vocabulary is judged).
+        top, least: a retrieved token stays when the partner has it among the `top` likeliest or
+            finds it at least as likely as `least` (inferred, as is how a token outside its
+            vocabulary is judged).
         retrieved: nodes of the budget that the partner leaves to retrieval.
         tokens: nodes drafted in all, unless a method's budget says otherwise (on GPUs about 90, of
             which 30 retrieved; inferred).
-        builder: grows the partner's tree in place of its own builder; an evaluation names it as its methods do.
+        builder: grows the partner's tree in place of its own builder; an evaluation names it as its
+            methods do.
         text_match: how many tokens of the text's end must occur before in the text, so that it is
             asked instead of the corpus; at `longest` + 1 the corpus always goes first. Where one
             has nothing, the other is asked. The paper has either alone. Replaying 146 held-out
@@ -158,15 +165,29 @@ class Rasd(Partnered):
         ValueError: a partner or a builder whose trees cannot be fused.
     """
 
-    def __init__(self, shape: TargetShape, partner: Drafter | None = None, datastore: str | None = None,
-                 longest: int = 3, length: int = 16, top: int = 10, least: float = 0.01, retrieved: int = 3,
-                 tokens: int = 7, builder: TreeBuilder | None = None, text_match: int = 1) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        partner: Drafter | None = None,
+        datastore: str | None = None,
+        longest: int = 3,
+        length: int = 16,
+        top: int = 10,
+        least: float = 0.01,
+        retrieved: int = 3,
+        tokens: int = 7,
+        builder: TreeBuilder | None = None,
+        text_match: int = 1,
+    ) -> None:
         if min(longest, length, top, retrieved) < 1 or tokens <= retrieved:
-            raise ValueError(f"longest, length, top and retrieved must be at least 1 and tokens above retrieved, got "
-                             f"{longest}, {length}, {top}, {retrieved} and {tokens}")
+            raise ValueError(
+                "longest, length, top and retrieved must be at least 1 and tokens above "
+                f"retrieved, got {longest}, {length}, {top}, {retrieved} and {tokens}"
+            )
         if not 1 <= text_match <= longest + 1:
-            raise ValueError(f"text_match must lie between 1 and longest + 1 ({longest + 1}), got "
-                             f"{text_match}")
+            raise ValueError(
+                f"text_match must lie between 1 and longest + 1 ({longest + 1}), got {text_match}"
+            )
         super().__init__(shape, partner, builder)
         self.longest, self.length, self.text_match = longest, length, text_match
         self.top, self.least, self.retrieved, self.tokens = top, least, retrieved, tokens
@@ -178,7 +199,9 @@ class Rasd(Partnered):
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The partner's tree, then the retrieved paths that it does not rule out, the best first."""
+        """The partner's tree, then the retrieved paths that it does not rule out, the best
+        first.
+        """
         assert isinstance(state, PartneredState)
         drafted, heard = self._partners_tree(state, max(1, budget - self.retrieved))
         tries, texts = [], state.texts()
@@ -192,8 +215,9 @@ class Rasd(Partnered):
             tries.append(trie)
         return batch_of_trees(tries, state.newest_B.device)
 
-    def _partners_tree(self, state: PartneredState, budget: int
-                       ) -> tuple[TokenTree | None, Overheard | None]:
+    def _partners_tree(
+        self, state: PartneredState, budget: int
+    ) -> tuple[TokenTree | None, Overheard | None]:
         if self.partner is None or state.partner is None:
             return None, None
         if self.builds is None and type(self.partner).propose is not Drafter.propose:
@@ -205,9 +229,11 @@ class Rasd(Partnered):
         """The commonest continuations in the text, or else in the corpus, or else in the text
         behind less of its end than `text_match`."""
         own = partial(matches, np.array(text), length=self.length)
-        return (frequent_prefixes(own(self.longest, self.text_match), most)
-                or (self.rest.retrieve(text, most) if self.rest is not None else [])
-                or frequent_prefixes(own(self.text_match - 1), most))
+        return (
+            frequent_prefixes(own(self.longest, self.text_match), most)
+            or (self.rest.retrieve(text, most) if self.rest is not None else [])
+            or frequent_prefixes(own(self.text_match - 1), most)
+        )
 
 
 def matches(text_T: np.ndarray, longest: int, shortest: int = 1, *, length: int) -> np.ndarray:
@@ -223,8 +249,17 @@ def matches(text_T: np.ndarray, longest: int, shortest: int = 1, *, length: int)
 
 
 def prune(found: Ranked, opinion: Opinion | None, top: int, least: float) -> list[list[int]]:
-    """The retrieved paths that the drafter does not rule out, by its probability times their share of occurrences."""
+    """The retrieved paths that the drafter does not rule out, by its probability times their share
+    of occurrences.
+    """
     total = sum(count for path, count in found if len(path) == 1)
-    judged = [(1.0 if opinion is None else opinion.judge(path, top, least), count, path) for path, count in found]
-    kept = [(-trust * count / total, len(path), path) for trust, count, path in judged if trust is not None]
+    judged = [
+        (1.0 if opinion is None else opinion.judge(path, top, least), count, path)
+        for path, count in found
+    ]
+    kept = [
+        (-trust * count / total, len(path), path)
+        for trust, count, path in judged
+        if trust is not None
+    ]
     return [path for _, _, path in sorted(kept, key=lambda entry: entry[:2])]

@@ -1,4 +1,5 @@
-"""REST: draft the commonest continuations of the text's end in a corpus (He et al. 2023, arXiv 2311.08252).
+"""REST: draft the commonest continuations of the text's end in a corpus (He et al. 2023, arXiv
+2311.08252).
 
 Shape legend: B sequences.
 """
@@ -14,7 +15,8 @@ from modules.trees.trie import Trie, batch_of_trees, frequent_prefixes
 
 
 class Rest(TextDrafter):
-    """The longest suffix of the text that occurs in the datastore, and a trie of what followed there most often.
+    """The longest suffix of the text that occurs in the datastore, and a trie of what followed
+    there most often.
 
     Args:
         shape: the target's dimensions.
@@ -25,15 +27,33 @@ class Rest(TextDrafter):
         tokens: nodes drafted, unless a method's budget says otherwise (the paper: 64).
     """
 
-    def __init__(self, shape: TargetShape, datastore: str, longest: int = 16, shortest: int = 2, length: int = 10,
-                 hits: int = 5000, tokens: int = 7) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        datastore: str,
+        longest: int = 16,
+        shortest: int = 2,
+        length: int = 10,
+        hits: int = 5000,
+        tokens: int = 7,
+    ) -> None:
         super().__init__(shape)
         if not 1 <= shortest <= longest <= ORDERED:
-            raise ValueError(f"shortest and longest must satisfy 1 <= shortest <= longest <= {ORDERED}, got {shortest} "
-                             f"and {longest}")
+            raise ValueError(
+                f"shortest and longest must satisfy 1 <= shortest <= longest <= {ORDERED}, got "
+                f"{shortest} and {longest}"
+            )
         if min(length, hits, tokens) < 1:
-            raise ValueError(f"length, hits and tokens must be at least 1, got {length}, {hits} and {tokens}")
-        self.longest, self.shortest, self.length, self.hits, self.tokens = longest, shortest, length, hits, tokens
+            raise ValueError(
+                f"length, hits and tokens must be at least 1, got {length}, {hits} and {tokens}"
+            )
+        self.longest, self.shortest, self.length, self.hits, self.tokens = (
+            longest,
+            shortest,
+            length,
+            hits,
+            tokens,
+        )
         self.datastore = Datastore.load(datastore, shape.vocab_size)
 
     @property

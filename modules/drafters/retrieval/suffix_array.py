@@ -1,5 +1,5 @@
-"""A corpus of token ids with a suffix array: where a few tokens occur, and what follows them there (REST, He et al.
-2023, arXiv 2311.08252).
+"""A corpus of token ids with a suffix array: where a few tokens occur, and what follows them there
+(REST, He et al. 2023, arXiv 2311.08252).
 
 Shape legend: M tokens of the corpus, C occurrences, L tokens that follow.
 """
@@ -27,9 +27,11 @@ Array = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Datastore:
-    """Documents one behind the other, `END` behind each, and their suffixes in order of their first tokens.
+    """Documents one behind the other, `END` behind each, and their suffixes in order of their first
+    tokens.
 
-    tokens_M, suffixes_M: int32; suffix i of the order begins at `suffixes_M[i]`. vocab_size: of the tokenizer.
+    tokens_M, suffixes_M: int32; suffix i of the order begins at `suffixes_M[i]`. vocab_size: of the
+    tokenizer.
     """
 
     tokens_M: Array
@@ -43,19 +45,27 @@ class Datastore:
         Raises:
             ValueError: no token in it.
         """
-        tokens = np.array([token for document in documents for token in [*document, END]], dtype=np.int32)
+        tokens = np.array(
+            [token for document in documents for token in [*document, END]], dtype=np.int32
+        )
         if not (tokens != END).any():
             raise ValueError("the corpus has no tokens: give another data set")
         return Datastore(tokens, suffix_order(tokens), vocab_size)
 
     def save(self, folder: Path, source: str | None = None) -> None:
-        """Write `datastore.safetensors` and, last, `datastore.json`, with the name of the data set."""
+        """Write `datastore.safetensors` and, last, `datastore.json`, with the name of the data
+        set.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{os.getpid()}"
         save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, scratch)
         as_umask_says(scratch)
         os.replace(scratch, folder / "datastore.safetensors")
-        scratch.write_text(json.dumps({"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}))
+        scratch.write_text(
+            json.dumps(
+                {"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}
+            )
+        )
         os.replace(scratch, folder / "datastore.json")
 
     @staticmethod
@@ -67,26 +77,34 @@ class Datastore:
         """
         path = Path(folder)
         if not (path / "datastore.json").is_file():
-            raise ValueError(f"datastore {folder!r} does not exist: build it by `python -m data.datastore --output "
-                             f"{folder}`")
+            raise ValueError(
+                f"datastore {folder!r} does not exist: build it by `python -m data.datastore "
+                f"--output {folder}`"
+            )
         found = read_object(path / "datastore.json").get("vocab_size")
         if found != vocab_size:
-            raise ValueError(f"datastore {folder!r} is of a vocabulary of {found} tokens, the target has {vocab_size}: "
-                             "build it with the target's tokenizer")
+            raise ValueError(
+                f"datastore {folder!r} is of a vocabulary of {found} tokens, the target has "
+                f"{vocab_size}: build it with the target's tokenizer"
+            )
         arrays = load_file(path / "datastore.safetensors")
         return Datastore(arrays["tokens"], arrays["suffixes"], vocab_size)
 
     def occurrences(self, pattern: list[int]) -> tuple[int, int]:
-        """The range of suffixes, in their order, that begin with the pattern (at most `ORDERED` tokens)."""
+        """The range of suffixes, in their order, that begin with the pattern (at most `ORDERED`
+        tokens).
+        """
+
         def begin(position: int) -> list[int]:
-            return self.tokens_M[position:position + len(pattern)].tolist()
+            return self.tokens_M[position : position + len(pattern)].tolist()
 
         low = bisect.bisect_left(self.suffixes_M, pattern, key=begin)
         return low, bisect.bisect_right(self.suffixes_M, pattern, low, key=begin)
 
     def longest_match(self, text: list[int], longest: int, shortest: int) -> tuple[int, int, int]:
-        """How many of the last tokens occur in the corpus (`shortest` to `longest`; 0: fewer), and the range of
-        suffixes. If a suffix occurs, so do all shorter ones: halving finds the longest."""
+        """How many of the last tokens occur in the corpus (`shortest` to `longest`; 0: fewer), and
+        the range of suffixes. If a suffix occurs, so do all shorter ones: halving finds the
+        longest."""
         best = (0, 0, 0)
         low, high = shortest, min(longest, len(text))
         while low <= high:
@@ -98,9 +116,12 @@ class Datastore:
                 high = size - 1
         return best
 
-    def continuations(self, matched: int, begin: int, end: int, length: int, most: int | None = None) -> Tokens:
-        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind a document. Of more
-        than `most` suffixes so many at even distances: their order is that of the token ids that follow."""
+    def continuations(
+        self, matched: int, begin: int, end: int, length: int, most: int | None = None
+    ) -> Tokens:
+        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind
+        a document. Of more than `most` suffixes so many at even distances: their order is that of
+        the token ids that follow."""
         count = end - begin if most is None else min(most, end - begin)
         chosen = begin + np.arange(count) * (end - begin) // max(1, count)
         places = self.suffixes_M[chosen, None].astype(np.int64) + matched + np.arange(length)
@@ -110,7 +131,9 @@ class Datastore:
 
 
 def suffix_order(tokens_M: Array) -> Array:
-    """Suffixes ordered by their first `ORDERED` tokens, by doubling (Manber and Myers 1993); ties by position."""
+    """Suffixes ordered by their first `ORDERED` tokens, by doubling (Manber and Myers 1993); ties
+    by position.
+    """
     rank = np.unique(tokens_M, return_inverse=True)[1].astype(np.int64) + 1
     order, span = np.argsort(rank, kind="stable"), 1
     while span < ORDERED and rank.max() < len(rank):

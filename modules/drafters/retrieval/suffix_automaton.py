@@ -22,9 +22,11 @@ HITS = 5000
 
 
 class SuffixAutomaton:
-    """All substrings of a growing text, and the longest suffix of it that occurred before. Amortised O(1) per token.
+    """All substrings of a growing text, and the longest suffix of it that occurred before.
+    Amortised O(1) per token.
 
-    States are numbered from 0 (the empty string). `first_end[s]` is the position behind the first occurrence.
+    States are numbered from 0 (the empty string). `first_end[s]` is the position behind the first
+    occurrence.
     """
 
     def __init__(self) -> None:
@@ -64,11 +66,18 @@ class SuffixAutomaton:
             self.links[new] = self._at_length(state, token)
 
     def _at_length(self, state: int, token: int) -> int:
-        """The state of `state`'s string and the token, cut off a longer one if they share a state."""
+        """The state of `state`'s string and the token, cut off a longer one if they share a
+        state.
+        """
         found = self.moves[state][token]
         if self.lengths[found] == self.lengths[state] + 1:
             return found
-        copy = self._state(dict(self.moves[found]), self.links[found], self.lengths[state] + 1, self.first_end[found])
+        copy = self._state(
+            dict(self.moves[found]),
+            self.links[found],
+            self.lengths[state] + 1,
+            self.first_end[found],
+        )
         self.links[found] = copy
         while state != -1 and self.moves[state].get(token) == found:
             self.moves[state][token] = copy
@@ -78,12 +87,12 @@ class SuffixAutomaton:
         return copy
 
     def continuation(self, count: int, shortest: int) -> list[int]:
-        """Up to `count` tokens behind an earlier occurrence of the matched suffix. Shorter suffixes (of at least
-        `shortest` tokens) are taken while fewer tokens follow."""
+        """Up to `count` tokens behind an earlier occurrence of the matched suffix. Shorter suffixes
+        (of at least `shortest` tokens) are taken while fewer tokens follow."""
         state, matched, best = self._cursor, self.matched, list[int]()
         while state > 0 and matched >= shortest and len(best) < count:
             end = self.first_end[state]
-            best = max(best, self.text[end:end + count], key=len)
+            best = max(best, self.text[end : end + count], key=len)
             state = self.links[state]
             matched = self.lengths[state]
         return best
@@ -119,12 +128,20 @@ class Suffix(Partnered):
         ValueError: no such datastore, or a partner whose trees are not chosen by value.
     """
 
-    def __init__(self, shape: TargetShape, shortest: int = 1, tokens: int = 7,
-                 datastore: str | None = None, bias: int = 1, partner: Drafter | None = None
-                 ) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        shortest: int = 1,
+        tokens: int = 7,
+        datastore: str | None = None,
+        bias: int = 1,
+        partner: Drafter | None = None,
+    ) -> None:
         if shortest < 1 or tokens < 1 or bias < 0:
-            raise ValueError("shortest and tokens must be at least 1 and bias at least 0, got "
-                             f"{shortest}, {tokens} and {bias}")
+            raise ValueError(
+                "shortest and tokens must be at least 1 and bias at least 0, got "
+                f"{shortest}, {tokens} and {bias}"
+            )
         super().__init__(shape, partner)
         self.shortest, self.tokens, self.bias = shortest, tokens, bias
         self.corpus = None if datastore is None else Datastore.load(datastore, shape.vocab_size)
@@ -153,8 +170,10 @@ class Suffix(Partnered):
         # The partner is asked once for the whole batch, and only if a sequence of it needs a draft.
         if self.partner is not None and state.partner is not None and None in drafts:
             drafted = self.partner.propose(state.partner, budget)
-            tries = [as_trie(drafted, sequence) if draft is None else trie
-                     for sequence, (trie, draft) in enumerate(zip(tries, drafts, strict=True))]
+            tries = [
+                as_trie(drafted, sequence) if draft is None else trie
+                for sequence, (trie, draft) in enumerate(zip(tries, drafts, strict=True))
+            ]
         return batch_of_trees(tries, state.newest_B.device)
 
     def continuation(self, automaton: SuffixAutomaton, count: int) -> list[int] | None:

@@ -1,5 +1,5 @@
-"""Token Recycling: the target's own recent predictions after every token, drafted as a tree (Luo et al. 2024,
-arXiv 2408.08696).
+"""Token Recycling: the target's own recent predictions after every token, drafted as a tree (Luo et
+al. 2024, arXiv 2408.08696).
 
 Shape legend: B sequences, T prompt tokens, N nodes, K successors kept per token, V vocabulary.
 """
@@ -21,48 +21,106 @@ from modules.trees.named_trees import Path
 from modules.trees.static import template
 
 _CHILDREN = {
-    "": 8, "0": 8, "1": 4, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1,
-    "00": 8, "01": 3, "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1, "10": 2, "11": 1, "20": 1, "30": 1,
-    "40": 1, "50": 1,
-    "000": 5, "001": 2, "002": 1, "003": 1, "004": 1, "010": 1, "020": 1, "100": 1, "200": 1, "300": 1,
-    "0000": 3, "0001": 1, "0002": 1, "0010": 1, "0100": 1, "1000": 1, "00000": 2, "00010": 1}
-"""The released template: how many of a node's successors are drafted, a node as a string of ranks."""
-TEMPLATE: list[Path] = [[*map(int, node), rank] for node, count in _CHILDREN.items() for rank in range(count)]
+    "": 8,
+    "0": 8,
+    "1": 4,
+    "2": 3,
+    "3": 2,
+    "4": 1,
+    "5": 1,
+    "6": 1,
+    "7": 1,
+    "00": 8,
+    "01": 3,
+    "02": 2,
+    "03": 1,
+    "04": 1,
+    "05": 1,
+    "06": 1,
+    "07": 1,
+    "10": 2,
+    "11": 1,
+    "20": 1,
+    "30": 1,
+    "40": 1,
+    "50": 1,
+    "000": 5,
+    "001": 2,
+    "002": 1,
+    "003": 1,
+    "004": 1,
+    "010": 1,
+    "020": 1,
+    "100": 1,
+    "200": 1,
+    "300": 1,
+    "0000": 3,
+    "0001": 1,
+    "0002": 1,
+    "0010": 1,
+    "0100": 1,
+    "1000": 1,
+    "00000": 2,
+    "00010": 1,
+}
+"""The released template: how many of a node's successors are drafted, a node as a string of
+ranks.
+"""
+TEMPLATE: list[Path] = [
+    [*map(int, node), rank] for node, count in _CHILDREN.items() for rank in range(count)
+]
 RANKS = (0.5, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01)
-"""Weights by which a smaller budget chooses nodes of the template: how the first of several successors lead."""
+"""Weights by which a smaller budget chooses nodes of the template: how the first of several
+successors lead.
+"""
 UNKNOWN = -1
 """Successor of a token that was never read, which is not drafted. (The release drafts token 0
 instead, as often as the template has children there.)"""
 
 
 class TokenRecycling(TextDrafter):
-    """Keeps, for every token, the K most likely successors that the target predicted after it last, and drafts a fixed
-    tree through them. Every verified node is recycled, accepted or not.
+    """Keeps, for every token, the K most likely successors that the target predicted after it last,
+    and drafts a fixed tree through them. Every verified node is recycled, accepted or not.
 
-    What is known stays from prompt to prompt (hot start), and with the drafter where it is saved; `forget` begins anew.
+    What is known stays from prompt to prompt (hot start), and with the drafter where it is saved;
+    `forget` begins anew.
 
     Args:
         shape: the target's dimensions.
         successors: K.
-        tokens: nodes drafted, unless a method's budget says otherwise (the paper: 80); a smaller tree keeps the most
-            valuable nodes of the paper's.
-        recycle_prompt: also recycle what the target predicts along the prompt (costs its LM head there).
+        tokens: nodes drafted, unless a method's budget says otherwise (the paper: 80); a smaller
+            tree keeps the most valuable nodes of the paper's.
+        recycle_prompt: also recycle what the target predicts along the prompt (costs its LM head
+            there).
         cold: begin every batch of prompts with nothing known.
     """
 
     successors_VK: Tensor
 
-    def __init__(self, shape: TargetShape, successors: int = 8, tokens: int = 7, recycle_prompt: bool = False,
-                 cold: bool = False) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        successors: int = 8,
+        tokens: int = 7,
+        recycle_prompt: bool = False,
+        cold: bool = False,
+    ) -> None:
         super().__init__(shape)
         most = min(8, shape.vocab_size)
         if not 1 <= successors <= most:
             raise ValueError(f"successors must lie between 1 and {most}, got {successors}")
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.successors, self.tokens, self.recycle_prompt, self.cold = successors, tokens, recycle_prompt, cold
+        self.successors, self.tokens, self.recycle_prompt, self.cold = (
+            successors,
+            tokens,
+            recycle_prompt,
+            cold,
+        )
         paths = [path for path in TEMPLATE if max(path) < successors]
-        self.paths: Sequence[Path] = sorted(paths, key=lambda path: -path_probability(path, [RANKS] * 6))
+        self.paths: Sequence[Path] = sorted(
+            paths, key=lambda path: -path_probability(path, [RANKS] * 6)
+        )
         unknown_VK = torch.full((shape.vocab_size, successors), UNKNOWN, dtype=torch.int32)
         self.register_buffer("successors_VK", unknown_VK)
 
@@ -92,8 +150,11 @@ class TokenRecycling(TextDrafter):
         if self.recycle_prompt:
             inside = torch.arange(context.input_ids_BT.shape[1], device=context.lengths_B.device)
             read_BT = inside < context.lengths_B[:, None]
-            for states_MH, tokens_M in zip(context.states["final"][read_BT].split(64),
-                                           context.input_ids_BT[read_BT].split(64), strict=True):
+            for states_MH, tokens_M in zip(
+                context.states["final"][read_BT].split(64),
+                context.input_ids_BT[read_BT].split(64),
+                strict=True,
+            ):
                 self.recycle(tokens_M, context.target.logits(states_MH))
         return super().start(context)
 
@@ -106,7 +167,9 @@ class TokenRecycling(TextDrafter):
         tokens_BN = state.newest_B[:, None]
         for level in fixed.levels:
             known_BWK = self.successors_VK[tokens_BN[:, level.nodes]]
-            tokens_BN = torch.cat([tokens_BN, known_BWK[:, level.sources, level.ranks].long()], dim=1)
+            tokens_BN = torch.cat(
+                [tokens_BN, known_BWK[:, level.sources, level.ranks].long()], dim=1
+            )
         topology, known_BN = fixed.topology.expand(len(tokens_BN)), tokens_BN >= 0
         if bool(known_BN.all()):
             return TokenTree(tokens_BN, topology)
@@ -121,7 +184,9 @@ class TokenRecycling(TextDrafter):
         return super().absorb(state, verified, accepted)
 
     def recycle(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
-        """Remember the K most likely successors of each token; of a token's several rows the last one counts."""
+        """Remember the K most likely successors of each token; of a token's several rows the last
+        one counts.
+        """
         later_MM = (tokens_M[:, None] == tokens_M).triu(1)
         last_M = ~later_MM.any(1)
         best_MK = logits_MV[last_M].topk(self.successors, dim=-1).indices

@@ -1,1 +1,3 @@
-"""Small language models that draft: they read tokens alone, so they may serve any target with the same vocabulary."""
+"""Small language models that draft: they read tokens alone, so they may serve any target with the
+same vocabulary.
+"""

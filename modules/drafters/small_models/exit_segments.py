@@ -1,11 +1,11 @@
 """Runs of layers with a KV cache each, which catch up on the rows that stopped short of them.
 
-A row that left after an early segment has no keys in the later ones. It stays there as pending, by its hidden state;
-when a later row goes deeper, the segment runs all pending rows and that one in a single call, which is exactly what
-running every layer on every row would have given.
+A row that left after an early segment has no keys in the later ones. It stays there as pending, by
+its hidden state; when a later row goes deeper, the segment runs all pending rows and that one in a
+single call, which is exactly what running every layer on every row would have given.
 
-Shape legend: B sequences, N rows of one call, P pending prefix rows, R rows of a proposal, J rows of a call in the
-order they are written, W frontier nodes, H hidden size.
+Shape legend: B sequences, N rows of one call, P pending prefix rows, R rows of a proposal, J rows
+of a call in the order they are written, W frontier nodes, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from modules.layers.decoder_layer import LayerCache, run_layers
 
 @dataclass(frozen=True)
 class Pending:
-    """Prefix rows that a segment has yet to run: hidden_BPH [B,P,H], the first `counts_B` of each sequence."""
+    """Prefix rows that a segment has yet to run: hidden_BPH [B,P,H], the first `counts_B` of each
+    sequence.
+    """
 
     hidden_BPH: Tensor
     counts_B: Tensor
@@ -32,17 +34,24 @@ class Pending:
     @staticmethod
     def none(like_BNH: Tensor) -> Pending:
         """No rows, for as many sequences."""
-        return Pending(like_BNH[:, :0], torch.zeros(len(like_BNH), dtype=torch.long, device=like_BNH.device))
+        return Pending(
+            like_BNH[:, :0], torch.zeros(len(like_BNH), dtype=torch.long, device=like_BNH.device)
+        )
 
     def and_then(self, more: Pending) -> Pending:
         """These rows and others behind them, sequence by sequence."""
         held = self.hidden_BPH.shape[1]
         if held == 0 or more.hidden_BPH.shape[1] == 0:
             return more if held == 0 else self
-        both, counts = torch.cat([self.hidden_BPH, more.hidden_BPH], dim=1), self.counts_B + more.counts_B
+        both, counts = (
+            torch.cat([self.hidden_BPH, more.hidden_BPH], dim=1),
+            self.counts_B + more.counts_B,
+        )
         place = torch.arange(int(counts.max()), device=counts.device).expand(len(counts), -1)
         own_B1 = self.counts_B[:, None]
-        index = torch.where(place < own_B1, place, held + place - own_B1).clamp(max=both.shape[1] - 1)
+        index = torch.where(place < own_B1, place, held + place - own_B1).clamp(
+            max=both.shape[1] - 1
+        )
         return Pending(rows_at(both, index), counts)
 
     def select(self, sequences_S: Tensor) -> Pending:
@@ -55,7 +64,8 @@ class Segment:
     """What one run of layers has read of its sequences.
 
     caches: keys and values of its layers. pending: prefix rows it has yet to run.
-    rows_BRH: its inputs of the rows of this proposal, as far as they came; the first `written` have run.
+    rows_BRH: its inputs of the rows of this proposal, as far as they came; the first `written` have
+    run.
     """
 
     caches: list[LayerCache]
@@ -72,17 +82,24 @@ class Segment:
 
     def select(self, sequences_S: Tensor) -> Segment:
         """The segment of these sequences alone (int64 [S])."""
-        return Segment([cache.select(sequences_S) for cache in self.caches], self.pending.select(sequences_S),
-                       self.rows_BRH[sequences_S], self.written)
+        return Segment(
+            [cache.select(sequences_S) for cache in self.caches],
+            self.pending.select(sequences_S),
+            self.rows_BRH[sequences_S],
+            self.written,
+        )
 
     def forget_proposal(self) -> None:
         """Drop the rows of a proposal; prefix rows stay."""
         self.rows_BRH, self.written = self.rows_BRH[:, :0], 0
 
-    def catch_up(self, layers: nn.ModuleList, above_BRR: Tensor, position_ids_BR: Tensor) -> tuple[Pending, Tensor]:
+    def catch_up(
+        self, layers: nn.ModuleList, above_BRR: Tensor, position_ids_BR: Tensor
+    ) -> tuple[Pending, Tensor]:
         """Run everything that has not run, in one call.
 
-        Returns the outputs of the prefix rows and of the proposal's rows [B,N,H] that had been waiting.
+        Returns the outputs of the prefix rows and of the proposal's rows [B,N,H] that had been
+        waiting.
 
         Args:
             layers: the segment's layers.
@@ -94,7 +111,9 @@ class Segment:
         assert start == 0 or held == 0, "prefix rows come before the proposal's"
         hidden = torch.cat([behind.hidden_BPH, self.rows_BRH[:, start:]], dim=1)
         offsets = torch.arange(held, device=hidden.device)
-        positions = torch.cat([self.caches[0].lengths_B[:, None] + offsets, position_ids_BR[:, start:stop]], dim=1)
+        positions = torch.cat(
+            [self.caches[0].lengths_B[:, None] + offsets, position_ids_BR[:, start:stop]], dim=1
+        )
         order_BJ = _written_order(behind.counts_B, held, stop - start)
         visible = _visible(behind.counts_B, held, above_BRR[:, start:stop, :stop])
         rows = Rows(positions.gather(1, order_BJ), _reordered(visible, order_BJ), cached=True)
@@ -107,14 +126,24 @@ class Segment:
 
 
 def _written_order(counts_B: Tensor, held: int, new: int) -> Tensor:
-    """int64 [B,J]: real prefix rows first, then the proposal's rows, then what only fills up the prefix rows."""
+    """int64 [B,J]: real prefix rows first, then the proposal's rows, then what only fills up the
+    prefix rows.
+    """
     place, count = torch.arange(held + new, device=counts_B.device), counts_B[:, None]
-    return torch.where(place < count, place, torch.where(place < count + new, held + place - count, place - new))
+    return torch.where(
+        place < count, place, torch.where(place < count + new, held + place - count, place - new)
+    )
 
 
 def _visible(counts_B: Tensor, held: int, above_BNR: Tensor) -> Tensor:
-    """bool [B,P+N,P+R]: prefix rows see those before them; the proposal's see the prefix and what stands above them."""
-    causal = torch.ones(held, held, dtype=torch.bool, device=counts_B.device).tril().expand(len(counts_B), -1, -1)
+    """bool [B,P+N,P+R]: prefix rows see those before them; the proposal's see the prefix and what
+    stands above them.
+    """
+    causal = (
+        torch.ones(held, held, dtype=torch.bool, device=counts_B.device)
+        .tril()
+        .expand(len(counts_B), -1, -1)
+    )
     prefix = torch.arange(held, device=counts_B.device) < counts_B[:, None]
     below = torch.cat([prefix[:, None].expand(-1, above_BNR.shape[1], -1), above_BNR], dim=2)
     return torch.cat([F.pad(causal, (0, above_BNR.shape[2])), below], dim=1)

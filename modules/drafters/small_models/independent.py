@@ -1,11 +1,13 @@
 """A small language model that drafts on its own: plain two-model speculative decoding.
 
-Speculative decoding with a second model (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318),
-the drafter distilled from its target (DistillSpec, Zhou et al. 2023, arXiv 2310.08461; online speculative decoding, Liu
-et al. 2023, arXiv 2310.07177). The drafter is a stock Hugging Face model behind the class that also runs the target.
+Speculative decoding with a second model (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023,
+arXiv 2302.01318), the drafter distilled from its target (DistillSpec, Zhou et al. 2023, arXiv
+2310.08461; online speculative decoding, Liu et al. 2023, arXiv 2310.07177). The drafter is a stock
+Hugging Face model behind the class that also runs the target.
 
-Shape legend: B sequences, T tokens of a packed row or prompt, N rows of one call, M training rows, W frontier nodes,
-A rows of a proposal but its root, P unread tokens, H hidden size of the drafter, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row or prompt, N rows of one call, M training rows,
+W frontier nodes, A rows of a proposal but its root, P unread tokens, H hidden size of the drafter,
+D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ from modules.trees.static import StaticTree
 class IndependentState(DraftState):
     """What the drafter has read of its sequences.
 
-    cache: its own KV cache. unread_BP, unread_counts_B: tokens of the text that are not in it, the newest one last.
+    cache: its own KV cache. unread_BP, unread_counts_B: tokens of the text that are not in it, the
+    newest one last.
     root_BH: what its LM head reads behind the newest token, once that is read.
-    above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees, itself included.
+    above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
+    itself included.
     """
 
     cache: SlotCache
@@ -69,8 +73,8 @@ class IndependentState(DraftState):
 
 
 class Independent(TokenDrafter):
-    """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own. Its embedding may have
-    more or fewer rows than the target's: ids that both have are drafted.
+    """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own. Its
+    embedding may have more or fewer rows than the target's: ids that both have are drafted.
 
     Loss: a divergence of its law q from the target's law p, at temperature 1. The KL and
     Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
@@ -81,14 +85,16 @@ class Independent(TokenDrafter):
 
     Args:
         shape: the target's dimensions.
-        model: where it starts: Hub id, folder or .gguf file of a causal LM; null for the target itself; a Hugging
-            Face config (with `model_type`) for random weights. A saved drafter holds its config here.
-        layers: how many first layers are kept, with the embedding, the final norm and the LM head; null for all of a
-            named model, and for an eighth of the target's, two at least.
-        draft_vocabulary: how many token ids can be drafted; null for all that both models have. Only their LM-head
-            rows are computed.
+        model: where it starts: Hub id, folder or .gguf file of a causal LM; null for the target
+            itself; a Hugging Face config (with `model_type`) for random weights. A saved drafter
+            holds its config here.
+        layers: how many first layers are kept, with the embedding, the final norm and the LM head;
+            null for all of a named model, and for an eighth of the target's, two at least.
+        draft_vocabulary: how many token ids can be drafted; null for all that both models have.
+            Only their LM-head rows are computed.
         divergence: `forward_kl`, `reverse_kl`, `kl_mixture`, `jensen_shannon` or `total_variation`.
-        own_text: share of training batches whose answers the drafter writes itself before it learns from them.
+        own_text: share of training batches whose answers the drafter writes itself before it learns
+            from them.
         own_tokens: tokens that it then writes behind each prompt.
         frozen_embedding: keep the embedding, and an LM head tied to it, as they are.
         draft_length: tokens of a chain, or levels of a tree.
@@ -100,22 +106,37 @@ class Independent(TokenDrafter):
     soft_labels = True
     language_model: Target
 
-    def __init__(self, shape: TargetShape, model: str | dict[str, Any] | None = None, layers: int | None = None,
-                 draft_vocabulary: int | None = None, divergence: str = "forward_kl", own_text: float = 0.0,
-                 own_tokens: int = 32, frozen_embedding: bool = False, draft_length: int = 3, width: int = 1,
-                 tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        model: str | dict[str, Any] | None = None,
+        layers: int | None = None,
+        draft_vocabulary: int | None = None,
+        divergence: str = "forward_kl",
+        own_text: float = 0.0,
+        own_tokens: int = 32,
+        frozen_embedding: bool = False,
+        draft_length: int = 3,
+        width: int = 1,
+        tokenizer: str | None = None,
+    ) -> None:
         _check(divergence, own_text, own_tokens, draft_length, width)
         if isinstance(model, dict):
             config = config_of_dict(model, layers)
         else:
-            config = config_of_shape(shape, layers) if model is None else config_named(model, layers)
+            config = (
+                config_of_shape(shape, layers) if model is None else config_named(model, layers)
+            )
         super().__init__(shape, config.vocab_size, draft_vocabulary)
         self.source, self.layers, self.frozen_embedding = model, layers, frozen_embedding
         self.divergence_name, self.own_text, self.own_tokens = divergence, own_text, own_tokens
-        # A saved one is built on whatever device the caller is: its loader outlines it on meta first.
+        # A saved one is built on whatever device the caller is: its loader outlines it on meta
+        # first.
         with nullcontext() if isinstance(model, dict) else torch.device("meta"):
             self._adopt(fresh_model(config))
-        self._builder = StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
+        self._builder = (
+            StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
+        )
         self._budget = max(CHEAP_BUDGET, draft_length)
 
     def _adopt(self, model: Any) -> None:
@@ -129,7 +150,8 @@ class Independent(TokenDrafter):
         """Take the weights it starts from, and remember its config and the tokenizer.
 
         Raises:
-            ValueError: a named model that cannot be loaded, or reads another tokenizer than the target.
+            ValueError: a named model that cannot be loaded, or reads another tokenizer than the
+                target.
         """
         if not isinstance(self.source, dict):
             config, weights = load_named(self.source, self.layers, target)
@@ -137,27 +159,33 @@ class Independent(TokenDrafter):
             missing, _ = self.model.load_state_dict(weights, strict=False)
             assert not missing, missing
         self.source = dict_of_config(self.model.config)
-        self.arguments |= {"model": self.source, "layers": None, "tokenizer": vocabulary_hash(target.tokenizer)}
+        self.arguments |= {
+            "model": self.source,
+            "layers": None,
+            "tokenizer": vocabulary_hash(target.tokenizer),
+        }
 
     @property
     def stock(self) -> Any:
-        """The Hugging Face model as its library runs it (same weights): `stock.save_pretrained(folder)` gives a plain
-        folder. It knows nothing of a trimmed draft vocabulary: tokens outside were never taught to be unlikely."""
+        """The Hugging Face model as its library runs it (same weights):
+        `stock.save_pretrained(folder)` gives a plain folder. It knows nothing of a trimmed draft
+        vocabulary: tokens outside were never taught to be unlikely."""
         return self.language_model.stock
 
     def head(self, depth: int, target: Target) -> Head:
-        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the target's
-        its first. Its weights are read, and its module never called, for the sake of ZeRO stage 3
-        (`modules.losses.chunked.LearntHead`)."""
+        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the
+        target's its first. Its weights are read, and its module never called, for the sake of ZeRO
+        stage 3 (`modules.losses.chunked.LearntHead`)."""
         model, own = self.language_model, self.language_model.anatomy.head
 
         def logits(hidden: Tensor) -> Tensor:
             if self.vocabulary is not None or not isinstance(own, nn.Linear):
                 return model.logits(hidden, self.vocabulary)
             return model.capped(narrow_linear(hidden.to(model.dtype), own.weight, own.bias))
-        return lambda hidden: logits(hidden)[..., :self.draft_size]
 
-    # -- training ---------------------------------------------------------------------------------------------
+        return lambda hidden: logits(hidden)[..., : self.draft_size]
+
+    # -- training ----------------------------------------------------------------------------------
 
     @property
     def online(self) -> bool:
@@ -167,16 +195,24 @@ class Independent(TokenDrafter):
     @property
     def uneven_calls(self) -> str:
         """Text of its own is written by one process and not by another."""
-        return f"drafter.own_text is {self.own_text}: processes write at different steps" if self.online else ""
+        return (
+            f"drafter.own_text is {self.own_text}: processes write at different steps"
+            if self.online
+            else ""
+        )
 
     def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
         """The chosen one [M]."""
         return DIVERGENCES[self.divergence_name](logits_MD, law_MD)
 
-    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
         """The inputs [M,H] of the LM head: a single draft step."""
         batch = replace(batch, input_ids=self.read_ids(batch.input_ids))
-        final = self.language_model.features(batch, ("final",), gradient=torch.is_grad_enabled())["final"]
+        final = self.language_model.features(batch, ("final",), gradient=torch.is_grad_enabled())[
+            "final"
+        ]
         yield final.flatten(0, 1)[rows.flat_MK1[:, 1]]
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
@@ -203,33 +239,53 @@ class Independent(TokenDrafter):
         if self.vocabulary_D is not None:
             laws = covered_laws(target.unrounded_logits, final_BTH, self.vocabulary_D, size)
         counted_M = torch.where(step.valid_M, 0, IGNORED)
-        return cross_entropy(step.feature_MH, self.head(0, target), counted_M, self.draft_size,
-                             laws, step.flat_M, total_variation)[0]
+        return cross_entropy(
+            step.feature_MH,
+            self.head(0, target),
+            counted_M,
+            self.draft_size,
+            laws,
+            step.flat_M,
+            total_variation,
+        )[0]
 
     def own_or_given(self, batch: TextBatch) -> TextBatch:
-        """The batch, or as often as `own_text` says its prompts with answers that the drafter writes now."""
+        """The batch, or as often as `own_text` says its prompts with answers that the drafter
+        writes now.
+        """
         room = self.language_model.max_positions - self.own_tokens
-        prompts = [self.read_ids(prompt) for prompt in document_prompts(batch) if len(prompt) <= room]
+        prompts = [
+            self.read_ids(prompt) for prompt in document_prompts(batch) if len(prompt) <= room
+        ]
         if not prompts or float(torch.rand(())) >= self.own_text:
             return batch
         return written(self.language_model, prompts, self.own_tokens, self.tokens_D)
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     def start(self, context: Context) -> IndependentState:
         """Nothing is read before the first draft asks for it."""
         lengths_B, newest_B = context.lengths_B, context.newest_B
-        cache = SlotCache(self.language_model.shape.num_layers, len(newest_B), context.input_ids_BT.shape[1] + 64)
-        unread_BP, counts_B = _appended(context.input_ids_BT, lengths_B, newest_B[:, None], torch.ones_like(lengths_B))
+        cache = SlotCache(
+            self.language_model.shape.num_layers, len(newest_B), context.input_ids_BT.shape[1] + 64
+        )
+        unread_BP, counts_B = _appended(
+            context.input_ids_BT, lengths_B, newest_B[:, None], torch.ones_like(lengths_B)
+        )
         return IndependentState(context, newest_B, lengths_B, cache, unread_BP, counts_B)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one call."""
+        """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one
+        call.
+        """
         assert isinstance(state, IndependentState)
         head = self.head(frontier.depth, state.context.target)
         if frontier.depth == 0 or state.above_BRA is None:
             return head(self._read_text(state)[:, None])
-        above, (count, ahead) = see_parents(state.above_BRA, frontier.parents_BW), state.above_BRA.shape[1:]
+        above, (count, ahead) = (
+            see_parents(state.above_BRA, frontier.parents_BW),
+            state.above_BRA.shape[1:],
+        )
         positions_B1 = state.cache.lengths_tensor(above.device)[:, None] + frontier.depth - 1
         rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above, cached=True)
         assert count == ahead + 1, "every row but the root stands behind the text"
@@ -238,7 +294,9 @@ class Independent(TokenDrafter):
         return head(final_BWH)
 
     def _read_text(self, state: IndependentState) -> Tensor:
-        """Read what is unread, the newest token too (it is text already); LM-head inputs [B,H] behind it."""
+        """Read what is unread, the newest token too (it is text already); LM-head inputs [B,H]
+        behind it.
+        """
         count = state.unread_BP.shape[1]
         if count or state.root_BH is None:
             starts_B = state.cache.lengths_tensor(state.newest_B.device)
@@ -247,8 +305,13 @@ class Independent(TokenDrafter):
             state.root_BH = final_BPH[torch.arange(len(last_B), device=last_B.device), last_B]
             order = torch.arange(count, device=last_B.device).expand(len(last_B), -1)
             state.cache.commit(Accepted(order, state.unread_counts_B, state.newest_B))
-            state.unread_BP, state.unread_counts_B = state.unread_BP[:, :0], torch.zeros_like(last_B)
-        state.above_BRA = torch.zeros(len(state.newest_B), 1, 0, dtype=torch.bool, device=state.newest_B.device)
+            state.unread_BP, state.unread_counts_B = (
+                state.unread_BP[:, :0],
+                torch.zeros_like(last_B),
+            )
+        state.above_BRA = torch.zeros(
+            len(state.newest_B), 1, 0, dtype=torch.bool, device=state.newest_B.device
+        )
         return state.root_BH
 
     def _read(self, state: IndependentState, tokens_BN: Tensor, rows: Rows) -> Tensor:
@@ -259,24 +322,44 @@ class Independent(TokenDrafter):
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """The emitted tokens wait to be read with the next root; the drafted rows are forgotten."""
         assert isinstance(state, IndependentState)
-        unread, counts = _appended(state.unread_BP, state.unread_counts_B, accepted.emitted(verified.tree),
-                                   accepted.lengths_B)
-        return replace(super().absorb(state, verified, accepted), unread_BP=unread, unread_counts_B=counts,
-                       above_BRA=None)
+        unread, counts = _appended(
+            state.unread_BP,
+            state.unread_counts_B,
+            accepted.emitted(verified.tree),
+            accepted.lengths_B,
+        )
+        return replace(
+            super().absorb(state, verified, accepted),
+            unread_BP=unread,
+            unread_counts_B=counts,
+            above_BRA=None,
+        )
 
 
-def _appended(tokens_BP: Tensor, counts_B: Tensor, more_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `counts_B` tokens of each sequence and the first `lengths_B` of more behind them, and how many."""
+def _appended(
+    tokens_BP: Tensor, counts_B: Tensor, more_BN: Tensor, lengths_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first `counts_B` tokens of each sequence and the first `lengths_B` of more behind them,
+    and how many.
+    """
     places = counts_B[:, None] + torch.arange(more_BN.shape[1], device=counts_B.device)
     counts = counts_B + lengths_B
-    return F.pad(tokens_BP, (0, more_BN.shape[1])).scatter(1, places, more_BN)[:, :int(counts.max())], counts
+    return F.pad(tokens_BP, (0, more_BN.shape[1])).scatter(1, places, more_BN)[
+        :, : int(counts.max())
+    ], counts
 
 
-def _check(divergence: str, own_text: float, own_tokens: int, draft_length: int, width: int) -> None:
+def _check(
+    divergence: str, own_text: float, own_tokens: int, draft_length: int, width: int
+) -> None:
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence {divergence!r} is unknown: use one of {', '.join(DIVERGENCES)}")
+        raise ValueError(
+            f"divergence {divergence!r} is unknown: use one of {', '.join(DIVERGENCES)}"
+        )
     if not 0 <= own_text <= 1:
         raise ValueError(f"own_text must lie between 0 and 1, got {own_text}")
     if min(own_tokens, draft_length, width) < 1:
-        raise ValueError("own_tokens, draft_length and width must be at least 1, got "
-                         f"{own_tokens}, {draft_length} and {width}")
+        raise ValueError(
+            "own_tokens, draft_length and width must be at least 1, got "
+            f"{own_tokens}, {draft_length} and {width}"
+        )

@@ -1,4 +1,5 @@
-"""Text that a drafter writes itself, for training on what it will be asked (on-policy distillation).
+"""Text that a drafter writes itself, for training on what it will be asked (on-policy
+distillation).
 
 Shape legend: B documents, T tokens.
 """
@@ -21,17 +22,22 @@ if TYPE_CHECKING:
 def document_prompts(batch: TextBatch) -> list[Tensor]:
     """The tokens before the first answer of every document, where there are any."""
     prompts = []
-    for ids_T, mask_T, documents_T in zip(batch.input_ids, batch.loss_mask, batch.document_ids, strict=True):
+    for ids_T, mask_T, documents_T in zip(
+        batch.input_ids, batch.loss_mask, batch.document_ids, strict=True
+    ):
         for document in documents_T.unique().tolist():
             answers = ((documents_T == document) & mask_T).nonzero()[:, 0]
             if document != PADDING_DOCUMENT and len(answers):
-                prompts.append(ids_T[:answers[0]][documents_T[:answers[0]] == document])
+                prompts.append(ids_T[: answers[0]][documents_T[: answers[0]] == document])
     return [prompt for prompt in prompts if len(prompt)]
 
 
 @torch.no_grad()
-def written(model: Target, prompts: list[Tensor], tokens: int, vocabulary_D: Tensor | None = None) -> TextBatch:
-    """Prompts continued by `tokens` tokens each, drawn from the model's law at temperature 1 by torch's own generator.
+def written(
+    model: Target, prompts: list[Tensor], tokens: int, vocabulary_D: Tensor | None = None
+) -> TextBatch:
+    """Prompts continued by `tokens` tokens each, drawn from the model's law at temperature 1 by
+    torch's own generator.
 
     One document a row, right-padded; the drawn tokens are the labels.
 
@@ -62,8 +68,12 @@ def _draw(logits_BV: Tensor, vocabulary_D: Tensor | None) -> Tensor:
 
 def _batch(prompts_BT: Tensor, lengths_B: Tensor, drawn_BN: Tensor) -> TextBatch:
     count = drawn_BN.shape[1]
-    order = torch.arange(prompts_BT.shape[1] + count, device=prompts_BT.device).expand(len(prompts_BT), -1)
+    order = torch.arange(prompts_BT.shape[1] + count, device=prompts_BT.device).expand(
+        len(prompts_BT), -1
+    )
     answers = lengths_B[:, None] + torch.arange(count, device=prompts_BT.device)
     ids = F.pad(prompts_BT, (0, count)).scatter(1, answers, drawn_BN)
     real = order < lengths_B[:, None] + count
-    return TextBatch(ids, real & (order >= lengths_B[:, None]), order, torch.where(real, 0, PADDING_DOCUMENT))
+    return TextBatch(
+        ids, real & (order >= lengths_B[:, None]), order, torch.where(real, 0, PADDING_DOCUMENT)
+    )

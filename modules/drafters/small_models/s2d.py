@@ -1,11 +1,11 @@
 """S2D: one drafter that holds several, sorted by depth (Kavehzadeh et al. 2024, arXiv 2407.01955).
 
-The first l_i layers, the final norm and the LM head are a language model for every exit l_i; sorted fine-tuning (Sorted
-LLaMA, arXiv 2309.08968; SortedNet, arXiv 2309.00255) makes each of them one. Each drafted token chooses its own exit by
-how sure the drafter is of it.
+The first l_i layers, the final norm and the LM head are a language model for every exit l_i; sorted
+fine-tuning (Sorted LLaMA, arXiv 2309.08968; SortedNet, arXiv 2309.00255) makes each of them one.
+Each drafted token chooses its own exit by how sure the drafter is of it.
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, W frontier nodes, R rows of a
-proposal, A accepted rows, H hidden size, D draft vocabulary.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, W frontier
+nodes, R rows of a proposal, A accepted rows, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Frontier, TreeBuilder, Verified
+from modules.contracts.drafter import (
+    Accepted,
+    Context,
+    Drafter,
+    DraftState,
+    Frontier,
+    TreeBuilder,
+    Verified,
+)
 from modules.contracts.token_tree import Law, TokenTree
 from modules.contracts.trainable import Losses, Mean, TargetShape
 from modules.drafters.heads.base import soft_labels
@@ -28,7 +36,15 @@ from modules.drafters.small_models.exit_segments import Pending, Segment
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET, rows_at
 from modules.layers.decoder_layer import DecoderLayer, run_layers, target_weight
-from modules.losses.chunked import IGNORED, Head, TrainingRows, accuracy, cross_entropy, masked_mean, training_rows
+from modules.losses.chunked import (
+    IGNORED,
+    Head,
+    TrainingRows,
+    accuracy,
+    cross_entropy,
+    masked_mean,
+    training_rows,
+)
 from modules.target.hf_models import vocabulary_hash
 from modules.target.kernels.cpu_kernels import narrow_linear
 from modules.trees.reranked import RerankedTree
@@ -58,57 +74,84 @@ class SortedState(DraftState):
 
     def begin(self) -> None:
         """Forget the last proposal."""
-        self.above_BRR, self.positions_BR, self.exits = self.above_BRR[:, :0, :0], self.positions_BR[:, :0], []
+        self.above_BRR, self.positions_BR, self.exits = (
+            self.above_BRR[:, :0, :0],
+            self.positions_BR[:, :0],
+            [],
+        )
         for segment in self.segments:
             segment.forget_proposal()
 
     def add(self, frontier: Frontier) -> None:
         """Rows that see what their parents see, and themselves."""
         count = frontier.tokens_BW.shape[1]
-        own = torch.eye(count, dtype=torch.bool, device=self.above_BRR.device).expand(len(self.above_BRR), -1, -1)
+        own = torch.eye(count, dtype=torch.bool, device=self.above_BRR.device).expand(
+            len(self.above_BRR), -1, -1
+        )
         parents = frontier.parents_BW.clamp(min=0)
         first = self.above_BRR.shape[1] == 0
-        above = self.above_BRR.new_zeros(*own.shape[:2], 0) if first else rows_at(self.above_BRR, parents)
-        self.above_BRR = torch.cat([F.pad(self.above_BRR, (0, count)), torch.cat([above, own], dim=2)], dim=1)
+        above = (
+            self.above_BRR.new_zeros(*own.shape[:2], 0)
+            if first
+            else rows_at(self.above_BRR, parents)
+        )
+        self.above_BRR = torch.cat(
+            [F.pad(self.above_BRR, (0, count)), torch.cat([above, own], dim=2)], dim=1
+        )
         positions = (self.lengths_B[:, None] + frontier.depth).expand(-1, count)
         self.positions_BR = torch.cat([self.positions_BR, positions], dim=1)
 
 
 class Sorted(TokenDrafter):
-    """A small language model of the target's kind, made from its first layers, that can be left at several depths.
+    """A small language model of the target's kind, made from its first layers, that can be left at
+    several depths.
 
-    Loss: (1 / n) Σ_i CE(W RMSNorm(h^{l_i}), next token), all exits in one pass, the same norm and LM head for all.
-    Drafting: a level of the tree leaves at the first exit whose most likely token, over the level's nodes and in every
-    sequence of the batch, has a probability above the exit's threshold; the last exit always lets it go.
+    Loss: (1 / n) Σ_i CE(W RMSNorm(h^{l_i}), next token), all exits in one pass, the same norm and
+    LM head for all. Drafting: a level of the tree leaves at the first exit whose most likely token,
+    over the level's nodes and in every sequence of the batch, has a probability above the exit's
+    threshold; the last exit always lets it go.
 
-    It reads tokens alone: one drafter serves targets of any size with its vocabulary, each with thresholds of its own
-    (`AtThresholds`, or the attribute `thresholds`).
+    It reads tokens alone: one drafter serves targets of any size with its vocabulary, each with
+    thresholds of its own (`AtThresholds`, or the attribute `thresholds`).
 
     Args:
         shape: dimensions of the target it is made from; its layers are of that size.
-        exits: layers after which it may be left, ascending, the last its depth; null: a third, two thirds and all of a
-            fifth of the target's layers (the paper: 6, 9 and 12 of 32).
-        thresholds: of every exit but the last, or one for all; 1 or more never leaves there, nor asks the LM head.
+        exits: layers after which it may be left, ascending, the last its depth; null: a third, two
+            thirds and all of a fifth of the target's layers (the paper: 6, 9 and 12 of 32).
+        thresholds: of every exit but the last, or one for all; 1 or more never leaves there, nor
+            asks the LM head.
         draft_vocabulary: how many token ids can be drafted; None for all.
         labels: `"hard"`, the text's tokens (the paper), or `"soft"`, the target's law of them.
         sorted_training: False trains the last exit alone (plain fine-tuning, the paper's control).
         frozen_embedding: keep the embedding as the target's.
         draft_length: tokens of a chain at first, or levels of a tree.
-        adaptive: let the chain grow by two when all of it was accepted, as far as the budget, and shrink by one when
-            not.
+        adaptive: let the chain grow by two when all of it was accepted, as far as the budget, and
+            shrink by one when not.
         width: 1 drafts a chain; more, a tree that expands so many nodes per level (EAGLE-2's).
         tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
     """
 
-    def __init__(self, shape: TargetShape, exits: list[int] | None = None, thresholds: list[float] | float = 0.5,
-                 draft_vocabulary: int | None = None, labels: Literal["hard", "soft"] = "hard",
-                 sorted_training: bool = True, frozen_embedding: bool = True, draft_length: int = 3,
-                 adaptive: bool = True, width: int = 1, tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        shape: TargetShape,
+        exits: list[int] | None = None,
+        thresholds: list[float] | float = 0.5,
+        draft_vocabulary: int | None = None,
+        labels: Literal["hard", "soft"] = "hard",
+        sorted_training: bool = True,
+        frozen_embedding: bool = True,
+        draft_length: int = 3,
+        adaptive: bool = True,
+        width: int = 1,
+        tokenizer: str | None = None,
+    ) -> None:
         super().__init__(shape, shape.vocab_size, draft_vocabulary)
         self.exits = default_exits(shape.num_layers) if exits is None else exits
         _check_exits(self.exits, shape.num_layers)
         if draft_length < 1 or width < 1:
-            raise ValueError(f"draft_length and width must be at least 1, got {draft_length} and {width}")
+            raise ValueError(
+                f"draft_length and width must be at least 1, got {draft_length} and {width}"
+            )
         self.thresholds = checked_thresholds(thresholds, len(self.exits))
         self.soft_labels = soft_labels(labels)
         self.sorted_training, self.frozen_embedding = sorted_training, frozen_embedding
@@ -118,15 +161,21 @@ class Sorted(TokenDrafter):
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(self.exits[-1]))
         self.norm = nn.RMSNorm(shape.hidden_size, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, self.draft_size, bias=False)
-        self._builder = StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
+        self._builder = (
+            StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
+        )
         self._budget = max(CHEAP_BUDGET, draft_length)
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start as the target's first layers between its embedding and its final norm and LM head."""
+        """Start as the target's first layers between its embedding and its final norm and LM
+        head.
+        """
         every = torch.arange(self.shape.vocab_size, device=target.device)
         self.embedding.weight.copy_(target.embed(every))
-        self.lm_head.weight.copy_(target.lm_head_rows(every if self.vocabulary_D is None else self.vocabulary_D))
+        self.lm_head.weight.copy_(
+            target.lm_head_rows(every if self.vocabulary_D is None else self.vocabulary_D)
+        )
         norm = target_weight(target, "norm")
         if norm is not None:
             self.norm.weight.copy_(norm)
@@ -136,14 +185,14 @@ class Sorted(TokenDrafter):
 
     def head(self, depth: int, target: Target) -> Head:
         """Its own LM head, the same for all exits."""
-        return lambda hidden: narrow_linear(hidden, self.lm_head.weight)[..., :self.draft_size]
+        return lambda hidden: narrow_linear(hidden, self.lm_head.weight)[..., : self.draft_size]
 
     def part(self, exit_index: int) -> nn.ModuleList:
         """The layers between the exit before and this one."""
         start = self.exits[exit_index - 1] if exit_index else 0
-        return cast(nn.ModuleList, self.layers[start:self.exits[exit_index]])
+        return cast(nn.ModuleList, self.layers[start : self.exits[exit_index]])
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
@@ -157,21 +206,30 @@ class Sorted(TokenDrafter):
             hidden = run_layers(self.part(exit_index), hidden, seen)
             yield self.norm(hidden.flatten(0, 1)[rows.flat_MK1[:, 1]])
 
-    def teacher_forced(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Iterator[Tensor]:
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
         """The inputs [M,H] of the last exit's LM head: a single draft step."""
         yield list(self.exit_features(batch, rows))[-1]
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """The mean of the exits' cross-entropies, or the last one's alone; cross-entropy and accuracy of every exit."""
+        """The mean of the exits' cross-entropies, or the last one's alone; cross-entropy and
+        accuracy of every exit.
+        """
         rows = training_rows(batch, 1)
-        labels_M, flat_M = self.labels(batch, target, rows)[:, 0].contiguous(), rows.flat_MK1[:, 1].contiguous()
+        labels_M, flat_M = (
+            self.labels(batch, target, rows)[:, 0].contiguous(),
+            rows.flat_MK1[:, 1].contiguous(),
+        )
         laws, counted_M = self.laws(batch, target, rows), labels_M != IGNORED
         total, metrics = torch.zeros((), device=labels_M.device), {}
         for exit_index, feature in enumerate(self.exit_features(batch, rows)):
             weight = self.exit_weights[exit_index]
             if self.training and not weight:
                 continue
-            losses, ranks = cross_entropy(feature, self.head(0, target), labels_M, self.draft_size, laws, flat_M)
+            losses, ranks = cross_entropy(
+                feature, self.head(0, target), labels_M, self.draft_size, laws, flat_M
+            )
             if weight:
                 total = total + weight * masked_mean(losses, counted_M)
             name = f"exit_{self.exits[exit_index]}"
@@ -185,17 +243,27 @@ class Sorted(TokenDrafter):
         count = len(self.exits)
         return [1 / count] * count if self.sorted_training else [0.0] * (count - 1) + [1.0]
 
-    # -- decoding ---------------------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     def start(self, context: Context) -> SortedState:
         """Nothing is run before the first draft asks for it."""
         embedded = self.embedding(self.read_ids(context.input_ids_BT))
-        segments = [Segment.empty(self.shape, len(self.part(i)), embedded) for i in range(len(self.exits))]
+        segments = [
+            Segment.empty(self.shape, len(self.part(i)), embedded) for i in range(len(self.exits))
+        ]
         segments[0].pending = Pending(embedded, context.lengths_B)
         wanted = torch.full_like(context.lengths_B, self.draft_length)
         blank = torch.zeros(len(wanted), 0, 0, dtype=torch.bool, device=wanted.device)
-        return SortedState(context, context.newest_B, context.lengths_B, segments, list(self.thresholds), wanted, blank,
-                           wanted.new_zeros(len(wanted), 0))
+        return SortedState(
+            context,
+            context.newest_B,
+            context.lengths_B,
+            segments,
+            list(self.thresholds),
+            wanted,
+            blank,
+            wanted.new_zeros(len(wanted), 0),
+        )
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """A chain of the length that the last verifications suggest, or its builder's tree."""
@@ -206,15 +274,21 @@ class Sorted(TokenDrafter):
         return StaticTree.chain(int(state.wanted_B.max())).build(self, state, budget)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, by the first exit that is sure enough."""
+        """Logits [B,W,D] of the token after each frontier node, by the first exit that is sure
+        enough.
+        """
         assert isinstance(state, SortedState)
         if frontier.depth == 0:
             state.begin()
         state.add(frontier)
         first, width = state.segments[0], frontier.tokens_BW.shape[1]
-        first.rows_BRH = torch.cat([first.rows_BRH, self.embedding(self.read_ids(frontier.tokens_BW))], dim=1)
+        first.rows_BRH = torch.cat(
+            [first.rows_BRH, self.embedding(self.read_ids(frontier.tokens_BW))], dim=1
+        )
         for exit_index, segment in enumerate(state.segments):
-            behind, outputs = segment.catch_up(self.part(exit_index), state.above_BRR, state.positions_BR)
+            behind, outputs = segment.catch_up(
+                self.part(exit_index), state.above_BRR, state.positions_BR
+            )
             if exit_index + 1 < len(state.segments):
                 deeper = state.segments[exit_index + 1]
                 deeper.pending = deeper.pending.and_then(behind)
@@ -228,24 +302,35 @@ class Sorted(TokenDrafter):
         raise AssertionError("the last exit must accept every level")
 
     def leaves(self, logits_BWD: Tensor, exit_index: int, state: SortedState) -> bool:
-        """Whether a level leaves at an exit. It looks at probabilities only, never at what is then drawn from them."""
+        """Whether a level leaves at an exit. It looks at probabilities only, never at what is then
+        drawn from them.
+        """
         if exit_index == len(self.exits) - 1:
             return True
         surest_B = logits_BWD.softmax(-1).flatten(1).amax(1)
         return float(surest_B.min()) > state.thresholds[exit_index]
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> SortedState:
-        """The accepted tokens wait to be read with the next root; the drafted rows are forgotten."""
+        """The accepted tokens wait to be read with the next root; the drafted rows are
+        forgotten.
+        """
         assert isinstance(state, SortedState)
         state.begin()
         tokens_BA, first = accepted.along_path(verified.tree.tokens_BN), state.segments[0]
-        first.pending = first.pending.and_then(Pending(self.embedding(self.read_ids(tokens_BA)), accepted.lengths_B))
-        return replace(state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B,
-                       wanted_B=adapted_length(state.wanted_B, verified.tree, accepted))
+        first.pending = first.pending.and_then(
+            Pending(self.embedding(self.read_ids(tokens_BA)), accepted.lengths_B)
+        )
+        return replace(
+            state,
+            newest_B=accepted.next_B,
+            lengths_B=state.lengths_B + accepted.lengths_B,
+            wanted_B=adapted_length(state.wanted_B, verified.tree, accepted),
+        )
 
 
 class AtThresholds:
-    """Trees of a sorted drafter at thresholds of one's own: what another target, or a comparison, calls for.
+    """Trees of a sorted drafter at thresholds of one's own: what another target, or a comparison,
+    calls for.
 
     Args:
         thresholds: of every exit but the last, or one for all.
@@ -257,18 +342,27 @@ class AtThresholds:
 
     def __init__(self, thresholds: list[float] | float, depth: int = 3, width: int = 1) -> None:
         self.thresholds, self.depth = thresholds, depth
-        self.inner: TreeBuilder = StaticTree.chain(depth) if width == 1 else RerankedTree(depth, width)
+        self.inner: TreeBuilder = (
+            StaticTree.chain(depth) if width == 1 else RerankedTree(depth, width)
+        )
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
-        """A tree of at most `budget` drafted nodes. ValueError: a drafter without exits, or with others."""
+        """A tree of at most `budget` drafted nodes. ValueError: a drafter without exits, or with
+        others.
+        """
         if not isinstance(drafter, Sorted) or not isinstance(state, SortedState):
-            raise ValueError(f"builder AtThresholds needs a sorted drafter, got {type(drafter).__name__}: name another")
+            raise ValueError(
+                f"builder AtThresholds needs a sorted drafter, got {type(drafter).__name__}: name "
+                "another"
+            )
         state.thresholds = checked_thresholds(self.thresholds, len(drafter.exits))
         return self.inner.build(drafter, state, budget)
 
 
 def adapted_length(wanted_B: Tensor, tree: TokenTree, accepted: Accepted) -> Tensor:
-    """int64 [B]: two tokens more than were drafted where all of them were accepted, else one less than was wanted."""
+    """int64 [B]: two tokens more than were drafted where all of them were accepted, else one less
+    than was wanted.
+    """
     offered_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
     return torch.where(accepted.lengths_B > offered_B, offered_B + 2, (wanted_B - 1).clamp(min=1))
 
@@ -280,13 +374,29 @@ def default_exits(layers: int) -> list[int]:
 
 
 def checked_thresholds(thresholds: Sequence[float] | float, exits: int) -> list[float]:
-    """One threshold for each exit but the last. ValueError when a list has another number of them."""
-    given = [float(thresholds)] * (exits - 1) if isinstance(thresholds, int | float) else list(thresholds)
+    """One threshold for each exit but the last. ValueError when a list has another number of
+    them.
+    """
+    given = (
+        [float(thresholds)] * (exits - 1)
+        if isinstance(thresholds, int | float)
+        else list(thresholds)
+    )
     if len(given) != exits - 1:
-        raise ValueError(f"thresholds must be {exits - 1}, one for each of {exits} exits but the last, got {given}")
+        raise ValueError(
+            f"thresholds must be {exits - 1}, one for each of {exits} exits but the last, got "
+            f"{given}"
+        )
     return given
 
 
 def _check_exits(exits: list[int], layers: int) -> None:
-    if not exits or exits[0] < 1 or exits[-1] > layers or any(low >= high for low, high in pairwise(exits)):
-        raise ValueError(f"exits must ascend from 1 to at most {layers}, the target's layers, got {exits}")
+    if (
+        not exits
+        or exits[0] < 1
+        or exits[-1] > layers
+        or any(low >= high for low, high in pairwise(exits))
+    ):
+        raise ValueError(
+            f"exits must ascend from 1 to at most {layers}, the target's layers, got {exits}"
+        )

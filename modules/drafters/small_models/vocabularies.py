@@ -1,8 +1,9 @@
-"""What drafters share that read tokens alone: they serve every target of their tokenizer, whatever either pads its
-vocabulary to (Qwen2.5 has 151,936 rows at 0.5B and 152,064 at 7B).
+"""What drafters share that read tokens alone: they serve every target of their tokenizer, whatever
+either pads its vocabulary to (Qwen2.5 has 151,936 rows at 0.5B and 152,064 at 7B).
 
-Only ids below both sizes are drafted. Where the target has more, the draft vocabulary is those ids; where it has fewer,
-the drafter's logits are cut. Verification counts what the target has beyond them, so nothing becomes lossy.
+Only ids below both sizes are drafted. Where the target has more, the draft vocabulary is those ids;
+where it has fewer, the drafter's logits are cut. Verification counts what the target has beyond
+them, so nothing becomes lossy.
 
 Shape legend: D draft vocabulary.
 """
@@ -36,8 +37,10 @@ class TokenDrafter(LearnedDrafter):
 
     def __init__(self, shape: TargetShape, rows: int, draft_vocabulary: int | None) -> None:
         if draft_vocabulary is not None and rows < min(draft_vocabulary, shape.vocab_size):
-            raise ValueError(f"draft_vocabulary is {draft_vocabulary}, but the drafter has {rows} tokens only: lower "
-                             "it, or give null")
+            raise ValueError(
+                f"draft_vocabulary is {draft_vocabulary}, but the drafter has {rows} tokens only: "
+                "lower it, or give null"
+            )
         super().__init__(shape, 1, draft_vocabulary, decay=1.0)
         self.readable = rows
         self.served = shape.vocab_size
@@ -46,7 +49,9 @@ class TokenDrafter(LearnedDrafter):
 
     @property
     def vocabulary_D(self) -> Tensor | None:
-        """Ids that can be drafted for the target that it serves [D], ascending; None: all of that target's."""
+        """Ids that can be drafted for the target that it serves [D], ascending; None: all of that
+        target's.
+        """
         return self.vocabulary if self.shared is None else self.shared
 
     @property
@@ -58,14 +63,20 @@ class TokenDrafter(LearnedDrafter):
     def tokens_D(self) -> Tensor | None:
         """Ids of its own that can be drafted [D]; None: all that it has."""
         cut = self.vocabulary_D is None and self.served < self.readable
-        return torch.arange(self.served, device=next(self.parameters()).device) if cut else self.vocabulary_D
+        return (
+            torch.arange(self.served, device=next(self.parameters()).device)
+            if cut
+            else self.vocabulary_D
+        )
 
     def set_vocabulary(self, ids: Any) -> None:
         """As `LearnedDrafter.set_vocabulary`; ValueError also for an id that it does not have."""
         super().set_vocabulary(ids)
         if self.vocabulary is not None and int(self.vocabulary[-1]) >= self.readable:
-            raise ValueError(f"draft_vocabulary holds token {int(self.vocabulary[-1])}, but the drafter has "
-                             f"{self.readable} tokens only: lower it, or give null")
+            raise ValueError(
+                f"draft_vocabulary holds token {int(self.vocabulary[-1])}, but the drafter has "
+                f"{self.readable} tokens only: lower it, or give null"
+            )
 
     def _serve(self, size: int) -> None:
         """Draft for a target of so many ids."""
@@ -78,7 +89,9 @@ class TokenDrafter(LearnedDrafter):
             self.shared = torch.arange(known, device=place) if known < size else None
 
     def read_ids(self, tokens: Tensor) -> Tensor:
-        """Ids that it can read: those of a target's padding, which stand for nothing, become its last one."""
+        """Ids that it can read: those of a target's padding, which stand for nothing, become its
+        last one.
+        """
         return tokens.clamp(max=self.readable - 1) if self.readable < self.served else tokens
 
     def adapt(self, target: Target) -> Target:
@@ -89,11 +102,15 @@ class TokenDrafter(LearnedDrafter):
         """
         known, found = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
         if known is not None and known != found:
-            raise ValueError(f"drafter: its tokenizer has vocabulary {known}, the target {target.name} has {found}: "
-                             "give a drafter of the same tokenizer")
+            raise ValueError(
+                f"drafter: its tokenizer has vocabulary {known}, the target {target.name} has "
+                f"{found}: give a drafter of the same tokenizer"
+            )
         if known is None and target.shape.vocab_size != self.shape.vocab_size:
-            raise ValueError(f"drafter: made for a vocabulary of {self.shape.vocab_size} tokens, the target "
-                             f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: give a "
-                             "drafter of the same size, or train it anew")
+            raise ValueError(
+                f"drafter: made for a vocabulary of {self.shape.vocab_size} tokens, the target "
+                f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: "
+                "give a drafter of the same size, or train it anew"
+            )
         self._serve(target.shape.vocab_size)
         return target

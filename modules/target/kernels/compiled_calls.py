@@ -1,12 +1,12 @@
-"""Calls over trees through `torch.compile`: fixed shapes, so that one graph serves every step with a tree of its width
-and a context of its size.
+"""Calls over trees through `torch.compile`: fixed shapes, so that one graph serves every step with
+a tree of its width and a context of its size.
 
-On a GPU the graphs are CUDA graphs (`reduce-overhead`), on a CPU inductor's kernels with the weights packed into them
-(`freezing`; a packed copy per graph). Keys and values stay at fixed addresses in buffers of a few sizes; a call writes
-its rows at slots that it is given and attends to the whole buffer under a mask. Widths are rounded up to `WIDTHS` with
-rows that see only themselves. Prompts, calls that rewrite states on the way, wider trees and batches run as before.
-Nothing here has run on a GPU; single calls on a CPU:
-docs/benchmarks/verification_cost_xeon2_202611.
+On a GPU the graphs are CUDA graphs (`reduce-overhead`), on a CPU inductor's kernels with the
+weights packed into them (`freezing`; a packed copy per graph). Keys and values stay at fixed
+addresses in buffers of a few sizes; a call writes its rows at slots that it is given and attends to
+the whole buffer under a mask. Widths are rounded up to `WIDTHS` with rows that see only themselves.
+Prompts, calls that rewrite states on the way, wider trees and batches run as before. Nothing here
+has run on a GPU; single calls on a CPU: docs/benchmarks/verification_cost_xeon2_202611.
 
 Shape legend: B sequences, N rows of a call, K key/value heads, S slots, D head size, H hidden size.
 """
@@ -39,8 +39,9 @@ BACKEND: str | Callable[..., Any] = "inductor"
 
 
 def compile_blocks(component: nn.Module) -> None:
-    """Let the blocks of a component that is trained (those with `compiles`: feed-forward networks, residual blocks,
-    Clover's fusion) go through `torch.compile`, one graph for any number of rows. Values and gradients stay.
+    """Let the blocks of a component that is trained (those with `compiles`: feed-forward networks,
+    residual blocks, Clover's fusion) go through `torch.compile`, one graph for any number of rows.
+    Values and gradients stay.
 
     Raises:
         ValueError: it has none.
@@ -49,8 +50,10 @@ def compile_blocks(component: nn.Module) -> None:
     for block in blocks:
         block.compile(dynamic=True, backend=BACKEND)
     if not blocks:
-        raise ValueError(f"trainer.compile is true, but {type(component).__name__} has no blocks of its own to "
-                         "compile: set it to false")
+        raise ValueError(
+            f"trainer.compile is true, but {type(component).__name__} has no blocks of its own to "
+            "compile: set it to false"
+        )
 
 
 class FixedSlots(Cache):
@@ -65,8 +68,9 @@ class FixedSlots(Cache):
         super().__init__(layers=[])
         self.keys, self.values, self.slots_BN = keys, values, slots_BN
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-               ) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write [B,K,N,D] keys and values of one layer; all slots of that layer."""
         index = self.slots_BN[:, None, :, None].expand_as(key_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -75,8 +79,16 @@ class FixedSlots(Cache):
         return keys, values
 
 
-def tree_call(target: Target, embeddings_BNH: Tensor, position_ids_BN: Tensor, mask: Any, slots_BN: Tensor,
-              keys: list[Tensor], values: list[Tensor], names: tuple[StateName, ...]) -> list[Tensor]:
+def tree_call(
+    target: Target,
+    embeddings_BNH: Tensor,
+    position_ids_BN: Tensor,
+    mask: Any,
+    slots_BN: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    names: tuple[StateName, ...],
+) -> list[Tensor]:
     """States of a call's rows by name: what is compiled."""
     cache = FixedSlots(keys, values, slots_BN)
     return target.layer_states(embeddings_BNH, position_ids_BN, mask, cache, names)
@@ -105,7 +117,9 @@ class CompiledCalls:
         return found
 
     def open(self, capacity: int) -> SlotCache:
-        """An empty cache of one sequence in buffers at fixed addresses, those of a cache that is gone if there are."""
+        """An empty cache of one sequence in buffers at fixed addresses, those of a cache that is
+        gone if there are.
+        """
         room = LEAST_CAPACITY
         while room < capacity + WIDTHS[-1]:
             room *= 2
@@ -116,12 +130,17 @@ class CompiledCalls:
         return cache
 
     def takes(self, rows: int, cache: SlotCache) -> bool:
-        """Whether a call of so many rows has a graph (the first call of new buffers makes them, and has none)."""
+        """Whether a call of so many rows has a graph (the first call of new buffers makes them, and
+        has none).
+        """
         return cache.fixed is not None and cache.fixed.store is not None and rows <= WIDTHS[-1]
 
-    def __call__(self, embeddings_BNH: Tensor, rows: Rows, cache: SlotCache, names: Sequence[StateName]
-                 ) -> dict[StateName, Tensor]:
-        """States `{name: [B,N,H]}` of the rows; their keys and values stand behind what is committed."""
+    def __call__(
+        self, embeddings_BNH: Tensor, rows: Rows, cache: SlotCache, names: Sequence[StateName]
+    ) -> dict[StateName, Tensor]:
+        """States `{name: [B,N,H]}` of the rows; their keys and values stand behind what is
+        committed.
+        """
         target, count = self.target, embeddings_BNH.shape[1]
         assert cache.fixed is not None
         width = next(width for width in WIDTHS if width >= count)
@@ -131,16 +150,29 @@ class CompiledCalls:
         mask, wanted = target.anatomy.mask(wide, cache, embeddings_BNH), tuple(dict.fromkeys(names))
         with target.watching(wanted):
             graph = self._graph(width, wanted, cache.capacity)
-            found = graph(target, embeddings_BNH, wide.position_ids_BN, mask, cache.slots_BN, cache.fixed.keys,
-                          cache.fixed.values, wanted)
+            found = graph(
+                target,
+                embeddings_BNH,
+                wide.position_ids_BN,
+                mask,
+                cache.slots_BN,
+                cache.fixed.keys,
+                cache.fixed.values,
+                wanted,
+            )
         # The next replay of a CUDA graph writes where this one's results stand.
         return {name: state[:, :count].clone() for name, state in zip(wanted, found, strict=True)}
 
-    def _graph(self, width: int, names: tuple[StateName, ...], capacity: int) -> Callable[..., list[Tensor]]:
+    def _graph(
+        self, width: int, names: tuple[StateName, ...], capacity: int
+    ) -> Callable[..., list[Tensor]]:
         key = width, names, capacity
         if key not in self.graphs:
-            # A code object of its own: torch.compile gives up on one that it has compiled for eight shapes.
-            code = tree_call.__code__.replace(co_name=f"tree_call_of_{width}_rows_and_{capacity}_slots")
+            # A code object of its own: torch.compile gives up on one that it has compiled for eight
+            # shapes.
+            code = tree_call.__code__.replace(
+                co_name=f"tree_call_of_{width}_rows_and_{capacity}_slots"
+            )
             own = FunctionType(code, tree_call.__globals__)
             self.graphs[key] = torch.compile(own, fullgraph=True, dynamic=False, **self._how())
         return self.graphs[key]
@@ -160,5 +192,5 @@ def widened(rows: Rows, width: int) -> Rows:
         return rows
     visible = F.pad(rows.visible_BNN, (0, more, 0, more))
     itself = torch.eye(width, dtype=torch.bool, device=visible.device)
-    itself[:width - more] = False
+    itself[: width - more] = False
     return Rows(F.pad(rows.position_ids_BN, (0, more)), visible | itself, cached=True)

@@ -1,15 +1,17 @@
-"""Calls of few rows: the layers of a stock model with kernels that suit one to a few dozen rows, most of them a CPU's.
+"""Calls of few rows: the layers of a stock model with kernels that suit one to a few dozen rows,
+most of them a CPU's.
 
-Verifying a tree is a call of 2 to 64 rows, plain decoding one of a single row. Stock layers are made for more:
-`x @ W.T` of a few rows goes through a poor kernel of the default library, attention copies the keys and values of
-every query head, and the norm takes six passes. Here linear layers use weights that oneDNN has laid out beforehand,
-attention treats the query heads of a group as further rows of their key/value head, and the norm is one call. The
-modules stay the stock ones, with their weights; only what `forward` calls changes. Grouped attention is for every
+Verifying a tree is a call of 2 to 64 rows, plain decoding one of a single row. Stock layers are
+made for more: `x @ W.T` of a few rows goes through a poor kernel of the default library, attention
+copies the keys and values of every query head, and the norm takes six passes. Here linear layers
+use weights that oneDNN has laid out beforehand, attention treats the query heads of a group as
+further rows of their key/value head, and the norm is one call. The modules stay the stock ones,
+with their weights; only what `forward` calls changes. Grouped attention is for every
 device: the copies would grow with the context, and cost a draft what plain decoding is spared.
 `python -m eval.latency` shows what it gives on yours.
 
-Shape legend: B sequences, K key/value heads, G query heads per key/value head, N rows of one call, S attended slots,
-D head size, I inputs, O outputs.
+Shape legend: B sequences, K key/value heads, G query heads per key/value head, N rows of one call,
+S attended slots, D head size, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -46,18 +48,25 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weight -> (its version, place and precision when packed, the packed copy)."""
 
 
-# -- linear layers ----------------------------------------------------------------------------------------------
+# -- linear layers ---------------------------------------------------------------------------------
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by the kernel that is faster for few rows. x [..., I], weight [O, I], bias [O] -> [..., O].
+    """`F.linear` by the kernel that is faster for few rows. x [..., I], weight [O, I], bias [O] ->
+    [..., O].
 
-    A packed copy of the weight is kept as long as the weight lives, and made anew when it has changed. Inputs of
-    another precision than the weight's are left to autocast.
+    A packed copy of the weight is kept as long as the weight lives, and made anew when it has
+    changed. Inputs of another precision than the weight's are left to autocast.
     """
     rows = x.numel() // x.shape[-1]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > MOST_ROWS or not _packable(weight) \
-            or x.dtype != weight.dtype or not packing_pays(rows, weight.shape[0], weight.shape[1], weight.dtype):
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or rows > MOST_ROWS
+        or not _packable(weight)
+        or x.dtype != weight.dtype
+        or not packing_pays(rows, weight.shape[0], weight.shape[1], weight.dtype)
+    ):
         return F.linear(x, weight, bias)
     return packed_linear(x, weight, bias)
 
@@ -72,24 +81,34 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and weight.numel() >= SMALLEST_WEIGHT
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in PACKED_DTYPES
+        and weight.numel() >= SMALLEST_WEIGHT
+    )
 
 
 def packing_pays(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
-    """Whether the packed copy of a weight [O, I] is faster here for so many rows, by a short measurement."""
+    """Whether the packed copy of a weight [O, I] is faster here for so many rows, by a short
+    measurement.
+    """
     faster = packed_widths(outputs, inputs, dtype, torch.get_num_threads())
     return 1 << (rows - 1).bit_length() in faster
 
 
 @functools.cache
 def packed_widths(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> frozenset[int]:
-    """For which row counts (powers of two, up to `MOST_ROWS`) packed weights of this shape are faster.
+    """For which row counts (powers of two, up to `MOST_ROWS`) packed weights of this shape are
+    faster.
 
-    Measured once for each shape, at all row counts, so that nothing is measured in the middle of decoding. Which kernel
-    wins differs by shape and processor, small and large layers apart. Calls read more weights than a core's own cache
-    holds; the fastest of several passes counts, which other programs disturb least.
+    Measured once for each shape, at all row counts, so that nothing is measured in the middle of
+    decoding. Which kernel wins differs by shape and processor, small and large layers apart. Calls
+    read more weights than a core's own cache holds; the fastest of several passes counts, which
+    other programs disturb least.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return frozenset()
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return frozenset()
@@ -100,9 +119,18 @@ def packed_widths(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
     faster = set()
     with torch.no_grad():
         for rows in (1 << power for power in range(MOST_ROWS.bit_length())):
-            stock, packed = _alternating_minima(weights, torch.full((rows, inputs), 0.01, dtype=dtype))
-            logger.info("%d x %d, %d rows, %s: stock %.0f us, packed %.0f us", outputs, inputs, rows, dtype,
-                        stock * 1e6, packed * 1e6)
+            stock, packed = _alternating_minima(
+                weights, torch.full((rows, inputs), 0.01, dtype=dtype)
+            )
+            logger.info(
+                "%d x %d, %d rows, %s: stock %.0f us, packed %.0f us",
+                outputs,
+                inputs,
+                rows,
+                dtype,
+                stock * 1e6,
+                packed * 1e6,
+            )
             faster |= {rows} if packed < stock else set()
     return frozenset(faster)
 
@@ -129,24 +157,28 @@ class NarrowLinear(nn.Linear):
 def use_narrow_linears(model: nn.Module) -> None:
     """Let every plain `nn.Linear` of a model compute through `narrow_linear` (weights untouched).
 
-    Packed copies take as much memory again as the linear layers; they are left out where that is not there.
+    Packed copies take as much memory again as the linear layers; they are left out where that is
+    not there.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     needed = sum(module.weight.nbytes for module in linears if _packable(module.weight))
     if needed > available_memory():
-        logger.warning("packed copies of the linear layers would take %.1f GiB more memory than is free: verification "
-                       "of few rows stays slow", needed / 2**30)
+        logger.warning(
+            "packed copies of the linear layers would take %.1f GiB more memory than is free: "
+            "verification of few rows stays slow",
+            needed / 2**30,
+        )
         return
     for module in linears:
         module.__class__ = NarrowLinear
 
 
-# -- norms ------------------------------------------------------------------------------------------------------
+# -- norms -----------------------------------------------------------------------------------------
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """Let every float32 norm that *is* `F.rms_norm`, by its values on random rows, call it. (At other precisions stock
-    norms compute in float32 on the way, and the values would differ.)"""
+    """Let every float32 norm that *is* `F.rms_norm`, by its values on random rows, call it. (At
+    other precisions stock norms compute in float32 on the way, and the values would differ.)"""
     for module in model.modules():
         if _is_rms_norm(module):
             module.forward = functools.partial(_rms_norm, module)
@@ -164,23 +196,35 @@ def _is_rms_norm(module: nn.Module) -> bool:
     if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype != torch.float32:
         return False
     rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    return torch.allclose(module(rows), F.rms_norm(rows, weight.shape, weight, epsilon), rtol=1e-5, atol=1e-6)
+    return torch.allclose(
+        module(rows), F.rms_norm(rows, weight.shape, weight, epsilon), rtol=1e-5, atol=1e-6
+    )
 
 
-# -- attention --------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
-def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float | None = None, **options: Any) -> tuple[Tensor, None]:
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """Scaled dot-product attention without copies of keys and values for every query head.
 
-    query [B,K*G,N,D], key and value [B,K,S,D], additive attention_mask [B,1,N,S] -> [B,N,K*G,D]. The G query heads
-    of a key/value head become G·N rows of it. Many rows, or no mask, go the stock way.
+    query [B,K*G,N,D], key and value [B,K,S,D], additive attention_mask [B,1,N,S] -> [B,N,K*G,D].
+    The G query heads of a key/value head become G·N rows of it. Many rows, or no mask, go the stock
+    way.
     """
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     if attention_mask is None or rows > MOST_ROWS or options.get("position_bias") is not None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
         return out, None
     slots = key.shape[2]
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(-1, 1, groups * rows, slots)
@@ -194,7 +238,9 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Switch a model from Hugging Face's `sdpa` to `grouped_attention`; others keep what they have."""
+    """Switch a model from Hugging Face's `sdpa` to `grouped_attention`; others keep what they
+    have.
+    """
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         model.config._attn_implementation = GROUPED
 

@@ -1,4 +1,5 @@
-"""Trees of a fixed shape whose tokens are drawn from the drafter's law: SpecInfer's, SpecTr's, RSD-C's and Sequoia's.
+"""Trees of a fixed shape whose tokens are drawn from the drafter's law: SpecInfer's, SpecTr's,
+RSD-C's and Sequoia's.
 
 Shape legend: B sequences, W frontier nodes, R siblings, N nodes, D draft vocabulary.
 """
@@ -19,36 +20,49 @@ from modules.trees.sampled.draws import check_temperature, draft_law, independen
 from modules.trees.static import StaticTree, template
 
 Draw = Literal["without_replacement", "independent"]
-LAWS: dict[str, Law] = {"without_replacement": Law.WITHOUT_REPLACEMENT, "independent": Law.INDEPENDENT}
+LAWS: dict[str, Law] = {
+    "without_replacement": Law.WITHOUT_REPLACEMENT,
+    "independent": Law.INDEPENDENT,
+}
 
 
 class DrawnTree:
     """Fills fixed paths with draws: (i, j) is the j-th draw under the i-th draw from the root.
 
-    How many siblings a node has never depends on a value, so that any such tree may be verified with its law.
+    How many siblings a node has never depends on a value, so that any such tree may be verified
+    with its law.
 
     Args:
-        paths: prefix-closed, a draw only after the draws before it; the most valuable first: a smaller budget takes the
-            first ones.
+        paths: prefix-closed, a draw only after the draws before it; the most valuable first: a
+            smaller budget takes the first ones.
         draw: how siblings are drawn. Independent duplicates are kept, each with its own children.
         temperature: of the draft; None: the target's.
-        exhausted: when all tokens of a law are drawn, `"stop"`, or go on with the `"uniform"` law over the others
-            (Sequoia; without replacement only).
+        exhausted: when all tokens of a law are drawn, `"stop"`, or go on with the `"uniform"` law
+            over the others (Sequoia; without replacement only).
 
     Raises:
         ValueError: a path before its prefix or its earlier siblings, an unknown setting.
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]], draw: Draw = "without_replacement",
-                 temperature: float | None = None, exhausted: Literal["stop", "uniform"] = "stop") -> None:
+    def __init__(
+        self,
+        paths: Sequence[Sequence[int]],
+        draw: Draw = "without_replacement",
+        temperature: float | None = None,
+        exhausted: Literal["stop", "uniform"] = "stop",
+    ) -> None:
         self.paths = StaticTree(paths).paths
         for i, path in enumerate(self.paths):
             if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in self.paths[:i]:
-                raise ValueError(f"tree path {list(path)} stands before its earlier sibling: a draw follows the draws "
-                                 "before it")
+                raise ValueError(
+                    f"tree path {list(path)} stands before its earlier sibling: a draw follows the "
+                    "draws before it"
+                )
         if draw not in LAWS or exhausted not in ("stop", "uniform"):
-            raise ValueError(f"draw {draw!r} and exhausted {exhausted!r}: use one of {', '.join(LAWS)}, and stop or "
-                             "uniform")
+            raise ValueError(
+                f"draw {draw!r} and exhausted {exhausted!r}: use one of {', '.join(LAWS)}, and "
+                "stop or uniform"
+            )
         check_temperature(temperature)
         self.law, self.temperature, self.exhausted = LAWS[draw], temperature, exhausted
 
@@ -63,7 +77,9 @@ class DrawnTree:
         tokens_BN, known, laws, rows = state.newest_B[:, None], drafter.vocabulary_D, [], [-1]
         found = [torch.ones_like(tokens_BN, dtype=torch.bool)]
         for depth, level in enumerate(fixed.levels):
-            frontier = Frontier(tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth)
+            frontier = Frontier(
+                tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth
+            )
             law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
             if self.law is Law.INDEPENDENT:
                 law_BWD = of_one_row(law_BWD, tokens_BN, fixed.topology, level.nodes)
@@ -78,8 +94,15 @@ class DrawnTree:
         topology = fixed.topology.expand(len(tokens_BN))
         missing_BN = (topology.ancestors & ~torch.cat(found, dim=1)[:, None]).any(-1)
         rows_BN = torch.tensor(rows, device=tokens_BN.device).expand_as(tokens_BN)
-        return TokenTree(tokens_BN, topology, candidate_BN=~missing_BN, law_BN=torch.full_like(tokens_BN, self.law),
-                         laws_BRD=torch.cat(laws, dim=1), law_rows_BN=rows_BN, vocabulary_D=known)
+        return TokenTree(
+            tokens_BN,
+            topology,
+            candidate_BN=~missing_BN,
+            law_BN=torch.full_like(tokens_BN, self.law),
+            laws_BRD=torch.cat(laws, dim=1),
+            law_rows_BN=rows_BN,
+            vocabulary_D=known,
+        )
 
     def _siblings(self, law_BWD: Tensor, context: Context, count: int) -> tuple[Tensor, Tensor]:
         """Draws [B,W,R] and whether the law had a token left for each."""
@@ -87,8 +110,10 @@ class DrawnTree:
             drawn_BWR = independent(law_BWD, context, count)
             return drawn_BWR, torch.ones_like(drawn_BWR, dtype=torch.bool)
         if count > law_BWD.shape[-1]:
-            raise ValueError(f"tree with {count} siblings, but the draft vocabulary has {law_BWD.shape[-1]} tokens: "
-                             "ask for fewer")
+            raise ValueError(
+                f"tree with {count} siblings, but the draft vocabulary has {law_BWD.shape[-1]} "
+                "tokens: ask for fewer"
+            )
         keys_BWR, drawn_BWR = race(law_BWD, context, self.exhausted).topk(count, dim=-1)
         return drawn_BWR, keys_BWR.isfinite()
 
@@ -109,12 +134,15 @@ def of_one_row(law_BWD: Tensor, tokens_BN: Tensor, topology: Topology, nodes_W: 
     return law_BWD.gather(1, row_BW[..., None].expand_as(law_BWD))
 
 
-def branching_tree(branching: Sequence[int], draw: Draw = "without_replacement", temperature: float | None = None
-                   ) -> DrawnTree:
-    """Every node of level l has `branching[l]` children: RSD-C (Jeon et al. 2024, section 3.2.1), or SpecInfer's
-    expansion (Miao et al. 2023) with independent draws."""
+def branching_tree(
+    branching: Sequence[int], draw: Draw = "without_replacement", temperature: float | None = None
+) -> DrawnTree:
+    """Every node of level l has `branching[l]` children: RSD-C (Jeon et al. 2024, section 3.2.1),
+    or SpecInfer's expansion (Miao et al. 2023) with independent draws."""
     if not branching or min(branching) < 1:
-        raise ValueError(f"branching must be numbers of children of at least 1, got {list(branching)}")
+        raise ValueError(
+            f"branching must be numbers of children of at least 1, got {list(branching)}"
+        )
     levels: list[list[Path]] = [[[]]]
     for count in branching:
         levels.append([[*path, draw_index] for path in levels[-1] for draw_index in range(count)])

@@ -16,13 +16,14 @@ from modules.contracts.token_tree import Law, TokenTree
 class SampledChain:
     """Draws `depth` tokens one after another from the drafter's law, warped as the target's is.
 
-    At temperature 0 the draws are the most likely tokens, and the law a point mass on them. The law that travels with
-    the tree is exactly the one drawn from (Leviathan et al. 2023, section 2.3).
+    At temperature 0 the draws are the most likely tokens, and the law a point mass on them. The law
+    that travels with the tree is exactly the one drawn from (Leviathan et al. 2023, section 2.3).
 
     Args:
         depth: drafted tokens at most.
-        soft: at temperature 0 send the drafter's own law along instead of the point mass, for rules that compare laws
-            (no lossless rule accepts anything else for it: a greedy target's law is a point mass itself).
+        soft: at temperature 0 send the drafter's own law along instead of the point mass, for rules
+            that compare laws (no lossless rule accepts anything else for it: a greedy target's law
+            is a point mass itself).
     """
 
     law = Law.INDEPENDENT
@@ -40,10 +41,17 @@ class SampledChain:
             logits_BD = drafter.expand(state, Frontier(columns[-1][:, None], parents, depth))[:, 0]
             law_BD, drawn_B = _draw(logits_BD, state.context, self.soft)
             laws.append(law_BD)
-            columns.append(drawn_B if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_B])
+            columns.append(
+                drawn_B if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_B]
+            )
         rows = torch.arange(-1, len(laws), device=columns[0].device).expand(len(columns[0]), -1)
-        return TokenTree.chain(torch.stack(columns, 1), law_BN=torch.full_like(rows, Law.INDEPENDENT),
-                               laws_BRD=torch.stack(laws, 1), law_rows_BN=rows, vocabulary_D=drafter.vocabulary_D)
+        return TokenTree.chain(
+            torch.stack(columns, 1),
+            law_BN=torch.full_like(rows, Law.INDEPENDENT),
+            laws_BRD=torch.stack(laws, 1),
+            law_rows_BN=rows,
+            vocabulary_D=drafter.vocabulary_D,
+        )
 
 
 def _draw(logits_BD: Tensor, context: Context, soft: bool) -> tuple[Tensor, Tensor]:
@@ -54,5 +62,8 @@ def _draw(logits_BD: Tensor, context: Context, soft: bool) -> tuple[Tensor, Tens
             return logits_BD.double().softmax(-1), drawn_B
         return torch.nn.functional.one_hot(drawn_B, logits_BD.shape[-1]).double(), drawn_B
     law_BD = warped_law(logits_BD, context.sampling)
-    uniforms = [torch.rand((), generator=one, dtype=torch.float64, device=one.device) for one in context.generators]
+    uniforms = [
+        torch.rand((), generator=one, dtype=torch.float64, device=one.device)
+        for one in context.generators
+    ]
     return law_BD, sample_law(law_BD, torch.stack(uniforms).to(law_BD.device))

@@ -12,9 +12,13 @@ from modules.contracts.drafter import Context
 from modules.contracts.sampling import sample_law, warped_law
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
-"""Draft temperature under a greedy target, whose own would leave one token and so no siblings (DySpec, section 4)."""
+"""Draft temperature under a greedy target, whose own would leave one token and so no siblings
+(DySpec, section 4).
+"""
 _USED_UP = -1e6
-"""Below the logarithm of any float64 probability, so that tokens without probability come last in a race."""
+"""Below the logarithm of any float64 probability, so that tokens without probability come last in a
+race.
+"""
 
 
 def draft_law(logits_BWD: Tensor, context: Context, temperature: float | None) -> Tensor:
@@ -33,23 +37,29 @@ def draft_law(logits_BWD: Tensor, context: Context, temperature: float | None) -
 def check_temperature(temperature: float | None) -> None:
     """Refuse a draft temperature that leaves no law to draw from."""
     if temperature is not None and temperature <= 0:
-        raise ValueError(f"draft temperature must be above 0, got {temperature}: a greedy draft is StaticTree's")
+        raise ValueError(
+            f"draft temperature must be above 0, got {temperature}: a greedy draft is StaticTree's"
+        )
 
 
 def gumbel(context: Context, width: int, size: int) -> Tensor:
     """Standard Gumbel noise [B,W,D]."""
-    noise = [torch.empty(width, size, dtype=torch.float64, device=one.device).exponential_(generator=one)
-             for one in context.generators]
+    noise = [
+        torch.empty(width, size, dtype=torch.float64, device=one.device).exponential_(generator=one)
+        for one in context.generators
+    ]
     return -torch.stack(noise).log_()
 
 
 def race(law_BWD: Tensor, context: Context, exhausted: str = "stop") -> Tensor:
-    """Perturbed log-probabilities [B,W,D]: in decreasing order the tokens are draws without replacement.
+    """Perturbed log-probabilities [B,W,D]: in decreasing order the tokens are draws without
+    replacement.
 
     Args:
         law_BWD: what is drawn from.
         context: whose generators draw.
-        exhausted: what follows when all tokens of the law are drawn: `"stop"` (-inf) or `"uniform"`, the others.
+        exhausted: what follows when all tokens of the law are drawn: `"stop"` (-inf) or
+            `"uniform"`, the others.
     """
     logs = law_BWD.log()
     if exhausted == "uniform":
@@ -60,6 +70,10 @@ def race(law_BWD: Tensor, context: Context, exhausted: str = "stop") -> Tensor:
 def independent(law_BWD: Tensor, context: Context, count: int) -> Tensor:
     """`count` independent draws from every law, int64 [B,W,R]."""
     shape = (law_BWD.shape[1], count)
-    uniform_BWR = torch.stack([torch.rand(shape, generator=one, dtype=torch.float64, device=one.device)
-                               for one in context.generators]).to(law_BWD.device)
+    uniform_BWR = torch.stack(
+        [
+            torch.rand(shape, generator=one, dtype=torch.float64, device=one.device)
+            for one in context.generators
+        ]
+    ).to(law_BWD.device)
     return torch.stack([sample_law(law_BWD, uniform_BWR[..., i]) for i in range(count)], dim=-1)

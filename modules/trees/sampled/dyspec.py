@@ -1,6 +1,7 @@
 """DySpec's trees: the most valuable next draw, wherever it is.
 
-Shape legend: B sequences, W frontier nodes, K draws considered of each, C candidates, N nodes, D draft vocabulary.
+Shape legend: B sequences, W frontier nodes, K draws considered of each, C candidates, N nodes, D
+draft vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from modules.trees.sampled.draws import check_temperature, draft_law, race
 
 
 class DySpecTree:
-    """Greedy expansion by the value of a draw (Xiong et al. 2024, arXiv 2410.11744), and its threshold variant.
+    """Greedy expansion by the value of a draw (Xiong et al. 2024, arXiv 2410.11744), and its
+    threshold variant.
 
-    If a token is accepted with its draft probability, verification comes to the j-th draw under a node of value v with
-    probability v (1 - q(x_1) - ... - q(x_{j-1})), and to the first draw under x_j with v q(x_j). The tree holds the
-    `budget` draws of highest value. A draw's value is known before the draw, so that the tree may be verified with its
-    law.
+    If a token is accepted with its draft probability, verification comes to the j-th draw under a
+    node of value v with probability v (1 - q(x_1) - ... - q(x_{j-1})), and to the first draw under
+    x_j with v q(x_j). The tree holds the `budget` draws of highest value. A draw's value is known
+    before the draw, so that the tree may be verified with its law.
 
-    The tree is node for node that of the sequential algorithm, one level per draft call: a draw that is among the best
-    of the whole tree is among the best of the levels down to its own, since values fall on the way down and to the
-    right, so that a level expands no draw but these.
+    The tree is node for node that of the sequential algorithm, one level per draft call: a draw
+    that is among the best of the whole tree is among the best of the levels down to its own, since
+    values fall on the way down and to the right, so that a level expands no draw but these.
 
     Args:
         depth: levels at most.
@@ -34,9 +36,14 @@ class DySpecTree:
 
     law = Law.WITHOUT_REPLACEMENT
 
-    def __init__(self, depth: int = 8, threshold: float = 0.0, temperature: float | None = None) -> None:
+    def __init__(
+        self, depth: int = 8, threshold: float = 0.0, temperature: float | None = None
+    ) -> None:
         if depth < 1 or not 0 <= threshold <= 1:
-            raise ValueError(f"tree depth must be at least 1 and the threshold in [0, 1], got {depth} and {threshold}")
+            raise ValueError(
+                f"tree depth must be at least 1 and the threshold in [0, 1], got {depth} and "
+                f"{threshold}"
+            )
         check_temperature(temperature)
         self.depth, self.threshold, self.temperature = depth, threshold, temperature
 
@@ -47,9 +54,15 @@ class DySpecTree:
         tokens, rows, numbers = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         value_BW = torch.ones(root_B1.shape, dtype=torch.float64, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
-            law_BWD = draft_law(drafter.expand(state, Frontier(tokens, rows, depth)), state.context, self.temperature)
+            law_BWD = draft_law(
+                drafter.expand(state, Frontier(tokens, rows, depth)),
+                state.context,
+                self.temperature,
+            )
             laws.append(law_BWD)
-            drawn_BWK = race(law_BWD, state.context).topk(min(budget, law_BWD.shape[-1]), dim=-1).indices
+            drawn_BWK = (
+                race(law_BWD, state.context).topk(min(budget, law_BWD.shape[-1]), dim=-1).indices
+            )
             share_BWK = law_BWD.gather(-1, drawn_BWK)
             worth_BWK = draw_values(value_BW, share_BWK)
             possible = (share_BWK > 0) & (value_BW[..., None] > 0) & (worth_BWK >= self.threshold)
@@ -67,26 +80,43 @@ class DySpecTree:
             return TokenTree.root(state.newest_B)
         return self._tree(candidates, root_B1, torch.cat(laws, dim=1), budget, drafter.vocabulary_D)
 
-    def _tree(self, candidates: Candidates, root_B1: Tensor, laws_BRD: Tensor, budget: int, vocabulary_D: Tensor | None
-              ) -> TokenTree:
+    def _tree(
+        self,
+        candidates: Candidates,
+        root_B1: Tensor,
+        laws_BRD: Tensor,
+        budget: int,
+        vocabulary_D: Tensor | None,
+    ) -> TokenTree:
         """The best draws with the laws they were drawn from, and no others."""
         tokens, topology, rows = candidates.best(root_B1, budget)
         used, compact = rows.clamp(min=0).unique(return_inverse=True)
-        return TokenTree(tokens, topology, law_BN=torch.full_like(tokens, self.law), laws_BRD=laws_BRD[:, used],
-                         law_rows_BN=torch.where(rows < 0, -1, compact), vocabulary_D=vocabulary_D)
+        return TokenTree(
+            tokens,
+            topology,
+            law_BN=torch.full_like(tokens, self.law),
+            laws_BRD=laws_BRD[:, used],
+            law_rows_BN=torch.where(rows < 0, -1, compact),
+            vocabulary_D=vocabulary_D,
+        )
 
 
 def draw_values(value_BW: Tensor, share_BWK: Tensor) -> Tensor:
-    """What each draw [B,W,K] is worth under nodes of these values: v times the mass that the draws before it left.
+    """What each draw [B,W,K] is worth under nodes of these values: v times the mass that the draws
+    before it left.
 
     Never rising along the draws, whatever the rounding.
     """
-    left_BWK = torch.nn.functional.pad(1 - share_BWK.cumsum(-1)[..., :-1], (1, 0), value=1.0).clamp(min=0)
+    left_BWK = torch.nn.functional.pad(1 - share_BWK.cumsum(-1)[..., :-1], (1, 0), value=1.0).clamp(
+        min=0
+    )
     return (value_BW[..., None] * left_BWK).cummin(-1).values
 
 
 def front(chosen_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices [B,W] of what is chosen, in order, as wide as the widest sequence; and which of them are real."""
+    """Indices [B,W] of what is chosen, in order, as wide as the widest sequence; and which of them
+    are real.
+    """
     width = int(chosen_BC.sum(1).max())
     order = (~chosen_BC).int().argsort(dim=1, stable=True)[:, :width]
     return order, chosen_BC.gather(1, order)

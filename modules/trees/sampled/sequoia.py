@@ -1,7 +1,8 @@
-"""Sequoia: the fixed tree with the most expected acceptance, by dynamic programming (Chen et al. 2024, 2402.12374).
+"""Sequoia: the fixed tree with the most expected acceptance, by dynamic programming (Chen et al.
+2024, 2402.12374).
 
-`optimise.py` answers the same question greedily where acceptance falls from sibling to sibling; this does not ask for
-that.
+`optimise.py` answers the same question greedily where acceptance falls from sibling to sibling;
+this does not ask for that.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from modules.trees.named_trees import Path
 from modules.trees.sampled.branching import Draw, DrawnTree
 
 Acceptance = Sequence[Sequence[float]]
-"""`[depth][k]`: how often the k-th sibling is the accepted one, its parent accepted; the last row also holds further
-down."""
+"""`[depth][k]`: how often the k-th sibling is the accepted one, its parent accepted; the last row
+also holds further down."""
 
 
-def sequoia_tree(acceptance: Acceptance, nodes: int, depth: int, draw: Draw = "without_replacement",
-                 temperature: float | None = None) -> DrawnTree:
-    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a law is used up (section 3.2).
+def sequoia_tree(
+    acceptance: Acceptance,
+    nodes: int,
+    depth: int,
+    draw: Draw = "without_replacement",
+    temperature: float | None = None,
+) -> DrawnTree:
+    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a law is used
+    up (section 3.2).
 
     Args:
-        acceptance: measured on other prompts at the same temperature, as `python -m eval.rules` prints it.
+        acceptance: measured on other prompts at the same temperature, as `python -m eval.rules`
+            prints it.
         nodes: drafted nodes.
         depth: levels at most.
         draw: how siblings are drawn.
@@ -38,7 +46,9 @@ def sequoia_tree(acceptance: Acceptance, nodes: int, depth: int, draw: Draw = "w
 
 
 def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
-    """Paths of the best tree of at most `nodes` draws and `depth` levels, the most valuable first."""
+    """Paths of the best tree of at most `nodes` draws and `depth` levels, the most valuable
+    first.
+    """
     check(acceptance, nodes, depth)
     rows = _rows(acceptance, depth)
     levels = _levels(rows, nodes)
@@ -60,24 +70,31 @@ def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
 
 
 def expected_tokens(acceptance: Acceptance, nodes: int, depth: int) -> list[float]:
-    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, the one after the drafts counted."""
+    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, the one after the
+    drafts counted.
+    """
     check(acceptance, nodes, depth)
     return np.maximum.accumulate(_levels(_rows(acceptance, depth), nodes)[0].values[1:]).tolist()
 
 
-def best_shape(acceptance: Acceptance, verify_seconds: Sequence[float], level_seconds: float, depth: int
-               ) -> tuple[int, int]:
-    """Draws and levels with the best F(n, d) / (t(n + 1) + d c), of equals the smallest (section 3.3).
+def best_shape(
+    acceptance: Acceptance, verify_seconds: Sequence[float], level_seconds: float, depth: int
+) -> tuple[int, int]:
+    """Draws and levels with the best F(n, d) / (t(n + 1) + d c), of equals the smallest (section
+    3.3).
 
     Args:
         acceptance: see `Acceptance`.
-        verify_seconds: t of a call over 1, 2, ... rows (of `LatencyTable.at`); as many draws are considered.
+        verify_seconds: t of a call over 1, 2, ... rows (of `LatencyTable.at`); as many draws are
+            considered.
         level_seconds: c, of drafting one level.
         depth: levels at most.
     """
     best, shape = 0.0, (0, 0)
     for levels in range(1, depth + 1):
-        for draws, tokens in enumerate(expected_tokens(acceptance, len(verify_seconds) - 1, levels)):
+        for draws, tokens in enumerate(
+            expected_tokens(acceptance, len(verify_seconds) - 1, levels)
+        ):
             speed = tokens / (verify_seconds[draws] + (levels * level_seconds if draws else 0.0))
             if speed > best * (1 + 1e-12):
                 best, shape = speed, (draws, levels if draws else 0)
@@ -87,7 +104,10 @@ def best_shape(acceptance: Acceptance, verify_seconds: Sequence[float], level_se
 def check(acceptance: Acceptance, nodes: int, depth: int) -> None:
     """Refuse what is no acceptance table, and sizes below 1."""
     if not acceptance or any(not row or min(row) < 0 or sum(row) > 1 + 1e-9 for row in acceptance):
-        raise ValueError(f"acceptance {acceptance}: give rows of probabilities, one per sibling, that sum to at most 1")
+        raise ValueError(
+            f"acceptance {acceptance}: give rows of probabilities, one per sibling, that sum to at "
+            "most 1"
+        )
     if nodes < 1 or depth < 1:
         raise ValueError(f"tree nodes and depth must be at least 1, got {nodes} and {depth}")
 
@@ -97,27 +117,38 @@ def _rows(acceptance: Acceptance, depth: int) -> list[Sequence[float]]:
 
 
 class _Level(NamedTuple):
-    """Best subtrees whose root stands on this level, by their number of nodes (index 0 is void; -inf: none)."""
+    """Best subtrees whose root stands on this level, by their number of nodes (index 0 is void;
+    -inf: none).
+    """
 
     values: NDArray[np.float64]
     """M[n]: expected tokens, the root's counted."""
     children: NDArray[np.int64]
     """[n]: how many children the root has."""
     subtree: NDArray[np.int64]
-    """[k, n]: nodes under its k-th child, itself counted, where n nodes go to the root and its first k children."""
+    """[k, n]: nodes under its k-th child, itself counted, where n nodes go to the root and its
+    first k children.
+    """
 
 
 def _levels(rows: Acceptance, nodes: int) -> list[_Level]:
-    """T[n, k] = max_m T[n-m, k-1] + P[k] M_below[m] and M[n] = max_k T[n, k], levels from the deepest up."""
+    """T[n, k] = max_m T[n-m, k-1] + P[k] M_below[m] and M[n] = max_k T[n, k], levels from the
+    deepest up.
+    """
     below = np.full(nodes + 2, -np.inf)
     below[1] = 1.0
     levels: list[_Level] = []
     for row in reversed(rows):
         count = min(len(row), nodes)
-        tables, subtree = np.full((count + 1, nodes + 2), -np.inf), np.zeros((count + 1, nodes + 2), dtype=np.int64)
+        tables, subtree = (
+            np.full((count + 1, nodes + 2), -np.inf),
+            np.zeros((count + 1, nodes + 2), dtype=np.int64),
+        )
         tables[0, 1] = 1.0
         for index in range(1, count + 1):
-            gained = np.where(np.isfinite(below), row[index - 1] * np.nan_to_num(below, neginf=0.0), -np.inf)
+            gained = np.where(
+                np.isfinite(below), row[index - 1] * np.nan_to_num(below, neginf=0.0), -np.inf
+            )
             for size in range(index + 1, nodes + 2):
                 sizes = np.arange(1, size)
                 values = tables[index - 1, size - sizes] + gained[sizes]

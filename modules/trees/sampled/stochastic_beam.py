@@ -14,11 +14,13 @@ from modules.trees.sampled.draws import check_temperature, draft_law, race
 
 
 class StochasticBeamTree:
-    """RSD-S (Jeon et al. 2024, section 3.2.2): each level is a sample of whole prefixes without replacement.
+    """RSD-S (Jeon et al. 2024, section 3.2.2): each level is a sample of whole prefixes without
+    replacement.
 
-    A child's log-probability from the root is perturbed by Gumbel noise whose maximum over the siblings is made to
-    equal its parent's (Kool et al. 2019); of a level the `width` largest stay. Siblings stand in decreasing order,
-    which is the order they were drawn in, and that one survives says nothing of its value given those before it.
+    A child's log-probability from the root is perturbed by Gumbel noise whose maximum over the
+    siblings is made to equal its parent's (Kool et al. 2019); of a level the `width` largest stay.
+    Siblings stand in decreasing order, which is the order they were drawn in, and that one survives
+    says nothing of its value given those before it.
 
     Args:
         width: nodes per level. depth: levels. temperature: of the draft; None: the target's.
@@ -35,7 +37,10 @@ class StochasticBeamTree:
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """`width` nodes a level as long as the budget lasts, the last level cut to what remains."""
         known = drafter.vocabulary_D
-        tokens_BN, parents_BN = state.newest_B[:, None], torch.full_like(state.newest_B[:, None], -1)
+        tokens_BN, parents_BN = (
+            state.newest_B[:, None],
+            torch.full_like(state.newest_B[:, None], -1),
+        )
         zeros = torch.zeros(tokens_BN.shape, dtype=torch.float64, device=tokens_BN.device)
         log_BW, key_BW, found_BN, laws, start = zeros, zeros, zeros == 0, [], 0
         for depth in range(self.depth):
@@ -46,25 +51,39 @@ class StochasticBeamTree:
             law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
             laws.append(law_BWD)
             count = min(self.width, budget + 1 - size)
-            noisy_BWK, drawn_BWK = race(law_BWD, state.context).topk(min(count, law_BWD.shape[-1]), dim=-1)
+            noisy_BWK, drawn_BWK = race(law_BWD, state.context).topk(
+                min(count, law_BWD.shape[-1]), dim=-1
+            )
             logs_BWK = log_BW[..., None] + law_BWD.gather(-1, drawn_BWK).log()
             keys_BWK = conditioned(log_BW[..., None] + noisy_BWK, key_BW[..., None])
             key_BW, best = keys_BWK.flatten(1).topk(min(count, keys_BWK[0].numel()), dim=1)
-            drawn, log_BW = drawn_BWK.flatten(1).gather(1, best), logs_BWK.flatten(1).gather(1, best)
+            drawn, log_BW = (
+                drawn_BWK.flatten(1).gather(1, best),
+                logs_BWK.flatten(1).gather(1, best),
+            )
             parents_BN = torch.cat([parents_BN, start + best // keys_BWK.shape[-1]], dim=1)
             tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
             found_BN, start = torch.cat([found_BN, key_BW.isfinite()], dim=1), size
         if not laws:
             return TokenTree.root(state.newest_B)
         law_BN = torch.full_like(tokens_BN, self.law)
-        return TokenTree(tokens_BN, Topology(parents_BN), candidate_BN=found_BN, law_BN=law_BN,
-                         laws_BRD=torch.cat(laws, dim=1), law_rows_BN=parents_BN, vocabulary_D=known)
+        return TokenTree(
+            tokens_BN,
+            Topology(parents_BN),
+            candidate_BN=found_BN,
+            law_BN=law_BN,
+            laws_BRD=torch.cat(laws, dim=1),
+            law_rows_BN=parents_BN,
+            vocabulary_D=known,
+        )
 
 
 def conditioned(keys_BWK: Tensor, maximum_BW1: Tensor) -> Tensor:
-    """Perturbed log-probabilities [B,W,K], largest first, given that their maximum is that of the parent [B,W,1].
+    """Perturbed log-probabilities [B,W,K], largest first, given that their maximum is that of the
+    parent [B,W,1].
 
-    -log(exp(-G) - exp(-Z) + exp(-g)) with the parent's G and the largest Z of g, without overflow; -inf stays -inf.
+    -log(exp(-G) - exp(-Z) + exp(-g)) with the parent's G and the largest Z of g, without overflow;
+    -inf stays -inf.
     """
     largest = keys_BWK[..., :1]
     excess = maximum_BW1 - keys_BWK + torch.log1p(-(keys_BWK - largest).exp())

@@ -1,4 +1,6 @@
-"""The feature cache gives back what the target computes, grows, resumes, and refuses what is foreign or damaged."""
+"""The feature cache gives back what the target computes, grows, resumes, and refuses what is
+foreign or damaged.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def alone(target: Target, tokens: Tokens, name: str | int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens], tmp_path: Path, dtype: CacheDtype,
-                                         tolerance: float) -> None:
+def test_cached_states_equal_the_targets(
+    target: Target, documents: list[Tokens], tmp_path: Path, dtype: CacheDtype, tolerance: float
+) -> None:
     cache_features(target, documents, ["final", 1], tmp_path, dtype=dtype, **SMALL)
     cache = FeatureCache(tmp_path, target.fingerprint(), [1, "final"])
     cache.require(documents)
@@ -49,10 +52,14 @@ def test_cached_states_equal_the_targets(target: Target, documents: list[Tokens]
         states = cache.read(tokens.key)
         assert list(states) == [1, "final"] and states["final"].dtype == getattr(torch, dtype)
         for name, found in states.items():
-            torch.testing.assert_close(found.float(), alone(target, tokens, name), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                found.float(), alone(target, tokens, name), rtol=tolerance, atol=tolerance
+            )
 
 
-def test_int8_states_are_a_percent_off_and_small(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_int8_states_are_a_percent_off_and_small(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
     cache = FeatureCache(tmp_path, target.fingerprint(), ["final"])
     for tokens in documents:
@@ -60,30 +67,57 @@ def test_int8_states_are_a_percent_off_and_small(target: Target, documents: list
         assert found.dtype == torch.float32
         assert rms_error(exact, found) < 0.015
     shards = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert shards < 1.5 * state_bytes(32, "int8") * sum(map(len, documents)) + 700 * len(list(tmp_path.glob("shard*")))
+    assert shards < 1.5 * state_bytes(32, "int8") * sum(map(len, documents)) + 700 * len(
+        list(tmp_path.glob("shard*"))
+    )
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
-        target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.feature_cache.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "data.feature_cache.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=100)
+    )
     monkeypatch.setattr(Target, "features", lambda *_: pytest.fail("computed"))
-    with pytest.raises(ValueError, match=r"need 0.00 GiB more and the disk has 0.00 free: set data.features_dtype"):
+    with pytest.raises(
+        ValueError, match=r"need 0.00 GiB more and the disk has 0.00 free: set data.features_dtype"
+    ):
         cache_features(target, documents, ["final"], tmp_path, **SMALL)
 
 
 def test_the_size_is_said_and_a_users_limit_is_kept_before_anything_is_computed(
-        target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture) -> None:
-    """The limit is the folder's: what is there counts, and every share counts the others' documents too."""
+    target: Target,
+    documents: list[Tokens],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The limit is the folder's: what is there counts, and every share counts the others' documents
+    too.
+    """
     loud, tokens = {**SMALL, "progress": True}, sum(map(len, documents))
     whole = tokens * 2 * state_bytes(32, "bfloat16") / 2**30
     cache_features(target, documents[:6], ["final", 1], tmp_path, gib=whole, **loud)
-    assert f"{sum(map(len, documents[:6]))} tokens to add, 0.00 GiB in bfloat16" in capsys.readouterr().out
+    assert (
+        f"{sum(map(len, documents[:6]))} tokens to add, 0.00 GiB in bfloat16"
+        in capsys.readouterr().out
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Target, "features", lambda *_: pytest.fail("computed"))
         for share in (None, Share(0, 4), Share(3, 4)):
-            with pytest.raises(ValueError, match=r"data.features_gib is \S+, but features .* would hold .* raise it"):
-                cache_features(target, documents, ["final", 1], tmp_path, gib=0.99 * whole, share=share, **SMALL)
+            with pytest.raises(
+                ValueError,
+                match=r"data.features_gib is \S+, but features .* would hold .* raise it",
+            ):
+                cache_features(
+                    target,
+                    documents,
+                    ["final", 1],
+                    tmp_path,
+                    gib=0.99 * whole,
+                    share=share,
+                    **SMALL,
+                )
     cache_features(target, documents, ["final", 1], tmp_path, gib=whole, **SMALL)
     FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
     capsys.readouterr()
@@ -91,17 +125,25 @@ def test_the_size_is_said_and_a_users_limit_is_kept_before_anything_is_computed(
     assert "to add" not in capsys.readouterr().out
 
 
-def test_a_cache_in_another_dtype_is_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_a_cache_in_another_dtype_is_refused(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents[:6], ["final"], tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="are stored in bfloat16, but data.features_dtype is int8: give another"):
+    with pytest.raises(
+        ValueError, match="are stored in bfloat16, but data.features_dtype is int8: give another"
+    ):
         cache_features(target, documents, ["final"], tmp_path, dtype="int8", **SMALL)
 
 
-def test_int8_takes_about_half_of_bfloat16_at_the_embedded_targets_width(tmp_path: Path,
-                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_takes_about_half_of_bfloat16_at_the_embedded_targets_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The states' bytes, and the whole files with their headers."""
     monkeypatch.setitem(fakes.DIMENSIONS, "hidden_size", 576)
-    wide, documents = tiny_target(dtype=torch.float32, layers=1), [document(60 + i, i) for i in range(8)]
+    wide, documents = (
+        tiny_target(dtype=torch.float32, layers=1),
+        [document(60 + i, i) for i in range(8)],
+    )
     sizes: dict[str, int] = {}
     for dtype in get_args(CacheDtype):
         cache_features(wide, documents, ["final"], tmp_path / dtype, dtype=dtype, progress=False)
@@ -129,38 +171,57 @@ features.cache_features(tiny_target(dtype=torch.float32), documents, ["final"], 
 """
 
 
-def test_a_cache_killed_while_it_writes_a_shard_ends_as_an_unbroken_one(target: Target, documents: list[Tokens],
-                                                                        tmp_path: Path) -> None:
+def test_a_cache_killed_while_it_writes_a_shard_ends_as_an_unbroken_one(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     root = Path(__file__).resolve().parents[3]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "killed")], cwd=root, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "killed")], cwd=root, check=False
+    )
     assert killed.returncode == -9
     for name in ("killed", "whole"):
         cache_features(target, documents, ["final"], tmp_path / name, **SMALL)
-    first, second = (FeatureCache(tmp_path / name, target.fingerprint(), ["final"]) for name in ("killed", "whole"))
+    first, second = (
+        FeatureCache(tmp_path / name, target.fingerprint(), ["final"])
+        for name in ("killed", "whole")
+    )
     first.require(documents)
     keys = [key for shard in first.manifest["shards"] for key, _ in shard["documents"]]
     assert len(keys) == len(set(keys)) == len(documents)
-    files = {path.name for path in (tmp_path / "killed").iterdir() if "shard" in path.name or "partial" in path.name}
+    files = {
+        path.name
+        for path in (tmp_path / "killed").iterdir()
+        if "shard" in path.name or "partial" in path.name
+    }
     assert files == {shard["file"] for shard in first.manifest["shards"]}
     for tokens in documents:
         assert torch.equal(first.read(tokens.key)["final"], second.read(tokens.key)["final"])
 
 
-def test_a_cache_is_extended_and_only_with_what_it_lacks(target: Target, documents: list[Tokens], tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_extended_and_only_with_what_it_lacks(
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache_features(target, documents[:6], ["final"], tmp_path, **SMALL)
     ran: list[int] = []
     features = Target.features
-    monkeypatch.setattr(Target, "features", lambda self, batch, names: (
-        ran.append(int((batch.document_ids >= 0).sum())), features(self, batch, names))[1])
+    monkeypatch.setattr(
+        Target,
+        "features",
+        lambda self, batch, names: (
+            ran.append(int((batch.document_ids >= 0).sum())),
+            features(self, batch, names),
+        )[1],
+    )
     cache_features(target, documents, ["final"], tmp_path, **SMALL)
     assert sum(ran) == sum(map(len, documents[6:]))
     FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
 
 
-def test_an_interrupted_run_keeps_its_finished_shards(target: Target, documents: list[Tokens], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_its_finished_shards(
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import data.feature_cache.cache as module
+
     write, written = module.save_file, []
 
     def killed(states: dict, path: Path) -> None:
@@ -169,6 +230,7 @@ def test_an_interrupted_run_keeps_its_finished_shards(target: Target, documents:
             raise KeyboardInterrupt
         written.append(path)
         write(states, path)
+
     monkeypatch.setattr(module, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         cache_features(target, documents, ["final"], tmp_path, **SMALL)
@@ -180,7 +242,9 @@ def test_an_interrupted_run_keeps_its_finished_shards(target: Target, documents:
     FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
 
 
-def test_a_deleted_shard_is_made_again(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_a_deleted_shard_is_made_again(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents, ["final"], tmp_path, **SMALL)
     victim = sorted(tmp_path.glob("shard-*"))[0]
     victim.unlink()
@@ -189,7 +253,9 @@ def test_a_deleted_shard_is_made_again(target: Target, documents: list[Tokens], 
     FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
 
 
-def test_a_damaged_shard_is_refused_by_name(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_a_damaged_shard_is_refused_by_name(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents, ["final"], tmp_path, **SMALL)
     victim = sorted(tmp_path.glob("shard-*"))[1]
     content = bytearray(victim.read_bytes())
@@ -199,7 +265,9 @@ def test_a_damaged_shard_is_refused_by_name(target: Target, documents: list[Toke
         FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
 
 
-def test_what_is_foreign_or_missing_is_refused(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_what_is_foreign_or_missing_is_refused(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
     other = tiny_target(dtype=torch.float32, seed=1)
     with pytest.raises(ValueError, match="belong to target 'tiny-llama'"):
@@ -212,7 +280,9 @@ def test_what_is_foreign_or_missing_is_refused(target: Target, documents: list[T
         FeatureCache(tmp_path / "none", target.fingerprint())
 
 
-def test_the_manifest_says_what_the_cache_holds(target: Target, documents: list[Tokens], tmp_path: Path) -> None:
+def test_the_manifest_says_what_the_cache_holds(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
     cache_features(target, documents, ["final"], tmp_path, **SMALL)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["fingerprint"] == target.fingerprint() and manifest["dtype"] == "bfloat16"
@@ -220,10 +290,16 @@ def test_the_manifest_says_what_the_cache_holds(target: Target, documents: list[
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_states_that_overflow_are_refused(target: Target, documents: list[Tokens], tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Target, "features", lambda self, batch, names: {
-        name: torch.full((*batch.input_ids.shape, 4), float("nan")) for name in names})
+def test_states_that_overflow_are_refused(
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Target,
+        "features",
+        lambda self, batch, names: {
+            name: torch.full((*batch.input_ids.shape, 4), float("nan")) for name in names
+        },
+    )
     with pytest.raises(ValueError, match="NaN or infinity"):
         cache_features(target, documents, ["final"], tmp_path, **SMALL)
 

@@ -83,7 +83,11 @@ def test_a_drafter_that_is_its_target_never_diverges():
 def answers(target: Target, text: list[int]) -> str | None:
     """The answer of the target's own end of a text; None where it does not end."""
     prompt = prompt_ids(ASKED, target.tokenizer)
-    whole = text + ([] if text and text[-1] in target.eos_ids else greedy(target, prompt + text, LIMIT - len(text)))
+    whole = text + (
+        []
+        if text and text[-1] in target.eos_ids
+        else greedy(target, prompt + text, LIMIT - len(text))
+    )
     return (final_number(written(target, whole)) or "") if whole[-1] in target.eos_ids else None
 
 
@@ -95,8 +99,14 @@ def slow_labels(target: Target, drafter: PrefixDrafter, most: int) -> dict[tuple
     current = greedy(target, prompt, LIMIT)
     answer = answers(target, [])
     for _ in range(most if answer else 0):
-        place = next((i for i in range(border, len(current)) if current[i] not in siblings(
-            drafter, target, prompt + current[:i])), None)
+        place = next(
+            (
+                i
+                for i in range(border, len(current))
+                if current[i] not in siblings(drafter, target, prompt + current[:i])
+            ),
+            None,
+        )
         if place is None:
             break
         before, kept = current[:place], None
@@ -142,7 +152,10 @@ def test_labels_say_whether_the_answer_changes(decoys, every):
         for row in rows:
             (labelled,) = read_labelled(row)
             tokens = tokenize_labelled(labelled, target.tokenizer, 128)
-            assert tokens.input_ids.tolist() == prompt_ids(ASKED, target.tokenizer) + row["response_ids"]
+            assert (
+                tokens.input_ids.tolist()
+                == prompt_ids(ASKED, target.tokenizer) + row["response_ids"]
+            )
             assert tokens.loss_mask.nonzero()[:, 0].tolist() == [len(tokens) - 1]
             assert bool(tokens.labels[-1]) == bool(row["spans"][0][2])
     assert set(found) == {0, 1} and neighbours >= 3
@@ -160,7 +173,9 @@ def test_answers_that_are_cut_or_hold_no_number_give_no_label(monkeypatch):
 
 def test_tokens_of_another_tokenizer_are_refused():
     row = {"prompt": ASKED, "response": "abc", "response_ids": [5, 6], "spans": [[1, 2, 0]]}
-    with pytest.raises(ValueError, match="not say what response does: they are another tokenizer's"):
+    with pytest.raises(
+        ValueError, match="not say what response does: they are another tokenizer's"
+    ):
         tokenize_labelled(read_labelled(row)[0], tiny_target().tokenizer, 128)
     with pytest.raises(ValueError, match="inside the response"):
         read_labelled({**row, "spans": [[1, 3, 0]]})

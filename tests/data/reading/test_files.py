@@ -1,4 +1,6 @@
-"""Files of every kind read alike; rows that cannot be read are counted, files that cannot are named."""
+"""Files of every kind read alike; rows that cannot be read are counted, files that cannot are
+named.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,20 @@ def contents(source: Path | str, tally: Tally | None = None) -> list[dict[str, A
     return [row.content for row in read_rows(str(source), tally=tally)]
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", LINES.encode()), ("a.jsonl", LINES.encode("utf-8-sig")),
-    ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()), ("a.jsonl", LINES.rstrip().encode()),
-    ("a.jsonl.gz", gzip.compress(LINES.encode("utf-8-sig"))),
-    ("a.json", json.dumps(ROWS, indent=1).encode("utf-8-sig")), ("a.json", LINES.encode()),
-    ("a.jsonl", ("\n " + json.dumps(ROWS)).encode()),
-    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES.encode()),
+        ("a.jsonl", LINES.encode("utf-8-sig")),
+        ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
+        ("a.jsonl", LINES.rstrip().encode()),
+        ("a.jsonl.gz", gzip.compress(LINES.encode("utf-8-sig"))),
+        ("a.json", json.dumps(ROWS, indent=1).encode("utf-8-sig")),
+        ("a.json", LINES.encode()),
+        ("a.jsonl", ("\n " + json.dumps(ROWS)).encode()),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+    ],
+)
 def test_every_kind_of_file_reads_the_same(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert contents(tmp_path / name) == ROWS
@@ -54,19 +62,38 @@ def test_characters_that_split_other_lines_do_not_split_these(tmp_path: Path) ->
     assert contents(tmp_path / "a.jsonl") == [row]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", LINES.encode("utf-16"), r"a.jsonl' line 1: the file is UTF-16: save it as UTF-8"),
-    ("a.jsonl", b'{"a": 1}\n' + LINES.replace("—", "").encode("latin-1"),
-     r"a.jsonl' line 2 is not UTF-8 \(byte 0xfc at 40\)"),
-    ("a.jsonl.gz", LINES.encode(), r"a.jsonl.gz' is not a gzip file"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode() * 5000)[:-50], r"a.jsonl.gz' is cut off .*behind line 1\d+"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9] + b"x" * 9, r"a.jsonl.gz' is (not a gzip|cut off)"),
-    ("a.parquet", b"no parquet at all", r"a.parquet' is no Parquet file.*behind row 0"),
-    ("a.json", b"[{]", r"a.json' begins as a JSON array, but is not JSON"),
-    ("a.csv", b"x", r"a.csv' is of an unknown kind: use .jsonl, "),
-])
-def test_files_that_cannot_be_read_are_named_in_one_line(name: str, content: bytes, message: str,
-                                                         tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            LINES.encode("utf-16"),
+            r"a.jsonl' line 1: the file is UTF-16: save it as UTF-8",
+        ),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n' + LINES.replace("—", "").encode("latin-1"),
+            r"a.jsonl' line 2 is not UTF-8 \(byte 0xfc at 40\)",
+        ),
+        ("a.jsonl.gz", LINES.encode(), r"a.jsonl.gz' is not a gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode() * 5000)[:-50],
+            r"a.jsonl.gz' is cut off .*behind line 1\d+",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode())[:-9] + b"x" * 9,
+            r"a.jsonl.gz' is (not a gzip|cut off)",
+        ),
+        ("a.parquet", b"no parquet at all", r"a.parquet' is no Parquet file.*behind row 0"),
+        ("a.json", b"[{]", r"a.json' begins as a JSON array, but is not JSON"),
+        ("a.csv", b"x", r"a.csv' is of an unknown kind: use .jsonl, "),
+    ],
+)
+def test_files_that_cannot_be_read_are_named_in_one_line(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         contents(tmp_path / name, Tally())
@@ -85,22 +112,29 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 BAD = {
-    "not JSON (Expecting value)": "{\"a\": ", "the row is a list, expected a JSON object": "[1]",
+    "not JSON (Expecting value)": '{"a": ',
+    "the row is a list, expected a JSON object": "[1]",
     "the row is null, expected a JSON object": "null",
     "JSON that is nested too deeply": "[" * 100_000,
-    "JSON with a number that is too long": "{\"a\": " + "9" * 5000 + "}",
-    "the line is longer than 1 MiB": "{\"a\": \"" + "x" * (3 << 20) + "\"}",
+    "JSON with a number that is too long": '{"a": ' + "9" * 5000 + "}",
+    "the line is longer than 1 MiB": '{"a": "' + "x" * (3 << 20) + '"}',
 }
 
 
-def test_bad_lines_are_counted_by_reason_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_lines_are_counted_by_reason_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data.reading.files, "LONGEST_LINE", 1 << 20)
     lines = LINES.splitlines()
-    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], *BAD.values(), lines[1], *BAD.values(), lines[2]]))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join([lines[0], *BAD.values(), lines[1], *BAD.values(), lines[2]])
+    )
     tally = Tally()
     assert contents(tmp_path / "a.jsonl", tally) == ROWS
-    assert tally.as_dict() == {reason: {"count": 2, "first": f"a.jsonl line {number}"}
-                               for number, reason in enumerate(BAD, 2)}
+    assert tally.as_dict() == {
+        reason: {"count": 2, "first": f"a.jsonl line {number}"}
+        for number, reason in enumerate(BAD, 2)
+    }
     assert len(tally.lines()) == len(BAD) and str(tmp_path) in tally.lines()[0]
     for line, reason in zip(BAD.values(), BAD, strict=True):
         (tmp_path / "b.jsonl").write_text('{"a": 1}\n' + line)
@@ -110,11 +144,16 @@ def test_bad_lines_are_counted_by_reason_and_passed_over(tmp_path: Path, monkeyp
 
 
 def test_halves_of_surrogate_pairs_are_replaced_wherever_they_stand(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "\\ud83d", "k\\udc00": ["\\ud83d\\ude00", {"x": "a\\ud800b"}]}\n'
-                                      '{"prompt": "\\ud83d\\ude00"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "\\ud83d", "k\\udc00": ["\\ud83d\\ude00", {"x": "a\\ud800b"}]}\n'
+        '{"prompt": "\\ud83d\\ude00"}\n'
+    )
     (tmp_path / "b.json").write_text('[{"prompt": "\\ud83d"}]')
     tally = Tally()
     assert contents(tmp_path / "[ab].json*", tally) == [
-        {"prompt": "\ufffd", "k\ufffd": ["😀", {"x": "a\ufffdb"}]}, {"prompt": "😀"}, {"prompt": "\ufffd"}]
+        {"prompt": "\ufffd", "k\ufffd": ["😀", {"x": "a\ufffdb"}]},
+        {"prompt": "😀"},
+        {"prompt": "\ufffd"},
+    ]
     assert tally.as_dict() == {REPLACED: {"count": 2, "first": "a.jsonl line 1"}}
     assert clean("\ud83d" + "\ude00") == "😀" and clean(["\ud83d", 1, None]) == ["\ufffd", 1, None]

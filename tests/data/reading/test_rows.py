@@ -18,60 +18,105 @@ from tests.fakes import tiny_target
 ASKED, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 PAIR = [ASKED, SAID]
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
-PARTS = [{"role": "User", "content": [{"type": "text", "text": "h"}, "i"]},
-         {"role": "MODEL ", "content": [{"type": "output_text", "text": "yes"}]}]
+PARTS = [
+    {"role": "User", "content": [{"type": "text", "text": "h"}, "i"]},
+    {"role": "MODEL ", "content": [{"type": "output_text", "text": "yes"}]},
+]
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": PAIR}, {"messages": SHAREGPT}, {"messages": PARTS}, {"messages": json.dumps(PAIR)},
-    {"conversations": PAIR}, {"conversations": SHAREGPT}, {"conversation": PAIR},
-    {"messages": None, "conversations": [{**turn, "weight": 1} for turn in SHAREGPT]},
-    {"messages": PAIR, "prompt": "another"},
-    *({asked: "hi", answered: "yes"} for asked in ("prompt", "question", "query")
-      for answered in ("response", "completion", "answer", "output")),
-    {"prompt": [ASKED], "completion": [SAID]}, {"prompt": ASKED, "response": SAID},
-    {"prompt": json.dumps([ASKED]), "response": "yes"},
-    {"instruction": "hi", "input": "", "output": "yes"}, {"turns": ["hi"], "response": "yes"},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": PAIR},
+        {"messages": SHAREGPT},
+        {"messages": PARTS},
+        {"messages": json.dumps(PAIR)},
+        {"conversations": PAIR},
+        {"conversations": SHAREGPT},
+        {"conversation": PAIR},
+        {"messages": None, "conversations": [{**turn, "weight": 1} for turn in SHAREGPT]},
+        {"messages": PAIR, "prompt": "another"},
+        *(
+            {asked: "hi", answered: "yes"}
+            for asked in ("prompt", "question", "query")
+            for answered in ("response", "completion", "answer", "output")
+        ),
+        {"prompt": [ASKED], "completion": [SAID]},
+        {"prompt": ASKED, "response": SAID},
+        {"prompt": json.dumps([ASKED]), "response": "yes"},
+        {"instruction": "hi", "input": "", "output": "yes"},
+        {"turns": ["hi"], "response": "yes"},
+    ],
+)
 def test_every_shape_means_the_same(row: dict[str, Any]) -> None:
     assert chat_of(row) == PAIR
 
 
 def test_what_stands_beside_a_question_is_not_lost() -> None:
     system = {"role": "system", "content": "be brief"}
-    for row in ({"system": "be brief", "question": "hi", "answer": "yes"},
-                {"system_prompt": "be brief", "conversations": SHAREGPT},
-                {"system": "be brief", "messages": [{"role": "System", "content": "be brief"}, *PAIR]}):
+    for row in (
+        {"system": "be brief", "question": "hi", "answer": "yes"},
+        {"system_prompt": "be brief", "conversations": SHAREGPT},
+        {"system": "be brief", "messages": [{"role": "System", "content": "be brief"}, *PAIR]},
+    ):
         assert chat_of(row) == [system, *PAIR]
-    assert chat_of({"instruction": "add", "input": "1 2", "output": "3"})[0]["content"] == "add\n\n1 2"
+    assert (
+        chat_of({"instruction": "add", "input": "1 2", "output": "3"})[0]["content"] == "add\n\n1 2"
+    )
     assert chat_of({"turns": ["a", "b"]}) == [{"role": "user", "content": text} for text in "ab"]
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     told = {"role": "tool", "content": "42", "tool_call_id": "c", "name": "f"}
     thought = {"role": "assistant", "reasoning": "hm", "content": "so"}
     assert chat_of({"messages": [ASKED, called, {**told, "role": "observation"}, thought]}) == [
-        ASKED, called, told, thought]
+        ASKED,
+        called,
+        told,
+        thought,
+    ]
 
 
 WRONG = [
-    ({"text": "x"}, "the row has keys text: expected `messages` or"), ({}, r"keys \(none\)"),
-    ({"messages": None}, "`messages` is null, expected"), ({"messages": 3}, "`messages` is a number, expected a list"),
-    ({"messages": "hi"}, "`messages` is text, expected a list"), ({"messages": {}}, "is an object, expected a list"),
-    ({"messages": ["hi"]}, "a turn is text, expected an object"), ({"messages": [None]}, "a turn is null"),
+    ({"text": "x"}, "the row has keys text: expected `messages` or"),
+    ({}, r"keys \(none\)"),
+    ({"messages": None}, "`messages` is null, expected"),
+    ({"messages": 3}, "`messages` is a number, expected a list"),
+    ({"messages": "hi"}, "`messages` is text, expected a list"),
+    ({"messages": {}}, "is an object, expected a list"),
+    ({"messages": ["hi"]}, "a turn is text, expected an object"),
+    ({"messages": [None]}, "a turn is null"),
     ({"messages": [{"role": "user"}]}, r"no text under `content` or `value` \(its keys: role\)"),
     ({"messages": [{"role": "user", "content": None}]}, r"no text under .*content, null"),
     ({"messages": [{"content": "x"}]}, "no `role` or `from`"),
     ({"messages": [{"role": 1, "content": "x"}]}, "no `role`"),
     ({"messages": [{"role": "user", "content": 3}]}, "`content` of a turn is a number"),
     ({"messages": [{"role": "user", "content": {"a": 1}}]}, "`content` of a turn is an object"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type image_url"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "a part of type image_url",
+    ),
     ({"messages": [{"role": "user", "content": [3]}]}, "a part of type a number"),
     ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a tool call without a `name`"),
     ({"prompt": 3, "response": "x"}, "`prompt` is a number"),
     ({"prompt": "x", "response": b"y"}, "`response` is bytes"),
     ({"question": "5+1?", "answer": 6}, "`answer` is a number, expected text or turns"),
     ({"messages": PAIR, "tools": "f(x)"}, "`tools` is text, expected a list"),
-    *(({"messages": PAIR, "response_ids": ids}, "`response_ids` is") for ids in (
-        "abc", 5, True, {"a": 1}, 1.5, ["a"], [1.5], [True], [[1]], [-1], [10**30], [None])),
+    *(
+        ({"messages": PAIR, "response_ids": ids}, "`response_ids` is")
+        for ids in (
+            "abc",
+            5,
+            True,
+            {"a": 1},
+            1.5,
+            ["a"],
+            [1.5],
+            [True],
+            [[1]],
+            [-1],
+            [10**30],
+            [None],
+        )
+    ),
 ]
 
 
@@ -84,22 +129,40 @@ def test_other_rows_are_left_out_for_what_was_found(row: dict[str, Any], message
 
 def test_calls_of_older_data_sets_are_tool_calls() -> None:
     call = {"name": "f", "arguments": '{"a": 1}'}
-    for turn in ({"from": "function_call", "value": json.dumps(call)},
-                 {"role": "assistant", "content": None, "function_call": call}):
+    for turn in (
+        {"from": "function_call", "value": json.dumps(call)},
+        {"role": "assistant", "content": None, "function_call": call},
+    ):
         assert chat_of({"messages": [turn]}) == [
-            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}]
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": call}],
+            }
+        ]
     tools = [{"name": "f"}]
-    for given, found in ((tools, tools), (json.dumps(tools), tools), ([], None), ("", None), ("[]", None)):
+    for given, found in (
+        (tools, tools),
+        (json.dumps(tools), tools),
+        ([], None),
+        ("", None),
+        ("[]", None),
+    ):
         assert read_conversation({"messages": PAIR, "tools": given}).tools == found
 
 
 def test_a_file_with_a_bad_row_of_each_kind_trains_on_the_good_ones(
-        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """And says what it left out, where it was first, and keeps both in the provenance."""
     good = [{"prompt": f"say {word}", "response": word} for word in ("one", "two", "six", "ten")]
     bad = [row for row, _ in WRONG if b"y" not in row.values()]
     lines = [json.dumps(row) for row in good[:2]] + ["{", "[]"] + [json.dumps(row) for row in bad]
-    lines += [json.dumps({**good[2], "prompt": "cut \ud83d"}), json.dumps(good[3]), json.dumps(good[0])]
+    lines += [
+        json.dumps({**good[2], "prompt": "cut \ud83d"}),
+        json.dumps(good[3]),
+        json.dumps(good[0]),
+    ]
     lines += [json.dumps({"messages": PAIR[:1]}), json.dumps({"prompt": "x" * 80, "response": "y"})]
     lines += [json.dumps({"messages": [ASKED, {**SAID, "reasoning_content": "hm"}]})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -111,17 +174,27 @@ def test_a_file_with_a_bad_row_of_each_kind_trains_on_the_good_ones(
     left_out = json.loads(json.dumps(Provenance.of(target, data=recipe.summary()).data))["left_out"]
     assert sum(found["count"] for found in left_out.values()) == len(lines) - 4 + 1
     assert left_out["not JSON (Expecting property name enclosed in double quotes)"] == {
-        "count": 1, "first": "a.jsonl line 3"}
+        "count": 1,
+        "first": "a.jsonl line 3",
+    }
     assert left_out[REPLACED]["count"] == left_out["seen before"]["count"] == 1
-    assert left_out["prompt longer than the context (64 tokens)"]["first"] == f"a.jsonl line {len(lines) - 1}"
-    assert any("`messages` is text, expected a list of turns (first: '" in line for line in caplog.messages)
+    assert (
+        left_out["prompt longer than the context (64 tokens)"]["first"]
+        == f"a.jsonl line {len(lines) - 1}"
+    )
+    assert any(
+        "`messages` is text, expected a list of turns (first: '" in line for line in caplog.messages
+    )
     assert len(caplog.messages) == len(left_out)
 
 
 def test_a_file_without_a_good_row_is_refused_with_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"messages": 1}\nhello\n')
-    with pytest.raises(ValueError, match="can be trained on: 2 × the row has keys text: expected .* "
-                       r"\(first: .*a.jsonl' line 1\); 1 × `messages` is a number.*; 1 × not JSON") as caught:
+    with pytest.raises(
+        ValueError,
+        match="can be trained on: 2 × the row has keys text: expected .* "
+        r"\(first: .*a.jsonl' line 1\); 1 × `messages` is a number.*; 1 × not JSON",
+    ) as caught:
         ConversationData(str(tmp_path / "a.jsonl"), max_length=64).read(tiny_target())
     assert "\n" not in str(caught.value)
 
@@ -136,7 +209,11 @@ def test_tokens_beyond_the_models_vocabulary_are_left_out(tmp_path: Path) -> Non
     found.read(target)
     assert len(found.documents) + len(found.held_out) == 3
     assert found.summary()["left_out"] == {
-        "token 128 '<extra>' is beyond the model's vocabulary of 128": {"count": 1, "first": "a.jsonl line 2"}}
+        "token 128 '<extra>' is beyond the model's vocabulary of 128": {
+            "count": 1,
+            "first": "a.jsonl line 2",
+        }
+    }
 
 
 def test_without_a_tally_the_first_bad_row_ends_it(tmp_path: Path) -> None:

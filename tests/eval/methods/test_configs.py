@@ -1,4 +1,6 @@
-"""The shipped evaluations: every class exists and takes what it is given, and rows that are compared are comparable."""
+"""The shipped evaluations: every class exists and takes what it is given, and rows that are
+compared are comparable.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,17 @@ def test_every_row_can_be_built(file: Path) -> None:
 
 
 def test_drafting_without_training_is_whole() -> None:
-    expected = {"hf_prompt_lookup", "hf_assisted", "prompt_lookup", "suffix", "token_recycling",
-                "rest", "aded", "rasd", "lookahead"}
+    expected = {
+        "hf_prompt_lookup",
+        "hf_assisted",
+        "prompt_lookup",
+        "suffix",
+        "token_recycling",
+        "rest",
+        "aded",
+        "rasd",
+        "lookahead",
+    }
     variants = {"token_recycling_cold", "suffix_corpus", "suffix_token_recycling"}
     rows = methods("training_free")
     assert expected | variants == set(rows)
@@ -61,7 +72,9 @@ def test_drafting_without_training_is_whole() -> None:
 
 def test_assisted_generation_and_ours_draft_with_the_same_model() -> None:
     rows = methods("table")
-    assert rows["hf_assisted"]["decoder"]["init_args"]["assistant"] == rows["independent"]["drafter"]
+    assert (
+        rows["hf_assisted"]["decoder"]["init_args"]["assistant"] == rows["independent"]["drafter"]
+    )
 
 
 def test_the_fused_tree_has_the_nodes_of_its_partner_and_of_retrieval() -> None:
@@ -70,7 +83,10 @@ def test_the_fused_tree_has_the_nodes_of_its_partner_and_of_retrieval() -> None:
     given = fused["drafter"]["init_args"]
     assert given["partner"] == alone["drafter"] and given["builder"] == alone["builder"]
     assert given["datastore"] == rows["rasd"]["drafter"]["init_args"]["datastore"]
-    assert given["tokens"] - given["retrieved"] == alone["budget"] and fused["precision"] == alone["precision"]
+    assert (
+        given["tokens"] - given["retrieved"] == alone["budget"]
+        and fused["precision"] == alone["precision"]
+    )
 
 
 def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
@@ -80,9 +96,16 @@ def test_a_partner_is_loaded_from_its_run(tmp_path: Path) -> None:
     save_pretrained(drafter, tmp_path / "clover" / "drafter", Provenance.of(target))
     spec = {**methods("table")["rasd_eagle3_bf16"]["drafter"]}
     shallow = {**spec["init_args"]["builder"], "init_args": {"depth": 3}}
-    spec["init_args"] |= {"partner": str(tmp_path / "clover"), "datastore": None, "builder": shallow}
-    rows = build_rows([Method("fused", spec, precision="bfloat16"), Method("clover", str(tmp_path / "clover"))], target,
-                      Sampling())
+    spec["init_args"] |= {
+        "partner": str(tmp_path / "clover"),
+        "datastore": None,
+        "builder": shallow,
+    }
+    rows = build_rows(
+        [Method("fused", spec, precision="bfloat16"), Method("clover", str(tmp_path / "clover"))],
+        target,
+        Sampling(),
+    )
     by_name = {row.name: row for row in rows}
     assert by_name["fused"].budget == 9 and by_name["clover"].budget == 5
     drafter = cast(SpeculativeDecoder, by_name["fused"].decoder).drafter

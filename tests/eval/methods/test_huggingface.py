@@ -25,7 +25,9 @@ PROMPTS = [[10, 11, 12, 13, 10, 11], [20, 21, 22], [30, 31, 32, 33]]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
-@pytest.mark.parametrize("kind", [HuggingFaceGenerate, HuggingFacePromptLookup, HuggingFaceAssisted])
+@pytest.mark.parametrize(
+    "kind", [HuggingFaceGenerate, HuggingFacePromptLookup, HuggingFaceAssisted]
+)
 def test_greedy_tokens_equal_our_own_loop(kind: type, arch: str) -> None:
     target = tiny_target(arch)
     other = kind(target, layers=1) if kind is HuggingFaceAssisted else kind(target)
@@ -34,7 +36,9 @@ def test_greedy_tokens_equal_our_own_loop(kind: type, arch: str) -> None:
         found = other.decode([prompt], GREEDY, 20)[0]
         assert found.ids == expected.ids and found.prompt_tokens == len(prompt)
         assert len(found.drafted) == len(found.ids)
-        assert found.time_to_first_token == found.seconds["prefill"] > 0 and found.decode_seconds >= 0
+        assert (
+            found.time_to_first_token == found.seconds["prefill"] > 0 and found.decode_seconds >= 0
+        )
 
 
 def test_a_batch_is_padded_on_the_left_and_cut_at_the_end_token() -> None:
@@ -45,7 +49,9 @@ def test_a_batch_is_padded_on_the_left_and_cut_at_the_end_token() -> None:
 
 
 def test_calls_account_for_the_tokens_that_follow_the_first_call() -> None:
-    trace = HuggingFaceAssisted(tiny_target(), layers=1, tokens=3).decode([PROMPTS[0]], GREEDY, 20)[0]
+    trace = HuggingFaceAssisted(tiny_target(), layers=1, tokens=3).decode([PROMPTS[0]], GREEDY, 20)[
+        0
+    ]
     assert all(1 <= count <= 4 for count in trace.accepted)
     assert sum(trace.accepted) < len(trace.ids) <= sum(trace.accepted) + 4
 
@@ -68,8 +74,9 @@ def test_assistant_shares_the_targets_memory() -> None:
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 40])
-def test_a_trained_drafter_assists_with_the_tokens_that_it_drafts_here(draft_vocabulary: int | None, tmp_path: Path
-                                                                       ) -> None:
+def test_a_trained_drafter_assists_with_the_tokens_that_it_drafts_here(
+    draft_vocabulary: int | None, tmp_path: Path
+) -> None:
     target = tiny_target(layers=4)
     torch.manual_seed(0)
     drafter = Independent(target.shape, layers=3, draft_vocabulary=draft_vocabulary, draft_length=3)
@@ -81,7 +88,9 @@ def test_a_trained_drafter_assists_with_the_tokens_that_it_drafts_here(draft_voc
         ours = SpeculativeDecoder(target, drafter.eval()).decode([prompt], GREEDY, 21)[0]
         theirs = assisted.decode([prompt], GREEDY, 21)[0]
         assert theirs.ids == ours.ids
-        assert theirs.accepted[:-1] == ours.accepted[-len(theirs.accepted):-1], "the last call may end at the limit"
+        assert theirs.accepted[:-1] == ours.accepted[-len(theirs.accepted) : -1], (
+            "the last call may end at the limit"
+        )
         assert len(theirs.accepted) >= len(ours.accepted) - 1, "its first call drafts too"
 
 
@@ -89,7 +98,9 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
     decoder, state = HuggingFaceGenerate(tiny_target()), torch.get_rng_state()
     hot = Sampling(temperature=1.5, seed=3)
     first, again = (decoder.decode([PROMPTS[1]], hot, 20)[0].ids for _ in range(2))
-    assert first == again != decoder.decode([PROMPTS[1]], Sampling(temperature=1.5, seed=4), 20)[0].ids
+    assert (
+        first == again != decoder.decode([PROMPTS[1]], Sampling(temperature=1.5, seed=4), 20)[0].ids
+    )
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -33,39 +33,75 @@ def runs(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_come_from_folders_and_classes() -> None:
-    assert Method(drafter="runs/clover").label == Method(drafter="runs/clover/drafter").label == "clover"
+    assert (
+        Method(drafter="runs/clover").label
+        == Method(drafter="runs/clover/drafter").label
+        == "clover"
+    )
     assert Method(drafter="user/name").label == "name"
-    assert Method(decoder={"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}).label == "hf_generate"
+    assert (
+        Method(decoder={"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}).label
+        == "hf_generate"
+    )
     assert Method(drafter={"class_path": "modules.drafters.heads.medusa.Medusa"}).label == "medusa"
 
 
 def test_a_drafter_that_adapts_its_target_gets_its_own_baseline(target: Target, runs: Path) -> None:
-    rows = build_rows([Method(drafter=str(runs / "medusa")), Method(drafter=str(runs / "medusa2")),
-                       Method("twice", str(runs / "medusa2"), budget=2)], target, Sampling())
+    rows = build_rows(
+        [
+            Method(drafter=str(runs / "medusa")),
+            Method(drafter=str(runs / "medusa2")),
+            Method("twice", str(runs / "medusa2"), budget=2),
+        ],
+        target,
+        Sampling(),
+    )
     assert [(row.name, row.baseline) for row in rows] == [
-        ("autoregressive", "autoregressive"), ("medusa", "autoregressive"),
-        ("autoregressive of medusa2", "autoregressive of medusa2"), ("medusa2", "autoregressive of medusa2"),
-        ("twice", "autoregressive of medusa2")]
-    assert rows[3].target is rows[4].target is rows[2].target is not target and rows[1].target is target
+        ("autoregressive", "autoregressive"),
+        ("medusa", "autoregressive"),
+        ("autoregressive of medusa2", "autoregressive of medusa2"),
+        ("medusa2", "autoregressive of medusa2"),
+        ("twice", "autoregressive of medusa2"),
+    ]
+    assert (
+        rows[3].target is rows[4].target is rows[2].target is not target
+        and rows[1].target is target
+    )
     assert rows[1].drafter_parameters > 0 and rows[4].budget == 2
 
 
 def test_rules_by_temperature(target: Target, runs: Path) -> None:
     source = str(runs / "medusa")
-    methods = [Method("cold", source), Method("hot", source, temperature=1.0), Method("lossy", source, rule="typical")]
+    methods = [
+        Method("cold", source),
+        Method("hot", source, temperature=1.0),
+        Method("lossy", source, rule="typical"),
+    ]
     rows = {row.name: row for row in build_rows(methods, target, Sampling())}
-    assert rows["cold"].rule == "greedy" and rows["hot"].rule == "point" and not rows["lossy"].claims_lossless
+    assert (
+        rows["cold"].rule == "greedy"
+        and rows["hot"].rule == "point"
+        and not rows["lossy"].claims_lossless
+    )
     assert rows["hot"].baseline == "autoregressive at 1"
-    with pytest.raises(ValueError, match="rule 'greedy' does not sample at temperature above 0: use 'point'"):
+    with pytest.raises(
+        ValueError, match="rule 'greedy' does not sample at temperature above 0: use 'point'"
+    ):
         build_rows([Method("x", source, rule="greedy", temperature=1.0)], target, Sampling())
 
 
-def test_a_drafter_takes_the_targets_precision_and_not_any_target(target: Target, runs: Path) -> None:
+def test_a_drafter_takes_the_targets_precision_and_not_any_target(
+    target: Target, runs: Path
+) -> None:
     drafter = load_drafter(str(runs / "medusa"), target)
     assert {parameter.dtype for parameter in drafter.parameters()} == {target.dtype}
     source = str(runs / "medusa")
-    rows = build_rows([Method("coarse", source), Method("as asked", source, precision="float16")], target, Sampling(),
-                      "bfloat16")
+    rows = build_rows(
+        [Method("coarse", source), Method("as asked", source, precision="float16")],
+        target,
+        Sampling(),
+        "bfloat16",
+    )
     dtypes = [next(row.decoder.drafter.parameters()).dtype for row in rows[1:]]  # type: ignore[attr-defined]
     assert dtypes == [torch.bfloat16, torch.float16] and rows[1].draft_precision == "bfloat16"
     with pytest.raises(ValueError, match="was trained for"):

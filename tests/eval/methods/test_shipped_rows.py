@@ -1,4 +1,6 @@
-"""The shipped comparisons: every row can be built from the runs that their comments train, and is lossless."""
+"""The shipped comparisons: every row can be built from the runs that their comments train, and is
+lossless.
+"""
 
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
@@ -30,17 +32,32 @@ from tests.fakes import tiny_target
 from tests.test_style import ROOT
 
 STUDIES = "docs/benchmarks"
-EAGLES = {**{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "eagle_int8")},
-          **{name: (Fspad, {}) for name in ("fspad", "fspad_s1", "fspad_s2")},
-          "fspad_nofs": (Fspad, {"feature_sampling": False}), "fspad_nopad": (Fspad, {"partial_alignment": False}),
-          "eagle3": (Eagle3, {}), "eagle3_steps1": (Eagle3, {"steps": 1}),
-          "eagle3_onelayer": (Eagle3, {"fused_layers": [1]}), "medusa": (Medusa, {"heads": 3})}
+EAGLES = {
+    **{name: (Eagle, {}) for name in ("eagle", "eagle_s1", "eagle_s2", "eagle_int8")},
+    **{name: (Fspad, {}) for name in ("fspad", "fspad_s1", "fspad_s2")},
+    "fspad_nofs": (Fspad, {"feature_sampling": False}),
+    "fspad_nopad": (Fspad, {"partial_alignment": False}),
+    "eagle3": (Eagle3, {}),
+    "eagle3_steps1": (Eagle3, {"steps": 1}),
+    "eagle3_onelayer": (Eagle3, {"fused_layers": [1]}),
+    "medusa": (Medusa, {"heads": 3}),
+}
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
-FALCONS = {"2": {"block": 2}, "3": {"block": 3}, "4": {"block": 4}, "no_glancing": {"glancing": 0.0},
-           "unrevealed": {"revealed_loss": False}, "no_lstm": {"lstm": False}, "causal": {"relaxed_mask": False},
-           "own_row": {"newest_row": False}}
-SORTED = {"s2d": {"exits": [2, 4, 6]}, "s2d_plain": {"exits": [2, 4, 6], "sorted_training": False},
-          **{f"s2d_{depth}": {"exits": [depth]} for depth in (2, 4, 6)}}
+FALCONS = {
+    "2": {"block": 2},
+    "3": {"block": 3},
+    "4": {"block": 4},
+    "no_glancing": {"glancing": 0.0},
+    "unrevealed": {"revealed_loss": False},
+    "no_lstm": {"lstm": False},
+    "causal": {"relaxed_mask": False},
+    "own_row": {"newest_row": False},
+}
+SORTED = {
+    "s2d": {"exits": [2, 4, 6]},
+    "s2d_plain": {"exits": [2, 4, 6], "sorted_training": False},
+    **{f"s2d_{depth}": {"exits": [depth]} for depth in (2, 4, 6)},
+}
 
 
 def saved(folder: Path, name: str, drafter: Drafter, target: Target) -> None:
@@ -69,7 +86,11 @@ def all_lossless(rows: Mapping[str, Row]) -> None:
 def static_and_exact(rows: Mapping[str, Row], drafter: str, static: str, published: str) -> None:
     """The same weights with fixed nodes, which the paper's tree has too."""
     builder = rows[static].decoder.builder
-    assert isinstance(builder, StaticTree) and builder.depth == 4 and len(builder.paths) == rows[static].budget == 7
+    assert (
+        isinstance(builder, StaticTree)
+        and builder.depth == 4
+        and len(builder.paths) == rows[static].budget == 7
+    )
     assert all(list(path) in NAMED[published] for path in builder.paths)
     assert rows[static].decoder.drafter is rows[drafter].decoder.drafter
 
@@ -80,10 +101,17 @@ def test_falcon_of_every_block_and_ablation_beside_eagle(tmp_path: Path) -> None
     for name, arguments in FALCONS.items():
         saved(tmp_path, f"falcon/{name}", Falcon(target.shape, **arguments), target)
     rows = shipped(f"{STUDIES}/falcon_xeon2_202611/methods.yaml", tmp_path, target)
-    assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [2, 3, 4]
+    assert [rows[name].decoder.drafter.block for name in ("falcon_2", "falcon_3", "falcon_4")] == [
+        2,
+        3,
+        4,
+    ]
     drafting = [row for row in rows.values() if row.builder]
     assert {row.budget for row in drafting} == {7}
-    assert all(row.decoder.builder.depth % getattr(row.decoder.drafter, "block", 1) == 0 for row in drafting)
+    assert all(
+        row.decoder.builder.depth % getattr(row.decoder.drafter, "block", 1) == 0
+        for row in drafting
+    )
     assert {row.decoder.builder.depth for row in drafting if row.name != "falcon_3"} == {4}
     static_and_exact(rows, "falcon_2", "falcon_2_static", "falcon_8")
     all_lossless(rows)
@@ -104,24 +132,35 @@ def test_eagles_and_fspad_with_every_ablation_draft_the_same_kind_of_tree(tmp_pa
 
 
 def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: Path) -> None:
-    """The second target is made as the study's page says: the first layers, exported, and loaded as a target."""
+    """The second target is made as the study's page says: the first layers, exported, and loaded as
+    a target.
+    """
     target = tiny_target(layers=6)
     for name, arguments in SORTED.items():
         saved(tmp_path, f"bench/{name}", Sorted(target.shape, **arguments), target)
     saved(tmp_path, "healed", Independent(target.shape, layers=4), target)
     export(tmp_path / "runs" / "healed", "hf", tmp_path / "healed", target)
     smaller = load_target(str(tmp_path / "healed"), "float64")
-    assert smaller.shape.num_layers == 4 and smaller.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    assert (
+        smaller.shape.num_layers == 4
+        and smaller.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    )
     assert smaller.fingerprint() != target.fingerprint()
     for one in (target, smaller):
         rows = shipped(f"{STUDIES}/s2d_two_targets_xeon2_202611/methods.yaml", tmp_path, one)
         all_lossless(rows)
         drafter = rows["exit_2"].decoder.drafter
         everything = sum(parameter.numel() for parameter in drafter.parameters())
-        assert rows["exit_2"].drafter_parameters == everything - drafter.embedding.weight.numel(), "its own weights"
+        assert rows["exit_2"].drafter_parameters == everything - drafter.embedding.weight.numel(), (
+            "its own weights"
+        )
         assert rows["exit_2"].drafter_parameters > rows["alone_2"].drafter_parameters
-        assert rows["adaptive_tree"].decoder.drafter is drafter and rows["adaptive_tree"].budget == 7
-        assert decoded(rows["exit_2"]) == decoded(rows["plain_exit_2"]) == decoded(rows["alone_2"]), "untrained alike"
+        assert (
+            rows["adaptive_tree"].decoder.drafter is drafter and rows["adaptive_tree"].budget == 7
+        )
+        assert (
+            decoded(rows["exit_2"]) == decoded(rows["plain_exit_2"]) == decoded(rows["alone_2"])
+        ), "untrained alike"
 
 
 def decoded(row: Row) -> list[Any]:

@@ -20,12 +20,17 @@ def test_tau_counts_the_bonus_token_and_is_none_without_calls() -> None:
 def test_marginal_acceptance_by_hand_and_tau_is_one_plus_its_sum() -> None:
     assert metrics.acceptance_by_depth(EMITTED) == pytest.approx([3 / 5, 2 / 5])
     drawn = np.random.default_rng(0).integers(1, 7, 200).tolist()
-    assert 1 + sum(metrics.acceptance_by_depth(drawn)) == pytest.approx(metrics.mean_accepted_tokens(drawn))
+    assert 1 + sum(metrics.acceptance_by_depth(drawn)) == pytest.approx(
+        metrics.mean_accepted_tokens(drawn)
+    )
 
 
 def test_conditional_acceptance_counts_only_calls_that_got_so_far_and_offered_more() -> None:
-    # Depth 1: four calls offered it, three accepted; depth 2: calls 1 and 4 got there and had it; depth 3: call 4.
-    assert metrics.conditional_acceptance_by_depth(EMITTED, OFFERED) == pytest.approx([3 / 4, 1.0, 0.0])
+    # Depth 1: four calls offered it, three accepted; depth 2: calls 1 and 4 got there and had it;
+    # depth 3: call 4.
+    assert metrics.conditional_acceptance_by_depth(EMITTED, OFFERED) == pytest.approx(
+        [3 / 4, 1.0, 0.0]
+    )
     assert metrics.conditional_acceptance_by_depth(EMITTED, []) == []
 
 
@@ -43,14 +48,19 @@ def test_histogram_of_accepted_drafts() -> None:
 def test_micro_pools_tokens_and_seconds_and_macro_means_over_tasks() -> None:
     fast, slow = [Speed(30, 1), Speed(10, 1)], [Speed(10, 1), Speed(10, 1)]
     assert metrics.micro_speedup(fast, slow) == 2.0
-    assert metrics.macro_speedup({"a": (fast[:1], slow[:1]), "b": (fast, slow)}) == pytest.approx((3 + 2) / 2)
+    assert metrics.macro_speedup({"a": (fast[:1], slow[:1]), "b": (fast, slow)}) == pytest.approx(
+        (3 + 2) / 2
+    )
     assert metrics.micro_speedup(fast, [Speed(0, 0)]) is None
 
 
 def test_interval_holds_the_estimate_is_seeded_and_collapses_without_variance() -> None:
     rng = np.random.default_rng(1)
     slow = [Speed(50, seconds) for seconds in rng.uniform(0.9, 1.1, 40)]
-    fast = [Speed(50, speed.seconds / gain) for speed, gain in zip(slow, rng.uniform(1, 2, 40), strict=True)]
+    fast = [
+        Speed(50, speed.seconds / gain)
+        for speed, gain in zip(slow, rng.uniform(1, 2, 40), strict=True)
+    ]
     low, high = metrics.bootstrap_interval(fast, slow) or (0, 0)
     assert low < (metrics.micro_speedup(fast, slow) or 0) < high and high - low < 0.5
     assert metrics.bootstrap_interval(fast, slow) == (low, high)
@@ -65,9 +75,19 @@ def test_pairing_makes_the_interval_narrower_than_independent_rows_would() -> No
     assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("expected", "actual", "where"), [
-    ([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 5, 3], 1), ([1, 2, 3], [1, 2], 2), ([], [4], 0), ([], [], None)])
-def test_first_divergence_counts_length(expected: list[int], actual: list[int], where: int | None) -> None:
+@pytest.mark.parametrize(
+    ("expected", "actual", "where"),
+    [
+        ([1, 2, 3], [1, 2, 3], None),
+        ([1, 2, 3], [1, 5, 3], 1),
+        ([1, 2, 3], [1, 2], 2),
+        ([], [4], 0),
+        ([], [], None),
+    ],
+)
+def test_first_divergence_counts_length(
+    expected: list[int], actual: list[int], where: int | None
+) -> None:
     assert metrics.first_divergence(expected, actual) == where
 
 

@@ -27,7 +27,9 @@ def answer(target: Target) -> list[int]:
     return ids
 
 
-def test_teacher_forcing_predicts_the_answer_that_greedy_decoding_gave(target: Target, answer: list[int]) -> None:
+def test_teacher_forcing_predicts_the_answer_that_greedy_decoding_gave(
+    target: Target, answer: list[int]
+) -> None:
     logits = teacher_forced_logits(target, PROMPT, answer)
     assert logits.shape == (12, target.shape.vocab_size) and logits.argmax(-1).tolist() == answer
 
@@ -36,10 +38,16 @@ def test_identical(target: Target, answer: list[int]) -> None:
     assert judge(target, PROMPT, answer, answer).identity is Identity.IDENTICAL
 
 
-def test_another_token_is_a_difference_with_its_place_and_gap(target: Target, answer: list[int]) -> None:
+def test_another_token_is_a_difference_with_its_place_and_gap(
+    target: Target, answer: list[int]
+) -> None:
     wrong = [*answer[:5], (answer[5] + 1) % 64, *answer[6:]]
     verdict = judge(target, PROMPT, answer, wrong)
-    assert verdict.identity is Identity.DIFFERENT and verdict.position == 5 and (verdict.gap or 0) > 1e-3
+    assert (
+        verdict.identity is Identity.DIFFERENT
+        and verdict.position == 5
+        and (verdict.gap or 0) > 1e-3
+    )
     assert (verdict.expected, verdict.actual) == (answer[5], wrong[5])
 
 

@@ -26,9 +26,25 @@ def test_the_half_is_rounded_down_and_ties_keep_their_order() -> None:
 
 
 def test_an_evaluation_measures_every_method_on_the_same_half(tmp_path: Path) -> None:
-    assert run("--config", config(tmp_path, ["AlwaysRight", "NeverRight"]), "--output", "out", "--limit", "2") == 0
+    assert (
+        run(
+            "--config",
+            config(tmp_path, ["AlwaysRight", "NeverRight"]),
+            "--output",
+            "out",
+            "--limit",
+            "2",
+        )
+        == 0
+    )
     halves = {name: row["less_repetitive_half"] for name, row in methods().items()}
     assert {half["prompts"] for half in halves.values()} == {2}
-    assert halves["alwaysright"]["mean_accepted_tokens"] == 4.0 and halves["neverright"]["mean_accepted_tokens"] == 1.0
-    assert halves["autoregressive"]["speedup"] == 1.0 and halves["autoregressive"]["ci95"] == [1.0, 1.0]
+    assert (
+        halves["alwaysright"]["mean_accepted_tokens"] == 4.0
+        and halves["neverright"]["mean_accepted_tokens"] == 1.0
+    )
+    assert halves["autoregressive"]["speedup"] == 1.0 and halves["autoregressive"]["ci95"] == [
+        1.0,
+        1.0,
+    ]
     assert "less repetitive half" in (Path("out") / "report.md").read_text()

@@ -30,8 +30,11 @@ from tests.eval.report.test_pages import report
 from tests.fakes import tiny_target
 
 TABLE = LatencyTable(64, {1: 0.05, 5: 0.09, 9: 0.10})
-DRAFTING = Calls([3, 2, 1, 4] * 3, [5, 5, 1, 9] * 3, {
-    "prefill": 9.0, "draft": 0.12, "verify": 1.2, "accept": 0.1, "commit": 0.05, "other": 0.03})
+DRAFTING = Calls(
+    [3, 2, 1, 4] * 3,
+    [5, 5, 1, 9] * 3,
+    {"prefill": 9.0, "draft": 0.12, "verify": 1.2, "accept": 0.1, "commit": 0.05, "other": 0.03},
+)
 PLAIN = Calls([1] * 30, [1] * 30, {"prefill": 9.0, "verify": 1.4, "accept": 0.05, "other": 0.1})
 
 
@@ -64,7 +67,10 @@ def test_engines_that_do_not_tell_their_calls_are_not_predicted() -> None:
 
 
 def test_widths_between_measured_ones_are_interpolated() -> None:
-    assert expected_seconds(TABLE, [3]) == pytest.approx(0.07) and expected_seconds(TABLE, [1, 9]) < 0.076
+    assert (
+        expected_seconds(TABLE, [3]) == pytest.approx(0.07)
+        and expected_seconds(TABLE, [1, 9]) < 0.076
+    )
     with pytest.raises(ValueError, match="ends at 9 rows"):
         expected_seconds(TABLE, [10])
 
@@ -77,17 +83,36 @@ def test_a_table_per_sequence_reaches_the_widest_call() -> None:
 
 
 def predicting(name: str, predicted: float, measured: float) -> dict[str, Any]:
-    return entry(name, measured, speed_model={"predicted": predicted, "factors": {"verification": 1.0}})
+    return entry(
+        name, measured, speed_model={"predicted": predicted, "factors": {"verification": 1.0}}
+    )
 
 
 def test_the_median_error_stands_beside_the_repeat_noise() -> None:
-    plain = entry("autoregressive", 1.0, quality={"noise": {"micro": 0.97, "ci95": None}}, speed_model={
-        "predicted": 9.0, "factors": {}})
-    methods = [plain, predicting("a", 1.1, 1.0), predicting("b", 1.0, 2.0), predicting("c", 1.8, 1.5), entry("d")]
+    plain = entry(
+        "autoregressive",
+        1.0,
+        quality={"noise": {"micro": 0.97, "ci95": None}},
+        speed_model={"predicted": 9.0, "factors": {}},
+    )
+    methods = [
+        plain,
+        predicting("a", 1.1, 1.0),
+        predicting("b", 1.0, 2.0),
+        predicting("c", 1.8, 1.5),
+        entry("d"),
+    ]
     assert prediction_errors(methods) == pytest.approx([0.1, 0.5, 0.2])
     line, *rest = explanations(methods)
-    assert "over 3 methods of |predicted - measured| / measured: 20.0%; repeat" in line and line.endswith(": 3.0%")
-    assert len(rest) == 3 and f"- {line}" in markdown(report(*methods)) and line in page(report(*methods), None)
+    assert (
+        "over 3 methods of |predicted - measured| / measured: 20.0%; repeat" in line
+        and line.endswith(": 3.0%")
+    )
+    assert (
+        len(rest) == 3
+        and f"- {line}" in markdown(report(*methods))
+        and line in page(report(*methods), None)
+    )
 
 
 def test_nothing_is_said_without_a_prediction_and_unmeasured_noise_is_called_so() -> None:

@@ -17,8 +17,15 @@ def gsm8k(path: Path) -> list[str]:
     rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(3)]
     (path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fakes = [{"decoder": {"class_path": FAKE + name}} for name in ("AlwaysRight", "HonestlyLossy")]
-    (path / "config.yaml").write_text(json.dumps({"methods": fakes, "max_new_tokens": 12, "dtype": "float64"}))
-    return ["--config", str(path / "config.yaml"), "--prompts", f"tasks/gsm8k={path / 'gsm8k.jsonl'}"]
+    (path / "config.yaml").write_text(
+        json.dumps({"methods": fakes, "max_new_tokens": 12, "dtype": "float64"})
+    )
+    return [
+        "--config",
+        str(path / "config.yaml"),
+        "--prompts",
+        f"tasks/gsm8k={path / 'gsm8k.jsonl'}",
+    ]
 
 
 def test_lossy_rows_and_their_baseline_are_scored(tmp_path: Path) -> None:
@@ -26,24 +33,38 @@ def test_lossy_rows_and_their_baseline_are_scored(tmp_path: Path) -> None:
     rows = {name: row["quality"] for name, row in methods().items()}
     assert "target_log_likelihood" not in rows["alwaysright"]
     plain, lossy = rows["autoregressive"], rows["honestlylossy"]
-    assert plain["argmax_share"] == plain["common_prefix"] == 1.0 and plain["exact_match"]["tie"] == 3
+    assert (
+        plain["argmax_share"] == plain["common_prefix"] == 1.0 and plain["exact_match"]["tie"] == 3
+    )
     assert lossy["argmax_share"] < 1.0 and lossy["common_prefix"] == pytest.approx(0.5, abs=0.1)
     assert lossy["target_log_likelihood"] < plain["target_log_likelihood"] < 0
     assert lossy["exact_match"]["prompts"] == 3 and "verdict" in lossy["exact_match"]
     paired = lossy["likelihood_against_plain"]
-    assert paired["loss"] == 3 and paired["verdict"] == "loss" and paired["difference"] < paired["ci95"][1] < 0
-    assert plain["likelihood_against_plain"]["difference"] == 0 and plain["likelihood_against_plain"]["tie"] == 3
+    assert (
+        paired["loss"] == 3
+        and paired["verdict"] == "loss"
+        and paired["difference"] < paired["ci95"][1] < 0
+    )
+    assert (
+        plain["likelihood_against_plain"]["difference"] == 0
+        and plain["likelihood_against_plain"]["tie"] == 3
+    )
     for name in ("report.md", "report.html"):
         text = (Path("out") / name).read_text()
         assert "exact match (win/tie/loss)" in text and ": loss (0/0/3)" in text
 
 
-@pytest.mark.parametrize(("fake", "words"), [("HonestlyLossy", "is found worse"),
-                                             ("AlwaysRight", "is NOT found worse")])
-def test_a_negative_control_is_found_worse_or_the_report_says_so(fake: str, words: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("fake", "words"), [("HonestlyLossy", "is found worse"), ("AlwaysRight", "is NOT found worse")]
+)
+def test_a_negative_control_is_found_worse_or_the_report_says_so(
+    fake: str, words: str, tmp_path: Path, capsys
+) -> None:
     arguments = gsm8k(tmp_path)
     rows = [{"name": "spoilt", "decoder": {"class_path": FAKE + fake}, "control": True}]
-    (tmp_path / "config.yaml").write_text(json.dumps({"methods": rows, "max_new_tokens": 12, "dtype": "float64"}))
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"methods": rows, "max_new_tokens": 12, "dtype": "float64"})
+    )
     assert run(*arguments, "--output", "out", "--quality", "all") == 0
     assert methods()["spoilt"]["quality"]["control"]
     (line,) = control_lines(list(methods().values()))

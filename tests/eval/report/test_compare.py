@@ -11,13 +11,25 @@ from rich.console import Console
 
 from checkpoints.reports import load_report
 from eval import cli
-from eval.report.compare import comparison_lines, comparison_table, noise_margin, overlap_line, verdict
+from eval.report.compare import (
+    comparison_lines,
+    comparison_table,
+    noise_margin,
+    overlap_line,
+    verdict,
+)
 from eval.report.markdown import noise_lines
 from tests.eval.report.test_pages import method, report
 
 
 def baseline(noise: tuple[float, float] | None = (0.98, 1.02)) -> dict[str, Any]:
-    return method("autoregressive", 1.0, quality={"noise": {"micro": 1.01, "ci95": noise}}, target="tiny", batch_size=1)
+    return method(
+        "autoregressive",
+        1.0,
+        quality={"noise": {"micro": 1.01, "ci95": noise}},
+        target="tiny",
+        batch_size=1,
+    )
 
 
 def drafting(micro: float, **other: Any) -> dict[str, Any]:
@@ -32,13 +44,18 @@ def printed(left: dict[str, Any], right: dict[str, Any]) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize(("one", "two", "expected"), [(1.5, 1.55, "tie"), (1.5, 1.8, "faster"), (1.5, 1.2, "slower")])
+@pytest.mark.parametrize(
+    ("one", "two", "expected"), [(1.5, 1.55, "tie"), (1.5, 1.8, "faster"), (1.5, 1.2, "slower")]
+)
 def test_differences_inside_an_interval_are_ties(one: float, two: float, expected: str) -> None:
     assert verdict(drafting(one)["speedup"], drafting(two)["speedup"]) == expected
 
 
 def test_differences_within_the_noise_of_both_runs_are_ties() -> None:
-    steady, restless = report(baseline(), drafting(1.5)), report(baseline((0.7, 1.1)), drafting(1.8))
+    steady, restless = (
+        report(baseline(), drafting(1.5)),
+        report(baseline((0.7, 1.1)), drafting(1.8)),
+    )
     assert noise_margin(restless, restless["methods"][1]) == pytest.approx(0.3567, abs=1e-3)
     assert "tie (noise)" in printed(steady, restless).split("\n")[5]
     assert "faster" in printed(steady, report(baseline(), drafting(1.8)))
@@ -51,7 +68,9 @@ def test_noise_of_another_batch_size_does_not_count() -> None:
 
 def test_tau_changes_only_outside_its_interval() -> None:
     def at(tau: float, low: float, high: float) -> dict[str, Any]:
-        return report(drafting(1.5, mean_accepted_tokens=tau, mean_accepted_tokens_ci95=[low, high]))
+        return report(
+            drafting(1.5, mean_accepted_tokens=tau, mean_accepted_tokens_ci95=[low, high])
+        )
 
     assert "more" in printed(at(2.0, 1.9, 2.1), at(2.5, 2.4, 2.6))
     assert "fewer" in printed(at(2.5, 2.4, 2.6), at(2.0, 1.9, 2.1))
@@ -60,11 +79,20 @@ def test_tau_changes_only_outside_its_interval() -> None:
 
 
 def test_what_the_table_cannot_show() -> None:
-    left, right = report(baseline(), drafting(1.5)), report(baseline((1.01, 1.05)), method("eagle"), drafting(1.5))
+    left, right = (
+        report(baseline(), drafting(1.5)),
+        report(baseline((1.01, 1.05)), method("eagle"), drafting(1.5)),
+    )
     right["settings"]["max_new_tokens"] = 16
     text = printed(left, right)
-    assert "not the same max_new_tokens: 8, then 16" in text and "only in the second report: eagle" in text
-    assert text.count("noise: autoregressive against itself") == 2 and text.count("does not hold 1") == 1
+    assert (
+        "not the same max_new_tokens: 8, then 16" in text
+        and "only in the second report: eagle" in text
+    )
+    assert (
+        text.count("noise: autoregressive against itself") == 2
+        and text.count("does not hold 1") == 1
+    )
     assert noise_lines(left)[0].endswith("(95% interval 0.98–1.02)")
 
 
@@ -73,8 +101,12 @@ def test_the_share_of_overlapping_intervals_leaves_methods_without_one_out() -> 
     left = report(baseline(), drafting(1.5), method("eagle", 1.2), unknown)
     right = report(baseline(), drafting(1.6), method("eagle", 1.8), method("short", 1.0))
     assert overlap_line(left, right).startswith("speedup intervals overlap for 2 of 3 methods")
-    assert overlap_line(left, right).endswith("(67%)") and overlap_line(left, right) in comparison_lines(left, right)
-    assert overlap_line(report(unknown), report(unknown)).endswith("0 of 0 methods that have them in both reports")
+    assert overlap_line(left, right).endswith("(67%)") and overlap_line(
+        left, right
+    ) in comparison_lines(left, right)
+    assert overlap_line(report(unknown), report(unknown)).endswith(
+        "0 of 0 methods that have them in both reports"
+    )
 
 
 def test_no_common_method() -> None:
@@ -82,7 +114,9 @@ def test_no_common_method() -> None:
         comparison_table(report(method("one")), report(method("two")))
 
 
-def test_a_method_that_lost_its_tokens_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_that_lost_its_tokens_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, entry in (("a", drafting(1.5)), ("b", drafting(1.5, lossless=False))):
         (tmp_path / f"{name}.json").write_text(json.dumps(report(baseline(), entry)))
     for order, status in (("ab", 1), ("ba", 0)):
@@ -92,12 +126,24 @@ def test_a_method_that_lost_its_tokens_fails(tmp_path: Path, capsys: pytest.Capt
     assert "yes → NO" in capsys.readouterr().out.replace("\n", "")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("{", "is not JSON"), ("[]", "has schema None"), ('{"schema": 2}', "has schema 2, only 1 can be read"),
-    ('{"schema": 1}', "has no `environment`"),
-    ('{"schema": 1, "environment": {}, "targets": [], "settings": {}, "methods": []}', "has no `methods`"),
-    ('{"schema": 1, "environment": {}, "targets": [], "settings": {}, "methods": [{"name": "x"}]}',
-     r"has no `methods\[1\].target`")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has schema None"),
+        ('{"schema": 2}', "has schema 2, only 1 can be read"),
+        ('{"schema": 1}', "has no `environment`"),
+        (
+            '{"schema": 1, "environment": {}, "targets": [], "settings": {}, "methods": []}',
+            "has no `methods`",
+        ),
+        (
+            '{"schema": 1, "environment": {}, "targets": [], "settings": {}, "methods": [{"name": '
+            '"x"}]}',
+            r"has no `methods\[1\].target`",
+        ),
+    ],
+)
 def test_reports_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -122,7 +168,7 @@ FORGED: list[tuple[str, Any, str]] = [
     ("methods.1.speedup.micro", "fast", r"methods\[2\].speedup.micro is text, expected a number"),
     ("methods.1.speedup.micro", -1.0, "speedup.micro is -1.0, expected 0 or above"),
     ("methods.1.speedup.micro", float("inf"), "speedup.micro is no number that can be measured"),
-    ("methods.1.speedup.micro", 10 ** 400, "speedup.micro is no number that can be measured"),
+    ("methods.1.speedup.micro", 10**400, "speedup.micro is no number that can be measured"),
     ("methods.1.speedup.ci95", [1.0], "speedup.ci95 has 1 entries, expected 2"),
     ("methods.1.speedup.ci95", ["a", "b"], r"speedup.ci95\[1\] is text, expected a number"),
     ("methods.1.speedup.ci95", {}, "speedup.ci95 is an object, expected a list"),
@@ -148,11 +194,14 @@ FORGED: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("place", "value", "words"), FORGED,
-                         ids=[f"{place}={str(value)[:12]}" for place, value, _ in FORGED])
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    FORGED,
+    ids=[f"{place}={str(value)[:12]}" for place, value, _ in FORGED],
+)
 def test_values_that_no_evaluation_writes_are_one_line_with_file_and_key(
-        tmp_path: Path, place: str, value: Any, words: str,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, place: str, value: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     honest = report(baseline(), drafting(1.5))
     forged: Any = json.loads(json.dumps(honest))
     *path, last = [int(key) if key.isdigit() else key for key in place.split(".")]

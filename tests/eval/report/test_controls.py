@@ -1,4 +1,6 @@
-"""Controls that a trustworthy harness passes: plain decoding against itself, drafters at random and without a fault."""
+"""Controls that a trustworthy harness passes: plain decoding against itself, drafters at random and
+without a fault.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from tests.fakes import ScriptedDrafter, ids_by_batch, many_prompts, tiny_target
 
 PLAIN = {"name": "again", "decoder": {"class_path": "modules.decoding.decoder.SpeculativeDecoder"}}
 RANDOM = {"name": "random", "drafter": {"class_path": "tests.fakes.RandomDrafter"}}
-PERFECT = {"name": "perfect", "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 3}}}
+PERFECT = {
+    "name": "perfect",
+    "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 3}},
+}
 __all__ = ["tiny"]
 
 
@@ -30,7 +35,9 @@ def test_controls_through_the_whole_harness(tmp_path: Path) -> None:
     path = config(tmp_path, [PLAIN, RANDOM, PERFECT], max_new_tokens=9)
     assert run("--config", path, "--output", "out", "--limit", "2") == 0
     rows = methods()
-    assert all(row["lossless"] and row["identical_outputs"] == row["prompts"] == 4 for row in rows.values())
+    assert all(
+        row["lossless"] and row["identical_outputs"] == row["prompts"] == 4 for row in rows.values()
+    )
     assert rows["again"]["mean_accepted_tokens"] == 1.0 and rows["again"]["new_tokens"] == 4 * 9
     assert 1.0 <= rows["random"]["mean_accepted_tokens"] < 1.2
     assert rows["random"]["quality"]["drafted_nodes_per_call"] > 2
@@ -40,7 +47,10 @@ def test_controls_through_the_whole_harness(tmp_path: Path) -> None:
 
 def test_plain_decoding_against_itself_on_the_same_clock_is_exactly_one(tmp_path: Path) -> None:
     target = tiny_target()
-    rows = [Row(name, Replay(target), target, Sampling(), "autoregressive") for name in ("autoregressive", "again")]
+    rows = [
+        Row(name, Replay(target), target, Sampling(), "autoregressive")
+        for name in ("autoregressive", "again")
+    ]
     tasks = [Task("x", tuple(Prompt(f"x/{i}", "x", (f"question {i}",)) for i in range(4)))]
     records = Harness(rows, 6).run(units(tasks, 1, 1), Journal(tmp_path / "j.jsonl", {}, False))
     plain, again = (summary.figures for summary in summarise(rows, records))
@@ -50,7 +60,9 @@ def test_plain_decoding_against_itself_on_the_same_clock_is_exactly_one(tmp_path
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-10), (torch.float32, TIE_GAP)])
 def test_one_prefix_scored_token_by_token_and_k_at_a_time(dtype: torch.dtype, apart: float) -> None:
-    """What plain decoding and verification think of the same tokens; in float32 within what counts as a tie."""
+    """What plain decoding and verification think of the same tokens; in float32 within what counts
+    as a tie.
+    """
     target = tiny_target(dtype=dtype)
     answer = torch.randint(5, 128, (1, 24), generator=torch.Generator().manual_seed(4))
     scored = {}
@@ -68,8 +80,13 @@ def test_one_prefix_scored_token_by_token_and_k_at_a_time(dtype: torch.dtype, ap
 
 
 @pytest.mark.parametrize("right", [None, 0.6])
-def test_batches_of_4_and_16_are_plain_decoding_however_many_drafts_are_right(right: float | None) -> None:
+def test_batches_of_4_and_16_are_plain_decoding_however_many_drafts_are_right(
+    right: float | None,
+) -> None:
     target, prompts = tiny_target(), many_prompts(16)
     drafter = None if right is None else ScriptedDrafter(target.shape, right, depth=2)
     alone = ids_by_batch(SpeculativeDecoder(target), prompts, 1, 6)
-    assert all(ids_by_batch(SpeculativeDecoder(target, drafter), prompts, size, 6) == alone for size in (4, 16))
+    assert all(
+        ids_by_batch(SpeculativeDecoder(target, drafter), prompts, size, 6) == alone
+        for size in (4, 16)
+    )

@@ -19,9 +19,23 @@ from tests.eval.test_cli import config, report, run, tiny
 from tests.fakes import tiny_target
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMED = {"seconds", "tokens_per_second", "time_to_first_token", "speedup", "ci95", "predicted_speedup", "speed_model",
-         "seconds_by_phase", "noise", "peak_memory_bytes", "draft_seconds_per_node"}
-SCRIPTED = {"name": "scripted", "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 2}}}
+TIMED = {
+    "seconds",
+    "tokens_per_second",
+    "time_to_first_token",
+    "speedup",
+    "ci95",
+    "predicted_speedup",
+    "speed_model",
+    "seconds_by_phase",
+    "noise",
+    "peak_memory_bytes",
+    "draft_seconds_per_node",
+}
+SCRIPTED = {
+    "name": "scripted",
+    "drafter": {"class_path": "tests.fakes.ScriptedDrafter", "init_args": {"depth": 2}},
+}
 __all__ = ["tiny"]
 
 
@@ -30,11 +44,25 @@ def launch(arguments: list[str], count: int) -> list[tuple[int, str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "tests.eval.run.shares_worker", *arguments]
-    running = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(count)]
+    running = [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
     said = [process.communicate(timeout=300) for process in running]
     return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
 
@@ -57,11 +85,16 @@ def test_two_processes_give_one_report_with_the_figures_of_one(tmp_path: Path) -
     one, two = report(Path("one")), report(Path("two"))
     assert two["settings"] == {**one["settings"], "processes": 2}
     assert untimed(two["methods"]) == untimed(one["methods"]) and len(two["methods"]) == 4
-    assert two["methods"][3]["mean_accepted_tokens"] > 2 and two["methods"][3]["by_task"]["b"]["identical_outputs"] == 6
+    assert (
+        two["methods"][3]["mean_accepted_tokens"] > 2
+        and two["methods"][3]["by_task"]["b"]["identical_outputs"] == 6
+    )
     journals = sorted(file.name for file in Path("two").glob("journal*"))
     assert journals == ["journal.0of2.jsonl", "journal.1of2.jsonl"]
     lines = [len((Path("two") / name).read_text().splitlines()) - 1 for name in journals]
-    assert sum(lines) == len(Path("one/journal.jsonl").read_text().splitlines()) - 1 and min(lines) > 0
+    assert (
+        sum(lines) == len(Path("one/journal.jsonl").read_text().splitlines()) - 1 and min(lines) > 0
+    )
     assert run("--config", path, "--output", "two", "--resume") == 2
     refused = launch(["--config", path, "--output", "two"], 2)
     assert [status for status, *_ in refused] == [2, 2], refused
@@ -77,7 +110,10 @@ def test_shares_are_disjoint_and_whole() -> None:
 
 
 def test_every_process_takes_the_budgets_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = [Method(**SCRIPTED, budget=2), Method(decoder={"class_path": "eval.methods.huggingface.HuggingFaceGenerate"})]
+    methods = [
+        Method(**SCRIPTED, budget=2),
+        Method(decoder={"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}),
+    ]
     rows = build_rows(methods, tiny_target(), Sampling())
     monkeypatch.setattr(Share, "agreed", lambda self, value: [0, 5, None])
     agree_on_budgets(rows, Share(1, 2))
@@ -92,7 +128,9 @@ def test_another_number_of_processes_cannot_resume(tmp_path: Path) -> None:
     assert Share().journal(path, True) == path
     (tmp_path / "journal.0of2.jsonl").touch()
     assert Share(0, 2).journal(path, True).is_file() and Share().journal(path, False) == path
-    with pytest.raises(ValueError, match="written by another number of processes than 1: start as many"):
+    with pytest.raises(
+        ValueError, match="written by another number of processes than 1: start as many"
+    ):
         Share().journal(path, True)
 
 

@@ -29,9 +29,17 @@ def load(name: str):
     return evaluate.load(str(METRICS / name))
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("so 3 apples and 4 pears. #### 7", 7.0), ("The answer is 1,250.", 1250.0), ("-2.5 degrees", -2.5), ("none", None),
-    ("#### 12 dollars, not 13", 12.0), ("it is 5 ####", 5.0)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 apples and 4 pears. #### 7", 7.0),
+        ("The answer is 1,250.", 1250.0),
+        ("-2.5 degrees", -2.5),
+        ("none", None),
+        ("#### 12 dollars, not 13", 12.0),
+        ("it is 5 ####", 5.0),
+    ],
+)
 def test_the_answer_of_a_solution(text, number):
     assert final_number(text) == number
 
@@ -62,27 +70,47 @@ def test_acceptance_length():
 
 
 def test_lossless_speedup_is_null_when_a_token_differs():
-    metric, times = load("lossless_speedup"), {"seconds": [1.0, 1.0], "reference_seconds": [2.0, 2.0]}
-    same = metric.compute(predictions=[[1, 2, 3], [4, 5, 6]], references=[[1, 2, 3], [4, 5, 6]], **times)
-    assert same["speedup"] == pytest.approx(2.0) and same["ci95"] == (pytest.approx(2.0), pytest.approx(2.0))
-    other = metric.compute(predictions=[[1, 2, 3], [4, 5, 7]], references=[[1, 2, 3], [4, 5, 6]], **times)
-    assert other["speedup"] is None and other["ratio"] == pytest.approx(2.0) and other["identical_outputs"] == 1
+    metric, times = (
+        load("lossless_speedup"),
+        {"seconds": [1.0, 1.0], "reference_seconds": [2.0, 2.0]},
+    )
+    same = metric.compute(
+        predictions=[[1, 2, 3], [4, 5, 6]], references=[[1, 2, 3], [4, 5, 6]], **times
+    )
+    assert same["speedup"] == pytest.approx(2.0) and same["ci95"] == (
+        pytest.approx(2.0),
+        pytest.approx(2.0),
+    )
+    other = metric.compute(
+        predictions=[[1, 2, 3], [4, 5, 7]], references=[[1, 2, 3], [4, 5, 6]], **times
+    )
+    assert (
+        other["speedup"] is None
+        and other["ratio"] == pytest.approx(2.0)
+        and other["identical_outputs"] == 1
+    )
     with pytest.raises(ValueError, match="one entry per prompt"):
         metric.compute(predictions=[[1]], references=[[1]], **times)
 
 
 def test_quality_metrics():
-    numbers = load("exact_match_number").compute(predictions=["7", "8"], references=["#### 7", "#### 9"])
+    numbers = load("exact_match_number").compute(
+        predictions=["7", "8"], references=["#### 7", "#### 9"]
+    )
     assert numbers == {"exact_match": 0.5}
     assert load("rouge_l").compute(predictions=["a b"], references=["a b"]) == {"rouge_l": 1.0}
-    programs = load("pass_at_1").compute(predictions=["x = 1", "x = 2"], references=["assert x == 1"] * 2)
+    programs = load("pass_at_1").compute(
+        predictions=["x = 1", "x = 2"], references=["assert x == 1"] * 2
+    )
     assert programs == {"pass_at_1": 0.5}
 
 
 def test_programs_are_taken_from_blocks_and_completions():
     given = "import math\n\ndef f(x):\n    pass\n"
-    assert program_of("Sure:\n```python\ndef f(x):\n    return 1\n```\nDone.", given, "f") == \
-        "import math\n\n\ndef f(x):\n    return 1\n"
+    assert (
+        program_of("Sure:\n```python\ndef f(x):\n    return 1\n```\nDone.", given, "f")
+        == "import math\n\n\ndef f(x):\n    return 1\n"
+    )
     assert program_of("    return 1", given, "f") == given + "    return 1"
     assert program_of("```\ndef f(x):\n    return 1", given, "f").endswith("return 1")
 
@@ -92,7 +120,11 @@ def test_paired_outcomes():
     assert (better["win"], better["tie"], better["loss"], better["verdict"]) == (5, 1, 0, "win")
     assert paired_outcome([0, 0, 0, 0], [1, 1, 1, 1])["verdict"] == "loss"
     even = paired_outcome([1, 0, 1, 0], [0, 1, 0, 1])
-    assert even["verdict"] == "tie" and even["ci95"][0] < 0 < even["ci95"][1] and even["difference"] == 0.0
+    assert (
+        even["verdict"] == "tie"
+        and even["ci95"][0] < 0 < even["ci95"][1]
+        and even["difference"] == 0.0
+    )
     assert paired_outcome([1], [0])["ci95"] is None
 
 
@@ -103,8 +135,12 @@ def test_common_prefix():
 
 def test_agreement_metrics():
     found = load("target_log_likelihood").compute(predictions=[[-1.0, -2.0], [-3.0]])
-    assert found["log_likelihood_per_token"] == -2.0 and found["perplexity"] == pytest.approx(7.389, abs=1e-3)
-    agreement = load("greedy_agreement").compute(predictions=[[1, 2], [3, 9]], references=[[1, 2], [3, 4]])
+    assert found["log_likelihood_per_token"] == -2.0 and found["perplexity"] == pytest.approx(
+        7.389, abs=1e-3
+    )
+    agreement = load("greedy_agreement").compute(
+        predictions=[[1, 2], [3, 9]], references=[[1, 2], [3, 4]]
+    )
     assert agreement == {"common_prefix": 0.75, "identical": 0.5}
     preference = load("paired_preference").compute(predictions=[1.0, 1.0], references=[0.0, 1.0])
     assert (preference["win"], preference["tie"], preference["loss"]) == (1, 1, 0)

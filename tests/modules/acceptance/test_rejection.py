@@ -1,4 +1,6 @@
-"""Siblings' rounds return exactly the target's law: enumeration of every draw and toss, golden numbers, controls."""
+"""Siblings' rounds return exactly the target's law: enumeration of every draw and toss, golden
+numbers, controls.
+"""
 
 from __future__ import annotations
 
@@ -32,33 +34,48 @@ def one_hot(size, token):
 
 
 def random_law(size, seed):
-    weights = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).pow(3)
+    weights = torch.rand(
+        size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).pow(3)
     return weights / weights.sum()
 
 
 def adversarial():
     """(name, p, q) on vocabularies of 3 to 6."""
-    cases = [("golden", P, Q), ("equal", P, P), ("halves", P, HALVES), ("one-hot p", one_hot(4, 2), Q)]
+    cases = [
+        ("golden", P, Q),
+        ("equal", P, P),
+        ("halves", P, HALVES),
+        ("one-hot p", one_hot(4, 2), Q),
+    ]
     for size in (3, 4, 5, 6):
         p, q = random_law(size, size), random_law(size, 10 + size)
         half = torch.cat([torch.ones(size // 2), torch.zeros(size - size // 2)]).double()
         tied = torch.full((size,), 1 / size, dtype=torch.float64)
-        cases += [(f"random {size}", p, q), (f"disjoint {size}", half / half.sum(), (1 - half) / (1 - half).sum()),
-                  (f"one-hot q {size}", p, one_hot(size, 1)),
-                  (f"both one-hot {size}", one_hot(size, 0), one_hot(size, 1)),
-                  (f"ties {size}", tied, torch.flip(p, (0,))), (f"tied draft {size}", p, tied),
-                  (f"zero q {size}", p, half / half.sum())]
+        cases += [
+            (f"random {size}", p, q),
+            (f"disjoint {size}", half / half.sum(), (1 - half) / (1 - half).sum()),
+            (f"one-hot q {size}", p, one_hot(size, 1)),
+            (f"both one-hot {size}", one_hot(size, 0), one_hot(size, 1)),
+            (f"ties {size}", tied, torch.flip(p, (0,))),
+            (f"tied draft {size}", p, tied),
+            (f"zero q {size}", p, half / half.sum()),
+        ]
     return cases
 
 
 CASES = adversarial()
 KINDS = {
-    "independent": (Law.INDEPENDENT, "stop", recursive_rounds), "k_seq": (Law.INDEPENDENT, "stop", k_sequential_rounds),
+    "independent": (Law.INDEPENDENT, "stop", recursive_rounds),
+    "k_seq": (Law.INDEPENDENT, "stop", k_sequential_rounds),
     "swor": (Law.WITHOUT_REPLACEMENT, "stop", recursive_rounds),
     "sequoia": (Law.WITHOUT_REPLACEMENT, "uniform", recursive_rounds),
 }
-CHOICES = {"likeliest": lambda q: q.argsort(descending=True, stable=True),
-           "unlikeliest": lambda q: q.argsort(stable=True), "by token": lambda q: torch.arange(len(q))}
+CHOICES = {
+    "likeliest": lambda q: q.argsort(descending=True, stable=True),
+    "unlikeliest": lambda q: q.argsort(stable=True),
+    "by token": lambda q: torch.arange(len(q)),
+}
 """Orders in which a tree may choose by value, whatever the draft's law says."""
 
 
@@ -66,8 +83,14 @@ def siblings(tokens, law, q, vocabulary=None):
     """A tree of one level, drawn from q."""
     count = len(tokens)
     rows = torch.tensor([[-1] + [0] * count])
-    return TokenTree(torch.tensor([[0, *tokens]]), Topology(rows), law_BN=torch.full((1, count + 1), int(law)),
-                     laws_BRD=q[None, None], law_rows_BN=rows, vocabulary_D=vocabulary)
+    return TokenTree(
+        torch.tensor([[0, *tokens]]),
+        Topology(rows),
+        law_BN=torch.full((1, count + 1), int(law)),
+        laws_BRD=q[None, None],
+        law_rows_BN=rows,
+        vocabulary_D=vocabulary,
+    )
 
 
 def drafts(q, law, count, exhausted="stop"):
@@ -80,11 +103,16 @@ def drafts(q, law, count, exhausted="stop"):
             if law is Law.WITHOUT_REPLACEMENT:
                 left[list(tokens)] = 0
                 if not left.any() and exhausted == "uniform":
-                    left = torch.tensor([float(token not in tokens) for token in range(len(q))]).double()
+                    left = torch.tensor(
+                        [float(token not in tokens) for token in range(len(q))]
+                    ).double()
             if not left.any():
                 longer.append((tokens, chance))
-            longer += [((*tokens, token), chance * float(share / left.sum()))
-                       for token, share in enumerate(left) if share]
+            longer += [
+                ((*tokens, token), chance * float(share / left.sum()))
+                for token, share in enumerate(left)
+                if share
+            ]
         tuples = longer
     return tuples
 
@@ -117,13 +145,22 @@ def test_the_output_is_exactly_the_targets_law(name, p, q, kind):
         out, accepted = output_law(p, q, count, law, exhausted, rounds)
         torch.testing.assert_close(out, p, rtol=0, atol=1e-12)
         shares.append(accepted)
-    assert shares[0] == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-12), "one draft: 1 - TV, the optimum"
+    assert shares[0] == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-12), (
+        "one draft: 1 - TV, the optimum"
+    )
     assert all(later >= earlier - 1e-12 for earlier, later in zip(shares, shares[1:]))
 
 
 def tossed(tree, rows, draw):
-    """What `PointRule` emits behind node 0 in `rows` sequences, if every draw of the target there is `draw`."""
-    wide = replace(tree, tokens_BN=tree.tokens_BN.expand(rows, -1), topology=tree.topology.expand(rows), law_BN=None)
+    """What `PointRule` emits behind node 0 in `rows` sequences, if every draw of the target there
+    is `draw`.
+    """
+    wide = replace(
+        tree,
+        tokens_BN=tree.tokens_BN.expand(rows, -1),
+        topology=tree.topology.expand(rows),
+        law_BN=None,
+    )
     logits = one_hot(6, draw).log().expand(rows, tree.size, 6)
     draws = Draws(Sampling(temperature=1.0), [torch.Generator() for _ in range(rows)])
     return PointRule()(wide, Verified(wide, logits), draws).emitted(wide)[:, 0].tolist()
@@ -132,7 +169,9 @@ def tossed(tree, rows, draw):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name,p,q", CASES, ids=[case[0] for case in CASES])
 def test_point_masses_leave_exactly_the_targets_law(name, p, q, choice):
-    """Children chosen by value: the target's draw as it is, accepted with the mass of the children, tie or zero."""
+    """Children chosen by value: the target's draw as it is, accepted with the mass of the children,
+    tie or zero.
+    """
     for count in range(1, len(p) + 1):
         tree = siblings(CHOICES[choice](q)[:count].tolist(), Law.POINT, q)
         out, accepted = emitted(p, tree, recursive_rounds)
@@ -147,17 +186,29 @@ def test_the_point_rule_emits_the_targets_draw_whatever_is_drafted():
             assert tossed(siblings(children, Law.POINT, random_law(6, 0)), 2, draw) == [draw] * 2
 
 
-@pytest.mark.parametrize("kind,golden", [
-    ("independent", [0.5, 0.65, 0.685, 0.7165]), ("swor", [0.5, 0.679762, 0.780905, 1.0]),
-    ("k_seq", [0.5, 0.658443, 0.710003, 0.754746])])
+@pytest.mark.parametrize(
+    "kind,golden",
+    [
+        ("independent", [0.5, 0.65, 0.685, 0.7165]),
+        ("swor", [0.5, 0.679762, 0.780905, 1.0]),
+        ("k_seq", [0.5, 0.658443, 0.710003, 0.754746]),
+    ],
+)
 def test_golden_acceptance_probabilities(kind, golden):
     law, exhausted, rounds = KINDS[kind]
     for count, expected in enumerate(golden, 1):
-        assert output_law(P, Q, count, law, exhausted, rounds)[1] == pytest.approx(expected, abs=5e-5)
+        assert output_law(P, Q, count, law, exhausted, rounds)[1] == pytest.approx(
+            expected, abs=5e-5
+        )
 
 
 def test_golden_thresholds_of_k_sequential_selection():
-    for count, expected, beta in ((1, 1.0, 0.5), (2, 1.584429, 0.415571), (3, 2.100031, None), (4, 2.547464, None)):
+    for count, expected, beta in (
+        (1, 1.0, 0.5),
+        (2, 1.584429, 0.415571),
+        (3, 2.100031, None),
+        (4, 2.547464, None),
+    ):
         threshold = k_sequential_threshold(P, Q, count)
         assert threshold == pytest.approx(expected, abs=1e-6)
         found = float(torch.minimum(Q, P / threshold).sum())
@@ -166,7 +217,12 @@ def test_golden_thresholds_of_k_sequential_selection():
 
 
 def test_a_used_up_law_stops_or_goes_on_uniformly():
-    for count, stopped, uniform in ((1, 0.45, 0.45), (2, 0.45, 0.45), (3, 0.45, 0.775), (4, 0.45, 1.0)):
+    for count, stopped, uniform in (
+        (1, 0.45, 0.45),
+        (2, 0.45, 0.45),
+        (3, 0.45, 0.775),
+        (4, 0.45, 1.0),
+    ):
         for exhausted, expected in (("stop", stopped), ("uniform", uniform)):
             out, accepted = output_law(P, HALVES, count, Law.WITHOUT_REPLACEMENT, exhausted)
             assert accepted == pytest.approx(expected, abs=1e-12)
@@ -174,7 +230,9 @@ def test_a_used_up_law_stops_or_goes_on_uniformly():
 
 
 def optimum(law, count):
-    """The linear programme: the most probable "the target's token is among the drafts" over all couplings."""
+    """The linear programme: the most probable "the target's token is among the drafts" over all
+    couplings.
+    """
     tuples, size = drafts(Q, law, count), len(P)
     cost = [-float(token in tokens) for tokens, _ in tuples for token in range(size)]
     equal, wanted = [], []
@@ -187,8 +245,13 @@ def optimum(law, count):
     return -linprog(cost, A_eq=np.array(equal), b_eq=wanted, bounds=(0, 1)).fun
 
 
-@pytest.mark.parametrize("law,golden", [(Law.INDEPENDENT, [0.5, 0.69, 0.771]),
-                                        (Law.WITHOUT_REPLACEMENT, [0.5, 0.734524, 0.94881, 1.0])])
+@pytest.mark.parametrize(
+    "law,golden",
+    [
+        (Law.INDEPENDENT, [0.5, 0.69, 0.771]),
+        (Law.WITHOUT_REPLACEMENT, [0.5, 0.734524, 0.94881, 1.0]),
+    ],
+)
 def test_no_rule_accepts_more_than_the_optimal_transport(law, golden):
     for count, expected in enumerate(golden, 1):
         best = optimum(law, count)
@@ -202,12 +265,15 @@ def test_equal_laws_accept_the_first_draft():
     for law, exhausted, rounds in KINDS.values():
         for tokens, _ in drafts(P, law, 2, exhausted):
             assert next(rounds(siblings(tokens, law, P), 0, [1, 2], P)).chance == pytest.approx(
-                1.0 if rounds is recursive_rounds else min(1, 1 / k_sequential_threshold(P, P, 2)))
+                1.0 if rounds is recursive_rounds else min(1, 1 / k_sequential_threshold(P, P, 2))
+            )
         assert output_law(P, P, 1, law, exhausted, rounds)[1] == pytest.approx(1)
 
 
 def test_siblings_cover_a_target_whose_support_the_draft_knows():
-    """With the draft's k tokens as k siblings without replacement, one is always accepted (Sequoia's cover)."""
+    """With the draft's k tokens as k siblings without replacement, one is always accepted
+    (Sequoia's cover).
+    """
     p, q = torch.tensor([0.7, 0.3, 0, 0]).double(), torch.tensor([0.1, 0.3, 0.6, 0]).double()
     assert output_law(p, q, 3, Law.WITHOUT_REPLACEMENT)[1] == pytest.approx(1)
 
@@ -232,10 +298,16 @@ def test_point_masses_are_accepted_with_the_targets_mass():
 
 
 def test_node_chances_pool_the_children_of_twins():
-    """Two chains that draw the same first token go on as one: its children are two independent siblings."""
-    tree = TokenTree(torch.tensor([[0, 1, 1, 2, 3]]), Topology(torch.tensor([[-1, 0, 0, 1, 2]])),
-                     law_BN=torch.full((1, 5), int(Law.INDEPENDENT)), laws_BRD=Q[None, None],
-                     law_rows_BN=torch.zeros(1, 5, dtype=torch.long))
+    """Two chains that draw the same first token go on as one: its children are two independent
+    siblings.
+    """
+    tree = TokenTree(
+        torch.tensor([[0, 1, 1, 2, 3]]),
+        Topology(torch.tensor([[-1, 0, 0, 1, 2]])),
+        law_BN=torch.full((1, 5), int(Law.INDEPENDENT)),
+        laws_BRD=Q[None, None],
+        law_rows_BN=torch.zeros(1, 5, dtype=torch.long),
+    )
     for rounds in (recursive_rounds, k_sequential_rounds):
         chances = node_chances(tree, 0, P.expand(5, -1), rounds)
         first = emitted(P, siblings((1, 1), Law.INDEPENDENT, Q), rounds)
@@ -245,19 +317,22 @@ def test_node_chances_pool_the_children_of_twins():
         assert chances[4] == pytest.approx(chances[1] * (1 - below[0]) * below[1])
 
 
-# -- wrong ways, which the same enumeration must find ------------------------------------------------------------------
+# -- wrong ways, which the same enumeration must find ----------------------------------------------
+
 
 def unnormalised(count=2):
     """Siblings without replacement judged by the law of the first."""
-    return sum(chance * emitted(P, siblings(tokens, Law.INDEPENDENT, Q), recursive_rounds)[0]
-               for tokens, chance in drafts(Q, Law.WITHOUT_REPLACEMENT, count))
+    return sum(
+        chance * emitted(P, siblings(tokens, Law.INDEPENDENT, Q), recursive_rounds)[0]
+        for tokens, chance in drafts(Q, Law.WITHOUT_REPLACEMENT, count)
+    )
 
 
 def skip_duplicates(count):
     """Independent siblings, each token tried once."""
     out = torch.zeros_like(P)
     for tokens, chance in drafts(Q, Law.INDEPENDENT, count):
-        fresh = [node for node in range(1, count + 1) if tokens[node - 1] not in tokens[:node - 1]]
+        fresh = [node for node in range(1, count + 1) if tokens[node - 1] not in tokens[: node - 1]]
         out += chance * emitted(P, siblings(tokens, Law.INDEPENDENT, Q), recursive_rounds, fresh)[0]
     return out
 
@@ -276,12 +351,16 @@ def per_row(rows):
 def unordered():
     """Siblings without replacement, tried in the order of their probability."""
     law = Law.WITHOUT_REPLACEMENT
-    return sum(chance * emitted(P, siblings(sorted(tokens, reverse=True), law, Q), recursive_rounds)[0]
-               for tokens, chance in drafts(Q, law, 2))
+    return sum(
+        chance * emitted(P, siblings(sorted(tokens, reverse=True), law, Q), recursive_rounds)[0]
+        for tokens, chance in drafts(Q, law, 2)
+    )
 
 
 def raw_bonus(temperature=0.5):
-    """The warped target drafts for itself, so that every draft is accepted; the bonus token comes from raw logits."""
+    """The warped target drafts for itself, so that every draft is accepted; the bonus token comes
+    from raw logits.
+    """
     warped = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
     accepted = emitted(warped, siblings((0,), Law.INDEPENDENT, warped), recursive_rounds)[1]
     assert accepted == pytest.approx(1) and float((warped - P).abs().max()) > 0.02
@@ -290,11 +369,18 @@ def raw_bonus(temperature=0.5):
 
 CONTROLS = {
     "unnormalised": [(unnormalised(), [0.4405, 0.3595, 0.15, 0.05])],
-    "skip_duplicates": [(skip_duplicates(2), [0.463, 0.337, 0.15, 0.05]),
-                        (skip_duplicates(3), [0.4491, 0.3509, 0.15, 0.05])],
-    "value_ratio": [(value_ratio(Law.INDEPENDENT), [0.875, 0, 0, 0.125]),
-                    (value_ratio(Law.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125])],
-    "per_row": [(per_row(1), [0.75, 0.15, 0.075, 0.025]), (per_row(3), [0.9375, 0.0375, 0.01875, 0.00625])],
+    "skip_duplicates": [
+        (skip_duplicates(2), [0.463, 0.337, 0.15, 0.05]),
+        (skip_duplicates(3), [0.4491, 0.3509, 0.15, 0.05]),
+    ],
+    "value_ratio": [
+        (value_ratio(Law.INDEPENDENT), [0.875, 0, 0, 0.125]),
+        (value_ratio(Law.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125]),
+    ],
+    "per_row": [
+        (per_row(1), [0.75, 0.15, 0.075, 0.025]),
+        (per_row(3), [0.9375, 0.0375, 0.01875, 0.00625]),
+    ],
     "unordered": [(unordered(), None)],
     "raw_bonus": [(raw_bonus()[0], None, raw_bonus()[1])],
 }
@@ -323,10 +409,20 @@ def test_order_is_part_of_the_draw():
     assert set(dict(drafts(Q, Law.INDEPENDENT, 2))) == set(product(range(4), repeat=2))
 
 
-@pytest.mark.parametrize("rule,law", [
-    ("ratio", Law.POINT), ("multi_round", Law.WITHOUT_REPLACEMENT), ("multi_round", Law.POINT),
-    ("recursive", Law.INDEPENDENT), ("recursive", Law.POINT), ("k_seq", Law.WITHOUT_REPLACEMENT), ("k_seq", Law.POINT),
-    ("point", Law.INDEPENDENT), ("point", Law.WITHOUT_REPLACEMENT)])
+@pytest.mark.parametrize(
+    "rule,law",
+    [
+        ("ratio", Law.POINT),
+        ("multi_round", Law.WITHOUT_REPLACEMENT),
+        ("multi_round", Law.POINT),
+        ("recursive", Law.INDEPENDENT),
+        ("recursive", Law.POINT),
+        ("k_seq", Law.WITHOUT_REPLACEMENT),
+        ("k_seq", Law.POINT),
+        ("point", Law.INDEPENDENT),
+        ("point", Law.WITHOUT_REPLACEMENT),
+    ],
+)
 def test_rules_refuse_trees_of_another_law(rule, law):
     fitting = "point" if law is Law.POINT else "ratio"
     refusal = f"rule '{rule}' cannot verify {law.name.lower()} trees .*use one of greedy.*{fitting}"
@@ -334,9 +430,18 @@ def test_rules_refuse_trees_of_another_law(rule, law):
         check_pairing(rule_named(rule), law)
 
 
-@pytest.mark.parametrize("rule,law", [
-    ("ratio", Law.INDEPENDENT), ("ratio", Law.WITHOUT_REPLACEMENT), ("multi_round", Law.INDEPENDENT),
-    ("recursive", Law.WITHOUT_REPLACEMENT), ("k_seq", Law.INDEPENDENT), ("point", Law.POINT), ("greedy", Law.POINT)])
+@pytest.mark.parametrize(
+    "rule,law",
+    [
+        ("ratio", Law.INDEPENDENT),
+        ("ratio", Law.WITHOUT_REPLACEMENT),
+        ("multi_round", Law.INDEPENDENT),
+        ("recursive", Law.WITHOUT_REPLACEMENT),
+        ("k_seq", Law.INDEPENDENT),
+        ("point", Law.POINT),
+        ("greedy", Law.POINT),
+    ],
+)
 def test_rules_take_trees_of_their_law(rule, law):
     check_pairing(rule_named(rule), law)
     assert rule_named(rule).lossless
@@ -362,12 +467,23 @@ def test_the_laws_that_a_tree_carries_are_compared_when_it_is_verified():
     """Whatever its builder promised; a tree without drafts carries none."""
     draws = Draws(Sampling(temperature=1.0), [torch.Generator()])
     mixed = replace(siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q), law_BN=torch.tensor([[0, 0, 1]]))
-    for tree in (mixed, siblings((3, 2), Law.POINT, Q), replace(siblings((3,), Law.POINT, Q), law_BN=None)):
+    for tree in (
+        mixed,
+        siblings((3, 2), Law.POINT, Q),
+        replace(siblings((3,), Law.POINT, Q), law_BN=None),
+    ):
         with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
             rule_named("ratio")(tree, Verified(tree, P.log().expand(1, tree.size, 4)), draws)
     with pytest.raises(ValueError, match="rule 'k_seq' cannot verify without_replacement trees"):
         tree = siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q)
         rule_named("k_seq")(tree, Verified(tree, P.log().expand(1, 3, 4)), draws)
-    for empty in (TokenTree.root(torch.tensor([0])),
-                  replace(siblings((3,), Law.INDEPENDENT, Q), candidate_BN=torch.tensor([[True, False]]))):
-        assert rule_named("k_seq")(empty, Verified(empty, P.log().expand(1, empty.size, 4)), draws).lengths_B == 1
+    for empty in (
+        TokenTree.root(torch.tensor([0])),
+        replace(siblings((3,), Law.INDEPENDENT, Q), candidate_BN=torch.tensor([[True, False]])),
+    ):
+        assert (
+            rule_named("k_seq")(
+                empty, Verified(empty, P.log().expand(1, empty.size, 4)), draws
+            ).lengths_B
+            == 1
+        )

@@ -1,4 +1,6 @@
-"""Relaxed rules: without a good token they are the standard rule, with good tokens never shorter."""
+"""Relaxed rules: without a good token they are the standard rule, with good tokens never
+shorter.
+"""
 
 from __future__ import annotations
 
@@ -46,25 +48,42 @@ def medusa(target) -> Drafter:
     return drafter.eval()
 
 
-def decoded(target: Target, drafter: Drafter, rule: AcceptanceRule | None, sampling: Sampling,
-            builder: TreeBuilder | None = None) -> list[tuple[list[int], list[int]]]:
+def decoded(
+    target: Target,
+    drafter: Drafter,
+    rule: AcceptanceRule | None,
+    sampling: Sampling,
+    builder: TreeBuilder | None = None,
+) -> list[tuple[list[int], list[int]]]:
     traces = SpeculativeDecoder(target, drafter, rule, builder, 8).decode(PROMPTS, sampling, 13)
     return [(trace.ids, trace.accepted) for trace in traces]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("builder", [StaticTree([(0,), (1,), (0, 0), (0, 1), (1, 0)]), SampledChain(3)],
-                         ids=["tree", "chain"])
-def test_with_nothing_good_it_is_the_standard_rule_draw_for_draw(target, medusa, builder, temperature):
+@pytest.mark.parametrize(
+    "builder",
+    [StaticTree([(0,), (1,), (0, 0), (0, 1), (1, 0)]), SampledChain(3)],
+    ids=["tree", "chain"],
+)
+def test_with_nothing_good_it_is_the_standard_rule_draw_for_draw(
+    target, medusa, builder, temperature
+):
     sampling = Sampling(temperature, seed=3)
-    assert decoded(target, medusa, Nothing(), sampling, builder) == decoded(target, medusa, None, sampling, builder)
+    assert decoded(target, medusa, Nothing(), sampling, builder) == decoded(
+        target, medusa, None, sampling, builder
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_everything_good_whole_chains_are_accepted(target, medusa, temperature):
     found = decoded(target, medusa, Everything(), Sampling(temperature), SampledChain(3))
     assert all(set(accepted) == {4} for _, accepted in found)
-    found = decoded(target, ScriptedDrafter(target.shape, right=0.0, depth=2), Everything(), Sampling(temperature))
+    found = decoded(
+        target,
+        ScriptedDrafter(target.shape, right=0.0, depth=2),
+        Everything(),
+        Sampling(temperature),
+    )
     assert all(set(accepted) == {3} for _, accepted in found)
 
 
@@ -74,7 +93,9 @@ def test_top_1_is_greedy_and_top_everything_accepts_the_first_deepest_path(targe
     drafter = ScriptedDrafter(target.shape, right=0.5, decoys=1)
     assert decoded(target, drafter, TopKRule(1), Sampling()) == plain
     drafter = ScriptedDrafter(target.shape, right=0.5, decoys=1)
-    assert all(set(accepted) == {4} for _, accepted in decoded(target, drafter, TopKRule(128), Sampling()))
+    assert all(
+        set(accepted) == {4} for _, accepted in decoded(target, drafter, TopKRule(128), Sampling())
+    )
 
 
 def verified_tree(seed: int, laws: Tensor | None = None) -> tuple[TokenTree, Verified]:
@@ -82,8 +103,15 @@ def verified_tree(seed: int, laws: Tensor | None = None) -> tuple[TokenTree, Ver
     generator = torch.Generator().manual_seed(seed)
     parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 5]])
     tokens = torch.randint(VOCAB, (1, 8), generator=generator)
-    extra = {} if laws is None else {"law_BN": torch.full((1, 8), Law.INDEPENDENT), "laws_BRD": laws,
-                                     "law_rows_BN": torch.arange(-1, 7)[None]}
+    extra = (
+        {}
+        if laws is None
+        else {
+            "law_BN": torch.full((1, 8), Law.INDEPENDENT),
+            "laws_BRD": laws,
+            "law_rows_BN": torch.arange(-1, 7)[None],
+        }
+    )
     logits = 2 * torch.randn(1, 8, VOCAB, generator=generator, dtype=torch.float64)
     tree = TokenTree(tokens, Topology(parents), **extra)
     return tree, Verified(tree, logits)
@@ -113,8 +141,16 @@ def test_goodness_against_slow_references():
 def test_relaxation_is_monotone_on_the_same_drafts():
     for seed in range(20):
         tree, verified = verified_tree(seed)
-        lengths = [int(rule(tree, verified, draws()).lengths_B) for rule in (
-            default_rule(Law.POINT, Sampling()), TopKRule(1), TopKRule(2), TopKRule(4), Everything())]
+        lengths = [
+            int(rule(tree, verified, draws()).lengths_B)
+            for rule in (
+                default_rule(Law.POINT, Sampling()),
+                TopKRule(1),
+                TopKRule(2),
+                TopKRule(4),
+                Everything(),
+            )
+        ]
         assert lengths == sorted(lengths) and lengths[0] == lengths[1] and lengths[-1] == 4
 
 
@@ -124,6 +160,7 @@ def test_a_path_ends_at_its_first_bad_token():
     class Deep(RelaxedRule):
         def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
             return torch.tensor([[True, False, False, True, True, True, True, True]])
+
     verified.logits_BNV[..., 0] = 50
     tree = TokenTree(torch.full((1, 8), 3), tree.topology)
     accepted = Deep()(tree, Verified(tree, verified.logits_BNV), draws())
@@ -149,7 +186,10 @@ def test_the_divergence_rule_needs_the_drafters_law(target, medusa):
     plain = decoded(target, medusa, None, Sampling(), SampledChain(3))
     assert decoded(target, medusa, None, Sampling(), chain) == plain
     assert decoded(target, medusa, DivergenceRule(0.0), Sampling(), chain) == plain
-    assert all(set(accepted) == {4} for _, accepted in decoded(target, medusa, DivergenceRule(1e6), Sampling(), chain))
+    assert all(
+        set(accepted) == {4}
+        for _, accepted in decoded(target, medusa, DivergenceRule(1e6), Sampling(), chain)
+    )
 
 
 def test_divergence_over_a_trimmed_vocabulary_and_without_support():
@@ -159,9 +199,11 @@ def test_divergence_over_a_trimmed_vocabulary_and_without_support():
     assert float(law_divergence(law, trimmed, torch.tensor([1, 2]))) == pytest.approx(log(2))
     unlike = torch.tensor([0.25, 0.75], dtype=torch.float64)
     assert float(law_divergence(law, unlike, torch.tensor([1, 2]))) == pytest.approx(
-        0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75) + log(2))
+        0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75) + log(2)
+    )
     assert float(law_divergence(law, trimmed, torch.tensor([0, 1]))) == pytest.approx(
-        2 / 3 * log(2 / 3 / 0.5) + 1 / 3 * log(1 / 3 / 0.5) - log(0.75))
+        2 / 3 * log(2 / 3 / 0.5) + 1 / 3 * log(1 / 3 / 0.5) - log(0.75)
+    )
     assert float(law_divergence(law, torch.ones(1).double(), torch.tensor([3]))) == torch.inf
     assert float(law_divergence(law, torch.tensor([1.0, 0, 0, 0]).double(), None)) == torch.inf
 
@@ -171,9 +213,14 @@ def judged_over_two_tokens(law: list[float], threshold: float, temperature: floa
     target_V = torch.tensor(law, dtype=torch.float64)
     draft_D = target_V[1:3] / target_V[1:3].sum()
     parents = torch.tensor([[-1, 0]])
-    tree = TokenTree(torch.tensor([[0, 2]]), Topology(parents), laws_BRD=draft_D[None, None],
-                     law_BN=torch.full((1, 2), Law.INDEPENDENT), law_rows_BN=parents,
-                     vocabulary_D=torch.tensor([1, 2]))
+    tree = TokenTree(
+        torch.tensor([[0, 2]]),
+        Topology(parents),
+        laws_BRD=draft_D[None, None],
+        law_BN=torch.full((1, 2), Law.INDEPENDENT),
+        law_rows_BN=parents,
+        vocabulary_D=torch.tensor([1, 2]),
+    )
     verified = Verified(tree, target_V.log().expand(1, 2, -1))
     return bool(DivergenceRule(threshold).good(tree, verified, draws(temperature))[0, 1])
 

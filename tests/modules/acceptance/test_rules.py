@@ -1,4 +1,6 @@
-"""Rules through the whole loop: the sampled text has the target's law, and wrong pairings are found out or refused."""
+"""Rules through the whole loop: the sampled text has the target's law, and wrong pairings are found
+out or refused.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from modules.acceptance.rules import Draws, PointRule, RatioRule, TypicalRule, rule_named, sample_law
+from modules.acceptance.rules import (
+    Draws,
+    PointRule,
+    RatioRule,
+    TypicalRule,
+    rule_named,
+    sample_law,
+)
 from modules.contracts.drafter import Accepted, Drafter, DraftState, Sampling, Verified
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.trainable import Losses
@@ -28,7 +37,9 @@ from tests.modules.acceptance.test_rejection import P, Q, siblings
 def test_point_rule_accepts_the_mass_of_the_children():
     one, many = siblings((3, 2), Law.POINT, Q), 20000
     tree = TokenTree(one.tokens_BN.expand(many, -1), one.topology.expand(many))
-    draws = Draws(Sampling(temperature=1.0), [torch.Generator().manual_seed(seed) for seed in range(many)])
+    draws = Draws(
+        Sampling(temperature=1.0), [torch.Generator().manual_seed(seed) for seed in range(many)]
+    )
     result = PointRule()(tree, Verified(tree, P.log().expand(many, 3, 4)), draws)
     counts = result.emitted(tree)[:, 0].bincount(minlength=4)
     assert stats.chisquare(counts.numpy(), many * P.numpy()).pvalue > 1e-4
@@ -57,7 +68,9 @@ def test_typical_acceptance_relaxes_greedy_decoding_when_its_law_stays_soft():
     for soft in found:
         for token in range(4):
             tree = siblings((token,), Law.POINT, Q)
-            result = TypicalRule(soft=soft)(tree, Verified(tree, P.float().log().expand(1, 2, 4)), draws)
+            result = TypicalRule(soft=soft)(
+                tree, Verified(tree, P.float().log().expand(1, 2, 4)), draws
+            )
             found[soft] |= {token} if int(result.lengths_B[0]) == 2 else set()
             assert int(result.next_B[0]) == int(P.argmax())
     assert found == {False: {int(P.argmax())}, True: {0, 1, 2}}
@@ -80,8 +93,11 @@ def test_unknown_rules_and_sampled_greed_are_refused():
         rule_named("lucky")
     tree = siblings((1,), Law.POINT, Q)
     with pytest.raises(ValueError, match="temperature 0"):
-        rule_named("greedy")(tree, Verified(tree, P.log().expand(1, 2, 4)),
-                             Draws(Sampling(temperature=1.0), [torch.Generator()]))
+        rule_named("greedy")(
+            tree,
+            Verified(tree, P.log().expand(1, 2, 4)),
+            Draws(Sampling(temperature=1.0), [torch.Generator()]),
+        )
 
 
 class NoisyDrafter(Drafter):
@@ -129,12 +145,18 @@ def goodness(target, rule, builder, sampling=PLAIN, runs=2000, start=1, sharpnes
 
 TEMPLATE = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0)]
 PAIRINGS = {
-    "chain": ("ratio", SampledChain(2)), "top-k": ("point", StaticTree([(0,), (1,), (0, 0), (0, 1)])),
-    "reranked": ("point", RerankedTree(2, 2)), "multi-round": ("multi_round", DrawnTree(TEMPLATE, "independent")),
-    "multi-round chains": ("multi_round", chains(3, 2)), "k-seq chains": ("k_seq", chains(3, 2)),
-    "k-seq tree": ("k_seq", branching_tree([2, 2], "independent")), "rsd-c": ("recursive", branching_tree([2, 2])),
-    "rsd-s": ("recursive", StochasticBeamTree(3, 2)), "sequoia": ("recursive", sequoia_tree([[0.5, 0.2, 0.1]], 6, 2)),
-    "dyspec": ("recursive", DySpecTree(2)), "dyspec threshold": ("ratio", DySpecTree(3, threshold=0.2)),
+    "chain": ("ratio", SampledChain(2)),
+    "top-k": ("point", StaticTree([(0,), (1,), (0, 0), (0, 1)])),
+    "reranked": ("point", RerankedTree(2, 2)),
+    "multi-round": ("multi_round", DrawnTree(TEMPLATE, "independent")),
+    "multi-round chains": ("multi_round", chains(3, 2)),
+    "k-seq chains": ("k_seq", chains(3, 2)),
+    "k-seq tree": ("k_seq", branching_tree([2, 2], "independent")),
+    "rsd-c": ("recursive", branching_tree([2, 2])),
+    "rsd-s": ("recursive", StochasticBeamTree(3, 2)),
+    "sequoia": ("recursive", sequoia_tree([[0.5, 0.2, 0.1]], 6, 2)),
+    "dyspec": ("recursive", DySpecTree(2)),
+    "dyspec threshold": ("ratio", DySpecTree(3, threshold=0.2)),
     "cold draft": ("ratio", branching_tree([2, 2], temperature=0.5)),
 }
 
@@ -152,7 +174,8 @@ def test_warped_targets_keep_their_law_too(target, name):
         assert goodness(target, rule_named(rule), builder, sampling, runs=1500) > 1e-4
 
 
-# -- controls: the same test finds what is wrong -----------------------------------------------------------------------
+# -- controls: the same test finds what is wrong ---------------------------------------------------
+
 
 class Altered:
     """Another builder's trees, changed."""
@@ -191,25 +214,40 @@ class TopKWithLaws(StaticTree):
     def build(self, drafter, state, budget):
         tree = super().build(drafter, state, budget)
         laws_BND = drafter.table[tree.tokens_BN].softmax(-1)
-        return replace(tree, law_BN=torch.full_like(tree.tokens_BN, int(self.law)), laws_BRD=laws_BND,
-                       law_rows_BN=tree.parents_BN)
+        return replace(
+            tree,
+            law_BN=torch.full_like(tree.tokens_BN, int(self.law)),
+            laws_BRD=laws_BND,
+            law_rows_BN=tree.parents_BN,
+        )
 
 
 class PerRowRule(PointRule):
     """A draw for every candidate row, and a fresh one where no row matches."""
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        first, second = super().__call__(tree, verified, draws), super().__call__(tree, verified, draws)
+        first, second = (
+            super().__call__(tree, verified, draws),
+            super().__call__(tree, verified, draws),
+        )
         longer_B = second.lengths_B > first.lengths_B
         width = max(first.path_BA.shape[1], second.path_BA.shape[1])
-        paths = [torch.nn.functional.pad(one.path_BA, (0, width - one.path_BA.shape[1])) for one in (first, second)]
-        return Accepted(torch.where(longer_B[:, None], paths[1], paths[0]),
-                        torch.where(longer_B, second.lengths_B, first.lengths_B),
-                        torch.where(longer_B, second.next_B, first.next_B))
+        paths = [
+            torch.nn.functional.pad(one.path_BA, (0, width - one.path_BA.shape[1]))
+            for one in (first, second)
+        ]
+        return Accepted(
+            torch.where(longer_B[:, None], paths[1], paths[0]),
+            torch.where(longer_B, second.lengths_B, first.lengths_B),
+            torch.where(longer_B, second.next_B, first.next_B),
+        )
 
 
 WRONG_PAIRINGS = {
-    "unnormalised": ("multi_round", Altered(branching_tree([3]), relabelled(Law.INDEPENDENT), Law.INDEPENDENT)),
+    "unnormalised": (
+        "multi_round",
+        Altered(branching_tree([3]), relabelled(Law.INDEPENDENT), Law.INDEPENDENT),
+    ),
     "skip_duplicates": ("multi_round", Altered(chains(4, 1), without_duplicates, Law.INDEPENDENT)),
     "value_ratio": ("recursive", TopKWithLaws([(0,), (1,)])),
     "unordered": ("recursive", Altered(branching_tree([3]), by_token, Law.WITHOUT_REPLACEMENT)),
@@ -239,7 +277,9 @@ def test_a_bonus_token_from_raw_logits_fails_the_same_test(target):
     cold = Sampling(temperature=0.5)
     assert goodness(target, RatioRule(), SampledChain(1), cold, start=1) > 1e-4
     assert goodness(target, RawBonusRule(), SampledChain(1), cold, start=1) < 1e-4
-    with pytest.raises(ValueError, match="rule 'raw_bonus' is refused, it is not lossless: .* use 'ratio'"):
+    with pytest.raises(
+        ValueError, match="rule 'raw_bonus' is refused, it is not lossless: .* use 'ratio'"
+    ):
         rule_named("raw_bonus")
 
 
@@ -265,20 +305,37 @@ def test_a_deliberately_wrong_rule_fails_the_same_test(target):
     assert goodness(target, AlwaysAccept(), SampledChain(2), runs=1000) < 1e-4
 
 
-@pytest.mark.parametrize("rule,builder", [
-    ("ratio", StaticTree(TEMPLATE)), ("multi_round", branching_tree([2, 2])), ("k_seq", DySpecTree(2)),
-    ("recursive", chains(3, 2)), ("point", StochasticBeamTree(3, 2))])
+@pytest.mark.parametrize(
+    "rule,builder",
+    [
+        ("ratio", StaticTree(TEMPLATE)),
+        ("multi_round", branching_tree([2, 2])),
+        ("k_seq", DySpecTree(2)),
+        ("recursive", chains(3, 2)),
+        ("point", StochasticBeamTree(3, 2)),
+    ],
+)
 def test_a_decoder_refuses_wrong_pairings_before_it_decodes(target, rule, builder):
     with pytest.raises(ValueError, match=f"rule '{rule}' cannot verify"):
         SpeculativeDecoder(target, NoisyDrafter(target.shape, builder), rule_named(rule))
     with pytest.raises(ValueError, match=f"rule '{rule}' cannot verify"):
-        SpeculativeDecoder(target, NoisyDrafter(target.shape, SampledChain(1)), rule_named(rule), builder)
+        SpeculativeDecoder(
+            target, NoisyDrafter(target.shape, SampledChain(1)), rule_named(rule), builder
+        )
 
 
 @pytest.mark.parametrize("name", PAIRINGS)
 def test_greedy_decoding_is_plain_decoding_with_every_tree(target, name):
-    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1})).decode([PROMPT, [2]], Sampling(), 20)
-    fast = SpeculativeDecoder(target, NoisyDrafter(target.shape, PAIRINGS[name][1]), stop_ids=frozenset({-1}))
+    plain = SpeculativeDecoder(target, stop_ids=frozenset({-1})).decode(
+        [PROMPT, [2]], Sampling(), 20
+    )
+    fast = SpeculativeDecoder(
+        target, NoisyDrafter(target.shape, PAIRINGS[name][1]), stop_ids=frozenset({-1})
+    )
     traces = fast.decode([PROMPT, [2]], Sampling(), 20)
     assert [trace.ids for trace in traces] == [trace.ids for trace in plain]
-    assert all(count <= depth + 1 for trace in traces for count, depth in zip(trace.accepted, trace.offered))
+    assert all(
+        count <= depth + 1
+        for trace in traces
+        for count, depth in zip(trace.accepted, trace.offered)
+    )

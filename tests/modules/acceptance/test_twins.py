@@ -46,10 +46,14 @@ def laws(seed: int) -> dict[tuple[int, ...], Tensor]:
     return dict(zip(prefixes, weights / weights.sum(-1, keepdim=True), strict=True))
 
 
-def tree_of(tokens: list[int], parents: list[int],
-            candidates: list[bool] | None = None) -> TokenTree:
-    return TokenTree(torch.tensor([tokens]), Topology(torch.tensor([parents])),
-                     None if candidates is None else torch.tensor([candidates]))
+def tree_of(
+    tokens: list[int], parents: list[int], candidates: list[bool] | None = None
+) -> TokenTree:
+    return TokenTree(
+        torch.tensor([tokens]),
+        Topology(torch.tensor([parents])),
+        None if candidates is None else torch.tensor([candidates]),
+    )
 
 
 def prefix_of(tree: TokenTree, node: int) -> tuple[int, ...]:
@@ -69,14 +73,17 @@ def repeated(tree: TokenTree, count: int) -> TokenTree:
     return TokenTree(tree.tokens_BN.expand(count, -1), tree.topology.expand(count), candidates)
 
 
-def text_law(rule: AcceptanceRule, tree: TokenTree, known: dict[tuple[int, ...], Tensor]
-             ) -> tuple[dict[tuple[int, ...], float], float]:
+def text_law(
+    rule: AcceptanceRule, tree: TokenTree, known: dict[tuple[int, ...], Tensor]
+) -> tuple[dict[tuple[int, ...], float], float]:
     """The exact law of the next `LONGEST` tokens, what a call does not emit completed from the
     target; and the expected number of accepted drafts."""
     choice_BN = torch.tensor(list(product(range(VOCAB), repeat=tree.size)))
     logits = verified(tree, known).logits_BNV
-    weights = [prod(float(logits[0, node, token].exp()) for node, token in enumerate(row))
-               for row in choice_BN.tolist()]
+    weights = [
+        prod(float(logits[0, node, token].exp()) for node, token in enumerate(row))
+        for row in choice_BN.tolist()
+    ]
     wide = repeated(tree, len(choice_BN))
     logits_BNV = logits.expand(len(choice_BN), -1, -1)
     accepted = rule(wide, Verified(wide, logits_BNV), Enumerated(choice_BN))
@@ -101,8 +108,9 @@ TREES = {
     "twins, other children": tree_of([0, 1, 1, 0, 2], [-1, 0, 0, 1, 2]),
     "twins below twins": tree_of([2, 1, 1, 0, 0, 0, 2], [-1, 0, 0, 1, 2, 2, 4]),
     "triplets, children of the last": tree_of([0, 2, 2, 2, 1, 0], [-1, 0, 0, 0, 3, 4]),
-    "a twin that only computes": tree_of([0, 1, 1, 0, 2], [-1, 0, 0, 1, 2],
-                                         [True, False, True, True, True]),
+    "a twin that only computes": tree_of(
+        [0, 1, 1, 0, 2], [-1, 0, 0, 1, 2], [True, False, True, True, True]
+    ),
     "twins and padding": tree_of([0, 1, 1, 2, 0, 0], [-1, 0, 0, 2, 1, 5]),
     "no twins": tree_of([0, 0, 1, 0, 1], [-1, 0, 0, 1, 1]),
 }
@@ -129,8 +137,11 @@ def test_the_text_has_exactly_the_targets_law(name: str | int, rule: AcceptanceR
     for text, chance in out.items():
         assert chance == pytest.approx(chance_of(text, known), abs=1e-12)
     # What is accepted is the mass of all prefixes that the tree holds, whichever twin holds them.
-    usable = [node for node in range(1, tree.size) if not bool(
-        (tree.topology.ancestors[0, node] & ~tree.acceptable_BN[0]).any())]
+    usable = [
+        node
+        for node in range(1, tree.size)
+        if not bool((tree.topology.ancestors[0, node] & ~tree.acceptable_BN[0]).any())
+    ]
     prefixes = {prefix_of(tree, node) for node in usable}
     assert drafts == pytest.approx(sum(chance_of(prefix, known) for prefix in prefixes), abs=1e-12)
     chances = node_chances(tree, 0, verified(tree, known).logits_BNV[0].exp(), recursive_rounds)
@@ -153,8 +164,13 @@ def test_without_a_good_token_a_relaxed_rule_is_the_ratio_rule_draw_for_draw() -
     """Children of all independent twins go on as siblings."""
     draft_V = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     tokens, parents = torch.tensor([[0, 1, 1, 0, 2]]), torch.tensor([[-1, 0, 0, 1, 2]])
-    tree = TokenTree(tokens, Topology(parents), law_BN=torch.full_like(tokens, Law.INDEPENDENT),
-                     laws_BRD=draft_V[None, None], law_rows_BN=torch.zeros_like(tokens))
+    tree = TokenTree(
+        tokens,
+        Topology(parents),
+        law_BN=torch.full_like(tokens, Law.INDEPENDENT),
+        laws_BRD=draft_V[None, None],
+        law_rows_BN=torch.zeros_like(tokens),
+    )
     followed = set()
     for seed in range(60):
         one, other = (accepted_by(rule, tree, seed) for rule in (Nothing(), RatioRule()))

@@ -1,4 +1,6 @@
-"""Rotary frequencies stay float32 in every cast, so a drafter in 16 bits keeps its law at long contexts."""
+"""Rotary frequencies stay float32 in every cast, so a drafter in 16 bits keeps its law at long
+contexts.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,32 @@ from tests.fakes import tiny_target
 from tests.modules.families import FAMILIES, Reader, built, documents
 
 THETA = 15.75
-"""Gives the frequencies 1, 0.502, 0.252, 0.126: the middle ones lie halfway between two of bfloat16."""
+"""Gives the frequencies 1, 0.502, 0.252, 0.126: the middle ones lie halfway between two of
+bfloat16.
+"""
 CONTEXT = 1500
-ROTARY = ["clover", "clover_attention_block", "clover2", "hydra", "eagle", "eagle3", "fspad", "falcon", "independent"]
+ROTARY = [
+    "clover",
+    "clover_attention_block",
+    "clover2",
+    "hydra",
+    "eagle",
+    "eagle3",
+    "fspad",
+    "falcon",
+    "independent",
+]
 
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[Target]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fakes.DIMENSIONS, "max_position_embeddings", 2048)
-        patch.setitem(fakes.ARCHITECTURES, "llama", ("llama", {
-            "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}))
+        patch.setitem(
+            fakes.ARCHITECTURES,
+            "llama",
+            ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}),
+        )
         yield tiny_target()
 
 
@@ -54,10 +71,14 @@ def frequencies(module: nn.Module) -> list[Tensor]:
 
 
 CASTS: dict[str, Callable[[nn.Module], object]] = {
-    "to": lambda module: module.to(torch.bfloat16), "to_device": lambda module: module.to("cpu", torch.float16),
-    "half": lambda module: module.half(), "bfloat16": lambda module: module.bfloat16(),
-    "double": lambda module: module.double(), "inside": lambda module: nn.Sequential(nn.ModuleList([module])).half(),
-    "twice": lambda module: module.half().float()}
+    "to": lambda module: module.to(torch.bfloat16),
+    "to_device": lambda module: module.to("cpu", torch.float16),
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "inside": lambda module: nn.Sequential(nn.ModuleList([module])).half(),
+    "twice": lambda module: module.half().float(),
+}
 
 
 @pytest.mark.parametrize("cast", CASTS)
@@ -91,7 +112,9 @@ def test_the_law_in_16_bits_at_position_1500(name: str, target: Target) -> None:
 
 
 @torch.no_grad()
-def test_a_drafter_saved_in_16_bits_loads_with_whole_frequencies(target: Target, tmp_path: Path) -> None:
+def test_a_drafter_saved_in_16_bits_loads_with_whole_frequencies(
+    target: Target, tmp_path: Path
+) -> None:
     """Into our classes, and as the stock model that Hugging Face's own assisted generation runs."""
     coarse = tiny_target(dtype=torch.bfloat16)
     for name in ("eagle3", "independent"):

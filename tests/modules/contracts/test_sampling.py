@@ -29,8 +29,14 @@ from tests.fakes import tiny_target
 from tests.modules.sampling import generate_laws
 
 TEXTS = [[3, 1, 9], [7, 2, 30], [40, 8, 11]]
-SETTINGS = [Sampling(0.7), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.8), Sampling(0.6, 5, 0.7),
-            Sampling(2, 40, 0.9), Sampling(3.0, 6, 0.5)]
+SETTINGS = [
+    Sampling(0.7),
+    Sampling(1.0, top_k=3),
+    Sampling(1.0, top_p=0.8),
+    Sampling(0.6, 5, 0.7),
+    Sampling(2, 40, 0.9),
+    Sampling(3.0, 6, 0.5),
+]
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
@@ -58,16 +64,23 @@ def test_the_order_of_the_warpers_matters() -> None:
 def test_the_likeliest_token_alone_is_greedy_decoding() -> None:
     target = tiny_target()
     decoder = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
-    greedy, narrow = (decoder.decode(TEXTS, sampling, 12)
-                      for sampling in (Sampling(), Sampling(1.7, top_k=1)))
+    greedy, narrow = (
+        decoder.decode(TEXTS, sampling, 12) for sampling in (Sampling(), Sampling(1.7, top_k=1))
+    )
     assert [trace.ids for trace in narrow] == [trace.ids for trace in greedy]
     for text, trace in zip(TEXTS, greedy, strict=True):
-        expected = target.stock.generate(torch.tensor([text]), max_new_tokens=12, do_sample=False,
-                                         eos_token_id=None, pad_token_id=0)
-        assert trace.ids == expected[0, len(text):].tolist()
+        expected = target.stock.generate(
+            torch.tensor([text]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert trace.ids == expected[0, len(text) :].tolist()
 
 
 # -- the drafter's laws ----------------------------------------------------------------------------
+
 
 def copied_model(target: Target) -> LearnedDrafter:
     drafter = Independent(target.shape, layers=target.shape.num_layers)
@@ -82,20 +95,26 @@ def copied_layers(target: Target) -> LearnedDrafter:
 
 
 BUILDERS = {
-    "chain": SampledChain(3), "branching": branching_tree([2, 2]), "chains": chains(2, 3),
-    "beam": StochasticBeamTree(2, 2), "dyspec": DySpecTree(2),
-    "sequoia": sequoia_tree([[0.7, 0.2]], 5, 2)}
+    "chain": SampledChain(3),
+    "branching": branching_tree([2, 2]),
+    "chains": chains(2, 3),
+    "beam": StochasticBeamTree(2, 2),
+    "dyspec": DySpecTree(2),
+    "sequoia": sequoia_tree([[0.7, 0.2]], 5, 2),
+}
 
 
 @pytest.mark.parametrize("made", [copied_model, copied_layers])
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("sampling", SETTINGS[1:4], ids=str)
 def test_the_target_as_its_own_drafter_is_accepted_whatever_warps(
-        made: Callable[[Target], LearnedDrafter], name: str, sampling: Sampling) -> None:
+    made: Callable[[Target], LearnedDrafter], name: str, sampling: Sampling
+) -> None:
     """Every first draw is kept, and so are all levels where each node has a child."""
     target, builder = tiny_target(), BUILDERS[name]
-    decoder = SpeculativeDecoder(target, made(target), builder=builder, budget=6,
-                                 stop_ids=frozenset({-1}))
+    decoder = SpeculativeDecoder(
+        target, made(target), builder=builder, budget=6, stop_ids=frozenset({-1})
+    )
     for trace in decoder.decode(TEXTS, sampling, 13):
         assert min(trace.accepted[:-1]) >= 2
         if name in ("chain", "branching", "chains"):
@@ -145,11 +164,23 @@ class Overheard:
 
 # -- settings --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": -0.5}, {"top_p": 1.5},
-    {"top_p": math.nan}, {"top_p": 0.0}, {"top_k": -1}, {"top_k": 2.5}, {"top_k": math.inf}])
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": -0.5},
+        {"top_p": 1.5},
+        {"top_p": math.nan},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_k": math.inf},
+    ],
+)
 def test_settings_that_no_warper_takes_are_refused_by_name(wrong: dict[str, float]) -> None:
-    (name, value), = wrong.items()
+    ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name} must .*, got {value}$"):
         Sampling(**cast(Any, wrong))
 

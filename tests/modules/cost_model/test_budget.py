@@ -61,7 +61,9 @@ def test_sizes_that_lookahead_cannot_fill_are_left_out():
     trials = try_budgets(decoder, table, [[7, 8, 9, 7, 8]], Sampling(), 12)
     assert [trial.budget for trial in trials] == [15, 23]
     wide = SpeculativeDecoder(target, Lookahead(target.shape, window=12))
-    with pytest.raises(ValueError, match="'auto' tries at most 23 nodes, lookahead needs 37: give its budget"):
+    with pytest.raises(
+        ValueError, match="'auto' tries at most 23 nodes, lookahead needs 37: give its budget"
+    ):
         try_budgets(wide, table, [[7, 8]], Sampling(), 12)
 
 
@@ -70,7 +72,7 @@ def test_a_trial_pays_for_the_rows_that_its_calls_compute():
     target = tiny_target()
     table = LatencyTable(8, {1: 1.0, 4: 100.0})
     decoder = SpeculativeDecoder(target, PromptLookup(target.shape, shortest=3))
-    trial, = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 3, budgets=[3])
+    (trial,) = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 3, budgets=[3])
     assert trial.tokens_per_call == 1.0 and trial.predicted_speedup == pytest.approx(1.0, abs=0.1)
 
 
@@ -78,7 +80,9 @@ def test_trials_of_a_drafter_that_learns_begin_alike_and_leave_it_as_it_was():
     target = tiny_target()
     drafter = TokenRecycling(target.shape, tokens=20)
     table = LatencyTable(8, {1: 1.0, 24: 1.0})
-    trials = try_budgets(SpeculativeDecoder(target, drafter), table, [[20, 30]], Sampling(), 40, budgets=(7, 7))
+    trials = try_budgets(
+        SpeculativeDecoder(target, drafter), table, [[20, 30]], Sampling(), 40, budgets=(7, 7)
+    )
     assert trials[0].tokens_per_call == trials[1].tokens_per_call > 1
     assert bool((drafter.successors_VK == UNKNOWN).all())
 

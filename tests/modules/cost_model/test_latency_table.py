@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from modules.cost_model import latency_table as latency
-from modules.cost_model.latency_table import LatencyTable, measure_latency, processor_name, stock_step, stored_latency
+from modules.cost_model.latency_table import (
+    LatencyTable,
+    measure_latency,
+    processor_name,
+    stock_step,
+    stored_latency,
+)
 from tests.fakes import tiny_target
 
 
@@ -39,9 +45,14 @@ def test_break_even_counts_drafting():
 
 
 def test_stored_times_belong_to_the_processors_model(tmp_path, monkeypatch):
-    """A cache that machines share must not serve one's times to another of the same architecture."""
+    """A cache that machines share must not serve one's times to another of the same
+    architecture.
+    """
     told = tmp_path / "cpuinfo"
-    told.write_text("processor\t: 0\nmodel name\t: Vendor Chip 7 @ 3.0GHz\nmodel name\t: Vendor Chip 7 @ 3.0GHz\n")
+    told.write_text(
+        "processor\t: 0\nmodel name\t: Vendor Chip 7 @ 3.0GHz\nmodel name\t: Vendor Chip 7 @ "
+        "3.0GHz\n"
+    )
     assert processor_name(told) == f"{platform.machine()} Vendor Chip 7 @ 3.0GHz"
     assert processor_name(tmp_path / "none").startswith(platform.machine())
     target = tiny_target()
@@ -71,13 +82,14 @@ def stored(monkeypatch, folder, machine, target=None):
     return stored_latency(target or tiny_target(), folder, widths=(1, 4))
 
 
-@pytest.mark.parametrize(("second", "anew"), [
-    (0.1, False), (0.12, False), (0.08, False), (0.2, True), (0.05, True)])
+@pytest.mark.parametrize(
+    ("second", "anew"), [(0.1, False), (0.12, False), (0.08, False), (0.2, True), (0.05, True)]
+)
 def test_a_stored_table_is_measured_again_when_t1_is_far_off(tmp_path, monkeypatch, second, anew):
     stored(monkeypatch, tmp_path, Machine(0.1))
     later = Machine(second)
     table = stored(monkeypatch, tmp_path, later)
-    assert later.asked == [(1,), (1, 4)][:1 + anew]
+    assert later.asked == [(1,), (1, 4)][: 1 + anew]
     assert table.seconds[4] == 4 * (second if anew else 0.1)
     assert LatencyTable.load(next(tmp_path.iterdir())) == table
 
@@ -102,8 +114,13 @@ def test_older_tables_are_read_and_damaged_ones_measured_again(tmp_path, monkeyp
     file = next(tmp_path.iterdir())
     file.write_text('{"context": 256, "seconds": {"1": 0.1, "4": 0.3}}')
     assert stored(monkeypatch, tmp_path, Machine()).seconds[4] == 0.3
-    for damage in ("", "[]", '{"context": 256}', '{"context": 256, "seconds": {"1": "x"}}',
-                   '{"context": 256, "seconds": {"1": -1, "4": 1}}'):
+    for damage in (
+        "",
+        "[]",
+        '{"context": 256}',
+        '{"context": 256, "seconds": {"1": "x"}}',
+        '{"context": 256, "seconds": {"1": -1, "4": 1}}',
+    ):
         file.write_text(damage)
         assert stored(monkeypatch, tmp_path, Machine()).seconds[4] == 0.4
         assert f"{file} is no latency table: delete it: measured again" in caplog.text

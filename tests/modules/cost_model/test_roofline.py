@@ -7,7 +7,9 @@ from tests import fakes
 
 
 def test_memory_bounds_narrow_calls_and_arithmetic_wide_ones():
-    roofline = Roofline(bytes_per_second=100.0, flops_per_second=1000.0, weight_bytes=200, flops_per_row=500)
+    roofline = Roofline(
+        bytes_per_second=100.0, flops_per_second=1000.0, weight_bytes=200, flops_per_row=500
+    )
     assert roofline.seconds(1) == 2.0
     assert roofline.seconds(4) == 2.0
     assert roofline.seconds(8) == 4.0
@@ -25,9 +27,14 @@ def test_the_target_is_asked_for_all_its_matrices_once():
 
 
 def test_the_table_sets_the_limit_beside_the_time():
-    roofline = Roofline(bytes_per_second=100.0, flops_per_second=1000.0, weight_bytes=2, flops_per_row=5)
+    roofline = Roofline(
+        bytes_per_second=100.0, flops_per_second=1000.0, weight_bytes=2, flops_per_row=5
+    )
     rows = table(LatencyTable(256, {1: 0.05, 4: 0.06}), roofline).splitlines()
-    assert rows[-1].split("|")[1:5] == [" 4 ", " 60.0 ", " 20.0 ", " 1.20 "] and "Hugging" not in rows[0]
+    assert (
+        rows[-1].split("|")[1:5] == [" 4 ", " 60.0 ", " 20.0 ", " 1.20 "]
+        and "Hugging" not in rows[0]
+    )
     rows = table(LatencyTable(256, {1: 0.05, 4: 0.06}, stock=0.08), roofline).splitlines()
     assert [line.split("|")[5].strip() for line in rows[2:]] == ["0.62", "0.75"]
     assert len({line.count("|") for line in rows}) == 1 and "× Hugging Face's one row" in rows[0]

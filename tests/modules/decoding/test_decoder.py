@@ -1,4 +1,6 @@
-"""Greedy speculation is token-identical to plain decoding, for any drafter; oracle and never-right controls."""
+"""Greedy speculation is token-identical to plain decoding, for any drafter; oracle and never-right
+controls.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def reference(target, prompt, limit):
         ids.append(int(target.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] in target.eos_ids:
             break
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "qwen3"])
@@ -33,8 +35,13 @@ def test_output_equals_plain_decoding(arch, right, decoys):
     target = tiny_target(arch)
     drafter = ScriptedDrafter(target.shape, right=right, decoys=decoys)
     expected = [reference(target, prompt, 20) for prompt in PROMPTS]
-    alone = [SpeculativeDecoder(target, drafter).decode([prompt], GREEDY, 20)[0].ids for prompt in PROMPTS]
-    together = [trace.ids for trace in SpeculativeDecoder(target, drafter).decode(PROMPTS, GREEDY, 20)]
+    alone = [
+        SpeculativeDecoder(target, drafter).decode([prompt], GREEDY, 20)[0].ids
+        for prompt in PROMPTS
+    ]
+    together = [
+        trace.ids for trace in SpeculativeDecoder(target, drafter).decode(PROMPTS, GREEDY, 20)
+    ]
     assert alone == expected and together == expected
 
 
@@ -48,9 +55,13 @@ def test_autoregressive_is_the_one_node_tree():
 
 def test_a_perfect_drafter_emits_depth_plus_one_and_a_wrong_one_emits_one():
     target = tiny_target(seed=3)
-    perfect = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=4)).decode([[7, 9]], GREEDY, 21)[0]
+    perfect = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=4)).decode(
+        [[7, 9]], GREEDY, 21
+    )[0]
     assert perfect.accepted[:4] == [5, 5, 5, 5] and perfect.offered == [4] * len(perfect.offered)
-    wrong = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.0)).decode([[7, 9]], GREEDY, 9)[0]
+    wrong = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.0)).decode(
+        [[7, 9]], GREEDY, 9
+    )[0]
     assert wrong.accepted == [1] * 8
 
 
@@ -58,11 +69,20 @@ def test_cuts_come_after_verification():
     target = tiny_target(seed=3)
     full = reference(target, [7, 9], 12)
     stop = full[5]
-    cut = full[:full.index(stop) + 1]
-    decoder = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0), stop_ids=frozenset({stop}))
+    cut = full[: full.index(stop) + 1]
+    decoder = SpeculativeDecoder(
+        target, ScriptedDrafter(target.shape, 1.0), stop_ids=frozenset({stop})
+    )
     trace = decoder.decode([[7, 9]], GREEDY, 12)[0]
     assert trace.ids == cut and len(trace.drafted) == len(cut)
-    assert len(SpeculativeDecoder(target, ScriptedDrafter(target.shape)).decode([[7, 9]], GREEDY, 6)[0].ids) == 6
+    assert (
+        len(
+            SpeculativeDecoder(target, ScriptedDrafter(target.shape))
+            .decode([[7, 9]], GREEDY, 6)[0]
+            .ids
+        )
+        == 6
+    )
 
 
 @pytest.mark.parametrize("limit", [12, 6, 5, 2, 1])
@@ -71,8 +91,9 @@ def test_calls_add_up_to_the_answer(limit):
     target = tiny_target(seed=3)
     full = reference(target, [7, 9], 12)
     for stop in (full[2], full[5], -1):
-        decoder = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=3),
-                                     stop_ids=frozenset({stop}))
+        decoder = SpeculativeDecoder(
+            target, ScriptedDrafter(target.shape, 1.0, depth=3), stop_ids=frozenset({stop})
+        )
         trace = decoder.decode([[7, 9]], GREEDY, limit)[0]
         assert sum(trace.accepted) == len(trace.ids) - 1 and 0 not in trace.accepted
         assert set(trace.accepted[:-1]) <= {4} and set(trace.offered[:-1]) <= {3}
@@ -100,7 +121,9 @@ def test_stream_yields_what_decode_returns():
 def test_phases_add_up():
     trace = SpeculativeDecoder(tiny_target()).decode([[5, 6]], GREEDY, 5)[0]
     assert set(trace.seconds) == {"prefill", "draft", "verify", "accept", "commit", "other"}
-    assert trace.decode_seconds == pytest.approx(sum(trace.seconds.values()) - trace.seconds["prefill"])
+    assert trace.decode_seconds == pytest.approx(
+        sum(trace.seconds.values()) - trace.seconds["prefill"]
+    )
     assert 0 < trace.time_to_first_token <= sum(trace.seconds.values())
 
 
@@ -110,7 +133,9 @@ def test_bad_input_is_refused_before_anything_runs():
         SpeculativeDecoder(target).decode([[5] * 510], GREEDY, 10)
     with pytest.raises(ValueError, match="no tokens"):
         SpeculativeDecoder(target).decode([[]], GREEDY, 10)
-    with pytest.raises(ValueError, match="has token 128, beyond the vocabulary of 128 of 'tiny-llama'"):
+    with pytest.raises(
+        ValueError, match="has token 128, beyond the vocabulary of 128 of 'tiny-llama'"
+    ):
         SpeculativeDecoder(target).decode([[5, 127], [5, 128]], GREEDY, 10)
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit must be at least 1 new token, got {limit}"):
@@ -138,7 +163,10 @@ def test_a_builder_deeper_than_the_heads_is_refused():
 
 def test_two_answers_can_be_streamed_at_once():
     target = tiny_target()
-    decoders = [SpeculativeDecoder(target), SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.7))]
+    decoders = [
+        SpeculativeDecoder(target),
+        SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.7)),
+    ]
     streams = [decoder.stream(PROMPTS[i], GREEDY, 12) for i, decoder in enumerate(decoders)]
     told: list[list[int]] = [[], []]
     for _ in range(12):
@@ -151,7 +179,9 @@ def test_two_answers_can_be_streamed_at_once():
 def test_an_answer_may_fill_the_context(arch):
     target = tiny_target(arch)
     prompt = [5 + i % 90 for i in range(500)]
-    trace = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=5)).decode([prompt], GREEDY, 12)[0]
+    trace = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 1.0, depth=5)).decode(
+        [prompt], GREEDY, 12
+    )[0]
     assert trace.ids == reference(target, prompt, 12)
 
 

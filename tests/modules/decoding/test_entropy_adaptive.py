@@ -1,4 +1,6 @@
-"""Entropy adaptive decoding: who writes when, and that a change of model loses nothing of the text."""
+"""Entropy adaptive decoding: who writes when, and that a change of model loses nothing of the
+text.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ def test_entropy_is_in_bits() -> None:
 
 
 def test_the_extremes_are_one_model() -> None:
-    assert EntropyAdaptive(LARGE, SMALL, -1.0).decode([PROMPT], Sampling(), 30)[0].ids == plain(LARGE, PROMPT, 30)
-    trace = EntropyAdaptive(LARGE, SMALL, float("inf"), shortest_run=4).decode([PROMPT], Sampling(), 30)[0]
+    assert EntropyAdaptive(LARGE, SMALL, -1.0).decode([PROMPT], Sampling(), 30)[0].ids == plain(
+        LARGE, PROMPT, 30
+    )
+    trace = EntropyAdaptive(LARGE, SMALL, float("inf"), shortest_run=4).decode(
+        [PROMPT], Sampling(), 30
+    )[0]
     begun = plain(LARGE, PROMPT, 4)
     assert trace.ids == begun + plain(SMALL, PROMPT + begun, 26) and sum(trace.drafted) == 26
 
@@ -46,12 +52,18 @@ def test_the_same_model_twice_is_plain_decoding_and_runs_are_long_enough(thresho
     assert trace.ids == plain(LARGE, PROMPT, 40)
     runs = [len(list(group)) for _, group in itertools.groupby(trace.drafted)]
     assert min(runs[:-1], default=3) >= 3
-    assert decoder.quality_of([trace])["large_share"] == pytest.approx(1 - sum(trace.drafted) / len(trace.ids))
-    assert decoder.quality_of([trace, plain_trace(10)])["large_share"] == pytest.approx(1 - sum(trace.drafted) / 50)
+    assert decoder.quality_of([trace])["large_share"] == pytest.approx(
+        1 - sum(trace.drafted) / len(trace.ids)
+    )
+    assert decoder.quality_of([trace, plain_trace(10)])["large_share"] == pytest.approx(
+        1 - sum(trace.drafted) / 50
+    )
     assert decoder.quality_of([]) == {}
 
 
-def test_temperature_does_not_change_the_entropy_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temperature_does_not_change_the_entropy_that_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is the raw law's: what is measured behind a text is the same at every temperature."""
     seen: dict[float, list[float]] = {}
     for temperature in (0.0, 0.3, 2.0):
@@ -69,7 +81,9 @@ def test_temperature_does_not_change_the_entropy_that_decides(monkeypatch: pytes
 
 
 def test_a_model_that_came_in_has_read_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call's logits are those of a fresh reading of the text, whose length is then that of the cache."""
+    """Every call's logits are those of a fresh reading of the text, whose length is then that of
+    the cache.
+    """
     decoder, models = EntropyAdaptive(LARGE, SMALL, 2.0, window=2, shortest_run=3), []
     stream = itertools.cycle([0.0] * 4 + [4.0] * 4)
     monkeypatch.setattr(entropy_adaptive, "entropy_bits", lambda logits_V: next(stream))
@@ -89,27 +103,40 @@ def test_a_model_that_came_in_has_read_the_whole_text(monkeypatch: pytest.Monkey
     assert decoder.quality_of([trace])["switches"] >= 2
 
 
-def test_the_large_model_writes_no_more_at_a_higher_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_large_model_writes_no_more_at_a_higher_threshold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a fixed stream of entropies, whichever model they come from."""
     draw = random.Random(0)
     stream, shares = [draw.uniform(0, 4) for _ in range(60)], []
     for threshold in (-1.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 5.0):
         waiting = iter(stream)
-        monkeypatch.setattr(entropy_adaptive, "entropy_bits", lambda logits_V, waiting=waiting: next(waiting))
+        monkeypatch.setattr(
+            entropy_adaptive, "entropy_bits", lambda logits_V, waiting=waiting: next(waiting)
+        )
         decoder = EntropyAdaptive(LARGE, SMALL, threshold, window=3, shortest_run=1)
         shares.append(decoder.quality_of(decoder.decode([PROMPT], Sampling(), 60))["large_share"])
     assert shares == sorted(shares, reverse=True) and shares[0] == 1.0 > shares[3] > shares[-1]
 
 
 def test_what_is_told_of_switches_and_of_what_they_cost() -> None:
-    trace = Trace(4, [9] * 6, [False, False, True, True, False, True],
-                  entropies=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0])
+    trace = Trace(
+        4,
+        [9] * 6,
+        [False, False, True, True, False, True],
+        entropies=[1.0, 2.0, 3.0, 0.0, 0.0, 0.0],
+    )
     assert catch_up_tokens(trace) == (4 + 2 - 1) + (4 + 4 - 5 - 1) + (4 + 5 - 7 - 1)
     told = EntropyAdaptive(LARGE, SMALL).quality_of([trace])
     sizes = [sum(p.numel() for p in model.parameters()) for model in (SMALL, LARGE)]
-    assert told == {"large_share": 0.5, "small_share": 0.5, "switches": 3, "catch_up_tokens": 8,
-                    "relative_cost": pytest.approx(0.5 + 0.5 * sizes[0] / sizes[1]),
-                    "mean_entropy": 1.0}
+    assert told == {
+        "large_share": 0.5,
+        "small_share": 0.5,
+        "switches": 3,
+        "catch_up_tokens": 8,
+        "relative_cost": pytest.approx(0.5 + 0.5 * sizes[0] / sizes[1]),
+        "mean_entropy": 1.0,
+    }
 
 
 def test_the_entropy_that_each_token_was_chosen_at_is_told() -> None:
@@ -129,7 +156,9 @@ def test_mistakes_are_refused() -> None:
     other.tokenizer.add_tokens(["new piece"])
     with pytest.raises(ValueError, match="gives other ids to pieces than the target 'tiny-llama'"):
         EntropyAdaptive(LARGE, other)
-    with pytest.raises(ValueError, match="5 tokens and 508 new ones exceed tiny-llama's context of 512"):
+    with pytest.raises(
+        ValueError, match="5 tokens and 508 new ones exceed tiny-llama's context of 512"
+    ):
         EntropyAdaptive(LARGE, SMALL).decode([PROMPT], Sampling(), 508)
     with pytest.raises(ValueError, match="one prompt at a time"):
         EntropyAdaptive(LARGE, SMALL).decode([PROMPT, PROMPT], Sampling(), 4)

@@ -39,13 +39,18 @@ def shaken(target: Target, **arguments) -> Judge:
     return judge
 
 
-def decoded(target: Target, drafter: Drafter, rule: AcceptanceRule | None, sampling: Sampling,
-            builder: TreeBuilder | None = None) -> list[tuple[list[int], list[int]]]:
+def decoded(
+    target: Target,
+    drafter: Drafter,
+    rule: AcceptanceRule | None,
+    sampling: Sampling,
+    builder: TreeBuilder | None = None,
+) -> list[tuple[list[int], list[int]]]:
     traces = SpeculativeDecoder(target, drafter, rule, builder).decode(PROMPTS, sampling, 16)
     return [(trace.ids, trace.accepted) for trace in traces]
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -55,7 +60,9 @@ def test_a_threshold_above_1_is_the_lossless_rule(target, builder, temperature):
     drafter.initialise(target)
     rule, sampling = shaken(target).acceptance_rule(target, 1.01), Sampling(temperature, seed=5)
     assert not rule.lossless and rule.states == ("pre_norm",)
-    assert decoded(target, drafter, rule, sampling, builder) == decoded(target, drafter, None, sampling, builder)
+    assert decoded(target, drafter, rule, sampling, builder) == decoded(
+        target, drafter, None, sampling, builder
+    )
 
 
 def test_a_threshold_of_0_accepts_the_drafters_own_text(target):
@@ -74,7 +81,7 @@ def test_a_threshold_of_0_accepts_the_drafters_own_text(target):
 
 
 def repeated(path: list[int], longest: int) -> bool:
-    return any(len(path) >= 2 * p and path[-p:] == path[-2 * p:-p] for p in range(1, longest + 1))
+    return any(len(path) >= 2 * p and path[-p:] == path[-2 * p : -p] for p in range(1, longest + 1))
 
 
 @pytest.mark.parametrize("longest", [0, 1, 2, 3])
@@ -82,8 +89,11 @@ def test_repetitions_are_those_of_a_path(longest):
     """Against lists of the tokens on every path of random trees over two tokens, with padding."""
     generator, seen = torch.Generator().manual_seed(longest), 0
     for _ in range(8):
-        parents = [-1, *(int(torch.randint(max(0, n - 3), n, (), generator=generator))
-                         for n in range(1, 14)), 14]
+        parents = [
+            -1,
+            *(int(torch.randint(max(0, n - 3), n, (), generator=generator)) for n in range(1, 14)),
+            14,
+        ]
         tokens = torch.randint(2, (15,), generator=generator).tolist()
         tree = TokenTree(torch.tensor([tokens]), Topology(torch.tensor([parents])))
         found = repeats(tree, longest)[0].tolist()
@@ -118,16 +128,22 @@ def test_the_judge_may_be_kept_from_waving_repetitions_through(target):
 def test_special_tokens_are_left_to_the_standard_rule(target):
     judge = shaken(target)
     rule = judge.acceptance_rule(target, 0.0)
-    assert set(rule.special) >= target.eos_ids and set(rule.special) >= set(target.tokenizer.all_special_ids)
+    assert set(rule.special) >= target.eos_ids and set(rule.special) >= set(
+        target.tokenizer.all_special_ids
+    )
     chain = TokenTree.chain(torch.tensor([[9, *sorted(target.eos_ids), 10]]))
     states = torch.zeros(1, 3, target.shape.hidden_size, dtype=torch.float64)
     logits = torch.zeros(1, 3, target.shape.vocab_size, dtype=torch.float64)
-    good = rule.good(chain, Verified(chain, logits, {"pre_norm": states}), Draws(Sampling(), [torch.Generator()]))
+    good = rule.good(
+        chain, Verified(chain, logits, {"pre_norm": states}), Draws(Sampling(), [torch.Generator()])
+    )
     assert good.tolist() == [[True, False, True]]
 
 
 def test_a_node_is_judged_by_its_own_row_and_more_of_a_tree_is_good_at_lower_thresholds(target):
-    """Exactly the nodes whose own states score at least the threshold: not their parents' or their children's."""
+    """Exactly the nodes whose own states score at least the threshold: not their parents' or their
+    children's.
+    """
     judge, tree = shaken(target), TokenTree.chain(torch.tensor([[9, 10, 11, 12, 13, 14]]))
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(1, 6, target.shape.hidden_size, dtype=torch.float64, generator=generator)
@@ -137,7 +153,11 @@ def test_a_node_is_judged_by_its_own_row_and_more_of_a_tree_is_good_at_lower_thr
     shares = []
     for threshold in sorted(scores, reverse=True):
         rule = judge.acceptance_rule(target, threshold - 1e-9, guard=False)
-        good = rule.good(tree, Verified(tree, logits, {"pre_norm": states}), Draws(Sampling(), [torch.Generator()]))
+        good = rule.good(
+            tree,
+            Verified(tree, logits, {"pre_norm": states}),
+            Draws(Sampling(), [torch.Generator()]),
+        )
         assert good[0].tolist() == [score >= threshold - 1e-9 for score in scores]
         shares.append(int(good.sum()))
     assert shares == [1, 2, 3, 4, 5, 6]
@@ -148,17 +168,24 @@ def test_acceptance_grows_as_the_threshold_falls(target):
     means = []
     for threshold in (NOTHING, 0.7, 0.3, 0.0):
         drafter = ScriptedDrafter(target.shape, right=0.5, depth=3)
-        calls = [n for _, accepted in decoded(target, drafter, judge.acceptance_rule(target, threshold), Sampling())
-                 for n in accepted]
+        calls = [
+            n
+            for _, accepted in decoded(
+                target, drafter, judge.acceptance_rule(target, threshold), Sampling()
+            )
+            for n in accepted
+        ]
         means.append(sum(calls) / len(calls))
     assert means[0] < means[-1] and means[1] <= means[-1]
 
 
-# -- the row it looks at ------------------------------------------------------------------------------------------
+# -- the row it looks at ---------------------------------------------------------------------------
 
 
 def labelled(target: Target, seed: int, shift: int = 0, shuffle: bool = False) -> LabelledBatch:
-    """The same contexts twice, followed by a right and by a wrong token; `shift` -1 looks at the row before it."""
+    """The same contexts twice, followed by a right and by a wrong token; `shift` -1 looks at the
+    row before it.
+    """
     generator = torch.Generator().manual_seed(seed)
     contexts = torch.randint(5, 9, (24, 12), generator=generator).repeat(2, 1)
     labels = torch.zeros_like(contexts)
@@ -169,7 +196,9 @@ def labelled(target: Target, seed: int, shift: int = 0, shuffle: bool = False) -
     mask = torch.zeros_like(contexts, dtype=torch.bool)
     mask[:, PLACE] = True
     text = TextBatch(contexts, mask, torch.arange(12).expand(48, -1), torch.zeros_like(contexts))
-    text.states = {name: state.roll(-shift, 1) for name, state in target.features(text, ("pre_norm",)).items()}
+    text.states = {
+        name: state.roll(-shift, 1) for name, state in target.features(text, ("pre_norm",)).items()
+    }
     return LabelledBatch(text, labels)
 
 
@@ -198,7 +227,9 @@ def test_the_state_behind_a_wrong_token_tells_and_the_one_before_cannot(target):
     before = labelled(target, 1000, shift=-1)
     row = labelled(target, 1000).text.states["pre_norm"][:, PLACE - 1]
     assert torch.equal(before.text.states["pre_norm"][:, PLACE], row)
-    assert held_out(fitted(target, shift=-1), target, shift=-1)["held_out/auc"] == pytest.approx(0.5, abs=1e-3)
+    assert held_out(fitted(target, shift=-1), target, shift=-1)["held_out/auc"] == pytest.approx(
+        0.5, abs=1e-3
+    )
     batch = labelled(target, 1000)
     with torch.no_grad():
         scores = judge.scores(batch.text.states["pre_norm"])
@@ -228,7 +259,9 @@ def test_the_threshold_is_the_papers_unless_it_is_to_be_calibrated(target, caplo
 
 
 def test_the_threshold_is_judged_on_answers_it_was_not_set_on(target, caplog):
-    """Among questions with odd numbers scores are turned round: the threshold does not see them, its shares do."""
+    """Among questions with odd numbers scores are turned round: the threshold does not see them,
+    its shares do.
+    """
     judge = fitted(target)
     batch = labelled(target, 1000)
     batch.questions = (torch.arange(48) % 24 % 2)[:, None].expand(-1, 12)
@@ -246,17 +279,25 @@ def test_the_threshold_is_judged_on_answers_it_was_not_set_on(target, caplog):
 
 
 def test_numbers_are_judged_among_themselves(target):
-    """A head that calls every number wrong has a good area over all tokens, and none among the numbers."""
+    """A head that calls every number wrong has a good area over all tokens, and none among the
+    numbers.
+    """
     digit = target.tokenizer("7", add_special_tokens=False)["input_ids"][0]
     ids = torch.tensor([[20, 21, 22, digit, digit, 23]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     text = TextBatch(ids, mask, torch.arange(6)[None], torch.zeros_like(ids))
-    text.states["pre_norm"] = (ids == digit)[..., None].double().expand(-1, -1, target.shape.hidden_size)
+    text.states["pre_norm"] = (
+        (ids == digit)[..., None].double().expand(-1, -1, target.shape.hidden_size)
+    )
     judge = Judge(target.shape).double().eval()
     with torch.no_grad():
         judge.linear.weight.fill_(-1.0)
-    figures = judge.finish([LabelledBatch(text, torch.tensor([[1, 1, 1, 1, 0, 1]]))], target).figures
-    assert figures["held_out/auc"] == pytest.approx(4.5 / 5) and figures["held_out/auc_numbers"] == 0.5
+    figures = judge.finish(
+        [LabelledBatch(text, torch.tensor([[1, 1, 1, 1, 0, 1]]))], target
+    ).figures
+    assert (
+        figures["held_out/auc"] == pytest.approx(4.5 / 5) and figures["held_out/auc_numbers"] == 0.5
+    )
 
 
 def test_shuffled_labels_teach_nothing(target):
@@ -265,7 +306,7 @@ def test_shuffled_labels_teach_nothing(target):
     assert abs(figures["held_out/auc"] - 0.5) < 0.2
 
 
-# -- arithmetic ---------------------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------
 
 
 def test_scores_are_standardised_and_fold_into_one_product(target):
@@ -300,7 +341,9 @@ def test_the_loss_against_a_slow_reference(target):
             p, weight = (p, 1.0) if right else (1 - p, min(40 / 8, 5.0))
             total -= weight * (1 - p) ** focus * float(torch.tensor(p).log())
             weights += weight
-        assert float(judge.loss(batch, target, 0.0).total.detach()) == pytest.approx(total / weights, rel=1e-4)
+        assert float(judge.loss(batch, target, 0.0).total.detach()) == pytest.approx(
+            total / weights, rel=1e-4
+        )
 
 
 def test_class_weights_are_capped():
@@ -320,15 +363,22 @@ def scored(seed: int) -> tuple[Tensor, Tensor]:
 def test_area_and_threshold_against_slow_references():
     for seed in range(4):
         scores, right = scored(seed)
-        pairs = [(a > b) + 0.5 * (a == b) for a in scores[right].tolist() for b in scores[~right].tolist()]
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a in scores[right].tolist()
+            for b in scores[~right].tolist()
+        ]
         assert area_under_curve(scores, right) == pytest.approx(sum(pairs) / len(pairs))
         assert area_under_curve(-scores, right) == pytest.approx(1 - sum(pairs) / len(pairs))
 
         def precision(level: float, scores: Tensor = scores, right: Tensor = right) -> float:
             rates = [float((scores[one] >= level).double().mean()) for one in (right, ~right)]
             return rates[0] / sum(rates)
+
         for wanted in (0.5, 0.8, 0.95):
-            levels = [level for level in scores.unique().tolist() if precision(level) >= wanted - 1e-9]
+            levels = [
+                level for level in scores.unique().tolist() if precision(level) >= wanted - 1e-9
+            ]
             found = calibrated_threshold(scores, right, wanted)
             assert found == pytest.approx(min(levels) if levels else NOTHING)
     assert area_under_curve(scores, torch.ones(60, dtype=torch.bool)) == 0.5
@@ -348,8 +398,11 @@ def test_the_threshold_of_very_many_tokens_needs_no_table_of_pairs():
 
 
 def test_wrong_settings_are_named(target):
-    for arguments, key in (({"precision": 1.5}, "precision"), ({"threshold": -0.1}, "threshold"),
-                           ({"largest_weight": 0.0}, "largest_weight"),
-                           ({"focus": -1.0}, "focus")):
+    for arguments, key in (
+        ({"precision": 1.5}, "precision"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"largest_weight": 0.0}, "largest_weight"),
+        ({"focus": -1.0}, "focus"),
+    ):
         with pytest.raises(ValueError, match=key):
             Judge(target.shape, **arguments)

@@ -18,14 +18,29 @@ from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built
 
 TARGET = tiny_target()
-NAMES = ("medusa", "clover", "clover2", "hydra", "eagle", "eagle3", "fspad", "falcon", "independent", "sorted")
+NAMES = (
+    "medusa",
+    "clover",
+    "clover2",
+    "hydra",
+    "eagle",
+    "eagle3",
+    "fspad",
+    "falcon",
+    "independent",
+    "sorted",
+)
 
 
 def drafter(name: str) -> Trainable:
     if name not in ("independent", "sorted"):
         return built(name, TARGET, shake=0.1)
     torch.manual_seed(0)
-    found = Independent(TARGET.shape, layers=2) if name == "independent" else Sorted(TARGET.shape, exits=[1, 2])
+    found = (
+        Independent(TARGET.shape, layers=2)
+        if name == "independent"
+        else Sorted(TARGET.shape, exits=[1, 2])
+    )
     found.initialise(TARGET)
     return found.double()
 
@@ -41,6 +56,7 @@ def kept_and_gradients(trainable: Trainable) -> tuple[int, float, list[Tensor]]:
         if tensor.data_ptr() not in known:
             kept[tensor.data_ptr()] = tensor
         return tensor
+
     torch.manual_seed(5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total = trainable.loss(batch, TARGET, 0.5).total
@@ -61,7 +77,9 @@ def test_recomputed_blocks_keep_less_and_have_the_same_gradients(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["medusa", "clover", "clover2", "eagle3", "fspad", "falcon"])
-def test_compiled_blocks_have_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_have_the_same_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     plain, other = drafter(name).train(), drafter(name).train()
     compiled.compile_blocks(other)
@@ -84,7 +102,9 @@ def test_decoding_goes_on_as_before() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 4 * 24 * 3])
-def test_attention_in_parts_is_attention_at_once(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_parts_is_attention_at_once(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row at a time, and three."""
     _, loss, expected = kept_and_gradients(drafter("eagle3"))
     calls, whole = [], feature_drafter.hanging_attention
@@ -92,6 +112,7 @@ def test_attention_in_parts_is_attention_at_once(limit: int, monkeypatch: pytest
     def counted(queries: Tensor, *arguments: object) -> Tensor:
         calls.append(len(queries))
         return whole(queries, *arguments)  # pyright: ignore[reportArgumentType]
+
     monkeypatch.setattr(feature_drafter, "hanging_attention", counted)
     monkeypatch.setattr(feature_drafter, "MAX_SCORES", limit)
     _, same, found = kept_and_gradients(drafter("eagle3"))
@@ -101,7 +122,11 @@ def test_attention_in_parts_is_attention_at_once(limit: int, monkeypatch: pytest
 
 
 def test_what_has_nothing_to_recompute_is_refused() -> None:
-    with pytest.raises(ValueError, match="trainer.activation_checkpointing is true, but Judge has no layers"):
+    with pytest.raises(
+        ValueError, match="trainer.activation_checkpointing is true, but Judge has no layers"
+    ):
         use_activation_checkpointing(Judge(TARGET.shape))
-    with pytest.raises(ValueError, match="trainer.compile is true, but Judge has no blocks of its own"):
+    with pytest.raises(
+        ValueError, match="trainer.compile is true, but Judge has no blocks of its own"
+    ):
         compiled.compile_blocks(Judge(TARGET.shape))

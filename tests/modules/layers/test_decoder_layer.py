@@ -15,7 +15,9 @@ from tests.fakes import tiny_batch, tiny_target
 def test_residual_block_adds_only_its_bias_at_the_start() -> None:
     block, hidden = ResBlock(8), torch.randn(3, 8)
     with torch.no_grad():
-        torch.testing.assert_close(block(hidden), hidden + torch.nn.functional.silu(block.linear.bias))
+        torch.testing.assert_close(
+            block(hidden), hidden + torch.nn.functional.silu(block.linear.bias)
+        )
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gemma"])
@@ -34,7 +36,9 @@ def test_copied_layer_computes_what_the_targets_layer_does(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "opt"])
-def test_layers_of_another_kind_are_not_copied_and_say_so(arch: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_of_another_kind_are_not_copied_and_say_so(
+    arch: str, caplog: pytest.LogCaptureFixture
+) -> None:
     target = tiny_target(arch)
     layer = DecoderLayer(target.shape).double()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -42,26 +46,41 @@ def test_layers_of_another_kind_are_not_copied_and_say_so(arch: str, caplog: pyt
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
 
 
-def test_a_weight_that_the_layer_has_no_place_for_is_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_weight_that_the_layer_has_no_place_for_is_refused_by_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     target = tiny_target("qwen3")
     assert not DecoderLayer(replace(target.shape, qk_norm=False)).copy_from(target)
     assert "self_attn.k_norm.weight, self_attn.q_norm.weight" in caplog.text
-    assert DecoderLayer(target.shape, feed_forward=False).copy_from(target), "a half left out is no difference"
+    assert DecoderLayer(target.shape, feed_forward=False).copy_from(target), (
+        "a half left out is no difference"
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma"])
-def test_a_layer_without_input_norm_attends_to_final_states_as_the_targets_to_its_own(arch: str) -> None:
-    """The gains of both norms differ in every channel; without folding them in, attention is another one."""
+def test_a_layer_without_input_norm_attends_to_final_states_as_the_targets_to_its_own(
+    arch: str,
+) -> None:
+    """The gains of both norms differ in every channel; without folding them in, attention is
+    another one.
+    """
     torch.manual_seed(0)
     target = tiny_target(arch)
-    normed, bare = DecoderLayer(target.shape).double(), DecoderLayer(target.shape, input_norm=False).double()
+    normed, bare = (
+        DecoderLayer(target.shape).double(),
+        DecoderLayer(target.shape, input_norm=False).double(),
+    )
     assert normed.copy_from(target) and bare.copy_from(target)
     hidden = torch.randn(2, 9, target.shape.hidden_size, dtype=torch.float64)
     rows = causal_rows(torch.zeros(2, dtype=torch.long), 9)
     expected = normed.self_attn(normed.input_layernorm(hidden), rows)
-    torch.testing.assert_close(bare.self_attn(target.final_norm(hidden), rows), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        bare.self_attn(target.final_norm(hidden), rows), expected, atol=2e-5, rtol=2e-5
+    )
     bare.self_attn.load_state_dict(normed.self_attn.state_dict())
-    assert (bare.self_attn(target.final_norm(hidden), rows) - expected).abs().max() > 0.1 * expected.abs().max()
+    assert (
+        bare.self_attn(target.final_norm(hidden), rows) - expected
+    ).abs().max() > 0.1 * expected.abs().max()
 
 
 def test_a_silenced_channel_of_the_final_norm_is_not_blown_up() -> None:
@@ -85,12 +104,19 @@ def test_cached_rows_of_differing_counts_equal_one_pass() -> None:
     seen = [0, 0]
     for counts in ([4, 2], [1, 3], [2, 1], [2, 3]):
         width = max(counts)
-        rows = [torch.cat([hidden[b, seen[b]:seen[b] + n], torch.randn(width - n, shape.hidden_size).double()])
-                for b, n in enumerate(counts)]
+        rows = [
+            torch.cat(
+                [
+                    hidden[b, seen[b] : seen[b] + n],
+                    torch.randn(width - n, shape.hidden_size).double(),
+                ]
+            )
+            for b, n in enumerate(counts)
+        ]
         output = layer(torch.stack(rows), causal_rows(cache.lengths_B, width), cache)
         cache.keep(torch.tensor(counts))
         for b, n in enumerate(counts):
-            torch.testing.assert_close(output[b, :n], expected[b, seen[b]:seen[b] + n])
+            torch.testing.assert_close(output[b, :n], expected[b, seen[b] : seen[b] + n])
             seen[b] += n
     assert seen == cache.lengths_B.tolist() == [9, 9]
 
@@ -117,8 +143,10 @@ def test_widths_and_halves() -> None:
         wide.mlp.down_proj.weight.zero_()
         output = wide(torch.cat([hidden, hidden], -1), rows, residual_BNH=hidden)
     assert output.shape == (2, 3, 2 * shape.hidden_size)
-    assert torch.equal(output[..., :shape.hidden_size], output[..., shape.hidden_size:])
-    assert {name.split(".")[0] for name, _ in DecoderLayer(shape, feed_forward=False).named_parameters()} == {
-        "input_layernorm", "self_attn"}
-    assert {name.split(".")[0] for name, _ in DecoderLayer(shape, attention=False).named_parameters()} == {
-        "post_attention_layernorm", "mlp"}
+    assert torch.equal(output[..., : shape.hidden_size], output[..., shape.hidden_size :])
+    assert {
+        name.split(".")[0] for name, _ in DecoderLayer(shape, feed_forward=False).named_parameters()
+    } == {"input_layernorm", "self_attn"}
+    assert {
+        name.split(".")[0] for name, _ in DecoderLayer(shape, attention=False).named_parameters()
+    } == {"post_attention_layernorm", "mlp"}

@@ -21,8 +21,10 @@ def test_scaled_embeddings_are_as_large_as_final_states(arch: str, gain: float) 
     # What a final norm puts out for inputs of many directions, beside every embedding.
     states = target.final_norm(torch.randn(500, target.shape.hidden_size, dtype=torch.float64))
     scale = token_scale(target)
-    ratio = float(states.square().mean().sqrt() / (scale * target.embed(ids)).square().mean().sqrt())
-    assert 2 ** -0.6 < ratio < 2 ** 0.6
+    ratio = float(
+        states.square().mean().sqrt() / (scale * target.embed(ids)).square().mean().sqrt()
+    )
+    assert 2**-0.6 < ratio < 2**0.6
     assert scale == 2.0 ** round(torch.tensor(scale).log2().item())
 
 

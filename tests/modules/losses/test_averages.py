@@ -1,4 +1,6 @@
-"""Processes that hold unequal numbers of labels have, together, the loss and gradients of their common batch."""
+"""Processes that hold unequal numbers of labels have, together, the loss and gradients of their
+common batch.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,18 @@ LOCK = Lock()
 
 def halves(batch: TextBatch) -> list[TextBatch]:
     """Each row as a batch of its own."""
-    rows = [{field.name: getattr(batch, field.name)[i:i + 1] for field in fields(batch) if field.name != "states"}
-            for i in range(2)]
-    return [TextBatch(**row, states={name: state[i:i + 1] for name, state in batch.states.items()})
-            for i, row in enumerate(rows)]
+    rows = [
+        {
+            field.name: getattr(batch, field.name)[i : i + 1]
+            for field in fields(batch)
+            if field.name != "states"
+        }
+        for i in range(2)
+    ]
+    return [
+        TextBatch(**row, states={name: state[i : i + 1] for name, state in batch.states.items()})
+        for i, row in enumerate(rows)
+    ]
 
 
 def unequal(trainable: Trainable) -> TextBatch:
@@ -45,7 +55,9 @@ def gradients(trainable: Trainable, loss: Callable[[], Tensor]) -> tuple[Tensor,
     parameters = list(trainable.declared_parameters())
     total = loss()
     found = torch.autograd.grad(total, parameters, allow_unused=True)
-    return total.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return total.detach(), [
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+    ]
 
 
 def on_two_processes(trainable: Trainable, batches: list) -> tuple[Tensor, list[Tensor]]:
@@ -60,13 +72,16 @@ def on_two_processes(trainable: Trainable, batches: list) -> tuple[Tensor, list[
             found = (counts[0] + counts[1]) / 2
             barrier.wait()
             return found
+
         with shared_counts(mean):
             return gradients(trainable, lambda: trainable.loss(batches[rank], TARGET, 0.5).total)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(process, range(2))
     assert counts
-    return (first[0] + second[0]) / 2, [(a + b) / 2 for a, b in zip(first[1], second[1], strict=True)]
+    return (first[0] + second[0]) / 2, [
+        (a + b) / 2 for a, b in zip(first[1], second[1], strict=True)
+    ]
 
 
 def agree(trainable: Trainable, whole: object, batches: list) -> None:
@@ -88,10 +103,15 @@ def test_a_judge_weighs_wrong_tokens_by_all_processes_labels() -> None:
     judge = Judge(TARGET.shape).double().eval()
     torch.nn.init.normal_(judge.linear.weight)
     batch = unequal(judge)
-    labels = (torch.rand(batch.input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7).long()
+    labels = (
+        torch.rand(batch.input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    ).long()
     labels[1] = 1
-    agree(judge, LabelledBatch(batch, labels),
-          [LabelledBatch(text, labels[i:i + 1]) for i, text in enumerate(halves(batch))])
+    agree(
+        judge,
+        LabelledBatch(batch, labels),
+        [LabelledBatch(text, labels[i : i + 1]) for i, text in enumerate(halves(batch))],
+    )
 
 
 class Pairs(PreferenceTrainable):
@@ -111,8 +131,14 @@ def test_pairs_count_alike_on_processes_with_more_and_fewer() -> None:
     for parameter in policy.parameters():
         parameter.data.normal_(0, 0.1)
     two, one = tiny_batch(TARGET), tiny_batch(TARGET, rows=1, seed=1)
-    whole = TextBatch(*(torch.cat([getattr(two, f.name), getattr(one, f.name)]) for f in fields(two)[:4]))
-    agree(policy, PreferenceBatch(whole, whole), [PreferenceBatch(two, two), PreferenceBatch(one, one)])
+    whole = TextBatch(
+        *(torch.cat([getattr(two, f.name), getattr(one, f.name)]) for f in fields(two)[:4])
+    )
+    agree(
+        policy,
+        PreferenceBatch(whole, whole),
+        [PreferenceBatch(two, two), PreferenceBatch(one, one)],
+    )
 
 
 def test_nothing_counted_divides_by_one() -> None:

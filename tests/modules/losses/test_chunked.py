@@ -22,8 +22,12 @@ def batch() -> TextBatch:
 def counts(batch: TextBatch, b: int, t: int, label: int) -> bool:
     """Whether x_label may be predicted from position t of row b."""
     documents = batch.document_ids[b]
-    return (label < len(documents) and int(documents[t]) >= 0 and bool(batch.loss_mask[b, label])
-            and all(documents[i] == documents[t] for i in range(t, label + 1)))
+    return (
+        label < len(documents)
+        and int(documents[t]) >= 0
+        and bool(batch.loss_mask[b, label])
+        and all(documents[i] == documents[t] for i in range(t, label + 1))
+    )
 
 
 def test_training_rows(batch: TextBatch) -> None:
@@ -35,7 +39,10 @@ def test_training_rows(batch: TextBatch) -> None:
         for d in range(STEPS):
             assert bool(rows.valid_MK[m, d]) == counts(batch, b, t, t + 2 + d)
             if rows.valid_MK[m, d]:
-                assert rows.tokens_MK1[m, d:d + 2].tolist() == batch.input_ids[b, t + 1 + d:t + 3 + d].tolist()
+                assert (
+                    rows.tokens_MK1[m, d : d + 2].tolist()
+                    == batch.input_ids[b, t + 1 + d : t + 3 + d].tolist()
+                )
                 assert int(rows.flat_MK1[m, d + 1]) == b * length + t + 1 + d
 
 
@@ -49,10 +56,17 @@ def test_next_token_rows(batch: TextBatch) -> None:
 
 def test_labels_outside_the_draft_vocabulary_are_ignored() -> None:
     vocabulary = torch.tensor([3, 5, 9])
-    assert losses.draft_labels(torch.tensor([5, 4, 9, 11, 0, 3]), vocabulary).tolist() == [1, -1, 2, -1, -1, 0]
+    assert losses.draft_labels(torch.tensor([5, 4, 9, 11, 0, 3]), vocabulary).tolist() == [
+        1,
+        -1,
+        2,
+        -1,
+        -1,
+        0,
+    ]
 
 
-@pytest.mark.parametrize("chunk", [10 ** 6, 40])
+@pytest.mark.parametrize("chunk", [10**6, 40])
 @pytest.mark.parametrize("soft", [False, True])
 def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) -> None:
     monkeypatch.setattr(losses, "MAX_LOGITS", chunk)
@@ -62,7 +76,9 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) 
     features = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     labels, flat = torch.randint(-1, 7, (20,)), torch.randint(0, 30, (20,))
     laws = losses.target_laws(lambda hidden: hidden @ weight.T, states, flat, 7) if soft else None
-    found, ranks = losses.cross_entropy(features, lambda hidden: hidden @ weight.T, labels, 7, laws, flat)
+    found, ranks = losses.cross_entropy(
+        features, lambda hidden: hidden @ weight.T, labels, 7, laws, flat
+    )
     found.sum().backward()
     total, again = torch.zeros((), dtype=torch.float64), features.detach().clone().requires_grad_()
     for m, label in enumerate(labels.tolist()):
@@ -84,13 +100,20 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) 
 
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch, learns: bool,
-                                                                    soft: bool) -> None:
-    """Every row has a weight of its own, known only afterwards; a frozen head runs once per chunk."""
+def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch, learns: bool, soft: bool
+) -> None:
+    """Every row has a weight of its own, known only afterwards; a frozen head runs once per
+    chunk.
+    """
     torch.manual_seed(0)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=learns)
     given = torch.randn(20, 4, dtype=torch.float64)
-    labels, flat, rows = torch.randint(-1, 7, (20,)), torch.randint(0, 20, (20,)), torch.randn(20, dtype=torch.float64)
+    labels, flat, rows = (
+        torch.randint(-1, 7, (20,)),
+        torch.randint(0, 20, (20,)),
+        torch.randn(20, dtype=torch.float64),
+    )
     law = torch.rand(20, 7, dtype=torch.float64).softmax(-1)
     heads: list[int] = []
 
@@ -98,10 +121,13 @@ def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(monkeypatch:
         def head(hidden: torch.Tensor) -> torch.Tensor:
             heads.append(len(hidden))
             return (hidden @ weight.T).tanh() * 3
+
         monkeypatch.setattr(losses, "MAX_LOGITS", chunk)
 
         features = given.clone().requires_grad_()
-        found, _ = losses.cross_entropy(features, head, labels, 7, (lambda f: law[f]) if soft else None, flat)
+        found, _ = losses.cross_entropy(
+            features, head, labels, 7, (lambda f: law[f]) if soft else None, flat
+        )
         heads.append(-1)
         (found * rows).square().sum().backward()
         assert features.grad is not None
@@ -111,21 +137,29 @@ def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(monkeypatch:
     logits = (hidden @ weight.T).tanh() * 3
     true = law[flat] if soft else torch.nn.functional.one_hot(labels.clamp(min=0), 7)
     plain = -(true * logits.log_softmax(-1)).sum(-1).where(labels >= 0, 0.0)
-    expected = torch.autograd.grad((plain * rows).square().sum(), [hidden, *([weight] if learns else [])])
-    for chunk in (10 ** 6, 40, 1):
+    expected = torch.autograd.grad(
+        (plain * rows).square().sum(), [hidden, *([weight] if learns else [])]
+    )
+    for chunk in (10**6, 40, 1):
         weight.grad = None
         heads.clear()
         for one, other in zip(gradients(chunk), expected, strict=True):
             torch.testing.assert_close(one, other)
-        forward, backward = heads[:heads.index(-1)], heads[heads.index(-1) + 1:]
+        forward, backward = heads[: heads.index(-1)], heads[heads.index(-1) + 1 :]
         assert sum(forward) == 20 and sum(backward) == (20 if learns and chunk < 140 else 0)
 
 
 def test_no_rows_have_no_loss_and_a_gradient_of_nothing() -> None:
     weight, features = torch.randn(7, 4), torch.randn(0, 4, requires_grad=True)
-    found, ranks = losses.cross_entropy(features, lambda hidden: hidden @ weight.T, torch.zeros(0).long(), 7)
+    found, ranks = losses.cross_entropy(
+        features, lambda hidden: hidden @ weight.T, torch.zeros(0).long(), 7
+    )
     found.sum().backward()
-    assert found.shape == ranks.shape == (0,) and features.grad is not None and features.grad.shape == (0, 4)
+    assert (
+        found.shape == ranks.shape == (0,)
+        and features.grad is not None
+        and features.grad.shape == (0, 4)
+    )
 
 
 def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
@@ -135,16 +169,32 @@ def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
 
 def test_likely_tokens_and_entropies() -> None:
     law = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    def laws(flat): return law[flat]
+
+    def laws(flat):
+        return law[flat]
+
     flat, labels = torch.zeros(4, dtype=torch.long), torch.arange(4)
-    assert losses.likely_tokens(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [True, True, True, False]
-    assert losses.likely_tokens(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [True, True, False, False]
+    assert losses.likely_tokens(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert losses.likely_tokens(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
     expected = -sum(p * log(p) for p in law[0].tolist())
     torch.testing.assert_close(losses.entropies(laws, flat[:1], 4), torch.tensor([expected]))
 
 
 def test_means_weights_and_accuracy() -> None:
-    assert float(losses.masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, True, False]))) == 3
+    assert (
+        float(losses.masked_mean(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([True, True, False])))
+        == 3
+    )
     assert float(losses.masked_mean(torch.zeros(0), torch.zeros(0, dtype=torch.bool))) == 0
     assert losses.depth_weights(3, 0.5, 0.5) == [0.5, 0.25, 0.125]
     found = losses.accuracy(torch.tensor([0, 4, 5, 0]), torch.tensor([True, True, True, False]), 5)

@@ -1,4 +1,6 @@
-"""Distillation losses against sums written out token by token, and what must hold of them whatever the laws."""
+"""Distillation losses against sums written out token by token, and what must hold of them whatever
+the laws.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.losses.divergences import DIVERGENCES, forward_kl, jensen_shannon, reverse_kl, total_variation
+from modules.losses.divergences import (
+    DIVERGENCES,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    total_variation,
+)
 
 ROWS, WIDTH = 6, 9
 
@@ -23,14 +31,20 @@ def mixed(p: list[float], q: list[float]) -> float:
 
 
 OBVIOUS = {
-    "forward_kl": kl, "reverse_kl": lambda p, q: kl(q, p), "kl_mixture": lambda p, q: 0.9 * kl(p, q) + 0.1 * kl(q, p),
-    "jensen_shannon": mixed, "total_variation": lambda p, q: 1 - sum(map(min, zip(p, q, strict=True)))}
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "kl_mixture": lambda p, q: 0.9 * kl(p, q) + 0.1 * kl(q, p),
+    "jensen_shannon": mixed,
+    "total_variation": lambda p, q: 1 - sum(map(min, zip(p, q, strict=True))),
+}
 
 
 def pairs(scale: float = 2.0) -> tuple[Tensor, Tensor]:
     """Draft logits and target laws, float64."""
     generator = torch.Generator().manual_seed(0)
-    logits, other = (scale * torch.randn(ROWS, WIDTH, generator=generator).double() for _ in range(2))
+    logits, other = (
+        scale * torch.randn(ROWS, WIDTH, generator=generator).double() for _ in range(2)
+    )
     return logits, other.softmax(-1)
 
 
@@ -47,7 +61,9 @@ def test_every_divergence_is_the_sum_over_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_it_is_zero_where_the_laws_agree_and_only_there(name: str) -> None:
     logits, law = pairs()
-    torch.testing.assert_close(DIVERGENCES[name](law.log() + 3.0, law), torch.zeros(ROWS).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        DIVERGENCES[name](law.log() + 3.0, law), torch.zeros(ROWS).double(), atol=1e-12, rtol=0
+    )
     assert bool((DIVERGENCES[name](logits, law) > 1e-3).all())
 
 
@@ -86,12 +102,16 @@ def test_bounds_are_kept_and_reached() -> None:
     logits, law = pairs(6.0)
     for divergence, most in ((jensen_shannon, log(2)), (total_variation, 1.0)):
         assert bool((divergence(logits, law) <= most + 1e-12).all())
-        apart = divergence(torch.tensor([[0.0, 800.0]]).double(), torch.tensor([[1.0, 0.0]]).double())
+        apart = divergence(
+            torch.tensor([[0.0, 800.0]]).double(), torch.tensor([[1.0, 0.0]]).double()
+        )
         assert float(apart) == pytest.approx(most)
 
 
 def test_total_variation_is_how_often_the_ratio_rule_rejects() -> None:
-    """Draw from q, accept with probability min(1, p / q): 1 − the expectation over q of that, token by token."""
+    """Draw from q, accept with probability min(1, p / q): 1 − the expectation over q of that, token
+    by token.
+    """
     logits, law = pairs()
     for m in range(ROWS):
         q = logits[m].softmax(-1).tolist()

@@ -39,7 +39,9 @@ def drafter_and_batch(target: Target, kind=Medusa):
 
 
 def own_text(target: Target, batch: TextBatch, share: float) -> TextBatch:
-    """The batch with so much of its assistant's text said by the target greedily, the rest as it was."""
+    """The batch with so much of its assistant's text said by the target greedily, the rest as it
+    was.
+    """
     generator = torch.Generator().manual_seed(0)
     for place in range(1, batch.input_ids.shape[1]):
         final = target.features(batch, ("final",))["final"][:, place - 1]
@@ -76,8 +78,10 @@ def test_it_looks_at_the_first_divergence_of_each_row_from_the_target_alone(kind
         for depth in range(3):
             if not bool(own[depth].valid_M[row]):
                 break
-            laws = [model.head(depth, target)(steps[depth].feature_MH[row]).log_softmax(-1).detach()
-                    for model, steps in ((drafter, own), (objective.reference, base))]
+            laws = [
+                model.head(depth, target)(steps[depth].feature_MH[row]).log_softmax(-1).detach()
+                for model, steps in ((drafter, own), (objective.reference, base))
+            ]
             better = int(target.logits(final[rows.flat_MK1[row, depth + 1]]).argmax())
             label, drafted = int(own[depth].labels_M[row]), int(laws[0].argmax())
             if better != drafted:
@@ -93,7 +97,8 @@ def test_it_looks_at_the_first_divergence_of_each_row_from_the_target_alone(kind
     assert sorted(losses.tolist()) == pytest.approx(sorted(expected), rel=1e-5)
     assert bool((margins < 0).all())
     assert float(objective.loss(drafter, batch, target, 0.0).total.detach()) == pytest.approx(
-        sum(expected) / len(expected), rel=1e-5)
+        sum(expected) / len(expected), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", [Eagle, Falcon])
@@ -116,14 +121,20 @@ def test_a_target_token_that_cannot_be_drafted_is_not_preferred(target):
     drafter = Medusa(target.shape, heads=3, draft_vocabulary=8).double()
     greedy = greedy_table(batch, target)
     common = greedy[greedy > 0].unique()[:4].tolist()
-    drafter.set_vocabulary([*common, *[token for token in range(20) if token not in common][:8 - len(common)]])
+    drafter.set_vocabulary(
+        [*common, *[token for token in range(20) if token not in common][: 8 - len(common)]]
+    )
     drafter.initialise(target)
     objective = AlignedDrafting()
     objective.begin(drafter)
     batch.states = dict(target.features(batch, drafter.training_states))
     _, margins = objective.preferences(drafter, batch, target)
     first = next(iter(drafter.steps(batch, target)))
-    assert 0 < len(margins) <= int(torch.isin(greedy[first.flat_M[first.valid_M]], torch.tensor(common)).sum())
+    assert (
+        0
+        < len(margins)
+        <= int(torch.isin(greedy[first.flat_M[first.valid_M]], torch.tensor(common)).sum())
+    )
 
 
 def test_it_is_log_2_at_the_start_and_adds_the_drafters_own_loss(target):
@@ -132,7 +143,9 @@ def test_it_is_log_2_at_the_start_and_adds_the_drafters_own_loss(target):
     objective.begin(drafter)
     losses = objective.loss(drafter, batch, target, 0.0)
     own = drafter.loss(batch, target, 0.0)
-    assert float(losses.total.detach()) == pytest.approx(log(2) + 0.5 * float(own.total.detach()), rel=1e-6)
+    assert float(losses.total.detach()) == pytest.approx(
+        log(2) + 0.5 * float(own.total.detach()), rel=1e-6
+    )
     assert set(losses.metrics) == {*own.metrics, "alignment", "margin"}
 
 
@@ -148,13 +161,16 @@ def test_training_on_it_alone_makes_the_targets_tokens_likelier(kind, target):
         step = next(iter(drafter.steps(batch, target)))
         best = drafter.head(0, target)(step.feature_MH).argmax(-1)
         return int((best == greedy_table(batch, target)[step.flat_M])[step.valid_M].sum())
+
     before = hits()
     for _ in range(15):
         optimizer.zero_grad()
         objective.loss(drafter, batch, target, 0.0).total.backward()
         optimizer.step()
     assert hits() > before
-    assert all(parameter.grad is None for parameter in (*objective.parameters(), *target.parameters()))
+    assert all(
+        parameter.grad is None for parameter in (*objective.parameters(), *target.parameters())
+    )
 
 
 def test_wrong_uses_are_named(target):

@@ -1,4 +1,6 @@
-"""The losses against slow references that go pair by pair and token by token, and the identities between them."""
+"""The losses against slow references that go pair by pair and token by token, and the identities
+between them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def minus_log_sigmoid(x: float) -> float:
 
 
 def responses(seed: int) -> tuple[Tensor, Tensor]:
-    """Log-ratios [B,T], 0 where no token counts, and where tokens count: a prompt of three, then 2 to 6 tokens."""
+    """Log-ratios [B,T], 0 where no token counts, and where tokens count: a prompt of three, then 2
+    to 6 tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 7, (PAIRS, 1), generator=generator)
     order = torch.arange(TOKENS)
@@ -38,18 +42,26 @@ def responses(seed: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def pair():
     (chosen, chosen_counted), (rejected, rejected_counted) = responses(0), responses(1)
-    scores = torch.rand(PAIRS, TOKENS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scores = torch.rand(
+        PAIRS, TOKENS, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     return chosen, chosen_counted, rejected, rejected_counted, scores * rejected_counted
 
 
 def test_dpo_and_cdpo_match_a_slow_reference(pair):
     chosen, chosen_counted, rejected, rejected_counted, scores = pair
-    plain, critical = dpo_loss(chosen, rejected, 0.3), critical_dpo_loss(chosen, rejected, scores, 0.7)
+    plain, critical = (
+        dpo_loss(chosen, rejected, 0.3),
+        critical_dpo_loss(chosen, rejected, scores, 0.7),
+    )
     for b in range(PAIRS):
         better = sum(float(chosen[b, t]) for t in range(TOKENS) if chosen_counted[b, t])
         worse = sum(float(rejected[b, t]) for t in range(TOKENS) if rejected_counted[b, t])
-        weighted = sum((1 - float(scores[b, t])) * float(rejected[b, t])
-                       for t in range(TOKENS) if rejected_counted[b, t])
+        weighted = sum(
+            (1 - float(scores[b, t])) * float(rejected[b, t])
+            for t in range(TOKENS)
+            if rejected_counted[b, t]
+        )
         assert float(plain[b]) == pytest.approx(minus_log_sigmoid(0.3 * (better - worse)))
         assert float(critical[b]) == pytest.approx(minus_log_sigmoid(0.7 * (better - weighted)))
 
@@ -59,8 +71,11 @@ def test_the_positionwise_form_matches_a_slow_reference(pair):
     found = positionwise_dpo_loss(*pair, gamma=0.7)
     for b in range(PAIRS):
         better = [float(r) for r, counts in zip(chosen[b], chosen_counted[b]) if counts]
-        worse = [(1 - float(s)) * float(r) for s, r, counts in zip(scores[b], rejected[b], rejected_counted[b])
-                 if counts]
+        worse = [
+            (1 - float(s)) * float(r)
+            for s, r, counts in zip(scores[b], rejected[b], rejected_counted[b])
+            if counts
+        ]
         length = max(len(better), len(worse))
         better, worse = (one + [0.0] * (length - len(one)) for one in (better, worse))
         losses = [minus_log_sigmoid(0.7 * (w - r)) for w, r in zip(better, worse)]
@@ -70,14 +85,20 @@ def test_the_positionwise_form_matches_a_slow_reference(pair):
 def test_cdpo_without_scores_is_dpo_and_with_full_scores_forgets_the_rejected_side(pair):
     chosen, _, rejected, _, _ = pair
     zeros, ones = torch.zeros_like(chosen), torch.ones_like(chosen)
-    torch.testing.assert_close(critical_dpo_loss(chosen, rejected, zeros, 0.4), dpo_loss(chosen, rejected, 0.4))
-    torch.testing.assert_close(critical_dpo_loss(chosen, rejected, ones, 0.4),
-                               critical_dpo_loss(chosen, 3 - rejected, ones, 0.4))
+    torch.testing.assert_close(
+        critical_dpo_loss(chosen, rejected, zeros, 0.4), dpo_loss(chosen, rejected, 0.4)
+    )
+    torch.testing.assert_close(
+        critical_dpo_loss(chosen, rejected, ones, 0.4),
+        critical_dpo_loss(chosen, 3 - rejected, ones, 0.4),
+    )
 
 
 def test_the_contrastive_law_is_a_law_and_without_contrast_the_positive_one():
     generator = torch.Generator().manual_seed(0)
-    positive, negative = (torch.randn(5, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    positive, negative = (
+        torch.randn(5, 11, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     law = contrastive_law(positive, negative, 1.0)
     torch.testing.assert_close(law.sum(-1), torch.ones(5, dtype=torch.float64))
     torch.testing.assert_close(law, (2 * positive - negative).softmax(-1))
@@ -89,7 +110,9 @@ def sides(reward_mask: float, divergence_mask: float) -> tuple[Side, Side]:
     made = []
     for seed in (0, 1):
         ratio, counted = responses(seed)
-        divergence = torch.rand(ratio.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        divergence = torch.rand(
+            ratio.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         masks = (value * counted.double() for value in (reward_mask, divergence_mask))
         made.append(Side(ratio.requires_grad_(), (divergence * counted).requires_grad_(), *masks))
     return made[0], made[1]
@@ -106,8 +129,15 @@ def same_where_tokens_count(own_B: Tensor, other_B: Tensor, leaves: tuple[Tensor
         torch.testing.assert_close(one * (leaf != 0), other * (leaf != 0))
 
 
-def tdpo_loss(chosen_BT: Tensor, rejected_BT: Tensor, chosen_divergence_BT: Tensor,
-              rejected_divergence_BT: Tensor, beta: float, alpha: float, second: bool) -> Tensor:
+def tdpo_loss(
+    chosen_BT: Tensor,
+    rejected_BT: Tensor,
+    chosen_divergence_BT: Tensor,
+    rejected_divergence_BT: Tensor,
+    beta: float,
+    alpha: float,
+    second: bool,
+) -> Tensor:
     """−log σ(β (Σ r_w − Σ r_l) − α β (Σ KL_l − Σ KL_w)) -> [B] (Zeng et al. 2024, equations 15 and
     18); in the second form without a gradient through the chosen side's divergence."""
     chosen_B = chosen_divergence_BT.sum(1)
@@ -133,7 +163,9 @@ def test_sparsepo_matches_a_slow_reference():
         for side in (chosen, rejected):
             u.append(sum(0.8 * r for r in side.ratio_BT[b].tolist()))
             d.append(sum(-0.3 * k for k in side.divergence_BT[b].tolist()))
-        assert float(found[b].detach()) == pytest.approx(minus_log_sigmoid(0.5 * ((u[0] - u[1]) - (d[0] - d[1]))))
+        assert float(found[b].detach()) == pytest.approx(
+            minus_log_sigmoid(0.5 * ((u[0] - u[1]) - (d[0] - d[1])))
+        )
         assert max(d) <= 0
 
 
@@ -141,15 +173,20 @@ def test_every_loss_is_log_2_where_the_policy_is_the_reference():
     zeros = torch.zeros(PAIRS, TOKENS, dtype=torch.float64)
     counted = zeros == 0
     side = Side(zeros, zeros, zeros + 0.7, zeros + 0.2)
-    for loss in (dpo_loss(zeros, zeros, 0.3), critical_dpo_loss(zeros, zeros, zeros + 0.5, 0.3),
-                 positionwise_dpo_loss(zeros, counted, zeros, counted, zeros + 0.5, 0.3),
-                 sparse_loss(side, side, 0.3)):
+    for loss in (
+        dpo_loss(zeros, zeros, 0.3),
+        critical_dpo_loss(zeros, zeros, zeros + 0.5, 0.3),
+        positionwise_dpo_loss(zeros, counted, zeros, counted, zeros + 0.5, 0.3),
+        sparse_loss(side, side, 0.3),
+    ):
         torch.testing.assert_close(loss, torch.full((PAIRS,), log(2), dtype=torch.float64))
 
 
 def test_activation_masks_run_from_0_to_1_over_the_response_whatever_the_scale():
     _, counted = responses(3)
-    activations = torch.randn(2, PAIRS, TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    activations = torch.randn(
+        2, PAIRS, TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     one = activation_mask([activations[:1]], counted)
     for b in range(PAIRS):
         assert float(one[b][counted[b]].min()) == 0 and float(one[b][counted[b]].max()) == 1

@@ -29,13 +29,17 @@ def batch(target) -> PreferenceBatch:
     return PreferenceBatch(tiny_batch(target), tiny_batch(target, seed=1))
 
 
-def made(kind: type[PreferenceTrainable], target: Target, shake: float = 0.1, **arguments: Any) -> Any:
+def made(
+    kind: type[PreferenceTrainable], target: Target, shake: float = 0.1, **arguments: Any
+) -> Any:
     """A component in float64 whose policy has moved away from the reference."""
     torch.manual_seed(0)
     trainable = kind(target.shape, rank=4, **arguments).double()
     with torch.no_grad():
         for parameter in trainable.policy.parameters():
-            parameter += shake * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+            parameter += shake * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(7)
+            )
     return trainable.eval()
 
 
@@ -46,15 +50,24 @@ def total(trainable: PreferenceTrainable, batch: PreferenceBatch, target: Target
 def same_loss_and_gradient(one: Any, other: Any, batch: PreferenceBatch, target: Target) -> None:
     losses = [total(trainable, batch, target).total for trainable in (one, other)]
     torch.testing.assert_close(*losses)
-    found = [torch.autograd.grad(loss, list(trainable.policy.parameters()))
-             for loss, trainable in zip(losses, (one, other))]
+    found = [
+        torch.autograd.grad(loss, list(trainable.policy.parameters()))
+        for loss, trainable in zip(losses, (one, other))
+    ]
     for first, second in zip(*found):
         torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize(("kind", "arguments"), [
-    (DPO, {}), (CDPO, {}), (CDPO, {"positionwise": True}), (SparsePO, {"masks": "ones"}),
-    (SparsePO, {"masks": "activations"})])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (DPO, {}),
+        (CDPO, {}),
+        (CDPO, {"positionwise": True}),
+        (SparsePO, {"masks": "ones"}),
+        (SparsePO, {"masks": "activations"}),
+    ],
+)
 def test_the_loss_is_log_2_before_training(kind, arguments, target, batch):
     losses = total(made(kind, target, shake=0.0, **arguments), batch, target)
     assert float(losses.total.detach()) == pytest.approx(log(2))
@@ -64,34 +77,57 @@ def test_the_loss_is_log_2_before_training(kind, arguments, target, batch):
 
 def test_cdpo_with_scores_of_0_is_dpo(target, batch, monkeypatch):
     critical = made(CDPO, target, gamma=0.3)
-    monkeypatch.setattr(critical, "scores", lambda text, _: torch.zeros(text.input_ids.shape, dtype=torch.float64))
+    monkeypatch.setattr(
+        critical, "scores", lambda text, _: torch.zeros(text.input_ids.shape, dtype=torch.float64)
+    )
     same_loss_and_gradient(critical, made(DPO, target, beta=0.3), batch, target)
 
 
 def test_cdpo_with_scores_of_1_does_not_look_at_the_rejected_response(target, batch, monkeypatch):
     critical = made(CDPO, target, gamma=0.3)
-    monkeypatch.setattr(critical, "scores", lambda text, _: torch.ones(text.input_ids.shape, dtype=torch.float64))
+    monkeypatch.setattr(
+        critical, "scores", lambda text, _: torch.ones(text.input_ids.shape, dtype=torch.float64)
+    )
     other = PreferenceBatch(batch.chosen, tiny_batch(target, seed=5))
-    torch.testing.assert_close(total(critical, batch, target).total, total(critical, other, target).total)
+    torch.testing.assert_close(
+        total(critical, batch, target).total, total(critical, other, target).total
+    )
 
 
 def test_the_reference_is_run_once_per_row_whatever_the_padding(target, batch, monkeypatch):
     plain, calls = made(DPO, target), []
     features = target.features
-    monkeypatch.setattr(target, "features", lambda *args, **options: calls.append(1) or features(*args, **options))
+    monkeypatch.setattr(
+        target, "features", lambda *args, **options: calls.append(1) or features(*args, **options)
+    )
     total(plain, batch, target)
     assert len(calls) == 2
 
     def padded(text: TextBatch) -> TextBatch:
-        wider = [torch.nn.functional.pad(part, (0, 4), value=value) for part, value in (
-            (text.input_ids, 0), (text.loss_mask, False), (text.position_ids, 0), (text.document_ids, -1))]
+        wider = [
+            torch.nn.functional.pad(part, (0, 4), value=value)
+            for part, value in (
+                (text.input_ids, 0),
+                (text.loss_mask, False),
+                (text.position_ids, 0),
+                (text.document_ids, -1),
+            )
+        ]
         return TextBatch(*wider)
+
     first = total(plain, batch, target).total
-    second = total(plain, PreferenceBatch(padded(batch.chosen), padded(batch.rejected)), target).total
+    second = total(
+        plain, PreferenceBatch(padded(batch.chosen), padded(batch.rejected)), target
+    ).total
     assert len(calls) == 2
     torch.testing.assert_close(first, second)
-    given = replace(batch, **{f"{side}_reference": plain.response(getattr(batch, side), None, target).reference_BT
-                              for side in ("chosen", "rejected")})
+    given = replace(
+        batch,
+        **{
+            f"{side}_reference": plain.response(getattr(batch, side), None, target).reference_BT
+            for side in ("chosen", "rejected")
+        },
+    )
     torch.testing.assert_close(first, total(made(DPO, target), given, target).total)
 
 
@@ -103,19 +139,24 @@ def test_dpo_learns_its_pairs_and_the_adapted_target_prefers_them(target, batch)
         total(plain, batch, target).total.backward()
         optimizer.step()
     metrics = total(plain, batch, target).metrics
-    assert float(metrics["preference_accuracy"].total) == 2 and float(metrics["reward_margin"].total) > 1
+    assert (
+        float(metrics["preference_accuracy"].total) == 2
+        and float(metrics["reward_margin"].total) > 1
+    )
     adapted = plain.adapt(target)
     assert adapted.name.endswith("+dpo") and adapted.fingerprint() != target.fingerprint()
     assert all("policy" in name for name in plain.state_dict())
 
 
-# -- the contrastive estimator ------------------------------------------------------------------------------------
+# -- the contrastive estimator ---------------------------------------------------------------------
 
 PLANTED, RIGHT, WRONG = 9, 70, 71
 
 
 def trajectories(seed: int, wrong: bool) -> TextBatch:
-    """Prompts of six random tokens that the answer repeats; its planted token is RIGHT or WRONG, the rest is shared."""
+    """Prompts of six random tokens that the answer repeats; its planted token is RIGHT or WRONG,
+    the rest is shared.
+    """
     generator = torch.Generator().manual_seed(seed)
     asked = torch.randint(5, 60, (8, 6), generator=generator)
     ids = torch.cat([asked, asked], 1)
@@ -147,14 +188,25 @@ def test_scores_are_those_of_the_contrast_and_cost_one_pass(target, batch, monke
     with torch.no_grad():
         for parameter in critical.estimator.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    positive, negative = (adapters.merged(target) for adapters in (critical.estimator.positive,
-                                                                    critical.estimator.negative))
+    positive, negative = (
+        adapters.merged(target)
+        for adapters in (critical.estimator.positive, critical.estimator.negative)
+    )
     with torch.no_grad():
-        law = (2 * positive.logits(positive.features(batch.rejected, ("final",))["final"]).log_softmax(-1)
-               - negative.logits(negative.features(batch.rejected, ("final",))["final"]).log_softmax(-1)).softmax(-1)
+        law = (
+            2
+            * positive.logits(positive.features(batch.rejected, ("final",))["final"]).log_softmax(
+                -1
+            )
+            - negative.logits(negative.features(batch.rejected, ("final",))["final"]).log_softmax(
+                -1
+            )
+        ).softmax(-1)
     found = critical.scores(batch.rejected, target)
     for b, t in counted(batch.rejected).nonzero().tolist():
-        assert float(found[b, t]) == pytest.approx(float(law[b, t - 1, batch.rejected.input_ids[b, t]]), abs=1e-6)
+        assert float(found[b, t]) == pytest.approx(
+            float(law[b, t - 1, batch.rejected.input_ids[b, t]]), abs=1e-6
+        )
     monkeypatch.setattr(critical.estimator, "scores", None)
     torch.testing.assert_close(found, critical.scores(batch.rejected, target))
 
@@ -166,13 +218,16 @@ def test_the_estimator_is_a_stage_of_its_own_and_frozen_behind_it(target):
     own = {id(parameter) for parameter in critical.declared_parameters()}
     assert own == {id(parameter) for parameter in critical.policy.parameters()}
     assert {name.rsplit(".", 2)[-2] for name, _ in critical.estimator.named_parameters()} == {
-        "gate_proj", "up_proj", "down_proj"}
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 def test_the_page_shows_every_token_of_the_wrong_response(target, batch):
     page = made(CDPO, target).finish([batch], target).pages[PAGE]
     assert page.startswith("<!doctype html>") and page.count('class="lowest"') == 2
-    assert page.count("title=\"s = ") == int(counted(batch.rejected).sum())
+    assert page.count('title="s = ') == int(counted(batch.rejected).sum())
     assert "http" not in page and "<script" not in page
 
 
@@ -192,8 +247,12 @@ def test_known_errors_are_found_by_their_scores_or_not(target, batch, monkeypatc
         assert outcome.figures["held_out/most_critical_is_error"] == first
         assert outcome.figures["held_out/known_errors"] == 1
     assert outcome.pages[PAGE].count('class="error"') == 1
-    figures = critical.finish([replace(known, inferred=torch.tensor([True, False]))], target).figures
-    assert figures == {name.replace("/", "/inferred_"): value for name, value in outcome.figures.items()}
+    figures = critical.finish(
+        [replace(known, inferred=torch.tensor([True, False]))], target
+    ).figures
+    assert figures == {
+        name.replace("/", "/inferred_"): value for name, value in outcome.figures.items()
+    }
     with torch.no_grad():
         own = target.logits(target.features(batch.rejected, ("final",))["final"]).log_softmax(-1)
     surprise = [-float(own[0, t - 1, batch.rejected.input_ids[0, t]]) for t in places.tolist()]
@@ -203,11 +262,16 @@ def test_known_errors_are_found_by_their_scores_or_not(target, batch, monkeypatc
 
 
 def test_wrong_settings_are_named(target):
-    for kind, arguments, key in ((DPO, {"beta": 0.0}, "beta"), (DPO, {"rank": 0}, "rank"),
-                                 (CDPO, {"contrast": -1.0}, "contrast"), (CDPO, {"estimator_epochs": 0}, "epochs"),
-                                 (CDPO, {"estimator_lr": 0.0}, "estimator_lr"), (SparsePO, {"masks": "none"}, "masks"),
-                                 (SparsePO, {"activations": ["keys"]}, "activations"),
-                                 (SparsePO, {"sparsity": -1.0}, "sparsity")):
+    for kind, arguments, key in (
+        (DPO, {"beta": 0.0}, "beta"),
+        (DPO, {"rank": 0}, "rank"),
+        (CDPO, {"contrast": -1.0}, "contrast"),
+        (CDPO, {"estimator_epochs": 0}, "epochs"),
+        (CDPO, {"estimator_lr": 0.0}, "estimator_lr"),
+        (SparsePO, {"masks": "none"}, "masks"),
+        (SparsePO, {"activations": ["keys"]}, "activations"),
+        (SparsePO, {"sparsity": -1.0}, "sparsity"),
+    ):
         with pytest.raises(ValueError, match=key):
             kind(target.shape, **arguments)
     with pytest.raises(ValueError, match="dpo needs a Llama-type target"):

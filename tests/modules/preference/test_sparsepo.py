@@ -31,7 +31,7 @@ def batch(target) -> PreferenceBatch:
     for seed in (0, 1):
         text = tiny_batch(target, seed=seed)
         mask = text.loss_mask.clone()
-        mask[1, :8 + 2 * seed] = False
+        mask[1, : 8 + 2 * seed] = False
         sides.append(replace(text, loss_mask=mask))
     return PreferenceBatch(*sides)
 
@@ -63,6 +63,7 @@ def test_sparsepo_masks_make_it_dpo_or_tdpo(target, batch, monkeypatch):
     def without_divergence(*arguments: Any) -> Any:
         masks = whole(*arguments)
         return masks._replace(divergence_BT=torch.zeros_like(masks.divergence_BT))
+
     tdpo = float(total(sparse, batch, target).total.detach())
     monkeypatch.setattr(sparse, "token_masks", without_divergence)
     same_loss_and_gradient(sparse, plain, batch, target)
@@ -75,8 +76,10 @@ def test_tdpo_from_whole_distributions(target, batch):
     twin, parts = sparse.policy.twin(target), []
     for text in (batch.chosen, batch.rejected):
         with torch.no_grad():
-            laws = [model.logits(model.features(text, ("final",))["final"]).log_softmax(-1)
-                    for model in (twin, target)]
+            laws = [
+                model.logits(model.features(text, ("final",))["final"]).log_softmax(-1)
+                for model in (twin, target)
+            ]
         ratio, divergence = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for b, t in counted(text).nonzero().tolist():
             policy, reference = (law[b, t - 1] for law in laws)
@@ -158,8 +161,10 @@ def test_the_penalty_is_summed_over_the_tokens_of_each_pair(common, target, batc
     """Token by token from the masks' values: the mean over pairs of λ Σ_t (|m^u| + |m^d|), half of
     it if common."""
     weight = 0.01
-    losses = [total(uneven(target, common_mask=common, sparsity=sparsity), batch, target).total
-              for sparsity in (weight, 0.0)]
+    losses = [
+        total(uneven(target, common_mask=common, sparsity=sparsity), batch, target).total
+        for sparsity in (weight, 0.0)
+    ]
     sparse, pairs = uneven(target, common_mask=common), [0.0, 0.0]
     for text in (batch.chosen, batch.rejected):
         for mask_BT in masks_of(sparse, text, target):
@@ -171,8 +176,9 @@ def test_the_penalty_is_summed_over_the_tokens_of_each_pair(common, target, batc
 
 @pytest.mark.parametrize("common", [True, False])
 def test_binary_masks_are_the_sign_of_learned_ones_and_learn(common, target, batch):
-    learned, binary = (uneven(target, masks=masks, common_mask=common)
-                       for masks in ("learned", "binarised"))
+    learned, binary = (
+        uneven(target, masks=masks, common_mask=common) for masks in ("learned", "binarised")
+    )
     assert len(list(binary.mask_heads.parameters())) == (3 if common else 6)
     seen = set[float]()
     for text in (batch.chosen, batch.rejected):
@@ -183,9 +189,13 @@ def test_binary_masks_are_the_sign_of_learned_ones_and_learn(common, target, bat
             assert found == [float(value > 0) for row in values(own_BT, text) for value in row]
             assert not sign_BT[~counted(text)].any()
             seen |= set(found)
-        slopes = [torch.autograd.grad(masks.reward_BT.sum() + 2 * masks.divergence_BT.sum(),
-                                      list(sparse.mask_heads.parameters()))
-                  for masks, sparse in zip(both, (learned, binary))]
+        slopes = [
+            torch.autograd.grad(
+                masks.reward_BT.sum() + 2 * masks.divergence_BT.sum(),
+                list(sparse.mask_heads.parameters()),
+            )
+            for masks, sparse in zip(both, (learned, binary))
+        ]
         for one, other in zip(*slopes):
             torch.testing.assert_close(one, other)
             assert bool(one.any())
@@ -222,18 +232,23 @@ def released_mask(target: Target, text: TextBatch, b: int) -> list[float]:
     model: Any = target.model.model
     real = text.document_ids[b] >= 0
     passed: dict[str, list[Tensor]] = {"attention": [], "mlp": [], "residual": [], "logits": []}
-    hidden = model.embed_tokens(text.input_ids[b:b + 1])
+    hidden = model.embed_tokens(text.input_ids[b : b + 1])
     passed["residual"].append(hidden)
     for layer, after in zip(model.layers, (1, "final")):
         normed = layer.input_layernorm(hidden)
         heads, outputs = layer.self_attn, []
         watch = heads.o_proj.register_forward_hook(
-            lambda _, inputs, output, kept=outputs: kept.extend((inputs[0], output)))
-        behind = target.features(text, (after,))[after][b:b + 1]
+            lambda _, inputs, output, kept=outputs: kept.extend((inputs[0], output))
+        )
+        behind = target.features(text, (after,))[after][b : b + 1]
         watch.remove()
-        entering, attended = (part[b:b + 1] for part in outputs)
-        passed["attention"] += [heads.q_proj(normed), heads.k_proj(normed), heads.v_proj(normed),
-                                entering]
+        entering, attended = (part[b : b + 1] for part in outputs)
+        passed["attention"] += [
+            heads.q_proj(normed),
+            heads.k_proj(normed),
+            heads.v_proj(normed),
+            entering,
+        ]
         middle = hidden + attended
         second = layer.post_attention_layernorm(middle)
         inner = layer.mlp.act_fn(layer.mlp.gate_proj(second)) * layer.mlp.up_proj(second)
@@ -274,8 +289,12 @@ def test_mapo_reads_all_groups_of_activations_as_the_released_code(target, batch
 def test_activations_leave_no_hooks_and_name_a_target_without_such_parts(target, batch):
     found = mean_activations(target, batch.chosen)
     assert [len(group) for group in found] == [16, 8, 2, 1]
-    inner = [module for layer in target.anatomy.layers for module in layer.modules()
-             if module is not layer]
+    inner = [
+        module
+        for layer in target.anatomy.layers
+        for module in layer.modules()
+        if module is not layer
+    ]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in inner)
     other = tiny_target("gpt2")
     with pytest.raises(ValueError, match="activations 'residual'.*'tiny-gpt2' is not a Llama-type"):

@@ -1,4 +1,6 @@
-"""A folder is whole or as it was, whatever ends its writer; files have the mode that the umask gives."""
+"""A folder is whole or as it was, whatever ends its writer; files have the mode that the umask
+gives.
+"""
 
 from __future__ import annotations
 
@@ -99,12 +101,19 @@ with files.whole_folder(folder) as fresh:
 
 
 def writer(folder: Path, where: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", KILLED, str(folder), where], cwd=ROOT, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), where],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("where", ["inside", "between"])
-def test_what_a_kill_leaves_is_cleared_and_the_old_folder_is_back(where: str, tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_cleared_and_the_old_folder_is_back(
+    where: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "x"
     write(folder, "old")
     process = writer(folder, where)
@@ -141,7 +150,10 @@ def test_readers_always_find_one_of_two_writers_folders(tmp_path: Path) -> None:
             except OSError as error:
                 refused.append(error)
 
-    reader, writers = threading.Thread(target=read), [threading.Thread(target=again) for _ in range(2)]
+    reader, writers = (
+        threading.Thread(target=read),
+        [threading.Thread(target=again) for _ in range(2)],
+    )
     reader.start()
     for one in writers:
         one.start()
@@ -160,14 +172,20 @@ def test_files_have_the_mode_that_the_umask_gives(umask: int, mode: int, tmp_pat
         (tmp_path / "plain").chmod(0o600)
         as_umask_says(tmp_path / "plain")
         write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
-        Datastore(np.zeros(3, dtype=np.int32), np.zeros(3, dtype=np.int32), 8).save(tmp_path / "store")
+        Datastore(np.zeros(3, dtype=np.int32), np.zeros(3, dtype=np.int32), 8).save(
+            tmp_path / "store"
+        )
     finally:
         os.umask(before)
-    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    found = {
+        path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()
+    }
     assert len(found) == 4 and set(found.values()) == {mode}, found
 
 
-def test_a_dequantised_model_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dequantised_model_is_readable_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def convert(file: Path, folder: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"x")

@@ -25,8 +25,10 @@ def test_a_bar_is_one_line_and_other_lines_stay(monkeypatch):
 
 def test_several_bars_at_once_do_not_become_a_wall():
     log = io.StringIO()
-    bars = [tqdm(total=20, desc=name, position=place, file=LastStates(log), mininterval=0)
-            for place, name in enumerate(("first", "second"))]
+    bars = [
+        tqdm(total=20, desc=name, position=place, file=LastStates(log), mininterval=0)
+        for place, name in enumerate(("first", "second"))
+    ]
     for _ in range(20):
         for bar in bars:
             bar.update()

@@ -1,4 +1,6 @@
-"""Compiled calls decode the same tokens, a graph serves all steps of its width, what has none runs as before."""
+"""Compiled calls decode the same tokens, a graph serves all steps of its width, what has none runs
+as before.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,13 @@ def ids(decoder: SpeculativeDecoder, limit: int = 14) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "qwen3", "opt"])
-def test_tokens_are_those_of_plain_decoding_and_every_width_is_compiled_once(arch: str, made: Counter[str]) -> None:
-    expected, target = ids(SpeculativeDecoder(tiny_target(arch), stop_ids=ENDLESS)), compiling(arch=arch)
+def test_tokens_are_those_of_plain_decoding_and_every_width_is_compiled_once(
+    arch: str, made: Counter[str]
+) -> None:
+    expected, target = (
+        ids(SpeculativeDecoder(tiny_target(arch), stop_ids=ENDLESS)),
+        compiling(arch=arch),
+    )
     assert ids(SpeculativeDecoder(target, stop_ids=ENDLESS)) == expected
     assert target.compiled is not None and list(target.compiled.graphs) == [(1, ("final",), 256)]
     assert made["graphs"] == 1
@@ -70,7 +77,10 @@ def test_drafters_get_the_states_they_ask_for(made: Counter[str]) -> None:
         torch.manual_seed(0)
         drafter = Medusa(target.shape, heads=3).double().eval()
         drafter.initialise(target)
-        traces = [SpeculativeDecoder(target, drafter).decode([prompt], GREEDY, 14)[0] for prompt in PROMPTS]
+        traces = [
+            SpeculativeDecoder(target, drafter).decode([prompt], GREEDY, 14)[0]
+            for prompt in PROMPTS
+        ]
         answers.append([(trace.ids, trace.accepted) for trace in traces])
     assert answers[0] == answers[1] and made["graphs"] >= 1
 
@@ -101,7 +111,8 @@ def test_batches_wide_trees_and_rewritten_states_run_uncompiled(made: Counter[st
 
 
 def test_contexts_of_many_sizes_share_few_graphs_each_compiled_for_one_shape(
-        made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(fakes.DIMENSIONS, "max_position_embeddings", 4096)
     target = compiling(layers=1, dtype=torch.float32)
     drafter = ScriptedDrafter(target.shape, depth=0)
@@ -115,7 +126,9 @@ def test_contexts_of_many_sizes_share_few_graphs_each_compiled_for_one_shape(
     assert rooms == [512, 1024, 2048, 4096] and made["graphs"] == len(rooms)
 
 
-def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_own(made: Counter[str]) -> None:
+def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_own(
+    made: Counter[str],
+) -> None:
     target = compiling()
     decoder = SpeculativeDecoder(target, stop_ids=ENDLESS)
     expected = ids(decoder, 8)
@@ -137,11 +150,18 @@ def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_
 
 
 def test_filling_rows_see_themselves_alone_and_stand_behind() -> None:
-    rows = Rows(torch.tensor([[4, 5, 5]]), torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool(), cached=True)
+    rows = Rows(
+        torch.tensor([[4, 5, 5]]),
+        torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool(),
+        cached=True,
+    )
     wide = widened(rows, 5)
     assert wide.position_ids_BN.tolist() == [[4, 5, 5, 0, 0]]
     assert torch.equal(wide.visible_BNN[:, :3, :3], rows.visible_BNN)
-    assert wide.visible_BNN[0, 3:].tolist() == [[False, False, False, True, False], [False, False, False, False, True]]
+    assert wide.visible_BNN[0, 3:].tolist() == [
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
     assert not wide.visible_BNN[0, :3, 3:].any() and widened(rows, 3) is rows
 
 
@@ -172,10 +192,16 @@ def test_what_cannot_be_compiled_whole_is_refused() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_with_packed_weights_gives_the_same_logits_and_tokens() -> None:
     torch._dynamo.reset()
-    target, plain = compiling(layers=1, dtype=torch.float32), tiny_target(layers=1, dtype=torch.float32)
+    target, plain = (
+        compiling(layers=1, dtype=torch.float32),
+        tiny_target(layers=1, dtype=torch.float32),
+    )
     drafter = ScriptedDrafter(target.shape, 0.6, depth=2)
     expected = SpeculativeDecoder(plain, stop_ids=ENDLESS).decode([PROMPTS[0]], GREEDY, 9)[0].ids
-    assert SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode([PROMPTS[0]], GREEDY, 9)[0].ids == expected
+    assert (
+        SpeculativeDecoder(target, drafter, stop_ids=ENDLESS).decode([PROMPTS[0]], GREEDY, 9)[0].ids
+        == expected
+    )
     assert target.compiled is not None and [width for width, _, _ in target.compiled.graphs] == [3]
     tree, found = TokenTree.chain(torch.tensor([[5, 6, 7]])), []
     for each in (plain, target):

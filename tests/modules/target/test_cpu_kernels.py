@@ -8,7 +8,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modules.target.kernels import cpu_kernels as narrow
-from modules.target.kernels.cpu_kernels import grouped_attention, narrow_linear, use_fused_norms, use_narrow_linears
+from modules.target.kernels.cpu_kernels import (
+    grouped_attention,
+    narrow_linear,
+    use_fused_norms,
+    use_narrow_linears,
+)
 from tests import fakes
 
 
@@ -20,9 +25,15 @@ def test_every_path_computes_the_same(rows, pays, monkeypatch):
     x = torch.randn(1, rows, 256, generator=generator)
     weight, bias = torch.randn(256, 256, generator=generator), torch.randn(256, generator=generator)
     with torch.no_grad():
-        torch.testing.assert_close(narrow_linear(x, weight, bias), nn.functional.linear(x, weight, bias),
-                                   rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(narrow_linear(x, weight), nn.functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            narrow_linear(x, weight, bias),
+            nn.functional.linear(x, weight, bias),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        torch.testing.assert_close(
+            narrow_linear(x, weight), nn.functional.linear(x, weight), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_packed_copy_follows_its_weight(monkeypatch):
@@ -141,7 +152,9 @@ def test_grouped_attention_is_attention(heads, kv_heads, batch):
 
 def test_the_stock_model_shares_weights_and_keeps_its_own_kernels():
     target = fakes.tiny_target()
-    assert all(a is b for a, b in zip(target.model.parameters(), target.stock.parameters(), strict=True))
+    assert all(
+        a is b for a, b in zip(target.model.parameters(), target.stock.parameters(), strict=True)
+    )
     assert all(type(module).__name__ != "NarrowLinear" for module in target.stock.modules())
     assert target.stock.config._attn_implementation == "sdpa"
     ids = torch.randint(target.shape.vocab_size, (1, 7))

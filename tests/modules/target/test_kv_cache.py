@@ -1,4 +1,6 @@
-"""The cache moves accepted rows of all layers at once, and holds the same rows wherever its buffers are."""
+"""The cache moves accepted rows of all layers at once, and holds the same rows wherever its buffers
+are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Targets in few bits and over several devices: what is asked of the libraries, and one line where they are missing."""
+"""Targets in few bits and over several devices: what is asked of the libraries, and one line where
+they are missing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.target import loading
 from modules.target.kv_cache import SlotCache
-from modules.target.loading import check_loading, check_unquantised, load_target, loading_options, outline
+from modules.target.loading import (
+    check_loading,
+    check_unquantised,
+    load_target,
+    loading_options,
+    outline,
+)
 from tests.fakes import DIMENSIONS, ScriptedDrafter, tiny_target
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("bitsandbytes", "accelerate")}
@@ -26,7 +34,9 @@ HAS = {name: importlib.util.find_spec(name) is not None for name in ("bitsandbyt
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tiny target as its library saves it, with as many columns as four bits are packed in at a time."""
+    """A tiny target as its library saves it, with as many columns as four bits are packed in at a
+    time.
+    """
     for name, size in (("hidden_size", 64), ("head_dim", 16), ("intermediate_size", 128)):
         monkeypatch.setitem(DIMENSIONS, name, size)
     target = tiny_target(dtype=torch.float32)
@@ -35,15 +45,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "device", "words"), [
-    ("4bit", "cpu", "dtype '4bit' needs bitsandbytes, which is not installed: run `pip install bitsandbytes`, or "),
-    ("8bit", None, "dtype '8bit' needs bitsandbytes"), ("float32", "auto", "device 'auto' needs accelerate"),
-    ("int3", "cpu", "dtype 'int3' is unknown: use one of float32, .* 4bit")])
-def test_what_is_missing_is_one_line_before_anything_is_loaded(dtype: str, device: str | None, words: str,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "device", "words"),
+    [
+        (
+            "4bit",
+            "cpu",
+            "dtype '4bit' needs bitsandbytes, which is not installed: run `pip install "
+            "bitsandbytes`, or ",
+        ),
+        ("8bit", None, "dtype '8bit' needs bitsandbytes"),
+        ("float32", "auto", "device 'auto' needs accelerate"),
+        ("int3", "cpu", "dtype 'int3' is unknown: use one of float32, .* 4bit"),
+    ],
+)
+def test_what_is_missing_is_one_line_before_anything_is_loaded(
+    dtype: str, device: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    for call in (lambda: check_loading(dtype, device), lambda: load_target("nowhere", dtype, device or "cpu"),
-                 lambda: Evaluation(dtype=dtype, device=device).check()):
+    for call in (
+        lambda: check_loading(dtype, device),
+        lambda: load_target("nowhere", dtype, device or "cpu"),
+        lambda: Evaluation(dtype=dtype, device=device).check(),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -51,7 +75,10 @@ def test_what_is_missing_is_one_line_before_anything_is_loaded(dtype: str, devic
 
 def test_the_libraries_are_told_what_was_asked_for() -> None:
     four, eight = loading_options("4bit", "cuda:1"), loading_options("8bit", "auto")
-    assert four["quantization_config"].load_in_4bit and four["quantization_config"].bnb_4bit_quant_type == "nf4"
+    assert (
+        four["quantization_config"].load_in_4bit
+        and four["quantization_config"].bnb_4bit_quant_type == "nf4"
+    )
     assert four["device_map"] == {"": "cuda:1"} and four["dtype"] == torch.bfloat16
     assert eight["quantization_config"].load_in_8bit and eight["device_map"] == "auto"
     assert loading_options("float32", "cpu") == {"dtype": torch.float32, "trust_remote_code": False}
@@ -67,7 +94,10 @@ def test_nothing_is_trained_on_a_packed_target() -> None:
 
 def packed(target: Any, bits: str) -> Any:
     """The target as if its linear layers were packed."""
-    target.model.config.quantization_config = {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
+    target.model.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        f"load_in_{bits}": True,
+    }
     return target
 
 
@@ -75,7 +105,9 @@ def test_a_packed_target_says_so_and_takes_what_was_trained_for_it_unpacked() ->
     plain, other = tiny_target(), packed(tiny_target(seed=1), "4bit")
     assert plain.quantisation == "" and other.quantisation == "4bit"
     assert describe(plain)["dtype"] == "float64" and describe(other)["dtype"] == "float64, 4bit"
-    assert describe(plain)["parameters"] == sum(parameter.numel() for parameter in plain.parameters())
+    assert describe(plain)["parameters"] == sum(
+        parameter.numel() for parameter in plain.parameters()
+    )
     other.model.config.quantization_config = {"quant_method": "gptq"}
     assert other.quantisation == "gptq"
     told = Provenance.of(plain).target
@@ -91,7 +123,10 @@ def test_a_packed_target_says_so_and_takes_what_was_trained_for_it_unpacked() ->
 def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
     exact, rounded = tiny_target(dtype=torch.float32), tiny_target(dtype=torch.bfloat16)
     assert exact.fingerprint() != rounded.fingerprint()
-    drafter, trained_for = Medusa(exact.shape, 1), {**Provenance.of(exact).target, "shape": vars(exact.shape)}
+    drafter, trained_for = (
+        Medusa(exact.shape, 1),
+        {**Provenance.of(exact).target, "shape": vars(exact.shape)},
+    )
     check_binding(drafter, trained_for, rounded, "runs/x")
     assert "other weights than it has at bfloat16" in caplog.text
     unlike = tiny_target(dtype=torch.float32, seed=1)
@@ -103,20 +138,31 @@ def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
 def test_packed_weights_are_not_copied() -> None:
     target = packed(tiny_target(), "8bit")
     layer: Any = target.anatomy.layers[0]
-    layer.self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'layers.0.self_attn.q_proj.weight' is packed \(8bit\): use dtype"):
+    layer.self_attn.q_proj.weight = torch.nn.Parameter(
+        torch.zeros(4, 4, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(
+        ValueError, match=r"'layers.0.self_attn.q_proj.weight' is packed \(8bit\): use dtype"
+    ):
         target.copy_weight("layers.0.self_attn.q_proj.weight")
     assert target.copy_weight("embed").is_floating_point()
 
 
 def test_each_device_keeps_the_keys_and_values_of_its_own_layers() -> None:
-    """The second device holds no numbers, but shapes and places: what a machine with one device can show."""
+    """The second device holds no numbers, but shapes and places: what a machine with one device can
+    show.
+    """
     devices = [torch.device("cpu"), torch.device("meta"), torch.device("cpu")]
     cache = SlotCache(3, 1, 8, devices)
     rows = torch.arange(24.0).reshape(1, 2, 3, 4)
     cache.begin(torch.arange(3)[None])
-    seen = [cache.update(rows.to(device) + layer, rows.to(device), layer)[0] for layer, device in enumerate(devices)]
-    assert [keys.device for keys in seen] == devices and all(keys.shape == (1, 2, 3, 4) for keys in seen)
+    seen = [
+        cache.update(rows.to(device) + layer, rows.to(device), layer)[0]
+        for layer, device in enumerate(devices)
+    ]
+    assert [keys.device for keys in seen] == devices and all(
+        keys.shape == (1, 2, 3, 4) for keys in seen
+    )
     cache.commit(Accepted(torch.tensor([[0, 2]]), torch.tensor([2]), torch.tensor([0])))
     assert cache.lengths == [2]
     cache.begin(torch.tensor([[2]]))
@@ -131,13 +177,17 @@ def test_a_target_spread_by_accelerate_decodes_the_same(folder: str) -> None:
     spread, plain = load_target(folder, "float64", "auto"), load_target(folder, "float64")
     drafter = ScriptedDrafter(plain.shape, 0.7)
     expected = SpeculativeDecoder(plain).decode([[7, 9, 11]], Sampling(), 12)[0].ids
-    assert SpeculativeDecoder(spread, drafter).decode([[7, 9, 11]], Sampling(), 12)[0].ids == expected
+    assert (
+        SpeculativeDecoder(spread, drafter).decode([[7, 9, 11]], Sampling(), 12)[0].ids == expected
+    )
 
 
 def test_a_target_that_does_not_fit_its_devices_is_refused(folder: str) -> None:
     model = load_target(folder).model
     model.model.layers[1].to("meta")
-    with pytest.raises(ValueError, match=r"'x' does not fit .* 9 of its weights .*layers.1.self_attn.q_proj"):
+    with pytest.raises(
+        ValueError, match=r"'x' does not fit .* 9 of its weights .*layers.1.self_attn.q_proj"
+    ):
         loading._refuse_offloaded(model, "x")
 
 

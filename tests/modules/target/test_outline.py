@@ -1,4 +1,6 @@
-"""What cannot serve as a target is refused in one line with its name, and before its weights are read."""
+"""What cannot serve as a target is refused in one line with its name, and before its weights are
+read.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,14 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may read weights."""
+
     class Never:
         @staticmethod
         def from_pretrained(*_: Any, **__: Any) -> None:
             pytest.fail("weights were read")
+
         from_config = staticmethod(AutoModelForCausalLM.from_config)
+
     monkeypatch.setattr(loading, "AutoModelForCausalLM", Never)
 
 
@@ -42,7 +47,10 @@ def configured(**values: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         kept = {**json.loads(path.read_text()), **values}
-        path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in kept.items() if value is not None})
+        )
+
     return change
 
 
@@ -50,38 +58,57 @@ def without(*names: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         for name in names:
             (folder / name).unlink(missing_ok=True)
+
     return change
 
 
 def written(name: str, text: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).write_text(text)
+
     return change
 
 
 PACKED = {
-    "gptq": {"quant_method": "gptq", "bits": 4}, "awq": {"quant_method": "awq", "bits": 4},
-    "compressed-tensors": {"quant_method": "compressed-tensors"}, "fp8": {"quant_method": "fp8"},
-    "mxfp4": {"quant_method": "mxfp4"}, "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "8bit": {"load_in_8bit": True}}
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "fp8": {"quant_method": "fp8"},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "8bit": {"load_in_8bit": True},
+}
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    **{name: (configured(quantization_config=told), rf"is stored packed \({name}\), .*16 bits")
-       for name, told in PACKED.items()},
-    "mixture": (configured(model_type="mixtral"), "architecture 'mixtral', which is not supported: use a model of"),
+    **{
+        name: (configured(quantization_config=told), rf"is stored packed \({name}\), .*16 bits")
+        for name, told in PACKED.items()
+    },
+    "mixture": (
+        configured(model_type="mixtral"),
+        "architecture 'mixtral', which is not supported: use a model of",
+    ),
     "unknown": (configured(model_type="badtype"), "architecture 'badtype', which is not supported"),
     "untyped": (configured(model_type=None), "no config.json that names"),
-    "remote code": (configured(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
-                    "'mine', which is not supported and brings code of its own, which is never run"),
-    "embedding": (configured(model_type="opt", word_embed_proj_dim=16), "of width 16 and layers of width 32"),
+    "remote code": (
+        configured(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        "'mine', which is not supported and brings code of its own, which is never run",
+    ),
+    "embedding": (
+        configured(model_type="opt", word_embed_proj_dim=16),
+        "of width 16 and layers of width 32",
+    ),
     "no config": (without("config.json"), "no config.json that names"),
     "broken config": (written("config.json", "{"), "cannot be loaded"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "the tokenizer of target"),
     "broken tokenizer": (written("tokenizer.json", "{}"), "the tokenizer of target"),
-    "no template": (without("chat_template.jinja"), "has a tokenizer without chat template")}
+    "no template": (without("chat_template.jinja"), "has a tokenizer without chat template"),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_target_is_refused_before_its_weights(case: str, folder: Path, no_weights: None) -> None:
+def test_what_is_no_target_is_refused_before_its_weights(
+    case: str, folder: Path, no_weights: None
+) -> None:
     change, words = REFUSED[case]
     change(folder)
     for load in (load_target, outline):
@@ -104,11 +131,14 @@ def test_a_target_without_template_loads_where_no_chats_are_wanted(folder: Path)
     assert load_target(str(folder), chats=False).shape.hidden_size == 32
 
 
-def test_an_adapters_base_is_looked_at(folder: Path, tmp_path_factory: pytest.TempPathFactory,
-                                       no_weights: None) -> None:
+def test_an_adapters_base_is_looked_at(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, no_weights: None
+) -> None:
     configured(quantization_config={"quant_method": "awq"})(folder)
     adapter = tmp_path_factory.mktemp("adapter")
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder)})
+    )
     with pytest.raises(ValueError, match=r"is stored packed \(awq\)"):
         load_target(str(adapter))
 

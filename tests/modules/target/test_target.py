@@ -1,4 +1,6 @@
-"""Tree verification equals chains, commit equals re-prefill, and the clauses that later methods rest on."""
+"""Tree verification equals chains, commit equals re-prefill, and the clauses that later methods
+rest on.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def prompts(lengths=(5, 9)):
 
 
 def some_tree(batch=2):
-    tokens = torch.randint(5, 128, (batch, len(PARENTS)), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(
+        5, 128, (batch, len(PARENTS)), generator=torch.Generator().manual_seed(2)
+    )
     return TokenTree(tokens, Topology(torch.tensor(PARENTS).expand(batch, -1)))
 
 
@@ -66,12 +70,14 @@ def test_commit_equals_prefilling_again_with_per_row_lengths(arch):
     target.prefill(ids, lengths)
     tree = some_tree()
     target.verify(tree)
-    accepted = Accepted(torch.tensor([[0, 1, 4], [0, 2, 0]]), torch.tensor([3, 2]), torch.tensor([9, 9]))
+    accepted = Accepted(
+        torch.tensor([[0, 1, 4], [0, 2, 0]]), torch.tensor([3, 2]), torch.tensor([9, 9])
+    )
     target.commit(accepted)
     assert target.cache is not None and target.cache.lengths == [8, 11]
     again = target.verify(TokenTree.root(accepted.next_B))
     for b, length in enumerate(lengths.tolist()):
-        kept = tree.tokens_BN[b, accepted.path_BA[b, :accepted.lengths_B[b]]].tolist()
+        kept = tree.tokens_BN[b, accepted.path_BA[b, : accepted.lengths_B[b]]].tolist()
         expected = plain(target, ids[b, :length].tolist() + kept + [9]).logits[0, -1]
         close(again.logits_BNV[b, 0], expected)
 
@@ -149,7 +155,9 @@ def test_rows_without_tokens_enter_as_embeddings():
     embedded[:, 2] = True
     other = torch.full_like(tree.tokens_BN, 5)
     replaced = torch.where(embedded, other, tree.tokens_BN)
-    mixed = TokenTree(replaced, tree.topology, embeddings_BNH=target.embed(tree.tokens_BN), embedded_BN=embedded)
+    mixed = TokenTree(
+        replaced, tree.topology, embeddings_BNH=target.embed(tree.tokens_BN), embedded_BN=embedded
+    )
     close(target.verify(mixed).logits_BNV, target.verify(tree).logits_BNV)
 
 
@@ -190,6 +198,9 @@ def test_errors_name_the_fix():
     with pytest.raises(KeyError):
         target.copy_weight("layers.0.nothing")
     rows = Rows(torch.arange(2)[None], torch.eye(2, dtype=torch.bool)[None])
-    assert target.copy_weight("layers.1.self_attn.q_proj.weight").shape == (32, 32) and rows.cached is False
+    assert (
+        target.copy_weight("layers.1.self_attn.q_proj.weight").shape == (32, 32)
+        and rows.cached is False
+    )
     assert len({target.fingerprint(), tiny_target().fingerprint()}) == 1
     assert tiny_target(seed=1).fingerprint() != target.fingerprint()

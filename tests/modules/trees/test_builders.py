@@ -23,7 +23,9 @@ class Table(Drafter):
         super().__init__()
         self.vocabulary = vocabulary
         size = shape.vocab_size if vocabulary is None else len(vocabulary)
-        self.table = torch.randn(shape.vocab_size, size, generator=torch.Generator().manual_seed(0)) * 2
+        self.table = (
+            torch.randn(shape.vocab_size, size, generator=torch.Generator().manual_seed(0)) * 2
+        )
         self.seen = []
 
     @property
@@ -43,9 +45,14 @@ class Table(Drafter):
 
 def state(batch=2, temperature=0.0):
     newest = torch.arange(1, batch + 1)
-    context = Context(tiny_target(vocab=10), newest[:, None], torch.ones_like(newest), newest,
-                      sampling=Sampling(temperature),
-                      generators=tuple(torch.Generator().manual_seed(b) for b in range(batch)))
+    context = Context(
+        tiny_target(vocab=10),
+        newest[:, None],
+        torch.ones_like(newest),
+        newest,
+        sampling=Sampling(temperature),
+        generators=tuple(torch.Generator().manual_seed(b) for b in range(batch)),
+    )
     return DraftState(context, newest, torch.ones_like(newest))
 
 
@@ -85,11 +92,11 @@ def brute_force(table, root, depth, width, budget, top_p, ratio):
             law = table[token].softmax(-1)
             order = law.argsort(descending=True).tolist()
             mass = 0.0
-            for child in order[:min(width, budget - len(kept))]:
+            for child in order[: min(width, budget - len(kept))]:
                 if mass < top_p and law[child] >= ratio * law[order[0]]:
                     candidates.append(((*path, child), child, score + float(law[child].log())))
                 mass += float(law[child])
-        level = sorted(candidates, key=lambda c: -c[2])[:min(width, budget - len(kept))]
+        level = sorted(candidates, key=lambda c: -c[2])[: min(width, budget - len(kept))]
         kept += [path for path, _, _ in level]
     return set(kept)
 
@@ -128,7 +135,9 @@ def test_wrong_sizes_are_refused():
 
 @pytest.mark.parametrize("budget", [2, 3, 5])
 def test_a_batch_of_dynamic_trees_is_no_wider_than_its_budget(budget):
-    """Sequences keep different nodes, and one column for each would overflow the cache that the budget promised."""
+    """Sequences keep different nodes, and one column for each would overflow the cache that the
+    budget promised.
+    """
     drafter = Table(SHAPE)
     builder = ThresholdTree(depth=4, width=3, top_p=0.95, ratio=0.01)
     tree = builder.build(drafter, state(batch=6), budget)
@@ -136,15 +145,21 @@ def test_a_batch_of_dynamic_trees_is_no_wider_than_its_budget(budget):
     for b in range(6):
         alone = state(batch=6)
         for name in ("newest_B", "lengths_B"):
-            setattr(alone, name, getattr(alone, name)[b:b + 1])
+            setattr(alone, name, getattr(alone, name)[b : b + 1])
         one = builder.build(drafter, alone, budget)
         real = tree.acceptable_BN[b]
         assert tree.tokens_BN[b][real].tolist() == one.tokens_BN[0].tolist()
         assert tree.parents_BN[b][real].tolist() == one.parents_BN[0].tolist()
 
 
-@pytest.mark.parametrize("builder", [
-    StaticTree(PATHS), ThresholdTree(3, width=4, top_p=0.99, ratio=0.01), RerankedTree(3, width=4)])
+@pytest.mark.parametrize(
+    "builder",
+    [
+        StaticTree(PATHS),
+        ThresholdTree(3, width=4, top_p=0.99, ratio=0.01),
+        RerankedTree(3, width=4),
+    ],
+)
 @pytest.mark.parametrize("vocabulary", [None, torch.tensor([1, 4, 7, 9])])
 def test_trees_chosen_by_value_hold_no_prefix_twice(builder, vocabulary):
     tree = builder.build(Table(SHAPE, vocabulary), state(batch=5), 12)

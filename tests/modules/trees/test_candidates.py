@@ -8,19 +8,32 @@ from modules.contracts.drafter import Sampling, Verified
 from modules.contracts.token_tree import Law, TokenTree, Topology
 
 
-@pytest.mark.parametrize("rule,temperature", [("greedy", 0.0), ("point", 1.0), ("ratio", 1.0), ("typical", 0.0)])
+@pytest.mark.parametrize(
+    "rule,temperature", [("greedy", 0.0), ("point", 1.0), ("ratio", 1.0), ("typical", 0.0)]
+)
 def test_rows_that_are_no_candidates_are_passed_over(rule, temperature):
-    """The target wants 1, then 2: node 1 is right but no candidate, node 3 is right too and may be taken."""
+    """The target wants 1, then 2: node 1 is right but no candidate, node 3 is right too and may be
+    taken.
+    """
     tokens, parents = torch.tensor([[0, 1, 2, 1, 2]]), torch.tensor([[-1, 0, 1, 0, 3]])
     logits = torch.full((1, 5, 4), -1e9)
     logits[0, [0, 1, 2, 3, 4], [1, 2, 3, 2, 3]] = 0
     draws = Draws(Sampling(temperature=temperature), [torch.Generator().manual_seed(0)])
 
-    drawn = {"law_BN": torch.full_like(tokens, Law.INDEPENDENT), "laws_BRD": torch.full((1, 1, 4), 0.25),
-             "law_rows_BN": torch.zeros_like(tokens)} if rule == "ratio" else {}
+    drawn = (
+        {
+            "law_BN": torch.full_like(tokens, Law.INDEPENDENT),
+            "laws_BRD": torch.full((1, 1, 4), 0.25),
+            "law_rows_BN": torch.zeros_like(tokens),
+        }
+        if rule == "ratio"
+        else {}
+    )
 
     def accepted(*candidates):
-        tree = TokenTree(tokens, Topology(parents), candidate_BN=torch.tensor([candidates]), **drawn)
+        tree = TokenTree(
+            tokens, Topology(parents), candidate_BN=torch.tensor([candidates]), **drawn
+        )
         return rule_named(rule)(tree, Verified(tree, logits), draws)
 
     assert accepted(True, False, True, True, True).paths == [[0, 3, 4]]

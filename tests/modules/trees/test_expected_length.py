@@ -17,8 +17,11 @@ def test_no_other_tree_of_the_size_is_better(seed: int) -> None:
     table = (torch.rand(3, 2, generator=generator) / 2).sort(1, descending=True).values.tolist()
     nodes = 5
     every = [path for depth in (1, 2, 3) for path in product(range(2), repeat=depth)]
-    best = max(expected_length(chosen, table) for chosen in combinations(every, nodes)
-               if all(len(path) == 1 or path[:-1] in chosen for path in chosen))
+    best = max(
+        expected_length(chosen, table)
+        for chosen in combinations(every, nodes)
+        if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+    )
     tree = optimised_tree(table, nodes)
     assert len(tree) == nodes
     StaticTree(tree)

@@ -15,7 +15,9 @@ from tests.fakes import ScriptedDrafter, tiny_target
 from tests.modules.trees.test_builders import SHAPE, Table, state
 
 
-def candidates(table: torch.Tensor, root: int, depth: int, width: int) -> dict[tuple[int, ...], float]:
+def candidates(
+    table: torch.Tensor, root: int, depth: int, width: int
+) -> dict[tuple[int, ...], float]:
     """Every path that expansion sees, with its log-probability."""
     seen: dict[tuple[int, ...], float] = {}
     frontier: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
@@ -52,9 +54,15 @@ def test_no_tree_of_that_size_is_more_probable(budget: int) -> None:
         assert len(found) == budget and found <= set(seen)
         assert all(path[:-1] in found for path in found if len(path) > 1)
         mass = sum(torch.tensor(seen[path]).exp() for path in found)
-        closed = (tree for tree in itertools.combinations(seen, budget)
-                  if all(path[:-1] in tree for path in tree if len(path) > 1))
-        assert mass >= max(sum(torch.tensor(seen[path]).exp() for path in tree) for tree in closed) - 1e-6
+        closed = (
+            tree
+            for tree in itertools.combinations(seen, budget)
+            if all(path[:-1] in tree for path in tree if len(path) > 1)
+        )
+        assert (
+            mass
+            >= max(sum(torch.tensor(seen[path]).exp() for path in tree) for tree in closed) - 1e-6
+        )
 
 
 @pytest.mark.parametrize("least", [0.02, 0.1, 0.3, 0.9])
@@ -63,9 +71,13 @@ def test_improbable_paths_are_neither_drafted_nor_expanded(least: float) -> None
     tree = RerankedTree(depth=3, width=3, least=least).build(drafter, state(), 8)
     expanded = sum(frontier.tokens_BW.shape[1] for frontier in drafter.seen)
     every = [candidates(drafter.table, b + 1, 3, 3) for b in range(2)]
-    assert expanded <= 1 + max(sum(math.exp(score) >= least for score in seen.values()) for seen in every)
+    assert expanded <= 1 + max(
+        sum(math.exp(score) >= least for score in seen.values()) for seen in every
+    )
     for b, seen in enumerate(every):
-        probable = sorted((path for path in seen if math.exp(seen[path]) >= least), key=lambda path: -seen[path])
+        probable = sorted(
+            (path for path in seen if math.exp(seen[path]) >= least), key=lambda path: -seen[path]
+        )
         real = tree.acceptable_BN[b].nonzero()[:, 0].tolist()
         found = {paths_by_node(tree, b)[node] for node in real} - {()}
         assert found == set(probable[:8])
@@ -107,7 +119,13 @@ def test_ties_keep_ancestors() -> None:
     drafter.table = torch.full((10, 10), -1e9)
     drafter.table[:, 3] = 0.0
     tree = RerankedTree(depth=4, width=3).build(drafter, state(), 4)
-    assert tree.tokens_BN[0].tolist() == [1, 3, 3, 3, 3] and tree.parents_BN[0].tolist() == [-1, 0, 1, 2, 3]
+    assert tree.tokens_BN[0].tolist() == [1, 3, 3, 3, 3] and tree.parents_BN[0].tolist() == [
+        -1,
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_trimmed_vocabulary_is_mapped_back() -> None:
@@ -155,15 +173,21 @@ class Exact(ScriptedDrafter):
         before = list(state.text[0])
         if frontier.depth == 0:
             self.rows = []
-        new = [[*(self.rows[parent] if frontier.depth else []), token]
-               for parent, token in zip(parents, tokens, strict=True)]
+        new = [
+            [*(self.rows[parent] if frontier.depth else []), token]
+            for parent, token in zip(parents, tokens, strict=True)
+        ]
         self.rows += new
         with torch.no_grad():
-            return state.context.target.model(input_ids=torch.tensor([before + row for row in new])).logits[None, :, -1]
+            return state.context.target.model(
+                input_ids=torch.tensor([before + row for row in new])
+            ).logits[None, :, -1]
 
 
 def test_the_target_as_its_own_drafter_is_accepted_to_the_bottom() -> None:
     target = tiny_target(seed=3)
-    decoder = SpeculativeDecoder(target, Exact(target.shape), builder=RerankedTree(3, 3), budget=3 + 2 * 9)
+    decoder = SpeculativeDecoder(
+        target, Exact(target.shape), builder=RerankedTree(3, 3), budget=3 + 2 * 9
+    )
     trace = decoder.decode([[7, 9]], Sampling(), 13)[0]
     assert trace.accepted == [4, 4, 4] and trace.offered == [3, 3, 3]

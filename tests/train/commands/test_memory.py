@@ -15,7 +15,7 @@ def test_a_table_row_compares_two_kinds_of_fresh_processes(monkeypatch):
 
     def fresh(arguments):
         asked.append(arguments)
-        return {"bytes": 400 * 2 ** 20 if arguments[2] == "naive" else 100 * 2 ** 20, "seconds": 2.0}
+        return {"bytes": 400 * 2**20 if arguments[2] == "naive" else 100 * 2**20, "seconds": 2.0}
 
     monkeypatch.setattr(memory, "_fresh", fresh)
     monkeypatch.setattr(memory, "ROWS", (64,))
@@ -33,7 +33,7 @@ def touched(size: int) -> mmap.mmap:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is Linux's")
 def test_a_peak_is_forgotten_and_found_again():
-    size = 64 * 2 ** 20
+    size = 64 * 2**20
     with touched(size):
         pass
     before = memory.forget_peak()
@@ -49,10 +49,17 @@ def test_a_failed_measurement_is_one_line():
 
 def test_a_learning_head_is_asked_for_by_name_and_gets_gradients(monkeypatch):
     asked = []
-    monkeypatch.setattr(memory, "_fresh", lambda arguments: asked.append(arguments) or {"bytes": 1.0, "seconds": 1.0})
+    monkeypatch.setattr(
+        memory,
+        "_fresh",
+        lambda arguments: asked.append(arguments) or {"bytes": 1.0, "seconds": 1.0},
+    )
     monkeypatch.setattr(memory, "ROWS", (64,))
     assert memory.head_table(learning=True)[0].startswith("learning LM head")
-    assert [arguments[1:] for arguments in asked] == [["64", "naive", "learning"], ["64", "chunked", "learning"]]
+    assert [arguments[1:] for arguments in asked] == [
+        ["64", "naive", "learning"],
+        ["64", "chunked", "learning"],
+    ]
 
 
 def test_lengths_are_measured_one_by_one_beside_the_plan(monkeypatch, capsys):
@@ -60,14 +67,28 @@ def test_lengths_are_measured_one_by_one_beside_the_plan(monkeypatch, capsys):
 
     def fresh(arguments):
         asked.append(arguments[1:])
-        return {"measured": 2.0 * 2 ** 30, "planned": 2.2 * 2 ** 30}
+        return {"measured": 2.0 * 2**30, "planned": 2.2 * 2**30}
 
     monkeypatch.setattr(memory, "_fresh", fresh)
-    given = ["--config", "clover.yaml", "--lengths", "[1024,2048]", "--trainer.activation_checkpointing", "true"]
+    given = [
+        "--config",
+        "clover.yaml",
+        "--lengths",
+        "[1024,2048]",
+        "--trainer.activation_checkpointing",
+        "true",
+    ]
     assert memory.command(given) == 0
-    assert capsys.readouterr().out.splitlines()[2:] == [f"| {length} | 2.00 | 2.20 | +10% |" for length in
-                                                        ("1,024", "2,048")]
-    kept = ["--config", "clover.yaml", "--trainer.activation_checkpointing", "true", "--data.max_length"]
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"| {length} | 2.00 | 2.20 | +10% |" for length in ("1,024", "2,048")
+    ]
+    kept = [
+        "--config",
+        "clover.yaml",
+        "--trainer.activation_checkpointing",
+        "true",
+        "--data.max_length",
+    ]
     assert asked == [[*kept, "1024"], [*kept, "2048"]]
 
 

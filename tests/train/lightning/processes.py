@@ -51,8 +51,7 @@ def launch(
             )
     _wait(running, limit)
     return [
-        (process.returncode, file.read_text())
-        for process, file in zip(running, said, strict=True)
+        (process.returncode, file.read_text()) for process, file in zip(running, said, strict=True)
     ]
 
 

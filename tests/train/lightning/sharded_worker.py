@@ -1,8 +1,9 @@
-"""Recipes at ZeRO-3 as at scale: `python -m tests.train.lightning.sharded_worker FOLDER CASE ...`, one of two
-processes, trains the cases in turn.
+"""Recipes at ZeRO-3 as at scale: `python -m tests.train.lightning.sharded_worker FOLDER CASE ...`,
+one of two processes, trains the cases in turn.
 
 DeepSpeed leaves weights of fewer than 100,000 numbers whole, and tiny batches are one chunk of
-logits. Here all weights are in shards, and a batch is several chunks, not as many on either process.
+logits. Here all weights are in shards, and a batch is several chunks, not as many on either
+process.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ SOURCES = {
 class Case:
     """What is trained, and how.
 
-    recipe: a YAML's stem. flags: besides. strategy, precision: of the trainer. drawn: whether random numbers are drawn.
+    recipe: a YAML's stem. flags: besides. strategy, precision: of the trainer. drawn: whether
+    random numbers are drawn.
     aligned: with the preference loss on the drafter.
     """
 
@@ -83,7 +85,9 @@ class Case:
 
 
 FLAGS = {"independent": ("--drafter.layers", "1")}
-"""What a recipe needs beside a tiny target: all of its layers would be the target itself, with nothing to learn."""
+"""What a recipe needs beside a tiny target: all of its layers would be the target itself, with
+nothing to learn.
+"""
 TRIMMED = (
     *FLAGS["independent"],
     "--drafter.draft_vocabulary",
@@ -114,7 +118,9 @@ CASES = {
 
 
 def case_recipe(case: Case, folder: Path, world: int) -> Recipe:
-    """A few steps of a shipped recipe on the tiny target: two rows a step, on one process or one on each of two."""
+    """A few steps of a shipped recipe on the tiny target: two rows a step, on one process or one on
+    each of two.
+    """
     parser, shipped = make_parser(), CONFIGS / f"{case.recipe}.yaml"
     known = yaml.safe_load(shipped.read_text())
     source = SOURCES[known["data"].get("class_path", "")]

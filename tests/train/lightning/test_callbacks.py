@@ -10,7 +10,12 @@ from torch.utils.data import DataLoader
 
 from tests.fakes import ScriptedDrafter, tiny_batch, tiny_target
 from tests.train.lightning.test_module import NextToken
-from train.lightning.callbacks import AcceptanceProbe, LastCheckpoint, Terminated, checkpoint_callbacks
+from train.lightning.callbacks import (
+    AcceptanceProbe,
+    LastCheckpoint,
+    Terminated,
+    checkpoint_callbacks,
+)
 from train.lightning.module import TrainableModule
 from train.settings import CheckpointSettings, OptimizerSettings, ProbeSettings
 
@@ -26,7 +31,9 @@ def test_the_probe_measures_tokens_per_call_with_the_bonus_counted(right, tau, m
 
 
 def test_best_is_the_highest_tau_or_the_lowest_loss(tmp_path):
-    best, last = checkpoint_callbacks(tmp_path, CheckpointSettings(best_by="probe/tau", every_n_steps=3))
+    best, last = checkpoint_callbacks(
+        tmp_path, CheckpointSettings(best_by="probe/tau", every_n_steps=3)
+    )
     assert (best.monitor, best.mode, last.monitor) == ("probe/tau", "max", None)
     assert checkpoint_callbacks(tmp_path, CheckpointSettings(best_by="val/loss"))[0].mode == "min"
 
@@ -35,8 +42,13 @@ class Watched(LastCheckpoint):
     """Sends itself SIGTERM in a batch, and notes the optimiser step and the batch of every save."""
 
     def __init__(self, folder, at, **options):
-        super().__init__(folder, filename="last", save_on_train_epoch_end=False, enable_version_counter=False,
-                         **options)
+        super().__init__(
+            folder,
+            filename="last",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+            **options,
+        )
         self.at, self.batches, self.saved = at, 0, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -54,9 +66,20 @@ def accumulate(callbacks, **options):
     target = tiny_target(dtype=torch.float32)
     module = TrainableModule(NextToken(target.shape), target, OptimizerSettings())
     batches: Any = DataLoader([tiny_batch(target, seed=i) for i in range(5)], batch_size=None)  # pyright: ignore
-    trainer = Trainer(max_epochs=2, accelerator="cpu", devices=1, logger=False, inference_mode=False,
-                      callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0, accumulate_grad_batches=2, check_val_every_n_epoch=None, **options)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        inference_mode=False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=2,
+        check_val_every_n_epoch=None,
+        **options,
+    )
     trainer.fit(module, batches, batches)
 
 
@@ -70,7 +93,9 @@ def test_sigterm_waits_for_the_end_of_the_accumulation(at, step, batches, tmp_pa
 
 
 def test_last_is_saved_between_optimiser_steps_only(tmp_path):
-    """Validations after batches 3, 6 and 9: the first two fall into an accumulation and are saved a batch later."""
+    """Validations after batches 3, 6 and 9: the first two fall into an accumulation and are saved a
+    batch later.
+    """
     last = Watched(tmp_path, None)
     accumulate([last], val_check_interval=3)
     assert last.saved == [(2, 4), (4, 7), (5, 9), (6, 10)]

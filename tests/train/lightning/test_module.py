@@ -54,9 +54,19 @@ def target():
 def fit(target, trainable, steps=4, **options):
     batches: Any = [tiny_batch(target, seed=i) for i in range(4)]
     module = TrainableModule(trainable, target, OptimizerSettings(lr=1e-2, warmup_ratio=0.25))
-    trainer = Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, logger=False, inference_mode=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0, **options)
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        inference_mode=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
     trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
     return module, trainer
 
@@ -66,7 +76,9 @@ def test_trains_and_leaves_the_target_alone(target):
     torch.manual_seed(0)
     module, trainer = fit(target, NextToken(target.shape), steps=20)
     assert set(module.state_dict()) == {"trainable.head.weight", "trainable.head.bias"}
-    assert not any(parameter is kept for kept in target.parameters() for parameter in module.parameters())
+    assert not any(
+        parameter is kept for kept in target.parameters() for parameter in module.parameters()
+    )
     target._fingerprint = None
     assert target.fingerprint() == before and all(p.grad is None for p in target.parameters())
     _, first = fit(target, NextToken(target.shape), steps=4)
@@ -95,9 +107,18 @@ def test_validation_counts_what_a_schedule_ends_with(target, objective: Any):
     trainable = NextToken(target.shape)
     module = TrainableModule(trainable, target, OptimizerSettings(), objective=objective)
     batches: Any = [tiny_batch(target, seed=i) for i in range(2)]
-    trainer = Trainer(max_steps=4, max_epochs=-1, accelerator="cpu", devices=1, logger=False, inference_mode=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                      num_sanity_val_steps=0)
+    trainer = Trainer(
+        max_steps=4,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        inference_mode=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
     trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
     assert trainable.seen == [0, 0.25, 1, 1, 0.5, 0.75, 1, 1]
     assert objective is None or objective.seen == trainable.seen
@@ -125,7 +146,9 @@ def test_validation_means_are_weighted_by_their_counts(target):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_at_its_step(target):
-    with pytest.raises(NonFinite, match=r"the train loss is nan at step 0: lower optimizer.lr \(now 0.01\)"):
+    with pytest.raises(
+        NonFinite, match=r"the train loss is nan at step 0: lower optimizer.lr \(now 0.01\)"
+    ):
         fit(target, NextToken(target.shape, spoil=math.nan))
 
 
@@ -147,24 +170,41 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_logged(target, ca
     weights = []
     for steps in ((), (2,), (1, 2)):
         torch.manual_seed(0)
-        module, trainer = fit(target, Torn(target.shape, steps), steps=3, limit_val_batches=0, gradient_clip_val=1.0)
+        module, trainer = fit(
+            target, Torn(target.shape, steps), steps=3, limit_val_batches=0, gradient_clip_val=1.0
+        )
         weights.append(module.trainable.head.weight.detach().clone())
-        assert (module.skipped, module.skipped_in_a_row, trainer.global_step) == (len(steps), len(steps), 3)
-    assert all(weight.isfinite().all() for weight in weights) and not torch.equal(weights[1], weights[2])
+        assert (module.skipped, module.skipped_in_a_row, trainer.global_step) == (
+            len(steps),
+            len(steps),
+            3,
+        )
+    assert all(weight.isfinite().all() for weight in weights) and not torch.equal(
+        weights[1], weights[2]
+    )
     assert [record.message[:42] for record in caplog.records if "gradient" in record.message] == [
-        f"step {step}: the gradient is not finite, so its" for step in (2, 1, 2)]
+        f"step {step}: the gradient is not finite, so its" for step in (2, 1, 2)
+    ]
 
 
 def test_a_scaler_that_skips_is_counted_and_lowers_its_scale(target):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     plugin = MixedPrecision("bf16-mixed", "cpu")
     plugin.scaler = scaler
-    module, _ = fit(target, Torn(target.shape, (0, 2)), steps=4, limit_val_batches=0, plugins=[plugin])
-    assert module.skipped == 2 and scaler.get_scale() == 2.0 and module.trainable.head.weight.isfinite().all()
+    module, _ = fit(
+        target, Torn(target.shape, (0, 2)), steps=4, limit_val_batches=0, plugins=[plugin]
+    )
+    assert (
+        module.skipped == 2
+        and scaler.get_scale() == 2.0
+        and module.trainable.head.weight.isfinite().all()
+    )
 
 
 def test_gradients_that_stay_not_finite_end_the_training(target):
-    with pytest.raises(NonFinite, match=f"{MOST_SKIPPED} gradients in a row are not finite at step 12: lower optim"):
+    with pytest.raises(
+        NonFinite, match=f"{MOST_SKIPPED} gradients in a row are not finite at step 12: lower optim"
+    ):
         fit(target, Torn(target.shape, tuple(range(1, 99))), steps=40, limit_val_batches=0)
 
 
@@ -174,14 +214,22 @@ def test_weights_that_are_not_finite_are_never_saved(target, tmp_path):
     kept = (tmp_path / "last.ckpt").read_bytes()
     with torch.no_grad():
         module.trainable.head.weight[0, 0] = math.inf
-    with pytest.raises(NonFinite, match="weights are not finite, so they are not saved, at step 1: lower optimizer.lr"):
+    with pytest.raises(
+        NonFinite,
+        match="weights are not finite, so they are not saved, at step 1: lower optimizer.lr",
+    ):
         trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt").read_bytes() == kept
 
 
 def test_running_means_sum_before_they_divide():
     means = RunningMeans()
-    means.add({"a": Mean(torch.tensor(3.0), torch.tensor(1)), "b": Mean(torch.tensor(0.0), torch.tensor(0))})
+    means.add(
+        {
+            "a": Mean(torch.tensor(3.0), torch.tensor(1)),
+            "b": Mean(torch.tensor(0.0), torch.tensor(0)),
+        }
+    )
     means.add({"a": Mean(torch.tensor(1.0), torch.tensor(3))})
     assert means.take(lambda sums: sums * 2) == {"a": 1.0}
     assert means.take(lambda sums: sums) == {}
@@ -189,7 +237,11 @@ def test_running_means_sum_before_they_divide():
 
 def test_optimiser_groups_scale_the_rate_and_decay_matrices_only(target):
     settings = OptimizerSettings(lr=0.1, weight_decay=0.5)
-    groups = [g for declared in NextToken(target.shape).parameter_groups() for g in decay_groups(declared, settings)]
+    groups = [
+        g
+        for declared in NextToken(target.shape).parameter_groups()
+        for g in decay_groups(declared, settings)
+    ]
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.2, 0.5), (0.1, 0.0)]
 
 

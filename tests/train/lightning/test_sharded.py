@@ -1,4 +1,6 @@
-"""Every recipe at ZeRO-3 on two CPU processes, its weights truly in shards: it ends, with the losses of one process."""
+"""Every recipe at ZeRO-3 on two CPU processes, its weights truly in shards: it ends, with the
+losses of one process.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ WHOLE = ("judge",)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Texts of very different lengths, so that rows hold one or several, and as different numbers of labels."""
+    """Texts of very different lengths, so that rows hold one or several, and as different numbers
+    of labels.
+    """
     chance, path = random.Random(0), tmp_path_factory.mktemp("sharded")
 
     def words(count: int) -> str:
@@ -71,8 +75,9 @@ def figures(run: Path, name: str) -> list[float]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_in_shards_train_as_one_process_does(trained, name):
-    """Losses of steps and validations to 1e-4, relative; SparsePO's to 1e-3 (Adam makes much of the smallest gradients,
-    where another order of a sum shows), in bfloat16 to 3e-3; with random numbers of their own they only end."""
+    """Losses of steps and validations to 1e-4, relative; SparsePO's to 1e-3 (Adam makes much of the
+    smallest gradients, where another order of a sum shows), in bfloat16 to 3e-3; with random
+    numbers of their own they only end."""
     case, seen = (
         CASES[name],
         [json.loads((trained / f"{name}-{rank}.json").read_text()) for rank in range(2)],

@@ -26,7 +26,10 @@ def test_deepspeed_offloads_the_optimiser_that_the_module_has(stage, monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     config: Any = strategy_named(f"deepspeed_{stage}_offload", "cuda").config
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    assert config["zero_optimization"]["stage"] == stage and config["zero_force_ds_cpu_optimizer"] is False
+    assert (
+        config["zero_optimization"]["stage"] == stage
+        and config["zero_force_ds_cpu_optimizer"] is False
+    )
     plain: Any = strategy_named(f"deepspeed_{stage}", "cuda")
     assert "offload_optimizer" not in plain.config["zero_optimization"]
 
@@ -42,14 +45,31 @@ def folder(tmp_path_factory) -> Path:
 
 def losses(recipe: Path, output: Path, folder: Path, strategy: str) -> dict[str, float]:
     """The figures of a training in a process of its own."""
-    flags = ["--target", str(folder), "--output", str(output), "--trainer.strategy", strategy, "--trainer.devices", "1"]
+    flags = [
+        "--target",
+        str(folder),
+        "--output",
+        str(output),
+        "--trainer.strategy",
+        strategy,
+        "--trainer.devices",
+        "1",
+    ]
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(recipe), *flags]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((output / "drafter" / "provenance.json").read_text())["measured"]
 
 
 def test_deepspeed_trains_on_a_cpu_to_the_same_figures(recipe, folder, tmp_path):
-    plain, sharded = (losses(recipe, tmp_path / name, folder, name) for name in ("auto", "deepspeed_2"))
+    plain, sharded = (
+        losses(recipe, tmp_path / name, folder, name) for name in ("auto", "deepspeed_2")
+    )
     assert sharded == pytest.approx(plain, rel=1e-4)

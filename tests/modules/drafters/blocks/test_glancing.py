@@ -32,7 +32,9 @@ def test_documents_go_through_the_recurrence_side_by_side_within_twice_their_tok
     assert [tuple(own.shape) for _, own in usual.groups()] == [(4, 400)]
     places = torch.cat([part[own] for part, own in zip(index, inside, strict=True)])
     assert places.sort().values.tolist() == list(range(sum(lengths)))
-    assert len(list(Documents.of(torch.full((1, 4), -1)).groups())) == 1, "padding where there is nothing else"
+    assert len(list(Documents.of(torch.full((1, 4), -1)).groups())) == 1, (
+        "padding where there is nothing else"
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 90])
@@ -41,14 +43,24 @@ def test_the_recurrence_over_groups_is_that_over_packed_documents(padding: int) 
     batch, total = packed_row(lengths, padding), sum(lengths)
     features = torch.randn(batch.input_ids.numel(), TARGET.shape.hidden_size, requires_grad=True)
     following, alone = batch.input_ids.roll(-1, 1).flatten(), []
-    for rows, tokens in zip(features[:total].split(lengths), following[:total].split(lengths), strict=True):
+    for rows, tokens in zip(
+        features[:total].split(lengths), following[:total].split(lengths), strict=True
+    ):
         memory = drafter.blank_memory(features, 1)
-        alone.append(drafter.fuse(tokens[None], rows[None], memory, TARGET, torch.tensor([len(tokens)]))[0][0])
+        alone.append(
+            drafter.fuse(tokens[None], rows[None], memory, TARGET, torch.tensor([len(tokens)]))[0][
+                0
+            ]
+        )
     expected = torch.cat(alone)
     found = drafter.fused(Documents.of(batch.document_ids), features, following, TARGET)
     torch.testing.assert_close(found[:total], expected, atol=1e-5, rtol=0)
     assert not bool(found[total:].any())
-    slopes = [torch.autograd.grad(rows[:total].square().sum(), (features, *drafter.recurrence.parameters()))
-              for rows in (found, expected)]
+    slopes = [
+        torch.autograd.grad(
+            rows[:total].square().sum(), (features, *drafter.recurrence.parameters())
+        )
+        for rows in (found, expected)
+    ]
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

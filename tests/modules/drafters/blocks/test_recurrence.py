@@ -15,10 +15,15 @@ from tests.modules.families import filled
 def test_it_does_not_see_the_scale_of_what_it_reads_unless_asked_to() -> None:
     torch.manual_seed(0)
     size = 16
-    given, memory = torch.randn(2, 5, 2 * size).double(), torch.zeros(2, 2 * RECURRENT_LAYERS, size).double()
+    given, memory = (
+        torch.randn(2, 5, 2 * size).double(),
+        torch.zeros(2, 2 * RECURRENT_LAYERS, size).double(),
+    )
     scales = torch.tensor([7.0, 90.0]).repeat_interleave(size)
     scaled = Recurrence(size, 0.0, unit_scale=True).double()
-    torch.testing.assert_close(scaled(given * scales, memory), scaled(given, memory), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scaled(given * scales, memory), scaled(given, memory), rtol=1e-5, atol=1e-5
+    )
     papers = Recurrence(size, 0.0, unit_scale=False).double()
     assert not torch.allclose(papers(given * scales, memory)[0], papers(given, memory)[0])
 
@@ -28,7 +33,10 @@ def test_few_rows_one_by_one_are_what_the_library_makes_of_them(counts: list[int
     torch.manual_seed(1)
     size = 8
     recurrence = Recurrence(size, 0.3, unit_scale=True).double().eval()
-    given, memory = torch.randn(3, 4, 2 * size).double(), torch.randn(3, 2 * RECURRENT_LAYERS, size).double()
+    given, memory = (
+        torch.randn(3, 4, 2 * size).double(),
+        torch.randn(3, 2 * RECURRENT_LAYERS, size).double(),
+    )
     counts_B = None if counts is None else torch.tensor(counts)
     expected, behind = recurrence(given, memory, counts_B)
     with torch.no_grad():
@@ -43,19 +51,29 @@ def test_rows_of_a_block_start_from_its_newest_one_and_can_learn_to_keep_their_o
     newest, block = NewestRow(3, 4), torch.randn(5, 3, 4)
     torch.testing.assert_close(newest(block), block[:, 2:].expand(-1, 3, -1))
     newest.maps[0].weight.zero_()
-    torch.testing.assert_close(newest(block), torch.stack([block[:, 0], block[:, 2], block[:, 2]], 1))
+    torch.testing.assert_close(
+        newest(block), torch.stack([block[:, 0], block[:, 2], block[:, 2]], 1)
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("arguments", "rows"), [({}, [5, 5, 9, 9]), ({"newest_row": False}, [4, 5, 8, 9]),
-                                                 ({"relaxed_mask": False}, [4, 5, 8, 9])])
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ({}, [5, 5, 9, 9]),
+        ({"newest_row": False}, [4, 5, 8, 9]),
+        ({"relaxed_mask": False}, [4, 5, 8, 9]),
+    ],
+)
 def test_features_pass_through_at_first(arguments: dict[str, bool], rows: list[int]) -> None:
-    """An untrained drafter puts out its inputs, of a block the newest one's, up to the tokens' share."""
+    """An untrained drafter puts out its inputs, of a block the newest one's, up to the tokens'
+    share.
+    """
     drafter, batch = falcon(shake=0.0, **arguments), text(12)
     filled(batch, drafter, TARGET)
     assert drafter.fc is not None
     features, following = drafter.inputs(batch)
-    drafter.fc.weight[:, :TARGET.shape.hidden_size] = 0
+    drafter.fc.weight[:, : TARGET.shape.hidden_size] = 0
     outputs = drafter.outputs(batch, TARGET, torch.tensor([5, 9]), features, following)
     torch.testing.assert_close(outputs.flatten(0, 1), features[rows])
 

@@ -1,4 +1,6 @@
-"""How feature drafters draft: steps fed on themselves, exact features, every architecture, sampling, named trees."""
+"""How feature drafters draft: steps fed on themselves, exact features, every architecture,
+sampling, named trees.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ KINDS = {"eagle": Eagle, "eagle3": Eagle3, "fspad": Fspad}
 @pytest.mark.parametrize("name", ["eagle", "eagle3", "eagle3_one_layer", "fspad"])
 @torch.no_grad()
 def test_unrolled_training_is_drafting_from_every_prefix(name: str) -> None:
-    """Twelve tokens: step j at t equals reading the prefix up to t and then j steps on the drafter's own outputs."""
-    batch = documents([torch.randint(5, 128, (12,), generator=torch.Generator().manual_seed(3)).tolist()])
+    """Twelve tokens: step j at t equals reading the prefix up to t and then j steps on the
+    drafter's own outputs.
+    """
+    batch = documents(
+        [torch.randint(5, 128, (12,), generator=torch.Generator().manual_seed(3)).tolist()]
+    )
     drafter = built(name, TARGET, shake=0.05)
     filled(batch, drafter, TARGET)
     rows = training_rows(batch, drafter.draft_steps)
-    unrolled = [drafter.head(j, TARGET)(feature)
-                for j, (feature, _) in enumerate(drafter.unrolled(batch, TARGET, rows))]
+    unrolled = [
+        drafter.head(j, TARGET)(feature)
+        for j, (feature, _) in enumerate(drafter.unrolled(batch, TARGET, rows))
+    ]
     compared = 0
     for m, t in enumerate(rows.flat_MK1[:, 0].tolist()):
         drafted = Reader(drafter, TARGET, batch, [t + 1]).logits()[0]
@@ -49,17 +57,24 @@ def test_with_the_targets_features_accuracy_does_not_decay(name: str, monkeypatc
     filled(batch, drafter, TARGET)
     rows, final = training_rows(batch, drafter.draft_steps), batch.states["final"].flatten(0, 1)
     outputs, steps = drafter.outputs, iter(range(1, 9))
-    monkeypatch.setattr(drafter, "outputs",
-                        lambda hidden: (outputs(hidden)[0], final[rows.flat_MK1[:, next(steps)]]))
+    monkeypatch.setattr(
+        drafter,
+        "outputs",
+        lambda hidden: (outputs(hidden)[0], final[rows.flat_MK1[:, next(steps)]]),
+    )
     features = [feature for feature, _ in drafter.unrolled(batch, TARGET, rows)]
     row_of = {flat: m for m, flat in enumerate(rows.flat_MK1[:, 0].tolist())}
     for j in range(1, drafter.draft_steps):
         for m in rows.valid_MK[:, j].nonzero()[:, 0].tolist():
-            torch.testing.assert_close(features[j][m], features[0][row_of[int(rows.flat_MK1[m, j])]])
+            torch.testing.assert_close(
+                features[j][m], features[0][row_of[int(rows.flat_MK1[m, j])]]
+            )
 
 
 def test_what_is_carried_on_is_not_what_the_head_reads(monkeypatch) -> None:
-    """Of a trained drafter: going on from the LM head's half of the output costs accuracy from the second step on."""
+    """Of a trained drafter: going on from the LM head's half of the output costs accuracy from the
+    second step on.
+    """
     torch.manual_seed(0)
     ids = torch.randint(5, 128, (6, 16), generator=torch.Generator().manual_seed(1)).tolist()
     batch, drafter = documents(ids), Fspad(TARGET.shape, noise=0.0).double().train()
@@ -76,13 +91,23 @@ def test_what_is_carried_on_is_not_what_the_head_reads(monkeypatch) -> None:
 
     @torch.no_grad()
     def accuracies() -> list[float]:
-        found = [TARGET.logits(feature).argmax(-1) for feature, _ in drafter.unrolled(batch, TARGET, rows)]
-        return [float((own == likely[:, j])[rows.valid_MK[:, j]].double().mean()) for j, own in enumerate(found)]
+        found = [
+            TARGET.logits(feature).argmax(-1)
+            for feature, _ in drafter.unrolled(batch, TARGET, rows)
+        ]
+        return [
+            float((own == likely[:, j])[rows.valid_MK[:, j]].double().mean())
+            for j, own in enumerate(found)
+        ]
+
     split = accuracies()
     monkeypatch.setattr(drafter, "outputs", lambda hidden: (outputs(hidden)[0], outputs(hidden)[0]))
     tied = accuracies()
     assert tied[0] == split[0] > 0.7
-    assert all(low < high - 0.2 for low, high in zip(tied[1:], split[1:], strict=True)), (tied, split)
+    assert all(low < high - 0.2 for low, high in zip(tied[1:], split[1:], strict=True)), (
+        tied,
+        split,
+    )
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "llama"])
@@ -103,7 +128,9 @@ def test_sampling_keeps_the_law_under_reranked_trees() -> None:
     drafter.set_vocabulary([0, 2, 3, 5])
     drafter.initialise(target)
     plain = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
-    fast = SpeculativeDecoder(target, drafter.eval(), builder=RerankedTree(2, 2), budget=4, stop_ids=frozenset({-1}))
+    fast = SpeculativeDecoder(
+        target, drafter.eval(), builder=RerankedTree(2, 2), budget=4, stop_ids=frozenset({-1})
+    )
     assert homogeneous(first_two_tokens(plain, 2000), first_two_tokens(fast, 2000)) > 1e-4
 
 

@@ -1,4 +1,6 @@
-"""What makes the feature drafters: their losses, their attention, their ablations. The rest is in `test_families`."""
+"""What makes the feature drafters: their losses, their attention, their ablations. The rest is in
+`test_families`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ def test_hanging_attention_is_attention_over_prefix_and_own_rows() -> None:
     visible[:, 0] = True
     found = hanging_attention(queries, keys, values, visible, list(own_keys), list(own_values))
     for m in range(rows):
-        every_key = torch.cat([keys[visible[m]], own_keys[:, m]]).repeat_interleave(heads // groups, 1)
-        every_value = torch.cat([values[visible[m]], own_values[:, m]]).repeat_interleave(heads // groups, 1)
+        every_key = torch.cat([keys[visible[m]], own_keys[:, m]]).repeat_interleave(
+            heads // groups, 1
+        )
+        every_value = torch.cat([values[visible[m]], own_values[:, m]]).repeat_interleave(
+            heads // groups, 1
+        )
         for h in range(heads):
             weights = (every_key[:, h] @ queries[m, h] / size**0.5).softmax(0)
             torch.testing.assert_close(found[m, h], weights @ every_value[:, h])
@@ -57,7 +63,9 @@ def test_the_loss_is_what_its_equation_says(name: str) -> None:
     torch.testing.assert_close(drafter.loss(batch, TARGET, 0.0).total, expected)
 
 
-def test_true_features_give_the_targets_logits_no_distance_and_the_laws_entropy(monkeypatch) -> None:
+def test_true_features_give_the_targets_logits_no_distance_and_the_laws_entropy(
+    monkeypatch,
+) -> None:
     drafter, batch = Eagle(TARGET.shape).double(), tiny_batch(TARGET)
     filled(batch, drafter, TARGET)
     final = batch.states["final"].flatten(0, 1)
@@ -65,6 +73,7 @@ def test_true_features_give_the_targets_logits_no_distance_and_the_laws_entropy(
     def oracle(_, __, rows):
         truth = final[rows.flat_MK1[:, 1]]
         yield truth, truth
+
     monkeypatch.setattr(drafter, "unrolled", oracle)
     step = next(drafter.steps(batch, TARGET))
     laws = TARGET.logits(final[step.flat_M]).softmax(-1)
@@ -79,23 +88,34 @@ def test_a_tied_split_and_a_closed_gate_are_eagle() -> None:
     own = eagle.state_dict()
     own["layer.mlp.down_proj.weight"] = own["layer.mlp.down_proj.weight"].repeat(2, 1)
     missing, unexpected = fspad.load_state_dict(own, strict=False)
-    assert not unexpected and set(missing) == {"norm.weight", "gate.weight", "up.weight", "down.weight"}
+    assert not unexpected and set(missing) == {
+        "norm.weight",
+        "gate.weight",
+        "up.weight",
+        "down.weight",
+    }
     batch = filled(tiny_batch(TARGET), eagle, TARGET)
     rows = training_rows(batch, 3)
-    pairs = zip(eagle.unrolled(batch, TARGET, rows), fspad.eval().unrolled(batch, TARGET, rows), strict=True)
+    pairs = zip(
+        eagle.unrolled(batch, TARGET, rows), fspad.eval().unrolled(batch, TARGET, rows), strict=True
+    )
     for (expected, _), (logit_feature, carried) in pairs:
         torch.testing.assert_close(logit_feature, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(carried, expected, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
-def test_a_split_output_starts_as_a_plain_one_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_split_output_starts_as_a_plain_one_without_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     own, plain = Fspad(TARGET.shape).double(), Eagle(TARGET.shape).double()
     own.initialise(TARGET), plain.initialise(TARGET)
     assert not caplog.records
     theirs = plain.layer.state_dict()
     for name, weight in own.layer.state_dict().items():
-        assert torch.equal(weight, theirs[name].repeat(2, 1) if "down_proj" in name else theirs[name]), name
+        assert torch.equal(
+            weight, theirs[name].repeat(2, 1) if "down_proj" in name else theirs[name]
+        ), name
     gemma = tiny_target("gemma2")
     Fspad(gemma.shape).double().initialise(gemma)
     assert [record.levelname for record in caplog.records] == ["WARNING"], "once, where it is so"
@@ -103,8 +123,13 @@ def test_a_split_output_starts_as_a_plain_one_without_a_warning(caplog: pytest.L
 
 def test_each_half_of_a_split_output_learns_its_own_part() -> None:
     size = TARGET.shape.hidden_size
-    for token_weight, feature_weight, reached in ((0.0, 1.0, slice(size, None)), (1.0, 0.0, slice(0, size))):
-        drafter = Fspad(TARGET.shape, token_weight=token_weight, feature_weight=feature_weight).double()
+    for token_weight, feature_weight, reached in (
+        (0.0, 1.0, slice(size, None)),
+        (1.0, 0.0, slice(0, size)),
+    ):
+        drafter = Fspad(
+            TARGET.shape, token_weight=token_weight, feature_weight=feature_weight
+        ).double()
         drafter.initialise(TARGET)
         drafter.loss(filled(tiny_batch(TARGET), drafter, TARGET), TARGET, 0.0).total.backward()
         gradient = drafter.layer.mlp.down_proj.weight.grad
@@ -114,7 +139,9 @@ def test_each_half_of_a_split_output_learns_its_own_part() -> None:
 
 
 def test_noise_is_for_training_only_and_scaled_by_the_tokens_of_the_conversation() -> None:
-    """Conversations of 12 and 9 tokens and 3 of padding in a row: each within its own width, and near it."""
+    """Conversations of 12 and 9 tokens and 3 of padding in a row: each within its own width, and
+    near it.
+    """
     drafter, batch = Eagle(TARGET.shape).double(), tiny_batch(TARGET)
     features = torch.zeros(2, 24, TARGET.shape.hidden_size).double()
     torch.manual_seed(0)
@@ -147,8 +174,12 @@ def test_eagle3_starts_where_the_targets_last_layer_does() -> None:
     """Deaf to the token, it repeats the law that the target drew the token from."""
     drafter, batch = Eagle3(TARGET.shape, fused_layers=[0, 1], steps=1).double(), tiny_batch(TARGET)
     drafter.initialise(TARGET)
-    for projection in (drafter.attention.q_proj, drafter.attention.k_proj, drafter.attention.v_proj):
-        projection.weight[:, :TARGET.shape.hidden_size] = 0
+    for projection in (
+        drafter.attention.q_proj,
+        drafter.attention.k_proj,
+        drafter.attention.v_proj,
+    ):
+        projection.weight[:, : TARGET.shape.hidden_size] = 0
     rows = training_rows(filled(batch, drafter, TARGET), 1)
     feature, _ = next(iter(drafter.unrolled(batch, TARGET, rows)))
     torch.testing.assert_close(feature, rows.take(batch.states["final"]), atol=1e-5, rtol=0)

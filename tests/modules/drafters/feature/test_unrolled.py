@@ -1,4 +1,6 @@
-"""Training's draft steps against their equations, row by row and step by step over sequences written out in full."""
+"""Training's draft steps against their equations, row by row and step by step over sequences
+written out in full.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,17 @@ def eagles_inputs(drafter, vector: Tensor, feature: Tensor) -> tuple[Tensor, Ten
         fused = fused + drafter.fc.bias
     if hasattr(drafter, "gate"):
         gate = F.silu(drafter.gate.weight @ (drafter.token_scale * vector))
-        fused = fused + drafter.down.weight @ (gate * (drafter.up.weight @ normed(fused, drafter.norm.weight)))
+        fused = fused + drafter.down.weight @ (
+            gate * (drafter.up.weight @ normed(fused, drafter.norm.weight))
+        )
     return fused, fused
 
 
 def eagle3s_inputs(drafter, vector: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-    token, state = normed(vector, drafter.input_layernorm.weight), normed(feature, drafter.hidden_norm.weight)
+    token, state = (
+        normed(vector, drafter.input_layernorm.weight),
+        normed(feature, drafter.hidden_norm.weight),
+    )
     return torch.cat([token, state]), feature
 
 
@@ -41,7 +48,9 @@ def test_every_step_reads_the_features_before_it_and_its_own_outputs_after(name:
     filled(batch, drafter, TARGET)
     inputs = eagle3s_inputs if name == "eagle3" else eagles_inputs
     if name == "eagle3":
-        features = torch.cat([batch.states[k][0] for k in drafter.fused_layers], -1) @ drafter.fc.weight.T
+        features = (
+            torch.cat([batch.states[k][0] for k in drafter.fused_layers], -1) @ drafter.fc.weight.T
+        )
     else:
         features = batch.states["final"][0]
     rows, ids, documents = training_rows(batch, 3), batch.input_ids[0], batch.document_ids[0]
@@ -52,7 +61,10 @@ def test_every_step_reads_the_features_before_it_and_its_own_outputs_after(name:
         for step in range(3):
             if not rows.valid_MK[m, step]:
                 break
-            pairs = [inputs(drafter, TARGET.embed(torch.tensor(token)), feature) for token, feature in read]
+            pairs = [
+                inputs(drafter, TARGET.embed(torch.tensor(token)), feature)
+                for token, feature in read
+            ]
             asked, residual = (torch.stack(part)[None] for part in zip(*pairs, strict=True))
             seen = causal_rows(torch.zeros(1, dtype=torch.long), len(read))
             out = drafter.layer(asked, seen, residual_BNH=residual)[0, -1]

@@ -51,8 +51,13 @@ def test_loss_is_the_papers() -> None:
         for b in range(2):
             for t in range(batch.input_ids.shape[1] - 2 - k):
                 label = int(batch.input_ids[b, t + 2 + k])
-                near, counts = batch.document_ids[b, t:t + 3 + k], batch.loss_mask[b]
-                if not counts[t + 2] or near[2] != near[0] or not counts[t + 2 + k] or near[-1] != near[0]:
+                near, counts = batch.document_ids[b, t : t + 3 + k], batch.loss_mask[b]
+                if (
+                    not counts[t + 2]
+                    or near[2] != near[0]
+                    or not counts[t + 2 + k]
+                    or near[-1] != near[0]
+                ):
                     continue
                 hidden = drafter.blocks[k](final[b, t])
                 law = torch.softmax(drafter.lm_heads[k].weight @ hidden, 0)
@@ -62,7 +67,10 @@ def test_loss_is_the_papers() -> None:
                     ranks[-1] = int((law > law[vocabulary.index(label)]).sum())
         total += 0.8 ** (k + 1) * float(torch.stack(terms).mean())
         top5 = losses.metrics[f"top5_{k}"]
-        assert (int(top5.total), int(top5.count)) == (sum(r is not None and r < 5 for r in ranks), len(ranks))
+        assert (int(top5.total), int(top5.count)) == (
+            sum(r is not None and r < 5 for r in ranks),
+            len(ranks),
+        )
     assert float(losses.total) == pytest.approx(total, rel=1e-6)
 
 
@@ -90,7 +98,10 @@ def test_an_optimised_tree_is_found_after_training_and_saved() -> None:
     with torch.no_grad():
         outcome = drafter.finish([batch], target)
     paths = drafter.config()["tree"]
-    assert len(paths) == 9 == drafter.default_budget and 1 <= outcome.figures["tree/expected_tokens"] <= 10
+    assert (
+        len(paths) == 9 == drafter.default_budget
+        and 1 <= outcome.figures["tree/expected_tokens"] <= 10
+    )
     table = measured_accuracies(drafter, [batch], target).tolist()
     assert paths == optimised_tree(table, 9)
     assert Medusa(**drafter.arguments).builder.paths == drafter.builder.paths  # pyright: ignore[reportAttributeAccessIssue]
@@ -139,9 +150,14 @@ def test_medusa2_adapts_to_another_target_and_is_lossless_for_that_one() -> None
     drafter, batch = shaken(joint(target)).eval(), tiny_batch(target)
     adapted, twin = drafter.adapt(target), drafter.adapted_twin(target)
     with torch.no_grad():
-        own, through = (model.logits(model.features(batch, ("final",))["final"]) for model in (adapted, twin))
+        own, through = (
+            model.logits(model.features(batch, ("final",))["final"]) for model in (adapted, twin)
+        )
         torch.testing.assert_close(own, through, atol=1e-5, rtol=1e-5)
-        assert float((own - target.logits(target.features(batch, ("final",))["final"])).abs().max()) > 0.1
+        assert (
+            float((own - target.logits(target.features(batch, ("final",))["final"])).abs().max())
+            > 0.1
+        )
     assert adapted.fingerprint() != target.fingerprint() and adapted.name == "tiny-llama+medusa2"
     assert torch.equal(adapted.embed(batch.input_ids), target.embed(batch.input_ids))
     prompts = [[7, 8, 9, 10], [20, 30]]
@@ -154,11 +170,15 @@ def test_medusa2_is_looked_at_in_training_without_a_copy_of_the_target() -> None
     target = tiny_target("llama")
     drafter, batch = shaken(joint(target, dropout=0.3)).train(), tiny_batch(target)
     shared = drafter.adapt_sharing(target)
-    known = {tensor.data_ptr() for module in (target, drafter) for tensor in module.state_dict().values()}
+    known = {
+        tensor.data_ptr() for module in (target, drafter) for tensor in module.state_dict().values()
+    }
     assert {tensor.data_ptr() for tensor in shared.state_dict().values()} <= known
     with torch.no_grad():
-        own, through = (model.logits(model.features(batch, ("final",))["final"])
-                        for model in (drafter.eval().adapt(target), shared))
+        own, through = (
+            model.logits(model.features(batch, ("final",))["final"])
+            for model in (drafter.eval().adapt(target), shared)
+        )
     torch.testing.assert_close(own, through, atol=1e-5, rtol=1e-5)
     assert drafter.adapt_sharing(target) is shared, "made once"
 
@@ -166,10 +186,16 @@ def test_medusa2_is_looked_at_in_training_without_a_copy_of_the_target() -> None
 def test_the_probe_of_medusa2_decodes_with_what_is_there(monkeypatch) -> None:
     target = tiny_target("llama")
     drafter = shaken(joint(target)).eval()
-    expected = SpeculativeDecoder(drafter.adapt(target), drafter).decode([[7, 8, 9]], Sampling(), 12)[0].accepted
+    expected = (
+        SpeculativeDecoder(drafter.adapt(target), drafter)
+        .decode([[7, 8, 9]], Sampling(), 12)[0]
+        .accepted
+    )
     monkeypatch.setattr(drafter.adapters, "merged", lambda *_: pytest.fail("the target was copied"))
     probe = AcceptanceProbe([[7, 8, 9]], ProbeSettings(max_new_tokens=12))
-    assert probe.measure(TrainableModule(drafter, target, OptimizerSettings())) == sum(expected) / len(expected)
+    assert probe.measure(TrainableModule(drafter, target, OptimizerSettings())) == sum(
+        expected
+    ) / len(expected)
 
 
 @torch.no_grad()
@@ -180,7 +206,10 @@ def test_medusa2s_optimised_tree_goes_by_the_adapted_target() -> None:
     outcome = drafter.finish([batch], target)
     batch.states = adapted.features(batch, ("final",))
     table = measured_accuracies(drafter, [batch], adapted).tolist()
-    assert drafter.config()["tree"] == optimised_tree(table, 9) and "tree/expected_tokens" in outcome.figures
+    assert (
+        drafter.config()["tree"] == optimised_tree(table, 9)
+        and "tree/expected_tokens" in outcome.figures
+    )
 
 
 def test_self_distillation_is_zero_before_and_positive_after_a_change() -> None:
@@ -194,15 +223,21 @@ def test_self_distillation_is_zero_before_and_positive_after_a_change() -> None:
 def test_medusa2_balance() -> None:
     target = tiny_target("llama")
     batch, heads = tiny_batch(target), {}
-    totals = {progress: joint(target, schedule="sine", ramp=0.5, coefficient=0.3).loss(batch, target, progress)
-              for progress in (0.0, 0.25, 0.5, 1.0)}
+    totals = {
+        progress: joint(target, schedule="sine", ramp=0.5, coefficient=0.3).loss(
+            batch, target, progress
+        )
+        for progress in (0.0, 0.25, 0.5, 1.0)
+    }
     language = totals[0.0].metrics["language_loss"]
     for progress, losses in totals.items():
         heads[progress] = float(losses.total.detach()) - float(language.total / language.count)
     assert heads[0.0] == pytest.approx(0)
     assert heads[0.5] == pytest.approx(heads[1.0])
     assert heads[0.25] == pytest.approx(heads[1.0] * sin(pi / 4))
-    scales = [(group["lr_scale"], len(group["params"])) for group in joint(target).parameter_groups()]
+    scales = [
+        (group["lr_scale"], len(group["params"])) for group in joint(target).parameter_groups()
+    ]
     assert scales == [(1.0, 2 * 7 * 2 + 2), (4.0, 2 * 3)]
 
 

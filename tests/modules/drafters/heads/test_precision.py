@@ -22,7 +22,10 @@ def test_bfloat16_target_with_a_float32_drafter(kind):
     drafter = kind(target.shape, heads=3, draft_vocabulary=40)
     drafter.initialise(target)
     batch = tiny_batch(target)
-    batch.states = {name: state.float() for name, state in target.features(batch, drafter.training_states).items()}
+    batch.states = {
+        name: state.float()
+        for name, state in target.features(batch, drafter.training_states).items()
+    }
     loss = drafter.loss(batch, target, 0.0).total
     loss.backward()
     assert loss.isfinite() and all(parameter.grad is None for parameter in target.parameters())
@@ -35,18 +38,26 @@ def test_bfloat16_target_with_a_float32_drafter(kind):
 @pytest.mark.parametrize("autocast", [True, False])
 @torch.no_grad()
 def test_laws_of_a_target_at_16_bits_are_those_of_its_weights(arch, trimmed, autocast, monkeypatch):
-    """Against float64 on the same states and weights. Rounded logits are off by a thousandth and more."""
+    """Against float64 on the same states and weights. Rounded logits are off by a thousandth and
+    more.
+    """
     monkeypatch.setattr(modules.target.target, "WIDENED_ROWS", 50)
     target = tiny_target(arch, torch.bfloat16)
     drafter = Hydra(target.shape, 2, draft_vocabulary=60 if trimmed else None)
     batch = tiny_batch(target)
-    batch.states = {name: state.float() for name, state in target.features(batch, drafter.training_states).items()}
+    batch.states = {
+        name: state.float()
+        for name, state in target.features(batch, drafter.training_states).items()
+    }
     rows = training_rows(batch, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         laws = drafter.laws(batch, target, rows)
     assert laws is not None
     flat_M, chosen = rows.flat_MK1[:, 1], slice(60 if trimmed else None)
-    logits = batch.states["final"].flatten(0, 1)[flat_M].double() @ target.copy_weight("lm_head")[chosen].double().T
+    logits = (
+        batch.states["final"].flatten(0, 1)[flat_M].double()
+        @ target.copy_weight("lm_head")[chosen].double().T
+    )
     if target.anatomy.softcap is not None:
         logits = torch.tanh(logits / target.anatomy.softcap) * target.anatomy.softcap
     torch.testing.assert_close(laws(flat_M).double(), logits.softmax(-1), atol=1e-6, rtol=1e-5)

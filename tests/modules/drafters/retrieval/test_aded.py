@@ -12,7 +12,14 @@ import torch
 
 from modules.contracts.drafter import Context, Sampling
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.retrieval.aded import Adaptive, Aded, Search, Trigrams, best_first, upper_score
+from modules.drafters.retrieval.aded import (
+    Adaptive,
+    Aded,
+    Search,
+    Trigrams,
+    best_first,
+    upper_score,
+)
 from modules.drafters.retrieval.suffix_array import Datastore
 from tests.fakes import tiny_target
 
@@ -26,9 +33,13 @@ def adaptive(*tokens: int) -> Adaptive:
 
 def test_the_table_holds_conditional_laws_and_twelve_successors() -> None:
     table = Trigrams(np.array([1, 2, 3, -1, 1, 2, 3, -1, 1, 2, 4, -1, 2, 3, 5], dtype=np.int32))
-    assert table.successors((1, 2)) == pytest.approx({3: 2 / 3, 4: 1 / 3}) and table.successors((2, 3)) == {5: 1}
+    assert table.successors((1, 2)) == pytest.approx({3: 2 / 3, 4: 1 / 3}) and table.successors(
+        (2, 3)
+    ) == {5: 1}
     assert table.successors((3, 1)) == {} and Trigrams().successors((1, 2)) == {}
-    wide = Trigrams(np.array([t for third in range(20) for t in (1, 2, 10 + third, -1)], dtype=np.int32))
+    wide = Trigrams(
+        np.array([t for third in range(20) for t in (1, 2, 10 + third, -1)], dtype=np.int32)
+    )
     assert len(wide.successors((1, 2))) == 12
 
 
@@ -44,7 +55,9 @@ def test_rewards_saturate_at_three_and_end_with_the_window() -> None:
 
 
 def test_puct() -> None:
-    assert upper_score(100, 10, 15.0, 0.2) == pytest.approx(1.5 + (32 + math.log(109 / 8)) * 0.2 * 10 / 11)
+    assert upper_score(100, 10, 15.0, 0.2) == pytest.approx(
+        1.5 + (32 + math.log(109 / 8)) * 0.2 * 10 / 11
+    )
     assert upper_score(100, 10, 15.0, 0.2) == pytest.approx(7.793, abs=1e-3)
     assert upper_score(5, 0, 0.0, 0.1) == math.inf
 
@@ -55,7 +68,9 @@ def test_visits_are_conserved_and_follow_the_prior() -> None:
     search = Search(table, 1, 2, random.Random(0))
     search.run(150)
     children = search.root.children
-    assert children is not None and search.root.visits == 150 == sum(child.visits for child in children)
+    assert children is not None and search.root.visits == 150 == sum(
+        child.visits for child in children
+    )
     assert [child.visits / 150 for child in children] == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
 
 
@@ -69,11 +84,18 @@ def test_a_chain_comes_back_with_four_tokens() -> None:
 
 def test_the_seed_decides_the_tree_and_never_the_answer() -> None:
     drafter = Aded(TARGET.shape, tokens=12)
-    state = drafter.start(Context(TARGET, torch.tensor([[7, 8, 9, 7, 8]]), torch.tensor([5]), torch.tensor([9])))
+    state = drafter.start(
+        Context(TARGET, torch.tensor([[7, 8, 9, 7, 8]]), torch.tensor([5]), torch.tensor([9]))
+    )
     again = drafter.start(state.context)
-    assert drafter.propose(state, 12).tokens_BN.tolist() == drafter.propose(again, 12).tokens_BN.tolist()
-    answers = [SpeculativeDecoder(TARGET, drafter).decode(PROMPTS[:1], Sampling(seed=seed), 20)[0].ids
-               for seed in (0, 1)]
+    assert (
+        drafter.propose(state, 12).tokens_BN.tolist()
+        == drafter.propose(again, 12).tokens_BN.tolist()
+    )
+    answers = [
+        SpeculativeDecoder(TARGET, drafter).decode(PROMPTS[:1], Sampling(seed=seed), 20)[0].ids
+        for seed in (0, 1)
+    ]
     assert answers[0] == answers[1]
 
 
@@ -81,7 +103,9 @@ def test_the_seed_decides_the_tree_and_never_the_answer() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_greedy_output_is_the_targets_own(simulations: int, count: int, tmp_path: Path) -> None:
     plain = SpeculativeDecoder(TARGET).decode(PROMPTS[:count], Sampling(), 30)
-    Datastore.build([prompt + trace.ids for prompt, trace in zip(PROMPTS, plain)], 128).save(tmp_path)
+    Datastore.build([prompt + trace.ids for prompt, trace in zip(PROMPTS, plain)], 128).save(
+        tmp_path
+    )
     for folder, adapt in ((None, True), (str(tmp_path), False)):
         drafter = Aded(TARGET.shape, folder, simulations, adapt, tokens=16)
         drafted = SpeculativeDecoder(TARGET, drafter).decode(PROMPTS[:count], Sampling(), 30)
@@ -92,6 +116,8 @@ def test_greedy_output_is_the_targets_own(simulations: int, count: int, tmp_path
 def test_a_repeated_text_is_learnt_only_by_a_table_that_adapts() -> None:
     text = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])
     context = Context(TARGET, text, torch.tensor([9]), torch.tensor([6]))
-    found = [drafter.propose(drafter.start(context), 8).tokens_BN[0].tolist()
-             for drafter in (Aded(TARGET.shape), Aded(TARGET.shape, adapt=False))]
+    found = [
+        drafter.propose(drafter.start(context), 8).tokens_BN[0].tolist()
+        for drafter in (Aded(TARGET.shape), Aded(TARGET.shape, adapt=False))
+    ]
     assert found == [[6, 7, 8, 5, 6], [6]]

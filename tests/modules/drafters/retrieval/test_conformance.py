@@ -1,4 +1,6 @@
-"""Every drafter of configs/eval/training_free.yaml: no token changed, whatever stands beside it in the batch."""
+"""Every drafter of configs/eval/training_free.yaml: no token changed, whatever stands beside it in
+the batch.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ from tests.modules.sampling import Counts, first_two_tokens, homogeneous, small_
 
 TARGET = tiny_target()
 PROMPTS = [[7, 8, 9, 7, 8], [20, 30], [40, 41, 42, 40, 41, 42, 40]]
-METHODS = {method["name"]: method["drafter"]
-           for method in yaml.safe_load((CONFIGS / "eval" / "training_free.yaml").read_text())["methods"]
-           if "drafter" in method}
+METHODS = {
+    method["name"]: method["drafter"]
+    for method in yaml.safe_load((CONFIGS / "eval" / "training_free.yaml").read_text())["methods"]
+    if "drafter" in method
+}
 
 
 def made(name: str, target: Target, folder: Path, documents: list[list[int]]) -> Drafter:
@@ -64,10 +68,20 @@ def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(drafter: D
 
 
 @pytest.mark.parametrize("name", [*METHODS, "rasd with a partner"])
-def test_sampled_decoding_keeps_the_targets_law(name: str, plain_counts: Counts, tmp_path: Path) -> None:
-    """Through the whole loop at temperature 1; drafts that the sampled text looks up are among them."""
+def test_sampled_decoding_keeps_the_targets_law(
+    name: str, plain_counts: Counts, tmp_path: Path
+) -> None:
+    """Through the whole loop at temperature 1; drafts that the sampled text looks up are among
+    them.
+    """
     target = small_target()
     partner = ScriptedDrafter(target.shape, right=0.5, depth=2, decoys=1)
-    drafter = made(name, target, tmp_path, [[3, 1, 2, 4], [1, 2, 5, 3], [4, 4, 1, 5]]) if name in METHODS else Rasd(
-        target.shape, partner, tokens=8)
-    assert homogeneous(plain_counts, first_two_tokens(SpeculativeDecoder(target, drafter), 1000)) > 1e-4
+    drafter = (
+        made(name, target, tmp_path, [[3, 1, 2, 4], [1, 2, 5, 3], [4, 4, 1, 5]])
+        if name in METHODS
+        else Rasd(target.shape, partner, tokens=8)
+    )
+    assert (
+        homogeneous(plain_counts, first_two_tokens(SpeculativeDecoder(target, drafter), 1000))
+        > 1e-4
+    )

@@ -23,8 +23,10 @@ from tests.fakes import tiny_target
 TARGET = tiny_target()
 PROMPTS = [[7, 8, 9, 7, 8], [20, 30], [40, 41, 42, 40, 41, 42, 40]]
 DRAFTERS = {
-    "prompt_lookup": lambda: PromptLookup(TARGET.shape), "token_recycling": lambda: TokenRecycling(TARGET.shape),
-    "token_recycling_prompt": lambda: TokenRecycling(TARGET.shape, tokens=80, recycle_prompt=True)}
+    "prompt_lookup": lambda: PromptLookup(TARGET.shape),
+    "token_recycling": lambda: TokenRecycling(TARGET.shape),
+    "token_recycling_prompt": lambda: TokenRecycling(TARGET.shape, tokens=80, recycle_prompt=True),
+}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -39,16 +41,22 @@ def text_state(text: list[int]) -> TextState:
     ids, length = torch.tensor([text]), torch.tensor([len(text) - 1])
     context = Context(TARGET, ids[:, :-1], length, ids[:, -1])
     state = PromptLookup(TARGET.shape).start(context)
-    assert isinstance(state, DraftState) and state.text_BL[0, :len(text)].tolist() == text
+    assert isinstance(state, DraftState) and state.text_BL[0, : len(text)].tolist() == text
     return state
 
 
 def test_the_longest_ngram_wins_and_of_equals_the_latest_that_a_whole_draft_follows() -> None:
     """A text that goes round is drafted as far as it is known, not only to its period."""
     lookup = PromptLookup(TARGET.shape, longest=2, tokens=3)
-    for text, expected in (([1, 2, 50, 9, 2, 60, 61, 62, 63, 1, 2], [50, 9, 2]), ([5, 10, 5, 11, 12, 5], [11, 12, 5]),
-                           ([1, 2, 3, 4], []), ([6, 6, 6, 6], [6, 6]), ([6] * 9, [6] * 3),
-                           ([7, 5, 8, 9, 7, 5, 8, 4, 7, 5], [8, 4, 7]), ([5, 1, 5, 2, 5], [1, 5, 2])):
+    for text, expected in (
+        ([1, 2, 50, 9, 2, 60, 61, 62, 63, 1, 2], [50, 9, 2]),
+        ([5, 10, 5, 11, 12, 5], [11, 12, 5]),
+        ([1, 2, 3, 4], []),
+        ([6, 6, 6, 6], [6, 6]),
+        ([6] * 9, [6] * 3),
+        ([7, 5, 8, 9, 7, 5, 8, 4, 7, 5], [8, 4, 7]),
+        ([5, 1, 5, 2, 5], [1, 5, 2]),
+    ):
         assert lookup.propose(text_state(text), 3).tokens_BN[0, 1:].tolist() == expected
 
 
@@ -61,7 +69,14 @@ def test_chains_of_unequal_length_are_padded() -> None:
 
 def test_the_template_is_the_papers() -> None:
     assert len(StaticTree(TEMPLATE).paths) == 80
-    assert [sum(len(path) == depth for path in TEMPLATE) for depth in range(1, 7)] == [8, 21, 25, 15, 8, 3]
+    assert [sum(len(path) == depth for path in TEMPLATE) for depth in range(1, 7)] == [
+        8,
+        21,
+        25,
+        15,
+        8,
+        3,
+    ]
     for budget in (1, 7, 40, 80):
         StaticTree(TokenRecycling(TARGET.shape).paths[:budget])
 
@@ -69,13 +84,17 @@ def test_the_template_is_the_papers() -> None:
 def cycle(drafter: TokenRecycling, period: int) -> None:
     size, count = drafter.successors_VK.shape
     drafter.successors_VK[:] = (torch.arange(size)[:, None] + torch.arange(1, count + 1)) % size
-    drafter.successors_VK[50:50 + period, 0] = 50 + (torch.arange(period, dtype=torch.int32) + 1) % period
+    drafter.successors_VK[50 : 50 + period, 0] = (
+        50 + (torch.arange(period, dtype=torch.int32) + 1) % period
+    )
 
 
 def test_a_known_chain_is_drafted_to_full_depth() -> None:
     drafter = TokenRecycling(TARGET.shape, tokens=80)
     cycle(drafter, 3)
-    state = drafter.start(Context(TARGET, torch.tensor([[9]]), torch.tensor([1]), torch.tensor([50])))
+    state = drafter.start(
+        Context(TARGET, torch.tensor([[9]]), torch.tensor([1]), torch.tensor([50]))
+    )
     tree = drafter.propose(state, 80)
     assert tree.size == 81
     deepest = int(tree.topology.depth[0].argmax())
@@ -92,7 +111,10 @@ def test_every_verified_node_is_recycled_and_the_last_row_of_a_token_counts() ->
     logits[1, [7, 8]] = torch.tensor([2.0, 1.0])
     logits[2, [9, 4]] = torch.tensor([2.0, 1.0])
     drafter.recycle(torch.tensor([30, 31, 30]), logits)
-    assert drafter.successors_VK[30].tolist() == [9, 4] and drafter.successors_VK[31].tolist() == [7, 8]
+    assert drafter.successors_VK[30].tolist() == [9, 4] and drafter.successors_VK[31].tolist() == [
+        7,
+        8,
+    ]
     assert int((drafter.successors_VK != UNKNOWN).sum()) == 4
     drafter.forget()
     assert bool((drafter.successors_VK == UNKNOWN).all())
@@ -108,8 +130,12 @@ def test_successors_of_tokens_that_were_never_read_are_not_drafted() -> None:
     tree = drafter.propose(drafter.start(context), 80)
     paths = paths_of(tree, 0)
     assert {(5,), (6,), (5, 30), (5, 0), (5, 30, 5), (5, 30, 6)} <= paths
-    assert not {path for path in paths for unread in ((6,), (5, 0))
-                if path[:len(unread)] == unread and len(path) > len(unread)}
+    assert not {
+        path
+        for path in paths
+        for unread in ((6,), (5, 0))
+        if path[: len(unread)] == unread and len(path) > len(unread)
+    }
     assert tree.size == len(paths) + 1 and paths_of(tree, 1) == set()
     alone = Context(TARGET, torch.tensor([[9]]), torch.tensor([1]), torch.tensor([7]))
     assert drafter.propose(drafter.start(alone), 80).tokens_BN.tolist() == [[7]]
@@ -138,11 +164,15 @@ def test_a_cold_start_knows_nothing_of_earlier_prompts() -> None:
     calls = {}
     for cold in (True, False):
         decoder = SpeculativeDecoder(TARGET, TokenRecycling(TARGET.shape, tokens=20, cold=cold))
-        calls[cold] = [len(decoder.decode([PROMPTS[1]], Sampling(), 40)[0].accepted) for _ in range(3)]
+        calls[cold] = [
+            len(decoder.decode([PROMPTS[1]], Sampling(), 40)[0].accepted) for _ in range(3)
+        ]
     assert len(set(calls[True])) == 1 and calls[False][0] == calls[True][0] > calls[False][1]
 
 
-def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes_in_memory_and_on_disk(tmp_path: Path) -> None:
+def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes_in_memory_and_on_disk(
+    tmp_path: Path,
+) -> None:
     """And a drafter that is loaded again starts hot."""
     drafter = TokenRecycling(TargetShape(576, 49152, 30, 9, 3, 64, 1536))
     assert drafter.successors_VK.numel() * drafter.successors_VK.element_size() < 2e6
@@ -150,7 +180,9 @@ def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes_in_memory_and_
     save_pretrained(drafter, tmp_path, Provenance.of(TARGET))
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2e6
     loaded = load_pretrained(tmp_path)
-    assert isinstance(loaded, TokenRecycling) and torch.equal(loaded.successors_VK, drafter.successors_VK)
+    assert isinstance(loaded, TokenRecycling) and torch.equal(
+        loaded.successors_VK, drafter.successors_VK
+    )
     assert loaded.successors_VK[5].tolist() == list(range(49151, 49143, -1))
 
 
@@ -175,8 +207,12 @@ def test_sampled_text_keeps_the_targets_law_behind_a_token_zero(tokens: int) -> 
 
 
 def test_wrong_settings_are_refused_and_nothing_is_trained() -> None:
-    for wrong in (lambda: PromptLookup(TARGET.shape, 2, 3), lambda: PromptLookup(TARGET.shape, tokens=0),
-                  lambda: TokenRecycling(TARGET.shape, successors=9), lambda: TokenRecycling(TARGET.shape, tokens=0)):
+    for wrong in (
+        lambda: PromptLookup(TARGET.shape, 2, 3),
+        lambda: PromptLookup(TARGET.shape, tokens=0),
+        lambda: TokenRecycling(TARGET.shape, successors=9),
+        lambda: TokenRecycling(TARGET.shape, tokens=0),
+    ):
         with pytest.raises(ValueError, match="shortest|tokens|successors"):
             wrong()
     with pytest.raises(ValueError, match="no parameters"):

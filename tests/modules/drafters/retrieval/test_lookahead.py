@@ -28,12 +28,16 @@ def test_the_pool_forgets_what_was_added_longest_ago() -> None:
 def test_the_window_only_computes_and_ngrams_do_not_see_it() -> None:
     drafter = Lookahead(TARGET.shape, ngram=3, window=2)
     text = torch.tensor([[5, 6, 7, 8]])
-    tree = drafter.propose(drafter.start(Context(TARGET, text, torch.tensor([4]), torch.tensor([5]))), 12)
+    tree = drafter.propose(
+        drafter.start(Context(TARGET, text, torch.tensor([4]), torch.tensor([5]))), 12
+    )
     assert tree.tokens_BN[0].tolist() == [5, 5, 6, 7, 8, 6, 7]
     assert tree.parents_BN[0].tolist() == [-1, 0, 1, 1, 2, 0, 5]
     assert tree.acceptable_BN[0].tolist() == [True, False, False, False, False, True, True]
     with pytest.raises(ValueError, match="budget 4"):
-        drafter.propose(drafter.start(Context(TARGET, text, torch.tensor([4]), torch.tensor([5]))), 4)
+        drafter.propose(
+            drafter.start(Context(TARGET, text, torch.tensor([4]), torch.tensor([5]))), 4
+        )
 
 
 def test_the_window_holds_the_text_to_come_and_completes_its_ngrams() -> None:
@@ -58,8 +62,13 @@ def test_the_window_holds_the_text_to_come_and_completes_its_ngrams() -> None:
         for row, (text, count) in enumerate(zip(texts, accepted.lengths)):
             accepted_counts[row].append(count)
             grown = [*right[row], [True] * columns]
-            right[row] = [[i + count - 1 < columns and grown[level + 1][i + count - 1]
-                           for i in range(columns)] for level in range(levels)]
+            right[row] = [
+                [
+                    i + count - 1 < columns and grown[level + 1][i + count - 1]
+                    for i in range(columns)
+                ]
+                for level in range(levels)
+            ]
             cells, place = state.window_BLW[row].tolist(), int(state.lengths_B[row])
             for level, i in ((level, i) for level in range(levels) for i in range(columns)):
                 assert not right[row][level][i] or cells[level][i] == text[place + 1 + level + i]
@@ -71,13 +80,23 @@ def test_the_window_holds_the_text_to_come_and_completes_its_ngrams() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_greedy_output_is_the_targets_own(count: int) -> None:
     plain = SpeculativeDecoder(TARGET).decode(PROMPTS[:count], Sampling(), 24)
-    drafted = SpeculativeDecoder(TARGET, Lookahead(TARGET.shape)).decode(PROMPTS[:count], Sampling(), 24)
+    drafted = SpeculativeDecoder(TARGET, Lookahead(TARGET.shape)).decode(
+        PROMPTS[:count], Sampling(), 24
+    )
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
 def test_the_rows_of_a_call_count_the_window_and_padding() -> None:
     """Nodes are candidates; rows are what the target computes."""
     traces = SpeculativeDecoder(TARGET, Lookahead(TARGET.shape)).decode(PROMPTS, Sampling(), 40)
-    assert all(rows >= 13 + nodes for trace in traces for rows, nodes in zip(trace.rows, trace.nodes, strict=True))
-    assert any(rows > 13 + nodes for trace in traces for rows, nodes in zip(trace.rows, trace.nodes, strict=True))
+    assert all(
+        rows >= 13 + nodes
+        for trace in traces
+        for rows, nodes in zip(trace.rows, trace.nodes, strict=True)
+    )
+    assert any(
+        rows > 13 + nodes
+        for trace in traces
+        for rows, nodes in zip(trace.rows, trace.nodes, strict=True)
+    )
     assert SpeculativeDecoder(TARGET).decode(PROMPTS[:1], Sampling(), 5)[0].rows == [1] * 4

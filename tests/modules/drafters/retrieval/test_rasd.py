@@ -65,7 +65,7 @@ def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_
     heard = Overheard(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
     heard.tokens, heard.parents = [torch.tensor([[9, 5]])], [torch.tensor([[-1, 0]])]
     heard.laws = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
-    opinion, = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
+    (opinion,) = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
     assert columns is not None and columns.tolist() == [-1] * 5 + [0, 1] + [-1] * 3
     assert opinion.outside == 0.3
     assert opinion.judge([7], 1, 0.3) == 0.3 and opinion.judge([7], 1, 0.31) is None
@@ -80,7 +80,8 @@ def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_
 
 
 def test_text_is_asked_before_the_corpus_where_enough_of_its_end_stood_before(
-        tmp_path: Path) -> None:
+    tmp_path: Path,
+) -> None:
     """One token of the end stood before in the text, two stand in the corpus."""
     Datastore.build([[7, 8, 30]], TARGET.shape.vocab_size).save(tmp_path)
     text, other = [8, 20, 7, 8], [8, 20, 9, 8]
@@ -117,8 +118,7 @@ class Chain(ScriptedDrafter):
 
 def test_fusion_is_the_union_of_both_halves() -> None:
     text = torch.tensor([[7, 8, 9, 10, 7]])
-    context = Context(TARGET, text, torch.tensor([5]), torch.tensor([8]),
-                      prompt_states(text))
+    context = Context(TARGET, text, torch.tensor([5]), torch.tensor([8]), prompt_states(text))
     drafter = partner()
     alone = paths(StaticTree(NARROW).build(drafter, drafter.start(context), 7))
     fused = Rasd(TARGET.shape, drafter, top=128, least=0.0, retrieved=3, tokens=10)
@@ -139,7 +139,9 @@ def test_nothing_retrieved_is_the_partner_alone() -> None:
     context = Context(TARGET, text, torch.tensor([4]), torch.tensor([11]), prompt_states(text))
     drafter = partner()
     fused = Rasd(TARGET.shape, drafter, retrieved=3, tokens=10)
-    assert paths(fused.propose(fused.start(context), 10)) == paths(drafter.propose(drafter.start(context), 7))
+    assert paths(fused.propose(fused.start(context), 10)) == paths(
+        drafter.propose(drafter.start(context), 7)
+    )
     heard = Overheard(drafter)
     drafter.builder.build(heard, drafter.start(context), 7)  # type: ignore[arg-type]
     assert heard.opinions([[7, 8, 9, 10, 11]], 128)[0].laws_WD is not None
@@ -148,7 +150,11 @@ def test_nothing_retrieved_is_the_partner_alone() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["retrieval", "medusa", "script"])
 def test_greedy_output_is_the_targets_own(name: str, count: int) -> None:
-    with_partner = {"retrieval": None, "medusa": partner(), "script": ScriptedDrafter(TARGET.shape, 0.6, decoys=1)}
+    with_partner = {
+        "retrieval": None,
+        "medusa": partner(),
+        "script": ScriptedDrafter(TARGET.shape, 0.6, decoys=1),
+    }
     plain = SpeculativeDecoder(TARGET).decode(PROMPTS[:count], Sampling(), 30)
     drafter = Rasd(TARGET.shape, with_partner[name], tokens=12)
     drafted = SpeculativeDecoder(TARGET, drafter).decode(PROMPTS[:count], Sampling(), 30)
@@ -157,14 +163,32 @@ def test_greedy_output_is_the_targets_own(name: str, count: int) -> None:
         assert len(drafted[0].accepted) < len(plain[0].accepted)
 
 
-@pytest.mark.parametrize(("partner_of", "builder", "words"), [
-    (partner, branching_tree([2, 2]), r"DrawnTree draws its siblings \(without_replacement\).* verified by value"),
-    (partner, SampledChain(2), r"rasd: SampledChain draws its siblings"),
-    (partner, RerankedTree(depth=4), "depth 4, but the drafter has 3 heads: lower the depth"),
-    (lambda: Lookahead(TARGET.shape), None, "rasd: partner Lookahead needs rows that only compute"),
-    (lambda: Lookahead(TARGET.shape), RerankedTree(depth=2), "rasd: partner Lookahead needs rows that only compute")])
+@pytest.mark.parametrize(
+    ("partner_of", "builder", "words"),
+    [
+        (
+            partner,
+            branching_tree([2, 2]),
+            r"DrawnTree draws its siblings \(without_replacement\).* verified by value",
+        ),
+        (partner, SampledChain(2), r"rasd: SampledChain draws its siblings"),
+        (partner, RerankedTree(depth=4), "depth 4, but the drafter has 3 heads: lower the depth"),
+        (
+            lambda: Lookahead(TARGET.shape),
+            None,
+            "rasd: partner Lookahead needs rows that only compute",
+        ),
+        (
+            lambda: Lookahead(TARGET.shape),
+            RerankedTree(depth=2),
+            "rasd: partner Lookahead needs rows that only compute",
+        ),
+    ],
+)
 def test_what_cannot_be_fused_is_refused_by_name(partner_of, builder, words: str) -> None:
-    """Mixed nodes among them: siblings that were drawn would need the ratio rule beside the point rule."""
+    """Mixed nodes among them: siblings that were drawn would need the ratio rule beside the point
+    rule.
+    """
     with pytest.raises(ValueError, match=words):
         Rasd(TARGET.shape, partner_of(), builder=builder, tokens=40)
     assert Rasd(TARGET.shape, partner(), builder=RerankedTree(depth=3)).law is Law.POINT
@@ -189,7 +213,9 @@ class HalfRight(ScriptedDrafter):
 
 
 def test_a_fused_tree_accepts_at_least_what_either_part_accepts() -> None:
-    """Step by step over a text that half repeats itself, with the budget of both parts; each is ahead at some step."""
+    """Step by step over a text that half repeats itself, with the budget of both parts; each is
+    ahead at some step.
+    """
     draw = random.Random(0)
     ids = [draw.choice(range(10, 14)) for _ in range(80)]
     scripted = HalfRight(TARGET.shape, depth=3)
@@ -200,7 +226,9 @@ def test_a_fused_tree_accepts_at_least_what_either_part_accepts() -> None:
         context = Context(TARGET, text[:, :-1], torch.tensor([end - 1]), text[:, -1])
         for drafter, budget in ((scripted, 3), (retrieval, 4), (fused, 7)):
             scripted.coin.manual_seed(end)
-            reached.append(right_depth(as_trie(drafter.propose(drafter.start(context), budget), 0), ids[end:]))
+            reached.append(
+                right_depth(as_trie(drafter.propose(drafter.start(context), budget), 0), ids[end:])
+            )
         assert reached[2] >= max(reached[:2])
         leads.add((reached[0] > reached[1]) - (reached[0] < reached[1]))
     assert {-1, 1} <= leads

@@ -49,18 +49,28 @@ def test_the_likeliest_chain_follows_the_commonest_token_at_every_step() -> None
     assert likeliest(np.empty((0, 3), dtype=np.int64)) == []
 
 
-@pytest.mark.parametrize(("text", "bias", "shortest", "expected"), [
-    # `5 6` stood before in the text, `4 5 6` in the corpus: one longer.
-    ([5, 6, 50, 51, 4, 5, 6], 0, 1, [60, 61]), ([5, 6, 50, 51, 4, 5, 6], 1, 1, [50, 51]),
-    # `3 4 5 6`: two longer; the commonest continuation, up to the document's end.
-    ([5, 6, 50, 51, 3, 4, 5, 6], 1, 1, [60, 61]), ([5, 6, 50, 51, 3, 4, 5, 6], 2, 1, [50, 51]),
-    # Both below `shortest`, counted with the bias.
-    ([5, 6, 50, 51, 3, 4, 5, 6], 1, 4, None), ([5, 6, 50, 51, 3, 4, 5, 6], 0, 4, [60, 61]),
-    ([5, 6, 50, 51, 9, 5, 6], 5, 3, None), ([5, 6, 50, 51, 9, 5, 6], 5, 2, [50, 51]),
-    # Nothing stood before in the text.
-    ([70, 6], 0, 1, [60, 61]), ([70, 71], 0, 1, None)])
-def test_the_longer_match_is_drafted_behind(text: list[int], bias: int, shortest: int,
-                                            expected: list[int] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "bias", "shortest", "expected"),
+    [
+        # `5 6` stood before in the text, `4 5 6` in the corpus: one longer.
+        ([5, 6, 50, 51, 4, 5, 6], 0, 1, [60, 61]),
+        ([5, 6, 50, 51, 4, 5, 6], 1, 1, [50, 51]),
+        # `3 4 5 6`: two longer; the commonest continuation, up to the document's end.
+        ([5, 6, 50, 51, 3, 4, 5, 6], 1, 1, [60, 61]),
+        ([5, 6, 50, 51, 3, 4, 5, 6], 2, 1, [50, 51]),
+        # Both below `shortest`, counted with the bias.
+        ([5, 6, 50, 51, 3, 4, 5, 6], 1, 4, None),
+        ([5, 6, 50, 51, 3, 4, 5, 6], 0, 4, [60, 61]),
+        ([5, 6, 50, 51, 9, 5, 6], 5, 3, None),
+        ([5, 6, 50, 51, 9, 5, 6], 5, 2, [50, 51]),
+        # Nothing stood before in the text.
+        ([70, 6], 0, 1, [60, 61]),
+        ([70, 71], 0, 1, None),
+    ],
+)
+def test_the_longer_match_is_drafted_behind(
+    text: list[int], bias: int, shortest: int, expected: list[int] | None, tmp_path: Path
+) -> None:
     corpus = [[3, 4, 5, 6, 60, 61], [3, 4, 5, 6, 62], [4, 5, 6, 60, 61]]
     Datastore.build(corpus, TARGET.shape.vocab_size).save(tmp_path)
     drafter = Suffix(TARGET.shape, shortest, datastore=str(tmp_path), bias=bias)
@@ -108,8 +118,9 @@ def independent() -> Drafter:
     return drafter.double().eval()
 
 
-@pytest.mark.parametrize("name", [
-    "medusa", "clover2", "hydra", "eagle", "eagle3", "falcon", "independent"])
+@pytest.mark.parametrize(
+    "name", ["medusa", "clover2", "hydra", "eagle", "eagle3", "falcon", "independent"]
+)
 def test_a_partner_that_was_not_asked_drafts_as_one_that_was(name: str) -> None:
     """Its state moves on with the text, whether its trees are asked for or not."""
     partner = independent() if name == "independent" else built(name, TARGET, shake=0.1)
@@ -125,8 +136,9 @@ def test_a_partner_that_was_not_asked_drafts_as_one_that_was(name: str) -> None:
         state, mirror = accept_two(drafter, state, partner, mirror, step)
 
 
-def accept_two(drafter: Drafter, state: DraftState, partner: Drafter, mirror: DraftState, step: int
-               ) -> tuple[DraftState, DraftState]:
+def accept_two(
+    drafter: Drafter, state: DraftState, partner: Drafter, mirror: DraftState, step: int
+) -> tuple[DraftState, DraftState]:
     """One call that emits two tokens, absorbed by the drafter and by the partner alone."""
     chain = TokenTree.chain(torch.tensor([[int(state.newest_B), 10 + step, 30 + step]]))
     verified = TARGET.verify(chain, drafter.decoding_states)

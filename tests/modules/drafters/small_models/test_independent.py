@@ -1,4 +1,6 @@
-"""A second language model as the drafter: whatever the tree, it reads the text, and no token of the target changes."""
+"""A second language model as the drafter: whatever the tree, it reads the text, and no token of the
+target changes.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ from tests.modules.families import Reader, documents
 TARGET = tiny_target(layers=4)
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 BUILDERS = {
-    "chain": StaticTree.chain(3), "static": StaticTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]),
-    "reranked": RerankedTree(3, 2), "threshold": ThresholdTree(3, 3, 0.99, 0.01), "sampled": SampledChain(3)}
+    "chain": StaticTree.chain(3),
+    "static": StaticTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]),
+    "reranked": RerankedTree(3, 2),
+    "threshold": ThresholdTree(3, 3, 0.99, 0.01),
+    "sampled": SampledChain(3),
+}
 
 
 def drafter(target: Target = TARGET, shake: float = 0.05, **arguments: Any) -> Independent:
@@ -35,7 +41,7 @@ def drafter(target: Target = TARGET, shake: float = 0.05, **arguments: Any) -> I
     torch.manual_seed(0)
     made = Independent(target.shape, **arguments)
     if made.vocabulary_D is not None:
-        made.set_vocabulary(torch.randperm(target.shape.vocab_size)[:made.draft_size])
+        made.set_vocabulary(torch.randperm(target.shape.vocab_size)[: made.draft_size])
     made.initialise(target)
     made.double()
     with torch.no_grad():
@@ -53,13 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_batch_drafts_what_each_prompt_alone_does(name: str, temperature: float) -> None:
-    decoder, sampling = SpeculativeDecoder(TARGET, drafter(), builder=BUILDERS[name], budget=6), Sampling(temperature)
+    decoder, sampling = (
+        SpeculativeDecoder(TARGET, drafter(), builder=BUILDERS[name], budget=6),
+        Sampling(temperature),
+    )
     together = decoder.decode(PROMPTS, sampling, 16)
     for index, prompt in enumerate(PROMPTS):
         alone = decoder.decode([prompt], Sampling(temperature, seed=index), 16)[0]
@@ -71,8 +80,12 @@ def test_a_batch_drafts_what_each_prompt_alone_does(name: str, temperature: floa
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "opt", "qwen3"])
 @pytest.mark.parametrize("name", ["reranked", "threshold"])
-def test_every_kind_of_model_reads_a_tree_as_it_reads_text(arch: str, name: str, monkeypatch: Any) -> None:
-    """Each row of each proposal gets the logits that the stock model gives to the same text without a cache."""
+def test_every_kind_of_model_reads_a_tree_as_it_reads_text(
+    arch: str, name: str, monkeypatch: Any
+) -> None:
+    """Each row of each proposal gets the logits that the stock model gives to the same text without
+    a cache.
+    """
     target = tiny_target(arch)
     made, expand, checked = drafter(target), Independent.expand, []
     text: list[int] = []
@@ -84,9 +97,13 @@ def test_every_kind_of_model_reads_a_tree_as_it_reads_text(arch: str, name: str,
             state.paths = [[]]
             text[:] = [*state.context.input_ids_BT[0].tolist(), *state.written]
         else:
-            state.paths += [rows[parent] + [token] for token, parent in
-                            zip(frontier.tokens_BW[0].tolist(), frontier.parents_BW[0].tolist(), strict=True)]
-        for column, path in enumerate(state.paths[-frontier.tokens_BW.shape[1]:]):
+            state.paths += [
+                rows[parent] + [token]
+                for token, parent in zip(
+                    frontier.tokens_BW[0].tolist(), frontier.parents_BW[0].tolist(), strict=True
+                )
+            ]
+        for column, path in enumerate(state.paths[-frontier.tokens_BW.shape[1] :]):
             expected = self.stock.double()(torch.tensor([text + path])).logits[0, -1]
             torch.testing.assert_close(found[0, column], expected, atol=1e-5, rtol=1e-4)
             checked.append(path)
@@ -99,13 +116,17 @@ def test_every_kind_of_model_reads_a_tree_as_it_reads_text(arch: str, name: str,
 
     def absorb(self: Independent, state: Any, verified: Any, accepted: Any) -> Any:
         after: Any = original_absorb(self, state, verified, accepted)
-        after.written = state.written + accepted.emitted(verified.tree)[0, :accepted.lengths_B[0]].tolist()
+        after.written = (
+            state.written + accepted.emitted(verified.tree)[0, : accepted.lengths_B[0]].tolist()
+        )
         return after
 
     original_start, original_absorb = Independent.start, Independent.absorb
     for method, replacement in (("expand", checking), ("start", start), ("absorb", absorb)):
         monkeypatch.setattr(Independent, method, replacement)
-    decoder = SpeculativeDecoder(target, made, builder=BUILDERS[name], budget=12, stop_ids=frozenset({-1}))
+    decoder = SpeculativeDecoder(
+        target, made, builder=BUILDERS[name], budget=12, stop_ids=frozenset({-1})
+    )
     decoder.decode([3 * PROMPTS[0]], Sampling(), 10)
     assert max(map(len, checked)) == 2 and len(checked) > checked.count([]) > 0
 
@@ -116,25 +137,33 @@ def test_the_target_itself_as_its_drafter_is_always_right() -> None:
     assert trace.accepted == [4] * 4
     losses = twin.loss(tiny_batch(TARGET), TARGET, 0.0)
     assert float(losses.total.detach()) == pytest.approx(0, abs=1e-12)
-    assert float(losses.metrics["acceptance_0"].total) == pytest.approx(int(losses.metrics["acceptance_0"].count))
+    assert float(losses.metrics["acceptance_0"].total) == pytest.approx(
+        int(losses.metrics["acceptance_0"].count)
+    )
 
 
 def test_tokens_that_it_never_drafted_are_read_too() -> None:
-    batch = documents([torch.randint(5, 128, (n,), generator=torch.Generator().manual_seed(1)).tolist()
-                       for n in (22, 19)])
+    batch = documents(
+        [
+            torch.randint(5, 128, (n,), generator=torch.Generator().manual_seed(1)).tolist()
+            for n in (22, 19)
+        ]
+    )
     made = drafter(draft_vocabulary=40)
     reader = Reader(made, TARGET, batch, [5, 3])
     for lengths in ([1, 3], [2, 2], [3, 1]):
         reader.accept(lengths)
     found = reader.logits()[:, 0]
     for b, read in enumerate(reader.read.tolist()):
-        whole = made.stock.double()(batch.input_ids[b:b + 1, :read + 1]).logits[0, -1]
+        whole = made.stock.double()(batch.input_ids[b : b + 1, : read + 1]).logits[0, -1]
         torch.testing.assert_close(found[b], whole[made.vocabulary_D], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 8])
 def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
-    """Chi-square of the second token's frequencies behind a fixed first one, through the whole loop."""
+    """Chi-square of the second token's frequencies behind a fixed first one, through the whole
+    loop.
+    """
     target = tiny_target(vocab=12)
     made = drafter(target, shake=0.3, draft_vocabulary=draft_vocabulary)
     decoder = SpeculativeDecoder(target, made, builder=SampledChain(2))
@@ -149,12 +178,14 @@ def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
     assert len(seconds) > 300 and float(statistic) < 35
 
 
-# -- training -----------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_row_learns_the_law_of_the_token_that_follows_what_it_read() -> None:
-    """On the target's greedy text, the law that a row is held against is surest of the token that it is to draft."""
+    """On the target's greedy text, the law that a row is held against is surest of the token that
+    it is to draft.
+    """
     trace = SpeculativeDecoder(TARGET).decode([[7, 8, 9]], Sampling(), 20)[0]
     batch = documents([[7, 8, 9, *trace.ids]], labels_from=3)
     made = drafter()
@@ -211,7 +242,9 @@ def test_total_variation_is_how_often_the_ratio_rule_rejects(training: bool) -> 
     assert float(metric.total) / int(metric.count) == pytest.approx(float(losses.total.detach()))
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "kl_mixture", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "kl_mixture", "jensen_shannon", "total_variation"]
+)
 def test_every_divergence_brings_it_closer_to_the_target(divergence: str) -> None:
     made, batch = drafter(layers=2, divergence=divergence, draft_vocabulary=40), tiny_batch(TARGET)
     optimizer = torch.optim.Adam(made.declared_parameters(), 3e-3)
@@ -230,7 +263,9 @@ def test_every_divergence_brings_it_closer_to_the_target(divergence: str) -> Non
 def test_a_frozen_embedding_stays_and_takes_a_tied_head_with_it() -> None:
     made = drafter(frozen_embedding=True)
     made.loss(tiny_batch(TARGET), TARGET, 0.0).total.backward()
-    assert {name for name, p in made.named_parameters() if p.grad is None} == {"model.model.embed_tokens.weight"}
+    assert {name for name, p in made.named_parameters() if p.grad is None} == {
+        "model.model.embed_tokens.weight"
+    }
 
 
 def test_its_own_text_continues_the_batchs_prompts_by_its_own_law() -> None:
@@ -243,8 +278,10 @@ def test_its_own_text_continues_the_batchs_prompts_by_its_own_law() -> None:
     assert vocabulary is not None
     text = written(made.language_model, prompts, 6, vocabulary)
     for b, prompt in enumerate(prompts):
-        assert text.input_ids[b, :len(prompt)].tolist() == prompt.tolist()
-        assert text.loss_mask[b].nonzero()[:, 0].tolist() == list(range(len(prompt), len(prompt) + 6))
+        assert text.input_ids[b, : len(prompt)].tolist() == prompt.tolist()
+        assert text.loss_mask[b].nonzero()[:, 0].tolist() == list(
+            range(len(prompt), len(prompt) + 6)
+        )
     assert bool(torch.isin(text.input_ids[text.loss_mask], vocabulary).all())
     torch.manual_seed(3)
     drawn = written(made.language_model, [prompts[0]] * 4000, 1, vocabulary).input_ids[:, -1]
@@ -256,15 +293,20 @@ def test_its_own_text_continues_the_batchs_prompts_by_its_own_law() -> None:
 def test_it_learns_from_its_own_text_when_asked() -> None:
     made = drafter(own_text=1.0, own_tokens=5).train()
     seen: list[Any] = []
-    made.steps = lambda batch, target: (seen.append(batch), Independent.steps(made, batch, target))[1]
+    made.steps = lambda batch, target: (seen.append(batch), Independent.steps(made, batch, target))[
+        1
+    ]
     made.loss(tiny_batch(TARGET), TARGET, 0.0).total.backward()
     assert made.online and int(seen[0].loss_mask.sum()) == 4 * 5
-    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in made.declared_parameters())
+    assert all(
+        parameter.grad is not None and bool(parameter.grad.any())
+        for parameter in made.declared_parameters()
+    )
     made.eval().loss(tiny_batch(TARGET), TARGET, 0.0)
     assert torch.equal(seen[1].input_ids, tiny_batch(TARGET).input_ids)
 
 
-# -- which model --------------------------------------------------------------------------------------------------
+# -- which model -----------------------------------------------------------------------------------
 
 
 def test_a_named_model_drafts_and_is_saved_whole(folder: str, tmp_path: Any) -> None:
@@ -275,7 +317,9 @@ def test_a_named_model_drafts_and_is_saved_whole(folder: str, tmp_path: Any) -> 
     ids = torch.tensor([[7, 8, 9]])
     assert torch.equal(loaded.stock.double()(ids).logits, made.stock.double()(ids).logits)
     plain = SpeculativeDecoder(TARGET).decode(PROMPTS, Sampling(), 12)
-    drafted = SpeculativeDecoder(loaded.adapt(TARGET), loaded.double()).decode(PROMPTS, Sampling(), 12)
+    drafted = SpeculativeDecoder(loaded.adapt(TARGET), loaded.double()).decode(
+        PROMPTS, Sampling(), 12
+    )
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
@@ -292,8 +336,15 @@ def test_a_plain_hugging_face_folder_gives_the_same_model_back(tmp_path: Any) ->
 
 
 def test_random_weights_of_a_config_of_ones_own() -> None:
-    config = {"model_type": "llama", "vocab_size": 128, "hidden_size": 16, "intermediate_size": 24,
-              "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = {
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     made = drafter(shake=0.0, model=config)
     assert made.language_model.shape.hidden_size == 16 and made.language_model.shape.num_layers == 1
     assert Independent(**made.arguments).config() == made.config()
@@ -308,9 +359,13 @@ def test_what_does_not_fit_is_refused(folder: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="same tokenizer"):
         drafter().adapt(other)
     mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"layers": 5}, "between 1 and 4"), ({"divergence": "x"}, "divergence 'x' is unknown"),
-        ({"own_text": 2.0}, "own_text"), ({"width": 0}, "at least 1"), ({"model": str(tmp_path)}, "no config.json"),
-        ({"model": {}}, "model_type is None")]
+        ({"layers": 5}, "between 1 and 4"),
+        ({"divergence": "x"}, "divergence 'x' is unknown"),
+        ({"own_text": 2.0}, "own_text"),
+        ({"width": 0}, "at least 1"),
+        ({"model": str(tmp_path)}, "no config.json"),
+        ({"model": {}}, "model_type is None"),
+    ]
     for arguments, words in mistakes:
         with pytest.raises(ValueError, match=words):
             Independent(shape, **arguments)

@@ -1,4 +1,6 @@
-"""A sorted drafter may be left anywhere, for targets of any depth: no token changes, every exit is exact."""
+"""A sorted drafter may be left anywhere, for targets of any depth: no token changes, every exit is
+exact.
+"""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -48,8 +50,13 @@ def text(length: int = 20, rows: int = 1, seed: int = 0) -> TextBatch:
 def along_text(made: Sorted, reader: Reader, levels: int) -> Tensor:
     """Logits [B,levels,V] when every level's node is the text's own token."""
     parent = torch.full_like(reader.read, -1)[:, None]
-    return torch.cat([made.expand(reader.state, Frontier(reader.token(d)[:, None], parent + d, d))
-                      for d in range(levels)], 1)
+    return torch.cat(
+        [
+            made.expand(reader.state, Frontier(reader.token(d)[:, None], parent + d, d))
+            for d in range(levels)
+        ],
+        1,
+    )
 
 
 @torch.no_grad()
@@ -62,41 +69,63 @@ def in_full(made: Sorted, batch: TextBatch) -> list[Tensor]:
     return found
 
 
-# -- exits --------------------------------------------------------------------------------------------------------
+# -- exits -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thresholds", [0.0, 0.1, 2.0])
 @pytest.mark.parametrize("width", [1, 2])
-def test_every_exit_and_every_target_gives_the_targets_own_tokens(thresholds: float, width: int) -> None:
+def test_every_exit_and_every_target_gives_the_targets_own_tokens(
+    thresholds: float, width: int
+) -> None:
     for target in TARGETS:
         plain = SpeculativeDecoder(target).decode(PROMPTS, Sampling(), 16)
-        drafted = SpeculativeDecoder(target, drafter(thresholds, width)).decode(PROMPTS, Sampling(), 16)
+        drafted = SpeculativeDecoder(target, drafter(thresholds, width)).decode(
+            PROMPTS, Sampling(), 16
+        )
         assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
 @pytest.mark.parametrize(("thresholds", "depth"), [(2.0, 6), (0.0, 2)])
 @pytest.mark.parametrize("width", [1, 2])
 @torch.no_grad()
-def test_extreme_thresholds_are_the_deepest_and_the_shallowest_draft(thresholds: float, depth: int, width: int) -> None:
-    """The deepest sub-model alone, or the shallowest: the same trees, verification by verification."""
+def test_extreme_thresholds_are_the_deepest_and_the_shallowest_draft(
+    thresholds: float, depth: int, width: int
+) -> None:
+    """The deepest sub-model alone, or the shallowest: the same trees, verification by
+    verification.
+    """
     whole, alone = deep(EXITS, thresholds, width=width), deep([depth], width=width)
-    alone.load_state_dict({name: tensor for name, tensor in whole.state_dict().items()
-                           if not name.startswith("layers.") or int(name.split(".")[1]) < depth})
-    first, second = (SpeculativeDecoder(DEEP, made).decode(PROMPTS, Sampling(), 16) for made in (whole, alone))
+    alone.load_state_dict(
+        {
+            name: tensor
+            for name, tensor in whole.state_dict().items()
+            if not name.startswith("layers.") or int(name.split(".")[1]) < depth
+        }
+    )
+    first, second = (
+        SpeculativeDecoder(DEEP, made).decode(PROMPTS, Sampling(), 16) for made in (whole, alone)
+    )
     assert [trace.accepted for trace in first] == [trace.accepted for trace in second]
     readers = [Reader(made, DEEP, text(), [7]) for made in (whole, alone)]
-    trees = [StaticTree.chain(4).build(made, reader.state, 4) for made, reader in zip((whole, alone), readers)]
+    trees = [
+        StaticTree.chain(4).build(made, reader.state, 4)
+        for made, reader in zip((whole, alone), readers)
+    ]
     assert torch.equal(trees[0].tokens_BN, trees[1].tokens_BN)
     assert readers[0].state.exits == [depth] * 4
 
 
 @pytest.mark.parametrize("script", [[0, 0, 2, 0, 1, 2], [0, 1, 0, 2, 2, 0], [2, 0, 0, 0, 0, 1]])
 @torch.no_grad()
-def test_layers_that_catch_up_give_what_running_all_of_them_gives(script: Sequence[int], monkeypatch) -> None:
+def test_layers_that_catch_up_give_what_running_all_of_them_gives(
+    script: Sequence[int], monkeypatch
+) -> None:
     """Forced exits within a proposal and over verifications, in a batch of unequal prompts."""
     made, batch = deep(EXITS), text(24, rows=2)
     expected, reader = in_full(made, batch), Reader(made, DEEP, batch, [5, 3])
-    monkeypatch.setattr(made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)])
+    monkeypatch.setattr(
+        made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)]
+    )
     for lengths in ([], [1, 3], [2, 1], [3, 3]):
         if lengths:
             reader.accept(lengths)
@@ -104,7 +133,9 @@ def test_layers_that_catch_up_give_what_running_all_of_them_gives(script: Sequen
         assert reader.state.exits == [EXITS[exit_index] for exit_index in script]
         for b, read in enumerate(reader.read.tolist()):
             for level, exit_index in enumerate(script):
-                torch.testing.assert_close(found[b, level], expected[exit_index][b, read + level], atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    found[b, level], expected[exit_index][b, read + level], atol=1e-5, rtol=0
+                )
 
 
 @torch.no_grad()
@@ -128,10 +159,13 @@ def test_a_builder_sets_the_thresholds_of_its_row_alone() -> None:
     assert made.thresholds == [2.0, 2.0]
 
 
-@pytest.mark.parametrize(("thresholds", "calls"),
-                         [([1.0, 2.0], 1), ([2.0, 0.0], 1), ([0.0, 2.0], 1), ([0.99, 0.99], 3)])
+@pytest.mark.parametrize(
+    ("thresholds", "calls"), [([1.0, 2.0], 1), ([2.0, 0.0], 1), ([0.0, 2.0], 1), ([0.99, 0.99], 3)]
+)
 @torch.no_grad()
-def test_an_exit_that_is_never_taken_asks_no_lm_head(thresholds: list[float], calls: int, monkeypatch) -> None:
+def test_an_exit_that_is_never_taken_asks_no_lm_head(
+    thresholds: list[float], calls: int, monkeypatch
+) -> None:
     made, asked = deep(EXITS, 2.0), []
     made.thresholds = thresholds
     reader, head = Reader(made, DEEP, text(), [7]), made.head
@@ -155,16 +189,23 @@ def test_the_chain_grows_no_further_than_the_budget_and_shrinks_at_the_first_rej
 
 @torch.no_grad()
 def test_layers_catch_up_on_branches_too(monkeypatch) -> None:
-    """Several nodes a level, each on a path of its own, exits forced, over verifications of unequal prompts."""
+    """Several nodes a level, each on a path of its own, exits forced, over verifications of unequal
+    prompts.
+    """
     made, batch, rows, script = deep(EXITS), text(24, rows=2), [], [0, 2, 0, 1]
     reader, expand = Reader(made, DEEP, batch, [5, 3]), made.expand
-    monkeypatch.setattr(made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)])
+    monkeypatch.setattr(
+        made, "leaves", lambda logits, exit_index, state: exit_index == script[len(state.exits)]
+    )
 
     def watched(state, frontier):
         logits = expand(state, frontier)
-        rows.extend((frontier.tokens_BW[:, w], frontier.parents_BW[:, w], frontier.depth, logits[:, w])
-                    for w in range(logits.shape[1]))
+        rows.extend(
+            (frontier.tokens_BW[:, w], frontier.parents_BW[:, w], frontier.depth, logits[:, w])
+            for w in range(logits.shape[1])
+        )
         return logits
+
     monkeypatch.setattr(made, "expand", watched)
     paths = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0, 0]]
     for lengths in ([], [1, 3], [3, 1]):
@@ -172,7 +213,9 @@ def test_layers_catch_up_on_branches_too(monkeypatch) -> None:
             reader.accept(lengths)
         rows.clear()
         StaticTree(paths).build(made, reader.state, len(paths))
-        assert reader.state.exits == [EXITS[exit_index] for exit_index in script] and len(rows) > len(script)
+        assert reader.state.exits == [EXITS[exit_index] for exit_index in script] and len(
+            rows
+        ) > len(script)
         for b, read in enumerate(reader.read.tolist()):
             for tokens, parents, depth, logits in rows:
                 path, above = [int(tokens[b])], int(parents[b])
@@ -180,19 +223,27 @@ def test_layers_catch_up_on_branches_too(monkeypatch) -> None:
                     path.insert(0, int(rows[above][0][b]))
                     above = int(rows[above][1][b])
                 alone = documents([[*batch.input_ids[b, :read].tolist(), *path]])
-                torch.testing.assert_close(logits[b], in_full(made, alone)[script[depth]][0, -1], atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    logits[b], in_full(made, alone)[script[depth]][0, -1], atol=1e-5, rtol=0
+                )
 
 
 def test_sampling_keeps_the_law_while_exits_mix(monkeypatch) -> None:
-    """Mid thresholds at temperature 1: which exit drafts a token depends on the tokens before it, drawn or read."""
+    """Mid thresholds at temperature 1: which exit drafts a token depends on the tokens before it,
+    drawn or read.
+    """
     target, left = small_target(), []
     torch.manual_seed(0)
     made = Sorted(target.shape, exits=[1, 2], thresholds=0.45).double()
     made.initialise(target)
     leaves = made.eval().leaves
-    monkeypatch.setattr(made, "leaves", lambda *given: left.append((given[1], leaves(*given))) or left[-1][1])
+    monkeypatch.setattr(
+        made, "leaves", lambda *given: left.append((given[1], leaves(*given))) or left[-1][1]
+    )
     plain = SpeculativeDecoder(target, stop_ids=frozenset({-1}))
-    fast = SpeculativeDecoder(target, made, builder=SampledChain(3), budget=3, stop_ids=frozenset({-1}))
+    fast = SpeculativeDecoder(
+        target, made, builder=SampledChain(3), budget=3, stop_ids=frozenset({-1})
+    )
     found = first_two_tokens(fast, 1000, batch=25)
     early = [gone for exit_index, gone in left if exit_index == 0]
     assert 0.2 < sum(early) / len(early) < 0.8
@@ -204,12 +255,17 @@ def test_more_is_accepted_as_the_thresholds_rise() -> None:
     prompts, means = [[seed, *PROMPTS[seed % 3]] for seed in range(30, 34)], []
     for threshold in (0.0, 0.1, 2.0):
         made = deep(EXITS, threshold, adaptive=False)
-        traces = [SpeculativeDecoder(DEEP, made).decode([prompt], Sampling(), 12)[0] for prompt in prompts]
-        means.append(sum(sum(trace.accepted) for trace in traces) / sum(len(trace.accepted) for trace in traces))
+        traces = [
+            SpeculativeDecoder(DEEP, made).decode([prompt], Sampling(), 12)[0] for prompt in prompts
+        ]
+        means.append(
+            sum(sum(trace.accepted) for trace in traces)
+            / sum(len(trace.accepted) for trace in traces)
+        )
     assert means == sorted(means) and len(set(means)) == 3 and means[-1] > 2 * means[0], means
 
 
-# -- training -----------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def sums(pairs: Sequence[tuple[int, int]]) -> TextBatch:
@@ -221,8 +277,9 @@ def sums(pairs: Sequence[tuple[int, int]]) -> TextBatch:
     return documents([[20 + token for token in row] for row in rows], labels_from=2)
 
 
-def trained(sorted_training: bool, exits: list[int], batch: TextBatch, held_out: TextBatch, steps: int
-            ) -> dict[str, float]:
+def trained(
+    sorted_training: bool, exits: list[int], batch: TextBatch, held_out: TextBatch, steps: int
+) -> dict[str, float]:
     """Held-out cross-entropy of every exit after the same steps."""
     torch.manual_seed(0)
     made = deep(exits, sorted_training=sorted_training, draft_vocabulary=None).train()
@@ -232,7 +289,11 @@ def trained(sorted_training: bool, exits: list[int], batch: TextBatch, held_out:
         made.loss(batch, DEEP, 0.0).total.backward()
         optimizer.step()
     metrics = made.eval().loss(held_out, DEEP, 0.0).metrics
-    return {name: float(mean.total / mean.count) for name, mean in metrics.items() if name.startswith("cross")}
+    return {
+        name: float(mean.total / mean.count)
+        for name, mean in metrics.items()
+        if name.startswith("cross")
+    }
 
 
 def test_sorted_training_makes_a_model_of_every_exit_and_plain_training_only_of_the_last() -> None:
@@ -244,11 +305,15 @@ def test_sorted_training_makes_a_model_of_every_exit_and_plain_training_only_of_
 
 
 def test_deeper_exits_know_more_of_held_out_text() -> None:
-    """After sorted training each exit more than the one before; after plain training the first next to nothing."""
+    """After sorted training each exit more than the one before; after plain training the first next
+    to nothing.
+    """
     pairs = [(first, second) for first in range(8) for second in range(8)]
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
     batch, held_out = (sums([pairs[i] for i in part]) for part in (order[:48], order[48:]))
-    sorted_, plain = (list(trained(kind, [1, 2, 3], batch, held_out, 24).values()) for kind in (True, False))
+    sorted_, plain = (
+        list(trained(kind, [1, 2, 3], batch, held_out, 24).values()) for kind in (True, False)
+    )
     assert sorted_[0] > sorted_[1] > sorted_[2], sorted_
     assert sorted_[2] < plain[2] + 0.2 and plain[0] > sorted_[0] + 1, (sorted_, plain)
 

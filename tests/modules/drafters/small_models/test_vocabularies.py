@@ -1,4 +1,6 @@
-"""Models of one tokenizer that pad their vocabularies differently draft for each other, and change nothing."""
+"""Models of one tokenizer that pad their vocabularies differently draft for each other, and change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.fakes import tiny_batch, tiny_target, tiny_tokenizer
 PIECES = 24
 PROMPTS = [[7, 8, 9, 10], [20, 11], [12, 13, 14, 15, 16]]
 SIZES = [(26, 32), (32, 26)]
-"""Rows of the drafter and of the target, whose tokenizer has fewer: random models say padding ids too."""
+"""Rows of the drafter and of the target, whose tokenizer has fewer: random models say padding ids
+too.
+"""
 
 
 def padded(rows: int, arch: str = "llama", **arguments: Any) -> Target:
@@ -64,33 +68,50 @@ def served(rows: int, target: Target, tmp_path: Path, draft_vocabulary: int | No
 
 
 def shared_ids(drafter: LearnedDrafter, target: Target) -> list[int]:
-    return list(range(target.shape.vocab_size)) if drafter.vocabulary_D is None else drafter.vocabulary_D.tolist()
+    return (
+        list(range(target.shape.vocab_size))
+        if drafter.vocabulary_D is None
+        else drafter.vocabulary_D.tolist()
+    )
 
 
 @pytest.mark.parametrize("builder", [None, RerankedTree(3, 2)])
 @pytest.mark.parametrize("draft_vocabulary", [None, 12])
 def test_greedy_answers_are_the_targets_whatever_either_pads_to(
-        sizes: tuple[int, int], draft_vocabulary: int | None, builder: Any, tmp_path: Path) -> None:
+    sizes: tuple[int, int], draft_vocabulary: int | None, builder: Any, tmp_path: Path
+) -> None:
     target = padded(sizes[1], layers=3)
     plain = [trace.ids for trace in SpeculativeDecoder(target).decode(PROMPTS, Sampling(), 16)]
-    assert any(token >= min(sizes) for ids in plain for token in ids) or sizes[1] < sizes[0], "padding is said"
-    for drafter in (named(sizes[0], target, tmp_path, draft_vocabulary=draft_vocabulary),
-                    served(sizes[0], target, tmp_path, draft_vocabulary)):
+    assert any(token >= min(sizes) for ids in plain for token in ids) or sizes[1] < sizes[0], (
+        "padding is said"
+    )
+    for drafter in (
+        named(sizes[0], target, tmp_path, draft_vocabulary=draft_vocabulary),
+        served(sizes[0], target, tmp_path, draft_vocabulary),
+    ):
         ids = shared_ids(drafter, target)
         assert ids and max(ids) < min(sizes) and len(ids) == drafter.draft_size
         assert draft_vocabulary is not None or ids == list(range(min(sizes)))
-        traces = SpeculativeDecoder(drafter.adapt(target), drafter, builder=builder).decode(PROMPTS, Sampling(), 16)
+        traces = SpeculativeDecoder(drafter.adapt(target), drafter, builder=builder).decode(
+            PROMPTS, Sampling(), 16
+        )
         assert [trace.ids for trace in traces] == plain
 
 
 @pytest.mark.parametrize("kind", ["named", "served"])
 @pytest.mark.parametrize("draft_vocabulary", [None, 8])
-def test_the_sampled_law_is_the_targets_with_mass_outside(sizes: tuple[int, int], kind: str,
-                                                          draft_vocabulary: int | None, tmp_path: Path) -> None:
-    """Chi-square of the second token's frequencies behind a fixed first one, through the whole loop."""
+def test_the_sampled_law_is_the_targets_with_mass_outside(
+    sizes: tuple[int, int], kind: str, draft_vocabulary: int | None, tmp_path: Path
+) -> None:
+    """Chi-square of the second token's frequencies behind a fixed first one, through the whole
+    loop.
+    """
     target = padded(sizes[1])
-    drafter = (named(sizes[0], target, tmp_path, draft_vocabulary=draft_vocabulary) if kind == "named"
-               else served(sizes[0], target, tmp_path, draft_vocabulary))
+    drafter = (
+        named(sizes[0], target, tmp_path, draft_vocabulary=draft_vocabulary)
+        if kind == "named"
+        else served(sizes[0], target, tmp_path, draft_vocabulary)
+    )
     decoder = SpeculativeDecoder(drafter.adapt(target), drafter, builder=SampledChain(2))
     traces = decoder.decode([[7, 8]] * 3000, Sampling(1.0, seed=7), 2)
     firsts = torch.tensor([trace.ids[0] for trace in traces])
@@ -104,13 +125,19 @@ def test_the_sampled_law_is_the_targets_with_mass_outside(sizes: tuple[int, int]
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
-def test_what_pads_differently_trains(sizes: tuple[int, int], divergence: str, tmp_path: Path) -> None:
+def test_what_pads_differently_trains(
+    sizes: tuple[int, int], divergence: str, tmp_path: Path
+) -> None:
     target = padded(sizes[1])
-    drafter = named(sizes[0], target, tmp_path, divergence=divergence, own_text=1.0, own_tokens=4).train()
+    drafter = named(
+        sizes[0], target, tmp_path, divergence=divergence, own_text=1.0, own_tokens=4
+    ).train()
     batch = tiny_batch(target)
     loss = drafter.loss(batch, target, 0.0).total
     loss.backward()
-    assert bool(loss.isfinite()) and all(parameter.grad is not None for parameter in drafter.parameters())
+    assert bool(loss.isfinite()) and all(
+        parameter.grad is not None for parameter in drafter.parameters()
+    )
     drafted = drafter.tokens_D
     text = written(drafter.language_model, [torch.tensor([7, 8])] * 400, 4, drafted)
     assert drafted is None or int(text.input_ids.max()) < min(sizes)
@@ -128,19 +155,28 @@ def test_acceptance_is_of_the_whole_law(sizes: tuple[int, int], tmp_path: Path) 
             text = batch.input_ids[row, :place][documents[:place] == documents[place]]
             if len(text) > 1:
                 p = target.stock(text[None]).logits[0, -1].softmax(-1)
-                logits = small(text.clamp(max=sizes[0] - 1)[None]).logits[0, -1, :sizes[1]]
-                q = torch.nn.functional.pad(logits, (0, sizes[1] - len(logits)), value=-torch.inf).softmax(-1)
+                logits = small(text.clamp(max=sizes[0] - 1)[None]).logits[0, -1, : sizes[1]]
+                q = torch.nn.functional.pad(
+                    logits, (0, sizes[1] - len(logits)), value=-torch.inf
+                ).softmax(-1)
                 expected.append(float(torch.minimum(p, q).sum()))
-    assert float(found.total) == pytest.approx(sum(expected), rel=1e-4) and int(found.count) == len(expected)
+    assert float(found.total) == pytest.approx(sum(expected), rel=1e-4) and int(found.count) == len(
+        expected
+    )
 
 
-def test_hugging_faces_assisted_decoding_takes_it_too(sizes: tuple[int, int], tmp_path: Path) -> None:
+def test_hugging_faces_assisted_decoding_takes_it_too(
+    sizes: tuple[int, int], tmp_path: Path
+) -> None:
     target = padded(sizes[1], layers=3)
     drafter = named(sizes[0], target, tmp_path, draft_length=3)
     save_pretrained(drafter, tmp_path / "drafter", Provenance.of(target))
     assisted = HuggingFaceAssisted(target, tokens=3, assistant=str(tmp_path / "drafter"))
-    within = [prompt for prompt in PROMPTS if max(
-        SpeculativeDecoder(target).decode([prompt], Sampling(), 8)[0].ids[:-1]) < sizes[0]]
+    within = [
+        prompt
+        for prompt in PROMPTS
+        if max(SpeculativeDecoder(target).decode([prompt], Sampling(), 8)[0].ids[:-1]) < sizes[0]
+    ]
     for prompt in within:
         plain = SpeculativeDecoder(target).decode([prompt], Sampling(), 8)[0]
         assert assisted.decode([prompt], Sampling(), 8)[0].ids == plain.ids
@@ -149,13 +185,17 @@ def test_hugging_faces_assisted_decoding_takes_it_too(sizes: tuple[int, int], tm
 
 def test_two_models_of_one_tokenizer_take_turns(sizes: tuple[int, int]) -> None:
     large, small = padded(sizes[1]), padded(sizes[0], seed=3)
-    trace = EntropyAdaptive(large, small, threshold=20.0, shortest_run=1).decode([[7, 8]], Sampling(1.5), 40)[0]
+    trace = EntropyAdaptive(large, small, threshold=20.0, shortest_run=1).decode(
+        [[7, 8]], Sampling(1.5), 40
+    )[0]
     assert any(trace.drafted) and max(trace.ids) < sizes[1]
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     target = padded(32)
-    with pytest.raises(ValueError, match="draft_vocabulary is 30, but the drafter has 26 tokens only"):
+    with pytest.raises(
+        ValueError, match="draft_vocabulary is 30, but the drafter has 26 tokens only"
+    ):
         named(26, target, tmp_path, draft_vocabulary=30)
     drafter = named(26, target, tmp_path, draft_vocabulary=3)
     with pytest.raises(ValueError, match="holds token 29, but the drafter has 26"):

@@ -1,4 +1,6 @@
-"""Drawn trees: the law that travels is the one drawn from, siblings follow Plackett-Luce, DySpec takes the best."""
+"""Drawn trees: the law that travels is the one drawn from, siblings follow Plackett-Luce, DySpec
+takes the best.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ from tests.modules.sampling import goodness, small_target
 from tests.modules.trees.test_builders import SHAPE, Table, state
 
 BUILDERS = {
-    "rsd_c": branching_tree([3, 2, 1]), "multi_round": branching_tree([3, 2, 1], "independent"), "chains": chains(4, 3),
-    "rsd_s": StochasticBeamTree(5, 3), "sequoia": sequoia_tree([[0.5, 0.2, 0.1]], 12, 3), "dyspec": DySpecTree(3),
+    "rsd_c": branching_tree([3, 2, 1]),
+    "multi_round": branching_tree([3, 2, 1], "independent"),
+    "chains": chains(4, 3),
+    "rsd_s": StochasticBeamTree(5, 3),
+    "sequoia": sequoia_tree([[0.5, 0.2, 0.1]], 12, 3),
+    "dyspec": DySpecTree(3),
     "threshold": DySpecTree(3, threshold=0.1),
 }
 
@@ -46,8 +52,12 @@ def wide_state(batch, seed=0):
     found = state(batch=1, temperature=1.0)
     generators = tuple(torch.Generator().manual_seed(seed * batch + i) for i in range(batch))
     context = replace(found.context, generators=generators)
-    return replace(found, context=context, newest_B=torch.zeros(batch, dtype=torch.long),
-                   lengths_B=torch.ones(batch, dtype=torch.long))
+    return replace(
+        found,
+        context=context,
+        newest_B=torch.zeros(batch, dtype=torch.long),
+        lengths_B=torch.ones(batch, dtype=torch.long),
+    )
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -64,8 +74,11 @@ def test_every_node_travels_with_the_law_it_was_drawn_from(name, vocabulary, bud
             assert parent < node and bool(tree.acceptable_BN[b, parent])
             law = (drafter.table[tree.tokens_BN[b, parent]].double() / 0.7).softmax(-1)
             torch.testing.assert_close(tree.laws_BRD[b, tree.law_rows_BN[b, node]], law)
-            siblings = [int(tree.tokens_BN[b, n]) for n in range(1, node)
-                        if tree.acceptable_BN[b, n] and int(tree.parents_BN[b, n]) == parent]
+            siblings = [
+                int(tree.tokens_BN[b, n])
+                for n in range(1, node)
+                if tree.acceptable_BN[b, n] and int(tree.parents_BN[b, n]) == parent
+            ]
             assert builder.law is Law.INDEPENDENT or int(tree.tokens_BN[b, node]) not in siblings
             assert vocabulary is None or int(tree.tokens_BN[b, node]) in vocabulary.tolist()
 
@@ -86,13 +99,17 @@ def chi_square(counts, law):
     kept = law * counts.sum() >= 5
     seen = [*counts[kept].tolist(), float(counts[~kept].sum())]
     wanted = [*(law[kept] * counts.sum()).tolist(), float(law[~kept].sum() * counts.sum())]
-    return stats.chisquare(*((seen, wanted) if wanted[-1] > 0 else (seen[:-1], wanted[:-1])), sum_check=False).pvalue
+    return stats.chisquare(
+        *((seen, wanted) if wanted[-1] > 0 else (seen[:-1], wanted[:-1])), sum_check=False
+    ).pvalue
 
 
 LAW = [0.5, 0.3, 0.15, 0.05]
 
 
-@pytest.mark.parametrize("builder", [branching_tree([2]), StochasticBeamTree(2, 1), sequoia_tree([[0.4, 0.3]], 2, 1)])
+@pytest.mark.parametrize(
+    "builder", [branching_tree([2]), StochasticBeamTree(2, 1), sequoia_tree([[0.4, 0.3]], 2, 1)]
+)
 def test_siblings_follow_plackett_luce_in_their_order(builder):
     tree = builder.build(sharp([LAW] * 4), wide_state(6000), 2)
     counts = torch.bincount(tree.tokens_BN[:, 1] * 4 + tree.tokens_BN[:, 2], minlength=16).double()
@@ -107,19 +124,28 @@ def test_siblings_follow_plackett_luce_in_their_order(builder):
 def test_independent_siblings_are_independent():
     tree = chains(2, 1).build(sharp([LAW] * 4), wide_state(6000), 2)
     counts = torch.bincount(tree.tokens_BN[:, 1] * 4 + tree.tokens_BN[:, 2], minlength=16).double()
-    assert chi_square(counts, torch.outer(torch.tensor(LAW), torch.tensor(LAW)).double().flatten()) > 1e-4
+    assert (
+        chi_square(counts, torch.outer(torch.tensor(LAW), torch.tensor(LAW)).double().flatten())
+        > 1e-4
+    )
 
 
 def test_the_beam_is_a_sample_of_prefixes_without_replacement():
-    """The two best prefixes of two tokens, in order, are Plackett-Luce draws from the law of prefixes."""
+    """The two best prefixes of two tokens, in order, are Plackett-Luce draws from the law of
+    prefixes.
+    """
     rows = [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]]
     tree = StochasticBeamTree(2, 2).build(sharp(rows), wide_state(8000), 4)
     above = tree.tokens_BN.gather(1, tree.parents_BN[:, 3:])
     first, second = (above * 3 + tree.tokens_BN[:, 3:]).T
-    prefixes = torch.tensor([rows[0][a] * rows[a][b] for a, b in product(range(3), repeat=2)]).double()
+    prefixes = torch.tensor(
+        [rows[0][a] * rows[a][b] for a, b in product(range(3), repeat=2)]
+    ).double()
     law = prefixes[:, None] * prefixes / (1 - prefixes[:, None])
     law.fill_diagonal_(0)
-    assert chi_square(torch.bincount(first * 9 + second, minlength=81).double(), law.flatten()) > 1e-4
+    assert (
+        chi_square(torch.bincount(first * 9 + second, minlength=81).double(), law.flatten()) > 1e-4
+    )
 
 
 def test_conditioned_keys_have_the_parents_maximum():
@@ -129,7 +155,9 @@ def test_conditioned_keys_have_the_parents_maximum():
     torch.testing.assert_close(moved[..., :3], expected[..., :3])
     assert moved[0, 0, 0] == -0.5 and moved[0, 0, 3] == -torch.inf
     assert bool((conditioned(keys, torch.tensor([[[-torch.inf]]]).double()) == -torch.inf).all())
-    huge = conditioned(torch.tensor([[[900.0, -900.0]]]).double(), torch.tensor([[[-900.0]]]).double())
+    huge = conditioned(
+        torch.tensor([[[900.0, -900.0]]]).double(), torch.tensor([[[-900.0]]]).double()
+    )
     assert huge[0, 0].isfinite().all() and huge[0, 0, 0] == -900
 
 
@@ -149,28 +177,42 @@ def test_a_used_up_law_ends_the_siblings_or_goes_on_uniformly():
 
 def test_mistakes_are_named():
     for wrong, message in (
-            (lambda: DrawnTree([(1,)]), "earlier sibling"), (lambda: DrawnTree([(0, 0)]), "prefix"),
-            (lambda: DrawnTree([(0,)], draw="sorted"), "without_replacement"),
-            (lambda: branching_tree([]), "branching"), (lambda: branching_tree([2], temperature=0.0), "above 0"),
-            (lambda: StochasticBeamTree(0, 1), "at least 1"), (lambda: DySpecTree(0), "at least 1"),
-            (lambda: DySpecTree(2, threshold=1.5), "threshold")):
+        (lambda: DrawnTree([(1,)]), "earlier sibling"),
+        (lambda: DrawnTree([(0, 0)]), "prefix"),
+        (lambda: DrawnTree([(0,)], draw="sorted"), "without_replacement"),
+        (lambda: branching_tree([]), "branching"),
+        (lambda: branching_tree([2], temperature=0.0), "above 0"),
+        (lambda: StochasticBeamTree(0, 1), "at least 1"),
+        (lambda: DySpecTree(0), "at least 1"),
+        (lambda: DySpecTree(2, threshold=1.5), "threshold"),
+    ):
         with pytest.raises(ValueError, match=message):
             wrong()
     with pytest.raises(ValueError, match="draft vocabulary has 4 tokens"):
         branching_tree([5]).build(Table(SHAPE, torch.tensor([1, 4, 7, 9])), state(), 5)
 
 
-# -- DySpec ------------------------------------------------------------------------------------------------------------
+# -- DySpec ----------------------------------------------------------------------------------------
+
 
 def fixed_race(law_BWD, context, exhausted="stop"):
-    """Noise that depends on the law alone, so that any order of expansion draws the same siblings."""
-    noise = [torch.rand(law_BWD.shape[-1], generator=torch.Generator().manual_seed(int(row[0] * 1e9))).double()
-             for row in law_BWD.flatten(0, 1)]
+    """Noise that depends on the law alone, so that any order of expansion draws the same
+    siblings.
+    """
+    noise = [
+        torch.rand(
+            law_BWD.shape[-1], generator=torch.Generator().manual_seed(int(row[0] * 1e9))
+        ).double()
+        for row in law_BWD.flatten(0, 1)
+    ]
     return law_BWD.log() - (-torch.stack(noise).log()).log().reshape(law_BWD.shape)
 
 
 def sequential(drafter, root, size):
-    """DySpec's algorithm A as printed: a heap of draws, one draft call per token. Paths, and the values popped."""
+    """DySpec's algorithm A as printed: a heap of draws, one draft call per token. Paths, and the
+    values popped.
+    """
+
     def law_of(token):
         return (drafter.table[token].double()).softmax(-1)
 
@@ -211,7 +253,8 @@ def test_dyspec_equals_the_sequential_algorithm_and_its_threshold_form(monkeypat
         assert popped == sorted(popped, reverse=True)
         assert sorted(paths_of(tree, b)) == sorted(paths)
         by_threshold = DySpecTree(size, threshold=popped[-1] * (1 - 1e-12)).build(
-            drafter, state(batch=4, temperature=1.0), 60)
+            drafter, state(batch=4, temperature=1.0), 60
+        )
         assert sorted(paths_of(by_threshold, b)) == sorted(paths)
 
 
@@ -223,10 +266,13 @@ def test_dyspec_follows_the_sharpness_of_the_law():
     assert DySpecTree(9).build(sharp([LAW] * 4), wide_state(2), 1).size == 2
 
 
-# -- builder and rule together, over random tables ---------------------------------------------------------------------
+# -- builder and rule together, over random tables -------------------------------------------------
+
 
 class Prefixes(Table):
-    """A law of its own for every prefix of up to two tokens (a prefix is its frontier row's path)."""
+    """A law of its own for every prefix of up to two tokens (a prefix is its frontier row's
+    path).
+    """
 
     def __init__(self, seed, vocab=3):
         super().__init__(replace(SHAPE, vocab_size=vocab))
@@ -235,15 +281,25 @@ class Prefixes(Table):
         self.laws /= self.laws.sum(-1, keepdim=True)
 
     def expand(self, state, frontier: Frontier):
-        place = torch.zeros_like(frontier.tokens_BW) if frontier.depth == 0 else 1 + frontier.tokens_BW
+        place = (
+            torch.zeros_like(frontier.tokens_BW) if frontier.depth == 0 else 1 + frontier.tokens_BW
+        )
         if frontier.depth > 1:
             place = place * 0
         return self.laws[0][place].log()
 
 
-@pytest.mark.parametrize("rule,builder,budget", [
-    ("recursive", DySpecTree(2), 3), ("recursive", DySpecTree(2), 4), ("recursive", DySpecTree(2), 5),
-    ("recursive", StochasticBeamTree(2, 2), 4), ("recursive", branching_tree([2, 2]), 6), ("k_seq", chains(3, 2), 6)])
+@pytest.mark.parametrize(
+    "rule,builder,budget",
+    [
+        ("recursive", DySpecTree(2), 3),
+        ("recursive", DySpecTree(2), 4),
+        ("recursive", DySpecTree(2), 5),
+        ("recursive", StochasticBeamTree(2, 2), 4),
+        ("recursive", branching_tree([2, 2]), 6),
+        ("k_seq", chains(3, 2), 6),
+    ],
+)
 def test_the_first_two_tokens_have_the_targets_law(rule, builder, budget):
     assert first_two_tokens(Prefixes(budget), rule, builder, budget) > 1e-4
 
@@ -260,7 +316,9 @@ def first_two_tokens(drafter, rule, builder, budget, runs=3000):
         draws = Draws(Sampling(temperature=1.0), list(found.context.generators))
         accepted = rule_named(rule)(tree, Verified(tree, p[place].log()), draws)
         emitted = accepted.emitted(tree)
-        second = torch.multinomial(p[1 + emitted[:, 0]], 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+        second = torch.multinomial(
+            p[1 + emitted[:, 0]], 1, generator=torch.Generator().manual_seed(seed)
+        )[:, 0]
         if emitted.shape[1] > 1:
             second = torch.where(accepted.lengths_B > 1, emitted[:, 1], second)
         counts += torch.bincount(emitted[:, 0] * 3 + second, minlength=9)
@@ -288,7 +346,8 @@ def test_children_of_twins_are_draws_from_one_law(builder):
     assert int((tree.first_BN != torch.arange(tree.size)).sum()) > 50
 
 
-# -- every drafter with probabilities ----------------------------------------------------------------------------------
+# -- every drafter with probabilities --------------------------------------------------------------
+
 
 @pytest.mark.parametrize("family", ["medusa", "clover", "hydra", "eagle", "eagle3", "falcon"])
 def test_learned_drafters_draw_every_tree_and_stay_lossless(family):
@@ -297,15 +356,22 @@ def test_learned_drafters_draw_every_tree_and_stay_lossless(family):
     prompts = [[7, 8, 9], [20, 21]]
     plain = SpeculativeDecoder(target).decode(prompts, Sampling(), 10)
     for builder in (*BUILDERS.values(), StaticTree([(0,), (1,)])):
-        found = SpeculativeDecoder(target, drafter, builder=builder, budget=8).decode(prompts, Sampling(), 10)
+        found = SpeculativeDecoder(target, drafter, builder=builder, budget=8).decode(
+            prompts, Sampling(), 10
+        )
         assert [trace.ids for trace in found] == [trace.ids for trace in plain]
 
 
 LEARNED = {
-    "medusa": branching_tree([2, 2]), "clover": DySpecTree(3), "hydra": StochasticBeamTree(3, 2),
-    "eagle": chains(3, 2), "eagle3": sequoia_tree([[0.5, 0.2, 0.1]], 6, 2),
-    "falcon": DySpecTree(3, 0.05), "fspad": SampledChain(3),
-    "clover2": branching_tree([2, 2], "independent")}
+    "medusa": branching_tree([2, 2]),
+    "clover": DySpecTree(3),
+    "hydra": StochasticBeamTree(3, 2),
+    "eagle": chains(3, 2),
+    "eagle3": sequoia_tree([[0.5, 0.2, 0.1]], 6, 2),
+    "falcon": DySpecTree(3, 0.05),
+    "fspad": SampledChain(3),
+    "clover2": branching_tree([2, 2], "independent"),
+}
 WARPED = {"medusa": Sampling(0.8, top_p=0.9), "eagle3": Sampling(1.2, top_k=3)}
 
 
@@ -316,6 +382,7 @@ def test_learned_drafters_keep_the_law_with_draws(family, monkeypatch):
     target = small_target()
     drafter = families.built(family, target, shake=0.3)
     assert drafter.vocabulary_D is not None and len(drafter.vocabulary_D) == 4
-    decoder = SpeculativeDecoder(target, drafter, builder=LEARNED[family], budget=6,
-                                 stop_ids=frozenset({-1}))
+    decoder = SpeculativeDecoder(
+        target, drafter, builder=LEARNED[family], budget=6, stop_ids=frozenset({-1})
+    )
     assert goodness(decoder, [3, 1], WARPED.get(family, Sampling(1.0)), 1000) > 1e-4

@@ -1,4 +1,6 @@
-"""Sequoia's dynamic programme: golden values, brute force, and the choice of size and depth by cost."""
+"""Sequoia's dynamic programme: golden values, brute force, and the choice of size and depth by
+cost.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,12 @@ def test_the_shape_follows_the_cost():
     assert best_shape(GOLDEN, steep, 0.0, 4) == (0, 0)
     assert best_shape(GOLDEN, flat, 10.0, 4) == (0, 0)
     draws, levels = best_shape(GOLDEN, flat, 0.3, 6)
-    costs = {(n, d): tokens / (1 + 0.3 * d) for d in range(1, 7)
-             for n, tokens in enumerate(expected_tokens(GOLDEN, 15, d)) if n}
+    costs = {
+        (n, d): tokens / (1 + 0.3 * d)
+        for d in range(1, 7)
+        for n, tokens in enumerate(expected_tokens(GOLDEN, 15, d))
+        if n
+    }
     assert costs[draws, levels] == pytest.approx(max(costs.values()))
 
 
