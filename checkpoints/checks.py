@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from configs.command_line.shapes import Each, Maybe, mismatch
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 
 CONFIG_SHAPE = {
     "drafter_type": str,

@@ -46,7 +46,8 @@ from checkpoints.folders import write_tensors as write_safetensors
 from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
 from configs.command_line.shapes import Each
-from modules.contracts.trainable import TargetShape, Trainable
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Trainable
 from modules.runtime.files import read_object, whole_folder
 from modules.target.loading import missing_here
 

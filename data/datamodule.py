@@ -26,7 +26,8 @@ from data.packing import collate, generator, pack
 from data.reading.files import Tally, local_files
 from data.reading.rows import load_conversations
 from data.vocabulary import coverage, frequent_tokens
-from modules.contracts.batches import StateName, TextBatch
+from modules.contracts.batches import TextBatch
+from modules.contracts.shapes import StateName
 
 if TYPE_CHECKING:
     from modules.target.target import Target

@@ -12,8 +12,8 @@ import torch
 from configs.command_line.loading import config_parser, parse, run
 from configs.command_line.work_share import Share
 from data.datamodule import ConversationData
-from modules.contracts.batches import StateName
-from modules.contracts.trainable import TargetShape, Trainable
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.trainable import Trainable
 from modules.target.loading import AUTO, load_target
 
 _OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")

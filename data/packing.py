@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from data.conversations import Tokens
-from modules.contracts.batches import PADDING_DOCUMENT, StateName, TextBatch
+from modules.contracts.batches import PADDING_DOCUMENT, TextBatch
+from modules.contracts.shapes import StateName
 
 
 def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:

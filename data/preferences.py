@@ -34,7 +34,8 @@ from data.reading.rows import (
     spoken,
     tools_of,
 )
-from modules.contracts.batches import PreferenceBatch, StateName, TextBatch
+from modules.contracts.batches import PreferenceBatch, TextBatch
+from modules.contracts.shapes import StateName
 
 if TYPE_CHECKING:
     from data.feature_cache.cache import FeatureCache

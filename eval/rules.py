@@ -40,17 +40,10 @@ from modules.acceptance.rules import (
     RatioRule,
     check_pairing,
 )
-from modules.contracts.drafter import (
-    Context,
-    Drafter,
-    DraftState,
-    Frontier,
-    Sampling,
-    TreeBuilder,
-    Verified,
-)
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder
+from modules.contracts.losses import Losses
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import Losses
+from modules.contracts.verification import Verified
 from modules.cost_model.latency_table import LatencyTable, stored_latency
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.s2d import Sorted

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling, Verified
+from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import Law, TokenTree, Topology
-from modules.contracts.trainable import Losses, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import Decoder
 from modules.target.target import Target
 

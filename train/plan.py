@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from data.feature_cache.rounding import state_bytes
-from modules.contracts.batches import StateName
-from modules.contracts.trainable import TargetShape, Trainable
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.trainable import Trainable
 from modules.drafters.feature.base import MAX_SCORES, FeatureDrafter
 from modules.losses.chunked import MAX_LAWS, MAX_LOGITS
 from modules.runtime.host_memory import available_memory

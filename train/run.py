@@ -25,7 +25,8 @@ from configs.command_line.endings import resumable
 from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
-from modules.contracts.trainable import Outcome, TargetShape, Trainable
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Outcome, Trainable
 from modules.layers.activation_checkpointing import use_activation_checkpointing
 from modules.preference.aligned_drafting import AlignedDrafting
 from modules.runtime.files import clear_scratch

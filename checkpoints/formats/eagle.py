@@ -29,7 +29,7 @@ from checkpoints.formats.llama import (
     take_embeddings,
     take_layer,
 )
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:

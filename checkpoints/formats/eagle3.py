@@ -23,7 +23,7 @@ from checkpoints.formats.llama import (
     take_layer,
     take_vocabulary,
 )
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:

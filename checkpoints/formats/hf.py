@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from checkpoints.folders import Ledger
 from checkpoints.formats.exported import Exported, served_name
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.small_models.independent import Independent
 from modules.target.architecture import SUPPORTED
 from modules.target.hf_models import check_tokenizer, config_of_dict, dict_of_config, fresh_model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.folders import Ledger
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 
 if TYPE_CHECKING:
     from modules.target.target import Target

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints.folders import Ledger
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.medusa import block_tensors, blocks_of, whole_heads, whole_vocabulary
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.heads.medusa import Medusa
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from checkpoints.formats.llama import (
     refuse_attention_options,
     single_layer,
 )
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:

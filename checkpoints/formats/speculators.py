@@ -17,7 +17,7 @@ from checkpoints.folders import Ledger
 from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.llama import layer_config, layer_shape, single_layer
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from configs.command_line.work_share import Share
 from data.conversations import Tokens
 from data.feature_cache.rounding import ORDINARY, restored, state_bytes, stored
 from data.packing import collate
-from modules.contracts.batches import StateName
+from modules.contracts.shapes import StateName
 from modules.runtime.files import as_umask_says
 
 if TYPE_CHECKING:

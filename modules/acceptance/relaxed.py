@@ -14,9 +14,9 @@ from torch import Tensor
 
 from modules.acceptance.rejection import recursive_rounds
 from modules.acceptance.rules import EVERY_LAW, Draws, accepted_paths, choices, longest_path, walk
-from modules.contracts.batches import StateName
-from modules.contracts.drafter import Accepted, Verified
+from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.verification import Accepted, Verified
 
 
 class RelaxedRule:

@@ -10,28 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-StateName = int | str
-"""`k` (input of layer k, Hugging Face `hidden_states[k]`), `"pre_norm"` or `"final"`."""
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName
 
 PADDING_DOCUMENT = -1
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to run through layers: where each one stands and which others it sees.
-
-    position_ids_BN: int64 [B,N].
-    visible_BNN: bool [B,N,N], `visible[b, i, j]`: row i attends to row j of the same call (itself
-    included).
-        Cached rows may have columns before those N: rows that earlier calls wrote and did not keep.
-    cached: the rows also attend to the target's committed KV cache, and their own keys and values
-    are written
-        behind it, for `Target.commit` to keep.
-    """
-
-    position_ids_BN: Tensor
-    visible_BNN: Tensor
-    cached: bool = False
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import Rows
+from modules.contracts.rows import Rows
 
 
 class Law(IntEnum):

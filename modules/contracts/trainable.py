@@ -8,16 +8,17 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
-from modules.contracts.batches import StateName
 from modules.contracts.float32_buffers import SteadyBuffers
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import StateName, TargetShape
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 MOST = {
@@ -32,45 +33,6 @@ MOST = {
 }
 """The largest counts that a component takes: each is made one by one, and a tree's paths grow with
 its square. Far above any that was published."""
-
-
-class Mean(NamedTuple):
-    """A metric that averages correctly over batches and ranks: sum and count, both scalars."""
-
-    total: Tensor
-    count: Tensor
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What one batch gives: the scalar to minimise and the metrics to log (detached)."""
-
-    total: Tensor
-    metrics: dict[str, Mean] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TargetShape:
-    """The target's dimensions that trained modules are built from; stored in their config.json.
-
-    `rope` holds Hugging Face's `rope_parameters`; `activation` its `hidden_act`.
-    """
-
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    norm_eps: float = 1e-5
-    max_positions: int = 2048
-    activation: str = "silu"
-    attention_bias: bool = False
-    qk_norm: bool = False
-    rope: dict[str, Any] = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
-from modules.contracts.batches import StateName
-from modules.contracts.drafter import (
-    Accepted,
-    Context,
-    Drafter,
-    DraftState,
-    Sampling,
-    TreeBuilder,
-    Verified,
-)
+from modules.contracts.drafter import Context, Drafter, DraftState, Sampling, TreeBuilder
+from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import TokenTree
+from modules.contracts.verification import Accepted, Verified
 from modules.decoding.timing import Clock
 from modules.target.target import Target
 

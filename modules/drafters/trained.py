@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import StateName, TextBatch
+from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Drafter, TreeBuilder
-from modules.contracts.trainable import Losses, Mean, Outcome, TargetShape
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.trainable import Outcome
 from modules.losses.chunked import (
     IGNORED,
     Head,
@@ -39,7 +41,7 @@ from modules.trees.named_trees import Path, optimised_size, tree_paths
 from modules.trees.static import StaticTree
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 CHEAP_BUDGET = 5
 """Drafted nodes that, with the root, a CPU verifies for a fifth more than one row takes."""

@@ -20,15 +20,17 @@ from torch.nn import functional as F
 
 from modules.acceptance.relaxed import RelaxedRule
 from modules.acceptance.rules import Draws
-from modules.contracts.batches import LabelledBatch, StateName
-from modules.contracts.drafter import Verified
+from modules.contracts.batches import LabelledBatch
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import Losses, Mean, Outcome, TargetShape, Trainable
+from modules.contracts.trainable import Outcome, Trainable
+from modules.contracts.verification import Verified
 from modules.losses.averages import divisor, over_processes
 from modules.losses.metrics import area_under_curve
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 logger = logging.getLogger(__name__)
 

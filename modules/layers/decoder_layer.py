@@ -19,12 +19,12 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from modules.contracts.batches import Rows
-from modules.contracts.trainable import TargetShape
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import TargetShape
 from modules.layers.activation_checkpointing import recomputed
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 logger = logging.getLogger(__name__)
 

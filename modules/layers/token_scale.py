@@ -13,7 +13,7 @@ import torch
 from modules.layers.decoder_layer import target_weight
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 _CHUNK = 8192
 """Embeddings whose squares are summed at a time."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from modules.contracts.batches import PADDING_DOCUMENT, TextBatch
-from modules.contracts.trainable import Mean
+from modules.contracts.losses import Mean
 from modules.losses.averages import divisor
 from modules.runtime.phase_timer import phase
 from modules.target.kernels.cpu_kernels import NarrowLinear, narrow_linear

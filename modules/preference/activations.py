@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.batches import StateName, TextBatch
+from modules.contracts.batches import TextBatch
+from modules.contracts.shapes import StateName
 from modules.losses.chunked import MAX_LOGITS
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 Group = Literal["residual", "attention", "feed_forward", "logits"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.trainable import Losses, Mean, Trainable
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.trainable import Trainable
 from modules.drafters.trained import final_states
 from modules.losses.averages import divisor
 from modules.losses.chunked import (
@@ -33,7 +34,7 @@ from modules.losses.chunked import (
 )
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class DraftedStep(Protocol):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import PreferenceBatch, TextBatch
-from modules.contracts.trainable import Losses, Mean, Outcome, Stage, TargetShape, Trainable
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Outcome, Stage, Trainable
 from modules.losses.averages import divisor
 from modules.losses.chunked import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
 from modules.losses.metrics import area_under_curve
@@ -30,7 +32,7 @@ from modules.preference.policy import (
 from modules.target.adapters import FEED_FORWARD, Adapters
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 PAGE = "critical_tokens.html"
 

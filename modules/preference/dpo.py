@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from modules.contracts.batches import PreferenceBatch
-from modules.contracts.trainable import Mean, TargetShape
+from modules.contracts.losses import Mean
+from modules.contracts.shapes import TargetShape
 from modules.preference.losses import dpo_loss
 from modules.preference.policy import PreferenceTrainable, Response
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class DPO(PreferenceTrainable):

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import PADDING_DOCUMENT, PreferenceBatch, TextBatch
-from modules.contracts.trainable import Losses, Mean, TargetShape, Trainable
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Trainable
 from modules.losses.averages import divisor
 from modules.losses.chunked import Head, cross_entropy, next_token_rows
 from modules.target.adapters import Adapters
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import PreferenceBatch, StateName, TextBatch
-from modules.contracts.trainable import Mean, TargetShape
+from modules.contracts.batches import PreferenceBatch, TextBatch
+from modules.contracts.losses import Mean
+from modules.contracts.shapes import StateName, TargetShape
 from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_laws
 from modules.preference.activations import GROUPS, Group, mean_activations, residual_states
 from modules.preference.losses import Side, activation_mask, sparse_loss
 from modules.preference.policy import PreferenceTrainable, Response, RowCache, at_tokens, counted
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 Masks = Literal["learned", "activations", "binarised", "random", "ones"]
 MASK_DROPOUT = 0.01

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", *FEED_FORWARD)

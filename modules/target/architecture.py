@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows
-from modules.contracts.trainable import TargetShape
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import TargetShape
 from modules.target.kv_cache import SlotCache
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "opt", "gpt2")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from modules.contracts.trainable import MOST, TargetShape
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import MOST
 from modules.target.architecture import SUPPORTED
 from modules.target.loading import locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer

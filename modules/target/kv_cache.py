@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from modules.contracts.drafter import Accepted
+from modules.contracts.verification import Accepted
 
 
 @dataclass

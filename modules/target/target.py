@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.batches import Rows, StateName, TextBatch
-from modules.contracts.drafter import Accepted, Verified
+from modules.contracts.batches import TextBatch
 from modules.contracts.float32_buffers import SteadyBuffers
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Anatomy
 from modules.target.kernels.compiled_calls import CompiledCalls

@@ -9,7 +9,8 @@ from torch import nn
 import checkpoints.pretrained as pretrained
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained, warm_start
 from modules.contracts.drafter import Drafter
-from modules.contracts.trainable import Losses, TargetShape
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import TargetShape
 from tests.fakes import tiny_target
 
 

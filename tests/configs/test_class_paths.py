@@ -49,7 +49,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "foreignpackage.Thing",
         "modules.target.loading.load_target",
         "modules.target.loading.Path",
-        "modules.contracts.trainable.Mean",
+        "modules.contracts.losses.Mean",
         "modules.nothing.Here",
         "modules.target.loading.missing",
         "modules..Thing",

@@ -6,7 +6,7 @@ import torch
 
 from data.conversations import Tokens
 from data.packing import collate, pack
-from modules.contracts.batches import StateName
+from modules.contracts.shapes import StateName
 from tests.fakes import tiny_target
 
 

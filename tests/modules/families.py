@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Accepted, Context, DraftState, Frontier
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted
 from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3

@@ -17,7 +17,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from modules.contracts.batches import LabelledBatch, PreferenceBatch, TextBatch
-from modules.contracts.trainable import Losses, Mean, Trainable
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.trainable import Trainable
 from modules.losses.averages import divisor, shared_counts
 from modules.preference.aligned_drafting import AlignedDrafting
 from modules.target.target import Target

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows, StateName, TextBatch
-from modules.contracts.drafter import Accepted, Context, DraftState, Frontier, Verified
-from modules.contracts.trainable import Losses, TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.losses import Losses
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.blocks.glancing import (
     Documents,
     block_ends,
@@ -41,7 +44,7 @@ from modules.trees.reranked import RerankedTree
 from modules.trees.threshold import ThresholdTree
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 @dataclass

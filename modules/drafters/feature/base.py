@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows, StateName, TextBatch
-from modules.contracts.drafter import Accepted, Context, DraftState, Frontier, Verified
-from modules.contracts.trainable import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import (
     WIDE_BUDGET,
     WIDE_LEVEL,
@@ -40,7 +42,7 @@ from modules.trees.reranked import RerankedTree
 from modules.trees.threshold import ThresholdTree
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 MAX_SCORES = 2**24
 """Attention scores [M,Q,T] of training rows above this many are computed in parts."""

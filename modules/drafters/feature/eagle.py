@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.trainable import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.feature.base import FeatureDrafter
 from modules.drafters.trained import DraftStep
 from modules.layers.decoder_layer import DecoderLayer
@@ -24,7 +24,7 @@ from modules.layers.token_scale import token_scale
 from modules.losses.chunked import Head, masked_mean, smooth_l1
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class Eagle(FeatureDrafter):

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.trainable import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.feature.base import FeatureDrafter
 from modules.layers.decoder_layer import DecoderLayer, target_weight
 from modules.losses.chunked import IGNORED, Head, TrainingRows, draft_labels, greedy_tokens
 from modules.target.kernels.cpu_kernels import narrow_linear
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class Eagle3(FeatureDrafter):

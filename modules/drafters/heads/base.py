@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.batches import Rows, StateName, TextBatch
-from modules.contracts.drafter import Accepted, Context, DraftState, Frontier, Verified
-from modules.contracts.trainable import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import LearnedDrafter, rows_at
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, causal_rows, run_layers
 from modules.losses.chunked import Head, LearntHead, TrainingRows
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 @dataclass

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows, StateName, TextBatch
-from modules.contracts.trainable import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.heads.base import HeadDrafter, refuse_unknown, soft_labels
 from modules.drafters.heads.clover import AttentionDecoder
 from modules.drafters.trained import DraftStep
@@ -22,7 +23,7 @@ from modules.layers.decoder_layer import DecoderLayer, LayerCache, target_weight
 from modules.losses.chunked import TrainingRows, likely_tokens, masked_mean, smooth_l1, target_laws
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class Clover2(HeadDrafter):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows, StateName
-from modules.contracts.trainable import TargetShape
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.heads.base import HeadDrafter, refuse_unknown, soft_labels
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, ResBlock
 from modules.layers.token_scale import token_scale
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 RANDOM_WIDTH = 0.02
 """Standard deviation of a Llama model's weights before training."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal, cast
 from torch import Tensor, nn
 
 from modules.contracts.drafter import DraftState, Frontier
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.heads.base import HeadDrafter, HeadState
 from modules.layers.decoder_layer import ResBlock
 from modules.trees.named_trees import Path
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class Medusa(HeadDrafter):

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.trainable import Losses, Mean, Outcome, TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.trainable import Outcome
 from modules.drafters.heads.medusa import Medusa
 from modules.losses.averages import divisor
 from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_laws
 from modules.target.adapters import Adapters, LowRank
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 class Medusa2(Medusa):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modules.contracts.drafter import Accepted, Context, DraftState, Verified
+from modules.contracts.drafter import Context, DraftState
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import PerSequence, TextDrafter, TextState
 from modules.drafters.retrieval.suffix_array import Array, Datastore
 from modules.trees.trie import END, Trie, batch_of_trees

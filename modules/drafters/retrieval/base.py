@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modules.contracts.batches import StateName
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Verified
+from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import Law, TokenTree, Topology
-from modules.contracts.trainable import Losses, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.target.target import Target
 
 Item = TypeVar("Item")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.contracts.drafter import Accepted, Context, DraftState, Verified
+from modules.contracts.drafter import Context, DraftState
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree, Topology
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import PerSequence, TextDrafter, TextState
 from modules.trees.trie import Trie, batch_of_trees
 

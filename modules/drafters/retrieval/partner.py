@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modules.contracts.batches import StateName
-from modules.contracts.drafter import (
-    Accepted,
-    Context,
-    Drafter,
-    DraftState,
-    TreeBuilder,
-    Verified,
-    check_depth,
-)
+from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, check_depth
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import Law, TokenTree
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import TextDrafter, TextState
 from modules.trees.trie import Trie
 

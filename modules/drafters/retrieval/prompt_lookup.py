@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import DraftState
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
 from modules.drafters.retrieval.base import TextDrafter, TextState, chains
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier, TreeBuilder
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
 from modules.drafters.retrieval.partner import Partnered, PartneredState, as_trie
 from modules.drafters.retrieval.rest import Rest
 from modules.trees.candidates import log_law

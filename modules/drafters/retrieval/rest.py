@@ -7,8 +7,8 @@ Shape legend: B sequences.
 from __future__ import annotations
 
 from modules.contracts.drafter import DraftState
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
 from modules.drafters.retrieval.base import TextDrafter, TextState
 from modules.drafters.retrieval.suffix_array import ORDERED, Datastore
 from modules.trees.trie import Trie, batch_of_trees, frequent_prefixes

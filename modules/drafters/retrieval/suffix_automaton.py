@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Verified
+from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import PerSequence
 from modules.drafters.retrieval.partner import Partnered, PartneredState, as_trie
 from modules.drafters.retrieval.suffix_array import ORDERED, Datastore

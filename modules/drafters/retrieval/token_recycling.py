@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import StateName
-from modules.contracts.drafter import Accepted, Context, DraftState, Verified
+from modules.contracts.drafter import Context, DraftState
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree, packed
-from modules.contracts.trainable import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import TextDrafter, TextState
 from modules.trees.expected_length import path_probability
 from modules.trees.named_trees import Path

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import Rows, TextBatch
-from modules.contracts.drafter import Accepted, Context, DraftState, Frontier, Verified
-from modules.contracts.trainable import Losses, Mean, TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states, see_parents

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modules.contracts.batches import PADDING_DOCUMENT, TextBatch
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 def document_prompts(batch: TextBatch) -> list[Tensor]:

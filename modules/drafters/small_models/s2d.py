@@ -19,18 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.drafter import (
-    Accepted,
-    Context,
-    Drafter,
-    DraftState,
-    Frontier,
-    TreeBuilder,
-    Verified,
-)
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import Law, TokenTree
-from modules.contracts.trainable import Losses, Mean, TargetShape
+from modules.contracts.verification import Accepted, Verified
 from modules.drafters.heads.base import soft_labels
 from modules.drafters.small_models.exit_segments import Pending, Segment
 from modules.drafters.small_models.vocabularies import TokenDrafter
@@ -51,7 +45,7 @@ from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 @dataclass

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from modules.contracts.batches import Rows, StateName
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName
 from modules.target.kv_cache import Buffers, SlotCache
 
 if TYPE_CHECKING:

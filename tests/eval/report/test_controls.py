@@ -15,8 +15,9 @@ from eval.report.summary import summarise
 from eval.run.harness import Harness, units
 from eval.run.journal import Journal
 from eval.tasks.tasks import Prompt, Task
-from modules.contracts.drafter import Accepted, Sampling
+from modules.contracts.drafter import Sampling
 from modules.contracts.token_tree import TokenTree
+from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from tests.eval.fakes import Replay
 from tests.eval.test_cli import config, methods, run, tiny

@@ -19,8 +19,9 @@ from modules.acceptance.rejection import (
     recursive_rounds,
 )
 from modules.acceptance.rules import RULES, WRONG, Draws, PointRule, check_pairing, rule_named
-from modules.contracts.drafter import Sampling, Verified
+from modules.contracts.drafter import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.verification import Verified
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

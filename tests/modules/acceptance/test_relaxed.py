@@ -12,8 +12,9 @@ from torch import Tensor
 
 from modules.acceptance.relaxed import DivergenceRule, RelaxedRule, TopKRule, law_divergence
 from modules.acceptance.rules import AcceptanceRule, Draws, GreedyRule, default_rule
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder, Verified
+from modules.contracts.drafter import Drafter, Sampling, TreeBuilder
 from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.target.target import Target

@@ -18,9 +18,10 @@ from modules.acceptance.rules import (
     rule_named,
     sample_law,
 )
-from modules.contracts.drafter import Accepted, Drafter, DraftState, Sampling, Verified
+from modules.contracts.drafter import Drafter, DraftState, Sampling
+from modules.contracts.losses import Losses
 from modules.contracts.token_tree import Law, TokenTree, Topology
-from modules.contracts.trainable import Losses
+from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.branching import DrawnTree, branching_tree, chains

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from modules.contracts.drafter import Accepted, Sampling
+from modules.contracts.drafter import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
+from modules.contracts.verification import Accepted
 from modules.decoding import timing as clock
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.loop import tell

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
 from modules.contracts.batches import LabelledBatch, TextBatch
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder, Verified
+from modules.contracts.drafter import Drafter, Sampling, TreeBuilder
 from modules.contracts.token_tree import TokenTree, Topology
+from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.judges.judge import NOTHING, Judge, calibrated_threshold, class_weights, repeats

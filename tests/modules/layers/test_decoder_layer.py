@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.contracts.batches import Rows
+from modules.contracts.rows import Rows
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, ResBlock, causal_rows
 from tests.fakes import tiny_batch, tiny_target
 

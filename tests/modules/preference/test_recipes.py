@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modules.contracts.batches import PreferenceBatch, TextBatch
-from modules.contracts.trainable import Losses
+from modules.contracts.losses import Losses
 from modules.preference.cdpo import CDPO, PAGE, ContrastiveEstimator
 from modules.preference.dpo import DPO
 from modules.preference.policy import PreferenceTrainable, counted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.contracts.drafter import Accepted
+from modules.contracts.verification import Accepted
 from modules.target.kv_cache import Buffers, SlotCache
 
 ACCEPTED = Accepted(torch.tensor([[0, 2, 4]]), torch.tensor([3]), torch.tensor([5]))

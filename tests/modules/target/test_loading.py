@@ -15,7 +15,8 @@ import torch
 from checkpoints.pretrained import Provenance, check_binding
 from eval.evaluation import Evaluation
 from eval.report.markdown import describe
-from modules.contracts.drafter import Accepted, Sampling
+from modules.contracts.drafter import Sampling
+from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.target import loading

@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.contracts.batches import Rows
-from modules.contracts.drafter import Accepted
+from modules.contracts.rows import Rows
 from modules.contracts.token_tree import TokenTree, Topology
+from modules.contracts.verification import Accepted
 from tests.fakes import ARCHITECTURES, tiny_batch, tiny_target
 
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 7]  # the last row is padding

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
-from modules.contracts.trainable import Losses, TargetShape
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import TargetShape
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contracts.trainable import TargetShape
+from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.base import hanging_attention
 from modules.layers.decoder_layer import DecoderLayer
 from tests.fakes import tiny_target

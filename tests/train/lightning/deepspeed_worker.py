@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import Callback
 
 import train.run
 from data.datamodule import ConversationData
-from modules.contracts.trainable import TargetShape, Trainable
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Trainable
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa

@@ -8,7 +8,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from modules.contracts.trainable import Losses, Mean, TargetShape, Trainable
+from modules.contracts.losses import Losses, Mean
+from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Trainable
 from tests.fakes import tiny_batch, tiny_target
 from train.lightning.module import (
     MOST_SKIPPED,

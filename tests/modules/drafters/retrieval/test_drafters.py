@@ -11,8 +11,8 @@ from scipy import stats
 from checkpoints.pretrained import load_pretrained, save_pretrained
 from checkpoints.provenance import Provenance
 from modules.contracts.drafter import Context, DraftState, Sampling
+from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import TargetShape
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.base import TextState, chains
 from modules.drafters.retrieval.prompt_lookup import PromptLookup

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from modules.contracts.drafter import Accepted, Context, Drafter, DraftState, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
 from modules.contracts.token_tree import TokenTree
+from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.lookahead import Lookahead
 from modules.drafters.retrieval.partner import as_trie

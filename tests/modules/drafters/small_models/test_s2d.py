@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Accepted, Frontier, Sampling, Verified
+from modules.contracts.drafter import Frontier, Sampling
+from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.s2d import AtThresholds, Sorted
 from modules.layers.decoder_layer import run_layers

@@ -13,8 +13,9 @@ import torch
 from scipy import stats
 
 from modules.acceptance.rules import Draws, rule_named
-from modules.contracts.drafter import Frontier, Sampling, Verified
+from modules.contracts.drafter import Frontier, Sampling
 from modules.contracts.token_tree import Law
+from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.sampled import dyspec
 from modules.trees.sampled.branching import DrawnTree, branching_tree, chains

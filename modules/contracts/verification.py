@@ -1,0 +1,88 @@
+"""What a target call gives, and what a rule lets through.
+
+Shape legend: B sequences, N tree nodes, A accepted rows (padded), V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modules.contracts.shapes import StateName
+from modules.contracts.token_tree import TokenTree
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One target call over a tree: logits and states of all its rows."""
+
+    tree: TokenTree
+    logits_BNV: Tensor
+    states: dict[StateName, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a rule let through.
+
+    path_BA: int64 [B,A], accepted rows of the tree from node 0 down, padded with 0 behind
+    `lengths_B`.
+    lengths_B: int64 [B], accepted rows, node 0 included (so at least 1); as many tokens are emitted
+    by the call:
+        the accepted drafts and `next_B`.
+    next_B: int64 [B], the token that follows the last accepted row; node 0 of the next tree.
+    """
+
+    path_BA: Tensor
+    lengths_B: Tensor
+    next_B: Tensor
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """`lengths_B` on the host."""
+        return self.lengths_B.tolist()
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """The accepted rows of each sequence on the host, without padding."""
+        return [
+            path[:count] for path, count in zip(self.path_BA.tolist(), self.lengths, strict=True)
+        ]
+
+    def trimmed(self) -> Accepted:
+        """The same without columns that are padding in every sequence; what is on the host stays
+        there.
+        """
+        narrow = Accepted(self.path_BA[:, : max(self.lengths)], self.lengths_B, self.next_B)
+        narrow.__dict__.update(lengths=self.lengths, paths=self.paths)
+        return narrow
+
+    @property
+    def last_B(self) -> Tensor:
+        """int64 [B]: the deepest accepted row."""
+        return self.path_BA.gather(1, self.lengths_B[:, None] - 1)[:, 0]
+
+    def along_path(self, rows_BNX: Tensor) -> Tensor:
+        """Rows [B,N,...] gathered along the accepted path [B,A,...] (padding columns repeat row
+        0).
+        """
+        index = self.path_BA.reshape(*self.path_BA.shape, *([1] * (rows_BNX.dim() - 2)))
+        return rows_BNX.gather(1, index.expand(*self.path_BA.shape, *rows_BNX.shape[2:]))
+
+    def at_last(self, rows_BNX: Tensor) -> Tensor:
+        """Rows [B,N,...] at the deepest accepted node [B,...]."""
+        return rows_BNX[torch.arange(rows_BNX.shape[0], device=rows_BNX.device), self.last_B]
+
+    def emitted(self, tree: TokenTree) -> Tensor:
+        """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B`; void past
+        `lengths_B`.
+        """
+        drafts = torch.cat([self.along_path(tree.tokens_BN)[:, 1:], self.next_B[:, None]], dim=1)
+        return drafts.scatter(1, self.lengths_B[:, None] - 1, self.next_B[:, None])
