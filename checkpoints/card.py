@@ -169,7 +169,8 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
 
 
 def _evaluated(found: Measurement) -> str:
-    return f"## Evaluation\n\n{table(found)}\n\n{conditions(found)} The whole report is `report.json`.\n"
+    whole = "The whole report is `report.json`."
+    return f"## Evaluation\n\n{table(found)}\n\n{conditions(found)} {whole}\n"
 
 
 def _measured(measured: Mapping[str, float]) -> str:
@@ -207,7 +208,7 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
     made = {
         "drafter": "SpeculativeDecoder(target, component)",
         "adapters": "SpeculativeDecoder(component.adapt(target))",
-        "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device, target.dtype),\n'
+        "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device),\n'
         "                             component.acceptance_rule(target))",
     }
     named, folder = (
@@ -218,14 +219,15 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
         ```python
         from checkpoints.pretrained import load_pretrained
         from data.conversations import prompt_ids
-        from modules.contracts.drafter import Sampling
+        from modules.contracts.sampling import Sampling
         from modules.target.loading import load_target, own_device
         from modules.decoding.decoder import SpeculativeDecoder
 
         target = load_target({named}, device=own_device())
         component = load_pretrained({folder}, target).to(target.device, target.dtype)
         decoder = {made[_kind(trainable)]}
-        prompt = prompt_ids([{{"role": "user", "content": "Why is the sky blue?"}}], target.tokenizer)
+        question = {{"role": "user", "content": "Why is the sky blue?"}}
+        prompt = prompt_ids([question], target.tokenizer)
         print(target.tokenizer.decode(decoder.decode([prompt], Sampling(), limit=64)[0].ids))
         ```""")
     return f"## Use\n\nIn a checkout of Slipstream:\n\n{example}\n"
@@ -239,12 +241,12 @@ def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
     target = shlex.quote(" ".join(name.split()))
     if not known:
         return f"## Serve\n\n{_NO_ENGINE}\n"
-    parts = [
-        f"{' and '.join(FORMATS[form].ENGINES)}:\n\n```\npython -m checkpoints.export --format "
-        f"{form} {repo} "
-        f"exports/{form}\n{FORMATS[form].usage(trainable, target).replace('FOLDER', f'exports/{form}')}\n```\n"
-        for form in known
-    ]
+    parts = []
+    for form in known:
+        usage = FORMATS[form].usage(trainable, target).replace("FOLDER", f"exports/{form}")
+        command = f"python -m checkpoints.export --format {form} {repo} exports/{form}"
+        engines = " and ".join(FORMATS[form].ENGINES)
+        parts.append(f"{engines}:\n\n```\n{command}\n{usage}\n```\n")
     told = (
         "Export it in a checkout of Slipstream, then start the engine with the result and "
         f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run "

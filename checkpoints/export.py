@@ -22,9 +22,9 @@ from checkpoints.pretrained import (
     trainable_class,
 )
 from configs.command_line.loading import parse, run
+from modules.contracts.target import Target
 from modules.runtime.files import whole_folder
 from modules.target.loading import load_target
-from modules.target.target import Target
 
 
 def export(name: str | Path, form: str, out: Path, target: Target | None = None) -> Exported:

@@ -288,7 +288,10 @@ def _undo(api: HfApi, repo: str, created: bool) -> str:
         api.delete_repo(repo)
         return f"Nothing is left on the Hub; {again}"
     except Exception as error:
-        return f"It was created and is still there, empty, as it could not be deleted ({_reason(error)}); {again}"
+        return (
+            "It was created and is still there, empty, as it could not be deleted "
+            f"({_reason(error)}); {again}"
+        )
 
 
 @contextmanager

@@ -173,7 +173,8 @@ def conditions(found: Measurement) -> str:
         if not noise or noise[0]["micro"] is None
         else (f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
     )
-    asked = f"{found.rows[0]['prompts']} prompts ({plain(dataset(found))}: {plain(', '.join(settings['tasks']))})"
+    tasks = plain(", ".join(settings["tasks"]))
+    asked = f"{found.rows[0]['prompts']} prompts ({plain(dataset(found))}: {tasks})"
     limit, device, threads = map(
         plain, (settings["max_new_tokens"], where["device"], settings["threads"])
     )

@@ -52,7 +52,7 @@ from modules.runtime.files import read_object, whole_folder
 from modules.target.loading import missing_here
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def _with_token_scale(config: Config, tensors: Tensors) -> tuple[Config, Tensors
     return config, tensors
 
 
+RENAMED = {("sorted", "Sorted"): ("s2d", "S2D")}
+"""Components by an earlier `drafter_type` and `class`, and what they are called now."""
 MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = (_with_token_scale,)
 """Number n turns config.json and the tensors of format version n + 1 into those of version n +
 2.
@@ -298,7 +300,9 @@ def read_config(folder: Path) -> Config:
             f"{folder / CONFIG}: format_version {version} cannot be read, only 1 to "
             f"{FORMAT_VERSION}: update Slipstream"
         )
-    return config
+    named = config["drafter_type"], config["class"]
+    kind, name = RENAMED.get(named, named)
+    return {**config, "drafter_type": kind, "class": name}
 
 
 def target_of(name: str | Path) -> str:

@@ -20,7 +20,7 @@ from modules.runtime.files import read_object
 from modules.target.chat_template import arguments_of
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 _PACKAGES = (
     "torch",

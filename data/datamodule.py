@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -30,7 +30,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.shapes import StateName
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,11 @@ class Batches:
         self._start = 0
         first, remaining = self.batch, self.order(self.epoch)[self.batch :]
         loader = DataLoader(
-            self, batch_sampler=remaining, num_workers=self.workers, collate_fn=self._collate
-        )  # pyright: ignore[reportArgumentType]
+            cast(Any, self),
+            batch_sampler=remaining,
+            num_workers=self.workers,
+            collate_fn=self._collate,
+        )
         for step, batch in enumerate(loader, first):
             self.batch += 1
             for text in self._texts(batch) if self._repeated(step) else ():

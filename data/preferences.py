@@ -39,7 +39,7 @@ from modules.contracts.shapes import StateName
 
 if TYPE_CHECKING:
     from data.feature_cache.cache import FeatureCache
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 EMBEDDED_PAIRS = Path(__file__).parent / "prompts" / "preferences.jsonl"
 EMBEDDED_SOURCES = {"embedded": EMBEDDED_PAIRS, "embedded_solutions": EMBEDDED_SOLUTIONS}

@@ -35,13 +35,13 @@ from data.generation.answering import (
     write_answers,
 )
 from data.reading.files import Row, Skipped, Tally, read_jsonl
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.target.chat_template import arguments_of
 from modules.target.generation_config import stock_generate
 from modules.target.loading import AUTO, load_target
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The same few objects are the Python API::
 
     from checkpoints.pretrained import load_pretrained
     from data.conversations import prompt_ids
-    from modules.contracts.drafter import Sampling
+    from modules.contracts.sampling import Sampling
     from modules.target.loading import load_target, own_device
     from modules.decoding.decoder import SpeculativeDecoder
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -69,9 +70,8 @@ def make_parser() -> ArgumentParser:
         ),
     )
     for name in _LISTS:
-        default = next(
-            field.default_factory() for field in fields(Evaluation) if field.name == name
-        )  # type: ignore
+        field = next(field for field in fields(Evaluation) if field.name == name)
+        default = cast(Any, field.default_factory)()
         parser.add_argument(
             f"--{name}", nargs="+", type=str, default=default, help=_described(name)
         )

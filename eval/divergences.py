@@ -61,12 +61,8 @@ def mine_file(
     asked = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
     tally.log()
     folder = find_folder(drafter)
-    loaded = load_target(
-        target or read_config(folder)["target"]["name"],
-        dtype,
-        device,
-        chat_arguments(None, [drafter]),
-    )
+    named = target or read_config(folder)["target"]["name"]
+    loaded = load_target(named, dtype, device, chat_arguments(None, [drafter]))
     found = load_drafter(drafter, loaded)
     served = found.adapt(loaded)
     if loaded.device.type == "cpu":
@@ -77,9 +73,8 @@ def mine_file(
         {
             "target": loaded.fingerprint(),
             "drafter": str(folder),
-            "max_new_tokens": max_new_tokens,
             "prompts": prompts_digest([{"messages": messages} for messages in asked]),
-            "per_prompt": per_prompt,
+            **{"max_new_tokens": max_new_tokens, "per_prompt": per_prompt},
         },
         needs="rows",
     )

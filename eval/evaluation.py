@@ -41,11 +41,11 @@ from eval.tasks.contamination import note_overlaps
 from eval.tasks.task_files import Turns
 from eval.tasks.tasks import Task, load_tasks
 from eval.vllm.engine import ENGINE, check_vllm, vllm_rows
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.loading import AUTO, check_loading, chosen_dtype, load_target
 from modules.target.loading import EMBEDDED as EMBEDDED_TARGET
-from modules.target.target import Target
 
 AUTOTUNE = "max-autotune"
 

@@ -22,7 +22,7 @@ from eval.cli import quieten
 from eval.methods.rows import Precision, load_drafter
 from eval.methods.templates import chat_arguments
 from eval.report.token_pieces import pieces
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.runtime.phase_timer import now
 from modules.target.loading import AUTO, load_target
@@ -169,7 +169,8 @@ def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str
     if sampling.temperature > 0:
         return f"{ratio} (sampled: the two answers differ, their law is the same)"
     same = [token for token, _ in drafting.tokens] == [token for token, _ in plain.tokens]
-    return f"{ratio}, {'the same tokens' if same else 'other tokens (a tie in rounding, or a lossy drafter)'}"
+    other = "other tokens (a tie in rounding, or a lossy drafter)"
+    return f"{ratio}, {'the same tokens' if same else other}"
 
 
 def command(arguments: Sequence[str]) -> int:

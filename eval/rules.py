@@ -40,16 +40,17 @@ from modules.acceptance.rules import (
     RatioRule,
     check_pairing,
 )
-from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, Sampling, TreeBuilder
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
 from modules.contracts.losses import Losses
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Verified
 from modules.cost_model.latency_table import LatencyTable, stored_latency
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.runtime.phase_timer import now
 from modules.target.loading import load_target
-from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.branching import branching_tree, chains
 from modules.trees.sampled.chain import SampledChain
@@ -465,7 +466,7 @@ def models(asked: Comparison) -> tuple[Target, Drafter, str]:
         drafter = load_drafter(asked.drafter, target)
         return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
     target = load_target(asked.target, "float32", asked.device)
-    drafter = Sorted(target.shape, [asked.layers], adaptive=False)
+    drafter = S2D(target.shape, [asked.layers], adaptive=False)
     drafter.initialise(target)
     drafter = drafter.to(target.device, target.dtype).eval()
     return target, drafter, f"its own first {asked.layers} of {target.shape.num_layers} layers"

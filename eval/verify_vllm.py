@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -24,8 +24,8 @@ from eval.cli import quieten
 from eval.evaluation import Evaluation, evaluate
 from eval.methods.rows import Method, load_drafter
 from eval.vllm.engine import ENGINE, Worker, engine_arguments, export_for_vllm
+from modules.contracts.target import Target
 from modules.target.loading import load_target
-from modules.target.target import Target
 
 TOLERANCE = 0.05
 """How far vLLM's mean accepted tokens may be from ours, as a share of ours."""
@@ -88,8 +88,8 @@ class Verification:
             limit=self.limit,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            engine=engine,
-        )  # type: ignore[arg-type]
+            engine=cast(Any, engine),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState
 from modules.contracts.losses import Losses
+from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified

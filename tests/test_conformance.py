@@ -15,7 +15,8 @@ import torch
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from configs.command_line.loading import CONFIGS
 from modules.contracts.batches import LabelledBatch, PreferenceBatch
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
 from modules.contracts.trainable import Trainable
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.losses.averages import shared_counts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.conversations import prompt_ids
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover

@@ -24,8 +24,8 @@ from checkpoints.pretrained import PROVENANCE
 from configs.command_line.loading import parse, run
 from configs.command_line.outputs import claimed, write_whole
 from eval.report import plots
+from modules.contracts.target import Target
 from modules.target.loading import load_target
-from modules.target.target import Target
 from train.cli import make_parser, quieten, recipe_of, recipe_settings
 from train.run import Place, claim, train
 from train.settings import training_device
@@ -88,7 +88,8 @@ def lines(points: Sequence[Point], figure: str) -> list[str]:
 def page(points: Sequence[Point], figure: str, title: str) -> str:
     """A page that needs nothing else."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title></head>\n"
         f'<body style="max-width: 44rem; margin: 2rem auto; font: 15px system-ui, sans-serif">'
         f"<h1>{escape(title)}</h1>\n{picture(points, figure)}\n"
         f"<pre>{escape(chr(10).join(lines(points, figure)))}</pre></body></html>\n"

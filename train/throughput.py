@@ -27,10 +27,10 @@ from transformers import LlamaConfig
 
 from configs.command_line.loading import config_parser, parse, run
 from modules.contracts.batches import TextBatch
+from modules.contracts.target import Target
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.runtime.phase_timer import now
 from modules.target.loading import load_target
-from modules.target.target import Target
 
 Step = Callable[[], Tensor]
 """Forward and backward; returns the loss."""

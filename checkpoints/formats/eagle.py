@@ -33,7 +33,7 @@ from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 DRAFTER = Eagle
 ENGINES = ("vLLM", "the official implementation")

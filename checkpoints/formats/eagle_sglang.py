@@ -11,7 +11,7 @@ from checkpoints.formats.exported import Exported, served_name
 from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 DRAFTER = Eagle
 ENGINES = ("SGLang", "the official implementation")

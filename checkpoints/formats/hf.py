@@ -23,7 +23,7 @@ from modules.target.architecture import SUPPORTED
 from modules.target.hf_models import check_tokenizer, config_of_dict, dict_of_config, fresh_model
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 DRAFTER = Independent
 ENGINES = ("vLLM", "SGLang", "Hugging Face")

@@ -16,7 +16,7 @@ from checkpoints.folders import Ledger
 from modules.contracts.shapes import TargetShape
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _ROUNDING = 1e-2

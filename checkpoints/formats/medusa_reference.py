@@ -21,7 +21,7 @@ from modules.contracts.shapes import TargetShape
 from modules.drafters.heads.medusa import Medusa
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 DRAFTER = Medusa
 ENGINES = ("the reference implementation", "vLLM 0.32")

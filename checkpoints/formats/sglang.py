@@ -27,7 +27,7 @@ from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 DRAFTER = Eagle3
 ENGINES = ("SGLang", "vLLM")

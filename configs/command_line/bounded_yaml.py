@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from configs.command_line.renamed import current_names
+
 MOST_CHARACTERS = 1 << 20
 MOST_LEVELS = 64
 MOST_NODES = 1 << 17
@@ -62,7 +64,7 @@ def load_yaml(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
         check_yaml(text)
-        return yaml.load(text, Loader=_LOADER)
+        return current_names(yaml.load(text, Loader=_LOADER))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
@@ -82,7 +84,7 @@ def _bounded(text: str) -> Any:
         check_yaml(text)
     except ValueError as error:
         raise yaml.YAMLError(str(error)) from error
-    return _unbounded(text)
+    return current_names(_unbounded(text))
 
 
 _unbounded = get_loader("yaml")

@@ -37,7 +37,7 @@ from modules.contracts.shapes import StateName
 from modules.runtime.files import as_umask_says
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 logger = logging.getLogger(__name__)
 

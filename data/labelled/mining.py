@@ -21,12 +21,13 @@ from data.conversations import prompt_ids
 from data.labelled.solution_errors import plain_number
 from data.reading.rows import Message
 from modules.acceptance.rules import Draws, GreedyRule, check_pairing
-from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 
 if TYPE_CHECKING:
-    from modules.target.target import Target
+    from modules.contracts.target import Target
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

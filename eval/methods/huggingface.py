@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints.pretrained import load_pretrained
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.decoding.decoder import Trace
 from modules.decoding.loop import kept_calls
 from modules.drafters.small_models.independent import Independent
 from modules.runtime.phase_timer import now
 from modules.target.generation_config import stock_generate
 from modules.target.loading import truncated_config
-from modules.target.target import Target
 
 
 class _Stopwatch:

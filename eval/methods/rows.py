@@ -17,12 +17,13 @@ from configs.command_line.class_paths import Kind, named_class
 from data.conversations import prompt_ids
 from data.reading.files import read_jsonl
 from modules.acceptance.rules import RULES, AcceptanceRule, check_pairing, rule_named
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder
+from modules.contracts.drafter import Drafter, TreeBuilder
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.cost_model.budget import best_budget, budgets_on, try_budgets
 from modules.cost_model.latency_table import stored_latency
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
 from modules.target.loading import missing_here
-from modules.target.target import Target
 
 logger = logging.getLogger(__name__)
 

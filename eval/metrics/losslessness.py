@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.metrics.acceptance import TIE_GAP, Identity, argmax_gaps, first_divergence, is_tie
 from modules.contracts.batches import TextBatch
-from modules.target.target import Target
+from modules.contracts.target import Target
 
 LOW_PRECISION_GAP = {torch.bfloat16: 0.5, torch.float16: 0.0625}
 """At these precisions every emitted token must be the teacher-forced argmax or stand within this

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from modules.contracts.target import Target
 from modules.cost_model.latency_table import WIDTHS, LatencyTable, measure_latency
-from modules.target.target import Target
 
 FACTORS = {
     "verification": "target calls against t(rows)",

@@ -18,7 +18,7 @@ from eval.metrics.losslessness import teacher_forced_logits
 from eval.run.journal import Record
 from eval.tasks.answer_checks import RUNS_CODE, Check, common_prefix, paired_outcome, score
 from eval.tasks.programs import isolation
-from modules.target.target import Target
+from modules.contracts.target import Target
 
 Quality = Literal["lossy", "all", "none"]
 Answers = Mapping[str, Record]

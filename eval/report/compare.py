@@ -119,7 +119,10 @@ def overlap_line(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     ]
     same = sum(overlap(one, two) for one, two in known)
     share = f" ({same / len(known):.0%})" if known else ""
-    return f"speedup intervals overlap for {same} of {len(known)} methods that have them in both reports{share}"
+    return (
+        f"speedup intervals overlap for {same} of {len(known)} methods that have them in both "
+        f"reports{share}"
+    )
 
 
 def noise_margin(report: Mapping[str, Any], method: Figures) -> float:

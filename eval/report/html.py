@@ -27,20 +27,27 @@ from eval.tasks.contamination import overlap_lines
 STYLE = """
 :root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; color: var(--ink);
+  background: #fff;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
 p { margin: .4rem 0; max-width: 60rem; } .quiet { color: var(--quiet); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; font-size: .85rem; } td:first-child, th:first-child { text-align: left; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; font-size: .85rem; }
+td:first-child, th:first-child { text-align: left; }
 tr.bad td { color: #b3261e; background: #fdf1f0; } .alarm { color: #b3261e; font-weight: 600; }
-svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
+svg { max-width: 100%; height: auto; }
+.pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 .pair > figure { flex: 1 1 24rem; } figure { margin: 0; }
 .lines { white-space: pre-line; }
-.answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; }
-.answer mark { background: #d5ebf7; color: inherit; border-radius: 2px; box-shadow: inset 0 -2px 0 #8cc4e4; }
+.answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px;
+  padding: 1rem 1.2rem; }
+.answer mark { background: #d5ebf7; color: inherit; border-radius: 2px;
+  box-shadow: inset 0 -2px 0 #8cc4e4; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
 dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -114,7 +121,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection
         + "</tr>"
         for line in lines
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _halves(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -153,7 +161,8 @@ def _pictures(
         f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
     )
     if measured:
-        yield f"<h2>Speedup by task, with 95% intervals</h2><figure>{plots.speedup_by_task(shown)}</figure>{left_out}"
+        picture = f"<figure>{plots.speedup_by_task(shown)}</figure>"
+        yield f"<h2>Speedup by task, with 95% intervals</h2>{picture}{left_out}"
     yield '<div class="pair">'
     if any(method["acceptance_by_depth"] for method in shown):
         yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(shown)}</figure>"
@@ -161,7 +170,8 @@ def _pictures(
         yield f"<figure><h2>Drafts accepted by a call</h2>{plots.accepted_lengths(shown)}</figure>"
     for key, words in (("batch_size", "batch size"), ("temperature", "temperature")):
         if plots.series(measured, key):
-            yield f"<figure><h2>Speedup against {words}</h2>{plots.speedup_against(measured, key)}</figure>"
+            picture = plots.speedup_against(measured, key)
+            yield f"<figure><h2>Speedup against {words}</h2>{picture}</figure>"
     yield f"<figure><h2>Time per phase</h2>{plots.time_per_phase(methods)}</figure></div>"
 
 
@@ -186,7 +196,8 @@ def _sample(sample: Sample | None) -> Iterable[str]:
         1, sum(len(t) for t, _ in sample.pieces)
     )
     yield f'<h2>A sample answer</h2><p class="lines">{escape(sample.question)}</p>'
-    yield f'<p class="quiet">{escape(sample.method)}; shaded: drafted and accepted, {share:.0%} of the text.</p>'
+    shaded_part = f"shaded: drafted and accepted, {share:.0%} of the text"
+    yield f'<p class="quiet">{escape(sample.method)}; {shaded_part}.</p>'
     yield f'<div class="answer">{shaded(sample.pieces)}</div>'
 
 

@@ -25,8 +25,8 @@ from eval.metrics.speed_model import explanations, is_baseline
 from eval.report.answer_quality import control_lines, program_lines, quality_table
 from eval.report.summary import Summary
 from eval.tasks.contamination import overlap_lines
+from modules.contracts.target import Target
 from modules.target.gguf_name import title
-from modules.target.target import Target
 
 Figures = Mapping[str, Any]
 
@@ -180,9 +180,10 @@ def noise_lines(report: Mapping[str, Any]) -> list[str]:
     An interval without 1 says that the machine itself changed between neighbouring runs.
     """
     found = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
+    unsteady = ", which does not hold 1: the machine was not steady, measure again"
     return [
         f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval "
-        f"{interval(noise['ci95'])}{'' if holds_one(noise) else ', which does not hold 1: the machine was not steady, measure again'})"
+        f"{interval(noise['ci95'])}{'' if holds_one(noise) else unsteady})"
         for name, noise in found
         if noise
     ]
@@ -195,11 +196,11 @@ def export_lines(methods: Sequence[Figures]) -> list[str]:
     notes = dict.fromkeys(
         note for method in methods for note in method["quality"].get(EXPORT_NOTES, ())
     )
-    return [
-        "exported "
-        f"{', '.join(one['name'] for one in methods if note in one['quality'].get(EXPORT_NOTES, ()))}: {note}"
+    named = {
+        note: [one["name"] for one in methods if note in one["quality"].get(EXPORT_NOTES, ())]
         for note in notes
-    ]
+    }
+    return [f"exported {', '.join(names)}: {note}" for note, names in named.items()]
 
 
 def holds_one(noise: Mapping[str, Any]) -> bool:
@@ -340,17 +341,18 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 HALF = "On the less repetitive half of the prompts"
 READING = """\
-Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row on the same
-prompts, in the same process, prompt by prompt in turn; the interval is a paired bootstrap over prompts, macro the
-mean over tasks. τ is tokens per verification call, its bonus token counted, those behind an
-answer's end not. Predicted is τ times t(1) over t(rows) plus drafting, where t is the target's
-time for a call of so many rows, measured apart from the run; the factors under "Predicted and
-measured" lead from it to the measured speedup, and one below 1 is time lost there.
-Lossless: token ids identical to the autoregressive row's; a tie is a first divergence between two tokens whose
-teacher-forced logits differ by at most 0.001, and where the target has bfloat16 (float16), in which calls of other
-widths round differently, an answer all of whose tokens are the likeliest or within 0.5 (0.0625) of it. The less
-repetitive half are the prompts whose plain answers repeat fewest of their runs of four tokens: lookup has the
-least to copy there. On a CPU, peak memory is the whole process's."""
+Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row
+on the same prompts, in the same process, prompt by prompt in turn; the interval is a paired
+bootstrap over prompts, macro the mean over tasks. τ is tokens per verification call, its bonus
+token counted, those behind an answer's end not. Predicted is τ times t(1) over t(rows) plus
+drafting, where t is the target's time for a call of so many rows, measured apart from the run;
+the factors under "Predicted and measured" lead from it to the measured speedup, and one below 1
+is time lost there. Lossless: token ids identical to the autoregressive row's; a tie is a first
+divergence between two tokens whose teacher-forced logits differ by at most 0.001, and where the
+target has bfloat16 (float16), in which calls of other widths round differently, an answer all of
+whose tokens are the likeliest or within 0.5 (0.0625) of it. The less repetitive half are the
+prompts whose plain answers repeat fewest of their runs of four tokens: lookup has the least to
+copy there. On a CPU, peak memory is the whole process's."""
 
 
 def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:

@@ -21,8 +21,8 @@ from data.reading.rows import Message
 from eval.methods.rows import Row
 from eval.run.journal import Journal, Record
 from eval.tasks.tasks import Prompt, Task
+from modules.contracts.target import Target
 from modules.decoding.decoder import Decoder, SpeculativeDecoder, Trace
-from modules.target.target import Target
 
 WARM_UP_TOKENS = 8
 SEEDS_PER_PROMPT = 1000

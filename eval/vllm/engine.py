@@ -24,10 +24,11 @@ import torch
 from checkpoints.export import trainable_class_of, write
 from checkpoints.formats.known import FORMATS, formats_of
 from eval.methods.rows import AUTOREGRESSIVE, EXPORT_NOTES, Method, Row, load_drafter, unique_labels
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.decoding.decoder import Trace
 from modules.target.loading import locate
-from modules.target.target import Target
 
 ENGINE = "vllm"
 SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa", "hf": "draft_model"}

@@ -23,8 +23,7 @@ from modules.acceptance.rejection import (
     recursive_rounds,
     twins_of,
 )
-from modules.contracts.drafter import Sampling
-from modules.contracts.sampling import sample_law, warped_law
+from modules.contracts.sampling import Sampling, sample_law, warped_law
 from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import Law, TokenTree
 from modules.contracts.verification import Accepted, Verified

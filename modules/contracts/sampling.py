@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from math import inf
 
 import torch
 from torch import Tensor
@@ -14,8 +15,35 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-if TYPE_CHECKING:
-    from modules.contracts.drafter import Sampling
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature, then top-k, then top-p, as in `generate`.
+
+    `temperature` 0 is greedy; the warpers then have no effect. Drafts that are drawn from a
+    drafter's law are drawn under the same settings.
+
+    Raises:
+        ValueError: a value that no warper accepts.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse bad values; whole numbers are taken for the floats that the warpers ask for."""
+        if not 0 <= self.temperature < inf:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a finite number above, got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.top_k < inf or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
+        for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
 
 def warped_law(logits: Tensor, sampling: Sampling, temperature: float | None = None) -> Tensor:

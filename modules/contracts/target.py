@@ -14,8 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import StateName, TextBatch
-from modules.contracts.shapes import TargetShape
+from modules.contracts.batches import TextBatch
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.verification import Accepted, Verified
 
 
 class Target(Protocol):
@@ -102,4 +105,44 @@ class Target(Protocol):
         self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
     ) -> tuple[Tensor, dict[StateName, Tensor]]:
         """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]."""
+        ...
+
+    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
+        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet."""
+        ...
+
+    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
+        ...
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep the accepted rows of the last call in the KV cache."""
+        ...
+
+    @property
+    def stock(self) -> Any:
+        """The model as its library runs it, on the same weights."""
+        ...
+
+    @property
+    def quantisation(self) -> str:
+        """How its linear layers are packed: `4bit`, `8bit`, another method's name, or nothing."""
+        ...
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in the model, packed ones counted one by one."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of names, shapes and values of the weights."""
+        ...
+
+    @property
+    def compiled(self) -> Any:
+        """The compiled calls, if there are any."""
+        ...
+
+    def compile_calls(self, autotune: bool = False) -> None:
+        """Let calls over trees of one sequence go through `torch.compile` from the next `open`."""
         ...

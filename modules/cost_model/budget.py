@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.cost_model.latency_table import LatencyTable
 from modules.decoding.decoder import SpeculativeDecoder
 

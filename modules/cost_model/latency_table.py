@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.runtime.phase_timer import now
 from modules.target.loading import cache_folder
-from modules.target.target import Target
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from modules.contracts.target import Target
 from modules.runtime.phase_timer import now
-from modules.target.target import Target
 
 _READ_BYTES = 1 << 28
 _SQUARE = 1536

@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 
 from modules.acceptance.rules import AcceptanceRule, check_pairing, default_rule
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder, check_depth
+from modules.contracts.drafter import Drafter, TreeBuilder, check_depth
+from modules.contracts.sampling import Sampling
+from modules.contracts.target import Target
 from modules.contracts.token_tree import Law
 from modules.decoding.loop import Run, Trace, check_limit
 from modules.decoding.timing import Clock
 from modules.target.kernels.cpu_kernels import use_narrow_linears
-from modules.target.target import Target
 
 logger = logging.getLogger(__name__)
 

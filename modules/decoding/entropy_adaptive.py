@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rules import Draws
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.loop import Trace, check_limit
 from modules.decoding.timing import Clock
 from modules.target.kv_cache import SlotCache

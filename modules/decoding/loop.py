@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
-from modules.contracts.drafter import Context, Drafter, DraftState, Sampling, TreeBuilder
+from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder
+from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import StateName
+from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.timing import Clock
-from modules.target.target import Target
 
 
 @dataclass

@@ -114,7 +114,7 @@ class Adapters(nn.ModuleList):
             target_modules=names,
         )
         learns = {id(factor): factor.requires_grad for factor in self._factors(lm_head)}
-        twin = type(target)(
+        twin = cast(Any, type(target))(
             inject_adapter_in_model(config, shared), target.tokenizer, f"{target.name}+{self.name}"
         )
         for factor in self._factors(lm_head):
@@ -130,7 +130,7 @@ class Adapters(nn.ModuleList):
         own fingerprint.
         """
         self.refuse_other_layers(target)
-        adapted = type(target)(
+        adapted = cast(Any, type(target))(
             copy.deepcopy(target.model, {id(target): target}),
             target.tokenizer,
             f"{target.name}+{self.name}",

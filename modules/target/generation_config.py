@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 
 NEUTRAL: dict[str, Any] = {
     # Logits processors, at any temperature.

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from modules.contracts.shapes import TargetShape
+from modules.contracts.target import Target
 from modules.contracts.trainable import MOST
 from modules.target.architecture import SUPPORTED
 from modules.target.loading import locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer
-from modules.target.target import Target
 
 _NAMED = "drafter.model"
 _NOT_KEPT = (

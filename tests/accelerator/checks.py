@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modules.acceptance.rules import TypicalRule
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.timing import Clock

@@ -135,7 +135,10 @@ def test_reports_of_something_else_are_refused(evaluated, tmp_path) -> None:
     for name in ("tiny-llama", "another"):
         report["targets"][0] |= {"name": name, "fingerprint": "0123"}
         file.write_text(json.dumps(report))
-        words = f"is about a {name} with weights 0123, this component was trained for tiny-llama with weights "
+        words = (
+            f"is about a {name} with weights 0123, this component was trained for tiny-llama with "
+            "weights "
+        )
         with pytest.raises(ValueError, match=words):
             card_of(evaluated, report=file)
     for wrong in ("{}", json.dumps({**json.loads(text), "schema": 2})):

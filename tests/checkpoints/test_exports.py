@@ -125,7 +125,7 @@ def test_the_reference_would_make_one_of_several_blocks(target):
         FORMATS["medusa_reference"].exported(Medusa(target.shape, 3, 2), target)
 
 
-def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest_even_when_all_logits_are_negative(
+def test_tokens_outside_the_draft_vocabulary_are_never_the_likeliest(
     target,
 ):
     drafter: Any = shaken(Medusa(target.shape, 3, draft_vocabulary=DRAFTED), target)

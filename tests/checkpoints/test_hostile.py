@@ -329,7 +329,7 @@ def every_class(kind: type[Trainable] = Trainable) -> list[type[Trainable]]:
 
 
 def test_the_types_of_every_components_arguments_are_known() -> None:
-    for name in ("Medusa2", "Clover2", "Hydra", "Falcon", "Fspad", "Eagle3", "Sorted", "Judge"):
+    for name in ("Medusa2", "Clover2", "Hydra", "Falcon", "Fspad", "Eagle3", "S2D", "Judge"):
         check_arguments(trainable_class(name.lower(), name), {}, "x")
     for kind in set(every_class()):
         check_arguments(kind, {}, kind.__name__)

@@ -16,7 +16,10 @@ from checkpoints.pretrained import Provenance, describe
 from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 
-HOSTILE = "x<script>alert(1)</script>\n\n# heading\n```\n<img src=x onerror=1> [a](http://b) ![c](d) | e | `f` &lt;"
+HOSTILE = (
+    "x<script>alert(1)</script>\n\n# heading\n```\n<img src=x onerror=1> "
+    "[a](http://b) ![c](d) | e | `f` &lt;"
+)
 STARTS = re.compile(r"^(# heading|<img|<script|!\[)", re.MULTILINE)
 
 

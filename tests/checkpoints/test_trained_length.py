@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target

@@ -84,7 +84,8 @@ def test_classes_of_the_kind_are_found(path: str, kind: Kind, only_packages: Non
 
 
 def medusa(more: str) -> str:
-    return f"drafter: {{class_path: modules.drafters.heads.medusa.Medusa}}\ndata: {{train: embedded}}\n{more}"
+    drafter = "drafter: {class_path: modules.drafters.heads.medusa.Medusa}"
+    return f"{drafter}\ndata: {{train: embedded}}\n{more}"
 
 
 @pytest.mark.parametrize(

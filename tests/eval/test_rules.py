@@ -31,7 +31,7 @@ from eval.rules import (
 )
 from modules.acceptance.rules import Draws, PointRule, RatioRule
 from modules.cost_model.latency_table import LatencyTable
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.target.target import Target
 from modules.trees.sampled.branching import branching_tree
 from modules.trees.static import StaticTree
@@ -41,8 +41,8 @@ ASKED = Comparison(limit=2, contexts=2, max_new_tokens=6, draws=2)
 PROMPTS = [[7, 8, 9], [20, 21]]
 
 
-def drafted_by(target: Target, layers: int) -> Sorted:
-    drafter = Sorted(target.shape, [layers], adaptive=False)
+def drafted_by(target: Target, layers: int) -> S2D:
+    drafter = S2D(target.shape, [layers], adaptive=False)
     drafter.initialise(target)
     return drafter.double().eval()
 

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import GenerationConfig
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
 from tests.fakes import tiny_target

@@ -55,10 +55,13 @@ def recipe(conversations, tmp_path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(
         f"""\
-drafter: {{class_path: modules.drafters.heads.medusa.Medusa, init_args: {{heads: 2, draft_vocabulary: 48}}}}
+drafter:
+  class_path: modules.drafters.heads.medusa.Medusa
+  init_args: {{heads: 2, draft_vocabulary: 48}}
 data: {{train: {conversations}, validation_fraction: 0.2, max_length: 128, rows: 1}}
 optimizer: {{lr: 0.01}}
-trainer: {{max_steps: 6, max_epochs: -1, val_check_interval: 3, accelerator: cpu, log_every_n_steps: 1}}
+trainer:
+  {{max_steps: 6, max_epochs: -1, val_check_interval: 3, accelerator: cpu, log_every_n_steps: 1}}
 probe: {{prompts: 2, max_new_tokens: 8}}
 checkpoint: {{every_n_steps: 1}}
 """,

@@ -84,8 +84,12 @@ def test_a_training_from_a_cache_that_is_killed_goes_on_to_the_unbroken_runs_wei
     recipe = tmp_path / "eagle3.yaml"
     recipe.write_text(
         f"""\
-drafter: {{class_path: modules.drafters.feature.eagle3.Eagle3, init_args: {{steps: 2, draft_vocabulary: 48}}}}
-data: {{train: {conversations}, validation_fraction: 0.2, max_length: 128, rows: 1, features: {tmp_path}/states}}
+drafter:
+  class_path: modules.drafters.feature.eagle3.Eagle3
+  init_args: {{steps: 2, draft_vocabulary: 48}}
+data:
+  {{train: {conversations}, validation_fraction: 0.2, max_length: 128, rows: 1,
+   features: {tmp_path}/states}}
 trainer: {{max_steps: 6, max_epochs: -1, val_check_interval: 3, accelerator: cpu}}
 probe: {{prompts: 1, max_new_tokens: 3}}
 checkpoint: {{every_n_steps: 1, export: last}}

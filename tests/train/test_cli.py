@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false
 import csv
 import json
 import os
@@ -12,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 
 from checkpoints.pretrained import load_pretrained
 from configs.command_line.loading import run as one_line_run
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from tests.fakes import tiny_target
 from train.cli import command, make_parser

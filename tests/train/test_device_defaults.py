@@ -12,7 +12,7 @@ import yaml
 
 import modules.target.loading
 from eval.evaluation import Evaluation
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.cost_model.budget import BUDGETS, budgets_on
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.trained import LearnedDrafter

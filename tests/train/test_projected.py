@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from data.datamodule import ConversationData
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.target.target import Target
 from tests.fakes import tiny_tokenizer
 from train.run import Recipe, build
@@ -47,7 +47,7 @@ def recipe(kind: Any, conversations: Path, **arguments: Any) -> Recipe:
     return Recipe(lambda shape: kind(shape, **arguments), data)
 
 
-@pytest.mark.parametrize("kind", [Medusa, Clover, Eagle3, Sorted])
+@pytest.mark.parametrize("kind", [Medusa, Clover, Eagle3, S2D])
 def test_drafters_on_its_states_are_refused_before_data_are_read(
     kind: Any, target: Target, conversations: Path
 ) -> None:

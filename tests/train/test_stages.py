@@ -17,7 +17,7 @@ from configs.command_line.loading import CONFIGS
 from data.corpora.word_problems import embedded_problems
 from eval.methods.rows import Method, build_rows
 from modules.contracts.batches import PreferenceBatch
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.judges.judge import Judge

@@ -11,7 +11,7 @@ import evaluate
 
 from eval.metrics.acceptance import Speed, bootstrap_interval, first_divergence, micro_speedup
 
-_INPUTS = """predictions, references: token ids of the method and of plain decoding, prompt by prompt.
+_INPUTS = """predictions, references: token ids of the method and of plain decoding, by prompt.
 seconds, reference_seconds: what decoding each of them took, prefill left out."""
 
 

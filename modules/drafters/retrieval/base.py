@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from modules.contracts.drafter import Context, Drafter, DraftState
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.target import Target
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
-from modules.target.target import Target
 
 Item = TypeVar("Item")
 

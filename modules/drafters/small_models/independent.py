@@ -26,6 +26,7 @@ from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
+from modules.contracts.target import Target
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.vocabularies import TokenDrafter
@@ -52,7 +53,7 @@ from modules.target.hf_models import (
 )
 from modules.target.kernels.cpu_kernels import narrow_linear
 from modules.target.kv_cache import SlotCache
-from modules.target.target import Target
+from modules.target.target import Target as LoadedTarget
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
 
@@ -144,7 +145,7 @@ class Independent(TokenDrafter):
 
     def _adopt(self, model: Any) -> None:
         """Draft with this model."""
-        self.__dict__["language_model"] = Target(model, None, "drafter")
+        self.__dict__["language_model"] = LoadedTarget(model, None, "drafter")
         self.model = model.requires_grad_(True).train(self.training)
         model.get_input_embeddings().requires_grad_(not self.frozen_embedding)
 

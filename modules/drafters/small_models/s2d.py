@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SortedState(DraftState):
+class S2DState(DraftState):
     """What a sorted drafter knows of its sequences.
 
     segments: the layers up to the first exit, between the first and the second, and so on.
@@ -96,7 +96,7 @@ class SortedState(DraftState):
         self.positions_BR = torch.cat([self.positions_BR, positions], dim=1)
 
 
-class Sorted(TokenDrafter):
+class S2D(TokenDrafter):
     """A small language model of the target's kind, made from its first layers, that can be left at
     several depths.
 
@@ -239,7 +239,7 @@ class Sorted(TokenDrafter):
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def start(self, context: Context) -> SortedState:
+    def start(self, context: Context) -> S2DState:
         """Nothing is run before the first draft asks for it."""
         embedded = self.embedding(self.read_ids(context.input_ids_BT))
         segments = [
@@ -248,7 +248,7 @@ class Sorted(TokenDrafter):
         segments[0].pending = Pending(embedded, context.lengths_B)
         wanted = torch.full_like(context.lengths_B, self.draft_length)
         blank = torch.zeros(len(wanted), 0, 0, dtype=torch.bool, device=wanted.device)
-        return SortedState(
+        return S2DState(
             context,
             context.newest_B,
             context.lengths_B,
@@ -263,7 +263,7 @@ class Sorted(TokenDrafter):
         """A chain of the length that the last verifications suggest, or its builder's tree."""
         if not self.adaptive:
             return super().propose(state, budget)
-        assert isinstance(state, SortedState)
+        assert isinstance(state, S2DState)
         state.wanted_B = state.wanted_B.clamp(1, max(1, budget))
         return StaticTree.chain(int(state.wanted_B.max())).build(self, state, budget)
 
@@ -271,7 +271,7 @@ class Sorted(TokenDrafter):
         """Logits [B,W,D] of the token after each frontier node, by the first exit that is sure
         enough.
         """
-        assert isinstance(state, SortedState)
+        assert isinstance(state, S2DState)
         if frontier.depth == 0:
             state.begin()
         state.add(frontier)
@@ -295,7 +295,7 @@ class Sorted(TokenDrafter):
                 return logits
         raise AssertionError("the last exit must accept every level")
 
-    def leaves(self, logits_BWD: Tensor, exit_index: int, state: SortedState) -> bool:
+    def leaves(self, logits_BWD: Tensor, exit_index: int, state: S2DState) -> bool:
         """Whether a level leaves at an exit. It looks at probabilities only, never at what is then
         drawn from them.
         """
@@ -304,11 +304,11 @@ class Sorted(TokenDrafter):
         surest_B = logits_BWD.softmax(-1).flatten(1).amax(1)
         return float(surest_B.min()) > state.thresholds[exit_index]
 
-    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> SortedState:
+    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> S2DState:
         """The accepted tokens wait to be read with the next root; the drafted rows are
         forgotten.
         """
-        assert isinstance(state, SortedState)
+        assert isinstance(state, S2DState)
         state.begin()
         tokens_BA, first = accepted.along_path(verified.tree.tokens_BN), state.segments[0]
         first.pending = first.pending.and_then(
@@ -344,7 +344,7 @@ class AtThresholds:
         """A tree of at most `budget` drafted nodes. ValueError: a drafter without exits, or with
         others.
         """
-        if not isinstance(drafter, Sorted) or not isinstance(state, SortedState):
+        if not isinstance(drafter, S2D) or not isinstance(state, S2DState):
             raise ValueError(
                 f"builder AtThresholds needs a sorted drafter, got {type(drafter).__name__}: name "
                 "another"

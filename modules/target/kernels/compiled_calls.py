@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from modules.contracts.rows import Rows
-from modules.contracts.shapes import StateName
+from modules.contracts.shapes import StateName, TargetShape
 from modules.target.kv_cache import Buffers, SlotCache
-
-if TYPE_CHECKING:
-    from modules.target.target import Target
 
 WIDTHS = (*range(1, 9), 12, 16, 24, 32, 48, 64)
 """Rows that have a graph; others are rounded up to the next."""
@@ -57,6 +55,37 @@ def compile_blocks(component: nn.Module) -> None:
         )
 
 
+class Layers(Protocol):
+    """What a compiled call needs of a target: its layers, and how their states are noted."""
+
+    anatomy: Any
+
+    @property
+    def shape(self) -> TargetShape:
+        """The target's dimensions."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its layers compute."""
+        ...
+
+    def watching(self, names: Sequence[StateName]) -> AbstractContextManager[None]:
+        """Note the states of these names while the block lasts."""
+        ...
+
+    def layer_states(
+        self,
+        embeddings_BNH: Tensor,
+        position_ids_BN: Tensor,
+        mask: Any,
+        cache: Any,
+        names: Sequence[StateName],
+    ) -> list[Tensor]:
+        """States of one pass through the layers, in the order of `names`."""
+        ...
+
+
 class FixedSlots(Cache):
     """The KV cache as one compiled call sees it.
 
@@ -81,7 +110,7 @@ class FixedSlots(Cache):
 
 
 def tree_call(
-    target: Target,
+    target: Layers,
     embeddings_BNH: Tensor,
     position_ids_BN: Tensor,
     mask: Any,
@@ -103,7 +132,7 @@ class CompiledCalls:
         autotune: let the compiler try kernels for every matrix product (minutes per graph).
     """
 
-    def __init__(self, target: Target, autotune: bool = False) -> None:
+    def __init__(self, target: Layers, autotune: bool = False) -> None:
         self._target, self._autotune = weakref.ref(target), autotune
         self.graphs: dict[tuple[int, tuple[StateName, ...], int], Callable[..., list[Tensor]]] = {}
         """By width, states and slots of the buffers."""
@@ -111,7 +140,7 @@ class CompiledCalls:
         """Buffers whose cache is gone, by their slots."""
 
     @property
-    def target(self) -> Target:
+    def target(self) -> Layers:
         """Whose calls these are."""
         found = self._target()
         assert found is not None, "the target is gone"

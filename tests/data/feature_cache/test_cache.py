@@ -167,7 +167,8 @@ def dying(states, path):
     written.append(path)
 features.save_file = dying
 documents = [document(3 + 5 * i % 17, i) for i in range(14)]
-features.cache_features(tiny_target(dtype=torch.float32), documents, ["final"], sys.argv[1], **SMALL)
+target = tiny_target(dtype=torch.float32)
+features.cache_features(target, documents, ["final"], sys.argv[1], **SMALL)
 """
 
 

@@ -17,7 +17,7 @@ from configs.command_line.class_paths import Kind
 from configs.command_line.loading import CONFIGS
 from eval.cli import make_parser
 from eval.methods.rows import Method, build_rows, class_of, unique_labels
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.retrieval.rasd import Rasd

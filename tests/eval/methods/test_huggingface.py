@@ -14,7 +14,7 @@ from eval.methods.huggingface import (
     HuggingFacePromptLookup,
     _Stopwatch,
 )
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.small_models.independent import Independent

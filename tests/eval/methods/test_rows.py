@@ -10,7 +10,7 @@ import torch
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance
 from eval.methods.rows import Method, build_rows, load_drafter
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.heads.medusa2 import Medusa2
 from modules.target.target import Target

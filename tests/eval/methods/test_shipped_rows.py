@@ -2,7 +2,6 @@
 lossless.
 """
 
-# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ import yaml
 from checkpoints.export import export
 from checkpoints.pretrained import Provenance, save_pretrained
 from eval.methods.rows import Method, Row, build_rows
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
 from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
@@ -23,7 +23,7 @@ from modules.drafters.feature.fspad import Fspad
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.target.loading import load_target
 from modules.target.target import Target
 from modules.trees.named_trees import NAMED
@@ -137,7 +137,7 @@ def test_one_sorted_drafter_serves_a_target_and_its_own_first_layers(tmp_path: P
     """
     target = tiny_target(layers=6)
     for name, arguments in SORTED.items():
-        saved(tmp_path, f"bench/{name}", Sorted(target.shape, **arguments), target)
+        saved(tmp_path, f"bench/{name}", S2D(target.shape, **arguments), target)
     saved(tmp_path, "healed", Independent(target.shape, layers=4), target)
     export(tmp_path / "runs" / "healed", "hf", tmp_path / "healed", target)
     smaller = load_target(str(tmp_path / "healed"), "float64")

@@ -7,7 +7,7 @@ import torch
 
 from eval.metrics.acceptance import Identity
 from eval.metrics.losslessness import LOW_PRECISION_GAP, judge, teacher_forced_logits
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
 from tests.fakes import tiny_target

@@ -15,7 +15,7 @@ from eval.report.summary import summarise
 from eval.run.harness import Harness, units
 from eval.run.journal import Journal
 from eval.tasks.tasks import Prompt, Task
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder

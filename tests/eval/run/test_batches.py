@@ -14,7 +14,7 @@ from eval.methods.rows import Method, build_rows
 from eval.methods.variants import vary
 from eval.run.harness import share
 from eval.tasks.tasks import Prompt, Task
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from tests.eval.test_cli import config, methods, run, tiny
 from tests.fakes import tiny_target

@@ -12,7 +12,7 @@ from eval.report.summary import fold, summarise
 from eval.run.harness import Harness, fitting, render, units
 from eval.run.journal import Journal
 from eval.tasks.tasks import Prompt, Task
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.drafters.retrieval.token_recycling import UNKNOWN, TokenRecycling
 from modules.target.target import Target

@@ -14,7 +14,7 @@ from eval.methods.digests import changed, digest
 from eval.methods.rows import Method, build_rows
 from eval.run.identity import identify, questions
 from eval.tasks.tasks import load_tasks
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.drafters.heads.clover import Clover
 from modules.drafters.retrieval.aded import Aded
 from modules.drafters.retrieval.rasd import Rasd

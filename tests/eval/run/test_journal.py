@@ -13,7 +13,7 @@ from eval.methods.rows import Method, build_rows
 from eval.run.harness import Harness
 from eval.run.journal import Journal, Record
 from eval.tasks.tasks import load_tasks
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import Trace
 from tests.eval.run.test_identity import JOURNAL, evaluated, refused
 from tests.eval.test_cli import report, run, tiny

@@ -14,7 +14,7 @@ import pytest
 from eval.evaluation import agree_on_budgets
 from eval.methods.rows import Method, build_rows
 from eval.run.processes import Share, shared_out
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from tests.eval.test_cli import config, report, run, tiny
 from tests.fakes import tiny_target
 

@@ -20,7 +20,7 @@ from eval.tasks.contamination import (
     training_overlap,
 )
 from eval.tasks.tasks import Prompt, Task
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.suffix_array import Datastore
 from tests.eval.report.test_pages import method, report

@@ -28,7 +28,8 @@ from eval.vllm.engine import (
     traces,
 )
 from eval.vllm.worker import difference
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.clover import Clover

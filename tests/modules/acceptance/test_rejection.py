@@ -19,7 +19,7 @@ from modules.acceptance.rejection import (
     recursive_rounds,
 )
 from modules.acceptance.rules import RULES, WRONG, Draws, PointRule, check_pairing, rule_named
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Verified
 

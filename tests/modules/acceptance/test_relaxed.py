@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modules.acceptance.relaxed import DivergenceRule, RelaxedRule, TopKRule, law_divergence
 from modules.acceptance.rules import AcceptanceRule, Draws, GreedyRule, default_rule
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder
+from modules.contracts.drafter import Drafter, TreeBuilder
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder

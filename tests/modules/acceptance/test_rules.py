@@ -18,8 +18,9 @@ from modules.acceptance.rules import (
     rule_named,
     sample_law,
 )
-from modules.contracts.drafter import Drafter, DraftState, Sampling
+from modules.contracts.drafter import Drafter, DraftState
 from modules.contracts.losses import Losses
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder

@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.acceptance.rejection import node_chances, recursive_rounds
 from modules.acceptance.relaxed import RelaxedRule, TopKRule
 from modules.acceptance.rules import AcceptanceRule, Draws, PointRule, RatioRule, TypicalRule
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 

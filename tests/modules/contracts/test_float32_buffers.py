@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from eval.methods.huggingface import trained
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.drafters.trained import LearnedDrafter
 from modules.target.target import Target
 from tests import fakes
@@ -57,7 +57,7 @@ def made(name: str, target: Target) -> LearnedDrafter:
     if name in FAMILIES:
         drafter = built(name, target, shake=0.05)
     else:
-        drafter = {"independent": Independent, "s2d": Sorted}[name](target.shape)
+        drafter = {"independent": Independent, "s2d": S2D}[name](target.shape)
         drafter.initialise(target)
         drafter.double().eval()
     with torch.no_grad():

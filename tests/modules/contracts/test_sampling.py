@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from modules.acceptance.rules import Draws
-from modules.contracts.drafter import DraftState, Frontier, Sampling, TreeBuilder
-from modules.contracts.sampling import warped_law
+from modules.contracts.drafter import DraftState, Frontier, TreeBuilder
+from modules.contracts.sampling import Sampling, warped_law
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.drafters.trained import LearnedDrafter
 from modules.target.target import Target
 from modules.trees.sampled.branching import branching_tree, chains
@@ -89,7 +89,7 @@ def copied_model(target: Target) -> LearnedDrafter:
 
 
 def copied_layers(target: Target) -> LearnedDrafter:
-    drafter = Sorted(target.shape, exits=[target.shape.num_layers])
+    drafter = S2D(target.shape, exits=[target.shape.num_layers])
     drafter.initialise(target)
     return drafter.double().eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eval.methods.rows import Method, build_rows
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.cost_model.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
 from modules.cost_model.latency_table import LatencyTable, stored_latency
 from modules.decoding.decoder import SpeculativeDecoder
@@ -23,7 +23,7 @@ class Obedient(ScriptedDrafter):
         return super().propose(state, budget)
 
 
-def test_a_perfect_drafter_wants_all_of_its_depth_where_rows_are_free_and_one_node_where_they_are_dear():
+def test_a_perfect_drafter_wants_its_depth_where_rows_are_free_and_one_node_where_not():
     target = tiny_target()
     decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
     for per_row, expected in ((0.0, 3), (10.0, 1)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval.metrics.acceptance import conditional_acceptance_by_depth
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.loop import kept_calls
 from modules.drafters.heads.medusa import Medusa

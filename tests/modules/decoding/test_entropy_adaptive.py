@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding import entropy_adaptive
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.decoding.entropy_adaptive import EntropyAdaptive, catch_up_tokens, entropy_bits

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted
 from modules.decoding import timing as clock

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
 from modules.contracts.batches import LabelledBatch, TextBatch
-from modules.contracts.drafter import Drafter, Sampling, TreeBuilder
+from modules.contracts.drafter import Drafter, TreeBuilder
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder

@@ -9,7 +9,7 @@ from torch import Tensor
 from modules.contracts.trainable import Trainable
 from modules.drafters.feature import base as feature_drafter
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.judges.judge import Judge
 from modules.layers.activation_checkpointing import use_activation_checkpointing
 from modules.layers.decoder_layer import DecoderLayer
@@ -39,7 +39,7 @@ def drafter(name: str) -> Trainable:
     found = (
         Independent(TARGET.shape, layers=2)
         if name == "independent"
-        else Sorted(TARGET.shape, exits=[1, 2])
+        else S2D(TARGET.shape, exits=[1, 2])
     )
     found.initialise(TARGET)
     return found.double()

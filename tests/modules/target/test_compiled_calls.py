@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from modules.contracts.drafter import Sampling
 from modules.contracts.rows import Rows
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa

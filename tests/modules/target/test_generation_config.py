@@ -17,7 +17,7 @@ from eval.methods.huggingface import (
     HuggingFaceGenerate,
     HuggingFacePromptLookup,
 )
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.generation_config import NEUTRAL, stock_generate, unapplied, unapplied_notice
 from modules.target.loading import load_target

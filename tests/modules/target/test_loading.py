@@ -15,7 +15,7 @@ import torch
 from checkpoints.pretrained import Provenance, check_binding
 from eval.evaluation import Evaluation
 from eval.report.markdown import describe
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState
 from modules.contracts.losses import Losses
+from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modules.acceptance.rules import Draws, rule_named
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law, TokenTree, Topology
 from modules.contracts.verification import Verified
 

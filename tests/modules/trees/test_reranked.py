@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.reranked import RerankedTree
 from tests.fakes import ScriptedDrafter, tiny_target

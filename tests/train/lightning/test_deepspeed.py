@@ -91,7 +91,7 @@ def folder(tmp_path_factory) -> Path:
     rows = [
         {
             "prompt": f"{chance.choice(['cat', 'mat', 'ran', 'red'])} {i:02d}?",
-            "response": f"{' '.join(chance.choices([word for word in WORDS if len(word) == 3], k=4 + i % 5))}",
+            "response": " ".join(chance.choices([w for w in WORDS if len(w) == 3], k=4 + i % 5)),
         }
         for i in range(24)
     ]

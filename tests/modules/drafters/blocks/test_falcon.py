@@ -2,15 +2,13 @@
 of k tokens.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
 from __future__ import annotations
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.blocks.glancing import (

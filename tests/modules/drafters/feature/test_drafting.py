@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3

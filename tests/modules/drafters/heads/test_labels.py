@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover2 import Clover2
 from modules.drafters.heads.hydra import Hydra

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import modules.target.target
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.clover2 import Clover2

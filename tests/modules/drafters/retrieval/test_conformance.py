@@ -11,7 +11,8 @@ import yaml
 
 from configs.command_line.loading import CONFIGS
 from eval.methods.rows import load_drafter
-from modules.contracts.drafter import Drafter, Sampling
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.rasd import Rasd
 from modules.drafters.retrieval.suffix_array import Datastore

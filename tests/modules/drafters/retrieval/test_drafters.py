@@ -10,7 +10,8 @@ from scipy import stats
 
 from checkpoints.pretrained import load_pretrained, save_pretrained
 from checkpoints.provenance import Provenance
-from modules.contracts.drafter import Context, DraftState, Sampling
+from modules.contracts.drafter import Context, DraftState
+from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder

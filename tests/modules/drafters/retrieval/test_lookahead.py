@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import one_hot
 
 from modules.acceptance.rules import Draws, GreedyRule
-from modules.contracts.drafter import Context, Sampling
+from modules.contracts.drafter import Context
+from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.lookahead import Lookahead, Pool

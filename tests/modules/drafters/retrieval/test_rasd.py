@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.contracts.drafter import Context, Sampling
+from modules.contracts.drafter import Context
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.retrieval.rest import Rest
 from modules.drafters.retrieval.suffix_array import Datastore

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.contracts.drafter import Context, Drafter, DraftState, Sampling
+from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder

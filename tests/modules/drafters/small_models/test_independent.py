@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Context, Frontier, Sampling
+from modules.contracts.drafter import Context, Frontier
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.on_policy import document_prompts, written

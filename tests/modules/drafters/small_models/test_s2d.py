@@ -2,8 +2,6 @@
 exact.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,10 +11,11 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Frontier, Sampling
+from modules.contracts.drafter import Frontier
+from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.small_models.s2d import AtThresholds, Sorted
+from modules.drafters.small_models.s2d import S2D, AtThresholds
 from modules.layers.decoder_layer import run_layers
 from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree
@@ -30,15 +29,15 @@ EXITS = [2, 4, 6]
 PROMPTS = [[7, 8, 9, 10], [20, 30], [40, 41, 42, 43, 44]]
 
 
-def drafter(thresholds: float, width: int) -> Sorted:
+def drafter(thresholds: float, width: int) -> S2D:
     torch.manual_seed(0)
-    made = Sorted(TARGETS[0].shape, exits=[1, 2], thresholds=thresholds, width=width).double()
+    made = S2D(TARGETS[0].shape, exits=[1, 2], thresholds=thresholds, width=width).double()
     made.initialise(TARGETS[0])
     return made.eval()
 
 
-def deep(exits: list[int], thresholds: float = 0.5, **arguments) -> Sorted:
-    made = Sorted(DEEP.shape, exits=exits, thresholds=thresholds, **arguments).double()
+def deep(exits: list[int], thresholds: float = 0.5, **arguments) -> S2D:
+    made = S2D(DEEP.shape, exits=exits, thresholds=thresholds, **arguments).double()
     made.initialise(DEEP)
     return made.eval()
 
@@ -48,7 +47,7 @@ def text(length: int = 20, rows: int = 1, seed: int = 0) -> TextBatch:
     return documents(torch.randint(5, 128, (rows, length), generator=generator).tolist())
 
 
-def along_text(made: Sorted, reader: Reader, levels: int) -> Tensor:
+def along_text(made: S2D, reader: Reader, levels: int) -> Tensor:
     """Logits [B,levels,V] when every level's node is the text's own token."""
     parent = torch.full_like(reader.read, -1)[:, None]
     return torch.cat(
@@ -61,7 +60,7 @@ def along_text(made: Sorted, reader: Reader, levels: int) -> Tensor:
 
 
 @torch.no_grad()
-def in_full(made: Sorted, batch: TextBatch) -> list[Tensor]:
+def in_full(made: S2D, batch: TextBatch) -> list[Tensor]:
     """Logits [B,T,V] of every exit when all layers run on all tokens."""
     hidden, found = made.embedding(batch.input_ids), []
     for exit_index in range(len(made.exits)):
@@ -235,7 +234,7 @@ def test_sampling_keeps_the_law_while_exits_mix(monkeypatch) -> None:
     """
     target, left = small_target(), []
     torch.manual_seed(0)
-    made = Sorted(target.shape, exits=[1, 2], thresholds=0.45).double()
+    made = S2D(target.shape, exits=[1, 2], thresholds=0.45).double()
     made.initialise(target)
     leaves = made.eval().leaves
     monkeypatch.setattr(
@@ -321,8 +320,8 @@ def test_deeper_exits_know_more_of_held_out_text() -> None:
 
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Sorted(TARGETS[0].shape, exits=[1, 2], width=0)
+        S2D(TARGETS[0].shape, exits=[1, 2], width=0)
     with pytest.raises(ValueError, match="exits must ascend"):
-        Sorted(TARGETS[0].shape, exits=[2, 1])
+        S2D(TARGETS[0].shape, exits=[2, 1])
     with pytest.raises(ValueError, match="thresholds must be 2"):
-        Sorted(DEEP.shape, exits=EXITS, thresholds=[0.5])
+        S2D(DEEP.shape, exits=EXITS, thresholds=[0.5])

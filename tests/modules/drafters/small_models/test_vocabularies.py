@@ -12,12 +12,12 @@ import torch
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from eval.methods.huggingface import HuggingFaceAssisted
-from modules.contracts.drafter import Sampling
+from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.entropy_adaptive import EntropyAdaptive
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.on_policy import written
-from modules.drafters.small_models.s2d import Sorted
+from modules.drafters.small_models.s2d import S2D
 from modules.drafters.trained import LearnedDrafter
 from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
@@ -54,16 +54,16 @@ def named(rows: int, target: Target, tmp_path: Path, **arguments: Any) -> Indepe
     return made.double().eval()
 
 
-def served(rows: int, target: Target, tmp_path: Path, draft_vocabulary: int | None) -> Sorted:
+def served(rows: int, target: Target, tmp_path: Path, draft_vocabulary: int | None) -> S2D:
     """A sorted drafter of a target of so many rows, saved, and loaded for another."""
     first = padded(rows, layers=3)
-    made = Sorted(first.shape, [1, 3], draft_vocabulary=draft_vocabulary)
+    made = S2D(first.shape, [1, 3], draft_vocabulary=draft_vocabulary)
     if draft_vocabulary:
         made.set_vocabulary(range(rows - draft_vocabulary, rows))
     made.initialise(first)
     save_pretrained(made.double(), tmp_path / "sorted", Provenance.of(first))
     found = load_pretrained(tmp_path / "sorted", target)
-    assert isinstance(found, Sorted)
+    assert isinstance(found, S2D)
     return found.double().eval()
 
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     other = tiny_target(vocab=32)
     with pytest.raises(ValueError, match="give a drafter of the same tokenizer"):
         drafter.adapt(other)
-    made = Sorted(padded(26).shape, [1])
+    made = S2D(padded(26).shape, [1])
     with pytest.raises(ValueError, match="its tokenizer is not recorded"):
         made.adapt(target)
     assert made.adapt(padded(26)).shape.vocab_size == 26, "as drafters that were saved before"

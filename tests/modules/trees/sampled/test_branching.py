@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 
 from modules.acceptance.rules import Draws, rule_named
-from modules.contracts.drafter import Frontier, Sampling
+from modules.contracts.drafter import Frontier
+from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import Law
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
