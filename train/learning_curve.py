@@ -24,8 +24,8 @@ from checkpoints.pretrained import PROVENANCE
 from configs.command_line.loading import parse, run
 from configs.command_line.outputs import claimed, write_whole
 from eval.report import plots
-from modules.contracts.target import Target
 from modules.target.loading import load_target
+from modules.target.target import Target
 from train.cli import make_parser, quieten, recipe_of, recipe_settings
 from train.run import Place, claim, train
 from train.settings import training_device

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
-from modules.contracts.target import Target
 from modules.runtime.phase_timer import PhaseClock, watched
+from modules.target.target import Target
 from train.run import Recipe, build, lightning_trainer, training_module
 
 WARM_UP, MEASURED = 2, 5

@@ -26,13 +26,13 @@ from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
 from modules.contracts.shapes import TargetShape
-from modules.contracts.target import Target
 from modules.contracts.trainable import Outcome, Trainable
 from modules.layers.activation_checkpointing import use_activation_checkpointing
 from modules.preference.aligned_drafting import AlignedDrafting
 from modules.runtime.files import clear_scratch
 from modules.target.kernels.compiled_calls import compile_blocks
 from modules.target.loading import AUTO, check_unquantised, chosen_dtype, load_target
+from modules.target.target import Target
 from train.lightning.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.lightning.checkpoint_io import SiblingCheckpointIO, remove_leftovers
 from train.lightning.deepspeed import check_shards, strategy_named, whole_weights

@@ -79,6 +79,10 @@ class Target(Protocol):
         """The same computed in float32, whatever the target's precision."""
         ...
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits under the soft cap of the model, if it has one."""
+        ...
+
     def lm_head_rows(self, ids: Tensor) -> Tensor:
         """LM-head weight rows [..., H] of token ids."""
         ...
