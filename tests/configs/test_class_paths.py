@@ -50,6 +50,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "modules.target.loading.load_target",
         "modules.target.loading.Path",
         "modules.contracts.losses.Mean",
+        "modules.trees.named_trees.optimised_size",
         "modules.nothing.Here",
         "modules.target.loading.missing",
         "modules..Thing",

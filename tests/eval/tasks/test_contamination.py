@@ -105,10 +105,8 @@ def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Pat
     assert KEY not in rows[0].quality and "skipped" in rows[1].quality[KEY]
     overlap = {"data": "d", "prompts": 9, "found": [f"<{i}>" for i in range(6)], "short": 0}
     shown = report(method("clover", quality={KEY: overlap}))
-    assert (
-        "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (<0>, <1>,"
-        in markdown(shown)
-    )
+    told = "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (&lt;0&gt;, &lt;1&gt;,"
+    assert told in markdown(shown)
     assert "&lt;4&gt;, …)" in page(shown, None)
 
 
@@ -163,7 +161,7 @@ def test_datastores_partners_assistants_and_rules_are_searched_too(tmp_path: Pat
         Row(one.name, SpeculativeDecoder(target), target, Sampling(), "plain") for one in methods
     ]
     note_overlaps(rows, methods, TASKS)
-    found = {row.name: row.quality.get(KEY) for row in rows}
+    found: dict[str, Any] = {row.name: row.quality.get(KEY) for row in rows}
     assert all(
         found[name]["found"] == ["t/0"]
         for name in ("judged", "judged_by_name", "rest", "rasd", "assisted")

@@ -224,7 +224,7 @@ def test_a_mistake_removes_nothing_of_the_run_that_was_to_be_replaced(tiny, reci
                 "class": "Medusa",
                 "format_version": 2,
                 "arguments": {},
-                "target": {},
+                "target": {"name": None, "fingerprint": None, "shape": {}},
             }
         )
     )
