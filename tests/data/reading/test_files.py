@@ -32,11 +32,11 @@ def contents(source: Path | str, tally: Tally | None = None) -> list[dict[str, A
         ("a.jsonl", LINES.encode("utf-8-sig")),
         ("a.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
         ("a.jsonl", LINES.rstrip().encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode("utf-8-sig"))),
+        ("a.jsonl.gz", gzip.compress(LINES.encode("utf-8-sig"), mtime=0)),
         ("a.json", json.dumps(ROWS, indent=1).encode("utf-8-sig")),
         ("a.json", LINES.encode()),
         ("a.jsonl", ("\n " + json.dumps(ROWS)).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
     ],
 )
 def test_every_kind_of_file_reads_the_same(name: str, content: bytes, tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_characters_that_split_other_lines_do_not_split_these(tmp_path: Path) ->
         ("a.jsonl.gz", LINES.encode(), r"a.jsonl.gz' is not a gzip file"),
         (
             "a.jsonl.gz",
-            gzip.compress(LINES.encode() * 5000)[:-50],
+            gzip.compress(LINES.encode() * 5000, mtime=0)[:-50],
             r"a.jsonl.gz' is cut off .*behind line 1\d+",
         ),
         (
             "a.jsonl.gz",
-            gzip.compress(LINES.encode())[:-9] + b"x" * 9,
+            gzip.compress(LINES.encode(), mtime=0)[:-9] + b"x" * 9,
             r"a.jsonl.gz' is (not a gzip|cut off)",
         ),
         ("a.parquet", b"no parquet at all", r"a.parquet' is no Parquet file.*behind row 0"),
