@@ -20,7 +20,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 BENCH := medusa medusa2 hydra clover clover2 clover2_full eagle fspad falcon eagle3 eagle3_full s2d independent
-BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.reading.rows 1 --trainer.precision bf16-mixed --overwrite --output
+BENCH_FLAGS = --data.train $(TRAIN) --data.max_length 1024 --data.rows 1 --trainer.precision bf16-mixed --overwrite --output
 SAMPLED := $(addprefix runs/bench/,medusa clover clover2 clover2_full)
 BATCHED := $(addprefix runs/bench/,medusa clover eagle3_full)
 # torchvision, torchaudio and torchcodec, which vLLM requires, do not load beside a CPU build of torch and are not used here.

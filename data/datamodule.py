@@ -145,7 +145,7 @@ class Batches:
         """Go on from there. ValueError: the state is of other data or of another order."""
         if state["order"] != self._fingerprint():
             raise ValueError(
-                "--resume: data.* or data.reading.rows times the number of processes changed since "
+                "--resume: data.* or data.rows times the number of processes changed since "
                 "the checkpoint: restore them, or start a new run with --init_from"
             )
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]

@@ -2,7 +2,7 @@
 fresh processes.
 
 Two questions. What does the chunked LM head save (`modules.losses.chunked`: logits never exist in
-full)? Is `--plan` right? `python -m train.memory --config clover.yaml --data.reading.rows 1` trains
+full)? Is `--plan` right? `python -m train.memory --config clover.yaml --data.rows 1` trains
 three steps of that recipe and puts the arithmetic beside the peak, and with `--lengths
 "[1024,2048,4096,8192]"` does so for rows of each of these lengths
 (`--trainer.activation_checkpointing true` and every other key as in `train.py`). Linux only: the

@@ -266,7 +266,7 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
     )
     smaller = replace(size, tokens=size.row * size.sides)
     if fix is None and memory(smaller, strategy, settings.precision, world).total <= room:
-        fix = "lower data.reading.rows and raise trainer.accumulate_grad_batches"
+        fix = "lower data.rows and raise trainer.accumulate_grad_batches"
     fix = (
         fix
         or _shorter_rows(size, settings, world, room)
@@ -363,9 +363,7 @@ def print_plan(recipe: Any, target: Any) -> None:
     data.check_length(target)
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
-    size = measure(
-        trainable, target, data.reading.rows, data.max_length, settings.activation_checkpointing
-    )
+    size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)
     room = available(settings)
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:

@@ -255,7 +255,7 @@ def test_no_states_are_cached_for_who_reads_none(
     ("settings", "message"),
     [
         ({"max_length": 1}, "data.max_length must be 2 or above, got 1"),
-        ({"rows": 0}, "data.reading.rows must be 1"),
+        ({"rows": 0}, "data.rows must be 1"),
         ({"validation_fraction": 0.0}, "data.validation_fraction"),
         ({"train": "none.jsonl"}, "does not exist"),
         ({"max_response_tokens": 0}, "data.max_response_tokens"),

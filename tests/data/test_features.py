@@ -119,7 +119,7 @@ def test_matrices_can_be_multiplied_in_bfloat16(
     [
         (["--states", "[final]"], "data.features is not set"),
         (["--data.features", "x"], "states is not set"),
-        (["--data.reading.rows", "x"], "data.reading.rows"),
+        (["--data.rows", "x"], "data.rows"),
         (["--data.trian", "x"], "trian"),
         (["--config", "none"], "--config 'none'"),
     ],

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
             memory(replace(wide, tokens=2**18, row=2**18), "ddp", "32-true", 4).total,
         )
     tall = replace(SIZE, tokens=10**8, row=64)
-    with pytest.raises(ValueError, match="lower data.reading.rows"):
+    with pytest.raises(ValueError, match="lower data.rows"):
         check_fits(tall, settings, memory(SIZE, "ddp", "32-true", 4).total)
 
 

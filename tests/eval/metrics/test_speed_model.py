@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints.markdown import plain as escaped
 from eval.metrics.acceptance import Speed, micro_speedup
 from eval.metrics.speed_model import (
     FACTORS,
@@ -110,7 +111,7 @@ def test_the_median_error_stands_beside_the_repeat_noise() -> None:
     )
     assert (
         len(rest) == 3
-        and f"- {line}" in markdown(report(*methods))
+        and f"- {escaped(line)}" in markdown(report(*methods))
         and line in page(report(*methods), None)
     )
 

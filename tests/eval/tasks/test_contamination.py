@@ -105,7 +105,10 @@ def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Pat
     assert KEY not in rows[0].quality and "skipped" in rows[1].quality[KEY]
     overlap = {"data": "d", "prompts": 9, "found": [f"<{i}>" for i in range(6)], "short": 0}
     shown = report(method("clover", quality={KEY: overlap}))
-    told = "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it (&lt;0&gt;, &lt;1&gt;,"
+    told = (
+        "- training data of clover (d): 6 of 9 prompts share 13 words in a row with it "
+        "(&lt;0&gt;, &lt;1&gt;,"
+    )
     assert told in markdown(shown)
     assert "&lt;4&gt;, …)" in page(shown, None)
 

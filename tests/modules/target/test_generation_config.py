@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from data.reading.files import Place, Row
 from data.regenerate import Generation, regenerate
 from eval.methods.huggingface import (
     HuggingFaceAssisted,
@@ -151,7 +152,8 @@ def decoded(target: Target, ids: list[int]) -> list[int]:
 def regenerated(target: Target, temperature: float, folder: Path) -> list[int]:
     output = folder / f"{temperature}.jsonl"
     generation = Generation(LIMIT, (temperature,), seed=1)
-    regenerate(target, [{"prompt": PROMPT}], output, generation, progress=False)
+    row = Row(Place("rows", "row", 1), {"prompt": PROMPT})
+    regenerate(target, [row], output, generation, progress=False)
     return json.loads(output.read_text())["response_ids"]
 
 

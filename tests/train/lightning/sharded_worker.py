@@ -128,7 +128,7 @@ def case_recipe(case: Case, folder: Path, world: int) -> Recipe:
         "data.train": folder / f"{source}.jsonl",
         "data.validation_fraction": 0.2,
         "data.max_length": 192,
-        "data.reading.rows": 2 // world,
+        "data.rows": 2 // world,
         "optimizer.lr": 5e-3,
         "optimizer.warmup_steps": 0,
         "trainer.max_steps": STEPS,

@@ -55,9 +55,9 @@ def test_rows_see_their_block_and_what_stands_before_it(monkeypatch) -> None:
     """The mask of six positions in blocks of two."""
     drafter, batch, seen = falcon(), text(6), []
     filled(batch, drafter, TARGET)
-    mix = drafter.attention.mix
+    attend = drafter.attention.attend
     monkeypatch.setattr(
-        drafter.attention, "mix", lambda *parts: seen.append(parts[3][0].int()) or mix(*parts)
+        drafter.attention, "attend", lambda *parts: seen.append(parts[3][0].int()) or attend(*parts)
     )
     ends = block_ends(batch.position_ids, 2).flatten().nonzero()[:, 0]
     for relaxed, expected in ((True, [2, 2, 4, 4, 6, 6]), (False, [1, 2, 3, 4, 5, 6])):
