@@ -45,7 +45,19 @@ _SECRET_NAME = re.compile(rf"(?:.*[._-])?{_NAMES}", re.IGNORECASE)
 _VARIABLE = re.compile(r".*(?:TOKEN|KEY|SECRET|PASSWORD)")
 _LEAST = 8
 """Characters of an environment variable's value that is looked for."""
-_ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
+_PART = r"(?:\\ |[^\s/'\"`,:;<>])+"
+_FILE_URL = r"(?i:\bfile:(?://[^\s/'\"`]*)?)"
+_HOME = rf"(?:{_FILE_URL}|~(?:[a-zA-Z_][\w.-]*)?)/+"
+_ROOTS = "home|Users|root|mnt|media|srv|data|tmp|var|opt|scratch|workspace|Volumes"
+_START = rf"(?:{_HOME}|(?:/|(?<!:)//+){_PART}/+)"
+"""How a path begins: as a `file:` address, in a home (`~/`), or with its first of several parts."""
+_BEFORE = rf"(?:(?=(?i:file:))|(?<![^\s'\"`=(\[{{<>,;:|@])|(?<![\w./~-])(?=/+(?:{_ROOTS})/))"
+_ABSOLUTE = re.compile(rf"{_BEFORE}{_START}(?:{_PART}/+)*{_PART}/*")
+_REST = r"(?:(?!\s(?:--?\w|~?/))[^'\"`\n])*"
+"""The rest of a path with spaces: it ends before a flag and before another path."""
+_QUOTED = re.compile(rf"(['\"`])((?:[^\s'\"`=]*=)?)({_START}{_REST})\1")
+_WHOLE = re.compile(rf"(?:{_HOME}|/+(?:{_ROOTS})/+){_REST}")
+"""A text that is one path, spaces and all."""
 
 
 def redacted(text: str) -> str:
@@ -84,13 +96,31 @@ def at_home(text: str) -> str:
 
 def portable(value: Any) -> Any:
     """A JSON value without the places of files on this machine: below the working directory a path
-    is relative, and elsewhere its last part is left."""
+    is relative, and elsewhere its last part is left (of a home itself, `~`). A path in quotes, or a
+    text that is one path, may have spaces."""
     if isinstance(value, str):
-        here = Path.cwd()
-        text = value.replace(f"{here}/", "") if len(here.parts) > 1 else value
-        return _ABSOLUTE.sub(r"\1", text)
+        return _without_places(value)
     if isinstance(value, Mapping):
         return {portable(key): portable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(inner) for inner in value]
     return value
+
+
+def _without_places(text: str) -> str:
+    here = Path.cwd()
+    if len(here.parts) > 1:
+        text = re.sub(rf"(?:{_FILE_URL}|(?<![\w./~-])){re.escape(str(here))}/", "", text)
+    if _WHOLE.fullmatch(text):
+        return _last_part(text)
+    text = _QUOTED.sub(lambda found: f"{found[1]}{found[2]}{_last_part(found[3])}{found[1]}", text)
+    return _ABSOLUTE.sub(lambda found: _last_part(found[0]), text)
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path; a path of one part that is in no home stays."""
+    bare = re.sub(rf"^{_FILE_URL}", "", path)
+    parts = [part for part in bare.split("/") if part]
+    if not parts or (bare == path and len(parts) < 2):
+        return path
+    return "~" if len(parts) == 2 and parts[0] in ("home", "Users") else parts[-1]

@@ -183,8 +183,58 @@ def test_portable_leaves_what_is_no_place() -> None:
         "3 / 4",
         "tokens/s",
         "a//b",
+        "</think>",
+        "'</think>'",
+        "<p>a/b</p>",
+        "3 /4",
+        "about ~3/4 of it",
+        "a=/b",
+        "/no_think and/or",
+        "'/no_think and/or'",
+        "https://host:80/a/-/blob/main",
+        "s3://data/x/y",
+        "~",
+        "file:",
+        "file:x.jsonl",
     ):
-        assert portable(text) == text
+        assert portable(text) == text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("file:/home/al/d.jsonl", "d.jsonl"),
+        ("file:///home/al/d.jsonl", "d.jsonl"),
+        ("FILE://localhost/home/al/d.jsonl", "d.jsonl"),
+        ("--data.train=file:///home/al/d.jsonl --x 1", "--data.train=d.jsonl --x 1"),
+        ("see json+file:///home/al/d.jsonl.", "see json+d.jsonl."),
+        ("'/home/al/My Models/llama'", "'llama'"),
+        ('"file:///home/al/My Models/llama/"', '"llama"'),
+        ("'--target=/home/al/My Models/llama' --x '/mnt/a b/c d'", "'--target=llama' --x 'c d'"),
+        ("/home/al/My Models/llama", "llama"),
+        ("~/My Models/llama", "llama"),
+        ("~al/models/llama", "llama"),
+        (r"--target /home/al/My\ Models/llama -x", "--target llama -x"),
+        ("python /home/al/a.py /srv/b/c:/srv/d/e", "python a.py c:e"),
+        ("<code>/home/al/x</code>", "<code>x</code>"),
+        ("//home//al//x", "x"),
+        ("--output /home/al", "--output ~"),
+        ("“/home/al/x” +/mnt/b/y", "“x” +y"),
+    ],
+)
+def test_portable_leaves_the_last_part_of_a_path(text: str, told: str) -> None:
+    assert portable(text) == told
+    assert portable(told) == told
+
+
+def test_portable_makes_paths_below_the_working_directory_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "my work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert portable(f"'{here}/a b/c' {here}/runs/x file://{here}/d/e") == "'a b/c' runs/x d/e"
+    assert portable(f"/mnt{tmp_path}/x/y") == "y"
 
 
 def test_older_provenance_with_a_credential_is_refused(tmp_path: Path) -> None:
