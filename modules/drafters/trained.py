@@ -374,7 +374,7 @@ def measured_accuracies(
 ) -> Tensor:
     """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there
     (what greedy verification accepts), given the data's tokens before it, without dropout. For
-    `trees.optimise`."""
+    `trees.expected_length`."""
     hits, counts = torch.zeros(drafter.draft_steps, ranks), torch.zeros(drafter.draft_steps)
     training = drafter.training
     drafter.eval()

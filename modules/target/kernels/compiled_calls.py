@@ -125,7 +125,8 @@ def tree_call(
 
 
 class CompiledCalls:
-    """The compiled calls of one target, a graph by width and by the states asked for.
+    """The compiled calls of one target, a graph by width, by the states asked for and by the
+    slots of the cache's buffers.
 
     Args:
         target: whose layers are called.
