@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 CHEAP_BUDGET = 5
 """Drafted nodes that, with the root, a CPU verifies for a fifth more than one row takes."""
 WIDE_BUDGET, WIDE_TREE = 60, "mc_sim_7b_63"
-"""Drafted nodes, and the static tree instead of `narrow`, by default on a GPU, which reads the
-weights once for so many rows (not measured here): as many as EAGLE-2 and -3 draft, and Medusa's
-released tree."""
+"""Drafted nodes of feature drafters, and the static tree of Medusa and Hydra, by default on a GPU,
+which reads the weights once for so many rows (not measured here): as many as EAGLE-2 and -3 draft,
+and Medusa's released tree."""
 WIDE_LEVEL = 10
 """Nodes of a level that EAGLE-2 expands."""
 
@@ -129,7 +129,7 @@ class LearnedDrafter(Drafter):
         )
         self._builder: TreeBuilder = StaticTree.chain(max(1, steps))
         self._budget = CHEAP_BUDGET
-        self._wide: tuple[TreeBuilder | None, int] = (None, WIDE_BUDGET)
+        self._wide: tuple[TreeBuilder | None, int] = (None, 0)
         self._optimised_nodes: int | None = None
 
     # -- draft vocabulary --------------------------------------------------------------------------
@@ -312,13 +312,15 @@ class LearnedDrafter(Drafter):
 
     @property
     def builder(self) -> TreeBuilder:
-        """The tree it was built with; where none was asked for, a wide one on a GPU."""
+        """The tree it was built with; of families that have a wide one, that on a GPU where no tree
+        was asked for."""
         return self._wide[0] if self._wide[0] is not None and self.on_gpu else self._builder
 
     @property
     def default_budget(self) -> int:
         """All of a tree that was asked for; of `narrow` and of dynamic trees what the device
-        verifies almost for free: CHEAP_BUDGET on a CPU, WIDE_BUDGET or all of WIDE_TREE on a GPU.
+        verifies almost for free: CHEAP_BUDGET, on a GPU all of a wide tree where the family has
+        one.
         """
         return max(self._budget, self._wide[1]) if self.on_gpu else self._budget
 
@@ -341,10 +343,8 @@ class LearnedDrafter(Drafter):
                 f"tree has a rank of {widest}, but the draft vocabulary has {self.draft_size} "
                 "tokens"
             )
-        self._builder, self._budget, self._wide = static, len(static.paths), (None, 0)
-        if tree == "narrow":
-            wide = StaticTree(tree_paths(WIDE_TREE, self.max_depth))
-            self._budget, self._wide = CHEAP_BUDGET, (wide, len(wide.paths))
+        self._builder, self._wide = static, (None, 0)
+        self._budget = CHEAP_BUDGET if tree == "narrow" else len(static.paths)
 
     @property
     def precision(self) -> torch.dtype:

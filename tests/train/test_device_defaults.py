@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +14,21 @@ import yaml
 import modules.target.loading
 from eval.evaluation import Evaluation
 from modules.contracts.sampling import Sampling
+from modules.contracts.shapes import TargetShape
 from modules.cost_model.budget import BUDGETS, budgets_on
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.blocks.falcon import Falcon
+from modules.drafters.heads.clover import Clover
+from modules.drafters.heads.clover2 import Clover2
+from modules.drafters.heads.hydra import Hydra
+from modules.drafters.heads.medusa import Medusa
+from modules.drafters.small_models.independent import Independent
+from modules.drafters.small_models.s2d import S2D
 from modules.drafters.trained import LearnedDrafter
 from modules.target.loading import chosen_dtype, load_target
+from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
-from modules.trees.threshold import ThresholdTree
 from tests.fakes import tiny_target
 from tests.modules.families import built
 from train import cli
@@ -133,7 +142,6 @@ def test_a_target_is_loaded_as_auto_says(
     [
         ("eagle3", RerankedTree, 60),
         ("fspad", RerankedTree, 60),
-        ("clover", ThresholdTree, 60),
         ("medusa", StaticTree, 61),
         ("hydra", StaticTree, 61),
     ],
@@ -149,14 +157,59 @@ def test_a_gpu_drafts_wide_trees(
     assert isinstance(drafter.builder, builder) and drafter.default_budget == nodes
     trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0]
     assert trace.ids == plain.ids
-    assert max(trace.rows) == nodes + 1 or name == "clover"
+    assert max(trace.rows) == nodes + 1
 
 
-def test_a_tree_that_was_asked_for_stays_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = built("clover2_label_mask", tiny_target())
+SAME: dict[str, Callable[[TargetShape], LearnedDrafter]] = {
+    "clover": Clover,
+    "clover2": Clover2,
+    "falcon": Falcon,
+    "s2d": lambda shape: S2D(shape, exits=[2]),
+    "s2d_wide": lambda shape: S2D(shape, exits=[2], width=2),
+    "independent": Independent,
+    "independent_wide": lambda shape: Independent(shape, draft_length=4, width=4),
+    "medusa_narrow": lambda shape: Medusa(shape, tree="narrow"),
+    "medusa_optimised": lambda shape: Medusa(shape, tree="optimised_9"),
+    "hydra_narrow": lambda shape: Hydra(shape, tree="narrow"),
+    "clover_narrow": lambda shape: Clover(shape, tree="narrow"),
+    "clover2_eagle_25": lambda shape: Clover2(shape, tree="eagle_25"),
+}
+"""Drafters without a wide tree, and trees that were written out."""
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_tree_is_the_same_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_target()
+    drafter = SAME[name](target.shape)
+    drafter.initialise(target)
+    drafter = drafter.double().eval()
     before = drafter.builder, drafter.default_budget
+    rows = decoded_rows(target, drafter)
     monkeypatch.setattr(LearnedDrafter, "on_gpu", True)
     assert (drafter.builder, drafter.default_budget) == before
+    assert decoded_rows(target, drafter) == rows and max(rows) <= before[1] + 1
+
+
+def decoded_rows(target: Target, drafter: LearnedDrafter) -> list[int]:
+    """Rows of every verification, the chain of an adaptive drafter at its longest in the end."""
+    trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 40)[0]
+    return list(trace.rows)
+
+
+@pytest.mark.parametrize("kind", [Medusa, Hydra])
+def test_the_wide_tree_fits_a_small_draft_vocabulary(
+    kind: type[Medusa | Hydra], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny_target()
+    drafter = kind(target.shape, draft_vocabulary=6)
+    drafter.initialise(target)
+    drafter = drafter.double().eval()
+    plain = SpeculativeDecoder(target).decode([[7, 8, 9]], Sampling(), 12)[0]
+    monkeypatch.setattr(LearnedDrafter, "on_gpu", True)
+    trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0]
+    assert trace.ids == plain.ids and 6 < max(trace.rows) <= drafter.default_budget + 1
+    with pytest.raises(ValueError, match="rank of 9, but the draft vocabulary has 6"):
+        kind(target.shape, draft_vocabulary=6, tree="mc_sim_7b_63")
 
 
 def test_budget_auto_tries_wide_trees_on_a_gpu_alone() -> None:

@@ -95,7 +95,7 @@ class Recurrence(nn.Module):
         def read(lstm: Callable[..., Any], rows_PX: Tensor) -> Tensor:
             return torch.cat([lstm(rows_PX[index])[0][inside] for index, inside in groups])
 
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(inputs_PX.device.type, enabled=False):
             return self.lstm(self._scaled(inputs_PX), parts=read)
 
     def _scaled(self, inputs_NX: Tensor) -> Tensor:

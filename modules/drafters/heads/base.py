@@ -23,10 +23,12 @@ from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.verification import Accepted, Verified
-from modules.drafters.trained import LearnedDrafter, rows_at
+from modules.drafters.trained import WIDE_TREE, LearnedDrafter, rows_at
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, causal_rows, run_layers
 from modules.losses.chunked import Head, LearntHead, TrainingRows
+from modules.trees.named_trees import Path, tree_paths
+from modules.trees.static import StaticTree
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -69,6 +71,15 @@ class HeadDrafter(LearnedDrafter):
         self.heads = heads
         self.layers = nn.ModuleList()
         self.lm_heads = nn.ModuleList()
+
+    def use_tree(self, tree: list[Path] | str | None) -> None:
+        """Draft fixed paths; None: `narrow`, or on a GPU those of Medusa's released tree whose
+        ranks the draft vocabulary has."""
+        self.use_static_tree("narrow" if tree is None else tree)
+        if tree is None:
+            paths = tree_paths(WIDE_TREE, self.max_depth)
+            wide = StaticTree([path for path in paths if max(path) < self.draft_size])
+            self._wide = (wide, len(wide.paths))
 
     # -- LM heads ------------------------------------------------------------------------
 

@@ -195,7 +195,8 @@ class Clover2(HeadDrafter):
         # behind it.
         positions_P, index_MK = rows.flat_MK1[:, :-1].unique(return_inverse=True)
         tokens_P, width = batch.input_ids.roll(-1, 1).flatten()[positions_P], self.shape.vocab_size
-        laws = target_laws(target.logits, batch.states["final"], positions_P, width)
+        final_BTH = batch.states["final"]
+        laws = target_laws(target.unrounded_logits, final_BTH, positions_P, width)
         likely_P = likely_tokens(
             laws, positions_P, tokens_P, width, self.label_top_k, self.label_top_p
         )

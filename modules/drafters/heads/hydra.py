@@ -73,7 +73,8 @@ class Hydra(HeadDrafter):
             frozen).
         dropout: on each head's last hidden state, or more often (`dropout_at`).
         draft_vocabulary: how many token ids can be drafted; None for all.
-        tree: paths, or a name of `modules.trees.named_trees` (the paper's: `mc_sim_7b_63`).
+        tree: paths, or a name of `modules.trees.named_trees`; None is `narrow`, on a GPU the
+            paper's, `mc_sim_7b_63`.
         decay: head i weighs decay^i (the release weighs all alike: 1).
         labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (Hydra without the
             teacher).
@@ -97,7 +98,7 @@ class Hydra(HeadDrafter):
         lm_head: Literal["own", "shared"] = "own",
         dropout: float = 0.2,
         draft_vocabulary: int | None = None,
-        tree: list[list[int]] | str = "narrow",
+        tree: list[list[int]] | str | None = None,
         decay: float = 1.0,
         labels: Literal["soft", "hard"] = "soft",
         prefix_start: Literal["target", "random"] = "target",
@@ -127,7 +128,7 @@ class Hydra(HeadDrafter):
         )
         if lm_head == "own":
             self.use_own_lm_heads(bias=True)
-        self.use_static_tree(tree)
+        self.use_tree(tree)
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:

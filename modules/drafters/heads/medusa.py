@@ -32,7 +32,8 @@ class Medusa(HeadDrafter):
         lm_head: `"own"` (the paper's: a trainable copy per head) or `"shared"` (the target's,
             frozen).
         draft_vocabulary: how many token ids can be drafted; None for all.
-        tree: paths, or a name of `modules.trees.named_trees`.
+        tree: paths, or a name of `modules.trees.named_trees`; None is `narrow`, on a GPU
+            `mc_sim_7b_63`.
         decay: head k weighs decay^(k+1).
     """
 
@@ -43,7 +44,7 @@ class Medusa(HeadDrafter):
         blocks: int = 1,
         lm_head: Literal["own", "shared"] = "own",
         draft_vocabulary: int | None = None,
-        tree: list[list[int]] | str = "narrow",
+        tree: list[list[int]] | str | None = None,
         decay: float = 0.8,
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
@@ -55,7 +56,7 @@ class Medusa(HeadDrafter):
         )
         if lm_head == "own":
             self.use_own_lm_heads(bias=False)
-        self.use_static_tree(cast(list[Path] | str, tree))
+        self.use_tree(cast(list[Path] | str | None, tree))
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
         """The head's residual blocks on the target's state, whatever was drafted."""

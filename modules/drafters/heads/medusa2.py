@@ -55,7 +55,7 @@ class Medusa2(Medusa):
         heads: int = 5,
         blocks: int = 1,
         draft_vocabulary: int | None = None,
-        tree: list[list[int]] | str = "narrow",
+        tree: list[list[int]] | str | None = None,
         decay: float = 0.8,
         rank: int = 32,
         alpha: float = 16.0,
@@ -127,7 +127,7 @@ class Medusa2(Medusa):
         if not self.self_distillation:
             return cross_entropy(features_MH, twin.logits, labels_M, size)[0]
         unchanged = target.features(batch, ("final",))["final"]
-        laws = target_laws(target.logits, unchanged, flat_M, size)
+        laws = target_laws(target.unrounded_logits, unchanged, flat_M, size)
         return cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0] - entropies(
             laws, flat_M, size
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -88,3 +90,21 @@ def test_ablations_leave_out_what_they_say() -> None:
     assert linear.recurrence is None and linear.fc is not None
     assert torch.equal(linear.fc.weight[:, size:], torch.eye(size).double())
     assert isinstance(Eagle(TARGET.shape).fc, type(linear.fc))
+
+
+def test_whole_documents_are_read_outside_their_own_devices_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is `meta`, which has no autocast of its own; the call says which one it turns
+    off."""
+    asked: list[tuple[str, bool]] = []
+
+    def autocast(device: str, enabled: bool) -> nullcontext:
+        asked.append((device, enabled))
+        return nullcontext()
+
+    recurrence, size = Recurrence(4, 0.0, unit_scale=True).to("meta"), 4
+    monkeypatch.setattr(recurrence.lstm, "forward", lambda rows, parts: rows)
+    monkeypatch.setattr(torch, "autocast", autocast)
+    out = recurrence.over(torch.zeros(6, 2 * size, device="meta"), [])
+    assert out.device.type == "meta" and asked == [("meta", False)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.clover2 import Clover2
 from modules.drafters.heads.hydra import Hydra
 from modules.drafters.heads.medusa import Medusa
+from modules.drafters.heads.medusa2 import Medusa2
 from modules.losses.chunked import training_rows
+from modules.target.target import Target
 from tests.fakes import tiny_batch, tiny_target
 
 
@@ -53,11 +57,44 @@ def test_laws_of_a_target_at_16_bits_are_those_of_its_weights(arch, trimmed, aut
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         laws = drafter.laws(batch, target, rows)
     assert laws is not None
-    flat_M, chosen = rows.flat_MK1[:, 1], slice(60 if trimmed else None)
-    logits = (
-        batch.states["final"].flatten(0, 1)[flat_M].double()
-        @ target.copy_weight("lm_head")[chosen].double().T
-    )
+    flat_M = rows.flat_MK1[:, 1]
+    expected = exact_laws(target, batch.states["final"].flatten(0, 1)[flat_M])
+    chosen = expected[:, : 60 if trimmed else None]
+    chosen = chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(laws(flat_M).double(), chosen, atol=1e-6, rtol=1e-5)
+
+
+def exact_laws(target: Target, final_MH: torch.Tensor) -> torch.Tensor:
+    """At float64, of the target's own weights and these states."""
+    logits = final_MH.double() @ target.copy_weight("lm_head").double().T
     if target.anatomy.softcap is not None:
         logits = torch.tanh(logits / target.anatomy.softcap) * target.anatomy.softcap
-    torch.testing.assert_close(laws(flat_M).double(), logits.softmax(-1), atol=1e-6, rtol=1e-5)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "autocast"), [("medusa2", True), ("clover2", True), ("clover2", False)]
+)
+def test_laws_within_a_loss_are_those_of_the_targets_weights(name, autocast, monkeypatch):
+    """Medusa-2's teacher and Clover-2's label mask."""
+    target = tiny_target(dtype=torch.bfloat16)
+    if name == "medusa2":
+        drafter = Medusa2(target.shape, 2, self_distillation=True)
+    else:
+        drafter = Clover2(target.shape, 2, label_top_k=8, label_top_p=0.8)
+    drafter.initialise(target)
+    batch, module = tiny_batch(target), sys.modules[type(drafter).__module__]
+    states = target.features(batch, ("pre_norm", "final"))
+    batch.states = {state: values.float() for state, values in states.items()}
+    compute, seen = module.target_laws, []
+
+    def watched(head, final_BTH, positions, width):
+        seen.append((compute(head, final_BTH, positions, width), final_BTH, positions))
+        return seen[-1][0]
+
+    monkeypatch.setattr(module, "target_laws", watched)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        drafter.train().loss(batch, target, 1.0)
+    ((laws, final_BTH, positions),) = seen
+    expected = exact_laws(target, final_BTH.flatten(0, 1)[positions])
+    torch.testing.assert_close(laws(positions).double(), expected, atol=1e-6, rtol=1e-5)
