@@ -285,7 +285,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _keys(turn: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}, null" if turn[key] is None else str(key) for key in turn) or "none"
+    return ", ".join(f"{key} (null)" if turn[key] is None else str(key) for key in turn) or "none"
 
 
 def _text(value: Any, key: str) -> str:

@@ -85,7 +85,7 @@ WRONG = [
     ({"messages": ["hi"]}, "a turn is text, expected an object"),
     ({"messages": [None]}, "a turn is null"),
     ({"messages": [{"role": "user"}]}, r"no text under `content` or `value` \(its keys: role\)"),
-    ({"messages": [{"role": "user", "content": None}]}, r"no text under .*content, null"),
+    ({"messages": [{"role": "user", "content": None}]}, r"no text under .*content \(null\)"),
     ({"messages": [{"content": "x"}]}, "no `role` or `from`"),
     ({"messages": [{"role": 1, "content": "x"}]}, "no `role`"),
     ({"messages": [{"role": "user", "content": 3}]}, "`content` of a turn is a number"),
