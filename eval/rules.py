@@ -43,7 +43,7 @@ from modules.acceptance.rules import (
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
 from modules.contracts.losses import Losses
 from modules.contracts.sampling import Sampling
-from modules.contracts.target import Target
+from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Verified
 from modules.cost_model.latency_table import LatencyTable, stored_latency
@@ -229,7 +229,7 @@ class Spot:
     level_seconds: of drafting them. seed: of its draws.
     """
 
-    target: Target
+    session: Session
     drafter: Drafter
     state: DraftState
     sampling: Sampling
@@ -254,10 +254,9 @@ class Spot:
         """How likely each node of every drawn tree is accepted [B][N]; every trial has the same
         generators.
         """
-        generators = [
-            torch.Generator(self.target.device).manual_seed(self.seed + i) for i in range(draws)
-        ]
-        state = self.state.select(torch.zeros(draws, dtype=torch.long, device=self.target.device))
+        device = self.session.target.device
+        generators = [torch.Generator(device).manual_seed(self.seed + i) for i in range(draws)]
+        state = self.state.select(torch.zeros(draws, dtype=torch.long, device=device))
         state.context = replace(state.context, generators=tuple(generators))
         if trial.builder.depth == 1:
             tree = trial.builder.build(
@@ -266,7 +265,7 @@ class Spot:
             verified = Verified(tree, self.target_logits_V.expand(*tree.tokens_BN.shape, -1))
         else:
             tree = trial.builder.build(self.drafter, state, trial.nodes)
-            verified = self.target.verify(tree)
+            verified = self.session.verify(tree)
         law = Draws(self.sampling, generators).law
         rounds = trial.rule.rounds if self.sampling.temperature else recursive_rounds
         return [node_chances(tree, b, law(verified.logits_BNV[b]), rounds) for b in range(draws)]
@@ -276,32 +275,30 @@ class Spot:
 def opened(
     target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int
 ) -> Spot:
-    """The context after `text`; the target's cache then holds it `draws` times."""
+    """The context after `text`; its session then holds it `draws` times."""
     ids_BT, newest_B, lengths_B = (
         torch.tensor(each, device=target.device)
         for each in ([text[:-1]], [text[-1]], [len(text) - 1])
     )
-    target.open(1, len(text) + NODES + 1)
-    _, states = target.prefill(ids_BT, lengths_B, drafter.decoding_states)
-    context = Context(
-        target, ids_BT, lengths_B, newest_B, states, sampling, (torch.Generator(target.device),)
-    )
+    session = target.open(1, len(text) + NODES + 1)
+    _, states = session.prefill(ids_BT, lengths_B, drafter.decoding_states)
+    generators = (torch.Generator(target.device),)
+    context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, generators, session)
     state, root_B1 = drafter.start(context), newest_B[:, None]
-    target_logits_V = target.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
+    target_logits_V = session.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
     before = now(target.device)
     draft_logits_D = drafter.expand(state, Frontier(root_B1, torch.full_like(root_B1, -1), 0))[0, 0]
     level_seconds = now(target.device) - before
-    assert target.cache is not None
-    target.cache.keep([0] * draws)
+    session.keep([0] * draws)
     return Spot(
-        target, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed
+        session, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed
     )
 
 
 def spots(
     target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
 ) -> Iterator[tuple[int, Spot]]:
-    """Prompt number and context, one after the other: the target holds one at a time."""
+    """Prompt number and context, one after the other."""
     for index, prompt in enumerate(prompts):
         sampling = Sampling(asked.temperature, seed=asked.seed + index)
         answer = SpeculativeDecoder(target).decode([prompt], sampling, asked.max_new_tokens)[0].ids

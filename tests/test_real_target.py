@@ -39,9 +39,9 @@ def test_tree_and_chain_agree_to_rounding(target, prompts):
         torch.randint(100, 40000, (1, 8), generator=torch.Generator().manual_seed(0)),
         Topology(torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 6]])),
     )
-    target.open(1, 128)
-    target.prefill(ids, torch.tensor([ids.shape[1]]))
-    verified = target.verify(tree).logits_BNV[0]
+    session = target.open(1, 128)
+    session.prefill(ids, torch.tensor([ids.shape[1]]))
+    verified = session.verify(tree).logits_BNV[0]
     for node, path in ((7, [0, 1, 3, 6, 7]), (5, [0, 2, 5])):
         chain = torch.cat([ids, tree.tokens_BN[:, path]], dim=1)
         with torch.no_grad():

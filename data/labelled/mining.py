@@ -21,13 +21,13 @@ from data.conversations import prompt_ids
 from data.labelled.solution_errors import plain_number
 from data.reading.rows import Message
 from modules.acceptance.rules import Draws, GreedyRule, check_pairing
-from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.drafter import Context, Drafter, DraftState, proposal
 from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 
 if TYPE_CHECKING:
-    from modules.contracts.target import Target
+    from modules.contracts.target import Session, Target
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -58,10 +58,10 @@ def first_divergence(
     """
     rule, draws, text = GreedyRule(), Draws(Sampling(), [torch.Generator(target.device)]), []
     check_pairing(rule, drafter.law)
-    state = _begin(target, drafter, ids, limit)
+    state, session = _begin(target, drafter, ids, limit)
     while len(text) < limit:
-        tree = drafter.propose(state, drafter.default_budget)
-        verified = target.verify(tree, drafter.decoding_states)
+        tree = proposal(drafter, state, drafter.default_budget)
+        verified = session.verify(tree, drafter.decoding_states)
         accepted = rule(tree, verified, draws)
         path, chosen = accepted.paths[0], int(accepted.next_B)
         drafts = tree.tokens_BN[0, path[1:]].tolist()
@@ -79,20 +79,23 @@ def first_divergence(
                 accepted.lengths_B - 1,
                 tree.tokens_BN[:, path[-1]],
             )
-        target.commit(accepted)
+        session.commit(accepted)
         state = drafter.absorb(state, verified, accepted)
     return None
 
 
-def _begin(target: Target, drafter: Drafter, ids: list[int], limit: int) -> DraftState:
+def _begin(
+    target: Target, drafter: Drafter, ids: list[int], limit: int
+) -> tuple[DraftState, Session]:
     """The target has read all ids but the last, which is the root of the first tree."""
     assert len(ids) > 1, "a chat template leaves more than one token"
     read = torch.tensor([ids[:-1]], device=target.device)
     lengths_B = torch.tensor([len(ids) - 1], device=target.device)
-    target.open(1, len(ids) + limit + drafter.default_budget + 1)
-    _, states = target.prefill(read, lengths_B, drafter.decoding_states)
+    session = target.open(1, len(ids) + limit + drafter.default_budget + 1)
+    _, states = session.prefill(read, lengths_B, drafter.decoding_states)
     newest_B = torch.tensor(ids[-1:], device=target.device)
-    return drafter.start(Context(target, read, lengths_B, newest_B, states))
+    context = Context(target, read, lengths_B, newest_B, states, session=session)
+    return drafter.start(context), session
 
 
 def mine(

@@ -22,7 +22,7 @@ from modules.contracts.trainable import Trainable
 from modules.contracts.verification import Accepted, Verified
 
 if TYPE_CHECKING:
-    from modules.contracts.target import Target
+    from modules.contracts.target import Session, Target
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Context:
     sampling: Sampling = Sampling()
     generators: tuple[torch.Generator, ...] = ()
     """One per sequence."""
+    session: Session | None = None
+    """The target's open sequences, for drafters that run layers of the target themselves. Sequences
+    that have ended leave it, so it always holds those of the state."""
 
     def select(self, sequences_S: Tensor) -> Context:
         """The context of these sequences alone (int64 [S])."""
@@ -203,6 +206,12 @@ class Drafter(Trainable):
         """A tree of at most `budget` drafted nodes under the newest token."""
         return self.builder.build(self, state, budget)
 
+    def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
+        """The tree as it goes to the target: what a drafter adds to one that a builder made, such
+        as rows that it has run already.
+        """
+        return tree
+
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the token after each frontier node. Called with depth 0 first, which
         begins a proposal.
@@ -216,6 +225,17 @@ class Drafter(Trainable):
         return replace(
             state, newest_B=accepted.next_B, lengths_B=state.lengths_B + accepted.lengths_B
         )
+
+
+def proposal(
+    drafter: Drafter, state: DraftState, budget: int, builder: TreeBuilder | None = None
+) -> TokenTree:
+    """A tree of at most `budget` drafted nodes, ready to be verified: the builder's, or without one
+    the drafter's own.
+    """
+    if builder is None:
+        return drafter.prepare(state, drafter.propose(state, budget))
+    return drafter.prepare(state, builder.build(drafter, state, budget))
 
 
 def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:

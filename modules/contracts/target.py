@@ -30,8 +30,6 @@ class Target(Protocol):
     """The Hugging Face model; only adapters reach into it."""
     anatomy: Any
     """Where that model keeps its layers, norm and head."""
-    cache: Any
-    """The KV cache of the sequences that are open."""
 
     @property
     def shape(self) -> TargetShape:
@@ -101,26 +99,19 @@ class Target(Protocol):
         """States `{name: [B,T,H]}` of a packed batch."""
         ...
 
-    def open(self, batch_size: int, capacity: int) -> None:
-        """Begin new sequences with an empty KV cache of `capacity` tokens each."""
+    def forward_rows(
+        self,
+        hidden_BNH: Tensor,
+        rows: Rows,
+        names: Sequence[StateName],
+        cache: Any = None,
+        layers: tuple[int, int] | None = None,
+    ) -> dict[StateName, Tensor]:
+        """States `{name: [B,N,H]}` of one pass of rows through all layers or a range of them."""
         ...
 
-    def prefill(
-        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
-    ) -> tuple[Tensor, dict[StateName, Tensor]]:
-        """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]."""
-        ...
-
-    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
-        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet."""
-        ...
-
-    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
-        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
-        ...
-
-    def commit(self, accepted: Accepted) -> None:
-        """Keep the accepted rows of the last call in the KV cache."""
+    def open(self, batch_size: int, capacity: int) -> Session:
+        """New sequences with an empty KV cache of `capacity` tokens each."""
         ...
 
     @property
@@ -149,4 +140,65 @@ class Target(Protocol):
 
     def compile_calls(self, autotune: bool = False) -> None:
         """Let calls over trees of one sequence go through `torch.compile` from the next `open`."""
+        ...
+
+
+class Session(Protocol):
+    """Sequences that one target decodes together. Rows of a call are written behind what is
+    committed, and `commit` keeps the accepted ones.
+
+    cache: keys and values of all layers; only code that moves them reaches into it.
+    """
+
+    cache: Any
+
+    @property
+    def target(self) -> Target:
+        """The model whose layers run."""
+        ...
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """int64 [B]: committed tokens."""
+        ...
+
+    def prefill(
+        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]."""
+        ...
+
+    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
+        ...
+
+    def run_layers(
+        self,
+        rows: Rows,
+        hidden_BNH: Tensor,
+        start: int,
+        stop: int,
+        states: Sequence[StateName] = ("pre_norm",),
+    ) -> dict[StateName, Tensor]:
+        """States [B,N,H] of a pass through the layers `start … stop-1`. Nothing is committed."""
+        ...
+
+    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
+        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet."""
+        ...
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep the accepted rows of the last call in the KV cache."""
+        ...
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop every sequence but these, which may repeat."""
+        ...
+
+    def reserve(self, width: int) -> None:
+        """Make room for `width` rows behind the longest sequence."""
+        ...
+
+    def select(self, sequences_S: Tensor) -> Session:
+        """A session of these sequences alone (int64 [S]), without rows that are not committed."""
         ...

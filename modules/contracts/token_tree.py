@@ -5,9 +5,10 @@ Shape legend: B sequences, N nodes, R rows of draft laws, D draft vocabulary, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,19 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class PartialRows:
+    """The first M rows of a tree, which have run through the target's layers below `layer`, in the
+    order of the tree: their keys and values stand there behind what is committed
+    (`Session.run_layers`).
+
+    hidden_BMH: what stands at the input of that layer.
+    """
+
+    hidden_BMH: Tensor
+    layer: int
+
+
+@dataclass(frozen=True)
 class TokenTree:
     """A batch of drafted trees, padded to one width.
 
@@ -94,8 +108,7 @@ class TokenTree:
     only needed rows.
     law_rows_BN: int64 [B,N]: the row of `laws_BRD` that the node was drawn from (-1: a point mass).
     vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
-    embeddings_BNH, embedded_BN: input embeddings of the rows that have no token, and which rows
-    those are.
+    already_run: what the drafter has computed of the first rows on the target's own layers.
     """
 
     tokens_BN: Tensor
@@ -105,8 +118,7 @@ class TokenTree:
     laws_BRD: Tensor | None = None
     law_rows_BN: Tensor | None = None
     vocabulary_D: Tensor | None = None
-    embeddings_BNH: Tensor | None = None
-    embedded_BN: Tensor | None = None
+    already_run: PartialRows | None = None
 
     @property
     def parents_BN(self) -> Tensor:
@@ -162,6 +174,26 @@ class TokenTree:
             above_BN = above_BN.gather(1, above_BN)
         return torch.where(same.any(-1), same.int().argmax(-1), nodes)
 
+    def with_run_rows(
+        self, tokens_BM: Tensor, parents_BM: Tensor, hidden_BMH: Tensor, layer: int
+    ) -> TokenTree:
+        """The tree with what a drafter computed of its rows while it drafted them.
+
+        Rows count from the first on, as far as they are the tree's first nodes; others are left to
+        the target, such as those that a builder drafted and dropped. Reads the device.
+
+        Args:
+            tokens_BM, parents_BM: int64 [B,M], the rows that ran, in the order in which they were
+                written (`Frontier`).
+            hidden_BMH: what stands at the input of layer `layer`.
+            layer: the first one that has not run.
+        """
+        most = min(self.size, tokens_BM.shape[1])
+        same_M = (tokens_BM[:, :most] == self.tokens_BN[:, :most]).all(0)
+        same_M = same_M & (parents_BM[:, :most] == self.parents_BN[:, :most]).all(0)
+        count = int(same_M.cumprod(0).sum())
+        return replace(self, already_run=PartialRows(hidden_BMH[:, :count], layer))
+
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify behind `lengths_B` committed tokens."""
         return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors, cached=True)
@@ -172,10 +204,10 @@ class TokenTree:
         return TokenTree(tokens_B[:, None], Topology(torch.full_like(tokens_B[:, None], -1)))
 
     @staticmethod
-    def chain(tokens_BN: Tensor, **laws: Tensor | None) -> TokenTree:
-        """One branch: column i is the child of column i-1."""
+    def chain(tokens_BN: Tensor, **fields: Any) -> TokenTree:
+        """One branch: column i is the child of column i-1. `fields` are further ones of a tree."""
         parents = torch.arange(-1, tokens_BN.shape[1] - 1, device=tokens_BN.device)
-        return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **laws)
+        return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **fields)
 
 
 def packed(

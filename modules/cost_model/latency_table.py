@@ -128,13 +128,13 @@ def measure_latency(
     ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(
         target.device
     )
-    target.open(batch, context + max(widths))
-    target.prefill(ids, torch.full((batch,), context, device=target.device))
+    session = target.open(batch, context + max(widths))
+    session.prefill(ids, torch.full((batch,), context, device=target.device))
     trees = {
         width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths
     }
     calls: dict[int, Callable[[], object]] = {
-        width: functools.partial(target.verify, tree) for width, tree in trees.items()
+        width: functools.partial(session.verify, tree) for width, tree in trees.items()
     }
     calls |= {_STOCK: stock_step(target, ids)} if stock else {}
     samples: dict[int, list[float]] = {key: [] for key in calls}

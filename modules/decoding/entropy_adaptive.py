@@ -19,8 +19,8 @@ from modules.acceptance.rules import Draws
 from modules.contracts.sampling import Sampling
 from modules.decoding.loop import Trace, check_limit
 from modules.decoding.timing import Clock
-from modules.target.kv_cache import SlotCache
 from modules.target.loading import load_target
+from modules.target.session import Session
 from modules.target.target import Target
 
 
@@ -98,15 +98,12 @@ class EntropyAdaptive:
                 )
         trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
         draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])
-        caches = [
-            self._opened(model, len(prompts[0]) + limit) for model in (self.large, self.small)
-        ]
+        capacity = len(prompts[0]) + limit
+        sessions = [model.open(1, capacity) for model in (self.large, self.small)]
         small, run, entropies = False, 0, deque[float](maxlen=self.window)
         while len(trace.ids) < limit and not (trace.ids and trace.ids[-1] in self.large.eos_ids):
             with clock.phase("verify" if trace.ids else "prefill"):
-                model = self.small if small else self.large
-                model.cache = caches[small]
-                logits_V = self._read(model, [*prompts[0], *trace.ids])
+                logits_V = self._read(sessions[small], [*prompts[0], *trace.ids])
                 trace.ids.append(int(draws.choose(logits_V[None, None])))
             if len(trace.ids) == 1:
                 trace.time_to_first_token = clock.elapsed()
@@ -120,17 +117,14 @@ class EntropyAdaptive:
         trace.seconds = clock.snapshot()
         return [trace]
 
-    def _opened(self, model: Target, capacity: int) -> SlotCache | None:
-        model.open(1, capacity)
-        return model.cache
-
-    def _read(self, model: Target, text: list[int]) -> Tensor:
+    def _read(self, session: Session, text: list[int]) -> Tensor:
         """Logits behind the text, of no more ids than the large model has; only what the model has
         not seen is read, ids of the other's padding as its own last one."""
-        assert model.cache is not None
-        unseen = torch.tensor([text[model.cache.lengths[0] :]], device=model.device)
+        model = session.target
+        unseen = torch.tensor([text[session.cache.lengths[0] :]], device=model.device)
         unseen = unseen.clamp(max=model.shape.vocab_size - 1)
-        logits_BV, _ = model.prefill(unseen, torch.tensor([unseen.shape[1]], device=model.device))
+        count_B = torch.tensor([unseen.shape[1]], device=model.device)
+        logits_BV, _ = session.prefill(unseen, count_B)
         return logits_BV[0, : self.large.shape.vocab_size]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rules import AcceptanceRule, Draws
-from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder
+from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, proposal
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import StateName
-from modules.contracts.target import Target
+from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.timing import Clock
@@ -122,6 +122,7 @@ class Run:
         self._draws = Draws(self.sampling, self.generators)
         self._state: DraftState | None = None
         self._newest_B: Tensor
+        self._session: Session
 
     @property
     def states(self) -> tuple[StateName, ...]:
@@ -147,9 +148,9 @@ class Run:
             torch.tensor(lengths, device=device),
         )
         with self.clock.phase("prefill"):
-            self.target.open(len(lengths), max(lengths) + self.limit + self.budget + 1)
-            self._cache = self.target.cache
-            logits_BV, states = self.target.prefill(ids_BT, lengths_B, self.states)
+            capacity = max(lengths) + self.limit + self.budget + 1
+            self._session = self.target.open(len(lengths), capacity)
+            logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
             self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
         first = self.clock.elapsed()
         if self.drafter is not None:
@@ -163,6 +164,7 @@ class Run:
                         states,
                         self.sampling,
                         tuple(self.generators),
+                        self._session,
                     )
                 )
         for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
@@ -172,15 +174,14 @@ class Run:
         self._drop_finished()
 
     def _step(self) -> None:
-        self.target.cache = self._cache
         with self.clock.phase("draft"):
             tree = self._propose()
         with self.clock.phase("verify"):
-            verified = self.target.verify(tree, self.states)
+            verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
             accepted, told = tell(tree, self.rule(tree, verified, self._draws))
         with self.clock.phase("commit"):
-            self.target.commit(accepted)
+            self._session.commit(accepted)
         self._absorb(verified, accepted)
         self._record(told, tree.size)
         self._drop_finished()
@@ -188,9 +189,7 @@ class Run:
     def _propose(self) -> TokenTree:
         if self.drafter is None or self._state is None:
             return TokenTree.root(self._newest_B)
-        if self.builder is not None:
-            return self.builder.build(self.drafter, self._state, self.budget)
-        return self.drafter.propose(self._state, self.budget)
+        return proposal(self.drafter, self._state, self.budget, self.builder)
 
     def _absorb(self, verified: Verified, accepted: Accepted) -> None:
         self._newest_B = accepted.next_B
@@ -239,7 +238,6 @@ class Run:
         self._alive = [self._alive[row] for row in running]
         if self._alive:
             rows_B = torch.tensor(running, device=self._newest_B.device)
-            assert self.target.cache is not None
-            self.target.cache.keep(running)
+            self._session.keep(running)
             self._newest_B, self._draws = self._newest_B[rows_B], self._draws.select(running)
             self._state = None if self._state is None else self._state.select(rows_B)

@@ -1,5 +1,4 @@
-"""The frozen target: a stock Hugging Face causal LM that prefills, verifies token trees and commits
-accepted rows.
+"""The frozen target: a stock Hugging Face causal LM, its weights and its passes over rows.
 
 Shape legend: B sequences, T prompt tokens, N rows of one call, S cache slots, H hidden size, V
 vocabulary, D draft vocabulary.
@@ -9,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.float32_buffers import SteadyBuffers
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.token_tree import TokenTree
-from modules.contracts.verification import Accepted, Verified
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Anatomy
 from modules.target.kernels.compiled_calls import CompiledCalls
@@ -32,17 +28,16 @@ from modules.target.kernels.cpu_kernels import (
     use_narrow_kernels,
 )
 from modules.target.kv_cache import SlotCache
+from modules.target.session import Session
 
 SLICED_HEADS = 4
 """Draft vocabularies whose LM-head rows are kept at a time."""
 WIDENED_ROWS = 8192
 """Rows of an LM head that are widened to float32 at a time."""
-Injection = Callable[[Tensor], Tensor]
-"""Replaces the input of a layer: hidden [B,N,H] -> hidden [B,N,H]."""
 
 
 class _Skip(nn.Module):
-    """Stands in for a layer outside the range that `Target.run` calls."""
+    """Stands in for a layer outside the range that a call runs."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -62,8 +57,6 @@ class Target(SteadyBuffers):
         super().__init__()
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.anatomy = Anatomy(model)
-        self.cache: SlotCache | None = None
-        self._inject: Mapping[int, Injection] = {}
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
@@ -251,47 +244,18 @@ class Target(SteadyBuffers):
         asked.
         """
         if gradient:
-            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+            return self.forward_rows(self.embed(batch.input_ids), batch.rows(), names)
         with torch.no_grad(), phase("target states"):
-            return self._forward(self.embed(batch.input_ids), batch.rows(), names)
+            return self.forward_rows(self.embed(batch.input_ids), batch.rows(), names)
 
-    def run(
-        self,
-        rows: Rows,
-        hidden_BNH: Tensor,
-        start: int,
-        stop: int,
-        names: Sequence[StateName] = ("pre_norm",),
-        gradient: bool = False,
-    ) -> dict[StateName, Tensor]:
-        """Call the stock layers `start … stop-1` on hidden states that stand at the input of layer
-        `start`.
-
-        `"pre_norm"` of the result is the output of layer `stop - 1`, `"final"` that output after
-        the final norm. Cached rows read and write the KV cache of these layers only.
-        """
-        layers = self.anatomy.layers
-        kept = [layer if start <= k < stop else _Skip() for k, layer in enumerate(layers)]
-        self.anatomy.layers = nn.ModuleList(kept)
-        hook = kept[start].register_forward_pre_hook(
-            _replace_hidden(hidden_BNH), with_kwargs=True, prepend=True
-        )
-        try:
-            with nullcontext() if gradient else torch.no_grad():
-                return self._forward(hidden_BNH, rows, names)
-        finally:
-            hook.remove()
-            self.anatomy.layers = layers
-
-    def open(self, batch_size: int, capacity: int) -> None:
-        """Begin new sequences: an empty KV cache of `capacity` tokens each (at most
+    def open(self, batch_size: int, capacity: int) -> Session:
+        """New sequences with an empty KV cache of `capacity` tokens each (at most
         `max_positions`).
         """
-        self.cache = None
         if self._compiled is not None and batch_size == 1:
-            self.cache = self._compiled.open(capacity)
-        else:
-            self.cache = SlotCache(self.shape.num_layers, batch_size, capacity, self._layer_devices)
+            return Session(self, self._compiled.open(capacity))
+        layers = self.shape.num_layers
+        return Session(self, SlotCache(layers, batch_size, capacity, self._layer_devices))
 
     @property
     def compiled(self) -> CompiledCalls | None:
@@ -312,89 +276,53 @@ class Target(SteadyBuffers):
             )
         self._compiled = CompiledCalls(self, autotune)
 
-    @torch.no_grad()
-    def prefill(
-        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
-    ) -> tuple[Tensor, dict[StateName, Tensor]]:
-        """Append right-padded tokens behind what is committed (second turns too).
-
-        Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
-        """
-        assert self.cache is not None, "open() the target first"
-        batch, length = ids_BT.shape
-        offsets = self.cache.lengths_tensor(ids_BT.device)
-        order = torch.arange(length, device=ids_BT.device)
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
-        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
-        seen = self._forward(self.embed(ids_BT), rows, [*states, "final"])
-        last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
-        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
-        return self.logits(last), {name: seen[name] for name in states}
-
-    @torch.no_grad()
-    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
-        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed
-        yet.
-        """
-        return self._forward(self.embed(ids_BN), self._inside(rows), ("final",))["final"]
-
-    def _inside(self, rows: Rows) -> Rows:
-        return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=self.max_positions - 1))
-
-    @torch.no_grad()
-    def verify(
+    def forward_rows(
         self,
-        tree: TokenTree,
-        states: Sequence[StateName] = (),
-        inject: Mapping[int, Injection] | None = None,
-    ) -> Verified:
-        """One forward over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
-
-        `inject[k]` rewrites the input of layer k (all rows) on the way.
-        """
-        assert self.cache is not None, "open() the target first"
-        embeddings = self.embed(tree.tokens_BN)
-        if tree.embeddings_BNH is not None:
-            assert tree.embedded_BN is not None
-            embeddings = torch.where(tree.embedded_BN[..., None], tree.embeddings_BNH, embeddings)
-        rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
-        names = (*states, "final")
-        if (
-            self._compiled is not None
-            and not inject
-            and self._compiled.takes(tree.size, self.cache)
-        ):
-            seen = self._compiled(embeddings, rows, self.cache, names)
-        else:
-            seen = self._forward(embeddings, rows, names, inject or {})
-        return Verified(tree, self.logits(seen["final"]), {name: seen[name] for name in states})
-
-    def commit(self, accepted: Accepted) -> None:
-        """Keep the accepted rows of the last call in the KV cache."""
-        assert self.cache is not None, "open() the target first"
-        self.cache.commit(accepted)
-
-    def _forward(
-        self,
-        embeddings_BNH: Tensor,
+        hidden_BNH: Tensor,
         rows: Rows,
         names: Sequence[StateName],
-        inject: Mapping[int, Injection] | None = None,
+        cache: SlotCache | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> dict[StateName, Tensor]:
-        cache = self.cache if rows.cached else None
+        """States `{name: [B,N,H]}` of one pass over rows.
+
+        Args:
+            hidden_BNH: input embeddings, or of a later first layer what stands at its input.
+            rows: where they stand and what they see.
+            names: the states.
+            cache: read, and written behind what is committed, where the rows are cached.
+            layers: first layer, and the one before which the pass ends; None for all.
+        """
         if cache is not None:
             cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
-        with self.watching(names, inject):
-            found = self.layer_states(
-                embeddings_BNH,
-                rows.position_ids_BN.expand(embeddings_BNH.shape[0], -1),
-                self.anatomy.mask(rows, cache, embeddings_BNH),
-                cache,
-                names,
+        mask = self.anatomy.mask(rows, cache, hidden_BNH)
+        positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
+        with self.watching(names), self._restricted(layers, hidden_BNH):
+            found = self.layer_states(hidden_BNH, positions, mask, cache, names)
+        return {name: state.to(hidden_BNH.device) for name, state in zip(names, found, strict=True)}
+
+    @contextmanager
+    def _restricted(self, layers: tuple[int, int] | None, hidden_BNH: Tensor) -> Iterator[None]:
+        """Let a pass run these layers alone: others hand their input on, and the first one reads
+        `hidden_BNH`."""
+        if layers is None:
+            yield
+            return
+        whole, (start, stop) = self.anatomy.layers, layers
+        chosen = [layer if start <= k < stop else _Skip() for k, layer in enumerate(whole)]
+        hook = None
+        if start:
+            # What the model does to embeddings does not touch a later layer's input.
+            hook = chosen[start].register_forward_pre_hook(
+                _replace_hidden(hidden_BNH), with_kwargs=True, prepend=True
             )
-        return {
-            name: state.to(embeddings_BNH.device) for name, state in zip(names, found, strict=True)
-        }
+        self.anatomy.layers = nn.ModuleList(chosen)
+        try:
+            yield
+        finally:
+            self.anatomy.layers = whole
+            if hook is not None:
+                hook.remove()
 
     def layer_states(
         self,
@@ -418,12 +346,8 @@ class Target(SteadyBuffers):
         return [final if name == "final" else self._seen[name] for name in names]
 
     @contextmanager
-    def watching(
-        self, names: Sequence[StateName], inject: Mapping[int, Injection] | None = None
-    ) -> Iterator[None]:
-        """Note the states of these names as they pass, and rewrite the inputs of layers, while the
-        block lasts.
-        """
+    def watching(self, names: Sequence[StateName]) -> Iterator[None]:
+        """Note the states of these names as they pass, while the block lasts."""
         known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
         wrong = [name for name in names if name not in known]
         if wrong:
@@ -431,11 +355,11 @@ class Target(SteadyBuffers):
                 f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', "
                 "'final'"
             )
-        self._wanted, self._seen, self._inject = frozenset(names), {}, inject or {}
+        self._wanted, self._seen = frozenset(names), {}
         try:
             yield
         finally:
-            self._wanted, self._seen, self._inject = frozenset(), {}, {}
+            self._wanted, self._seen = frozenset(), {}
 
     # -- watching its layers -----------------------------------------------------------------------
 
@@ -446,16 +370,9 @@ class Target(SteadyBuffers):
             self.anatomy.norm.register_forward_pre_hook(self._at_norm)
 
     def _at_layer(self, k: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if k not in self._inject and k not in self._wanted:
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if k in self._inject:
-                hidden = self._inject[k](hidden)
-                args, kwargs = _with_hidden(args, kwargs, hidden)
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if k in self._wanted:
-                self._seen[k] = hidden
-            return args, kwargs
+                self._seen[k] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
@@ -468,12 +385,10 @@ def _sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
 def _replace_hidden(hidden_BNH: Tensor) -> Callable[..., tuple[tuple, dict]]:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _with_hidden(args, kwargs, hidden_BNH)
+        if args:
+            return (hidden_BNH, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_BNH}
 
     return hook

@@ -124,10 +124,12 @@ def test_verification_writes_as_much_behind_a_long_context_as_behind_a_short_one
         target = moved(tiny_target("llama", torch.float32))
         tree = TokenTree.chain(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]).to(DEVICE))
         for length in (32, 256):
-            target.open(1, 300)
-            target.prefill(torch.full((1, length), 9).to(DEVICE), torch.tensor([length]).to(DEVICE))
+            session = target.open(1, 300)
+            session.prefill(
+                torch.full((1, length), 9).to(DEVICE), torch.tensor([length]).to(DEVICE)
+            )
             log.clear()
-            target.verify(tree)
+            session.verify(tree)
             written.append(sum(log.written.values()))
     # Masks and what they are made of grow by 8 rows a slot; keys and values copied for every query
     # head would add 2 layers x 2 x 4 heads x 8 numbers.

@@ -60,8 +60,8 @@ def shaken(drafter: LearnedDrafter, target: Target) -> LearnedDrafter:
 def ours(drafter: LearnedDrafter, target: Target, ids: list[int], steps: int = STEPS) -> list[int]:
     """The chain that this project drafts after `ids`, whose last is the newest."""
     prompt, lengths = torch.tensor([ids[:-1]]), torch.tensor([len(ids) - 1])
-    target.open(1, 64)
-    _, states = target.prefill(prompt, lengths, drafter.decoding_states)
+    session = target.open(1, 64)
+    _, states = session.prefill(prompt, lengths, drafter.decoding_states)
     with torch.no_grad():
         state = drafter.start(Context(target, prompt, lengths, torch.tensor(ids[-1:]), states))
         return StaticTree.chain(steps).build(drafter, state, steps).tokens_BN[0, 1:].tolist()

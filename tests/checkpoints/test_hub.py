@@ -35,8 +35,8 @@ FILES = {".gitattributes", "README.md", "config.json", "model.safetensors", "pro
 def drafts(drafter: Drafter, target: Target) -> tuple[list[list[int]], torch.Tensor]:
     """The tree drafted after a prompt, and the logits of its first step."""
     prompt, lengths = torch.tensor([[7, 8, 9, 10, 11, 40]]), torch.tensor([6])
-    target.open(1, 64)
-    _, states = target.prefill(prompt, lengths, drafter.decoding_states)
+    session = target.open(1, 64)
+    _, states = session.prefill(prompt, lengths, drafter.decoding_states)
     with torch.no_grad():
         state = drafter.start(Context(target, prompt, lengths, torch.tensor([3]), states))
         tree = StaticTree([[0], [1], [0, 0], [0, 1], [1, 0]]).build(drafter, state, 5)

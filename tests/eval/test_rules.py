@@ -95,7 +95,7 @@ def test_chances_are_what_tossing_gives(target: Target, name: str) -> None:
     state.context = replace(state.context, generators=generators)
     tree = trial.builder.build(spot.drafter, state, trial.nodes)
     tossed = Draws(spot.sampling, [torch.Generator().manual_seed(10_000 + i) for i in range(200)])
-    accepted = trial.rule(tree, target.verify(tree), tossed)
+    accepted = trial.rule(tree, spot.session.verify(tree), tossed)
     difference = (accepted.lengths_B.numpy() - 1) - expected
     assert abs(difference.mean()) <= 4 * difference.std() / np.sqrt(200) + 1e-12
 

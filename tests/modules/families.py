@@ -121,10 +121,10 @@ class Reader:
             torch.nn.functional.pad(batch.input_ids, (0, 8)),
         )
         self.read = torch.tensor(lengths)
-        target.open(len(lengths), 64 + max(lengths))
+        self.session = target.open(len(lengths), 64 + max(lengths))
         prompts = self.ids[:, : max(lengths)]
-        _, states = target.prefill(prompts, self.read, drafter.decoding_states)
-        context = Context(target, prompts, self.read, self.token(0), states)
+        _, states = self.session.prefill(prompts, self.read, drafter.decoding_states)
+        context = Context(target, prompts, self.read, self.token(0), states, session=self.session)
         self.state: DraftState = drafter.start(context)
 
     def token(self, ahead: int) -> Tensor:
@@ -135,12 +135,12 @@ class Reader:
         """One verification that lets the next `lengths` tokens through."""
         width = max(lengths) + 1
         tree = TokenTree.chain(torch.stack([self.token(i) for i in range(width)], 1))
-        verified = self.target.verify(tree, self.drafter.decoding_states)
+        verified = self.session.verify(tree, self.drafter.decoding_states)
         counts = torch.tensor(lengths)
         self.read = self.read + counts
         path = torch.arange(max(lengths)).expand(len(lengths), -1)
         accepted = Accepted(path * (path < counts[:, None]), counts, self.token(0))
-        self.target.commit(accepted)
+        self.session.commit(accepted)
         self.state = self.drafter.absorb(self.state, verified, accepted)
 
     def logits(self) -> Tensor:

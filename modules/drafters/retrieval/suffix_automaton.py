@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.drafter import Context, Drafter, DraftState, proposal
 from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
@@ -170,7 +170,7 @@ class Suffix(Partnered):
             trie.fuse(draft or (), budget + 1)
         # The partner is asked once for the whole batch, and only if a sequence of it needs a draft.
         if self.partner is not None and state.partner is not None and None in drafts:
-            drafted = self.partner.propose(state.partner, budget)
+            drafted = proposal(self.partner, state.partner, budget)
             tries = [
                 as_trie(drafted, sequence) if draft is None else trie
                 for sequence, (trie, draft) in enumerate(zip(tries, drafts, strict=True))

@@ -26,7 +26,7 @@ from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
-from modules.contracts.target import Target
+from modules.contracts.target import Session, Target
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.vocabularies import TokenDrafter
@@ -52,7 +52,6 @@ from modules.target.hf_models import (
     vocabulary_hash,
 )
 from modules.target.kernels.cpu_kernels import narrow_linear
-from modules.target.kv_cache import SlotCache
 from modules.target.target import Target as LoadedTarget
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
@@ -62,14 +61,14 @@ from modules.trees.static import StaticTree
 class IndependentState(DraftState):
     """What the drafter has read of its sequences.
 
-    cache: its own KV cache. unread_BP, unread_counts_B: tokens of the text that are not in it, the
-    newest one last.
+    session: the sequences as its own model has read them. unread_BP, unread_counts_B: tokens of the
+    text that are not in it, the newest one last.
     root_BH: what its LM head reads behind the newest token, once that is read.
     above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
     itself included.
     """
 
-    cache: SlotCache
+    session: Session
     unread_BP: Tensor
     unread_counts_B: Tensor
     root_BH: Tensor | None = None
@@ -270,13 +269,11 @@ class Independent(TokenDrafter):
     def start(self, context: Context) -> IndependentState:
         """Nothing is read before the first draft asks for it."""
         lengths_B, newest_B = context.lengths_B, context.newest_B
-        cache = SlotCache(
-            self.language_model.shape.num_layers, len(newest_B), context.input_ids_BT.shape[1] + 64
-        )
+        session = self.language_model.open(len(newest_B), context.input_ids_BT.shape[1] + 64)
         unread_BP, counts_B = _appended(
             context.input_ids_BT, lengths_B, newest_B[:, None], torch.ones_like(lengths_B)
         )
-        return IndependentState(context, newest_B, lengths_B, cache, unread_BP, counts_B)
+        return IndependentState(context, newest_B, lengths_B, session, unread_BP, counts_B)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one
@@ -290,7 +287,7 @@ class Independent(TokenDrafter):
             see_parents(state.above_BRA, frontier.parents_BW),
             state.above_BRA.shape[1:],
         )
-        positions_B1 = state.cache.lengths_tensor(above.device)[:, None] + frontier.depth - 1
+        positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
         rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above, cached=True)
         assert count == ahead + 1, "every row but the root stands behind the text"
         final_BWH = self._read(state, frontier.tokens_BW, rows)
@@ -303,12 +300,12 @@ class Independent(TokenDrafter):
         """
         count = state.unread_BP.shape[1]
         if count or state.root_BH is None:
-            starts_B = state.cache.lengths_tensor(state.newest_B.device)
-            final_BPH = self._read(state, state.unread_BP, causal_rows(starts_B, count))
+            rows = causal_rows(state.session.lengths_B, count)
+            final_BPH = self._read(state, state.unread_BP, rows)
             last_B = state.unread_counts_B - 1
             state.root_BH = final_BPH[torch.arange(len(last_B), device=last_B.device), last_B]
             order = torch.arange(count, device=last_B.device).expand(len(last_B), -1)
-            state.cache.commit(Accepted(order, state.unread_counts_B, state.newest_B))
+            state.session.commit(Accepted(order, state.unread_counts_B, state.newest_B))
             state.unread_BP, state.unread_counts_B = (
                 state.unread_BP[:, :0],
                 torch.zeros_like(last_B),
@@ -319,9 +316,8 @@ class Independent(TokenDrafter):
         return state.root_BH
 
     def _read(self, state: IndependentState, tokens_BN: Tensor, rows: Rows) -> Tensor:
-        state.cache.reserve(rows.visible_BNN.shape[2])
-        self.language_model.cache = state.cache
-        return self.language_model.read(self.read_ids(tokens_BN), rows)
+        state.session.reserve(rows.visible_BNN.shape[2])
+        return state.session.read(self.read_ids(tokens_BN), rows)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """The emitted tokens wait to be read with the next root; the drafted rows are forgotten."""

@@ -42,20 +42,19 @@ def written(
     One document a row, right-padded; the drawn tokens are the labels.
 
     Args:
-        model: what writes; its KV cache is opened anew.
+        model: what writes, in a session of its own.
         prompts: int64 [T] each, at least one of them.
         tokens: tokens drawn behind each prompt.
         vocabulary_D: ids that may be drawn; None for all.
     """
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     prompts_BT = pad_sequence(prompts, batch_first=True)
-    model.open(len(prompts), int(lengths_B.max()) + tokens)
-    logits_BV, _ = model.prefill(prompts_BT, lengths_B)
+    session = model.open(len(prompts), int(lengths_B.max()) + tokens)
+    logits_BV, _ = session.prefill(prompts_BT, lengths_B)
     drawn = [_draw(logits_BV, vocabulary_D)]
     for _ in range(tokens - 1):
-        logits_BV, _ = model.prefill(drawn[-1], torch.ones_like(lengths_B))
+        logits_BV, _ = session.prefill(drawn[-1], torch.ones_like(lengths_B))
         drawn.append(_draw(logits_BV, vocabulary_D))
-    model.cache = None
     return _batch(prompts_BT, lengths_B, torch.cat(drawn, dim=1))
 
 

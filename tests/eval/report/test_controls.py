@@ -68,12 +68,14 @@ def test_one_prefix_scored_token_by_token_and_k_at_a_time(dtype: torch.dtype, ap
     answer = torch.randint(5, 128, (1, 24), generator=torch.Generator().manual_seed(4))
     scored = {}
     for width in (1, 2, 3, 4, 6, 8, 12, 24):
-        target.open(1, 64)
-        target.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
+        session = target.open(1, 64)
+        session.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
         rows = []
         for tokens in answer.split(width, 1):
-            rows.append(target.verify(TokenTree.chain(tokens)).logits_BNV[0])
-            target.commit(Accepted(torch.arange(width)[None], torch.tensor([width]), tokens[:, -1]))
+            rows.append(session.verify(TokenTree.chain(tokens)).logits_BNV[0])
+            session.commit(
+                Accepted(torch.arange(width)[None], torch.tensor([width]), tokens[:, -1])
+            )
         scored[width] = torch.cat(rows)
     for width, logits in scored.items():
         assert (logits - scored[1]).abs().max() <= apart, width

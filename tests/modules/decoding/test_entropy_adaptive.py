@@ -14,7 +14,7 @@ from modules.contracts.sampling import Sampling
 from modules.decoding import entropy_adaptive
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.decoding.entropy_adaptive import EntropyAdaptive, catch_up_tokens, entropy_bits
-from modules.target.target import Target
+from modules.target.session import Session
 from tests.fakes import tiny_target
 
 LARGE, SMALL = tiny_target(), tiny_target(layers=1, seed=3)
@@ -89,9 +89,9 @@ def test_a_model_that_came_in_has_read_the_whole_text(monkeypatch: pytest.Monkey
     monkeypatch.setattr(entropy_adaptive, "entropy_bits", lambda logits_V: next(stream))
     original = EntropyAdaptive._read
 
-    def read(self: EntropyAdaptive, model: Target, text: list[int]) -> torch.Tensor:
-        logits_V = original(self, model, text)
-        assert model.cache is not None and model.cache.lengths == [len(text)]
+    def read(self: EntropyAdaptive, session: Session, text: list[int]) -> torch.Tensor:
+        logits_V, model = original(self, session, text), session.target
+        assert session.cache.lengths == [len(text)]
         with torch.no_grad():
             torch.testing.assert_close(logits_V, model.model(torch.tensor([text])).logits[0, -1])
         models.append(model)

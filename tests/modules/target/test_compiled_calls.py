@@ -88,25 +88,24 @@ def test_drafters_get_the_states_they_ask_for(made: Counter[str]) -> None:
 def test_every_state_and_the_logits_equal_those_of_an_uncompiled_call(made: Counter[str]) -> None:
     tree, found = TokenTree.chain(torch.tensor([[5, 6, 7]])), []
     for target in (tiny_target(), compiling()):
-        target.open(1, 32)
-        target.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
-        found.append(target.verify(tree, (0, 1, "pre_norm")))
+        session = target.open(1, 32)
+        session.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
+        found.append(session.verify(tree, (0, 1, "pre_norm")))
     torch.testing.assert_close(found[1].logits_BNV, found[0].logits_BNV)
     assert set(found[0].states) == set(found[1].states) == {0, 1, "pre_norm"}
     for name, state in found[0].states.items():
         torch.testing.assert_close(found[1].states[name], state)
     with pytest.raises(ValueError, match="state 7 is not one of"):
-        target.verify(tree, (7,))
+        session.verify(tree, (7,))
 
 
-def test_batches_wide_trees_and_rewritten_states_run_uncompiled(made: Counter[str]) -> None:
+def test_batches_and_wide_trees_run_uncompiled(made: Counter[str]) -> None:
     target, plain = compiling(), SpeculativeDecoder(tiny_target(), stop_ids=ENDLESS)
     together = SpeculativeDecoder(target, ScriptedDrafter(target.shape, 0.6), stop_ids=ENDLESS)
     assert [trace.ids for trace in together.decode(PROMPTS, GREEDY, 14)] == ids(plain)
-    target.open(1, 128)
-    target.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
-    target.verify(TokenTree.chain(torch.randint(5, 99, (1, WIDTHS[-1] + 1))))
-    target.verify(TokenTree.root(torch.tensor([5])), inject={1: lambda hidden: hidden})
+    session = target.open(1, 128)
+    session.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
+    session.verify(TokenTree.chain(torch.randint(5, 99, (1, WIDTHS[-1] + 1))))
     assert not made and target.compiled is not None and not target.compiled.graphs
 
 
@@ -140,11 +139,9 @@ def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_
             text.append(next(stream)[0])
     assert told == expected[:2]
     del streams, stream
-    target.cache = None
     gc.collect()
     assert target.compiled is not None and len(target.compiled._free[256]) == 2
     ids(decoder, 8)
-    target.cache = None
     gc.collect()
     assert len(target.compiled._free[256]) == 2 and made["graphs"] == 1
 
@@ -205,7 +202,7 @@ def test_inductor_with_packed_weights_gives_the_same_logits_and_tokens() -> None
     assert target.compiled is not None and [width for width, _, _ in target.compiled.graphs] == [3]
     tree, found = TokenTree.chain(torch.tensor([[5, 6, 7]])), []
     for each in (plain, target):
-        each.open(1, 32)
-        each.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
-        found.append(each.verify(tree).logits_BNV)
+        session = each.open(1, 32)
+        session.prefill(torch.tensor([[9, 8, 7, 6]]), torch.tensor([4]))
+        found.append(session.verify(tree).logits_BNV)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

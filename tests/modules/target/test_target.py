@@ -4,11 +4,13 @@ rest on.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from modules.contracts.rows import Rows
-from modules.contracts.token_tree import TokenTree, Topology
+from modules.contracts.token_tree import PartialRows, TokenTree, Topology
 from modules.contracts.verification import Accepted
 from tests.fakes import ARCHITECTURES, tiny_batch, tiny_target
 
@@ -48,10 +50,10 @@ def plain(target, ids):
 def test_tree_logits_equal_chain_logits_for_every_path(arch):
     target = tiny_target(arch)
     ids, lengths = prompts()
-    target.open(2, 64)
-    logits, _ = target.prefill(ids, lengths)
+    session = target.open(2, 64)
+    logits, _ = session.prefill(ids, lengths)
     tree = some_tree()
-    verified = target.verify(tree, states=(1, "final"))
+    verified = session.verify(tree, states=(1, "final"))
     for b, length in enumerate(lengths.tolist()):
         prompt = ids[b, :length].tolist()
         close(logits[b], plain(target, prompt).logits[0, -1])
@@ -66,16 +68,16 @@ def test_tree_logits_equal_chain_logits_for_every_path(arch):
 def test_commit_equals_prefilling_again_with_per_row_lengths(arch):
     target = tiny_target(arch)
     ids, lengths = prompts()
-    target.open(2, 64)
-    target.prefill(ids, lengths)
+    session = target.open(2, 64)
+    session.prefill(ids, lengths)
     tree = some_tree()
-    target.verify(tree)
+    session.verify(tree)
     accepted = Accepted(
         torch.tensor([[0, 1, 4], [0, 2, 0]]), torch.tensor([3, 2]), torch.tensor([9, 9])
     )
-    target.commit(accepted)
-    assert target.cache is not None and target.cache.lengths == [8, 11]
-    again = target.verify(TokenTree.root(accepted.next_B))
+    session.commit(accepted)
+    assert session.lengths_B.tolist() == session.cache.lengths == [8, 11]
+    again = session.verify(TokenTree.root(accepted.next_B))
     for b, length in enumerate(lengths.tolist()):
         kept = tree.tokens_BN[b, accepted.path_BA[b, : accepted.lengths_B[b]]].tolist()
         expected = plain(target, ids[b, :length].tolist() + kept + [9]).logits[0, -1]
@@ -85,9 +87,9 @@ def test_commit_equals_prefilling_again_with_per_row_lengths(arch):
 def test_prefill_appends_second_turns():
     target = tiny_target()
     ids, lengths = prompts()
-    target.open(2, 64)
-    target.prefill(ids, lengths)
-    logits, states = target.prefill(ids, lengths, states=("pre_norm",))
+    session = target.open(2, 64)
+    session.prefill(ids, lengths)
+    logits, states = session.prefill(ids, lengths, states=("pre_norm",))
     twice = ids[0, :5].tolist() * 2
     close(logits[0], plain(target, twice).logits[0, -1])
     close(target.logits(target.final_norm(states["pre_norm"][0, 4])), logits[0])
@@ -104,61 +106,77 @@ def test_features_of_packed_documents_equal_separate_forwards(arch):
     close(target.logits(states["final"])[0, 12:21], expected.logits[0])
 
 
+def open_session(target, lengths=(6,), capacity=32):
+    """A session that has read prompts of these lengths."""
+    ids, lengths_B = prompts(lengths)
+    session = target.open(len(lengths), capacity)
+    session.prefill(ids, lengths_B)
+    return session
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_run_over_layer_ranges_composes_to_the_whole_model(arch):
+def test_layer_ranges_compose_to_the_whole_model(arch):
     target = tiny_target(arch, layers=3)
-    batch = tiny_batch(target)
-    states = target.features(batch, (0, 1, "pre_norm", "final"))
-    middle = target.run(batch.rows(), states[0], 0, 1)["pre_norm"]
-    close(middle, states[1])
-    end = target.run(batch.rows(), states[1], 1, 3, names=("final",))["final"]
-    close(end, states["final"])
+    session = open_session(target, (5, 9))
+    tree = some_tree()
+    rows, names = tree.rows(session.lengths_B), (1, 2, "pre_norm", "final")
+    whole = session.verify(tree, states=names)
+    first = session.run_layers(rows, target.embed(tree.tokens_BN), 0, 1)["pre_norm"]
+    close(first, whole.states[1])
+    middle = session.run_layers(rows, first, 1, 2, ("pre_norm",))["pre_norm"]
+    close(middle, whole.states[2])
+    end = session.run_layers(rows, middle, 2, 3, ("pre_norm", "final"))
+    close(end["pre_norm"], whole.states["pre_norm"])
+    close(end["final"], whole.states["final"])
 
 
-def test_run_carries_gradient_when_asked_and_early_exit_reads_the_cache():
-    target = tiny_target(layers=3)
-    ids, lengths = prompts((6,))
-    target.open(1, 32)
-    target.prefill(ids, lengths)
-    root = TokenTree.root(torch.tensor([7]))
-    rows = root.rows(lengths)
-    early = target.run(rows, target.embed(root.tokens_BN), 0, 2)["pre_norm"]
-    expected = plain(target, [*ids[0].tolist(), 7]).hidden_states[2][0, -1]
-    close(early[0, 0], expected)
-    batch = tiny_batch(target)
-    hidden = target.features(batch, (1,))[1].requires_grad_()
-    target.run(batch.rows(), hidden, 1, 2, gradient=True)["pre_norm"].sum().backward()
-    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
-
-
-def test_inject_rewrites_the_input_of_a_layer():
-    target = tiny_target()
-    ids, lengths = prompts((6,))
-    target.open(1, 32)
-    target.prefill(ids, lengths)
-    tree = some_tree(1)
-    base = target.verify(tree, states=(1,))
-    shifted = target.verify(tree, states=(1, "final"), inject={1: lambda hidden: hidden + 1})
-    close(shifted.states[1], base.states[1] + 1)
-    assert not torch.allclose(shifted.logits_BNV, base.logits_BNV)
-    again = target.verify(tree)
-    close(again.logits_BNV, base.logits_BNV)
-
-
-def test_rows_without_tokens_enter_as_embeddings():
-    target = tiny_target()
-    ids, lengths = prompts((6,))
-    target.open(1, 32)
-    target.prefill(ids, lengths)
-    tree = some_tree(1)
-    embedded = torch.zeros_like(tree.tokens_BN, dtype=torch.bool)
-    embedded[:, 2] = True
-    other = torch.full_like(tree.tokens_BN, 5)
-    replaced = torch.where(embedded, other, tree.tokens_BN)
-    mixed = TokenTree(
-        replaced, tree.topology, embeddings_BNH=target.embed(tree.tokens_BN), embedded_BN=embedded
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("handed", [1, 3, 8])
+def test_rows_that_ran_in_part_are_completed(arch, handed):
+    """Nodes run one at a time through the first layers, as a drafter would; the rest catches up."""
+    target = tiny_target(arch, layers=3)
+    expected = open_session(target, (5, 9))
+    session = open_session(target, (5, 9))
+    tree = some_tree()
+    rows = tree.rows(session.lengths_B)
+    hidden = []
+    for node in range(handed):
+        alone = Rows(
+            rows.position_ids_BN[:, node : node + 1],
+            rows.visible_BNN[:, node : node + 1, : node + 1],
+            cached=True,
+        )
+        embedding = target.embed(tree.tokens_BN[:, node : node + 1])
+        hidden.append(session.run_layers(alone, embedding, 0, 2)["pre_norm"])
+    partial = replace(tree, already_run=PartialRows(torch.cat(hidden, 1), 2))
+    found, whole = session.verify(partial, (2, "final")), expected.verify(tree, (2, "final"))
+    close(found.logits_BNV, whole.logits_BNV)
+    close(found.states[2], whole.states[2])
+    # What is committed afterwards is the same in every layer.
+    accepted = Accepted(
+        torch.tensor([[0, 1, 4], [0, 2, 0]]), torch.tensor([3, 2]), torch.tensor([9, 9])
     )
-    close(target.verify(mixed).logits_BNV, target.verify(tree).logits_BNV)
+    logits = []
+    for each in (session, expected):
+        each.commit(accepted)
+        logits.append(each.verify(TokenTree.root(accepted.next_B)).logits_BNV)
+    close(*logits)
+    with pytest.raises(ValueError, match="state 1 is asked for of rows that have passed it"):
+        session.verify(partial, (1,))
+
+
+def test_two_sessions_of_one_target_do_not_see_each_other():
+    target = tiny_target()
+    first, second = open_session(target, (6,)), open_session(target, (4,))
+    tree = some_tree(1)
+    before = first.verify(tree).logits_BNV
+    second.verify(TokenTree.root(torch.tensor([9])))
+    second.commit(Accepted(torch.tensor([[0]]), torch.tensor([1]), torch.tensor([9])))
+    close(first.verify(tree).logits_BNV, before)
+    assert first.lengths_B.tolist() == [6] and second.lengths_B.tolist() == [5]
+    both = first.select(torch.tensor([0, 0]))
+    doubled = TokenTree(tree.tokens_BN.expand(2, -1), tree.topology.expand(2))
+    close(both.verify(doubled).logits_BNV, before.expand(2, -1, -1))
 
 
 def test_trimmed_head_equals_a_slice_of_the_full_head():
@@ -180,11 +198,10 @@ def test_padding_sees_only_itself_and_depth_follows_parents():
 def test_dropping_sequences_keeps_the_others():
     target = tiny_target()
     ids, lengths = prompts()
-    target.open(2, 64)
-    target.prefill(ids, lengths)
-    assert target.cache is not None
-    target.cache.keep([1])
-    logits = target.verify(TokenTree.root(torch.tensor([7]))).logits_BNV[0, 0]
+    session = target.open(2, 64)
+    session.prefill(ids, lengths)
+    session.keep([1])
+    logits = session.verify(TokenTree.root(torch.tensor([7]))).logits_BNV[0, 0]
     close(logits, plain(target, [*ids[1].tolist(), 7]).logits[0, -1])
 
 
@@ -192,9 +209,9 @@ def test_errors_name_the_fix():
     target = tiny_target()
     with pytest.raises(ValueError, match="not one of"):
         target.features(tiny_batch(target), (5,))
-    target.open(1, 4)
+    session = target.open(1, 4)
     with pytest.raises(ValueError, match="more capacity"):
-        target.prefill(*prompts((6,)))
+        session.prefill(*prompts((6,)))
     with pytest.raises(KeyError):
         target.copy_weight("layers.0.nothing")
     rows = Rows(torch.arange(2)[None], torch.eye(2, dtype=torch.bool)[None])

@@ -131,8 +131,8 @@ def test_fusion_is_the_union_of_both_halves() -> None:
 
 def prompt_states(text: torch.Tensor) -> dict:
     drafter = partner()
-    TARGET.open(1, 64)
-    return TARGET.prefill(text, torch.tensor([text.shape[1]]), drafter.decoding_states)[1]
+    session = TARGET.open(1, 64)
+    return session.prefill(text, torch.tensor([text.shape[1]]), drafter.decoding_states)[1]
 
 
 def test_nothing_retrieved_is_the_partner_alone() -> None:

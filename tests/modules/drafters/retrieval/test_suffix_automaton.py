@@ -128,9 +128,9 @@ def test_a_partner_that_was_not_asked_drafts_as_one_that_was(name: str) -> None:
     partner = independent() if name == "independent" else built(name, TARGET, shake=0.1)
     drafter = EveryThird(TARGET.shape, partner=partner)
     prompt = torch.tensor([PROMPTS[0]])
-    TARGET.open(1, 64)
-    _, states = TARGET.prefill(prompt, torch.tensor([5]), drafter.decoding_states)
-    begun = Context(TARGET, prompt, torch.tensor([5]), torch.tensor([9]), states)
+    session = TARGET.open(1, 64)
+    _, states = session.prefill(prompt, torch.tensor([5]), drafter.decoding_states)
+    begun = Context(TARGET, prompt, torch.tensor([5]), torch.tensor([9]), states, session=session)
     state, mirror = drafter.start(begun), partner.start(begun)
     for step in range(1, 10):
         tree, expected = drafter.propose(state, 7), partner.propose(mirror, 7)
@@ -143,9 +143,11 @@ def accept_two(
 ) -> tuple[DraftState, DraftState]:
     """One call that emits two tokens, absorbed by the drafter and by the partner alone."""
     chain = TokenTree.chain(torch.tensor([[int(state.newest_B), 10 + step, 30 + step]]))
-    verified = TARGET.verify(chain, drafter.decoding_states)
+    session = state.context.session
+    assert session is not None
+    verified = session.verify(chain, drafter.decoding_states)
     accepted = Accepted(torch.tensor([[0, 1]]), torch.tensor([2]), torch.tensor([30 + step]))
-    TARGET.commit(accepted)
+    session.commit(accepted)
     return drafter.absorb(state, verified, accepted), partner.absorb(mirror, verified, accepted)
 
 

@@ -1,0 +1,151 @@
+"""Decoding with the target: sequences that are open, with their KV cache.
+
+Shape legend: B sequences, T prompt tokens, N rows of one call, M rows that have run before, H
+hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from modules.contracts.rows import Rows
+from modules.contracts.shapes import StateName
+from modules.contracts.target import Target
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.verification import Accepted, Verified
+from modules.target.kv_cache import SlotCache
+
+
+class Session:
+    """Sequences that one target decodes together, from `Target.open` on.
+
+    Rows of a call are written behind what is committed; `commit` keeps the accepted ones. Several
+    sessions of one target do not see each other.
+
+    Args:
+        target: whose layers run.
+        cache: keys and values of these sequences.
+    """
+
+    def __init__(self, target: Target, cache: SlotCache) -> None:
+        self.target, self.cache = target, cache
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """int64 [B]: committed tokens, on the target's device."""
+        return self.cache.lengths_tensor(self.target.device)
+
+    @torch.no_grad()
+    def prefill(
+        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """Append right-padded tokens behind what is committed (second turns too).
+
+        Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
+        """
+        batch, length = ids_BT.shape
+        offsets = self.cache.lengths_tensor(ids_BT.device)
+        order = torch.arange(length, device=ids_BT.device)
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
+        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
+        names = [*states, "final"]
+        seen = self.target.forward_rows(self.target.embed(ids_BT), rows, names, self.cache)
+        last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
+        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
+        return self.target.logits(last), {name: seen[name] for name in states}
+
+    @torch.no_grad()
+    def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
+        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
+        embeddings = self.target.embed(ids_BN)
+        return self.target.forward_rows(embeddings, self._inside(rows), ("final",), self.cache)[
+            "final"
+        ]
+
+    @torch.no_grad()
+    def run_layers(
+        self,
+        rows: Rows,
+        hidden_BNH: Tensor,
+        start: int,
+        stop: int,
+        states: Sequence[StateName] = ("pre_norm",),
+    ) -> dict[StateName, Tensor]:
+        """Call the layers `start … stop-1` alone. Nothing is committed.
+
+        Args:
+            rows: where they stand; rows that earlier calls wrote at these layers come first in the
+                columns of what they see.
+            hidden_BNH: input of layer `start`; for layer 0 embeddings as `Target.embed` gives them.
+            start, stop: the range of layers; these alone read and write the KV cache.
+            states: names of states to return [B,N,H]. `"pre_norm"` is the output of layer
+                `stop - 1`, `"final"` that output after the final norm.
+        """
+        return self.target.forward_rows(
+            hidden_BNH, self._inside(rows), states, self.cache, (start, stop)
+        )
+
+    @torch.no_grad()
+    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
+        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
+
+        Raises:
+            ValueError: a state is asked for that rows which have run in part passed already.
+        """
+        target = self.target
+        rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
+        embeddings, names = target.embed(tree.tokens_BN), (*states, "final")
+        compiled = target.compiled
+        if tree.already_run is not None:
+            seen = self._complete(tree, rows, embeddings, names)
+        elif compiled is not None and compiled.takes(tree.size, self.cache):
+            seen = compiled(embeddings, rows, self.cache, names)
+        else:
+            seen = target.forward_rows(embeddings, rows, names, self.cache)
+        return Verified(tree, target.logits(seen["final"]), {name: seen[name] for name in states})
+
+    def _complete(
+        self, tree: TokenTree, rows: Rows, embeddings_BNH: Tensor, names: Sequence[StateName]
+    ) -> dict[StateName, Tensor]:
+        """States of a tree whose first rows have run through the first layers."""
+        assert tree.already_run is not None
+        hidden, layer = tree.already_run.hidden_BMH, tree.already_run.layer
+        early = [name for name in names if isinstance(name, int) and name < layer]
+        if early:
+            raise ValueError(
+                f"state {early[0]} is asked for of rows that have passed it: the drafter hands "
+                f"over rows that have run to layer {layer}"
+            )
+        # The nodes that nobody has run yet catch up behind those that have.
+        count = hidden.shape[1]
+        if count < tree.size:
+            rest = Rows(rows.position_ids_BN[:, count:], rows.visible_BNN[:, count:], cached=True)
+            behind = self.run_layers(rest, embeddings_BNH[:, count:], 0, layer)["pre_norm"]
+            hidden = torch.cat([hidden, behind], dim=1)
+        # The remaining layers run over all nodes at once.
+        return self.run_layers(rows, hidden, layer, self.target.shape.num_layers, names)
+
+    def commit(self, accepted: Accepted) -> None:
+        """Keep the accepted rows of the last call in the KV cache."""
+        self.cache.commit(accepted)
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop every sequence but these, which may repeat."""
+        self.cache.keep(sequences)
+
+    def reserve(self, width: int) -> None:
+        """Make room for `width` rows behind the longest sequence."""
+        self.cache.reserve(width)
+
+    def select(self, sequences_S: Tensor) -> Session:
+        """A session of these sequences alone (int64 [S]), without rows that are not committed."""
+        return Session(self.target, self.cache.select(sequences_S))
+
+    def _inside(self, rows: Rows) -> Rows:
+        """The rows at positions that the target has."""
+        last = self.target.max_positions - 1
+        return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=last))
