@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import Self
 
+from modules.contracts.rows import Rows
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import Law, TokenTree
@@ -71,6 +73,60 @@ class Frontier:
     tokens_BW: Tensor
     parents_BW: Tensor
     depth: int
+
+
+@dataclass(frozen=True)
+class ProposalRows:
+    """The rows of a proposal so far, in the order in which a drafter was asked for them.
+
+    tokens_BM, parents_BM: int64 [B,M], as the frontiers gave them. above_BMM: bool [B,M,M], which
+    rows each one sees: itself and those that it descends from.
+    """
+
+    tokens_BM: Tensor
+    parents_BM: Tensor
+    above_BMM: Tensor
+
+    @staticmethod
+    def none(newest_B: Tensor) -> ProposalRows:
+        """No rows yet, of as many sequences."""
+        empty_B0 = newest_B[:, None][:, :0]
+        return ProposalRows(empty_B0, empty_B0, empty_B0[:, :, None][:, :, :0].bool())
+
+    def add(self, frontier: Frontier) -> ProposalRows:
+        """The rows with those of one more frontier behind them. Depth 0 begins a proposal."""
+        if frontier.depth == 0:
+            return ProposalRows.none(frontier.tokens_BW[:, 0])._with(frontier)
+        return self._with(frontier)
+
+    def _with(self, frontier: Frontier) -> ProposalRows:
+        tokens_BM = torch.cat([self.tokens_BM, frontier.tokens_BW], 1)
+        parents_BM = torch.cat([self.parents_BM, frontier.parents_BW], 1)
+        batch, width = frontier.tokens_BW.shape
+        # New rows see what their parents see, and themselves.
+        above_BWM = torch.zeros(batch, width, 0, dtype=torch.bool, device=tokens_BM.device)
+        if self.tokens_BM.shape[1]:
+            index = frontier.parents_BW[..., None].expand(-1, -1, self.above_BMM.shape[2])
+            above_BWM = self.above_BMM.gather(1, index)
+        itself = torch.eye(width, dtype=torch.bool, device=tokens_BM.device)
+        above_BWM = torch.cat([above_BWM, itself.expand(batch, -1, -1)], dim=2)
+        earlier_BMM = F.pad(self.above_BMM, (0, width))
+        return ProposalRows(tokens_BM, parents_BM, torch.cat([earlier_BMM, above_BWM], dim=1))
+
+    def newest(self, frontier: Frontier, lengths_B: Tensor) -> Rows:
+        """The rows of the frontier that was added last, to be run behind the earlier ones.
+
+        Args:
+            frontier: the one that was added last.
+            lengths_B: int64 [B], committed tokens before the root.
+        """
+        positions = (lengths_B[:, None] + frontier.depth).expand_as(frontier.tokens_BW)
+        return Rows(positions, self.above_BMM[:, -frontier.tokens_BW.shape[1] :])
+
+    def select(self, sequences_S: Tensor) -> ProposalRows:
+        """The rows of these sequences alone (int64 [S])."""
+        parts = (self.tokens_BM, self.parents_BM, self.above_BMM)
+        return ProposalRows(*(part[sequences_S] for part in parts))
 
 
 @dataclass

@@ -196,7 +196,7 @@ class TokenTree:
 
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify behind `lengths_B` committed tokens."""
-        return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors, cached=True)
+        return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors)
 
     @staticmethod
     def root(tokens_B: Tensor) -> TokenTree:

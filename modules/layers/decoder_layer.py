@@ -116,15 +116,25 @@ class LayerCache:
     def visible(self, rows: Rows, slots: int) -> Tensor:
         """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
 
-        The last N columns of its `visible_BNN` are the rows of this call, columns before them rows
+        The last N columns of its `visible_BNJ` are the rows of this call, columns before them rows
         written ahead of it.
         """
-        own_rows, count = rows.visible_BNN.shape[1:]
+        own_rows, count = rows.visible_BNJ.shape[1:]
         offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
         inside_BS = (offset_BS >= 0) & (offset_BS < count)
         index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, own_rows, -1)
-        own = rows.visible_BNN.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
-        return own | (offset_BS < 0)[:, None]
+        own = rows.visible_BNJ.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
+        return own | self._readable(rows, offset_BS < 0)[:, None]
+
+    def _readable(self, rows: Rows, kept_BS: Tensor) -> Tensor:
+        """bool [B,S]: of the kept slots those that the rows may attend to."""
+        if rows.committed_BS is None:
+            return kept_BS
+        # Slots behind the last one stand for -1.
+        slots = kept_BS.shape[1]
+        index = torch.where(rows.committed_BS < 0, slots, rows.committed_BS)
+        chosen = F.pad(torch.zeros_like(kept_BS), (0, 1)).scatter(1, index, True)
+        return kept_BS & chosen[:, :slots]
 
     def _grow(self, needed: int) -> None:
         capacity = self.keys_BCGD.shape[1]
@@ -140,7 +150,7 @@ def causal_rows(start_B: Tensor, count: int) -> Rows:
     """`count` consecutive rows behind `start_B` kept ones, each seeing those before it."""
     order = torch.arange(count, device=start_B.device)
     visible = (order[:, None] >= order).expand(start_B.shape[0], -1, -1)
-    return Rows(start_B[:, None] + order, visible, cached=True)
+    return Rows(start_B[:, None] + order, visible)
 
 
 class Attention(nn.Module):
@@ -181,7 +191,7 @@ class Attention(nn.Module):
         `asking_BNX` is what the queries are of, the inputs themselves by default.
         """
         queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN, asking_BNX)
-        visible = rows.visible_BNN
+        visible = rows.visible_BNJ
         if cache is not None:
             keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
             visible = cache.visible(rows, keys.shape[1])

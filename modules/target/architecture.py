@@ -146,18 +146,22 @@ def _activation(config: Any) -> str:
 
 
 def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
-    """bool [B,N,S]: committed slots, then the rows of this call."""
+    """bool [B,N,S]: committed slots that the rows may see, then the rows since the last commit."""
     if cache is None:
-        return rows.visible_BNN
+        return rows.visible_BNJ
+    if rows.committed_BS is not None:
+        usable_BS = (rows.committed_BS >= 0).expand(cache.batch_size, -1)
+        seen_BNS = usable_BS[:, None].expand(-1, rows.visible_BNJ.shape[1], -1)
+        return torch.cat([seen_BNS, rows.visible_BNJ.expand(cache.batch_size, -1, -1)], dim=2)
     if cache.uniform:
-        return F.pad(rows.visible_BNN, (cache.lengths[0], 0), value=True)
-    batch, count, width = rows.visible_BNN.shape
-    device = rows.visible_BNN.device
+        return F.pad(rows.visible_BNJ, (cache.lengths[0], 0), value=True)
+    batch, count, width = rows.visible_BNJ.shape
+    device = rows.visible_BNJ.device
     slots = torch.arange(cache.window(width), device=device)
     offset_BS = slots - cache.lengths_tensor(device)[:, None]
     inside = (offset_BS >= 0) & (offset_BS < width)
     index = offset_BS.clamp(0, width - 1)[:, None, :].expand(batch, count, -1)
-    own = rows.visible_BNN.gather(2, index) & inside[:, None]
+    own = rows.visible_BNJ.gather(2, index) & inside[:, None]
     return own | (offset_BS < 0)[:, None]
 
 
@@ -167,6 +171,10 @@ def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
     if cache is None:
         return (here[:, :, None] - here[:, None, :]) < window
     assert cache.positions_BJ is not None
+    if rows.committed_BS is not None:
+        # A committed slot is its position.
+        slots = torch.cat([rows.committed_BS.expand(cache.batch_size, -1), cache.positions_BJ], 1)
+        return (here[:, :, None] - slots[:, None, :]) < window
     batch, width = cache.positions_BJ.shape
     slots = torch.arange(cache.window(width), device=here.device).expand(batch, -1).clone()
     own = cache.lengths_tensor(here.device)[:, None] + torch.arange(width, device=here.device)

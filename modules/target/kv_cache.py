@@ -1,7 +1,8 @@
 """The target's KV cache: one preallocated buffer, written behind each sequence's own length.
 
 Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call,
-J rows since the last commit, A accepted rows.
+J rows since the last commit, A accepted rows,
+X slots that a call reads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from modules.contracts.rows import Rows
 from modules.contracts.verification import Accepted
 
 
@@ -72,6 +74,7 @@ class SlotCache(Cache):
         if fixed is not None and fixed.store is not None:
             self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
+        self._read_BX: Tensor | None = None
         self.ahead = 0
         """Rows of earlier calls, written since the last commit, that stand before those of this
         call.
@@ -123,13 +126,15 @@ class SlotCache(Cache):
             self._change(lambda store: F.pad(store, (0, 0, 0, grown - self.capacity)))
             self.capacity = grown
 
-    def begin(self, position_ids_BN: Tensor, ahead: int = 0) -> None:
-        """Choose the slots of the rows of the coming call: behind `ahead` rows of calls since the
-        last commit.
+    def begin(self, rows: Rows) -> None:
+        """Choose the slots of the rows of the coming call, behind those of earlier calls that they
+        still see, and what they read.
         """
-        batch, width = self.batch_size, position_ids_BN.shape[1]
+        batch, width = self.batch_size, rows.position_ids_BN.shape[1]
+        ahead = rows.visible_BNJ.shape[2] - width
         self.window(ahead + width)
-        self._slots, self.ahead, here = None, ahead, position_ids_BN.expand(batch, -1)
+        self._slots, self.ahead = None, ahead
+        here = rows.position_ids_BN.expand(batch, -1)
         earlier = (
             here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
         )
@@ -137,6 +142,13 @@ class SlotCache(Cache):
         if not self.uniform:
             first_B1 = self.lengths_tensor(here.device)[:, None] + ahead
             self._slots = first_B1 + torch.arange(width, device=here.device)
+        # Chosen committed slots, then all rows since the last commit.
+        self._read_BX = None
+        if rows.committed_BS is not None:
+            since = torch.arange(ahead + width, device=here.device)
+            behind_BJ = self.lengths_tensor(here.device)[:, None] + since
+            chosen_BS = rows.committed_BS.clamp(min=0).expand(batch, -1)
+            self._read_BX = torch.cat([chosen_BS, behind_BJ], dim=1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -147,8 +159,18 @@ class SlotCache(Cache):
         keys, values = self._buffers(layer_idx, key_states)
         self._write(keys, key_states)
         self._write(values, value_states)
+        if self._read_BX is not None:
+            return self._chosen(keys), self._chosen(values)
         end = self.window(self.ahead + key_states.shape[2])
         return keys[:, :, :end], values[:, :, :end]
+
+    def _chosen(self, buffer_BKSD: Tensor) -> Tensor:
+        """Rows [B,K,X,D] at the slots that the coming call reads."""
+        assert self._read_BX is not None
+        index = self._read_BX.to(buffer_BKSD.device)[:, None, :, None]
+        return buffer_BKSD.gather(
+            2, index.expand(-1, buffer_BKSD.shape[1], -1, buffer_BKSD.shape[3])
+        )
 
     def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,K,S,D] of a layer, on the device where it computes."""

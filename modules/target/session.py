@@ -51,7 +51,7 @@ class Session:
         offsets = self.cache.lengths_tensor(ids_BT.device)
         order = torch.arange(length, device=ids_BT.device)
         causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
-        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1), cached=True)
+        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1))
         names = [*states, "final"]
         seen = self.target.forward_rows(self.target.embed(ids_BT), rows, names, self.cache)
         last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
@@ -123,7 +123,7 @@ class Session:
         # The nodes that nobody has run yet catch up behind those that have.
         count = hidden.shape[1]
         if count < tree.size:
-            rest = Rows(rows.position_ids_BN[:, count:], rows.visible_BNN[:, count:], cached=True)
+            rest = Rows(rows.position_ids_BN[:, count:], rows.visible_BNJ[:, count:])
             behind = self.run_layers(rest, embeddings_BNH[:, count:], 0, layer)["pre_norm"]
             hidden = torch.cat([hidden, behind], dim=1)
         # The remaining layers run over all nodes at once.

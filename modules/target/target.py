@@ -290,11 +290,11 @@ class Target(SteadyBuffers):
             hidden_BNH: input embeddings, or of a later first layer what stands at its input.
             rows: where they stand and what they see.
             names: the states.
-            cache: read, and written behind what is committed, where the rows are cached.
+            cache: read, and written behind what is committed.
             layers: first layer, and the one before which the pass ends; None for all.
         """
         if cache is not None:
-            cache.begin(rows.position_ids_BN, rows.visible_BNN.shape[2] - rows.visible_BNN.shape[1])
+            cache.begin(rows)
         mask = self.anatomy.mask(rows, cache, hidden_BNH)
         positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
         with self.watching(names), self._restricted(layers, hidden_BNH):

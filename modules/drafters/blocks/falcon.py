@@ -362,7 +362,7 @@ class Falcon(LearnedDrafter):
             inputs_PH.view(sequences, length, -1), batch.position_ids
         )
         queries, _, _ = self.attention.project(block_MKH, batch.position_ids.flatten()[index_MK])
-        visible_PT = batch.rows().visible_BNN.flatten(0, 1)
+        visible_PT = batch.rows().visible_BNJ.flatten(0, 1)
         mixed, own_M = [], index_MK[:, 0] // length
         for b in range(sequences):
             rows = index_MK[own_M == b].flatten()
@@ -504,7 +504,7 @@ class Falcon(LearnedDrafter):
         positions = (start_B[:, None] + torch.arange(self.block, device=start_B.device)).repeat(
             1, width
         )
-        rows = Rows(positions, self._visible(seen), cached=True)
+        rows = Rows(positions, self._visible(seen))
         inputs = inputs.view(batch, width, self.block, size)
         block = self.started(inputs).flatten(1, 2)
         features = self.layer(inputs.flatten(1, 2), rows, state.cache, block, block).view_as(inputs)

@@ -167,7 +167,7 @@ class FeatureDrafter(LearnedDrafter):
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
-        prefix = _Prefix(keys, values, batch.rows().visible_BNN, rows.flat_MK1[:, 0])
+        prefix = _Prefix(keys, values, batch.rows().visible_BNJ, rows.flat_MK1[:, 0])
         inputs, residual = rows.take(inputs), rows.take(residual)
         positions, carried, own = rows.take(batch.position_ids), residual, []
         for step in range(self.draft_steps):
@@ -290,7 +290,7 @@ class FeatureDrafter(LearnedDrafter):
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
         above = see_parents(state.above_BRA, frontier.parents_BW)
         positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
-        rows = Rows(positions.expand_as(frontier.tokens_BW), above, cached=True)
+        rows = Rows(positions.expand_as(frontier.tokens_BW), above)
         hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
         feature, carried = self.outputs(hidden)
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)

@@ -116,7 +116,7 @@ class Segment:
         )
         order_BJ = _written_order(behind.counts_B, held, stop - start)
         visible = _visible(behind.counts_B, held, above_BRR[:, start:stop, :stop])
-        rows = Rows(positions.gather(1, order_BJ), _reordered(visible, order_BJ), cached=True)
+        rows = Rows(positions.gather(1, order_BJ), _reordered(visible, order_BJ))
         outputs = run_layers(layers, rows_at(hidden, order_BJ), rows, self.caches)
         for cache in self.caches:
             cache.keep(behind.counts_B)

@@ -288,7 +288,7 @@ class Independent(TokenDrafter):
             state.above_BRA.shape[1:],
         )
         positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
-        rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above, cached=True)
+        rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above)
         assert count == ahead + 1, "every row but the root stands behind the text"
         final_BWH = self._read(state, frontier.tokens_BW, rows)
         state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
@@ -316,7 +316,7 @@ class Independent(TokenDrafter):
         return state.root_BH
 
     def _read(self, state: IndependentState, tokens_BN: Tensor, rows: Rows) -> Tensor:
-        state.session.reserve(rows.visible_BNN.shape[2])
+        state.session.reserve(rows.visible_BNJ.shape[2])
         return state.session.read(self.read_ids(tokens_BN), rows)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:

@@ -176,7 +176,7 @@ class CompiledCalls:
         assert cache.fixed is not None
         width = next(width for width in WIDTHS if width >= count)
         wide = widened(rows, width)
-        cache.begin(wide.position_ids_BN)
+        cache.begin(wide)
         embeddings_BNH = F.pad(embeddings_BNH, (0, 0, 0, width - count))
         mask, wanted = target.anatomy.mask(wide, cache, embeddings_BNH), tuple(dict.fromkeys(names))
         with target.watching(wanted):
@@ -221,7 +221,7 @@ def widened(rows: Rows, width: int) -> Rows:
     more = width - rows.position_ids_BN.shape[1]
     if not more:
         return rows
-    visible = F.pad(rows.visible_BNN, (0, more, 0, more))
+    visible = F.pad(rows.visible_BNJ, (0, more, 0, more))
     itself = torch.eye(width, dtype=torch.bool, device=visible.device)
     itself[: width - more] = False
-    return Rows(F.pad(rows.position_ids_BN, (0, more)), visible | itself, cached=True)
+    return Rows(F.pad(rows.position_ids_BN, (0, more)), visible | itself)

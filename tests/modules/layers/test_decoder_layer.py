@@ -31,7 +31,7 @@ def test_copied_layer_computes_what_the_targets_layer_does(arch: str) -> None:
     assert layer.copy_from(target)
     rows = batch.rows()
     near = (batch.position_ids[:, :, None] - batch.position_ids[:, None]).abs() < 6
-    output = layer(states[1], Rows(rows.position_ids_BN, rows.visible_BNN & near))
+    output = layer(states[1], Rows(rows.position_ids_BN, rows.visible_BNJ & near))
     torch.testing.assert_close(output, states["pre_norm"], atol=2e-5, rtol=2e-5)
 
 
@@ -119,6 +119,27 @@ def test_cached_rows_of_differing_counts_equal_one_pass() -> None:
             torch.testing.assert_close(output[b, :n], expected[b, seen[b] : seen[b] + n])
             seen[b] += n
     assert seen == cache.lengths_B.tolist() == [9, 9]
+
+
+def test_rows_read_the_kept_slots_that_are_chosen() -> None:
+    torch.manual_seed(0)
+    shape, counts = tiny_target("llama").shape, [3, 5]
+    layer, start = DecoderLayer(shape).double(), torch.zeros(2, dtype=torch.long)
+    cache = LayerCache.empty(shape, start, torch.float64)
+    hidden = torch.randn(2, 7, shape.hidden_size, dtype=torch.float64)
+    layer(hidden[:, :5], causal_rows(start, 5), cache)
+    cache.keep(torch.tensor(counts))
+    chosen = [[2, 0], [4]]
+    rows = replace(causal_rows(cache.lengths_B, 2), committed_BS=torch.tensor([[2, 0], [4, -1]]))
+    newest = torch.stack([hidden[b, count : count + 2] for b, count in enumerate(counts)])
+    found = layer(newest, rows, cache)
+    for b, count in enumerate(counts):
+        seen = torch.ones(count + 2, count + 2, dtype=torch.bool).tril()
+        seen[count:, :count] = False
+        seen[count:, chosen[b]] = True
+        plain = Rows(torch.arange(count + 2)[None], seen[None])
+        expected = layer(hidden[b : b + 1, : count + 2], plain)[0, count:]
+        torch.testing.assert_close(found[b], expected)
 
 
 def test_selected_cache_goes_on_alone() -> None:

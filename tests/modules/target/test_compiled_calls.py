@@ -147,19 +147,15 @@ def test_two_answers_at_once_do_not_share_buffers_and_a_finished_one_leaves_its_
 
 
 def test_filling_rows_see_themselves_alone_and_stand_behind() -> None:
-    rows = Rows(
-        torch.tensor([[4, 5, 5]]),
-        torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool(),
-        cached=True,
-    )
+    rows = Rows(torch.tensor([[4, 5, 5]]), torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool())
     wide = widened(rows, 5)
     assert wide.position_ids_BN.tolist() == [[4, 5, 5, 0, 0]]
-    assert torch.equal(wide.visible_BNN[:, :3, :3], rows.visible_BNN)
-    assert wide.visible_BNN[0, 3:].tolist() == [
+    assert torch.equal(wide.visible_BNJ[:, :3, :3], rows.visible_BNJ)
+    assert wide.visible_BNJ[0, 3:].tolist() == [
         [False, False, False, True, False],
         [False, False, False, False, True],
     ]
-    assert not wide.visible_BNN[0, :3, 3:].any() and widened(rows, 3) is rows
+    assert not wide.visible_BNJ[0, :3, 3:].any() and widened(rows, 3) is rows
 
 
 def test_each_device_is_compiled_in_its_own_way() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.contracts.verification import Accepted
+from modules.layers.decoder_layer import causal_rows
 from modules.target.kv_cache import Buffers, SlotCache
 
 ACCEPTED = Accepted(torch.tensor([[0, 2, 4]]), torch.tensor([3]), torch.tensor([5]))
@@ -33,7 +34,7 @@ class Launches(TorchDispatchMode):
 def written(layers: int, buffers: Buffers | None) -> tuple[SlotCache, list[Tensor]]:
     """A cache with one call of five rows, and the keys [1,2,5,3] of every layer."""
     cache, keys = SlotCache(layers, 1, 16, fixed=buffers), []
-    cache.begin(torch.arange(5)[None])
+    cache.begin(causal_rows(torch.tensor([0]), 5))
     for layer in range(layers):
         keys.append(torch.arange(30.0).reshape(1, 2, 5, 3) + 100 * layer)
         cache.update(keys[-1], -keys[-1], layer)
@@ -42,7 +43,7 @@ def written(layers: int, buffers: Buffers | None) -> tuple[SlotCache, list[Tenso
 
 def seen(cache: SlotCache, layer: int) -> tuple[Tensor, Tensor]:
     """What the next call's row attends to in a layer."""
-    cache.begin(torch.tensor([[3]]))
+    cache.begin(causal_rows(torch.tensor([3]), 1))
     return cache.update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), layer)
 
 

@@ -19,6 +19,7 @@ from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
+from modules.layers.decoder_layer import causal_rows
 from modules.target import loading
 from modules.target.kv_cache import SlotCache
 from modules.target.loading import (
@@ -156,7 +157,7 @@ def test_each_device_keeps_the_keys_and_values_of_its_own_layers() -> None:
     devices = [torch.device("cpu"), torch.device("meta"), torch.device("cpu")]
     cache = SlotCache(3, 1, 8, devices)
     rows = torch.arange(24.0).reshape(1, 2, 3, 4)
-    cache.begin(torch.arange(3)[None])
+    cache.begin(causal_rows(torch.tensor([0]), 3))
     seen = [
         cache.update(rows.to(device) + layer, rows.to(device), layer)[0]
         for layer, device in enumerate(devices)
@@ -166,7 +167,7 @@ def test_each_device_keeps_the_keys_and_values_of_its_own_layers() -> None:
     )
     cache.commit(Accepted(torch.tensor([[0, 2]]), torch.tensor([2]), torch.tensor([0])))
     assert cache.lengths == [2]
-    cache.begin(torch.tensor([[2]]))
+    cache.begin(causal_rows(torch.tensor([2]), 1))
     for layer in (0, 2):
         keys, _ = cache.update(rows[:, :, :1] * 0, rows[:, :, :1] * 0, layer)
         assert torch.equal(keys[:, :, :2], rows[:, :, [0, 2]] + layer)

@@ -143,8 +143,7 @@ def test_rows_that_ran_in_part_are_completed(arch, handed):
     for node in range(handed):
         alone = Rows(
             rows.position_ids_BN[:, node : node + 1],
-            rows.visible_BNN[:, node : node + 1, : node + 1],
-            cached=True,
+            rows.visible_BNJ[:, node : node + 1, : node + 1],
         )
         embedding = target.embed(tree.tokens_BN[:, node : node + 1])
         hidden.append(session.run_layers(alone, embedding, 0, 2)["pre_norm"])
@@ -163,6 +162,31 @@ def test_rows_that_ran_in_part_are_completed(arch, handed):
     close(*logits)
     with pytest.raises(ValueError, match="state 1 is asked for of rows that have passed it"):
         session.verify(partial, (1,))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows_read_the_committed_slots_that_are_chosen(arch):
+    """As in one pass without a cache under a mask, in any order, of sequences of two lengths."""
+    target, (ids, lengths) = tiny_target(arch), prompts((5, 9))
+    session = open_session(target, (5, 9))
+    chosen = torch.tensor([[4, 0, 2, -1], [5, 1, 8, 3]])
+    tokens = torch.tensor([[20, 21], [30, 31]])
+    visible = torch.ones(2, 2, 2, dtype=torch.bool).tril()
+    rows = Rows(lengths[:, None] + torch.arange(2), visible, chosen)
+    found = session.read(tokens, rows)
+    for b, length in enumerate(lengths.tolist()):
+        whole = torch.cat([ids[b, :length], tokens[b]])[None]
+        seen = torch.ones(length + 2, length + 2, dtype=torch.bool).tril()
+        seen[length:, :length] = False
+        seen[length:, chosen[b][chosen[b] >= 0]] = True
+        plain_rows = Rows(torch.arange(length + 2)[None], seen[None])
+        expected = target.forward_rows(target.embed(whole), plain_rows, ("final",))["final"]
+        close(found[b], expected[0, length:])
+    # A call that reads every slot is as it was.
+    close(
+        session.read(tokens, replace(rows, committed_BS=None)),
+        open_session(target, (5, 9)).read(tokens, replace(rows, committed_BS=None)),
+    )
 
 
 def test_two_sessions_of_one_target_do_not_see_each_other():
@@ -217,7 +241,7 @@ def test_errors_name_the_fix():
     rows = Rows(torch.arange(2)[None], torch.eye(2, dtype=torch.bool)[None])
     assert (
         target.copy_weight("layers.1.self_attn.q_proj.weight").shape == (32, 32)
-        and rows.cached is False
+        and rows.committed_BS is None
     )
     assert len({target.fingerprint(), tiny_target().fingerprint()}) == 1
     assert tiny_target(seed=1).fingerprint() != target.fingerprint()
