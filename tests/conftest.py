@@ -6,8 +6,10 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest.register_assert_rewrite("tests.modules.conformance")
 torch.set_num_threads(1)
 
 from configs.command_line import class_paths as classes  # noqa: E402
