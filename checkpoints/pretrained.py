@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,7 @@ from checkpoints.formats.known import FORMATS, foreign_component, format_of
 from checkpoints.provenance import Provenance
 from configs.command_line.shapes import Each
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Trainable
+from modules.contracts.trainable import Trainable, TrainedFor
 from modules.runtime.files import read_object, whole_folder
 from modules.target.loading import missing_here
 
@@ -146,8 +146,8 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     Args:
         name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`,
             `USER/NAME@REVISION`).
-        target: the target it is to serve; then the binding is checked and its device taken. Formats
-            of others need it.
+        target: the target it is to serve; then it is checked that it may, and its device taken.
+            Formats of others need it.
 
     Raises:
         ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape,
@@ -160,8 +160,10 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     trainable = _build(config, folder, tensors)
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
     check_values(trainable, str(folder / WEIGHTS))
+    trainable.trained_for = trained_for(config)
     if target is not None:
-        check_binding(trainable, config["target"], target, str(name))
+        check_compatible(trainable, target, str(name))
+        trainable.serve(target)
         trainable = trainable.to(target.device)
     trainable.trained_length = _trained_length(folder)
     return trainable.eval()
@@ -380,43 +382,17 @@ def _aliases(text: str, file: Path) -> Mapping[str, str]:
     return aliases
 
 
-def check_binding(
-    trainable: Trainable, trained_for: Mapping[str, Any], target: Target, name: str
-) -> None:
-    """Refuse a component that was trained for another target than the one it is to serve
-    (`binds_to`). A target that is quantised, or has 16 bits, may have the weights in rounded form:
-    by its name it is taken, with a warning. (A lossy rule, a judge, is better calibrated on the
-    very target that it serves.)"""
-    binds_to = getattr(trainable, "binds_to", "weights")
-    there, here = TargetShape(**trained_for["shape"]), target.shape
-    told = f"{name!r} was trained for {trained_for['name']} with"
-    if binds_to == "vocabulary":
-        cast(Any, trainable).adapt(target)
-    if binds_to != "weights":
-        return
-    if there.vocab_size != here.vocab_size:
-        raise ValueError(
-            f"{told} a vocabulary of {there.vocab_size} tokens, the target {target.name} has "
-            f"{here.vocab_size}"
-        )
-    if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
-        raise ValueError(
-            f"{told} hidden size {there.hidden_size} and {there.num_layers} layers, the target "
-            f"{target.name} has hidden size {here.hidden_size} and {here.num_layers} layers"
-        )
-    named = trained_for["name"] == target.name
-    if named and target.quantisation or trained_for["fingerprint"] in (None, target.fingerprint()):
-        return
-    if not named or target.dtype.itemsize >= torch.float32.itemsize:
-        raise ValueError(
-            f"{told} weights {trained_for['fingerprint']}, the target {target.name} has weights "
-            f"{target.fingerprint()}: train it for this target"
-        )
-    logger.warning(
-        "%s other weights than it has at %s: taken for the same ones, rounded",
-        told,
-        str(target.dtype).removeprefix("torch."),
-    )
+def trained_for(config: Config) -> TrainedFor:
+    """The target that a component's config names."""
+    target = config["target"]
+    return TrainedFor(target["name"], TargetShape(**target["shape"]), target["fingerprint"])
+
+
+def check_compatible(trainable: Trainable, target: Target, name: str) -> None:
+    """Refuse a component, `name`, that says why it may not serve the target."""
+    reason = trainable.compatibility(target)
+    if reason is not None:
+        raise ValueError(f"{name!r} {reason}")
 
 
 def warm_start(trainable: Trainable, name: str | Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.checks import PROVENANCE_SHAPE, check_shape
 from configs.command_line.redaction import at_home, redact, redacted
 from modules.runtime.files import read_object
-from modules.target.chat_template import arguments_of
+from modules.target.tokenizers.chat_template import arguments_of
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from data.reading.files import Skipped
 from data.reading.rows import Conversation
-from modules.target.chat_template import arguments_of
+from modules.target.tokenizers.chat_template import arguments_of
 
 Turn = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")

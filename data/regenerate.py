@@ -36,9 +36,9 @@ from data.generation.answering import (
 )
 from data.reading.files import Row, Skipped, Tally, read_jsonl
 from modules.contracts.sampling import Sampling
-from modules.target.chat_template import arguments_of
 from modules.target.generation_config import stock_generate
 from modules.target.loading import AUTO, load_target
+from modules.target.tokenizers.chat_template import arguments_of
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target

@@ -22,6 +22,7 @@ from data.reading.files import Tally
 from eval.cli import quieten
 from eval.methods.rows import load_drafter
 from eval.methods.templates import chat_arguments
+from modules.decoding.translation import in_target_ids
 from modules.target.kernels.cpu_kernels import use_narrow_linears
 from modules.target.loading import AUTO, load_target
 
@@ -67,6 +68,7 @@ def mine_file(
     served = found.adapt(loaded)
     if loaded.device.type == "cpu":
         use_narrow_linears(found)
+    translated = in_target_ids(found, served)
     place.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(
         place.with_name(place.name + ".journal"),
@@ -80,7 +82,7 @@ def mine_file(
     )
     for index, messages in enumerate(track(asked, "mining", disable=not sys.stderr.isatty())):
         if (index, 0, 0) not in journal.answers:
-            rows = list(mine(served, found, messages, max_new_tokens, per_prompt))
+            rows = list(mine(served, translated, messages, max_new_tokens, per_prompt))
             journal.append([{"index": index, "number": 0, "rows": rows}])
     write_mined([journal.answers[Key(index, 0, 0)]["rows"] for index in range(len(asked))], place)
     journal.remove()

@@ -48,6 +48,7 @@ from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Verified
 from modules.cost_model.latency_table import LatencyTable, stored_latency
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.translation import in_target_ids
 from modules.drafters.small_models.s2d import S2D
 from modules.runtime.phase_timer import now
 from modules.target.loading import load_target
@@ -196,8 +197,6 @@ ORDERS = [
 
 class Recorded(Drafter):
     """Drafts from the recorded logits [V] of one context, whatever it is asked."""
-
-    binds_to = "nothing"
 
     def __init__(self, logits_D: Tensor, vocabulary_D: Tensor | None) -> None:
         super().__init__()
@@ -461,7 +460,8 @@ def models(asked: Comparison) -> tuple[Target, Drafter, str]:
             asked.target, "float32", asked.device, chat_arguments(None, [asked.drafter])
         )
         drafter = load_drafter(asked.drafter, target)
-        return drafter.adapt(target), drafter, read_config(find_folder(asked.drafter))["class"]
+        served, name = drafter.adapt(target), read_config(find_folder(asked.drafter))["class"]
+        return served, in_target_ids(drafter, served), name
     target = load_target(asked.target, "float32", asked.device)
     drafter = S2D(target.shape, [asked.layers], adaptive=False)
     drafter.initialise(target)

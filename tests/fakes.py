@@ -144,7 +144,6 @@ class ScriptedDrafter(Drafter):
     siblings per node before the right one.
     """
 
-    binds_to = "nothing"
     law = Law.POINT
 
     def __init__(

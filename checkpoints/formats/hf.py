@@ -20,7 +20,8 @@ from checkpoints.formats.exported import Exported, served_name
 from modules.contracts.shapes import TargetShape
 from modules.drafters.small_models.independent import Independent
 from modules.target.architecture import SUPPORTED
-from modules.target.hf_models import check_tokenizer, config_of_dict, dict_of_config, fresh_model
+from modules.target.hf_models import config_of_dict, dict_of_config, fresh_model
+from modules.target.tokenizers.vocabulary import check_tokenizer
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -99,9 +100,8 @@ def weights(
     """The tensors under this project's names; a tied LM head need not be there."""
     folder = Path(ledger.source)
     if target is not None and (folder / "tokenizer_config.json").is_file():
-        check_tokenizer(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(folder), target
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_tokenizer(tokenizer, f"drafter.model {str(folder)!r}", target)
     with torch.device("meta"):
         expected = fresh_model(config_of_dict(arguments["model"], None))
     own = {name: ledger.take(name, *tensor.shape) for name, tensor in _own(expected).items()}

@@ -23,6 +23,7 @@ from modules.contracts.target import Target
 from modules.cost_model.budget import best_budget, budgets_on, try_budgets
 from modules.cost_model.latency_table import stored_latency
 from modules.decoding.decoder import Decoder, SpeculativeDecoder
+from modules.decoding.translation import in_target_ids
 from modules.target.loading import missing_here
 
 logger = logging.getLogger(__name__)
@@ -470,6 +471,7 @@ def _with_partner(
         raise ValueError(
             f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not"
         )
+    partner = in_target_ids(partner, target)
     return {**source, "init_args": {**arguments, "partner": partner}}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -187,9 +187,11 @@ class Drafter(Trainable):
     tree is its own overrides `propose` instead of `expand`.
     """
 
-    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
-    """Which targets it may serve: the one it was trained for, any with the same tokenizer (which
-    `adapt` compares), or any."""
+    draft_tokenizer: Any = None
+    """Its tokenizer, where that may be another than the target's: then the decoder translates
+    (`modules.decoding.translation`), and all ids that it reads and drafts are this tokenizer's. A
+    Hugging Face tokenizer; only `get_vocab` and `unk_token_id` are read.
+    """
 
     own_model: ClassVar[bool] = False
     """Whether it is a language model of its own, which takes nothing but tokens and laws from its

@@ -5,11 +5,13 @@ config.
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -20,6 +22,7 @@ from modules.contracts.shapes import StateName, TargetShape
 if TYPE_CHECKING:
     from modules.contracts.target import Target
 
+logger = logging.getLogger(__name__)
 
 MOST = {
     "heads": 64,
@@ -60,6 +63,51 @@ class Outcome:
     pages: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainedFor:
+    """The target that a component was trained for.
+
+    fingerprint: of its weights; None where the component's format does not state it.
+    """
+
+    name: str
+    shape: TargetShape
+    fingerprint: str | None
+
+    def difference(self, target: Target) -> str | None:
+        """Why `target` is another one, or None. One that is quantised, or has 16 bits, may have the
+        weights in rounded form: by its name it is the same (see `rounded`).
+        """
+        there, here = self.shape, target.shape
+        if there.vocab_size != here.vocab_size:
+            return (
+                f"was trained for {self.name} with a vocabulary of {there.vocab_size} tokens, the "
+                f"target {target.name} has {here.vocab_size}"
+            )
+        if (there.hidden_size, there.num_layers) != (here.hidden_size, here.num_layers):
+            return (
+                f"was trained for {self.name} with hidden size {there.hidden_size} and "
+                f"{there.num_layers} layers, the target {target.name} has hidden size "
+                f"{here.hidden_size} and {here.num_layers} layers"
+            )
+        if self._same_weights(target) or self.rounded(target):
+            return None
+        return (
+            f"was trained for {self.name} with weights {self.fingerprint}, the target "
+            f"{target.name} has weights {target.fingerprint()}: train it for this target"
+        )
+
+    def rounded(self, target: Target) -> bool:
+        """Whether `target` has its name and other weights at 16 bits, taken for the same ones."""
+        named = self.name == target.name
+        coarse = target.dtype.itemsize < torch.float32.itemsize
+        return named and coarse and not self._same_weights(target)
+
+    def _same_weights(self, target: Target) -> bool:
+        packed = self.name == target.name and target.quantisation
+        return bool(packed) or self.fingerprint in (None, target.fingerprint())
+
+
 class Trainable(SteadyBuffers):
     """A module that Slipstream trains.
 
@@ -71,6 +119,8 @@ class Trainable(SteadyBuffers):
     arguments: dict[str, Any]
     trained_length: int | None = None
     """Tokens of the longest row it was trained on, where its folder says so."""
+    trained_for: TrainedFor | None = None
+    """The target it was trained for, where it was loaded from a folder."""
     batch_kind: ClassVar[str] = "text"
     """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
 
@@ -97,6 +147,26 @@ class Trainable(SteadyBuffers):
     def online(self) -> bool:
         """Whether `loss` runs the target itself (then cached states are of no use)."""
         return False
+
+    def compatibility(self, target: Target) -> str | None:
+        """Why it may not serve this target, as what follows the component's name in a message; None
+        if it may. It serves the target that it was trained for unless a subclass knows better.
+        """
+        return None if self.trained_for is None else self.trained_for.difference(target)
+
+    def serve(self, target: Target) -> None:
+        """Prepare for a target that it may serve; called where it is loaded for one. Warns where
+        the target's weights are taken for rounded ones. (A lossy rule, a judge, is better
+        calibrated on the very target that it serves.)
+        """
+        if self.trained_for is not None and self.trained_for.rounded(target):
+            logger.warning(
+                "%s was trained for %s with other weights than it has at %s: taken for the same "
+                "ones, rounded",
+                type(self).__name__,
+                target.name,
+                str(target.dtype).removeprefix("torch."),
+            )
 
     def initialise(self, target: Target) -> None:
         """Copy whatever starts from the target's weights. Called once, before training from

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -21,6 +21,7 @@ from modules.contracts.target import Target
 from modules.contracts.token_tree import Law
 from modules.decoding.loop import Run, Trace, check_limit
 from modules.decoding.timing import Clock
+from modules.decoding.translation import in_target_ids
 from modules.target.kernels.cpu_kernels import use_narrow_linears
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class SpeculativeDecoder:
             ends none, so that every answer is as long as its limit.
 
     Raises:
-        ValueError: a rule that may not verify this drafter's trees; a prompt that leaves no room
-            for an answer.
+        ValueError: a rule that may not verify this drafter's trees; a drafter of another tokenizer
+            that cannot be translated; a prompt that leaves no room for an answer.
     """
 
     target: Target
@@ -75,9 +76,11 @@ class SpeculativeDecoder:
     budget: int | None = None
     name: str = ""
     stop_ids: frozenset[int] | None = None
+    _translated: Drafter | None = field(init=False, repr=False, compare=False, default=None)
+    """The drafter in the target's ids."""
 
     def __post_init__(self) -> None:
-        """Check the pairing of rule and trees."""
+        """Check the pairing of rule and trees, and translate a drafter of another tokenizer."""
         if self.rule is not None and self.drafter is not None:
             check_pairing(self.rule, self.law)
         if self.builder is not None and self.drafter is not None:
@@ -86,6 +89,8 @@ class SpeculativeDecoder:
             self.name = (
                 "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
             )
+        if self.drafter is not None:
+            self._translated = in_target_ids(self.drafter, self.target)
         if self.drafter is not None and self.target.device.type == "cpu":
             use_narrow_linears(self.drafter)
         self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
@@ -158,7 +163,7 @@ class SpeculativeDecoder:
         ]
         return Run(
             target=self.target,
-            drafter=self.drafter,
+            drafter=self._translated,
             rule=self.rule_for(sampling),
             builder=self.builder,
             budget=self.nodes,

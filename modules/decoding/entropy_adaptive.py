@@ -22,6 +22,7 @@ from modules.decoding.timing import Clock
 from modules.target.loading import load_target
 from modules.target.session import Session
 from modules.target.target import Target
+from modules.target.tokenizers.vocabulary import check_tokenizer
 
 
 def entropy_bits(logits_V: Tensor) -> float:
@@ -67,11 +68,7 @@ class EntropyAdaptive:
             if isinstance(small, Target)
             else load_target(small, precision, device, chats=False)
         )
-        if other.tokenizer.get_vocab() != large.tokenizer.get_vocab():
-            raise ValueError(
-                f"small {other.name!r} gives other ids to pieces than the target {large.name!r}: "
-                "give a model of the same tokenizer"
-            )
+        check_tokenizer(other.tokenizer, f"small {other.name!r}", large)
         self.large, self.small = large, other
         self.threshold, self.window, self.shortest_run = threshold, window, shortest_run
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,6 @@ class Judge(Trainable):
     """
 
     batch_kind: ClassVar[str] = "labelled"
-    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "weights"
     threshold: Tensor
     mean_H: Tensor
     deviation_H: Tensor

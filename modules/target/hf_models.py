@@ -4,7 +4,6 @@ values.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from modules.contracts.trainable import MOST
 from modules.target.architecture import SUPPORTED
 from modules.target.loading import locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer
+from modules.target.tokenizers.vocabulary import check_tokenizer
 
 _NAMED = "drafter.model"
 _NOT_KEPT = (
@@ -133,26 +133,9 @@ def load_named(
         stock = target.stock
         return truncated_config(stock.config, kept_layers(layers, target.shape)), stock.state_dict()
     config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)
-    check_tokenizer(read_tokenizer(name, folder, chats=False, what=_NAMED), name, target)
+    tokenizer = read_tokenizer(name, folder, chats=False, what=_NAMED)
+    check_tokenizer(tokenizer, f"{_NAMED} {name!r}", target)
     with named(name, _NAMED):
         return config, loader.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False
         ).state_dict()
-
-
-def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:
-    """ValueError unless a tokenizer gives the same ids to the same pieces as the target's."""
-    ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
-    if ours != theirs:
-        piece = min(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-        raise ValueError(
-            f"drafter.model {name!r} has another tokenizer than the target {target.name} "
-            f"({piece!r} is {theirs.get(piece)} there and {ours.get(piece)} here): give a model of "
-            "the same tokenizer"
-        )
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """Of a tokenizer's pieces and their ids, 16 hexadecimal digits."""
-    pieces = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(pieces.encode()).hexdigest()[:16]

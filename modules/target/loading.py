@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from modules.runtime.files import as_umask_says, scratch_beside
 from modules.runtime.progress_bars import one_line_each
-from modules.target.chat_template import give_arguments
 from modules.target.generation_config import unapplied_notice
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.target import Target
+from modules.target.tokenizers.chat_template import give_arguments
 
 logger = logging.getLogger(__name__)
 

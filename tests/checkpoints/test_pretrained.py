@@ -11,6 +11,7 @@ from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained,
 from modules.contracts.drafter import Drafter
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import TrainedFor
 from tests.fakes import tiny_target
 
 
@@ -144,17 +145,18 @@ def test_another_target_is_refused_by_name(saved):
         load_pretrained(saved[1], tiny_target(layers=3))
 
 
-def test_what_binds_to_the_vocabulary_serves_any_target_that_shares_it(saved, monkeypatch):
-    monkeypatch.setattr(Tiny, "binds_to", "vocabulary")
-    other, adapted = tiny_target(seed=1), []
-    monkeypatch.setattr(Tiny, "adapt", lambda self, target: adapted.append(target) or target)
-    load_pretrained(saved[1], other)
-    assert adapted == [other], "the drafter itself compares tokenizers"
-    monkeypatch.setattr(Tiny, "binds_to", "weights")
+def test_a_component_says_itself_why_it_may_not_serve_a_target(saved, monkeypatch):
     with pytest.raises(ValueError, match="a vocabulary of 128 tokens.* has 96"):
         load_pretrained(saved[1], tiny_target(vocab=96))
-    monkeypatch.setattr(Tiny, "binds_to", "nothing")
-    load_pretrained(saved[1], tiny_target(vocab=96))
+    other, served = tiny_target(seed=1), []
+    monkeypatch.setattr(Tiny, "serve", lambda self, target: served.append(target))
+    monkeypatch.setattr(Tiny, "compatibility", lambda self, target: None)
+    load_pretrained(saved[1], other)
+    assert served == [other]
+    monkeypatch.setattr(Tiny, "compatibility", lambda self, target: f"dislikes {target.name}")
+    with pytest.raises(ValueError, match="drafter' dislikes tiny-llama"):
+        load_pretrained(saved[1], other)
+    assert load_pretrained(saved[1]).trained_for.name == "tiny-llama"
 
 
 def test_names_that_hold_nothing_are_refused(tmp_path, monkeypatch):
@@ -214,12 +216,8 @@ def test_warm_start_takes_what_a_base_class_has_and_refuses_a_stranger(saved, ta
 
 
 def test_shapes_differing_only_in_positions_are_the_same_target(target):
-    config = {
-        "name": "t",
-        "fingerprint": target.fingerprint(),
-        "shape": vars(replace(target.shape, max_positions=7)),
-    }
-    pretrained.check_binding(Tiny(target.shape), config, target, "x")
+    shorter = TrainedFor("t", replace(target.shape, max_positions=7), target.fingerprint())
+    assert shorter.difference(target) is None
 
 
 def test_arguments_of_another_version_are_refused(saved):

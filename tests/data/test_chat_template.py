@@ -19,9 +19,9 @@ from data.reading.rows import Conversation
 from eval import cli, evaluation, generate
 from eval.methods.templates import chat_arguments
 from modules.drafters.heads.medusa import Medusa
-from modules.target.chat_template import arguments_of, give_arguments
 from modules.target.loading import load_target, outline
 from modules.target.target import Target
+from modules.target.tokenizers.chat_template import arguments_of, give_arguments
 from tests.fakes import tiny_target
 from train import run as training
 from train.cli import command

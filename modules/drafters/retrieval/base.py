@@ -59,11 +59,13 @@ class TextDrafter(Drafter):
         shape: the target's dimensions (nothing of it is needed but by those that say so).
     """
 
-    binds_to = "nothing"
-
     def __init__(self, shape: TargetShape) -> None:
         super().__init__()
         self.shape = shape
+
+    def compatibility(self, target: Target) -> str | None:
+        """It serves every target."""
+        return None
 
     @property
     def law(self) -> Law:

@@ -49,10 +49,10 @@ from modules.target.hf_models import (
     dict_of_config,
     fresh_model,
     load_named,
-    vocabulary_hash,
 )
 from modules.target.kernels.cpu_kernels import narrow_linear
 from modules.target.target import Target as LoadedTarget
+from modules.target.tokenizers.vocabulary import vocabulary_hash
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
 

@@ -39,8 +39,8 @@ from modules.losses.chunked import (
     masked_mean,
     training_rows,
 )
-from modules.target.hf_models import vocabulary_hash
 from modules.target.kernels.cpu_kernels import narrow_linear
+from modules.target.tokenizers.vocabulary import vocabulary_hash
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
 

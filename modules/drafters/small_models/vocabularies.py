@@ -10,14 +10,14 @@ Shape legend: D draft vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modules.contracts.shapes import TargetShape
 from modules.drafters.trained import LearnedDrafter
-from modules.target.hf_models import vocabulary_hash
+from modules.target.tokenizers.vocabulary import vocabulary_hash
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -32,7 +32,6 @@ class TokenDrafter(LearnedDrafter):
         draft_vocabulary: how many token ids can be drafted; None for all that both models have.
     """
 
-    binds_to: ClassVar[Literal["weights", "vocabulary", "nothing"]] = "vocabulary"
     arguments: dict[str, Any]
 
     def __init__(self, shape: TargetShape, rows: int, draft_vocabulary: int | None) -> None:
@@ -94,23 +93,34 @@ class TokenDrafter(LearnedDrafter):
         """
         return tokens.clamp(max=self.readable - 1) if self.readable < self.served else tokens
 
+    def compatibility(self, target: Target) -> str | None:
+        """It serves every target with the tokenizer that it reads."""
+        known, found = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
+        if known is not None and known != found:
+            return (
+                f"reads a tokenizer of vocabulary {known}, the target {target.name} has {found}: "
+                "give a drafter of the same tokenizer"
+            )
+        if known is None and target.shape.vocab_size != self.shape.vocab_size:
+            return (
+                f"was made for a vocabulary of {self.shape.vocab_size} tokens, the target "
+                f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: "
+                "give a drafter of the same size, or train it anew"
+            )
+        return None
+
+    def serve(self, target: Target) -> None:
+        """Draft from now on those of the target's ids that both have."""
+        self._serve(target.shape.vocab_size)
+
     def adapt(self, target: Target) -> Target:
-        """The target itself, of whose ids it drafts from now on those that both have.
+        """The target itself, which it serves from now on.
 
         Raises:
             ValueError: the target's tokenizer is not the one that the drafter reads.
         """
-        known, found = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
-        if known is not None and known != found:
-            raise ValueError(
-                f"drafter: its tokenizer has vocabulary {known}, the target {target.name} has "
-                f"{found}: give a drafter of the same tokenizer"
-            )
-        if known is None and target.shape.vocab_size != self.shape.vocab_size:
-            raise ValueError(
-                f"drafter: made for a vocabulary of {self.shape.vocab_size} tokens, the target "
-                f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: "
-                "give a drafter of the same size, or train it anew"
-            )
-        self._serve(target.shape.vocab_size)
+        reason = self.compatibility(target)
+        if reason is not None:
+            raise ValueError(f"drafter {reason}")
+        self.serve(target)
         return target

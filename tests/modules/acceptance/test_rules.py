@@ -105,8 +105,6 @@ def test_unknown_rules_and_sampled_greed_are_refused():
 class NoisyDrafter(Drafter):
     """Drafts from an arbitrary table over the newest token: nothing like the target."""
 
-    binds_to = "nothing"
-
     def __init__(self, shape, builder):
         super().__init__()
         self.tree = builder

@@ -5,6 +5,7 @@ they are missing.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints.pretrained import Provenance, check_binding
+from checkpoints.pretrained import check_compatible
 from eval.evaluation import Evaluation
 from eval.report.markdown import describe
 from modules.contracts.sampling import Sampling
+from modules.contracts.trainable import TrainedFor
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
@@ -112,29 +114,28 @@ def test_a_packed_target_says_so_and_takes_what_was_trained_for_it_unpacked() ->
     )
     other.model.config.quantization_config = {"quant_method": "gptq"}
     assert other.quantisation == "gptq"
-    told = Provenance.of(plain).target
-    trained_for = {**told, "shape": vars(plain.shape)}
-    drafter = Medusa(plain.shape, 1)
-    check_binding(drafter, trained_for, other, "runs/x")
-    with pytest.raises(ValueError, match="has weights"):
-        check_binding(drafter, trained_for, tiny_target(seed=1), "runs/x")
-    with pytest.raises(ValueError, match="has weights"):
-        check_binding(drafter, {**trained_for, "name": "another"}, other, "runs/x")
+    packed_for = TrainedFor(plain.name, plain.shape, plain.fingerprint())
+    assert packed_for.difference(other) is None and not packed_for.rounded(other)
+    assert "has weights" in (packed_for.difference(tiny_target(seed=1)) or "")
+    assert "has weights" in (replace(packed_for, name="another").difference(other) or "")
 
 
 def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
     exact, rounded = tiny_target(dtype=torch.float32), tiny_target(dtype=torch.bfloat16)
     assert exact.fingerprint() != rounded.fingerprint()
-    drafter, trained_for = (
-        Medusa(exact.shape, 1),
-        {**Provenance.of(exact).target, "shape": vars(exact.shape)},
-    )
-    check_binding(drafter, trained_for, rounded, "runs/x")
+    drafter = Medusa(exact.shape, 1)
+    assert drafter.compatibility(rounded) is None, "it was not loaded from a folder"
+    drafter.trained_for = TrainedFor(exact.name, exact.shape, exact.fingerprint())
+    check_compatible(drafter, rounded, "runs/x")
+    drafter.serve(exact)
+    assert not caplog.text
+    drafter.serve(rounded)
     assert "other weights than it has at bfloat16" in caplog.text
-    unlike = tiny_target(dtype=torch.float32, seed=1)
-    for other, told in ((rounded, {**trained_for, "name": "another"}), (unlike, trained_for)):
-        with pytest.raises(ValueError, match="train it for this target"):
-            check_binding(drafter, told, other, "runs/x")
+    with pytest.raises(ValueError, match="train it for this target"):
+        check_compatible(drafter, tiny_target(dtype=torch.float32, seed=1), "runs/x")
+    drafter.trained_for = replace(drafter.trained_for, name="another")
+    with pytest.raises(ValueError, match="'runs/x' was trained for another .* for this target"):
+        check_compatible(drafter, rounded, "runs/x")
 
 
 def test_packed_weights_are_not_copied() -> None:
