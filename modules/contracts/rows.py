@@ -1,13 +1,17 @@
 """Rows of one call of the target: where each stands and what it attends to.
 
-Shape legend: B sequences, N rows of one call, J rows since the last commit, S slots.
+Shape legend: B sequences, N rows of one call, J rows since the last commit, P auxiliary rows,
+S slots, H hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,34 @@ class Rows:
     position_ids_BN: Tensor
     visible_BNJ: Tensor
     committed_BS: Tensor | None = None
+
+    def beside(self, auxiliary: AuxiliaryRows) -> Rows:
+        """These rows and the auxiliary ones behind them, which these do not see."""
+        positions = torch.cat([self.position_ids_BN, auxiliary.position_ids_BP], dim=1)
+        visible_BNJ = F.pad(self.visible_BNJ, (0, auxiliary.position_ids_BP.shape[1]))
+        visible = torch.cat([visible_BNJ, auxiliary.visible_BPX], dim=1)
+        return Rows(positions, visible, self.committed_BS)
+
+
+@dataclass(frozen=True)
+class AuxiliaryRows:
+    """Rows without a token: trained prompt embeddings, pseudo states. They pass through the target
+    beside other rows, are never accepted and never committed.
+
+    inputs: [B,P,H], what enters at `layer`; or what makes it of the other rows' states there,
+        [B,N,H] -> [B,P,H]. At layer 0 these are embeddings as `Target.embed` gives them.
+    position_ids_BP: int64 [B,P].
+    visible_BPX: bool [B,P,N+P], whether an auxiliary row attends to each of the other rows and to
+        each auxiliary one, itself included.
+    layer: where they enter; they attend to nothing below it.
+    """
+
+    inputs: Tensor | Callable[[Tensor], Tensor]
+    position_ids_BP: Tensor
+    visible_BPX: Tensor
+    layer: int = 0
+
+    def entering(self, hidden_BNH: Tensor) -> Tensor:
+        """The states [B,P,H] that enter beside those of the other rows."""
+        made = self.inputs if isinstance(self.inputs, Tensor) else self.inputs(hidden_BNH)
+        return made.to(hidden_BNH.dtype)

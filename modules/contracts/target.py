@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.rows import Rows
+from modules.contracts.rows import AuxiliaryRows, Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
@@ -94,9 +94,24 @@ class Target(Protocol):
         ...
 
     def features(
-        self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
+        self,
+        batch: TextBatch,
+        names: Sequence[StateName],
+        gradient: bool = False,
+        auxiliary: AuxiliaryRows | None = None,
     ) -> dict[StateName, Tensor]:
-        """States `{name: [B,T,H]}` of a packed batch."""
+        """States `{name: [B,T,H]}` of a packed batch, [B,T+P,H] with auxiliary rows."""
+        ...
+
+    def forward_beside(
+        self,
+        hidden_BNH: Tensor,
+        rows: Rows,
+        names: Sequence[StateName],
+        auxiliary: AuxiliaryRows,
+        cache: Any = None,
+    ) -> dict[StateName, Tensor]:
+        """States [B,N+P,H] of one pass of rows with auxiliary ones behind them."""
         ...
 
     def forward_rows(

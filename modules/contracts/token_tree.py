@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import AuxiliaryRows, Rows
 
 
 class Law(IntEnum):
@@ -109,6 +109,7 @@ class TokenTree:
     law_rows_BN: int64 [B,N]: the row of `laws_BRD` that the node was drawn from (-1: a point mass).
     vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
     already_run: what the drafter has computed of the first rows on the target's own layers.
+    auxiliary: rows that are verified beside the nodes and only compute.
     """
 
     tokens_BN: Tensor
@@ -119,6 +120,7 @@ class TokenTree:
     law_rows_BN: Tensor | None = None
     vocabulary_D: Tensor | None = None
     already_run: PartialRows | None = None
+    auxiliary: AuxiliaryRows | None = None
 
     @property
     def parents_BN(self) -> Tensor:
@@ -129,6 +131,12 @@ class TokenTree:
     def size(self) -> int:
         """N, the newest token's node included."""
         return self.tokens_BN.shape[1]
+
+    @property
+    def computed(self) -> int:
+        """Rows that its verification runs for each sequence, auxiliary ones included."""
+        more = 0 if self.auxiliary is None else self.auxiliary.position_ids_BP.shape[1]
+        return self.size + more
 
     @cached_property
     def acceptable_BN(self) -> Tensor:

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verified:
-    """One target call over a tree: logits and states of all its rows."""
+    """One target call over a tree: logits and states of all its nodes.
+
+    auxiliary_states: `{name: [B,P,H]}` of the tree's auxiliary rows, of the states asked for.
+    """
 
     tree: TokenTree
     logits_BNV: Tensor
     states: dict[StateName, Tensor] = field(default_factory=dict)
+    auxiliary_states: dict[StateName, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

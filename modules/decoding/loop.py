@@ -183,7 +183,7 @@ class Run:
         with self.clock.phase("commit"):
             self._session.commit(accepted)
         self._absorb(verified, accepted)
-        self._record(told, tree.size)
+        self._record(told, tree.computed)
         self._drop_finished()
 
     def _propose(self) -> TokenTree:

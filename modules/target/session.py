@@ -94,12 +94,15 @@ class Session:
         """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
 
         Raises:
-            ValueError: a state is asked for that rows which have run in part passed already.
+            ValueError: a state is asked for that rows which have run in part passed already; a tree
+                with both such rows and auxiliary ones.
         """
         target = self.target
         rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
         embeddings, names = target.embed(tree.tokens_BN), (*states, "final")
         compiled = target.compiled
+        if tree.auxiliary is not None:
+            return self._beside(tree, rows, embeddings, states)
         if tree.already_run is not None:
             seen = self._complete(tree, rows, embeddings, names)
         elif compiled is not None and compiled.takes(tree.size, self.cache):
@@ -107,6 +110,23 @@ class Session:
         else:
             seen = target.forward_rows(embeddings, rows, names, self.cache)
         return Verified(tree, target.logits(seen["final"]), {name: seen[name] for name in states})
+
+    def _beside(
+        self, tree: TokenTree, rows: Rows, embeddings_BNH: Tensor, states: Sequence[StateName]
+    ) -> Verified:
+        """The verification of a tree with auxiliary rows."""
+        target, auxiliary = self.target, tree.auxiliary
+        assert auxiliary is not None
+        if tree.already_run is not None:
+            raise ValueError("a tree carries rows that ran in part, or auxiliary rows, not both")
+        last, names = target.max_positions - 1, (*states, "final")
+        positions = auxiliary.position_ids_BP.clamp(max=last)
+        auxiliary = replace(auxiliary, position_ids_BP=positions)
+        self.cache.reserve(tree.computed)
+        seen = target.forward_beside(embeddings_BNH, rows, names, auxiliary, self.cache)
+        nodes = {name: seen[name][:, : tree.size] for name in states}
+        others = {name: seen[name][:, tree.size :] for name in states}
+        return Verified(tree, target.logits(seen["final"][:, : tree.size]), nodes, others)
 
     def _complete(
         self, tree: TokenTree, rows: Rows, embeddings_BNH: Tensor, names: Sequence[StateName]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.float32_buffers import SteadyBuffers
-from modules.contracts.rows import Rows
+from modules.contracts.rows import AuxiliaryRows, Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Anatomy
@@ -238,15 +238,30 @@ class Target(SteadyBuffers):
     # -- running it --------------------------------------------------------------------------------
 
     def features(
-        self, batch: TextBatch, names: Sequence[StateName], gradient: bool = False
+        self,
+        batch: TextBatch,
+        names: Sequence[StateName],
+        gradient: bool = False,
+        auxiliary: AuxiliaryRows | None = None,
     ) -> dict[StateName, Tensor]:
         """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if
         asked.
+
+        Auxiliary rows stand behind the tokens: [B,T+P,H], and [B,T,H] below the layer where they
+        enter.
         """
         if gradient:
-            return self.forward_rows(self.embed(batch.input_ids), batch.rows(), names)
+            return self._features(batch, names, auxiliary)
         with torch.no_grad(), phase("target states"):
-            return self.forward_rows(self.embed(batch.input_ids), batch.rows(), names)
+            return self._features(batch, names, auxiliary)
+
+    def _features(
+        self, batch: TextBatch, names: Sequence[StateName], auxiliary: AuxiliaryRows | None
+    ) -> dict[StateName, Tensor]:
+        embeddings, rows = self.embed(batch.input_ids), batch.rows()
+        if auxiliary is None:
+            return self.forward_rows(embeddings, rows, names)
+        return self.forward_beside(embeddings, rows, names, auxiliary)
 
     def open(self, batch_size: int, capacity: int) -> Session:
         """New sequences with an empty KV cache of `capacity` tokens each (at most
@@ -300,6 +315,31 @@ class Target(SteadyBuffers):
         with self.watching(names), self._restricted(layers, hidden_BNH):
             found = self.layer_states(hidden_BNH, positions, mask, cache, names)
         return {name: state.to(hidden_BNH.device) for name, state in zip(names, found, strict=True)}
+
+    def forward_beside(
+        self,
+        hidden_BNH: Tensor,
+        rows: Rows,
+        names: Sequence[StateName],
+        auxiliary: AuxiliaryRows,
+        cache: SlotCache | None = None,
+    ) -> dict[StateName, Tensor]:
+        """States `{name: [B,N+P,H]}` of one pass over rows and auxiliary rows behind them.
+
+        States below the layer where those enter are of the N rows alone.
+        """
+        below, depth = auxiliary.layer, self.shape.num_layers
+        early = [name for name in names if isinstance(name, int) and name < below]
+        states: dict[StateName, Tensor] = {}
+        # 1. The layers that the auxiliary rows do not pass.
+        if below:
+            states = self.forward_rows(hidden_BNH, rows, [*early, "pre_norm"], cache, (0, below))
+            hidden_BNH = states.pop("pre_norm")
+        # 2. The others, over all rows.
+        hidden_BXH = torch.cat([hidden_BNH, auxiliary.entering(hidden_BNH)], dim=1)
+        late = [name for name in names if name not in early]
+        layers = (below, depth) if below else None
+        return states | self.forward_rows(hidden_BXH, rows.beside(auxiliary), late, cache, layers)
 
     @contextmanager
     def _restricted(self, layers: tuple[int, int] | None, hidden_BNH: Tensor) -> Iterator[None]:

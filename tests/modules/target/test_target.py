@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import AuxiliaryRows, Rows
 from modules.contracts.token_tree import PartialRows, TokenTree, Topology
 from modules.contracts.verification import Accepted
 from tests.fakes import ARCHITECTURES, tiny_batch, tiny_target
@@ -187,6 +187,58 @@ def test_rows_read_the_committed_slots_that_are_chosen(arch):
         session.read(tokens, replace(rows, committed_BS=None)),
         open_session(target, (5, 9)).read(tokens, replace(rows, committed_BS=None)),
     )
+
+
+def twins(tree, lengths, layer):
+    """Auxiliary rows that are what nodes 3 and 6 are, from `layer` on, and see what those see."""
+    nodes, size = [3, 6], tree.size
+    seen = tree.topology.ancestors[:, nodes].clone()
+    for row, node in enumerate(nodes):
+        seen[:, row, node] = False
+    visible = torch.cat([seen, torch.eye(2, dtype=torch.bool).expand(len(seen), -1, -1)], 2)
+    assert visible.shape[2] == size + 2
+    positions = lengths[:, None] + tree.topology.depth[:, nodes]
+    return AuxiliaryRows(lambda hidden: hidden[:, nodes], positions, visible, layer)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_auxiliary_rows_compute_beside_the_nodes_and_leave_nothing(arch, layer):
+    target, lengths = tiny_target(arch, layers=3), torch.tensor([5, 9])
+    session, expected = open_session(target, (5, 9)), open_session(target, (5, 9))
+    tree, names = some_tree(), (0, 2, "final")
+    found = session.verify(replace(tree, auxiliary=twins(tree, lengths, layer)), names)
+    plain_call = expected.verify(tree, names)
+    close(found.logits_BNV, plain_call.logits_BNV)
+    for name in names:
+        close(found.states[name], plain_call.states[name])
+    for name in (2, "final"):
+        close(found.auxiliary_states[name], plain_call.states[name][:, [3, 6]])
+    assert found.auxiliary_states[0].shape[1] == (0 if layer else 2)
+    accepted = Accepted(torch.tensor([[0, 1, 4]] * 2), torch.tensor([3, 3]), torch.tensor([9, 9]))
+    after = []
+    for each in (session, expected):
+        each.commit(accepted)
+        after.append(each.verify(TokenTree.root(accepted.next_B)).logits_BNV)
+    close(*after)
+
+
+def test_gradient_reaches_what_enters_as_auxiliary_rows():
+    target = tiny_target(layers=3)
+    batch = tiny_batch(target)
+    size, prompts_PH = batch.input_ids.shape[1], torch.randn(2, 32).double().requires_grad_()
+    visible = torch.zeros(2, 2, size + 2, dtype=torch.bool)
+    visible[:, :, :4] = True
+    visible[:, [0, 1], [size, size + 1]] = True
+    rows = AuxiliaryRows(prompts_PH.expand(2, -1, -1), torch.full((2, 2), 4), visible)
+    states = target.features(batch, ("final",), gradient=True, auxiliary=rows)["final"]
+    close(states[:, :size].detach(), target.features(batch, ("final",))["final"])
+    states[:, size].sum().backward()
+    assert prompts_PH.grad is not None
+    assert bool(prompts_PH.grad[0].abs().sum() > 0) and not prompts_PH.grad[1].any()
+    partial = replace(some_tree(1), auxiliary=rows, already_run=PartialRows(states, 1))
+    with pytest.raises(ValueError, match="not both"):
+        open_session(target).verify(partial)
 
 
 def test_two_sessions_of_one_target_do_not_see_each_other():
