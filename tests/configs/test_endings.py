@@ -31,6 +31,8 @@ def ask(number: int) -> None:
 def test_a_signal_ends_a_command_in_a_line(
     number: int, name: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # A shell that starts tests in the background makes them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert run(lambda _: ask(number) or 0, []) == status
     assert capsys.readouterr().err == f"stopped by {name}: run the same command again\n"
