@@ -54,6 +54,7 @@ mutants: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright
 
 # Drafters that exist already are kept, and a measurement that was cut off goes on.

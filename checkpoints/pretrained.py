@@ -176,10 +176,6 @@ def _trained_length(folder: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
-from_pretrained = load_pretrained
-"""The same function, under the name that other libraries give it."""
-
-
 def _whole(
     config: Config, folder: Path, shape: TargetShape | None, target: Target | None
 ) -> tuple[Config, Tensors]:
@@ -429,4 +425,4 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     check_values(trainable, f"init_from {str(name)!r}")
 
 
-__all__ = ["Provenance", "from_pretrained", "load_pretrained", "save_pretrained", "warm_start"]
+__all__ = ["Provenance", "load_pretrained", "save_pretrained", "warm_start"]

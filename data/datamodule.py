@@ -25,7 +25,7 @@ from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
 from data.reading.files import Tally, local_files
 from data.reading.rows import load_conversations
-from data.vocabulary import coverage, frequent_tokens
+from data.vocabulary import frequent_tokens
 from modules.contracts.batches import TextBatch
 from modules.contracts.shapes import StateName
 
@@ -431,11 +431,6 @@ class ConversationData(LightningDataModule):
         return frequent_tokens(
             self.documents, size, self._target.shape.vocab_size, self._target.eos_ids
         )
-
-    def vocabulary_coverage(self, vocabulary_D: Tensor) -> float:
-        """Share of the held-out assistant tokens that a draft vocabulary holds."""
-        assert self._target is not None, "bind() the data to a target first"
-        return coverage(self.held_out, vocabulary_D, self._target.shape.vocab_size)
 
 
 def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import TokenTree
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,6 @@ class Accepted:
         """
         index = self.path_BA.reshape(*self.path_BA.shape, *([1] * (rows_BNX.dim() - 2)))
         return rows_BNX.gather(1, index.expand(*self.path_BA.shape, *rows_BNX.shape[2:]))
-
-    def at_last(self, rows_BNX: Tensor) -> Tensor:
-        """Rows [B,N,...] at the deepest accepted node [B,...]."""
-        return rows_BNX[torch.arange(rows_BNX.shape[0], device=rows_BNX.device), self.last_B]
 
     def emitted(self, tree: TokenTree) -> Tensor:
         """int64 [B,A]: the tokens this call emits, accepted drafts then `next_B`; void past

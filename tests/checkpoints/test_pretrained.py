@@ -65,10 +65,6 @@ def test_saves_and_loads_the_same_weights_arguments_and_ties(saved, target):
             assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-def test_the_name_that_others_give_it_is_the_same_function():
-    assert pretrained.from_pretrained is load_pretrained
-
-
 def test_keeps_the_precision_it_was_saved_in(saved, target):
     drafter, folder = saved
     save_pretrained(drafter.double(), folder, Provenance.of(target))

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.datamodule import Batches, ConversationData, hold_out
+from data.vocabulary import coverage
 from modules.contracts.batches import TextBatch
 from modules.target.target import Target
 from tests.data.test_packing import document
@@ -219,10 +220,9 @@ def test_the_vocabulary_comes_from_training_answers(source: str, target: Target)
     assert vocabulary.dtype == torch.int64 and vocabulary.tolist() == sorted(
         set(vocabulary.tolist())
     )
-    assert (
-        target.eos_ids <= set(vocabulary.tolist())
-        and 0.5 < data.vocabulary_coverage(vocabulary) <= 1
-    )
+    size = target.shape.vocab_size
+    assert target.eos_ids <= set(vocabulary.tolist())
+    assert 0.5 < coverage(data.held_out, vocabulary, size) <= 1
 
 
 def test_the_fingerprint_tells_data_apart(source: str, target: Target) -> None:

@@ -114,17 +114,6 @@ def exploration(visits: int) -> float:
     return EXPLORATION + math.log((visits + EXPLORATION_GROWTH + 1) / EXPLORATION_GROWTH)
 
 
-def upper_score(parent_visits: int, visits: int, total: float, prior: float) -> float:
-    """PUCT: mean score and a bonus for what is likely and seldom tried; infinite before the first
-    visit.
-    """
-    if not visits:
-        return math.inf
-    return total / visits + exploration(parent_visits) * prior * math.sqrt(parent_visits) / (
-        1 + visits
-    )
-
-
 class Search:
     """Simulations over a table from the last two tokens.
 

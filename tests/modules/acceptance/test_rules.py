@@ -269,7 +269,9 @@ class RawBonusRule(RatioRule):
         raw = Draws(Sampling(temperature=1.0), draws.generators)
         accepted = super().__call__(tree, verified, draws)
         whole = accepted.lengths_B == tree.topology.depth.amax(1) + 1
-        bonus_B = raw.choose(accepted.at_last(verified.logits_BNV)[:, None])[:, 0]
+        sequences = torch.arange(len(accepted.last_B))
+        last_B1V = verified.logits_BNV[sequences, accepted.last_B][:, None]
+        bonus_B = raw.choose(last_B1V)[:, 0]
         return replace(accepted, next_B=torch.where(whole, bonus_B, accepted.next_B))
 
 

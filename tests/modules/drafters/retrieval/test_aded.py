@@ -18,8 +18,9 @@ from modules.drafters.retrieval.aded import (
     Aded,
     Search,
     Trigrams,
+    _best_child,
+    _Node,
     best_first,
-    upper_score,
 )
 from modules.drafters.retrieval.suffix_array import Datastore
 from tests.fakes import tiny_target
@@ -56,11 +57,22 @@ def test_rewards_saturate_at_three_and_end_with_the_window() -> None:
 
 
 def test_puct() -> None:
-    assert upper_score(100, 10, 15.0, 0.2) == pytest.approx(
-        1.5 + (32 + math.log(109 / 8)) * 0.2 * 10 / 11
-    )
-    assert upper_score(100, 10, 15.0, 0.2) == pytest.approx(7.793, abs=1e-3)
-    assert upper_score(5, 0, 0.0, 0.1) == math.inf
+    """Mean score and a bonus for what is likely and seldom tried; a child without visits first."""
+    parent = _Node(1, 1.0, None)
+    parent.visits, parent.children = 100, []
+    for visits, total, prior in ((10, 15.0, 0.2), (50, 300.0, 0.7), (20, 100.0, 0.1)):
+        child = _Node(2, prior, parent)
+        child.visits, child.total = visits, total
+        parent.children.append(child)
+    scores = [
+        child.total / child.visits
+        + (32 + math.log(109 / 8)) * child.prior * 10 / (1 + child.visits)
+        for child in parent.children
+    ]
+    assert scores[0] == pytest.approx(7.793, abs=1e-3) and scores[1] > scores[0] > scores[2]
+    assert _best_child(parent) is parent.children[1]
+    parent.children.append(_Node(3, 0.01, parent))
+    assert _best_child(parent) is parent.children[3]
 
 
 def test_visits_are_conserved_and_follow_the_prior() -> None:
