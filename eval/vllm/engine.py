@@ -446,11 +446,11 @@ def drafted_tokens(drafter: Drafter, budget: int | None, where: str) -> int:
     """Tokens of vLLM's chain: `budget`, by default as many as the drafter's own tree is deep.
 
     Raises:
-        ValueError: more than the drafter has heads.
+        ValueError: more than the drafter drafts in a row.
     """
     if budget is not None and drafter.max_depth is not None and budget > drafter.max_depth:
         raise ValueError(
             f"{where}: budget {budget}: vLLM drafts a chain, and the drafter has "
-            f"{drafter.max_depth} heads: give {drafter.max_depth} at most"
+            f"{drafter.max_depth} {drafter.depth_unit}: give {drafter.max_depth} at most"
         )
     return budget or drafter.builder.depth

@@ -193,6 +193,9 @@ class Drafter(Trainable):
     Hugging Face tokenizer; only `get_vocab` and `unk_token_id` are read.
     """
 
+    depth_unit: ClassVar[str] = "draft steps"
+    """What `max_depth` counts, as messages name it."""
+
     own_model: ClassVar[bool] = False
     """Whether it is a language model of its own, which takes nothing but tokens and laws from its
     target.
@@ -301,6 +304,6 @@ def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:
     longest = drafter.max_depth
     if longest is not None and builder.depth > longest:
         raise ValueError(
-            f"builder draws trees of depth {builder.depth}, but the drafter has {longest} heads: "
-            "lower the depth or train more heads"
+            f"builder draws trees of depth {builder.depth}, but the drafter has {longest} "
+            f"{drafter.depth_unit}: lower the depth or train more"
         )

@@ -336,7 +336,7 @@ class LearnedDrafter(Drafter):
         drafter is trained. Until then it is `narrow`."""
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
-        static = StaticTree(tree_paths(tree, self.max_depth))
+        static = StaticTree(tree_paths(tree, self.max_depth, self.depth_unit))
         widest = max((path[-1] for path in static.paths), default=0)
         if widest >= self.draft_size:
             raise ValueError(

@@ -60,10 +60,11 @@ def optimised_size(tree: list[Path] | str) -> int | None:
     return nodes
 
 
-def tree_paths(tree: list[Path] | str, depth: int | None) -> list[Path]:
+def tree_paths(tree: list[Path] | str, depth: int | None, unit: str = "draft steps") -> list[Path]:
     """The paths of a tree given by name (cut at `depth`, if there is one) or in full.
 
-    Raises ValueError when there is no tree of that name, or when a path is deeper than `depth`.
+    Raises ValueError when there is no tree of that name, or when a path is deeper than `depth`,
+    which counts what `unit` says.
     """
     if isinstance(tree, str):
         tree = RENAMED.get(tree, tree)
@@ -76,6 +77,7 @@ def tree_paths(tree: list[Path] | str, depth: int | None) -> list[Path]:
     for path in tree:
         if depth is not None and len(path) > depth:
             raise ValueError(
-                f"tree path {path} is deeper than the {depth} draft heads: shorten it or add heads"
+                f"tree path {path} is deeper than the drafter's {depth} {unit}: shorten it or "
+                "train more"
             )
     return tree

@@ -218,7 +218,10 @@ def test_mistakes_are_one_line() -> None:
         (lambda: Medusa(shape, lm_head="x"), "lm_head"),
         (lambda: Clover(shape, fusion="x"), "fusion"),
         (lambda: Clover(shape, gate="x"), "gate"),
-        (lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]), "deeper than the 2 draft heads"),
+        (
+            lambda: Medusa(shape, 2, tree=[[0], [0, 0], [0, 0, 0]]),
+            "deeper than the drafter's 2 heads",
+        ),
         (lambda: Medusa(shape, tree="oak"), "tree 'oak'"),
         (lambda: Hydra(shape, lm_head="x"), "lm_head"),
         (lambda: Hydra(shape, prefix_start="x"), "prefix_start"),

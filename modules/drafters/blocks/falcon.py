@@ -5,13 +5,13 @@ x_{i+k+1}. The last k rows of a text are a block, and one pass over it drafts k 
 path of k tokens and the features that were put out with them are the next block.
 
 Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, N rows of one call, M
-training rows, K rows of a block, W frontier nodes, A rows written ahead in a proposal, L memories
-of the recurrence, H hidden size, D draft vocabulary.
+training rows, K rows of a block, W frontier nodes, C blocks of a proposal, A rows written ahead in
+it, L memories of the recurrence, X the same, flat, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,26 +20,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.drafter import Context, Frontier
 from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows
-from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.verification import Accepted, Verified
-from modules.drafters.blocks.glancing import (
-    Documents,
-    block_ends,
-    random_phases,
-    reveal,
-    revealed_positions,
-)
-from modules.drafters.blocks.proposal import Proposal
+from modules.contracts.shapes import TargetShape
+from modules.drafters.blocks.base import BlockDrafter, BlockState
+from modules.drafters.blocks.documents import Documents, block_ends, random_phases
+from modules.drafters.blocks.glancing import reveal, revealed_positions
 from modules.drafters.blocks.recurrence import RECURRENT_LAYERS, NewestRow, Recurrence
 from modules.drafters.feature.eagle import adds_nothing, feature_and_token_loss, uniform_noise
-from modules.drafters.trained import WIDE_BUDGET, WIDE_LEVEL, DraftStep, LearnedDrafter, rows_at
+from modules.drafters.trained import (
+    CHEAP_BUDGET,
+    WIDE_BUDGET,
+    WIDE_LEVEL,
+    DraftStep,
+    LearnedDrafter,
+    rows_at,
+)
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache, causal_rows
 from modules.layers.token_scale import token_scale
-from modules.losses.chunked import Head, Laws, TrainingRows, greedy_tokens, training_rows
+from modules.losses.chunked import Laws, TrainingRows, greedy_tokens, training_rows
 from modules.trees.reranked import RerankedTree
 from modules.trees.threshold import ThresholdTree
 
@@ -48,23 +49,36 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FalconState(DraftState):
+class Passes:
+    """What the passes of a proposal leave for the next one.
+
+    features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory behind their inputs.
+    above_BCA: which of the rows written ahead each block sees, its own included.
+    """
+
+    features_BCKH: Tensor
+    memory_BCX: Tensor
+    above_BCA: Tensor
+
+
+@dataclass
+class FalconState(BlockState):
     """Falcon's knowledge of its sequences.
 
     cache: keys and values of the prefix (one row per token the target has read).
     memory_BLH: of the recurrence, behind the last prefix row.
     block_BKH: the layer's inputs in the last k prefix rows (a text shorter than k repeats its
     first).
-    proposal: what the current proposal has computed.
+    passes: of the current proposal.
     """
 
     cache: LayerCache
     memory_BLH: Tensor
     block_BKH: Tensor
-    proposal: Proposal | None = None
+    passes: Passes | None = None
 
 
-class Falcon(LearnedDrafter):
+class Falcon(BlockDrafter):
     """LSTM over [e(x_{i+1}) ; f_i], then one decoder layer in which the k rows of a block see each
     other and everything before them (relaxed causal mask); frozen embedding and LM head.
 
@@ -129,23 +143,17 @@ class Falcon(LearnedDrafter):
         depth: int = 4,
         tree: list[list[int]] | str | None = "narrow",
     ) -> None:
-        if block < 1:
-            raise ValueError(f"block must be at least 1 token per pass, got {block}")
         if not 0 <= glancing <= 1:
             raise ValueError(f"glancing must lie in [0, 1] (0: none), got {glancing}")
         super().__init__(shape, block, draft_vocabulary, decay=1.0)
-        self.block, self.glancing, self.relaxed_mask, self.random_phase = (
-            block,
-            glancing,
-            relaxed_mask,
-            random_phase,
-        )
-        self.feature_weight, self.token_weight, self.hard_weight = (
-            feature_weight,
-            token_weight,
-            hard_weight,
-        )
-        self.revealed_loss, self.noise = revealed_loss, noise
+        self.glancing = glancing
+        self.relaxed_mask = relaxed_mask
+        self.random_phase = random_phase
+        self.feature_weight = feature_weight
+        self.token_weight = token_weight
+        self.hard_weight = hard_weight
+        self.revealed_loss = revealed_loss
+        self.noise = noise
         size = shape.hidden_size
         self.recurrence = Recurrence(size, dropout, pass_through) if lstm else None
         self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
@@ -154,10 +162,9 @@ class Falcon(LearnedDrafter):
         self.layer = DecoderLayer(shape, input_norm=False)
         self.register_buffer("token_scale", torch.ones(()))
         if tree is None:
-            self._builder, self._wide = (
-                ThresholdTree(depth),
-                (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET),
-            )
+            self._builder = ThresholdTree(depth)
+            self._budget = CHEAP_BUDGET
+            self._wide = (RerankedTree(depth, WIDE_LEVEL), WIDE_BUDGET)
         else:
             self.use_static_tree(tree)
 
@@ -172,10 +179,6 @@ class Falcon(LearnedDrafter):
         if self.fc is not None:
             nn.init.eye_(self.fc.weight[:, self.shape.hidden_size :])
             adds_nothing(self.layer)
-
-    def head(self, depth: int, target: Target) -> Head:
-        """The target's frozen LM head on the draft vocabulary."""
-        return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     @property
     def attention(self) -> Attention:
@@ -237,12 +240,16 @@ class Falcon(LearnedDrafter):
 
         return mixed if share else laws
 
-    def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """The loss of whole blocks, in training with glancing at `progress`."""
+    def blocks(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """Whole blocks side by side, in training from a random phase of each document on."""
         documents = Documents.of(batch.document_ids)
         random = self.training and self.random_phase
         phase = random_phases(documents, self.block).view_as(batch.input_ids) if random else 0
-        rows = training_rows(batch, self.block, block_ends(batch.position_ids, self.block, phase))
+        return training_rows(batch, self.block, block_ends(batch.position_ids, self.block, phase))
+
+    def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
+        """The loss of whole blocks, in training with glancing at `progress`."""
+        rows = self.blocks(batch, target)
         laws = self.laws(batch, target, rows)
         inputs = self.inputs(batch)
         rate = self.glancing * (1 - progress)
@@ -253,6 +260,10 @@ class Falcon(LearnedDrafter):
         outputs = self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs)
         steps = self.scored(batch, target, rows, laws, ((one, one) for one in outputs.unbind(1)))
         return self.weighted(steps, batch)
+
+    def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
+        """Slot by slot: distances are means over all rows, cross-entropies over labels."""
+        return LearnedDrafter.weighted(self, steps, batch)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """Distance to the target's own features, on all rows, and cross-entropy."""
@@ -293,20 +304,11 @@ class Falcon(LearnedDrafter):
         positions_MK = ends_M[:, None] + torch.arange(1 - self.block, 1, device=ends_M.device)
         return reveal(*inputs, positions_MK[shown_MK], self.block), shown_MK
 
-    def unrolled(
-        self, batch: TextBatch, target: Target, rows: TrainingRows
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The outputs of the block that ends at each training row, whatever block it would fall
-        into.
+    def block_outputs(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
+        """The outputs [M,K,H] of the block that ends at each training row, whatever block it would
+        fall into.
         """
-        outputs = self.outputs(batch, target, rows.flat_MK1[:, 0], *self.inputs(batch))
-        return ((output, output) for output in outputs.unbind(1))
-
-    def teacher_forced(
-        self, batch: TextBatch, target: Target, rows: TrainingRows
-    ) -> Iterator[Tensor]:
-        """The LM head's inputs [M,H], step by step."""
-        return (feature for feature, _ in self.unrolled(batch, target, rows))
+        return self.outputs(batch, target, rows.flat_MK1[:, 0], *self.inputs(batch))
 
     def outputs(
         self,
@@ -376,98 +378,57 @@ class Falcon(LearnedDrafter):
     # -- decoding ----------------------------------------------------------------------------------
 
     @property
-    def decoding_states(self) -> tuple[StateName, ...]:
-        """The target's final states."""
-        return (self.reads,)
+    def max_depth(self) -> None:
+        """Any number: a path of k drafted tokens is the next block."""
+        return None
 
-    def start(self, context: Context) -> FalconState:
-        """Read the prompts."""
-        features, counts_B = context.states[self.reads].to(self.precision), context.lengths_B
-        following = context.input_ids_BT.roll(-1, 1).scatter(
-            1, counts_B[:, None] - 1, context.newest_B[:, None]
-        )
+    def blank_state(self, context: Context) -> FalconState:
+        """An empty cache, a blank memory, no block."""
+        counts_B, size = context.lengths_B, self.shape.hidden_size
         cache = LayerCache.empty(self.shape, counts_B, self.precision)
-        state = FalconState(
-            context,
-            context.newest_B,
-            counts_B,
-            cache,
-            self.blank_memory(features, len(counts_B)),
-            features[:, :0],
-        )
-        memory, block = self._read(state, following, features, counts_B)
-        return replace(state, memory_BLH=memory, block_BKH=block)
+        features_B0H = context.states[self.reads].new_zeros(len(counts_B), 0, size)
+        features_B0H = features_B0H.to(self.precision)
+        memory_BLH = self.blank_memory(features_B0H, len(counts_B))
+        return FalconState(context, context.newest_B, counts_B, cache, memory_BLH, features_B0H)
 
-    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> FalconState:
-        """Read the accepted rows with the target's true features, of whatever tree they were."""
-        assert isinstance(state, FalconState)
-        features = accepted.along_path(verified.states[self.reads])
-        memory, block = self._read(
-            state, accepted.emitted(verified.tree), features, accepted.lengths_B, accepted.lengths
-        )
-        return replace(
-            state,
-            newest_B=accepted.next_B,
-            lengths_B=state.lengths_B + accepted.lengths_B,
-            memory_BLH=memory,
-            block_BKH=block,
-            proposal=None,
-        )
-
-    def _read(
+    def read(
         self,
-        state: FalconState,
+        state: BlockState,
+        features_BNX: Tensor,
         following_BN: Tensor,
-        features_BNH: Tensor,
         counts_B: Tensor,
         counts: list[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Put the first `counts_B` rows into the cache; the memory behind them and the last k layer
-        inputs.
+    ) -> FalconState:
+        """Put the first `counts_B` rows into the cache, with the target's true features.
 
         Keys and values of a row do not depend on its block, so a block that reaches back over rows
         read before needs their layer inputs only.
         """
+        assert isinstance(state, FalconState)
         inputs, memory = self.fuse(
-            following_BN, features_BNH, state.memory_BLH, state.context.target, counts_B
+            following_BN, features_BNX, state.memory_BLH, state.context.target, counts_B
         )
         _, keys, values = self.attention.project(
             inputs, causal_rows(state.cache.lengths_B, inputs.shape[1]).position_ids_BN
         )
         state.cache.write(keys, values)
         state.cache.keep(counts_B, counts)
+        # The last k layer inputs are the block; the first row fills up a text shorter than k.
         before = (
             state.block_BKH
             if state.block_BKH.shape[1]
             else inputs[:, :1].expand(-1, self.block, -1)
         )
         last_BK = counts_B[:, None] + torch.arange(self.block, device=counts_B.device)
-        return memory, rows_at(torch.cat([before, inputs], dim=1), last_BK)
+        block = rows_at(torch.cat([before, inputs], dim=1), last_BK)
+        return replace(state, memory_BLH=memory, block_BKH=block, passes=None)
 
-    def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node; every k levels a pass over a block
-        for each node.
-        """
+    def block_logits(self, state: BlockState) -> Tensor:
+        """A pass over the last block of the prefix, whose rows the cache has."""
         assert isinstance(state, FalconState)
-        output, width = frontier.depth % self.block, frontier.tokens_BW.shape[1]
-        if frontier.depth == 0 or state.proposal is None:
-            state.proposal = self._first_pass(state, frontier)
-        else:
-            above = state.proposal.blocks_BR.gather(1, frontier.parents_BW)
-            if output == 0:
-                self._next_pass(state, state.proposal, frontier, above)
-                above = (
-                    torch.arange(width, device=above.device).expand_as(above) + state.proposal.first
-                )
-            state.proposal.add(frontier, above)
-        return state.proposal.laws(output, width)
-
-    def _first_pass(self, state: FalconState, frontier: Frontier) -> Proposal:
-        """The last block of the prefix, whose rows the cache has."""
         lengths_B1, used = state.cache.lengths_B[:, None], state.cache.longest
-        positions = (lengths_B1 + torch.arange(-self.block, 0, device=lengths_B1.device)).clamp(
-            min=0
-        )
+        offsets = torch.arange(-self.block, 0, device=lengths_B1.device)
+        positions = (lengths_B1 + offsets).clamp(min=0)
         block_BKH = self.started(state.block_BKH)
         queries, _, _ = self.attention.project(block_BKH, positions)
         newest = lengths_B1.expand_as(positions) - 1 if self.relaxed_mask else positions
@@ -475,48 +436,40 @@ class Falcon(LearnedDrafter):
         mixed = self.attention.mix(
             queries, state.cache.keys_BCGD[:, :used], state.cache.values_BCGD[:, :used], visible
         )
-        features = self.layer.after_attention(block_BKH + mixed)[:, None]
-        return Proposal(
-            frontier.tokens_BW,
-            frontier.parents_BW,
-            torch.zeros_like(frontier.tokens_BW),
-            features,
-            state.memory_BLH.flatten(1)[:, None],
-            visible.new_zeros(len(visible), 1, 0),
-            self.head(0, state.context.target)(features),
-        )
+        features = self.layer.after_attention(block_BKH + mixed)
+        nothing_above = visible.new_zeros(len(visible), 1, 0)
+        memory = state.memory_BLH.flatten(1)[:, None]
+        state.passes = Passes(features[:, None], memory, nothing_above)
+        return self.head(0, state.context.target)(features)
 
-    def _next_pass(
-        self, state: FalconState, proposal: Proposal, frontier: Frontier, above_BW: Tensor
-    ) -> None:
+    def next_block_logits(self, state: BlockState, frontier: Frontier, above_BW: Tensor) -> Tensor:
         """A block for each frontier node: the last k tokens on its path, and the features they were
         drafted from.
         """
-        (batch, width), size = above_BW.shape, self.shape.hidden_size
-        before = rows_at(proposal.features_BCKH.flatten(2), above_BW).reshape(
-            batch * width, self.block, size
-        )
-        memory = rows_at(proposal.memory_BCX, above_BW).reshape(batch * width, -1, size)
-        tokens = proposal.last_tokens(frontier, self.block).flatten(0, 1)
+        assert isinstance(state, FalconState) and state.passes and state.proposal
+        passes, (batch, width), size = state.passes, above_BW.shape, self.shape.hidden_size
+        # 1. What the blocks above put out is what these blocks read.
+        before = rows_at(passes.features_BCKH.flatten(2), above_BW)
+        before = before.reshape(batch * width, self.block, size)
+        memory = rows_at(passes.memory_BCX, above_BW).reshape(batch * width, -1, size)
+        tokens = state.proposal.last_tokens(frontier, self.block).flatten(0, 1)
         inputs, memory = self.fuse(tokens, before, memory, state.context.target)
-        seen = self._see(proposal.above_BCA, above_BW)
+        # 2. The layer, over the prefix, the blocks above and the block itself.
+        seen = self._see(passes.above_BCA, above_BW)
         start_B = state.cache.lengths_B + frontier.depth - self.block
-        positions = (start_B[:, None] + torch.arange(self.block, device=start_B.device)).repeat(
-            1, width
-        )
+        offsets = torch.arange(self.block, device=start_B.device)
+        positions = (start_B[:, None] + offsets).repeat(1, width)
         rows = Rows(positions, self._visible(seen))
         inputs = inputs.view(batch, width, self.block, size)
         block = self.started(inputs).flatten(1, 2)
         features = self.layer(inputs.flatten(1, 2), rows, state.cache, block, block).view_as(inputs)
-        proposal.first = proposal.features_BCKH.shape[1]
-        proposal.features_BCKH = torch.cat([proposal.features_BCKH, features], dim=1)
-        proposal.memory_BCX = torch.cat(
-            [proposal.memory_BCX, memory.reshape(batch, width, -1)], dim=1
-        )
-        proposal.above_BCA = torch.cat(
-            [F.pad(proposal.above_BCA, (0, width * self.block)), seen], dim=1
-        )
-        proposal.logits_BCKD = self.head(0, state.context.target)(features)
+        # 3. What the next pass needs.
+        passes.features_BCKH = torch.cat([passes.features_BCKH, features], dim=1)
+        memory_BWX = memory.reshape(batch, width, -1)
+        passes.memory_BCX = torch.cat([passes.memory_BCX, memory_BWX], dim=1)
+        padded = F.pad(passes.above_BCA, (0, width * self.block))
+        passes.above_BCA = torch.cat([padded, seen], dim=1)
+        return self.head(0, state.context.target)(features)
 
     def _see(self, above_BCA: Tensor, blocks_BW: Tensor) -> Tensor:
         """bool [B,W,A+W·K]: a new block sees what the block above it sees, and itself."""

@@ -1,7 +1,7 @@
-"""A tree that is drafted in blocks of k levels (Falcon, Gao et al. 2025, arXiv 2412.12639).
+"""A tree that is drafted in blocks of k levels.
 
-Shape legend: B sequences, W frontier nodes, R rows of the proposal, C its blocks, K rows of a
-block, A rows written ahead, X memories of the recurrence, flat, H hidden size, D draft vocabulary.
+Shape legend: B sequences, W frontier nodes, R rows of the proposal, C blocks of its last pass, K
+tokens of a block, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,27 +17,39 @@ from modules.drafters.trained import rows_at
 
 @dataclass
 class Proposal:
-    """What a proposal has computed so far; block 0 is the last of the prefix, every other one hangs
-    off a node.
+    """What a proposal has computed so far.
 
-    tokens_BR, parents_BR, blocks_BR: the rows handed to `expand`, and the block whose outputs each
-    one's drafts are. features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory
-    behind them (flat).
-    above_BCA: which of the rows written ahead each block sees, its own included.
-    logits_BCKD: of the blocks of the last pass, which begin at `first`.
+    Blocks are numbered in the order they were computed. Block 0 follows the prefix; every other one
+    hangs off a node.
+
+    tokens_BR, parents_BR: the rows handed to `expand`.
+    blocks_BR: for each row, the block that drafts its children.
+    logits_BCKD: logits of the blocks of the last pass.
+    first: number of the first of these.
     """
 
     tokens_BR: Tensor
     parents_BR: Tensor
     blocks_BR: Tensor
-    features_BCKH: Tensor
-    memory_BCX: Tensor
-    above_BCA: Tensor
     logits_BCKD: Tensor
     first: int = 0
 
+    @staticmethod
+    def begin(frontier: Frontier, logits_BKD: Tensor) -> Proposal:
+        """The root and the block that follows it."""
+        blocks_BR = torch.zeros_like(frontier.tokens_BW)
+        return Proposal(frontier.tokens_BW, frontier.parents_BW, blocks_BR, logits_BKD[:, None])
+
+    def next_pass(self, logits_BWKD: Tensor) -> Tensor:
+        """Take the blocks of another pass, one per frontier node; returns their numbers [B,W]."""
+        self.first += self.logits_BCKD.shape[1]
+        self.logits_BCKD = logits_BWKD
+        batch, width = logits_BWKD.shape[:2]
+        numbers = torch.arange(width, device=logits_BWKD.device) + self.first
+        return numbers.expand(batch, -1)
+
     def add(self, frontier: Frontier, blocks_BW: Tensor) -> None:
-        """The rows of a frontier."""
+        """Append the rows of a frontier, whose children these blocks draft."""
         self.tokens_BR = torch.cat([self.tokens_BR, frontier.tokens_BW], dim=1)
         self.parents_BR = torch.cat([self.parents_BR, frontier.parents_BW], dim=1)
         self.blocks_BR = torch.cat([self.blocks_BR, blocks_BW], dim=1)
@@ -50,6 +62,6 @@ class Proposal:
             above = self.parents_BR.gather(1, above)
         return torch.stack(tokens, dim=2)
 
-    def laws(self, output: int, width: int) -> Tensor:
-        """Logits [B,W,D] of one output of the blocks of the last `width` rows."""
-        return rows_at(self.logits_BCKD[:, :, output], self.blocks_BR[:, -width:] - self.first)
+    def slot_logits(self, slot: int, width: int) -> Tensor:
+        """Logits [B,W,D] that the blocks of the last `width` rows have in one slot."""
+        return rows_at(self.logits_BCKD[:, :, slot], self.blocks_BR[:, -width:] - self.first)

@@ -62,6 +62,8 @@ class HeadDrafter(LearnedDrafter):
         decay: loss weight of step d, `decay ** (d + first_exponent)`.
     """
 
+    depth_unit = "heads"
+
     def __init__(
         self, shape: TargetShape, heads: int, draft_vocabulary: int | None, decay: float
     ) -> None:

@@ -29,7 +29,7 @@ import modules.losses.chunked as losses
 import modules.preference.sparsepo as sparsepo
 import train.run
 from configs.command_line.loading import CONFIGS
-from modules.drafters.blocks.glancing import Documents
+from modules.drafters.blocks.documents import Documents
 from modules.preference.aligned_drafting import AlignedDrafting
 from tests.fakes import tiny_target
 from train.cli import make_parser, recipe_of

@@ -10,14 +10,9 @@ from torch.nn import functional as F
 
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.blocks.documents import Documents, block_ends, random_phases
 from modules.drafters.blocks.falcon import Falcon
-from modules.drafters.blocks.glancing import (
-    Documents,
-    block_ends,
-    random_phases,
-    reveal,
-    revealed_positions,
-)
+from modules.drafters.blocks.glancing import reveal, revealed_positions
 from modules.drafters.feature.eagle import Eagle
 from modules.losses.chunked import training_rows
 from modules.trees.named_trees import NAMED
@@ -387,8 +382,8 @@ def test_every_pass_is_the_first_pass_of_a_longer_prefix(block: int, arguments) 
             for rank in ((0, 1) if level < 2 else (0,))
         ]
     tree = StaticTree(paths).build(drafter, reader.state, len(paths))
-    proposal = reader.state.proposal
-    assert proposal is not None and tree.topology.depth.max() == 2 * block
+    proposal, passes = reader.state.proposal, reader.state.passes
+    assert proposal is not None and passes is not None and tree.topology.depth.max() == 2 * block
     checked = 0
     for row in range(proposal.tokens_BR.shape[1]):
         path, above = [], row
@@ -403,22 +398,22 @@ def test_every_pass_is_the_first_pass_of_a_longer_prefix(block: int, arguments) 
         features, following = drafter.inputs(batch)
         first = int(proposal.blocks_BR[0, row])
         known = features.clone()
-        for back, outputs in enumerate(_outputs_on_path(proposal, row)):
+        for back, outputs in enumerate(_outputs_on_path(proposal, passes, row)):
             known[6 + back * block : 6 + (back + 1) * block] = outputs
         following = torch.tensor(ids[1:] + [0])
         found = drafter.outputs(batch, TARGET, torch.tensor([len(ids) - 2]), known, following)[0]
-        torch.testing.assert_close(proposal.features_BCKH[0, first], found)
+        torch.testing.assert_close(passes.features_BCKH[0, first], found)
         checked += 1
     assert checked > 1
 
 
-def _outputs_on_path(proposal, row: int) -> list[torch.Tensor]:
+def _outputs_on_path(proposal, passes, row: int) -> list[torch.Tensor]:
     """Outputs of the blocks above the block of a row, from the prefix's on."""
     found, above = [], int(proposal.parents_BR[0, row])
     while above >= 0:
         number = int(proposal.blocks_BR[0, above])
         if not found or found[0][0] != number:
-            found.insert(0, (number, proposal.features_BCKH[0, number]))
+            found.insert(0, (number, passes.features_BCKH[0, number]))
         above = int(proposal.parents_BR[0, above])
     return [features for _, features in found]
 
@@ -430,9 +425,9 @@ def test_a_step_takes_one_reading_and_a_pass_every_k_levels(
     levels = block * passes
     drafter = falcon(block, tree="falcon_8" if levels == 8 else "falcon_8_cut_6")
     calls = {"reads": 0, "passes": 0}
-    read, after = drafter._read, drafter.layer.after_attention
+    read, after = drafter.read, drafter.layer.after_attention
     monkeypatch.setattr(
-        drafter, "_read", lambda *given: calls.update(reads=calls["reads"] + 1) or read(*given)
+        drafter, "read", lambda *given: calls.update(reads=calls["reads"] + 1) or read(*given)
     )
     monkeypatch.setattr(
         drafter.layer,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from modules.contracts.batches import TextBatch
+from modules.drafters.blocks.documents import Documents
 from modules.drafters.blocks.falcon import Falcon
-from modules.drafters.blocks.glancing import Documents
 from tests.fakes import tiny_target
 
 TARGET = tiny_target()
