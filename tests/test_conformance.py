@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
-from configs.command_line.loading import CONFIGS
+from configs.command_line.loading import parse, recipes
 from modules.contracts.drafter import Drafter
 from modules.contracts.trainable import Trainable
 from modules.decoding.decoder import SpeculativeDecoder
@@ -33,7 +33,7 @@ from tests.modules.conformance import (
 from tests.modules.sampling import Counts, first_two_tokens, small_target
 from train.cli import make_parser
 
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = recipes()
 DRAFT_VOCABULARY = 48
 
 
@@ -51,7 +51,7 @@ def build(recipe: Path, target: Target, shake: float = 0.05) -> Trainable:
     """The recipe's component for the tiny target, in float64, its weights moved off their special
     beginnings.
     """
-    drafter = make_parser().parse_args(["--config", str(recipe)]).drafter
+    drafter = parse(make_parser(), ["--config", str(recipe)]).drafter
     module, name = drafter.class_path.rsplit(".", 1)
     arguments = dict(drafter.init_args.as_dict())
     if arguments.get("draft_vocabulary"):
@@ -140,7 +140,7 @@ def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(recipe, ta
 
 
 def test_the_constructor_says_what_each_argument_is(recipe):
-    drafter = make_parser().parse_args(["--config", str(recipe)]).drafter
+    drafter = parse(make_parser(), ["--config", str(recipe)]).drafter
     module, name = drafter.class_path.rsplit(".", 1)
     found = getattr(importlib.import_module(module), name)
     arguments = list(inspect.signature(found.__init__).parameters)[1:]

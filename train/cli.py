@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from configs.command_line.class_paths import Kind, named_class
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import first_config, parse, run
 from configs.command_line.outputs import write_whole
 from configs.command_line.redaction import redact
 from data.datamodule import ConversationData
@@ -215,7 +215,7 @@ def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]
 
 def _stem(config: Namespace) -> str:
     if config.config:
-        return Path(str(config.config[0])).stem
+        return first_config(config.config).stem
     return str(getattr(config.drafter, "class_path", "run")).rsplit(".", 1)[-1].lower()
 
 

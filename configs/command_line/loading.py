@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from configs.command_line import class_paths as classes
@@ -19,6 +20,10 @@ from configs.command_line.redaction import redacted
 from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = ("drafters", "judges", "preference")
+"""Folders of configs/ whose files name what is trained (`drafter`)."""
+DEFAULTS = {"drafters": "drafter.yaml", "preference": "preference.yaml"}
+"""Files of configs/defaults/ that are merged before the recipes of a folder of configs/."""
 _FLAG = "--config"
 _ALLOW = "--allow_package"
 _DENIED = re.compile(r"Importing '([^']+)' is not allowed, .*")
@@ -38,15 +43,22 @@ _WRAPPING = (
 
 def resolve(name: str, folder: Path = CONFIGS) -> Path:
     """The config file that `name` means: a path, or else a file under configs/ (with or without
-    `.yaml`).
+    `.yaml`), of which the name alone is enough.
 
     Raises:
-        ValueError: there is none; the line lists the closest names.
+        ValueError: there is none, and the line lists the closest names; or there are several of
+            that name, and it lists them.
     """
     candidates = [Path(name), folder / name, folder / f"{name}.yaml"]
     found = next((path for path in candidates if path.is_file()), None)
     if found is not None:
         return found
+    inside = [path for path in folder.rglob("*.yaml") if name in (path.name, path.stem)]
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        paths = " and ".join(sorted(str(path.relative_to(folder)) for path in inside))
+        raise ValueError(f"--config {name!r} may mean {paths}: give the folder too")
     known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
     raise ValueError(
@@ -54,19 +66,52 @@ def resolve(name: str, folder: Path = CONFIGS) -> Path:
     )
 
 
+def recipes(folder: Path = CONFIGS) -> list[Path]:
+    """The shipped recipes, sorted by name."""
+    paths = [path for name in RECIPES for path in (folder / name).glob("*.yaml")]
+    return sorted(filter(is_recipe, paths), key=lambda path: path.name)
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a shipped config names what is trained (settings beside recipes do not)."""
+    return "drafter" in yaml.safe_load(path.read_text())
+
+
 def resolve_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line with every `--config NAME` turned into `--config PATH` (several merge left
-    to right).
+    to right), and the defaults of a recipe before it.
     """
-    resolved, expecting = [], False
+    resolved: list[str] = []
+    expecting = False
     for word in arguments:
+        place, file = len(resolved) - expecting, None
         if expecting:
-            word = str(resolve(word))
+            file = resolve(word)
+            word = str(file)
         elif word.startswith(_FLAG + "="):
-            word = f"{_FLAG}={resolve(word[len(_FLAG) + 1 :])}"
+            file = resolve(word[len(_FLAG) + 1 :])
+            word = f"{_FLAG}={file}"
         expecting = not expecting and word == _FLAG
         resolved.append(word)
+        default = None if file is None else default_of(file)
+        if default is not None:
+            resolved[place:place] = [_FLAG, str(default)]
     return resolved
+
+
+def default_of(path: Path) -> Path | None:
+    """The file of configs/defaults/ that is merged before a shipped recipe; None for other files,
+    also for those beside recipes that name no `drafter`.
+    """
+    folder = path.resolve().parent
+    name = DEFAULTS.get(folder.name) if folder.parent == CONFIGS else None
+    return None if name is None or not is_recipe(path) else CONFIGS / "defaults" / name
+
+
+def first_config(paths: Sequence[Any]) -> Path:
+    """The first of a command line's configs that was named there."""
+    named = (Path(str(path)) for path in paths)
+    return next(path for path in named if path.resolve().parent != CONFIGS / "defaults")
 
 
 def without_packages(arguments: Sequence[str]) -> list[str]:

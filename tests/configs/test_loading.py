@@ -6,8 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
-from configs.command_line.loading import config_parser, parse, resolve, run
+from configs.command_line.loading import (
+    CONFIGS,
+    config_parser,
+    default_of,
+    first_config,
+    parse,
+    recipes,
+    resolve,
+    resolve_arguments,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,58 @@ def test_a_name_is_a_path_or_a_file_under_the_folder(tmp_path: Path) -> None:
     assert all(
         resolve(name, tmp_path) == Path(path) for name in ("eval/smoke.yaml", "eval/smoke", path)
     )
+
+
+def test_a_name_alone_finds_its_folder_unless_two_have_it(tmp_path: Path) -> None:
+    for folder in ("drafters", "eval", "tasks"):
+        (tmp_path / folder).mkdir()
+    path = write(tmp_path / "drafters", "clover.yaml", "limit: 1\n")
+    assert resolve("clover.yaml", tmp_path) == resolve("clover", tmp_path) == Path(path)
+    for folder in ("eval", "tasks"):
+        write(tmp_path / folder, "smoke.yaml", "limit: 1\n")
+    words = "'smoke' may mean eval/smoke.yaml and tasks/smoke.yaml: give the folder too"
+    with pytest.raises(ValueError, match=words):
+        resolve("smoke", tmp_path)
+    assert resolve("tasks/smoke", tmp_path) == tmp_path / "tasks" / "smoke.yaml"
+
+
+def test_defaults_come_before_the_recipes_of_their_folder() -> None:
+    """Right before them, so that they override what stands left of both; not before settings that
+    lie beside recipes.
+    """
+    shared, drafters = CONFIGS / "defaults", CONFIGS / "drafters"
+    words = resolve_arguments(
+        ["--config", "budget/demo.yaml", "--config=clover.yaml", "--config", "aligned"]
+    )
+    assert words == [
+        *("--config", str(CONFIGS / "budget" / "demo.yaml")),
+        *("--config", str(shared / "drafter.yaml")),
+        f"--config={drafters / 'clover.yaml'}",
+        *("--config", str(CONFIGS / "preference" / "aligned.yaml")),
+    ]
+    assert resolve_arguments(["--config", "dpo"])[1] == str(shared / "preference.yaml")
+    assert resolve_arguments(["--config", "judge"])[1:] == [str(CONFIGS / "judges" / "judge.yaml")]
+    clover = [shared / "drafter.yaml", drafters / "clover.yaml"]
+    assert first_config(clover) == drafters / "clover.yaml"
+
+
+def test_recipes_leave_out_what_their_defaults_say() -> None:
+    for path in recipes():
+        shared = default_of(path)
+        if shared is not None:
+            own, common = (yaml.safe_load(file.read_text()) for file in (path, shared))
+            assert [
+                f"{path.stem}: {section}.{key}"
+                for section in ("data", "optimizer", "trainer")
+                for key, value in own.get(section, {}).items()
+                if common[section].get(key) == value
+            ] == []
+
+
+def test_the_page_of_recipes_has_a_row_for_each() -> None:
+    page = (CONFIGS / "README.md").read_text()
+    rows = [f"| `{path.parent.name}/{path.stem}` |" for path in recipes()]
+    assert len(rows) > 10 and [row for row in rows if page.count(row) != 1] == []
 
 
 def test_an_unknown_name_lists_the_closest(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_errors_do_not_repeat_credentials(name: str, capsys: pytest.CaptureFixtu
 def test_settings_are_stored_without_credentials() -> None:
     parser = make_parser()
     config = parser.parse_args(
-        ["--config", "configs/clover.yaml", "--data.train=https://u:pa55word@host/x.jsonl"]
+        ["--config", "configs/drafters/clover.yaml", "--data.train=https://u:pa55word@host/x.jsonl"]
     )
     assert "pa55word" not in str(recipe_settings(parser, config))
     told = Provenance(

@@ -1,10 +1,10 @@
 import pytest
 
-from configs.command_line.loading import CONFIGS, parse
+from configs.command_line.loading import CONFIGS, parse, recipes
 from data.datamodule import ConversationData
 from train.cli import command, make_parser
 
-RECIPES, BUDGETS = (sorted(folder.glob("*.yaml")) for folder in (CONFIGS, CONFIGS / "budget"))
+RECIPES, BUDGETS = recipes(), sorted((CONFIGS / "budget").glob("*.yaml"))
 LARGE = ("large", "gpu_8b")
 """For targets of 7B and more, whose learning rate is another."""
 
@@ -38,8 +38,8 @@ def test_budgets_for_large_targets_hold_published_values_and_can_be_planned(
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_budget_fits_every_recipe_and_leaves_the_method_alone(recipe, budget):
-    alone = make_parser().parse_args(["--config", str(recipe)])
-    merged = make_parser().parse_args(["--config", str(recipe), "--config", str(budget)])
+    alone = parse(make_parser(), ["--config", str(recipe)])
+    merged = parse(make_parser(), ["--config", str(recipe), "--config", str(budget)])
     assert merged.drafter == alone.drafter
     own = ("lr", "warmup_ratio") if budget.stem in LARGE else ()
     assert [
@@ -51,14 +51,7 @@ def test_every_budget_fits_every_recipe_and_leaves_the_method_alone(recipe, budg
 
 
 def test_the_reference_budget_is_what_tables_are_measured_at():
-    config = make_parser().parse_args(
-        [
-            "--config",
-            str(CONFIGS / "clover.yaml"),
-            "--config",
-            str(CONFIGS / "budget" / "reference.yaml"),
-        ]
-    )
+    config = parse(make_parser(), ["--config", "clover.yaml", "--config", "budget/reference.yaml"])
     assert (config.data.init_args.max_response_tokens, config.trainer.max_epochs, config.seed) == (
         200000,
         2,

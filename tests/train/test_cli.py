@@ -242,7 +242,7 @@ def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
         (["--trainer.strategy", "magic"], "trainer.*'magic' is unknown: use auto, ddp"),
         (["--trainer.precision", "7"], "trainer.*'7' is unknown: use one of 32-true"),
         (
-            ["--config", "objective/aligned.yaml"],
+            ["--config", "preference/aligned.yaml"],
             "objective: it continues a trained drafter: .* --init_from",
         ),
         (["--checkpoint.best_by", "probe/tau", "--probe.prompts", "0"], "probe.prompts is 0"),

@@ -319,7 +319,7 @@ def test_a_drafter_is_trained_on_preferences_and_stays_a_drafter(tiny, conversat
 def test_the_shipped_objective_aligns_a_head_and_a_feature_drafter(
     name, tiny, conversations, tmp_path
 ):
-    """As configs/objective/aligned.yaml says: a trained drafter goes on with it, or as long without
+    """As preference/aligned.yaml says: a trained drafter goes on with it, or as long without
     it.
     """
     first, aligned, longer = (tmp_path / kind for kind in ("first", "aligned", "longer"))
@@ -343,7 +343,7 @@ def test_the_shipped_objective_aligns_a_head_and_a_feature_drafter(
         "0",
     ]
     assert command([*common, "--output", str(first)]) == 0
-    common += ["--config", "objective/aligned.yaml", "--init_from", str(first)]
+    common += ["--config", "preference/aligned.yaml", "--init_from", str(first)]
     assert command([*common, "--output", str(aligned)]) == 0
     assert command([*common, "--objective", "null", "--output", str(longer)]) == 0
     settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in (aligned, longer)]

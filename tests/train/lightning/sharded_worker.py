@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback
 
 import modules.drafters.feature.base as feature_drafter
 import modules.losses.chunked as losses
 import modules.preference.sparsepo as sparsepo
 import train.run
-from configs.command_line.loading import CONFIGS
+from configs.command_line.loading import parse, recipes
 from modules.drafters.blocks.documents import Documents
 from modules.preference.aligned_drafting import AlignedDrafting
 from tests.fakes import tiny_target
@@ -60,7 +59,7 @@ TIED = {
 
 
 SOURCES = {
-    "": "conversations",
+    "data.datamodule.ConversationData": "conversations",
     "data.preferences.PreferenceData": "pairs",
     "data.labelled.labelled.LabelledData": "labelled",
 }
@@ -96,10 +95,7 @@ TRIMMED = (
     "1",
 )
 CASES = {
-    **{
-        path.stem: Case(path.stem, FLAGS.get(path.stem, ()))
-        for path in sorted(CONFIGS.glob("*.yaml"))
-    },
+    **{path.stem: Case(path.stem, FLAGS.get(path.stem, ())) for path in recipes()},
     "medusa_aligned": Case("medusa", aligned=True),
     "medusa_recomputed": Case("medusa", ("--trainer.activation_checkpointing", "true")),
     "independent_tied": Case(
@@ -121,9 +117,9 @@ def case_recipe(case: Case, folder: Path, world: int) -> Recipe:
     """A few steps of a shipped recipe on the tiny target: two rows a step, on one process or one on
     each of two.
     """
-    parser, shipped = make_parser(), CONFIGS / f"{case.recipe}.yaml"
-    known = yaml.safe_load(shipped.read_text())
-    source = SOURCES[known["data"].get("class_path", "")]
+    parser, shipped = make_parser(), ["--config", f"{case.recipe}.yaml"]
+    known = parse(parser, shipped)
+    source = SOURCES[known.data.class_path]
     settings = {
         "data.train": folder / f"{source}.jsonl",
         "data.validation_fraction": 0.2,
@@ -148,10 +144,10 @@ def case_recipe(case: Case, folder: Path, world: int) -> Recipe:
     if source == "labelled":
         settings["data.features"] = "null"
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    arguments = inspect.signature(_class(known["drafter"]["class_path"])).parameters
+    arguments = inspect.signature(_class(known.drafter.class_path)).parameters
     for key, value in () if case.drawn else QUIET.items():
         flags += [f"--drafter.{key}", json.dumps(value)] if key in arguments else []
-    recipe = recipe_of(parser, parser.parse_args(["--config", str(shipped), *flags, *case.flags]))
+    recipe = recipe_of(parser, parse(parser, [*shipped, *flags, *case.flags]))
     recipe.objective = AlignedDrafting() if case.aligned else None
     return recipe
 
