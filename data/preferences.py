@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans
-from data.conversations import Tokens, check_ids, hash_ids, tokenize_answer
+from data.conversations import Tokens, check_ids, count_cut, hash_ids, tokenize_answer
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Span, frequent_wrong, inject, is_problem, read_problem
@@ -301,8 +301,10 @@ def tokenize_pairs(
             except Skipped as reason:
                 tally.skip(str(reason), row.place)
                 continue
-            spent += pair.response_tokens if pair.key not in pairs else 0
-            pairs.setdefault(pair.key, pair)
+            if pair.key not in pairs:
+                pairs[pair.key] = pair
+                spent += pair.response_tokens
+                count_cut((pair.chosen, pair.rejected), max_length, tally, row.place)
     tally.log()
     if not any(pair.compared for pair in pairs.values()):
         reasons = (

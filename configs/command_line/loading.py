@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from configs.command_line import class_paths as classes
 from configs.command_line.bounded_yaml import check_file
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
-from configs.command_line.redaction import redacted
+from configs.command_line.redaction import printable, redacted
 from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -202,7 +202,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
 
 
 def _fail(words: str) -> int:
-    print(f"error: {redacted(' '.join(words.split()))}", file=sys.stderr)
+    print(f"error: {redacted(printable(words))}", file=sys.stderr)
     return 2
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans, prompt_ids
-from data.conversations import Tokens, check_ids, hash_ids
+from data.conversations import Tokens, check_ids, count_cut, hash_ids
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Problem, Span, inject, is_problem, read_problem
@@ -170,7 +170,13 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
     found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
     if not bool((found >= 0).any()):
         raise Skipped(f"no labelled token within the context ({max_length} tokens)")
-    return LabelledTokens(ids, found >= 0, found == 1, min(len(prompt), max_length))
+    return LabelledTokens(
+        ids,
+        found >= 0,
+        found == 1,
+        min(len(prompt), max_length),
+        cut=len(prompt) + len(response) > max_length,
+    )
 
 
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
@@ -233,8 +239,11 @@ def tokenize_labelled_rows(
             except Skipped as reason:
                 tally.skip(str(reason), row.place)
                 continue
-            spent += document.response_tokens if document.key not in documents else 0
-            documents.setdefault(document.key, document)
+            if document.key in documents:
+                continue
+            documents[document.key] = document
+            spent += document.response_tokens
+            count_cut((document,), max_length, tally, row.place)
     tally.log()
     if not documents:
         raise ValueError(f"data set {source!r} has no labelled answer: {tally.reasons()}")
