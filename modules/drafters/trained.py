@@ -338,10 +338,18 @@ class LearnedDrafter(Drafter):
     def use_static_tree(self, tree: list[Path] | str) -> None:
         """Draft fixed paths, given in full or by name (`modules.trees.named_trees`); `optimised`
         and `optimised_N` ask for the best tree of so many nodes, which `finish` finds once the
-        drafter is trained. Until then it is `narrow`."""
+        drafter is trained. Until then it is `narrow`. A tree by name has no deeper paths and no
+        ranks than can be drafted.
+
+        Raises ValueError for a tree in full with a rank that no draft has.
+        """
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
-        static = StaticTree(tree_paths(tree, self.max_depth, self.depth_unit))
+        paths = tree_paths(tree, self.max_depth, self.depth_unit)
+        if isinstance(tree, str):
+            # A tree by name is cut to the draft vocabulary as it is to the depth.
+            paths = [path for path in paths if max(path) < self.draft_size]
+        static = StaticTree(paths)
         widest = max((path[-1] for path in static.paths), default=0)
         if widest >= self.draft_size:
             raise ValueError(

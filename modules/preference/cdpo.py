@@ -104,7 +104,8 @@ class ContrastiveEstimator(Trainable):
         for start in range(0, len(labels_M), rows):
             part = slice(start, start + rows)
             positive, negative = (
-                full_precision(twin.logits(state[part])) for twin, state in zip(twins, states)
+                full_precision(twin.unrounded_logits(state[part]))
+                for twin, state in zip(twins, states)
             )
             law = contrastive_law(positive, negative, self.contrast)
             found.append(law.gather(1, labels_M[part, None])[:, 0])
@@ -115,7 +116,7 @@ def _language_losses(text: TextBatch, twin: Target) -> Tensor:
     flat_M, labels_M = next_token_rows(text)
     final_BTH = twin.features(text, ("final",), gradient=True)["final"]
     return cross_entropy(
-        final_BTH.flatten(0, 1)[flat_M], twin.logits, labels_M, twin.shape.vocab_size
+        final_BTH.flatten(0, 1)[flat_M], twin.unrounded_logits, labels_M, twin.shape.vocab_size
     )[0]
 
 

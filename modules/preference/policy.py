@@ -122,7 +122,7 @@ def _fitted(values_T: Tensor, width: int) -> Tensor:
 def reference_log_probabilities(batch: TextBatch, target: Target) -> Tensor:
     """The target's own log p of each counted token [B,T]."""
     final_BTH = target.features(batch, ("final",))["final"]
-    return log_probabilities(batch, final_BTH, target.logits, target.shape.vocab_size)
+    return log_probabilities(batch, final_BTH, target.unrounded_logits, target.shape.vocab_size)
 
 
 class PreferenceTrainable(Trainable):
@@ -170,7 +170,7 @@ class PreferenceTrainable(Trainable):
         """
         twin = self.policy.twin(target)
         final_BTH = twin.features(text, ("final",), gradient=True)["final"]
-        policy_BT = log_probabilities(text, final_BTH, twin.logits, self.shape.vocab_size)
+        policy_BT = log_probabilities(text, final_BTH, twin.unrounded_logits, self.shape.vocab_size)
         if reference_BT is None:
             reference_BT = self._references(text, target, reference_log_probabilities)
         return Response(policy_BT, reference_BT.to(policy_BT.dtype), counted(text), final_BTH)

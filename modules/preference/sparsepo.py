@@ -187,9 +187,9 @@ class SparsePO(PreferenceTrainable):
         """
         flat_M, labels_M = next_token_rows(text)
         size, twin = self.shape.vocab_size, self.policy.twin(target)
-        laws = target_laws(target.logits, reference_BTH, flat_M, size)
+        laws = target_laws(target.unrounded_logits, reference_BTH, flat_M, size)
         features_MH = response.final_BTH.flatten(0, 1)[flat_M]
-        cross_M = cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0]
+        cross_M = cross_entropy(features_MH, twin.unrounded_logits, labels_M, size, laws, flat_M)[0]
         return at_tokens(text, cross_M - entropies(laws, flat_M, size))
 
     def pair_losses(

@@ -113,7 +113,8 @@ class Medusa2(Medusa):
         """Language loss of the adapted target plus the ramped losses of its heads."""
         twin = self.adapted_twin(target)
         final_BTH = twin.features(batch, ("final",), gradient=True)["final"]
-        heads = super().loss(replace(batch, states={"final": final_BTH}), twin, progress)
+        read = {"final": final_BTH.to(self.precision)}
+        heads = super().loss(replace(batch, states=read), twin, progress)
         losses_M = self._language_losses(batch, target, twin, final_BTH)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
         total = (
@@ -161,7 +162,11 @@ class Medusa2(Medusa):
     def finish(self, batches: Iterable[TextBatch], target: Target) -> Outcome:
         """An optimised tree goes by what the adapted target says."""
         twin = self.adapt_sharing(target)
-        filled = (replace(batch, states=twin.features(batch, ("final",))) for batch in batches)
+        finals = ((batch, twin.features(batch, ("final",))["final"]) for batch in batches)
+        filled = (
+            replace(batch, states={"final": final_BTH.to(self.precision)})
+            for batch, final_BTH in finals
+        )
         return super().finish(filled, twin)
 
     def _refuse_other_layers(self, target: Target) -> None:

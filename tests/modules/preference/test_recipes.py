@@ -11,9 +11,16 @@ import torch
 
 from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.contracts.losses import Losses
+from modules.losses.chunked import next_token_rows
 from modules.preference.cdpo import CDPO, PAGE, ContrastiveEstimator
 from modules.preference.dpo import DPO
-from modules.preference.policy import PreferenceTrainable, counted
+from modules.preference.losses import contrastive_law
+from modules.preference.policy import (
+    PreferenceTrainable,
+    at_tokens,
+    counted,
+    log_probabilities,
+)
 from modules.preference.sparsepo import SparsePO
 from modules.target.target import Target
 from tests.fakes import tiny_batch, tiny_target
@@ -92,6 +99,58 @@ def test_cdpo_with_scores_of_1_does_not_look_at_the_rejected_response(target, ba
     torch.testing.assert_close(
         total(critical, batch, target).total, total(critical, other, target).total
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_ratios_and_divergences_at_16_bits_are_not_of_rounded_logits(dtype):
+    """Against float64 on the same states and weights. A policy that has moved little differs from
+    its reference by less than what logits of 16 bits are rounded by."""
+    target = tiny_target(dtype=dtype)
+    text, size = tiny_batch(target), target.shape.vocab_size
+    sparse = SparsePO(target.shape, rank=4, masks="ones")
+    for parameter in sparse.policy.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+    sparse.eval()
+    weight_VH = target.anatomy.head.weight.double()
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.double() @ weight_VH.T
+
+    found = sparse.response(text, None, target)
+    reference_BTH = target.features(text, ("final",))["final"]
+    close = {"rtol": 0.0, "atol": 1e-4}
+    for given_BT, final_BTH in (
+        (found.log_probability_BT, found.final_BTH),
+        (found.reference_BT, reference_BTH),
+    ):
+        exact_BT = log_probabilities(text, final_BTH, head, size)
+        torch.testing.assert_close(given_BT.double(), exact_BT, **close)
+    policy, reference = head(found.final_BTH).log_softmax(-1), head(reference_BTH).log_softmax(-1)
+    exact_BT = torch.nn.functional.pad((reference.exp() * (reference - policy)).sum(-1), (1, 0))[
+        :, :-1
+    ] * counted(text)
+    given_BT = sparse.divergences(text, found, reference_BTH, target)
+    torch.testing.assert_close(given_BT.double(), exact_BT, **close)
+
+
+@torch.no_grad()
+def test_the_contrast_at_16_bits_is_not_of_rounded_logits():
+    target = tiny_target(dtype=torch.bfloat16)
+    text = tiny_batch(target)
+    estimator = ContrastiveEstimator(target.shape, rank=4).eval()
+    for parameter in estimator.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+    found_BT = estimator.scores(text, target)
+    positive, negative = (
+        adapters.twin(target, training=False).features(text, ("final",))["final"].double()
+        @ target.anatomy.head.weight.double().T
+        for adapters in (estimator.positive, estimator.negative)
+    )
+    laws = contrastive_law(positive.flatten(0, 1), negative.flatten(0, 1), estimator.contrast)
+    flat_M, labels_M = next_token_rows(text)
+    exact_BT = at_tokens(text, laws[flat_M].gather(1, labels_M[:, None])[:, 0])
+    torch.testing.assert_close(found_BT.double(), exact_BT, rtol=0, atol=1e-4)
 
 
 def test_the_reference_is_run_once_per_row_whatever_the_padding(target, batch, monkeypatch):

@@ -22,6 +22,24 @@ from train.settings import OptimizerSettings, ProbeSettings
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_tree_by_name_has_no_ranks_that_a_small_draft_vocabulary_lacks(size: int) -> None:
+    """It drafts with what there is, losslessly; a tree in full is refused."""
+    target = tiny_target()
+    drafter = Medusa(target.shape, heads=3, draft_vocabulary=size).double()
+    drafter.set_vocabulary(range(20, 20 + size))
+    drafter.initialise(target)
+    assert max(max(path) for path in drafter._builder.paths) == size - 1
+    plain, drafted = (
+        SpeculativeDecoder(target, each).decode([[5, 6, 7]], Sampling(), 12)[0].ids
+        for each in (None, drafter.eval())
+    )
+    assert drafted == plain
+    with pytest.raises(ValueError, match=f"a rank of 3, but the draft vocabulary has {size} token"):
+        Medusa(target.shape, heads=3, draft_vocabulary=size, tree=[[0], [3]])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["medusa", "medusa_shared"])
 def test_fresh_heads_repeat_the_targets_prediction(arch: str, name: str) -> None:

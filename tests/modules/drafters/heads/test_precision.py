@@ -37,6 +37,27 @@ def test_bfloat16_target_with_a_float32_drafter(kind):
     assert trace.ids
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("self_distillation", [True, False])
+def test_medusa_2_trains_float32_heads_on_its_adapted_target_at_16_bits(dtype, self_distillation):
+    """Without autocast: it runs the target itself, whose states come at the target's precision."""
+    target, exact = (tiny_target(dtype=kind) for kind in (dtype, torch.float64))
+    losses, drafters = [], []
+    for each in (target, exact):
+        torch.manual_seed(0)
+        drafter = Medusa2(
+            target.shape, heads=2, rank=2, tree="optimised_4", self_distillation=self_distillation
+        ).to(torch.promote_types(each.dtype, torch.float32))
+        drafter.initialise(each)
+        drafters.append(drafter)
+        losses.append(drafter.loss(tiny_batch(each), each, 1.0).total)
+    losses[0].backward()
+    for parameter in drafters[0].declared_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=0.1, atol=0.1)
+    assert drafters[0].finish([tiny_batch(target)], target).figures
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 @pytest.mark.parametrize("trimmed", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
