@@ -4,7 +4,6 @@ engine.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from checkpoints.pretrained import (
     target_of,
     trainable_class,
 )
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from modules.contracts.target import Target
 from modules.runtime.files import whole_folder
 from modules.target.loading import load_target
@@ -125,4 +124,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

@@ -4,7 +4,6 @@ Hub.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser
 
 from checkpoints.hub import REPORT, publication, publish, write
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 
 
 def make_parser() -> ArgumentParser:
@@ -87,4 +86,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from data.chat_tokens import Answer, answer_ids
 from data.chat_tokens import prompt_ids as prompt_ids
-from data.reading.files import Place, Skipped, Tally
+from data.reading.files import Row, Skipped, Tally
 from data.reading.rows import Conversation
 
 
@@ -26,13 +26,12 @@ class Tokens:
     """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens.
 
     opening: hash of the prompt with which its conversation begins, where that has several
-    documents. cut: whether its last answer goes on beyond `max_length`.
+    documents.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     opening: str | None = field(default=None, kw_only=True)
-    cut: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         """T."""
@@ -153,20 +152,7 @@ def _document(chain: Sequence[Answer], max_length: int, opening: str | None = No
     for answer in chain:
         ids = answer.prompt + answer.said
         mask += [False] * (len(answer.prompt) - len(mask)) + [True] * len(answer.said)
-    return Tokens(
-        torch.tensor(ids[:max_length]),
-        torch.tensor(mask[:max_length]),
-        opening=opening,
-        cut=len(ids) > max_length,
-    )
-
-
-def count_cut(
-    documents: Iterable[Tokens], max_length: int, tally: Tally, place: Place | None
-) -> None:
-    """Count the answers whose end is not trained on, because it lies beyond `max_length`."""
-    reason = f"cut off at data.max_length ({max_length} tokens)"
-    tally.change_parts("answer", reason, place, sum(document.cut for document in documents))
+    return Tokens(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), opening=opening)
 
 
 def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> None:
@@ -178,6 +164,50 @@ def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> 
             f"token {largest} {tokenizer.convert_ids_to_tokens(largest)!r} is beyond the "
             f"model's vocabulary of {rows}"
         )
+
+
+Example = TypeVar("Example")
+Document = TypeVar("Document", bound=Any)
+"""`Tokens`, or what has their `key` and `response_tokens`."""
+
+
+def each_once(
+    rows: Iterable[Row],
+    read: Callable[[dict[str, Any]], list[Example]],
+    tokenized: Callable[[Example], Document],
+    budget: int | None,
+    tally: Tally,
+) -> dict[str, Document]:
+    """Tokenized examples of all rows by their keys, in order, up to a budget of response tokens;
+    skips are counted and logged.
+
+    Args:
+        rows: of a data set.
+        read: the examples of a row's content; `Skipped` if there are none.
+        tokenized: an example's tokens; `Skipped` if it cannot be used.
+        budget: response tokens; None for all rows.
+        tally: counts what is left out.
+    """
+    documents: dict[str, Document] = {}
+    spent = 0
+    for row in rows:
+        if budget is not None and spent >= budget:
+            break
+        try:
+            examples = read(row.content)
+        except Skipped as reason:
+            tally.skip(str(reason), row.place)
+            continue
+        for example in examples:
+            try:
+                document = tokenized(example)
+            except Skipped as reason:
+                tally.skip(str(reason), row.place)
+                continue
+            spent += document.response_tokens if document.key not in documents else 0
+            documents.setdefault(document.key, document)
+    tally.log()
+    return documents
 
 
 def tokenize_all(
@@ -218,8 +248,7 @@ def tokenize_all(
             tally.skip(str(reason), conversation.place)
             continue
         for reason, count in found.left_out.items():
-            tally.change_parts("answer", f"left out: {reason}", conversation.place, count)
-        count_cut(new, max_length, tally, conversation.place)
+            tally.change(f"without an answer: {reason}", conversation.place, count)
         documents.update((document.key, document) for document in new)
         spent += sum(document.response_tokens for document in new)
     tally.log()

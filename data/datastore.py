@@ -4,12 +4,11 @@ aded, rasd).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.command_line.loading import config_parser, parse, run
+from configs.command_line.loading import config_parser, exit_with, parse
 from data.conversations import tokenize_all
 from data.reading.files import Tally
 from data.reading.rows import load_conversations
@@ -72,7 +71,7 @@ def command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point; exit status 2 after a user's mistake."""
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)
 
 
 if __name__ == "__main__":

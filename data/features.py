@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 
-from configs.command_line.loading import config_parser, parse, run
+from configs.command_line.loading import accept_recipes, config_parser, exit_with, parse
 from configs.command_line.work_share import Share
 from data.datamodule import ConversationData
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Trainable
 from modules.target.loading import AUTO, load_target
-
-_OF_TRAINING = ("seed", "objective", "optimizer", "trainer", "probe", "checkpoint", "publish")
-"""Sections of a recipe that do not matter here."""
 
 
 def cache(
@@ -79,8 +74,7 @@ def command(arguments: Sequence[str]) -> int:
     """Parse a recipe's config and flags, and cache."""
     parser = config_parser("python -m data.features", "Cache the target's states over a data set.")
     parser.add_function_arguments(cache, fail_untyped=True)
-    for section in _OF_TRAINING:
-        parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
+    accept_recipes(parser, reads=("data", "drafter"))
     built = parser.instantiate(parse(parser, arguments))
     cache(
         built.data,
@@ -98,7 +92,7 @@ def command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point; exit status 2 after a user's mistake."""
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans
-from data.conversations import Tokens, check_ids, count_cut, hash_ids, tokenize_answer
+from data.conversations import Tokens, check_ids, each_once, hash_ids, tokenize_answer
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Span, frequent_wrong, inject, is_problem, read_problem
@@ -288,38 +288,23 @@ def tokenize_pairs(
     Raises:
         ValueError: no pair is left.
     """
-    pairs: dict[str, Pair] = {}
     tally = Tally("pair") if tally is None else tally
-    spent = 0
-    for row in rows:
-        if max_response_tokens and spent >= max_response_tokens:
-            break
-        for preference in _unskipped(row, corruptions, seed, tally):
-            try:
-                pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
-                check_ids(pair.input_ids, tokenizer, vocab)
-            except Skipped as reason:
-                tally.skip(str(reason), row.place)
-                continue
-            if pair.key not in pairs:
-                pairs[pair.key] = pair
-                spent += pair.response_tokens
-                count_cut((pair.chosen, pair.rejected), max_length, tally, row.place)
-    tally.log()
+
+    def tokenized(preference: Preference) -> Pair:
+        pair = tokenize_pair(preference, tokenizer, max_length, end_ids)
+        check_ids(pair.input_ids, tokenizer, vocab)
+        return pair
+
+    def read(content: Any) -> list[Preference]:
+        return read_preferences(content, corruptions, seed)
+
+    pairs = each_once(rows, read, tokenized, max_response_tokens or None, tally)
     if not any(pair.compared for pair in pairs.values()):
         reasons = (
             "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()
         )
         raise ValueError(f"no pair of data set {source!r} can be trained on: {reasons}")
     return list(pairs.values())
-
-
-def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[Preference]:
-    try:
-        return read_preferences(row.content, corruptions, seed)
-    except Skipped as reason:
-        tally.skip(str(reason), row.place)
-        return []
 
 
 # -- batches ---------------------------------------------------------------------------------------

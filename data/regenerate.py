@@ -10,9 +10,7 @@ there. The output appears at the end, whole; prompts that cannot be answered are
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.command_line.loading import config_parser, parse, run
+from configs.command_line.loading import accept_recipes, config_parser, exit_with, parse
 from data.conversations import check_ids, prompt_ids
 from data.generation.answering import (
     Chat,
     Journal,
     Key,
     chats_of,
-    making,
     open_questions,
     prompt_rows,
     prompts_digest,
@@ -136,32 +133,30 @@ def regenerate(
         ValueError: the output exists, no prompt can be answered, or the journal beside the output
             belongs to other settings.
     """
-    tally = Tally("prompt") if tally is None else tally
-    with making(Path(output)) as place:
-        chats = chats_of(prompts, tally)
-        journal = Journal(
-            place.with_name(place.name + ".journal"), _settings(target, prompts, generation)
-        )
-        total = generation.answers * sum(len(chat.questions) for chat in chats)
-        columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("", total=total, completed=len(journal.answers))
-            for turn in range(max(len(chat.questions) for chat in chats)):
-                for batch in _batches(
-                    list(_jobs(target, chats, turn, journal, generation, tally)),
-                    generation.batch_size,
-                ):
-                    journal.append(
-                        [
-                            _answer(job, ids, target)
-                            for job, ids in zip(batch, _generate(target, batch, generation))
-                        ]
-                    )
-                    bar.advance(task, len(batch))
-                if not journal.answers:
-                    raise ValueError(f"no prompt can be answered: {tally.reasons()}")
-        write_answers(place, chats, generation.answers, journal, tally)
-    return place
+    output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
+    chats = chats_of(prompts, tally)
+    journal = Journal(
+        output.with_name(output.name + ".journal"), _settings(target, prompts, generation)
+    )
+    total = generation.answers * sum(len(chat.questions) for chat in chats)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("", total=total, completed=len(journal.answers))
+        for turn in range(max(len(chat.questions) for chat in chats)):
+            for batch in _batches(
+                list(_jobs(target, chats, turn, journal, generation, tally)), generation.batch_size
+            ):
+                journal.append(
+                    [
+                        _answer(job, ids, target)
+                        for job, ids in zip(batch, _generate(target, batch, generation))
+                    ]
+                )
+                bar.advance(task, len(batch))
+            if not journal.answers:
+                raise ValueError(f"no prompt can be answered: {tally.reasons()}")
+    write_answers(output, chats, generation.answers, journal, tally)
+    return output
 
 
 # -- generating ------------------------------------------------------------------------------------
@@ -238,21 +233,6 @@ def _settings(target: Target, prompts: Sequence[Row], generation: Generation) ->
 
 # -- command line ----------------------------------------------------------------------------------
 
-_OF_TRAINING = (
-    "seed",
-    "objective",
-    "drafter",
-    "data",
-    "optimizer",
-    "trainer",
-    "probe",
-    "checkpoint",
-    "publish",
-)
-"""Sections of a recipe that do not matter here: of `--config clover.yaml`, `target` and `dtype`
-do.
-"""
-
 
 def answer_file(
     prompts: str,
@@ -293,12 +273,11 @@ def command(arguments: Sequence[str]) -> int:
         "python -m data.regenerate", "Let a target answer prompts: what drafters are to learn."
     )
     parser.add_function_arguments(answer_file, fail_untyped=True)
-    for section in _OF_TRAINING:
-        parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
+    accept_recipes(parser)
     built = vars(parser.instantiate(parse(parser, arguments)))
     answer_file(**{name: built[name] for name in inspect.signature(answer_file).parameters})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

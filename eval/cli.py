@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from checkpoints.reports import load_report
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import write_whole
 from eval.evaluation import Evaluation, evaluate
 from eval.methods.rows import Method
@@ -145,7 +144,7 @@ def quieten() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python eval.py` and exit with its status."""
-    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+    exit_with(command, arguments)
 
 
 if __name__ == "__main__":

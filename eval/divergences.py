@@ -5,7 +5,6 @@ judge.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from checkpoints.pretrained import find_folder, read_config
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from data.generation.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
 from data.labelled.mining import mine
 from data.reading.files import Tally
@@ -23,6 +22,7 @@ from eval.cli import quieten
 from eval.methods.rows import load_drafter
 from eval.methods.templates import chat_arguments
 from modules.decoding.translation import in_target_ids
+from modules.runtime.files import whole_file
 from modules.target.kernels.cpu_kernels import use_narrow_linears
 from modules.target.loading import AUTO, load_target
 
@@ -91,11 +91,9 @@ def mine_file(
 def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
     """Write the rows of all prompts at once, and say what they are."""
     rows = [row for one in mined for row in one]
-    scratch = place.with_name(place.name + ".partial")
-    scratch.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    os.replace(scratch, place)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with whole_file(place) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
     wrong, silent = sum(1 - row["spans"][0][2] for row in rows), sum(not one for one in mined)
     print(
         f"{len(rows)} drafted tokens, {wrong} of them change the answer: {place} ({silent} of "
@@ -119,4 +117,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

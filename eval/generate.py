@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from checkpoints.pretrained import find_folder, read_config
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from data.conversations import check_ids, prompt_ids
 from data.reading.files import clean
 from eval.cli import quieten
@@ -187,7 +186,7 @@ def command(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m eval.generate` and exit with its status."""
-    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+    exit_with(command, arguments)
 
 
 if __name__ == "__main__":

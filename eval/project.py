@@ -14,7 +14,6 @@ limits, drafters' work on the host.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +22,7 @@ from jsonargparse import ArgumentParser
 
 from checkpoints.reports import load_report
 from configs.command_line.bounded_yaml import load_yaml
-from configs.command_line.loading import CONFIGS, parse, run
+from configs.command_line.loading import CONFIGS, exit_with, parse
 from eval.metrics.speed_model import is_baseline
 from eval.report.markdown import number, times
 
@@ -164,7 +163,7 @@ def command(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exit status 2 after a user's mistake."""
-    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+    exit_with(command, arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from checkpoints.pretrained import find_folder, read_config
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from data.conversations import prompt_ids
 from data.generation.answering import chats_of, prompt_rows
 from data.reading.files import Tally
@@ -30,6 +30,7 @@ from data.reading.rows import Message
 from eval.cli import quieten
 from eval.methods.rows import TRAINING_PROMPTS, load_drafter
 from eval.methods.templates import chat_arguments
+from eval.metrics.bootstrap import mean_interval
 from eval.tasks.task_files import HELD_OUT
 from modules.acceptance.rejection import node_chances, recursive_rounds
 from modules.acceptance.rules import (
@@ -65,6 +66,8 @@ SIBLINGS = 4
 NODES, DEEPEST = 15, 6
 LEVEL_DRAWS = 8
 """Times as many draws for trees of one level, which need no model once the laws are recorded."""
+SAMPLES = 4000
+"""Of the bootstrap."""
 CALIBRATION_SIBLINGS = 8
 DEEPEST_SHAPE = 16
 Rule = RatioRule | PointRule
@@ -366,14 +369,6 @@ def measure(
     }, firsts
 
 
-def interval(values_P: Sequence[float], samples: int = 4000) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean over prompts."""
-    values = np.asarray(values_P)
-    drawn_SP = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
-    low, high = np.quantile(values[drawn_SP].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def verdict(low: float, high: float) -> str:
     """What an interval of a difference says of an order."""
     return "holds" if low > 0 else "reversed" if high < 0 else "tie"
@@ -383,7 +378,7 @@ def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
     """Two Markdown tables: every trial, and every pair that a paper orders."""
     lines = ["| trial | expected accepted drafts | 95 % interval |", "|---|---:|---:|"]
     for name, per_prompt in values.items():
-        low, high = interval(per_prompt)
+        low, high = mean_interval(per_prompt, SAMPLES)
         lines.append(f"| {name} | {np.mean(per_prompt):.3f} | {low:.3f} to {high:.3f} |")
     lines += [
         "",
@@ -392,7 +387,7 @@ def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
     ]
     for better, worse in ((one, other) for one, other in ORDERS if {one, other} <= set(values)):
         difference = [one - other for one, other in zip(values[better], values[worse], strict=True)]
-        low, high = interval(difference)
+        low, high = mean_interval(difference, SAMPLES)
         lines.append(
             f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
             f"{verdict(low, high)} |"
@@ -488,4 +483,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

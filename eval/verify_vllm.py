@@ -8,7 +8,6 @@ same chain on the same prompts.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, cast
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import claimed, write_whole
 from eval.cli import quieten
 from eval.evaluation import Evaluation, evaluate
@@ -252,4 +251,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

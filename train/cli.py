@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from configs.command_line.class_paths import Kind, named_class
-from configs.command_line.loading import first_config, parse, run
+from configs.command_line.loading import exit_with, first_config, parse
 from configs.command_line.outputs import write_whole
 from configs.command_line.redaction import redact
 from data.datamodule import ConversationData
@@ -310,4 +309,4 @@ def report(folder: Path, untrained: str = "") -> None:
 
 def main() -> None:
     """Entry point; exit status 2 after a user's mistake."""
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

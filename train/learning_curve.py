@@ -9,7 +9,6 @@ The recipe is trained once for every size, on the first so many tokens of its tr
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 
 from checkpoints.pretrained import PROVENANCE
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import claimed, write_whole
 from eval.report import plots
+from modules.runtime.html_page import html_page
 from modules.target.loading import load_target
 from modules.target.target import Target
 from train.cli import make_parser, quieten, recipe_of, recipe_settings
@@ -87,13 +87,8 @@ def lines(points: Sequence[Point], figure: str) -> list[str]:
 
 def page(points: Sequence[Point], figure: str, title: str) -> str:
     """A page that needs nothing else."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title></head>\n"
-        f'<body style="max-width: 44rem; margin: 2rem auto; font: 15px system-ui, sans-serif">'
-        f"<h1>{escape(title)}</h1>\n{picture(points, figure)}\n"
-        f"<pre>{escape(chr(10).join(lines(points, figure)))}</pre></body></html>\n"
-    )
+    table = escape("\n".join(lines(points, figure)))
+    return html_page(title, [picture(points, figure), f"<pre>{table}</pre>"])
 
 
 def check(sizes: Sequence[int]) -> None:
@@ -150,4 +145,4 @@ def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

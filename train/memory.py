@@ -27,7 +27,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn import functional as F
 
-from configs.command_line.loading import parse, run
+from configs.command_line.loading import exit_with, parse
 from modules.losses import chunked as losses
 from modules.target.loading import load_target
 from train.cli import make_parser, recipe_of
@@ -235,4 +235,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

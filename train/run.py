@@ -26,8 +26,9 @@ from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Objective, Outcome, Trainable
+from modules.contracts.trainable import Outcome, Trainable
 from modules.layers.activation_checkpointing import use_activation_checkpointing
+from modules.preference.aligned_drafting import AlignedDrafting
 from modules.runtime.files import clear_scratch
 from modules.target.kernels.compiled_calls import compile_blocks
 from modules.target.loading import AUTO, check_unquantised, chosen_dtype, load_target
@@ -70,7 +71,7 @@ class Recipe:
         chat_template: arguments of the target's chat template, for instance {enable_thinking:
             false}.
         seed: of weights, order and dropout.
-        objective: a loss instead of the component's own, for instance
+        objective: a loss instead of the component's own,
             modules.preference.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
         trainer: see train/settings.py.
@@ -85,7 +86,7 @@ class Recipe:
     dtype: str = AUTO
     chat_template: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    objective: Objective | None = None
+    objective: AlignedDrafting | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)

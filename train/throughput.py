@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from configs.command_line.loading import config_parser, parse, run
+from configs.command_line.loading import config_parser, exit_with, parse
 from modules.contracts.batches import TextBatch
 from modules.contracts.target import Target
 from modules.drafters.feature.eagle3 import Eagle3
@@ -268,4 +267,4 @@ def command(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    exit_with(command)

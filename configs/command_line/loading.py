@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from configs.command_line import class_paths as classes
 from configs.command_line.bounded_yaml import check_file
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
-from configs.command_line.redaction import printable, redacted
+from configs.command_line.redaction import redacted
 from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -24,6 +24,20 @@ RECIPES = ("drafters", "judges", "preference")
 """Folders of configs/ whose files name what is trained (`drafter`)."""
 DEFAULTS = {"drafters": "drafter.yaml", "preference": "preference.yaml"}
 """Files of configs/defaults/ that are merged before the recipes of a folder of configs/."""
+SECTIONS = (
+    "seed",
+    "objective",
+    "drafter",
+    "data",
+    "optimizer",
+    "trainer",
+    "probe",
+    "checkpoint",
+    "publish",
+)
+"""What a recipe says besides its target."""
+Command = Callable[[Sequence[str]], int]
+"""Arguments of a command line -> exit status."""
 _FLAG = "--config"
 _ALLOW = "--allow_package"
 _DENIED = re.compile(r"Importing '([^']+)' is not allowed, .*")
@@ -179,7 +193,7 @@ def one_line(message: str) -> str:
     )
 
 
-def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def run(command: Command, arguments: Sequence[str]) -> int:
     """Call an entry point; what goes wrong outside of the code is one line and an exit status.
 
     2 is a user's mistake (`ValueError`) or a disk that is full or cannot be written, 130 Ctrl-C,
@@ -201,9 +215,25 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         return _fail(disk_message(trouble))
 
 
+def exit_with(
+    command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None
+) -> None:
+    """Call an entry point on the command line's arguments, and exit with its status."""
+    sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+
+
 def _fail(words: str) -> int:
-    print(f"error: {redacted(printable(words))}", file=sys.stderr)
+    print(f"error: {redacted(' '.join(words.split()))}", file=sys.stderr)
     return 2
+
+
+def accept_recipes(parser: ArgumentParser, reads: Collection[str] = ()) -> None:
+    """Let a command's parser take recipes, of which it reads some sections (besides target and
+    dtype) and leaves the others alone.
+    """
+    for section in SECTIONS:
+        if section not in reads:
+            parser.add_argument(f"--{section}", type=Any, help=argparse.SUPPRESS)
 
 
 def config_parser(prog: str, description: str, **options: Any) -> ArgumentParser:

@@ -12,18 +12,17 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from configs.command_line.endings import about
+from modules.runtime.files import PARTIAL, whole_file
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".output.lock"
-PARTIAL = ".partial"
-"""Ending of files that are being written."""
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _held: dict[Path, IO[str]] = {}
 """Locks of this process by the folder they are of."""
@@ -75,36 +74,6 @@ def claimed(output: Path) -> Iterator[None]:
             _held.pop(place, None)
 
 
-@contextmanager
-def claimed_file(output: Path) -> Iterator[None]:
-    """Keep other runs from making the same file while the block lasts. The lock stands beside it
-    and is removed in the end.
-
-    Raises:
-        ValueError: another run is making it, or nothing can be written there.
-    """
-    place = output.with_name(f".{output.name}.lock")
-    while True:
-        try:
-            lock = open(place, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise _unwritable(output, error) from error
-        with lock:
-            if not _locks(lock, fcntl.LOCK_EX):
-                raise ValueError(
-                    f"output {str(output)!r}: another run is making it: wait, or give another "
-                    "--output"
-                )
-            # A run that ended in the meantime may have removed the file that was opened.
-            if not _is_at(lock, place):
-                continue
-            try:
-                yield
-            finally:
-                place.unlink(missing_ok=True)
-            return
-
-
 def _refuse_neighbours(output: Path, place: Path) -> None:
     """ValueError where another run is writing to a folder around this one, or to one inside."""
     around = [(other, "around") for other in place.parents if (other / LOCK).is_file()]
@@ -122,14 +91,6 @@ def _refuse_neighbours(output: Path, place: Path) -> None:
                 f"output {str(output)!r}: another run is writing to {str(other)!r} {where} it"
                 f"{_owner(other)}: wait for it, or give another --output"
             )
-
-
-def _is_at(file: IO[str], place: Path) -> bool:
-    """Whether an open file is the one that now stands at a path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), place.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _locks(lock: IO[str], kind: int) -> bool:
@@ -175,21 +136,24 @@ def _unwritable(output: Path, error: OSError) -> ValueError:
     )
 
 
+def append_lines(file: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file and wait until they are on the disk."""
+    with about(file), file.open("a", encoding="utf-8") as stream:
+        stream.writelines(line + "\n" for line in lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def write_whole(files: Mapping[Path, str]) -> None:
     """Write some texts, all or none: each beside its place first, then all renamed.
 
     Raises:
         OSError: the disk took none of them; what was there before still is.
     """
-    partials = {place: place.with_name(f".{place.name}{PARTIAL}") for place in files}
-    try:
+    with ExitStack() as stack:
         for place, text in files.items():
-            with about(place), partials[place].open("wb") as file:
+            partial = stack.enter_context(whole_file(place))
+            with about(place), partial.open("wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
-        for place, partial in partials.items():
-            os.replace(partial, place)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from data.conversations import Tokens
 from data.feature_cache.rounding import ORDINARY, restored, state_bytes, stored
 from data.packing import collate
 from modules.contracts.shapes import StateName
-from modules.runtime.files import as_umask_says
+from modules.runtime.files import PARTIAL, as_umask_says, whole_file
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -277,7 +276,7 @@ def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tok
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what kills left half written; nobody else may be writing."""
-    for partial in folder.glob("*.partial"):
+    for partial in folder.glob(f"*{PARTIAL}"):
         partial.unlink()
 
 
@@ -299,10 +298,9 @@ def _append_shard(
         )
     digest = hashlib.sha256("".join(document.key for document in group).encode()).hexdigest()
     path = folder / f"shard-{digest[:16]}.safetensors"
-    scratch = path.with_suffix(".partial")
-    save_file(held, scratch)
-    as_umask_says(scratch)
-    os.replace(scratch, path)
+    with whole_file(path) as partial:
+        save_file(held, partial)
+        as_umask_says(partial)
     shard = {
         "file": path.name,
         "sha256": _sha256(path),
@@ -405,9 +403,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    scratch = folder / "manifest.partial"
-    scratch.write_text(json.dumps(manifest))
-    os.replace(scratch, folder / "manifest.json")
+    with whole_file(folder / "manifest.json") as partial:
+        partial.write_text(json.dumps(manifest))
 
 
 def _name(text: str) -> StateName:

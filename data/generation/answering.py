@@ -11,17 +11,16 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.command_line.outputs import claimed_file
+from configs.command_line.outputs import append_lines
 from data.reading.files import Place, Row, Skipped, Tally, clean, local_files, read_rows
 from data.reading.rows import CHATS, Message, questions_of
+from modules.runtime.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +173,7 @@ class Journal:
         if not self._begun:
             self._write(answers)
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer) + "\n" for answer in answers)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, map(json.dumps, answers))
 
     def said(self, index: int, number: int) -> list[dict[str, Any]]:
         """The answers to a prompt's first questions, as far as they go."""
@@ -222,18 +218,6 @@ def writable(output: Path) -> Path:
     return output
 
 
-@contextmanager
-def making(output: Path) -> Iterator[Path]:
-    """A path that answers may be written to, kept from other runs while the block lasts: they would
-    write into the same journal.
-
-    Raises:
-        ValueError: as `writable`, or another run is making it.
-    """
-    with claimed_file(writable(output)):
-        yield writable(output)
-
-
 def write_answers(
     output: Path, chats: Sequence[Chat], answers: int, journal: Journal, tally: Tally
 ) -> None:
@@ -260,9 +244,8 @@ def write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or as it was."""
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def placed(rows: Sequence[dict[str, Any]]) -> list[Row]:

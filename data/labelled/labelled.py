@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans, prompt_ids
-from data.conversations import Tokens, check_ids, count_cut, hash_ids
+from data.conversations import Tokens, check_ids, each_once, hash_ids
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Problem, Span, inject, is_problem, read_problem
@@ -170,13 +170,7 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
     found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
     if not bool((found >= 0).any()):
         raise Skipped(f"no labelled token within the context ({max_length} tokens)")
-    return LabelledTokens(
-        ids,
-        found >= 0,
-        found == 1,
-        min(len(prompt), max_length),
-        cut=len(prompt) + len(response) > max_length,
-    )
+    return LabelledTokens(ids, found >= 0, found == 1, min(len(prompt), max_length))
 
 
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
@@ -226,36 +220,20 @@ def tokenize_labelled_rows(
     Raises:
         ValueError: nothing is left.
     """
-    documents: dict[str, LabelledTokens] = {}
     tally = Tally("answer") if tally is None else tally
-    spent = 0
-    for row in rows:
-        if max_labels is not None and spent >= max_labels:
-            break
-        for answer in _unskipped(row, corruptions, seed, tally):
-            try:
-                document = tokenize_labelled(answer, tokenizer, max_length)
-                check_ids(document.input_ids, tokenizer, vocab)
-            except Skipped as reason:
-                tally.skip(str(reason), row.place)
-                continue
-            if document.key in documents:
-                continue
-            documents[document.key] = document
-            spent += document.response_tokens
-            count_cut((document,), max_length, tally, row.place)
-    tally.log()
+
+    def tokenized(answer: LabelledAnswer) -> LabelledTokens:
+        document = tokenize_labelled(answer, tokenizer, max_length)
+        check_ids(document.input_ids, tokenizer, vocab)
+        return document
+
+    def read(content: Any) -> list[LabelledAnswer]:
+        return read_labelled(content, corruptions, seed)
+
+    documents = each_once(rows, read, tokenized, max_labels, tally)
     if not documents:
         raise ValueError(f"data set {source!r} has no labelled answer: {tally.reasons()}")
     return list(documents.values())
-
-
-def _unskipped(row: Row, corruptions: int, seed: int, tally: Tally) -> list[LabelledAnswer]:
-    try:
-        return read_labelled(row.content, corruptions, seed)
-    except Skipped as reason:
-        tally.skip(str(reason), row.place)
-        return []
 
 
 # -- batches ---------------------------------------------------------------------------------------

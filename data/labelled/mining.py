@@ -10,7 +10,6 @@ compared: where one was cut short there is no label.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.conversations import prompt_ids
-from data.labelled.solution_errors import plain_number
+from data.labelled.numbers import final_number
 from data.reading.rows import Message
 from modules.acceptance.rules import Draws, GreedyRule, check_pairing
 from modules.contracts.drafter import Context, Drafter, DraftState, proposal
@@ -28,8 +27,6 @@ from modules.decoding.decoder import SpeculativeDecoder
 
 if TYPE_CHECKING:
     from modules.contracts.target import Session, Target
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -140,13 +137,6 @@ def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -
         "response_ids": ids,
         "spans": [[len(ids) - 1, len(ids), int(right)]],
     }
-
-
-def final_number(text: str) -> str | None:
-    """The last number of a text, without separators and without a fraction of zero; None if it has
-    none."""
-    found = _NUMBER.findall(text)
-    return plain_number(found[-1]) if found else None
 
 
 def _answers(

@@ -14,11 +14,11 @@ from math import isclose
 from typing import Any
 
 from data.corpora.word_problems import mistaken
+from data.labelled.numbers import plain_number
 from data.reading.files import Skipped
 
 CALCULATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 """A calculator annotation, as in GSM8K: `9 * 20 = <<9*20=180>>180`."""
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _OPERAND = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _WRITTEN = re.compile(r"\s*[$€£]?\s*(-?\d(?:[\d,]*\d)?(?:\.\d+)?)")
 _RESULT = re.compile(r"= ?[$€£]?(\d+)")
@@ -253,9 +253,3 @@ def frequent_wrong(problem: Problem, mass: float = 0.5) -> list[Solution]:
 
 def _clean(text: str) -> str:
     return CALCULATION.sub("", text)
-
-
-def plain_number(number: str) -> str:
-    """A number without thousands separators and without a fraction of zero."""
-    number = number.strip().replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number

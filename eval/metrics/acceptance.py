@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.metrics.bootstrap import Floats, draws, finite_interval
+
 TIE_GAP = 1e-3
 """Two tokens whose teacher-forced logits are this close may swap with the rounding of wider
 calls.
 """
-Floats = NDArray[np.float64]
 
 
 # -- acceptance ------------------------------------------------------------------------------------
@@ -120,8 +121,8 @@ def bootstrap_interval(
         np.asarray(method, dtype=np.float64),
         np.asarray(baseline, dtype=np.float64),
     )
-    drawn_SP = _draws(len(method), samples, seed)
-    return _quantiles(_rates(method_P2, drawn_SP) / _rates(baseline_P2, drawn_SP), level)
+    drawn_SP = draws(len(method), samples, seed)
+    return finite_interval(_rates(method_P2, drawn_SP) / _rates(baseline_P2, drawn_SP), level)
 
 
 def rate_interval(
@@ -132,21 +133,9 @@ def rate_interval(
     """
     if len(speeds) < 2:
         return None
-    return _quantiles(
-        _rates(np.asarray(speeds, dtype=np.float64), _draws(len(speeds), samples, seed)), level
+    return finite_interval(
+        _rates(np.asarray(speeds, dtype=np.float64), draws(len(speeds), samples, seed)), level
     )
-
-
-def _draws(prompts: int, samples: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(prompts, size=(samples, prompts))
-
-
-def _quantiles(values_S: Floats, level: float) -> tuple[float, float] | None:
-    finite_S = values_S[np.isfinite(values_S)]
-    if not len(finite_S):
-        return None
-    low, high = np.quantile(finite_S, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _rates(speeds_P2: Floats, drawn_SP: NDArray[np.int64]) -> Floats:

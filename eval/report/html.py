@@ -23,16 +23,12 @@ from eval.report.markdown import (
     noise_lines,
 )
 from eval.tasks.contamination import overlap_lines
+from modules.runtime.html_page import html_page
 
 STYLE = """
-:root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 72rem; color: var(--ink);
-  background: #fff;
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
+body { max-width: 72rem; }
 h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
-p { margin: .4rem 0; max-width: 60rem; } .quiet { color: var(--quiet); }
+p { margin: .4rem 0; max-width: 60rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -40,9 +36,8 @@ th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align
 th { color: var(--quiet); font-weight: 600; font-size: .85rem; }
 td:first-child, th:first-child { text-align: left; }
 tr.bad td { color: #b3261e; background: #fdf1f0; } .alarm { color: #b3261e; font-weight: 600; }
-svg { max-width: 100%; height: auto; }
 .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
-.pair > figure { flex: 1 1 24rem; } figure { margin: 0; }
+.pair > figure { flex: 1 1 24rem; }
 .lines { white-space: pre-line; }
 .answer { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px;
   padding: 1rem 1.2rem; }
@@ -67,36 +62,24 @@ class Sample:
 def page(report: Mapping[str, Any], sample: Sample | None) -> str:
     """The whole page."""
     measured = [method for method in report["methods"] if not is_baseline(method)]
-    return (
-        "\n".join(
-            [
-                "<!doctype html>",
-                '<html lang="en"><head><meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                "<title>Slipstream evaluation</title>",
-                f"<style>{STYLE}</style></head><body>",
-                "<h1>Speedup over autoregressive decoding</h1>",
-                f'<p class="quiet">{escape(caption(report))}.</p>',
-                *_alarms(report),
-                main_table(report),
-                *(
-                    f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>'
-                    for line in (*noise_lines(report), *export_lines(report["methods"]))
-                ),
-                *_pictures(report["methods"], measured),
-                *_halves(report["methods"]),
-                *_qualities(report["methods"]),
-                *_drafting(report["methods"]),
-                *_predictions(report["methods"]),
-                *_sample(sample),
-                *_overlaps(report["methods"]),
-                f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>',
-                _facts(report),
-                "</body></html>",
-            ]
-        )
-        + "\n"
-    )
+    remarks = (*noise_lines(report), *export_lines(report["methods"]))
+    parts = [
+        f'<p class="quiet">{escape(caption(report))}.</p>',
+        *_alarms(report),
+        main_table(report),
+        *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in remarks),
+        *_pictures(report["methods"], measured),
+        *_halves(report["methods"]),
+        *_qualities(report["methods"]),
+        *_drafting(report["methods"]),
+        *_predictions(report["methods"]),
+        *_sample(sample),
+        *_overlaps(report["methods"]),
+        f'<h2>Reading</h2><p class="quiet">{escape(READING)}</p>',
+        _facts(report),
+    ]
+    heading = "Speedup over autoregressive decoding"
+    return html_page("Slipstream evaluation", parts, STYLE, heading)
 
 
 def _alarms(report: Mapping[str, Any]) -> Iterable[str]:

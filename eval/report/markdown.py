@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from eval.report.answer_quality import control_lines, program_lines, quality_tab
 from eval.report.summary import Summary
 from eval.tasks.contamination import overlap_lines
 from modules.contracts.target import Target
+from modules.cost_model.latency_table import processor_model
 from modules.target.gguf_name import title
 
 Figures = Mapping[str, Any]
@@ -70,12 +70,7 @@ def device_name() -> str:
     """The GPU's name, or the CPU's where the system reports it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.is_file() else []
-    named = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
-    )
-    return named or platform.processor() or platform.machine()
+    return processor_model() or platform.processor() or platform.machine()
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:

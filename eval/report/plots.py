@@ -24,7 +24,6 @@ PHASE_COLOURS = {
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -106,9 +105,24 @@ def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarr
         (method["by_task"][task]["speedup"], method["by_task"][task]["ci95"]) for task in groups[1:]
     ]
     heights = [value or 0.0 for value, _ in entries]
-    bounds = [bounds or (height, height) for height, (_, bounds) in zip(heights, entries)]
+    return heights, _errors(heights, [interval for _, interval in entries])
+
+
+def _errors(heights: Sequence[float], intervals: Sequence[Any]) -> np.ndarray:
+    """How far intervals reach below and above the heights [2, N]; 0 where there is none."""
+    bounds = [bounds or (height, height) for height, bounds in zip(heights, intervals)]
     errors = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, bounds)]
-    return heights, np.array(errors).T
+    return np.array(errors).T
+
+
+def _shares_by_count(axes: Axes, across: str, up: str) -> None:
+    """Axes of shares (0 to 1) over whole numbers."""
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(axis="y", color="#e3e7ee")
+    axes.legend(loc="upper right")
 
 
 def acceptance_by_depth(methods: Sequence[Figures]) -> str:
@@ -131,12 +145,8 @@ def acceptance_by_depth(methods: Sequence[Figures]) -> str:
                     label=label,
                     color=colours[method["name"]],
                 )
-        axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("draft depth (solid: of all calls; dashed: of calls that got there)")
-        axes.set_ylabel("accepted")
-        axes.grid(axis="y", color="#e3e7ee")
-        axes.legend(loc="upper right")
+        across = "draft depth (solid: of all calls; dashed: of calls that got there)"
+        _shares_by_count(axes, across, "accepted")
 
     return svg(draw, 5.6, 3.4, "acceptance")
 
@@ -159,12 +169,7 @@ def accepted_lengths(methods: Sequence[Figures]) -> str:
                 label=method["name"],
                 color=colours[method["name"]],
             )
-        axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("drafts accepted by a call")
-        axes.set_ylabel("share of calls")
-        axes.grid(axis="y", color="#e3e7ee")
-        axes.legend(loc="upper right")
+        _shares_by_count(axes, "drafts accepted by a call", "share of calls")
 
     return svg(draw, 5.6, 3.4, "lengths")
 
@@ -195,15 +200,10 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
     def draw(axes: Axes) -> None:
         for index, (name, rows) in enumerate(found.items()):
             heights = [row["speedup"]["micro"] or 0.0 for row in rows]
-            bounds = [row["speedup"]["ci95"] or (h, h) for row, h in zip(rows, heights)]
-            errors = [
-                [max(0.0, h - low) for h, (low, _) in zip(heights, bounds)],
-                [max(0.0, high - h) for h, (_, high) in zip(heights, bounds)],
-            ]
             axes.errorbar(
                 [row[key] for row in rows],
                 heights,
-                errors,
+                _errors(heights, [row["speedup"]["ci95"] for row in rows]),
                 marker="o",
                 markersize=3,
                 elinewidth=0.8,

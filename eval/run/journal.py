@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.command_line.endings import about
-from configs.command_line.outputs import write_whole
+from configs.command_line.outputs import append_lines, write_whole
 from configs.command_line.shapes import Each, mismatch
 from eval.methods.digests import changed, digest, plain
 from modules.decoding.decoder import Trace
@@ -150,10 +148,7 @@ class Journal:
         self._append({"unit": unit, "of": self._digest, "records": plain_records})
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        with about(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, separators=(",", ":")) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, [json.dumps(value, separators=(",", ":"))])
 
 
 def written_journals(path: Path) -> list[Path]:

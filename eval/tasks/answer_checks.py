@@ -1,6 +1,6 @@
 """Quality of answers, for methods that change them: pure functions of texts and scores.
 
-Shape legend: P prompts, S bootstrap samples.
+Shape legend: P prompts.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ from typing import Any
 
 import numpy as np
 
+from data.labelled.numbers import NUMBER, final_number, plain_number
+from eval.metrics.bootstrap import mean_interval
 from eval.tasks.programs import passes
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _WORD = re.compile(r"[a-z0-9]+")
 _BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def final_number(text: str) -> float | None:
+def answer_number(text: str) -> float | None:
     """The number behind `####` (GSM8K's mark of the answer), else the last number of the text; None
     without any.
     """
-    marked = text.rpartition("####")[2] if "####" in text else text
-    found = _NUMBER.findall(marked) or _NUMBER.findall(text)
-    if not found:
-        return None
-    chosen = found[0] if "####" in text and _NUMBER.findall(marked) else found[-1]
-    return float(chosen.replace(",", ""))
+    marked = NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
+    number = final_number(text) if marked is None else plain_number(marked[0])
+    return None if number is None else float(number)
 
 
 def same_number(answer: str, solution: str) -> bool:
     """Whether an answer ends in the solution's number (Cobbe et al. 2021, GSM8K)."""
-    given, wanted = final_number(answer), final_number(solution)
+    given, wanted = answer_number(answer), answer_number(solution)
     return given is not None and wanted is not None and abs(given - wanted) < 1e-6
 
 
@@ -136,12 +134,9 @@ def paired_outcome(
     }
     if len(difference_P) < 2:
         return {**counts, "ci95": None, "verdict": "tie"}
-    drawn_SP = np.random.default_rng(seed).integers(
-        len(difference_P), size=(samples, len(difference_P))
-    )
-    low, high = np.quantile(difference_P[drawn_SP].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = mean_interval(difference_P, samples, seed, level)
     verdict = "win" if low > 0 else "loss" if high < 0 else "tie"
-    return {**counts, "ci95": [float(low), float(high)], "verdict": verdict}
+    return {**counts, "ci95": [low, high], "verdict": verdict}
 
 
 def common_prefix(answer: Sequence[int], reference: Sequence[int]) -> float:

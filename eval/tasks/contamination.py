@@ -19,12 +19,9 @@ from data.reading.files import Tally, local_files, read_rows
 from eval.methods.rows import Method, Row
 from eval.tasks.tasks import Prompt, Task
 from modules.acceptance.rules import RULES
-from modules.contracts.drafter import Drafter, Part
-from modules.decoding.decoder import Composite, Decoder
 from modules.runtime.files import read_object
 
 RUN = 13
-DATASTORE = "datastore.json"
 KEY = "training_overlap"
 """Of a method's `quality` in the report."""
 _WORD = re.compile(r"\w+")
@@ -84,7 +81,7 @@ def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
 
 def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """The same of a datastore: of the data set that it says it was built from."""
-    told = read_object(Path(folder) / DATASTORE)
+    told = read_object(Path(folder) / "datastore.json")
     return _searched(
         told.get("source"), "its datastore does not name what it was built from", tasks
     )
@@ -110,17 +107,15 @@ Known = tuple[Literal["trained", "datastore"], str]
 """What a method brings that may have seen the prompts, and where it is."""
 
 
-def known_to(method: Method, decoder: Decoder) -> list[Known]:
-    """Everything that was made from data of what a method names: drafter, its parts, assistant,
+def known_to(method: Method) -> list[Known]:
+    """Everything that a method names and that was made from data: drafter, partner, assistant,
     rule, datastores.
     """
-    parts = decoder.parts() if isinstance(decoder, Composite) else {}
-    found = [*_trained(method.drafter), *_known_in(parts), *_trained(_rule_of(method))]
-    return list(dict.fromkeys(found))
-
-
-def _trained(named: object) -> list[Known]:
-    return [("trained", named)] if isinstance(named, str) else []
+    return list(
+        dict.fromkeys(
+            [*_known_in(method.drafter), *_known_in(method.decoder), *_known_in(_rule_of(method))]
+        )
+    )
 
 
 def _rule_of(method: Method) -> str | None:
@@ -128,25 +123,21 @@ def _rule_of(method: Method) -> str | None:
     return None if named in RULES else named
 
 
-def _known_in(parts: Mapping[str, Part]) -> Iterator[Known]:
-    for part in parts.values():
-        if isinstance(part, Drafter):
-            if part.loaded_from is not None:
-                yield "trained", part.loaded_from
-            yield from _known_in(part.parts())
-        else:
-            yield "datastore" if (part / DATASTORE).is_file() else "trained", str(part)
+def _known_in(spec: object) -> Iterator[Known]:
+    if isinstance(spec, str):
+        yield "trained", spec
+    elif isinstance(spec, Mapping):
+        arguments = spec.get("init_args") or {}
+        yield from _known_in(arguments.get("partner"))
+        yield from _known_in(arguments.get("assistant"))
+        if isinstance(arguments.get("datastore"), str):
+            yield "datastore", arguments["datastore"]
 
 
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
     """Put what is found into the `quality` of every row whose method knows data; one look per
     component. Several of one method are reported together."""
-    decoders = {row.name: row.decoder for row in rows}
-    sources = {
-        method.label: known
-        for method in methods
-        if method.label in decoders and (known := known_to(method, decoders[method.label]))
-    }
+    sources = {method.label: known for method in methods if (known := known_to(method))}
     overlaps = {
         known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
         for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))
@@ -194,9 +185,8 @@ def _said(overlap: Mapping[str, Any]) -> str:
         return f"{named}: not searched for the prompts, {overlap['skipped']}"
     found, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
     shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-    too_short = f"; {short} {'is' if short == 1 else 'are'} too short for that" if short else ""
     return (
         f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
-        f"{f' ({shown})' if found else ''}{too_short}"
+        f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}"
         f"{f'; not all was searched, {unsearched}' if unsearched else ''}"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import platform
 import re
 import statistics
@@ -25,6 +24,7 @@ from transformers import DynamicCache
 
 from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
+from modules.runtime.files import whole_file
 from modules.runtime.phase_timer import now
 from modules.target.loading import cache_folder
 
@@ -61,10 +61,9 @@ class LatencyTable:
     def save(self, file: Path) -> None:
         """Write it as JSON."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}.partial")
         stored = {"context": self.context, "seconds": self.seconds, "spread": self.spread}
-        scratch.write_text(json.dumps(stored))
-        os.replace(scratch, file)
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps(stored))
 
     @staticmethod
     def load(file: Path) -> LatencyTable:
@@ -242,15 +241,17 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The CPU's model; where the system does not report it, what Python knows and at least its
     architecture.
     """
-    if cpuinfo.is_file():
-        named = re.search(
-            r"^(?:model name|Model)\s*:\s*(\S.*)$",
-            cpuinfo.read_text(errors="replace"),
-            re.MULTILINE,
-        )
-        if named is not None:
-            return f"{platform.machine()} {named[1].strip()}"
-    return " ".join(dict.fromkeys((platform.machine(), platform.processor()))).strip()
+    parts = (platform.machine(), processor_model(cpuinfo) or platform.processor())
+    return " ".join(dict.fromkeys(parts)).strip()
+
+
+def processor_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model as Linux reports it; empty where it does not."""
+    if not cpuinfo.is_file():
+        return ""
+    listing = cpuinfo.read_text(errors="replace")
+    named = re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", listing, re.MULTILINE)
+    return "" if named is None else named[1].strip()
 
 
 def _seconds(target: Target, call: Callable[[], object]) -> float:

@@ -10,24 +10,16 @@ Shape legend: D draft tokens that the target has too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from modules.contracts.drafter import (
-    Context,
-    Drafter,
-    DraftState,
-    Frontier,
-    Part,
-    TreeBuilder,
-)
+from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import Law
 from modules.contracts.verification import Accepted, Verified
 from modules.target.tokenizers.vocabulary import VocabularyMap
 
@@ -79,10 +71,6 @@ class TranslatedDrafter(Drafter):
         """Target ids that it can draft."""
         return self.get_buffer("targets_D")
 
-    def parts(self) -> Mapping[str, Part]:
-        """The drafter that it translates."""
-        return {"drafter": self.drafter}
-
     @property
     def builder(self) -> TreeBuilder:
         """The drafter's."""
@@ -127,12 +115,6 @@ class TranslatedDrafter(Drafter):
         )
         inner = self.drafter.start(translated)
         return TranslatedState(context, context.newest_B, context.lengths_B, inner)
-
-    def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
-        """The tree with what the drafter adds, which sees it in its own ids."""
-        assert isinstance(state, TranslatedState)
-        seen = replace(tree, tokens_BN=self.vocabulary.to_draft(tree.tokens_BN))
-        return replace(self.drafter.prepare(state.inner, seen), tokens_BN=tree.tokens_BN)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the tokens that the target has too."""

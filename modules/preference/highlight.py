@@ -6,23 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from modules.runtime.html_page import html_page
+
 SHOWN = 24
 """Responses on a page at most."""
 STYLE = """
-:root { color-scheme: light; --ink: #1d2330; --quiet: #5b6577; --line: #e3e7ee; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 56rem; color: var(--ink);
-  background: #fff;
-  font: 15px/1.7 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
-.quiet { color: var(--quiet); white-space: pre-line; }
+body { line-height: 1.7; }
+.quiet { white-space: pre-line; }
 .response { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 8px;
   padding: 1rem 1.2rem; }
 .response span { border-radius: 2px; } .lowest { outline: 2px solid #b3261e; outline-offset: 1px; }
 .error { text-decoration: underline wavy #0072b2 2px; text-underline-offset: 3px; }
 article { margin: 2rem 0; }
 figcaption { color: var(--quiet); font-size: .85rem; margin-top: .3rem; }
-figure { margin: 0; }
 """
 
 
@@ -42,25 +38,14 @@ def highlight_page(title: str, responses: Sequence[TokenScores]) -> str:
     score outlined.
     """
     shown = responses[:SHOWN]
-    return (
-        "\n".join(
-            [
-                "<!doctype html>",
-                '<html lang="en"><head><meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f"<title>{escape(title)}</title>",
-                f"<style>{STYLE}</style></head><body>",
-                f"<h1>{escape(title)}</h1>",
-                f'<p class="quiet">{len(shown)} of {len(responses)} held-out wrong responses. The '
-                "darker a token, the lower its score s: the more it belongs to wrong trajectories "
-                "rather than right ones. The lowest score of each response is outlined, a known "
-                "error underlined; point at a token to read its score.</p>",
-                *(_article(number, response) for number, response in enumerate(shown, 1)),
-                "</body></html>",
-            ]
-        )
-        + "\n"
+    legend = (
+        f'<p class="quiet">{len(shown)} of {len(responses)} held-out wrong responses. The '
+        "darker a token, the lower its score s: the more it belongs to wrong trajectories "
+        "rather than right ones. The lowest score of each response is outlined, a known "
+        "error underlined; point at a token to read its score.</p>"
     )
+    articles = (_article(number, response) for number, response in enumerate(shown, 1))
+    return html_page(title, [legend, *articles], STYLE)
 
 
 def _article(number: int, response: TokenScores) -> str:

@@ -1,4 +1,4 @@
-"""Folders that are whole or as they were, modes of files that the umask decides, and JSON."""
+"""Files and folders that are whole or as they were, modes that the umask decides, and JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+"""Ending of files that are being written."""
 _ENDING = ".scratch"
 _FRESH, _OLD = "new", "old"
 _EXCHANGE, _HERE = 2, -100
 """`RENAME_EXCHANGE` and `AT_FDCWD` of Linux' `renameat2`."""
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+@contextmanager
+def whole_file(place: Path) -> Iterator[Path]:
+    """A path beside `place`, whose file takes its place when the block has ended well.
+
+    However else it ends, `place` is as it was, and the other file is removed.
+    """
+    partial = place.with_name(f".{place.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

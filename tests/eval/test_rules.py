@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eval.methods.rows import Method
+from eval.metrics.bootstrap import mean_interval
 from eval.rules import (
     ORDERS,
     Comparison,
@@ -21,7 +22,6 @@ from eval.rules import (
     calibrate,
     command,
     fastest_shape,
-    interval,
     level_trials,
     measure,
     spots,
@@ -155,7 +155,7 @@ def test_tables_order_every_pair() -> None:
     assert tables({"DySpec": [1.0, 2.0], "Sequoia": [1.0, 3.0]})[-1].startswith(
         "| DySpec | Sequoia | -0.5000 |"
     )
-    low, high = interval([1.0, 2.0, 3.0, 4.0])
+    low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4
 
 

@@ -12,9 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from configs.command_line.endings import about
-
-PART = ".part"
-"""Ending of checkpoints that are being written."""
+from modules.runtime.files import PARTIAL, whole_file
 
 
 class SiblingCheckpointIO(TorchCheckpointIO):
@@ -28,20 +26,18 @@ class SiblingCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write `.NAME.part`, have it on the disk, and rename it.
+        """Write a file beside it, have that on the disk, and rename it.
 
         Raises:
             OSError: the disk did not take it; the file that was there before still is.
         """
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}{PART}")
         try:
-            with about(place), part.open("wb") as file:
+            with whole_file(place) as partial, about(place), partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, place)
         except RuntimeError as error:
             # torch answers a full disk with an error of its own ("unexpected pos"), behind which is
             # the disk's.
@@ -49,11 +45,9 @@ class SiblingCheckpointIO(TorchCheckpointIO):
             if isinstance(refused, OSError):
                 raise OSError(refused.errno, refused.strerror, str(place)) from error
             raise
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what kills left half written in a folder of checkpoints; nobody may be writing."""
-    for part in folder.glob(f".*{PART}"):
-        part.unlink()
+    for partial in folder.glob(f".*{PARTIAL}"):
+        partial.unlink()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from modules.runtime.files import as_umask_says, read_object
+from modules.runtime.files import as_umask_says, read_object, whole_file
 from modules.trees.trie import END, Tokens
 
 ORDERED = 32
@@ -57,16 +56,12 @@ class Datastore:
         set.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{os.getpid()}"
-        save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, scratch)
-        as_umask_says(scratch)
-        os.replace(scratch, folder / "datastore.safetensors")
-        scratch.write_text(
-            json.dumps(
-                {"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}
-            )
-        )
-        os.replace(scratch, folder / "datastore.json")
+        with whole_file(folder / "datastore.safetensors") as partial:
+            save_file({"tokens": self.tokens_M, "suffixes": self.suffixes_M}, partial)
+            as_umask_says(partial)
+        summary = {"vocab_size": self.vocab_size, "tokens": len(self.tokens_M), "source": source}
+        with whole_file(folder / "datastore.json") as partial:
+            partial.write_text(json.dumps(summary))
 
     @staticmethod
     def load(folder: str, vocab_size: int) -> Datastore:

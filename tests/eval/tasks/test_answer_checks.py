@@ -8,8 +8,8 @@ import evaluate
 import pytest
 
 from eval.tasks.answer_checks import (
+    answer_number,
     common_prefix,
-    final_number,
     paired_outcome,
     passes,
     program_of,
@@ -41,7 +41,7 @@ def load(name: str):
     ],
 )
 def test_the_answer_of_a_solution(text, number):
-    assert final_number(text) == number
+    assert answer_number(text) == number
 
 
 def test_same_number_asks_for_both():

@@ -171,11 +171,11 @@ def test_one_training_at_a_time_and_a_killed_one_leaves_nothing_behind(tiny, rec
     (output / ".drafter-killed.scratch" / "old").mkdir(parents=True)
     (output / ".drafter-killed.scratch" / "old" / "config.json").write_text("{}")
     (output / "lightning" / "checkpoints").mkdir(exist_ok=True)
-    (output / "lightning" / "checkpoints" / ".last.ckpt.part").write_bytes(b"half")
+    (output / "lightning" / "checkpoints" / ".last.ckpt.1.partial").write_bytes(b"half")
     torch.save({}, output / "lightning" / "checkpoints" / "last.ckpt")
     with claim(output, "last", False):
         assert (output / "drafter" / "config.json").read_text() == "{}"
-        assert not list(output.glob(".drafter-*")) and not list(output.rglob("*.part"))
+        assert not list(output.glob(".drafter-*")) and not list(output.rglob("*.partial"))
 
 
 def test_only_the_first_process_of_a_run_locks(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_a_run_in_a_line_and_it_goes_on(tiny, recipe, tmp_path)
         and "go on with --resume last" in said
     )
     assert torch.load(resume_point(output, "last"), weights_only=True)["global_step"] == 3
-    assert not list(output.rglob("*.part"))
+    assert not list(output.rglob("*.partial"))
     assert one_line(recipe, output, "--resume", "last") == 0
     assert json.loads((output / "drafter" / "provenance.json").read_text()) and load_pretrained(
         output, tiny
