@@ -160,7 +160,7 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
     trainable = _build(config, folder, tensors)
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
     check_values(trainable, str(folder / WEIGHTS))
-    trainable.trained_for = trained_for(config)
+    trainable.trained_for, trainable.loaded_from = trained_for(config), str(name)
     if target is not None:
         check_compatible(trainable, target, str(name))
         trainable.serve(target)

@@ -34,6 +34,13 @@ FLOORS = {
     ),
 }
 """Lowest first: a folder imports from its own floor and from those below; commands stand on top."""
+FAMILIES = ("modules.drafters", "modules.preference", "modules.judges")
+NAMED = {
+    "train/throughput.py": {"modules.drafters.feature.eagle3"},
+    "eval/rules.py": {"modules.drafters.small_models.s2d"},
+}
+"""Commands that are about one family (docs/design_decisions.md, `Components answer for
+themselves`)."""
 MOST_FILES = 12
 """Python files in one folder."""
 MOST_STATEMENTS = {"tests": 300}
@@ -178,6 +185,42 @@ def test_imports_go_down_the_floors(room: str, imports: dict[str, set[str]]) -> 
         if floor_of(other, floors) > floor_of(name, floors)
     ]
     assert upwards == []
+
+
+def of_families(path: Path) -> dict[str, str]:
+    """Names that a file imports from the folders of families, and the file each is from."""
+    names = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(FAMILIES):
+            names |= {alias.asname or alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names if alias.name.startswith(FAMILIES)]
+            names |= dict(zip(found, found, strict=True))
+    return names
+
+
+def classes_checked(path: Path) -> set[str]:
+    """Names in the second argument of `isinstance` and `issubclass`."""
+    return {
+        part.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id in ("isinstance", "issubclass") and len(node.args) == 2
+        for part in ast.walk(node.args[1])
+        if isinstance(part, ast.Name)
+    }
+
+
+@pytest.mark.parametrize("room", ["train", "eval"])
+def test_no_family_is_known_by_name(room: str) -> None:
+    """What differs between components is asked of them (`Trainable`, `Drafter`)."""
+    named, checked = {}, []
+    for path in sorted((ROOT / room).rglob("*.py")):
+        place, names = str(path.relative_to(ROOT)), of_families(path)
+        named |= {place: set(names.values())} if names else {}
+        checked += [f"{place}: {name}" for name in sorted(classes_checked(path) & set(names))]
+    assert named == {place: found for place, found in NAMED.items() if place.startswith(room)}
+    assert checked == []
 
 
 def test_nothing_is_left_undone() -> None:

@@ -18,11 +18,9 @@ import torch
 
 from data.feature_cache.rounding import state_bytes
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import Trainable
-from modules.drafters.feature.base import MAX_SCORES, FeatureDrafter
+from modules.contracts.trainable import Footprint, GradientLayers, Trainable
 from modules.losses.chunked import MAX_LAWS, MAX_LOGITS
 from modules.runtime.host_memory import available_memory
-from modules.target.adapters import Adapters
 from train.settings import DEEPSPEED, TrainerSettings
 
 GIB = 2**30
@@ -40,34 +38,20 @@ ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_
 """What to try, in this order, where a strategy does not fit."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """What the arithmetic starts from.
+@dataclass(frozen=True, kw_only=True)
+class Size(Footprint):
+    """What the arithmetic starts from: the component's footprint, and what surrounds it.
 
-    trainable, frozen: parameters. target_bytes: per value of the target. tokens: of a batch on one
-    process, padding included. steps: draft steps that are trained. width: logits per row. names:
-    states that the loss reads. row: tokens of a row. own_head: an LM head that learns. soft: the
-    target's laws are learnt. hanging: EAGLE's training attention.
-    recomputed: activations are not kept. sides: rows that belong together (2 of a pair). deep:
-    values per token that decoder layers which run with a gradient keep: the target's under
-    adapters, or a language model's.
+    trainable, frozen: parameters. target_bytes: per value of the target. shape: the target's
+    dimensions. names: states that the loss reads. recomputed: activations are not kept.
     """
 
     trainable: int
     frozen: int
     target_bytes: int
-    tokens: int
-    steps: int
     shape: TargetShape
-    width: int
     names: tuple[StateName, ...]
-    row: int
-    own_head: bool = False
-    soft: bool = False
-    hanging: bool = False
     recomputed: bool = False
-    sides: int = 1
-    deep: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +104,8 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     activations += wide * (logit_bytes(size) + score_bytes(size)) + max(
         running, 4 * size.tokens * size.row
     )
-    activations += max(value, size.target_bytes) * size.deep * size.tokens
+    deep = layer_values(size.layers, size.recomputed)
+    activations += max(value, size.target_bytes) * deep * size.tokens
     return Memory(
         size.frozen * size.target_bytes,
         parts[0],
@@ -143,14 +128,12 @@ def logit_bytes(size: Size) -> float:
 
 
 def score_bytes(size: Size) -> float:
-    """Of EAGLE's attention scores, their masked and their normalised values: of every step, or of
-    one part.
+    """Of attention scores that are kept (EAGLE's), their masked and their normalised values: of
+    every step, or of one part.
     """
-    wanted = size.row * size.row * size.shape.num_heads
-    if not size.hanging:
-        return 0.0
-    if wanted > MAX_SCORES:
-        return 4.0 * 3 * MAX_SCORES
+    wanted = size.row * size.row * size.score_heads
+    if wanted > size.most_scores:
+        return 4.0 * 3 * size.most_scores
     return 4.0 * 3 * wanted * (size.tokens / size.row) * (1 if size.recomputed else size.steps)
 
 
@@ -158,55 +141,31 @@ def measure(
     trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False
 ) -> Size:
     """The size of a component beside its target (either may be on the meta device)."""
-    arguments = trainable.arguments
-    dtype = next(target.parameters()).dtype
-    own = trainable.trained_size
-    width = int(arguments.get("draft_vocabulary") or target.shape.vocab_size)
-    own_head = any(
-        tuple(parameter.shape) == (width, target.shape.hidden_size)
-        for parameter in trainable.declared_parameters()
-    )
-    sides = 2 if trainable.batch_kind == "preference" else 1
     return Size(
-        own,
-        sum(parameter.numel() for parameter in target.parameters()),
-        dtype.itemsize,
-        sides * rows * length,
-        int(getattr(trainable, "draft_steps", 1)),
-        target.shape,
-        width,
-        trainable.training_states,
-        length,
-        own_head,
-        bool(getattr(trainable, "soft_labels", False)),
-        isinstance(trainable, FeatureDrafter),
-        recomputed,
-        sides,
-        deep_values(trainable, target, recomputed),
+        **vars(trainable.footprint(rows, length)),
+        trainable=trainable.trained_size,
+        frozen=sum(parameter.numel() for parameter in target.parameters()),
+        target_bytes=next(target.parameters()).dtype.itemsize,
+        shape=target.shape,
+        names=trainable.training_states,
+        recomputed=recomputed,
     )
 
 
-def deep_values(trainable: Trainable, target: Any, recomputed: bool = False) -> float:
-    """Values per token that decoder layers keep which run with a gradient; 0 of a component without
-    such layers.
+def layer_values(layers: GradientLayers | None, recomputed: bool = False) -> float:
+    """Values per token that decoder layers keep which run with a gradient; 0 without such layers.
 
     Recomputed layers keep their inputs, and one of them at a time the rest. The target's layers
     under adapters are the target's own, which are not recomputed.
     """
-    adapters = next((part for part in trainable.modules() if isinstance(part, Adapters)), None)
-    model = target if adapters is not None else getattr(trainable, "language_model", None)
-    if model is None:
+    if layers is None:
         return 0.0
-    shape = model.shape
+    shape = layers.shape
     each = HIDDEN_PER_LAYER * shape.hidden_size + INNER_PER_LAYER * shape.intermediate_size
-    if adapters is None:
-        return (
-            each + shape.num_layers * shape.hidden_size
-            if recomputed
-            else float(each * shape.num_layers)
-        )
-    if adapters.dropout:
+    if layers.dropout:
         each += HIDDEN_PER_DROPOUT * shape.hidden_size + INNER_PER_DROPOUT * shape.intermediate_size
+    if recomputed and not layers.adapted:
+        return each + shape.num_layers * shape.hidden_size
     return float(each * shape.num_layers)
 
 

@@ -26,9 +26,8 @@ from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Outcome, Trainable
+from modules.contracts.trainable import Objective, Outcome, Trainable
 from modules.layers.activation_checkpointing import use_activation_checkpointing
-from modules.preference.aligned_drafting import AlignedDrafting
 from modules.runtime.files import clear_scratch
 from modules.target.kernels.compiled_calls import compile_blocks
 from modules.target.loading import AUTO, check_unquantised, chosen_dtype, load_target
@@ -71,7 +70,7 @@ class Recipe:
         chat_template: arguments of the target's chat template, for instance {enable_thinking:
             false}.
         seed: of weights, order and dropout.
-        objective: a loss instead of the component's own,
+        objective: a loss instead of the component's own, for instance
             modules.preference.aligned_drafting.AlignedDrafting.
         optimizer: see train/settings.py.
         trainer: see train/settings.py.
@@ -86,7 +85,7 @@ class Recipe:
     dtype: str = AUTO
     chat_template: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    objective: AlignedDrafting | None = None
+    objective: Objective | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)

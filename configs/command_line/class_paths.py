@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 
-from modules.contracts.drafter import Drafter
+from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.trainable import Trainable
 
 PACKAGES = (
@@ -92,6 +92,29 @@ def named_class(path: str, kind: Kind, where: str) -> Callable[..., Any]:
     if made is None or not allowed(found.__module__) or not _fits(made, kind):
         raise ValueError(f"{where}: class_path {path!r} is no {kind.name.lower()}: name one")
     return found
+
+
+def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
+    """The arguments of a class that are drafters or builders themselves, by the types that its
+    constructor declares.
+
+    Raises:
+        ValueError: a type that is not there at run time.
+    """
+    try:
+        hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except NameError as error:
+        raise ValueError(
+            f"{where}: types of {made.__qualname__}'s arguments cannot be read ({error}): import "
+            "them outside of TYPE_CHECKING"
+        ) from None
+    kinds = {Drafter: Kind.DRAFTER, TreeBuilder: Kind.BUILDER}
+    return {
+        name: kinds[part]
+        for name, hint in hints.items()
+        for part in (hint, *typing.get_args(hint))
+        if name != "return" and part in kinds
+    }
 
 
 def _made_by(found: Any) -> type | None:

@@ -11,6 +11,8 @@ Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabu
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from checkpoints.pretrained import load_pretrained
+from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.decoding.decoder import Trace
 from modules.decoding.loop import kept_calls
-from modules.drafters.small_models.independent import Independent
 from modules.runtime.phase_timer import now
 from modules.target.generation_config import stock_generate
 from modules.target.loading import truncated_config
@@ -172,11 +174,16 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
             if assistant is None
             else trained(assistant, target)
         )
+        self._named = assistant
         self.assistant.generation_config = GenerationConfig(
             num_assistant_tokens=tokens,
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
         )
+
+    def parts(self) -> Mapping[str, Path]:
+        """The trained drafter whose model the assistant is, where one was named."""
+        return {} if self._named is None else {"assistant": Path(self._named)}
 
     def arguments(self) -> dict[str, Any]:
         """Hands over the assistant."""
@@ -219,7 +226,7 @@ def trained(name: str, target: Target) -> Any:
             target's.
     """
     drafter = load_pretrained(name, target)
-    if not isinstance(drafter, Independent):
+    if not isinstance(drafter, Drafter) or drafter.stock is None:
         raise ValueError(
             f"assistant {name!r} is a {type(drafter).__name__}: give a trained Independent drafter"
         )

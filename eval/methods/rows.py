@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from checkpoints.pretrained import load_pretrained
-from configs.command_line.class_paths import Kind, named_class
+from configs.command_line.class_paths import Kind, named_class, part_kinds
 from data.conversations import prompt_ids
 from data.reading.files import read_jsonl
 from modules.acceptance.rules import RULES, AcceptanceRule, check_pairing, rule_named
@@ -127,22 +127,22 @@ class Method:
             (self.builder, Kind.BUILDER, 0),
         ):
             if isinstance(spec, Mapping):
-                class_of(spec, where, kind, given)
-        if isinstance(self.drafter, Mapping):
-            _check_parts(self.drafter, where)
+                _check_class(spec, where, kind, given)
         if self.rule is not None:
             _check_rule(self.rule, where)
         if self.builder is not None and isinstance(self.rule, str) and self.rule in RULES:
             check_pairing(rule_named(self.rule), construct(self.builder, where, Kind.BUILDER).law)
 
 
-def _check_parts(spec: ClassSpec, where: str) -> None:
-    """Check the classes that a drafter's `init_args` name (RASD's and the suffix automaton's)."""
-    arguments = spec.get("init_args") or {}
-    for name, kind, given in (("partner", Kind.DRAFTER, 1), ("builder", Kind.BUILDER, 0)):
+def _check_class(spec: ClassSpec, where: str, kind: Kind, given: int) -> None:
+    """Check the class of a spec, and of a drafter those that its `init_args` name in turn."""
+    made, arguments = class_of(spec, where, kind, given), spec.get("init_args") or {}
+    if kind is not Kind.DRAFTER:
+        return
+    for name, part in part_kinds(made, where).items():
         if isinstance(arguments.get(name), Mapping):
-            class_of(arguments[name], f"{where}: {name}", kind, given)
-            _check_parts(arguments[name], f"{where}: {name}")
+            inside = f"{where}: {name}"
+            _check_class(arguments[name], inside, part, int(part is Kind.DRAFTER))
 
 
 def _folder_exists(folder: Path, where: str) -> None:
@@ -446,7 +446,7 @@ def load_drafter(
         found = load_pretrained(source, target)
     else:
         found = construct(
-            _with_partner(source, target, where, precision), where, Kind.DRAFTER, target.shape
+            _with_parts(source, target, where, precision), where, Kind.DRAFTER, target.shape
         )
     if not isinstance(found, Drafter):
         raise ValueError(
@@ -455,24 +455,30 @@ def load_drafter(
     return found.to(target.device, getattr(torch, precision) if precision else target.dtype).eval()
 
 
-def _with_partner(
+def _with_parts(
     source: ClassSpec, target: Target, where: str, precision: Precision | None
 ) -> ClassSpec:
-    """The spec with the drafter and the builder that `init_args.partner` and `.builder` name in
-    their place (RASD).
+    """The spec with the drafters and the builders that its `init_args` name in their place (RASD's
+    partner).
     """
     arguments = dict(source.get("init_args") or {})
-    if isinstance(arguments.get("builder"), Mapping):
-        arguments["builder"] = construct(arguments["builder"], f"{where}: builder", Kind.BUILDER)
-    if arguments.get("partner") is None:
-        return {**source, "init_args": arguments}
-    partner = load_drafter(arguments["partner"], target, f"{where}: partner", precision)
-    if partner.adapt(target) is not target:
-        raise ValueError(
-            f"{where}: partner {arguments['partner']!r} adapts its target: name one that does not"
-        )
-    partner = in_target_ids(partner, target)
-    return {**source, "init_args": {**arguments, "partner": partner}}
+    for name, kind in part_kinds(class_of(source, where, Kind.DRAFTER, 1), where).items():
+        spec = arguments.get(name)
+        if kind is Kind.DRAFTER and isinstance(spec, (str, Mapping)):
+            arguments[name] = _part(spec, target, f"{where}: {name}", precision)
+        elif kind is Kind.BUILDER and isinstance(spec, Mapping):
+            arguments[name] = construct(spec, f"{where}: {name}", kind)
+    return {**source, "init_args": arguments}
+
+
+def _part(
+    source: str | ClassSpec, target: Target, where: str, precision: Precision | None
+) -> Drafter:
+    """A drafter beside another one, in the target's ids. ValueError: one that adapts its target."""
+    found = load_drafter(source, target, where, precision)
+    if found.adapt(target) is not target:
+        raise ValueError(f"{where} {source!r} adapts its target: name one that does not")
+    return in_target_ids(found, target)
 
 
 def builder_name(drafter: Drafter, builder: TreeBuilder | None) -> str:

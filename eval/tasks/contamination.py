@@ -19,9 +19,12 @@ from data.reading.files import Tally, local_files, read_rows
 from eval.methods.rows import Method, Row
 from eval.tasks.tasks import Prompt, Task
 from modules.acceptance.rules import RULES
+from modules.contracts.drafter import Drafter, Part
+from modules.decoding.decoder import Composite, Decoder
 from modules.runtime.files import read_object
 
 RUN = 13
+DATASTORE = "datastore.json"
 KEY = "training_overlap"
 """Of a method's `quality` in the report."""
 _WORD = re.compile(r"\w+")
@@ -81,7 +84,7 @@ def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
 
 def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
     """The same of a datastore: of the data set that it says it was built from."""
-    told = read_object(Path(folder) / "datastore.json")
+    told = read_object(Path(folder) / DATASTORE)
     return _searched(
         told.get("source"), "its datastore does not name what it was built from", tasks
     )
@@ -107,15 +110,17 @@ Known = tuple[Literal["trained", "datastore"], str]
 """What a method brings that may have seen the prompts, and where it is."""
 
 
-def known_to(method: Method) -> list[Known]:
-    """Everything that a method names and that was made from data: drafter, partner, assistant,
+def known_to(method: Method, decoder: Decoder) -> list[Known]:
+    """Everything that was made from data of what a method names: drafter, its parts, assistant,
     rule, datastores.
     """
-    return list(
-        dict.fromkeys(
-            [*_known_in(method.drafter), *_known_in(method.decoder), *_known_in(_rule_of(method))]
-        )
-    )
+    parts = decoder.parts() if isinstance(decoder, Composite) else {}
+    found = [*_trained(method.drafter), *_known_in(parts), *_trained(_rule_of(method))]
+    return list(dict.fromkeys(found))
+
+
+def _trained(named: object) -> list[Known]:
+    return [("trained", named)] if isinstance(named, str) else []
 
 
 def _rule_of(method: Method) -> str | None:
@@ -123,21 +128,25 @@ def _rule_of(method: Method) -> str | None:
     return None if named in RULES else named
 
 
-def _known_in(spec: object) -> Iterator[Known]:
-    if isinstance(spec, str):
-        yield "trained", spec
-    elif isinstance(spec, Mapping):
-        arguments = spec.get("init_args") or {}
-        yield from _known_in(arguments.get("partner"))
-        yield from _known_in(arguments.get("assistant"))
-        if isinstance(arguments.get("datastore"), str):
-            yield "datastore", arguments["datastore"]
+def _known_in(parts: Mapping[str, Part]) -> Iterator[Known]:
+    for part in parts.values():
+        if isinstance(part, Drafter):
+            if part.loaded_from is not None:
+                yield "trained", part.loaded_from
+            yield from _known_in(part.parts())
+        else:
+            yield "datastore" if (part / DATASTORE).is_file() else "trained", str(part)
 
 
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
     """Put what is found into the `quality` of every row whose method knows data; one look per
     component. Several of one method are reported together."""
-    sources = {method.label: known for method in methods if (known := known_to(method))}
+    decoders = {row.name: row.decoder for row in rows}
+    sources = {
+        method.label: known
+        for method in methods
+        if method.label in decoders and (known := known_to(method, decoders[method.label]))
+    }
     overlaps = {
         known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
         for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))

@@ -35,6 +35,10 @@ class TextBatch:
     document_ids: Tensor
     states: dict[StateName, Tensor] = field(default_factory=dict)
 
+    def texts(self) -> tuple[TextBatch, ...]:
+        """The text batches that it is made of: itself."""
+        return (self,)
+
     def rows(self) -> Rows:
         """Causal attention inside each document."""
         length = self.input_ids.shape[1]
@@ -61,6 +65,10 @@ class PreferenceBatch:
     inferred: Tensor | None = None
     """bool [B]: rows whose error is only known to lie among the tokens marked in `errors`."""
 
+    def texts(self) -> tuple[TextBatch, ...]:
+        """Both sides."""
+        return self.chosen, self.rejected
+
 
 @dataclass
 class LabelledBatch:
@@ -74,3 +82,11 @@ class LabelledBatch:
     """int64 [B,T]: a number of the question that each token's answer belongs to, at random but the
     same everywhere.
     """
+
+    def texts(self) -> tuple[TextBatch, ...]:
+        """The text without its labels."""
+        return (self.text,)
+
+
+AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
+"""What a `Trainable` may be trained on."""

@@ -8,7 +8,9 @@ V target vocabulary, D draft vocabulary, H hidden size.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -247,6 +249,22 @@ class Drafter(Trainable):
         """Target ids of the draft vocabulary [D]; None: the whole vocabulary."""
         return None
 
+    def parts(self) -> Mapping[str, Part]:
+        """Drafters beside it and folders of data that it retrieves from, by the names of its
+        arguments.
+        """
+        return {}
+
+    @property
+    def stock(self) -> Any:
+        """Itself as a Hugging Face model on the same weights; None where it is none."""
+        return None
+
+    @property
+    def tokens_D(self) -> Tensor | None:
+        """Ids of its own that can be drafted [D]; None: all that it has."""
+        return self.vocabulary_D
+
     def adapt(self, target: Target) -> Target:
         """The target this drafter decodes with: `target` itself unless training changed it
         (Medusa-2).
@@ -297,6 +315,10 @@ def proposal(
     if builder is None:
         return drafter.prepare(state, drafter.propose(state, budget))
     return drafter.prepare(state, builder.build(drafter, state, budget))
+
+
+Part = Drafter | Path
+"""What another drafter is made of: a drafter, or a folder of data."""
 
 
 def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from modules.contracts.batches import TextBatch
 from modules.contracts.float32_buffers import SteadyBuffers
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName, TargetShape
@@ -61,6 +62,43 @@ class Outcome:
 
     figures: dict[str, float] = field(default_factory=dict)
     pages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GradientLayers:
+    """Decoder layers that a training step runs with a gradient: a language model's own, or the
+    target's under adapters.
+
+    shape: their dimensions and how many there are. adapted: they are the target's, which are never
+    recomputed. dropout: the adapters drop some of their inputs.
+    """
+
+    shape: TargetShape
+    adapted: bool = False
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a training step computes, as far as its memory depends on it (`train.plan`).
+
+    tokens: of a batch on one process, padding included. row: tokens of a row. steps: draft steps
+    that are trained. width: logits per row. own_head: an LM head that learns. soft: the target's
+    distributions are learnt. sides: rows that belong together (2 of a pair). score_heads: heads of
+    an attention whose scores are kept for every pair of tokens of a row, `most_scores` of them at a
+    time; 0 without one. layers: decoder layers with a gradient.
+    """
+
+    tokens: int
+    row: int
+    steps: int
+    width: int
+    own_head: bool = False
+    soft: bool = False
+    sides: int = 1
+    score_heads: int = 0
+    most_scores: int = 0
+    layers: GradientLayers | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +159,10 @@ class Trainable(SteadyBuffers):
     """Tokens of the longest row it was trained on, where its folder says so."""
     trained_for: TrainedFor | None = None
     """The target it was trained for, where it was loaded from a folder."""
-    batch_kind: ClassVar[str] = "text"
-    """`"text"`, `"preference"` or `"labelled"`: the batch type that `loss` wants."""
+    loaded_from: str | None = None
+    """The run, folder or Hub id that it was loaded from."""
+    batch_type: ClassVar[type] = TextBatch
+    """The batch type that `loss` wants: text, pairs or labelled text."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the constructor's arguments, defaults filled in. ValueError: a count beyond
@@ -188,6 +228,16 @@ class Trainable(SteadyBuffers):
         """Optimiser groups; `lr_scale` multiplies the recipe's learning rate."""
         return [{"params": list(self.declared_parameters()), "lr_scale": 1.0}]
 
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """What a training step on so many rows of `length` tokens computes."""
+        shape = self.arguments["shape"]
+        width = int(self.arguments.get("draft_vocabulary") or shape.vocab_size)
+        own_head = any(
+            tuple(parameter.shape) == (width, shape.hidden_size)
+            for parameter in self.declared_parameters()
+        )
+        return Footprint(rows * length, length, 1, width, own_head)
+
     @property
     def uneven_calls(self) -> str:
         """Why processes call its modules unequally often in a step; empty: they do not
@@ -218,3 +268,18 @@ class Trainable(SteadyBuffers):
             key: asdict(value) if isinstance(value, TargetShape) else value
             for key, value in self.arguments.items()
         }
+
+
+class Objective(nn.Module):
+    """A loss on a component instead of its own, for training that continues (`objective` of a
+    recipe).
+    """
+
+    @abstractmethod
+    def begin(self, drafter: Trainable) -> None:
+        """Called once before training, with the component as it is then. ValueError: one that the
+        objective cannot train."""
+
+    @abstractmethod
+    def loss(self, drafter: Trainable, batch: Any, target: Target, progress: float) -> Losses:
+        """The loss of one batch; see `Trainable.loss`."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from modules.acceptance.rules import AcceptanceRule, check_pairing, default_rule
-from modules.contracts.drafter import Drafter, TreeBuilder, check_depth
+from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.contracts.token_tree import Law
@@ -47,6 +47,15 @@ class Decoder(Protocol):
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
         """Continue every prompt by at most `limit` tokens, as one batch."""
+        ...
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A decoder that names what it is made of besides its target."""
+
+    def parts(self) -> Mapping[str, Part]:
+        """Drafters, and folders of trained components, by name."""
         ...
 
 
@@ -108,6 +117,10 @@ class SpeculativeDecoder:
         if self.drafter is None:
             return 0
         return self.drafter.default_budget if self.budget is None else self.budget
+
+    def parts(self) -> Mapping[str, Part]:
+        """Its drafter."""
+        return {} if self.drafter is None else {"drafter": self.drafter}
 
     def rule_for(self, sampling: Sampling) -> AcceptanceRule:
         """The acceptance rule used at this temperature."""

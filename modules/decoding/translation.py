@@ -10,12 +10,20 @@ Shape legend: D draft tokens that the target has too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
+from modules.contracts.drafter import (
+    Context,
+    Drafter,
+    DraftState,
+    Frontier,
+    Part,
+    TreeBuilder,
+)
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
@@ -70,6 +78,10 @@ class TranslatedDrafter(Drafter):
     def vocabulary_D(self) -> Tensor | None:
         """Target ids that it can draft."""
         return self.get_buffer("targets_D")
+
+    def parts(self) -> Mapping[str, Part]:
+        """The drafter that it translates."""
+        return {"drafter": self.drafter}
 
     @property
     def builder(self) -> TreeBuilder:

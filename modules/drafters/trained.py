@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,7 +20,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import Outcome
+from modules.contracts.trainable import Footprint, Outcome
 from modules.losses.chunked import (
     IGNORED,
     Head,
@@ -177,6 +177,11 @@ class LearnedDrafter(Drafter):
         """Features [..., H] of step `depth` -> logits [..., D]."""
 
     # -- training ----------------------------------------------------------------------------------
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """Its draft steps, and whether they learn distributions."""
+        whole = super().footprint(rows, length)
+        return replace(whole, steps=self.draft_steps, soft=self.soft_labels)
 
     @property
     def training_states(self) -> tuple[StateName, ...]:

@@ -63,7 +63,7 @@ class Judge(Trainable):
         focus: γ of the focal loss (1 − p)^γ CE; 0 is plain cross-entropy.
     """
 
-    batch_kind: ClassVar[str] = "labelled"
+    batch_type: ClassVar[type] = LabelledBatch
     threshold: Tensor
     mean_H: Tensor
     deviation_H: Tensor

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.losses import Losses, Mean
-from modules.contracts.trainable import Trainable
+from modules.contracts.trainable import Objective, Trainable
 from modules.drafters.trained import final_states
 from modules.losses.averages import divisor
 from modules.losses.chunked import (
@@ -71,7 +71,7 @@ class StepwiseDrafter(Protocol):
         ...
 
 
-class AlignedDrafting(nn.Module):
+class AlignedDrafting(Objective):
     """L = mean over rows of −log σ(β (m_θ − m_ref)) + anchor · the drafter's own loss.
 
     m = log q(y) − log q(x̂) at the first depth where the drafter's best token x̂ is not y, the

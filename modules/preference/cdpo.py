@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Outcome, Stage, Trainable
+from modules.contracts.trainable import Footprint, Outcome, Stage, Trainable
 from modules.losses.averages import divisor
 from modules.losses.chunked import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
 from modules.losses.metrics import area_under_curve
@@ -27,6 +27,7 @@ from modules.preference.policy import (
     RowCache,
     at_tokens,
     counted,
+    pair_footprint,
     reference_log_probabilities,
 )
 from modules.target.adapters import FEED_FORWARD, Adapters
@@ -52,7 +53,7 @@ class ContrastiveEstimator(Trainable):
         contrast: β of the contrast; 0 looks at P_p alone.
     """
 
-    batch_kind: ClassVar[str] = "preference"
+    batch_type: ClassVar[type] = PreferenceBatch
 
     def __init__(
         self,
@@ -65,9 +66,13 @@ class ContrastiveEstimator(Trainable):
         super().__init__()
         if contrast < 0:
             raise ValueError(f"contrast must be 0 or above, got {contrast}")
-        self.contrast = contrast
+        self.shape, self.contrast = shape, contrast
         self.positive = Adapters(shape, rank, alpha, dropout, FEED_FORWARD, "positive")
         self.negative = Adapters(shape, rank, alpha, dropout, FEED_FORWARD, "negative")
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """Both sides of the pairs, each through an adapted target's layers."""
+        return pair_footprint(super().footprint(rows, length), self.positive, self.shape)
 
     @property
     def online(self) -> bool:

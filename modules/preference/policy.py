@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from modules.contracts.batches import PADDING_DOCUMENT, PreferenceBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Trainable
+from modules.contracts.trainable import Footprint, GradientLayers, Trainable
 from modules.losses.averages import divisor
 from modules.losses.chunked import Head, cross_entropy, next_token_rows
 from modules.target.adapters import Adapters
@@ -137,7 +137,7 @@ class PreferenceTrainable(Trainable):
         beta: what a log-ratio is multiplied with to be a reward.
     """
 
-    batch_kind: ClassVar[str] = "preference"
+    batch_type: ClassVar[type] = PreferenceBatch
     method: ClassVar[str] = "preference"
     """What an adapted target's name ends in."""
 
@@ -150,6 +150,10 @@ class PreferenceTrainable(Trainable):
         self.shape, self.beta = shape, beta
         self.policy = Adapters(shape, rank, alpha, dropout, name=self.method)
         self._references = RowCache()
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """Both sides of the pairs, through the adapted target's layers."""
+        return pair_footprint(super().footprint(rows, length), self.policy, self.shape)
 
     @property
     def online(self) -> bool:
@@ -190,6 +194,12 @@ class PreferenceTrainable(Trainable):
             **metrics,
         }
         return Losses(losses_B.sum() / divisor(shown["loss"].count), shown)
+
+
+def pair_footprint(one_side: Footprint, adapters: Adapters, shape: TargetShape) -> Footprint:
+    """What both sides of pairs compute through adapters, from the rows of one side."""
+    layers = GradientLayers(shape, adapted=True, dropout=adapters.dropout > 0)
+    return replace(one_side, tokens=2 * one_side.tokens, sides=2, layers=layers)
 
 
 def preference_metrics(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modules.contracts.batches import LabelledBatch, PreferenceBatch
+from modules.contracts.batches import LabelledBatch, PreferenceBatch, TextBatch
 from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
 from modules.contracts.trainable import Trainable
@@ -19,7 +19,6 @@ from modules.target.target import Target
 from modules.trees.static import StaticTree
 from tests.fakes import ids_by_batch, many_prompts, tiny_batch, tiny_target
 from tests.modules.sampling import Counts, first_two_tokens, homogeneous, small_target
-from train.lightning.module import text_batches
 
 PROMPTS = [[7, 8, 9, 10, 11], [20, 21], [30, 31, 32]]
 SMALL_TREE = [(0,), (1,), (0, 0), (0, 1)]
@@ -41,12 +40,12 @@ def batch_for(trainable: Trainable, target: Target) -> Any:
     """A tiny batch of the kind the component wants, with the states it reads."""
     first, second = tiny_batch(target), tiny_batch(target, seed=1)
     batch: Any = {
-        "text": first,
-        "preference": PreferenceBatch(first, second),
-        "labelled": LabelledBatch(first, (first.input_ids % 2)),
-    }[trainable.batch_kind]
+        TextBatch: first,
+        PreferenceBatch: PreferenceBatch(first, second),
+        LabelledBatch: LabelledBatch(first, (first.input_ids % 2)),
+    }[trainable.batch_type]
     if not trainable.online:
-        for text in text_batches(batch):
+        for text in batch.texts():
             text.states = dict(target.features(text, trainable.training_states))
     return batch
 
@@ -85,7 +84,7 @@ def check_no_labels(trainable: Trainable, target: Target) -> None:
     and no count, and every parameter a gradient of zero, which DDP waits for.
     """
     batch = batch_for(trainable, target)
-    for text in text_batches(batch):
+    for text in batch.texts():
         text.loss_mask = torch.zeros_like(text.loss_mask)
     with shared_counts(lambda count: count + 5):
         losses = trainable.loss(batch, target, 0.5)

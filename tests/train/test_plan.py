@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from configs.command_line.loading import run as one_line_run
+from modules.contracts.trainable import GradientLayers
 from modules.drafters.feature.base import MAX_SCORES
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.heads.medusa2 import Medusa2
 from modules.drafters.small_models.independent import Independent
 from modules.losses.chunked import MAX_LOGITS
+from modules.preference.cdpo import ContrastiveEstimator
 from modules.preference.dpo import DPO
 from tests.fakes import tiny_batch, tiny_target
 from train.cli import command
@@ -24,8 +26,8 @@ from train.plan import (
     available,
     check_disk,
     check_fits,
-    deep_values,
     in_effect,
+    layer_values,
     logit_bytes,
     measure,
     memory,
@@ -70,7 +72,7 @@ def test_bytes_per_parameter_on_four_processes(
 
 
 def test_double_precision_takes_twice_the_activations() -> None:
-    small = replace(SIZE, target_bytes=8, deep=100.0)
+    small = replace(SIZE, target_bytes=8, layers=GradientLayers(TARGET.shape))
     single, double = (
         memory(replace(small, target_bytes=width), "auto", precision, 1)
         for width, precision in ((4, "32-true"), (8, "64-true"))
@@ -173,8 +175,9 @@ def test_logits_and_scores_are_counted_as_they_are_kept() -> None:
     assert logit_bytes(SIZE) == 3 * 4 * wanted
     assert logit_bytes(own) == 4 * wanted * (4 + 2 * 2 + 1)
     assert logit_bytes(replace(own, width=10**6)) == 4 * 4 * MAX_LOGITS
-    hanging = replace(SIZE, hanging=True, row=128)
-    scores = 128 * 128 * TARGET.shape.num_heads * SIZE.tokens / 128
+    heads = TARGET.shape.num_heads
+    hanging = replace(SIZE, score_heads=heads, most_scores=MAX_SCORES, row=128)
+    scores = 128 * 128 * heads * SIZE.tokens / 128
     assert score_bytes(SIZE) == 0 and score_bytes(hanging) == 4 * 3 * 3 * scores
     assert score_bytes(replace(hanging, recomputed=True)) == 4 * 3 * scores
     assert score_bytes(replace(hanging, row=10**5)) == 4 * 3 * MAX_SCORES
@@ -186,9 +189,9 @@ def test_what_a_component_keeps_is_read_from_it() -> None:
         Medusa(TARGET.shape, 2, lm_head="shared"),
     )
     sizes = [measure(one, TARGET, rows=1, length=64) for one in (eagle, heads)]
-    assert [(size.own_head, size.soft, size.hanging) for size in sizes] == [
-        (True, True, True),
-        (False, False, False),
+    assert [(size.own_head, size.soft, size.score_heads) for size in sizes] == [
+        (True, True, TARGET.shape.num_heads),
+        (False, False, 0),
     ]
 
 
@@ -247,21 +250,18 @@ def test_layers_that_run_with_a_gradient_are_counted(component) -> None:
     kept = Kept(weights)
     with kept:
         model.features(batch, ("final",), gradient=True)
-    planned = 4 * deep_values(component, TARGET) * batch.input_ids.numel()
+    planned = 4 * layer_values(component.footprint(1, 64).layers) * batch.input_ids.numel()
     assert 0.9 < planned / sum(kept.found.values()) < 1.35
 
 
 def test_pairs_are_two_rows_and_components_without_layers_keep_none() -> None:
     pairs = measure(DPO(TARGET.shape, 2, 4.0, 0.0, 0.1), TARGET, rows=3, length=64)
-    assert (pairs.tokens, pairs.sides) == (2 * 3 * 64, 2) and pairs.deep > 0
-    assert (
-        deep_values(Medusa(TARGET.shape, 2), TARGET) == 0
-        and deep_values(Medusa2(TARGET.shape, 2), TARGET) > 0
-    )
-    drafter = Independent(TARGET.shape, layers=2)
-    assert (
-        deep_values(drafter, TARGET, recomputed=True) == deep_values(drafter, TARGET) / 2 + 2 * 32
-    )
+    assert (pairs.tokens, pairs.sides) == (2 * 3 * 64, 2) and layer_values(pairs.layers) > 0
+    heads, tuned = (kind(TARGET.shape, 2).footprint(1, 64).layers for kind in (Medusa, Medusa2))
+    assert layer_values(heads) == 0 and layer_values(tuned) > 0
+    assert layer_values(tuned, recomputed=True) == layer_values(tuned)
+    layers = Independent(TARGET.shape, layers=2).footprint(1, 64).layers
+    assert layer_values(layers, recomputed=True) == layer_values(layers) / 2 + 2 * 32
 
 
 @pytest.mark.parametrize("recipe", ["independent", "s2d"])
@@ -271,3 +271,9 @@ def test_language_models_are_planned_without_weights(
     monkeypatch.setattr("train.plan.available", lambda _: 80.0 * GIB)
     assert command(["--config", f"{recipe}.yaml", "--plan"]) == 0
     assert "trainable parameters" in capsys.readouterr().out
+
+
+def test_a_pairs_estimator_is_counted_as_its_policy_is() -> None:
+    estimator = ContrastiveEstimator(TARGET.shape, 2, 4.0, 0.1).footprint(3, 64)
+    policy = DPO(TARGET.shape, 2, 4.0, 0.1, 0.1).footprint(3, 64)
+    assert estimator == policy and policy.layers is not None and policy.layers.dropout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +16,15 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.contracts.batches import LabelledBatch, PreferenceBatch, TextBatch
+from modules.contracts.batches import AnyBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
-from modules.contracts.trainable import Trainable
+from modules.contracts.trainable import Objective, Trainable
 from modules.losses.averages import divisor, shared_counts
-from modules.preference.aligned_drafting import AlignedDrafting
 from modules.target.target import Target
 from train.settings import OptimizerSettings
 
 logger = logging.getLogger(__name__)
 
-AnyBatch = TextBatch | PreferenceBatch | LabelledBatch
 MOST_SKIPPED = 12
 """Updates in a row that may be left out because their gradient is not finite: float16's loss scale,
 halved so often, has fallen from 65,536 to 16."""
@@ -86,7 +84,7 @@ class TrainableModule(LightningModule):
         target: Target,
         optimizer: OptimizerSettings,
         log_every: int = 10,
-        objective: AlignedDrafting | None = None,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.trainable, self.objective = trainable, objective
@@ -125,9 +123,7 @@ class TrainableModule(LightningModule):
             # Validations are compared with each other, so all of them count what a schedule ends
             # with.
             losses = self._losses(batch, self.progress if stage == "train" else 1.0)
-            count = divisor(
-                torch.as_tensor(sum(text.loss_mask.sum() for text in text_batches(batch)))
-            )
+            count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in batch.texts())))
         if not torch.isfinite(losses.total):
             raise self._not_finite(f"the {stage} loss is {losses.total.item()}")
         self.means[stage].add(
@@ -157,7 +153,7 @@ class TrainableModule(LightningModule):
         dtype = next(
             (parameter.dtype for parameter in self.trainable.parameters()), self.target.dtype
         )
-        for text in text_batches(batch):
+        for text in batch.texts():
             wanted = [name for name in self.trainable.training_states if name not in text.states]
             if wanted:
                 with torch.autocast(self.device.type, enabled=False):
@@ -309,13 +305,6 @@ class TrainableModule(LightningModule):
             torch.set_rng_state(self._random_state["cpu"].cpu())
             if self._random_state["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
-
-
-def text_batches(batch: AnyBatch) -> Iterable[TextBatch]:
-    """The text batches that a batch of any kind is made of."""
-    if isinstance(batch, PreferenceBatch):
-        return batch.chosen, batch.rejected
-    return (batch.text,) if isinstance(batch, LabelledBatch) else (batch,)
 
 
 def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:

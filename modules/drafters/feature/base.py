@@ -26,6 +26,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.trainable import Footprint
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import (
     WIDE_BUDGET,
@@ -138,6 +139,11 @@ class FeatureDrafter(LearnedDrafter):
         return target.embed(ids).to(self.precision)
 
     # -- training ----------------------------------------------------------------------------------
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """Its training attention too, whose scores are kept."""
+        whole = super().footprint(rows, length)
+        return replace(whole, score_heads=self.shape.num_heads, most_scores=MAX_SCORES)
 
     @property
     def training_states(self) -> tuple[StateName, ...]:

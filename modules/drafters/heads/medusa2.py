@@ -17,7 +17,7 @@ from torch import Tensor
 from modules.contracts.batches import TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import Outcome
+from modules.contracts.trainable import Footprint, GradientLayers, Outcome
 from modules.drafters.heads.medusa import Medusa
 from modules.losses.averages import divisor
 from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_laws
@@ -77,6 +77,11 @@ class Medusa2(Medusa):
         self.lm_head_adapter = LowRank(shape.hidden_size, shape.vocab_size, rank)
 
     # -- training ----------------------------------------------------------------------------------
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """The target's layers too, which run with a gradient."""
+        layers = GradientLayers(self.shape, adapted=True, dropout=self.adapters.dropout > 0)
+        return replace(super().footprint(rows, length), layers=layers)
 
     @property
     def training_states(self) -> tuple[StateName, ...]:

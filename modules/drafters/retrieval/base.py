@@ -5,14 +5,16 @@ Shape legend: B sequences, T prompt tokens, L capacity, A accepted rows, K draft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modules.contracts.drafter import Context, Drafter, DraftState
+from modules.contracts.drafter import Context, Drafter, DraftState, Part
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.target import Target
@@ -66,6 +68,11 @@ class TextDrafter(Drafter):
     def compatibility(self, target: Target) -> str | None:
         """It serves every target."""
         return None
+
+    def parts(self) -> Mapping[str, Part]:
+        """The datastore that it was given."""
+        folder = self.arguments.get("datastore")
+        return {} if folder is None else {"datastore": Path(folder)}
 
     @property
     def law(self) -> Law:

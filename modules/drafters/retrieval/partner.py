@@ -5,9 +5,17 @@ Shape legend: B sequences.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, check_depth
+from modules.contracts.drafter import (
+    Context,
+    Drafter,
+    DraftState,
+    Part,
+    TreeBuilder,
+    check_depth,
+)
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import Law, TokenTree
 from modules.contracts.verification import Accepted, Verified
@@ -41,6 +49,11 @@ class Partnered(TextDrafter):
         if partner is not None:
             _check_partner(type(self).__name__.lower(), partner, builder)
         self.partner, self.builds = partner, builder
+
+    def parts(self) -> Mapping[str, Part]:
+        """The partner, and its own datastore."""
+        beside = {} if self.partner is None else {"partner": self.partner}
+        return {**beside, **super().parts()}
 
     @property
     def learns(self) -> bool:

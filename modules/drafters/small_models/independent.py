@@ -27,6 +27,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.contracts.target import Session, Target
+from modules.contracts.trainable import Footprint, GradientLayers
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.vocabularies import TokenDrafter
@@ -189,6 +190,11 @@ class Independent(TokenDrafter):
         return lambda hidden: logits(hidden)[..., : self.draft_size]
 
     # -- training ----------------------------------------------------------------------------------
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """Its own layers too."""
+        layers = GradientLayers(self.language_model.shape)
+        return replace(super().footprint(rows, length), layers=layers)
 
     @property
     def online(self) -> bool:

@@ -22,9 +22,13 @@ from eval.tasks.contamination import (
 from eval.tasks.tasks import Prompt, Task
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.retrieval.prompt_lookup import PromptLookup
+from modules.drafters.retrieval.rasd import Rasd
+from modules.drafters.retrieval.rest import Rest
 from modules.drafters.retrieval.suffix_array import Datastore
+from tests.eval.fakes import Replay
 from tests.eval.report.test_pages import method, report
-from tests.fakes import tiny_target
+from tests.fakes import ScriptedDrafter, tiny_target
 
 WORDS = [f"word{i}" for i in range(20)]
 ASKED = Prompt("t/0", "t", (" ".join(WORDS[:13]) + "?",))
@@ -113,6 +117,17 @@ def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Pat
     assert "&lt;4&gt;, …)" in page(shown, None)
 
 
+class Assisted(Replay):
+    """A decoder that names the trained component beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(tiny_target())
+        self.folder = folder
+
+    def parts(self) -> dict[str, Path]:
+        return {"assistant": self.folder}
+
+
 def test_datastores_partners_assistants_and_rules_are_searched_too(tmp_path: Path) -> None:
     """The prompt stands in the judge's data alone, in the partner's, or in the corpus that is
     retrieved from.
@@ -130,38 +145,30 @@ def test_datastores_partners_assistants_and_rules_are_searched_too(tmp_path: Pat
         name: str(tmp_path / name)
         for name in ("asked", "clean", "asked_store", "clean_store", "untold")
     }
-    rasd, rest = "modules.drafters.retrieval.rasd.Rasd", "modules.drafters.retrieval.rest.Rest"
     methods = [
         Method(
             "judged", at["clean"], rule={"trained": at["asked"], "init_args": {"threshold": 0.7}}
         ),
         Method("judged_by_name", at["clean"], rule=at["asked"]),
         Method("typical", at["clean"], rule="typical"),
-        Method("rest", {"class_path": rest, "init_args": {"datastore": at["asked_store"]}}),
-        Method(
-            "rasd",
-            {
-                "class_path": rasd,
-                "init_args": {"partner": at["asked"], "datastore": at["clean_store"]},
-            },
-        ),
-        Method(
-            "assisted",
-            decoder={
-                "class_path": "eval.methods.huggingface.HuggingFaceAssisted",
-                "init_args": {"assistant": at["asked"]},
-            },
-        ),
-        Method("untold", {"class_path": rasd, "init_args": {"datastore": at["untold"]}}),
-        Method(
-            "partly",
-            {"class_path": rasd, "init_args": {"partner": at["asked"], "datastore": at["untold"]}},
-        ),
-        Method("lookup", {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}),
+        *(Method(name, {}) for name in ("rest", "rasd", "untold", "partly")),
+        Method("lookup", {}),
+        Method("assisted", decoder={}),
     ]
     target = tiny_target()
+    shape, partner = target.shape, ScriptedDrafter(target.shape)
+    partner.loaded_from = at["asked"]
+    decoders: dict[str, Any] = {
+        "rest": SpeculativeDecoder(target, Rest(shape, at["asked_store"])),
+        "rasd": SpeculativeDecoder(target, Rasd(shape, partner, at["clean_store"])),
+        "untold": SpeculativeDecoder(target, Rasd(shape, datastore=at["untold"])),
+        "partly": SpeculativeDecoder(target, Rasd(shape, partner, at["untold"])),
+        "lookup": SpeculativeDecoder(target, PromptLookup(shape)),
+        "assisted": Assisted(Path(at["asked"])),
+    }
+    plain = SpeculativeDecoder(target)
     rows = [
-        Row(one.name, SpeculativeDecoder(target), target, Sampling(), "plain") for one in methods
+        Row(one.name, decoders.get(one.name, plain), target, Sampling(), "plain") for one in methods
     ]
     note_overlaps(rows, methods, TASKS)
     found: dict[str, Any] = {row.name: row.quality.get(KEY) for row in rows}
