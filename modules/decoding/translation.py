@@ -27,7 +27,7 @@ from modules.contracts.drafter import (
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
-from modules.contracts.token_tree import Law
+from modules.contracts.token_tree import Law, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.target.tokenizers.vocabulary import VocabularyMap
 
@@ -127,6 +127,12 @@ class TranslatedDrafter(Drafter):
         )
         inner = self.drafter.start(translated)
         return TranslatedState(context, context.newest_B, context.lengths_B, inner)
+
+    def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
+        """The tree with what the drafter adds, which sees it in its own ids."""
+        assert isinstance(state, TranslatedState)
+        seen = replace(tree, tokens_BN=self.vocabulary.to_draft(tree.tokens_BN))
+        return replace(self.drafter.prepare(state.inner, seen), tokens_BN=tree.tokens_BN)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the tokens that the target has too."""

@@ -4,6 +4,7 @@ some that it has. The drafter takes no line outside of this file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,10 @@ class Recorder(Bigram):
         self.frontier = frontier
         return super().expand(state, frontier)
 
+    def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
+        self.prepared = tree.tokens_BN
+        return replace(tree, candidate_BN=torch.ones_like(tree.tokens_BN, dtype=torch.bool))
+
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         self.read = accepted.emitted(verified.tree)
         return super().absorb(state, verified, accepted)
@@ -156,6 +161,9 @@ def test_a_drafter_reads_and_writes_its_own_ids() -> None:
     columns_D = to_draft(torch.tensor([0, 1, 2, 4, 5]))
     assert torch.equal(logits[0, 0], recorder.table[to_draft(torch.tensor(2)), columns_D])
     tree = TokenTree.chain(torch.tensor([[5, 2, 1]]))
+    prepared = drafter.prepare(state, tree)
+    assert torch.equal(recorder.prepared, to_draft(tree.tokens_BN))
+    assert prepared.tokens_BN is tree.tokens_BN and prepared.candidate_BN is not None
     accepted = Accepted(torch.tensor([[0, 1]]), torch.tensor([2]), torch.tensor([4]))
     after = drafter.absorb(state, Verified(tree, torch.zeros(1, 3, 6)), accepted)
     assert torch.equal(recorder.read, to_draft(torch.tensor([[2, 4]])))
