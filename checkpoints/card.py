@@ -200,7 +200,11 @@ def _meaning(name: str) -> str:
 
 
 def _training(provenance: Provenance) -> str:
-    data = "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in provenance.data.items())
+    data = "\n".join(
+        f"- {plain(name)}: {plain(value)}"
+        for name, value in provenance.data.items()
+        if value is not None
+    )
     return f"## Training\n\n{block(provenance.command)}\n\nData:\n\n{data or '- not recorded'}\n"
 
 

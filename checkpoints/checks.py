@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from configs.command_line.shapes import Each, Maybe, mismatch
 from modules.contracts.shapes import TargetShape
+from modules.contracts.trainable import Trainable
 
 CONFIG_SHAPE = {
     "drafter_type": str,
@@ -58,11 +60,42 @@ MOST_VALUES, MOST_LEVELS, MOST_TEXT = 1 << 16, 8, 1 << 16
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@contextmanager
+def strange_values(where: str, refusals: bool = True) -> Iterator[None]:
+    """Turns whatever a stranger's values lead code to into a ValueError that begins with `where`,
+    on one line.
+
+    Args:
+        where: the file, and what is wrong with it.
+        refusals: whether a ValueError is the code's own refusal, which stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if refusals and isinstance(error, ValueError):
+            raise
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{where}: {reason}") from error
+
+
 def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
     """The dimensions that a config tells of its target.
 
     Raises:
         ValueError: one is missing, unknown, of another type, or no size that a target has.
+    """
+    check_dimensions(values, where)
+    try:
+        return TargetShape(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: target.shape: {error}") from error
+
+
+def check_dimensions(values: Mapping[str, Any], where: str) -> None:
+    """Refuse dimensions of a target that none has; some may be missing.
+
+    Raises:
+        ValueError: one is unknown, of another type, or out of range.
     """
     known = {field.name: field.type for field in fields(TargetShape)}
     strange = sorted(set(values) - set(known))
@@ -87,14 +120,11 @@ def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
         raise ValueError(
             f"{where}: target.shape.activation {_short(values['activation'])} is unknown"
         )
-    try:
-        return TargetShape(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: target.shape: {error}") from error
 
 
-def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> None:
-    """Refuse arguments that the constructor does not declare so, or of absurd size.
+def check_arguments(kind: type[Trainable], arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments that the constructor does not declare so, of absurd size, or that name a
+    place to read from.
 
     Raises:
         ValueError: the argument, its value, and the type that is expected.
@@ -104,6 +134,12 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> Non
         if name in hints and not _fits(value, hints[name]):
             raise ValueError(
                 f"{where}: arguments.{name} is {_short(value)}: {_told(hints[name])} is expected"
+            )
+    for name in kind.names_places:
+        if isinstance(arguments.get(name), str):
+            raise ValueError(
+                f"{where}: arguments.{name} names {_short(arguments[name])}: a saved component "
+                "cannot say what is read or downloaded here"
             )
     _check_plain(arguments, f"{where}: arguments")
 

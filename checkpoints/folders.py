@@ -84,7 +84,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _damage_named(file: Path) -> Iterator[None]:
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete"
         ) from error

@@ -31,6 +31,7 @@ from checkpoints.checks import (
     check_tensors,
     check_values,
     some,
+    strange_values,
     target_shape,
 )
 from checkpoints.folders import (
@@ -201,9 +202,10 @@ def _translated(
     known = TargetShape(**{**asdict(shape), **config["target"]["shape"]})
     ledger = Ledger(read_tensors(folder), str(folder))
     ledger.drop("rotary_emb.inv_freq")
-    tensors = FORMATS[config["format"]].weights(
-        ledger, known, config["arguments"], config["original"], target
-    )
+    with strange_values(f"{folder} does not fit the format {config['format']!r}"):
+        tensors = FORMATS[config["format"]].weights(
+            ledger, known, config["arguments"], config["original"], target
+        )
     ledger.close()
     return {**config, "target": {**config["target"], "shape": asdict(known)}}, tensors
 
@@ -215,16 +217,11 @@ def _build(config: Mapping[str, Any], folder: Path, tensors: Tensors) -> Trainab
     found, where = trainable_class(config["drafter_type"], config["class"]), str(folder / CONFIG)
     shape = target_shape(config["target"]["shape"], where)
     check_arguments(found, config["arguments"], where)
-    try:
+    with strange_values(f"{where} does not fit {found.__name__}"):
         with torch.device("meta"):
             outline = found(shape, **config["arguments"])
         check_tensors(outline, tensors, str(folder / WEIGHTS))
         return found(shape, **config["arguments"])
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a stranger's values lead a constructor to
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where} does not fit {found.__name__}: {reason}") from error
 
 
 def find_folder(name: str | Path) -> Path:
@@ -280,7 +277,7 @@ def read_config(folder: Path) -> Config:
     config = read_object(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
-        name = format_of(config, tensor_names(folder))
+        name = format_of(config, tensor_names(folder), str(folder / CONFIG))
         if name is not None:
             return foreign_component(config, name, folder)
         raise ValueError(
@@ -357,7 +354,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             aliases = _aliases((opened.metadata() or {}).get("aliases", "{}"), file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete"
         ) from error

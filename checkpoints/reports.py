@@ -38,7 +38,7 @@ _PAIRED = {
     "loss": _COUNT,
 }
 _QUALITY = {
-    "noise?": Maybe(_RATIO),
+    "noise?": _RATIO,
     "flip_rate?": Maybe(float),
     "drafted_nodes_per_call?": Maybe(_AMOUNT),
     "draft_seconds_per_node?": Maybe(_AMOUNT),

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from transformers.utils import logging
 
+from checkpoints.checks import strange_values
 from checkpoints.reports import load_report
 from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import write_whole
@@ -127,11 +128,14 @@ def render(path: str) -> int:
     """Write `report.html` beside a `report.json`, given as a file or as its folder.
 
     Raises:
-        ValueError: there is no report of this schema.
+        ValueError: there is no report of this schema, or it lacks what the page shows.
     """
     report = load_report(path)
     place = (Path(path) if Path(path).is_dir() else Path(path).parent) / PAGE
-    write_whole({place: page(report, None)})
+    wrong = f"report {path!r} does not hold what its page shows, measure it again"
+    with strange_values(wrong, refusals=False):
+        text = page(report, None)
+    write_whole({place: text})
     Console().print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from checkpoints.markdown import plain
 from checkpoints.reports import load_report
 from configs.command_line.bounded_yaml import load_yaml
 from configs.command_line.loading import CONFIGS, exit_with, parse
@@ -126,8 +127,19 @@ def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
 
 
 def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
-    """Lines of Markdown: the label, the table, what the figures are not."""
+    """Lines of Markdown: the label, the table, what the figures are not.
+
+    Raises:
+        ValueError: a method ran on a target that the report does not describe.
+    """
     parameters = {target["name"]: target["parameters"] for target in report["targets"]}
+    drafting = [method for method in report["methods"] if not is_baseline(method)]
+    for method in drafting:
+        if method["target"] not in parameters:
+            raise ValueError(
+                f"report: {method['name']!r} ran on {method['target']!r}, which is not among its "
+                "targets: measure it again"
+            )
     yield f"# {LABEL}: {hardware.name}\n"
     yield (
         f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
@@ -138,10 +150,10 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
         "drafted depth, which is too much for heads that serve one depth each.\n"
     )
     yield "| method | τ, measured | rows per call | projected speedup |\n|---|---:|---:|---:|"
-    for method in (method for method in report["methods"] if not is_baseline(method)):
+    for method in drafting:
         projected = projected_speedup(method, parameters[method["target"]], hardware)
         measured = number(method["mean_accepted_tokens"]), number(rows_per_call(method), 1)
-        cells = method["name"], *measured, times(projected)
+        cells = plain(method["name"]), *measured, times(projected)
         yield f"| {' | '.join(cells)} |"
 
 

@@ -162,8 +162,8 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     """What a command line asks for; nothing is loaded or written, and mistakes are seen here.
 
     Raises:
-        ValueError: a value out of range, nothing to start from, no token to publish with, a
-            strategy that cannot train the component.
+        ValueError: a value out of range, also of the component's own arguments; nothing to start
+            from, no token to publish with, a strategy that cannot train the component.
     """
     settings = recipe_settings(parser, config)
     output = Path(config.output or f"runs/{_stem(config)}")
@@ -176,11 +176,9 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                 "give another --output"
             )
     recipe = recipe_of(parser, config)
-    if recipe.trainer.strategy.startswith("deepspeed_3"):
-        with torch.device("meta"):
-            check_shards(
-                recipe.trainer.strategy, recipe.drafter(outline(config.target, config.dtype).shape)
-            )
+    with torch.device("meta"):
+        trainable = recipe.drafter(outline(config.target, config.dtype).shape)
+        check_shards(recipe.trainer.strategy, trainable)
     if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError(
             "objective: it continues a trained drafter: name its run or folder with --init_from"
@@ -280,6 +278,13 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*LeafSpec.*", "Checkpoint directory .* exists and is not empty"):
         warnings.filterwarnings("ignore", message=message)
+    # DeepSpeed sets the level of its logger when it is imported: a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_tells_no_device)
+
+
+def _tells_no_device(record: logging.LogRecord) -> bool:
+    """Where a training runs is told by this program."""
+    return not record.getMessage().startswith("Setting accelerator to ")
 
 
 @rank_zero_only

@@ -415,7 +415,8 @@ def component_weights(checkpoint: Path) -> dict[str, Tensor]:
 def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | None]:
     """Keep `output` for one run while the block lasts; gives the checkpoint to go on from, if any.
 
-    What kills left half written there is removed, and with `overwrite` the run that is there.
+    What kills left half written there is removed, and with `overwrite` the run that is there. A run
+    that ends before training begins leaves nothing.
 
     Raises:
         ValueError: another run is writing there, or nothing can be; there is a run already and none
@@ -432,14 +433,28 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | 
         _clean(output)
         if resume is None:
             _vacate(output, overwrite)
-        with resumable(
-            lambda: (
-                "go on with --resume last"
-                if _whole_checkpoint(output)
-                else "begin again with --overwrite (no checkpoint is there yet)"
-            )
-        ):
+        with _without_config_of_nothing(output), resumable(lambda: _ways_on(output)):
             yield None if resume is None else resume_point(output, resume)
+
+
+def _ways_on(output: Path) -> str:
+    """How to go on after an interruption."""
+    if _whole_checkpoint(output):
+        return "go on with --resume last"
+    return "begin again with --overwrite (no checkpoint is there yet)"
+
+
+@contextmanager
+def _without_config_of_nothing(output: Path) -> Iterator[None]:
+    """Takes the run's config away again if the block fails before training has begun."""
+    config = output / CONFIG
+    earlier = config.exists()
+    try:
+        yield
+    except BaseException:
+        if not earlier and not (output / LIGHTNING).exists():
+            config.unlink(missing_ok=True)
+        raise
 
 
 def _clean(output: Path) -> None:

@@ -17,11 +17,64 @@ MOST_NODES = 1 << 17
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+class _Keys:
+    """The keys of the mappings that are open, by their whole paths: none may be given twice.
+
+    `a.b` in the outermost mapping is `b` inside of `a`, as `jsonargparse` reads it. Every item of a
+    list has keys of its own.
+    """
+
+    def __init__(self) -> None:
+        # Of each open mapping: what its paths begin with, and the line of each path that was given.
+        # A list has None.
+        self._open: list[tuple[str, dict[str, int] | None]] = []
+        # Of each: the key whose value is read.
+        self._key: list[str | None] = []
+
+    def begin(self, event: yaml.Event) -> None:
+        """A list or a mapping begins, which may be the value of a key."""
+        prefix, known = self._open[-1] if self._open else ("", None)
+        key = self._key[-1] if self._key else None
+        self._value()
+        if not isinstance(event, yaml.MappingStartEvent):
+            self._open.append(("", None))
+        elif known is None or key is None:
+            self._open.append(("", {}))
+        else:
+            self._open.append((f"{prefix}{key}.", known))
+        self._key.append(None)
+
+    def end(self) -> None:
+        """It ends."""
+        self._open.pop()
+        self._key.pop()
+
+    def scalar(self, text: str, line: int) -> None:
+        """A key, or the value of one, or an item.
+
+        Raises:
+            ValueError: a key that was given before, with both lines.
+        """
+        prefix, known = self._open[-1] if self._open else ("", None)
+        if known is None or self._key[-1] is not None:
+            self._value()
+            return
+        path = f"{prefix}{text}"
+        if path in known:
+            raise ValueError(f"the key {path!r} is given twice, in lines {known[path]} and {line}")
+        known[path], self._key[-1] = line, text
+
+    def _value(self) -> None:
+        if self._key:
+            self._key[-1] = None
+
+
 def check_yaml(text: str) -> None:
-    """Refuse a text that is too long, too deep or too large when its aliases are written out.
+    """Refuse a text that is too long, too deep, too large when its aliases are written out, or that
+    gives a key twice.
 
     Raises:
-        ValueError: which bound.
+        ValueError: which bound, or which key in which lines.
         yaml.YAMLError: not YAML.
     """
     if len(text) > MOST_CHARACTERS:
@@ -29,21 +82,26 @@ def check_yaml(text: str) -> None:
     sizes: dict[str, int] = {}
     open_sizes: list[int] = [0]
     anchors: list[str | None] = [None]
+    keys = _Keys()
     for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             open_sizes.append(1)
             anchors.append(event.anchor)
+            keys.begin(event)
             if len(open_sizes) > MOST_LEVELS:
                 raise ValueError(f"the YAML is nested deeper than {MOST_LEVELS} levels")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             size, anchor = open_sizes.pop(), anchors.pop()
+            keys.end()
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
                 raise ValueError(f"the YAML's alias *{event.anchor} stands inside of itself")
             size, anchor = sizes.get(event.anchor or "", 1), None
+            keys.scalar(f"*{event.anchor}", event.start_mark.line + 1)
         elif isinstance(event, yaml.ScalarEvent):
             size, anchor = 1, event.anchor
+            keys.scalar(event.value, event.start_mark.line + 1)
         else:
             continue
         if anchor is not None:
@@ -69,14 +127,36 @@ def load_yaml(file: Path) -> Any:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
-def check_file(file: Path) -> None:
-    """Refuse a config file that `load_yaml` would refuse, without making its values."""
+def read_config(file: Path) -> dict[str, Any]:
+    """The values of a config file, by key.
+
+    Raises:
+        ValueError: as `load_yaml`, or it is not one mapping.
+    """
     try:
         if file.stat().st_size > 4 * MOST_CHARACTERS:
             raise ValueError(f"the YAML has more than {MOST_CHARACTERS} characters")
-        check_yaml(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text)
+        _check_root(text)
+        return current_names(yaml.load(text, Loader=_LOADER))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
+
+
+def _check_root(text: str) -> None:
+    """ValueError unless a YAML text is one mapping."""
+    events = list(yaml.parse(text, Loader=_LOADER))
+    documents = sum(isinstance(event, yaml.DocumentStartEvent) for event in events)
+    if documents > 1:
+        raise ValueError(f"the YAML has {documents} documents: leave out the lines ---")
+    root = next((event for event in events if isinstance(event, yaml.NodeEvent)), None)
+    if isinstance(root, yaml.MappingStartEvent):
+        return
+    empty = root is None or (isinstance(root, yaml.ScalarEvent) and not root.value)
+    listed = isinstance(root, yaml.SequenceStartEvent)
+    held = "nothing" if empty else "a list" if listed else "a single value"
+    raise ValueError(f"the YAML holds {held}: give keys with values, such as seed: 1")
 
 
 def _bounded(text: str) -> Any:

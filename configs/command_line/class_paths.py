@@ -117,6 +117,15 @@ def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
     }
 
 
+def found_class(path: str) -> Callable[..., Any] | None:
+    """The class or function at an allowed path; None where there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name) if allowed(path) else None
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
 def _made_by(found: Any) -> type | None:
     """The class itself, or the one that a function declares to return."""
     if inspect.isfunction(found):

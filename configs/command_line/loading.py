@@ -14,9 +14,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from configs.command_line import class_paths as classes
-from configs.command_line.bounded_yaml import check_file
+from configs.command_line.bounded_yaml import read_config
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
 from configs.command_line.redaction import redacted
+from configs.command_line.unknown_keys import Config, check_keys, explained
 from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -44,6 +45,7 @@ _DENIED = re.compile(r"Importing '([^']+)' is not allowed, .*")
 _SUBJECT = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
 _CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
+_NO_NUMBER = re.compile(r"expected (?:float|int)\. Got value: ([-+.]*(?:nan|inf)\w*)", re.I)
 _NAMESPACE = re.compile(r"\.? ?Got value: Namespace\(.*\)$", re.MULTILINE)
 _WRAPPING = (
     "Does not validate",
@@ -156,13 +158,18 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
             YAML beyond its bounds; as one line that names the key.
     """
     words = resolve_arguments(without_packages(arguments))
-    for word, before in zip(words, ["", *words]):
-        if before == _FLAG or word.startswith(_FLAG + "="):
-            check_file(Path(word.removeprefix(_FLAG + "=")))
+    files = [
+        Path(word.removeprefix(_FLAG + "="))
+        for word, before in zip(words, ["", *words])
+        if before == _FLAG or word.startswith(_FLAG + "=")
+    ]
+    configs = [Config(file, read_config(file)) for file in files]
+    for config in configs:
+        check_keys(parser, config)
     try:
         return parser.parse_args(words)
     except (argparse.ArgumentError, TypeError, RecursionError) as error:
-        raise ValueError(one_line(str(error))) from error
+        raise ValueError(explained(one_line(str(error)), parser, configs)) from error
 
 
 def one_line(message: str) -> str:
@@ -187,6 +194,7 @@ def one_line(message: str) -> str:
     ]
     text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
+    text = _NO_NUMBER.sub(r"expected a finite number, got \1", text)
     subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
     return f"{subject}{text}" + (
         f", got {value!r}" if value is not None and repr(value) not in text else ""

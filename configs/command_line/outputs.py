@@ -1,7 +1,8 @@
 """Output folders: one run writes there at a time, and a report's files are whole or as they were.
 
 A run holds a `flock` on `.output.lock` in its output. The system drops it when the process ends,
-however it ends; the file stays and means nothing by itself.
+however it ends; the file stays and means nothing by itself. A run that is refused leaves nothing
+behind: neither the file, if it made it, nor folders that it made and did not fill.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -49,15 +50,18 @@ def claimed(output: Path) -> Iterator[None]:
     Raises:
         ValueError: another run is writing there, or nothing can be written there.
     """
+    fresh = [place for place in (output, *output.parents) if not place.exists()]
+    first = not (output / LOCK).exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
+        _remove_empty(fresh)
         raise _unwritable(output, error) from error
     with lock:
         # First its own flag, then a look at the others': of two runs that begin at once, at least
         # one is refused.
-        if not _locks(lock, fcntl.LOCK_EX):
+        if not _locks(lock, fcntl.LOCK_EX) or not _is_at(lock, output / LOCK):
             raise ValueError(
                 f"output {str(output)!r}: another run is writing there{_owner(output)}: wait, or "
                 "give another --output"
@@ -70,8 +74,30 @@ def claimed(output: Path) -> Iterator[None]:
             for partial in output.glob(f"*{PARTIAL}"):
                 partial.unlink()
             yield
+        except BaseException:
+            if first:
+                (output / LOCK).unlink(missing_ok=True)
+                _remove_empty(fresh)
+            raise
         finally:
             _held.pop(place, None)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, inner ones first, as far as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _is_at(lock: IO[str], place: Path) -> bool:
+    """Whether the open file is still the one of that path: a refused run removes its own."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), place.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_neighbours(output: Path, place: Path) -> None:

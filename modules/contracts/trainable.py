@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -163,18 +164,27 @@ class Trainable(SteadyBuffers):
     """The run, folder or Hub id that it was loaded from."""
     batch_type: ClassVar[type] = TextBatch
     """The batch type that `loss` wants: text, pairs or labelled text."""
+    names_places: ClassVar[tuple[str, ...]] = ()
+    """Arguments that, as text, name a file or a model of whoever trains it. A saved component has
+    none: a folder from elsewhere must not decide what is read or downloaded here."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the constructor's arguments, defaults filled in. ValueError: a count beyond
-        `MOST`.
+        """Remember the constructor's arguments, defaults filled in.
+
+        Raises:
+            ValueError: a count beyond `MOST`, a negative whole number, or a number that is not
+                finite.
         """
         module = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        for name in MOST.keys() & bound.arguments.keys():
-            value = bound.arguments[name]
-            if isinstance(value, int) and value > MOST[name]:
+        for name, value in bound.arguments.items():
+            if isinstance(value, int) and value > MOST.get(name, value):
                 raise ValueError(f"{name} must be at most {MOST[name]}, got {value}")
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         module.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])
         return module
 

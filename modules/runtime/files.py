@@ -149,8 +149,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: not JSON, not an object, nested too deeply, or too large; the line names the
-            file.
+        ValueError: not JSON, not an object, nested too deeply, too large, or nothing that can be
+            read; the line names the file.
     """
     try:
         if file.stat().st_size > MOST_JSON:
@@ -160,6 +160,8 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise ValueError(f"{file} holds {kind}, not an object with keys: it is no component's")

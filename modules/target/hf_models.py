@@ -20,6 +20,7 @@ from modules.target.loading import locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.tokenizers.vocabulary import check_tokenizer
 
+MOST_POSITIONS = 1 << 27
 _NAMED = "drafter.model"
 _NOT_KEPT = (
     "_name_or_path",
@@ -106,6 +107,11 @@ def _checked(config: Any, layers: int | None) -> Any:
     if not 1 <= config.num_hidden_layers <= MOST["layers"]:
         raise ValueError(
             f"drafter.model has {config.num_hidden_layers} layers, expected 1 to {MOST['layers']}"
+        )
+    if not 1 <= config.max_position_embeddings <= MOST_POSITIONS:
+        raise ValueError(
+            f"drafter.model has {config.max_position_embeddings} positions, expected 1 to "
+            f"{MOST_POSITIONS}"
         )
     return (
         config

@@ -68,6 +68,14 @@ def test_the_table_and_the_metadata_hold_the_reports_figures(evaluated) -> None:
     assert "lookup" not in card and "4 prompts (questions: a, b), up to 12 new tokens" in card
 
 
+def test_data_that_were_not_given_are_not_listed(trained) -> None:
+    file = trained / "drafter" / "provenance.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "data": {"train": "embedded", "validation": None}}))
+    card = card_of(trained)
+    assert "- train: embedded\n" in card and "validation" not in card and "None" not in card
+
+
 def test_training_figures_stand_apart_and_serve_when_there_is_no_report(trained) -> None:
     card = card_of(trained)
     assert "## Evaluation" not in card

@@ -193,6 +193,16 @@ def test_files_that_are_no_objects_are_refused(
     assert file in said
 
 
+@pytest.mark.parametrize("file", ["config.json", "provenance.json", WEIGHTS])
+def test_links_to_what_cannot_be_read_are_refused(
+    file: str, target: Target, tmp_path: Path
+) -> None:
+    folder = saved(target, tmp_path)
+    (folder / file).unlink()
+    (folder / file).symlink_to("/proc/self/mem" if Path("/proc/self/mem").exists() else "/dev")
+    assert file in refusal(lambda: load_pretrained(folder))
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -323,6 +333,41 @@ def test_trees_have_bounds() -> None:
             StaticTree(paths)
 
 
+@pytest.mark.parametrize("positions", [0, -1, 10**30])
+def test_a_language_model_of_absurd_length_is_refused(
+    positions: int, target: Target, tmp_path: Path
+) -> None:
+    drafter = Independent(target.shape, layers=1)
+    drafter.initialise(target)
+    folder = save_pretrained(drafter, tmp_path / "drafter", Provenance.of(target))
+    put(folder, "arguments.model.max_position_embeddings", positions)
+    assert f"has {positions} positions" in refusal(lambda: load_pretrained(folder, target))
+
+
+@pytest.mark.parametrize(
+    ("drafter_type", "kind", "argument"),
+    [
+        ("independent", "Independent", "model"),
+        ("rest", "Rest", "datastore"),
+        ("rasd", "Rasd", "datastore"),
+        ("aded", "Aded", "datastore"),
+        ("suffix_automaton", "Suffix", "datastore"),
+    ],
+)
+def test_a_folder_does_not_say_what_is_read_or_downloaded(
+    drafter_type: str, kind: str, argument: str, target: Target, tmp_path: Path
+) -> None:
+    folder = saved(target, tmp_path)
+    for key, value in {
+        "drafter_type": drafter_type,
+        "class": kind,
+        "arguments": {argument: "somebody/something"},
+    }.items():
+        put(folder, key, value)
+    said = refusal(lambda: load_pretrained(folder, target))
+    assert f"arguments.{argument} names 'somebody/something'" in said
+
+
 def every_class(kind: type[Trainable] = Trainable) -> list[type[Trainable]]:
     found = [each for each in kind.__subclasses__() if each.__module__.startswith("modules.")]
     return found + [inner for each in found for inner in every_class(each)]
@@ -333,3 +378,19 @@ def test_the_types_of_every_components_arguments_are_known() -> None:
         check_arguments(trainable_class(name.lower(), name), {}, "x")
     for kind in set(every_class()):
         check_arguments(kind, {}, kind.__name__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"blocks": -1}, "blocks must not be negative, got -1"),
+        ({"heads": -1}, "heads must not be negative, got -1"),
+        ({"decay": float("nan")}, "decay must be finite, got nan"),
+        ({"decay": float("inf")}, "decay must be finite, got inf"),
+    ],
+)
+def test_numbers_that_no_component_has_are_refused(
+    arguments: dict[str, Any], words: str, target: Target
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Medusa(target.shape, **arguments)

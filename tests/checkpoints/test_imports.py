@@ -301,6 +301,43 @@ def test_configs_that_ask_for_something_else_are_refused(target, tmp_path, chang
         load_pretrained(write(tmp_path / "drafter", {**config, **change}, tensors), target)
 
 
+def keys(config: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where the values of a config are."""
+    inner = [(key, *more) for key, value in config.items() for more in _below(value)]
+    return [(key,) for key in config] + inner
+
+
+def _below(value: Any) -> list[tuple[str, ...]]:
+    return keys(value) if isinstance(value, dict) else []
+
+
+def put(config: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
+    *outer, last = place
+    whole = json.loads(json.dumps(config))
+    inner = whole
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    return whole
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0.5, 10**30, "x", [[1]], {"a": 1}], ids=str)
+@pytest.mark.parametrize("name", MADE)
+def test_any_value_anywhere_in_a_config_is_read_or_refused_in_a_line(target, tmp_path, name, value):
+    config, tensors = MADE[name][0](target)
+    folder = write(tmp_path / name, config, tensors)
+    refused = []
+    for place in keys(config):
+        (folder / "config.json").write_text(json.dumps(put(config, place, value)))
+        try:
+            load_pretrained(folder, target)
+        except ValueError as error:
+            refused.append(place)
+            assert str(folder) in str(error) or "drafter.model" in str(error), place
+            assert len(str(error)) < 600
+    assert len(refused) >= 2
+
+
 def test_training_never_starts_from_other_rotary_parameters(target, tmp_path):
     config, tensors = sglang(target)
     folder = write(tmp_path / "drafter", {**config, "rope_theta": 5e5}, tensors)

@@ -42,6 +42,54 @@ def test_hostile_yaml_is_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\n\nseed: 2", "the key 'seed' is given twice, in lines 1 and 3"),
+        ("data: {train: a}\ndata: {rows: 2}", "the key 'data' is given twice, in lines 1 and 2"),
+        (
+            "optimizer:\n  lr: 1\n  floor: 0\n  lr: 2",
+            "the key 'optimizer.lr' is given twice, in lines 2 and 4",
+        ),
+        (
+            "optimizer: {lr: 1}\noptimizer.lr: 2",
+            "the key 'optimizer.lr' is given twice, in lines 1 and 2",
+        ),
+        ("methods: [{name: a, name: b}]", "the key 'name' is given twice, in lines 1 and 1"),
+        ("seed: 1\n'seed': 2", "the key 'seed' is given twice"),
+        ("", "holds nothing: give keys"),
+        ("# seed: 1", "holds nothing: give keys"),
+        ("---\n", "holds nothing: give keys"),
+        ("[seed, 1]", "holds a list: give keys"),
+        ("- seed: 1", "holds a list: give keys"),
+        ("seed", "holds a single value: give keys"),
+        ("seed: 1\n---\nseed: 2", "has 2 documents"),
+    ],
+)
+def test_a_config_is_one_mapping_with_every_key_once(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        parse(make_parser(), ["--config", str(file)])
+    said = str(caught.value)
+    assert said.startswith(f"--config {file}: the ") and words in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [{b: 1}, {b: 1}]\nb: 1",
+        "a: {b: {c: 1}}\nb: {c: 1, b: 2}\nc: 1",
+        "a: &x {c: 1}\nb: *x\nc: {a: *x}",
+        "a.b: 1\na: {c: 2}\nb: 1",
+        "? [x]\n: 1\nx: 2",
+        "a: b\nb: a",
+    ],
+)
+def test_equal_keys_of_different_places_are_no_repetition(text: str) -> None:
+    check_yaml(text)
+
+
 @pytest.mark.parametrize("name", ["laughs", "deep"])
 def test_hostile_values_of_flags_are_one_line(name: str) -> None:
     with pytest.raises(ValueError) as caught:

@@ -19,6 +19,8 @@ from configs.command_line.loading import (
     resolve_arguments,
     run,
 )
+from eval.cli import make_parser as make_eval_parser
+from train.cli import make_parser
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,66 @@ def test_mistakes_in_a_file_are_one_line_naming_the_key(
         read(["--config", write(tmp_path, "c.yaml", text)])
     print(caught.value)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("datta.train: x", "the key 'datta.train' is unknown: did you mean data.train?"),
+        ("datta: {train: x}", "the key 'datta' is unknown: did you mean data?"),
+        ("sead: 1", "the key 'sead' is unknown: did you mean seed?"),
+        ("optimizer: {lrr: 1}", "the key 'optimizer.lrr' is unknown: did you mean optimizer.lr?"),
+        ("optimizer.lrr: 1", "the key 'optimizer.lrr' is unknown: did you mean optimizer.lr?"),
+        ("optimzer: {lr: 1}", "the key 'optimzer' is unknown: did you mean optimizer?"),
+        ("max_steps: 1", "the key 'max_steps' is unknown: did you mean trainer.max_steps?"),
+        ("zzz: 1", "the key 'zzz' is unknown"),
+        (
+            "drafter: {class_path: modules.drafters.heads.medusa.Medusa, init_args: {headz: 3}}",
+            "the key 'drafter.headz' is unknown: did you mean heads?",
+        ),
+        (
+            "data: {trian: x}",
+            "the key 'data.trian' is unknown: did you mean train?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_with_its_file_and_the_name_that_was_meant(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    file = write(tmp_path, "c.yaml", text)
+    with pytest.raises(ValueError) as caught:
+        parse(make_parser(), ["--config", "clover.yaml", "--config", file])
+    assert str(caught.value) == f"--config {file}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--headz=3", "--headz is unknown: did you mean --drafter.heads?"),
+        ("--drafter.headz=3", "the key 'drafter.headz' is unknown: did you mean heads?"),
+        ("--optimizer.lrr=3", "--optimizer.lrr is unknown: did you mean --optimizer.lr?"),
+        ("--datta.train=x", "--datta.train is unknown: did you mean --data.train?"),
+        ("--outptu=x", "--outptu is unknown: did you mean --output?"),
+        ("--optimizer.lr=nan", "optimizer.lr: expected a finite number, got nan"),
+        ("--optimizer.lr=-inf", "optimizer.lr: expected a finite number, got -inf"),
+    ],
+)
+def test_a_mistaken_flag_is_told_with_the_one_that_was_meant(flag: str, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(make_parser(), ["--config", "clover.yaml", flag])
+    assert str(caught.value) == words
+
+
+def test_unknown_keys_of_an_evaluation(tmp_path: Path) -> None:
+    for text, words in (
+        ("limt: 3", "the key 'limt' is unknown: did you mean limit?"),
+        ("methods: [{nam: x}]", "the key 'methods.nam' is unknown: did you mean name?"),
+        ("prompts: embedded", "prompts must be a list, got 'embedded': write [embedded]"),
+    ):
+        file = write(tmp_path, "c.yaml", text)
+        with pytest.raises(ValueError) as caught:
+            parse(make_eval_parser(), ["--config", file])
+        assert str(caught.value) == f"--config {file}: {words}"
 
 
 @pytest.mark.parametrize(

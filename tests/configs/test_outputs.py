@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,35 @@ def test_a_file_system_without_locks_is_said_so(
     with claimed(tmp_path):
         pass
     assert "has no flock, so a second run in one output is not noticed" in caplog.text
+
+
+def test_a_run_that_is_refused_leaves_neither_lock_nor_folders(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for place in ("new/run", "there", "there/inside"):
+        with pytest.raises(ValueError, match="refused"), claimed(tmp_path / place):
+            raise ValueError("refused")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(ValueError, match="refused"), claimed(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "journal").write_text("")
+        raise ValueError("refused")
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["journal"]
+    with claimed(tmp_path / "there"):
+        pass
+    assert (tmp_path / "there" / LOCK).is_file()
+
+
+def test_a_lock_that_its_run_has_removed_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, the run that was there is refused and takes its file away."""
+    locks = outputs._locks
+
+    def late(lock: Any, kind: int) -> bool:
+        (tmp_path / LOCK).unlink(missing_ok=True)
+        return locks(lock, kind)
+
+    monkeypatch.setattr(outputs, "_locks", late)
+    refused(tmp_path, "another run is writing there: wait, or give another --output")
 
 
 def test_texts_are_written_all_or_none(tmp_path: Path) -> None:

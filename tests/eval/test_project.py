@@ -95,3 +95,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr()
     assert LABEL in shown.out and "use one of a100_80gb, h100, rtx_4090" in shown.err
     assert shown.err.count("\n") == 1 and file.read_bytes() == before
+
+
+def test_a_method_on_a_target_that_the_report_does_not_describe_is_named() -> None:
+    forged = report(method("clover", **{**KNOWN, "target": "another"}))
+    with pytest.raises(ValueError, match="'clover' ran on 'another', which is not among its targ"):
+        list(projection(forged, TOY))
+
+
+def test_names_of_methods_are_one_cell() -> None:
+    *_, line = projection(report(method("a | b\n# c", **KNOWN)), TOY)
+    assert line.startswith("| a \\| b # c |") and "\n" not in line

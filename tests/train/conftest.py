@@ -43,8 +43,9 @@ def conversations(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """`load_target` gives a tiny random target."""
+    """`load_target` and `outline` give a tiny random target."""
     target = tiny_target(dtype=torch.float32)
+    monkeypatch.setattr("train.cli.outline", lambda *_: target)
     monkeypatch.setattr("train.run.load_target", lambda *_: target)
     return target
 

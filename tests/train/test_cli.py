@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from tests.fakes import tiny_target
-from train.cli import command, make_parser
+from train.cli import command, make_parser, quieten
 from train.run import resume_point
 from train.settings import TrainerSettings
 
@@ -228,12 +229,15 @@ def test_a_resumed_run_may_not_change_what_it_trains(tiny, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--drafter.hads", "3"], "drafter.*'hads' is not accepted"),
+        (["--drafter.hads", "3"], "the key 'drafter.hads' is unknown: did you mean heads?"),
         (["--drafter.heads", "many"], "drafter.heads.*expected int"),
         (["--trainer.max_steps", "x"], "trainer.max_steps: expected int"),
         (["--trainer.steps", "3"], "--trainer.steps"),
         (["--trainer.max_steps", "-1"], "trainer.max_steps and trainer.max_epochs are both -1"),
-        (["--data.max_lenth", "3"], "data.*'max_lenth' is not accepted"),
+        (
+            ["--data.max_lenth", "3"],
+            "the key 'data.max_lenth' is unknown: did you mean max_length?",
+        ),
         (["--data.train", "none.jsonl"], "none.jsonl.* does not exist"),
         (["--optimizer.lr", "0"], "optimizer.lr must be above 0"),
         (["--config", "nothing.yaml"], "--config 'nothing.yaml' is neither"),
@@ -256,6 +260,41 @@ def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypa
     assert not (tmp_path / "run" / "lightning").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--drafter.heads=0", "heads"),
+        ("--drafter.heads=-2", "heads"),
+        ("--drafter.blocks=-1", "blocks"),
+        ("--drafter.tree=nonsense", "tree"),
+        ("--drafter.tree=[[99]]", "tree"),
+        ("--drafter.draft_vocabulary=0", "draft_vocabulary"),
+    ],
+)
+def test_arguments_of_a_drafter_are_checked_before_the_target_loads(
+    tiny, recipe, tmp_path, monkeypatch, flag, words
+):
+    monkeypatch.setattr("train.run.load_target", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=words) as caught:
+        run(recipe, tmp_path / "run", flag)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ends_before_training_leaves_nothing(tiny, recipe, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("no such target")
+
+    monkeypatch.setattr("train.run.load_target", refuse)
+    with pytest.raises(ValueError, match="no such target"):
+        run(recipe, tmp_path / "runs" / "x")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("seed: 1")
+    with pytest.raises(ValueError, match="no such target"):
+        run(recipe, tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["config.yaml"]
+
+
 def test_a_command_without_a_recipe_says_what_is_missing():
     with pytest.raises(ValueError, match="--config is missing: name a recipe"):
         command(["--trainer.max_steps", "3"])
@@ -270,6 +309,13 @@ def test_configs_merge_left_to_right_and_flags_win(recipe, tmp_path):
     )
     assert config.drafter.init_args.heads == 7 and config.drafter.init_args.draft_vocabulary == 48
     assert (config.trainer.max_steps, config.optimizer.lr, config.seed) == (2, 0.01, 9)
+
+
+def test_what_deepspeed_says_of_the_device_is_left_out(caplog):
+    quieten()
+    for words in ("Setting accelerator to CPU. If you have GPU", "the loss scale is too low"):
+        logging.getLogger("DeepSpeed").warning(words)
+    assert caplog.messages == ["the loss scale is too low"]
 
 
 def test_the_help_fits_on_one_screen():

@@ -64,7 +64,28 @@ class AcceptanceProbe(Callback):
 
 
 class RunProgress(RichProgressBar):
-    """A progress bar, and one line per validation that stays."""
+    """A progress bar, and one line per validation that stays.
+
+    Epochs are counted from 1, and the batches of one end where `max_steps` ends the training.
+    """
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch that are taken."""
+        trainer, every = self.trainer, self.trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return every
+        together = trainer.accumulate_grad_batches
+        taken = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if taken >= every:
+            # Still those of the epoch before.
+            taken = 0
+        left = (trainer.max_steps - trainer.global_step) * together
+        return min(every, taken - taken % together + left)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        return f"epoch {current_epoch + 1}" + (f" of {last}" if last and last > 0 else "")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Without the run's version number."""

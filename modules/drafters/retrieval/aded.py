@@ -243,11 +243,8 @@ class Aded(TextDrafter):
         tokens: int = 7,
     ) -> None:
         super().__init__(shape)
-        if simulations < 0 or tokens < 1:
-            raise ValueError(
-                f"simulations must be at least 0 and tokens at least 1, got {simulations} and "
-                f"{tokens}"
-            )
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
         self.simulations, self.adapts, self.tokens = simulations, adapt, tokens
         self.corpus = Trigrams(
             None if datastore is None else Datastore.load(datastore, shape.vocab_size).tokens_M

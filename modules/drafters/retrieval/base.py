@@ -61,6 +61,8 @@ class TextDrafter(Drafter):
         shape: the target's dimensions (nothing of it is needed but by those that say so).
     """
 
+    names_places = ("datastore",)
+
     def __init__(self, shape: TargetShape) -> None:
         super().__init__()
         self.shape = shape

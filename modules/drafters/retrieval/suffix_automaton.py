@@ -138,11 +138,8 @@ class Suffix(Partnered):
         bias: int = 1,
         partner: Drafter | None = None,
     ) -> None:
-        if shortest < 1 or tokens < 1 or bias < 0:
-            raise ValueError(
-                "shortest and tokens must be at least 1 and bias at least 0, got "
-                f"{shortest}, {tokens} and {bias}"
-            )
+        if shortest < 1 or tokens < 1:
+            raise ValueError(f"shortest and tokens must be at least 1, got {shortest} and {tokens}")
         super().__init__(shape, partner)
         self.shortest, self.tokens, self.bias = shortest, tokens, bias
         self.corpus = None if datastore is None else Datastore.load(datastore, shape.vocab_size)

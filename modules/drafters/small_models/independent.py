@@ -107,6 +107,7 @@ class Independent(TokenDrafter):
     """
 
     own_model = True
+    names_places = ("model",)
     soft_labels = True
     language_model: Target
 

@@ -183,6 +183,7 @@ FORGED: list[tuple[str, Any, str]] = [
     ("methods.1.batch_size", [1, 4], "batch_size is a list, expected a whole number"),
     ("methods.1.quality", None, "quality is null, expected an object"),
     ("methods.0.quality.noise", [1.0], r"methods\[1\].quality.noise is a list, expected an object"),
+    ("methods.0.quality.noise", None, r"methods\[1\].quality.noise is null, expected an object"),
     ("methods.0.quality.noise.ci95", [-1.0, 1.0], r"noise.ci95\[1\] is -1.0, expected 0 or above"),
     ("methods.0.quality.noise.ci95", [1.0, None], r"noise.ci95\[2\] is null, expected a number"),
     ("settings", [], "settings is a list, expected an object"),
@@ -217,6 +218,32 @@ def test_values_that_no_evaluation_writes_are_one_line_with_file_and_key(
     assert caught.value.code == 2 and said.count("\n") == 1
     with pytest.raises(ValueError, match=f"report '.*forged.json': .*{words}"):
         raise ValueError(said)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("time_to_first_token", []),
+        ("predicted_speedup", "fast"),
+        ("speed_model", {"rows_per_call": 1.0}),
+        ("less_repetitive_half", True),
+        ("accepted_length_histogram", 5),
+        ("by_task", None),
+        ("quality", {"training_overlap": {}}),
+        ("quality", {"draft_seconds_per_node": 1.0}),
+    ],
+)
+def test_a_page_that_a_report_has_not_the_values_for_is_refused(
+    tmp_path: Path, place: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = report(baseline(), drafting(1.5, **{place: value}))
+    (tmp_path / "report.json").write_text(json.dumps(forged))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--render", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1
+    assert f"report '{tmp_path}' does not hold what its page shows" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b""])

@@ -13,6 +13,7 @@ from tests.train.lightning.test_module import NextToken
 from train.lightning.callbacks import (
     AcceptanceProbe,
     LastCheckpoint,
+    RunProgress,
     Terminated,
     checkpoint_callbacks,
 )
@@ -66,21 +67,54 @@ def accumulate(callbacks, **options):
     target = tiny_target(dtype=torch.float32)
     module = TrainableModule(NextToken(target.shape), target, OptimizerSettings())
     batches: Any = DataLoader([tiny_batch(target, seed=i) for i in range(5)], batch_size=None)  # pyright: ignore
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        inference_mode=False,
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        accumulate_grad_batches=2,
-        check_val_every_n_epoch=None,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "inference_mode": False,
+        "callbacks": callbacks,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "accumulate_grad_batches": 2,
+        "check_val_every_n_epoch": None,
+    }
+    trainer = Trainer(**{**settings, **options})
     trainer.fit(module, batches, batches)
+
+
+class Seen(RunProgress):
+    """Notes what the bar shows of each epoch, which stays so to its last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        super().on_train_epoch_start(trainer, pl_module)
+        self.note(trainer)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert self.total_train_batches == self.shown[-1][1]
+
+    def note(self, trainer):
+        description = self._get_train_description(trainer.current_epoch)
+        self.shown.append((description, self.total_train_batches))
+
+
+@pytest.mark.parametrize(
+    ("limits", "shown"),
+    [
+        ({"max_epochs": 2}, [("epoch 1 of 2", 5), ("epoch 2 of 2", 5)]),
+        ({"max_epochs": -1, "max_steps": 4}, [("epoch 1", 5), ("epoch 2", 2)]),
+        ({"max_epochs": 9, "max_steps": 2}, [("epoch 1 of 9", 4)]),
+    ],
+)
+def test_the_bar_counts_epochs_from_one_and_batches_to_the_last_step(limits, shown):
+    bar = Seen()
+    accumulate([bar], enable_progress_bar=True, enable_checkpointing=False, **limits)
+    assert bar.shown == shown
 
 
 @pytest.mark.parametrize(("at", "step", "batches"), [(3, 2, 4), (4, 2, 4), (5, 3, 5), (6, 4, 7)])
