@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.chat_tokens import Answer, answer_ids
 from data.chat_tokens import prompt_ids as prompt_ids
-from data.reading.files import Row, Skipped, Tally
+from data.reading.files import Place, Row, Skipped, Tally
 from data.reading.rows import Conversation
 
 
@@ -26,12 +26,13 @@ class Tokens:
     """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens.
 
     opening: hash of the prompt with which its conversation begins, where that has several
-    documents.
+    documents. cut: whether its last answer goes on beyond `max_length`.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     opening: str | None = field(default=None, kw_only=True)
+    cut: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         """T."""
@@ -152,7 +153,20 @@ def _document(chain: Sequence[Answer], max_length: int, opening: str | None = No
     for answer in chain:
         ids = answer.prompt + answer.said
         mask += [False] * (len(answer.prompt) - len(mask)) + [True] * len(answer.said)
-    return Tokens(torch.tensor(ids[:max_length]), torch.tensor(mask[:max_length]), opening=opening)
+    return Tokens(
+        torch.tensor(ids[:max_length]),
+        torch.tensor(mask[:max_length]),
+        opening=opening,
+        cut=len(ids) > max_length,
+    )
+
+
+def count_cut(
+    documents: Iterable[Tokens], max_length: int, tally: Tally, place: Place | None
+) -> None:
+    """Count the answers whose end is not trained on, because it lies beyond `max_length`."""
+    reason = f"cut off at data.max_length ({max_length} tokens)"
+    tally.change_parts("answer", reason, place, sum(document.cut for document in documents))
 
 
 def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> None:
@@ -177,6 +191,7 @@ def each_once(
     tokenized: Callable[[Example], Document],
     budget: int | None,
     tally: Tally,
+    taken: Callable[[Document, Place | None], None],
 ) -> dict[str, Document]:
     """Tokenized examples of all rows by their keys, in order, up to a budget of response tokens;
     skips are counted and logged.
@@ -187,6 +202,7 @@ def each_once(
         tokenized: an example's tokens; `Skipped` if it cannot be used.
         budget: response tokens; None for all rows.
         tally: counts what is left out.
+        taken: told of every document that is kept, and of its row's place.
     """
     documents: dict[str, Document] = {}
     spent = 0
@@ -204,8 +220,10 @@ def each_once(
             except Skipped as reason:
                 tally.skip(str(reason), row.place)
                 continue
-            spent += document.response_tokens if document.key not in documents else 0
-            documents.setdefault(document.key, document)
+            if document.key not in documents:
+                documents[document.key] = document
+                spent += document.response_tokens
+                taken(document, row.place)
     tally.log()
     return documents
 
@@ -248,7 +266,8 @@ def tokenize_all(
             tally.skip(str(reason), conversation.place)
             continue
         for reason, count in found.left_out.items():
-            tally.change(f"without an answer: {reason}", conversation.place, count)
+            tally.change_parts("answer", f"left out: {reason}", conversation.place, count)
+        count_cut(new, max_length, tally, conversation.place)
         documents.update((document.key, document) for document in new)
         spent += sum(document.response_tokens for document in new)
     tally.log()

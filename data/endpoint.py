@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import time
-import urllib.error
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,19 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.command_line.loading import config_parser, exit_with, parse
-from configs.command_line.redaction import redacted
+from configs.command_line.redaction import printable, redacted
 from data.generation.answering import (
     Journal,
     Key,
     chats_of,
+    making,
     open_questions,
     prompt_rows,
     prompts_digest,
     summary,
-    writable,
     write_answers,
 )
-from data.generation.requests import Redirected, post, said
+from data.generation.requests import Redirected, Trouble, post
 from data.reading.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
 from data.reading.rows import Message
 from data.regenerate import Generation
@@ -92,6 +91,11 @@ class Endpoint:
             raise ValueError(
                 f"endpoint.url must begin with http:// or https://, got {redacted(self.url)!r}"
             )
+        if not self.url.isprintable() or " " in self.url:
+            raise ValueError(
+                f"endpoint.url {redacted(self.url)!r} holds a space or a control character: give "
+                "an address without"
+            )
         if redacted(self.url) != self.url:
             raise ValueError(
                 f"endpoint.url {redacted(self.url)} holds credentials: put the key into the "
@@ -146,35 +150,36 @@ def regenerate_by(
             settings, or the server refuses more than `endpoint.refusals` requests or goes on
             failing after the retries.
     """
-    output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
-    chats = chats_of(prompts, tally)
-    settings = {
-        "target": endpoint.model,
-        "prompts": prompts_digest([row.content for row in prompts]),
-        "neutral": endpoint.neutral,
-        "chat_template": endpoint.chat_template or None,
-        **generation.settings(),
-    }
-    journal = Journal(output.with_name(output.name + ".journal"), settings)
-    refused: list[Refused] = []
-    with ThreadPoolExecutor(endpoint.concurrency) as pool:
-        for turn in range(max(len(chat.questions) for chat in chats)):
-            pending = (
-                Request(
-                    key, chat.row.place, generation.temperature(key.index, key.number), messages
+    tally = Tally("prompt") if tally is None else tally
+    with making(Path(output)) as place:
+        chats = chats_of(prompts, tally)
+        settings = {
+            "target": endpoint.model,
+            "prompts": prompts_digest([row.content for row in prompts]),
+            "neutral": endpoint.neutral,
+            "chat_template": endpoint.chat_template or None,
+            **generation.settings(),
+        }
+        journal = Journal(place.with_name(place.name + ".journal"), settings)
+        refused: list[Refused] = []
+        with ThreadPoolExecutor(endpoint.concurrency) as pool:
+            for turn in range(max(len(chat.questions) for chat in chats)):
+                pending = (
+                    Request(
+                        key, chat.row.place, generation.temperature(key.index, key.number), messages
+                    )
+                    for chat, key, messages in list(
+                        open_questions(chats, turn, generation.answers, journal)
+                    )
                 )
-                for chat, key, messages in list(
-                    open_questions(chats, turn, generation.answers, journal)
-                )
-            )
-            for answer in _answers(pool, endpoint, pending, generation, refused):
-                journal.append([answer])
-    for one in refused:
-        tally.skip("refused by the server", one.place)
-    if not journal.answers:
-        raise ValueError(f"no prompt can be answered: {tally.reasons()}")
-    write_answers(output, chats, generation.answers, journal, tally)
-    return output
+                for answer in _answers(pool, endpoint, pending, generation, refused):
+                    journal.append([answer])
+        for one in refused:
+            tally.skip("refused by the server", one.place)
+        if not journal.answers:
+            raise ValueError(f"no prompt can be answered: {tally.reasons()}")
+        write_answers(place, chats, generation.answers, journal, tally)
+    return place
 
 
 def _answers(
@@ -259,9 +264,7 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
     """The choice in the server's answer; busy servers, broken connections and broken answers are
     tried again.
     """
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(endpoint.key_variable):
-        headers["Authorization"] = f"Bearer {os.environ[endpoint.key_variable]}"
+    headers = {"Content-Type": "application/json", **_authorization(endpoint)}
     address = endpoint.url.rstrip("/") + "/chat/completions"
     for attempt in range(endpoint.retries + 1):
         try:
@@ -276,8 +279,8 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
                     )
                 )
             )
-        except urllib.error.HTTPError as error:
-            trouble = f"{error.code} {said(error)}"
+        except Trouble as error:
+            trouble = str(error)
             if error.code in _OF_THE_PROMPT:
                 raise Refused(trouble) from None
             if error.code not in _WORTH_RETRYING:
@@ -287,13 +290,24 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
         except Redirected as redirected:
             raise ValueError(f"endpoint.url {endpoint.url}: {redirected}") from None
         except (OSError, HTTPException, ValueError) as error:
-            trouble = f"{error}"
+            trouble = printable(str(error))
         if attempt < endpoint.retries:
             time.sleep(endpoint.wait * 2**attempt)
     raise ValueError(
         f"endpoint.url {endpoint.url}: {trouble}; what was answered is kept: run the same command "
         "again when the server is well"
     )
+
+
+def _authorization(endpoint: Endpoint) -> dict[str, str]:
+    """The header with the key, if there is a key. ValueError: no header can hold it."""
+    key = os.environ.get(endpoint.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the key in {endpoint.key_variable} holds a line break, or a character that no header "
+            "takes: set it anew"
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _json(body: bytes, whole: bool) -> Any:

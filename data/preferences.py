@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans
-from data.conversations import Tokens, check_ids, each_once, hash_ids, tokenize_answer
+from data.conversations import Tokens, check_ids, count_cut, each_once, hash_ids, tokenize_answer
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Span, frequent_wrong, inject, is_problem, read_problem
 from data.packing import collate
-from data.reading.files import Row, Skipped, Tally, read_rows
+from data.reading.files import Place, Row, Skipped, Tally, read_rows
 from data.reading.rows import (
     ASKED,
     CHATS,
@@ -298,7 +298,10 @@ def tokenize_pairs(
     def read(content: Any) -> list[Preference]:
         return read_preferences(content, corruptions, seed)
 
-    pairs = each_once(rows, read, tokenized, max_response_tokens or None, tally)
+    def taken(pair: Pair, place: Place | None) -> None:
+        count_cut((pair.chosen, pair.rejected), max_length, tally, place)
+
+    pairs = each_once(rows, read, tokenized, max_response_tokens or None, tally, taken)
     if not any(pair.compared for pair in pairs.values()):
         reasons = (
             "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()

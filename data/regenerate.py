@@ -25,6 +25,7 @@ from data.generation.answering import (
     Journal,
     Key,
     chats_of,
+    making,
     open_questions,
     prompt_rows,
     prompts_digest,
@@ -133,30 +134,32 @@ def regenerate(
         ValueError: the output exists, no prompt can be answered, or the journal beside the output
             belongs to other settings.
     """
-    output, tally = writable(Path(output)), Tally("prompt") if tally is None else tally
-    chats = chats_of(prompts, tally)
-    journal = Journal(
-        output.with_name(output.name + ".journal"), _settings(target, prompts, generation)
-    )
-    total = generation.answers * sum(len(chat.questions) for chat in chats)
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("", total=total, completed=len(journal.answers))
-        for turn in range(max(len(chat.questions) for chat in chats)):
-            for batch in _batches(
-                list(_jobs(target, chats, turn, journal, generation, tally)), generation.batch_size
-            ):
-                journal.append(
-                    [
-                        _answer(job, ids, target)
-                        for job, ids in zip(batch, _generate(target, batch, generation))
-                    ]
-                )
-                bar.advance(task, len(batch))
-            if not journal.answers:
-                raise ValueError(f"no prompt can be answered: {tally.reasons()}")
-    write_answers(output, chats, generation.answers, journal, tally)
-    return output
+    tally = Tally("prompt") if tally is None else tally
+    with making(Path(output)) as place:
+        chats = chats_of(prompts, tally)
+        journal = Journal(
+            place.with_name(place.name + ".journal"), _settings(target, prompts, generation)
+        )
+        total = generation.answers * sum(len(chat.questions) for chat in chats)
+        columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("", total=total, completed=len(journal.answers))
+            for turn in range(max(len(chat.questions) for chat in chats)):
+                for batch in _batches(
+                    list(_jobs(target, chats, turn, journal, generation, tally)),
+                    generation.batch_size,
+                ):
+                    journal.append(
+                        [
+                            _answer(job, ids, target)
+                            for job, ids in zip(batch, _generate(target, batch, generation))
+                        ]
+                    )
+                    bar.advance(task, len(batch))
+                if not journal.answers:
+                    raise ValueError(f"no prompt can be answered: {tally.reasons()}")
+        write_answers(place, chats, generation.answers, journal, tally)
+    return place
 
 
 # -- generating ------------------------------------------------------------------------------------

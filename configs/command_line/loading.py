@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from configs.command_line import class_paths as classes
 from configs.command_line.bounded_yaml import read_config
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
-from configs.command_line.redaction import redacted
+from configs.command_line.redaction import printable, redacted
 from configs.command_line.unknown_keys import Config, check_keys, explained
 from configs.command_line.work_share import Share
 
@@ -231,7 +231,7 @@ def exit_with(
 
 
 def _fail(words: str) -> int:
-    print(f"error: {redacted(' '.join(words.split()))}", file=sys.stderr)
+    print(f"error: {redacted(printable(words))}", file=sys.stderr)
     return 2
 
 

@@ -83,6 +83,36 @@ def claimed(output: Path) -> Iterator[None]:
             _held.pop(place, None)
 
 
+@contextmanager
+def claimed_file(output: Path) -> Iterator[None]:
+    """Keep other runs from making the same file while the block lasts. The lock stands beside it
+    and is removed in the end.
+
+    Raises:
+        ValueError: another run is making it, or nothing can be written there.
+    """
+    place = output.with_name(f".{output.name}.lock")
+    while True:
+        try:
+            lock = open(place, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise _unwritable(output, error) from error
+        with lock:
+            if not _locks(lock, fcntl.LOCK_EX):
+                raise ValueError(
+                    f"output {str(output)!r}: another run is making it: wait, or give another "
+                    "--output"
+                )
+            # A run that ended in the meantime may have removed the file that was opened.
+            if not _is_at(lock, place):
+                continue
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
 def _remove_empty(folders: Sequence[Path]) -> None:
     """Remove folders, inner ones first, as far as they are empty."""
     for folder in folders:

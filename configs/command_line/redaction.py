@@ -17,6 +17,8 @@ _PATTERNS = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{12,}"), HIDDEN),
+    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"), HIDDEN),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
     (
         re.compile(r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-)[A-Za-z0-9_-]{16,}"),
         HIDDEN,
@@ -70,6 +72,11 @@ def redacted(text: str) -> str:
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def printable(text: str) -> str:
+    """A text without line breaks, and with U+FFFD for what a terminal would obey."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(text.split()))
 
 
 def redact(value: Any) -> Any:

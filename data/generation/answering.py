@@ -12,12 +12,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.command_line.outputs import append_lines
+from configs.command_line.outputs import append_lines, claimed_file
 from data.reading.files import Place, Row, Skipped, Tally, clean, local_files, read_rows
 from data.reading.rows import CHATS, Message, questions_of
 from modules.runtime.files import whole_file
@@ -216,6 +217,18 @@ def writable(output: Path) -> Path:
         raise ValueError(f"output {str(output)!r} exists already: delete it or give another")
     output.parent.mkdir(parents=True, exist_ok=True)
     return output
+
+
+@contextmanager
+def making(output: Path) -> Iterator[Path]:
+    """A path that answers may be written to, kept from other runs while the block lasts: they would
+    write into the same journal.
+
+    Raises:
+        ValueError: as `writable`, or another run is making it.
+    """
+    with claimed_file(writable(output)):
+        yield writable(output)
 
 
 def write_answers(

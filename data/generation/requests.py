@@ -4,13 +4,15 @@ bounded answers.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import urllib.error
 import urllib.request
-from http.client import HTTPResponse
+from http.client import HTTPConnection, HTTPSConnection
 from typing import Any
 
-from configs.command_line.redaction import redacted
+from configs.command_line.redaction import printable, redacted
 
 LONGEST_TROUBLE = 300
 """Characters of what a server says of an error."""
@@ -26,13 +28,80 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> None:
+        place = printable(redacted(newurl))[:LONGEST_TROUBLE]
         raise Redirected(
-            f"the server redirects ({code}) to {redacted(newurl)[:LONGEST_TROUBLE]}: the key is "
-            "not sent there, give that address if you trust it"
+            f"the server redirects ({code}) to {place}: the key is not sent there, give that "
+            "address if you trust it"
         )
 
 
-_OPENER = urllib.request.build_opener(_NoRedirects)
+class _Deadline:
+    """Ends the connections of one request, whatever they are doing, `seconds` after it began.
+
+    A server that sends a byte now and then never meets the timeout of one read.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.late = seconds, threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._cut_off)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def watch(self, opened: socket.socket) -> None:
+        """End this connection too."""
+        self._sockets.append(opened)
+        if self.late.is_set():
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        self.late.set()
+        for opened in self._sockets:
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """TimeoutError if the time is over."""
+        if self.late.is_set():
+            raise TimeoutError(f"no whole answer within {self.seconds:g} seconds")
+
+
+def _opener(deadline: _Deadline) -> urllib.request.OpenerDirector:
+    """What opens addresses without following redirects, watched by the deadline."""
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    class Encrypted(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Plain, req)
+
+    class EncryptedHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(Encrypted, req)
+
+    return urllib.request.build_opener(_NoRedirects, PlainHandler, EncryptedHandler)
+
+
+class Trouble(ValueError):
+    """A status of trouble; the message is the status and the beginning of what came with it."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code} {text}")
+        self.code = code
 
 
 def post(
@@ -43,41 +112,26 @@ def post(
     Raises:
         TimeoutError: it took longer than `seconds` in all, however it was spread.
         Redirected: the server sent the request elsewhere.
-        urllib.error.HTTPError: a status of trouble.
+        Trouble: a status of trouble.
         OSError, http.client.HTTPException: as urllib.
     """
     request = urllib.request.Request(address, body, headers)
-    late = threading.Event()
-    with _OPENER.open(request, timeout=seconds) as response:
-        # A server that drips a byte now and then never meets the timeout of one read.
-        timer = threading.Timer(seconds, _cut_off, (response, late))
-        timer.daemon = True
-        timer.start()
+    with _Deadline(seconds) as deadline:
         try:
-            read = response.read(most)
+            with _opener(deadline).open(request, timeout=seconds) as response:
+                read = response.read(most)
+                deadline.check()
+                return read, not response.length
+        except urllib.error.HTTPError as error:
+            raise Trouble(error.code, _said(error)) from None
         except Exception:
-            if late.is_set():
-                raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
+            deadline.check()
             raise
-        finally:
-            timer.cancel()
-        if late.is_set():
-            raise TimeoutError(f"no whole answer within {seconds:g} seconds")
-        return read, not response.length
 
 
-def _cut_off(response: HTTPResponse, late: threading.Event) -> None:
-    """End the connection, whatever it is doing."""
-    late.set()
-    raw: Any = getattr(response.fp, "raw", None)
-    connection = getattr(raw, "_sock", None)
-    if connection is not None:
-        connection.shutdown(2)
-
-
-def said(error: urllib.error.HTTPError) -> str:
+def _said(error: urllib.error.HTTPError) -> str:
     """The beginning of what came with a status, without credentials that it repeats."""
     try:
-        return redacted(error.read(LONGEST_TROUBLE).decode(errors="replace"))
+        return printable(redacted(error.read(LONGEST_TROUBLE).decode(errors="replace")))
     except Exception as trouble:  # a connection can break in many ways here
         return f"(and nothing more: {type(trouble).__name__})"

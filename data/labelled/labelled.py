@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from data.chat_tokens import answer_spans, prompt_ids
-from data.conversations import Tokens, check_ids, each_once, hash_ids
+from data.conversations import Tokens, check_ids, count_cut, each_once, hash_ids
 from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Problem, Span, inject, is_problem, read_problem
-from data.reading.files import Row, Skipped, Tally, read_rows
+from data.reading.files import Place, Row, Skipped, Tally, read_rows
 from data.reading.rows import Message, opening_of, token_ids
 from modules.contracts.batches import LabelledBatch, TextBatch
 
@@ -170,7 +170,13 @@ def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -
     found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
     if not bool((found >= 0).any()):
         raise Skipped(f"no labelled token within the context ({max_length} tokens)")
-    return LabelledTokens(ids, found >= 0, found == 1, min(len(prompt), max_length))
+    return LabelledTokens(
+        ids,
+        found >= 0,
+        found == 1,
+        min(len(prompt), max_length),
+        cut=len(prompt) + len(response) > max_length,
+    )
 
 
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
@@ -230,7 +236,10 @@ def tokenize_labelled_rows(
     def read(content: Any) -> list[LabelledAnswer]:
         return read_labelled(content, corruptions, seed)
 
-    documents = each_once(rows, read, tokenized, max_labels, tally)
+    def taken(document: LabelledTokens, place: Place | None) -> None:
+        count_cut((document,), max_length, tally, place)
+
+    documents = each_once(rows, read, tokenized, max_labels, tally, taken)
     if not documents:
         raise ValueError(f"data set {source!r} has no labelled answer: {tally.reasons()}")
     return list(documents.values())

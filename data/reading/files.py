@@ -26,6 +26,7 @@ EMBEDDED_ANSWERS = Path(__file__).parent.parent / "prompts" / "answers.jsonl.gz"
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 LONGEST_LINE = 16 * 2**20
 """Bytes of a line, and characters of a text, that are read at most."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 REPLACED = "half of a surrogate pair became U+FFFD"
 _BOM = b"\xef\xbb\xbf"
 _SUSPICIOUS = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
@@ -64,22 +65,32 @@ class Tally:
     """How many rows were left out, and how many changed, for each reason, and where it was first.
 
     word: what is counted. A reason of several rows is worded alike, so that it is counted once.
+    parts: changes that count other things than rows, each as part and what became of it.
     """
 
     word: str = "row"
     skipped: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     first: dict[str, Place] = field(default_factory=dict)
+    parts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def skip(self, reason: str, place: Place | None = None) -> None:
         """Count a row that is left out."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self._note(reason, place)
 
-    def change(self, reason: str, place: Place | None = None, count: int = 1) -> None:
-        """Count a row, or `count` parts of one, that is not used as it stands."""
-        self.changed[reason] = self.changed.get(reason, 0) + count
+    def change(self, reason: str, place: Place | None = None) -> None:
+        """Count a row that is not used as it stands."""
+        self.changed[reason] = self.changed.get(reason, 0) + 1
         self._note(reason, place)
+
+    def change_parts(self, part: str, became: str, place: Place | None, count: int) -> None:
+        """Count `count` parts of a row that are not used as they stand: `answer`, `left out: …`."""
+        reason = f"{part}s {became}"
+        if count:
+            self.parts[reason] = part, became
+            self.changed[reason] = self.changed.get(reason, 0) + count
+            self._note(reason, place)
 
     def _note(self, reason: str, place: Place | None) -> None:
         if place is not None:
@@ -88,18 +99,27 @@ class Tally:
     def lines(self) -> list[str]:
         """One line per reason."""
         return [
-            f"{verb} {count} {self.word}{'s' * (count != 1)}: {self._said(reason)}"
+            self._line(verb, reason, count)
             for verb, counts in (("skipped", self.skipped), ("changed", self.changed))
             for reason, count in counts.items()
         ]
 
-    def _said(self, reason: str) -> str:
-        return reason + (f" (first: {self.first[reason]})" if reason in self.first else "")
+    def _line(self, verb: str, reason: str, count: int) -> str:
+        plural = "s" * (count != 1)
+        if reason in self.parts:
+            part, became = self.parts[reason]
+            return f"{count} {part}{plural} {became}{self._first(reason)}"
+        return f"{verb} {count} {self.word}{plural}: {reason}{self._first(reason)}"
+
+    def _first(self, reason: str) -> str:
+        return f" (first: {self.first[reason]})" if reason in self.first else ""
 
     def reasons(self) -> str:
         """Why rows were left out, in one line."""
         return (
-            "; ".join(f"{count} × {self._said(reason)}" for reason, count in self.skipped.items())
+            "; ".join(
+                f"{count} × {reason}{self._first(reason)}" for reason, count in self.skipped.items()
+            )
             or "it is empty"
         )
 
@@ -146,6 +166,11 @@ def local_files(source: str) -> list[Path] | None:
     if source == EMBEDDED:
         return [EMBEDDED_ANSWERS]
     path = Path(source)
+    if path.is_dir() and not _HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"data {source!r} is a folder: name the files in it, for instance "
+            f"{str(path / '*.jsonl')!r}"
+        )
     if glob.has_magic(source) and not path.exists():
         found = [one for one in map(Path, sorted(glob.glob(source))) if one.is_file()]
         if not found:
@@ -336,7 +361,7 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
         loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         for number, row in enumerate(loaded, 1):
             yield Row(Place(source, "row", number), dict(row))
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"data set {source!r} (split {split!r}) is neither a file nor loadable: {reason}"

@@ -39,11 +39,14 @@ _ROLES = {
     "function": "tool",
     "tool_response": "tool",
     "tool_result": "tool",
+    "ipython": "tool",
+    "developer": "system",
     **{role: role for role in ("user", "assistant", "system", "tool")},
 }
 _CALLING = ("function_call", "tool_call")
 """Roles of turns whose text is a call as JSON, not something that is said."""
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+_KEPT_TEXTS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+_KEPT = ("tool_calls", *_KEPT_TEXTS)
 """What a turn may hold besides, for chat templates that write it."""
 Message = dict[str, Any]
 """A turn: `role` and `content` (text; null only beside `tool_calls`), and `_KEPT` where given."""
@@ -197,7 +200,7 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
             if null
             else f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}"
         )
-    asked = spoken(row[key], key, "user")
+    asked = spoken(row[key], key, "user", several=key == "turns")
     given = row.get("input")
     if key == "instruction" and isinstance(given, str) and given.strip():
         asked[-1]["content"] += f"\n\n{given}"
@@ -212,9 +215,11 @@ def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]
     return [{"role": "system", "content": system}, *turns]
 
 
-def spoken(value: Any, key: str, role: str) -> list[Message]:
-    """Turns under `key`: one text that `role` says, or several, one turn, or a list of turns (which
-    may be written as JSON text). Skipped: nothing of these."""
+def spoken(value: Any, key: str, role: str, several: bool = False) -> list[Message]:
+    """Turns under `key`: one text that `role` says, one turn, or a list of turns (which may be
+    written as JSON text); where `several`, also a list of texts. Skipped: nothing of these."""
+    if _texts(value) and not several:
+        raise Skipped(f"`{key}` is a list of texts, expected text or turns")
     if _texts(value):
         return [{"role": role, "content": _short(text)} for text in value]
     if isinstance(value, str):
@@ -264,15 +269,38 @@ def read_message(turn: Any) -> Message:
     if not isinstance(role, str):
         raise Skipped(f"a turn has no `role` or `from` that is text (its keys: {_keys(turn)})")
     kept = {key: turn[key] for key in _KEPT if turn.get(key)}
+    _check_kept(kept)
     key = next((key for key in ("content", "value") if turn.get(key) is not None), None)
     if role.strip().lower() in _CALLING:
         return {"role": "assistant", "content": None, "tool_calls": _calls(turn.get(key or ""))}
     if turn.get("function_call"):
         kept.setdefault("tool_calls", _calls(turn["function_call"]))
-    speaker = _ROLES.get(role.strip().lower(), role)
+    speaker = _ROLES.get(role.strip().lower())
+    if speaker is None:
+        raise Skipped(
+            f"a turn of role {role[:40]!r}, expected user, assistant, system or tool, or a usual "
+            "name of these"
+        )
     if key is None and "tool_calls" not in kept:
         raise Skipped(f"a turn has no text under `content` or `value` (its keys: {_keys(turn)})")
     return {"role": speaker, "content": None if key is None else _text(turn[key], key), **kept}
+
+
+def _check_kept(kept: Mapping[str, Any]) -> None:
+    """Skipped: what stands beside a turn's text is not of the kind that chat templates write."""
+    for key in _KEPT_TEXTS:
+        if not isinstance(kept.get(key, ""), str):
+            raise Skipped(f"`{key}` of a turn is {kind(kept[key])}, expected text")
+    calls = kept.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        found = "a list with something else" if isinstance(calls, list) else kind(calls)
+        raise Skipped(f"`tool_calls` of a turn is {found}, expected a list of calls with a `name`")
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is a call as OpenAI writes it, or its function alone."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ PHASE_COLOURS = {
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

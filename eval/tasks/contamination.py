@@ -194,8 +194,9 @@ def _said(overlap: Mapping[str, Any]) -> str:
         return f"{named}: not searched for the prompts, {overlap['skipped']}"
     found, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
     shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+    too_short = f"; {short} {'is' if short == 1 else 'are'} too short for that" if short else ""
     return (
         f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
-        f"{f' ({shown})' if found else ''}{f'; {short} are too short to' if short else ''}"
+        f"{f' ({shown})' if found else ''}{too_short}"
         f"{f'; not all was searched, {unsearched}' if unsearched else ''}"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.command_line.loading import CONFIGS, config_parser, parse
+from configs.command_line.redaction import printable
 from data.reading.files import KINDS, Row, Skipped, Tally, read_rows
 from data.reading.rows import questions_of, spoken
 from eval.tasks.answer_checks import SCORES, Check
@@ -113,7 +114,7 @@ class TaskSource:
 
     def category(self, row: Mapping[str, Any]) -> str:
         """The row's category, or nothing."""
-        return str(row.get("category") or "")
+        return printable(str(row.get("category") or ""))
 
     def wanted(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's category is asked for."""
@@ -121,7 +122,8 @@ class TaskSource:
 
     def key(self, row: Mapping[str, Any], number: int) -> str:
         """The row's identity: its own id, or its number where it has none, or null."""
-        return next((str(row[name]) for name in _ID_KEYS if row.get(name) is not None), str(number))
+        given = next((row[name] for name in _ID_KEYS if row.get(name) is not None), number)
+        return printable(str(given))
 
     def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The turns that are asked: texts, or the user's turns of a chat, whose answers are not
@@ -131,7 +133,7 @@ class TaskSource:
             Skipped: a row that asks nothing, or with turns of others than user and assistant.
         """
         asked = (
-            [[turn] for turn in spoken(row.get(self.question), self.question, "user")]
+            [[turn] for turn in spoken(row.get(self.question), self.question, "user", True)]
             if self.question
             else questions_of(row)
         )

@@ -36,6 +36,11 @@ SECRETS = {
     "flag": ("--publish.token=whatever1", "whatever1"),
     "spaced flag": ("--publish.token whatever1", "whatever1"),
     "quoted flag": ("--password 'two words'", "two words"),
+    "signed": (
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abcdefghijk",
+        "eyJzdWIiOiIxMjM0NTY3ODkwIn0",
+    ),
+    "aws": ("AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
     "github": ("ghp_AbCdEfGhIjKlMnOpQrStUv", "ghp_AbCdEfGhIjKlMnOpQrStUv"),
 }
 HARMLESS = [

@@ -17,9 +17,9 @@ from data.chat_tokens import answer_spans, encode, render
 from data.conversations import Skipped, Tokens, prompt_ids, tokenize, tokenize_all, tokenize_answer
 from data.datamodule import hold_out
 from data.generation.answering import placed
-from data.labelled.labelled import LabelledAnswer, tokenize_labelled
+from data.labelled.labelled import LabelledAnswer, tokenize_labelled, tokenize_labelled_rows
 from data.preferences import tokenize_pairs
-from data.reading.files import Place, Row, read_jsonl
+from data.reading.files import Place, Row, Tally, read_jsonl
 from data.reading.rows import Conversation, load_conversations
 from data.regenerate import Generation, regenerate
 from tests.fakes import tiny_target, tiny_tokenizer
@@ -254,8 +254,34 @@ def test_an_answer_with_nothing_before_it_is_left_out_and_the_later_ones_are_kep
         tokenize_all([Conversation(turns), Conversation(turns[:1])], tokenizer, 100)
     assert caplog.messages == [
         "skipped 1 conversation: nothing stands before the answer",
-        "changed 1 conversation: without an answer: nothing stands before the answer",
+        "1 answer left out: nothing stands before the answer",
     ]
+
+
+def test_answers_that_are_cut_off_are_counted(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As answers, not as conversations; nothing is said of one that ends at the last position."""
+    whole = chat("a", "one")
+    length = len(tokenize(Conversation(whole), tokenizer, 100).documents[0])
+    rows = [chat("a", "one", "b", "t" * 50), chat("c", "u" * 50), whole]
+    tally, place = Tally("conversation"), Place("a.jsonl", "line", 1)
+    with caplog.at_level(logging.WARNING):
+        tokenize_all([Conversation(row, place=place) for row in rows], tokenizer, 40, tally=tally)
+        tokenize_all([Conversation(whole)], tokenizer, length)
+    assert caplog.messages == [
+        "2 answers cut off at data.max_length (40 tokens) (first: 'a.jsonl' line 1)"
+    ]
+    reason = "answers cut off at data.max_length (40 tokens)"
+    assert tally.as_dict() == {reason: {"count": 2, "first": "a.jsonl line 1"}}
+    pairs = Tally("pair")
+    pair = {"prompt": "a", "chosen": "v" * 50, "rejected": "no"}
+    tokenize_pairs([Row(place, pair), Row(place, pair)], "a", tokenizer, 40, tally=pairs)
+    assert pairs.as_dict()[reason]["count"] == 1
+    labels = Tally("answer")
+    labelled = {"prompt": "a", "response": "w" * 50, "spans": [[0, 3, 1]]}
+    tokenize_labelled_rows([Row(place, labelled)], "a", tokenizer, 40, tally=labels)
+    assert labels.as_dict()[reason]["count"] == 1
 
 
 def test_answers_behind_a_rewritten_history_are_documents_of_their_own(tokenizer: Any) -> None:

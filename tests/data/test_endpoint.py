@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Server(ThreadingHTTPServer):
         self.raw: dict[int, bytes] = {}
         self.asked: list[dict[str, Any]] = []
         self.running = self.most = 0
+        self.meanwhile: Callable[[int], object] = lambda count: None
         self.lock = threading.Lock()
 
     @property
@@ -53,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             status = trouble if isinstance(trouble, int) else 200
             server.running += 1
             server.most = max(server.most, server.running)
+        server.meanwhile(count)
         time.sleep(0.02)
         text = None if trouble == "null" else body["messages"][-1]["content"].upper()
         unknown = [key for key in body if key in server.unknown]
@@ -197,6 +199,21 @@ def test_a_server_is_told_the_chat_templates_arguments(server: Server, tmp_path:
         ValueError, match="was begun with chat_template {'enable_thinking': False}, not None"
     ):
         regenerate_by(endpoint(server), PROMPTS[:3], tmp_path / "b.jsonl")
+
+
+def test_a_second_run_of_one_output_is_refused(server: Server, tmp_path: Path) -> None:
+    """It would write its answers, of other settings, into the first one's journal."""
+    output, refused = tmp_path / "a.jsonl", []
+
+    def second() -> str:
+        with pytest.raises(ValueError, match=r"a.jsonl'.*another run is making it") as caught:
+            regenerate_by(endpoint(server), PROMPTS, output, Generation(max_new_tokens=3))
+        return str(caught.value)
+
+    server.meanwhile = lambda count: refused.append(second()) if count == 2 else None
+    regenerate_by(endpoint(server, concurrency=1), PROMPTS, output)
+    assert len(refused) == 1 and len(server.asked) == len(PROMPTS)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_an_interrupted_run_asks_only_for_the_rest(server: Server, tmp_path: Path) -> None:
@@ -351,6 +368,20 @@ class Elsewhere(BaseHTTPRequestHandler):
             self.send_response(server.status)
             self.send_header("Location", server.other)
             self.end_headers()
+        elif server.mood == "drips the head":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            while not server.stopped.wait(0.02):
+                self.wfile.write(b"x")
+        elif server.mood == "drips an error":
+            self.send_response(404)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            while not server.stopped.wait(0.02):
+                self.wfile.write(b"y")
+        elif server.mood == "escapes":
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b"no\r\n\x1b[2Jgone")
         elif server.mood == "echo":
             content = f"no: {self.headers['Authorization']}".encode()
             self.send_response(401)
@@ -394,12 +425,43 @@ def test_a_redirect_is_refused_and_the_key_goes_nowhere(
     )
 
 
-def test_a_server_that_drips_is_given_up(elsewhere: Any, tmp_path: Path) -> None:
-    elsewhere.mood = "drip"
-    with pytest.raises(ValueError, match="no whole answer within 0.3 seconds"):
+@pytest.mark.parametrize(
+    ("mood", "words"),
+    [
+        ("drip", "no whole answer within 0.3 seconds"),
+        ("drips the head", "no whole answer within 0.3 seconds"),
+        ("drips an error", "404"),
+    ],
+)
+def test_a_server_that_drips_is_given_up(
+    mood: str, words: str, elsewhere: Any, tmp_path: Path
+) -> None:
+    """Whatever part of the answer it is, the whole takes no longer than the timeout."""
+    elsewhere.mood, begun = mood, time.monotonic()
+    with pytest.raises(ValueError, match=words):
         regenerate_by(
             Endpoint(elsewhere.url, "m", retries=0, timeout=0.3), PROMPTS, tmp_path / "o.jsonl"
         )
+    assert time.monotonic() - begun < 5
+
+
+def test_what_a_terminal_would_obey_is_not_repeated(elsewhere: Any, tmp_path: Path) -> None:
+    elsewhere.mood = "escapes"
+    with pytest.raises(ValueError, match="404 no \ufffd") as caught:
+        regenerate_by(Endpoint(elsewhere.url, "m", retries=0), PROMPTS, tmp_path / "o.jsonl")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-one\nline-of-two", "cl\u00e9-of-somebody"])
+def test_a_key_that_no_header_takes_is_refused_without_repeating_it(
+    key: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="the key in OPENAI_API_KEY holds") as caught:
+        regenerate_by(endpoint(server, retries=0), PROMPTS, tmp_path / "o.jsonl")
+    assert "of-" not in str(caught.value) and server.asked == []
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-good-key-12345\n")
+    regenerate_by(endpoint(server, retries=0), PROMPTS, tmp_path / "o.jsonl")
 
 
 def test_what_a_server_says_of_trouble_is_told_without_the_key(
@@ -413,6 +475,10 @@ def test_what_a_server_says_of_trouble_is_told_without_the_key(
 
 
 def test_credentials_in_the_address_are_refused_without_repeating_them() -> None:
+    for address in ("http://h\r\nX: y/v1", "http://a b/v1", "http://h\udcff/v1"):
+        with pytest.raises(ValueError, match="holds a space or a control character") as caught:
+            Endpoint(address, "m")
+        assert str(caught.value).isprintable()
     with pytest.raises(ValueError, match="holds credentials.*OPENAI_API_KEY") as caught:
         Endpoint("http://user:pa55word@127.0.0.1:1/v1", "m")
     assert "pa55word" not in str(caught.value)

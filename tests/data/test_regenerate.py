@@ -277,7 +277,7 @@ def test_prompts_that_cannot_be_answered_are_counted_and_the_others_answered(
         {"prompt": "<extra>"},
         {"messages": [{"role": "system", "content": "be kind"}]},
         {"prompt": "b", "tools": [{"name": "f"}]},
-        {"messages": [*turns("a"), {"role": "assistant", "tool_calls": [{}]}]},
+        {"messages": [*turns("a"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
         {"prompt": "cut \ud83d"},
     ]
     prompts, output = tmp_path / "p.jsonl", tmp_path / "a.jsonl"

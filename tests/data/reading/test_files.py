@@ -100,6 +100,16 @@ def test_files_that_cannot_be_read_are_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
+    """It would be read as a data set of the Hub's library, whatever it holds."""
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(
+        ValueError, match=r"is a folder: name the files in it, .*\*.jsonl"
+    ) as caught:
+        list(read_rows(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.jsonl' does not exist"):
         local_files(str(tmp_path / "none.jsonl"))

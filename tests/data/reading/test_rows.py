@@ -99,6 +99,30 @@ WRONG = [
     ({"prompt": 3, "response": "x"}, "`prompt` is a number"),
     ({"prompt": "x", "response": b"y"}, "`response` is bytes"),
     ({"question": "5+1?", "answer": 6}, "`answer` is a number, expected text or turns"),
+    (
+        {"messages": [{"role": "wizard", "content": "x"}, *PAIR]},
+        "a turn of role 'wizard', expected",
+    ),
+    ({"conversations": [{"from": "", "value": "x"}]}, "a turn of role ''"),
+    ({"prompt": ["x"], "response": "y"}, "`prompt` is a list of texts"),
+    ({"question": "x", "answer": ["y", "z"]}, "`answer` is a list of texts"),
+    *(
+        ({"messages": [ASKED, {**SAID, "tool_calls": calls}]}, f"`tool_calls` of a turn is {found}")
+        for calls, found in (
+            (3, "a number"),
+            ("f", "text"),
+            ({"name": "f"}, "an object"),
+            ([1], "a list with something else"),
+            ([{}], "a list with something else"),
+            ([{"function": 3}], "a list with something else"),
+            ([{"function": {"name": 3}}], "a list with something else"),
+        )
+    ),
+    *(
+        ({"messages": [ASKED, {**SAID, key: value}]}, f"`{key}` of a turn is .*, expected text")
+        for key in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+        for value in (3, ["x"], {"a": 1})
+    ),
     ({"messages": PAIR, "tools": "f(x)"}, "`tools` is text, expected a list"),
     *(
         ({"messages": PAIR, "response_ids": ids}, "`response_ids` is")

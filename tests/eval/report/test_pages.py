@@ -111,6 +111,14 @@ def test_pictures_are_svg_with_text_and_errors_bars_for_every_task() -> None:
     assert "b &amp; &lt;c&gt;" in plots.speedup_by_task(methods)
 
 
+def test_dollars_in_names_are_text_in_pictures() -> None:
+    """Not mathematics, which a name need not be: `$\\frac{1}{0$` ended an evaluation."""
+    name = "$\\frac{1}{0$"
+    one = method("m")
+    strange = {**one, "name": name, "by_task": {name: next(iter(one["by_task"].values()))}}
+    assert "frac" in plots.speedup_by_task([strange])
+
+
 def test_variants_are_grouped_by_what_alone_differs() -> None:
     rows = [
         method("a", batch_size=1),

@@ -107,6 +107,13 @@ def test_rows_of_trained_drafters_carry_the_note_into_both_reports(tmp_path: Pat
     ]
     note_overlaps(rows, [Method(drafter=folder)], TASKS)
     assert KEY not in rows[0].quality and "skipped" in rows[1].quality[KEY]
+    for short, words in (
+        (0, "with it"),
+        (1, "; 1 is too short for that"),
+        (2, "; 2 are too short"),
+    ):
+        few = {"data": "d", "prompts": 9, "found": [], "short": short}
+        assert words in overlap_lines([{"name": "a", "quality": {KEY: few}}])[0]
     overlap = {"data": "d", "prompts": 9, "found": [f"<{i}>" for i in range(6)], "short": 0}
     shown = report(method("clover", quality={KEY: overlap}))
     told = (

@@ -107,7 +107,6 @@ def test_files_without_a_prompt_are_refused_with_the_reasons(
     "row",
     [
         {"turns": ["a", "b"]},
-        {"prompt": ["a", "b"]},
         {
             "messages": [
                 {"role": "user", "content": "a"},
@@ -130,6 +129,21 @@ def test_every_shape_asks_its_questions(tmp_path: Path, row: dict) -> None:
     assert task.prompts[0].turns == ("a", "b")
     (task,) = load_tasks([write(tmp_path / "x.jsonl", [row])])
     assert task.prompts[0].turns == ("a",)
+
+
+def test_names_of_tasks_and_prompts_can_be_printed(tmp_path: Path) -> None:
+    row = {"category": "a\x1b[2J\0\nb", "id": "\x1bc", "prompt": "x"}
+    (task,) = load_tasks([write(tmp_path / "x.jsonl", [row])])
+    assert (task.name, task.prompts[0].id) == ("a\ufffd[2J\ufffd b", "a\ufffd[2J\ufffd b/\ufffdc")
+
+
+def test_a_list_of_texts_is_turns_where_the_task_says_so(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [{"prompt": ["a", "b"]}])
+    with pytest.raises(ValueError, match="`prompt` is a list of texts, expected text or turns"):
+        load_tasks([file])
+    (tmp_path / "task.yaml").write_text(json.dumps({"source": file, "question": "prompt"}))
+    (task,) = load_tasks([str(tmp_path / "task.yaml")], turns="all")
+    assert task.prompts[0].turns == ("a", "b")
 
 
 def test_rows_that_ask_nothing_are_counted_and_the_others_asked(tmp_path: Path) -> None:
