@@ -166,7 +166,7 @@ def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str
         else "–"
     )
     if sampling.temperature > 0:
-        return f"{ratio} (sampled: the two answers differ, their law is the same)"
+        return f"{ratio} (sampled: the two answers differ, their distribution is the same)"
     same = [token for token, _ in drafting.tokens] == [token for token, _ in plain.tokens]
     other = "other tokens (a tie in rounding, or a lossy drafter)"
     return f"{ratio}, {'the same tokens' if same else other}"

@@ -56,7 +56,7 @@ from modules.target.loading import load_target
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.branching import branching_tree, chains
 from modules.trees.sampled.chain import SampledChain
-from modules.trees.sampled.draws import check_temperature, draft_law
+from modules.trees.sampled.draws import check_temperature, draft_probs
 from modules.trees.sampled.dyspec import DySpecTree
 from modules.trees.sampled.sequoia import best_paths, best_shape, expected_tokens, sequoia_tree
 from modules.trees.sampled.stochastic_beam import StochasticBeamTree
@@ -65,7 +65,9 @@ from modules.trees.static import StaticTree
 SIBLINGS = 4
 NODES, DEEPEST = 15, 6
 LEVEL_DRAWS = 8
-"""Times as many draws for trees of one level, which need no model once the laws are recorded."""
+"""Times as many draws for trees of one level, which need no model once the distributions are
+recorded.
+"""
 SAMPLES = 4000
 """Of the bootstrap."""
 CALIBRATION_SIBLINGS = 8
@@ -142,7 +144,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         """Refuse a wrong pairing."""
-        check_pairing(self.rule, self.builder.law)
+        check_pairing(self.rule, self.builder.sibling_draw)
 
 
 def level_trials() -> dict[str, Trial]:
@@ -244,9 +246,9 @@ class Spot:
         """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ
         q².
         """
-        target_V = Draws(self.sampling, []).law(self.target_logits_V)
+        target_V = Draws(self.sampling, []).probs(self.target_logits_V)
         draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
-        draft_V[slice(None) if known is None else known] = draft_law(
+        draft_V[slice(None) if known is None else known] = draft_probs(
             self.draft_logits_D, self.state.context, heat
         )
         return float(torch.minimum(target_V, draft_V).sum()), float((draft_V**2).sum())
@@ -268,9 +270,12 @@ class Spot:
         else:
             tree = trial.builder.build(self.drafter, state, trial.nodes)
             verified = self.session.verify(tree)
-        law = Draws(self.sampling, generators).law
+        drawn_by = Draws(self.sampling, generators)
         rounds = trial.rule.rounds if self.sampling.temperature else recursive_rounds
-        return [node_chances(tree, b, law(verified.logits_BNV[b]), rounds) for b in range(draws)]
+        return [
+            node_chances(tree, b, drawn_by.probs(verified.logits_BNV[b]), rounds)
+            for b in range(draws)
+        ]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from modules.contracts.drafter import Context, Drafter, DraftState
 from modules.contracts.losses import Losses
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import Decoder
 from modules.target.target import Target
@@ -77,8 +77,8 @@ def tiny_target(
     layers: int = 2,
     seed: int = 0,
 ) -> Target:
-    """A random-weight target with laws sharp enough to be told apart, every norm with a gain of its
-    own.
+    """A random-weight target with distributions sharp enough to be told apart, every norm with a
+    gain of its own.
     """
     kind, extra = ARCHITECTURES[arch]
     dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | (
@@ -144,7 +144,7 @@ class ScriptedDrafter(Drafter):
     siblings per node before the right one.
     """
 
-    law = Law.POINT
+    sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(
         self, shape: TargetShape, right: float = 1.0, depth: int = 3, decoys: int = 0, seed: int = 0

@@ -130,7 +130,7 @@ def plain_counts() -> Counts:
     return first_two_tokens(SpeculativeDecoder(small_target()), RUNS)
 
 
-def test_sampled_decoding_keeps_the_targets_law(recipe, plain_counts):
+def test_sampled_decoding_keeps_the_targets_distribution(recipe, plain_counts):
     target = small_target()
     check_sampled(drafter_of(recipe, target, 0.2), target, plain_counts)
 

@@ -19,7 +19,7 @@ import torch
 from data.feature_cache.rounding import state_bytes
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, GradientLayers, Trainable
-from modules.losses.chunked import MAX_LAWS, MAX_LOGITS
+from modules.losses.chunked import MAX_LOGITS, MAX_PROBS
 from modules.runtime.host_memory import available_memory
 from train.settings import DEEPSPEED, TrainerSettings
 
@@ -118,13 +118,15 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
 
 
 def logit_bytes(size: Size) -> float:
-    """Of logits, their gradients and the laws they are held against, float32: of one chunk, and
-    where an LM head learns and all rows fit in one, of every step until its backward pass."""
-    wanted, laws = size.tokens * size.width, 1 if size.soft else 0
-    transient = 4.0 * (3 + laws) * min(wanted, MAX_LOGITS)
+    """Of logits, their gradients and the distributions they are held against, float32: of one
+    chunk, and where an LM head learns and all rows fit in one, of every step until its backward
+    pass.
+    """
+    wanted, distributions = size.tokens * size.width, 1 if size.soft else 0
+    transient = 4.0 * (3 + distributions) * min(wanted, MAX_LOGITS)
     if size.own_head and wanted <= MAX_LOGITS:
-        transient += 4.0 * (1 + laws) * (size.steps - 1) * wanted
-    return transient + 4.0 * laws * (wanted if wanted <= MAX_LAWS else 0)
+        transient += 4.0 * (1 + distributions) * (size.steps - 1) * wanted
+    return transient + 4.0 * distributions * (wanted if wanted <= MAX_PROBS else 0)
 
 
 def score_bytes(size: Size) -> float:

@@ -148,8 +148,8 @@ def _their_name(name: str) -> str:
 def their_step(
     drafter: Any, batch: TextBatch, target: Target, ours: Eagle3, precision: str
 ) -> Step:
-    """The unrolled steps as SpecForge's trainer takes them: every position of the row, ids and laws
-    shifted by one more token in each, earlier steps' keys and values at hand."""
+    """The unrolled steps as SpecForge's trainer takes them: every position of the row, ids and
+    distributions shifted by one more token in each, earlier steps' keys and values at hand."""
     module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     fused_BTX = torch.cat([batch.states[layer] for layer in ours.fused_layers], dim=-1)
     mask_B1TT = module.prepare_decoder_attention_mask(
@@ -159,7 +159,7 @@ def their_step(
     def step() -> Tensor:
         drafter.zero_grad()
         with torch.autocast(target.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            law_BTD = (
+            probs_BTD = (
                 target.logits(batch.states["final"], ours.vocabulary_D).float().softmax(-1).detach()
             )
             hidden_BTH, cache, total = (
@@ -176,7 +176,7 @@ def their_step(
                 counted_BT = _shifted(
                     batch.loss_mask & (batch.input_ids < ours.draft_size), depth + 2
                 )
-                losses_BT = -(_shifted(law_BTD, depth + 1) * logs_BTD).sum(-1)
+                losses_BT = -(_shifted(probs_BTD, depth + 1) * logs_BTD).sum(-1)
                 total = (
                     total + ours.decay**depth * (losses_BT * counted_BT).sum() / counted_BT.sum()
                 )

@@ -40,7 +40,7 @@ class Kind(Enum):
     TRAINABLE = (Trainable,)
     DRAFTER = (Drafter,)
     BUILDER = ("build",)
-    RULE = ("lossless", "laws", "__call__")
+    RULE = ("lossless", "sibling_draws", "__call__")
     DECODER = ("name", "decode")
 
 

@@ -54,7 +54,7 @@ def first_divergence(
     the target added, which nothing was drafted for.
     """
     rule, draws, text = GreedyRule(), Draws(Sampling(), [torch.Generator(target.device)]), []
-    check_pairing(rule, drafter.law)
+    check_pairing(rule, drafter.sibling_draw)
     state, session = _begin(target, drafter, ids, limit)
     while len(text) < limit:
         tree = proposal(drafter, state, drafter.default_budget)

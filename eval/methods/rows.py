@@ -131,7 +131,9 @@ class Method:
         if self.rule is not None:
             _check_rule(self.rule, where)
         if self.builder is not None and isinstance(self.rule, str) and self.rule in RULES:
-            check_pairing(rule_named(self.rule), construct(self.builder, where, Kind.BUILDER).law)
+            check_pairing(
+                rule_named(self.rule), construct(self.builder, where, Kind.BUILDER).sibling_draw
+            )
 
 
 def _check_class(spec: ClassSpec, where: str, kind: Kind, given: int) -> None:

@@ -1,8 +1,9 @@
-"""Acceptance of siblings that were drawn from the drafter's law: pure functions of one node's laws.
+"""Acceptance of siblings that were drawn from the drafter's distribution: pure functions of one
+node's distributions.
 
-Each of the siblings at a node gets a round: a chance of being accepted, and the law that the next
-token has if this round fails too. The chances are numbers, so that a rule can sample them and a
-test or a comparison can add them up.
+Each of the siblings at a node gets a round: a chance of being accepted, and the distribution that
+the next token has if this round fails too. The chances are numbers, so that a rule can sample them
+and a test or a comparison can add them up.
 
 Shape legend: V target vocabulary.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 
 _STEPS, _EXACT = 100, 1e-14
 
@@ -23,8 +24,8 @@ _STEPS, _EXACT = 100, 1e-14
 class Round(NamedTuple):
     """One sibling's turn.
 
-    node: its row of the tree. chance: of being accepted, once its turn has come. residual_V: law of
-    the token emitted in its place if it is rejected and no sibling is left.
+    node: its row of the tree. chance: of being accepted, once its turn has come. residual_V:
+    distribution of the token emitted in its place if it is rejected and no sibling is left.
     """
 
     node: int
@@ -33,32 +34,32 @@ class Round(NamedTuple):
 
 
 class Rounds(Protocol):
-    """The rounds of siblings, in draw order, under the target's law [V] at their parent."""
+    """The rounds of siblings, in draw order, under the target's probabilities [V] above them."""
 
     def __call__(
-        self, tree: TokenTree, sequence: int, children: list[int], law_V: Tensor, /
+        self, tree: TokenTree, sequence: int, children: list[int], probs_V: Tensor, /
     ) -> Iterator[Round]:
         """One round per child, made when the one before has failed."""
         ...
 
 
 def recursive_rounds(
-    tree: TokenTree, sequence: int, children: list[int], law_V: Tensor
+    tree: TokenTree, sequence: int, children: list[int], probs_V: Tensor
 ) -> Iterator[Round]:
-    """Recursive rejection: x of law q with chance min(1, R(x) / q(x)), else R <- norm([R - q]+); at
-    first R = p.
+    """Recursive rejection: x of distribution q with chance min(1, R(x) / q(x)), else R <- norm([R -
+    q]+); at first R = p.
 
-    The token emitted by rounds that start with R has law R, whatever q is given the siblings
-    rejected before. One
+    The token emitted by rounds that start with R has distribution R, whatever q is given the
+    siblings rejected before. One
     sibling: speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Independent ones:
     SpecInfer's multi-round rule (Miao et al. 2023). Without replacement: RSD (Jeon et al. 2024),
     DySpec, Sequoia. Rounds of duplicates are run
     too: that a sibling was drawn must not depend on its value.
     """
-    residual_V, tried = law_V, []
+    residual_V, tried = probs_V, []
     for node in children:
         token = int(tree.tokens_BN[sequence, node])
-        draft_V = sibling_law(tree, sequence, node, tried, residual_V)
+        draft_V = sibling_probs(tree, sequence, node, tried, residual_V)
         chance = ratio(residual_V[token], draft_V[token])
         residual_V = normalised((residual_V - draft_V).clamp(min=0), residual_V)
         yield Round(node, chance, residual_V)
@@ -66,27 +67,27 @@ def recursive_rounds(
 
 
 def k_sequential_rounds(
-    tree: TokenTree, sequence: int, children: list[int], law_V: Tensor
+    tree: TokenTree, sequence: int, children: list[int], probs_V: Tensor
 ) -> Iterator[Round]:
     """SpecTr's K-SEQ (Sun et al. 2023, arXiv 2310.15141): each of K independent x with chance
     min(1, p(x) / (ρ q(x))).
 
-    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has law m A / β; the
-    rest of p is residual. All siblings are draws from the first one's law, as `DrawnTree` sees to
-    for children of twins.
+    With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has distribution m A /
+    β; the rest of p is residual. All siblings are draws from the first one's distribution, as
+    `DrawnTree` sees to for children of twins.
     """
     if not children:
         return
     count = len(children)
-    draft_V = sibling_law(tree, sequence, children[0], [], law_V)
-    threshold = k_sequential_threshold(law_V, draft_V, count)
-    kept_V = torch.minimum(draft_V, law_V / threshold)
+    draft_V = sibling_probs(tree, sequence, children[0], [], probs_V)
+    threshold = k_sequential_threshold(probs_V, draft_V, count)
+    kept_V = torch.minimum(draft_V, probs_V / threshold)
     beta = float(kept_V.sum())
     share = (1 - (1 - beta) ** count) / beta if beta > 0 else 0.0
-    residual_V = normalised((law_V - kept_V * share).clamp(min=0), law_V)
+    residual_V = normalised((probs_V - kept_V * share).clamp(min=0), probs_V)
     for node in children:
         token = int(tree.tokens_BN[sequence, node])
-        yield Round(node, ratio(law_V[token], threshold * draft_V[token]), residual_V)
+        yield Round(node, ratio(probs_V[token], threshold * draft_V[token]), residual_V)
 
 
 def ratio(target: Tensor, draft: Tensor) -> float:
@@ -96,16 +97,16 @@ def ratio(target: Tensor, draft: Tensor) -> float:
     return float((target / draft).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1))
 
 
-def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
+def k_sequential_threshold(probs_V: Tensor, draft_V: Tensor, count: int) -> float:
     """ρ: the smallest in [1, K] with 1 - (1 - β(ρ))^K <= ρ β(ρ), β(ρ) = Σ min(q, p / ρ), so that
-    the residual is a law.
+    the residual is a distribution.
 
     The difference of the two sides rises with ρ; its root is found by regula falsi (the Illinois
     variant).
     """
 
     def surplus(threshold: float) -> float:
-        beta = float(torch.minimum(draft_V, law_V / threshold).sum())
+        beta = float(torch.minimum(draft_V, probs_V / threshold).sum())
         return threshold * beta - 1 + (1 - beta) ** count
 
     low, high = 1.0, float(count)
@@ -126,36 +127,42 @@ def k_sequential_threshold(law_V: Tensor, draft_V: Tensor, count: int) -> float:
     return middle
 
 
-def sibling_law(
+def sibling_probs(
     tree: TokenTree, sequence: int, node: int, tried: list[int], like_V: Tensor
 ) -> Tensor:
-    """The law [V] that a node was drawn from, given the siblings tried before it; over the target's
-    vocabulary.
+    """The distribution [V] that a node was drawn from, given the siblings tried before it; over the
+    target's vocabulary.
 
-    A law without replacement that is used up goes on as the uniform one over the draft tokens not
-    yet tried (Sequoia, Chen et al. 2024, section 3.2); a builder that stops there never asks for
-    it.
+    A distribution without replacement that is used up goes on as the uniform one over the draft
+    tokens not yet tried (Sequoia, Chen et al. 2024, section 3.2); a builder that stops there never
+    asks for it.
     """
-    law = Law.POINT if tree.law_BN is None else Law(int(tree.law_BN[sequence, node]))
-    law_V = torch.zeros_like(like_V)
-    if law is Law.POINT:
-        law_V[tree.tokens_BN[sequence, node]] = 1
-        return law_V
-    assert tree.laws_BRD is not None and tree.law_rows_BN is not None, (
-        "a sampled node travels with its law"
+    draw = (
+        SiblingDraw.BY_VALUE
+        if tree.draw_BN is None
+        else SiblingDraw(int(tree.draw_BN[sequence, node]))
+    )
+    probs_V = torch.zeros_like(like_V)
+    if draw is SiblingDraw.BY_VALUE:
+        probs_V[tree.tokens_BN[sequence, node]] = 1
+        return probs_V
+    assert tree.probs_BRD is not None and tree.prob_rows_BN is not None, (
+        "a sampled node travels with its distribution"
     )
     everywhere = slice(None) if tree.vocabulary_D is None else tree.vocabulary_D
-    law_V[everywhere] = tree.laws_BRD[sequence, tree.law_rows_BN[sequence, node]].to(like_V.dtype)
-    if law is Law.WITHOUT_REPLACEMENT and tried:
-        law_V[tried] = 0
-        if not law_V.any():
-            law_V[everywhere] = 1
-            law_V[tried] = 0
-    return law_V / law_V.sum()
+    probs_V[everywhere] = tree.probs_BRD[sequence, tree.prob_rows_BN[sequence, node]].to(
+        like_V.dtype
+    )
+    if draw is SiblingDraw.WITHOUT_REPLACEMENT and tried:
+        probs_V[tried] = 0
+        if not probs_V.any():
+            probs_V[everywhere] = 1
+            probs_V[tried] = 0
+    return probs_V / probs_V.sum()
 
 
 def normalised(left_V: Tensor, otherwise_V: Tensor) -> Tensor:
-    """`left_V` as a law [V]; the other one where nothing is left of it."""
+    """`left_V` as a distribution [V]; the other one where nothing is left of it."""
     total = left_V.sum()
     return left_V / total if total > 0 else otherwise_V
 
@@ -178,16 +185,16 @@ def children_of(family: list[list[int]], nodes: list[int]) -> list[int]:
 def twins_of(tree: TokenTree, sequence: int, chosen: int, children: list[int]) -> list[int]:
     """The siblings that stand for the prefix of an accepted one: all that hold its token.
 
-    Their children go on as siblings: point masses, or independent draws from one law. Draws without
-    replacement never hold a token twice, and their order is their parent's alone.
+    Their children go on as siblings: point masses, or independent draws from one distribution.
+    Draws without replacement never hold a token twice, and their order is their parent's alone.
     """
-    if Law.WITHOUT_REPLACEMENT in tree.laws_used:
+    if SiblingDraw.WITHOUT_REPLACEMENT in tree.draws_used:
         return [chosen]
     tokens_N = tree.tokens_BN[sequence]
     return [node for node in children if tokens_N[node] == tokens_N[chosen]]
 
 
-def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds) -> list[float]:
+def node_chances(tree: TokenTree, sequence: int, probs_NV: Tensor, rounds: Rounds) -> list[float]:
     """How likely each drafted node of a given tree is accepted [N]: 1 for node 0; of twins, their
     first has it all.
 
@@ -196,7 +203,7 @@ def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds
     Args:
         tree: as drawn.
         sequence: of the batch.
-        laws_NV: the target's laws at its nodes.
+        probs_NV: the target's distributions at its nodes.
         rounds: of the rule.
     """
     chances, waiting, family = [1.0] + [0.0] * (tree.size - 1), [[0]], families(tree, sequence)
@@ -204,7 +211,7 @@ def node_chances(tree: TokenTree, sequence: int, laws_NV: Tensor, rounds: Rounds
         nodes = waiting.pop()
         children, left = children_of(family, nodes), chances[nodes[0]]
         groups: dict[int, list[int]] = {}
-        for node, chance, _ in rounds(tree, sequence, children, laws_NV[nodes[0]]):
+        for node, chance, _ in rounds(tree, sequence, children, probs_NV[nodes[0]]):
             group = groups.setdefault(node, twins_of(tree, sequence, node, children))
             chances[group[0]] += left * chance
             left *= 1 - chance

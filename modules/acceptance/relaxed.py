@@ -4,7 +4,7 @@ good.
 Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at
 temperature 0, the point rule for trees chosen by value, the ratio rule for sampled ones.
 
-Shape legend: B sequences, N nodes, R rows of draft laws, V vocabulary, D draft vocabulary.
+Shape legend: B sequences, N nodes, R rows of draft distributions, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rejection import recursive_rounds
-from modules.acceptance.rules import EVERY_LAW, Draws, accepted_paths, choices, longest_path, walk
+from modules.acceptance.rules import EVERY_DRAW, Draws, accepted_paths, choices, longest_path, walk
 from modules.contracts.shapes import StateName
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 
 
@@ -24,13 +24,13 @@ class RelaxedRule:
     with neither.
 
     Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection,
-    the next token is the standard rule's: the argmax, or a draw from the law that the rejections
-    left. Where the ratio rule rejects all siblings, the first good one is accepted.
+    the next token is the standard rule's: the argmax, or a draw from the distribution that the
+    rejections left. Where the ratio rule rejects all siblings, the first good one is accepted.
     """
 
     name: str = "relaxed"
     lossless = False
-    laws: frozenset[Law] = EVERY_LAW
+    sibling_draws: frozenset[SiblingDraw] = EVERY_DRAW
     states: tuple[StateName, ...] = ()
 
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
@@ -40,7 +40,7 @@ class RelaxedRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """The accepted path of each sequence and the token after it."""
         good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
-        if draws.sampling.temperature > 0 and tree.laws_used != {Law.POINT}:
+        if draws.sampling.temperature > 0 and tree.draws_used != {SiblingDraw.BY_VALUE}:
             return accepted_paths(
                 [
                     walk(tree, verified, draws, b, recursive_rounds, good_N)
@@ -55,8 +55,8 @@ class RelaxedRule:
 
 
 def parent_logits(tree: TokenTree, verified: Verified) -> Tensor:
-    """The target's logits [B,N,V] at each node's parent: its law of the node's token (node 0: its
-    own row).
+    """The target's logits [B,N,V] at each node's parent: its distribution of the node's token (node
+    0: its own row).
     """
     rows = torch.arange(len(tree.tokens_BN), device=tree.tokens_BN.device)[:, None]
     return verified.logits_BNV[rows, tree.parents_BN.clamp(min=0)]
@@ -82,21 +82,23 @@ class TopKRule(RelaxedRule):
 
 
 class DivergenceRule(RelaxedRule):
-    """A token is good while KL(target ‖ draft) of the laws it was drawn under is at most
+    """A token is good while KL(target ‖ draft) of the distributions it was drawn under is at most
     `threshold` (in nats).
 
     The free baseline for a trained judge (Revisiting Judge Decoding 2026, arXiv 2601.04766). It
-    needs trees that carry the draft's law: a `SampledChain`, at temperature 0 with `soft: true`. At
-    temperature 0 both laws are the unwarped ones; above it both are warped, and nothing is good
-    where top-k or top-p leave the target a token that they take from the draft.
+    needs trees that carry the draft's distribution: a `SampledChain`, at temperature 0 with `soft:
+    true`. At temperature 0 both distributions are the unwarped ones; above it both are warped, and
+    nothing is good where top-k or top-p leave the target a token that they take from the draft.
 
     A trimmed draft vocabulary gives no probability to the tokens outside, so that the KL would be
     infinite as soon as the target has any mass there. That mass is counted by its logarithm
-    (`law_divergence`), and no token is good while the target's likeliest one is outside.
+    (`draft_divergence`), and no token is good while the target's likeliest one is outside.
     """
 
     name = "divergence"
-    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT, Law.INDEPENDENT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset(
+        {SiblingDraw.WITHOUT_REPLACEMENT, SiblingDraw.INDEPENDENT}
+    )
 
     def __init__(self, threshold: float = 0.5) -> None:
         if threshold < 0:
@@ -104,41 +106,42 @@ class DivergenceRule(RelaxedRule):
         self.threshold, self.name = threshold, f"divergence {threshold:g}"
 
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
-        """Divergence at the node's parent within the threshold; nodes without a law are never
-        good.
+        """Divergence at the node's parent within the threshold; nodes without a distribution are
+        never good.
         """
-        if tree.laws_BRD is None or tree.law_rows_BN is None:
+        if tree.probs_BRD is None or tree.prob_rows_BN is None:
             return torch.zeros_like(tree.acceptable_BN)
         greedy = draws.sampling.temperature == 0
-        if greedy and bool((tree.laws_BRD.max(-1).values == 1).all()):
+        if greedy and bool((tree.probs_BRD.max(-1).values == 1).all()):
             raise ValueError(
-                "rule divergence: the trees carry a point mass, not the draft's law: use the "
-                "builder modules.trees.sampled.chain.SampledChain with `soft: true` at temperature "
-                "0"
+                "rule divergence: the trees carry a point mass, not the draft's distribution: use "
+                "the builder modules.trees.sampled.chain.SampledChain with `soft: true` at "
+                "temperature 0"
             )
         logits_BNV = parent_logits(tree, verified)
-        target_BNV = logits_BNV.double().softmax(-1) if greedy else draws.law(logits_BNV)
+        target_BNV = logits_BNV.double().softmax(-1) if greedy else draws.probs(logits_BNV)
         rows = torch.arange(len(logits_BNV), device=logits_BNV.device)[:, None]
-        draft_BND = tree.laws_BRD[rows, tree.law_rows_BN.clamp(min=0)]
-        divergence_BN = law_divergence(target_BNV, draft_BND.double(), tree.vocabulary_D)
-        good_BN = (divergence_BN <= self.threshold) & (tree.law_rows_BN >= 0)
+        draft_BND = tree.probs_BRD[rows, tree.prob_rows_BN.clamp(min=0)]
+        divergence_BN = draft_divergence(target_BNV, draft_BND.double(), tree.vocabulary_D)
+        good_BN = (divergence_BN <= self.threshold) & (tree.prob_rows_BN >= 0)
         if tree.vocabulary_D is None:
             return good_BN
         return good_BN & torch.isin(target_BNV.argmax(-1), tree.vocabulary_D)
 
 
-def law_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor | None) -> Tensor:
-    """How far the draft's law is from the target's, in nats [...]; infinite where it misses mass.
+def draft_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor | None) -> Tensor:
+    """How far the draft's distribution is from the target's, in nats [...]; infinite where it
+    misses mass.
 
     KL(p ‖ q) without a trimmed vocabulary. With one: KL(p_D ‖ q) - log p(D), with p_D the target's
-    law renormalised over it and p(D) the mass that it covers. 0 only where q is p, and at least
-    -log p(D), which grows without bound as the mass moves outside.
+    distribution renormalised over it and p(D) the mass that it covers. 0 only where q is p, and at
+    least -log p(D), which grows without bound as the mass moves outside.
     """
     outside = torch.zeros((), dtype=target_NV.dtype, device=target_NV.device)
     if vocabulary_D is not None:
         covered_NV = target_NV[..., vocabulary_D]
         mass_N = covered_NV.sum(-1)
-        # Without any mass inside, the law there may be any, as the distance is infinite.
+        # Without any mass inside, the distribution there may be any, as the distance is infinite.
         target_NV = (covered_NV / mass_N[..., None]).where(mass_N[..., None] > 0, draft_ND)
         outside = -mass_N.log()
     return (torch.xlogy(target_NV, target_NV) - torch.xlogy(target_NV, draft_ND)).sum(-1) + outside

@@ -1,7 +1,7 @@
 """Acceptance rules: what is kept of a verified tree, and which token follows.
 
 A rule is a function (tree, verified, draws) -> Accepted that declares whether it keeps the target's
-law and which draft laws it may be paired with.
+distribution and which draft distributions it may be paired with.
 
 Shape legend: B sequences, N nodes, A accepted rows, V vocabulary.
 """
@@ -23,17 +23,17 @@ from modules.acceptance.rejection import (
     recursive_rounds,
     twins_of,
 )
-from modules.contracts.sampling import Sampling, sample_law, warped_law
+from modules.contracts.sampling import Sampling, sample_probs, warped_probs
 from modules.contracts.shapes import StateName
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 
-EVERY_LAW = frozenset(Law)
+EVERY_DRAW = frozenset(SiblingDraw)
 
 
 class Draws:
-    """The randomness of a decoding run: the warped target law and draws from it, one generator per
-    sequence.
+    """The randomness of a decoding run: the warped target distribution and draws from it, one
+    generator per sequence.
 
     Args:
         sampling: temperature and warpers, applied to the target before anything is accepted.
@@ -47,11 +47,13 @@ class Draws:
         """The draws of these sequences alone."""
         return Draws(self.sampling, [self.generators[i] for i in sequences])
 
-    def law(self, logits: Tensor) -> Tensor:
-        """The warped law [..., V] in float64; at temperature 0 all its mass is on the argmax."""
+    def probs(self, logits: Tensor) -> Tensor:
+        """The warped distribution [..., V] in float64; at temperature 0 all its mass is on the
+        argmax.
+        """
         if self.sampling.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-        return warped_law(logits, self.sampling)
+        return warped_probs(logits, self.sampling)
 
     def uniform(self, sequence: int, count: int = 1) -> Tensor:
         """float64 [count] in [0, 1) for one sequence."""
@@ -60,14 +62,14 @@ class Draws:
 
     def choose(self, logits_BNV: Tensor) -> Tensor:
         """One token per row, int64 [B,N]: the argmax at temperature 0, else drawn from the warped
-        law.
+        distribution.
         """
         if self.sampling.temperature == 0:
             return logits_BNV.argmax(-1)
         uniform_BN = torch.stack(
             [self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])]
         )
-        return sample_law(self.law(logits_BNV), uniform_BN.to(logits_BNV.device))
+        return sample_probs(self.probs(logits_BNV), uniform_BN.to(logits_BNV.device))
 
 
 class AcceptanceRule(Protocol):
@@ -75,7 +77,7 @@ class AcceptanceRule(Protocol):
 
     name: str
     lossless: bool
-    laws: frozenset[Law]
+    sibling_draws: frozenset[SiblingDraw]
     states: tuple[StateName, ...]
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
@@ -85,11 +87,11 @@ class AcceptanceRule(Protocol):
 
 class GreedyRule:
     """Longest path on which every token is the target's argmax (temperature 0 only; any draft
-    law).
+    distribution).
     """
 
     name, lossless = "greedy", True
-    laws: frozenset[Law] = EVERY_LAW
+    sibling_draws: frozenset[SiblingDraw] = EVERY_DRAW
     states: tuple[StateName, ...] = ()
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
@@ -110,7 +112,7 @@ class PointRule:
     """
 
     name, lossless = "point", True
-    laws: frozenset[Law] = frozenset({Law.POINT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset({SiblingDraw.BY_VALUE})
     states: tuple[StateName, ...] = ()
     rounds: Rounds = staticmethod(recursive_rounds)
     """The same acceptance, child by child, for `node_chances`."""
@@ -121,15 +123,17 @@ class PointRule:
 
 
 class RatioRule:
-    """Recursive rejection by the ratio of residual to draft law (`recursive_rounds`), for every
-    tree that was drawn.
+    """Recursive rejection by the ratio of residual to draft distribution (`recursive_rounds`), for
+    every tree that was drawn.
 
-    Each sibling is judged by the law that travels with it. `multi_round` and `recursive` are the
-    same rule under the name it has for one kind of trees alone.
+    Each sibling is judged by the distribution that travels with it. `multi_round` and `recursive`
+    are the same rule under the name it has for one kind of trees alone.
     """
 
     name, lossless = "ratio", True
-    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT, Law.INDEPENDENT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset(
+        {SiblingDraw.WITHOUT_REPLACEMENT, SiblingDraw.INDEPENDENT}
+    )
     states: tuple[StateName, ...] = ()
     rounds: Rounds = staticmethod(recursive_rounds)
 
@@ -137,10 +141,10 @@ class RatioRule:
         """Walk down from node 0, sequence by sequence.
 
         Raises:
-            ValueError: the tree carries another law than its builder promised.
+            ValueError: the tree carries another distribution than its builder promised.
         """
-        for law in tree.laws_carried:
-            check_pairing(self, law)
+        for draw in tree.draws_carried:
+            check_pairing(self, draw)
         walks = [walk(tree, verified, draws, b, self.rounds) for b in range(len(tree.tokens_BN))]
         return accepted_paths(walks, tree.tokens_BN.device)
 
@@ -151,7 +155,7 @@ class MultiRoundRule(RatioRule):
     """
 
     name = "multi_round"
-    laws: frozenset[Law] = frozenset({Law.INDEPENDENT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset({SiblingDraw.INDEPENDENT})
 
 
 class RecursiveRule(RatioRule):
@@ -160,7 +164,7 @@ class RecursiveRule(RatioRule):
     """
 
     name = "recursive"
-    laws: frozenset[Law] = frozenset({Law.WITHOUT_REPLACEMENT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset({SiblingDraw.WITHOUT_REPLACEMENT})
 
 
 class KSequentialRule(RatioRule):
@@ -171,7 +175,7 @@ class KSequentialRule(RatioRule):
     """
 
     name = "k_seq"
-    laws: frozenset[Law] = frozenset({Law.INDEPENDENT})
+    sibling_draws: frozenset[SiblingDraw] = frozenset({SiblingDraw.INDEPENDENT})
     rounds: Rounds = staticmethod(k_sequential_rounds)
 
 
@@ -192,30 +196,30 @@ def walk(
     """
     nodes, family = [0], families(tree, sequence)
     while True:
-        law_V = draws.law(verified.logits_BNV[sequence, nodes[0]])
+        probs_V = draws.probs(verified.logits_BNV[sequence, nodes[0]])
         children = children_of(family, nodes)
-        tried = rounds(tree, sequence, children, law_V)
-        chosen, residual_V = first_accepted(tried, law_V, draws, sequence)
+        tried = rounds(tree, sequence, children, probs_V)
+        chosen, residual_V = first_accepted(tried, probs_V, draws, sequence)
         if chosen is None and good_N:
             chosen = next((node for node in children if good_N[node]), None)
         if chosen is None:
             path_N = tree.topology.ancestors[sequence, nodes[0]]
-            token = int(sample_law(residual_V, draws.uniform(sequence)[0]))
+            token = int(sample_probs(residual_V, draws.uniform(sequence)[0]))
             return path_N.nonzero()[:, 0].tolist(), token
         nodes = twins_of(tree, sequence, chosen, children)
 
 
 def first_accepted(
-    rounds: Iterator[Round], law_V: Tensor, draws: Draws, sequence: int
+    rounds: Iterator[Round], probs_V: Tensor, draws: Draws, sequence: int
 ) -> tuple[int | None, Tensor]:
-    """Toss for each round in turn: the accepted node (None: none) and the law [V] left for the next
-    token.
+    """Toss for each round in turn: the accepted node (None: none) and the distribution [V] left for
+    the next token.
     """
     for node, chance, residual_V in rounds:
         if draws.uniform(sequence)[0] < chance:
-            return node, law_V
-        law_V = residual_V
-    return None, law_V
+            return node, probs_V
+        probs_V = residual_V
+    return None, probs_V
 
 
 class TypicalRule:
@@ -223,15 +227,16 @@ class TypicalRule:
 
     Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token
     is the target's argmax, as in the release; at temperature 0 this is argmax matching, unless the
-    law is left as it is there. Nothing is drawn, so that siblings of one token are judged alike.
+    distribution is left as it is there. Nothing is drawn, so that siblings of one token are judged
+    alike.
 
     Args:
         epsilon, delta: above.
-        soft: at temperature 0, look at the target's unwarped law.
+        soft: at temperature 0, look at the target's unwarped distribution.
     """
 
     name, lossless = "typical", False
-    laws: frozenset[Law] = EVERY_LAW
+    sibling_draws: frozenset[SiblingDraw] = EVERY_DRAW
     states: tuple[StateName, ...] = ()
 
     def __init__(self, epsilon: float = 0.09, delta: float = 0.3, soft: bool = False) -> None:
@@ -240,15 +245,17 @@ class TypicalRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Threshold every node by its parent's entropy."""
         unwarped = self.soft and draws.sampling.temperature == 0
-        law_BNV = (
-            verified.logits_BNV.double().softmax(-1) if unwarped else draws.law(verified.logits_BNV)
+        probs_BNV = (
+            verified.logits_BNV.double().softmax(-1)
+            if unwarped
+            else draws.probs(verified.logits_BNV)
         )
-        entropy_BN = -(law_BNV * (law_BNV + 1e-5).log()).sum(-1)
+        entropy_BN = -(probs_BNV * (probs_BNV + 1e-5).log()).sum(-1)
         threshold_BN = torch.minimum(
             torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp()
         )
         parents = tree.parents_BN.clamp(min=0)
-        probability_BN = law_BNV[
+        probability_BN = probs_BNV[
             torch.arange(len(parents), device=parents.device)[:, None], parents, tree.tokens_BN
         ]
         score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(
@@ -292,15 +299,18 @@ WRONG = {
         "recursive",
     ),
     "raw_bonus": (
-        "what follows the last accepted draft comes from the warped law, not from raw logits",
+        "what follows the last accepted draft comes from the warped distribution, not from raw "
+        "logits",
         "ratio",
     ),
 }
-"""Ways to verify that are found in the wild and change the law, why, and what to use instead."""
+"""Ways to verify that are found in the wild and change the distribution, why, and what to use
+instead.
+"""
 _DRAWN = {
-    Law.POINT: "tokens chosen by value",
-    Law.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
-    Law.INDEPENDENT: "siblings drawn independently",
+    SiblingDraw.BY_VALUE: "tokens chosen by value",
+    SiblingDraw.WITHOUT_REPLACEMENT: "siblings drawn without replacement",
+    SiblingDraw.INDEPENDENT: "siblings drawn independently",
 }
 
 
@@ -314,22 +324,26 @@ def rule_named(name: str) -> AcceptanceRule:
     return RULES[name]()
 
 
-def default_rule(law: Law, sampling: Sampling) -> AcceptanceRule:
-    """The lossless rule for trees of this law: greedy at temperature 0, else point or ratio."""
+def default_rule(draw: SiblingDraw, sampling: Sampling) -> AcceptanceRule:
+    """The lossless rule for trees of this distribution: greedy at temperature 0, else point or
+    ratio.
+    """
     if sampling.temperature == 0:
         return GreedyRule()
-    return PointRule() if law is Law.POINT else RatioRule()
+    return PointRule() if draw is SiblingDraw.BY_VALUE else RatioRule()
 
 
-def check_pairing(rule: AcceptanceRule, law: Law) -> None:
-    """Refuse, by name, a rule that may not verify trees of this law."""
-    if law not in rule.laws:
+def check_pairing(rule: AcceptanceRule, draw: SiblingDraw) -> None:
+    """Refuse, by name, a rule that may not verify trees of this distribution."""
+    if draw not in rule.sibling_draws:
         fitting = ", ".join(
-            name for name, made in RULES.items() if (kind := made()).lossless and law in kind.laws
+            name
+            for name, made in RULES.items()
+            if (kind := made()).lossless and draw in kind.sibling_draws
         )
         raise ValueError(
-            f"rule {rule.name!r} cannot verify {law.name.lower()} trees ({_DRAWN[law]}), which are "
-            f"not what it compares with: use one of {fitting}"
+            f"rule {rule.name!r} cannot verify {draw.name.lower()} trees ({_DRAWN[draw]}), which "
+            f"are not what it compares with: use one of {fitting}"
         )
 
 

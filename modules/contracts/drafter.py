@@ -21,7 +21,7 @@ from typing_extensions import Self
 from modules.contracts.rows import Rows
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import StateName
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.trainable import Trainable
 from modules.contracts.verification import Accepted, Verified
 
@@ -167,9 +167,9 @@ def _selected(part: Any, sequences_S: Tensor) -> Any:
 
 
 class TreeBuilder(Protocol):
-    """Grows a tree by asking a drafter for laws, level by level."""
+    """Grows a tree by asking a drafter for distributions, level by level."""
 
-    law: Law
+    sibling_draw: SiblingDraw
     """How its siblings are drawn."""
 
     @property
@@ -199,8 +199,8 @@ class Drafter(Trainable):
     """What `max_depth` counts, as messages name it."""
 
     own_model: ClassVar[bool] = False
-    """Whether it is a language model of its own, which takes nothing but tokens and laws from its
-    target.
+    """Whether it is a language model of its own, which takes nothing but tokens and distributions
+    from its target.
     """
 
     @property
@@ -238,11 +238,11 @@ class Drafter(Trainable):
         return None
 
     @property
-    def law(self) -> Law:
+    def sibling_draw(self) -> SiblingDraw:
         """How the siblings of its own trees are drawn, which decides the rules it may be verified
         with.
         """
-        return self.builder.law
+        return self.builder.sibling_draw
 
     @property
     def vocabulary_D(self) -> Tensor | None:

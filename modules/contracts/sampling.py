@@ -1,4 +1,4 @@
-"""The law that tokens are drawn from, and drawing them."""
+"""The distribution that tokens are drawn from, and drawing them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sampling:
     """How the next token is chosen: temperature, then top-k, then top-p, as in `generate`.
 
     `temperature` 0 is greedy; the warpers then have no effect. Drafts that are drawn from a
-    drafter's law are drawn under the same settings.
+    drafter's distribution are drawn under the same settings.
 
     Raises:
         ValueError: a value that no warper accepts.
@@ -46,8 +46,9 @@ class Sampling:
             object.__setattr__(self, name, kind(getattr(self, name)))
 
 
-def warped_law(logits: Tensor, sampling: Sampling, temperature: float | None = None) -> Tensor:
-    """The law [..., V] in float64 that `generate` draws from: temperature, then top-k, then top-p.
+def warped_probs(logits: Tensor, sampling: Sampling, temperature: float | None = None) -> Tensor:
+    """The distribution [..., V] in float64 that `generate` draws from: temperature, then top-k,
+    then top-p.
 
     Drafter and target are warped alike. Were only the target's, a drafter that agrees with it would
     still draft tokens that the warpers rule out: with top-p 0.8 up to a fifth of its draws.
@@ -76,12 +77,12 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
     return found
 
 
-def sample_law(law: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw: law [..., V] (need not sum to 1), uniform [...] -> int64 [...]. Never a
-    token of law 0.
+def sample_probs(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: distribution [..., V] (need not sum to 1), uniform [...] -> int64 [...].
+    Never a token of probability 0.
     """
-    cumulative = law.cumsum(-1)
+    cumulative = probs.cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[
         ..., 0
     ]
-    return drawn.clamp(max=law.shape[-1] - 1)
+    return drawn.clamp(max=probs.shape[-1] - 1)

@@ -1,6 +1,7 @@
 """The token tree: what a drafter proposes and the target verifies in one forward.
 
-Shape legend: B sequences, N nodes, R rows of draft laws, D draft vocabulary, H hidden size.
+Shape legend: B sequences, N nodes, R rows of draft distributions, D draft vocabulary, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 from modules.contracts.rows import AuxiliaryRows, Rows
 
 
-class Law(IntEnum):
+class SiblingDraw(IntEnum):
     """How a node was drawn among its siblings, which decides the rules it may be verified with."""
 
-    POINT = 0
+    BY_VALUE = 0
     """Chosen by value (top-k, retrieval, rerank): a point mass given the context."""
     WITHOUT_REPLACEMENT = 1
-    """Drawn in order from its law with the earlier siblings removed (Plackett-Luce)."""
+    """Drawn in order from its distribution with the earlier siblings removed (Plackett-Luce)."""
     INDEPENDENT = 2
-    """Drawn from its law independently of its siblings; duplicates are kept."""
+    """Drawn from its distribution independently of its siblings; duplicates are kept."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ class TokenTree:
     tokens_BN: int64 [B,N].
     topology: parents and what follows from them.
     candidate_BN: bool [B,N]; None means every row that is not padding.
-    law_BN: int64 [B,N] of `Law`; None means every node is a point mass.
-    laws_BRD: float [B,R,D] probabilities of the sampled nodes' laws, over the draft vocabulary;
-    only needed rows.
-    law_rows_BN: int64 [B,N]: the row of `laws_BRD` that the node was drawn from (-1: a point mass).
+    draw_BN: int64 [B,N] of `SiblingDraw`; None means every node is a point mass.
+    probs_BRD: float [B,R,D] probabilities of the sampled nodes' distributions, over the draft
+    vocabulary; only needed rows.
+    prob_rows_BN: int64 [B,N]: the row of `probs_BRD` that the node was drawn from (-1: a point
+    mass).
     vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
     already_run: what the drafter has computed of the first rows on the target's own layers.
     auxiliary: rows that are verified beside the nodes and only compute.
@@ -115,9 +117,9 @@ class TokenTree:
     tokens_BN: Tensor
     topology: Topology
     candidate_BN: Tensor | None = None
-    law_BN: Tensor | None = None
-    laws_BRD: Tensor | None = None
-    law_rows_BN: Tensor | None = None
+    draw_BN: Tensor | None = None
+    probs_BRD: Tensor | None = None
+    prob_rows_BN: Tensor | None = None
     vocabulary_D: Tensor | None = None
     already_run: PartialRows | None = None
     auxiliary: AuxiliaryRows | None = None
@@ -145,19 +147,21 @@ class TokenTree:
         return real if self.candidate_BN is None else real & self.candidate_BN
 
     @cached_property
-    def laws_used(self) -> frozenset[Law]:
-        """The draft laws that occur among the drafted candidates; a point mass where there are
-        none.
+    def draws_used(self) -> frozenset[SiblingDraw]:
+        """The draft distributions that occur among the drafted candidates; a point mass where there
+        are none.
         """
-        return self.laws_carried or frozenset({Law.POINT})
+        return self.draws_carried or frozenset({SiblingDraw.BY_VALUE})
 
     @cached_property
-    def laws_carried(self) -> frozenset[Law]:
+    def draws_carried(self) -> frozenset[SiblingDraw]:
         """The same, and none where nothing is drafted. Reads the device."""
-        if self.law_BN is None:
-            return frozenset({Law.POINT} if self.size > 1 else ())
+        if self.draw_BN is None:
+            return frozenset({SiblingDraw.BY_VALUE} if self.size > 1 else ())
         drafted = self.acceptable_BN[:, 1:]
-        return frozenset(Law(value) for value in self.law_BN[:, 1:][drafted].unique().tolist())
+        return frozenset(
+            SiblingDraw(value) for value in self.draw_BN[:, 1:][drafted].unique().tolist()
+        )
 
     @cached_property
     def first_BN(self) -> Tensor:

@@ -18,7 +18,7 @@ from modules.acceptance.rules import AcceptanceRule, check_pairing, default_rule
 from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
-from modules.contracts.token_tree import Law
+from modules.contracts.token_tree import SiblingDraw
 from modules.decoding.loop import Run, Trace, check_limit
 from modules.decoding.timing import Clock
 from modules.decoding.translation import in_target_ids
@@ -91,7 +91,7 @@ class SpeculativeDecoder:
     def __post_init__(self) -> None:
         """Check the pairing of rule and trees, and translate a drafter of another tokenizer."""
         if self.rule is not None and self.drafter is not None:
-            check_pairing(self.rule, self.law)
+            check_pairing(self.rule, self.sibling_draw)
         if self.builder is not None and self.drafter is not None:
             check_depth(self.builder, self.drafter)
         if not self.name:
@@ -105,11 +105,11 @@ class SpeculativeDecoder:
         self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
 
     @property
-    def law(self) -> Law:
+    def sibling_draw(self) -> SiblingDraw:
         """How the siblings of the trees are drawn."""
         if self.builder is not None:
-            return self.builder.law
-        return Law.POINT if self.drafter is None else self.drafter.law
+            return self.builder.sibling_draw
+        return SiblingDraw.BY_VALUE if self.drafter is None else self.drafter.sibling_draw
 
     @property
     def nodes(self) -> int:
@@ -124,7 +124,7 @@ class SpeculativeDecoder:
 
     def rule_for(self, sampling: Sampling) -> AcceptanceRule:
         """The acceptance rule used at this temperature."""
-        return self.rule or default_rule(self.law, sampling)
+        return self.rule or default_rule(self.sibling_draw, sampling)
 
     def fresh(self) -> SpeculativeDecoder:
         """The same decoder with a copy of a drafter that learns: neither sees what the other

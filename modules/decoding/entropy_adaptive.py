@@ -26,7 +26,7 @@ from modules.target.tokenizers.vocabulary import check_tokenizer
 
 
 def entropy_bits(logits_V: Tensor) -> float:
-    """Entropy of the unwarped law, in bits (float32)."""
+    """Entropy of the unwarped distribution, in bits (float32)."""
     log_V = logits_V.float().log_softmax(-1)
     return float(-(log_V.exp() * log_V).sum()) / math.log(2)
 

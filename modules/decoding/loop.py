@@ -34,8 +34,8 @@ class Trace:
     time_to_first_token: seconds.
     rows: what each call really computes for this sequence: the newest token, the candidates, rows
     that only compute, and padding to the widest tree of the batch.
-    entropies: bits of the model's own law of each id, where a decoder goes by them (entropy
-    adaptive decoding).
+    entropies: bits of the model's own distribution of each id, where a decoder goes by them
+    (entropy adaptive decoding).
     """
 
     prompt_tokens: int

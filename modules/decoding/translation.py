@@ -27,7 +27,7 @@ from modules.contracts.drafter import (
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.target.tokenizers.vocabulary import VocabularyMap
 
@@ -89,9 +89,9 @@ class TranslatedDrafter(Drafter):
         return self.drafter.builder
 
     @property
-    def law(self) -> Law:
+    def sibling_draw(self) -> SiblingDraw:
         """The drafter's."""
-        return self.drafter.law
+        return self.drafter.sibling_draw
 
     @property
     def default_budget(self) -> int:

@@ -23,8 +23,8 @@ from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, Outcome
 from modules.losses.chunked import (
     IGNORED,
+    Distributions,
     Head,
-    Laws,
     TrainingRows,
     accuracy,
     cross_entropy,
@@ -33,7 +33,7 @@ from modules.losses.chunked import (
     greedy_tokens,
     masked_mean,
     soft_cross_entropy,
-    target_laws,
+    target_distributions,
     training_rows,
 )
 from modules.trees.expected_length import expected_length, optimised_tree
@@ -62,7 +62,8 @@ class DraftStep:
     labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
     valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see
     `cross_entropy`.
-    flat_M: flat positions of the target's laws of the labels. laws: those laws, if they are learnt.
+    flat_M: flat positions of the target's distributions of the labels. distributions: those
+    distributions, if they are learnt.
     """
 
     depth: int
@@ -73,7 +74,7 @@ class DraftStep:
     losses_M: Tensor
     ranks_M: Tensor
     flat_M: Tensor
-    laws: Laws | None
+    distributions: Distributions | None
 
     @property
     def counted_M(self) -> Tensor:
@@ -106,8 +107,8 @@ class LearnedDrafter(Drafter):
     reads: StateName = "final"
     """The target state it starts from."""
     soft_labels: bool = False
-    """Whether it learns the target's law (restricted to the draft vocabulary) rather than the
-    tokens of the data.
+    """Whether it learns the target's distribution (restricted to the draft vocabulary) rather than
+    the tokens of the data.
     """
     first_exponent: ClassVar[int] = 1
     recompute = False
@@ -185,7 +186,7 @@ class LearnedDrafter(Drafter):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """The state it starts from, and the target's laws if it learns those."""
+        """The state it starts from, and the target's distributions if it learns those."""
         return tuple(dict.fromkeys((self.reads, "final"))) if self.soft_labels else (self.reads,)
 
     @abstractmethod
@@ -208,24 +209,26 @@ class LearnedDrafter(Drafter):
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be
         drafted.
 
-        Where laws are learnt, rows whose token cannot be drafted have a law too, and are left out
-        all the same. On text that the target wrote a row then counts as often as its law p puts a
-        token into the draft vocabulary D, so that the loss is in expectation -Σ_{v in D} p(v) log
-        q(v), the whole vocabulary's cross-entropy without what cannot be drafted. Weighting every
-        row by p(D) is the same with less variance, but takes the whole LM head; it gave 0.0004 more
-        expected acceptance on tiny targets' text (15 % of it outside D), 0.0007 on that of another
-        writer (27 %).
+        Where distributions are learnt, rows whose token cannot be drafted have a distribution too,
+        and are left out all the same. On text that the target wrote a row then counts as often as
+        its distribution p puts a token into the draft vocabulary D, so that the loss is in
+        expectation -Σ_{v in D} p(v) log q(v), the whole vocabulary's cross-entropy without what
+        cannot be drafted. Weighting every row by p(D) is the same with less variance, but takes the
+        whole LM head; it gave 0.0004 more expected acceptance on tiny targets' text (15 % of it
+        outside D), 0.0007 on that of another writer (27 %).
         """
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
 
-    def laws(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Laws | None:
-        """The target's laws of the labels, if they are learnt, at float32 even of a target at 16
-        bits.
+    def distributions(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Distributions | None:
+        """The target's distributions of the labels, if they are learnt, at float32 even of a target
+        at 16 bits.
         """
         if not self.soft_labels:
             return None
-        return target_laws(
+        return target_distributions(
             lambda hidden: target.unrounded_logits(hidden, self.vocabulary_D),
             batch.states["final"],
             rows.flat_MK1[:, 1:],
@@ -235,18 +238,20 @@ class LearnedDrafter(Drafter):
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
         rows = self.rows(batch, target)
-        laws = self.laws(batch, target, rows)
-        return self.scored(batch, target, rows, laws, self.unrolled(batch, target, rows))
+        distributions = self.distributions(batch, target, rows)
+        return self.scored(batch, target, rows, distributions, self.unrolled(batch, target, rows))
 
     def scored(
         self,
         batch: TextBatch,
         target: Target,
         rows: TrainingRows,
-        laws: Laws | None,
+        distributions: Distributions | None,
         outputs: Iterable[tuple[Tensor, Tensor]],
     ) -> Iterator[DraftStep]:
-        """The steps that `unrolled` put out over these rows, held against their labels or laws."""
+        """The steps that `unrolled` put out over these rows, held against their labels or
+        distributions.
+        """
         labels = self.labels(batch, target, rows)
         for depth, (feature, carried) in enumerate(outputs):
             labels_M, flat_M = (
@@ -258,7 +263,7 @@ class LearnedDrafter(Drafter):
                 self.head(depth, target),
                 labels_M,
                 self.draft_size,
-                laws,
+                distributions,
                 flat_M,
                 self.divergence,
             )
@@ -271,12 +276,12 @@ class LearnedDrafter(Drafter):
                 losses,
                 ranks,
                 flat_M,
-                laws,
+                distributions,
             )
 
-    def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
-        """The loss per row [M] where laws are learnt."""
-        return soft_cross_entropy(logits_MD, law_MD)
+    def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
+        """The loss per row [M] where distributions are learnt."""
+        return soft_cross_entropy(logits_MD, probs_MD)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """What a step contributes to the loss, before its weight."""

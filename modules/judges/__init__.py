@@ -1,1 +1,3 @@
-"""Learned verification: what decides, beside the target's law, whether a drafted token may stay."""
+"""Learned verification: what decides, beside the target's distribution, whether a drafted token may
+stay.
+"""

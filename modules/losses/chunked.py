@@ -1,7 +1,7 @@
 """Training losses of drafters: pure functions of tensors, computed only on the rows that count.
 
-Index contract: at position t the target's state f_t is its law of x_{t+1}; step d of a drafter,
-given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
+Index contract: at position t the target's state f_t is its distribution of x_{t+1}; step d of a
+drafter, given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
 
 Shape legend: B sequences, T tokens of a packed row, M training rows (positions that count), K draft
 steps, H hidden size, D draft vocabulary.
@@ -30,12 +30,14 @@ IGNORED = -1
 """Label of a row that no loss counts."""
 MAX_LOGITS = 2**24
 """Logits [M,D] above this many are computed in chunks of rows."""
-MAX_LAWS = 2**25
-"""Probabilities of the target's laws up to this many are kept for all draft steps of a batch."""
+MAX_PROBS = 2**25
+"""Probabilities of the target's distributions up to this many are kept for all draft steps of a
+batch.
+"""
 
 Head = Callable[[Tensor], Tensor]
 """Features [M,H] -> logits [M,D]."""
-Laws = Callable[[Tensor], Tensor]
+Distributions = Callable[[Tensor], Tensor]
 """Flat positions [M] -> the target's probabilities [M,D] there, over the draft vocabulary."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
@@ -132,9 +134,9 @@ def draft_labels(tokens: Tensor, vocabulary_D: Tensor | None) -> Tensor:
     return torch.where(vocabulary_D[index] == tokens, index, IGNORED)
 
 
-def soft_cross_entropy(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+def soft_cross_entropy(logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
     """−Σ_v p(v) log q(v) per row [M]."""
-    return F.cross_entropy(logits_MD, law_MD, reduction="none")
+    return F.cross_entropy(logits_MD, probs_MD, reduction="none")
 
 
 def cross_entropy(
@@ -142,12 +144,12 @@ def cross_entropy(
     head: Head,
     labels_M: Tensor,
     width: int,
-    laws: Laws | None = None,
+    distributions: Distributions | None = None,
     flat_M: Tensor | None = None,
     divergence: Divergence = soft_cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's laws at `flat_M`
-    (or another divergence from those).
+    """Cross-entropy of `head`'s logits per row: to the labels, or to the target's distributions at
+    `flat_M` (or another divergence from those).
 
     Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens
     stand above the label (0: it is the best), D where the label is ignored. Never holds more than
@@ -163,9 +165,10 @@ def cross_entropy(
         head: features to logits over the draft vocabulary.
         labels_M: draft vocabulary indices; `IGNORED` rows get no loss.
         width: D.
-        laws: the target's probabilities (renormalised over the draft vocabulary) for soft labels.
-        flat_M: flat positions of those laws.
-        divergence: what is computed of logits and laws.
+        distributions: the target's probabilities (renormalised over the draft vocabulary) for soft
+            labels.
+        flat_M: flat positions of those distributions.
+        divergence: what is computed of logits and distributions.
     """
 
     def scored(logits: Head, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +177,7 @@ def cross_entropy(
                 rows,
                 logits,
                 labels_M[part],
-                laws,
+                distributions,
                 None if flat_M is None else flat_M[part],
                 divergence,
             )
@@ -240,17 +243,17 @@ def _score(
     features_MH: Tensor,
     head: Head,
     labels_M: Tensor,
-    laws: Laws | None,
+    distributions: Distributions | None,
     flat_M: Tensor | None,
     divergence: Divergence,
 ) -> tuple[Tensor, Tensor]:
     logits = full_precision(head(features_MH))
     ranks = label_ranks(logits.detach(), labels_M)
-    if laws is None:
+    if distributions is None:
         losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
     else:
         assert flat_M is not None
-        losses = divergence(logits, laws(flat_M)).where(labels_M != IGNORED, 0.0)
+        losses = divergence(logits, distributions(flat_M)).where(labels_M != IGNORED, 0.0)
     return losses, ranks
 
 
@@ -270,29 +273,33 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def target_laws(head: Head, final_BTH: Tensor, positions: Tensor, width: int) -> Laws:
+def target_distributions(
+    head: Head, final_BTH: Tensor, positions: Tensor, width: int
+) -> Distributions:
     """The target's probabilities over the draft vocabulary, by flat position.
 
-    Steps share most positions, so the laws are computed once for all of `positions` where they fit
-    in memory (`MAX_LAWS`), and anew at each request where they do not.
+    Steps share most positions, so the distributions are computed once for all of `positions` where
+    they fit in memory (`MAX_PROBS`), and anew at each request where they do not.
     """
     final_PH = final_BTH.flatten(0, 1)
 
     @torch.no_grad()
-    def laws(flat_M: Tensor) -> Tensor:
+    def distributions(flat_M: Tensor) -> Tensor:
         return torch.softmax(full_precision(head(final_PH[flat_M])), dim=-1)
 
     unique = positions.unique()
-    if len(unique) * width > MAX_LAWS:
-        return laws
+    if len(unique) * width > MAX_PROBS:
+        return distributions
     with phase("loss"):
-        table = laws(unique)
+        table = distributions(unique)
     return lambda flat_M: table[torch.searchsorted(unique, flat_M)]
 
 
-def covered_laws(head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int) -> Laws:
-    """The target's probabilities of the draft tokens in its whole law, by flat position: their sum
-    is the mass that the draft vocabulary covers.
+def covered_distributions(
+    head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int
+) -> Distributions:
+    """The target's probabilities of the draft tokens in its whole distribution, by flat position:
+    their sum is the mass that the draft vocabulary covers.
 
     Args:
         head: the target's, over its whole vocabulary.
@@ -303,25 +310,30 @@ def covered_laws(head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int)
     final_PH = final_BTH.flatten(0, 1)
 
     @torch.no_grad()
-    def laws(flat_M: Tensor) -> Tensor:
+    def distributions(flat_M: Tensor) -> Tensor:
         chunks = [flat_M[part] for part in _slices(len(flat_M), max(1, MAX_LOGITS // size))]
         logits = (full_precision(head(final_PH[chunk])) for chunk in chunks or [flat_M])
         return torch.cat([each.softmax(-1)[:, vocabulary_D] for each in logits])
 
-    return laws
+    return distributions
 
 
 def likely_tokens(
-    laws: Laws, flat_M: Tensor, tokens_M: Tensor, width: int, top_k: int, top_p: float
+    distributions: Distributions,
+    flat_M: Tensor,
+    tokens_M: Tensor,
+    width: int,
+    top_k: int,
+    top_p: float,
 ) -> Tensor:
-    """bool [M]: whether a token is among the law's `top_k` (0: any) and the mass above it is at
-    most `top_p`.
+    """bool [M]: whether a token is among the distribution's `top_k` (0: any) and the mass above it
+    is at most `top_p`.
     """
     parts = []
     for part in _slices(len(tokens_M), max(1, MAX_LOGITS // width)):
-        law = laws(flat_M[part])
-        better = law > law.gather(1, tokens_M[part, None])
-        parts.append((better.sum(1) < (top_k or width)) & ((law * better).sum(1) <= top_p))
+        probs = distributions(flat_M[part])
+        better = probs > probs.gather(1, tokens_M[part, None])
+        parts.append((better.sum(1) < (top_k or width)) & ((probs * better).sum(1) <= top_p))
     return torch.cat(parts) if parts else torch.zeros_like(tokens_M, dtype=torch.bool)
 
 
@@ -340,10 +352,10 @@ def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
     return in_one_call(head, final_MH, likeliest)
 
 
-def entropies(laws: Laws, flat_M: Tensor, width: int) -> Tensor:
-    """Entropy of the laws at flat positions [M], natural logarithm."""
+def entropies(distributions: Distributions, flat_M: Tensor, width: int) -> Tensor:
+    """Entropy of the distributions at flat positions [M], natural logarithm."""
     chunks = _slices(len(flat_M), max(1, MAX_LOGITS // width))
-    parts = [torch.special.entr(laws(flat_M[part])).sum(1) for part in chunks]
+    parts = [torch.special.entr(distributions(flat_M[part])).sum(1) for part in chunks]
     return torch.cat(parts) if parts else torch.zeros(0, device=flat_M.device)
 
 

@@ -1,4 +1,5 @@
-"""How far a drafter's law q stands from the target's law p: the losses of distillation, per row.
+"""How far a drafter's distribution q stands from the target's distribution p: the losses of
+distillation, per row.
 
 The five of online speculative distillation (Liu et al. 2023, arXiv 2310.07177) and DistillSpec
 (Zhou et al. 2023, arXiv 2310.08461). Each takes draft logits [M,D] (full precision) and target
@@ -18,41 +19,43 @@ from torch import Tensor
 from modules.losses.chunked import Divergence
 
 
-def forward_kl(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+def forward_kl(logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
     """KL(p‖q) = Σ_v p (log p − log q) [M]; its gradient in the logits is q − p."""
-    return -torch.special.entr(law_MD).sum(-1) - (law_MD * logits_MD.log_softmax(-1)).sum(-1)
+    return -torch.special.entr(probs_MD).sum(-1) - (probs_MD * logits_MD.log_softmax(-1)).sum(-1)
 
 
-def reverse_kl(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+def reverse_kl(logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
     """KL(q‖p) = Σ_v q (log q − log p) [M]. A p of 0 counts as the smallest positive number."""
     log_q = logits_MD.log_softmax(-1)
-    return (log_q.exp() * (log_q - _log(law_MD))).sum(-1)
+    return (log_q.exp() * (log_q - _log(probs_MD))).sum(-1)
 
 
-def kl_mixture(logits_MD: Tensor, law_MD: Tensor, forward: float = 0.9) -> Tensor:
+def kl_mixture(logits_MD: Tensor, probs_MD: Tensor, forward: float = 0.9) -> Tensor:
     """`forward` · KL(p‖q) + (1 − `forward`) · KL(q‖p) [M] (what the authors' code calls JSD)."""
-    return forward * forward_kl(logits_MD, law_MD) + (1 - forward) * reverse_kl(logits_MD, law_MD)
+    return forward * forward_kl(logits_MD, probs_MD) + (1 - forward) * reverse_kl(
+        logits_MD, probs_MD
+    )
 
 
-def jensen_shannon(logits_MD: Tensor, law_MD: Tensor, beta: float = 0.5) -> Tensor:
+def jensen_shannon(logits_MD: Tensor, probs_MD: Tensor, beta: float = 0.5) -> Tensor:
     """β KL(p‖m) + (1 − β) KL(q‖m) with m = β p + (1 − β) q [M]; at β = ½ symmetric and at most log
     2.
     """
-    log_p, log_q = _log(law_MD), logits_MD.log_softmax(-1)
+    log_p, log_q = _log(probs_MD), logits_MD.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * (law_MD * (log_p - log_m)).sum(-1) + (1 - beta) * (
+    return beta * (probs_MD * (log_p - log_m)).sum(-1) + (1 - beta) * (
         log_q.exp() * (log_q - log_m)
     ).sum(-1)
 
 
-def total_variation(logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+def total_variation(logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
     """½ Σ_v |p − q| [M] = 1 − Σ_v min(p, q): how often the ratio rule rejects a token drawn from q.
 
-    So too where the law is the part of p inside the draft vocabulary, not renormalised: q has
-    nothing outside, so that all of p's mass there is distance.
+    So too where the distribution is the part of p inside the draft vocabulary, not renormalised: q
+    has nothing outside, so that all of p's mass there is distance.
     """
-    outside_M = 1 - law_MD.sum(-1)
-    return 0.5 * ((law_MD - logits_MD.softmax(-1)).abs().sum(-1) + outside_M)
+    outside_M = 1 - probs_MD.sum(-1)
+    return 0.5 * ((probs_MD - logits_MD.softmax(-1)).abs().sum(-1) + outside_M)
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -65,5 +68,5 @@ DIVERGENCES: dict[str, Divergence] = {
 """By the name that a config gives."""
 
 
-def _log(law_MD: Tensor) -> Tensor:
-    return law_MD.clamp(min=torch.finfo(law_MD.dtype).tiny).log()
+def _log(probs_MD: Tensor) -> Tensor:
+    return probs_MD.clamp(min=torch.finfo(probs_MD.dtype).tiny).log()

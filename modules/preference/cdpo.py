@@ -20,7 +20,7 @@ from modules.losses.averages import divisor
 from modules.losses.chunked import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
 from modules.losses.metrics import area_under_curve
 from modules.preference.highlight import TokenScores, highlight_page
-from modules.preference.losses import contrastive_law, critical_dpo_loss, positionwise_dpo_loss
+from modules.preference.losses import contrastive_probs, critical_dpo_loss, positionwise_dpo_loss
 from modules.preference.policy import (
     PreferenceTrainable,
     Response,
@@ -107,8 +107,8 @@ class ContrastiveEstimator(Trainable):
                 full_precision(twin.unrounded_logits(state[part]))
                 for twin, state in zip(twins, states)
             )
-            law = contrastive_law(positive, negative, self.contrast)
-            found.append(law.gather(1, labels_M[part, None])[:, 0])
+            probs = contrastive_probs(positive, negative, self.contrast)
+            found.append(probs.gather(1, labels_M[part, None])[:, 0])
         return at_tokens(text, torch.cat(found) if found else states[0].new_zeros(0))
 
 

@@ -28,7 +28,7 @@ def dpo_loss(chosen_BT: Tensor, rejected_BT: Tensor, beta: float) -> Tensor:
 # -- cDPO ------------------------------------------------------------------------------------------
 
 
-def contrastive_law(positive_MV: Tensor, negative_MV: Tensor, contrast: float) -> Tensor:
+def contrastive_probs(positive_MV: Tensor, negative_MV: Tensor, contrast: float) -> Tensor:
     """softmax_v((1 + β) log P_p(v) − β log P_n(v)) of two models' logits [M,V] -> probabilities
     [M,V].
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.contracts.losses import Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_laws
+from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_distributions
 from modules.preference.activations import GROUPS, Group, mean_activations, residual_states
 from modules.preference.losses import Side, activation_mask, sparse_loss
 from modules.preference.policy import PreferenceTrainable, Response, RowCache, at_tokens, counted
@@ -187,10 +187,12 @@ class SparsePO(PreferenceTrainable):
         """
         flat_M, labels_M = next_token_rows(text)
         size, twin = self.shape.vocab_size, self.policy.twin(target)
-        laws = target_laws(target.unrounded_logits, reference_BTH, flat_M, size)
+        distributions = target_distributions(target.unrounded_logits, reference_BTH, flat_M, size)
         features_MH = response.final_BTH.flatten(0, 1)[flat_M]
-        cross_M = cross_entropy(features_MH, twin.unrounded_logits, labels_M, size, laws, flat_M)[0]
-        return at_tokens(text, cross_M - entropies(laws, flat_M, size))
+        cross_M = cross_entropy(
+            features_MH, twin.unrounded_logits, labels_M, size, distributions, flat_M
+        )[0]
+        return at_tokens(text, cross_M - entropies(distributions, flat_M, size))
 
     def pair_losses(
         self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target

@@ -11,7 +11,7 @@ from torch import Tensor
 from modules.contracts.token_tree import Topology
 
 
-def log_law(logits: Tensor) -> Tensor:
+def log_probs(logits: Tensor) -> Tensor:
     """Log-probabilities [..., D] in float32 at least, whatever the drafter computes in."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree
-from modules.trees.candidates import Candidates, log_law
+from modules.contracts.token_tree import SiblingDraw, TokenTree
+from modules.trees.candidates import Candidates, log_probs
 
 
 class RerankedTree:
@@ -44,7 +44,7 @@ class RerankedTree:
         covered: the target's mass on the draft vocabulary; 1 takes the drafter at its word.
     """
 
-    law = Law.POINT
+    sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(
         self, depth: int = 6, width: int = 10, least: float = 0.0, covered: float = 1.0
@@ -64,8 +64,8 @@ class RerankedTree:
         tokens, rows, chosen = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         scores = torch.zeros(root_B1.shape, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
-            laws = log_law(drafter.expand(state, Frontier(tokens, rows, depth)))
-            log_BWK, best_BWK = laws.topk(min(self.width, laws.shape[-1]), dim=-1)
+            probs = log_probs(drafter.expand(state, Frontier(tokens, rows, depth)))
+            log_BWK, best_BWK = probs.topk(min(self.width, probs.shape[-1]), dim=-1)
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded
             paths_BWK = scores[..., None] + log_BWK + log(self.covered)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 
 Path = tuple[int, ...]
 MOST_PATHS = 4096
@@ -55,7 +55,7 @@ class StaticTree:
             paths than a target can verify at once.
     """
 
-    law = Law.POINT
+    sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         if len(paths) > MOST_PATHS or any(len(path) > MOST_PATHS for path in paths):

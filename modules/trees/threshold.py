@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree, packed
-from modules.trees.candidates import log_law
+from modules.contracts.token_tree import SiblingDraw, TokenTree, packed
+from modules.trees.candidates import log_probs
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ThresholdTree:
         depth: levels. width: nodes kept per level. top_p, ratio: the two thresholds.
     """
 
-    law = Law.POINT
+    sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(self, depth: int, width: int = 4, top_p: float = 0.8, ratio: float = 0.25) -> None:
         if depth < 1 or width < 1:
@@ -90,7 +90,7 @@ class ThresholdTree:
         """Append the best children, `width` or what remains of the budget (at most `most`); returns
         how many each sequence took [B]."""
         count = min(self.width, most)
-        log_BWK, tokens_BWK = log_law(logits_BWD).topk(min(count, logits_BWD.shape[-1]), dim=-1)
+        log_BWK, tokens_BWK = log_probs(logits_BWD).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
         joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)
         scores, best = joint.topk(min(count, joint.shape[1]), dim=1)

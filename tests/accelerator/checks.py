@@ -1,5 +1,7 @@
-"""Seven families of drafters on the pretend accelerator: the CPU's tokens, losses and laws, and
-budgets of waits and launches that may only fall. `test_accelerator.py` runs them."""
+"""Seven families of drafters on the pretend accelerator: the CPU's tokens, losses and
+distributions, and budgets of waits and launches that may only fall. `test_accelerator.py` runs
+them.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_sampled_and_without_comparison(drafter: str, capsys: pytest.CaptureFixt
         "float64",
     ]
     assert run(*arguments, "--temperature", "1") == 0
-    assert "their law is the same" in capsys.readouterr().out
+    assert "their distribution is the same" in capsys.readouterr().out
     assert run(*arguments, "--compare", "false") == 0
     assert "without" not in capsys.readouterr().out
 

@@ -100,14 +100,14 @@ def test_chances_are_what_tossing_gives(target: Target, name: str) -> None:
     assert abs(difference.mean()) <= 4 * difference.std() / np.sqrt(200) + 1e-12
 
 
-def test_one_level_agrees_with_the_recorded_laws(target: Target) -> None:
+def test_one_level_agrees_with_the_recorded_distributions(target: Target) -> None:
     spot = one_spot(target)
     trials = level_trials()
     single = [sum(each) - 1 for each in spot.chances(trials["ratio 1"], 400)]
     assert np.mean(single) == pytest.approx(spot.first_draw()[0], abs=5 * np.std(single) / 20)
-    law = Draws(spot.sampling, []).law(spot.target_logits_V)
+    probs = Draws(spot.sampling, []).probs(spot.target_logits_V)
     best = spot.draft_logits_D.topk(3).indices
-    assert sum(spot.chances(trials["point 3"], 1)[0]) - 1 == pytest.approx(float(law[best].sum()))
+    assert sum(spot.chances(trials["point 3"], 1)[0]) - 1 == pytest.approx(float(probs[best].sum()))
 
 
 def test_acceptance_by_sibling_is_a_share(target: Target) -> None:
@@ -162,7 +162,7 @@ def test_tables_order_every_pair() -> None:
 def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
+    with pytest.raises(ValueError, match="rule 'ratio' cannot verify by_value trees"):
         Trial(StaticTree([(0,)]), RatioRule(), 1)
     with pytest.raises(ValueError, match="rule 'point' cannot verify without_replacement trees"):
         Trial(branching_tree([2]), PointRule(), 2)
@@ -182,7 +182,7 @@ def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(
 def test_methods_refuse_wrong_pairings_before_anything_is_loaded(tmp_path: Path) -> None:
     static = {"class_path": "modules.trees.static.StaticTree", "init_args": {"paths": [[0]]}}
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
+    with pytest.raises(ValueError, match="rule 'ratio' cannot verify by_value trees"):
         Method(drafter=str(tmp_path), builder=static, rule="ratio").check()
     with pytest.raises(ValueError, match="rule 'per_row' is refused, it is not lossless"):
         Method(drafter=str(tmp_path), rule="per_row").check()

@@ -49,14 +49,14 @@ def homogeneous(one: Counts, other: Counts) -> float:
     return float(stats.chi2_contingency(pooled[:, pooled.sum(0) > 0]).pvalue)
 
 
-def pair_law(target: Target, prompt: list[int], sampling: Sampling, start: int) -> Tensor:
-    """The exact law of new tokens `start` and `start + 1` [V * V], what comes before summed out, by
-    the laws that Hugging Face's `generate` draws from."""
+def pair_probs(target: Target, prompt: list[int], sampling: Sampling, start: int) -> Tensor:
+    """The exact distribution of new tokens `start` and `start + 1` [V * V], what comes before
+    summed out, by the distributions that Hugging Face's `generate` draws from."""
     size = target.shape.vocab_size
     texts = [
         [[*prompt, *more] for more in product(range(size), repeat=count)] for count in range(3)
     ]
-    first, second, third = (generate_laws(target, each, sampling) for each in texts)
+    first, second, third = (generate_probs(target, each, sampling) for each in texts)
     pairs, third = first[0][:, None] * second, third.reshape(size, size, size)
     return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
 
@@ -69,25 +69,27 @@ def goodness(
     start: int = 1,
     batch: int = 500,
 ) -> float:
-    """Chi-square p-value of two tokens of the text that decoding gives, under their exact law; 0
-    where a token of law 0 came out."""
+    """Chi-square p-value of two tokens of the text that decoding gives, under their exact
+    distribution; 0 where a token of distribution 0 came out."""
     size = decoder.target.shape.vocab_size
-    law, counts = pair_law(decoder.target, prompt, sampling, start), torch.zeros(size * size)
+    probs, counts = pair_probs(decoder.target, prompt, sampling, start), torch.zeros(size * size)
     for part in range(runs // batch):
         seeded = replace(sampling, seed=part * 1000)
         for trace in decoder.decode([prompt] * batch, seeded, start + 2):
             counts[trace.ids[start] * size + trace.ids[start + 1]] += 1
-    if counts[law == 0].any():
+    if counts[probs == 0].any():
         return 0.0
-    rare = law * runs < 10
+    rare = probs * runs < 10
     seen = [*counts[~rare].tolist(), float(counts[rare].sum())]
-    wanted = [*(law[~rare] * runs).tolist(), float(law[rare].sum()) * runs]
+    wanted = [*(probs[~rare] * runs).tolist(), float(probs[rare].sum()) * runs]
     cells = len(seen) if wanted[-1] > 0 else -1
     return float(stats.chisquare(seen[:cells], wanted[:cells], sum_check=False).pvalue)
 
 
-def generate_laws(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:
-    """The laws [B,V] that Hugging Face's own `generate` draws the next token from, in float64."""
+def generate_probs(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:
+    """The distributions [B,V] that Hugging Face's own `generate` draws the next token from, in
+    float64.
+    """
     config = GenerationConfig(
         max_new_tokens=1,
         do_sample=True,

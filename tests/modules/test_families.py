@@ -126,10 +126,10 @@ def test_a_batch_without_labels_costs_nothing(name: str) -> None:
 
 
 def teach(drafter: LearnedDrafter, batch, monkeypatch) -> None:
-    """Let the target's laws be the text itself, and nothing else count."""
+    """Let the target's distributions be the text itself, and nothing else count."""
     labels = draft_labels(batch.input_ids.roll(-1, 1).flatten(), drafter.vocabulary_D).clamp(min=0)
     sharp = torch.nn.functional.one_hot(labels, drafter.draft_size).double()
-    monkeypatch.setattr(drafter, "laws", lambda *_: lambda flat_M: sharp[flat_M])
+    monkeypatch.setattr(drafter, "distributions", lambda *_: lambda flat_M: sharp[flat_M])
     if hasattr(drafter, "feature_weight"):
         drafter.feature_weight = 0.0
 

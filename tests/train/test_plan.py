@@ -169,7 +169,7 @@ def test_the_command_prints_and_stops(recipe, tmp_path, monkeypatch, capsys) -> 
 
 def test_logits_and_scores_are_counted_as_they_are_kept() -> None:
     """A frozen head's logits are those of one chunk; a learning one keeps every step's, and soft
-    labels their laws.
+    labels their distributions.
     """
     wanted, own = SIZE.tokens * SIZE.width, replace(SIZE, own_head=True, soft=True)
     assert logit_bytes(SIZE) == 3 * 4 * wanted

@@ -111,9 +111,9 @@ class BlockDrafter(LearnedDrafter):
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """Weighted mean over all slots of all blocks, and accuracies of the slots as metrics."""
         rows = self.blocks(batch, target)
-        laws = self.laws(batch, target, rows)
+        distributions = self.distributions(batch, target, rows)
         outputs = self.unrolled(batch, target, rows)
-        return self.weighted(self.scored(batch, target, rows, laws, outputs), batch)
+        return self.weighted(self.scored(batch, target, rows, distributions, outputs), batch)
 
     def slot_weights(self, losses_MK: Tensor, counted_MK: Tensor) -> Tensor:
         """Weights [M,K] of the slots' losses, without gradient."""

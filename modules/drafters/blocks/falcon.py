@@ -1,7 +1,7 @@
 """Falcon: blocks of k tokens per drafter pass (Gao et al. 2025, AAAI, arXiv 2412.12639).
 
-Row i pairs the target's state f_i with token x_{i+1} and puts out f̂_{i+k}, hence the law of
-x_{i+k+1}. The last k rows of a text are a block, and one pass over it drafts k tokens; a drafted
+Row i pairs the target's state f_i with token x_{i+1} and puts out f̂_{i+k}, hence the distribution
+of x_{i+k+1}. The last k rows of a text are a block, and one pass over it drafts k tokens; a drafted
 path of k tokens and the features that were put out with them are the next block.
 
 Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, N rows of one call, M
@@ -40,7 +40,7 @@ from modules.drafters.trained import (
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache, causal_rows
 from modules.layers.token_scale import token_scale
-from modules.losses.chunked import Laws, TrainingRows, greedy_tokens, training_rows
+from modules.losses.chunked import Distributions, TrainingRows, greedy_tokens, training_rows
 from modules.trees.reranked import RerankedTree
 from modules.trees.threshold import ThresholdTree
 
@@ -226,19 +226,21 @@ class Falcon(BlockDrafter):
 
     # -- training ----------------------------------------------------------------------------------
 
-    def laws(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Laws | None:
-        """The target's laws, mixed with their most likely tokens."""
-        laws, share = super().laws(batch, target, rows), self.hard_weight
-        assert laws is not None
+    def distributions(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Distributions | None:
+        """The target's distributions, mixed with their most likely tokens."""
+        distributions, share = super().distributions(batch, target, rows), self.hard_weight
+        assert distributions is not None
 
         def mixed(flat_M: Tensor) -> Tensor:
-            law = laws(flat_M)
-            likeliest = law.argmax(-1, keepdim=True)
-            return ((1 - share) * law).scatter_add(
-                -1, likeliest, torch.full_like(law[..., :1], share)
+            probs = distributions(flat_M)
+            likeliest = probs.argmax(-1, keepdim=True)
+            return ((1 - share) * probs).scatter_add(
+                -1, likeliest, torch.full_like(probs[..., :1], share)
             )
 
-        return mixed if share else laws
+        return mixed if share else distributions
 
     def blocks(self, batch: TextBatch, target: Target) -> TrainingRows:
         """Whole blocks side by side, in training from a random phase of each document on."""
@@ -250,15 +252,17 @@ class Falcon(BlockDrafter):
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """The loss of whole blocks, in training with glancing at `progress`."""
         rows = self.blocks(batch, target)
-        laws = self.laws(batch, target, rows)
+        distributions = self.distributions(batch, target, rows)
         inputs = self.inputs(batch)
         rate = self.glancing * (1 - progress)
         if self.training and rate > 0:
-            inputs, shown_MK = self.glance(batch, target, rows, laws, inputs, rate)
+            inputs, shown_MK = self.glance(batch, target, rows, distributions, inputs, rate)
             if not self.revealed_loss:
                 rows = replace(rows, valid_MK=rows.valid_MK & ~shown_MK)
         outputs = self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs)
-        steps = self.scored(batch, target, rows, laws, ((one, one) for one in outputs.unbind(1)))
+        steps = self.scored(
+            batch, target, rows, distributions, ((one, one) for one in outputs.unbind(1))
+        )
         return self.weighted(steps, batch)
 
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
@@ -283,19 +287,19 @@ class Falcon(BlockDrafter):
         batch: TextBatch,
         target: Target,
         rows: TrainingRows,
-        laws: Laws | None,
+        distributions: Distributions | None,
         inputs: tuple[Tensor, Tensor],
         rate: float,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Inputs that reveal a share of the answers a first pass over them gets wrong, and bool
         [M,K], which rows.
         """
-        assert laws is not None
+        assert distributions is not None
         ends_M, outputs = (
             rows.flat_MK1[:, 0],
             self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs),
         )
-        likely = greedy_tokens(laws, rows.flat_MK1[:, 1:].flatten(), self.draft_size)
+        likely = greedy_tokens(distributions, rows.flat_MK1[:, 1:].flatten(), self.draft_size)
         drafted = greedy_tokens(self.head(0, target), outputs.flatten(0, 1), self.draft_size)
         wrong_MK = (drafted != likely).view(rows.valid_MK.shape)
         shown_MK = revealed_positions(

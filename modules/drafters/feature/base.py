@@ -147,7 +147,7 @@ class FeatureDrafter(LearnedDrafter):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """The states of its features, and the target's laws."""
+        """The states of its features, and the target's distributions."""
         return tuple(dict.fromkeys((*self.feature_states, "final")))
 
     def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:

@@ -2,7 +2,7 @@
 2503.01840).
 
 Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J draft
-steps, U positions whose laws are asked for, H hidden size, D draft vocabulary.
+steps, U positions whose distributions are asked for, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Eagle3(FeatureDrafter):
     RMSNorm(g_t)] and adds to g_t; its output a_t takes g's place in the next step, and W_d
     RMSNorm(a_t) are the logits.
 
-    Loss: Σ_j decay^j · cross-entropy to the target's law over the draft vocabulary, on assistant
-    positions whose token can be drafted. The paper asks this of the target's most likely token
-    (`greedy_labels`), which takes the whole LM head; with 8,192 of SmolLM2's tokens the answer is
-    another for 3 to 5 % of the positions.
+    Loss: Σ_j decay^j · cross-entropy to the target's distribution over the draft vocabulary, on
+    assistant positions whose token can be drafted. The paper asks this of the target's most likely
+    token (`greedy_labels`), which takes the whole LM head; with 8,192 of SmolLM2's tokens the
+    answer is another for 3 to 5 % of the positions.
 
     Args:
         shape: the target's dimensions.

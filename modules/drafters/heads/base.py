@@ -257,8 +257,8 @@ def refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def soft_labels(labels: str) -> bool:
-    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's law rather than for the tokens
-    of the data.
+    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's distribution rather than for
+    the tokens of the data.
     """
     refuse_unknown("labels", labels, ("soft", "hard"))
     return labels == "soft"

@@ -98,9 +98,9 @@ class Clover(HeadDrafter):
     frozen LM head.
 
     h_0 = finalnorm(A(g)) with g the target's output before its final norm and A a decoder layer
-    that starts as a copy of the target's last; h_i = decoder(h_{i-1}, e_{i-1}); law of x_{t+1+i} =
-    W_LM (Medusa block_i)(h_i). Token vectors e are the LM head's rows, normalised. At the start
-    every head predicts from h_0, whatever was drafted.
+    that starts as a copy of the target's last; h_i = decoder(h_{i-1}, e_{i-1}); distribution of
+    x_{t+1+i} = W_LM (Medusa block_i)(h_i). Token vectors e are the LM head's rows, normalised. At
+    the start every head predicts from h_0, whatever was drafted.
 
     Args:
         shape: the target's dimensions.

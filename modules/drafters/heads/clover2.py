@@ -20,7 +20,13 @@ from modules.drafters.heads.base import HeadDrafter, refuse_unknown, soft_labels
 from modules.drafters.heads.clover import AttentionDecoder
 from modules.drafters.trained import DraftStep
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, target_weight
-from modules.losses.chunked import TrainingRows, likely_tokens, masked_mean, smooth_l1, target_laws
+from modules.losses.chunked import (
+    TrainingRows,
+    likely_tokens,
+    masked_mean,
+    smooth_l1,
+    target_distributions,
+)
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -50,11 +56,12 @@ class Clover2(HeadDrafter):
             cross-entropy.
         label_top_k, label_top_p: train step i at t only if the target would have given all the
             tokens that it reads, x_{t+1} … x_{t+1+i}: each among the top k of the target's whole
-            law of it, with at most a mass of top_p above it (the release's optional `label_mask`: 8
-            and 0.8). Its label does not matter. 0 and 1 turn them off, and so does validation.
+            distribution of it, with at most a mass of top_p above it (the release's optional
+            `label_mask`: 8 and 0.8). Its label does not matter. 0 and 1 turn them off, and so does
+                validation.
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y]
             (ablation).
-        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (ablation).
+        labels: `"soft"`, the target's distribution, or `"hard"`, the tokens of the data (ablation).
         token_scale: `"state"` scales token vectors to the norm of the states that they meet,
             `"head"` leaves the LM head's rows as they are (the release). A target's last states may
             be 200 times as large as those rows, and then what was drafted is learnt last. No
@@ -97,8 +104,8 @@ class Clover2(HeadDrafter):
         self.soft_labels = soft_labels(labels)
         if not self.soft_labels and (label_top_k or label_top_p < 1):
             raise ValueError(
-                "label_top_k and label_top_p go by the target's law, but labels is 'hard': use "
-                "'soft', or set them to 0 and 1"
+                "label_top_k and label_top_p go by the target's distribution, but labels is "
+                "'hard': use 'soft', or set them to 0 and 1"
             )
         size = shape.hidden_size
         self.feature_weight, self.label_top_k, self.label_top_p = (
@@ -191,20 +198,20 @@ class Clover2(HeadDrafter):
         rows = super().rows(batch, target)
         if not self.training or not (self.label_top_k or self.label_top_p < 1):
             return rows
-        # Steps share most of their inputs, so each position is asked once for the law of the token
-        # behind it.
+        # Steps share most of their inputs, so each position is asked once for the distribution of
+        # the token behind it.
         positions_P, index_MK = rows.flat_MK1[:, :-1].unique(return_inverse=True)
         tokens_P, width = batch.input_ids.roll(-1, 1).flatten()[positions_P], self.shape.vocab_size
         final_BTH = batch.states["final"]
-        laws = target_laws(target.unrounded_logits, final_BTH, positions_P, width)
+        distributions = target_distributions(target.unrounded_logits, final_BTH, positions_P, width)
         likely_P = likely_tokens(
-            laws, positions_P, tokens_P, width, self.label_top_k, self.label_top_p
+            distributions, positions_P, tokens_P, width, self.label_top_k, self.label_top_p
         )
         return replace(rows, valid_MK=rows.valid_MK & likely_P[index_MK].cumprod(1).bool())
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at
-        the label's law.
+        the label's distribution.
 
         The distance counts at every row whose label counts, in the draft vocabulary or not: f does
         not depend on it.

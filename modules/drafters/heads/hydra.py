@@ -53,7 +53,7 @@ def _head_blocks(
 
 class Hydra(HeadDrafter):
     """Head i reads c_i = [f'_t ; s·e_{t+1} ; … ; s·e_{t+1+i}] and drafts x_{t+2+i}, taught by the
-    target's law.
+    target's distribution.
 
     f' is the target's state after one more decoder layer (the prefix layer), normalised; e are the
     target's input embeddings, frozen, and s brings them to the size of f'
@@ -76,8 +76,8 @@ class Hydra(HeadDrafter):
         tree: paths, or a name of `modules.trees.named_trees`; None is `narrow`, on a GPU the
             paper's, `mc_sim_7b_63`.
         decay: head i weighs decay^i (the release weighs all alike: 1).
-        labels: `"soft"`, the target's law, or `"hard"`, the tokens of the data (Hydra without the
-            teacher).
+        labels: `"soft"`, the target's distribution, or `"hard"`, the tokens of the data (Hydra
+            without the teacher).
         prefix_start: `"target"`, or `"random"`: the prefix layer starts at random, reads the
             target's final state, and has a norm of its own behind it.
         dropout_at: `"lm_head"`, in front of it alone, or `"every_block"`: in front of each block

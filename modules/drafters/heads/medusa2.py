@@ -20,7 +20,7 @@ from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, GradientLayers, Outcome
 from modules.drafters.heads.medusa import Medusa
 from modules.losses.averages import divisor
-from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_laws
+from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_distributions
 from modules.target.adapters import Adapters, LowRank
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Medusa2(Medusa):
         schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`,
             then stays 1. In validation it is 1 throughout.
         ramp: share of the training over which s rises.
-        self_distillation: keep to the unchanged target's laws instead of the data (for text it
-            wrote itself).
+        self_distillation: keep to the unchanged target's distributions instead of the data (for
+            text it wrote itself).
         head_lr_scale: learning rate of the heads as a multiple of the adapters'.
     """
 
@@ -133,10 +133,10 @@ class Medusa2(Medusa):
         if not self.self_distillation:
             return cross_entropy(features_MH, twin.logits, labels_M, size)[0]
         unchanged = target.features(batch, ("final",))["final"]
-        laws = target_laws(target.unrounded_logits, unchanged, flat_M, size)
-        return cross_entropy(features_MH, twin.logits, labels_M, size, laws, flat_M)[0] - entropies(
-            laws, flat_M, size
-        )
+        distributions = target_distributions(target.unrounded_logits, unchanged, flat_M, size)
+        return cross_entropy(features_MH, twin.logits, labels_M, size, distributions, flat_M)[
+            0
+        ] - entropies(distributions, flat_M, size)
 
     def adapted_twin(self, target: Target) -> Target:
         """A target that shares all weights with `target` and runs through this module's adapters

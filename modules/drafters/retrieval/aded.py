@@ -31,12 +31,12 @@ Successors = dict[int, float]
 
 
 class Trigrams:
-    """Law of the third token of a tri-gram given two, from a corpus: the best `KEPT` successors of
-    every pair.
+    """Distribution of the third token of a tri-gram given two, from a corpus: the best `KEPT`
+    successors of every pair.
     """
 
     def __init__(self, tokens_M: Array | None = None) -> None:
-        self.keys, self.starts, self.words, self.laws = _table(
+        self.keys, self.starts, self.words, self.probs = _table(
             np.zeros(0, np.int32) if tokens_M is None else tokens_M
         )
 
@@ -47,7 +47,7 @@ class Trigrams:
         if place == len(self.keys) or self.keys[place] != key:
             return {}
         own = slice(self.starts[place], self.starts[place + 1])
-        return dict(zip(self.words[own].tolist(), self.laws[own].tolist(), strict=True))
+        return dict(zip(self.words[own].tolist(), self.probs[own].tolist(), strict=True))
 
 
 def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -60,17 +60,17 @@ def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     )
     triples, counts = np.unique(triples[(triples != END).all(1)], axis=0, return_counts=True)
     keys, of = np.unique((triples[:, 0] << 32) + triples[:, 1], return_inverse=True)
-    laws = (
+    distributions = (
         counts / np.bincount(of, weights=counts, minlength=len(keys))[of]
         if len(of)
         else np.zeros(0)
     )
-    order = np.lexsort((-laws, of))
-    of, words, laws = of[order], triples[order, 2], laws[order]
+    order = np.lexsort((-distributions, of))
+    of, words, distributions = of[order], triples[order, 2], distributions[order]
     place = np.arange(len(of)) - np.searchsorted(of, of)
     kept = place < KEPT
     starts = np.searchsorted(of[kept], np.arange(len(keys) + 1))
-    return keys, starts, words[kept].astype(np.int32), laws[kept].astype(np.float32)
+    return keys, starts, words[kept].astype(np.int32), distributions[kept].astype(np.float32)
 
 
 class Adaptive:

@@ -18,7 +18,7 @@ from modules.contracts.drafter import Context, Drafter, DraftState, Part
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.target import Target
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 
 Item = TypeVar("Item")
@@ -77,9 +77,9 @@ class TextDrafter(Drafter):
         return {} if folder is None else {"datastore": Path(folder)}
 
     @property
-    def law(self) -> Law:
+    def sibling_draw(self) -> SiblingDraw:
         """Chosen by value."""
-        return Law.POINT
+        return SiblingDraw.BY_VALUE
 
     def loss(self, batch: object, target: Target, progress: float) -> Losses:
         """There is nothing to train."""

@@ -17,7 +17,7 @@ from modules.contracts.drafter import (
     check_depth,
 )
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.retrieval.base import TextDrafter, TextState
 from modules.trees.trie import Trie
@@ -83,12 +83,13 @@ class Partnered(TextDrafter):
 def _check_partner(name: str, partner: Drafter, builder: TreeBuilder | None) -> None:
     """Refuse, by name, trees that are not chosen by value, deeper than the partner drafts, or not
     of candidates alone: beside text, every node is a point mass."""
-    law = partner.law if builder is None else builder.law
-    if law is not Law.POINT:
+    draw = partner.sibling_draw if builder is None else builder.sibling_draw
+    if draw is not SiblingDraw.BY_VALUE:
         kind = type(partner if builder is None else builder).__name__
         raise ValueError(
-            f"{name}: {kind} draws its siblings ({law.name.lower()}), but a fused tree is verified "
-            "by value: give a `builder` that chooses, such as modules.trees.reranked.RerankedTree"
+            f"{name}: {kind} draws its siblings ({draw.name.lower()}), but a fused tree is "
+            "verified by value: give a `builder` that chooses, such as "
+            "modules.trees.reranked.RerankedTree"
         )
     if partner.least_budget > 1:
         raise ValueError(

@@ -21,7 +21,7 @@ from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.drafters.retrieval.partner import Partnered, PartneredState, as_trie
 from modules.drafters.retrieval.rest import Rest
-from modules.trees.candidates import log_law
+from modules.trees.candidates import log_probs
 from modules.trees.trie import END, Trie, batch_of_trees, frequent_prefixes
 
 EXAMINED = 8
@@ -33,7 +33,7 @@ Columns = NDArray[np.int64]
 
 
 class Overheard:
-    """A drafter as a tree builder sees it, which keeps the laws it is asked for.
+    """A drafter as a tree builder sees it, which keeps the distributions it is asked for.
 
     Args:
         drafter: who answers.
@@ -43,7 +43,7 @@ class Overheard:
         self._drafter = drafter
         self.tokens: list[Tensor] = []
         self.parents: list[Tensor] = []
-        self.laws: list[Tensor] = []
+        self.distributions: list[Tensor] = []
 
     @property
     def vocabulary_D(self) -> Tensor | None:
@@ -51,24 +51,24 @@ class Overheard:
         return self._drafter.vocabulary_D
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """The drafter's logits, and a note of their law."""
+        """The drafter's logits, and a note of their distribution."""
         logits_BWD = self._drafter.expand(state, frontier)
         self.tokens.append(frontier.tokens_BW)
         self.parents.append(frontier.parents_BW.expand_as(frontier.tokens_BW))
-        self.laws.append(log_law(logits_BWD.detach()).exp())
+        self.distributions.append(log_probs(logits_BWD.detach()).exp())
         return logits_BWD
 
     def opinions(self, texts: list[list[int]], vocab_size: int) -> list[Opinion]:
         """What the drafter said about each sequence, whose text so far is given."""
         columns_V = columns_of(self.vocabulary_D, vocab_size)
         shares = [share_outside(text, columns_V) for text in texts]
-        if not self.laws:
+        if not self.distributions:
             return [Opinion([], [], None, columns_V, share) for share in shares]
         tokens, parents = torch.cat(self.tokens, 1).tolist(), torch.cat(self.parents, 1).tolist()
-        laws_BWD = torch.cat(self.laws, 1).cpu()
+        probs_BWD = torch.cat(self.distributions, 1).cpu()
         return [
-            Opinion(own, above, laws_WD, columns_V, share)
-            for own, above, laws_WD, share in zip(tokens, parents, laws_BWD, shares, strict=True)
+            Opinion(own, above, probs_WD, columns_V, share)
+            for own, above, probs_WD, share in zip(tokens, parents, probs_BWD, shares, strict=True)
         ]
 
 
@@ -91,17 +91,19 @@ def share_outside(text: list[int], columns_V: Columns | None) -> float:
 
 @dataclass
 class Opinion:
-    """A drafter's laws [W,D] at the nodes that it expanded, whose tokens and parents' row numbers
-    are given.
+    """A drafter's distributions [W,D] at the nodes that it expanded, whose tokens and parents' row
+    numbers are given.
 
-    columns_V: the column of every token in the laws, -1 outside; None: all tokens, in order.
+    columns_V: the column of every token in the distributions, -1 outside; None: all tokens, in
+    order.
     outside: the probability of all tokens outside together. A drafter with a trimmed vocabulary
-    says nothing of them: its laws are those of tokens inside, and weigh 1 - `outside` here.
+    says nothing of them: its distributions are those of tokens inside, and weigh 1 - `outside`
+    here.
     """
 
     tokens: list[int]
     parents: list[int]
-    laws_WD: Tensor | None
+    probs_WD: Tensor | None
     columns_V: Columns | None = None
     outside: float = 0.0
 
@@ -113,8 +115,8 @@ class Opinion:
         }
 
     def judge(self, path: Sequence[int], top: int, least: float) -> float | None:
-        """The probability of the part of a path that the drafter has a law for; None when a token
-        on it is neither among the `top` likeliest nor as likely as `least`.
+        """The probability of the part of a path that the drafter has a distribution for; None when
+        a token on it is neither among the `top` likeliest nor as likely as `least`.
 
         A token outside the draft vocabulary ends that part with the probability `outside`: that
         the next token is such a one is all that can be judged, and which one, retrieval says
@@ -123,14 +125,14 @@ class Opinion:
         row: int | None = 0
         found = 1.0
         for token in path:
-            if row is None or self.laws_WD is None:
+            if row is None or self.probs_WD is None:
                 break
             column = token if self.columns_V is None else int(self.columns_V[token])
             if column < 0:
                 return found * self.outside if self.outside >= least else None
-            law_D = self.laws_WD[row]
-            probability = float(law_D[column]) * (1 - self.outside)
-            if probability < least and int((law_D > law_D[column]).sum()) >= top:
+            probs_D = self.probs_WD[row]
+            probability = float(probs_D[column]) * (1 - self.outside)
+            if probability < least and int((probs_D > probs_D[column]).sum()) >= top:
                 return None
             found, row = found * probability, self._rows.get((row, token))
         return found

@@ -38,7 +38,7 @@ from modules.losses.chunked import (
     Head,
     TrainingRows,
     accuracy,
-    covered_laws,
+    covered_distributions,
     cross_entropy,
     masked_mean,
 )
@@ -80,8 +80,8 @@ class Independent(TokenDrafter):
     """Any causal LM with the target's tokenizer as the drafter, with a KV cache of its own. Its
     embedding may have more or fewer rows than the target's: ids that both have are drafted.
 
-    Loss: a divergence of its law q from the target's law p, at temperature 1. The KL and
-    Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
+    Loss: a divergence of its distribution q from the target's distribution p, at temperature 1. The
+    KL and Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
     assistant's tokens that can be drafted. The total variation is of p as it is, mean over all of
     the assistant's tokens: how often the ratio rule rejects a token drawn from q. Validation adds
     `acceptance_0`, Σ_v min(p, q) of p as it is, over the same tokens: how often that rule accepts
@@ -211,9 +211,9 @@ class Independent(TokenDrafter):
             else ""
         )
 
-    def divergence(self, logits_MD: Tensor, law_MD: Tensor) -> Tensor:
+    def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
         """The chosen one [M]."""
-        return DIVERGENCES[self.divergence_name](logits_MD, law_MD)
+        return DIVERGENCES[self.divergence_name](logits_MD, probs_MD)
 
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
@@ -245,16 +245,22 @@ class Independent(TokenDrafter):
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
         """1 − Σ_v min(p, q) [M] of p as it is, in every row with a label, drafted or not."""
-        laws, final_BTH, size = step.laws, batch.states["final"], target.shape.vocab_size
+        distributions, final_BTH, size = (
+            step.distributions,
+            batch.states["final"],
+            target.shape.vocab_size,
+        )
         if self.vocabulary_D is not None:
-            laws = covered_laws(target.unrounded_logits, final_BTH, self.vocabulary_D, size)
+            distributions = covered_distributions(
+                target.unrounded_logits, final_BTH, self.vocabulary_D, size
+            )
         counted_M = torch.where(step.valid_M, 0, IGNORED)
         return cross_entropy(
             step.feature_MH,
             self.head(0, target),
             counted_M,
             self.draft_size,
-            laws,
+            distributions,
             step.flat_M,
             total_variation,
         )[0]

@@ -36,8 +36,8 @@ def document_prompts(batch: TextBatch) -> list[Tensor]:
 def written(
     model: Target, prompts: list[Tensor], tokens: int, vocabulary_D: Tensor | None = None
 ) -> TextBatch:
-    """Prompts continued by `tokens` tokens each, drawn from the model's law at temperature 1 by
-    torch's own generator.
+    """Prompts continued by `tokens` tokens each, drawn from the model's distribution at temperature
+    1 by torch's own generator.
 
     One document a row, right-padded; the drawn tokens are the labels.
 

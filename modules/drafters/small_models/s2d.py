@@ -23,7 +23,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.heads.base import soft_labels
 from modules.drafters.small_models.exit_segments import Pending, Segment
@@ -115,7 +115,8 @@ class S2D(TokenDrafter):
         thresholds: of every exit but the last, or one for all; 1 or more never leaves there, nor
             asks the LM head.
         draft_vocabulary: how many token ids can be drafted; None for all.
-        labels: `"hard"`, the text's tokens (the paper), or `"soft"`, the target's law of them.
+        labels: `"hard"`, the text's tokens (the paper), or `"soft"`, the target's distribution of
+            them.
         sorted_training: False trains the last exit alone (plain fine-tuning, the paper's control).
         frozen_embedding: keep the embedding as the target's.
         draft_length: tokens of a chain at first, or levels of a tree.
@@ -190,7 +191,7 @@ class S2D(TokenDrafter):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """None for the text's tokens; the target's final states for its laws."""
+        """None for the text's tokens; the target's final states for its distributions."""
         return ("final",) if self.soft_labels else ()
 
     def exit_features(self, batch: TextBatch, rows: TrainingRows) -> Iterator[Tensor]:
@@ -215,14 +216,14 @@ class S2D(TokenDrafter):
             self.labels(batch, target, rows)[:, 0].contiguous(),
             rows.flat_MK1[:, 1].contiguous(),
         )
-        laws, counted_M = self.laws(batch, target, rows), labels_M != IGNORED
+        distributions, counted_M = self.distributions(batch, target, rows), labels_M != IGNORED
         total, metrics = torch.zeros((), device=labels_M.device), {}
         for exit_index, feature in enumerate(self.exit_features(batch, rows)):
             weight = self.exit_weights[exit_index]
             if self.training and not weight:
                 continue
             losses, ranks = cross_entropy(
-                feature, self.head(0, target), labels_M, self.draft_size, laws, flat_M
+                feature, self.head(0, target), labels_M, self.draft_size, distributions, flat_M
             )
             if weight:
                 total = total + weight * masked_mean(losses, counted_M)
@@ -332,7 +333,7 @@ class AtThresholds:
         width: 1 drafts a chain; more, a tree that expands so many nodes per level.
     """
 
-    law = Law.POINT
+    sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(self, thresholds: list[float] | float, depth: int = 3, width: int = 1) -> None:
         self.thresholds, self.depth = thresholds, depth

@@ -1,5 +1,5 @@
-"""Trees of a fixed shape whose tokens are drawn from the drafter's law: SpecInfer's, SpecTr's,
-RSD-C's and Sequoia's.
+"""Trees of a fixed shape whose tokens are drawn from the drafter's distribution: SpecInfer's,
+SpecTr's, RSD-C's and Sequoia's.
 
 Shape legend: B sequences, W frontier nodes, R siblings, N nodes, D draft vocabulary.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.trees.named_trees import Path
-from modules.trees.sampled.draws import check_temperature, draft_law, independent, race
+from modules.trees.sampled.draws import check_temperature, draft_probs, independent, race
 from modules.trees.static import StaticTree, template
 
 Draw = Literal["without_replacement", "independent"]
-LAWS: dict[str, Law] = {
-    "without_replacement": Law.WITHOUT_REPLACEMENT,
-    "independent": Law.INDEPENDENT,
+DRAWS: dict[str, SiblingDraw] = {
+    "without_replacement": SiblingDraw.WITHOUT_REPLACEMENT,
+    "independent": SiblingDraw.INDEPENDENT,
 }
 
 
@@ -30,15 +30,15 @@ class DrawnTree:
     """Fills fixed paths with draws: (i, j) is the j-th draw under the i-th draw from the root.
 
     How many siblings a node has never depends on a value, so that any such tree may be verified
-    with its law.
+    with its distribution.
 
     Args:
         paths: prefix-closed, a draw only after the draws before it; the most valuable first: a
             smaller budget takes the first ones.
         draw: how siblings are drawn. Independent duplicates are kept, each with its own children.
         temperature: of the draft; None: the target's.
-        exhausted: when all tokens of a law are drawn, `"stop"`, or go on with the `"uniform"` law
-            over the others (Sequoia; without replacement only).
+        exhausted: when all tokens of a distribution are drawn, `"stop"`, or go on with the
+            `"uniform"` distribution over the others (Sequoia; without replacement only).
 
     Raises:
         ValueError: a path before its prefix or its earlier siblings, an unknown setting.
@@ -58,13 +58,13 @@ class DrawnTree:
                     f"tree path {list(path)} stands before its earlier sibling: a draw follows the "
                     "draws before it"
                 )
-        if draw not in LAWS or exhausted not in ("stop", "uniform"):
+        if draw not in DRAWS or exhausted not in ("stop", "uniform"):
             raise ValueError(
-                f"draw {draw!r} and exhausted {exhausted!r}: use one of {', '.join(LAWS)}, and "
+                f"draw {draw!r} and exhausted {exhausted!r}: use one of {', '.join(DRAWS)}, and "
                 "stop or uniform"
             )
         check_temperature(temperature)
-        self.law, self.temperature, self.exhausted = LAWS[draw], temperature, exhausted
+        self.sibling_draw, self.temperature, self.exhausted = DRAWS[draw], temperature, exhausted
 
     @property
     def depth(self) -> int:
@@ -72,24 +72,28 @@ class DrawnTree:
         return max((len(path) for path in self.paths), default=0)
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
-        """A tree of the first `budget` paths, with the laws that its nodes were drawn from."""
+        """A tree of the first `budget` paths, with the distributions that its nodes were drawn
+        from.
+        """
         fixed = template(self.paths[:budget], state.newest_B.device)
-        tokens_BN, known, laws, rows = state.newest_B[:, None], drafter.vocabulary_D, [], [-1]
+        tokens_BN, known, probs, rows = state.newest_B[:, None], drafter.vocabulary_D, [], [-1]
         found = [torch.ones_like(tokens_BN, dtype=torch.bool)]
         for depth, level in enumerate(fixed.levels):
             frontier = Frontier(
                 tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth
             )
-            law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
-            if self.law is Law.INDEPENDENT:
-                law_BWD = of_one_row(law_BWD, tokens_BN, fixed.topology, level.nodes)
-            drawn_BWR, found_BWR = self._siblings(law_BWD, state.context, level.widest)
-            rows += (sum(law.shape[1] for law in laws) + level.sources).tolist()
-            laws.append(law_BWD)
+            probs_BWD = draft_probs(
+                drafter.expand(state, frontier), state.context, self.temperature
+            )
+            if self.sibling_draw is SiblingDraw.INDEPENDENT:
+                probs_BWD = of_one_row(probs_BWD, tokens_BN, fixed.topology, level.nodes)
+            drawn_BWR, found_BWR = self._siblings(probs_BWD, state.context, level.widest)
+            rows += (sum(part.shape[1] for part in probs) + level.sources).tolist()
+            probs.append(probs_BWD)
             drawn = drawn_BWR[:, level.sources, level.ranks]
             found.append(found_BWR[:, level.sources, level.ranks])
             tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
-        if not laws:
+        if not probs:
             return TokenTree.root(state.newest_B)
         topology = fixed.topology.expand(len(tokens_BN))
         missing_BN = (topology.ancestors & ~torch.cat(found, dim=1)[:, None]).any(-1)
@@ -98,40 +102,42 @@ class DrawnTree:
             tokens_BN,
             topology,
             candidate_BN=~missing_BN,
-            law_BN=torch.full_like(tokens_BN, self.law),
-            laws_BRD=torch.cat(laws, dim=1),
-            law_rows_BN=rows_BN,
+            draw_BN=torch.full_like(tokens_BN, self.sibling_draw),
+            probs_BRD=torch.cat(probs, dim=1),
+            prob_rows_BN=rows_BN,
             vocabulary_D=known,
         )
 
-    def _siblings(self, law_BWD: Tensor, context: Context, count: int) -> tuple[Tensor, Tensor]:
-        """Draws [B,W,R] and whether the law had a token left for each."""
-        if self.law is Law.INDEPENDENT:
-            drawn_BWR = independent(law_BWD, context, count)
+    def _siblings(self, probs_BWD: Tensor, context: Context, count: int) -> tuple[Tensor, Tensor]:
+        """Draws [B,W,R] and whether the distribution had a token left for each."""
+        if self.sibling_draw is SiblingDraw.INDEPENDENT:
+            drawn_BWR = independent(probs_BWD, context, count)
             return drawn_BWR, torch.ones_like(drawn_BWR, dtype=torch.bool)
-        if count > law_BWD.shape[-1]:
+        if count > probs_BWD.shape[-1]:
             raise ValueError(
-                f"tree with {count} siblings, but the draft vocabulary has {law_BWD.shape[-1]} "
+                f"tree with {count} siblings, but the draft vocabulary has {probs_BWD.shape[-1]} "
                 "tokens: ask for fewer"
             )
-        keys_BWR, drawn_BWR = race(law_BWD, context, self.exhausted).topk(count, dim=-1)
+        keys_BWR, drawn_BWR = race(probs_BWD, context, self.exhausted).topk(count, dim=-1)
         return drawn_BWR, keys_BWR.isfinite()
 
 
-def of_one_row(law_BWD: Tensor, tokens_BN: Tensor, topology: Topology, nodes_W: Tensor) -> Tensor:
-    """The laws [B,W,D] of expanded nodes; nodes that stand for one prefix all have the first one's.
+def of_one_row(probs_BWD: Tensor, tokens_BN: Tensor, topology: Topology, nodes_W: Tensor) -> Tensor:
+    """The distributions [B,W,D] of expanded nodes; nodes that stand for one prefix all have the
+    first one's.
 
-    Children of twins are siblings of one law. A drafter's rows for one prefix differ by rounding
-    (in bfloat16 by 0.4 % of the largest probability), and K-SEQ has one threshold for one law.
+    Children of twins are siblings of one distribution. A drafter's rows for one prefix differ by
+    rounding (in bfloat16 by 0.4 % of the largest probability), and K-SEQ has one threshold for one
+    distribution.
 
     Args:
-        law_BWD: of the expanded nodes. tokens_BN: of the tree so far.
+        probs_BWD: of the expanded nodes. tokens_BN: of the tree so far.
         topology: of the whole tree. nodes_W: the expanded nodes.
     """
     whole = TokenTree(F.pad(tokens_BN, (0, topology.size - tokens_BN.shape[1])), topology)
     first_BW = whole.first_BN[:, nodes_W]
     row_BW = (first_BW[:, :, None] == first_BW[:, None]).int().argmax(-1)
-    return law_BWD.gather(1, row_BW[..., None].expand_as(law_BWD))
+    return probs_BWD.gather(1, row_BW[..., None].expand_as(probs_BWD))
 
 
 def branching_tree(

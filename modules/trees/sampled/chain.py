@@ -1,4 +1,4 @@
-"""A chain sampled from the drafter's law, to be verified with the ratio rule.
+"""A chain sampled from the drafter's distribution, to be verified with the ratio rule.
 
 Shape legend: B sequences, R steps, D draft vocabulary.
 """
@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier
-from modules.contracts.sampling import sample_law, warped_law
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.sampling import sample_probs, warped_probs
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 
 
 class SampledChain:
-    """Draws `depth` tokens one after another from the drafter's law, warped as the target's is.
+    """Draws `depth` tokens one after another from the drafter's distribution, warped as the
+    target's is.
 
-    At temperature 0 the draws are the most likely tokens, and the law a point mass on them. The law
-    that travels with the tree is exactly the one drawn from (Leviathan et al. 2023, section 2.3).
+    At temperature 0 the draws are the most likely tokens, and the distribution a point mass on
+    them. The distribution that travels with the tree is exactly the one drawn from (Leviathan et
+    al. 2023, section 2.3).
 
     Args:
         depth: drafted tokens at most.
-        soft: at temperature 0 send the drafter's own law along instead of the point mass, for rules
-            that compare laws (no lossless rule accepts anything else for it: a greedy target's law
-            is a point mass itself).
+        soft: at temperature 0 send the drafter's own distribution along instead of the point mass,
+            for rules that compare distributions (no lossless rule accepts anything else for it: a
+            greedy target's distribution is a point mass itself).
     """
 
-    law = Law.INDEPENDENT
+    sibling_draw = SiblingDraw.INDEPENDENT
 
     def __init__(self, depth: int, soft: bool = False) -> None:
         if depth < 1:
@@ -35,35 +37,37 @@ class SampledChain:
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A chain of `min(depth, budget)` drafted tokens, one at least."""
-        columns, laws = [state.newest_B], []
+        columns, probs = [state.newest_B], []
         for depth in range(max(1, min(self.depth, budget))):
             parents = torch.full_like(columns[-1][:, None], depth - 1)
             logits_BD = drafter.expand(state, Frontier(columns[-1][:, None], parents, depth))[:, 0]
-            law_BD, drawn_B = _draw(logits_BD, state.context, self.soft)
-            laws.append(law_BD)
+            probs_BD, drawn_B = _draw(logits_BD, state.context, self.soft)
+            probs.append(probs_BD)
             columns.append(
                 drawn_B if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_B]
             )
-        rows = torch.arange(-1, len(laws), device=columns[0].device).expand(len(columns[0]), -1)
+        rows = torch.arange(-1, len(probs), device=columns[0].device).expand(len(columns[0]), -1)
         return TokenTree.chain(
             torch.stack(columns, 1),
-            law_BN=torch.full_like(rows, Law.INDEPENDENT),
-            laws_BRD=torch.stack(laws, 1),
-            law_rows_BN=rows,
+            draw_BN=torch.full_like(rows, SiblingDraw.INDEPENDENT),
+            probs_BRD=torch.stack(probs, 1),
+            prob_rows_BN=rows,
             vocabulary_D=drafter.vocabulary_D,
         )
 
 
 def _draw(logits_BD: Tensor, context: Context, soft: bool) -> tuple[Tensor, Tensor]:
-    """Laws [B,D] in float64 and one token from each [B], every sequence by its own generator."""
+    """Distributions [B,D] in float64 and one token from each [B], every sequence by its own
+    generator.
+    """
     if context.sampling.temperature == 0:
         drawn_B = logits_BD.argmax(-1)
         if soft:
             return logits_BD.double().softmax(-1), drawn_B
         return torch.nn.functional.one_hot(drawn_B, logits_BD.shape[-1]).double(), drawn_B
-    law_BD = warped_law(logits_BD, context.sampling)
+    probs_BD = warped_probs(logits_BD, context.sampling)
     uniforms = [
         torch.rand((), generator=one, dtype=torch.float64, device=one.device)
         for one in context.generators
     ]
-    return law_BD, sample_law(law_BD, torch.stack(uniforms).to(law_BD.device))
+    return probs_BD, sample_probs(probs_BD, torch.stack(uniforms).to(probs_BD.device))

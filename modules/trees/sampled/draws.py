@@ -1,4 +1,4 @@
-"""Drawing siblings from a drafter's laws, every sequence by its own generator.
+"""Drawing siblings from a drafter's distributions, every sequence by its own generator.
 
 Shape legend: B sequences, W frontier nodes, R siblings, D draft vocabulary.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Context
-from modules.contracts.sampling import sample_law, warped_law
+from modules.contracts.sampling import sample_probs, warped_probs
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature under a greedy target, whose own would leave one token and so no siblings
@@ -21,8 +21,8 @@ race.
 """
 
 
-def draft_law(logits_BWD: Tensor, context: Context, temperature: float | None) -> Tensor:
-    """The law [B,W,D] in float64 that siblings are drawn from, warped as the target's is.
+def draft_probs(logits_BWD: Tensor, context: Context, temperature: float | None) -> Tensor:
+    """The distribution [B,W,D] in float64 that siblings are drawn from, warped as the target's is.
 
     Args:
         logits_BWD: of the drafter.
@@ -31,11 +31,11 @@ def draft_law(logits_BWD: Tensor, context: Context, temperature: float | None) -
     """
     if context.sampling.temperature == 0:
         return (logits_BWD.double() / (temperature or GREEDY_DRAFT_TEMPERATURE)).softmax(-1)
-    return warped_law(logits_BWD, context.sampling, temperature)
+    return warped_probs(logits_BWD, context.sampling, temperature)
 
 
 def check_temperature(temperature: float | None) -> None:
-    """Refuse a draft temperature that leaves no law to draw from."""
+    """Refuse a draft temperature that leaves no distribution to draw from."""
     if temperature is not None and temperature <= 0:
         raise ValueError(
             f"draft temperature must be above 0, got {temperature}: a greedy draft is StaticTree's"
@@ -51,29 +51,29 @@ def gumbel(context: Context, width: int, size: int) -> Tensor:
     return -torch.stack(noise).log_()
 
 
-def race(law_BWD: Tensor, context: Context, exhausted: str = "stop") -> Tensor:
+def race(probs_BWD: Tensor, context: Context, exhausted: str = "stop") -> Tensor:
     """Perturbed log-probabilities [B,W,D]: in decreasing order the tokens are draws without
     replacement.
 
     Args:
-        law_BWD: what is drawn from.
+        probs_BWD: what is drawn from.
         context: whose generators draw.
-        exhausted: what follows when all tokens of the law are drawn: `"stop"` (-inf) or
+        exhausted: what follows when all tokens of the distribution are drawn: `"stop"` (-inf) or
             `"uniform"`, the others.
     """
-    logs = law_BWD.log()
+    logs = probs_BWD.log()
     if exhausted == "uniform":
         logs = logs.clamp(min=_USED_UP)
-    return logs + gumbel(context, *law_BWD.shape[1:])
+    return logs + gumbel(context, *probs_BWD.shape[1:])
 
 
-def independent(law_BWD: Tensor, context: Context, count: int) -> Tensor:
-    """`count` independent draws from every law, int64 [B,W,R]."""
-    shape = (law_BWD.shape[1], count)
+def independent(probs_BWD: Tensor, context: Context, count: int) -> Tensor:
+    """`count` independent draws from every distribution, int64 [B,W,R]."""
+    shape = (probs_BWD.shape[1], count)
     uniform_BWR = torch.stack(
         [
             torch.rand(shape, generator=one, dtype=torch.float64, device=one.device)
             for one in context.generators
         ]
-    ).to(law_BWD.device)
-    return torch.stack([sample_law(law_BWD, uniform_BWR[..., i]) for i in range(count)], dim=-1)
+    ).to(probs_BWD.device)
+    return torch.stack([sample_probs(probs_BWD, uniform_BWR[..., i]) for i in range(count)], dim=-1)

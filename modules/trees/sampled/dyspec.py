@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.trees.candidates import Candidates
-from modules.trees.sampled.draws import check_temperature, draft_law, race
+from modules.trees.sampled.draws import check_temperature, draft_probs, race
 
 
 class DySpecTree:
@@ -22,7 +22,7 @@ class DySpecTree:
     If a token is accepted with its draft probability, verification comes to the j-th draw under a
     node of value v with probability v (1 - q(x_1) - ... - q(x_{j-1})), and to the first draw under
     x_j with v q(x_j). The tree holds the `budget` draws of highest value. A draw's value is known
-    before the draw, so that the tree may be verified with its law.
+    before the draw, so that the tree may be verified with its distribution.
 
     The tree is node for node that of the sequential algorithm, one level per draft call: a draw
     that is among the best of the whole tree is among the best of the levels down to its own, since
@@ -34,7 +34,7 @@ class DySpecTree:
         temperature: of the draft; None: the target's.
     """
 
-    law = Law.WITHOUT_REPLACEMENT
+    sibling_draw = SiblingDraw.WITHOUT_REPLACEMENT
 
     def __init__(
         self, depth: int = 8, threshold: float = 0.0, temperature: float | None = None
@@ -50,20 +50,22 @@ class DySpecTree:
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """The `budget` most valuable draws under the newest token."""
         root_B1 = state.newest_B[:, None]
-        candidates, laws = Candidates(), []
+        candidates, probs = Candidates(), []
         tokens, rows, numbers = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         value_BW = torch.ones(root_B1.shape, dtype=torch.float64, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
-            law_BWD = draft_law(
+            probs_BWD = draft_probs(
                 drafter.expand(state, Frontier(tokens, rows, depth)),
                 state.context,
                 self.temperature,
             )
-            laws.append(law_BWD)
+            probs.append(probs_BWD)
             drawn_BWK = (
-                race(law_BWD, state.context).topk(min(budget, law_BWD.shape[-1]), dim=-1).indices
+                race(probs_BWD, state.context)
+                .topk(min(budget, probs_BWD.shape[-1]), dim=-1)
+                .indices
             )
-            share_BWK = law_BWD.gather(-1, drawn_BWK)
+            share_BWK = probs_BWD.gather(-1, drawn_BWK)
             worth_BWK = draw_values(value_BW, share_BWK)
             possible = (share_BWK > 0) & (value_BW[..., None] > 0) & (worth_BWK >= self.threshold)
             drawn = drawn_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_BWK]
@@ -76,27 +78,29 @@ class DySpecTree:
             rows = first_row + picked // drawn_BWK.shape[-1]
             below_BWK = torch.minimum(value_BW[..., None] * share_BWK, worth_BWK)
             value_BW = torch.where(real, below_BWK.flatten(1).gather(1, picked), 0)
-        if not laws:
+        if not probs:
             return TokenTree.root(state.newest_B)
-        return self._tree(candidates, root_B1, torch.cat(laws, dim=1), budget, drafter.vocabulary_D)
+        return self._tree(
+            candidates, root_B1, torch.cat(probs, dim=1), budget, drafter.vocabulary_D
+        )
 
     def _tree(
         self,
         candidates: Candidates,
         root_B1: Tensor,
-        laws_BRD: Tensor,
+        probs_BRD: Tensor,
         budget: int,
         vocabulary_D: Tensor | None,
     ) -> TokenTree:
-        """The best draws with the laws they were drawn from, and no others."""
+        """The best draws with the distributions they were drawn from, and no others."""
         tokens, topology, rows = candidates.best(root_B1, budget)
         used, compact = rows.clamp(min=0).unique(return_inverse=True)
         return TokenTree(
             tokens,
             topology,
-            law_BN=torch.full_like(tokens, self.law),
-            laws_BRD=laws_BRD[:, used],
-            law_rows_BN=torch.where(rows < 0, -1, compact),
+            draw_BN=torch.full_like(tokens, self.sibling_draw),
+            probs_BRD=probs_BRD[:, used],
+            prob_rows_BN=torch.where(rows < 0, -1, compact),
             vocabulary_D=vocabulary_D,
         )
 

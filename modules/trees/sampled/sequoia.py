@@ -30,8 +30,8 @@ def sequoia_tree(
     draw: Draw = "without_replacement",
     temperature: float | None = None,
 ) -> DrawnTree:
-    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a law is used
-    up (section 3.2).
+    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a distribution
+    is used up (section 3.2).
 
     Args:
         acceptance: measured on other prompts at the same temperature, as `python -m eval.rules`

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Drafter, DraftState, Frontier
-from modules.contracts.token_tree import Law, TokenTree, Topology
-from modules.trees.sampled.draws import check_temperature, draft_law, race
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
+from modules.trees.sampled.draws import check_temperature, draft_probs, race
 
 
 class StochasticBeamTree:
@@ -26,7 +26,7 @@ class StochasticBeamTree:
         width: nodes per level. depth: levels. temperature: of the draft; None: the target's.
     """
 
-    law = Law.WITHOUT_REPLACEMENT
+    sibling_draw = SiblingDraw.WITHOUT_REPLACEMENT
 
     def __init__(self, width: int, depth: int, temperature: float | None = None) -> None:
         if depth < 1 or width < 1:
@@ -42,19 +42,21 @@ class StochasticBeamTree:
             torch.full_like(state.newest_B[:, None], -1),
         )
         zeros = torch.zeros(tokens_BN.shape, dtype=torch.float64, device=tokens_BN.device)
-        log_BW, key_BW, found_BN, laws, start = zeros, zeros, zeros == 0, [], 0
+        log_BW, key_BW, found_BN, probs, start = zeros, zeros, zeros == 0, [], 0
         for depth in range(self.depth):
             size = tokens_BN.shape[1]
             if size > budget:
                 break
             frontier = Frontier(tokens_BN[:, start:], parents_BN[:, start:], depth)
-            law_BWD = draft_law(drafter.expand(state, frontier), state.context, self.temperature)
-            laws.append(law_BWD)
-            count = min(self.width, budget + 1 - size)
-            noisy_BWK, drawn_BWK = race(law_BWD, state.context).topk(
-                min(count, law_BWD.shape[-1]), dim=-1
+            probs_BWD = draft_probs(
+                drafter.expand(state, frontier), state.context, self.temperature
             )
-            logs_BWK = log_BW[..., None] + law_BWD.gather(-1, drawn_BWK).log()
+            probs.append(probs_BWD)
+            count = min(self.width, budget + 1 - size)
+            noisy_BWK, drawn_BWK = race(probs_BWD, state.context).topk(
+                min(count, probs_BWD.shape[-1]), dim=-1
+            )
+            logs_BWK = log_BW[..., None] + probs_BWD.gather(-1, drawn_BWK).log()
             keys_BWK = conditioned(log_BW[..., None] + noisy_BWK, key_BW[..., None])
             key_BW, best = keys_BWK.flatten(1).topk(min(count, keys_BWK[0].numel()), dim=1)
             drawn, log_BW = (
@@ -64,16 +66,16 @@ class StochasticBeamTree:
             parents_BN = torch.cat([parents_BN, start + best // keys_BWK.shape[-1]], dim=1)
             tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
             found_BN, start = torch.cat([found_BN, key_BW.isfinite()], dim=1), size
-        if not laws:
+        if not probs:
             return TokenTree.root(state.newest_B)
-        law_BN = torch.full_like(tokens_BN, self.law)
+        draw_BN = torch.full_like(tokens_BN, self.sibling_draw)
         return TokenTree(
             tokens_BN,
             Topology(parents_BN),
             candidate_BN=found_BN,
-            law_BN=law_BN,
-            laws_BRD=torch.cat(laws, dim=1),
-            law_rows_BN=parents_BN,
+            draw_BN=draw_BN,
+            probs_BRD=torch.cat(probs, dim=1),
+            prob_rows_BN=parents_BN,
             vocabulary_D=known,
         )
 

@@ -1,5 +1,5 @@
-"""Siblings' rounds return exactly the target's law: enumeration of every draw and toss, golden
-numbers, controls.
+"""Siblings' rounds return exactly the target's distribution: enumeration of every draw and toss,
+golden numbers, controls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from modules.acceptance.rejection import (
 )
 from modules.acceptance.rules import RULES, WRONG, Draws, PointRule, check_pairing, rule_named
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Verified
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -29,12 +29,12 @@ HALVES = torch.tensor([0, 0.5, 0.5, 0], dtype=torch.float64)
 
 
 def one_hot(size, token):
-    law = torch.zeros(size, dtype=torch.float64)
-    law[token] = 1
-    return law
+    draw = torch.zeros(size, dtype=torch.float64)
+    draw[token] = 1
+    return draw
 
 
-def random_law(size, seed):
+def random_probs(size, seed):
     weights = torch.rand(
         size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).pow(3)
@@ -50,7 +50,7 @@ def adversarial():
         ("one-hot p", one_hot(4, 2), Q),
     ]
     for size in (3, 4, 5, 6):
-        p, q = random_law(size, size), random_law(size, 10 + size)
+        p, q = random_probs(size, size), random_probs(size, 10 + size)
         half = torch.cat([torch.ones(size // 2), torch.zeros(size - size // 2)]).double()
         tied = torch.full((size,), 1 / size, dtype=torch.float64)
         cases += [
@@ -67,41 +67,41 @@ def adversarial():
 
 CASES = adversarial()
 KINDS = {
-    "independent": (Law.INDEPENDENT, "stop", recursive_rounds),
-    "k_seq": (Law.INDEPENDENT, "stop", k_sequential_rounds),
-    "swor": (Law.WITHOUT_REPLACEMENT, "stop", recursive_rounds),
-    "sequoia": (Law.WITHOUT_REPLACEMENT, "uniform", recursive_rounds),
+    "independent": (SiblingDraw.INDEPENDENT, "stop", recursive_rounds),
+    "k_seq": (SiblingDraw.INDEPENDENT, "stop", k_sequential_rounds),
+    "swor": (SiblingDraw.WITHOUT_REPLACEMENT, "stop", recursive_rounds),
+    "sequoia": (SiblingDraw.WITHOUT_REPLACEMENT, "uniform", recursive_rounds),
 }
 CHOICES = {
     "likeliest": lambda q: q.argsort(descending=True, stable=True),
     "unlikeliest": lambda q: q.argsort(stable=True),
     "by token": lambda q: torch.arange(len(q)),
 }
-"""Orders in which a tree may choose by value, whatever the draft's law says."""
+"""Orders in which a tree may choose by value, whatever the draft's distribution says."""
 
 
-def siblings(tokens, law, q, vocabulary=None):
+def siblings(tokens, draw, q, vocabulary=None):
     """A tree of one level, drawn from q."""
     count = len(tokens)
     rows = torch.tensor([[-1] + [0] * count])
     return TokenTree(
         torch.tensor([[0, *tokens]]),
         Topology(rows),
-        law_BN=torch.full((1, count + 1), int(law)),
-        laws_BRD=q[None, None],
-        law_rows_BN=rows,
+        draw_BN=torch.full((1, count + 1), int(draw)),
+        probs_BRD=q[None, None],
+        prob_rows_BN=rows,
         vocabulary_D=vocabulary,
     )
 
 
-def drafts(q, law, count, exhausted="stop"):
+def drafts(q, draw, count, exhausted="stop"):
     """Every ordered tuple of siblings with its probability."""
     tuples = [((), 1.0)]
     for _ in range(count):
         longer = []
         for tokens, chance in tuples:
             left = q.clone()
-            if law is Law.WITHOUT_REPLACEMENT:
+            if draw is SiblingDraw.WITHOUT_REPLACEMENT:
                 left[list(tokens)] = 0
                 if not left.any() and exhausted == "uniform":
                     left = torch.tensor(
@@ -119,7 +119,9 @@ def drafts(q, law, count, exhausted="stop"):
 
 
 def emitted(p, tree, rounds, children=None):
-    """The law of the token that follows node 0 of a given tree, and how likely it is a draft."""
+    """The distribution of the token that follows node 0 of a given tree, and how likely it is a
+    draft.
+    """
     out, left, last = torch.zeros_like(p), 1.0, p
     children = list(range(1, tree.size)) if children is None else children
     for node, chance, residual in rounds(tree, 0, children, p):
@@ -128,22 +130,24 @@ def emitted(p, tree, rounds, children=None):
     return out + left * last, 1 - left
 
 
-def output_law(p, q, count, law=Law.INDEPENDENT, exhausted="stop", rounds=recursive_rounds):
-    """The exact law of the next token, and the acceptance probability."""
+def output_probs(
+    p, q, count, draw=SiblingDraw.INDEPENDENT, exhausted="stop", rounds=recursive_rounds
+):
+    """The exact distribution of the next token, and the acceptance probability."""
     out, accepted = torch.zeros_like(p), 0.0
-    for tokens, chance in drafts(q, law, count, exhausted):
-        law_V, share = emitted(p, siblings(tokens, law, q), rounds)
-        out, accepted = out + chance * law_V, accepted + chance * share
+    for tokens, chance in drafts(q, draw, count, exhausted):
+        probs_V, share = emitted(p, siblings(tokens, draw, q), rounds)
+        out, accepted = out + chance * probs_V, accepted + chance * share
     return out, accepted
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name,p,q", CASES, ids=[case[0] for case in CASES])
-def test_the_output_is_exactly_the_targets_law(name, p, q, kind):
-    law, exhausted, rounds = KINDS[kind]
+def test_the_output_is_exactly_the_targets_distribution(name, p, q, kind):
+    draw, exhausted, rounds = KINDS[kind]
     shares = []
     for count in (1, 2, 3):
-        out, accepted = output_law(p, q, count, law, exhausted, rounds)
+        out, accepted = output_probs(p, q, count, draw, exhausted, rounds)
         torch.testing.assert_close(out, p, rtol=0, atol=1e-12)
         shares.append(accepted)
     assert shares[0] == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-12), (
@@ -160,7 +164,7 @@ def tossed(tree, rows, draw):
         tree,
         tokens_BN=tree.tokens_BN.expand(rows, -1),
         topology=tree.topology.expand(rows),
-        law_BN=None,
+        draw_BN=None,
     )
     logits = one_hot(6, draw).log().expand(rows, tree.size, 6)
     draws = Draws(Sampling(temperature=1.0), [torch.Generator() for _ in range(rows)])
@@ -169,22 +173,27 @@ def tossed(tree, rows, draw):
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name,p,q", CASES, ids=[case[0] for case in CASES])
-def test_point_masses_leave_exactly_the_targets_law(name, p, q, choice):
+def test_point_masses_leave_exactly_the_targets_distribution(name, p, q, choice):
     """Children chosen by value: the target's draw as it is, accepted with the mass of the children,
     tie or zero.
     """
     for count in range(1, len(p) + 1):
-        tree = siblings(CHOICES[choice](q)[:count].tolist(), Law.POINT, q)
+        tree = siblings(CHOICES[choice](q)[:count].tolist(), SiblingDraw.BY_VALUE, q)
         out, accepted = emitted(p, tree, recursive_rounds)
         torch.testing.assert_close(out, p, rtol=0, atol=1e-12)
         assert accepted == pytest.approx(float(p[CHOICES[choice](q)[:count]].sum()), abs=1e-12)
 
 
 def test_the_point_rule_emits_the_targets_draw_whatever_is_drafted():
-    """Enumerated over the draws and the children: so its law is the target's, for every law."""
+    """Enumerated over the draws and the children: so its distribution is the target's, for every
+    distribution.
+    """
     for draw in range(6):
         for children in ((0,), (draw,), (5, draw), (1, 2, 3), tuple(range(6))):
-            assert tossed(siblings(children, Law.POINT, random_law(6, 0)), 2, draw) == [draw] * 2
+            assert (
+                tossed(siblings(children, SiblingDraw.BY_VALUE, random_probs(6, 0)), 2, draw)
+                == [draw] * 2
+            )
 
 
 @pytest.mark.parametrize(
@@ -196,9 +205,9 @@ def test_the_point_rule_emits_the_targets_draw_whatever_is_drafted():
     ],
 )
 def test_golden_acceptance_probabilities(kind, golden):
-    law, exhausted, rounds = KINDS[kind]
+    draw, exhausted, rounds = KINDS[kind]
     for count, expected in enumerate(golden, 1):
-        assert output_law(P, Q, count, law, exhausted, rounds)[1] == pytest.approx(
+        assert output_probs(P, Q, count, draw, exhausted, rounds)[1] == pytest.approx(
             expected, abs=5e-5
         )
 
@@ -217,7 +226,7 @@ def test_golden_thresholds_of_k_sequential_selection():
         assert 1 - (1 - found) ** count == pytest.approx(threshold * found, abs=1e-9)
 
 
-def test_a_used_up_law_stops_or_goes_on_uniformly():
+def test_a_used_up_distribution_stops_or_goes_on_uniformly():
     for count, stopped, uniform in (
         (1, 0.45, 0.45),
         (2, 0.45, 0.45),
@@ -225,16 +234,18 @@ def test_a_used_up_law_stops_or_goes_on_uniformly():
         (4, 0.45, 1.0),
     ):
         for exhausted, expected in (("stop", stopped), ("uniform", uniform)):
-            out, accepted = output_law(P, HALVES, count, Law.WITHOUT_REPLACEMENT, exhausted)
+            out, accepted = output_probs(
+                P, HALVES, count, SiblingDraw.WITHOUT_REPLACEMENT, exhausted
+            )
             assert accepted == pytest.approx(expected, abs=1e-12)
             torch.testing.assert_close(out, P, rtol=0, atol=1e-12)
 
 
-def optimum(law, count):
+def optimum(draw, count):
     """The linear programme: the most probable "the target's token is among the drafts" over all
     couplings.
     """
-    tuples, size = drafts(Q, law, count), len(P)
+    tuples, size = drafts(Q, draw, count), len(P)
     cost = [-float(token in tokens) for tokens, _ in tuples for token in range(size)]
     equal, wanted = [], []
     for i, (_, chance) in enumerate(tuples):
@@ -247,28 +258,28 @@ def optimum(law, count):
 
 
 @pytest.mark.parametrize(
-    "law,golden",
+    "draw,golden",
     [
-        (Law.INDEPENDENT, [0.5, 0.69, 0.771]),
-        (Law.WITHOUT_REPLACEMENT, [0.5, 0.734524, 0.94881, 1.0]),
+        (SiblingDraw.INDEPENDENT, [0.5, 0.69, 0.771]),
+        (SiblingDraw.WITHOUT_REPLACEMENT, [0.5, 0.734524, 0.94881, 1.0]),
     ],
 )
-def test_no_rule_accepts_more_than_the_optimal_transport(law, golden):
+def test_no_rule_accepts_more_than_the_optimal_transport(draw, golden):
     for count, expected in enumerate(golden, 1):
-        best = optimum(law, count)
+        best = optimum(draw, count)
         assert best == pytest.approx(expected, abs=1e-5)
         for kind, exhausted, rounds in KINDS.values():
-            if kind is law:
-                assert output_law(P, Q, count, law, exhausted, rounds)[1] <= best + 1e-9
+            if kind is draw:
+                assert output_probs(P, Q, count, draw, exhausted, rounds)[1] <= best + 1e-9
 
 
-def test_equal_laws_accept_the_first_draft():
-    for law, exhausted, rounds in KINDS.values():
-        for tokens, _ in drafts(P, law, 2, exhausted):
-            assert next(rounds(siblings(tokens, law, P), 0, [1, 2], P)).chance == pytest.approx(
+def test_equal_distributions_accept_the_first_draft():
+    for draw, exhausted, rounds in KINDS.values():
+        for tokens, _ in drafts(P, draw, 2, exhausted):
+            assert next(rounds(siblings(tokens, draw, P), 0, [1, 2], P)).chance == pytest.approx(
                 1.0 if rounds is recursive_rounds else min(1, 1 / k_sequential_threshold(P, P, 2))
             )
-        assert output_law(P, P, 1, law, exhausted, rounds)[1] == pytest.approx(1)
+        assert output_probs(P, P, 1, draw, exhausted, rounds)[1] == pytest.approx(1)
 
 
 def test_siblings_cover_a_target_whose_support_the_draft_knows():
@@ -276,15 +287,15 @@ def test_siblings_cover_a_target_whose_support_the_draft_knows():
     (Sequoia's cover).
     """
     p, q = torch.tensor([0.7, 0.3, 0, 0]).double(), torch.tensor([0.1, 0.3, 0.6, 0]).double()
-    assert output_law(p, q, 3, Law.WITHOUT_REPLACEMENT)[1] == pytest.approx(1)
+    assert output_probs(p, q, 3, SiblingDraw.WITHOUT_REPLACEMENT)[1] == pytest.approx(1)
 
 
-def test_a_trimmed_draft_vocabulary_keeps_the_law():
+def test_a_trimmed_draft_vocabulary_keeps_the_distribution():
     vocabulary, q = torch.tensor([3, 0]), torch.tensor([0.8, 0.2]).double()
-    for law, _, rounds in KINDS.values():
+    for draw, _, rounds in KINDS.values():
         out = torch.zeros_like(P)
-        for tokens, chance in drafts(q, law, 2):
-            tree = siblings([int(vocabulary[token]) for token in tokens], law, q, vocabulary)
+        for tokens, chance in drafts(q, draw, 2):
+            tree = siblings([int(vocabulary[token]) for token in tokens], draw, q, vocabulary)
             out += chance * emitted(P, tree, rounds)[0]
         torch.testing.assert_close(out, P, rtol=0, atol=1e-12)
 
@@ -292,7 +303,7 @@ def test_a_trimmed_draft_vocabulary_keeps_the_law():
 def test_point_masses_are_accepted_with_the_targets_mass():
     """The golden row of deterministic siblings, through the same rounds."""
     for count, expected in enumerate((0.05, 0.2, 0.5, 1.0), 1):
-        tree = siblings((3, 2, 1, 0)[:count], Law.POINT, Q)
+        tree = siblings((3, 2, 1, 0)[:count], SiblingDraw.BY_VALUE, Q)
         assert emitted(P, tree, recursive_rounds)[1] == pytest.approx(expected)
         chances = node_chances(tree, 0, P.expand(count + 1, -1), recursive_rounds)
         torch.testing.assert_close(torch.tensor(chances[1:]), P[[3, 2, 1, 0][:count]].float())
@@ -305,14 +316,17 @@ def test_node_chances_pool_the_children_of_twins():
     tree = TokenTree(
         torch.tensor([[0, 1, 1, 2, 3]]),
         Topology(torch.tensor([[-1, 0, 0, 1, 2]])),
-        law_BN=torch.full((1, 5), int(Law.INDEPENDENT)),
-        laws_BRD=Q[None, None],
-        law_rows_BN=torch.zeros(1, 5, dtype=torch.long),
+        draw_BN=torch.full((1, 5), int(SiblingDraw.INDEPENDENT)),
+        probs_BRD=Q[None, None],
+        prob_rows_BN=torch.zeros(1, 5, dtype=torch.long),
     )
     for rounds in (recursive_rounds, k_sequential_rounds):
         chances = node_chances(tree, 0, P.expand(5, -1), rounds)
-        first = emitted(P, siblings((1, 1), Law.INDEPENDENT, Q), rounds)
-        below = [left.chance for left in rounds(siblings((2, 3), Law.INDEPENDENT, Q), 0, [1, 2], P)]
+        first = emitted(P, siblings((1, 1), SiblingDraw.INDEPENDENT, Q), rounds)
+        below = [
+            left.chance
+            for left in rounds(siblings((2, 3), SiblingDraw.INDEPENDENT, Q), 0, [1, 2], P)
+        ]
         assert chances[2] == 0 and chances[1] == pytest.approx(first[1])
         assert chances[3] == pytest.approx(chances[1] * below[0])
         assert chances[4] == pytest.approx(chances[1] * (1 - below[0]) * below[1])
@@ -322,25 +336,28 @@ def test_node_chances_pool_the_children_of_twins():
 
 
 def unnormalised(count=2):
-    """Siblings without replacement judged by the law of the first."""
+    """Siblings without replacement judged by the distribution of the first."""
     return sum(
-        chance * emitted(P, siblings(tokens, Law.INDEPENDENT, Q), recursive_rounds)[0]
-        for tokens, chance in drafts(Q, Law.WITHOUT_REPLACEMENT, count)
+        chance * emitted(P, siblings(tokens, SiblingDraw.INDEPENDENT, Q), recursive_rounds)[0]
+        for tokens, chance in drafts(Q, SiblingDraw.WITHOUT_REPLACEMENT, count)
     )
 
 
 def skip_duplicates(count):
     """Independent siblings, each token tried once."""
     out = torch.zeros_like(P)
-    for tokens, chance in drafts(Q, Law.INDEPENDENT, count):
+    for tokens, chance in drafts(Q, SiblingDraw.INDEPENDENT, count):
         fresh = [node for node in range(1, count + 1) if tokens[node - 1] not in tokens[: node - 1]]
-        out += chance * emitted(P, siblings(tokens, Law.INDEPENDENT, Q), recursive_rounds, fresh)[0]
+        out += (
+            chance
+            * emitted(P, siblings(tokens, SiblingDraw.INDEPENDENT, Q), recursive_rounds, fresh)[0]
+        )
     return out
 
 
-def value_ratio(law):
+def value_ratio(draw):
     """The two likeliest tokens, judged as if they had been drawn."""
-    return emitted(P, siblings((3, 2), law, Q), recursive_rounds)[0]
+    return emitted(P, siblings((3, 2), draw, Q), recursive_rounds)[0]
 
 
 def per_row(rows):
@@ -351,10 +368,10 @@ def per_row(rows):
 
 def unordered():
     """Siblings without replacement, tried in the order of their probability."""
-    law = Law.WITHOUT_REPLACEMENT
+    draw = SiblingDraw.WITHOUT_REPLACEMENT
     return sum(
-        chance * emitted(P, siblings(sorted(tokens, reverse=True), law, Q), recursive_rounds)[0]
-        for tokens, chance in drafts(Q, law, 2)
+        chance * emitted(P, siblings(sorted(tokens, reverse=True), draw, Q), recursive_rounds)[0]
+        for tokens, chance in drafts(Q, draw, 2)
     )
 
 
@@ -363,7 +380,7 @@ def raw_bonus(temperature=0.5):
     from raw logits.
     """
     warped = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
-    accepted = emitted(warped, siblings((0,), Law.INDEPENDENT, warped), recursive_rounds)[1]
+    accepted = emitted(warped, siblings((0,), SiblingDraw.INDEPENDENT, warped), recursive_rounds)[1]
     assert accepted == pytest.approx(1) and float((warped - P).abs().max()) > 0.02
     return accepted * P + (1 - accepted) * warped, warped
 
@@ -375,8 +392,8 @@ CONTROLS = {
         (skip_duplicates(3), [0.4491, 0.3509, 0.15, 0.05]),
     ],
     "value_ratio": [
-        (value_ratio(Law.INDEPENDENT), [0.875, 0, 0, 0.125]),
-        (value_ratio(Law.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125]),
+        (value_ratio(SiblingDraw.INDEPENDENT), [0.875, 0, 0, 0.125]),
+        (value_ratio(SiblingDraw.WITHOUT_REPLACEMENT), [0.875, 0, 0, 0.125]),
     ],
     "per_row": [
         (per_row(1), [0.75, 0.15, 0.075, 0.025]),
@@ -388,7 +405,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_wrong_ways_change_the_law_and_are_refused_by_name(name):
+def test_wrong_ways_change_the_distribution_and_are_refused_by_name(name):
     for out, golden, *wanted in CONTROLS[name]:
         assert float(out.sum()) == pytest.approx(1)
         assert float((out - (wanted[0] if wanted else P)).abs().max()) > 0.02
@@ -404,83 +421,96 @@ def test_every_refused_way_has_its_control():
 
 def test_order_is_part_of_the_draw():
     """Both orders of a pair are drawn, with probabilities of their own."""
-    chances = dict(drafts(Q, Law.WITHOUT_REPLACEMENT, 2))
+    chances = dict(drafts(Q, SiblingDraw.WITHOUT_REPLACEMENT, 2))
     assert all(chances[pair] != chances[pair[::-1]] for pair in permutations(range(4), 2))
     assert sum(chances.values()) == pytest.approx(1)
-    assert set(dict(drafts(Q, Law.INDEPENDENT, 2))) == set(product(range(4), repeat=2))
+    assert set(dict(drafts(Q, SiblingDraw.INDEPENDENT, 2))) == set(product(range(4), repeat=2))
 
 
 @pytest.mark.parametrize(
-    "rule,law",
+    "rule,draw",
     [
-        ("ratio", Law.POINT),
-        ("multi_round", Law.WITHOUT_REPLACEMENT),
-        ("multi_round", Law.POINT),
-        ("recursive", Law.INDEPENDENT),
-        ("recursive", Law.POINT),
-        ("k_seq", Law.WITHOUT_REPLACEMENT),
-        ("k_seq", Law.POINT),
-        ("point", Law.INDEPENDENT),
-        ("point", Law.WITHOUT_REPLACEMENT),
+        ("ratio", SiblingDraw.BY_VALUE),
+        ("multi_round", SiblingDraw.WITHOUT_REPLACEMENT),
+        ("multi_round", SiblingDraw.BY_VALUE),
+        ("recursive", SiblingDraw.INDEPENDENT),
+        ("recursive", SiblingDraw.BY_VALUE),
+        ("k_seq", SiblingDraw.WITHOUT_REPLACEMENT),
+        ("k_seq", SiblingDraw.BY_VALUE),
+        ("point", SiblingDraw.INDEPENDENT),
+        ("point", SiblingDraw.WITHOUT_REPLACEMENT),
     ],
 )
-def test_rules_refuse_trees_of_another_law(rule, law):
-    fitting = "point" if law is Law.POINT else "ratio"
-    refusal = f"rule '{rule}' cannot verify {law.name.lower()} trees .*use one of greedy.*{fitting}"
+def test_rules_refuse_trees_of_another_distribution(rule, draw):
+    fitting = "point" if draw is SiblingDraw.BY_VALUE else "ratio"
+    refusal = (
+        f"rule '{rule}' cannot verify {draw.name.lower()} trees .*use one of greedy.*{fitting}"
+    )
     with pytest.raises(ValueError, match=refusal):
-        check_pairing(rule_named(rule), law)
+        check_pairing(rule_named(rule), draw)
 
 
 @pytest.mark.parametrize(
-    "rule,law",
+    "rule,draw",
     [
-        ("ratio", Law.INDEPENDENT),
-        ("ratio", Law.WITHOUT_REPLACEMENT),
-        ("multi_round", Law.INDEPENDENT),
-        ("recursive", Law.WITHOUT_REPLACEMENT),
-        ("k_seq", Law.INDEPENDENT),
-        ("point", Law.POINT),
-        ("greedy", Law.POINT),
+        ("ratio", SiblingDraw.INDEPENDENT),
+        ("ratio", SiblingDraw.WITHOUT_REPLACEMENT),
+        ("multi_round", SiblingDraw.INDEPENDENT),
+        ("recursive", SiblingDraw.WITHOUT_REPLACEMENT),
+        ("k_seq", SiblingDraw.INDEPENDENT),
+        ("point", SiblingDraw.BY_VALUE),
+        ("greedy", SiblingDraw.BY_VALUE),
     ],
 )
-def test_rules_take_trees_of_their_law(rule, law):
-    check_pairing(rule_named(rule), law)
+def test_rules_take_trees_of_their_distribution(rule, draw):
+    check_pairing(rule_named(rule), draw)
     assert rule_named(rule).lossless
 
 
 @pytest.mark.parametrize("rounds", [recursive_rounds, k_sequential_rounds])
 def test_a_draft_of_probability_zero_has_no_chance(rounds):
-    """A token that its law excludes was never drawn: 0 / 0 is no certainty, nor is p / 0."""
-    tree = siblings((0,), Law.INDEPENDENT, HALVES)
+    """A token of probability 0 was never drawn: 0 / 0 is no certainty, nor is p / 0."""
+    tree = siblings((0,), SiblingDraw.INDEPENDENT, HALVES)
     for p in (P, one_hot(4, 1)):
         assert emitted(p, tree, rounds)[1] == 0
 
 
 def test_a_point_mass_is_not_drawn_again_behind_itself():
-    """Token 3 as a point mass, then as a draw without replacement, from whose law it is removed."""
-    tree = siblings((3, 3), Law.WITHOUT_REPLACEMENT, one_hot(4, 3) * 0.5 + Q * 0.5)
-    tree = replace(tree, law_BN=torch.tensor([[0, int(Law.POINT), int(Law.WITHOUT_REPLACEMENT)]]))
+    """Token 3 as a point mass, then as a draw without replacement, from whose distribution it is
+    removed.
+    """
+    tree = siblings((3, 3), SiblingDraw.WITHOUT_REPLACEMENT, one_hot(4, 3) * 0.5 + Q * 0.5)
+    tree = replace(
+        tree,
+        draw_BN=torch.tensor(
+            [[0, int(SiblingDraw.BY_VALUE), int(SiblingDraw.WITHOUT_REPLACEMENT)]]
+        ),
+    )
     first, second = recursive_rounds(tree, 0, [1, 2], P)
     assert first.chance == pytest.approx(0.05) and second.chance == 0
 
 
-def test_the_laws_that_a_tree_carries_are_compared_when_it_is_verified():
+def test_the_distributions_that_a_tree_carries_are_compared_when_it_is_verified():
     """Whatever its builder promised; a tree without drafts carries none."""
     draws = Draws(Sampling(temperature=1.0), [torch.Generator()])
-    mixed = replace(siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q), law_BN=torch.tensor([[0, 0, 1]]))
+    mixed = replace(
+        siblings((3, 2), SiblingDraw.WITHOUT_REPLACEMENT, Q), draw_BN=torch.tensor([[0, 0, 1]])
+    )
     for tree in (
         mixed,
-        siblings((3, 2), Law.POINT, Q),
-        replace(siblings((3,), Law.POINT, Q), law_BN=None),
+        siblings((3, 2), SiblingDraw.BY_VALUE, Q),
+        replace(siblings((3,), SiblingDraw.BY_VALUE, Q), draw_BN=None),
     ):
-        with pytest.raises(ValueError, match="rule 'ratio' cannot verify point trees"):
+        with pytest.raises(ValueError, match="rule 'ratio' cannot verify by_value trees"):
             rule_named("ratio")(tree, Verified(tree, P.log().expand(1, tree.size, 4)), draws)
     with pytest.raises(ValueError, match="rule 'k_seq' cannot verify without_replacement trees"):
-        tree = siblings((3, 2), Law.WITHOUT_REPLACEMENT, Q)
+        tree = siblings((3, 2), SiblingDraw.WITHOUT_REPLACEMENT, Q)
         rule_named("k_seq")(tree, Verified(tree, P.log().expand(1, 3, 4)), draws)
     for empty in (
         TokenTree.root(torch.tensor([0])),
-        replace(siblings((3,), Law.INDEPENDENT, Q), candidate_BN=torch.tensor([[True, False]])),
+        replace(
+            siblings((3,), SiblingDraw.INDEPENDENT, Q), candidate_BN=torch.tensor([[True, False]])
+        ),
     ):
         assert (
             rule_named("k_seq")(

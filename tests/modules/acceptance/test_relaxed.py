@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.acceptance.relaxed import DivergenceRule, RelaxedRule, TopKRule, law_divergence
+from modules.acceptance.relaxed import DivergenceRule, RelaxedRule, TopKRule, draft_divergence
 from modules.acceptance.rules import AcceptanceRule, Draws, GreedyRule, default_rule
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
@@ -100,18 +100,18 @@ def test_top_1_is_greedy_and_top_everything_accepts_the_first_deepest_path(targe
     )
 
 
-def verified_tree(seed: int, laws: Tensor | None = None) -> tuple[TokenTree, Verified]:
+def verified_tree(seed: int, distributions: Tensor | None = None) -> tuple[TokenTree, Verified]:
     """A random tree of eight nodes over a tiny vocabulary, and random logits."""
     generator = torch.Generator().manual_seed(seed)
     parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 5]])
     tokens = torch.randint(VOCAB, (1, 8), generator=generator)
     extra = (
         {}
-        if laws is None
+        if distributions is None
         else {
-            "law_BN": torch.full((1, 8), Law.INDEPENDENT),
-            "laws_BRD": laws,
-            "law_rows_BN": torch.arange(-1, 7)[None],
+            "draw_BN": torch.full((1, 8), SiblingDraw.INDEPENDENT),
+            "probs_BRD": distributions,
+            "prob_rows_BN": torch.arange(-1, 7)[None],
         }
     )
     logits = 2 * torch.randn(1, 8, VOCAB, generator=generator, dtype=torch.float64)
@@ -124,10 +124,12 @@ def draws(temperature: float = 0.0) -> Draws:
 
 
 def test_goodness_against_slow_references():
-    laws = torch.rand(1, 7, VOCAB, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    laws = laws / laws.sum(-1, keepdim=True)
+    distributions = torch.rand(
+        1, 7, VOCAB, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    )
+    distributions = distributions / distributions.sum(-1, keepdim=True)
     for seed in range(5):
-        tree, verified = verified_tree(seed, laws)
+        tree, verified = verified_tree(seed, distributions)
         for temperature in (0.0, 1.0):
             ranked = TopKRule(2).good(tree, verified, draws(temperature))[0]
             close = DivergenceRule(0.6).good(tree, verified, draws(temperature))[0]
@@ -135,8 +137,10 @@ def test_goodness_against_slow_references():
                 row = verified.logits_BNV[0, int(tree.parents_BN[0, node])]
                 token = int(tree.tokens_BN[0, node])
                 assert bool(ranked[node]) == (token in row.topk(2).indices.tolist())
-                law = row.softmax(-1).tolist()
-                divergence = sum(p * log(p / float(q)) for p, q in zip(law, laws[0, node - 1]))
+                probs = row.softmax(-1).tolist()
+                divergence = sum(
+                    p * log(p / float(q)) for p, q in zip(probs, distributions[0, node - 1])
+                )
                 assert bool(close[node]) == (divergence <= 0.6)
 
 
@@ -146,7 +150,7 @@ def test_relaxation_is_monotone_on_the_same_drafts():
         lengths = [
             int(rule(tree, verified, draws()).lengths_B)
             for rule in (
-                default_rule(Law.POINT, Sampling()),
+                default_rule(SiblingDraw.BY_VALUE, Sampling()),
                 TopKRule(1),
                 TopKRule(2),
                 TopKRule(4),
@@ -179,8 +183,8 @@ def test_the_longest_path_with_most_standard_tokens_wins():
     assert accepted.paths[0] == [0, 2, 5, 7]
 
 
-def test_the_divergence_rule_needs_the_drafters_law(target, medusa):
-    with pytest.raises(ValueError, match="rule 'divergence 0.5' cannot verify point trees"):
+def test_the_divergence_rule_needs_the_drafters_distribution(target, medusa):
+    with pytest.raises(ValueError, match="rule 'divergence 0.5' cannot verify by_value trees"):
         SpeculativeDecoder(target, medusa, DivergenceRule())
     with pytest.raises(ValueError, match="soft: true"):
         decoded(target, medusa, DivergenceRule(), Sampling(), SampledChain(3))
@@ -195,32 +199,34 @@ def test_the_divergence_rule_needs_the_drafters_law(target, medusa):
 
 
 def test_divergence_over_a_trimmed_vocabulary_and_without_support():
-    law = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
-    assert float(law_divergence(law, law, None)) == pytest.approx(0)
+    probs = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
+    assert float(draft_divergence(probs, probs, None)) == pytest.approx(0)
     trimmed = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    assert float(law_divergence(law, trimmed, torch.tensor([1, 2]))) == pytest.approx(log(2))
+    assert float(draft_divergence(probs, trimmed, torch.tensor([1, 2]))) == pytest.approx(log(2))
     unlike = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert float(law_divergence(law, unlike, torch.tensor([1, 2]))) == pytest.approx(
+    assert float(draft_divergence(probs, unlike, torch.tensor([1, 2]))) == pytest.approx(
         0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75) + log(2)
     )
-    assert float(law_divergence(law, trimmed, torch.tensor([0, 1]))) == pytest.approx(
+    assert float(draft_divergence(probs, trimmed, torch.tensor([0, 1]))) == pytest.approx(
         2 / 3 * log(2 / 3 / 0.5) + 1 / 3 * log(1 / 3 / 0.5) - log(0.75)
     )
-    assert float(law_divergence(law, torch.ones(1).double(), torch.tensor([3]))) == torch.inf
-    assert float(law_divergence(law, torch.tensor([1.0, 0, 0, 0]).double(), None)) == torch.inf
+    assert float(draft_divergence(probs, torch.ones(1).double(), torch.tensor([3]))) == torch.inf
+    assert float(draft_divergence(probs, torch.tensor([1.0, 0, 0, 0]).double(), None)) == torch.inf
 
 
-def judged_over_two_tokens(law: list[float], threshold: float, temperature: float) -> bool:
-    """Whether token 2 is good, from a drafter of tokens 1 and 2 alone whose law agrees there."""
-    target_V = torch.tensor(law, dtype=torch.float64)
+def judged_over_two_tokens(probs: list[float], threshold: float, temperature: float) -> bool:
+    """Whether token 2 is good, from a drafter of tokens 1 and 2 alone whose distribution agrees
+    there.
+    """
+    target_V = torch.tensor(probs, dtype=torch.float64)
     draft_D = target_V[1:3] / target_V[1:3].sum()
     parents = torch.tensor([[-1, 0]])
     tree = TokenTree(
         torch.tensor([[0, 2]]),
         Topology(parents),
-        laws_BRD=draft_D[None, None],
-        law_BN=torch.full((1, 2), Law.INDEPENDENT),
-        law_rows_BN=parents,
+        probs_BRD=draft_D[None, None],
+        draw_BN=torch.full((1, 2), SiblingDraw.INDEPENDENT),
+        prob_rows_BN=parents,
         vocabulary_D=torch.tensor([1, 2]),
     )
     verified = Verified(tree, target_V.log().expand(1, 2, -1))

@@ -1,5 +1,5 @@
-"""Rules through the whole loop: the sampled text has the target's law, and wrong pairings are found
-out or refused.
+"""Rules through the whole loop: the sampled text has the target's distribution, and wrong pairings
+are found out or refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from modules.acceptance.rules import (
     RatioRule,
     TypicalRule,
     rule_named,
-    sample_law,
+    sample_probs,
 )
 from modules.contracts.drafter import Drafter, DraftState
 from modules.contracts.losses import Losses
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.reranked import RerankedTree
@@ -37,7 +37,7 @@ from tests.modules.acceptance.test_rejection import P, Q, siblings
 
 
 def test_point_rule_accepts_the_mass_of_the_children():
-    one, many = siblings((3, 2), Law.POINT, Q), 20000
+    one, many = siblings((3, 2), SiblingDraw.BY_VALUE, Q), 20000
     tree = TokenTree(one.tokens_BN.expand(many, -1), one.topology.expand(many))
     draws = Draws(
         Sampling(temperature=1.0), [torch.Generator().manual_seed(seed) for seed in range(many)]
@@ -49,27 +49,31 @@ def test_point_rule_accepts_the_mass_of_the_children():
 
 
 def test_inverse_cdf_never_draws_a_token_of_probability_zero():
-    law = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
-    assert sample_law(law.expand(3, -1), torch.tensor([0.0, 0.5, 0.999999])).tolist() == [1, 3, 3]
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert sample_probs(probs.expand(3, -1), torch.tensor([0.0, 0.5, 0.999999])).tolist() == [
+        1,
+        3,
+        3,
+    ]
 
 
 def test_typical_threshold_reproduces_the_worked_example():
     flat = torch.full((4,), 0.25)
     draws = Draws(Sampling(temperature=1.0), [torch.Generator()])
-    for law, kept in ((P.float(), {0, 1, 2}), (flat, {0, 1, 2, 3})):
+    for probs, kept in ((P.float(), {0, 1, 2}), (flat, {0, 1, 2, 3})):
         found = set()
         for token in range(4):
-            tree = siblings((token,), Law.POINT, Q)
-            result = TypicalRule()(tree, Verified(tree, law.log().expand(1, 2, 4)), draws)
+            tree = siblings((token,), SiblingDraw.BY_VALUE, Q)
+            result = TypicalRule()(tree, Verified(tree, probs.log().expand(1, 2, 4)), draws)
             found |= {token} if int(result.lengths_B[0]) == 2 else set()
         assert found == kept
 
 
-def test_typical_acceptance_relaxes_greedy_decoding_when_its_law_stays_soft():
+def test_typical_acceptance_relaxes_greedy_decoding_when_its_distribution_stays_soft():
     draws, found = Draws(Sampling(), [torch.Generator()]), {False: set(), True: set()}
     for soft in found:
         for token in range(4):
-            tree = siblings((token,), Law.POINT, Q)
+            tree = siblings((token,), SiblingDraw.BY_VALUE, Q)
             result = TypicalRule(soft=soft)(
                 tree, Verified(tree, P.float().log().expand(1, 2, 4)), draws
             )
@@ -93,7 +97,7 @@ def test_of_the_longest_typical_paths_the_likeliest_is_taken(temperature):
 def test_unknown_rules_and_sampled_greed_are_refused():
     with pytest.raises(ValueError, match="unknown"):
         rule_named("lucky")
-    tree = siblings((1,), Law.POINT, Q)
+    tree = siblings((1,), SiblingDraw.BY_VALUE, Q)
     with pytest.raises(ValueError, match="temperature 0"):
         rule_named("greedy")(
             tree,
@@ -162,13 +166,13 @@ PAIRINGS = {
 
 
 @pytest.mark.parametrize("name", PAIRINGS)
-def test_sampled_decoding_keeps_the_law_through_the_whole_loop(target, name):
+def test_sampled_decoding_keeps_the_distribution_through_the_whole_loop(target, name):
     rule, builder = PAIRINGS[name]
     assert goodness(target, rule_named(rule), builder) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["chain", "top-k", "k-seq chains", "rsd-s"])
-def test_warped_targets_keep_their_law_too(target, name):
+def test_warped_targets_keep_their_distribution_too(target, name):
     rule, builder = PAIRINGS[name]
     for sampling in (Sampling(0.7, top_p=0.8), Sampling(1.3, top_k=3), Sampling(2, 4, 0.75)):
         assert goodness(target, rule_named(rule), builder, sampling, runs=1500) > 1e-4
@@ -180,15 +184,20 @@ def test_warped_targets_keep_their_law_too(target, name):
 class Altered:
     """Another builder's trees, changed."""
 
-    def __init__(self, builder, change, law):
-        self.builder, self.change, self.law, self.depth = builder, change, law, builder.depth
+    def __init__(self, builder, change, probs):
+        self.builder, self.change, self.sibling_draw, self.depth = (
+            builder,
+            change,
+            probs,
+            builder.depth,
+        )
 
     def build(self, drafter, state, budget):
         return self.change(self.builder.build(drafter, state, budget))
 
 
-def relabelled(law):
-    return lambda tree: replace(tree, law_BN=torch.full_like(tree.tokens_BN, int(law)))
+def relabelled(probs):
+    return lambda tree: replace(tree, draw_BN=torch.full_like(tree.tokens_BN, int(probs)))
 
 
 def without_duplicates(tree):
@@ -206,19 +215,19 @@ def by_token(tree):
     return replace(tree, tokens_BN=tokens)
 
 
-class TopKWithLaws(StaticTree):
-    """Children chosen by value that claim to be draws from the law that chose them."""
+class TopKWithProbs(StaticTree):
+    """Children chosen by value that claim to be draws from the distribution that chose them."""
 
-    law = Law.WITHOUT_REPLACEMENT
+    sibling_draw = SiblingDraw.WITHOUT_REPLACEMENT
 
     def build(self, drafter, state, budget):
         tree = super().build(drafter, state, budget)
-        laws_BND = drafter.table[tree.tokens_BN].softmax(-1)
+        probs_BND = drafter.table[tree.tokens_BN].softmax(-1)
         return replace(
             tree,
-            law_BN=torch.full_like(tree.tokens_BN, int(self.law)),
-            laws_BRD=laws_BND,
-            law_rows_BN=tree.parents_BN,
+            draw_BN=torch.full_like(tree.tokens_BN, int(self.sibling_draw)),
+            probs_BRD=probs_BND,
+            prob_rows_BN=tree.parents_BN,
         )
 
 
@@ -246,11 +255,17 @@ class PerRowRule(PointRule):
 WRONG_PAIRINGS = {
     "unnormalised": (
         "multi_round",
-        Altered(branching_tree([3]), relabelled(Law.INDEPENDENT), Law.INDEPENDENT),
+        Altered(branching_tree([3]), relabelled(SiblingDraw.INDEPENDENT), SiblingDraw.INDEPENDENT),
     ),
-    "skip_duplicates": ("multi_round", Altered(chains(4, 1), without_duplicates, Law.INDEPENDENT)),
-    "value_ratio": ("recursive", TopKWithLaws([(0,), (1,)])),
-    "unordered": ("recursive", Altered(branching_tree([3]), by_token, Law.WITHOUT_REPLACEMENT)),
+    "skip_duplicates": (
+        "multi_round",
+        Altered(chains(4, 1), without_duplicates, SiblingDraw.INDEPENDENT),
+    ),
+    "value_ratio": ("recursive", TopKWithProbs([(0,), (1,)])),
+    "unordered": (
+        "recursive",
+        Altered(branching_tree([3]), by_token, SiblingDraw.WITHOUT_REPLACEMENT),
+    ),
     "per_row": (PerRowRule(), StaticTree([(0,), (1,)])),
 }
 
@@ -296,8 +311,8 @@ class _Zero:
     def __init__(self, draws):
         self.draws = draws
 
-    def law(self, logits):
-        return self.draws.law(logits) + 1e-3
+    def probs(self, logits):
+        return self.draws.probs(logits) + 1e-3
 
     def uniform(self, sequence, count=1):
         return self.draws.uniform(sequence, count) * 1e-6

@@ -16,7 +16,7 @@ from modules.acceptance.rejection import node_chances, recursive_rounds
 from modules.acceptance.relaxed import RelaxedRule, TopKRule
 from modules.acceptance.rules import AcceptanceRule, Draws, PointRule, RatioRule, TypicalRule
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 
 VOCAB, LONGEST = 3, 3
@@ -39,8 +39,8 @@ class Enumerated(Draws):
         return self.choice_BN
 
 
-def laws(seed: int) -> dict[tuple[int, ...], Tensor]:
-    """A law of the next token behind every prefix of fewer than `LONGEST` tokens."""
+def distributions(seed: int) -> dict[tuple[int, ...], Tensor]:
+    """A distribution of the next token behind every prefix of fewer than `LONGEST` tokens."""
     random = torch.Generator().manual_seed(seed)
     prefixes = [one for size in range(LONGEST + 1) for one in product(range(VOCAB), repeat=size)]
     weights = torch.rand(len(prefixes), VOCAB, generator=random, dtype=torch.float64) ** 2
@@ -65,8 +65,8 @@ def prefix_of(tree: TokenTree, node: int) -> tuple[int, ...]:
 
 
 def verified(tree: TokenTree, known: dict[tuple[int, ...], Tensor]) -> Verified:
-    laws_NV = torch.stack([known[prefix_of(tree, node)] for node in range(tree.size)])
-    return Verified(tree, laws_NV.log()[None])
+    probs_NV = torch.stack([known[prefix_of(tree, node)] for node in range(tree.size)])
+    return Verified(tree, probs_NV.log()[None])
 
 
 def repeated(tree: TokenTree, count: int) -> TokenTree:
@@ -74,11 +74,11 @@ def repeated(tree: TokenTree, count: int) -> TokenTree:
     return TokenTree(tree.tokens_BN.expand(count, -1), tree.topology.expand(count), candidates)
 
 
-def text_law(
+def text_probs(
     rule: AcceptanceRule, tree: TokenTree, known: dict[tuple[int, ...], Tensor]
 ) -> tuple[dict[tuple[int, ...], float], float]:
-    """The exact law of the next `LONGEST` tokens, what a call does not emit completed from the
-    target; and the expected number of accepted drafts."""
+    """The exact distribution of the next `LONGEST` tokens, what a call does not emit completed from
+    the target; and the expected number of accepted drafts."""
     choice_BN = torch.tensor(list(product(range(VOCAB), repeat=tree.size)))
     logits = verified(tree, known).logits_BNV
     weights = [
@@ -131,10 +131,12 @@ def random_tree(seed: int) -> TokenTree:
 
 @pytest.mark.parametrize("rule", [PointRule(), Nothing()], ids=["point", "relaxed"])
 @pytest.mark.parametrize("name", [*TREES, *range(6)])
-def test_the_text_has_exactly_the_targets_law(name: str | int, rule: AcceptanceRule) -> None:
+def test_the_text_has_exactly_the_targets_distribution(
+    name: str | int, rule: AcceptanceRule
+) -> None:
     tree = TREES[name] if isinstance(name, str) else random_tree(name)
-    known = laws(3)
-    out, drafts = text_law(rule, tree, known)
+    known = distributions(3)
+    out, drafts = text_probs(rule, tree, known)
     for text, chance in out.items():
         assert chance == pytest.approx(chance_of(text, known), abs=1e-12)
     # What is accepted is the mass of all prefixes that the tree holds, whichever twin holds them.
@@ -151,7 +153,7 @@ def test_the_text_has_exactly_the_targets_law(name: str | int, rule: AcceptanceR
 
 def accepted_by(rule: AcceptanceRule, tree: TokenTree, seed: int) -> Accepted:
     draws = Draws(SAMPLED, [torch.Generator().manual_seed(seed)])
-    return rule(tree, verified(tree, laws(seed)), draws)
+    return rule(tree, verified(tree, distributions(seed)), draws)
 
 
 def test_without_a_good_token_a_relaxed_rule_is_the_point_rule_draw_for_draw() -> None:
@@ -168,9 +170,9 @@ def test_without_a_good_token_a_relaxed_rule_is_the_ratio_rule_draw_for_draw() -
     tree = TokenTree(
         tokens,
         Topology(parents),
-        law_BN=torch.full_like(tokens, Law.INDEPENDENT),
-        laws_BRD=draft_V[None, None],
-        law_rows_BN=torch.zeros_like(tokens),
+        draw_BN=torch.full_like(tokens, SiblingDraw.INDEPENDENT),
+        probs_BRD=draft_V[None, None],
+        prob_rows_BN=torch.zeros_like(tokens),
     )
     followed = set()
     for seed in range(60):
@@ -185,8 +187,10 @@ def test_lossy_rules_judge_twins_as_the_same_tree_without_them(rule: AcceptanceR
     """The tree whose twins are one node, in every outcome of the target's draws."""
     twins, merged = TREES["twins, other children"], tree_of([0, 1, 0, 2], [-1, 0, 1, 1])
     for seed in range(12):
-        known = laws(seed)
-        (one, length), (other, expected) = (text_law(rule, tree, known) for tree in (twins, merged))
+        known = distributions(seed)
+        (one, length), (other, expected) = (
+            text_probs(rule, tree, known) for tree in (twins, merged)
+        )
         assert length == pytest.approx(expected, abs=1e-12)
         assert all(one[text] == pytest.approx(other[text], abs=1e-12) for text in one)
 

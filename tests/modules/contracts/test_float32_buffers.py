@@ -1,5 +1,5 @@
-"""Rotary frequencies stay float32 in every cast, so a drafter in 16 bits keeps its law at long
-contexts.
+"""Rotary frequencies stay float32 in every cast, so a drafter in 16 bits keeps its distribution at
+long contexts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_no_cast_rounds_a_frequency(name: str, cast: str, target: Target) -> Non
     assert all(found.dtype == torch.float32 for found in frequencies(drafter))
 
 
-def law(drafter: LearnedDrafter, target: Target) -> Tensor:
+def probs(drafter: LearnedDrafter, target: Target) -> Tensor:
     """Of the first drafted token behind CONTEXT tokens [D]."""
     ids = torch.randint(5, 128, (CONTEXT + 8,), generator=torch.Generator().manual_seed(3)).tolist()
     return Reader(drafter, target, documents([ids]), [CONTEXT]).logits()[0, 0].double().softmax(-1)
@@ -100,13 +100,13 @@ def law(drafter: LearnedDrafter, target: Target) -> Tensor:
 
 @pytest.mark.parametrize("name", ROTARY)
 @torch.no_grad()
-def test_the_law_in_16_bits_at_position_1500(name: str, target: Target) -> None:
+def test_the_distribution_in_16_bits_at_position_1500(name: str, target: Target) -> None:
     drafter = made(name, target)
-    exact = law(drafter, target)
-    kept = law(drafter.bfloat16(), target)
+    exact = probs(drafter, target)
+    kept = probs(drafter.bfloat16(), target)
     for tensor in frequencies(drafter):
         tensor.copy_(tensor.bfloat16())
-    rounded = law(drafter, target)
+    rounded = probs(drafter, target)
     off, before = ((one - exact).abs().sum() / 2 for one in (kept, rounded))
     assert off < 0.05 and off < before / 5
 

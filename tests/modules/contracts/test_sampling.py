@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from modules.acceptance.rules import Draws
 from modules.contracts.drafter import DraftState, Frontier, TreeBuilder
-from modules.contracts.sampling import Sampling, warped_law
+from modules.contracts.sampling import Sampling, warped_probs
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
@@ -26,7 +26,7 @@ from modules.trees.sampled.dyspec import DySpecTree
 from modules.trees.sampled.sequoia import sequoia_tree
 from modules.trees.sampled.stochastic_beam import StochasticBeamTree
 from tests.fakes import tiny_target
-from tests.modules.sampling import generate_laws
+from tests.modules.sampling import generate_probs
 
 TEXTS = [[3, 1, 9], [7, 2, 30], [40, 8, 11]]
 SETTINGS = [
@@ -40,25 +40,25 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_the_law_is_the_one_that_generate_draws_from(sampling: Sampling) -> None:
+def test_the_distribution_is_the_one_that_generate_draws_from(sampling: Sampling) -> None:
     target = tiny_target()
     logits = target.model(torch.tensor(TEXTS)).logits[:, -1].detach()
-    expected = generate_laws(target, TEXTS, sampling)
+    expected = generate_probs(target, TEXTS, sampling)
     assert int((expected > 0).sum(-1).min()) > 1
-    for law in (warped_law(logits, sampling), Draws(sampling, []).law(logits)):
-        torch.testing.assert_close(law, expected, atol=1e-6, rtol=0)
+    for probs in (warped_probs(logits, sampling), Draws(sampling, []).probs(logits)):
+        torch.testing.assert_close(probs, expected, atol=1e-6, rtol=0)
 
 
 def test_the_order_of_the_warpers_matters() -> None:
     """Else the test above could not find a wrong one."""
     logits = torch.log(torch.tensor([[0.4, 0.25, 0.2, 0.1, 0.05]], dtype=torch.float64))
-    law = warped_law(logits, Sampling(1.0, top_k=3, top_p=0.75))
+    probs = warped_probs(logits, Sampling(1.0, top_k=3, top_p=0.75))
     turned = LogitsProcessorList([TopPLogitsWarper(0.75), TopKLogitsWarper(3)])
     ids: Any = torch.empty(0, dtype=torch.long)
     other = torch.as_tensor(turned(ids, cast(Any, logits))).softmax(-1)
-    assert (law > 0).sum() == 2 and (other > 0).sum() == 3
-    hot = warped_law(logits, Sampling(3.0, top_p=0.6))
-    assert (hot > 0).sum() == 3 and (warped_law(logits, Sampling(1.0, top_p=0.6)) > 0).sum() == 2
+    assert (probs > 0).sum() == 2 and (other > 0).sum() == 3
+    hot = warped_probs(logits, Sampling(3.0, top_p=0.6))
+    assert (hot > 0).sum() == 3 and (warped_probs(logits, Sampling(1.0, top_p=0.6)) > 0).sum() == 2
 
 
 def test_the_likeliest_token_alone_is_greedy_decoding() -> None:
@@ -79,7 +79,8 @@ def test_the_likeliest_token_alone_is_greedy_decoding() -> None:
         assert trace.ids == expected[0, len(text) :].tolist()
 
 
-# -- the drafter's laws ----------------------------------------------------------------------------
+# -- the drafter's distributions
+# ----------------------------------------------------------------------------
 
 
 def copied_model(target: Target) -> LearnedDrafter:
@@ -122,7 +123,9 @@ def test_the_target_as_its_own_drafter_is_accepted_whatever_warps(
 
 
 @pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS)
-def test_drafts_are_drawn_as_the_target_is_and_travel_with_that_law(builder: TreeBuilder) -> None:
+def test_drafts_are_drawn_as_the_target_is_and_travel_with_that_distribution(
+    builder: TreeBuilder,
+) -> None:
     target, sampling = tiny_target(), Sampling(1.3, 4, 0.8)
     drafter = copied_model(target)
     watching = Watching(builder, sampling)
@@ -131,34 +134,34 @@ def test_drafts_are_drawn_as_the_target_is_and_travel_with_that_law(builder: Tre
 
 
 class Watching:
-    """Another builder, whose nodes must all have a warped law that the drafter gave."""
+    """Another builder, whose nodes must all have a warped distribution that the drafter gave."""
 
     def __init__(self, builder: TreeBuilder, sampling: Sampling) -> None:
         self.builder, self.sampling, self.nodes = builder, sampling, 0
-        self.law, self.depth = builder.law, builder.depth
+        self.sibling_draw, self.depth = builder.sibling_draw, builder.depth
 
     def build(self, drafter: Any, state: DraftState, budget: int) -> TokenTree:
         heard = Overheard(drafter, self.sampling)
         tree = self.builder.build(cast(Any, heard), state, budget)
-        laws_BRD = torch.cat(heard.laws, 1)
+        probs_BRD = torch.cat(heard.distributions, 1)
         for b, node in tree.acceptable_BN[:, 1:].nonzero().tolist():
-            assert tree.laws_BRD is not None and tree.law_rows_BN is not None
-            law_D = tree.laws_BRD[b, tree.law_rows_BN[b, node + 1]]
-            assert float((laws_BRD[b] - law_D).abs().sum(-1).min()) < 1e-9
+            assert tree.probs_BRD is not None and tree.prob_rows_BN is not None
+            probs_D = tree.probs_BRD[b, tree.prob_rows_BN[b, node + 1]]
+            assert float((probs_BRD[b] - probs_D).abs().sum(-1).min()) < 1e-9
             self.nodes += 1
         return tree
 
 
 class Overheard:
-    """A drafter, and the warped laws of what it answers."""
+    """A drafter, and the warped distributions of what it answers."""
 
     def __init__(self, drafter: Any, sampling: Sampling) -> None:
         self.drafter, self.sampling, self.vocabulary_D = drafter, sampling, drafter.vocabulary_D
-        self.laws: list[Tensor] = []
+        self.distributions: list[Tensor] = []
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         logits_BWD = self.drafter.expand(state, frontier)
-        self.laws.append(warped_law(logits_BWD, self.sampling))
+        self.distributions.append(warped_probs(logits_BWD, self.sampling))
         return logits_BWD
 
 
@@ -188,5 +191,5 @@ def test_settings_that_no_warper_takes_are_refused_by_name(wrong: dict[str, floa
 def test_whole_numbers_are_settings_too() -> None:
     sampling = Sampling(2, top_k=3, top_p=1)
     assert sampling == Sampling(2.0, 3, 1.0) and isinstance(sampling.temperature, float)
-    law = warped_law(torch.randn(2, 9), sampling)
-    assert ((law > 0).sum(-1) == 3).all()
+    probs = warped_probs(torch.randn(2, 9), sampling)
+    assert ((probs > 0).sum(-1) == 3).all()

@@ -64,7 +64,9 @@ def test_the_same_model_twice_is_plain_decoding_and_runs_are_long_enough(thresho
 def test_temperature_does_not_change_the_entropy_that_decides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is the raw law's: what is measured behind a text is the same at every temperature."""
+    """It is the raw distribution's: what is measured behind a text is the same at every
+    temperature.
+    """
     seen: dict[float, list[float]] = {}
     for temperature in (0.0, 0.3, 2.0):
         found = seen.setdefault(temperature, [])
@@ -140,7 +142,7 @@ def test_what_is_told_of_switches_and_of_what_they_cost() -> None:
 
 
 def test_the_entropy_that_each_token_was_chosen_at_is_told() -> None:
-    """The raw law's of the model that wrote it, whatever the temperature."""
+    """The raw distribution's of the model that wrote it, whatever the temperature."""
     decoder = EntropyAdaptive(LARGE, SMALL, 2.0, window=2, shortest_run=3)
     trace = decoder.decode([PROMPT], Sampling(temperature=0.5), 24)[0]
     assert len(trace.entropies) == len(trace.ids) and 0 < sum(trace.drafted) < len(trace.ids)

@@ -75,9 +75,13 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) 
     states = torch.randn(1, 30, 4, dtype=torch.float64)
     features = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     labels, flat = torch.randint(-1, 7, (20,)), torch.randint(0, 30, (20,))
-    laws = losses.target_laws(lambda hidden: hidden @ weight.T, states, flat, 7) if soft else None
+    distributions = (
+        losses.target_distributions(lambda hidden: hidden @ weight.T, states, flat, 7)
+        if soft
+        else None
+    )
     found, ranks = losses.cross_entropy(
-        features, lambda hidden: hidden @ weight.T, labels, 7, laws, flat
+        features, lambda hidden: hidden @ weight.T, labels, 7, distributions, flat
     )
     found.sum().backward()
     total, again = torch.zeros((), dtype=torch.float64), features.detach().clone().requires_grad_()
@@ -86,11 +90,11 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, soft: bool) 
             assert float(found[m]) == 0 and int(ranks[m]) == 7
             continue
         logits = weight @ again[m]
-        law = logits.exp() / logits.exp().sum()
+        probs = logits.exp() / logits.exp().sum()
         true = torch.eye(7, dtype=torch.float64)[label]
         if soft:
             true = (weight @ states[0, flat[m]]).exp() / (weight @ states[0, flat[m]]).exp().sum()
-        own = -(true * law.log()).sum()
+        own = -(true * probs.log()).sum()
         torch.testing.assert_close(found[m], own)
         assert int(ranks[m]) == sum(float(x) > float(logits[label]) for x in logits)
         total = total + own
@@ -114,7 +118,7 @@ def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(
         torch.randint(0, 20, (20,)),
         torch.randn(20, dtype=torch.float64),
     )
-    law = torch.rand(20, 7, dtype=torch.float64).softmax(-1)
+    probs = torch.rand(20, 7, dtype=torch.float64).softmax(-1)
     heads: list[int] = []
 
     def gradients(chunk: int) -> list[torch.Tensor]:
@@ -126,7 +130,7 @@ def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(
 
         features = given.clone().requires_grad_()
         found, _ = losses.cross_entropy(
-            features, head, labels, 7, (lambda f: law[f]) if soft else None, flat
+            features, head, labels, 7, (lambda f: probs[f]) if soft else None, flat
         )
         heads.append(-1)
         (found * rows).square().sum().backward()
@@ -135,7 +139,7 @@ def test_gradients_of_weighted_rows_are_those_of_all_logits_at_once(
 
     hidden = given.clone().requires_grad_()
     logits = (hidden @ weight.T).tanh() * 3
-    true = law[flat] if soft else torch.nn.functional.one_hot(labels.clamp(min=0), 7)
+    true = probs[flat] if soft else torch.nn.functional.one_hot(labels.clamp(min=0), 7)
     plain = -(true * logits.log_softmax(-1)).sum(-1).where(labels >= 0, 0.0)
     expected = torch.autograd.grad(
         (plain * rows).square().sum(), [hidden, *([weight] if learns else [])]
@@ -168,26 +172,28 @@ def test_smooth_l1_is_quadratic_near_and_linear_far() -> None:
 
 
 def test_likely_tokens_and_entropies() -> None:
-    law = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
 
-    def laws(flat):
-        return law[flat]
+    def distributions(flat):
+        return probs[flat]
 
     flat, labels = torch.zeros(4, dtype=torch.long), torch.arange(4)
-    assert losses.likely_tokens(laws, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [
+    assert losses.likely_tokens(distributions, flat, labels, 4, top_k=3, top_p=1.0).tolist() == [
         True,
         True,
         True,
         False,
     ]
-    assert losses.likely_tokens(laws, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [
+    assert losses.likely_tokens(distributions, flat, labels, 4, top_k=0, top_p=0.6).tolist() == [
         True,
         True,
         False,
         False,
     ]
-    expected = -sum(p * log(p) for p in law[0].tolist())
-    torch.testing.assert_close(losses.entropies(laws, flat[:1], 4), torch.tensor([expected]))
+    expected = -sum(p * log(p) for p in probs[0].tolist())
+    torch.testing.assert_close(
+        losses.entropies(distributions, flat[:1], 4), torch.tensor([expected])
+    )
 
 
 def test_means_weights_and_accuracy() -> None:

@@ -134,7 +134,7 @@ PAIRS = [
     (builder, rule)
     for builder, made in BUILDERS.items()
     for rule, kind in RULES.items()
-    if kind().lossless and made().law in kind().laws
+    if kind().lossless and made().sibling_draw in kind().sibling_draws
 ]
 
 

@@ -38,7 +38,7 @@ class Alternating(Drafter):
         super().__init__()
         self.second, self.shaped, self.library = second, shaped, library
 
-    law = ScriptedDrafter.law
+    sibling_draw = ScriptedDrafter.sibling_draw
 
     def parts(self) -> Mapping[str, Part]:
         return {"second": self.second, "library": Path(self.library)}

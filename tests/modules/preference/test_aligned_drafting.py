@@ -78,14 +78,14 @@ def test_it_looks_at_the_first_divergence_of_each_row_from_the_target_alone(kind
         for depth in range(3):
             if not bool(own[depth].valid_M[row]):
                 break
-            laws = [
+            distributions = [
                 model.head(depth, target)(steps[depth].feature_MH[row]).log_softmax(-1).detach()
                 for model, steps in ((drafter, own), (objective.reference, base))
             ]
             better = int(target.logits(final[rows.flat_MK1[row, depth + 1]]).argmax())
-            label, drafted = int(own[depth].labels_M[row]), int(laws[0].argmax())
+            label, drafted = int(own[depth].labels_M[row]), int(distributions[0].argmax())
             if better != drafted:
-                margins = [float(law[better] - law[drafted]) for law in laws]
+                margins = [float(probs[better] - probs[drafted]) for probs in distributions]
                 expected.append(log(1 + exp(-0.7 * (margins[0] - margins[1]))))
                 depths.append(depth)
                 left += label != better

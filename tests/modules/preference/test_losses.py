@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modules.preference.losses import (
     Side,
     activation_mask,
-    contrastive_law,
+    contrastive_probs,
     critical_dpo_loss,
     dpo_loss,
     positionwise_dpo_loss,
@@ -94,15 +94,15 @@ def test_cdpo_without_scores_is_dpo_and_with_full_scores_forgets_the_rejected_si
     )
 
 
-def test_the_contrastive_law_is_a_law_and_without_contrast_the_positive_one():
+def test_the_contrastive_distribution_is_a_distribution_and_without_contrast_the_positive_one():
     generator = torch.Generator().manual_seed(0)
     positive, negative = (
         torch.randn(5, 11, generator=generator, dtype=torch.float64) for _ in range(2)
     )
-    law = contrastive_law(positive, negative, 1.0)
-    torch.testing.assert_close(law.sum(-1), torch.ones(5, dtype=torch.float64))
-    torch.testing.assert_close(law, (2 * positive - negative).softmax(-1))
-    torch.testing.assert_close(contrastive_law(positive, negative, 0.0), positive.softmax(-1))
+    probs = contrastive_probs(positive, negative, 1.0)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(probs, (2 * positive - negative).softmax(-1))
+    torch.testing.assert_close(contrastive_probs(positive, negative, 0.0), positive.softmax(-1))
 
 
 def sides(reward_mask: float, divergence_mask: float) -> tuple[Side, Side]:

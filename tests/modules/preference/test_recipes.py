@@ -14,7 +14,7 @@ from modules.contracts.losses import Losses
 from modules.losses.chunked import next_token_rows
 from modules.preference.cdpo import CDPO, PAGE, ContrastiveEstimator
 from modules.preference.dpo import DPO
-from modules.preference.losses import contrastive_law
+from modules.preference.losses import contrastive_probs
 from modules.preference.policy import (
     PreferenceTrainable,
     at_tokens,
@@ -147,9 +147,11 @@ def test_the_contrast_at_16_bits_is_not_of_rounded_logits():
         @ target.anatomy.head.weight.double().T
         for adapters in (estimator.positive, estimator.negative)
     )
-    laws = contrastive_law(positive.flatten(0, 1), negative.flatten(0, 1), estimator.contrast)
+    distributions = contrastive_probs(
+        positive.flatten(0, 1), negative.flatten(0, 1), estimator.contrast
+    )
     flat_M, labels_M = next_token_rows(text)
-    exact_BT = at_tokens(text, laws[flat_M].gather(1, labels_M[:, None])[:, 0])
+    exact_BT = at_tokens(text, distributions[flat_M].gather(1, labels_M[:, None])[:, 0])
     torch.testing.assert_close(found_BT.double(), exact_BT, rtol=0, atol=1e-4)
 
 
@@ -252,7 +254,7 @@ def test_scores_are_those_of_the_contrast_and_cost_one_pass(target, batch, monke
         for adapters in (critical.estimator.positive, critical.estimator.negative)
     )
     with torch.no_grad():
-        law = (
+        probs = (
             2
             * positive.logits(positive.features(batch.rejected, ("final",))["final"]).log_softmax(
                 -1
@@ -264,7 +266,7 @@ def test_scores_are_those_of_the_contrast_and_cost_one_pass(target, batch, monke
     found = critical.scores(batch.rejected, target)
     for b, t in counted(batch.rejected).nonzero().tolist():
         assert float(found[b, t]) == pytest.approx(
-            float(law[b, t - 1, batch.rejected.input_ids[b, t]]), abs=1e-6
+            float(probs[b, t - 1, batch.rejected.input_ids[b, t]]), abs=1e-6
         )
     monkeypatch.setattr(critical.estimator, "scores", None)
     torch.testing.assert_close(found, critical.scores(batch.rejected, target))

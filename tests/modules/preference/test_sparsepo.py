@@ -71,18 +71,18 @@ def test_sparsepo_masks_make_it_dpo_or_tdpo(target, batch, monkeypatch):
 
 
 def test_tdpo_from_whole_distributions(target, batch):
-    """SparsePO with masks of 1 against laws computed in full, row by row."""
+    """SparsePO with masks of 1 against distributions computed in full, row by row."""
     sparse = made(SparsePO, target, beta=0.3, masks="ones")
     twin, parts = sparse.policy.twin(target), []
     for text in (batch.chosen, batch.rejected):
         with torch.no_grad():
-            laws = [
+            distributions = [
                 model.logits(model.features(text, ("final",))["final"]).log_softmax(-1)
                 for model in (twin, target)
             ]
         ratio, divergence = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for b, t in counted(text).nonzero().tolist():
-            policy, reference = (law[b, t - 1] for law in laws)
+            policy, reference = (part[b, t - 1] for part in distributions)
             ratio[b] += policy[text.input_ids[b, t]] - reference[text.input_ids[b, t]]
             divergence[b] += (reference.exp() * (reference - policy)).sum()
         assert bool((divergence > 0).all())

@@ -19,7 +19,9 @@ SHAPE = TargetShape(32, 10, 2, 4, 2, 8, 64)
 
 
 class Table(Drafter):
-    """Logits are a table over (parent's token, token), so any node's law can be recomputed."""
+    """Logits are a table over (parent's token, token), so any node's distribution can be
+    recomputed.
+    """
 
     def __init__(self, shape, vocabulary=None):
         super().__init__()
@@ -91,13 +93,13 @@ def brute_force(table, root, depth, width, budget, top_p, ratio):
     for _ in range(depth):
         candidates = []
         for path, token, score in level:
-            law = table[token].softmax(-1)
-            order = law.argsort(descending=True).tolist()
+            probs = table[token].softmax(-1)
+            order = probs.argsort(descending=True).tolist()
             mass = 0.0
             for child in order[: min(width, budget - len(kept))]:
-                if mass < top_p and law[child] >= ratio * law[order[0]]:
-                    candidates.append(((*path, child), child, score + float(law[child].log())))
-                mass += float(law[child])
+                if mass < top_p and probs[child] >= ratio * probs[order[0]]:
+                    candidates.append(((*path, child), child, score + float(probs[child].log())))
+                mass += float(probs[child])
         level = sorted(candidates, key=lambda c: -c[2])[: min(width, budget - len(kept))]
         kept += [path for path, _, _ in level]
     return set(kept)
@@ -117,14 +119,14 @@ def test_threshold_tree_equals_the_node_by_node_algorithm(budget):
         assert set(paths.values()) == expected
 
 
-def test_sampled_chain_carries_the_law_it_was_drawn_from():
+def test_sampled_chain_carries_the_distribution_it_was_drawn_from():
     drafter = Table(SHAPE)
     tree = SampledChain(3).build(drafter, state(temperature=0.7), 8)
     assert tree.parents_BN[0].tolist() == [-1, 0, 1, 2]
     for b in range(2):
         for node in range(1, 4):
-            law = (drafter.table[tree.tokens_BN[b, node - 1]].double() / 0.7).softmax(-1)
-            torch.testing.assert_close(tree.laws_BRD[b, tree.law_rows_BN[b, node]], law)
+            probs = (drafter.table[tree.tokens_BN[b, node - 1]].double() / 0.7).softmax(-1)
+            torch.testing.assert_close(tree.probs_BRD[b, tree.prob_rows_BN[b, node]], probs)
     greedy = SampledChain(2).build(drafter, state(), 8)
     assert greedy.tokens_BN[0, 1] == drafter.table[1].argmax()
 

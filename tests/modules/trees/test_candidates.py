@@ -5,7 +5,7 @@ import torch
 
 from modules.acceptance.rules import Draws, rule_named
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law, TokenTree, Topology
+from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Verified
 
 
@@ -23,9 +23,9 @@ def test_rows_that_are_no_candidates_are_passed_over(rule, temperature):
 
     drawn = (
         {
-            "law_BN": torch.full_like(tokens, Law.INDEPENDENT),
-            "laws_BRD": torch.full((1, 1, 4), 0.25),
-            "law_rows_BN": torch.zeros_like(tokens),
+            "draw_BN": torch.full_like(tokens, SiblingDraw.INDEPENDENT),
+            "probs_BRD": torch.full((1, 1, 4), 0.25),
+            "prob_rows_BN": torch.zeros_like(tokens),
         }
         if rule == "ratio"
         else {}

@@ -24,9 +24,9 @@ def candidates(
     for _ in range(depth):
         level = {}
         for path, score in frontier:
-            law = table[path[-1] if path else root].log_softmax(-1)
-            for token in law.topk(width).indices.tolist():
-                level[(*path, token)] = score + float(law[token])
+            probs = table[path[-1] if path else root].log_softmax(-1)
+            for token in probs.topk(width).indices.tolist():
+                level[(*path, token)] = score + float(probs[token])
         seen |= level
         frontier = sorted(level.items(), key=lambda item: -item[1])[:width]
     return seen
@@ -163,12 +163,12 @@ def test_one_level_is_the_likeliest_tokens_in_order() -> None:
 
 
 class Exact(ScriptedDrafter):
-    """Drafts from the target's own laws."""
+    """Drafts from the target's own distributions."""
 
     rows: list[list[int]]
 
     def expand(self, state, frontier):
-        """Laws by the stock model, without a cache; for one sequence."""
+        """Distributions by the stock model, without a cache; for one sequence."""
         tokens, parents = frontier.tokens_BW[0].tolist(), frontier.parents_BW[0].tolist()
         before = list(state.text[0])
         if frontier.depth == 0:

@@ -186,14 +186,16 @@ def test_only_what_was_wrong_counts(monkeypatch) -> None:
     filled(batch, drafter, TARGET)
     rows = training_rows(batch, 2, block_ends(batch.position_ids, 2))
     final = batch.states["final"].flatten(0, 1)
-    laws, inputs, steps = (
-        drafter.laws(batch, TARGET, rows),
+    distributions, inputs, steps = (
+        drafter.distributions(batch, TARGET, rows),
         drafter.inputs(batch),
         rows.flat_MK1[:, 1:],
     )
     for sign, rate in ((1, 1.0), (-1, 0.5)):
         monkeypatch.setattr(drafter, "outputs", lambda *_, sign=sign: sign * final[steps])
-        (features, following), shown = drafter.glance(batch, TARGET, rows, laws, inputs, rate)
+        (features, following), shown = drafter.glance(
+            batch, TARGET, rows, distributions, inputs, rate
+        )
         changed = (features != inputs[0]).any(-1).nonzero()[:, 0]
         per_row = torch.bincount(changed // 24, minlength=2).tolist()
         allowed = torch.bincount(steps[rows.valid_MK] // 24, minlength=2).tolist()
@@ -266,7 +268,7 @@ def test_glancing_tells_the_rest_of_a_block(monkeypatch) -> None:
     batch = documents([pairs(12, seed)[1:] for seed in range(12)])
     filled(batch, drafter, TARGET)
     sharp = F.one_hot(batch.input_ids.roll(-1, 1).flatten(), 128).double()
-    monkeypatch.setattr(drafter, "laws", lambda *_: lambda flat: sharp[flat])
+    monkeypatch.setattr(drafter, "distributions", lambda *_: lambda flat: sharp[flat])
     optimizer = torch.optim.Adam(drafter.parameters(), 1e-2)
     for _ in range(60):
         optimizer.zero_grad()
@@ -289,8 +291,8 @@ def test_glancing_tells_the_rest_of_a_block(monkeypatch) -> None:
 
 @pytest.mark.parametrize("block", [2, 3])
 def test_the_loss_is_what_its_equation_says(block: int) -> None:
-    """Smooth L1, KL to the target's law and cross-entropy to its best token, up to the law's
-    entropy; row by row.
+    """Smooth L1, KL to the target's distribution and cross-entropy to its best token, up to the
+    distribution's entropy; row by row.
     """
     drafter, batch = falcon(block, draft_vocabulary=64), tiny_batch(TARGET)
     drafter.set_vocabulary(range(0, 128, 2))
@@ -315,10 +317,10 @@ def test_the_loss_is_what_its_equation_says(block: int) -> None:
                 )[0, d]
                 distances.append(F.smooth_l1_loss(output, final[b, t + 1 + d]))
                 if int(ids[b, label]) % 2 == 0:
-                    law = TARGET.logits(final[b, t + 1 + d])[::2].log_softmax(0)
+                    probs = TARGET.logits(final[b, t + 1 + d])[::2].log_softmax(0)
                     draft = TARGET.logits(output)[::2].log_softmax(0)
-                    divergence = (law.exp() * (law - draft)).sum() - (law.exp() * law).sum()
-                    losses.append(0.9 * divergence - 0.1 * draft[law.argmax()])
+                    divergence = (probs.exp() * (probs - draft)).sum() - (probs.exp() * probs).sum()
+                    losses.append(0.9 * divergence - 0.1 * draft[probs.argmax()])
         expected = expected + torch.stack(distances).mean() + 0.1 * torch.stack(losses).mean()
     torch.testing.assert_close(drafter.loss(batch, TARGET, 0.0).total, expected)
 
@@ -334,7 +336,7 @@ def test_a_cycle_is_continued_after_any_prefix(block: int, monkeypatch) -> None:
     )
     filled(batch, drafter, TARGET)
     sharp = F.one_hot(batch.input_ids.roll(-1, 1).flatten(), 128).double()
-    monkeypatch.setattr(drafter, "laws", lambda *_: lambda flat: sharp[flat])
+    monkeypatch.setattr(drafter, "distributions", lambda *_: lambda flat: sharp[flat])
     drafter.feature_weight = 0.0
     drafter.train()
     optimizer = torch.optim.Adam(drafter.parameters(), 1e-2)
@@ -464,9 +466,9 @@ def test_other_architectures_are_drafted_for(arch: str) -> None:
 
 
 @pytest.mark.parametrize("builder", [RerankedTree(2, 2), SampledChain(2)])
-def test_sampling_keeps_the_law(builder) -> None:
-    """Within a block a law does not depend on the sibling above it, and is still the law its tokens
-    were drawn from.
+def test_sampling_keeps_the_distribution(builder) -> None:
+    """Within a block a distribution does not depend on the sibling above it, and is still the
+    distribution its tokens were drawn from.
     """
     target = small_target()
     drafter = Falcon(target.shape, 2, draft_vocabulary=4).double()

@@ -122,7 +122,7 @@ def test_every_architecture_is_drafted_for(kind: str, arch: str) -> None:
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
-def test_sampling_keeps_the_law_under_reranked_trees() -> None:
+def test_sampling_keeps_the_distribution_under_reranked_trees() -> None:
     target = small_target()
     drafter = Eagle3(target.shape, draft_vocabulary=4).double()
     drafter.set_vocabulary([0, 2, 3, 5])

@@ -55,15 +55,17 @@ def test_the_loss_is_what_its_equation_says(name: str) -> None:
             truth = final[rows.flat_MK1[m, j + 1]]
             distances.append(F.smooth_l1_loss(carried[m], truth))
             if rows.tokens_MK1[m, j + 1] in vocabulary:
-                law = TARGET.logits(truth)[vocabulary].softmax(0)
-                entropies.append(-(law * drafter.head(j, TARGET)(feature[m]).log_softmax(0)).sum())
+                probs = TARGET.logits(truth)[vocabulary].softmax(0)
+                entropies.append(
+                    -(probs * drafter.head(j, TARGET)(feature[m]).log_softmax(0)).sum()
+                )
         mean = torch.stack(entropies).mean()
         loss = mean if name == "eagle3" else torch.stack(distances).mean() + 0.1 * mean
         expected = expected + 0.8**j * loss
     torch.testing.assert_close(drafter.loss(batch, TARGET, 0.0).total, expected)
 
 
-def test_true_features_give_the_targets_logits_no_distance_and_the_laws_entropy(
+def test_true_features_give_the_targets_logits_no_distance_and_the_distributions_entropy(
     monkeypatch,
 ) -> None:
     drafter, batch = Eagle(TARGET.shape).double(), tiny_batch(TARGET)
@@ -76,8 +78,8 @@ def test_true_features_give_the_targets_logits_no_distance_and_the_laws_entropy(
 
     monkeypatch.setattr(drafter, "unrolled", oracle)
     step = next(drafter.steps(batch, TARGET))
-    laws = TARGET.logits(final[step.flat_M]).softmax(-1)
-    torch.testing.assert_close(step.losses_M, torch.special.entr(laws).sum(-1))
+    distributions = TARGET.logits(final[step.flat_M]).softmax(-1)
+    torch.testing.assert_close(step.losses_M, torch.special.entr(distributions).sum(-1))
     torch.testing.assert_close(drafter.step_loss(step, batch), 0.1 * step.losses_M.mean())
 
 
@@ -171,7 +173,7 @@ def test_the_draft_head_starts_as_the_targets_rows() -> None:
 
 @torch.no_grad()
 def test_eagle3_starts_where_the_targets_last_layer_does() -> None:
-    """Deaf to the token, it repeats the law that the target drew the token from."""
+    """Deaf to the token, it repeats the distribution that the target drew the token from."""
     drafter, batch = Eagle3(TARGET.shape, fused_layers=[0, 1], steps=1).double(), tiny_batch(TARGET)
     drafter.initialise(TARGET)
     for projection in (

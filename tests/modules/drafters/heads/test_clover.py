@@ -83,9 +83,9 @@ def given_by_the_target(state: torch.Tensor, token: int, top_k: int, top_p: floa
     """Whether a token is among the `top_k` likeliest, and begins inside their mass of `top_p`:
     sorted and added up.
     """
-    law, order = torch.softmax(TARGET.logits(state), 0).sort(descending=True)
+    probs, order = torch.softmax(TARGET.logits(state), 0).sort(descending=True)
     rank = order.tolist().index(token)
-    return rank < top_k and float(law[:rank].sum()) <= top_p
+    return rank < top_k and float(probs[:rank].sum()) <= top_p
 
 
 @torch.no_grad()
@@ -122,9 +122,9 @@ def test_clover2_loss_slowly(mask: tuple[int, float] | None, training: bool) -> 
                 continue
             distances.append(10 * F.smooth_l1_loss(feature[m], states[t + 1 + i]))
             if ids[t + 2 + i] < 40:
-                law = torch.softmax(TARGET.logits(states[t + 1 + i])[:40], 0)
+                probs = torch.softmax(TARGET.logits(states[t + 1 + i])[:40], 0)
                 entropies.append(
-                    -(law * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum()
+                    -(probs * torch.log_softmax(TARGET.logits(feature[m])[:40], 0)).sum()
                 )
         total += 0.7**i * float(torch.stack(distances).mean() + torch.stack(entropies).mean())
     assert bool(left_out) == (training and mask is not None)

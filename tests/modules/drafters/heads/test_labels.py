@@ -44,8 +44,10 @@ def test_clover2_draws_every_counted_row_to_the_targets_state() -> None:
 
 @torch.no_grad()
 def test_rows_left_out_for_their_token_weigh_the_rest_by_the_mass_that_can_be_drafted() -> None:
-    """Over all tokens that the target may have written, each as often as its law says: the loss of
-    the others is the whole vocabulary's cross-entropy without the terms that no draft can have."""
+    """Over all tokens that the target may have written, each as often as its distribution says: the
+    loss of the others is the whole vocabulary's cross-entropy without the terms that no draft can
+    have.
+    """
     torch.manual_seed(0)
     drafter = Clover2(TARGET.shape, 2, draft_vocabulary=30).double().eval()
     drafter.set_vocabulary(torch.randperm(128)[:30])
@@ -54,13 +56,20 @@ def test_rows_left_out_for_their_token_weigh_the_rest_by_the_mass_that_can_be_dr
     step = next(iter(drafter.steps(batch, TARGET)))
     row, every = 3, torch.arange(128)
     feature = step.feature_MH[row].expand(128, -1)
-    law = TARGET.logits(batch.states["final"].flatten(0, 1)[step.flat_M[row]]).softmax(-1)
+    probs = TARGET.logits(batch.states["final"].flatten(0, 1)[step.flat_M[row]]).softmax(-1)
     labels = draft_labels(every, drafter.vocabulary_D)
     losses, _ = cross_entropy(
-        feature, drafter.head(0, TARGET), labels, 30, step.laws, step.flat_M[row].expand(128)
+        feature,
+        drafter.head(0, TARGET),
+        labels,
+        30,
+        step.distributions,
+        step.flat_M[row].expand(128),
     )
     log_draft = drafter.head(0, TARGET)(step.feature_MH[row]).log_softmax(-1)
-    torch.testing.assert_close((law * losses).sum(), -(law[drafter.vocabulary_D] * log_draft).sum())
+    torch.testing.assert_close(
+        (probs * losses).sum(), -(probs[drafter.vocabulary_D] * log_draft).sum()
+    )
 
 
 @pytest.mark.parametrize("kind", [Clover2, Hydra])
@@ -74,7 +83,7 @@ def test_hard_labels_are_the_datas_tokens(kind) -> None:
     expected = torch.nn.functional.cross_entropy(
         logits_MD[step.valid_M], step.labels_M[step.valid_M], reduction="none"
     )
-    assert step.laws is None
+    assert step.distributions is None
     torch.testing.assert_close(step.losses_M[step.valid_M], expected)
 
 

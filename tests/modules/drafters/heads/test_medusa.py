@@ -78,11 +78,11 @@ def test_loss_is_the_papers() -> None:
                 ):
                     continue
                 hidden = drafter.blocks[k](final[b, t])
-                law = torch.softmax(drafter.lm_heads[k].weight @ hidden, 0)
+                probs = torch.softmax(drafter.lm_heads[k].weight @ hidden, 0)
                 ranks.append(vocabulary.index(label) if label in vocabulary else None)
                 if label in vocabulary:
-                    terms.append(-law[vocabulary.index(label)].log())
-                    ranks[-1] = int((law > law[vocabulary.index(label)]).sum())
+                    terms.append(-probs[vocabulary.index(label)].log())
+                    ranks[-1] = int((probs > probs[vocabulary.index(label)]).sum())
         total += 0.8 ** (k + 1) * float(torch.stack(terms).mean())
         top5 = losses.metrics[f"top5_{k}"]
         assert (int(top5.total), int(top5.count)) == (
@@ -103,9 +103,9 @@ def test_the_accuracy_table_counts_the_targets_greedy_tokens() -> None:
     rows = training_rows(batch, 3)
     final_PH = batch.states["final"].flatten(0, 1)
     for k, feature_MH in enumerate(drafter.teacher_forced(batch, target, rows)):
-        law_MV = target.logits(feature_MH)[rows.valid_MK[:, k]]
+        probs_MV = target.logits(feature_MH)[rows.valid_MK[:, k]]
         greedy_M = target.logits(final_PH[rows.flat_MK1[:, k + 1]]).argmax(-1)[rows.valid_MK[:, k]]
-        best = (law_MV.topk(5).indices == greedy_M[:, None]).double().mean(0)
+        best = (probs_MV.topk(5).indices == greedy_M[:, None]).double().mean(0)
         torch.testing.assert_close(table[k, :5].double(), best, atol=1e-6, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""A target at low precision beside a drafter in float32: loss, laws and decoding."""
+"""A target at low precision beside a drafter in float32: loss, distributions and decoding."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_medusa_2_trains_float32_heads_on_its_adapted_target_at_16_bits(dtype, s
 @pytest.mark.parametrize("trimmed", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @torch.no_grad()
-def test_laws_of_a_target_at_16_bits_are_those_of_its_weights(arch, trimmed, autocast, monkeypatch):
+def test_distributions_of_a_target_at_16_bits_are_those_of_its_weights(
+    arch, trimmed, autocast, monkeypatch
+):
     """Against float64 on the same states and weights. Rounded logits are off by a thousandth and
     more.
     """
@@ -76,16 +78,16 @@ def test_laws_of_a_target_at_16_bits_are_those_of_its_weights(arch, trimmed, aut
     }
     rows = training_rows(batch, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        laws = drafter.laws(batch, target, rows)
-    assert laws is not None
+        distributions = drafter.distributions(batch, target, rows)
+    assert distributions is not None
     flat_M = rows.flat_MK1[:, 1]
-    expected = exact_laws(target, batch.states["final"].flatten(0, 1)[flat_M])
+    expected = exact_probs(target, batch.states["final"].flatten(0, 1)[flat_M])
     chosen = expected[:, : 60 if trimmed else None]
     chosen = chosen / chosen.sum(-1, keepdim=True)
-    torch.testing.assert_close(laws(flat_M).double(), chosen, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(distributions(flat_M).double(), chosen, atol=1e-6, rtol=1e-5)
 
 
-def exact_laws(target: Target, final_MH: torch.Tensor) -> torch.Tensor:
+def exact_probs(target: Target, final_MH: torch.Tensor) -> torch.Tensor:
     """At float64, of the target's own weights and these states."""
     logits = final_MH.double() @ target.copy_weight("lm_head").double().T
     if target.anatomy.softcap is not None:
@@ -96,7 +98,7 @@ def exact_laws(target: Target, final_MH: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "autocast"), [("medusa2", True), ("clover2", True), ("clover2", False)]
 )
-def test_laws_within_a_loss_are_those_of_the_targets_weights(name, autocast, monkeypatch):
+def test_distributions_within_a_loss_are_those_of_the_targets_weights(name, autocast, monkeypatch):
     """Medusa-2's teacher and Clover-2's label mask."""
     target = tiny_target(dtype=torch.bfloat16)
     if name == "medusa2":
@@ -107,15 +109,15 @@ def test_laws_within_a_loss_are_those_of_the_targets_weights(name, autocast, mon
     batch, module = tiny_batch(target), sys.modules[type(drafter).__module__]
     states = target.features(batch, ("pre_norm", "final"))
     batch.states = {state: values.float() for state, values in states.items()}
-    compute, seen = module.target_laws, []
+    compute, seen = module.target_distributions, []
 
     def watched(head, final_BTH, positions, width):
         seen.append((compute(head, final_BTH, positions, width), final_BTH, positions))
         return seen[-1][0]
 
-    monkeypatch.setattr(module, "target_laws", watched)
+    monkeypatch.setattr(module, "target_distributions", watched)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         drafter.train().loss(batch, target, 1.0)
-    ((laws, final_BTH, positions),) = seen
-    expected = exact_laws(target, final_BTH.flatten(0, 1)[positions])
-    torch.testing.assert_close(laws(positions).double(), expected, atol=1e-6, rtol=1e-5)
+    ((distributions, final_BTH, positions),) = seen
+    expected = exact_probs(target, final_BTH.flatten(0, 1)[positions])
+    torch.testing.assert_close(distributions(positions).double(), expected, atol=1e-6, rtol=1e-5)

@@ -33,7 +33,7 @@ def adaptive(*tokens: int) -> Adaptive:
     return Adaptive(Trigrams(np.array(tokens, dtype=np.int32)))
 
 
-def test_the_table_holds_conditional_laws_and_twelve_successors() -> None:
+def test_the_table_holds_conditional_distributions_and_twelve_successors() -> None:
     table = Trigrams(np.array([1, 2, 3, -1, 1, 2, 3, -1, 1, 2, 4, -1, 2, 3, 5], dtype=np.int32))
     assert table.successors((1, 2)) == pytest.approx({3: 2 / 3, 4: 1 / 3}) and table.successors(
         (2, 3)

@@ -69,7 +69,7 @@ def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(drafter: D
 
 
 @pytest.mark.parametrize("name", [*METHODS, "rasd with a partner"])
-def test_sampled_decoding_keeps_the_targets_law(
+def test_sampled_decoding_keeps_the_targets_distribution(
     name: str, plain_counts: Counts, tmp_path: Path
 ) -> None:
     """Through the whole loop at temperature 1; drafts that the sampled text looks up are among

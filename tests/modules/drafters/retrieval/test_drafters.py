@@ -188,9 +188,9 @@ def test_the_table_of_a_real_vocabulary_stays_below_two_megabytes_in_memory_and_
 
 
 @pytest.mark.parametrize("tokens", [7, 40])
-def test_sampled_text_keeps_the_targets_law_behind_a_token_zero(tokens: int) -> None:
-    """The law of the third token where the second is 0, from a cold table: chi-square against the
-    exact one. Without an end of sequence, which would hide it."""
+def test_sampled_text_keeps_the_targets_distribution_behind_a_token_zero(tokens: int) -> None:
+    """The distribution of the third token where the second is 0, from a cold table: chi-square
+    against the exact one. Without an end of sequence, which would hide it."""
     target, prompt, third = tiny_target(vocab=5, seed=6), [3, 1], torch.zeros(5, 5)
     drafter = TokenRecycling(target.shape, successors=5, tokens=tokens, cold=True)
     decoder = SpeculativeDecoder(target, drafter, stop_ids=frozenset({-1}))
@@ -200,8 +200,8 @@ def test_sampled_text_keeps_the_targets_law_behind_a_token_zero(tokens: int) -> 
     statistic, freedom = 0.0, 0
     for first in range(5):
         with torch.no_grad():
-            law = target.model(torch.tensor([[*prompt, first, 0]])).logits[0, -1].softmax(-1)
-        expected = law * third[first].sum()
+            probs = target.model(torch.tensor([[*prompt, first, 0]])).logits[0, -1].softmax(-1)
+        expected = probs * third[first].sum()
         statistic += float(((third[first] - expected) ** 2 / expected).sum())
         freedom += 4
     assert stats.chi2.sf(statistic, freedom) > 0.01

@@ -43,9 +43,9 @@ def test_the_window_only_computes_and_ngrams_do_not_see_it() -> None:
 
 
 def test_the_window_holds_the_text_to_come_and_completes_its_ngrams() -> None:
-    """A law of the place alone, over texts without a repeated token, so that only the window can
-    know what comes. Every call, one level of guesses is right for good; it moves up a level, and to
-    the left by what was accepted, and drops out at the top."""
+    """A distribution of the place alone, over texts without a repeated token, so that only the
+    window can know what comes. Every call, one level of guesses is right for good; it moves up a
+    level, and to the left by what was accepted, and drops out at the top."""
     levels, columns, begin = 3, 5, 6
     texts = [random.Random(seed).sample(range(100), 100) for seed in range(2)]
     drafter = Lookahead(TARGET.shape, ngram=levels + 1, window=columns)

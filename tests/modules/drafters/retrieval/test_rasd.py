@@ -1,4 +1,4 @@
-"""RASD: pruning by a drafter's law, fusion, and that it changes no token."""
+"""RASD: pruning by a drafter's distribution, fusion, and that it changes no token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law
+from modules.contracts.token_tree import SiblingDraw
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.retrieval.lookahead import Lookahead
@@ -61,11 +61,11 @@ def test_pruning() -> None:
 
 def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_tokens() -> None:
     """Tokens 5 and 6 are drafted; 2 of 8 tokens of the text are others, so 3 of 10 are expected to
-    be. Behind such a token the drafter has no law."""
+    be. Behind such a token the drafter has no distribution."""
     columns = columns_of(torch.tensor([5, 6]), 10)
     heard = Overheard(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
     heard.tokens, heard.parents = [torch.tensor([[9, 5]])], [torch.tensor([[-1, 0]])]
-    heard.laws = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
+    heard.distributions = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
     (opinion,) = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
     assert columns is not None and columns.tolist() == [-1] * 5 + [0, 1] + [-1] * 3
     assert opinion.outside == 0.3
@@ -106,7 +106,7 @@ def test_what_is_ruled_out_makes_room_for_what_is_not() -> None:
 
 
 class Chain(ScriptedDrafter):
-    """Certain of token 20, and drafts it by a builder that asks for its law."""
+    """Certain of token 20, and drafts it by a builder that asks for its distribution."""
 
     builder = StaticTree([[0]])
     propose = Drafter.propose
@@ -145,7 +145,7 @@ def test_nothing_retrieved_is_the_partner_alone() -> None:
     )
     heard = Overheard(drafter)
     drafter.builder.build(heard, drafter.start(context), 7)  # type: ignore[arg-type]
-    assert heard.opinions([[7, 8, 9, 10, 11]], 128)[0].laws_WD is not None
+    assert heard.opinions([[7, 8, 9, 10, 11]], 128)[0].probs_WD is not None
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -192,7 +192,10 @@ def test_what_cannot_be_fused_is_refused_by_name(partner_of, builder, words: str
     """
     with pytest.raises(ValueError, match=words):
         Rasd(TARGET.shape, partner_of(), builder=builder, tokens=40)
-    assert Rasd(TARGET.shape, partner(), builder=RerankedTree(depth=3)).law is Law.POINT
+    assert (
+        Rasd(TARGET.shape, partner(), builder=RerankedTree(depth=3)).sibling_draw
+        is SiblingDraw.BY_VALUE
+    )
 
 
 def right_depth(trie: Trie, future: list[int]) -> int:

@@ -161,7 +161,7 @@ def test_tokens_that_it_never_drafted_are_read_too() -> None:
 
 
 @pytest.mark.parametrize("draft_vocabulary", [None, 8])
-def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
+def test_the_sampled_distribution_is_the_targets(draft_vocabulary: int | None) -> None:
     """Chi-square of the second token's frequencies behind a fixed first one, through the whole
     loop.
     """
@@ -172,8 +172,8 @@ def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
     firsts = torch.tensor([trace.ids[0] for trace in traces])
     first = int(firsts[firsts > max(target.eos_ids)].mode().values)
     seconds = torch.tensor([trace.ids[1] for trace in traces if trace.ids[0] == first])
-    law = target.stock(torch.tensor([[7, 8, first]])).logits[0, -1].softmax(-1)
-    expected, found = law * len(seconds), seconds.bincount(minlength=12)
+    probs = target.stock(torch.tensor([[7, 8, first]])).logits[0, -1].softmax(-1)
+    expected, found = probs * len(seconds), seconds.bincount(minlength=12)
     common = expected > 5
     statistic = ((found - expected) ** 2 / expected)[common].sum()
     assert len(seconds) > 300 and float(statistic) < 35
@@ -183,18 +183,18 @@ def test_the_sampled_law_is_the_targets(draft_vocabulary: int | None) -> None:
 
 
 @torch.no_grad()
-def test_a_row_learns_the_law_of_the_token_that_follows_what_it_read() -> None:
-    """On the target's greedy text, the law that a row is held against is surest of the token that
-    it is to draft.
+def test_a_row_learns_the_distribution_of_the_token_that_follows_what_it_read() -> None:
+    """On the target's greedy text, the distribution that a row is held against is surest of the
+    token that it is to draft.
     """
     trace = SpeculativeDecoder(TARGET).decode([[7, 8, 9]], Sampling(), 20)[0]
     batch = documents([[7, 8, 9, *trace.ids]], labels_from=3)
     made = drafter()
     batch.states = TARGET.features(batch, ("final",))
     rows = training_rows(batch, 1)
-    laws = made.laws(batch, TARGET, rows)
-    assert laws is not None
-    surest_M = laws(rows.flat_MK1[:, 1].contiguous()).argmax(-1)
+    distributions = made.distributions(batch, TARGET, rows)
+    assert distributions is not None
+    surest_M = distributions(rows.flat_MK1[:, 1].contiguous()).argmax(-1)
     assert surest_M.tolist() == made.labels(batch, TARGET, rows)[:, 0].tolist() == trace.ids
 
 
@@ -216,7 +216,9 @@ def expected_acceptance(made: Independent, batch: TextBatch) -> list[float]:
 
 @torch.no_grad()
 def covered_mass(made: Independent, batch: TextBatch) -> float:
-    """Mean mass of the target's laws on the draft vocabulary: the most that can be accepted."""
+    """Mean mass of the target's distributions on the draft vocabulary: the most that can be
+    accepted.
+    """
     rows = training_rows(batch, 1)
     final = TARGET.features(batch, ("final",))["final"].flatten(0, 1)[rows.flat_MK1[:, 1]]
     assert made.vocabulary_D is not None
@@ -224,7 +226,9 @@ def covered_mass(made: Independent, batch: TextBatch) -> float:
 
 
 def test_acceptance_counts_what_the_draft_vocabulary_leaves_out() -> None:
-    """Every token of the assistant, the target's whole law: how often the ratio rule accepts."""
+    """Every token of the assistant, the target's whole distribution: how often the ratio rule
+    accepts.
+    """
     made, batch = drafter(draft_vocabulary=40), tiny_batch(TARGET)
     expected = expected_acceptance(made, batch)
     metric = made.loss(batch, TARGET, 0.0).metrics["acceptance_0"]
@@ -269,7 +273,7 @@ def test_a_frozen_embedding_stays_and_takes_a_tied_head_with_it() -> None:
     }
 
 
-def test_its_own_text_continues_the_batchs_prompts_by_its_own_law() -> None:
+def test_its_own_text_continues_the_batchs_prompts_by_its_own_distribution() -> None:
     batch = tiny_batch(TARGET)
     prompts = document_prompts(batch)
     assert [len(prompt) for prompt in prompts] == [4, 3, 4, 3]
@@ -286,9 +290,9 @@ def test_its_own_text_continues_the_batchs_prompts_by_its_own_law() -> None:
     assert bool(torch.isin(text.input_ids[text.loss_mask], vocabulary).all())
     torch.manual_seed(3)
     drawn = written(made.language_model, [prompts[0]] * 4000, 1, vocabulary).input_ids[:, -1]
-    law = made.stock.double()(prompts[0][None]).logits[0, -1].detach()[vocabulary].softmax(-1)
+    probs = made.stock.double()(prompts[0][None]).logits[0, -1].detach()[vocabulary].softmax(-1)
     shares = torch.searchsorted(vocabulary, drawn).bincount(minlength=40) / 4000
-    assert float((shares - law).abs().max()) < 0.035
+    assert float((shares - probs).abs().max()) < 0.035
 
 
 def test_it_learns_from_its_own_text_when_asked() -> None:

@@ -228,7 +228,7 @@ def test_layers_catch_up_on_branches_too(monkeypatch) -> None:
                 )
 
 
-def test_sampling_keeps_the_law_while_exits_mix(monkeypatch) -> None:
+def test_sampling_keeps_the_distribution_while_exits_mix(monkeypatch) -> None:
     """Mid thresholds at temperature 1: which exit drafts a token depends on the tokens before it,
     drawn or read.
     """

@@ -100,7 +100,7 @@ def test_greedy_answers_are_the_targets_whatever_either_pads_to(
 
 @pytest.mark.parametrize("kind", ["named", "served"])
 @pytest.mark.parametrize("draft_vocabulary", [None, 8])
-def test_the_sampled_law_is_the_targets_with_mass_outside(
+def test_the_sampled_distribution_is_the_targets_with_mass_outside(
     sizes: tuple[int, int], kind: str, draft_vocabulary: int | None, tmp_path: Path
 ) -> None:
     """Chi-square of the second token's frequencies behind a fixed first one, through the whole
@@ -117,8 +117,8 @@ def test_the_sampled_law_is_the_targets_with_mass_outside(
     firsts = torch.tensor([trace.ids[0] for trace in traces])
     first = int(firsts[firsts > max(target.eos_ids)].mode().values)
     seconds = torch.tensor([trace.ids[1] for trace in traces if trace.ids[0] == first])
-    law = target.stock(torch.tensor([[7, 8, first]])).logits[0, -1].softmax(-1)
-    expected, found = law * len(seconds), seconds.bincount(minlength=sizes[1])
+    probs = target.stock(torch.tensor([[7, 8, first]])).logits[0, -1].softmax(-1)
+    expected, found = probs * len(seconds), seconds.bincount(minlength=sizes[1])
     common = expected > 5
     statistic = ((found - expected) ** 2 / expected)[common].sum()
     assert len(seconds) > 300 and float(statistic) < 20 + 2.5 * int(common.sum())
@@ -146,7 +146,7 @@ def test_what_pads_differently_trains(
 
 
 @torch.no_grad()
-def test_acceptance_is_of_the_whole_law(sizes: tuple[int, int], tmp_path: Path) -> None:
+def test_acceptance_is_of_the_whole_distribution(sizes: tuple[int, int], tmp_path: Path) -> None:
     target = padded(sizes[1])
     drafter, batch = named(sizes[0], target, tmp_path), tiny_batch(target)
     found = drafter.loss(batch, target, 1.0).metrics["acceptance_0"]

@@ -1,5 +1,5 @@
-"""Drawn trees: the law that travels is the one drawn from, siblings follow Plackett-Luce, DySpec
-takes the best.
+"""Drawn trees: the distribution that travels is the one drawn from, siblings follow Plackett-Luce,
+DySpec takes the best.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scipy import stats
 from modules.acceptance.rules import Draws, rule_named
 from modules.contracts.drafter import Frontier
 from modules.contracts.sampling import Sampling
-from modules.contracts.token_tree import Law
+from modules.contracts.token_tree import SiblingDraw
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.trees.sampled import dyspec
@@ -42,10 +42,10 @@ BUILDERS = {
 }
 
 
-def sharp(law_rows):
-    """A drafter over as many tokens with exactly these laws."""
-    drafter = Table(replace(SHAPE, vocab_size=len(law_rows)))
-    drafter.table = torch.tensor(law_rows, dtype=torch.float64).log()
+def sharp(prob_rows):
+    """A drafter over as many tokens with exactly these distributions."""
+    drafter = Table(replace(SHAPE, vocab_size=len(prob_rows)))
+    drafter.table = torch.tensor(prob_rows, dtype=torch.float64).log()
     return drafter
 
 
@@ -65,29 +65,32 @@ def wide_state(batch, seed=0):
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("vocabulary", [None, torch.tensor([1, 4, 7, 9])])
 @pytest.mark.parametrize("budget", [0, 1, 4, 12])
-def test_every_node_travels_with_the_law_it_was_drawn_from(name, vocabulary, budget):
+def test_every_node_travels_with_the_distribution_it_was_drawn_from(name, vocabulary, budget):
     drafter, builder = Table(SHAPE, vocabulary), BUILDERS[name]
     tree = builder.build(drafter, state(batch=3, temperature=0.7), budget)
     assert tree.size <= budget + 1 and int(tree.topology.depth.max()) <= builder.depth
-    assert budget == 0 or tree.laws_used == {builder.law}
+    assert budget == 0 or tree.draws_used == {builder.sibling_draw}
     for b, node in tree.acceptable_BN.nonzero().tolist():
         if node:
             parent = int(tree.parents_BN[b, node])
             assert parent < node and bool(tree.acceptable_BN[b, parent])
-            law = (drafter.table[tree.tokens_BN[b, parent]].double() / 0.7).softmax(-1)
-            torch.testing.assert_close(tree.laws_BRD[b, tree.law_rows_BN[b, node]], law)
+            probs = (drafter.table[tree.tokens_BN[b, parent]].double() / 0.7).softmax(-1)
+            torch.testing.assert_close(tree.probs_BRD[b, tree.prob_rows_BN[b, node]], probs)
             siblings = [
                 int(tree.tokens_BN[b, n])
                 for n in range(1, node)
                 if tree.acceptable_BN[b, n] and int(tree.parents_BN[b, n]) == parent
             ]
-            assert builder.law is Law.INDEPENDENT or int(tree.tokens_BN[b, node]) not in siblings
+            assert (
+                builder.sibling_draw is SiblingDraw.INDEPENDENT
+                or int(tree.tokens_BN[b, node]) not in siblings
+            )
             assert vocabulary is None or int(tree.tokens_BN[b, node]) in vocabulary.tolist()
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_rows_are_handed_out_in_the_order_of_the_frontiers(name):
-    """The law of a node is found again from the frontier row that its tree names."""
+    """The distribution of a node is found again from the frontier row that its tree names."""
     drafter = Table(SHAPE)
     tree = BUILDERS[name].build(drafter, state(temperature=1.0), 12)
     seen = [frontier.tokens_BW.shape[1] for frontier in drafter.seen]
@@ -97,44 +100,44 @@ def test_rows_are_handed_out_in_the_order_of_the_frontiers(name):
     assert tree.size > 1
 
 
-def chi_square(counts, law):
-    kept = law * counts.sum() >= 5
+def chi_square(counts, probs):
+    kept = probs * counts.sum() >= 5
     seen = [*counts[kept].tolist(), float(counts[~kept].sum())]
-    wanted = [*(law[kept] * counts.sum()).tolist(), float(law[~kept].sum() * counts.sum())]
+    wanted = [*(probs[kept] * counts.sum()).tolist(), float(probs[~kept].sum() * counts.sum())]
     return stats.chisquare(
         *((seen, wanted) if wanted[-1] > 0 else (seen[:-1], wanted[:-1])), sum_check=False
     ).pvalue
 
 
-LAW = [0.5, 0.3, 0.15, 0.05]
+PROBS = [0.5, 0.3, 0.15, 0.05]
 
 
 @pytest.mark.parametrize(
     "builder", [branching_tree([2]), StochasticBeamTree(2, 1), sequoia_tree([[0.4, 0.3]], 2, 1)]
 )
 def test_siblings_follow_plackett_luce_in_their_order(builder):
-    tree = builder.build(sharp([LAW] * 4), wide_state(6000), 2)
+    tree = builder.build(sharp([PROBS] * 4), wide_state(6000), 2)
     counts = torch.bincount(tree.tokens_BN[:, 1] * 4 + tree.tokens_BN[:, 2], minlength=16).double()
-    law = torch.zeros(16, dtype=torch.float64)
+    probs = torch.zeros(16, dtype=torch.float64)
     for first, second in permutations(range(4), 2):
-        law[first * 4 + second] = LAW[first] * LAW[second] / (1 - LAW[first])
-    assert chi_square(counts, law) > 1e-4
+        probs[first * 4 + second] = PROBS[first] * PROBS[second] / (1 - PROBS[first])
+    assert chi_square(counts, probs) > 1e-4
     swapped = torch.bincount(tree.tokens_BN[:, 2] * 4 + tree.tokens_BN[:, 1], minlength=16).double()
-    assert chi_square(swapped, law) < 1e-4
+    assert chi_square(swapped, probs) < 1e-4
 
 
 def test_independent_siblings_are_independent():
-    tree = chains(2, 1).build(sharp([LAW] * 4), wide_state(6000), 2)
+    tree = chains(2, 1).build(sharp([PROBS] * 4), wide_state(6000), 2)
     counts = torch.bincount(tree.tokens_BN[:, 1] * 4 + tree.tokens_BN[:, 2], minlength=16).double()
     assert (
-        chi_square(counts, torch.outer(torch.tensor(LAW), torch.tensor(LAW)).double().flatten())
+        chi_square(counts, torch.outer(torch.tensor(PROBS), torch.tensor(PROBS)).double().flatten())
         > 1e-4
     )
 
 
 def test_the_beam_is_a_sample_of_prefixes_without_replacement():
-    """The two best prefixes of two tokens, in order, are Plackett-Luce draws from the law of
-    prefixes.
+    """The two best prefixes of two tokens, in order, are Plackett-Luce draws from the distribution
+    of prefixes.
     """
     rows = [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]]
     tree = StochasticBeamTree(2, 2).build(sharp(rows), wide_state(8000), 4)
@@ -143,10 +146,11 @@ def test_the_beam_is_a_sample_of_prefixes_without_replacement():
     prefixes = torch.tensor(
         [rows[0][a] * rows[a][b] for a, b in product(range(3), repeat=2)]
     ).double()
-    law = prefixes[:, None] * prefixes / (1 - prefixes[:, None])
-    law.fill_diagonal_(0)
+    probs = prefixes[:, None] * prefixes / (1 - prefixes[:, None])
+    probs.fill_diagonal_(0)
     assert (
-        chi_square(torch.bincount(first * 9 + second, minlength=81).double(), law.flatten()) > 1e-4
+        chi_square(torch.bincount(first * 9 + second, minlength=81).double(), probs.flatten())
+        > 1e-4
     )
 
 
@@ -163,7 +167,7 @@ def test_conditioned_keys_have_the_parents_maximum():
     assert huge[0, 0].isfinite().all() and huge[0, 0, 0] == -900
 
 
-def test_a_used_up_law_ends_the_siblings_or_goes_on_uniformly():
+def test_a_used_up_distribution_ends_the_siblings_or_goes_on_uniformly():
     drafter = sharp([[0, 0.5, 0.5, 0]] * 4)
     paths = [(0,), (1,), (2,), (2, 0)]
     stopped = DrawnTree(paths).build(drafter, wide_state(50), 4)
@@ -197,17 +201,17 @@ def test_mistakes_are_named():
 # -- DySpec ----------------------------------------------------------------------------------------
 
 
-def fixed_race(law_BWD, context, exhausted="stop"):
-    """Noise that depends on the law alone, so that any order of expansion draws the same
+def fixed_race(probs_BWD, context, exhausted="stop"):
+    """Noise that depends on the distribution alone, so that any order of expansion draws the same
     siblings.
     """
     noise = [
         torch.rand(
-            law_BWD.shape[-1], generator=torch.Generator().manual_seed(int(row[0] * 1e9))
+            probs_BWD.shape[-1], generator=torch.Generator().manual_seed(int(row[0] * 1e9))
         ).double()
-        for row in law_BWD.flatten(0, 1)
+        for row in probs_BWD.flatten(0, 1)
     ]
-    return law_BWD.log() - (-torch.stack(noise).log()).log().reshape(law_BWD.shape)
+    return probs_BWD.log() - (-torch.stack(noise).log()).log().reshape(probs_BWD.shape)
 
 
 def sequential(drafter, root, size):
@@ -215,13 +219,13 @@ def sequential(drafter, root, size):
     values popped.
     """
 
-    def law_of(token):
+    def probs_of(token):
         return (drafter.table[token].double()).softmax(-1)
 
     def order(token):
-        return fixed_race(law_of(token)[None, None], None)[0, 0].argsort(descending=True).tolist()
+        return fixed_race(probs_of(token)[None, None], None)[0, 0].argsort(descending=True).tolist()
 
-    heap, counter, paths, popped = [(-1.0, 0, (root,), 0, law_of(root))], 1, [], []
+    heap, counter, paths, popped = [(-1.0, 0, (root,), 0, probs_of(root))], 1, [], []
     while len(paths) < size:
         value, _, path, index, residual = heapq.heappop(heap)
         drawn = order(path[-1])[index]
@@ -232,7 +236,7 @@ def sequential(drafter, root, size):
         left[drawn] = 0
         if left.any():
             heapq.heappush(heap, (value * (1 - share), counter, path, index + 1, left / left.sum()))
-        heapq.heappush(heap, (value * share, counter + 1, (*path, drawn), 0, law_of(drawn)))
+        heapq.heappush(heap, (value * share, counter + 1, (*path, drawn), 0, probs_of(drawn)))
         counter += 2
     return paths, popped
 
@@ -260,27 +264,29 @@ def test_dyspec_equals_the_sequential_algorithm_and_its_threshold_form(monkeypat
         assert sorted(paths_of(by_threshold, b)) == sorted(paths)
 
 
-def test_dyspec_follows_the_sharpness_of_the_law():
+def test_dyspec_follows_the_sharpness_of_the_distribution():
     chain = DySpecTree(9).build(sharp([[0, 1.0, 0], [0, 0, 1.0], [1.0, 0, 0]]), wide_state(2), 6)
     assert chain.parents_BN.tolist() == [[-1, 0, 1, 2, 3, 4, 5]] * 2
     flat = DySpecTree(9).build(sharp([[1 / 40] * 40] * 40), wide_state(2), 12)
     assert flat.parents_BN.tolist() == [[-1] + [0] * 12] * 2
-    assert DySpecTree(9).build(sharp([LAW] * 4), wide_state(2), 1).size == 2
+    assert DySpecTree(9).build(sharp([PROBS] * 4), wide_state(2), 1).size == 2
 
 
 # -- builder and rule together, over random tables -------------------------------------------------
 
 
 class Prefixes(Table):
-    """A law of its own for every prefix of up to two tokens (a prefix is its frontier row's
-    path).
+    """A distribution of its own for every prefix of up to two tokens (a prefix is its frontier
+    row's path).
     """
 
     def __init__(self, seed, vocab=3):
         super().__init__(replace(SHAPE, vocab_size=vocab))
         seeded = torch.Generator().manual_seed(seed)
-        self.laws = torch.rand(2, 1 + vocab, vocab, generator=seeded, dtype=torch.float64).pow(2)
-        self.laws /= self.laws.sum(-1, keepdim=True)
+        self.distributions = torch.rand(
+            2, 1 + vocab, vocab, generator=seeded, dtype=torch.float64
+        ).pow(2)
+        self.distributions /= self.distributions.sum(-1, keepdim=True)
 
     def expand(self, state, frontier: Frontier):
         place = (
@@ -288,7 +294,7 @@ class Prefixes(Table):
         )
         if frontier.depth > 1:
             place = place * 0
-        return self.laws[0][place].log()
+        return self.distributions[0][place].log()
 
 
 @pytest.mark.parametrize(
@@ -302,14 +308,14 @@ class Prefixes(Table):
         ("k_seq", chains(3, 2), 6),
     ],
 )
-def test_the_first_two_tokens_have_the_targets_law(rule, builder, budget):
+def test_the_first_two_tokens_have_the_targets_distribution(rule, builder, budget):
     assert first_two_tokens(Prefixes(budget), rule, builder, budget) > 1e-4
 
 
 def first_two_tokens(drafter, rule, builder, budget, runs=3000):
-    """Chi-square p-value over random laws of draft and target; shorter outputs are completed from
-    the target."""
-    p = drafter.laws[1]
+    """Chi-square p-value over random distributions of draft and target; shorter outputs are
+    completed from the target."""
+    p = drafter.distributions[1]
     counts = torch.zeros(9, dtype=torch.float64)
     for seed in range(2):
         found = wide_state(runs, seed)
@@ -336,15 +342,17 @@ class RowDependent(Prefixes):
 
 
 @pytest.mark.parametrize("builder", [chains(3, 2), branching_tree([3, 2], "independent")])
-def test_children_of_twins_are_draws_from_one_law(builder):
+def test_children_of_twins_are_draws_from_one_distribution(builder):
     drafter = RowDependent(6)
     assert first_two_tokens(drafter, "k_seq", builder, 9, runs=1500) > 1e-4
     tree = builder.build(drafter, wide_state(200), 9)
-    assert tree.laws_BRD is not None and tree.law_rows_BN is not None
-    laws_BND = tree.laws_BRD.gather(1, tree.law_rows_BN.clamp(min=0)[..., None].expand(-1, -1, 3))
+    assert tree.probs_BRD is not None and tree.prob_rows_BN is not None
+    probs_BND = tree.probs_BRD.gather(
+        1, tree.prob_rows_BN.clamp(min=0)[..., None].expand(-1, -1, 3)
+    )
     above_BN = tree.first_BN.gather(1, tree.parents_BN.clamp(min=0))
     same = above_BN[:, 1:, None] == above_BN[:, None, 1:]
-    assert bool((laws_BND[:, 1:, None] == laws_BND[:, None, 1:]).all(-1)[same].all())
+    assert bool((probs_BND[:, 1:, None] == probs_BND[:, None, 1:]).all(-1)[same].all())
     assert int((tree.first_BN != torch.arange(tree.size)).sum()) > 50
 
 
@@ -378,7 +386,7 @@ WARPED = {"medusa": Sampling(0.8, top_p=0.9), "eagle3": Sampling(1.2, top_k=3)}
 
 
 @pytest.mark.parametrize("family", LEARNED)
-def test_learned_drafters_keep_the_law_with_draws(family, monkeypatch):
+def test_learned_drafters_keep_the_distribution_with_draws(family, monkeypatch):
     """Four of six tokens can be drafted; chi-square of the second and third token."""
     monkeypatch.setattr(families, "DRAFTED", 4)
     target = small_target()

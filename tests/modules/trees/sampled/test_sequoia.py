@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from modules.contracts.token_tree import Law
+from modules.contracts.token_tree import SiblingDraw
 from modules.trees.expected_length import expected_length, optimised_tree
 from modules.trees.sampled.sequoia import best_paths, best_shape, expected_tokens, sequoia_tree
 
@@ -60,7 +60,7 @@ def test_paths_make_a_tree_of_draws_with_the_promised_value():
     tree = sequoia_tree([[0.5, 0.2, 0.1, 0.05], [0.4, 0.1]], 20, 5)
     rows = [[0.5, 0.2, 0.1, 0.05]] + [[0.4, 0.1]] * 4
     assert len(tree.paths) == 20 and tree.depth <= 5 and tree.exhausted == "uniform"
-    assert tree.law is Law.WITHOUT_REPLACEMENT
+    assert tree.sibling_draw is SiblingDraw.WITHOUT_REPLACEMENT
     value = expected_length(tree.paths, rows)
     assert value == pytest.approx(expected_tokens([[0.5, 0.2, 0.1, 0.05], [0.4, 0.1]], 20, 5)[-1])
     assert value == pytest.approx(expected_length(optimised_tree(rows, 20), rows))
