@@ -12,6 +12,8 @@ from typing import Any
 from checkpoints.markdown import plain
 from checkpoints.provenance import Provenance
 from checkpoints.reports import load_report
+from configs.command_line.redaction import portable
+from configs.command_line.shapes import Maybe
 from modules.runtime.files import read_object
 
 SCHEMA = 1
@@ -20,11 +22,24 @@ BASELINES = ("autoregressive", "hf_generate")
 _VARIANT = re.compile(r"( at [\d.]+)?(, \d+ at once)?$")
 """What a report adds to the names of rows at other temperatures and batch sizes."""
 Row = Mapping[str, Any]
+_NEEDED = {
+    "settings": {"tasks": [str], "max_new_tokens": int, "threads": int},
+    "methods": [
+        {
+            "identical_outputs": Maybe(int),
+            "tie_divergences": Maybe(int),
+            "drafter_parameters": Maybe(int),
+        }
+    ],
+}
+"""What a card shows besides what every report has."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The part of a report that a card shows; figures are the report's own, unrounded.
+
+    Places of files on this machine are left out (`portable`).
 
     rows: of the component, at every temperature and batch size. baselines: of plain decoding.
     settings, environment and
@@ -77,9 +92,8 @@ def measurement(
     baselines = [
         one for one in report["methods"] if one["name"].startswith(BASELINES) and one not in rows
     ]
-    return Measurement(
-        rows, baselines, report["settings"], report["environment"], report["targets"]
-    )
+    shown = rows, baselines, report["settings"], report["environment"], report["targets"]
+    return Measurement(*portable(shown))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def _read(file: Path) -> dict[str, Any]:
             f"report {str(file)!r} is no whole report of schema {SCHEMA}: give one that eval.py "
             "wrote"
         )
-    return load_report(file)
+    return load_report(file, _NEEDED)
 
 
 def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:

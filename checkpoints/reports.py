@@ -81,11 +81,12 @@ _SHAPE = {
 what is optional."""
 
 
-def load_report(path: str | Path) -> dict[str, Any]:
+def load_report(path: str | Path, needed: Any = None) -> dict[str, Any]:
     """Read a `report.json`.
 
     Args:
         path: the file, or its folder.
+        needed: the shape of what this reader needs besides what every report has.
 
     Raises:
         ValueError: no such file, no JSON, another schema, or a value that is not what it must be;
@@ -108,7 +109,7 @@ def load_report(path: str | Path) -> dict[str, Any]:
             "a report.json that eval.py wrote"
         )
     _check_whole(report, path)
-    _check_shape(report, path)
+    _check_shape(report, path, needed or {})
     return report
 
 
@@ -130,9 +131,9 @@ def _check_whole(report: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _check_shape(report: Mapping[str, Any], path: Path) -> None:
+def _check_shape(report: Mapping[str, Any], path: Path, needed: Any) -> None:
     """Refuse a report whose values are not what eval.py writes."""
-    wrong = mismatch(report, _SHAPE)
+    wrong = mismatch(report, _SHAPE) or mismatch(report, needed)
     if wrong is None:
         twice = [
             name

@@ -17,7 +17,7 @@ from configs.command_line import class_paths as classes
 from configs.command_line.bounded_yaml import read_config
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
 from configs.command_line.redaction import printable, redacted
-from configs.command_line.unknown_keys import Config, check_keys, explained
+from configs.command_line.unknown_keys import Config, check_keys, check_nulls, explained
 from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -167,9 +167,11 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     for config in configs:
         check_keys(parser, config)
     try:
-        return parser.parse_args(words)
+        settings = parser.parse_args(words)
     except (argparse.ArgumentError, TypeError, RecursionError) as error:
         raise ValueError(explained(one_line(str(error)), parser, configs)) from error
+    check_nulls(parser, settings)
+    return settings
 
 
 def one_line(message: str) -> str:

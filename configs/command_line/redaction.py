@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "<redacted>"
-_NAMES = r"(?:api[_-]?key|access[_-]?key|token|password|passwd|secret)"
+_NAMES = (
+    r"(?:api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|token|password|passwd|secret|"
+    r"cookie)"
+)
 _NUMBER = r"-?\d+\.?\d*(?:e-?\d+)?\b"
 _PATTERNS = (
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
@@ -20,9 +23,25 @@ _PATTERNS = (
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"), HIDDEN),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
     (
-        re.compile(r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-)[A-Za-z0-9_-]{16,}"),
+        re.compile(
+            r"\b(?:wandb_v\d+_|gh[pousr]_|github_pat_|xox[abpr]-|glpat-|nvapi-|AIza)"
+            r"[A-Za-z0-9_-]{16,}"
+        ),
         HIDDEN,
     ),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
+    (re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"), HIDDEN),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*-----)?"), HIDDEN),
+    (
+        re.compile(
+            r"([?&](?:sig|signature|X-Amz-(?:Signature|Credential|Security-Token))=)"
+            r"(?!<redacted>)[^\s&'\"]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"(\blogin\s+\S+\s+password\s+)(?!<redacted>)\S+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(--(?:[\w-]+\.)+key(?:=|\s+))(?!<redacted>|-)\S+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(Bearer|Basic)\s+(?!<redacted>)[^\s'\"]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (
         re.compile(
@@ -37,7 +56,7 @@ _PATTERNS = (
     ),
     (
         re.compile(
-            rf"([\"']?\b[\w.-]*{_NAMES}[\"']?:\s*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"',}}]{{8,}}",
+            rf"(\b[\w.-]*{_NAMES}\\*[\"']?:\s*\\*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"'\\,}}]{{8,}}",
             re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",

@@ -47,8 +47,21 @@ def check_keys(parser: ArgumentParser, config: Config) -> None:
             raise ValueError(f"--config {config.file}: the key {path!r} is unknown{near}")
         if known[path].nargs == "+" and not isinstance(value, list):
             raise ValueError(
-                f"--config {config.file}: {path} must be a list, got {value!r}: write [{value}]"
+                f"--config {config.file}: {path} must be a list, got {value!r}: add brackets"
             )
+
+
+def check_nulls(parser: ArgumentParser, settings: Namespace) -> None:
+    """Refuse null where a key does not take it, which the parser lets through.
+
+    Raises:
+        ValueError: the key.
+    """
+    for key, action in _known(parser).items():
+        hint = vars(action).get("_typehint", action.type)
+        takes_null = hint in (None, Any) or type(None) in get_args(hint)
+        if not takes_null and action.default is not None and settings.get(key) is None:
+            raise ValueError(f"{key} must not be null: give a value, or leave it out")
 
 
 def _known(parser: ArgumentParser) -> dict[str, Action]:

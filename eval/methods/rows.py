@@ -34,6 +34,8 @@ EXPORT_NOTES = "export_notes"
 it.
 """
 TRAINING_PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts" / "prompts.jsonl"
+MOST_NODES = 1 << 16
+"""Of a tree in one call; published ones have below a thousand."""
 Precision = Literal["float32", "bfloat16", "float16"]
 ClassSpec = Mapping[str, Any]
 """`{class_path: package.module.Class, init_args: {…}}`."""
@@ -112,6 +114,15 @@ class Method:
             )
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
+        if isinstance(self.budget, int) and self.budget > MOST_NODES:
+            raise ValueError(
+                f"{where}: budget {self.budget} is more than {MOST_NODES} nodes: lower it"
+            )
+        if self.rule == "greedy" and (self.temperature or 0) > 0:
+            raise ValueError(
+                f"{where}: rule 'greedy' does not sample at temperature {self.temperature:g}: "
+                "leave the rule out"
+            )
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
             _folder_exists(Path(self.drafter), where)
         elif isinstance(self.drafter, str) and (

@@ -166,6 +166,30 @@ def test_a_report_with_forged_values_is_refused_by_file_and_key(evaluated) -> No
         card_of(evaluated, report=file)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "settings.tasks",
+        "settings.max_new_tokens",
+        "settings.threads",
+        "methods.0.identical_outputs",
+        "methods.1.tie_divergences",
+        "methods.1.drafter_parameters",
+    ],
+)
+def test_a_report_without_what_a_card_shows_is_refused_by_key(evaluated, place: str) -> None:
+    file = evaluated / "eval" / "report.json"
+    forged = json.loads(file.read_text())
+    *outer, last = [int(key) if key.isdigit() else key for key in place.split(".")]
+    inner = forged
+    for key in outer:
+        inner = inner[key]
+    del inner[last]
+    file.write_text(json.dumps(forged))
+    with pytest.raises(ValueError, match=rf"report '.*report.json': .*{last} is missing"):
+        card_of(evaluated, report=file)
+
+
 def test_a_report_about_the_adapted_target_beside_the_plain_one_is_the_components_own(
     evaluated,
 ) -> None:
@@ -280,3 +304,15 @@ def test_the_card_renders(evaluated) -> None:
         and "|---" not in html
         and '<code class="language-python">' in html
     )
+
+
+def test_places_that_a_report_names_are_not_in_the_card(evaluated) -> None:
+    file = evaluated / "eval" / "report.json"
+    report = json.loads(file.read_text())
+    place = "/home/alice/secret"
+    report["targets"][0]["name"] = f"{place}/llama"
+    report["environment"]["device"] = f"{place}/cpu"
+    report["settings"]["tasks"] = [f"{place}/tasks.jsonl"]
+    file.write_text(json.dumps(report))
+    card = card_of(evaluated, report=file)
+    assert "alice" not in card and "llama in float64" in card and "tasks.jsonl" in card

@@ -201,7 +201,8 @@ def test_unknown_keys_of_an_evaluation(tmp_path: Path) -> None:
     for text, words in (
         ("limt: 3", "the key 'limt' is unknown: did you mean limit?"),
         ("methods: [{nam: x}]", "the key 'methods.nam' is unknown: did you mean name?"),
-        ("prompts: embedded", "prompts must be a list, got 'embedded': write [embedded]"),
+        ("prompts: embedded", "prompts must be a list, got 'embedded': add brackets"),
+        ("drafters: null", "drafters must be a list, got None: add brackets"),
     ):
         file = write(tmp_path, "c.yaml", text)
         with pytest.raises(ValueError) as caught:

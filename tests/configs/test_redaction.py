@@ -20,6 +20,7 @@ from tests.fakes import tiny_target
 from train.cli import command as train_command
 from train.cli import make_parser, recipe_settings
 
+WORD = "A1b2C3d4E5f6G7h8I9j0K1l2M3n4"
 HEX = "0123456789abcdef0123456789abcdef01234567"
 SECRETS = {
     "url": ("https://user:pa55word@host/data.jsonl", "pa55word"),
@@ -253,3 +254,41 @@ def test_older_provenance_with_a_credential_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="looks like a token") as caught:
             publication(folder, "ada/heads")
         assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        f"AIza{WORD}",
+        f"nvapi-{WORD}",
+        f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.{WORD}",
+        f"-----BEGIN PRIVATE KEY-----\n{WORD}\n-----END PRIVATE KEY-----",
+        f"https://a.example/c?sv=2022&sig={WORD}%3D",
+        f"https://b.example/x?X-Amz-Signature={WORD}&X-Amz-Credential={WORD}",
+        f"machine host login u password {WORD}",
+        f"--endpoint.key {WORD}",
+        f"Cookie: session={WORD}",
+        json.dumps({"secret_key": WORD}),
+        json.dumps(json.dumps({"api_key": WORD})),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_more_kinds_of_credentials_are_left_out(text: str) -> None:
+    for place in (text, f"--a 1 {text} --b", json.dumps({"x": text})):
+        told = redacted(place)
+        assert WORD not in told and "IOSFODNN7" not in told and HIDDEN in told
+        assert redacted(told) == told
+
+
+def test_words_near_credentials_stay() -> None:
+    for text in (
+        "--tokenizer.key_map 3",
+        "keys and tokens per second: 12.5",
+        "max_new_tokens: 64",
+        "password protected",
+        "sort_keys=True",
+        "cookies are sweet",
+        "a signature=",
+    ):
+        assert redacted(text) == text

@@ -398,3 +398,13 @@ def test_reports_of_the_docs_still_render(name: str, tmp_path: Path) -> None:
     assert run("--render", str(tmp_path)) == 0
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") >= 2 and "autoregressive" in text
+
+
+@pytest.mark.parametrize("key", ["methods", "top_k", "repeats", "seed", "temperature"])
+def test_null_is_refused_where_a_key_does_not_take_it(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"{key}: null\n")
+    assert run("--config", str(tmp_path / "c.yaml"), "--output", "out") == 2
+    assert f"{key} must not be null" in capsys.readouterr().err
+    assert not Path("out").exists()

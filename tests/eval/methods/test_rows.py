@@ -90,6 +90,23 @@ def test_rules_by_temperature(target: Target, runs: Path) -> None:
         build_rows([Method("x", source, rule="greedy", temperature=1.0)], target, Sampling())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": 10**9}, "methods: x: budget 1000000000 is more than 65536 nodes"),
+        ({"budget": 0}, "methods: x: budget 0 drafts nothing"),
+        (
+            {"rule": "greedy", "temperature": 1.5},
+            "methods: x: rule 'greedy' does not sample at temperature 1.5: leave the rule out",
+        ),
+    ],
+)
+def test_settings_that_cannot_run_are_refused_before_anything_loads(settings, words) -> None:
+    source = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
+    with pytest.raises(ValueError, match=words):
+        Method("x", source, **settings).check()
+
+
 def test_a_drafter_takes_the_targets_precision_and_not_any_target(
     target: Target, runs: Path
 ) -> None:
