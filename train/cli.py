@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from checkpoints.checks import strange_values
 from checkpoints.hub import check_token
 from checkpoints.pretrained import PROVENANCE, find_folder, read_config
 from configs.command_line.class_paths import Kind, named_class
@@ -176,7 +177,7 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                 "give another --output"
             )
     recipe = recipe_of(parser, config)
-    with torch.device("meta"):
+    with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
         trainable = recipe.drafter(outline(config.target, config.dtype).shape)
         check_shards(recipe.trainer.strategy, trainable)
     if recipe.objective is not None and config.init_from is None and config.resume is None:
@@ -198,7 +199,8 @@ def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
     if named is None:
         raise ValueError("drafter: give a class_path (package.module.Class) and perhaps init_args")
     named_class(str(named), Kind.TRAINABLE, "drafter")
-    built = vars(parser.instantiate(config))
+    with strange_values("the config cannot be read"):
+        built = vars(parser.instantiate(config))
     return Recipe(**{key.name: built[key.name] for key in fields(Recipe)})
 
 

@@ -16,6 +16,8 @@ from checkpoints.hub import check_repo
 from modules.target.loading import AUTO, has_fast_bfloat16, own_device
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+MOST_NODES = 1 << 16
+"""Of a drafted tree; published ones have below a thousand."""
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
 """Names of our DeepSpeed strategies: the ZeRO stage, and whether its optimiser state is
 offloaded.
@@ -169,6 +171,16 @@ class ProbeSettings:
     prompts: int = 4
     max_new_tokens: int = 48
     budget: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be decoded."""
+        if self.prompts < 0 or self.max_new_tokens < 1:
+            raise ValueError(
+                "probe.prompts must be at least 0 and probe.max_new_tokens at least 1, got "
+                f"{self.prompts} and {self.max_new_tokens}"
+            )
+        if self.budget is not None and not 1 <= self.budget <= MOST_NODES:
+            raise ValueError(f"probe.budget must lie between 1 and {MOST_NODES}, got {self.budget}")
 
 
 @dataclass

@@ -33,7 +33,8 @@ class Config:
 
 
 def check_keys(parser: ArgumentParser, config: Config) -> None:
-    """Refuse a config with a key that the parser does not have, or one value where a list belongs.
+    """Refuse a config with a key that the parser does not have, or one value where a list or a
+    section belongs.
 
     Keys inside of a class (`init_args`) are left to the parser.
 
@@ -42,6 +43,10 @@ def check_keys(parser: ArgumentParser, config: Config) -> None:
     """
     known = _known(parser)
     for path, value in _paths(config.values, known):
+        if any(name.startswith(f"{path}.") for name in known):
+            raise ValueError(
+                f"--config {config.file}: {path} is a section, got {value!r}: give keys with values"
+            )
         if path not in known:
             near = meant(path, list(known))
             raise ValueError(f"--config {config.file}: the key {path!r} is unknown{near}")
@@ -78,7 +83,7 @@ def _paths(
         section = any(name.startswith(f"{path}.") for name in known)
         if section and isinstance(value, Mapping):
             yield from _paths(value, known, f"{path}.")
-        elif not section and not _in_class(path, known):
+        elif section or not _in_class(path, known):
             yield path, value
 
 

@@ -357,6 +357,8 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
     from datasets.exceptions import DatasetsError
 
     name, _, config = source.partition(":")
+    if not name:
+        raise ValueError(f"data set {source!r} has no name: give files or a Hub data set")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         for number, row in enumerate(loaded, 1):

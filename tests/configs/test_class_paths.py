@@ -216,6 +216,8 @@ def test_the_command_line_refuses_in_a_line(tmp_path: Path) -> None:
         ("--trainer.gradient_clip_val=-1", "gradient_clip_val"),
         ("--trainer.gradient_clip_val=.nan", "gradient_clip_val"),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches"),
+        ("--probe.budget=1000000000", "probe.budget must lie between 1 and 65536"),
+        ("--probe.max_new_tokens=0", "probe.max_new_tokens at least 1"),
     ],
 )
 def test_numbers_that_cannot_train_are_refused(flag: str, words: str) -> None:

@@ -160,6 +160,9 @@ def test_mistakes_in_a_file_are_one_line_naming_the_key(
         ("optimzer: {lr: 1}", "the key 'optimzer' is unknown: did you mean optimizer?"),
         ("max_steps: 1", "the key 'max_steps' is unknown: did you mean trainer.max_steps?"),
         ("zzz: 1", "the key 'zzz' is unknown"),
+        ("optimizer: 1.5", "optimizer is a section, got 1.5: give keys with values"),
+        ("probe: null", "probe is a section, got None: give keys with values"),
+        ("trainer: [1]", "trainer is a section, got [1]: give keys with values"),
         (
             "drafter: {class_path: modules.drafters.heads.medusa.Medusa, init_args: {headz: 3}}",
             "the key 'drafter.headz' is unknown: did you mean heads?",

@@ -267,6 +267,8 @@ def test_mistakes_are_one_line_before_any_model_loads(recipe, tmp_path, monkeypa
         ("--drafter.heads=-2", "heads"),
         ("--drafter.blocks=-1", "blocks"),
         ("--drafter.tree=nonsense", "tree"),
+        ("--drafter.heads=null", "drafter: its arguments do not fit: TypeError"),
+        ("--data.validation_fraction=null", "the config cannot be read: TypeError"),
         ("--drafter.tree=[[99]]", "tree"),
         ("--drafter.draft_vocabulary=0", "draft_vocabulary"),
     ],
