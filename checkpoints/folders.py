@@ -25,6 +25,32 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 """Of PyTorch files that public drafters come as; never read here."""
 
 
+HUB_SECONDS = 120.0
+"""Seconds without any answer after which the Hub counts as gone."""
+
+
+@contextmanager
+def hub_answers_within(seconds: float) -> Iterator[None]:
+    """Limit the Hub's requests in the block that have no limit of time of their own.
+
+    Some of them ask for none whatever the session's is (`model_info`), so every request is looked
+    at before it is sent.
+    """
+    from huggingface_hub.utils import get_session
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        limits = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": limits}
+
+    hooks = get_session().event_hooks["request"]
+    hooks.append(limit)
+    try:
+        yield
+    finally:
+        hooks.remove(limit)
+
+
 def write_json(file: Path, value: Any) -> None:
     """Indented, keys in order."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,8 +9,7 @@ files; no variable of a function that can fail holds it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from checkpoints.card import LICENSES, Publishing, model_card
-from checkpoints.folders import CONFIG, WEIGHTS
+from checkpoints.folders import CONFIG, HUB_SECONDS, WEIGHTS, hub_answers_within
 from checkpoints.measurement import measurement
 from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
 from checkpoints.provenance import Provenance
@@ -35,8 +34,7 @@ from modules.runtime.files import read_object, whole_folder
 REPORT = "report.json"
 FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)
 """What a published component consists of; the report may be missing."""
-TIMEOUT = 120.0
-"""Seconds without any answer after which the Hub counts as gone."""
+TIMEOUT = HUB_SECONDS
 _MEANINGS = {
     401: "the token was refused: log in again with `hf auth login`, or set HF_TOKEN",
     403: "the token may not do this: use one that may write to that name",
@@ -197,7 +195,7 @@ def publish(
     check_repo(repo)
     check_token()
     made = publication(run, repo, report, row, license)
-    with _time_limit():
+    with hub_answers_within(TIMEOUT):
         return upload(made, repo, private)
 
 
@@ -292,17 +290,6 @@ def _undo(api: HfApi, repo: str, created: bool) -> str:
             "It was created and is still there, empty, as it could not be deleted "
             f"({_reason(error)}); {again}"
         )
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Every answer has `TIMEOUT` seconds; the client's default is no limit."""
-    session = get_session()
-    before, session.timeout = session.timeout, TIMEOUT
-    try:
-        yield
-    finally:
-        session.timeout = before
 
 
 def _reason(error: BaseException) -> str:

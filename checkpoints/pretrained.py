@@ -36,8 +36,10 @@ from checkpoints.checks import (
 )
 from checkpoints.folders import (
     CONFIG,
+    HUB_SECONDS,
     WEIGHTS,
     Ledger,
+    hub_answers_within,
     read_tensors,
     refuse_pickles,
     tensor_names,
@@ -247,17 +249,17 @@ def find_folder(name: str | Path) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
-        )
-        whole = any(folder.glob("*.safetensors"))
-        names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        with hub_answers_within(HUB_SECONDS):
+            folder = Path(
+                snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+            )
+            whole = any(folder.glob("*.safetensors"))
+            names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
+    except Exception as error:  # the client's errors have no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})"
         ) from error

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import cast
@@ -158,6 +159,8 @@ def test_a_failure_leaves_nothing_and_can_be_retried(
 @pytest.mark.parametrize(
     ("stage", "trouble"),
     [
+        ("info", 503),
+        ("info", "hang"),
         ("preupload", 401),
         ("put", 503),
         ("put", "cut"),
@@ -243,6 +246,37 @@ def test_a_hub_that_is_not_there_or_stores_otherwise_is_a_failure_like_any_other
     close_session()
     with pytest.raises(ValueError, match="could not be published: ConnectError: .*refused"):
         publish(trained, REPO)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ({"put": 500, "info": "hang"}, r"could not be deleted \(no answer within 0.3 seconds"),
+        ({"create": 403, "info": "hang"}, "no answer within 0.3 seconds"),
+    ],
+)
+def test_a_hub_that_does_not_say_what_is_there_is_given_up(
+    hub, trained, monkeypatch, trouble, words
+) -> None:
+    """That request has a limit of its own: the session's does not count for it."""
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.3)
+    hub.trouble, begun = trouble, time.monotonic()
+    with pytest.raises(ValueError, match=words) as caught:
+        publish(trained, REPO)
+    assert "\n" not in str(caught.value) and time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("stage", ["info", "tree"])
+def test_a_download_from_a_hub_that_never_answers_is_given_up(
+    hub, trained, target, monkeypatch, stage
+) -> None:
+    publish(trained, REPO)
+    del hub.repositories[REPO].files["model.safetensors"]
+    monkeypatch.setattr("checkpoints.pretrained.HUB_SECONDS", 0.3)
+    hub.trouble = {stage: "hang"}
+    with pytest.raises(ValueError, match="neither a folder here nor a reachable") as caught:
+        load_pretrained(REPO, target)
+    assert "\n" not in str(caught.value)
 
 
 def test_one_failure_of_storage_is_tried_again_by_the_client(hub, trained, monkeypatch) -> None:
