@@ -26,7 +26,7 @@ from configs.command_line.outputs import claimed, write_whole
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Objective, Outcome, Trainable
+from modules.contracts.trainable import Objective, Trainable, TrainingResult
 from modules.layers.activation_checkpointing import use_activation_checkpointing
 from modules.runtime.files import clear_scratch
 from modules.target.kernels.compiled_calls import compile_blocks
@@ -177,7 +177,7 @@ def refuse_projected(trainable: Trainable, target: Target) -> None:
     """ValueError for a drafter on the states of a target whose embedding is narrower than its
     layers (OPT-350m).
     """
-    width, size = target.anatomy.head.in_features, target.shape.hidden_size
+    width, size = target.architecture.head.in_features, target.shape.hidden_size
     if isinstance(trainable, Drafter) and not trainable.own_model and width != size:
         raise ValueError(
             f"target {target.name!r} projects states of {size} dimensions to an LM head of "
@@ -337,7 +337,7 @@ def publish_run(settings: PublishSettings, run: Path) -> None:
         ) from None
 
 
-def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Outcome:
+def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> TrainingResult:
     """The component's own last touches, over all held-out batches with their states; on one
     process.
     """

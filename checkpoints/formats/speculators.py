@@ -50,7 +50,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
     }
     verifier = {
         "name_or_path": name,
-        "architectures": list(target.anatomy.config.architectures or []),
+        "architectures": list(target.architecture.config.architectures or []),
     }
     config = {
         "architectures": ["Eagle3DraftModel"],

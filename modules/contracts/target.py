@@ -28,7 +28,7 @@ class Target(Protocol):
     tokenizer: Any
     model: Any
     """The Hugging Face model; only adapters reach into it."""
-    anatomy: Any
+    architecture: Any
     """Where that model keeps its layers, norm and head."""
 
     @property

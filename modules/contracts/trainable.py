@@ -56,7 +56,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """What `Trainable.finish` found out: figures by name, and texts to leave in the run's folder by
     file name.
     """
@@ -260,11 +260,11 @@ class Trainable(SteadyBuffers):
         """Parts that are trained first, in this order."""
         return ()
 
-    def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
+    def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
         """Last touches on trained weights before they are saved, with the held-out batches (a
         threshold, a page).
         """
-        return Outcome()
+        return TrainingResult()
 
     @abstractmethod
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:

@@ -48,8 +48,8 @@ def measure_roofline(target: Target, repeats: int = 7) -> Roofline:
     head read and do.
     """
     weights = [parameter for parameter in target.model.parameters() if parameter.dim() == 2]
-    embedding = target.anatomy.embedding.get_parameter("weight")
-    head = target.anatomy.head.weight
+    embedding = target.architecture.embedding.get_parameter("weight")
+    head = target.architecture.head.weight
     read = [weight for weight in weights if weight is not embedding or embedding is head]
     elements = sum(weight.numel() for weight in read)
     large = torch.ones(_READ_BYTES // 4, device=target.device)

@@ -55,7 +55,7 @@ class Trace:
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "prefill")
 
 
-class Told(NamedTuple):
+class StepResult(NamedTuple):
     """What one call gave one sequence, on the host: emitted tokens, depth of the tree and drafted
     candidates.
     """
@@ -65,7 +65,7 @@ class Told(NamedTuple):
     nodes: int
 
 
-def tell(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[Told]]:
+def read_to_host(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[StepResult]]:
     """Everything that the host must know of a step, in one read of the device; the acceptance
     without padding.
     """
@@ -77,7 +77,7 @@ def tell(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[Told]]:
     lengths = [row[0] for row in rows]
     accepted.__dict__.update(lengths=lengths, paths=[row[3 : 3 + row[0]] for row in rows])
     return accepted.trimmed(), [
-        Told(row[3 + width : 3 + width + row[0]], row[1], row[2]) for row in rows
+        StepResult(row[3 + width : 3 + width + row[0]], row[1], row[2]) for row in rows
     ]
 
 
@@ -179,11 +179,11 @@ class Run:
         with self.clock.phase("verify"):
             verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
-            accepted, told = tell(tree, self.rule(tree, verified, self._draws))
+            accepted, results = read_to_host(tree, self.rule(tree, verified, self._draws))
         with self.clock.phase("commit"):
             self._session.commit(accepted)
         self._absorb(verified, accepted)
-        self._record(told, tree.computed)
+        self._record(results, tree.computed)
         self._drop_finished()
 
     def _propose(self) -> TokenTree:
@@ -197,8 +197,8 @@ class Run:
             with self.clock.phase("draft"):
                 self._state = self.drafter.absorb(self._state, verified, accepted)
 
-    def _record(self, told: list[Told], rows: int) -> None:
-        for sequence, call in zip(self._alive, told, strict=True):
+    def _record(self, results: list[StepResult], rows: int) -> None:
+        for sequence, call in zip(self._alive, results, strict=True):
             trace = self.traces[sequence]
             trace.nodes.append(call.nodes)
             trace.rows.append(rows)

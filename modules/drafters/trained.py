@@ -20,7 +20,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import Footprint, Outcome
+from modules.contracts.trainable import Footprint, TrainingResult
 from modules.losses.chunked import (
     IGNORED,
     Distributions,
@@ -91,7 +91,7 @@ class DraftStep:
         }
 
 
-class LearnedDrafter(Drafter):
+class TrainedDrafter(Drafter):
     """Base of the drafters that learn to draft K steps ahead from the target's states.
 
     Subclasses give `teacher_forced`, the inputs of their LM head step by step, and `head`.
@@ -300,17 +300,17 @@ class LearnedDrafter(Drafter):
             metrics |= step.metrics()
         return Losses(total, metrics)
 
-    def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
+    def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
         """Where an optimised tree was asked for: find it on the held-out batches and remember it as
         the tree.
         """
         if self._optimised_nodes is None:
-            return Outcome()
+            return TrainingResult()
         table = measured_accuracies(self, batches, target).tolist()
         paths = optimised_tree(table, self._optimised_nodes)
         self.use_static_tree(paths)
         self.arguments["tree"] = paths
-        return Outcome(
+        return TrainingResult(
             {
                 "tree/expected_tokens": expected_length(
                     paths, [sorted(row, reverse=True) for row in table]
@@ -388,7 +388,7 @@ def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measured_accuracies(
-    drafter: LearnedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
+    drafter: TrainedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
 ) -> Tensor:
     """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there
     (what greedy verification accepts), given the data's tokens before it, without dropout. For

@@ -24,7 +24,7 @@ from modules.contracts.batches import LabelledBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import Outcome, Trainable
+from modules.contracts.trainable import Trainable, TrainingResult
 from modules.contracts.verification import Verified
 from modules.losses.averages import divisor, over_processes
 from modules.losses.metrics import area_under_curve
@@ -162,7 +162,7 @@ class Judge(Trainable):
         self.seen.copy_(total)
 
     @torch.no_grad()
-    def finish(self, batches: Iterable[LabelledBatch], target: Target) -> Outcome:
+    def finish(self, batches: Iterable[LabelledBatch], target: Target) -> TrainingResult:
         """What the threshold lets through on held-out answers, and the area under the curve over
         all tokens.
 
@@ -197,7 +197,7 @@ class Judge(Trainable):
         if self.calibrates:
             self.threshold.fill_(calibrated)
         kept_M = scores_M >= self.threshold.double()
-        return Outcome(
+        return TrainingResult(
             {
                 "held_out/auc": area_under_curve(scores_M, right_M),
                 "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),

@@ -54,7 +54,7 @@ def mean_activations(
     """
     found: dict[Group, list[Tensor]] = {group: [] for group in GROUPS}
     with ExitStack() as hooks:
-        for layer in target.anatomy.layers:
+        for layer in target.architecture.layers:
             for group in groups:
                 for part, entering in _points(layer, group, target.name):
                     hooks.callback(_watch(part, entering, found[group]).remove)

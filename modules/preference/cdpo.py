@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
-from modules.contracts.trainable import Footprint, Outcome, Stage, Trainable
+from modules.contracts.trainable import Footprint, Stage, Trainable, TrainingResult
 from modules.losses.averages import divisor
 from modules.losses.chunked import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
 from modules.losses.metrics import area_under_curve
@@ -197,7 +197,7 @@ class CDPO(PreferenceTrainable):
             ), shown
         return critical_dpo_loss(chosen.ratio_BT, rejected.ratio_BT, scores_BT, self.beta), shown
 
-    def finish(self, batches: Iterable[Any], target: Target) -> Outcome:
+    def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
         """A page that shows the critical tokens of the held-out wrong trajectories; where their
         errors are known, how well the scores find them, beside the target's own surprise at each
         token."""
@@ -219,7 +219,9 @@ class CDPO(PreferenceTrainable):
                         (1 - scores_BT[b, row], surprise_BT[b, row], errors_BT[b, row])
                     )
         figures = error_figures(places[False]) | error_figures(places[True], "inferred_")
-        return Outcome(figures, {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)})
+        return TrainingResult(
+            figures, {PAGE: highlight_page(f"Critical tokens for {target.name}", shown)}
+        )
 
 
 def error_figures(

@@ -148,9 +148,9 @@ class Adapters(nn.ModuleList):
         self, target: Target, lm_head: LowRank | None
     ) -> list[tuple[LowRank, Any]]:
         pairs: list[tuple[LowRank, Any]] = (
-            [] if lm_head is None else [(lm_head, target.anatomy.head)]
+            [] if lm_head is None else [(lm_head, target.architecture.head)]
         )
-        for adapters, layer in zip(self, target.anatomy.layers, strict=True):
+        for adapters, layer in zip(self, target.architecture.layers, strict=True):
             found = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
             pairs += [
                 (cast(LowRank, factors), found[name])
@@ -160,7 +160,9 @@ class Adapters(nn.ModuleList):
 
     def refuse_other_layers(self, target: Target) -> None:
         """ValueError when the target's layers do not have these linear parts."""
-        names = {name.rsplit(".", 1)[-1] for name, _ in target.anatomy.layers[0].named_modules()}
+        names = {
+            name.rsplit(".", 1)[-1] for name, _ in target.architecture.layers[0].named_modules()
+        }
         missing = [name for name in self.layers if name not in names]
         if missing:
             raise ValueError(

@@ -22,7 +22,7 @@ _OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 _LAYERS, _NORMS = ("layers", "h"), ("norm", "ln_f", "final_layer_norm")
 
 
-class Anatomy:
+class Architecture:
     """Decoder, layers, final norm and LM head of a stock model. Raises ValueError for an unknown
     architecture.
     """

@@ -20,7 +20,7 @@ from modules.contracts.float32_buffers import SteadyBuffers
 from modules.contracts.rows import AuxiliaryRows, Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.runtime.phase_timer import phase
-from modules.target.architecture import Anatomy
+from modules.target.architecture import Architecture
 from modules.target.kernels.compiled_calls import CompiledCalls
 from modules.target.kernels.cpu_kernels import (
     narrow_linear,
@@ -56,7 +56,7 @@ class Target(SteadyBuffers):
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.anatomy = Anatomy(model)
+        self.architecture = Architecture(model)
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
@@ -67,7 +67,9 @@ class Target(SteadyBuffers):
         use_grouped_attention(model)
         if self.device.type == "cpu":
             use_narrow_kernels(model)
-        self._layer_devices = [next(layer.parameters()).device for layer in self.anatomy.layers]
+        self._layer_devices = [
+            next(layer.parameters()).device for layer in self.architecture.layers
+        ]
         self._watch()
 
     # -- what it is --------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ class Target(SteadyBuffers):
     @property
     def shape(self) -> TargetShape:
         """Its dimensions."""
-        return self.anatomy.shape
+        return self.architecture.shape
 
     @property
     def stock(self) -> Any:
@@ -140,13 +142,13 @@ class Target(SteadyBuffers):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., H] of token ids."""
-        return self.anatomy.embedding(ids)
+        return self.architecture.embedding(ids)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """`final` states from `pre_norm` ones, at their precision (identity for models without a
         final norm).
         """
-        norm = self.anatomy.norm
+        norm = self.architecture.norm
         return hidden if norm is None else norm(hidden.to(self.dtype)).to(hidden.dtype)
 
     def logits(
@@ -161,7 +163,7 @@ class Target(SteadyBuffers):
         The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V;
         at `precision`, a drafter's own, where that is lower than the target's.
         """
-        head = self.anatomy.head
+        head = self.architecture.head
         coarse = precision is not None and precision.itemsize < self.dtype.itemsize
         trimmed = vocabulary_D is not None and isinstance(head, nn.Linear)
         hidden = hidden.to(precision if coarse and trimmed else self.dtype)
@@ -177,7 +179,7 @@ class Target(SteadyBuffers):
     def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
         """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to
         32 come in steps of an eighth (bfloat16). Of wider targets `logits`."""
-        head = self.anatomy.head
+        head = self.architecture.head
         if (
             self.dtype.itemsize > 2
             or not isinstance(head, nn.Linear)
@@ -197,11 +199,11 @@ class Target(SteadyBuffers):
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits as the model's soft cap, if it has one, leaves them."""
-        cap = self.anatomy.softcap
+        cap = self.architecture.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = self.anatomy.head.weight
+        weight = self.architecture.head.weight
         if weight.requires_grad and torch.is_grad_enabled():
             return weight[vocabulary_D].to(dtype)
         state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
@@ -215,7 +217,7 @@ class Target(SteadyBuffers):
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
         """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
-        return torch.nn.functional.embedding(ids, self.anatomy.head.weight)
+        return torch.nn.functional.embedding(ids, self.architecture.head.weight)
 
     def copy_weight(self, name: str) -> Tensor:
         """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as
@@ -224,7 +226,7 @@ class Target(SteadyBuffers):
         Raises KeyError when the target has no such weight, ValueError when it is packed into few
         bits.
         """
-        weight = self.anatomy.weight(name)
+        weight = self.architecture.weight(name)
         if not weight.is_floating_point():
             raise ValueError(
                 f"the target's weight {name!r} is packed ({self.quantisation}): use dtype bfloat16"
@@ -233,7 +235,7 @@ class Target(SteadyBuffers):
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
-        return self.anatomy.layer_weights(layer)
+        return self.architecture.layer_weights(layer)
 
     # -- running it --------------------------------------------------------------------------------
 
@@ -310,7 +312,7 @@ class Target(SteadyBuffers):
         """
         if cache is not None:
             cache.begin(rows)
-        mask = self.anatomy.mask(rows, cache, hidden_BNH)
+        mask = self.architecture.mask(rows, cache, hidden_BNH)
         positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
         with self.watching(names), self._restricted(layers, hidden_BNH):
             found = self.layer_states(hidden_BNH, positions, mask, cache, names)
@@ -348,7 +350,7 @@ class Target(SteadyBuffers):
         if layers is None:
             yield
             return
-        whole, (start, stop) = self.anatomy.layers, layers
+        whole, (start, stop) = self.architecture.layers, layers
         chosen = [layer if start <= k < stop else _Skip() for k, layer in enumerate(whole)]
         hook = None
         if start:
@@ -356,11 +358,11 @@ class Target(SteadyBuffers):
             hook = chosen[start].register_forward_pre_hook(
                 _replace_hidden(hidden_BNH), with_kwargs=True, prepend=True
             )
-        self.anatomy.layers = nn.ModuleList(chosen)
+        self.architecture.layers = nn.ModuleList(chosen)
         try:
             yield
         finally:
-            self.anatomy.layers = whole
+            self.architecture.layers = whole
             if hook is not None:
                 hook.remove()
 
@@ -375,7 +377,7 @@ class Target(SteadyBuffers):
         """States of one pass through the stock layers, in the order of `names`; to be called while
         `watching` them.
         """
-        final = self.anatomy.decoder(
+        final = self.architecture.decoder(
             inputs_embeds=embeddings_BNH,
             position_ids=position_ids_BN,
             attention_mask=mask,
@@ -404,10 +406,10 @@ class Target(SteadyBuffers):
     # -- watching its layers -----------------------------------------------------------------------
 
     def _watch(self) -> None:
-        for k, layer in enumerate(self.anatomy.layers):
+        for k, layer in enumerate(self.architecture.layers):
             layer.register_forward_pre_hook(self._at_layer(k), with_kwargs=True)
-        if self.anatomy.norm is not None:
-            self.anatomy.norm.register_forward_pre_hook(self._at_norm)
+        if self.architecture.norm is not None:
+            self.architecture.norm.register_forward_pre_hook(self._at_norm)
 
     def _at_layer(self, k: int) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -19,7 +19,7 @@ from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.timing import Clock
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 from tests.accelerator.pretend import DEVICE, LOG, Log, There, pretending
 from tests.fakes import tiny_batch, tiny_target
@@ -46,7 +46,7 @@ def moved(target: Target) -> Target:
     return Target(target.stock.to(DEVICE), target.tokenizer, target.name)
 
 
-def pair(name: str, there: bool) -> tuple[Target, LearnedDrafter]:
+def pair(name: str, there: bool) -> tuple[Target, TrainedDrafter]:
     """A target and a drafter of the family, on the CPU or on the device."""
     target = tiny_target("llama", torch.float32)
     drafter: Any = built(name, target, 0.05).float()

@@ -22,7 +22,7 @@ from modules.drafters.feature.fspad import Fspad
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.heads.medusa2 import Medusa2
 from modules.drafters.small_models.independent import Independent
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 from modules.trees.static import StaticTree
 from tests.checkpoints import engines
@@ -42,7 +42,7 @@ def qwen() -> Target:
     return tiny_target("qwen3", layers=LAYERS)
 
 
-def shaken(drafter: LearnedDrafter, target: Target) -> LearnedDrafter:
+def shaken(drafter: TrainedDrafter, target: Target) -> TrainedDrafter:
     """A drafter in float64 whose weights are far from their beginnings, so that every detail
     matters.
     """
@@ -57,7 +57,7 @@ def shaken(drafter: LearnedDrafter, target: Target) -> LearnedDrafter:
     return drafter.eval()
 
 
-def ours(drafter: LearnedDrafter, target: Target, ids: list[int], steps: int = STEPS) -> list[int]:
+def ours(drafter: TrainedDrafter, target: Target, ids: list[int], steps: int = STEPS) -> list[int]:
     """The chain that this project drafts after `ids`, whose last is the newest."""
     prompt, lengths = torch.tensor([ids[:-1]]), torch.tensor([len(ids) - 1])
     session = target.open(1, 64)
@@ -67,22 +67,22 @@ def ours(drafter: LearnedDrafter, target: Target, ids: list[int], steps: int = S
         return StaticTree.chain(steps).build(drafter, state, steps).tokens_BN[0, 1:].tolist()
 
 
-def agrees(engine, drafter: LearnedDrafter, target: Target) -> None:
+def agrees(engine, drafter: TrainedDrafter, target: Target) -> None:
     with torch.no_grad():
         drafted = [engine.drafts(target.stock, ids, STEPS) for ids in PROMPTS]
     assert drafted == [ours(drafter, target, ids) for ids in PROMPTS]
 
 
-def exported(drafter: LearnedDrafter, target: Target, form: str, folder: Path) -> Path:
+def exported(drafter: TrainedDrafter, target: Target, form: str, folder: Path) -> Path:
     with torch.no_grad():
         write(FORMATS[form].exported(drafter, target), folder / form)
     return folder / form
 
 
-def returns(folder: Path, drafter: LearnedDrafter, target: Target) -> LearnedDrafter:
+def returns(folder: Path, drafter: TrainedDrafter, target: Target) -> TrainedDrafter:
     """The export comes back as a drafter that drafts the same."""
     back = load_pretrained(folder, target)
-    assert isinstance(back, LearnedDrafter) and type(back) is type(drafter)
+    assert isinstance(back, TrainedDrafter) and type(back) is type(drafter)
     assert [ours(back, target, ids) for ids in PROMPTS] == [
         ours(drafter, target, ids) for ids in PROMPTS
     ]

@@ -20,10 +20,10 @@ from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.clover2 import Clover2
 from modules.drafters.heads.hydra import Hydra
 from modules.drafters.heads.medusa import Medusa
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 
-Build = Callable[[TargetShape], LearnedDrafter]
+Build = Callable[[TargetShape], TrainedDrafter]
 DRAFTED = 40
 
 FAMILIES: dict[str, Build] = {
@@ -73,7 +73,7 @@ FAMILIES: dict[str, Build] = {
 }
 
 
-def built(name: str, target: Target, shake: float = 0.0) -> LearnedDrafter:
+def built(name: str, target: Target, shake: float = 0.0) -> TrainedDrafter:
     """A drafter of the family in float64, started from the target, its parameters then shaken by
     Gaussian noise.
     """
@@ -101,7 +101,7 @@ def documents(rows: list[list[int]], labels_from: int = 0) -> TextBatch:
     return TextBatch(ids, (documents == 0) & (positions >= labels_from), positions, documents)
 
 
-def filled(batch: TextBatch, drafter: LearnedDrafter, target: Target) -> TextBatch:
+def filled(batch: TextBatch, drafter: TrainedDrafter, target: Target) -> TextBatch:
     """The batch with the states that the drafter's loss reads."""
     batch.states = target.features(batch, drafter.training_states)
     return batch
@@ -113,7 +113,7 @@ class Reader:
     """
 
     def __init__(
-        self, drafter: LearnedDrafter, target: Target, batch: TextBatch, lengths: list[int]
+        self, drafter: TrainedDrafter, target: Target, batch: TextBatch, lengths: list[int]
     ) -> None:
         self.drafter, self.target, self.ids = (
             drafter,

@@ -12,7 +12,7 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.hydra import Hydra
 from modules.drafters.heads.medusa import Medusa
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.losses.chunked import draft_labels, training_rows
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
@@ -27,7 +27,7 @@ SEES_TOKENS = [
 ]
 
 
-def train(drafter: LearnedDrafter, batch, steps: int, lr: float = 1e-2) -> float:
+def train(drafter: TrainedDrafter, batch, steps: int, lr: float = 1e-2) -> float:
     optimizer = torch.optim.Adam(drafter.parameters(), lr)
     loss = torch.zeros(())
     for _ in range(steps):
@@ -64,7 +64,7 @@ def test_decoding_computes_what_training_does(name: str) -> None:
             torch.testing.assert_close(found[b], expected[m], atol=3e-5, rtol=1e-4)
 
 
-def filled_drafter(name: str, batch) -> LearnedDrafter:
+def filled_drafter(name: str, batch) -> TrainedDrafter:
     drafter = built(name, TARGET, shake=0.05)
     filled(batch, drafter, TARGET)
     return drafter
@@ -125,7 +125,7 @@ def test_a_batch_without_labels_costs_nothing(name: str) -> None:
     assert float(loss) == 0
 
 
-def teach(drafter: LearnedDrafter, batch, monkeypatch) -> None:
+def teach(drafter: TrainedDrafter, batch, monkeypatch) -> None:
     """Let the target's distributions be the text itself, and nothing else count."""
     labels = draft_labels(batch.input_ids.roll(-1, 1).flatten(), drafter.vocabulary_D).clamp(min=0)
     sharp = torch.nn.functional.one_hot(labels, drafter.draft_size).double()

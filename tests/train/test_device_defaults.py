@@ -24,7 +24,7 @@ from modules.drafters.heads.hydra import Hydra
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.loading import chosen_dtype, load_target
 from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
@@ -153,14 +153,14 @@ def test_a_gpu_drafts_wide_trees(
     drafter = built(name, target, shake=0.05)
     assert drafter.default_budget == 5 and not isinstance(drafter.builder, RerankedTree)
     plain = SpeculativeDecoder(target).decode([[7, 8, 9]], Sampling(), 12)[0]
-    monkeypatch.setattr(LearnedDrafter, "on_gpu", True)
+    monkeypatch.setattr(TrainedDrafter, "on_gpu", True)
     assert isinstance(drafter.builder, builder) and drafter.default_budget == nodes
     trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0]
     assert trace.ids == plain.ids
     assert max(trace.rows) == nodes + 1
 
 
-SAME: dict[str, Callable[[TargetShape], LearnedDrafter]] = {
+SAME: dict[str, Callable[[TargetShape], TrainedDrafter]] = {
     "clover": Clover,
     "clover2": Clover2,
     "falcon": Falcon,
@@ -185,12 +185,12 @@ def test_a_tree_is_the_same_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch)
     drafter = drafter.double().eval()
     before = drafter.builder, drafter.default_budget
     rows = decoded_rows(target, drafter)
-    monkeypatch.setattr(LearnedDrafter, "on_gpu", True)
+    monkeypatch.setattr(TrainedDrafter, "on_gpu", True)
     assert (drafter.builder, drafter.default_budget) == before
     assert decoded_rows(target, drafter) == rows and max(rows) <= before[1] + 1
 
 
-def decoded_rows(target: Target, drafter: LearnedDrafter) -> list[int]:
+def decoded_rows(target: Target, drafter: TrainedDrafter) -> list[int]:
     """Rows of every verification, the chain of an adaptive drafter at its longest in the end."""
     trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 40)[0]
     return list(trace.rows)
@@ -205,7 +205,7 @@ def test_the_wide_tree_fits_a_small_draft_vocabulary(
     drafter.initialise(target)
     drafter = drafter.double().eval()
     plain = SpeculativeDecoder(target).decode([[7, 8, 9]], Sampling(), 12)[0]
-    monkeypatch.setattr(LearnedDrafter, "on_gpu", True)
+    monkeypatch.setattr(TrainedDrafter, "on_gpu", True)
     trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0]
     assert trace.ids == plain.ids and 6 < max(trace.rows) <= drafter.default_budget + 1
     with pytest.raises(ValueError, match="rank of 9, but the draft vocabulary has 6"):

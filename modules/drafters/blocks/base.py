@@ -23,7 +23,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.blocks.proposal import Proposal
-from modules.drafters.trained import DraftStep, LearnedDrafter
+from modules.drafters.trained import DraftStep, TrainedDrafter
 from modules.losses.averages import divisor
 from modules.losses.chunked import Head, TrainingRows
 
@@ -41,7 +41,7 @@ class BlockState(DraftState):
     proposal: Proposal | None = field(default=None, kw_only=True)
 
 
-class BlockDrafter(LearnedDrafter):
+class BlockDrafter(TrainedDrafter):
     """Base of the drafters that draft K tokens in one pass.
 
     Subclasses give `blank_state`, `read` and `block_logits` for decoding, and `block_outputs` for

@@ -34,7 +34,7 @@ from modules.drafters.trained import (
     WIDE_BUDGET,
     WIDE_LEVEL,
     DraftStep,
-    LearnedDrafter,
+    TrainedDrafter,
     rows_at,
 )
 from modules.layers.activation_checkpointing import recomputed
@@ -267,7 +267,7 @@ class Falcon(BlockDrafter):
 
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
         """Slot by slot: distances are means over all rows, cross-entropies over labels."""
-        return LearnedDrafter.weighted(self, steps, batch)
+        return TrainedDrafter.weighted(self, steps, batch)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """Distance to the target's own features, on all rows, and cross-entropy."""

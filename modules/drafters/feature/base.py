@@ -31,7 +31,7 @@ from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import (
     WIDE_BUDGET,
     WIDE_LEVEL,
-    LearnedDrafter,
+    TrainedDrafter,
     rows_at,
     see_parents,
 )
@@ -69,7 +69,7 @@ class FeatureState(DraftState):
     above_BRA: Tensor | None = None
 
 
-class FeatureDrafter(LearnedDrafter):
+class FeatureDrafter(TrainedDrafter):
     """Base of the feature drafters.
 
     Subclasses set `layer` and give `read`, `fuse`, `outputs` and `head`.

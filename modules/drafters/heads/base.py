@@ -23,7 +23,7 @@ from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.verification import Accepted, Verified
-from modules.drafters.trained import WIDE_TREE, LearnedDrafter, rows_at
+from modules.drafters.trained import WIDE_TREE, TrainedDrafter, rows_at
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import DecoderLayer, LayerCache, causal_rows, run_layers
 from modules.losses.chunked import Head, LearntHead, TrainingRows
@@ -48,7 +48,7 @@ class HeadState(DraftState):
     rows_BRX: Tensor | None = None
 
 
-class HeadDrafter(LearnedDrafter):
+class HeadDrafter(TrainedDrafter):
     """Base of the head families.
 
     Subclasses give `step` and `feature`, and override `begin` when their start is more than the

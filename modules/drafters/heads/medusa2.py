@@ -17,7 +17,7 @@ from torch import Tensor
 from modules.contracts.batches import TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import Footprint, GradientLayers, Outcome
+from modules.contracts.trainable import Footprint, GradientLayers, TrainingResult
 from modules.drafters.heads.medusa import Medusa
 from modules.losses.averages import divisor
 from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_distributions
@@ -159,7 +159,7 @@ class Medusa2(Medusa):
         self._refuse_other_layers(target)
         return self.adapters.twin(target, self.lm_head_adapter, training=False)
 
-    def finish(self, batches: Iterable[TextBatch], target: Target) -> Outcome:
+    def finish(self, batches: Iterable[TextBatch], target: Target) -> TrainingResult:
         """An optimised tree goes by what the adapted target says."""
         twin = self.adapt_sharing(target)
         finals = ((batch, twin.features(batch, ("final",))["final"]) for batch in batches)

@@ -32,7 +32,7 @@ Ranked = list[tuple[list[int], int]]
 Columns = NDArray[np.int64]
 
 
-class Overheard:
+class RecordingDrafter:
     """A drafter as a tree builder sees it, which keeps the distributions it is asked for.
 
     Args:
@@ -58,16 +58,16 @@ class Overheard:
         self.distributions.append(log_probs(logits_BWD.detach()).exp())
         return logits_BWD
 
-    def opinions(self, texts: list[list[int]], vocab_size: int) -> list[Opinion]:
+    def opinions(self, texts: list[list[int]], vocab_size: int) -> list[DraftDistributions]:
         """What the drafter said about each sequence, whose text so far is given."""
         columns_V = columns_of(self.vocabulary_D, vocab_size)
         shares = [share_outside(text, columns_V) for text in texts]
         if not self.distributions:
-            return [Opinion([], [], None, columns_V, share) for share in shares]
+            return [DraftDistributions([], [], None, columns_V, share) for share in shares]
         tokens, parents = torch.cat(self.tokens, 1).tolist(), torch.cat(self.parents, 1).tolist()
         probs_BWD = torch.cat(self.distributions, 1).cpu()
         return [
-            Opinion(own, above, probs_WD, columns_V, share)
+            DraftDistributions(own, above, probs_WD, columns_V, share)
             for own, above, probs_WD, share in zip(tokens, parents, probs_BWD, shares, strict=True)
         ]
 
@@ -90,7 +90,7 @@ def share_outside(text: list[int], columns_V: Columns | None) -> float:
 
 
 @dataclass
-class Opinion:
+class DraftDistributions:
     """A drafter's distributions [W,D] at the nodes that it expanded, whose tokens and parents' row
     numbers are given.
 
@@ -114,7 +114,7 @@ class Opinion:
             for row, (parent, token) in reversed(list(enumerate(zip(self.parents, self.tokens))))
         }
 
-    def judge(self, path: Sequence[int], top: int, least: float) -> float | None:
+    def path_probability(self, path: Sequence[int], top: int, least: float) -> float | None:
         """The probability of the part of a path that the drafter has a distribution for; None when
         a token on it is neither among the `top` likeliest nor as likely as `least`.
 
@@ -219,12 +219,12 @@ class Rasd(Partnered):
 
     def _partners_tree(
         self, state: PartneredState, budget: int
-    ) -> tuple[TokenTree | None, Overheard | None]:
+    ) -> tuple[TokenTree | None, RecordingDrafter | None]:
         if self.partner is None or state.partner is None:
             return None, None
         if self.builds is None and type(self.partner).propose is not Drafter.propose:
             return self.partner.propose(state.partner, budget), None
-        heard, builder = Overheard(self.partner), self.builds or self.partner.builder
+        heard, builder = RecordingDrafter(self.partner), self.builds or self.partner.builder
         return builder.build(heard, state.partner, budget), heard  # type: ignore[arg-type]
 
     def retrieve(self, text: list[int], most: int) -> Ranked:
@@ -250,13 +250,15 @@ def matches(text_T: np.ndarray, longest: int, shortest: int = 1, *, length: int)
     return np.empty((0, length), dtype=np.int64)
 
 
-def prune(found: Ranked, opinion: Opinion | None, top: int, least: float) -> list[list[int]]:
+def prune(
+    found: Ranked, opinion: DraftDistributions | None, top: int, least: float
+) -> list[list[int]]:
     """The retrieved paths that the drafter does not rule out, by its probability times their share
     of occurrences.
     """
     total = sum(count for path, count in found if len(path) == 1)
     judged = [
-        (1.0 if opinion is None else opinion.judge(path, top, least), count, path)
+        (1.0 if opinion is None else opinion.path_probability(path, top, least), count, path)
         for path, count in found
     ]
     kept = [

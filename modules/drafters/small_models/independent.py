@@ -181,7 +181,7 @@ class Independent(TokenDrafter):
         """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the
         target's its first. Its weights are read, and its module never called, for the sake of ZeRO
         stage 3 (`modules.losses.chunked.LearntHead`)."""
-        model, own = self.language_model, self.language_model.anatomy.head
+        model, own = self.language_model, self.language_model.architecture.head
 
         def logits(hidden: Tensor) -> Tensor:
             if self.vocabulary is not None or not isinstance(own, nn.Linear):

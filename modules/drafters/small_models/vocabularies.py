@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from modules.contracts.shapes import TargetShape
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.tokenizers.vocabulary import vocabulary_hash
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
 
 
-class TokenDrafter(LearnedDrafter):
+class TokenDrafter(TrainedDrafter):
     """A learned drafter of one step that reads tokens alone.
 
     Args:
@@ -69,7 +69,7 @@ class TokenDrafter(LearnedDrafter):
         )
 
     def set_vocabulary(self, ids: Any) -> None:
-        """As `LearnedDrafter.set_vocabulary`; ValueError also for an id that it does not have."""
+        """As `TrainedDrafter.set_vocabulary`; ValueError also for an id that it does not have."""
         super().set_vocabulary(ids)
         if self.vocabulary is not None and int(self.vocabulary[-1]) >= self.readable:
             raise ValueError(

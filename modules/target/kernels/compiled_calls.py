@@ -58,7 +58,7 @@ def compile_blocks(component: nn.Module) -> None:
 class Layers(Protocol):
     """What a compiled call needs of a target: its layers, and how their states are noted."""
 
-    anatomy: Any
+    architecture: Any
 
     @property
     def shape(self) -> TargetShape:
@@ -178,7 +178,10 @@ class CompiledCalls:
         wide = widened(rows, width)
         cache.begin(wide)
         embeddings_BNH = F.pad(embeddings_BNH, (0, 0, 0, width - count))
-        mask, wanted = target.anatomy.mask(wide, cache, embeddings_BNH), tuple(dict.fromkeys(names))
+        mask, wanted = (
+            target.architecture.mask(wide, cache, embeddings_BNH),
+            tuple(dict.fromkeys(names)),
+        )
         with target.watching(wanted):
             graph = self._graph(width, wanted, cache.capacity)
             found = graph(

@@ -61,7 +61,7 @@ def test_two_tokens_with_the_same_logit_are_a_tie_whatever_follows() -> None:
     answer = SpeculativeDecoder(target).decode([PROMPT], Sampling(), 8)[0].ids
     twin = next(token for token in range(5, 64) if token not in answer + PROMPT)
     with torch.no_grad():
-        head = target.anatomy.head.weight
+        head = target.architecture.head.weight
         head[twin] = head[answer[3]]
     verdict = judge(target, PROMPT, answer, [*answer[:3], twin, 9, 9])
     assert verdict.identity is Identity.TIE and verdict.position == 3 and (verdict.gap or 0) <= 1e-3

@@ -16,7 +16,7 @@ from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
 from eval.methods.huggingface import trained
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 from tests import fakes
 from tests.fakes import tiny_target
@@ -52,7 +52,7 @@ def target() -> Iterator[Target]:
         yield tiny_target()
 
 
-def made(name: str, target: Target) -> LearnedDrafter:
+def made(name: str, target: Target) -> TrainedDrafter:
     """In float64, its weights such as bfloat16 holds exactly."""
     if name in FAMILIES:
         drafter = built(name, target, shake=0.05)
@@ -92,7 +92,7 @@ def test_no_cast_rounds_a_frequency(name: str, cast: str, target: Target) -> Non
     assert all(found.dtype == torch.float32 for found in frequencies(drafter))
 
 
-def probs(drafter: LearnedDrafter, target: Target) -> Tensor:
+def probs(drafter: TrainedDrafter, target: Target) -> Tensor:
     """Of the first drafted token behind CONTEXT tokens [D]."""
     ids = torch.randint(5, 128, (CONTEXT + 8,), generator=torch.Generator().manual_seed(3)).tolist()
     return Reader(drafter, target, documents([ids]), [CONTEXT]).logits()[0, 0].double().softmax(-1)

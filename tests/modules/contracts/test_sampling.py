@@ -18,7 +18,7 @@ from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 from modules.trees.sampled.branching import branching_tree, chains
 from modules.trees.sampled.chain import SampledChain
@@ -83,13 +83,13 @@ def test_the_likeliest_token_alone_is_greedy_decoding() -> None:
 # ----------------------------------------------------------------------------
 
 
-def copied_model(target: Target) -> LearnedDrafter:
+def copied_model(target: Target) -> TrainedDrafter:
     drafter = Independent(target.shape, layers=target.shape.num_layers)
     drafter.initialise(target)
     return drafter.double().eval()
 
 
-def copied_layers(target: Target) -> LearnedDrafter:
+def copied_layers(target: Target) -> TrainedDrafter:
     drafter = S2D(target.shape, exits=[target.shape.num_layers])
     drafter.initialise(target)
     return drafter.double().eval()
@@ -109,7 +109,7 @@ BUILDERS = {
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("sampling", SETTINGS[1:4], ids=str)
 def test_the_target_as_its_own_drafter_is_accepted_whatever_warps(
-    made: Callable[[Target], LearnedDrafter], name: str, sampling: Sampling
+    made: Callable[[Target], TrainedDrafter], name: str, sampling: Sampling
 ) -> None:
     """Every first draw is kept, and so are all levels where each node has a child."""
     target, builder = tiny_target(), BUILDERS[name]
@@ -141,7 +141,7 @@ class Watching:
         self.sibling_draw, self.depth = builder.sibling_draw, builder.depth
 
     def build(self, drafter: Any, state: DraftState, budget: int) -> TokenTree:
-        heard = Overheard(drafter, self.sampling)
+        heard = RecordingDrafter(drafter, self.sampling)
         tree = self.builder.build(cast(Any, heard), state, budget)
         probs_BRD = torch.cat(heard.distributions, 1)
         for b, node in tree.acceptable_BN[:, 1:].nonzero().tolist():
@@ -152,7 +152,7 @@ class Watching:
         return tree
 
 
-class Overheard:
+class RecordingDrafter:
     """A drafter, and the warped distributions of what it answers."""
 
     def __init__(self, drafter: Any, sampling: Sampling) -> None:

@@ -19,8 +19,8 @@ def test_the_target_is_asked_for_all_its_matrices_once():
     target = fakes.tiny_target()
     roofline = measure_roofline(target, repeats=1)
     expected = sum(p.numel() for p in target.model.parameters() if p.dim() == 2)
-    if target.anatomy.embedding.get_parameter("weight") is not target.anatomy.head.weight:
-        expected -= target.anatomy.embedding.get_parameter("weight").numel()
+    if target.architecture.embedding.get_parameter("weight") is not target.architecture.head.weight:
+        expected -= target.architecture.embedding.get_parameter("weight").numel()
     assert roofline.flops_per_row == 2 * expected
     assert roofline.weight_bytes == 8 * expected
     assert roofline.bytes_per_second > 0 and roofline.flops_per_second > 0

@@ -17,7 +17,7 @@ from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted
 from modules.decoding import timing as clock
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.loop import tell
+from modules.decoding.loop import read_to_host
 from modules.decoding.timing import Clock
 from modules.drafters.heads.medusa import Medusa
 from modules.trees.static import StaticTree
@@ -111,7 +111,7 @@ def test_what_is_told_is_the_acceptance() -> None:
     wide = Accepted(
         torch.tensor([[0, 1, 2, 0], [0, 0, 0, 0]]), torch.tensor([3, 1]), torch.tensor([9, 4])
     )
-    accepted, told = tell(tree, wide)
+    accepted, told = read_to_host(tree, wide)
     assert accepted.path_BA.tolist() == [[0, 1, 2], [0, 0, 0]] and accepted.paths == [
         [0, 1, 2],
         [0],

@@ -86,7 +86,7 @@ def test_a_layer_without_input_norm_attends_to_final_states_as_the_targets_to_it
 def test_a_silenced_channel_of_the_final_norm_is_not_blown_up() -> None:
     target = tiny_target()
     with torch.no_grad():
-        target.anatomy.norm.weight[3] = 1e-6
+        target.architecture.norm.weight[3] = 1e-6
     layer = DecoderLayer(target.shape, input_norm=False).double()
     assert layer.copy_from(target)
     columns = layer.self_attn.q_proj.weight.abs().amax(0)

@@ -14,7 +14,7 @@ from tests.fakes import tiny_target
 def test_scaled_embeddings_are_as_large_as_final_states(arch: str, gain: float) -> None:
     target = tiny_target(arch)
     with torch.no_grad():
-        weight = target.anatomy.norm.weight
+        weight = target.architecture.norm.weight
         offset = 1.0 if arch == "gemma2" else 0.0
         weight.copy_((weight + offset) * gain - offset)
     ids = torch.arange(target.shape.vocab_size)
@@ -37,5 +37,5 @@ def test_a_power_of_two_is_exact_at_every_precision() -> None:
 
 def test_without_a_final_norm_embeddings_stay_as_they_are() -> None:
     target = tiny_target()
-    target.anatomy.norm = None
+    target.architecture.norm = None
     assert token_scale(target) == 1.0

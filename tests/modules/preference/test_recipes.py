@@ -112,7 +112,7 @@ def test_log_ratios_and_divergences_at_16_bits_are_not_of_rounded_logits(dtype):
     for parameter in sparse.policy.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
     sparse.eval()
-    weight_VH = target.anatomy.head.weight.double()
+    weight_VH = target.architecture.head.weight.double()
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.double() @ weight_VH.T
@@ -144,7 +144,7 @@ def test_the_contrast_at_16_bits_is_not_of_rounded_logits():
     found_BT = estimator.scores(text, target)
     positive, negative = (
         adapters.twin(target, training=False).features(text, ("final",))["final"].double()
-        @ target.anatomy.head.weight.double().T
+        @ target.architecture.head.weight.double().T
         for adapters in (estimator.positive, estimator.negative)
     )
     distributions = contrastive_probs(

@@ -294,7 +294,7 @@ def test_activations_leave_no_hooks_and_name_a_target_without_such_parts(target,
     assert [len(group) for group in found] == [16, 8, 2, 1]
     inner = [
         module
-        for layer in target.anatomy.layers
+        for layer in target.architecture.layers
         for module in layer.modules()
         if module is not layer
     ]

@@ -140,7 +140,7 @@ def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
 
 def test_packed_weights_are_not_copied() -> None:
     target = packed(tiny_target(), "8bit")
-    layer: Any = target.anatomy.layers[0]
+    layer: Any = target.architecture.layers[0]
     layer.self_attn.q_proj.weight = torch.nn.Parameter(
         torch.zeros(4, 4, dtype=torch.int8), requires_grad=False
     )

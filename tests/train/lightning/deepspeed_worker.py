@@ -36,7 +36,7 @@ STEPS = 4
 
 
 def clover(shape: TargetShape) -> Trainable:
-    """Told two tokens."""
+    """StepResult two tokens."""
     return Clover(shape, 2)
 
 

@@ -90,8 +90,8 @@ def test_distributions_of_a_target_at_16_bits_are_those_of_its_weights(
 def exact_probs(target: Target, final_MH: torch.Tensor) -> torch.Tensor:
     """At float64, of the target's own weights and these states."""
     logits = final_MH.double() @ target.copy_weight("lm_head").double().T
-    if target.anatomy.softcap is not None:
-        logits = torch.tanh(logits / target.anatomy.softcap) * target.anatomy.softcap
+    if target.architecture.softcap is not None:
+        logits = torch.tanh(logits / target.architecture.softcap) * target.architecture.softcap
     return logits.softmax(-1)
 
 

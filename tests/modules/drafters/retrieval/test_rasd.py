@@ -17,7 +17,14 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.retrieval.lookahead import Lookahead
 from modules.drafters.retrieval.partner import as_trie
-from modules.drafters.retrieval.rasd import Opinion, Overheard, Rasd, columns_of, matches, prune
+from modules.drafters.retrieval.rasd import (
+    DraftDistributions,
+    Rasd,
+    RecordingDrafter,
+    columns_of,
+    matches,
+    prune,
+)
 from modules.drafters.retrieval.suffix_array import Datastore
 from modules.trees.named_trees import NARROW
 from modules.trees.reranked import RerankedTree
@@ -52,7 +59,9 @@ def test_every_match_is_read() -> None:
 
 
 def test_pruning() -> None:
-    opinion = Opinion([9, 1], [-1, 0], torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]]))
+    opinion = DraftDistributions(
+        [9, 1], [-1, 0], torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.15, 0.05]])
+    )
     found = [([2], 3), ([1], 2), ([0], 1), ([1, 0], 1), ([1, 2], 1), ([1, 0, 2], 1)]
     assert prune(found, opinion, 1, 1.0) == [[1], [1, 0], [1, 0, 2]]
     assert sorted(prune(found, opinion, 3, 0.0)) == sorted(path for path, _ in found)
@@ -63,17 +72,20 @@ def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_
     """Tokens 5 and 6 are drafted; 2 of 8 tokens of the text are others, so 3 of 10 are expected to
     be. Behind such a token the drafter has no distribution."""
     columns = columns_of(torch.tensor([5, 6]), 10)
-    heard = Overheard(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
+    heard = RecordingDrafter(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
     heard.tokens, heard.parents = [torch.tensor([[9, 5]])], [torch.tensor([[-1, 0]])]
     heard.distributions = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
     (opinion,) = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
     assert columns is not None and columns.tolist() == [-1] * 5 + [0, 1] + [-1] * 3
     assert opinion.outside == 0.3
-    assert opinion.judge([7], 1, 0.3) == 0.3 and opinion.judge([7], 1, 0.31) is None
-    assert opinion.judge([7, 5, 5], 1, 0.3) == 0.3
-    assert opinion.judge([5, 8, 6], 2, 0.0) == pytest.approx(0.9 * 0.7 * 0.3)
-    assert opinion.judge([6], 2, 1.0) == pytest.approx(0.1 * 0.7)
-    assert opinion.judge([6], 1, 0.08) is None
+    assert (
+        opinion.path_probability([7], 1, 0.3) == 0.3
+        and opinion.path_probability([7], 1, 0.31) is None
+    )
+    assert opinion.path_probability([7, 5, 5], 1, 0.3) == 0.3
+    assert opinion.path_probability([5, 8, 6], 2, 0.0) == pytest.approx(0.9 * 0.7 * 0.3)
+    assert opinion.path_probability([6], 2, 1.0) == pytest.approx(0.1 * 0.7)
+    assert opinion.path_probability([6], 1, 0.08) is None
     # Ranked with the others, not above them; pruned with top 1 and least 1 as all but the argmax.
     found = [([7], 3), ([5], 3), ([6], 2)]
     assert prune(found, opinion, 2, 0.0) == [[5], [7], [6]]
@@ -143,7 +155,7 @@ def test_nothing_retrieved_is_the_partner_alone() -> None:
     assert paths(fused.propose(fused.start(context), 10)) == paths(
         drafter.propose(drafter.start(context), 7)
     )
-    heard = Overheard(drafter)
+    heard = RecordingDrafter(drafter)
     drafter.builder.build(heard, drafter.start(context), 7)  # type: ignore[arg-type]
     assert heard.opinions([[7, 8, 9, 10, 11]], 128)[0].probs_WD is not None
 

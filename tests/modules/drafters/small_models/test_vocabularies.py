@@ -18,7 +18,7 @@ from modules.decoding.entropy_adaptive import EntropyAdaptive
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.on_policy import written
 from modules.drafters.small_models.s2d import S2D
-from modules.drafters.trained import LearnedDrafter
+from modules.drafters.trained import TrainedDrafter
 from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain
@@ -67,7 +67,7 @@ def served(rows: int, target: Target, tmp_path: Path, draft_vocabulary: int | No
     return found.double().eval()
 
 
-def shared_ids(drafter: LearnedDrafter, target: Target) -> list[int]:
+def shared_ids(drafter: TrainedDrafter, target: Target) -> list[int]:
     return (
         list(range(target.shape.vocab_size))
         if drafter.vocabulary_D is None
