@@ -1,1 +1,1 @@
-"""What every part agrees on: batches, trees, drafters, trainables. Read first."""
+"""The contracts between the packages: batches, trees, drafters, trainables. Read first."""

@@ -36,15 +36,17 @@ class TextBatch:
     states: dict[StateName, Tensor] = field(default_factory=dict)
 
     def texts(self) -> tuple[TextBatch, ...]:
-        """The text batches that it is made of: itself."""
+        """The text batches in it: this one alone."""
         return (self,)
 
     def rows(self) -> Rows:
         """Causal attention inside each document."""
         length = self.input_ids.shape[1]
+        # 1. A token sees earlier tokens of its own document.
         causal = torch.ones(length, length, dtype=torch.bool, device=self.input_ids.device).tril()
         same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
         real = (self.document_ids != PADDING_DOCUMENT)[:, :, None]
+        # 2. Padding sees itself, so that no softmax is empty.
         itself = torch.eye(length, dtype=torch.bool, device=self.input_ids.device)
         return Rows(self.position_ids, (same & causal & real) | itself)
 
@@ -66,7 +68,7 @@ class PreferenceBatch:
     """bool [B]: rows whose error is only known to lie among the tokens marked in `errors`."""
 
     def texts(self) -> tuple[TextBatch, ...]:
-        """Both sides."""
+        """The chosen and the rejected batch."""
         return self.chosen, self.rejected
 
 

@@ -79,9 +79,9 @@ class Frontier:
 
 @dataclass(frozen=True)
 class ProposalRows:
-    """The rows of a proposal so far, in the order in which a drafter was asked for them.
+    """The rows of a proposal so far, in the order in which the drafter expanded them.
 
-    tokens_BM, parents_BM: int64 [B,M], as the frontiers gave them. above_BMM: bool [B,M,M], which
+    tokens_BM, parents_BM: int64 [B,M], as in the frontiers. above_BMM: bool [B,M,M], which
     rows each one sees: itself and those that it descends from.
     """
 
@@ -91,32 +91,34 @@ class ProposalRows:
 
     @staticmethod
     def none(newest_B: Tensor) -> ProposalRows:
-        """No rows yet, of as many sequences."""
+        """An empty proposal for as many sequences."""
         empty_B0 = newest_B[:, None][:, :0]
         return ProposalRows(empty_B0, empty_B0, empty_B0[:, :, None][:, :, :0].bool())
 
     def add(self, frontier: Frontier) -> ProposalRows:
-        """The rows with those of one more frontier behind them. Depth 0 begins a proposal."""
+        """These rows followed by those of one more frontier. Depth 0 begins a proposal."""
         if frontier.depth == 0:
             return ProposalRows.none(frontier.tokens_BW[:, 0])._with(frontier)
         return self._with(frontier)
 
     def _with(self, frontier: Frontier) -> ProposalRows:
+        # 1. Tokens and parents.
         tokens_BM = torch.cat([self.tokens_BM, frontier.tokens_BW], 1)
         parents_BM = torch.cat([self.parents_BM, frontier.parents_BW], 1)
         batch, width = frontier.tokens_BW.shape
-        # New rows see what their parents see, and themselves.
+        # 2. New rows see what their parents see, and themselves.
         above_BWM = torch.zeros(batch, width, 0, dtype=torch.bool, device=tokens_BM.device)
         if self.tokens_BM.shape[1]:
             index = frontier.parents_BW[..., None].expand(-1, -1, self.above_BMM.shape[2])
             above_BWM = self.above_BMM.gather(1, index)
         itself = torch.eye(width, dtype=torch.bool, device=tokens_BM.device)
         above_BWM = torch.cat([above_BWM, itself.expand(batch, -1, -1)], dim=2)
+        # 3. Earlier rows do not see the new ones.
         earlier_BMM = F.pad(self.above_BMM, (0, width))
         return ProposalRows(tokens_BM, parents_BM, torch.cat([earlier_BMM, above_BWM], dim=1))
 
     def newest(self, frontier: Frontier, lengths_B: Tensor) -> Rows:
-        """The rows of the frontier that was added last, to be run behind the earlier ones.
+        """The rows of the frontier that was added last, to be run after the earlier ones.
 
         Args:
             frontier: the one that was added last.
@@ -185,12 +187,13 @@ class TreeBuilder(Protocol):
 class Drafter(Trainable):
     """Proposes tokens for the target to verify. No per-sequence state lives on the module.
 
-    Subclasses implement `start`, `expand` and `absorb`, and give a default `builder`; one whose
-    tree is its own overrides `propose` instead of `expand`.
+    Subclasses implement `start`, `expand` and `absorb`, and give a default `builder`; one that
+    builds its own trees overrides `propose` instead of `expand`.
     """
 
+    # What kind of drafter it is.
     draft_tokenizer: Any = None
-    """Its tokenizer, where that may be another than the target's: then the decoder translates
+    """Its tokenizer, where that may differ from the target's: then the decoder translates
     (`modules.decoding.translation`), and all ids that it reads and drafts are this tokenizer's. A
     Hugging Face tokenizer; only `get_vocab` and `unk_token_id` are read.
     """
@@ -199,13 +202,13 @@ class Drafter(Trainable):
     """What `max_depth` counts, as messages name it."""
 
     own_model: ClassVar[bool] = False
-    """Whether it is a language model of its own, which takes nothing but tokens and distributions
-    from its target.
+    """Whether it is an independent language model, which needs only tokens and distributions of its
+    target.
     """
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """Target states it reads in `start` and `absorb`."""
+        """Target states that `start` and `absorb` read."""
         return ()
 
     @property
@@ -257,12 +260,12 @@ class Drafter(Trainable):
 
     @property
     def stock(self) -> Any:
-        """Itself as a Hugging Face model on the same weights; None where it is none."""
+        """The drafter as a Hugging Face model on the same weights; None if it is not one."""
         return None
 
     @property
     def tokens_D(self) -> Tensor | None:
-        """Ids of its own that can be drafted [D]; None: all that it has."""
+        """Ids of its own vocabulary that it can draft [D]; None: all of them."""
         return self.vocabulary_D
 
     def adapt(self, target: Target) -> Target:
@@ -272,9 +275,8 @@ class Drafter(Trainable):
         return target
 
     def adapt_sharing(self, target: Target) -> Target:
-        """The same for a look at weights that still move: on the target's own weights instead of a
-        copy of them.
-        """
+        """The same for measurements during training: on the target's own weights instead of a
+        copy."""
         return self.adapt(target)
 
     @abstractmethod
@@ -318,11 +320,11 @@ def proposal(
 
 
 Part = Drafter | Path
-"""What another drafter is made of: a drafter, or a folder of data."""
+"""A component of another drafter: a drafter, or a folder of data."""
 
 
 def check_depth(builder: TreeBuilder, drafter: Drafter) -> None:
-    """Refuse a builder of trees that are deeper than the drafter can draft."""
+    """ValueError for a builder of trees that are deeper than the drafter can draft."""
     longest = drafter.max_depth
     if longest is not None and builder.depth > longest:
         raise ValueError(

@@ -20,15 +20,17 @@ class SteadyBuffers(nn.Module):
     """
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        kept = [
+        # 1. Remember the float32 buffers that no state dict holds.
+        buffers = [
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module.named_buffers(recurse=False)
             if name in module._non_persistent_buffers_set and buffer.dtype == torch.float32
         ]
         super()._apply(fn, recurse)
-        for module, name, before in kept:
-            after = module._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                module._buffers[name] = before.to(after.device)
+        # 2. Undo a change of their precision, not of their device.
+        for module, name, original in buffers:
+            cast = module._buffers[name]
+            if cast is not None and cast.dtype != original.dtype:
+                module._buffers[name] = original.to(cast.device)
         return self

@@ -1,4 +1,4 @@
-"""Rows of one call of the target: where each stands and what it attends to.
+"""Rows of one call of the target: the position of each and what it attends to.
 
 Shape legend: B sequences, N rows of one call, J rows since the last commit, P auxiliary rows,
 S slots, H hidden size.
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to run through layers: where each one stands and which others it sees.
+    """Rows to run through layers: the position of each and which others it sees.
 
     In a call with a KV cache they also attend to what is committed there, and their own keys and
-    values are written behind it, for a commit to keep.
+    values are written after it, until a commit keeps them.
 
     position_ids_BN: int64 [B,N].
     visible_BNJ: bool [B,N,J], whether row i attends to row j since the last commit. The last N are
@@ -34,7 +34,7 @@ class Rows:
     committed_BS: Tensor | None = None
 
     def beside(self, auxiliary: AuxiliaryRows) -> Rows:
-        """These rows and the auxiliary ones behind them, which these do not see."""
+        """These rows followed by the auxiliary ones, which these do not see."""
         positions = torch.cat([self.position_ids_BN, auxiliary.position_ids_BP], dim=1)
         visible_BNJ = F.pad(self.visible_BNJ, (0, auxiliary.position_ids_BP.shape[1]))
         visible = torch.cat([visible_BNJ, auxiliary.visible_BPX], dim=1)
@@ -43,10 +43,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class AuxiliaryRows:
-    """Rows without a token: trained prompt embeddings, pseudo states. They pass through the target
-    beside other rows, are never accepted and never committed.
+    """Rows without a token: trained prompt embeddings, pseudo states. They run through the target
+    with other rows, are never accepted and never committed.
 
-    inputs: [B,P,H], what enters at `layer`; or what makes it of the other rows' states there,
+    inputs: the states [B,P,H] at `layer`; or a function of the other rows' states there,
         [B,N,H] -> [B,P,H]. At layer 0 these are embeddings as `Target.embed` gives them.
     position_ids_BP: int64 [B,P].
     visible_BPX: bool [B,P,N+P], whether an auxiliary row attends to each of the other rows and to
@@ -60,6 +60,6 @@ class AuxiliaryRows:
     layer: int = 0
 
     def entering(self, hidden_BNH: Tensor) -> Tensor:
-        """The states [B,P,H] that enter beside those of the other rows."""
+        """The states [B,P,H] that enter with those of the other rows `hidden_BNH`."""
         made = self.inputs if isinstance(self.inputs, Tensor) else self.inputs(hidden_BNH)
         return made.to(hidden_BNH.dtype)

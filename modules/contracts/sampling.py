@@ -34,6 +34,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse bad values; whole numbers are taken for the floats that the warpers ask for."""
+        # 1. Check the ranges.
         if not 0 <= self.temperature < inf:
             raise ValueError(
                 f"temperature must be 0 (greedy) or a finite number above, got {self.temperature}"
@@ -42,6 +43,7 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.top_k < inf or self.top_k != int(self.top_k):
             raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
+        # 2. A YAML `1` is an integer, but the warpers ask for floats.
         for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
             object.__setattr__(self, name, kind(getattr(self, name)))
 
@@ -67,14 +69,14 @@ def warped_probs(logits: Tensor, sampling: Sampling, temperature: float | None =
 
 @lru_cache(maxsize=64)
 def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+    warpers = LogitsProcessorList()
     if temperature != 1:
-        found.append(TemperatureLogitsWarper(temperature))
+        warpers.append(TemperatureLogitsWarper(temperature))
     if top_k:
-        found.append(TopKLogitsWarper(top_k))
+        warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
-        found.append(TopPLogitsWarper(top_p))
-    return found
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 def sample_probs(probs: Tensor, uniform: Tensor) -> Tensor:

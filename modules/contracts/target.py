@@ -1,7 +1,7 @@
 """What drafters, losses and layers may ask of the frozen target.
 
 `modules.target.target.Target` is the implementation; contracts and layers name this protocol alone,
-so that they import nothing of it.
+so that they do not import it.
 
 Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabulary.
 """
@@ -31,9 +31,11 @@ class Target(Protocol):
     architecture: Any
     """Where that model keeps its layers, norm and head."""
 
+    # Dimensions and limits.
+
     @property
     def shape(self) -> TargetShape:
-        """Its dimensions."""
+        """The dimensions of the model."""
         ...
 
     @property
@@ -55,6 +57,8 @@ class Target(Protocol):
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         ...
+
+    # Embeddings, logits and weights.
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., H] of token ids."""
@@ -93,6 +97,8 @@ class Target(Protocol):
         """Names of the weights of one layer, without `layers.K.`."""
         ...
 
+    # Forward passes.
+
     def features(
         self,
         batch: TextBatch,
@@ -111,7 +117,7 @@ class Target(Protocol):
         auxiliary: AuxiliaryRows,
         cache: Any = None,
     ) -> dict[StateName, Tensor]:
-        """States [B,N+P,H] of one pass of rows with auxiliary ones behind them."""
+        """States [B,N+P,H] of one pass of rows followed by auxiliary ones."""
         ...
 
     def forward_rows(
@@ -128,6 +134,8 @@ class Target(Protocol):
     def open(self, batch_size: int, capacity: int) -> Session:
         """New sequences with an empty KV cache of `capacity` tokens each."""
         ...
+
+    # The model itself.
 
     @property
     def stock(self) -> Any:
@@ -148,6 +156,8 @@ class Target(Protocol):
         """A digest of names, shapes and values of the weights."""
         ...
 
+    # Compiled calls.
+
     @property
     def compiled(self) -> Any:
         """The compiled calls, if there are any."""
@@ -159,8 +169,8 @@ class Target(Protocol):
 
 
 class Session(Protocol):
-    """Sequences that one target decodes together. Rows of a call are written behind what is
-    committed, and `commit` keeps the accepted ones.
+    """Sequences that one target decodes together. Rows of a call are written after the
+    committed ones, and `commit` keeps those that were accepted.
 
     cache: keys and values of all layers; only code that moves them reaches into it.
     """
@@ -184,7 +194,7 @@ class Session(Protocol):
         ...
 
     def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
-        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
+        """`final` states [B,N,H] of tokens at the positions of `rows`. Nothing is committed."""
         ...
 
     def run_layers(
@@ -207,11 +217,11 @@ class Session(Protocol):
         ...
 
     def keep(self, sequences: list[int]) -> None:
-        """Drop every sequence but these, which may repeat."""
+        """Keep only these sequences, which may repeat."""
         ...
 
     def reserve(self, width: int) -> None:
-        """Make room for `width` rows behind the longest sequence."""
+        """Make room for `width` rows after the longest sequence."""
         ...
 
     def select(self, sequences_S: Tensor) -> Session:

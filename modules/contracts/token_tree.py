@@ -6,7 +6,7 @@ size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -30,25 +30,28 @@ class SiblingDraw(IntEnum):
 
 @dataclass(frozen=True)
 class Topology:
-    """Which node hangs under which: everything that depends on `parents` alone, derived once and
-    kept.
+    """The structure of a tree: everything that follows from `parents` alone, computed once.
 
     parents_BN: int64 [B,N]; -1 for node 0, the node's own index for padding, else an earlier node's
     index.
-        Siblings stand in draw order. A static template shares one Topology over all steps (B = 1
+        Siblings are in draw order. A static template shares one Topology over all steps (B = 1
         broadcasts).
     """
 
     parents_BN: Tensor
+    _template: Topology | None = field(default=None, repr=False, compare=False)
+    """The topology of one sequence that this one repeats, if it does."""
 
     @property
     def size(self) -> int:
-        """N."""
+        """Nodes N, padding included."""
         return self.parents_BN.shape[1]
 
     @cached_property
     def padding(self) -> Tensor:
         """bool [B,N]: rows that only fill up the width."""
+        if self._template is not None:
+            return self._repeated(self._template.padding)
         return self.parents_BN == torch.arange(self.size, device=self.parents_BN.device)
 
     @cached_property
@@ -56,11 +59,15 @@ class Topology:
         """bool [B,N,N]: `[b, i, j]` when node j is node i or above it. On the device, at fixed
         N.
         """
+        if self._template is not None:
+            return self._repeated(self._template.ancestors)
         parents = self.parents_BN
+        # 1. Paths of at most one edge.
         itself = torch.eye(self.size, dtype=torch.bool, device=parents.device).expand(
             parents.shape[0], -1, -1
         )
         reach = itself | (parents[:, :, None] == torch.arange(self.size, device=parents.device))
+        # 2. Each product doubles the length of the paths.
         for _ in range(max(1, (self.size - 1).bit_length())):
             reach = torch.bmm(reach.float(), reach.float()) > 0
         return reach
@@ -68,25 +75,27 @@ class Topology:
     @cached_property
     def depth(self) -> Tensor:
         """int64 [B,N]: 0 for node 0 (and for padding)."""
+        if self._template is not None:
+            return self._repeated(self._template.depth)
         return self.ancestors.sum(-1) - 1
 
     def expand(self, batch: int) -> Topology:
-        """The same topology for `batch` sequences, keeping what was already derived."""
+        """The same topology for `batch` sequences; what this one has derived is shared."""
         if self.parents_BN.shape[0] == batch:
             return self
-        wide = Topology(self.parents_BN.expand(batch, -1))
-        for name in ("padding", "ancestors", "depth"):
-            wide.__dict__[name] = getattr(self, name).expand(batch, *getattr(self, name).shape[1:])
-        return wide
+        return Topology(self.parents_BN.expand(batch, -1), _template=self)
+
+    def _repeated(self, derived: Tensor) -> Tensor:
+        return derived.expand(len(self.parents_BN), *derived.shape[1:])
 
 
 @dataclass(frozen=True)
 class PartialRows:
     """The first M rows of a tree, which have run through the target's layers below `layer`, in the
-    order of the tree: their keys and values stand there behind what is committed
+    order of the tree: their keys and values are in the cache after the committed ones
     (`Session.run_layers`).
 
-    hidden_BMH: what stands at the input of that layer.
+    hidden_BMH: the input of that layer.
     """
 
     hidden_BMH: Tensor
@@ -110,8 +119,8 @@ class TokenTree:
     prob_rows_BN: int64 [B,N]: the row of `probs_BRD` that the node was drawn from (-1: a point
     mass).
     vocabulary_D: int64 [D], target ids of the draft vocabulary; None means the whole vocabulary.
-    already_run: what the drafter has computed of the first rows on the target's own layers.
-    auxiliary: rows that are verified beside the nodes and only compute.
+    already_run: states of the first rows that the drafter has computed on the target's layers.
+    auxiliary: rows that run with the nodes and only compute.
     """
 
     tokens_BN: Tensor
@@ -155,7 +164,7 @@ class TokenTree:
 
     @cached_property
     def draws_carried(self) -> frozenset[SiblingDraw]:
-        """The same, and none where nothing is drafted. Reads the device."""
+        """The same, empty where nothing is drafted. Reads the device."""
         if self.draw_BN is None:
             return frozenset({SiblingDraw.BY_VALUE} if self.size > 1 else ())
         drafted = self.acceptable_BN[:, 1:]
@@ -165,49 +174,53 @@ class TokenTree:
 
     @cached_property
     def first_BN(self) -> Tensor:
-        """int64 [B,N]: the first node that stands for the same prefix, often the node itself.
+        """int64 [B,N]: the first node with the same prefix, often the node itself.
 
         Trees chosen by value may hold siblings of one token. These, and the same paths below them,
-        stand for one prefix, for which the target may be drawn from once only. Nodes that cannot be
-        accepted stand for nothing. On the device, at fixed N.
+        are one prefix, for which the target may be drawn from once only. Nodes that cannot be
+        accepted have none. On the device, at fixed N.
         """
         nodes = torch.arange(self.size, device=self.tokens_BN.device)
         parents = self.parents_BN.clamp(min=0)
+        # 1. Pairs of usable nodes at one depth with the same token.
         usable_BN = ~(self.topology.ancestors & ~self.acceptable_BN[:, None]).any(-1)
         depth_BN = self.topology.depth
         same = self.tokens_BN[:, :, None] == self.tokens_BN[:, None]
         same = same & (depth_BN[:, :, None] == depth_BN[:, None])
         same = same & usable_BN[:, :, None] & usable_BN[:, None]
-        # The last 1, 2, 4, … tokens of both paths are equal; the root stands above itself.
+        # 2. The last 1, 2, 4, … tokens of both paths are equal; the root is its own parent.
         above_BN = parents.expand(len(same), -1)
         for _ in range(max(1, (self.size - 1).bit_length())):
             rows = same.gather(1, above_BN[:, :, None].expand_as(same))
             same = same & rows.gather(2, above_BN[:, None].expand_as(same))
             above_BN = above_BN.gather(1, above_BN)
+        # 3. The first node of each group.
         return torch.where(same.any(-1), same.int().argmax(-1), nodes)
 
     def with_run_rows(
         self, tokens_BM: Tensor, parents_BM: Tensor, hidden_BMH: Tensor, layer: int
     ) -> TokenTree:
-        """The tree with what a drafter computed of its rows while it drafted them.
+        """The tree with the states that a drafter computed while it drafted the rows.
 
-        Rows count from the first on, as far as they are the tree's first nodes; others are left to
-        the target, such as those that a builder drafted and dropped. Reads the device.
+        Rows count from the first on, as long as they are the tree's first nodes. The target runs
+        the others, such as those that a builder drafted and dropped. Reads the device.
 
         Args:
             tokens_BM, parents_BM: int64 [B,M], the rows that ran, in the order in which they were
                 written (`Frontier`).
-            hidden_BMH: what stands at the input of layer `layer`.
+            hidden_BMH: the input of layer `layer`.
             layer: the first one that has not run.
         """
+        # 1. Rows that are nodes of the tree, in its order.
         most = min(self.size, tokens_BM.shape[1])
         same_M = (tokens_BM[:, :most] == self.tokens_BN[:, :most]).all(0)
         same_M = same_M & (parents_BM[:, :most] == self.parents_BN[:, :most]).all(0)
+        # 2. Only those before the first difference can be used.
         count = int(same_M.cumprod(0).sum())
         return replace(self, already_run=PartialRows(hidden_BMH[:, :count], layer))
 
     def rows(self, lengths_B: Tensor) -> Rows:
-        """The rows to verify behind `lengths_B` committed tokens."""
+        """The rows to verify after `lengths_B` committed tokens."""
         return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors)
 
     @staticmethod
@@ -232,10 +245,12 @@ def packed(
         real_BN: bool [B,N]; node 0 is.
         vocabulary_D: target ids of the draft vocabulary.
     """
+    # 1. Real nodes first, in their order.
     width = int(real_BN.sum(1).max())
     order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    # 2. Renumber the parents; padding is its own parent.
     moved = (real_BN.cumsum(1) - 1).gather(1, parents_BN.clamp(min=0))
     parents = torch.where(parents_BN < 0, parents_BN, moved).gather(1, order)
-    own = torch.arange(width, device=parents.device)
-    topology = Topology(torch.where(real_BN.gather(1, order), parents, own))
+    itself = torch.arange(width, device=parents.device)
+    topology = Topology(torch.where(real_BN.gather(1, order), parents, itself))
     return TokenTree(tokens_BN.gather(1, order), topology, vocabulary_D=vocabulary_D)

@@ -36,14 +36,14 @@ MOST = {
     "draft_length": 256,
     "width": 1024,
 }
-"""The largest counts that a component takes: each is made one by one, and a tree's paths grow with
-its square. Far above any that was published."""
+"""The largest counts that a constructor accepts. Parts are made one by one, and a tree's paths grow
+with its square; published values are far below."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a component that is trained before the whole, by its own loss and on what the data
-    give for stages.
+    """A part of a component that is trained before the whole, with its own loss, on the data
+    meant for stages.
 
     name: of the part. part: what is trained; frozen otherwise. epochs: passes over the data. lr:
     peak learning rate.
@@ -57,8 +57,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `Trainable.finish` found out: figures by name, and texts to leave in the run's folder by
-    file name.
+    """The result of `Trainable.finish`: figures by name, and texts for the run's folder by file
+    name.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -114,9 +114,10 @@ class TrainedFor:
     fingerprint: str | None
 
     def difference(self, target: Target) -> str | None:
-        """Why `target` is another one, or None. One that is quantised, or has 16 bits, may have the
-        weights in rounded form: by its name it is the same (see `rounded`).
+        """Why `target` is a different model, or None. A quantised or 16-bit target of the same name
+        counts as the same with rounded weights (see `rounded`).
         """
+        # 1. Dimensions must agree, whatever the weights are.
         there, here = self.shape, target.shape
         if there.vocab_size != here.vocab_size:
             return (
@@ -129,6 +130,7 @@ class TrainedFor:
                 f"{there.num_layers} layers, the target {target.name} has hidden size "
                 f"{here.hidden_size} and {here.num_layers} layers"
             )
+        # 2. Then the weights.
         if self._same_weights(target) or self.rounded(target):
             return None
         return (
@@ -165,8 +167,8 @@ class Trainable(SteadyBuffers):
     batch_type: ClassVar[type] = TextBatch
     """The batch type that `loss` wants: text, pairs or labelled text."""
     names_places: ClassVar[tuple[str, ...]] = ()
-    """Arguments that, as text, name a file or a model of whoever trains it. A saved component has
-    none: a folder from elsewhere must not decide what is read or downloaded here."""
+    """Arguments that may name a file or a model on the training machine. A saved component has
+    none: a downloaded folder must not decide what is read or downloaded here."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the constructor's arguments, defaults filled in.
@@ -176,8 +178,10 @@ class Trainable(SteadyBuffers):
                 finite.
         """
         module = super().__new__(cls)
+        # 1. All arguments by name, without `self`.
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
+        # 2. Refuse numbers that no component can be built from.
         for name, value in bound.arguments.items():
             if isinstance(value, int) and value > MOST.get(name, value):
                 raise ValueError(f"{name} must be at most {MOST[name]}, got {value}")
@@ -185,7 +189,7 @@ class Trainable(SteadyBuffers):
                 raise ValueError(f"{name} must not be negative, got {value}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        module.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])
+        module.arguments = dict(list(bound.arguments.items())[1:])
         return module
 
     @property
@@ -198,9 +202,12 @@ class Trainable(SteadyBuffers):
         """Whether `loss` runs the target itself (then cached states are of no use)."""
         return False
 
+    # Which targets it may serve.
+
     def compatibility(self, target: Target) -> str | None:
-        """Why it may not serve this target, as what follows the component's name in a message; None
-        if it may. It serves the target that it was trained for unless a subclass knows better.
+        """Why it may not serve this target, worded to follow the component's name in a message;
+        None if it may. It serves the target that it was trained for unless a subclass overrides
+        this.
         """
         return None if self.trained_for is None else self.trained_for.difference(target)
 
@@ -218,6 +225,8 @@ class Trainable(SteadyBuffers):
                 str(target.dtype).removeprefix("torch."),
             )
 
+    # Training.
+
     def initialise(self, target: Target) -> None:
         """Copy whatever starts from the target's weights. Called once, before training from
         scratch.
@@ -229,7 +238,7 @@ class Trainable(SteadyBuffers):
 
     @property
     def trained_size(self) -> int:
-        """How many numbers those are; a frozen copy of a part of the target, such as its embedding,
+        """How many numbers they hold. A frozen copy of a part of the target, such as its embedding,
         does not count.
         """
         return sum(parameter.numel() for parameter in self.declared_parameters())
@@ -261,7 +270,7 @@ class Trainable(SteadyBuffers):
         return ()
 
     def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
-        """Last touches on trained weights before they are saved, with the held-out batches (a
+        """Post-processing of trained weights before they are saved, with the held-out batches (a
         threshold, a page).
         """
         return TrainingResult()

@@ -6,7 +6,7 @@ Shape legend: B sequences still running, T prompt tokens, N nodes, A accepted ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -69,13 +69,15 @@ def read_to_host(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[St
     """Everything that the host must know of a step, in one read of the device; the acceptance
     without padding.
     """
+    # 1. Depth and candidates of each tree.
     depth_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
     nodes_B = tree.acceptable_BN.sum(1) - 1
+    # 2. One tensor, so that there is one copy to the host.
     figures_B3 = torch.stack([accepted.lengths_B, depth_B, nodes_B], 1)
     width = accepted.path_BA.shape[1]
     rows = torch.cat([figures_B3, accepted.path_BA, accepted.emitted(tree)], 1).tolist()
-    lengths = [row[0] for row in rows]
-    accepted.__dict__.update(lengths=lengths, paths=[row[3 : 3 + row[0]] for row in rows])
+    # 3. Split each row again; its first figure is the number of accepted rows.
+    accepted = replace(accepted, host_paths=[row[3 : 3 + row[0]] for row in rows])
     return accepted.trimmed(), [
         StepResult(row[3 + width : 3 + width + row[0]], row[1], row[2]) for row in rows
     ]
