@@ -113,7 +113,7 @@ class Evaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Say what `auto` is."""
+        """Resolve the dtype `auto`."""
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
 
     @property
@@ -129,7 +129,7 @@ class Evaluation:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Ascending."""
+        """The batch sizes in ascending order."""
         return sorted(self.batch_size) if isinstance(self.batch_size, list) else [self.batch_size]
 
     def check(self, tally: Tally | None = None) -> list[Task]:
@@ -138,17 +138,20 @@ class Evaluation:
         Raises:
             ValueError: the key, its value and the fix.
         """
+        # Values of single keys.
         for name in ("max_new_tokens", "repeats", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_variants()
         check_loading(self.dtype, self.device)
+        # Every method alone, then their labels together.
         for temperature in (method.temperature for method in self.methods):
             Sampling(temperature or 0.0)
         for method in self.rows:
             method.check()
         unique_labels(self.rows)
+        # What the chosen engine can run.
         if self.compile and self.engine == ENGINE:
             raise ValueError(
                 f"compile {self.compile} is for this project's own loop: leave it out with engine "
@@ -159,12 +162,13 @@ class Evaluation:
         return load_tasks(self.prompts, self.limit, self.turns, tally)
 
     def _check_variants(self) -> None:
-        for name, given in (("batch_size", self.batch_size), ("temperature", self.temperature)):
-            if isinstance(given, list) and (not given or len(set(given)) < len(given)):
-                raise ValueError(f"{name} {given} must name each value once, and at least one")
+        for name, value in (("batch_size", self.batch_size), ("temperature", self.temperature)):
+            if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"{name} {value} must name each value once, and at least one")
         if self.batch_sizes[0] < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_sizes[0]}")
         assert self.samplings
+        # Decoders without batches need a row of batch size 1.
         for method in self.methods if self.batch_sizes[0] > 1 else ():
             if method.decoder is not None and not getattr(
                 class_of(method.decoder, "methods", Kind.DECODER, 1), "batched", True
@@ -175,9 +179,7 @@ class Evaluation:
                 )
 
     def target_name(self) -> str:
-        """The target as given, or the one that the first drafter was trained for, or the embedded
-        one.
-        """
+        """The configured target, by default the first drafter's, else the embedded model."""
         trained = next(
             (method.drafter for method in self.rows if isinstance(method.drafter, str)), None
         )
@@ -195,26 +197,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure, and write `report.json`, `.md` and `.html` into `output`; returns the report.
 
-    Of several processes that `torchrun` started, each measures its share, and all return the one
-    report.
+
+    Under `torchrun` every process measures its share, and all of them return the same report.
 
     Args:
         evaluation: what is measured.
-        output: folder, which is locked while this lasts.
-        resume: go on with what is there, if anything is.
+
+        output: folder, locked during the evaluation.
+        resume: continue an earlier evaluation in this folder, if there is one.
         console: where progress and the table are shown.
-        overwrite: measure anew what is there.
+        overwrite: replace an earlier evaluation in this folder.
 
     Raises:
         ValueError: settings that cannot run, or an output that cannot be written (before anything
             is loaded); a drafter that does not fit the target.
     """
+    # 1. Check the settings, before anything is loaded.
     tally = Tally("prompt")
     tasks = evaluation.check(tally)
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: give one")
     if evaluation.threads is not None:
         torch.set_num_threads(evaluation.threads)
+    # 2. Measure this process's share, with the output folder locked.
     with shared_out() as share:
         if share.count > 1 and evaluation.engine == ENGINE:
             raise ValueError(
@@ -238,7 +243,8 @@ def _evaluate(
     """One process's part: measure its share of the prompts; the first process then makes the report
     of all.
     """
-    place, asked = share.journal(output / JOURNAL, resume), tasks
+    # 1. Compare a resumed journal with what needs no model.
+    place, requested = share.journal(output / JOURNAL, resume), tasks
     named = [method.drafter for method in evaluation.rows if isinstance(method.drafter, str)]
     evaluation = replace(evaluation, chat_template=chat_arguments(evaluation.chat_template, named))
     settings, limit = settings_of(evaluation), {"limit": evaluation.limit}
@@ -246,12 +252,14 @@ def _evaluate(
     header = known_before({**settings, **limit}, evaluation.rows, tasks, device_name())
     if resume:
         refuse_changes(place, header, part=True)
+    # 2. Load the target, and with it every row.
     target = load_target(
         evaluation.target_name(), evaluation.dtype, evaluation.device, evaluation.chat_template
     )
     if evaluation.compile:
         target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target, most_together(tasks)) as rows:
+        # 3. Fit the prompts to the context, vary the rows, print what was left out.
         agree_on_budgets(rows, share)
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
@@ -263,8 +271,10 @@ def _evaluate(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in small_batches(tasks, evaluation.batch_sizes):
             console.print(line, style="yellow", highlight=False, markup=False)
-        journal = begun(place, header | known_loaded(rows, asked), resume, share)
+        # 4. Decode, with every finished unit written to the journal.
+        journal = begun(place, header | known_loaded(rows, requested), resume, share)
         records = _measure(evaluation, tasks, rows, journal, console, share)
+    # 5. Summarise and write the report, in the first process only.
     summaries = []
     if share.first:
         summaries = summarise(rows, records, scoring_of(evaluation, tasks), most_together(tasks))
@@ -294,9 +304,7 @@ def small_batches(tasks: Sequence[Task], sizes: Sequence[int]) -> list[str]:
 
 
 def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
-    """Let every process draft as many nodes as the first one: `budget: auto` measures, and may
-    differ.
-    """
+    """Give every process the budgets of the first: `budget: auto` measures, and may differ."""
     for row, budget in zip(rows, share.agreed([row.budget for row in rows]), strict=True):
         if isinstance(row.decoder, SpeculativeDecoder) and row.decoder.drafter is not None:
             row.budget = row.decoder.budget = budget
@@ -304,8 +312,8 @@ def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
 
 @contextmanager
 def opened_rows(evaluation: Evaluation, target: Target, most: int) -> Iterator[list[Row]]:
-    """All rows at the first temperature, for at most so many prompts at once; those of another
-    engine run while the block lasts."""
+    """All rows at the first temperature, for at most `most` prompts at once; another engine's
+    processes run inside the `with` block."""
     sampling, most = evaluation.samplings[0], min(most, evaluation.batch_sizes[-1])
     if evaluation.engine == ENGINE:
         with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
@@ -337,6 +345,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
         "batch_size",
         "turns",
     )
+    # Optional keys are left out at their default, so that older reports still compare.
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
     engine |= {"compile": evaluation.compile} if evaluation.compile else {}
     engine |= {"chat_template": evaluation.chat_template} if evaluation.chat_template else {}
@@ -356,6 +365,7 @@ def _measure(
     console: Console,
     share: Share,
 ) -> list[Record]:
+    # Work by batch size: rows are interleaved within one size.
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -367,6 +377,7 @@ def _measure(
         bar = progress.add_task(
             f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values())
         )
+        # One harness per batch size, over this process's batches.
         for size, batches in work.items():
             harness = Harness(
                 [row for row in rows if row.batch_size == size],
@@ -375,24 +386,27 @@ def _measure(
                 lambda unit: progress.update(bar, advance=1, description=unit.task),
             )
             harness.run(share.of(batches), journal)
+    # Records of all processes, in the order of one process.
     done = share.merged(journal.done)
     return [record for batches in work.values() for unit in batches for record in done[unit.key]]
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:
-    """The fastest drafting method's answer with most accepted drafts, among embedded prompts; None
-    without either.
+    """The fastest method's answer with most accepted drafts, among embedded prompts; None without
+    a drafting method or an embedded prompt.
     """
     prompts = {prompt.id: prompt for task in tasks for prompt in task.prompts if prompt.embedded}
+    # Candidates: drafting rows with at least one accepted draft.
     drafting = [
-        one
-        for one in summaries
-        if not is_baseline(one.figures)
-        and any(any(answer.trace.drafted) for answer in one.answers.values())
+        summary
+        for summary in summaries
+        if not is_baseline(summary.figures)
+        and any(any(answer.trace.drafted) for answer in summary.answers.values())
     ]
     if not prompts or not drafting:
         return None
-    best = max(drafting, key=lambda one: one.figures["speedup"]["micro"] or 0.0)
+    # Of the fastest row, the embedded prompt with most drafted tokens.
+    best = max(drafting, key=lambda summary: summary.figures["speedup"]["micro"] or 0.0)
     shown = [answer for answer in best.answers.values() if answer.prompt in prompts]
     answer = max(shown, key=lambda answer: sum(answer.trace.drafted))
     tokens = zip(answer.trace.ids, answer.trace.drafted)
@@ -404,8 +418,9 @@ def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample
 
 
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
-    """The table on the terminal, the noise, what failed, and where the report is."""
+    """Print the main table, noise, failed methods and the path of the report."""
     console.print(main_table(report, console.width))
+    # Details under the table, then failures.
     methods = report["methods"]
     for line in (
         *noise_lines(report),

@@ -1,9 +1,9 @@
 """`python -m eval.rules`: acceptance rules and tree builders on the same contexts of the real
-models, without tossing.
+models.
 
-At every context each trial draws the same number of trees; what its rule would accept of a tree in
-expectation follows from the tree (`node_chances`), so that only the draws of the trees are left to
-chance. Nothing is timed.
+At every context each trial draws the same number of trees. The expected number of accepted drafts
+of a tree is computed exactly (`node_chances`), so the draws of the trees are the only randomness.
+Nothing is timed.
 
 Shape legend: B draws, N nodes, V vocabulary, P prompts.
 """
@@ -65,9 +65,8 @@ from modules.trees.static import StaticTree
 SIBLINGS = 4
 NODES, DEEPEST = 15, 6
 LEVEL_DRAWS = 8
-"""Times as many draws for trees of one level, which need no model once the distributions are
-recorded.
-"""
+
+"""Factor on the draws of one-level trees, which need no model once distributions are recorded."""
 SAMPLES = 4000
 """Of the bootstrap."""
 CALIBRATION_SIBLINGS = 8
@@ -83,7 +82,9 @@ class Comparison:
         target: Hub id, folder, .gguf file or smollm2-135m.
         drafter: run folder, drafter folder or Hub id; by default the target's own first `layers`
             layers.
-        layers: of the target that draft, under its own norm and LM head, without training.
+
+        layers: number of the target's layers that draft, with its norm and LM head, without
+            training.
         prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the
             embedded held-out prompts.
         limit: prompts.
@@ -93,12 +94,15 @@ class Comparison:
         temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at
             DySpec's 0.6.
         draft_temperature: of whole trees that are drawn, instead.
-        fastest: also time this device, on which nothing else should run, and say which size and
-            depth of Sequoia's tree promise most here.
+
+        fastest: also time this device, which should be idle, and report the size and depth of
+            Sequoia's tree with the highest predicted speedup.
         only: names of the trials to run; by default all.
-        seed: of everything that is drawn.
+
+        seed: of all random draws.
         device: a torch device; by default the GPU if there is one.
-        output: Markdown file to append to as well.
+
+        output: Markdown file to append the result to.
     """
 
     target: str = "smollm2-135m"
@@ -118,16 +122,16 @@ class Comparison:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
+        """Refuse settings that cannot run."""
         for name in ("layers", "limit", "contexts", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         check_temperature(self.draft_temperature)
-        known = {**level_trials(), **tree_trials([0.5])}
-        if unknown := sorted(set(self.only or ()) - set(known)):
-            raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(known)}")
+        trials = {**level_trials(), **tree_trials([0.5])}
+        if unknown := sorted(set(self.only or ()) - set(trials)):
+            raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(trials)}")
         if not Path(self.prompts).is_file():
             raise ValueError(
                 f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file"
@@ -143,12 +147,13 @@ class Trial:
     nodes: int
 
     def __post_init__(self) -> None:
-        """Refuse a wrong pairing."""
+        """Refuse a rule that does not fit the builder's draws."""
         check_pairing(self.rule, self.builder.sibling_draw)
 
 
 def level_trials() -> dict[str, Trial]:
     """One level of K siblings: every rule against the optimum of one draft, which is `ratio 1`."""
+    # Each rule on trees drawn the way it requires.
     trials = {"ratio 1": Trial(SampledChain(1), RatioRule(), 1)}
     for count in range(2, SIBLINGS + 1):
         trials[f"multi_round {count}"] = Trial(chains(count, 1), MultiRoundRule(), count)
@@ -166,6 +171,7 @@ def tree_trials(acceptance: Sequence[float], heat: float | None = None) -> dict[
     """
     independent = branching_tree([3, 2, 1], "independent", heat)
     static = best_paths([acceptance], NODES, DEEPEST)
+    # Chains, independent branches, draws without replacement, optimised shapes, trees by value.
     return {
         "chain of 3, ratio": Trial(SampledChain(3), RatioRule(), 3),
         "5 chains of 3, multi_round": Trial(chains(5, 3, heat), MultiRoundRule(), NODES),
@@ -201,7 +207,7 @@ ORDERS = [
 
 
 class Recorded(Drafter):
-    """Drafts from the recorded logits [V] of one context, whatever it is asked."""
+    """Drafts from the recorded logits [V] of one context, at every node."""
 
     def __init__(self, logits_D: Tensor, vocabulary_D: Tensor | None) -> None:
         super().__init__()
@@ -209,15 +215,15 @@ class Recorded(Drafter):
 
     @property
     def vocabulary_D(self) -> Tensor | None:
-        """The recorded drafter's."""
+        """The recorded drafter's vocabulary."""
         return self._vocabulary_D
 
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:
-        """Nothing to learn."""
+        """Recorded logits cannot be trained: always raises ValueError."""
         raise ValueError("a recorded drafter does not train")
 
     def start(self, context: Context) -> DraftState:
-        """Nothing but the context."""
+        """A state that holds only the context."""
         return DraftState(context, context.newest_B, context.lengths_B)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
@@ -227,10 +233,10 @@ class Recorded(Drafter):
 
 @dataclass(frozen=True)
 class Spot:
-    """One context: the models behind it, and their logits right there.
+    """One context: the models, their states, and their logits at this position.
 
     state: of the drafter, one sequence. target_logits_V, draft_logits_D: of the next token.
-    level_seconds: of drafting them. seed: of its draws.
+    level_seconds: time of drafting one level. seed: of its draws.
     """
 
     session: Session
@@ -243,25 +249,25 @@ class Spot:
     seed: int
 
     def first_draw(self, heat: float | None = None) -> tuple[float, float]:
-        """How likely a first draw is accepted, Σ min(p, q), and how likely DySpec takes it to be, Σ
-        q².
-        """
+        """Acceptance probability of a first draw, Σ min(p, q), and DySpec's estimate Σ q² of it."""
         target_V = Draws(self.sampling, []).probs(self.target_logits_V)
-        draft_V, known = torch.zeros_like(target_V), self.drafter.vocabulary_D
-        draft_V[slice(None) if known is None else known] = draft_probs(
+        draft_V, vocabulary_D = torch.zeros_like(target_V), self.drafter.vocabulary_D
+        draft_V[slice(None) if vocabulary_D is None else vocabulary_D] = draft_probs(
             self.draft_logits_D, self.state.context, heat
         )
         return float(torch.minimum(target_V, draft_V).sum()), float((draft_V**2).sum())
 
     @torch.no_grad()
     def chances(self, trial: Trial, draws: int) -> list[list[float]]:
-        """How likely each node of every drawn tree is accepted [B][N]; every trial has the same
+        """Acceptance probability of each node of every drawn tree [B][N]; every trial has the same
         generators.
         """
+        # 1. The same seeds in every trial.
         device = self.session.target.device
         generators = [torch.Generator(device).manual_seed(self.seed + i) for i in range(draws)]
         state = self.state.select(torch.zeros(draws, dtype=torch.long, device=device))
         state.context = replace(state.context, generators=tuple(generators))
+        # 2. One level needs only the recorded logits; deeper trees run both models.
         if trial.builder.depth == 1:
             tree = trial.builder.build(
                 Recorded(self.draft_logits_D, self.drafter.vocabulary_D), state, trial.nodes
@@ -270,6 +276,7 @@ class Spot:
         else:
             tree = trial.builder.build(self.drafter, state, trial.nodes)
             verified = self.session.verify(tree)
+        # 3. Sum the rule's rounds instead of drawing from them.
         drawn_by = Draws(self.sampling, generators)
         rounds = trial.rule.rounds if self.sampling.temperature else recursive_rounds
         return [
@@ -282,7 +289,8 @@ class Spot:
 def opened(
     target: Target, drafter: Drafter, text: list[int], sampling: Sampling, draws: int, seed: int
 ) -> Spot:
-    """The context after `text`; its session then holds it `draws` times."""
+    """The context after `text`; afterwards its session holds `draws` copies of it."""
+    # 1. Prefill all but the newest token.
     ids_BT, newest_B, lengths_B = (
         torch.tensor(each, device=target.device)
         for each in ([text[:-1]], [text[-1]], [len(text) - 1])
@@ -291,11 +299,13 @@ def opened(
     _, states = session.prefill(ids_BT, lengths_B, drafter.decoding_states)
     generators = (torch.Generator(target.device),)
     context = Context(target, ids_BT, lengths_B, newest_B, states, sampling, generators, session)
+    # 2. Logits of the next token from both models, the drafter timed.
     state, root_B1 = drafter.start(context), newest_B[:, None]
     target_logits_V = session.verify(TokenTree.root(newest_B)).logits_BNV[0, 0]
     before = now(target.device)
     draft_logits_D = drafter.expand(state, Frontier(root_B1, torch.full_like(root_B1, -1), 0))[0, 0]
     level_seconds = now(target.device) - before
+    # 3. One copy of the cache per tree.
     session.keep([0] * draws)
     return Spot(
         session, drafter, state, sampling, target_logits_V, draft_logits_D, level_seconds, seed
@@ -303,42 +313,53 @@ def opened(
 
 
 def spots(
-    target: Target, drafter: Drafter, prompts: Sequence[list[int]], asked: Comparison
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], comparison: Comparison
 ) -> Iterator[tuple[int, Spot]]:
-    """Prompt number and context, one after the other."""
+    """Yield the index of the prompt and one context at a time."""
     for index, prompt in enumerate(prompts):
-        sampling = Sampling(asked.temperature, seed=asked.seed + index)
-        answer = SpeculativeDecoder(target).decode([prompt], sampling, asked.max_new_tokens)[0].ids
-        for place in np.unique(np.linspace(1, len(answer), asked.contexts).astype(int)).tolist():
-            seed = (asked.seed * 1000 + index) * 1_000_000 + place * 1000
+        # The target's own answer, cut at evenly spaced places.
+        sampling = Sampling(comparison.temperature, seed=comparison.seed + index)
+        answer = (
+            SpeculativeDecoder(target).decode([prompt], sampling, comparison.max_new_tokens)[0].ids
+        )
+        for place in np.unique(
+            np.linspace(1, len(answer), comparison.contexts).astype(int)
+        ).tolist():
+            seed = (comparison.seed * 1000 + index) * 1_000_000 + place * 1000
             yield (
                 index,
-                opened(target, drafter, [*prompt, *answer[:place]], sampling, asked.draws, seed),
+                opened(
+                    target, drafter, [*prompt, *answer[:place]], sampling, comparison.draws, seed
+                ),
             )
 
 
 def calibrate(
-    found: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None
+    contexts: Iterator[tuple[int, Spot]], draws: int, heat: float | None = None
 ) -> tuple[list[float], float]:
-    """Over contexts: how often the k-th sibling without replacement is accepted (Sequoia's P[k]),
+    """Acceptance rate of the k-th sibling without replacement (Sequoia's P[k]) over all contexts,
     and the median seconds of drafting a level."""
     trial = Trial(
         branching_tree([CALIBRATION_SIBLINGS], temperature=heat), RatioRule(), CALIBRATION_SIBLINGS
     )
-    each = [
-        (np.mean(spot.chances(trial, draws), axis=0)[1:], spot.level_seconds) for _, spot in found
+    results = [
+        (np.mean(spot.chances(trial, draws), axis=0)[1:], spot.level_seconds)
+        for _, spot in contexts
     ]
-    return np.mean([chances for chances, _ in each], axis=0).tolist(), float(
-        np.median([taken for _, taken in each])
+    return np.mean([chances for chances, _ in results], axis=0).tolist(), float(
+        np.median([taken for _, taken in results])
     )
 
 
 def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds: float) -> str:
-    """Size and depth of Sequoia's tree that promise most on this device, in a sentence (Chen et al.
-    2024, section 3.3).
+    """A sentence with the size and depth of Sequoia's tree of the highest predicted speedup on this
+    device (Chen et al. 2024, section 3.3).
 
     Args:
-        acceptance: by sibling. latency: of the target. level_seconds: of drafting one level.
+
+        acceptance: acceptance rate by sibling.
+        latency: of the target's calls.
+        level_seconds: time of drafting one level.
     """
     seconds = [latency.at(rows) for rows in range(1, max(latency.seconds) + 1)]
     draws, levels = best_shape([acceptance], seconds, level_seconds, DEEPEST_SHAPE)
@@ -355,43 +376,51 @@ def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds:
 
 
 def measure(
-    found: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], asked: Comparison
+    contexts: Iterator[tuple[int, Spot]], trials: Mapping[str, Trial], comparison: Comparison
 ) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
-    """Expected accepted drafts of every trial, a value per prompt, and what `Spot.first_draw` says
-    of each context.
+    """Expected accepted drafts of every trial, one value per prompt, and `Spot.first_draw` of each
+    context.
     """
     values: dict[str, dict[int, list[float]]] = {name: {} for name in trials}
     firsts: list[tuple[float, float]] = []
-    for index, spot in found:
-        firsts.append(spot.first_draw(asked.draft_temperature))
+    for index, spot in contexts:
+        firsts.append(spot.first_draw(comparison.draft_temperature))
+        # Every trial on the same context; its root node is no draft.
         for name, trial in trials.items():
-            draws = asked.draws * (LEVEL_DRAWS if trial.builder.depth == 1 else 1)
+            draws = comparison.draws * (LEVEL_DRAWS if trial.builder.depth == 1 else 1)
             accepted = [sum(chances) - 1 for chances in spot.chances(trial, draws)]
             values[name].setdefault(index, []).append(float(np.mean(accepted)))
         print(f"{len(firsts)} contexts", end="\r", file=sys.stderr)
+    # Contexts of a prompt depend on each other: one mean per prompt.
     return {
         name: [float(np.mean(each)) for each in per.values()] for name, per in values.items()
     }, firsts
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says of an order."""
+    """Whether an interval of a difference confirms a claimed order."""
     return "holds" if low > 0 else "reversed" if high < 0 else "tie"
 
 
 def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
     """Two Markdown tables: every trial, and every pair that a paper orders."""
+    # 1. Expected accepted drafts by trial.
     lines = ["| trial | expected accepted drafts | 95 % interval |", "|---|---:|---:|"]
     for name, per_prompt in values.items():
         low, high = mean_interval(per_prompt, SAMPLES)
         lines.append(f"| {name} | {np.mean(per_prompt):.3f} | {low:.3f} to {high:.3f} |")
+    # 2. Paired differences in the order that papers claim.
     lines += [
         "",
         "| claimed to accept more | than | difference | 95 % interval, paired | |",
         "|---|---|---:|---:|---|",
     ]
-    for better, worse in ((one, other) for one, other in ORDERS if {one, other} <= set(values)):
-        difference = [one - other for one, other in zip(values[better], values[worse], strict=True)]
+    for better, worse in (
+        (first, second) for first, second in ORDERS if {first, second} <= set(values)
+    ):
+        difference = [
+            left - right for left, right in zip(values[better], values[worse], strict=True)
+        ]
         low, high = mean_interval(difference, SAMPLES)
         lines.append(
             f"| {better} | {worse} | {np.mean(difference):+.4f} | {low:+.4f} to {high:+.4f} | "
@@ -400,89 +429,101 @@ def tables(values: Mapping[str, Sequence[float]]) -> list[str]:
     return lines
 
 
-def compare(asked: Comparison) -> str:
-    """Measure everything that is asked and describe it in Markdown.
+def compare(comparison: Comparison) -> str:
+    """Measure all trials; returns the result in Markdown.
 
     Raises:
         ValueError: no such drafter or target, more layers than the target has, prompts without a
             question.
     """
-    questions = first_questions(asked.prompts, asked.limit)
-    calibration = first_questions(str(TRAINING_PROMPTS), max(2, asked.limit // 2))
-    target, drafter, name = models(asked)
+    # 1. Prompts to measure, and others to calibrate Sequoia's tree.
+    questions = first_questions(comparison.prompts, comparison.limit)
+    calibration = first_questions(str(TRAINING_PROMPTS), max(2, comparison.limit // 2))
+    target, drafter, name = models(comparison)
     prompts, others = (
         [prompt_ids(each, target.tokenizer) for each in part] for part in (questions, calibration)
     )
+    # 2. Acceptance by sibling, which shapes Sequoia's tree.
     acceptance, level_seconds = calibrate(
-        spots(target, drafter, others, asked), asked.draws, asked.draft_temperature
+        spots(target, drafter, others, comparison), comparison.draws, comparison.draft_temperature
     )
-    every = {**level_trials(), **tree_trials(acceptance, asked.draft_temperature)}
+    # 3. All trials on the same contexts.
+    every = {**level_trials(), **tree_trials(acceptance, comparison.draft_temperature)}
     trials = {
-        name: trial for name, trial in every.items() if asked.only is None or name in asked.only
+        name: trial
+        for name, trial in every.items()
+        if comparison.only is None or name in comparison.only
     }
-    values, firsts = measure(spots(target, drafter, prompts, asked), trials, asked)
+    values, firsts = measure(spots(target, drafter, prompts, comparison), trials, comparison)
+    # 4. Describe.
     accepted, believed = np.mean(firsts, axis=0)
     drawn = (
-        "" if asked.draft_temperature is None else f", trees drawn at {asked.draft_temperature:g}"
+        ""
+        if comparison.draft_temperature is None
+        else f", trees drawn at {comparison.draft_temperature:g}"
     )
     head = [
-        f"## Temperature {asked.temperature:g}{drawn}",
+        f"## Temperature {comparison.temperature:g}{drawn}",
         "",
-        f"{asked.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} prompts, "
-        f"{asked.draws} trees of {NODES} nodes each ({asked.draws * LEVEL_DRAWS} of one level), "
-        f"seed {asked.seed}. A first draw is accepted with {accepted:.3f} on average, and DySpec "
-        f"takes it to be {believed:.3f}. Acceptance by sibling on {len(others)} other prompts, "
+        f"{comparison.target}, drafted by {name}: {len(firsts)} contexts of {len(prompts)} "
+        f"prompts, {comparison.draws} trees of {NODES} nodes each "
+        f"({comparison.draws * LEVEL_DRAWS} of one level), seed {comparison.seed}. A first draw is "
+        f"accepted with {accepted:.3f} on average, and DySpec takes it to be {believed:.3f}. "
+        f"Acceptance by sibling on {len(others)} other prompts, "
         f"from which Sequoia's tree is made: {', '.join(f'{share:.3f}' for share in acceptance)}.",
         "",
     ]
     shape = (
         [fastest_shape(acceptance, stored_latency(target), level_seconds), ""]
-        if asked.fastest
+        if comparison.fastest
         else []
     )
     return "\n".join([*head, *shape, *tables(values), ""])
 
 
 def first_questions(prompts: str, limit: int) -> list[list[Message]]:
-    """The first question of each prompt of a file; those that cannot be read are counted and
-    logged.
-    """
+    """The first question of each prompt of a file; unreadable prompts are counted and logged."""
     tally = Tally("prompt")
-    found = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
+    questions = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
     tally.log()
-    return found
+    return questions
 
 
-def models(asked: Comparison) -> tuple[Target, Drafter, str]:
-    """Target, drafter and what to call it."""
-    if asked.drafter is not None:
+def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
+    """The target, the drafter and its name in the report."""
+    # A saved drafter, with the target that it was trained for.
+    if comparison.drafter is not None:
         target = load_target(
-            asked.target, "float32", asked.device, chat_arguments(None, [asked.drafter])
+            comparison.target,
+            "float32",
+            comparison.device,
+            chat_arguments(None, [comparison.drafter]),
         )
-        drafter = load_drafter(asked.drafter, target)
-        served, name = drafter.adapt(target), read_config(find_folder(asked.drafter))["class"]
+        drafter = load_drafter(comparison.drafter, target)
+        served, name = drafter.adapt(target), read_config(find_folder(comparison.drafter))["class"]
         return served, in_target_ids(drafter, served), name
-    target = load_target(asked.target, "float32", asked.device)
-    drafter = S2D(target.shape, [asked.layers], adaptive=False)
+    # No drafter given: the target's own first layers.
+    target = load_target(comparison.target, "float32", comparison.device)
+    drafter = S2D(target.shape, [comparison.layers], adaptive=False)
     drafter.initialise(target)
     drafter = drafter.to(target.device, target.dtype).eval()
-    return target, drafter, f"its own first {asked.layers} of {target.shape.num_layers} layers"
+    return target, drafter, f"its own first {comparison.layers} of {target.shape.num_layers} layers"
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, compare, print; append to the output file."""
+    """Parse, compare and print; also append to the output file."""
     parser = ArgumentParser(
         prog="python -m eval.rules",
         exit_on_error=False,
         description="Compare acceptance rules and tree builders on recorded contexts.",
     )
     parser.add_class_arguments(Comparison, fail_untyped=True)
-    asked = Comparison(**vars(parse(parser, arguments)))
+    comparison = Comparison(**vars(parse(parser, arguments)))
     quieten()
-    text = compare(asked)
+    text = compare(comparison)
     print(text)
-    if asked.output is not None:
-        with Path(asked.output).open("a", encoding="utf-8") as file:
+    if comparison.output is not None:
+        with Path(comparison.output).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
     return 0
 

@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = "autoregressive"
 EXPORT_NOTES = "export_notes"
-"""Of a row's `quality`: how what an engine runs differs from the drafter that was exported to
-it.
-"""
+
+"""Key of a row's `quality`: how the engine's drafter differs from the exported one."""
 TRAINING_PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts" / "prompts.jsonl"
 MOST_NODES = 1 << 16
 """Of a tree in one call; published ones have below a thousand."""
@@ -47,7 +46,8 @@ class Method:
     decoder.
 
     Args:
-        name: what the report calls it; by default the drafter's folder or the class in lower case.
+
+        name: label in the report; by default the drafter's folder or the class in lower case.
         drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that
             needs no training.
         decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such
@@ -57,7 +57,8 @@ class Method:
             A name; a class `{class_path, init_args}`; or a trained judge: its folder or Hub id, or
             `{trained, init_args}`, such as `{trained: runs/judge, init_args: {threshold: 0.7}}`.
         budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on
-            a few embedded prompts and takes the one that promises most with this device's times.
+
+            a few embedded prompts and takes the fastest predicted from this device's latencies.
         temperature: by default the evaluation's.
         precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts
             may be coarse: what is emitted stays the target's.
@@ -77,9 +78,10 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Its name, given or derived."""
+        """The configured name, or one derived from the folder or class."""
         if self.name:
             return self.name
+        # A saved drafter is called after its run folder.
         source = self.drafter if self.drafter is not None else self.decoder
         if isinstance(source, str):
             path = Path(source)
@@ -88,17 +90,19 @@ class Method:
                 if path.name == "drafter" and path.parent.name
                 else path.resolve().name
             )
+        # A class is called after its `name`, or its module.
         wanted = Kind.DECODER if self.drafter is None else Kind.DRAFTER
         kind = class_of(source or {}, "methods", wanted, 1)
         named = getattr(kind, "name", None)
         return named if isinstance(named, str) else kind.__module__.rsplit(".", 1)[-1]
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, what can never run.
+        """Refuse settings that can never run, before anything is loaded.
 
         Raises:
             ValueError: the key, its value and the fix.
         """
+        # Keys that exclude each other.
         where = f"methods: {self.name or self.drafter or self.decoder}"
         if (self.drafter is None) == (self.decoder is None):
             raise ValueError(
@@ -112,6 +116,7 @@ class Method:
                 f"{where}: builder, rule, budget and precision belong to a `drafter`, not to a "
                 "`decoder`"
             )
+        # Bounds of the budget; the rule against the temperature.
         if isinstance(self.budget, int) and self.budget < 1:
             raise ValueError(f"{where}: budget {self.budget} drafts nothing: give at least 1")
         if isinstance(self.budget, int) and self.budget > MOST_NODES:
@@ -123,6 +128,7 @@ class Method:
                 f"{where}: rule 'greedy' does not sample at temperature {self.temperature:g}: "
                 "leave the rule out"
             )
+        # A drafter's folder or Hub id, without loading it.
         if isinstance(self.drafter, str) and Path(self.drafter).is_dir():
             _folder_exists(Path(self.drafter), where)
         elif isinstance(self.drafter, str) and (
@@ -132,13 +138,15 @@ class Method:
                 f"{where}: drafter {self.drafter!r} does not exist: give a run, its folder or a "
                 "Hub id"
             )
-        for spec, kind, given in (
+        # Classes and their arguments.
+        for spec, kind, positional in (
             (self.drafter, Kind.DRAFTER, 1),
             (self.decoder, Kind.DECODER, 1),
             (self.builder, Kind.BUILDER, 0),
         ):
             if isinstance(spec, Mapping):
-                _check_class(spec, where, kind, given)
+                _check_class(spec, where, kind, positional)
+        # The rule, and whether it fits the trees of the builder.
         if self.rule is not None:
             _check_rule(self.rule, where)
         if self.builder is not None and isinstance(self.rule, str) and self.rule in RULES:
@@ -147,11 +155,12 @@ class Method:
             )
 
 
-def _check_class(spec: ClassSpec, where: str, kind: Kind, given: int) -> None:
+def _check_class(spec: ClassSpec, where: str, kind: Kind, positional: int) -> None:
     """Check the class of a spec, and of a drafter those that its `init_args` name in turn."""
-    made, arguments = class_of(spec, where, kind, given), spec.get("init_args") or {}
+    made, arguments = class_of(spec, where, kind, positional), spec.get("init_args") or {}
     if kind is not Kind.DRAFTER:
         return
+    # Arguments that are drafters or builders are specs themselves.
     for name, part in part_kinds(made, where).items():
         if isinstance(arguments.get(name), Mapping):
             inside = f"{where}: {name}"
@@ -166,9 +175,11 @@ def _folder_exists(folder: Path, where: str) -> None:
 
 
 def _check_rule(rule: str | Mapping[str, Any], where: str) -> None:
+    # A class of its own kind.
     if isinstance(rule, Mapping) and "trained" not in rule:
         class_of(rule, where, Kind.RULE)
         return
+    # A trained component, a rule's name, or neither.
     folder, _ = _trained(rule, where)
     if Path(folder).is_dir():
         _folder_exists(Path(folder), where)
@@ -200,35 +211,40 @@ def acceptance_rule(rule: str | Mapping[str, Any], target: Target, where: str) -
     Raises:
         ValueError: no such rule, a component that gives none, or settings that it does not take.
     """
+    # Rules without training.
     if isinstance(rule, str) and rule in RULES:
         return rule_named(rule)
     if isinstance(rule, Mapping) and "trained" not in rule:
         return construct(rule, where, Kind.RULE)
+    # A trained component that provides a rule.
     folder, settings = _trained(rule, where)
-    found = load_pretrained(folder, target).to(target.device)
-    if not hasattr(found, "acceptance_rule"):
+    component = load_pretrained(folder, target).to(target.device)
+    if not hasattr(component, "acceptance_rule"):
         raise ValueError(
-            f"{where}: rule {folder!r} is a {type(found).__name__}, which accepts nothing: give a "
-            "judge"
+            f"{where}: rule {folder!r} is a {type(component).__name__}, which accepts nothing: "
+            "give a judge"
         )
     try:
-        return cast(Any, found).acceptance_rule(target, **settings)
+        return cast(Any, component).acceptance_rule(target, **settings)
     except TypeError as error:
         raise ValueError(f"{where}: rule {folder!r}: init_args: {error}") from error
 
 
-def class_of(spec: ClassSpec, where: str, kind: Kind, given: int = 0) -> Callable[..., Any]:
+def class_of(spec: ClassSpec, where: str, kind: Kind, positional: int = 0) -> Callable[..., Any]:
     """The class that a spec names, with its `init_args` checked against the constructor.
 
     Args:
         spec: `{class_path, init_args}`.
-        where: what the error speaks of.
-        kind: what the class must be.
-        given: positional arguments that the caller will add in front.
+
+        where: prefix of error messages.
+        kind: base class that is required.
+
+        positional: number of positional arguments that the caller will put first.
 
     Raises:
+
         ValueError: an unknown key, a class that does not exist, is not allowed or of another kind,
-            an argument that it does not take or misses.
+            an unknown or missing constructor argument.
     """
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     path = spec.get("class_path")
@@ -237,28 +253,31 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, given: int = 0) -> Callabl
             f"{where}: {unknown[0] if unknown else 'class_path'} is wrong in {dict(spec)}: give "
             "`class_path` (package.module.Class) and perhaps `init_args`"
         )
-    found = named_class(path, kind, where)
+    cls = named_class(path, kind, where)
+    # Binding checks the argument names without constructing anything.
     try:
-        inspect.signature(found).bind(*[None] * given, **dict(spec.get("init_args") or {}))
+        inspect.signature(cls).bind(*[None] * positional, **dict(spec.get("init_args") or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: init_args of {path}: {error}") from error
-    return found
+    return cls
 
 
-def construct(spec: ClassSpec, where: str, kind: Kind, *given: Any) -> Any:
-    """An instance of the class that a spec names, `given` arguments first."""
-    return class_of(spec, where, kind, len(given))(*given, **spec.get("init_args") or {})
+def construct(spec: ClassSpec, where: str, kind: Kind, *positional: Any) -> Any:
+    """An instance of the class that a spec names, with `positional` arguments first."""
+    return class_of(spec, where, kind, len(positional))(*positional, **spec.get("init_args") or {})
 
 
 @dataclass
 class Row:
     """A row that is ready to run.
 
-    baseline: name of the autoregressive row on the same target at the same temperature (its own for
-    that row).
+
+    baseline: name of the autoregressive row on the same target at the same temperature; that row
+    names itself.
     draft_precision: of the drafter's weights, if not the target's.
-    drafter_parameters: as far as they were trained; a frozen copy of the target's (S2D's embedding)
-    is not its own.
+
+    drafter_parameters: number of trained parameters; a frozen copy of the target's (S2D's
+    embedding) does not count.
     batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared
     with, where that is not its baseline.
     """
@@ -281,7 +300,7 @@ class Row:
 
     @property
     def greedy(self) -> bool:
-        """Whether token identity can be asked for."""
+        """Whether answers can be compared token by token."""
         return self.sampling.temperature == 0
 
 
@@ -308,8 +327,8 @@ def build_rows(
     sampling: Sampling,
     precision: Precision | None = None,
 ) -> list[Row]:
-    """Load every method's parts; an autoregressive row is added for each target and temperature
-    that occurs.
+    """Load the parts of every method, and add an autoregressive row for each pair of target and
+    temperature.
 
     Args:
         methods: checked methods.
@@ -321,18 +340,24 @@ def build_rows(
     loaded: dict[str, tuple[Drafter, Target]] = {}
     rows = [_autoregressive(AUTOREGRESSIVE, target, sampling)]
     for method, label in zip(methods, unique_labels(methods)):
-        own = (
+        # A method may have its own temperature.
+        row_sampling = (
             sampling
             if method.temperature is None
             else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
         )
         row = (
-            _decoder_row(method, label, target, own)
+            _decoder_row(method, label, target, row_sampling)
             if method.decoder is not None
             else _drafter_row(
-                replace(method, precision=method.precision or precision), label, target, own, loaded
+                replace(method, precision=method.precision or precision),
+                label,
+                target,
+                row_sampling,
+                loaded,
             )
         )
+        # The plain decoding that it is compared with, added where it is missing.
         row.baseline = _baseline_for(row, rows)
         if method.control:
             row.quality = {**row.quality, "control": True}
@@ -349,6 +374,7 @@ def _autoregressive(name: str, target: Target, sampling: Sampling) -> Row:
 
 def _baseline_for(row: Row, rows: list[Row]) -> str:
     """The matching autoregressive row's name; the row is made when there is none yet."""
+    # Reuse a baseline on the same target with the same sampling.
     for other in rows:
         if (
             other.name == other.baseline
@@ -356,6 +382,7 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
             and other.sampling == row.sampling
         ):
             return other.name
+    # The first baseline has the plain name, others say how they differ.
     adapted = "" if row.target is rows[0].target else f" of {row.name}"
     heat = "" if row.sampling == rows[0].sampling else f" at {row.sampling.temperature:g}"
     rows.append(_autoregressive(f"{AUTOREGRESSIVE}{adapted}{heat}", row.target, row.sampling))
@@ -383,11 +410,13 @@ def _drafter_row(
     loaded: dict[str, tuple[Drafter, Target]],
 ) -> Row:
     where = f"methods: {label}"
+    # Rows of one drafter and precision share its weights.
     key = f"{method.drafter if isinstance(method.drafter, str) else label} {method.precision}"
     if key not in loaded:
         fresh = load_drafter(method.drafter or "", target, where, method.precision)
         loaded[key] = fresh, fresh.adapt(target)
     drafter, adapted = loaded[key]
+    # Builder and rule, each optional.
     builder = construct(method.builder, where, Kind.BUILDER) if method.builder else None
     rule = acceptance_rule(method.rule, adapted, where) if method.rule else None
     if rule is not None and rule.name == "greedy" and sampling.temperature > 0:
@@ -395,8 +424,9 @@ def _drafter_row(
         raise ValueError(
             f"{where}: rule 'greedy' does not sample at temperature above 0: use {fitting!r}"
         )
-    given = None if method.budget == "auto" else method.budget
-    decoder = SpeculativeDecoder(adapted, drafter, rule, builder, given, label)
+    # The budget: configured, the drafter's default, or measured here.
+    budget = None if method.budget == "auto" else method.budget
+    decoder = SpeculativeDecoder(adapted, drafter, rule, builder, budget, label)
     if method.budget == "auto":
         decoder.budget = automatic_budget(decoder, sampling)
     used = decoder.rule_for(sampling)
@@ -416,15 +446,19 @@ def _drafter_row(
 
 
 def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
-    """The tree size that promises most here, tried on embedded prompts that no evaluation asks."""
+    """The tree size with the highest predicted speedup on this device, tried on training prompts
+    that no evaluation contains."""
     rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), prompts)
     tokenizer, widths = (
         decoder.target.tokenizer,
         [1, *(n + 1 for n in budgets_on(decoder.target.device))],
     )
+    # Times of calls by width, then acceptance at every size.
     stored = stored_latency(decoder.target, widths=widths)
-    asked = [prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows]
-    trials = try_budgets(decoder, stored, asked, sampling)
+    conversations = [
+        prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows
+    ]
+    trials = try_budgets(decoder, stored, conversations, sampling)
     for trial in trials:
         logger.info(
             "%s with %d nodes: %.2f tokens per call, drafting %.1f ms, %.2f times plain decoding",
@@ -447,32 +481,37 @@ def load_drafter(
     training.
 
     Args:
+
         source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
-        target: what it is to serve.
-        where: what errors speak of.
+        target: target it drafts for.
+        where: prefix of error messages.
         precision: of its weights; by default the target's.
 
     Raises:
-        ValueError: nothing there, another target's drafter, or a component that does not draft.
+
+        ValueError: a missing folder, another target's drafter, or a component that does not draft.
     """
+    # Saved weights, or a class with its own parts constructed first.
     if isinstance(source, str):
-        found = load_pretrained(source, target)
+        drafter = load_pretrained(source, target)
     else:
-        found = construct(
+        drafter = construct(
             _with_parts(source, target, where, precision), where, Kind.DRAFTER, target.shape
         )
-    if not isinstance(found, Drafter):
+    if not isinstance(drafter, Drafter):
         raise ValueError(
-            f"{where}: {source} is a {type(found).__name__}, which does not draft: give a drafter"
+            f"{where}: {source} is a {type(drafter).__name__}, which does not draft: give a drafter"
         )
-    return found.to(target.device, getattr(torch, precision) if precision else target.dtype).eval()
+    return drafter.to(
+        target.device, getattr(torch, precision) if precision else target.dtype
+    ).eval()
 
 
 def _with_parts(
     source: ClassSpec, target: Target, where: str, precision: Precision | None
 ) -> ClassSpec:
-    """The spec with the drafters and the builders that its `init_args` name in their place (RASD's
-    partner).
+    """The spec with drafters and builders constructed in place of their specs in `init_args`
+    (RASD's partner).
     """
     arguments = dict(source.get("init_args") or {})
     for name, kind in part_kinds(class_of(source, where, Kind.DRAFTER, 1), where).items():
@@ -487,11 +526,15 @@ def _with_parts(
 def _part(
     source: str | ClassSpec, target: Target, where: str, precision: Precision | None
 ) -> Drafter:
-    """A drafter beside another one, in the target's ids. ValueError: one that adapts its target."""
-    found = load_drafter(source, target, where, precision)
-    if found.adapt(target) is not target:
+    """A drafter that is part of another one, in the target's ids.
+
+    Raises:
+        ValueError: it adapts its target.
+    """
+    drafter = load_drafter(source, target, where, precision)
+    if drafter.adapt(target) is not target:
         raise ValueError(f"{where} {source!r} adapts its target: name one that does not")
-    return in_target_ids(found, target)
+    return in_target_ids(drafter, target)
 
 
 def builder_name(drafter: Drafter, builder: TreeBuilder | None) -> str:

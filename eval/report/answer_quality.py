@@ -1,5 +1,5 @@
-"""The `quality` of a method in the report: scores of its answers, and what the target itself thinks
-of them.
+"""The `quality` of a method in the report: scores of its answers, and their likelihood under the
+target.
 
 Shape legend: T tokens, V vocabulary.
 """
@@ -56,8 +56,10 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the target thinks of an answer: the sums over its tokens of their log probability at
-    temperature 1, and of whether each was its first choice."""
+    """How far the target agrees with an answer, summed over its tokens.
+
+    likelihood: log probability at temperature 1. first_choices: tokens that are the argmax.
+    """
 
     likelihood: float
     first_choices: float
@@ -65,7 +67,7 @@ class Agreement:
 
 
 def agreements(target: Target, answers: Answers) -> dict[str, Agreement]:
-    """Of every answer that has a token, by prompt; one pass of the target each."""
+    """The agreement of every non-empty answer, by prompt; each takes one pass of the target."""
     return {
         prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids
     }
@@ -87,7 +89,7 @@ class Answered:
 
 
 def quality_figures(
-    target: Target, own: Answered, plain: Answered, checks: Mapping[str, Check]
+    target: Target, method: Answered, plain: Answered, checks: Mapping[str, Check]
 ) -> dict[str, Any]:
     """Scores by metric against plain decoding's, and agreement with the target.
 
@@ -99,53 +101,58 @@ def quality_figures(
     before.
     common_prefix: mean share of plain decoding's answer before the first difference.
     """
-    found: dict[str, Any] = {
-        **_likelihoods(own.agreements, plain.agreements),
+    # Agreement first, then the scores of the tasks' own metrics.
+    figures: dict[str, Any] = {
+        **_likelihoods(method.agreements, plain.agreements),
         "common_prefix": fmean(
             common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids)
-            for prompt, answer in own.answers.items()
+            for prompt, answer in method.answers.items()
         ),
     }
-    found |= _scored(target, own.answers, plain.answers, checks)
-    return found
+    figures |= _scored(target, method.answers, plain.answers, checks)
+    return figures
 
 
-def _likelihoods(own: Mapping[str, Agreement], plain: Mapping[str, Agreement]) -> dict[str, Any]:
-    tokens = sum(one.tokens for one in own.values())
+def _likelihoods(method: Mapping[str, Agreement], plain: Mapping[str, Agreement]) -> dict[str, Any]:
+    tokens = sum(agreement.tokens for agreement in method.values())
     if not tokens:
         return {"target_log_likelihood": None, "argmax_share": None}
-    both = [prompt for prompt in own if prompt in plain]
+    # Answers without a token have no mean, so only prompts with both are paired.
+    both = [prompt for prompt in method if prompt in plain]
     means, others = (
-        [each[prompt].likelihood / each[prompt].tokens for prompt in both] for each in (own, plain)
+        [agreements[prompt].likelihood / agreements[prompt].tokens for prompt in both]
+        for agreements in (method, plain)
     )
     return {
-        "target_log_likelihood": sum(one.likelihood for one in own.values()) / tokens,
+        "target_log_likelihood": sum(agreement.likelihood for agreement in method.values())
+        / tokens,
         "likelihood_against_plain": paired_outcome(means, others) if both else None,
-        "argmax_share": sum(one.first_choices for one in own.values()) / tokens,
+        "argmax_share": sum(agreement.first_choices for agreement in method.values()) / tokens,
     }
 
 
 def _scored(
     target: Target, answers: Answers, plain: Answers, checks: Mapping[str, Check]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     for metric in dict.fromkeys(check.metric for check in checks.values()):
-        asked = [
+        # The prompts that are scored with this metric.
+        prompts = [
             prompt for prompt in answers if prompt in checks and checks[prompt].metric == metric
         ]
-        if asked:
-            own, other = (
-                [score(_text(target, each[prompt]), checks[prompt]) for prompt in asked]
-                for each in (answers, plain)
+        if prompts:
+            method_scores, plain_scores = (
+                [score(_text(target, texts[prompt]), checks[prompt]) for prompt in prompts]
+                for texts in (answers, plain)
             )
-            found[metric] = {
-                "mean": fmean(own),
-                "prompts": len(asked),
-                **paired_outcome(own, other),
+            scores[metric] = {
+                "mean": fmean(method_scores),
+                "prompts": len(prompts),
+                **paired_outcome(method_scores, plain_scores),
             }
             if metric in RUNS_CODE:
-                found[metric]["programs_ran_in"] = isolation()
-    return found
+                scores[metric]["programs_ran_in"] = isolation()
+    return scores
 
 
 def _text(target: Target, answer: Record) -> str:
@@ -156,8 +163,9 @@ METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "pass_at_1":
 
 
 def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the methods whose quality was measured; no lines where none was."""
+    """Header and lines of the methods whose quality was measured; without any, no lines."""
     measured = [method for method in methods if "target_log_likelihood" in method["quality"]]
+    # A column for each metric that any method has.
     metrics = [
         name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)
     ]
@@ -180,7 +188,7 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
 
 
 def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How programs that methods wrote were kept apart, if any ran."""
+    """How generated programs were isolated, if any ran."""
     places = {
         method["quality"][name]["programs_ran_in"]
         for method in methods
@@ -206,9 +214,7 @@ def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
 
 
 def _difference_cell(entry: Mapping[str, Any] | None) -> str:
-    """The mean difference, its interval, the verdict, and on how many prompts it was better, the
-    same and worse.
-    """
+    """The mean difference, its interval, the verdict, and the numbers of wins, ties and losses."""
     if entry is None:
         return "–"
     bounds = "" if entry["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*entry["ci95"])
@@ -222,7 +228,8 @@ def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Where it does not, the measure cannot separate bad answers from good ones on these prompts.
     """
-    found = [
+    # Controls whose likelihood was compared with plain decoding's.
+    controls = [
         (method["name"], method["quality"]["likelihood_against_plain"])
         for method in methods
         if method["quality"].get("control") and method["quality"].get("likelihood_against_plain")
@@ -235,5 +242,5 @@ def control_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
             if entry["verdict"] == "loss"
             else "; do not rely on the quality figures, ask more prompts"
         )
-        for name, entry in found
+        for name, entry in controls
     ]

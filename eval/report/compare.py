@@ -1,6 +1,4 @@
-"""`python eval.py --compare A.json B.json`: what changed per method, and whether it is more than
-noise.
-"""
+"""`python eval.py --compare A.json B.json`: changes by method, and whether they exceed noise."""
 
 from __future__ import annotations
 
@@ -23,40 +21,43 @@ def pairs(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[Figur
         ValueError: no method is in both.
     """
     others = {method["name"]: method for method in right["methods"]}
-    found = [
+    matches = [
         (method, others[method["name"]]) for method in left["methods"] if method["name"] in others
     ]
-    if not found:
+    if not matches:
         raise ValueError(
             "compare: the two reports have no method in common: give reports of the same methods"
         )
-    return found
+    return matches
 
 
 def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any], width: int = 120) -> Table:
-    """Two reports side by side, by method name, at most so many characters wide.
+    """Two reports side by side, by method name, at most `width` characters wide.
 
-    Where not all fits, tokens/s and then τ are left out.
+    Where not everything fits, tokens/s and then τ are left out.
 
     Raises:
         ValueError: no method is in both.
     """
     both, rows = pairs(left, right), []
-    for one, two in both:
-        margin = math.hypot(noise_margin(left, one), noise_margin(right, two))
+    # One row a method: speed, acceptance and losslessness, before and after.
+    for first, second in both:
+        margin = math.hypot(noise_margin(left, first), noise_margin(right, second))
         rows.append(
             [
-                one["name"],
-                _arrow(times, one["speedup"]["micro"], two["speedup"]["micro"]),
-                verdict(one["speedup"], two["speedup"], margin),
-                _arrow(number, one["mean_accepted_tokens"], two["mean_accepted_tokens"]),
-                tau_verdict(one, two),
-                f"{number(one['tokens_per_second'], 1)} → {number(two['tokens_per_second'], 1)}",
-                f"{lossless_word(one)} → {lossless_word(two)}",
+                first["name"],
+                _arrow(times, first["speedup"]["micro"], second["speedup"]["micro"]),
+                verdict(first["speedup"], second["speedup"], margin),
+                _arrow(number, first["mean_accepted_tokens"], second["mean_accepted_tokens"]),
+                tau_verdict(first, second),
+                _arrow(_one_digit, first["tokens_per_second"], second["tokens_per_second"]),
+                f"{lossless_word(first)} → {lossless_word(second)}",
             ]
         )
+    # Losslessness that got lost is shown in red.
     styles = [
-        "red" if one["lossless"] is True and two["lossless"] is False else None for one, two in both
+        "red" if first["lossless"] is True and second["lossless"] is False else None
+        for first, second in both
     ]
     header = ("method", "speedup", "verdict", "τ", "", "tokens/s", "lossless")
     return fitted_table(
@@ -70,65 +71,66 @@ def comparison_table(left: Mapping[str, Any], right: Mapping[str, Any], width: i
     )
 
 
+def _one_digit(value: float | None) -> str:
+    return number(value, 1)
+
+
 def _arrow(written: Any, before: float | None, after: float | None) -> str:
     return f"{written(before)} → {written(after)}"
 
 
-def verdict(one: Mapping[str, Any], two: Mapping[str, Any], margin: float = 0.0) -> str:
-    """Faster or slower, or a tie when the intervals of the two speedups overlap or they differ by
-    less than noise.
+def verdict(first: Mapping[str, Any], second: Mapping[str, Any], margin: float = 0.0) -> str:
+    """Faster or slower, or a tie when the intervals of the two speedups overlap or the difference
+    is below the noise.
 
     Args:
-        one, two: `speedup` entries (`micro`, `ci95`).
-        margin: log of the ratio that the two runs' noise alone may give.
+
+        first, second: `speedup` entries (`micro`, `ci95`).
+        margin: log of the largest ratio that noise of the two runs explains.
     """
-    if None in (one["ci95"], two["ci95"]) or not one["micro"] or not two["micro"]:
+    if None in (first["ci95"], second["ci95"]) or not first["micro"] or not second["micro"]:
         return "unknown"
-    if overlap(one["ci95"], two["ci95"]):
+    if overlap(first["ci95"], second["ci95"]):
         return "tie"
-    if abs(math.log(two["micro"] / one["micro"])) <= margin:
+    if abs(math.log(second["micro"] / first["micro"])) <= margin:
         return "tie (noise)"
-    return "faster" if two["micro"] > one["micro"] else "slower"
+    return "faster" if second["micro"] > first["micro"] else "slower"
 
 
-def tau_verdict(one: Figures, two: Figures) -> str:
-    """More or fewer tokens per call, a tie when the intervals overlap; a report without intervals
-    cannot tell.
-    """
-    bounds = one.get("mean_accepted_tokens_ci95"), two.get("mean_accepted_tokens_ci95")
+def tau_verdict(first: Figures, second: Figures) -> str:
+    """More or fewer tokens per call, a tie when the intervals overlap, `?` without intervals."""
+    bounds = first.get("mean_accepted_tokens_ci95"), second.get("mean_accepted_tokens_ci95")
     if bounds[0] is None or bounds[1] is None:
-        return "same" if one["mean_accepted_tokens"] == two["mean_accepted_tokens"] else "?"
+        return "same" if first["mean_accepted_tokens"] == second["mean_accepted_tokens"] else "?"
     if overlap(bounds[0], bounds[1]):
-        return "same" if one["mean_accepted_tokens"] == two["mean_accepted_tokens"] else "tie"
-    return "more" if two["mean_accepted_tokens"] > one["mean_accepted_tokens"] else "fewer"
+        return "same" if first["mean_accepted_tokens"] == second["mean_accepted_tokens"] else "tie"
+    return "more" if second["mean_accepted_tokens"] > first["mean_accepted_tokens"] else "fewer"
 
 
-def overlap(one: Sequence[float], two: Sequence[float]) -> bool:
+def overlap(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether two closed intervals have a point in common."""
-    return one[0] <= two[1] and two[0] <= one[1]
+    return first[0] <= second[1] and second[0] <= first[1]
 
 
 def overlap_line(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    """How many methods' speedups agree: two runs of the same evaluation should overlap in at least
-    nine of ten.
-    """
-    known = [
-        (one["speedup"]["ci95"], two["speedup"]["ci95"])
-        for one, two in pairs(left, right)
-        if one["speedup"]["ci95"] is not None and two["speedup"]["ci95"] is not None
+    """How many methods' speedups agree; two runs of one evaluation should agree for 9 of 10."""
+    # Only methods with an interval in both reports count.
+    intervals = [
+        (first["speedup"]["ci95"], second["speedup"]["ci95"])
+        for first, second in pairs(left, right)
+        if first["speedup"]["ci95"] is not None and second["speedup"]["ci95"] is not None
     ]
-    same = sum(overlap(one, two) for one, two in known)
-    share = f" ({same / len(known):.0%})" if known else ""
+    same = sum(overlap(first, second) for first, second in intervals)
+    share = f" ({same / len(intervals):.0%})" if intervals else ""
     return (
-        f"speedup intervals overlap for {same} of {len(known)} methods that have them in both "
+        f"speedup intervals overlap for {same} of {len(intervals)} methods that have them in both "
         f"reports{share}"
     )
 
 
 def noise_margin(report: Mapping[str, Any], method: Figures) -> float:
-    """Log of the largest ratio that the method's baseline showed against itself; 0 where no noise
-    was measured.
-    """
+    """Log of the largest ratio of the method's baseline against itself; 0 where not measured."""
+    # Noise is measured on baselines with the same target, temperature and batch size.
     same = ("target", "temperature", "batch_size")
     noises = [
         other["quality"]["noise"]
@@ -142,15 +144,17 @@ def noise_margin(report: Mapping[str, Any], method: Figures) -> float:
 
 
 def comparison_lines(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterable[str]:
-    """What the table cannot show: intervals that overlap, settings that differ, methods in one
-    report only, noise.
+    """Lines under the table: overlapping intervals, different settings, methods in only one report,
+    noise.
     """
     yield overlap_line(left, right)
     yield from _differences(left, right)
+    # Methods that only one report has.
     names = [{method["name"] for method in report["methods"]} for report in (left, right)]
     for which, missing in (("first", names[0] - names[1]), ("second", names[1] - names[0])):
         if missing:
             yield f"only in the {which} report: {', '.join(sorted(missing))}"
+    # Noise of both reports.
     for which, report in (("first", left), ("second", right)):
         yield from (f"{which} report, {line}" for line in noise_lines(report))
     yield (
@@ -167,7 +171,10 @@ def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterable[
 
 def _conditions(report: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in report["settings"].items() if key not in _IGNORED}
-    targets = [f"{one['name']} {one['dtype']} {one['fingerprint']}" for one in report["targets"]]
+    targets = [
+        f"{target['name']} {target['dtype']} {target['fingerprint']}"
+        for target in report["targets"]
+    ]
     counts = sorted({method["prompts"] for method in report["methods"]})
     return {
         **settings,

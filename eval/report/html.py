@@ -1,4 +1,4 @@
-"""`report.html`: one page that needs nothing else."""
+"""`report.html`: one self-contained page."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer to show: pieces of text, each with whether it was an accepted draft. Embedded
-    prompts only.
-    """
+    """A sample answer to an embedded prompt: pieces of text, with a flag for accepted drafts."""
 
     method: str
     question: str
@@ -60,7 +58,8 @@ class Sample:
 
 
 def page(report: Mapping[str, Any], sample: Sample | None) -> str:
-    """The whole page."""
+    """The HTML page of a report."""
+    # Everything in the order of the page; empty sections give no parts.
     measured = [method for method in report["methods"] if not is_baseline(method)]
     remarks = (*noise_lines(report), *export_lines(report["methods"]))
     parts = [
@@ -91,7 +90,7 @@ def _alarms(report: Mapping[str, Any]) -> Iterable[str]:
 
 
 def main_table(report: Mapping[str, Any]) -> str:
-    """All methods, one line each."""
+    """The table of all methods, one line each."""
     return table(COLUMNS, [cells(method) for method in report["methods"]], set(failures(report)))
 
 
@@ -118,8 +117,9 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     header, lines = quality_table(methods)
     if lines:
         yield "<h2>Quality of answers</h2>" + table(header, lines)
-        told = (*control_lines(methods), *program_lines(methods))
-        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in told)
+        # The verdicts on controls, then the curves of lossy rules.
+        remarks = (*control_lines(methods), *program_lines(methods))
+        yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in remarks)
         if plots.relaxed(methods):
             yield (
                 '<h2>What relaxing costs</h2><div class="pair">'
@@ -139,6 +139,7 @@ def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 def _pictures(
     methods: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]
 ) -> Iterable[str]:
+    # Bars by task.
     shown = plots.fastest(measured)
     left_out = (
         f"<p>The {len(shown)} fastest of {len(measured)}.</p>" if len(shown) < len(measured) else ""
@@ -146,6 +147,7 @@ def _pictures(
     if measured:
         picture = f"<figure>{plots.speedup_by_task(shown)}</figure>"
         yield f"<h2>Speedup by task, with 95% intervals</h2>{picture}{left_out}"
+    # Acceptance, speed over variants, and time, side by side where the page is wide.
     yield '<div class="pair">'
     if any(method["acceptance_by_depth"] for method in shown):
         yield f"<figure><h2>Acceptance by depth</h2>{plots.acceptance_by_depth(shown)}</figure>"
@@ -175,6 +177,7 @@ def _overlaps(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 def _sample(sample: Sample | None) -> Iterable[str]:
     if sample is None:
         return
+    # Share of the characters that accepted drafts gave.
     share = sum(len(text) for text, drafted in sample.pieces if drafted) / max(
         1, sum(len(t) for t, _ in sample.pieces)
     )
@@ -196,6 +199,7 @@ def shaded(pieces: Sequence[tuple[str, bool]]) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> str:
+    # All settings except for tasks, which have rows in the tables.
     environment, settings = report["environment"], report["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     facts = {
@@ -205,7 +209,9 @@ def _facts(report: Mapping[str, Any]) -> str:
         "revision": environment["git_revision"] or "unknown",
         "command": environment["command"],
         **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
-        "targets": ", ".join(f"{one['name']} {one['fingerprint']}" for one in report["targets"]),
+        "targets": ", ".join(
+            f"{target['name']} {target['fingerprint']}" for target in report["targets"]
+        ),
     }
     entries = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items()

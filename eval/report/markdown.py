@@ -37,14 +37,14 @@ def build_report(summaries: Sequence[Summary], settings: Mapping[str, Any]) -> d
     return {
         "schema": SCHEMA,
         "environment": environment(),
-        "targets": [describe(one) for one in targets.values()],
+        "targets": [describe(target) for target in targets.values()],
         "settings": redact(settings),
         "methods": [summary.figures for summary in summaries],
     }
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """A target's entry."""
+    """A target's entry in the report."""
     packed = f", {target.quantisation}" if target.quantisation else ""
     return {
         "name": title(target.name),
@@ -55,7 +55,7 @@ def describe(target: Target) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
+    """Hardware, software, revision and command line of a run."""
     return {
         "device": device_name(),
         "cores": os.cpu_count(),
@@ -91,19 +91,17 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio."""
+    """A ratio with the sign ×, or a dash where there is none."""
     return number(value, 2, "×")
 
 
 def interval(bounds: Sequence[float] | None) -> str:
-    """A 95% interval."""
+    """A 95% interval with two digits, or a dash where there is none."""
     return "–" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}"
 
 
 def lossless(method: Figures) -> str:
-    """What was seen: all identical (ties counted), or how many were not; sampled rows cannot be
-    compared.
-    """
+    """The verdict with the numbers of identical answers and ties, or `sampled`."""
     word = lossless_word(method)
     if word == "sampled":
         return word
@@ -112,8 +110,8 @@ def lossless(method: Figures) -> str:
 
 
 def lossless_word(method: Figures) -> str:
-    """`yes`, `NO` for a broken promise, `lossy` where none was given, `sampled` where tokens cannot
-    be compared.
+    """`yes`, `NO` for a violated claim, `lossy` without a claim, `sampled` where tokens cannot be
+    compared.
     """
     if method["lossless"] is None:
         return "sampled"
@@ -121,7 +119,7 @@ def lossless_word(method: Figures) -> str:
 
 
 def share(value: float | None) -> str:
-    """A part of a whole."""
+    """A share in percent, or a dash where there is none."""
     return "–" if value is None else f"{value:.1%}"
 
 
@@ -129,8 +127,8 @@ OUTSIDE = "outside forwards"
 
 
 def outside(method: Figures) -> float | None:
-    """The part of decoding that is neither the target's nor the drafter's: accepting, committing,
-    what no phase owns. None for an engine that does not report its phases."""
+    """Share of decoding time outside the forward passes: accepting, committing and other work. None
+    for an engine that does not report phases."""
     seconds = method["seconds_by_phase"]
     if not seconds["verify"]:
         return None
@@ -169,64 +167,63 @@ def cells(method: Figures) -> list[str]:
 
 
 def noise_lines(report: Mapping[str, Any]) -> list[str]:
-    """How far the two runs of each baseline differ: what no smaller difference can mean anything
-    against.
+    """Ratio of the two runs of each baseline; smaller differences between methods mean nothing.
 
-    An interval without 1 says that the machine itself changed between neighbouring runs.
+    An interval that excludes 1 shows that the machine changed between neighbouring runs.
     """
-    found = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
+    noises = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
     unsteady = ", which does not hold 1: the machine was not steady, measure again"
     return [
         f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval "
         f"{interval(noise['ci95'])}{'' if holds_one(noise) else unsteady})"
-        for name, noise in found
+        for name, noise in noises
         if noise
     ]
 
 
 def export_lines(methods: Sequence[Figures]) -> list[str]:
-    """How drafters differ from what an engine was given of them, each difference once, with the
-    rows it concerns.
-    """
+    """Differences between drafters and their exports to an engine, each with the rows affected."""
     notes = dict.fromkeys(
         note for method in methods for note in method["quality"].get(EXPORT_NOTES, ())
     )
     named = {
-        note: [one["name"] for one in methods if note in one["quality"].get(EXPORT_NOTES, ())]
+        note: [
+            method["name"] for method in methods if note in method["quality"].get(EXPORT_NOTES, ())
+        ]
         for note in notes
     }
     return [f"exported {', '.join(names)}: {note}" for note, names in named.items()]
 
 
 def holds_one(noise: Mapping[str, Any]) -> bool:
-    """Whether the interval of a baseline against itself contains 1, as it must; True where there is
-    no interval.
-    """
+    """Whether the interval of a baseline against itself contains 1; True without an interval."""
     return noise["ci95"] is None or noise["ci95"][0] <= 1.0 <= noise["ci95"][1]
 
 
 def caption(report: Mapping[str, Any]) -> str:
-    """What was run, in a line."""
+    """One line with targets, prompts, lengths and device."""
     settings, method = report["settings"], report["methods"][0]
     targets = ", ".join(
-        f"{one['name']} ({one['parameters'] / 1e6:.0f}M, {one['dtype']})"
-        for one in report["targets"]
+        f"{target['name']} ({target['parameters'] / 1e6:.0f}M, {target['dtype']})"
+        for target in report["targets"]
     )
     tasks, limit = len(settings["tasks"]), settings["max_new_tokens"]
-    asked = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
+    questions = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
-    return f"{targets}; {asked}; {report['environment']['device']}, {threads}"
+    return f"{targets}; {questions}; {report['environment']['device']}, {threads}"
 
 
 # -- terminal --------------------------------------------------------------------------------------
 
 _FOLDED = 16
-"""Characters that a folded column of text has at least, before others are left out for it."""
+
+"""Least width in characters of a folded text column before other columns are left out."""
 
 
 def main_table(report: Mapping[str, Any], width: int = 120) -> Table:
-    """The Rich table of all methods, at most so many characters wide: where not all columns fit,
-    names are folded, and tokens/s and then the interval left out."""
+    """The Rich table of all methods, at most `width` characters wide. Where not all columns fit,
+    names are folded, then tokens/s and the interval are left out."""
+    # The terminal shows fewer columns than the files.
     shown = [index for index, column in enumerate(COLUMNS) if column not in _ONLY_ON_PAPER]
     rows = [[cells(method)[index] for index in shown] for method in report["methods"]]
     bad = set(failures(report))
@@ -253,23 +250,28 @@ def fitted_table(
     words: Sequence[str],
     caption: str = "",
 ) -> Table:
-    """A Rich table whose figures are never cut.
+    """A Rich table whose figures are never truncated.
 
     Args:
-        title, caption: above and below.
+
+        title, caption: text above and below.
         header: names of the columns.
         rows, styles: cells, and the style of each row.
-        width: characters that there are.
-        spare: columns that are left out, in this order, until the rest fits.
-        words: columns of text, which may be folded.
+
+        width: available characters.
+        spare: columns to leave out, in this order, until the rest fits.
+        words: text columns, which may be folded.
     """
+    # 1. The least width of each column; text may be folded.
     columns = zip(header, *rows, strict=True)
     widths = {name: max(map(cell_len, (name, *inside))) for name, *inside in columns}
     least = {name: min(widths[name], _FOLDED) if name in words else widths[name] for name in header}
+    # 2. Leave out spare columns until the rest fits.
     shown = list(header)
     for name in spare:
         if sum(least[column] + 3 for column in shown) + 1 > width:
             shown.remove(name)
+    # 3. Build the table with what remains.
     table = Table(title=title, caption=escape(caption), title_justify="left")
     for name in shown:
         folded = name in words
@@ -291,6 +293,7 @@ def fitted_table(
 
 def markdown(report: Mapping[str, Any]) -> str:
     """`report.md`: the main table, speedup by task, time per phase, and how to read them."""
+    # Cells of the tables, one line a method.
     methods = report["methods"]
     tasks, phases = list(methods[0]["by_task"]), list(methods[0]["seconds_by_phase"])
     by_task = [
@@ -304,6 +307,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
         for method in methods
     ]
+    # Sections in order; those without content are left out.
     return (
         "\n\n".join(
             [
@@ -351,10 +355,10 @@ copy there. On a CPU, peak memory is the whole process's."""
 
 
 def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the methods on the less repetitive half, baselines left out; no lines
-    without a half.
+    """Header and lines of the methods on the less repetitive half, without baselines; no lines
+    where no half was measured.
     """
-    known = [
+    halves = [
         (method["name"], method[LESS_REPETITIVE])
         for method in methods
         if method.get(LESS_REPETITIVE) and not is_baseline(method)
@@ -367,7 +371,7 @@ def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
             number(half["mean_accepted_tokens"]),
             str(half["prompts"]),
         ]
-        for name, half in known
+        for name, half in halves
     ]
 
 
@@ -409,7 +413,7 @@ def _qualities(methods: Sequence[Figures]) -> list[str]:
 
 
 def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the methods that draft: nodes of a call, and what they cost."""
+    """Header and lines of the methods that draft: drafted nodes per call and their time."""
     header = [
         "method",
         "drafted tokens a call",
@@ -418,6 +422,7 @@ def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str
         "τ",
         "drafter's parameters",
     ]
+    # Methods whose drafting was timed.
     drafting = [
         (method, method["quality"])
         for method in methods
@@ -426,13 +431,13 @@ def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str
     return header, [
         [
             method["name"],
-            number(own["drafted_nodes_per_call"]),
-            number(1e3 * own["draft_seconds_per_node"] * own["drafted_nodes_per_call"]),
-            number(1e3 * own["draft_seconds_per_node"]),
+            number(quality["drafted_nodes_per_call"]),
+            number(1e3 * quality["draft_seconds_per_node"] * quality["drafted_nodes_per_call"]),
+            number(1e3 * quality["draft_seconds_per_node"]),
             number(method["mean_accepted_tokens"]),
             f"{method['drafter_parameters'] or 0:,}",
         ]
-        for method, own in drafting
+        for method, quality in drafting
     ]
 
 

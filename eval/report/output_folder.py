@@ -1,4 +1,4 @@
-"""The folder of an evaluation: who may write there, its journal, its reports."""
+"""The folder of an evaluation: its lock, journal and reports."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ REPORTS = ("report.json", "report.md", PAGE)
 
 @contextmanager
 def taken(output: Path, may_be_there: bool, share: Share) -> Iterator[None]:
-    """Keep an output for this evaluation while the block lasts; the first process does so for all.
+    """Lock an output folder inside the `with` block; the first process does so for all.
 
     Raises:
-        ValueError: in all of them, if another run is writing there, nothing can be written there,
-            or an evaluation is there and must not be.
+        ValueError: in every process, if another run writes there, the folder cannot be written, or
+            it holds an evaluation although `may_be_there` is false.
     """
     with ExitStack() as stack:
+        # The first process locks; the others learn whether it could.
         refusal = None
         if share.first:
             try:
@@ -42,13 +43,15 @@ def taken(output: Path, may_be_there: bool, share: Share) -> Iterator[None]:
 
 
 def _refuse_occupied(output: Path, may_be_there: bool) -> None:
-    """ValueError for an evaluation that must not be there, or folders where its files belong."""
+    """Raise ValueError for an existing evaluation, or for folders in place of its files."""
+    # A folder in the place of a file cannot be replaced.
     for name in (JOURNAL, *REPORTS):
         if (output / name).is_dir():
             raise ValueError(
                 f"output {str(output)!r} cannot be written ({name} is a folder): give "
                 "another --output"
             )
+    # An earlier evaluation needs a flag.
     existing = written_journals(output / JOURNAL)
     existing += [output / name for name in REPORTS if (output / name).exists()]
     if existing and not may_be_there:
@@ -61,9 +64,9 @@ def _refuse_occupied(output: Path, may_be_there: bool) -> None:
 def begun(journal: Path, header: Mapping[str, Any], resume: bool, share: Share) -> Journal:
     """This process's journal.
 
-    Unless an evaluation is resumed, what is there of an earlier one is taken away first: its
-    reports, which would stand beside a journal that is not theirs, and journals of other numbers
-    of processes.
+
+    Unless an evaluation is resumed, an earlier one is cleared first: its reports are deleted, and
+    its journals, also those of other numbers of processes, are renamed.
     """
     if share.first and not resume:
         for name in REPORTS:
@@ -76,6 +79,6 @@ def begun(journal: Path, header: Mapping[str, Any], resume: bool, share: Share) 
 
 
 def write(report: Mapping[str, Any], output: Path, sample: Sample | None) -> None:
-    """The three files of a report, all or none."""
+    """Write the three files of a report, all or none."""
     texts = json.dumps(report, indent=1) + "\n", markdown(report), page(report, sample)
     write_whole({output / name: text for name, text in zip(REPORTS, texts, strict=True)})

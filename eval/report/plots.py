@@ -1,4 +1,4 @@
-"""The report's pictures, as inline SVG."""
+"""The report's plots, as inline SVG."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ _STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) -> str:
-    """An SVG element of what `draw` puts on one pair of axes; text stays text."""
+    """An SVG element of what `draw` plots on one pair of axes; text is not turned into paths."""
+    # A fixed salt and no date, so that equal reports give equal files.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
@@ -49,7 +50,7 @@ def svg(draw: Callable[[Axes], None], width: float, height: float, name: str) ->
 
 
 def figure_of(axes: Axes) -> Figure:
-    """The figure that the axes stand in."""
+    """The figure that contains the axes."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     return figure
@@ -61,12 +62,10 @@ def palette(methods: Sequence[Figures]) -> dict[str, str]:
 
 
 def fastest(methods: Sequence[Figures], most: int = len(COLOURS)) -> list[Figures]:
-    """The methods, or of more than colours can distinguish those with the greatest speedups, in
-    their order.
-    """
+    """The methods in their order; of more than `most`, only those with the greatest speedups."""
     ranked = sorted(methods, key=lambda method: method["speedup"]["micro"] or 0.0, reverse=True)
-    kept = {method["name"] for method in ranked[:most]}
-    return [method for method in methods if method["name"] in kept]
+    fastest_names = {method["name"] for method in ranked[:most]}
+    return [method for method in methods if method["name"] in fastest_names]
 
 
 def speedup_by_task(methods: Sequence[Figures]) -> str:
@@ -74,6 +73,7 @@ def speedup_by_task(methods: Sequence[Figures]) -> str:
     groups, colours = ["all", *methods[0]["by_task"]], palette(methods)
 
     def draw(axes: Axes) -> None:
+        # Bars of one group stand side by side around its centre.
         width = 0.8 / len(methods)
         for index, method in enumerate(methods):
             heights, errors = _bars(method, groups)
@@ -87,6 +87,7 @@ def speedup_by_task(methods: Sequence[Figures]) -> str:
                 color=colours[method["name"]],
                 error_kw={"elinewidth": 0.8, "ecolor": "#39404d"},
             )
+        # The line of plain decoding, and a label for each group.
         axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xticks(
             range(len(groups)),
@@ -110,7 +111,7 @@ def _bars(method: Figures, groups: Sequence[str]) -> tuple[list[float], np.ndarr
 
 
 def _errors(heights: Sequence[float], intervals: Sequence[Any]) -> np.ndarray:
-    """How far intervals reach below and above the heights [2, N]; 0 where there is none."""
+    """Distances from the heights to both ends of their intervals [2, N]; 0 without an interval."""
     bounds = [bounds or (height, height) for height, bounds in zip(heights, intervals)]
     errors = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, bounds)]
     return np.array(errors).T
@@ -131,6 +132,7 @@ def acceptance_by_depth(methods: Sequence[Figures]) -> str:
     colours = palette(methods)
 
     def draw(axes: Axes) -> None:
+        # Two curves per method in its colour.
         for method in (method for method in methods if method["acceptance_by_depth"]):
             for key, style, label in (
                 ("acceptance_by_depth", "-", method["name"]),
@@ -157,6 +159,7 @@ def accepted_lengths(methods: Sequence[Figures]) -> str:
     colours = palette(methods)
 
     def draw(axes: Axes) -> None:
+        # Methods that never accepted a draft have no curve.
         for method in (
             method for method in methods if len(method["accepted_length_histogram"] or ()) > 1
         ):
@@ -176,30 +179,32 @@ def accepted_lengths(methods: Sequence[Figures]) -> str:
 
 
 SUFFIXES = {"batch_size": ", {:g} at once", "temperature": " at {:g}"}
-"""How the name of a row in another variant differs from the first's."""
+
+"""Suffix of a row's name in another variant."""
 
 
 def series(methods: Sequence[Figures], key: str) -> dict[str, list[Figures]]:
-    """Rows that differ in `key` (of `SUFFIXES`) alone, by what their names share; only those with
-    several values.
+    """Rows that differ only in `key` (of `SUFFIXES`), by their common name; only those with several
+    values.
     """
-    found: dict[str, list[Figures]] = {}
+    groups: dict[str, list[Figures]] = {}
     for method in methods:
         name = method["name"].replace(SUFFIXES[key].format(method[key] or 0), "")
-        found.setdefault(name, []).append(method)
+        groups.setdefault(name, []).append(method)
     return {
         name: sorted(rows, key=lambda row: row[key])
-        for name, rows in found.items()
+        for name, rows in groups.items()
         if len(rows) > 1
     }
 
 
 def speedup_against(methods: Sequence[Figures], key: str) -> str:
     """Speedup with 95% intervals over the batch size or the temperature."""
-    found = series(methods, key)
+    curves = series(methods, key)
 
     def draw(axes: Axes) -> None:
-        for index, (name, rows) in enumerate(found.items()):
+        # One curve per method over its variants.
+        for index, (name, rows) in enumerate(curves.items()):
             heights = [row["speedup"]["micro"] or 0.0 for row in rows]
             axes.errorbar(
                 [row[key] for row in rows],
@@ -211,8 +216,9 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
                 label=name,
                 color=COLOURS[index % len(COLOURS)],
             )
+        # The line of plain decoding, and a tick for each value that was measured.
         axes.axhline(1.0, color="#39404d", linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_xticks(sorted({row[key] for rows in found.values() for row in rows}))
+        axes.set_xticks(sorted({row[key] for rows in curves.values() for row in rows}))
         axes.set_xlabel("prompts decoded together" if key == "batch_size" else "temperature")
         axes.set_ylabel("speedup over autoregressive")
         figure_of(axes).legend(loc="outside upper left", ncols=3)
@@ -228,29 +234,29 @@ GAINS = {
 
 
 def relaxed(methods: Sequence[Figures]) -> dict[str, list[Figures]]:
-    """Lossy rows whose quality was measured, by kind of rule and tree, from the one that gains
-    least on.
-    """
-    found: dict[str, list[Figures]] = {}
+    """Lossy rows whose quality was measured, by kind of rule and tree, in order of gain."""
+    curves: dict[str, list[Figures]] = {}
     for method in methods:
         if not method["claims_lossless"] and method["quality"].get("likelihood_against_plain"):
-            found.setdefault(
+            curves.setdefault(
                 f"{(method['rule'] or method['name']).split()[0]}, {method['builder']}", []
             ).append(method)
     return {
         name: sorted(rows, key=lambda row: _gain(row, "mean_accepted_tokens"))
-        for name, rows in found.items()
+        for name, rows in curves.items()
     }
 
 
 def trade_off(methods: Sequence[Figures], key: str) -> str:
-    """Log likelihood per token against plain decoding over a gain (of `GAINS`): a curve for each
-    kind of rule over its settings, the lossless rows on the line of no loss."""
+    """Log likelihood per token against plain decoding, over a gain (of `GAINS`): a curve for each
+    kind of rule over its settings, lossless rows at zero."""
     curves = relaxed(methods)
 
     def draw(axes: Axes) -> None:
+        # Lossy rows: a curve for each kind of rule.
         for index, (name, rows) in enumerate(curves.items()):
             _curve(axes, name, rows, key, COLOURS[index % len(COLOURS)])
+        # Lossless rows: stars at zero.
         for method in methods:
             if method["claims_lossless"] and method["builder"]:
                 axes.plot(_gain(method, key), 0.0, marker="*", markersize=9, color="#39404d")
@@ -270,6 +276,7 @@ def trade_off(methods: Sequence[Figures], key: str) -> str:
 
 
 def _curve(axes: Axes, name: str, rows: Sequence[Figures], key: str, colour: str) -> None:
+    # Differences with their intervals; without an interval the bar has no length.
     entries = [row["quality"]["likelihood_against_plain"] for row in rows]
     places, heights = [_gain(row, key) for row in rows], [entry["difference"] for entry in entries]
     bounds = [entry["ci95"] or (height, height) for entry, height in zip(entries, heights)]
@@ -287,6 +294,7 @@ def _curve(axes: Axes, name: str, rows: Sequence[Figures], key: str, colour: str
         label=name,
         color=colour,
     )
+    # Every point carries its row's name.
     for row, place, height in zip(rows, places, heights):
         axes.annotate(
             row["name"],
@@ -307,6 +315,7 @@ def time_per_phase(methods: Sequence[Figures]) -> str:
     """Milliseconds of decoding per new token, by phase."""
 
     def draw(axes: Axes) -> None:
+        # Bars are stacked from phase to phase.
         names = [method["name"] for method in methods]
         left = np.zeros(len(methods))
         for phase, colour in PHASE_COLOURS.items():

@@ -27,8 +27,8 @@ Answers = Mapping[str, Record]
 
 @dataclass(frozen=True)
 class Summary:
-    """One method's figures. `figures` is its entry in the report; the rest is for pictures and
-    printing.
+    """One method's results. `figures` is its entry in the report; plots and the terminal use the
+    rest.
     """
 
     row: Row
@@ -43,17 +43,20 @@ def summarise(
     scoring: Scoring | None = None,
     most: int | None = None,
 ) -> list[Summary]:
-    """Every row's summary, in the order of `rows`; the target's t(rows) are measured here, once per
-    target and batch size, for the model of speed, and answers are scored as `scoring` says.
+    """Every row's summary, in the order of `rows`.
 
-    `most` is the number of prompts in the largest batch that there was: no larger one is timed.
+    The target's latency t(rows) is measured here for the speed model, once per target and batch
+    size. Answers are scored according to `scoring`. `most` is the number of prompts in the largest
+    batch: no larger one is timed.
     """
+    # 1. Fold repeated passes, and time the target's calls.
     scoring = scoring or Scoring()
     folded = {
         row.name: fold([record for record in records if record.row == row.name]) for row in rows
     }
     tables, scored = measure_tables(rows, folded, most), scoring.chosen(rows)
-    found = [
+    # 2. Figures of speed, acceptance and identity.
+    summaries = [
         _summary(
             row,
             folded[row.name],
@@ -64,26 +67,28 @@ def summarise(
         )
         for row in rows
     ]
+    # 3. Quality, for the rows whose answers are scored.
     judged = {
         row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
         for row in rows
         if row.name in scored
     }
-    for row, one in zip(rows, found, strict=True):
+    for row, summary in zip(rows, summaries, strict=True):
         if row.name in scored:
-            one.figures["quality"] |= quality_figures(
+            summary.figures["quality"] |= quality_figures(
                 row.target, judged[row.name], judged[row.baseline], scoring.usable
             )
-    return found
+    return summaries
 
 
 def measure_tables(
     rows: Sequence[Row], folded: Mapping[str, Answers], most: int | None = None
 ) -> dict[tuple[int, int], LatencyTable]:
-    """t(rows) per sequence by target and batch size, as wide as the widest call, behind the median
-    context; of a batch size above `most`, which no batch had, in batches of `most`."""
-    found: dict[tuple[int, int], LatencyTable] = {}
+    """Latency t(rows) per sequence by target and batch size, up to the widest call, after a context
+    of median length. Batch sizes above `most`, which no batch reached, are timed at `most`."""
+    tables: dict[tuple[int, int], LatencyTable] = {}
     for row in rows:
+        # All rows of this target and batch size, to find the widest call.
         alike = [
             other
             for other in rows
@@ -92,18 +97,19 @@ def measure_tables(
         answers = [answer for other in alike for answer in folded[other.name].values()]
         widths = [rows for answer in answers for rows in answer.trace.rows]
         key = id(row.target), row.batch_size
-        if widths and key not in found:
+        if widths and key not in tables:
+            # Half of an answer lies before an average call.
             context = median(
                 len(answer.prompt_ids) + len(answer.trace.ids) // 2 for answer in answers
             )
             together = row.batch_size if most is None else min(row.batch_size, most)
-            found[key] = latency_per_sequence(row.target, max(widths), int(context), together)
-    return found
+            tables[key] = latency_per_sequence(row.target, max(widths), int(context), together)
+    return tables
 
 
 def fold(records: Sequence[Record]) -> dict[str, Record]:
-    """One record per prompt: the first one's tokens, the median of all passes' seconds, the highest
-    memory.
+    """One record per prompt: tokens of the first pass, median seconds and highest memory of all
+    passes.
     """
     by_prompt: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.repeat, record.again)):
@@ -122,7 +128,7 @@ def _middle(runs: Sequence[Record]) -> Record:
 
 
 def speed(trace: Trace) -> Speed:
-    """Tokens after the prefill's and the seconds they took."""
+    """Tokens after the prefill's, and their decoding time in seconds."""
     return Speed(max(0, len(trace.ids) - 1), trace.decode_seconds)
 
 
@@ -134,6 +140,7 @@ def _summary(
     records: Sequence[Record],
     table: LatencyTable | None,
 ) -> Summary:
+    # Greedy rows are compared token by token, and every row with the speed model.
     verdicts = _verdicts(row, answers, plain, standard) if row.greedy else {}
     model = None if table is None else speed_model(calls_of(answers), calls_of(plain), table)
     figures = {
@@ -152,19 +159,19 @@ def _summary(
 
 
 def _verdicts(row: Row, answers: Answers, plain: Answers, standard: Answers) -> dict[str, Verdict]:
-    """Each answer against the yardstick's; against the baseline's where a later turn was asked
-    other things.
+    """Each answer compared with the yardstick's, or with the baseline's where a later turn's prompt
+    differs from the yardstick's.
     """
-    found: dict[str, Verdict] = {}
+    verdicts: dict[str, Verdict] = {}
     for prompt, answer in answers.items():
         same = standard[prompt].prompt_ids == answer.prompt_ids
         expected = (standard if same else plain)[prompt].trace.ids
-        found[prompt] = judge(row.target, answer.prompt_ids, expected, answer.trace.ids)
-    return found
+        verdicts[prompt] = judge(row.target, answer.prompt_ids, expected, answer.trace.ids)
+    return verdicts
 
 
 def calls_of(answers: Answers) -> Calls:
-    """What the model of speed reads."""
+    """The calls of some answers, as the speed model reads them."""
     traces = [answer.trace for answer in answers.values()]
     rows = [rows for trace in traces for rows in trace.rows]
     return Calls(emitted(answers), rows, phases(answers))
@@ -237,7 +244,7 @@ def _identity(row: Row, answers: Answers, verdicts: Mapping[str, Verdict]) -> di
 
 
 def _first_divergence(verdicts: Mapping[str, Verdict]) -> dict[str, Any] | None:
-    """The first true difference, or else the first tie; token ids, never text."""
+    """The first true difference, else the first tie, as token ids without text."""
     for kind in (Identity.DIFFERENT, Identity.TIE):
         for prompt, verdict in verdicts.items():
             if verdict.identity is kind:
@@ -261,18 +268,19 @@ def _pairs(
 
 
 def _speeds(answers: Answers, plain: Answers) -> dict[str, Any]:
-    own, baseline = _pairs(answers, plain)
+    # Paired by prompt, so that intervals resample both together.
+    method, baseline = _pairs(answers, plain)
     tasks = {task: _pairs(answers, plain, task) for task in tasks_of(answers)}
-    interval = metrics.bootstrap_interval(own, baseline)
+    interval = metrics.bootstrap_interval(method, baseline)
     return {
         "new_tokens": sum(len(answer.trace.ids) for answer in answers.values()),
-        "seconds": sum(one.seconds for one in own),
-        "tokens_per_second": metrics.rate(own),
+        "seconds": sum(speed.seconds for speed in method),
+        "tokens_per_second": metrics.rate(method),
         "time_to_first_token": median(
             answer.trace.time_to_first_token for answer in answers.values()
         ),
         "speedup": {
-            "micro": metrics.micro_speedup(own, baseline),
+            "micro": metrics.micro_speedup(method, baseline),
             "macro": metrics.macro_speedup(tasks),
             "ci95": list(interval) if interval else None,
         },
@@ -285,12 +293,12 @@ def tasks_of(answers: Answers) -> list[str]:
 
 
 def emitted(answers: Answers) -> list[int]:
-    """Tokens kept of each call, all calls of all prompts."""
+    """Emitted tokens of each target call, over all prompts."""
     return [count for answer in answers.values() for count in answer.trace.accepted]
 
 
 def phases(answers: Answers) -> dict[str, float]:
-    """Seconds per phase over all prompts."""
+    """Seconds by phase, summed over all prompts."""
     return {
         phase: sum(answer.trace.seconds[phase] for answer in answers.values()) for phase in PHASES
     }
@@ -321,45 +329,53 @@ def _costs(row: Row, answers: Answers) -> dict[str, Any]:
 def _quality(
     row: Row, records: Sequence[Record], verdicts: Mapping[str, Verdict]
 ) -> dict[str, Any]:
-    """Noise of a baseline (its second runs against its first), flips at low precision, drafted
-    nodes per call, and what the decoder itself reports about its answers (`quality_of`)."""
-    own = [record for record in records if record.row == row.name]
-    told = getattr(row.decoder, "quality_of", None)
-    found: dict[str, Any] = {
+    """Noise of a baseline (its second run against its first), flip rate at low precision, drafted
+    nodes per call, and the decoder's own figures (`quality_of`)."""
+    # The decoder's own figures, on top of those of the row.
+    row_records = [record for record in records if record.row == row.name]
+    quality_of = getattr(row.decoder, "quality_of", None)
+    quality: dict[str, Any] = {
         **row.quality,
-        **(told([record.trace for record in own]) if told else {}),
+        **(quality_of([record.trace for record in row_records]) if quality_of else {}),
     }
-    nodes = [count for record in own if not record.again for count in record.trace.nodes]
+    # Cost of drafting.
+    nodes = [count for record in row_records if not record.again for count in record.trace.nodes]
     if any(nodes):
-        drafting = sum(record.trace.seconds.get("draft", 0.0) for record in own if not record.again)
-        found["drafted_nodes_per_call"] = sum(nodes) / len(nodes)
-        found["draft_seconds_per_node"] = drafting / sum(nodes)
+        drafting = sum(
+            record.trace.seconds.get("draft", 0.0) for record in row_records if not record.again
+        )
+        quality["drafted_nodes_per_call"] = sum(nodes) / len(nodes)
+        quality["draft_seconds_per_node"] = drafting / sum(nodes)
+    # Share of tokens that a call of one row would choose differently.
     flips = [verdict.flips for verdict in verdicts.values() if verdict.flips is not None]
     if flips:
-        found["flip_rate"] = sum(flips) / len(flips)
-    again = [record for record in own if record.again]
+        quality["flip_rate"] = sum(flips) / len(flips)
+    # Noise: the second run of the same prompts.
+    again = [record for record in row_records if record.again]
     if again:
-        second, first = _pairs(fold(again), fold([record for record in own if not record.again]))
-        found["noise"] = {
+        second, first = _pairs(
+            fold(again), fold([record for record in row_records if not record.again])
+        )
+        quality["noise"] = {
             "micro": metrics.micro_speedup(second, first),
             "ci95": metrics.bootstrap_interval(second, first),
         }
-    return found
+    return quality
 
 
 def _less_repetitive_half(answers: Answers, plain: Answers) -> dict[str, Any] | None:
-    """The figures on the half of the prompts whose plain answers repeat themselves least; None
-    below two prompts.
+    """Figures on the half of the prompts whose plain answers repeat themselves least; None below
+    two prompts.
     """
     chosen = less_repetitive({prompt: plain[prompt].trace.ids for prompt in answers})
     here = {prompt: answer for prompt, answer in answers.items() if prompt in chosen}
     if not here:
         return None
-    own, baseline = _pairs(here, plain)
+    method, baseline = _pairs(here, plain)
     return {
         "prompts": len(here),
-        "speedup": metrics.micro_speedup(own, baseline),
-        "ci95": metrics.bootstrap_interval(own, baseline),
+        "speedup": metrics.micro_speedup(method, baseline),
+        "ci95": metrics.bootstrap_interval(method, baseline),
         "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
     }
 
@@ -371,18 +387,19 @@ def _by_task(answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]) 
 def _task(
     task: str, answers: Answers, plain: Answers, verdicts: Mapping[str, Verdict]
 ) -> dict[str, Any]:
+    # The same figures as over all prompts, on this task's.
     here = {prompt: answer for prompt, answer in answers.items() if answer.task == task}
-    own, baseline = _pairs(here, plain)
+    method, baseline = _pairs(here, plain)
     same = [
         verdicts[prompt].identity is Identity.IDENTICAL for prompt in here if prompt in verdicts
     ]
     return {
         "prompts": len(here),
         "new_tokens": sum(len(answer.trace.ids) for answer in here.values()),
-        "seconds": sum(one.seconds for one in own),
-        "tokens_per_second": metrics.rate(own),
-        "speedup": metrics.micro_speedup(own, baseline),
-        "ci95": metrics.bootstrap_interval(own, baseline),
+        "seconds": sum(speed.seconds for speed in method),
+        "tokens_per_second": metrics.rate(method),
+        "speedup": metrics.micro_speedup(method, baseline),
+        "ci95": metrics.bootstrap_interval(method, baseline),
         "mean_accepted_tokens": metrics.mean_accepted_tokens(emitted(here)),
         "identical_outputs": sum(same) if verdicts else None,
     }
