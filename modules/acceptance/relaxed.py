@@ -1,5 +1,5 @@
-"""Relaxed acceptance, lossy by declaration: what the standard rule keeps, or what a criterion calls
-good.
+"""Relaxed acceptance, declared lossy: tokens that the standard rule accepts, or that a criterion
+calls good.
 
 Without a good token every rule here is the standard rule for its trees, draw for draw: greedy at
 temperature 0, the point rule for trees chosen by value, the ratio rule for sampled ones.
@@ -20,12 +20,12 @@ from modules.contracts.verification import Accepted, Verified
 
 
 class RelaxedRule:
-    """Accepts a token if the standard rule does or `good` holds; a path ends at its first token
-    with neither.
+    """Accepts a token if the standard rule does or if it is `good`; a path ends at its first token
+    that is neither.
 
     Of the longest paths the one with most standard tokens wins. Where a path ends at a rejection,
-    the next token is the standard rule's: the argmax, or a draw from the distribution that the
-    rejections left. Where the ratio rule rejects all siblings, the first good one is accepted.
+    the next token is the standard rule's: the argmax, or a draw from the residual distribution.
+    Where the ratio rule rejects all siblings, the first good one is accepted.
     """
 
     name: str = "relaxed"
@@ -39,6 +39,7 @@ class RelaxedRule:
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """The accepted path of each sequence and the token after it."""
+        # 1. Sampled trees: rejection, sibling by sibling.
         good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
         if draws.sampling.temperature > 0 and tree.draws_used != {SiblingDraw.BY_VALUE}:
             return accepted_paths(
@@ -48,8 +49,10 @@ class RelaxedRule:
                 ],
                 good_BN.device,
             )
+        # 2. Other trees: match the target's choice after each node.
         choice_BN = choices(tree, verified, draws)
         standard_BN = tree.tokens_BN == choice_BN.gather(1, tree.parents_BN.clamp(min=0))
+        # 3. Of the longest paths, the one with most standard tokens.
         score_BN = (tree.topology.ancestors & standard_BN[:, None]).sum(-1).double()
         return longest_path(tree, standard_BN | good_BN, choice_BN, score_BN)
 
@@ -77,8 +80,8 @@ class TopKRule(RelaxedRule):
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
         """Rank below k under the parent's logits (unwarped)."""
         logits_BNV = parent_logits(tree, verified)
-        own_BN1 = logits_BNV.gather(2, tree.tokens_BN[..., None])
-        return (logits_BNV > own_BN1).sum(-1) < self.k
+        token_BN1 = logits_BNV.gather(2, tree.tokens_BN[..., None])
+        return (logits_BNV > token_BN1).sum(-1) < self.k
 
 
 class DivergenceRule(RelaxedRule):
@@ -109,6 +112,7 @@ class DivergenceRule(RelaxedRule):
         """Divergence at the node's parent within the threshold; nodes without a distribution are
         never good.
         """
+        # 1. The trees must carry the draft's distribution.
         if tree.probs_BRD is None or tree.prob_rows_BN is None:
             return torch.zeros_like(tree.acceptable_BN)
         greedy = draws.sampling.temperature == 0
@@ -118,10 +122,12 @@ class DivergenceRule(RelaxedRule):
                 "the builder modules.trees.sampled.chain.SampledChain with `soft: true` at "
                 "temperature 0"
             )
+        # 2. Both distributions at the parent, unwarped or both warped.
         logits_BNV = parent_logits(tree, verified)
         target_BNV = logits_BNV.double().softmax(-1) if greedy else draws.probs(logits_BNV)
         rows = torch.arange(len(logits_BNV), device=logits_BNV.device)[:, None]
         draft_BND = tree.probs_BRD[rows, tree.prob_rows_BN.clamp(min=0)]
+        # 3. Close enough, and the target's likeliest token can be drafted.
         divergence_BN = draft_divergence(target_BNV, draft_BND.double(), tree.vocabulary_D)
         good_BN = (divergence_BN <= self.threshold) & (tree.prob_rows_BN >= 0)
         if tree.vocabulary_D is None:
@@ -130,8 +136,8 @@ class DivergenceRule(RelaxedRule):
 
 
 def draft_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor | None) -> Tensor:
-    """How far the draft's distribution is from the target's, in nats [...]; infinite where it
-    misses mass.
+    """Divergence of the draft's distribution from the target's, in nats [...]; infinite where it
+    has no mass and the target has.
 
     KL(p ‖ q) without a trimmed vocabulary. With one: KL(p_D ‖ q) - log p(D), with p_D the target's
     distribution renormalised over it and p(D) the mass that it covers. 0 only where q is p, and at
@@ -141,7 +147,7 @@ def draft_divergence(target_NV: Tensor, draft_ND: Tensor, vocabulary_D: Tensor |
     if vocabulary_D is not None:
         covered_NV = target_NV[..., vocabulary_D]
         mass_N = covered_NV.sum(-1)
-        # Without any mass inside, the distribution there may be any, as the distance is infinite.
+        # Without mass inside the distance is infinite, whatever the distribution there.
         target_NV = (covered_NV / mass_N[..., None]).where(mass_N[..., None] > 0, draft_ND)
         outside = -mass_N.log()
     return (torch.xlogy(target_NV, target_NV) - torch.xlogy(target_NV, draft_ND)).sum(-1) + outside

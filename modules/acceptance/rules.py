@@ -1,4 +1,4 @@
-"""Acceptance rules: what is kept of a verified tree, and which token follows.
+"""Acceptance rules: which tokens of a verified tree are accepted, and which token follows.
 
 A rule is a function (tree, verified, draws) -> Accepted that declares whether it keeps the target's
 distribution and which draft distributions it may be paired with.
@@ -73,7 +73,8 @@ class Draws:
 
 
 class AcceptanceRule(Protocol):
-    """See the module's docstring. `states` are the target states it reads from `verified`."""
+    """A rule, see the module's docstring. `states` are the target states it reads from
+    `verified`."""
 
     name: str
     lossless: bool
@@ -108,7 +109,7 @@ class PointRule:
 
     Acceptance at a node is the target's mass on its children. Lossless because the draw does not
     look at the tree. Siblings of one token, and the same paths below them, share their draws
-    (`TokenTree.first_BN`): of a draw for each, the luckier one would be taken.
+    (`TokenTree.first_BN`): with a draw for each, the tree would be accepted too often.
     """
 
     name, lossless = "point", True
@@ -118,7 +119,7 @@ class PointRule:
     """The same acceptance, child by child, for `node_chances`."""
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
-        """Match every node against the draw behind its parent's prefix."""
+        """Match every node against the draw after its parent's prefix."""
         return _follow(tree, choices(tree, verified, draws))
 
 
@@ -126,8 +127,8 @@ class RatioRule:
     """Recursive rejection by the ratio of residual to draft distribution (`recursive_rounds`), for
     every tree that was drawn.
 
-    Each sibling is judged by the distribution that travels with it. `multi_round` and `recursive`
-    are the same rule under the name it has for one kind of trees alone.
+    Each sibling is judged by the distribution that the tree carries for it. `multi_round` and
+    `recursive` are this rule for one kind of sibling draw.
     """
 
     name, lossless = "ratio", True
@@ -150,8 +151,8 @@ class RatioRule:
 
 
 class MultiRoundRule(RatioRule):
-    """SpecInfer's multi-round rule (Miao et al. 2023): independent siblings, each against what the
-    others left.
+    """SpecInfer's multi-round rule (Miao et al. 2023): independent siblings, each against the
+    residual of those before it.
     """
 
     name = "multi_round"
@@ -191,29 +192,33 @@ def walk(
 
     Args:
         tree, verified, draws, sequence: what is judged, and for which sequence.
-        rounds: of the siblings behind one prefix.
+        rounds: of the siblings after one prefix.
         good_N: nodes that are accepted although all rounds failed, the first of several siblings.
     """
     nodes, family = [0], families(tree, sequence)
     while True:
+        # 1. One round per child of the current prefix.
         probs_V = draws.probs(verified.logits_BNV[sequence, nodes[0]])
         children = children_of(family, nodes)
         tried = rounds(tree, sequence, children, probs_V)
         chosen, residual_V = first_accepted(tried, probs_V, draws, sequence)
+        # 2. Without an accepted child, the first good one.
         if chosen is None and good_N:
             chosen = next((node for node in children if good_N[node]), None)
         if chosen is None:
+            # 3. The path ends here: draw the next token.
             path_N = tree.topology.ancestors[sequence, nodes[0]]
             token = int(sample_probs(residual_V, draws.uniform(sequence)[0]))
             return path_N.nonzero()[:, 0].tolist(), token
+        # 4. Go on below the accepted token.
         nodes = twins_of(tree, sequence, chosen, children)
 
 
 def first_accepted(
     rounds: Iterator[Round], probs_V: Tensor, draws: Draws, sequence: int
 ) -> tuple[int | None, Tensor]:
-    """Toss for each round in turn: the accepted node (None: none) and the distribution [V] left for
-    the next token.
+    """Draw for each round in turn: the accepted node (None: none) and the distribution [V] of the
+    next token.
     """
     for node, chance, residual_V in rounds:
         if draws.uniform(sequence)[0] < chance:
@@ -226,9 +231,8 @@ class TypicalRule:
     """Medusa's typical acceptance, lossy: keep x while p(x) > min(epsilon, delta * exp(-H(p))).
 
     Cai et al. 2024, section 2.3.1. Of the longest accepted paths the likeliest wins. The next token
-    is the target's argmax, as in the release; at temperature 0 this is argmax matching, unless the
-    distribution is left as it is there. Nothing is drawn, so that siblings of one token are judged
-    alike.
+    is the target's argmax, as in the release; at temperature 0 this is argmax matching, unless
+    `soft`. Nothing is drawn, so that siblings of one token are judged alike.
 
     Args:
         epsilon, delta: above.
@@ -244,6 +248,7 @@ class TypicalRule:
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """Threshold every node by its parent's entropy."""
+        # 1. The threshold at each node.
         unwarped = self.soft and draws.sampling.temperature == 0
         probs_BNV = (
             verified.logits_BNV.double().softmax(-1)
@@ -254,10 +259,12 @@ class TypicalRule:
         threshold_BN = torch.minimum(
             torch.full_like(entropy_BN, self.epsilon), self.delta * (-entropy_BN).exp()
         )
+        # 2. The probability of each node's token, at its parent.
         parents = tree.parents_BN.clamp(min=0)
         probability_BN = probs_BNV[
             torch.arange(len(parents), device=parents.device)[:, None], parents, tree.tokens_BN
         ]
+        # 3. Longest path, then the likeliest.
         score_BN = (tree.topology.ancestors * probability_BN.clamp(min=1e-30).log()[:, None]).sum(
             -1
         )
@@ -304,8 +311,7 @@ WRONG = {
         "ratio",
     ),
 }
-"""Ways to verify that are found in the wild and change the distribution, why, and what to use
-instead.
+"""Published ways to verify that change the distribution, why, and what to use instead.
 """
 _DRAWN = {
     SiblingDraw.BY_VALUE: "tokens chosen by value",
@@ -348,8 +354,8 @@ def check_pairing(rule: AcceptanceRule, draw: SiblingDraw) -> None:
 
 
 def choices(tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
-    """The token that the target wants after each node, int64 [B,N]: the argmax at temperature 0,
-    else one draw for all nodes that stand for one prefix."""
+    """The target's token after each node, int64 [B,N]: the argmax at temperature 0, else one draw
+    for all nodes with the same prefix."""
     choice_BN = draws.choose(verified.logits_BNV)
     return choice_BN if draws.sampling.temperature == 0 else choice_BN.gather(1, tree.first_BN)
 
@@ -366,16 +372,19 @@ def longest_path(
     """The deepest node whose whole path is good (the first such; or the one of highest score), and
     its path.
     """
+    # 1. Nodes whose whole path is good.
     good_BN = good_BN & tree.acceptable_BN
     good_BN[:, 0] = True
     topology = tree.topology
     whole_BN = ~(topology.ancestors & ~good_BN[:, None]).any(-1) & ~topology.padding
+    # 2. The deepest of them, or the deepest with the highest score.
     depth_BN = torch.where(whole_BN, topology.depth, -1)
     deepest_B = depth_BN.max(1).values
     if score_BN is None:
         last_B = depth_BN.argmax(1)
     else:
         last_B = score_BN.masked_fill(depth_BN < deepest_B[:, None], -torch.inf).argmax(1)
+    # 3. Its path as indices, in order of depth; other nodes go to the last column as 0.
     rows = torch.arange(len(last_B), device=last_B.device)
     on_path_BN = topology.ancestors[rows, last_B]
     path_BA = torch.zeros_like(tree.tokens_BN)
@@ -388,7 +397,8 @@ def longest_path(
 
 
 def accepted_paths(walks: Sequence[tuple[list[int], int]], device: torch.device) -> Accepted:
-    """What walks down the trees, one per sequence, let through: paths and next tokens."""
+    """Paths and next tokens of walks down the trees, one per sequence, as one acceptance."""
+    # Pad the paths with node 0.
     width = max(len(path) for path, _ in walks)
     padded = [path + [0] * (width - len(path)) for path, _ in walks]
     lengths, tokens = [len(path) for path, _ in walks], [token for _, token in walks]

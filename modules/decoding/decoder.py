@@ -1,4 +1,4 @@
-"""What every way of decoding looks like from outside, and our own: the speculative loop.
+"""The interface of every decoder, and the speculative decoder.
 
 Shape legend: B sequences, T prompt tokens.
 """
@@ -30,10 +30,10 @@ __all__ = ["Decoder", "SpeculativeDecoder", "Trace"]
 
 
 @functools.cache
-def _tell_beyond(name: str, trained: int) -> None:
+def _warn_beyond(name: str, trained: int) -> None:
     """Warn, once, that a drafter reads positions it has never seen."""
     logger.warning(
-        "%s was trained on rows of %d tokens (data.max_length) and drafts behind longer contexts: "
+        "%s was trained on rows of %d tokens (data.max_length) and drafts after longer contexts: "
         "fewer drafts may be accepted",
         name,
         trained,
@@ -41,7 +41,7 @@ def _tell_beyond(name: str, trained: int) -> None:
 
 
 class Decoder(Protocol):
-    """Anything the harness can measure."""
+    """The interface that the harness measures."""
 
     name: str
 
@@ -52,7 +52,7 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class Composite(Protocol):
-    """A decoder that names what it is made of besides its target."""
+    """A decoder that names its components besides its target."""
 
     def parts(self) -> Mapping[str, Part]:
         """Drafters, and folders of trained components, by name."""
@@ -64,10 +64,10 @@ class SpeculativeDecoder:
     """Propose, verify, accept, commit, until every sequence has ended.
 
     Args:
-        target: the model whose text this is.
+        target: the model whose distribution the text has.
         drafter: None is plain autoregressive decoding, through the same loop with a one-node tree.
         rule: None chooses the lossless rule that fits the drafter's trees and the temperature.
-        builder: grows the trees instead of the drafter's own builder.
+        builder: replaces the drafter's own builder.
         budget: drafted nodes per step at most; None is the drafter's own.
         name: what reports call it.
         stop_ids: tokens that end an answer; None: the target's end-of-sequence tokens; an empty set
@@ -90,16 +90,19 @@ class SpeculativeDecoder:
 
     def __post_init__(self) -> None:
         """Check the pairing of rule and trees, and translate a drafter of another tokenizer."""
+        # 1. Rule, builder and drafter must fit.
         if self.rule is not None and self.drafter is not None:
             check_pairing(self.rule, self.sibling_draw)
         if self.builder is not None and self.drafter is not None:
             check_depth(self.builder, self.drafter)
+        # 2. Defaults.
         if not self.name:
             self.name = (
                 "autoregressive" if self.drafter is None else type(self.drafter).__name__.lower()
             )
         if self.drafter is not None:
             self._translated = in_target_ids(self.drafter, self.target)
+        # 3. Kernels for few rows, as the target has them.
         if self.drafter is not None and self.target.device.type == "cpu":
             use_narrow_linears(self.drafter)
         self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
@@ -119,7 +122,7 @@ class SpeculativeDecoder:
         return self.drafter.default_budget if self.budget is None else self.budget
 
     def parts(self) -> Mapping[str, Part]:
-        """Its drafter."""
+        """The drafter, if there is one."""
         return {} if self.drafter is None else {"drafter": self.drafter}
 
     def rule_for(self, sampling: Sampling) -> AcceptanceRule:
@@ -127,7 +130,7 @@ class SpeculativeDecoder:
         return self.rule or default_rule(self.sibling_draw, sampling)
 
     def fresh(self) -> SpeculativeDecoder:
-        """The same decoder with a copy of a drafter that learns: neither sees what the other
+        """The same decoder; a drafter that learns is copied, so that neither sees what the other
         decodes.
         """
         learns = self.drafter is not None and self.drafter.learns
@@ -151,15 +154,16 @@ class SpeculativeDecoder:
             shown = len(trace.ids)
 
     def _begin(self, prompts: Sequence[list[int]], sampling: Sampling, limit: int) -> Run:
+        # 1. Refuse what cannot be decoded.
         longest = max(map(len, prompts))
         check_limit(limit)
         assert self.stop_ids is not None
         if min(map(len, prompts)) == 0:
             raise ValueError("a prompt has no tokens: give at least one")
-        known = self.target.shape.vocab_size
-        if (largest := max(map(max, prompts))) >= known:
+        size = self.target.shape.vocab_size
+        if (largest := max(map(max, prompts))) >= size:
             raise ValueError(
-                f"a prompt has token {largest}, beyond the vocabulary of {known} of "
+                f"a prompt has token {largest}, beyond the vocabulary of {size} of "
                 f"{self.target.name!r}: its tokenizer was given tokens that the model was not"
             )
         if longest + limit > self.target.max_positions:
@@ -167,9 +171,11 @@ class SpeculativeDecoder:
                 f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
                 f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens"
             )
+        # 2. Warn about contexts that the drafter was not trained on.
         trained = None if self.drafter is None else self.drafter.trained_length
         if trained is not None and longest + limit > trained:
-            _tell_beyond(self.name, trained)
+            _warn_beyond(self.name, trained)
+        # 3. One generator per sequence, so that answers do not depend on the batch.
         generators = [
             torch.Generator(self.target.device).manual_seed(sampling.seed + i)
             for i in range(len(prompts))

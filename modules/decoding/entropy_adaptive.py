@@ -1,4 +1,4 @@
-"""Entropy adaptive decoding: a small and a large model take turns, as the next token's entropy asks
+"""Entropy adaptive decoding: the next token's entropy chooses between a small and a large model
 (Simonds 2025, arXiv 2502.06833). Lossy: nothing is verified.
 
 Shape legend: V vocabulary.
@@ -33,7 +33,8 @@ def entropy_bits(logits_V: Tensor) -> float:
 
 class EntropyAdaptive:
     """The large model begins; after at least `shortest_run` tokens the mean entropy of the last
-    `window` ones decides who goes on. A model that comes in first reads what the other wrote.
+    `window` ones decides which model continues. After a change, the model first reads what the
+    other wrote.
 
     Args:
         large: the target, whose text is approximated.
@@ -62,6 +63,7 @@ class EntropyAdaptive:
             raise ValueError(
                 f"window and shortest_run must be at least 1, got {window} and {shortest_run}"
             )
+        # The small model is loaded as the large one was.
         precision, device = str(large.dtype).removeprefix("torch."), str(large.device)
         other = (
             small
@@ -81,6 +83,7 @@ class EntropyAdaptive:
             ValueError: several prompts at once; a limit below 1; a prompt that leaves one of the
                 models no room for an answer.
         """
+        # 1. Refuse what cannot be decoded.
         check_limit(limit)
         if len(prompts) != 1:
             raise ValueError(
@@ -93,11 +96,13 @@ class EntropyAdaptive:
                     f"{model.name}'s context of {model.max_positions}: shorten the prompt or lower "
                     "max_new_tokens"
                 )
+        # 2. Both models keep a cache of the same text.
         trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
         draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])
         capacity = len(prompts[0]) + limit
         sessions = [model.open(1, capacity) for model in (self.large, self.small)]
         small, run, entropies = False, 0, deque[float](maxlen=self.window)
+        # 3. One token at a time.
         while len(trace.ids) < limit and not (trace.ids and trace.ids[-1] in self.large.eos_ids):
             with clock.phase("verify" if trace.ids else "prefill"):
                 logits_V = self._read(sessions[small], [*prompts[0], *trace.ids])
@@ -108,6 +113,7 @@ class EntropyAdaptive:
             trace.entropies.append(entropy_bits(logits_V))
             entropies.append(trace.entropies[-1])
             run += 1
+            # 4. Change the model when the mean entropy crosses the threshold.
             wanted = sum(entropies) / len(entropies) <= self.threshold
             if run >= self.shortest_run and wanted != small:
                 small, run = wanted, 0
@@ -115,8 +121,8 @@ class EntropyAdaptive:
         return [trace]
 
     def _read(self, session: Session, text: list[int]) -> Tensor:
-        """Logits behind the text, of no more ids than the large model has; only what the model has
-        not seen is read, ids of the other's padding as its own last one."""
+        """Logits [V] after the text, over the large model's ids. Only tokens that the model has not
+        seen are read; padding ids of the other model are read as its own last id."""
         model = session.target
         unseen = torch.tensor([text[session.cache.lengths[0] :]], device=model.device)
         unseen = unseen.clamp(max=model.shape.vocab_size - 1)
@@ -125,11 +131,12 @@ class EntropyAdaptive:
         return logits_BV[0, : self.large.shape.vocab_size]
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
-        """What a report says of these answers: the shares of their tokens that either model wrote
+        """Figures of these answers for a report: the shares of their tokens that either model wrote
         (`large_share`, `small_share`); `relative_cost`, the parameters that wrote them over those
-        of the large model alone, which is the paper's cost and leaves out what follows; `switches`
-        between the models; `catch_up_tokens`, what a model that came in had to read beside the
+        of the large model alone, which is the paper's cost and leaves out the next two; `switches`
+        between the models; `catch_up_tokens`, what a model had to read after a change beside the
         newest token; and `mean_entropy` in bits."""
+        # Shares are of all tokens, not means over answers.
         tokens = sum(len(trace.ids) for trace in traces)
         if not tokens:
             return {}
@@ -146,12 +153,12 @@ class EntropyAdaptive:
 
 
 def catch_up_tokens(trace: Trace) -> int:
-    """Tokens that a model which came in had not seen, the newest left out; the small one begins
+    """Tokens that a model had to read after a change, the newest left out; the small one begins
     with the prompt.
     """
-    seen, found = {False: trace.prompt_tokens, True: 0}, 0
+    seen, count = {False: trace.prompt_tokens, True: 0}, 0
     for written, small in enumerate(trace.drafted):
-        there = trace.prompt_tokens + written
-        found += max(0, there - seen[small] - 1)
-        seen[small] = there
-    return found
+        length = trace.prompt_tokens + written
+        count += max(0, length - seen[small] - 1)
+        seen[small] = length
+    return count

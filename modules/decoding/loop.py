@@ -24,18 +24,18 @@ from modules.decoding.timing import Clock
 
 @dataclass
 class Trace:
-    """What decoding one prompt gave.
+    """The result of decoding one prompt.
 
     ids: new tokens, cut at the end-of-sequence token (kept) and at the limit. drafted: per id,
-    whether it was an accepted draft. accepted: tokens kept of each target call, which with the
-    prefill's add up to `ids`. offered: depth of each call's tree, no deeper than where the answer
-    was cut off.
+    whether it was an accepted draft. accepted: tokens of each target call in the answer, which with
+    the prefill's add up to `ids`. offered: depth of each call's tree, no deeper than where the
+    answer was cut off.
     nodes: drafted candidates of each call. seconds: per phase, for the whole batch.
     time_to_first_token: seconds.
     rows: what each call really computes for this sequence: the newest token, the candidates, rows
     that only compute, and padding to the widest tree of the batch.
-    entropies: bits of the model's own distribution of each id, where a decoder goes by them
-    (entropy adaptive decoding).
+    entropies: in bits, of the model's distribution of each id, where a decoder uses them (entropy
+    adaptive decoding).
     """
 
     prompt_tokens: int
@@ -51,13 +51,13 @@ class Trace:
 
     @property
     def decode_seconds(self) -> float:
-        """Everything but prefill."""
+        """Seconds of all phases but prefill."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "prefill")
 
 
 class StepResult(NamedTuple):
-    """What one call gave one sequence, on the host: emitted tokens, depth of the tree and drafted
-    candidates.
+    """The result of one call for one sequence, on the host: emitted tokens, depth of the tree and
+    number of drafted candidates.
     """
 
     tokens: list[int]
@@ -66,9 +66,7 @@ class StepResult(NamedTuple):
 
 
 def read_to_host(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[StepResult]]:
-    """Everything that the host must know of a step, in one read of the device; the acceptance
-    without padding.
-    """
+    """The acceptance without padding, and each sequence's result, in one read of the device."""
     # 1. Depth and candidates of each tree.
     depth_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
     nodes_B = tree.acceptable_BN.sum(1) - 1
@@ -84,18 +82,18 @@ def read_to_host(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[St
 
 
 def check_limit(limit: int) -> None:
-    """Refuse an answer without room for a token."""
+    """ValueError for an answer without room for a token."""
     if limit < 1:
         raise ValueError(f"limit must be at least 1 new token, got {limit}: raise max_new_tokens")
 
 
 def kept_calls(emitted: Sequence[int], tokens: int) -> list[int]:
     """Tokens of each call among the first `tokens`; calls without one are left out."""
-    found = []
+    counts = []
     for count in emitted:
-        kept = min(count, tokens - sum(found))
-        found += [kept] if kept > 0 else []
-    return found
+        share = min(count, tokens - sum(counts))
+        counts += [share] if share > 0 else []
+    return counts
 
 
 @dataclass
@@ -118,7 +116,7 @@ class Run:
     traces: list[Trace] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Nothing is computed yet."""
+        """Set up the state; nothing is computed yet."""
         self.traces = [Trace(len(prompt)) for prompt in self.prompts]
         self._alive = list(range(len(self.prompts)))
         self._draws = Draws(self.sampling, self.generators)
@@ -142,6 +140,7 @@ class Run:
             yield
 
     def _prefill(self) -> None:
+        # 1. Prompts, padded on the right.
         device = self.target.device
         lengths = [len(prompt) for prompt in self.prompts]
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
@@ -149,11 +148,13 @@ class Run:
             torch.tensor(padded, device=device),
             torch.tensor(lengths, device=device),
         )
+        # 2. The target reads them and gives the first token.
         with self.clock.phase("prefill"):
             capacity = max(lengths) + self.limit + self.budget + 1
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
             self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
+        # 3. The drafter starts from the states that it asked for.
         first = self.clock.elapsed()
         if self.drafter is not None:
             with self.clock.phase("draft"):
@@ -169,6 +170,7 @@ class Run:
                         self._session,
                     )
                 )
+        # 4. Record the first token.
         for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
             trace.time_to_first_token = first
             trace.ids.append(token)
@@ -202,21 +204,21 @@ class Run:
     def _record(self, results: list[StepResult], rows: int) -> None:
         for sequence, call in zip(self._alive, results, strict=True):
             trace = self.traces[sequence]
+            # 1. What was drafted.
             trace.nodes.append(call.nodes)
             trace.rows.append(rows)
-            before = len(trace.ids)
+            # 2. What was emitted, cut at the end of the answer.
+            earlier = len(trace.ids)
             trace.ids += call.tokens
             trace.drafted += [True] * (len(call.tokens) - 1) + [False]
             self._cut(trace)
-            # Behind a cut nothing was accepted or rejected.
-            kept = len(trace.ids) - before
-            trace.accepted.append(kept)
-            trace.offered.append(call.depth if kept == len(call.tokens) else kept - 1)
+            # After a cut nothing was accepted or rejected.
+            emitted = len(trace.ids) - earlier
+            trace.accepted.append(emitted)
+            trace.offered.append(call.depth if emitted == len(call.tokens) else emitted - 1)
 
     def _cut(self, trace: Trace) -> None:
-        """End the answer at its first stop token or at the limit: after verification, never
-        before.
-        """
+        """End the answer at its first stop token or at the limit, always after verification."""
         end = next(
             (i + 1 for i, token in enumerate(trace.ids) if token in self.stop_ids), self.limit
         )
@@ -226,7 +228,8 @@ class Run:
         return len(trace.ids) >= self.limit or trace.ids[-1] in self.stop_ids
 
     def _drop_finished(self) -> None:
-        """Ended sequences leave the batch: the cache, the drafter's state and the generators."""
+        """Remove ended sequences from the cache, the drafter's state and the generators."""
+        # 1. Rows of the batch that go on.
         running = [
             row
             for row, sequence in enumerate(self._alive)
@@ -234,9 +237,11 @@ class Run:
         ]
         if len(running) == len(self._alive):
             return
+        # 2. Times of the ended ones.
         for sequence in self._alive:
             if self._finished(self.traces[sequence]):
                 self.traces[sequence].seconds = self.clock.snapshot()
+        # 3. Shrink cache, drafter state and generators.
         self._alive = [self._alive[row] for row in running]
         if self._alive:
             rows_B = torch.tensor(running, device=self._newest_B.device)

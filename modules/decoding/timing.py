@@ -15,11 +15,11 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit", "other")
 
 
 class Clock:
-    """Adds up seconds per phase; `other` is what no phase claimed.
+    """Sums seconds per phase; `other` is time outside all phases.
 
-    On a CUDA device the boundaries of phases are events in the device's own stream, read when
-    somebody asks: no step waits for the device on the clock's account, and a phase owns the time of
-    its kernels.
+    On a CUDA device the boundaries of phases are events in the device's stream, read only by
+    `snapshot`: no step waits for the device because of the clock, and a phase is charged for its
+    kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,5 +61,6 @@ class Clock:
         for name, began, ended in self._marks:
             self._seconds[name] += began.elapsed_time(ended) / 1000
         self._marks.clear()
+        # Whatever no phase was charged with.
         claimed = sum(seconds for phase, seconds in self._seconds.items() if phase != "other")
         return {**self._seconds, "other": max(0.0, total - claimed)}

@@ -1,8 +1,8 @@
 """A drafter of another tokenizer, in the target's ids.
 
-Everything that a drafter is given is translated into its own ids, token by token, and of its logits
-those columns are handed on whose token the target has too. Builders take the softmax of these, so
-that drafted tokens are target ids and draft probabilities those of the restricted, renormalised
+All inputs of a drafter are translated into its own ids, token by token. Of its logits those columns
+are used whose token the target has too. Builders take the softmax of these, so that drafted tokens
+are target ids and draft probabilities those of the restricted, renormalised
 distribution: what rules assume of a trimmed draft vocabulary, which is lossless.
 
 Shape legend: D draft tokens that the target has too.
@@ -51,7 +51,7 @@ class TranslatedState(DraftState):
 
 
 class TranslatedDrafter(Drafter):
-    """Drafts what another drafter drafts, in target ids.
+    """Drafts the tokens of another drafter, in target ids.
 
     Args:
         drafter: of another tokenizer.
@@ -71,7 +71,7 @@ class TranslatedDrafter(Drafter):
         self.register_buffer("targets_D", targets_D, persistent=False)
 
     def loss(self, batch: Any, target: Target, progress: float) -> Losses:
-        """The drafter's own, which reads target ids."""
+        """The drafter's own loss, which reads target ids."""
         return self.drafter.loss(batch, target, progress)
 
     @property
@@ -85,37 +85,37 @@ class TranslatedDrafter(Drafter):
 
     @property
     def builder(self) -> TreeBuilder:
-        """The drafter's."""
+        """The tree builder of the drafter."""
         return self.drafter.builder
 
     @property
     def sibling_draw(self) -> SiblingDraw:
-        """The drafter's."""
+        """How the drafter's siblings are drawn."""
         return self.drafter.sibling_draw
 
     @property
     def default_budget(self) -> int:
-        """The drafter's."""
+        """Drafted nodes per step of the drafter."""
         return self.drafter.default_budget
 
     @property
     def least_budget(self) -> int:
-        """The drafter's."""
+        """The smallest budget of the drafter."""
         return self.drafter.least_budget
 
     @property
     def learns(self) -> bool:
-        """Whether the drafter does."""
+        """Whether the drafter learns while decoding."""
         return self.drafter.learns
 
     @property
     def max_depth(self) -> int | None:
-        """The drafter's."""
+        """The greatest depth of the drafter."""
         return self.drafter.max_depth
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """The drafter's."""
+        """Target states that the drafter reads."""
         return self.drafter.decoding_states
 
     def start(self, context: Context) -> TranslatedState:
@@ -129,7 +129,7 @@ class TranslatedDrafter(Drafter):
         return TranslatedState(context, context.newest_B, context.lengths_B, inner)
 
     def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
-        """The tree with what the drafter adds, which sees it in its own ids."""
+        """The tree with what the drafter adds to it, in target ids."""
         assert isinstance(state, TranslatedState)
         seen = replace(tree, tokens_BN=self.vocabulary.to_draft(tree.tokens_BN))
         return replace(self.drafter.prepare(state.inner, seen), tokens_BN=tree.tokens_BN)
@@ -142,7 +142,7 @@ class TranslatedDrafter(Drafter):
         return logits[..., self.get_buffer("columns_D")]
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> TranslatedState:
-        """Both states go on; the drafter reads the tree and the next token in its own ids. Logits
+        """Advance both states. The drafter reads the tree and the next token in its own ids; logits
         and states of the verification stay the target's.
         """
         assert isinstance(state, TranslatedState)

@@ -1,1 +1,1 @@
-"""What the machine gives: time, memory, progress bars."""
+"""Time, memory, files and progress bars."""

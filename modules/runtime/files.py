@@ -1,4 +1,4 @@
-"""Files and folders that are whole or as they were, modes that the umask decides, and JSON."""
+"""Atomic replacement of files and folders, file modes from the umask, and reading JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 def whole_file(place: Path) -> Iterator[Path]:
     """A path beside `place`, whose file takes its place when the block has ended well.
 
-    However else it ends, `place` is as it was, and the other file is removed.
+    Otherwise `place` stays as it was, and the other file is removed.
     """
     partial = place.with_name(f".{place.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -41,8 +41,8 @@ def whole_file(place: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of `folder` when the block has ended well.
 
-    However else it ends, `folder` is as it was. Where the file system can, both change places in
-    one step, and readers always find one of them.
+    Otherwise `folder` stays as it was. Where the file system can, both are exchanged atomically,
+    and readers always find one of them.
     """
     with scratch_beside(folder) as scratch:
         fresh = scratch / _FRESH
@@ -53,8 +53,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_beside(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, removed in the end; first what killed processes left of such
-    is removed too."""
+    """A hidden folder beside `folder`, removed at the end. Such folders of killed processes are
+    removed first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_scratch(folder)
     scratch, lock = _locked_scratch(folder)
@@ -66,7 +66,8 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
 
 
 def clear_scratch(folder: Path) -> None:
-    """Remove what killed processes left beside a folder; one that was being replaced comes back."""
+    """Remove what killed processes left beside a folder; a folder that was being replaced is
+    restored."""
     for scratch in folder.parent.glob(f".{folder.name}-*{_ENDING}"):
         try:
             lock = os.open(scratch, os.O_RDONLY)
@@ -76,7 +77,7 @@ def clear_scratch(folder: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _discard(folder, scratch)
         except OSError:
-            # Its process lives, or the file system has no locks: nobody knows.
+            # Its process lives, or the file system has no locks: it may still be in use.
             continue
         finally:
             os.close(lock)
@@ -84,6 +85,7 @@ def clear_scratch(folder: Path) -> None:
 
 def _locked_scratch(folder: Path) -> tuple[Path, int]:
     while True:
+        # The lock marks the folder as in use.
         scratch = Path(tempfile.mkdtemp(_ENDING, f".{folder.name}-", folder.parent))
         try:
             lock = os.open(scratch, os.O_RDONLY)
@@ -93,7 +95,7 @@ def _locked_scratch(folder: Path) -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             return scratch, lock
-        # Another process may have taken it for a left one before it was locked, and removed it.
+        # Another process may have removed it before it was locked.
         if scratch.exists():
             return scratch, lock
         os.close(lock)
@@ -107,9 +109,11 @@ def _discard(folder: Path, scratch: Path) -> None:
 
 
 def _replace(folder: Path, fresh: Path, old: Path) -> None:
+    # 1. Nothing to replace.
     if not folder.exists():
         fresh.rename(folder)
         return
+    # 2. In one step, where the file system can.
     if _exchanged(fresh, folder):
         return
     try:
@@ -120,21 +124,24 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
             old.rename(folder)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two paths changed places; False where the system has no such call."""
+def _exchanged(first: Path, second: Path) -> bool:
+    """Whether two paths were exchanged; False where the system has no such call."""
+    # 1. An atomic exchange, if the C library has the call.
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if exchange is None:
         return False
-    if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+    if exchange(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
         return True
+    # 2. Not every file system implements it.
     number = ctypes.get_errno()
     if number in _NO_EXCHANGE:
         return False
-    raise OSError(number, os.strerror(number), str(other))
+    raise OSError(number, os.strerror(number), str(second))
 
 
 def as_umask_says(*files: Path) -> None:
     """Give files the mode that `open` would: safetensors makes them unreadable for others."""
+    # The umask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     for file in files:
@@ -142,7 +149,7 @@ def as_umask_says(*files: Path) -> None:
 
 
 MOST_JSON = 1 << 26
-"""Bytes of a JSON file that is read."""
+"""The largest JSON file that is read, in bytes."""
 
 
 def read_object(file: Path) -> dict[str, Any]:

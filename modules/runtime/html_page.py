@@ -17,12 +17,12 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; letter-spacing: -.01em; }
 
 
 def html_page(title: str, parts: Iterable[str], style: str = "", heading: str | None = None) -> str:
-    """HTML without outside parts.
+    """An HTML page that loads nothing.
 
     Args:
         title: of the page, as text.
-        parts: HTML, one below the other.
-        style: CSS behind the common one.
+        parts: HTML of the body, in order.
+        style: CSS after the common one.
         heading: as text; None is the title.
     """
     lines = [

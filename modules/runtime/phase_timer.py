@@ -13,16 +13,17 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once this device has done all that it was given."""
+    """Seconds, after this device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class PhaseClock:
-    """Adds up seconds per phase between `start` and `stop`.
+    """Sums seconds per phase between `start` and `stop`.
 
-    On a CUDA device every boundary waits for the device, so that phases own their kernels.
+    On a CUDA device every boundary waits for the device, so that phases are charged for their
+    kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,11 +34,11 @@ class PhaseClock:
         self._since = 0.0
 
     def start(self) -> None:
-        """Charge from now on."""
+        """Start charging the current phase."""
         self.running, self._since = True, now(self._device)
 
     def enter(self, phase: str) -> None:
-        """Charge what has passed to the phase so far, and what comes to this one."""
+        """Charge the time so far to the current phase, and from now on to this one."""
         if self.running:
             moment = now(self._device)
             self.seconds[self.current] = self.seconds.get(self.current, 0.0) + moment - self._since
@@ -45,7 +46,7 @@ class PhaseClock:
         self.current = phase
 
     def stop(self) -> None:
-        """Charge no more."""
+        """Charge the current phase and stop."""
         self.enter(self.current)
         self.running = False
 

@@ -1,4 +1,4 @@
-"""Progress bars of other libraries: as they are on a terminal, one line each elsewhere."""
+"""Progress bars of other libraries: unchanged on a terminal, one line each elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UP = "\x1b[A"
 
 
 class LastStates:
-    """A stream in which a bar, which is drawn over itself many times, is a line: its last state.
+    """A stream that reduces a bar, which is redrawn many times, to one line: its last state.
 
     Args:
         stream: where the lines go.
@@ -25,7 +25,7 @@ class LastStates:
         self._stream, self._line = stream, ""
 
     def write(self, text: str) -> int:
-        """Take text; whole lines go on, bars only when they are full."""
+        """Pass whole lines on, bars only when they are full."""
         for piece in re.split(r"([\r\n])", text.replace(_UP, "")):
             if piece == "\r":
                 self._line = ""
@@ -43,17 +43,17 @@ class LastStates:
         self._line = ""
 
     def flush(self) -> None:
-        """Of what has been passed on."""
+        """Flush the lines that were passed on."""
         self._stream.flush()
 
     def isatty(self) -> bool:
-        """A log is none."""
+        """False: a log is not a terminal."""
         return False
 
 
 @contextmanager
 def one_line_each() -> Iterator[None]:
-    """Bars that are drawn in the block are a line each, unless a terminal shows them."""
+    """Reduce bars drawn in the block to a line each, unless stderr is a terminal."""
     if sys.stderr.isatty():
         yield
         return
