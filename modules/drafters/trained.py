@@ -57,13 +57,13 @@ WIDE_LEVEL = 10
 class DraftStep:
     """One draft step over the training rows.
 
-    feature_MH: what its LM head read. carried_MH: what the next step goes on from, where that is a
-    feature too.
+    feature_MH: input of its LM head.
+    carried_MH: input of the next step, where that is a feature too.
     labels_M: draft vocabulary indices, `IGNORED` where nothing is learnt.
-    valid_M: rows whose label counts, in the draft vocabulary or not. losses_M, ranks_M: see
-    `cross_entropy`.
-    flat_M: flat positions of the target's distributions of the labels. distributions: those
-    distributions, if they are learnt.
+    valid_M: rows whose label counts, in the draft vocabulary or not.
+    losses_M, ranks_M: see `cross_entropy`.
+    flat_M: flat positions of the target's distributions of the labels.
+    distributions: those distributions, if they are learnt.
     """
 
     depth: int
@@ -94,7 +94,7 @@ class DraftStep:
 class TrainedDrafter(Drafter):
     """Base of the drafters that learn to draft K steps ahead from the target's states.
 
-    Subclasses give `teacher_forced`, the inputs of their LM head step by step, and `head`.
+    Subclasses define `teacher_forced`, the inputs of their LM head step by step, and `head`.
 
     Args:
         shape: the target's dimensions.
@@ -112,7 +112,7 @@ class TrainedDrafter(Drafter):
     """
     first_exponent: ClassVar[int] = 1
     recompute = False
-    """Whether what a draft step's backward pass needs is computed once more."""
+    """Whether activations are recomputed in the backward pass instead of stored."""
 
     def __init__(
         self, shape: TargetShape, steps: int, draft_vocabulary: int | None, decay: float
@@ -142,22 +142,23 @@ class TrainedDrafter(Drafter):
 
     @property
     def draft_size(self) -> int:
-        """D."""
+        """D: how many tokens can be drafted."""
         return self.shape.vocab_size if self.vocabulary_D is None else len(self.vocabulary_D)
 
     def set_vocabulary(self, ids: Tensor | Iterable[int]) -> None:
         """Choose the tokens that can be drafted; before `initialise`, which copies the LM head's
         rows for them.
 
-        Whatever their order here, they are kept ascending: index d of every head and of every saved
-        map from draft to target ids is the d-th smallest id. Raises ValueError unless there are
-        exactly `draft_vocabulary` different ids of the target's vocabulary, each given once.
+        The ids are stored in ascending order: index d of every head and of every saved map from
+        draft to target ids is the d-th smallest id. Raises ValueError unless there are exactly
+        `draft_vocabulary` different ids of the target's vocabulary, each listed once.
         """
-        given = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long()
-        chosen = given.unique()
-        if len(given) > len(chosen):
+        # Refuse duplicates, and a count or range that differs from the constructor's.
+        listed = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long()
+        chosen = listed.unique()
+        if len(listed) > len(chosen):
             raise ValueError(
-                f"the draft vocabulary was given {len(given) - len(chosen)} ids twice: give each "
+                f"the draft vocabulary was given {len(listed) - len(chosen)} ids twice: give each "
                 "once"
             )
         if (
@@ -170,6 +171,7 @@ class TrainedDrafter(Drafter):
                 f"given: give that many ids below {self.shape.vocab_size}, or set draft_vocabulary "
                 f"to {len(chosen)}"
             )
+        # Without a trimmed vocabulary all ids are drafted and there is no buffer to fill.
         if self.vocabulary_D is not None:
             self.vocabulary = chosen.to(self.vocabulary_D.device)
 
@@ -198,7 +200,7 @@ class TrainedDrafter(Drafter):
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The LM head's inputs [M,H] and what the next step goes on from [M,H], step by step."""
+        """The LM head's inputs [M,H] and the next step's inputs [M,H], step by step."""
         return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
@@ -209,13 +211,13 @@ class TrainedDrafter(Drafter):
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be
         drafted.
 
-        Where distributions are learnt, rows whose token cannot be drafted have a distribution too,
-        and are left out all the same. On text that the target wrote a row then counts as often as
-        its distribution p puts a token into the draft vocabulary D, so that the loss is in
-        expectation -Σ_{v in D} p(v) log q(v), the whole vocabulary's cross-entropy without what
-        cannot be drafted. Weighting every row by p(D) is the same with less variance, but takes the
-        whole LM head; it gave 0.0004 more expected acceptance on tiny targets' text (15 % of it
-        outside D), 0.0007 on that of another writer (27 %).
+        Rows whose token cannot be drafted are left out also where distributions are learnt. On text
+        sampled from the target, a row then counts with probability p(D), the mass that its
+        distribution p puts on the draft vocabulary D. The expected loss is
+        -Σ_{v in D} p(v) log q(v): the cross-entropy over the whole vocabulary without the tokens
+        that cannot be drafted. Weighting every row by p(D) has the same expectation and less
+        variance, but needs the whole LM head. It gave 0.0004 more expected acceptance on tiny
+        targets' text (15 % of it outside D), 0.0007 on text of another writer (27 %).
         """
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
@@ -223,8 +225,8 @@ class TrainedDrafter(Drafter):
     def distributions(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Distributions | None:
-        """The target's distributions of the labels, if they are learnt, at float32 even of a target
-        at 16 bits.
+        """The target's distributions of the labels, if they are learnt; in float32 also for a
+        16-bit target.
         """
         if not self.soft_labels:
             return None
@@ -249,15 +251,14 @@ class TrainedDrafter(Drafter):
         distributions: Distributions | None,
         outputs: Iterable[tuple[Tensor, Tensor]],
     ) -> Iterator[DraftStep]:
-        """The steps that `unrolled` put out over these rows, held against their labels or
-        distributions.
+        """The outputs of `unrolled` over these rows, compared with their labels or distributions:
+        one `DraftStep` per depth.
         """
         labels = self.labels(batch, target, rows)
         for depth, (feature, carried) in enumerate(outputs):
-            labels_M, flat_M = (
-                labels[:, depth].contiguous(),
-                rows.flat_MK1[:, depth + 1].contiguous(),
-            )
+            # Step `depth` predicts the token, or the distribution, one position further on.
+            labels_M = labels[:, depth].contiguous()
+            flat_M = rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(
                 feature,
                 self.head(depth, target),
@@ -284,7 +285,7 @@ class TrainedDrafter(Drafter):
         return soft_cross_entropy(logits_MD, probs_MD)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """What a step contributes to the loss, before its weight."""
+        """A step's loss before its weight."""
         return masked_mean(step.losses_M, step.counted_M)
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
@@ -292,7 +293,7 @@ class TrainedDrafter(Drafter):
         return self.weighted(self.steps(batch, target), batch)
 
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
-        """The steps' losses summed by their weights, and their metrics."""
+        """The weighted sum of the steps' losses, and their metrics."""
         weights = depth_weights(self.draft_steps, self.decay, self.decay**self.first_exponent)
         total, metrics = torch.zeros((), device=batch.input_ids.device), {}
         for step in steps:
@@ -301,11 +302,12 @@ class TrainedDrafter(Drafter):
         return Losses(total, metrics)
 
     def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
-        """Where an optimised tree was asked for: find it on the held-out batches and remember it as
-        the tree.
+        """Where the tree is `optimised`: measure acceptance on the held-out batches, and save the
+        best tree as the drafter's own.
         """
         if self._optimised_nodes is None:
             return TrainingResult()
+        # Acceptance per depth and rank decides the tree; its paths become the saved argument.
         table = measured_accuracies(self, batches, target).tolist()
         paths = optimised_tree(table, self._optimised_nodes)
         self.use_static_tree(paths)
@@ -322,38 +324,40 @@ class TrainedDrafter(Drafter):
 
     @property
     def builder(self) -> TreeBuilder:
-        """The tree it was built with; of families that have a wide one, that on a GPU where no tree
-        was asked for."""
+        """The tree it was constructed with; by default, on a GPU, the family's wide tree if it has
+        one.
+        """
         return self._wide[0] if self._wide[0] is not None and self.on_gpu else self._builder
 
     @property
     def default_budget(self) -> int:
-        """All of a tree that was asked for; of `narrow` and of dynamic trees what the device
-        verifies almost for free: CHEAP_BUDGET, on a GPU all of a wide tree where the family has
-        one.
+        """All nodes of a tree that was named in the config. For `narrow` and dynamic trees, what
+        the device verifies at almost no extra cost: CHEAP_BUDGET, or on a GPU all of the family's
+        wide tree.
         """
         return max(self._budget, self._wide[1]) if self.on_gpu else self._budget
 
     @property
     def on_gpu(self) -> bool:
-        """Whether its weights are on one."""
+        """Whether its weights are on a GPU."""
         weight = next(self.parameters(), None)
         return weight is not None and weight.device.type == "cuda"
 
     def use_static_tree(self, tree: list[Path] | str) -> None:
-        """Draft fixed paths, given in full or by name (`modules.trees.named_trees`); `optimised`
-        and `optimised_N` ask for the best tree of so many nodes, which `finish` finds once the
-        drafter is trained. Until then it is `narrow`. A tree by name has no deeper paths and no
-        ranks than can be drafted.
+        """Draft fixed paths, listed or by name (`modules.trees.named_trees`).
 
-        Raises ValueError for a tree in full with a rank that no draft has.
+        `optimised` and `optimised_N` request the best tree of so many nodes, which `finish` finds
+        after training; until then the tree is `narrow`. A named tree is cut to the depth and the
+        ranks that can be drafted. Raises ValueError for listed paths with a rank that no draft has.
         """
+        # 1. The paths, from a name or as listed.
         self._optimised_nodes = optimised_size(tree)
         tree = tree if self._optimised_nodes is None else "narrow"
         paths = tree_paths(tree, self.max_depth, self.depth_unit)
         if isinstance(tree, str):
             # A tree by name is cut to the draft vocabulary as it is to the depth.
             paths = [path for path in paths if max(path) < self.draft_size]
+        # 2. Listed paths are not cut, so their ranks are checked.
         static = StaticTree(paths)
         widest = max((path[-1] for path in static.paths), default=0)
         if widest >= self.draft_size:
@@ -361,18 +365,19 @@ class TrainedDrafter(Drafter):
                 f"tree has a rank of {widest}, but the draft vocabulary has {self.draft_size} "
                 "tokens"
             )
+        # 3. A tree that was chosen replaces the wide default of a GPU.
         self._builder, self._wide = static, (None, 0)
         self._budget = CHEAP_BUDGET if tree == "narrow" else len(static.paths)
 
     @property
     def precision(self) -> torch.dtype:
-        """Of its own weights, which may differ from the target's."""
+        """Dtype of its own weights, which may differ from the target's."""
         return next(self.parameters()).dtype
 
 
 def see_parents(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
-    """bool [B,W,A+W]: new rows see the rows A that their parents see, among R rows so far, and
-    themselves.
+    """bool [B,W,A+W]: each of W new rows sees the rows (of A) that its parent (of R) sees, and
+    itself.
     """
     width = parents_BW.shape[1]
     itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(
@@ -390,34 +395,35 @@ def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
 def measured_accuracies(
     drafter: TrainedDrafter, batches: Iterable[TextBatch], target: Target, ranks: int = 10
 ) -> Tensor:
-    """Table [K,ranks]: how often the rank-i draft of step k is the target's own greedy token there
-    (what greedy verification accepts), given the data's tokens before it, without dropout. For
-    `trees.expected_length`."""
+    """Table [K,ranks] for `trees.expected_length`: the share of positions where the rank-i draft of
+    step k is the target's greedy token, which greedy verification accepts. Without dropout, with
+    the data's tokens as context.
+    """
     hits, counts = torch.zeros(drafter.draft_steps, ranks), torch.zeros(drafter.draft_steps)
     training = drafter.training
     drafter.eval()
     for batch in batches:
-        rows, final_PH = (
-            training_rows(batch, drafter.draft_steps),
-            final_states(batch, target).flatten(0, 1),
-        )
+        rows = training_rows(batch, drafter.draft_steps)
+        final_PH = final_states(batch, target).flatten(0, 1)
         for depth, (feature, _) in enumerate(drafter.unrolled(batch, target, rows)):
+            # The label is the target's greedy token, not the one of the data.
             valid_M, flat_M = rows.valid_MK[:, depth], rows.flat_MK1[:, depth + 1]
             greedy_M = greedy_tokens(target.logits, final_PH[flat_M], drafter.shape.vocab_size)
             labels_M = draft_labels(greedy_M, drafter.vocabulary_D)
             _, ranks_M = cross_entropy(
                 feature, drafter.head(depth, target), labels_M, drafter.draft_size
             )
-            found = ranks_M[valid_M].clamp(max=ranks)
-            hits[depth] += found.bincount(minlength=ranks + 1)[:ranks].cpu()
-            counts[depth] += len(found)
+            # The last bin holds every rank beyond the table and is dropped.
+            counted_ranks = ranks_M[valid_M].clamp(max=ranks)
+            hits[depth] += counted_ranks.bincount(minlength=ranks + 1)[:ranks].cpu()
+            counts[depth] += len(counted_ranks)
     drafter.train(training)
     return hits / counts.clamp(min=1)[:, None]
 
 
 def final_states(batch: TextBatch, target: Target) -> Tensor:
-    """The target's `final` states of a batch [B,T,H], computed only where the batch does not bring
-    them.
+    """The target's `final` states of a batch [B,T,H]: the batch's own, or the norm of its
+    `pre_norm` states, or else computed here.
     """
     if "final" in batch.states:
         return batch.states["final"]

@@ -1,5 +1,5 @@
-"""What feature drafters share: one decoder layer that reads features and tokens, and feeds on its
-own output.
+"""What feature drafters share: one decoder layer that reads features and tokens, and then its own
+outputs.
 
 Row t of a sequence pairs the feature at position t with token x_{t+1} and drafts x_{t+2}; to draft
 further, the row's own output takes the place of the target's feature. The layer sees the whole
@@ -54,9 +54,9 @@ class FeatureState(DraftState):
     """A feature drafter's knowledge of its sequences.
 
     cache: its layer's keys and values of the prefix (one row per token the target has read).
-    carried_BH, feature_BH: output of the newest prefix row, what a step goes on from and what the
-    LM head reads.
-    rows_BRH: what each row handed to `expand` in this proposal carries on, row 0 the newest prefix
+    carried_BH, feature_BH: outputs of the newest prefix row: the input of the next step and the
+    input of the LM head.
+    rows_BRH: the input of the next step from each row of this proposal; row 0 is the newest prefix
     row.
     above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
     itself included.
@@ -72,7 +72,7 @@ class FeatureState(DraftState):
 class FeatureDrafter(TrainedDrafter):
     """Base of the feature drafters.
 
-    Subclasses set `layer` and give `read`, `fuse`, `outputs` and `head`.
+    Subclasses set `layer` and define `read`, `fuse`, `outputs` and `head`.
 
     Args:
         shape: the target's dimensions.
@@ -118,19 +118,19 @@ class FeatureDrafter(TrainedDrafter):
 
     @abstractmethod
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
-        """Features [..., H] from the target's states."""
+        """Features [..., H] of the target's states."""
 
     @abstractmethod
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [..., X] and what its output is added to [..., H]."""
+        """The input of attention [..., X] and the residual that its output is added to [..., H]."""
 
     @abstractmethod
     def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
-        """What the LM head reads [..., H] and what the next step goes on from [..., H]."""
+        """The LM head's input [..., H] and the next step's input feature [..., H]."""
 
     @property
     def attention(self) -> Attention:
-        """Of its layer."""
+        """The self-attention of its layer."""
         assert self.layer.self_attn is not None
         return self.layer.self_attn
 
@@ -141,7 +141,7 @@ class FeatureDrafter(TrainedDrafter):
     # -- training ----------------------------------------------------------------------------------
 
     def footprint(self, rows: int, length: int) -> Footprint:
-        """Its training attention too, whose scores are kept."""
+        """Adds the scores of training attention, which stay in memory."""
         whole = super().footprint(rows, length)
         return replace(whole, score_heads=self.shape.num_heads, most_scores=MAX_SCORES)
 
@@ -163,19 +163,22 @@ class FeatureDrafter(TrainedDrafter):
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Outputs of every step: the first reads the target's features, the others what the step
-        before carried on.
+        """Outputs of every step: the first reads the target's features, each later one the outputs
+        of the step before.
 
-        Step j stands at position t + j, and sees the prefix up to t as the first step read it and,
-        of the steps after it, the rows that hang off the same t (training-time test, Li et al.
-        2025, arXiv 2503.01840).
+        Step j is at position t + j. It sees the prefix up to t, as the first step read it, and the
+        rows of later steps that started from the same t (training-time test, Li et al. 2025, arXiv
+        2503.01840).
         """
+        # 1. Keys and values of the prefix, read once with the target's features.
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
         prefix = _Prefix(keys, values, batch.rows().visible_BNJ, rows.flat_MK1[:, 0])
+        # 2. The first step's inputs at the training rows.
         inputs, residual = rows.take(inputs), rows.take(residual)
-        positions, carried, own = rows.take(batch.position_ids), residual, []
+        positions, carried, hanging = rows.take(batch.position_ids), residual, []
+        # 3. A later step reads the outputs before it; its keys and values join the visible rows.
         for step in range(self.draft_steps):
             if step:
                 inputs, residual = self.fuse(
@@ -188,11 +191,11 @@ class FeatureDrafter(TrainedDrafter):
                 residual,
                 positions + step,
                 prefix,
-                tuple(own),
+                tuple(hanging),
                 step > 0,
             )
             if step:
-                own.append(row)
+                hanging.append(row)
             yield feature, carried
 
     def _draft(
@@ -201,16 +204,19 @@ class FeatureDrafter(TrainedDrafter):
         residual_MH: Tensor,
         positions_M: Tensor,
         prefix: _Prefix,
-        own: Sequence[Sequence[Tensor]],
+        hanging: Sequence[Sequence[Tensor]],
         hangs: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One step: outputs of the training rows, and their keys and values. Before it `own` rows
-        hang off each of them, and so do these unless they are part of the prefix."""
+        """One step: outputs of the training rows, and their keys and values.
+
+        `hanging` holds keys and values of the rows of earlier steps, one per training row; the new
+        rows join them if `hangs`, otherwise they are part of the prefix.
+        """
         queries, key, value = (
             part[0] for part in self.attention.project(inputs_MX[None], positions_M[None])
         )
         mixed = self.attention.o_proj(
-            prefix.mix(queries, [*own, (key, value)] if hangs else own).flatten(1)
+            prefix.mix(queries, [*hanging, (key, value)] if hangs else hanging).flatten(1)
         )
         feature, carried = self.outputs(self.layer.after_attention(residual_MH + mixed))
         return feature, carried, key, value
@@ -223,8 +229,9 @@ class FeatureDrafter(TrainedDrafter):
         return self.feature_states
 
     def start(self, context: Context) -> FeatureState:
-        """Read the prompts."""
+        """State after the prompts, from the target's states of them."""
         cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
+        # Position t is read with token t+1; at the last one that is the newest token.
         last = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         feature, carried = self._read_prefix(
@@ -233,7 +240,7 @@ class FeatureDrafter(TrainedDrafter):
         return FeatureState(context, context.newest_B, context.lengths_B, cache, carried, feature)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> FeatureState:
-        """Read the accepted rows with the target's true features, of whatever tree they were."""
+        """State after the accepted rows of any tree, read with the target's true features."""
         assert isinstance(state, FeatureState)
         states = {name: accepted.along_path(verified.states[name]) for name in self.feature_states}
         feature, carried = self._read_prefix(
@@ -263,9 +270,10 @@ class FeatureDrafter(TrainedDrafter):
         cache: LayerCache,
         counts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Put the first `counts_B` rows (on the host `counts`) into the cache; outputs [B,H] of the
-        last of them.
+        """Write the first `counts_B` rows (`counts` on the host) into the cache, and return the
+        outputs [B,H] of the last of them.
         """
+        # 1. All rows enter the cache; it then drops those after the counts.
         features = self.read(states).to(self.precision)
         inputs, residual = self.fuse(self.vectors(next_BN, target), features)
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
@@ -273,6 +281,7 @@ class FeatureDrafter(TrainedDrafter):
         keys, values = cache.write(keys, values)
         visible = cache.visible(rows, keys.shape[1])
         cache.keep(counts_B, counts)
+        # 2. Outputs are needed at the last row only.
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
         mixed = self.attention.mix(newest, keys, values, rows_at(visible, last_B1))
         feature, carried = self.outputs(
@@ -286,12 +295,14 @@ class FeatureDrafter(TrainedDrafter):
         """
         assert isinstance(state, FeatureState)
         target = state.context.target
+        # The root was read with the prefix; its outputs are in the state.
         if frontier.depth == 0 or state.rows_BRH is None or state.above_BRA is None:
             state.rows_BRH = state.carried_BH[:, None]
             state.above_BRA = torch.zeros(
                 len(state.carried_BH), 1, 0, dtype=torch.bool, device=state.carried_BH.device
             )
             return self.head(0, target)(state.feature_BH[:, None])
+        # Each node reads its parent's output and its own token, and sees its ancestors.
         before = rows_at(state.rows_BRH, frontier.parents_BW)
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
         above = see_parents(state.above_BRA, frontier.parents_BW)
@@ -299,6 +310,7 @@ class FeatureDrafter(TrainedDrafter):
         rows = Rows(positions.expand_as(frontier.tokens_BW), above)
         hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
         feature, carried = self.outputs(hidden)
+        # Later levels look up their parents' outputs and visible rows.
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)
         state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
         return self.head(frontier.depth, target)(feature)
@@ -315,11 +327,12 @@ class _Prefix:
         self.counts = torch.bincount(flat_M // length, minlength=batch).tolist()
         self.visible = visible_BTT.flatten(0, 1)[flat_M].split(self.counts)
 
-    def mix(self, queries_MQE: Tensor, own: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Values mixed by attention [M,Q,E] to the prefix and to own rows, keys and values [M,G,E]
-        each.
+    def mix(self, queries_MQE: Tensor, hanging: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Attention [M,Q,E] to the prefix and to the hanging rows, whose keys and values are
+        [M,G,E] each.
         """
-        own_keys, own_values = ([pair[i].split(self.counts) for pair in own] for i in (0, 1))
+        # Training rows are sorted by sequence, so each sequence's attention is one call.
+        own_keys, own_values = ([pair[i].split(self.counts) for pair in hanging] for i in (0, 1))
         parts = [
             attention_in_parts(
                 queries,
@@ -342,8 +355,9 @@ def attention_in_parts(
     own_keys_JMGE: list[Tensor],
     own_values_JMGE: list[Tensor],
 ) -> Tensor:
-    """`hanging_attention` that never holds more than `MAX_SCORES` scores: above that the rows are
-    cut into parts, whose scores are computed once more going back."""
+    """`hanging_attention` with at most `MAX_SCORES` scores in memory: longer inputs are cut into
+    parts, whose scores are recomputed in the backward pass.
+    """
     count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_TGE)))
     if len(queries_MQE) <= count:
         return hanging_attention(
@@ -375,20 +389,25 @@ def hanging_attention(
     own_keys_JMGE: list[Tensor],
     own_values_JMGE: list[Tensor],
 ) -> Tensor:
-    """Attention of rows to the visible part of a common prefix and to J rows of their own each.
+    """Attention of rows to the visible part of a common prefix and to J private rows each.
 
     queries [M,Q,E], keys and values [T,G,E], visible bool [M,T], own keys and values J times
     [M,G,E] -> [M,Q,E].
     """
     rows, heads, size = queries_MQE.shape
     length, groups = len(keys_TGE), keys_TGE.shape[1]
+    # 1. Scores to the prefix; query heads share the keys of their group.
     queries = queries_MQE.view(rows, groups, heads // groups, size) * size**-0.5
     scores = torch.einsum("mgre,tge->mgrt", queries, keys_TGE).masked_fill(
         ~visible_MT[:, None, None], -torch.inf
     )
+    # 2. Scores to the J private rows, which are always visible.
     if own_keys_JMGE:
-        own = torch.stack([(queries * keys[:, :, None]).sum(-1) for keys in own_keys_JMGE], dim=-1)
-        scores = torch.cat([scores, own], dim=-1)
+        own_scores = torch.stack(
+            [(queries * keys[:, :, None]).sum(-1) for keys in own_keys_JMGE], dim=-1
+        )
+        scores = torch.cat([scores, own_scores], dim=-1)
+    # 3. One softmax over both, and the values of both.
     weights = scores.softmax(-1)
     mixed = torch.einsum("mgrt,tge->mgre", weights[..., :length], values_TGE)
     for step, values in enumerate(own_values_JMGE):

@@ -73,22 +73,23 @@ class Eagle(FeatureDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Pass features through at first: fusion keeps them and the layer adds nothing. What the
-        layer looks at starts as in the target's last, where it is of its kind."""
+        """Start as the identity on features: fusion passes them on and the layer adds nothing. The
+        layer's attention starts as in the target's last layer, where that is of the same type.
+        """
         size = self.shape.hidden_size
         nn.init.eye_(self.fc.weight[:, size:])
         self.token_scale.fill_(token_scale(target))
         self.start_layer(target)
 
     def start_layer(self, target: Target) -> None:
-        """The target's last layer, without what it adds: that layer writes at the scale of states
-        before the norm.
+        """Copy the target's last layer with its output projections set to 0, because that layer
+        writes at the scale of states before the norm.
         """
         self.copy_layer(target)
         adds_nothing(self.layer)
 
     def copy_layer(self, target: Target) -> None:
-        """What the target's last layer has for this one."""
+        """Copy the matching weights of the target's last layer."""
         self.layer.copy_from(target)
 
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
@@ -108,12 +109,12 @@ class Eagle(FeatureDrafter):
         return super().vectors(ids, target) * self.token_scale
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """z, twice."""
+        """z as the input of attention and as the residual."""
         fused = self.fc(torch.cat([vectors_NH, features_NH], dim=-1))
         return fused, fused
 
     def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
-        """f̂ serves both."""
+        """f̂ for the LM head and for the next step."""
         return hidden_NY, hidden_NY
 
     def head(self, depth: int, target: Target) -> Head:
@@ -121,25 +122,26 @@ class Eagle(FeatureDrafter):
         return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """Distance of what is carried on to the target's own feature there, on all rows; soft
-        cross-entropy.
+        """Distance of the drafted feature to the target's on all rows, and soft cross-entropy
+        (`feature_and_token_loss`).
         """
         return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
 
 
 def adds_nothing(layer: DecoderLayer) -> None:
-    """Set what a layer adds to its input to 0."""
+    """Set a layer's output projections to 0, so that it adds nothing to its input."""
     assert layer.self_attn is not None and layer.mlp is not None
     nn.init.zeros_(layer.self_attn.o_proj.weight)
     nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def uniform_noise(features_BTH: Tensor, half_width: float, document_ids_BT: Tensor) -> Tensor:
-    """Features with noise from ±half_width · 512 / L added, L the tokens of the position's own
-    document (EAGLE's release draws it for each conversation by itself); the features themselves
-    when half_width is 0."""
+    """Features plus uniform noise from ±half_width · 512 / L, with L the tokens of the position's
+    document (EAGLE's release scales it per conversation); unchanged when half_width is 0.
+    """
     if not half_width:
         return features_BTH
+    # L per position: tokens per document, counted with padding (-1) in slot 0.
     slots_BT = document_ids_BT + 1
     counts_BX = slots_BT.new_zeros(slots_BT.shape[0], slots_BT.shape[1] + 1)
     lengths_BT = counts_BX.scatter_add(1, slots_BT, torch.ones_like(slots_BT)).gather(1, slots_BT)

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 class Eagle3(FeatureDrafter):
     """g_t = W_f [states of several layers at t]; the layer reads [RMSNorm(e(x_{t+1})) ;
-    RMSNorm(g_t)] and adds to g_t; its output a_t takes g's place in the next step, and W_d
-    RMSNorm(a_t) are the logits.
+    RMSNorm(g_t)] and adds to g_t; its output a_t replaces g in the next step, and the logits are
+    W_d RMSNorm(a_t).
 
     Loss: Σ_j decay^j · cross-entropy to the target's distribution over the draft vocabulary, on
-    assistant positions whose token can be drafted. The paper asks this of the target's most likely
-    token (`greedy_labels`), which takes the whole LM head; with 8,192 of SmolLM2's tokens the
-    answer is another for 3 to 5 % of the positions.
+    assistant positions whose token can be drafted. The paper selects positions by the target's most
+    likely token (`greedy_labels`), which needs the whole LM head; with 8,192 of SmolLM2's tokens
+    the selection differs at 3 to 5 % of the positions.
 
     Args:
         shape: the target's dimensions.
@@ -44,12 +44,12 @@ class Eagle3(FeatureDrafter):
         norm_before_residual: whether attention is added to the normalised feature (engines assume
             what is exported).
         fc_norm: whether each fused state is normalised first.
-        norm_output: whether the next step goes on from the normalised output.
+        norm_output: whether the next step reads the normalised output.
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: a name or a list of paths.
         greedy_labels: count positions, and accuracy, by the target's most likely token instead of
             the text's own. On text that is not the target's greedy answer, accuracy by the text's
-            own is not how often drafts are accepted.
+            own tokens differs from how often drafts are accepted.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Eagle3(FeatureDrafter):
         greedy_labels: bool = False,
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
+        # 1. Layers whose inputs are fused.
         size, count = shape.hidden_size, shape.num_layers
         layers = (
             fused_layers
@@ -78,6 +79,7 @@ class Eagle3(FeatureDrafter):
                 f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}"
             )
         self.fused_layers = layers
+        # 2. Modules, named as in the release.
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
         self.greedy_labels = greedy_labels
         self.fc = nn.Linear(len(layers) * size, size, bias=False)
@@ -92,9 +94,11 @@ class Eagle3(FeatureDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start as the target goes on from the last fused state: fusion passes it through, the
-        draft head and the norm before it are the target's, and so is, where it is of its kind, the
-        layer's half that reads features."""
+        """Start from the target: fusion passes on the last fused state, the draft head and the norm
+        before it are copies, and so is the layer's half that reads features, where the target's
+        last layer is of the same type.
+        """
+        # 1. The draft head, the fusion and the final norm.
         every = torch.arange(self.shape.vocab_size, device=target.device)
         rows = every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
         self.lm_head.weight.copy_(target.lm_head_rows(rows))
@@ -103,6 +107,7 @@ class Eagle3(FeatureDrafter):
         norm = target_weight(target, "norm")
         if norm is not None:
             self.norm.weight.copy_(norm)
+        # 2. The layer's projections read [token ; feature]: the target's fill the second half.
         last = DecoderLayer(self.shape)
         if last.copy_from(target):
             assert last.input_layernorm is not None
@@ -117,6 +122,7 @@ class Eagle3(FeatureDrafter):
         """
         if not self.greedy_labels:
             return super().labels(batch, target, rows)
+        # Steps share positions, so each one's greedy token is computed once.
         unique, index = rows.flat_MK1[:, 1:].unique(return_inverse=True)
         final_UH = batch.states["final"].flatten(0, 1)[unique]
         likely = draft_labels(
@@ -130,15 +136,15 @@ class Eagle3(FeatureDrafter):
         return tuple(self.fused_layers)
 
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
-        """g, from the fused states side by side."""
+        """g, from the concatenation of the fused states."""
         parts = [states[layer].to(self.precision) for layer in self.fused_layers]
         if self.fc_norm is not None:
             parts = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
         return self.fc(torch.cat(parts, dim=-1))
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """Both normalised, side by side; attention is added to the feature as it came, unless asked
-        otherwise.
+        """Token and feature, each normalised, concatenated; the residual is the feature itself, or
+        the normalised one with `norm_before_residual`.
         """
         normalised = self.hidden_norm(features_NH)
         inputs = torch.cat([self.input_layernorm(vectors_NH), normalised], dim=-1)

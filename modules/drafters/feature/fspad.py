@@ -23,9 +23,9 @@ class Fspad(Eagle):
     """EAGLE with two changes, each its own flag.
 
     Feature sampling: z + W_down(SiLU(W_gate e) ⊙ W_up RMSNorm(z)) in place of z = W [e ; f]: the
-    token's embedding picks what the next step needs of the feature. W_down starts at zero, so that
-    the start is EAGLE's fusion. Partial alignment: the layer puts out [ô ; f̂]; the LM head reads
-    ô, the next step and the feature loss take f̂.
+    token's embedding selects what the next step needs of the feature. W_down starts at zero, so
+    training starts from EAGLE's fusion. Partial alignment: the layer outputs [ô ; f̂]; the LM head
+    reads ô, the next step and the feature loss read f̂.
 
     Args:
         shape: the target's dimensions.
@@ -77,30 +77,30 @@ class Fspad(Eagle):
             self.layer = DecoderLayer(shape, input_norm=False, output_width=2)
 
     def copy_layer(self, target: Target) -> None:
-        """As EAGLE; a layer with a split output takes from a plain one all but the projection that
-        it splits.
+        """As EAGLE; a layer with a split output copies all weights but the output projection, which
+        has another shape.
         """
         if not self.partial_alignment:
             return super().copy_layer(target)
         plain = DecoderLayer(self.shape, input_norm=False).to(self.precision)
         if plain.copy_from(target):
-            kept = {
+            shared = {
                 name: weight
                 for name, weight in plain.state_dict().items()
                 if name != "mlp.down_proj.weight"
             }
-            self.layer.load_state_dict(kept, strict=False)
+            self.layer.load_state_dict(shared, strict=False)
         return None
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """The fused vector, twice."""
+        """The fused vector as the input of attention and as the residual."""
         fused, _ = super().fuse(vectors_NH, features_NH)
         if self.feature_sampling:
             fused = fused + self.down(F.silu(self.gate(vectors_NH)) * self.up(self.norm(fused)))
         return fused, fused
 
     def outputs(self, hidden_NY: Tensor) -> tuple[Tensor, Tensor]:
-        """ô and f̂."""
+        """ô for the LM head, f̂ for the next step."""
         if not self.partial_alignment:
             return hidden_NY, hidden_NY
         logit_feature, feature = hidden_NY.chunk(2, dim=-1)

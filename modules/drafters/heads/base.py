@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class HeadState(DraftState):
     """A head drafter's knowledge of its sequences.
 
-    start_BX: what a proposal starts from, at the last position the target has read.
-    caches: keys and values of the drafter's own layers, one each.
+    start_BX: the start of a proposal, at the last position that the target has read.
+    caches: keys and values of the drafter's own layers, one cache per layer.
     rows_BRX: the memory of each row handed to `expand` in this proposal.
     """
 
@@ -51,7 +51,7 @@ class HeadState(DraftState):
 class HeadDrafter(TrainedDrafter):
     """Base of the head families.
 
-    Subclasses give `step` and `feature`, and override `begin` when their start is more than the
+    Subclasses define `step` and `feature`, and override `begin` when their start is more than the
     target's state.
 
     Args:
@@ -86,16 +86,14 @@ class HeadDrafter(TrainedDrafter):
     # -- LM heads ------------------------------------------------------------------------
 
     def use_own_lm_heads(self, bias: bool) -> None:
-        """Give every step a trainable LM head of its own, copied from the target's by
-        `initialise`.
-        """
+        """Create one trainable LM head per step; `initialise` copies the target's into each."""
         self.lm_heads = nn.ModuleList(
             LearntHead(self.shape.hidden_size, self.draft_size, bias) for _ in range(self.heads)
         )
 
     def head(self, depth: int, target: Target) -> Head:
-        """Features [..., H] of step `depth` -> logits [..., D]: by its own LM head, or by the
-        target's frozen one.
+        """Features [..., H] of step `depth` -> logits [..., D], by the step's trainable LM head or
+        the target's frozen one.
         """
         if not self.lm_heads:
             return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
@@ -103,21 +101,22 @@ class HeadDrafter(TrainedDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Copy the target's LM head into own LM heads, and into own layers what `start_layers`
-        says.
+        """Copy the target's LM head into the trainable ones, and start the layers
+        (`start_layers`).
         """
         self.start_layers(target)
+        # Every step's LM head starts as the target's rows of the draft vocabulary, without bias.
         every = torch.arange(self.shape.vocab_size, device=target.device)
-        for own in self.lm_heads:
+        for lm_head in self.lm_heads:
             rows = target.lm_head_rows(
                 every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
             )
-            cast(nn.Linear, own).weight.copy_(rows)
-            if own.bias is not None:
-                nn.init.zeros_(cast(Tensor, own.bias))
+            cast(nn.Linear, lm_head).weight.copy_(rows)
+            if lm_head.bias is not None:
+                nn.init.zeros_(cast(Tensor, lm_head.bias))
 
     def start_layers(self, target: Target) -> None:
-        """Copy the target's last layer into own layers of its kind."""
+        """Copy the target's last layer into the drafter's layers of the same type."""
         for layer in self.layers:
             cast(DecoderLayer, layer).copy_from(target)
 
@@ -167,22 +166,23 @@ class HeadDrafter(TrainedDrafter):
 
     @property
     def max_depth(self) -> int:
-        """As many as it has heads."""
+        """One level per head."""
         return self.heads
 
     def start(self, context: Context) -> HeadState:
-        """Read the prompts' states."""
+        """State after the prompts, from the target's states of them."""
         hidden = context.states[self.reads]
         caches = [
             LayerCache.empty(self.shape, context.lengths_B, self.precision) for _ in self.layers
         ]
+        # Position t is read with token t+1; at the last one that is the newest token.
         last = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         starts = self._read(hidden, following, context.lengths_B, context.target, caches)
         return HeadState(context, context.newest_B, context.lengths_B, starts, caches)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> HeadState:
-        """Read the accepted rows' states, of whatever tree they were."""
+        """State after the accepted rows, which may come from any tree."""
         assert isinstance(state, HeadState)
         hidden = accepted.along_path(verified.states[self.reads])
         starts = self._read(
@@ -210,12 +210,17 @@ class HeadDrafter(TrainedDrafter):
         caches: list[LayerCache],
         counts: list[int] | None = None,
     ) -> Tensor:
-        """Starts at the last of each sequence's `counts_B` new rows [B,X], on the host `counts`."""
+        """Starts [B,X] at the last of each sequence's `counts_B` new rows.
+
+        `counts` are the same numbers on the host, where they are known.
+        """
         hidden_BNH = hidden_BNH.to(self.precision)
+        # Without layers of its own a start depends on the last row only.
         if not caches:
             last = counts_B[:, None] - 1
             hidden_BNH = rows_at(hidden_BNH, last)
             next_BN, counts_B = next_BN.gather(1, last), torch.ones_like(counts_B)
+        # With layers all new rows are read, and those after the counts leave the caches again.
         begun = caches[0].lengths_B if caches else torch.zeros_like(counts_B)
         rows = causal_rows(begun, hidden_BNH.shape[1])
         starts = self.begin(hidden_BNH, next_BN, target, rows, caches)
@@ -224,21 +229,23 @@ class HeadDrafter(TrainedDrafter):
         return rows_at(starts, counts_B[:, None] - 1)[:, 0]
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, whose own token its step is
-        told.
+        """Logits [B,W,D] of the token after each frontier node; the step reads the node's own
+        token.
         """
         assert isinstance(state, HeadState)
         target = state.context.target
+        # Memory of each node's parent: the start at depth 0, a row of this proposal after it.
         before = (
             state.start_BX[:, None]
             if frontier.depth == 0 or state.rows_BRX is None
             else rows_at(state.rows_BRX, frontier.parents_BW)
         )
         memory = self.step(frontier.depth, before, frontier.tokens_BW, target)
-        kept = (
+        # Later levels look their parents' memory up among all rows so far.
+        memories = (
             [memory] if frontier.depth == 0 or state.rows_BRX is None else [state.rows_BRX, memory]
         )
-        state.rows_BRX = torch.cat(kept, dim=1)
+        state.rows_BRX = torch.cat(memories, dim=1)
         return self.head(frontier.depth, target)(
             self.feature(frontier.depth, memory, frontier.tokens_BW, target)
         )
@@ -250,15 +257,15 @@ class HeadDrafter(TrainedDrafter):
         return run_layers(self.layers, hidden_BNH, rows, caches)
 
 
-def refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
-    """ValueError unless the value of a key is one of those known."""
-    if value not in known:
-        raise ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}")
+def refuse_unknown(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a key's value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def soft_labels(labels: str) -> bool:
-    """Whether `labels` (`"soft"` or `"hard"`) asks for the target's distribution rather than for
-    the tokens of the data.
+    """Whether `labels` (`"soft"` or `"hard"`) selects the target's distribution instead of the
+    tokens of the data.
     """
     refuse_unknown("labels", labels, ("soft", "hard"))
     return labels == "soft"

@@ -30,13 +30,13 @@ class AttentionDecoder(nn.Module):
     """h + concat_q(gate(q, k) · v): attention to a single key, so a gate per head instead of a
     softmax.
 
-    q = W_Q RMSNorm(h), k = W_K e, v = W_V e. Heads are as many as the target's where that divides
-    H, else their greatest common divisor. With the cosine gate no head adds more than its value:
-    |out - h| <= |v|.
+    q = W_Q RMSNorm(h), k = W_K e, v = W_V e. There are as many heads as in the target if that
+    divides H, otherwise their greatest common divisor. With the cosine gate no head adds more than
+    its value: |out - h| <= |v|.
 
     Args:
         shape: the target's dimensions.
-        gate: `"silu"`, SiLU(q·k / √E) (Clover; the paper draws SiLU behind the product and gives no
+        gate: `"silu"`, SiLU(q·k / √E) (Clover; the paper draws SiLU after the product and gives no
             formula, the scale is inferred), or `"cosine"`, cos(q, k) (Clover-2).
         bias: whether the three projections have biases.
     """
@@ -49,6 +49,7 @@ class AttentionDecoder(nn.Module):
         self.gate, self.heads = gate, gcd(shape.num_heads, size)
         self.norm = nn.RMSNorm(size, shape.norm_eps)
         self.query, self.key, self.value = (nn.Linear(size, size, bias=bias) for _ in range(3))
+        # Queries and keys start near the identity, values at 0, so the block adds nothing at first.
         for projection in (self.query, self.key):
             nn.init.eye_(projection.weight)
             projection.weight.data.add_(torch.randn_like(projection.weight), alpha=0.01)
@@ -59,6 +60,7 @@ class AttentionDecoder(nn.Module):
 
     def forward(self, hidden_NH: Tensor, token_NH: Tensor) -> Tensor:
         """Hidden states and token vectors [..., H] -> hidden states [..., H]."""
+        # One key per row: the softmax over it would be 1, so a gate takes its place.
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1))
             for projected in (
@@ -75,8 +77,8 @@ class AttentionDecoder(nn.Module):
 
 
 class FeedForwardFusion(nn.Module):
-    """h + SiLU(W [RMSNorm(h) ; e]) with W = 0 at the start: the ablation's stand-in for the
-    attention decoder.
+    """h + SiLU(W [RMSNorm(h) ; e]) with W = 0 at initialisation: replaces the attention decoder
+    in an ablation.
     """
 
     compiles = True
@@ -100,7 +102,7 @@ class Clover(HeadDrafter):
     h_0 = finalnorm(A(g)) with g the target's output before its final norm and A a decoder layer
     that starts as a copy of the target's last; h_i = decoder(h_{i-1}, e_{i-1}); distribution of
     x_{t+1+i} = W_LM (Medusa block_i)(h_i). Token vectors e are the LM head's rows, normalised. At
-    the start every head predicts from h_0, whatever was drafted.
+    initialisation every head predicts from h_0 and drafted tokens have no influence.
 
     Args:
         shape: the target's dimensions.
@@ -137,6 +139,7 @@ class Clover(HeadDrafter):
         refuse_unknown("fusion", fusion, ("attention", "mlp"))
         refuse_unknown("augmenting", augmenting, ("none", "block", "attention", "mlp"))
         refuse_unknown("gate", gate, ("silu", "cosine"))
+        # 1. The augmenting block, or one of its halves.
         if augmenting != "none":
             self.layers.append(
                 DecoderLayer(
@@ -145,11 +148,13 @@ class Clover(HeadDrafter):
                     feed_forward=augmenting in ("block", "mlp"),
                 )
             )
+        # 2. The module that fuses a drafted token into the hidden state.
         self.fusion = None
         if token_input:
             self.fusion = (
                 AttentionDecoder(shape, gate) if fusion == "attention" else FeedForwardFusion(shape)
             )
+        # 3. One residual block per head, and the tree.
         self.blocks = nn.ModuleList(ResBlock(shape.hidden_size) for _ in range(heads))
         if tree is None:
             self._builder = ThresholdTree(heads, width, top_p, ratio)
@@ -164,7 +169,7 @@ class Clover(HeadDrafter):
         rows: Rows,
         caches: list[LayerCache] | None,
     ) -> Tensor:
-        """The augmenting block's output, normalised as the target normalises its own."""
+        """The augmenting block's output after the target's final norm."""
         return target.final_norm(self.run_own_layers(hidden_BNH, rows, caches))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:

@@ -43,7 +43,7 @@ class Clover2(HeadDrafter):
 
     The release, which trains for 20 epochs on large targets, has `token_scale: head`,
     `map_lr_scale: 1`, `map_bias: true` and `start_norm: final`. It also adds U(0, 0.01) to the
-    identities that FC_1 and FC_2 begin with.
+    identities at which FC_1 and FC_2 start.
 
     Args:
         shape: the target's dimensions.
@@ -54,21 +54,21 @@ class Clover2(HeadDrafter):
         decay: step i = 0 … K-1 weighs decay^i.
         feature_weight: weight of the smooth L1 distance to the target's own state, next to the soft
             cross-entropy.
-        label_top_k, label_top_p: train step i at t only if the target would have given all the
-            tokens that it reads, x_{t+1} … x_{t+1+i}: each among the top k of the target's whole
-            distribution of it, with at most a mass of top_p above it (the release's optional
-            `label_mask`: 8 and 0.8). Its label does not matter. 0 and 1 turn them off, and so does
-                validation.
+        label_top_k, label_top_p: train step i at t only if all the tokens that it reads,
+            x_{t+1} … x_{t+1+i}, are likely under the target: each among the top k of the target's
+            whole distribution, with at most a mass of top_p above it (the release's optional
+            `label_mask`: 8 and 0.8). The label does not matter. 0 and 1 turn the filters off; they
+            are always off in validation.
         fusion: of the token y_{t+1} into the start: `"attention"`, or `"linear"`, FC [g ; y]
             (ablation).
         labels: `"soft"`, the target's distribution, or `"hard"`, the tokens of the data (ablation).
         token_scale: `"state"` scales token vectors to the norm of the states that they meet,
-            `"head"` leaves the LM head's rows as they are (the release). A target's last states may
-            be 200 times as large as those rows, and then what was drafted is learnt last. No
-            gradient flows through the scale.
-        map_lr_scale: share of the learning rate at which FC_1 and FC_2 are trained. They begin as
-            identities in front of a frozen LM head, and steps as large as the rest's take them
-            apart before anything is learnt.
+            `"head"` uses the LM head's rows unscaled (the release). A target's last states may be
+            200 times as large as those rows, and then drafted tokens are learnt last. No gradient
+            flows through the scale.
+        map_lr_scale: factor on the learning rate of FC_1 and FC_2. They start as identities before
+            a frozen LM head, and updates as large as the other parameters' destroy that start
+            before anything is learnt.
     """
 
     reads: StateName = "pre_norm"
@@ -98,6 +98,7 @@ class Clover2(HeadDrafter):
             token_scale,
             start_norm,
         )
+        # 1. Refuse unknown names and combinations.
         refuse_unknown("fusion", fusion, ("attention", "linear"))
         refuse_unknown("token_scale", token_scale, ("state", "head"))
         refuse_unknown("start_norm", start_norm, ("ones", "final"))
@@ -107,6 +108,7 @@ class Clover2(HeadDrafter):
                 "label_top_k and label_top_p go by the target's distribution, but labels is "
                 "'hard': use 'soft', or set them to 0 and 1"
             )
+        # 2. Settings and modules.
         size = shape.hidden_size
         self.feature_weight, self.label_top_k, self.label_top_p = (
             feature_weight,
@@ -123,6 +125,7 @@ class Clover2(HeadDrafter):
             nn.Linear(size, size, bias=map_bias),
             nn.Linear(2 * size, size, bias=map_bias),
         )
+        # 3. Both maps start as identities on the hidden state.
         nn.init.eye_(self.first.weight)
         _start_from_first(self.later)
         if map_bias:
@@ -132,7 +135,7 @@ class Clover2(HeadDrafter):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """The start, and the states that the features are drawn to."""
+        """The start, and the states that the feature loss pulls towards."""
         return (self.reads, "final")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -141,13 +144,13 @@ class Clover2(HeadDrafter):
         rest = [
             parameter
             for parameter in self.declared_parameters()
-            if all(parameter is not own for own in maps)
+            if all(parameter is not weight for weight in maps)
         ]
         return [{"params": rest, "lr_scale": 1.0}, {"params": maps, "lr_scale": self.map_lr_scale}]
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start the last norm, or both norms, from the target's final one too."""
+        """Also copy the target's final norm into the last norm, or into both."""
         super().initialise(target)
         weight = target_weight(target, "norm")
         if weight is not None:
@@ -163,12 +166,12 @@ class Clover2(HeadDrafter):
         rows: Rows,
         caches: list[LayerCache] | None,
     ) -> Tensor:
-        """h_0 at every position, given the token that follows it."""
+        """h_0 at every position, from its state and the token that follows."""
         hidden = self.start_attention(hidden_BNH, self.vectors(next_BN, hidden_BNH, target))
         return self.start_norm(self.run_own_layers(hidden, rows, caches))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
-        """The first step's token is in the start already; each later one is attended to."""
+        """Attend to the token; the first step's token is already part of the start."""
         return (
             memory_NX
             if depth == 0
@@ -183,8 +186,8 @@ class Clover2(HeadDrafter):
         return self.head_norm(self.later(torch.cat([memory_NX, vectors], dim=-1)))
 
     def vectors(self, tokens_N: Tensor, beside_NH: Tensor, target: Target) -> Tensor:
-        """The LM head's rows of tokens [...], scaled to what they are added to or put beside
-        [...,H].
+        """The LM head's rows of tokens [...], scaled to the norm of the states [...,H] that they
+        meet.
         """
         vectors = target.lm_head_rows(tokens_N).to(beside_NH.dtype)
         if self.token_scale == "head":
@@ -192,14 +195,14 @@ class Clover2(HeadDrafter):
         return F.normalize(vectors, dim=-1) * beside_NH.detach().norm(dim=-1, keepdim=True)
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """In training only the steps whose inputs are likely enough (`label_top_k`,
-        `label_top_p`).
+        """Training rows, in training only the steps whose inputs are likely enough
+        (`label_top_k`, `label_top_p`).
         """
         rows = super().rows(batch, target)
         if not self.training or not (self.label_top_k or self.label_top_p < 1):
             return rows
-        # Steps share most of their inputs, so each position is asked once for the distribution of
-        # the token behind it.
+        # Steps share most of their inputs, so the distribution of the token after each position is
+        # computed once.
         positions_P, index_MK = rows.flat_MK1[:, :-1].unique(return_inverse=True)
         tokens_P, width = batch.input_ids.roll(-1, 1).flatten()[positions_P], self.shape.vocab_size
         final_BTH = batch.states["final"]
@@ -207,14 +210,15 @@ class Clover2(HeadDrafter):
         likely_P = likely_tokens(
             distributions, positions_P, tokens_P, width, self.label_top_k, self.label_top_p
         )
+        # A step counts only while every token before it was likely.
         return replace(rows, valid_MK=rows.valid_MK & likely_P[index_MK].cumprod(1).bool())
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, f the target's final state at
-        the label's distribution.
+        """feature_weight · SmoothL1(feature, f) + soft cross-entropy, with f the target's final
+        state that predicts the label.
 
-        The distance counts at every row whose label counts, in the draft vocabulary or not: f does
-        not depend on it.
+        The distance counts at every row whose label counts, in the draft vocabulary or not, since f
+        does not depend on the draft vocabulary.
         """
         distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
         return self.feature_weight * masked_mean(distance, step.valid_M) + masked_mean(
@@ -223,8 +227,8 @@ class Clover2(HeadDrafter):
 
 
 class LinearFusion(nn.Module):
-    """W [h ; e], at the start h and a little of e: the ablation's stand-in for the residual
-    attention.
+    """W [h ; e], at initialisation h and a little of e: replaces the residual attention in an
+    ablation.
     """
 
     def __init__(self, size: int) -> None:
@@ -238,13 +242,15 @@ class LinearFusion(nn.Module):
 
 
 def _start_from_first(linear: nn.Linear) -> None:
-    """[I | U(0, 0.01)] for what reads [h ; e]."""
+    """Initialise a map of [h ; e] as [I | U(0, 0.01)]."""
     nn.init.uniform_(linear.weight, 0, 0.01)
     nn.init.eye_(linear.weight.data[:, : linear.out_features])
 
 
 def _residual_attention(shape: TargetShape) -> AttentionDecoder:
-    """With the released starting values: W_Q, W_K = I + U(0, 0.01), W_V = U(0, 0.01), no bias."""
+    """Attention with the release's initial values: W_Q, W_K = I + U(0, 0.01), W_V = U(0, 0.01),
+    biases 0.
+    """
     attention = AttentionDecoder(shape, "cosine", bias=True)
     for projection in (attention.query, attention.key):
         nn.init.eye_(projection.weight)

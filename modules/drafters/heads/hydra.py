@@ -27,7 +27,7 @@ RANDOM_WIDTH = 0.02
 
 
 class FirstBlock(nn.Module):
-    """W_res c + SiLU(W c) with W = 0 at the start: [..., inputs] -> [..., H]."""
+    """W_res c + SiLU(W c) with W = 0 at initialisation: [..., inputs] -> [..., H]."""
 
     def __init__(self, inputs: int, hidden_size: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class FirstBlock(nn.Module):
 def _head_blocks(
     inputs: int, size: int, count: int, shared: bool, dropout: float, everywhere: bool
 ) -> nn.Sequential:
-    """A head's blocks from its inputs [..., inputs] to what its LM head reads [..., size]."""
+    """A head's blocks, from its inputs [..., inputs] to its LM head's input [..., size]."""
     later = [ResBlock(size)] * (count - 1) if shared else [ResBlock(size) for _ in range(count - 1)]
     parts: list[nn.Module] = []
     for block in (FirstBlock(inputs, size), *later):
@@ -52,8 +52,8 @@ def _head_blocks(
 
 
 class Hydra(HeadDrafter):
-    """Head i reads c_i = [f'_t ; s·e_{t+1} ; … ; s·e_{t+1+i}] and drafts x_{t+2+i}, taught by the
-    target's distribution.
+    """Head i reads c_i = [f'_t ; s·e_{t+1} ; … ; s·e_{t+1+i}] and drafts x_{t+2+i}, trained on
+    the target's distribution.
 
     f' is the target's state after one more decoder layer (the prefix layer), normalised; e are the
     target's input embeddings, frozen, and s brings them to the size of f'
@@ -79,10 +79,10 @@ class Hydra(HeadDrafter):
         labels: `"soft"`, the target's distribution, or `"hard"`, the tokens of the data (Hydra
             without the teacher).
         prefix_start: `"target"`, or `"random"`: the prefix layer starts at random, reads the
-            target's final state, and has a norm of its own behind it.
-        dropout_at: `"lm_head"`, in front of it alone, or `"every_block"`: in front of each block
-            too, the first one's inputs included.
-        shared_block: whether the blocks of a head behind its first share their weights.
+            target's final state, and is followed by a trained norm.
+        dropout_at: `"lm_head"`, before the LM head only, or `"every_block"`: also before each
+            block, on the first block's inputs too.
+        shared_block: whether the blocks of a head after its first share their weights.
     """
 
     reads: StateName = "pre_norm"
@@ -110,10 +110,12 @@ class Hydra(HeadDrafter):
         refuse_unknown("prefix_start", prefix_start, ("target", "random"))
         refuse_unknown("dropout_at", dropout_at, ("lm_head", "every_block"))
         self.soft_labels = soft_labels(labels)
+        # 1. The prefix layer; one that starts at random has its own norm.
         self.layers = nn.ModuleList([DecoderLayer(shape)] if prefix else [])
         self.norm = None
         if prefix and prefix_start == "random":
             self.reads, self.norm = "final", nn.RMSNorm(shape.hidden_size, shape.norm_eps)
+        # 2. Head i reads a concatenation of i + 2 vectors.
         self.register_buffer("token_scale", torch.ones(()))
         self.blocks = nn.ModuleList(
             _head_blocks(
@@ -132,12 +134,12 @@ class Hydra(HeadDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Bring embeddings to the size of the target's states too."""
+        """Also measure the scale that brings embeddings to the size of the target's states."""
         super().initialise(target)
         self.token_scale.fill_(token_scale(target))
 
     def start_layers(self, target: Target) -> None:
-        """As the target's last layer, or at random as Llama models are."""
+        """Copy the target's last layer, or draw random weights as Llama models do."""
         if self.norm is None:
             return super().start_layers(target)
         for part in self.layers.modules():
@@ -155,17 +157,17 @@ class Hydra(HeadDrafter):
         rows: Rows,
         caches: list[LayerCache] | None,
     ) -> Tensor:
-        """f' [B,N,H], with room behind it for the embeddings of a whole path [B,N,X]."""
+        """f' [B,N,H], zero-padded to [B,N,X] to hold the embeddings of a whole path."""
         hidden = self.run_own_layers(hidden_BNH, rows, caches)
         hidden = target.final_norm(hidden) if self.norm is None else self.norm(hidden)
         return F.pad(hidden, (0, self.heads * self.shape.hidden_size))
 
     def step(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
-        """Write the token's embedding behind those of its path."""
+        """Write the token's embedding after those of its path."""
         used, size = (depth + 1) * self.shape.hidden_size, self.shape.hidden_size
         vectors = target.embed(tokens_N).to(memory_NX.dtype) * self.token_scale
         return torch.cat([memory_NX[..., :used], vectors, memory_NX[..., used + size :]], dim=-1)
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
-        """The head's blocks on c_depth."""
+        """The head's blocks applied to c_depth."""
         return self.blocks[depth](memory_NX[..., : (depth + 2) * self.shape.hidden_size])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Medusa(HeadDrafter):
     """Medusa-1: K heads of residual blocks and an LM head each, trained on a frozen target.
 
-    At the start the residual blocks add nothing but SiLU(bias), so every head repeats the target's
+    At initialisation the residual blocks add only SiLU(bias), so every head repeats the target's
     own prediction.
 
     Args:
@@ -59,11 +59,11 @@ class Medusa(HeadDrafter):
         self.use_tree(cast(list[Path] | str | None, tree))
 
     def feature(self, depth: int, memory_NX: Tensor, tokens_N: Tensor, target: Target) -> Tensor:
-        """The head's residual blocks on the target's state, whatever was drafted."""
+        """The head's residual blocks applied to the target's state; drafted tokens are ignored."""
         return self.blocks[depth](memory_NX)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D]: the same for every node of a depth, so computed once."""
+        """Logits [B,W,D]; all nodes of a depth share them, so they are computed once."""
         assert isinstance(state, HeadState)
         target = state.context.target
         feature = self.feature(frontier.depth, state.start_BX[:, None], frontier.tokens_BW, target)

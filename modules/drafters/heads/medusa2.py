@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class Medusa2(Medusa):
-    """Medusa whose target moves too: it decodes with `adapt(target)`, a different model, exactly as
-    that one would.
+    """Medusa whose target is trained too. It decodes losslessly with respect to `adapt(target)`,
+    which is a different model.
 
     L = L_LM + coefficient · s(progress) · Σ_k decay^(k+1) CE_k. L_LM is the cross-entropy of the
     data, or with `self_distillation` KL(p_target ‖ p_adapted). The usual second stage starts from
@@ -37,15 +37,15 @@ class Medusa2(Medusa):
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
-        heads, blocks, draft_vocabulary, tree, decay: as in Medusa, with an LM head of its own per
-            head.
+        heads, blocks, draft_vocabulary, tree, decay: as in Medusa, with one trainable LM
+            head per head.
         rank, alpha, dropout: of the adapters, which sit on every linear layer and on the LM head.
         coefficient: weight of the heads' losses.
         schedule: `"constant"`, or `"sine"`: s rises as sin(π/2 · progress / ramp) until `ramp`,
             then stays 1. In validation it is 1 throughout.
         ramp: share of the training over which s rises.
-        self_distillation: keep to the unchanged target's distributions instead of the data (for
-            text it wrote itself).
+        self_distillation: train on the unchanged target's distributions instead of the data (for
+            text that the target generated).
         head_lr_scale: learning rate of the heads as a multiple of the adapters'.
     """
 
@@ -79,26 +79,28 @@ class Medusa2(Medusa):
     # -- training ----------------------------------------------------------------------------------
 
     def footprint(self, rows: int, length: int) -> Footprint:
-        """The target's layers too, which run with a gradient."""
+        """Adds the target's layers, which run with a gradient."""
         layers = GradientLayers(self.shape, adapted=True, dropout=self.adapters.dropout > 0)
         return replace(super().footprint(rows, length), layers=layers)
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """None: the adapted target is run anew in every step."""
+        """No cached states: the adapted target runs in every step."""
         return ()
 
     @property
     def online(self) -> bool:
-        """Its target changes while it trains."""
+        """True: its target changes while it trains."""
         return True
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The heads learn `head_lr_scale` times as fast as the adapters."""
         adapters = [*self.adapters.parameters(), *self.lm_head_adapter.parameters()]
-        known = {id(parameter) for parameter in adapters}
+        adapter_ids = {id(parameter) for parameter in adapters}
         heads = [
-            parameter for parameter in self.declared_parameters() if id(parameter) not in known
+            parameter
+            for parameter in self.declared_parameters()
+            if id(parameter) not in adapter_ids
         ]
         return [
             {"params": adapters, "lr_scale": 1.0},
@@ -106,15 +108,17 @@ class Medusa2(Medusa):
         ]
 
     def ramp_up(self, progress: float) -> float:
-        """s(progress)."""
+        """s(progress), the weight of the heads' losses over the training, in [0, 1]."""
         return 1.0 if self.schedule == "constant" else sin(pi / 2 * min(1.0, progress / self.ramp))
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """Language loss of the adapted target plus the ramped losses of its heads."""
+        """Language loss of the adapted target plus the ramped losses of the heads."""
+        # The heads read the adapted target's states, and their gradient reaches the adapters.
         twin = self.adapted_twin(target)
         final_BTH = twin.features(batch, ("final",), gradient=True)["final"]
         read = {"final": final_BTH.to(self.precision)}
         heads = super().loss(replace(batch, states=read), twin, progress)
+        # The language loss is a mean over all rows of all processes.
         losses_M = self._language_losses(batch, target, twin, final_BTH)
         count = torch.as_tensor(len(losses_M), device=losses_M.device)
         total = (
@@ -132,6 +136,7 @@ class Medusa2(Medusa):
         features_MH, size = final_BTH.flatten(0, 1)[flat_M], self.shape.vocab_size
         if not self.self_distillation:
             return cross_entropy(features_MH, twin.logits, labels_M, size)[0]
+        # KL(p_target ‖ p_adapted): the cross-entropy less the unchanged target's entropy.
         unchanged = target.features(batch, ("final",))["final"]
         distributions = target_distributions(target.unrounded_logits, unchanged, flat_M, size)
         return cross_entropy(features_MH, twin.logits, labels_M, size, distributions, flat_M)[
@@ -153,14 +158,14 @@ class Medusa2(Medusa):
         return self.adapters.merged(target, self.lm_head_adapter)
 
     def adapt_sharing(self, target: Target) -> Target:
-        """The twin, without dropout: up to rounding what `adapt` gives, in no more memory than the
-        adapters take.
+        """The twin without dropout: equal to `adapt` up to rounding, with only the adapters as
+        additional memory.
         """
         self._refuse_other_layers(target)
         return self.adapters.twin(target, self.lm_head_adapter, training=False)
 
     def finish(self, batches: Iterable[TextBatch], target: Target) -> TrainingResult:
-        """An optimised tree goes by what the adapted target says."""
+        """As the base class; an optimised tree is measured on the adapted target."""
         twin = self.adapt_sharing(target)
         finals = ((batch, twin.features(batch, ("final",))["final"]) for batch in batches)
         filled = (
