@@ -1,4 +1,4 @@
-"""Every node that a growing tree has considered, and the best of them as a tree.
+"""All candidate nodes of a growing tree, and the best of them as a tree.
 
 Shape legend: B sequences, W frontier nodes, K children considered of each, C candidates, N nodes.
 """
@@ -17,8 +17,8 @@ def log_probs(logits: Tensor) -> Tensor:
 
 
 class Candidates:
-    """Candidates in the order of creation; parents are candidate numbers, -1 for the root; -inf is
-    no candidate.
+    """Candidates in the order of creation. Parents are candidate numbers, -1 for the root; a score
+    of -inf is no candidate.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,8 @@ class Candidates:
         self.count = self.expanded = 0
 
     def add(self, tokens_BWK: Tensor, parents_BW: Tensor, scores_BWK: Tensor) -> None:
-        """The children of a level's frontier, whose rows follow those of the levels before."""
+        """Append the children of a level's frontier, whose rows follow those of the levels
+        before."""
         width = tokens_BWK.shape[1]
         rows = torch.arange(self.expanded, self.expanded + width, device=tokens_BWK.device)
         self.tokens.append(tokens_BWK.flatten(1))
@@ -52,20 +53,23 @@ class Candidates:
         """Tokens [B,N], topology and parents' rows [B,N] (-1 for node 0) of the tree of the
         `budget` best.
 
-        The set must hold every kept node's parent, which scores that never rise along a path see
-        to. Sequences with fewer nodes than others end in padding.
+        The set must hold the parent of each of its nodes, which is so if scores never rise along a
+        path. Sequences with fewer nodes than others end in padding.
         """
-        kept_BC = self.leading(budget)
-        width = int(kept_BC.sum(1).max())
-        order = (~kept_BC).int().argsort(dim=1, stable=True)[:, :width]
-        real = kept_BC.gather(1, order)
+        # 1. Chosen candidates first, in the order of creation.
+        chosen_BC = self.leading(budget)
+        width = int(chosen_BC.sum(1).max())
+        order = (~chosen_BC).int().argsort(dim=1, stable=True)[:, :width]
+        real = chosen_BC.gather(1, order)
         tokens, parents, rows = (
             torch.cat(part, dim=1).gather(1, order)
             for part in (self.tokens, self.parents, self.rows)
         )
-        node_BC = kept_BC.cumsum(1)
+        # 2. Renumber their parents; padding is its own parent.
+        node_BC = chosen_BC.cumsum(1)
         above = torch.where(parents < 0, 0, node_BC.gather(1, parents.clamp(min=0)))
         above = torch.where(real, above, torch.arange(1, width + 1, device=above.device))
+        # 3. Node 0 comes before them.
         outside = torch.full_like(root_B1, -1)
         topology = Topology(torch.cat([outside, above], dim=1))
         return torch.cat([root_B1, tokens], dim=1), topology, torch.cat([outside, rows], dim=1)

@@ -24,15 +24,16 @@ def expected_length(paths: Sequence[Sequence[int]], accuracies: Sequence[Sequenc
 def optimised_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[Path]:
     """Paths of the best tree of `nodes` drafted nodes, the most likely first.
 
-    Grows by the likeliest next sibling or first child of a node. A path's probability falls with
-    its ranks and its depth (each head's ranks are ordered), so that the greedy tree is the best one
-    under independence.
+    The tree grows by the likeliest next sibling or first child of a node. A path's probability
+    falls with its ranks and its depth (each head's ranks are ordered), so that the greedy tree is
+    the best one under independence.
 
     Args:
         accuracies: a[k][i], how often the rank-i draft of head k is right; each row is put in
             descending order.
         nodes: how many nodes to draft (fewer when the table has fewer paths).
     """
+    # A heap of nodes whose prefix and earlier siblings are chosen.
     table = [sorted(row, reverse=True) for row in accuracies]
     waiting: list[tuple[float, int, Path]] = []
     chosen: list[Path] = []

@@ -1,7 +1,7 @@
 """Static trees as lists of paths: (i_0, …, i_{d-1}) is the rank-i_0 first draft, then the rank-i_1
 second one, ….
 
-Paths are listed in the order they are worth having, so that a smaller budget keeps the first ones.
+Paths are listed by value, so that a smaller budget takes the first ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NARROW: list[Path] = [
     [0, 0, 0, 0, 0],
     [0, 1, 0],
 ]
-"""The first seven and the root are as many rows as a CPU verifies for little more than one."""
+"""The root and the first seven nodes: a CPU verifies eight rows for little more than one."""
 
 NAMED: dict[str, list[Path]] = {
     "narrow": NARROW,
@@ -49,12 +49,12 @@ OPTIMISED = re.compile(r"optimised(?:_([1-9][0-9]*))?")
 
 
 def optimised_size(tree: list[Path] | str) -> int | None:
-    """Nodes of the optimised tree that `tree` asks for; None when it asks for none.
+    """Nodes of the optimised tree that `tree` names; None when it names another.
 
     Raises ValueError when they are more than can be drafted.
     """
-    found = OPTIMISED.fullmatch(tree) if isinstance(tree, str) else None
-    nodes = None if found is None else int(found[1] or len(NARROW))
+    match = OPTIMISED.fullmatch(tree) if isinstance(tree, str) else None
+    nodes = None if match is None else int(match[1] or len(NARROW))
     if nodes is not None and not 1 <= nodes <= MOST_PATHS:
         raise ValueError(f"tree {tree!r} must have 1 to {MOST_PATHS} nodes")
     return nodes
@@ -64,8 +64,9 @@ def tree_paths(tree: list[Path] | str, depth: int | None, unit: str = "draft ste
     """The paths of a tree given by name (cut at `depth`, if there is one) or in full.
 
     Raises ValueError when there is no tree of that name, or when a path is deeper than `depth`,
-    which counts what `unit` says.
+    counted in `unit`.
     """
+    # 1. A name: cut at the depth.
     if isinstance(tree, str):
         tree = RENAMED.get(tree, tree)
         if tree not in NAMED:
@@ -74,6 +75,7 @@ def tree_paths(tree: list[Path] | str, depth: int | None, unit: str = "draft ste
                 "of paths"
             )
         return [path for path in NAMED[tree] if depth is None or len(path) <= depth]
+    # 2. A list of paths: checked, never cut.
     for path in tree:
         if depth is not None and len(path) > depth:
             raise ValueError(

@@ -185,8 +185,8 @@ _FALCON_8_CHILDREN: dict[tuple[int, ...], int] = {
 
 
 def _fanned(children: dict[tuple[int, ...], int]) -> list[Path]:
-    """Under every parent its likeliest `children[parent]` drafts; paths of small length and ranks
-    first.
+    """Paths of the likeliest `children[parent]` drafts under every parent; those of small length
+    and ranks first.
     """
     paths = [[*parent, rank] for parent, count in children.items() for rank in range(count)]
     return sorted(paths, key=lambda path: (len(path) + sum(path), path))

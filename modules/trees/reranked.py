@@ -1,5 +1,5 @@
-"""EAGLE-2's trees: expand the most probable nodes level by level, then keep the best of all that
-was seen.
+"""EAGLE-2's trees: expand the most probable nodes level by level, then take the best of all
+candidates.
 
 Shape legend: B sequences, W frontier nodes, K children considered per node, D draft vocabulary.
 """
@@ -22,18 +22,18 @@ class RerankedTree:
 
     Each level expands the `width` candidates of the level before with the highest path probability,
     each into its `width` likeliest children; of all candidates the `budget` most probable are
-    drafted. A path never gains probability, so the ancestors of what is kept are kept; ties go to
-    the shallower node. Chosen by value, hence point masses.
+    drafted. A path never gains probability, so the ancestors of a drafted node are drafted; ties go
+    to the shallower node. Chosen by value, hence point masses.
 
     With `least`, paths that the drafter finds less probable than that are neither expanded nor
     drafted: where it is unsure it drafts few tokens and stops early, where it is sure many. A node
-    is worth drafting when its probability exceeds what a further row costs, in calls of one row
+    pays off when its probability exceeds what a further row costs, in calls of one row
     (`python -m eval.latency`), times the speedup reached.
 
     The probabilities of a drafter with a trimmed vocabulary are conditional: they sum to 1 over the
     tokens that it can draft, and a path's is too high by the target's mass on these at each of its
-    levels. What that mass is the drafter cannot know. `covered` takes one share for all nodes,
-    which ranks shallow nodes above deep ones. With 8,192 of SmolLM2's 49,152 tokens it was 0.86 on
+    levels. The drafter cannot know that mass. `covered` assumes one share for all nodes, which
+    ranks shallow nodes above deep ones. With 8,192 of SmolLM2's 49,152 tokens it was 0.86 on
     average; 15 nodes then had 0.98 instead of 0.95 drafts accepted at temperature 1 (paired
     difference 0.030, standard error 0.014, 36 contexts), as many as with each node's true mass, and
     no more at temperature 0.
@@ -41,7 +41,8 @@ class RerankedTree:
     Args:
         depth: levels. width: nodes expanded per level, and children considered of each.
         least: smallest probability of a path; 0 drafts `budget` nodes always, as published.
-        covered: the target's mass on the draft vocabulary; 1 takes the drafter at its word.
+        covered: the target's mass on the draft vocabulary; 1 leaves the drafter's probabilities as
+        they are.
     """
 
     sibling_draw = SiblingDraw.BY_VALUE
@@ -64,12 +65,14 @@ class RerankedTree:
         tokens, rows, chosen = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         scores = torch.zeros(root_B1.shape, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
+            # 1. The likeliest children of every expanded node, scored by their paths.
             probs = log_probs(drafter.expand(state, Frontier(tokens, rows, depth)))
             log_BWK, best_BWK = probs.topk(min(self.width, probs.shape[-1]), dim=-1)
             children = best_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[best_BWK]
             first, row = candidates.count, candidates.expanded
             paths_BWK = scores[..., None] + log_BWK + log(self.covered)
             candidates.add(children, chosen, self._probable(paths_BWK))
+            # 2. The most probable ones are expanded next.
             if depth + 1 == min(self.depth, budget):
                 break
             scores, picked = candidates.scores[-1].topk(
@@ -84,6 +87,7 @@ class RerankedTree:
             chosen = first + picked
         if not candidates.count:
             return TokenTree.root(state.newest_B)
+        # 3. Of all candidates the most probable are drafted.
         drafted, topology, _ = candidates.best(root_B1, budget)
         return TokenTree(drafted, topology, vocabulary_D=drafter.vocabulary_D)
 
@@ -96,8 +100,8 @@ class RerankedTree:
         )
 
     def _promising(self, scores_BC: Tensor) -> int:
-        """How many nodes of a level are expanded: with `least`, as many as the sequence with the
-        most has left.
+        """How many nodes of a level are expanded: with `least`, the largest number of candidates
+        that a sequence has.
         """
         width = min(self.width, scores_BC.shape[1])
         return min(width, int(scores_BC.isfinite().sum(1).max())) if self.least else width

@@ -51,21 +51,23 @@ class StaticTree:
         paths: prefix-closed, the most valuable first: a smaller budget takes the first ones.
 
     Raises:
-        ValueError: a path whose prefix does not stand before it, a rank that no draft has, or more
+        ValueError: a path whose prefix is not listed before it, a rank that no draft has, or more
             paths than a target can verify at once.
     """
 
     sibling_draw = SiblingDraw.BY_VALUE
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        # 1. A bounded number of bounded paths.
         if len(paths) > MOST_PATHS or any(len(path) > MOST_PATHS for path in paths):
             raise ValueError(
                 f"tree has {len(paths)} paths: at most {MOST_PATHS} are drafted, and none is longer"
             )
         self.paths = tuple(tuple(path) for path in paths)
-        known: set[Path] = {()}
+        # 2. Every path follows its prefix.
+        listed: set[Path] = {()}
         for path in self.paths:
-            if path[:-1] not in known:
+            if path[:-1] not in listed:
                 raise ValueError(
                     f"tree path {list(path)} stands before {list(path[:-1])}: list prefixes first"
                 )
@@ -73,7 +75,7 @@ class StaticTree:
                 raise ValueError(
                     f"tree path {list(path)} must end in a rank from 0 to {MOST_PATHS - 1}"
                 )
-            known.add(path)
+            listed.add(path)
 
     @staticmethod
     def chain(depth: int) -> StaticTree:
@@ -82,7 +84,7 @@ class StaticTree:
 
     @property
     def depth(self) -> int:
-        """Longest path."""
+        """Length of the longest path."""
         return max((len(path) for path in self.paths), default=0)
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
@@ -91,10 +93,12 @@ class StaticTree:
         columns = [state.newest_B[:, None]]
         tokens_BN = columns[0]
         for depth, level in enumerate(fixed.levels):
+            # 1. Expand the nodes of this level that have children.
             frontier = Frontier(
                 tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth
             )
             logits_BWD = drafter.expand(state, frontier)
+            # 2. Their children are the tokens at the given ranks.
             best_BWR = logits_BWD.topk(level.widest, dim=-1).indices
             drafted = best_BWR[:, level.sources, level.ranks]
             columns.append(
@@ -109,11 +113,14 @@ class StaticTree:
 @lru_cache(maxsize=64)
 def template(paths: tuple[Path, ...], device: torch.device) -> Template:
     """Node order, parents and index tensors: nodes sorted by (depth, path), node 0 the root."""
+    # 1. Nodes and their parents.
     nodes: list[Path] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     index = {path: i for i, path in enumerate(nodes)}
     parents = [-1] + [index[path[:-1]] for path in nodes[1:]]
+    # 2. Nodes with children, by the row in which they are expanded.
     expanded = [path for path in nodes if any(child[:-1] == path for child in nodes[1:])]
     row = {path: i for i, path in enumerate(expanded)}
+    # 3. Index tensors of each level.
     levels = []
     for depth in range(max((len(path) for path in expanded), default=-1) + 1):
         at = [path for path in expanded if len(path) == depth]

@@ -29,19 +29,19 @@ class _Growth:
 
     @property
     def size(self) -> int:
-        """Nodes so far."""
+        """Nodes drafted so far, the root included."""
         return self.start + self.tokens[-1].shape[1]
 
 
 class ThresholdTree:
     """Clover's sampler (Xiao et al. 2024, section 3.4): likely children only, level by level.
 
-    Of each node keep the children inside the top-p mass and at least `ratio` as likely as the best
-    one; of each level keep the `width` best joint probabilities, as long as the budget lasts.
-    Chosen by value, hence point masses.
+    Each node has the children inside the top-p mass that are at least `ratio` as likely as the best
+    one; each level has the `width` best joint probabilities, as long as the budget lasts. Chosen by
+    value, hence point masses.
 
     Args:
-        depth: levels. width: nodes kept per level. top_p, ratio: the two thresholds.
+        depth: levels. width: nodes per level at most. top_p, ratio: the two thresholds.
     """
 
     sibling_draw = SiblingDraw.BY_VALUE
@@ -62,19 +62,20 @@ class ThresholdTree:
         )
         remaining_B = torch.full_like(state.newest_B, budget)
         for depth in range(self.depth):
-            # What surely remains suffices for a whole level: the device need not tell how much it
-            # is.
+            # 1. Read the remaining budget from the device only if it may not last for this level.
             most = max(budget - depth * self.width, 0)
             if most < self.width and depth:
                 most = int(remaining_B.max())
             if most < 1:
                 break
+            # 2. Expand the level and append the best children.
             logits_BWD = drafter.expand(
                 state, Frontier(growth.tokens[-1], growth.parents[-1], depth)
             )
             remaining_B = remaining_B - self._level(
                 growth, logits_BWD, drafter.vocabulary_D, remaining_B, most
             )
+        # 3. Sequences may have fewer nodes than others.
         parts = (growth.tokens, growth.parents, growth.real)
         tokens, parents, real = (torch.cat(part, dim=1) for part in parts)
         return packed(tokens, parents, real, drafter.vocabulary_D)
@@ -87,15 +88,18 @@ class ThresholdTree:
         remaining_B: Tensor,
         most: int,
     ) -> Tensor:
-        """Append the best children, `width` or what remains of the budget (at most `most`); returns
-        how many each sequence took [B]."""
+        """Append the best children, `width` or the remaining budget (at most `most`); returns how
+        many nodes each sequence got [B]."""
+        # 1. Children by joint probability, the unlikely ones excluded.
         count = min(self.width, most)
         log_BWK, tokens_BWK = log_probs(logits_BWD).topk(min(count, logits_BWD.shape[-1]), dim=-1)
         allowed = self._likely(log_BWK.exp()) & growth.real[-1][..., None]
         joint = (growth.scores_BW[..., None] + log_BWK).masked_fill(~allowed, -torch.inf).flatten(1)
+        # 2. The best of the level.
         scores, best = joint.topk(min(count, joint.shape[1]), dim=1)
         tokens = tokens_BWK.flatten(1).gather(1, best)
         parents = growth.start + best // log_BWK.shape[-1]
+        # 3. Append them; those beyond the budget are not real.
         growth.start = growth.size
         growth.tokens.append(tokens if vocabulary_D is None else vocabulary_D[tokens])
         growth.parents.append(parents)

@@ -1,4 +1,4 @@
-"""Token tries: continuations merged by their shared beginnings, and batches of them as trees.
+"""Token tries: continuations merged by their common prefixes, and batches of them as trees.
 
 Shape legend: C continuations, L tokens of one, B sequences, N nodes.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from modules.contracts.token_tree import TokenTree, Topology
 
 END = -1
-"""Stands where a continuation has no further token."""
+"""Marks the places after the last token of a continuation."""
 Tokens = NDArray[np.int64]
 
 
@@ -36,27 +36,27 @@ class Trie:
         return self._children.get((node, token))
 
     def fuse(self, path: Iterable[int], size: int) -> int:
-        """Walk down a path, sharing its longest known prefix and adding the rest while there are
-        fewer than `size` nodes; the node where it ends."""
+        """Walk down a path, sharing its longest existing prefix and adding the rest while there are
+        fewer than `size` nodes. Returns the node where it ends."""
         node = 0
         for token in path:
-            known = self._children.get((node, token))
-            if known is None:
+            child = self._children.get((node, token))
+            if child is None:
                 if len(self) >= size:
                     return node
-                known = self._children[node, token] = len(self)
+                child = self._children[node, token] = len(self)
                 self.tokens.append(token)
                 self.parents.append(node)
-            node = known
+            node = child
         return node
 
     def path(self, node: int) -> list[int]:
         """Tokens from below the root down to a node."""
-        found: list[int] = []
+        tokens: list[int] = []
         while node > 0:
-            found.append(self.tokens[node])
+            tokens.append(self.tokens[node])
             node = self.parents[node]
-        return found[::-1]
+        return tokens[::-1]
 
 
 def batch_of_trees(tries: Sequence[Trie], device: torch.device) -> TokenTree:
@@ -70,10 +70,10 @@ def batch_of_trees(tries: Sequence[Trie], device: torch.device) -> TokenTree:
 
 
 def likeliest(continuations_CL: Tokens) -> list[int]:
-    """The commonest first token of continuations, the commonest behind it, and so on, the lowest of
-    equals; it ends where no continuation goes on.
+    """The commonest first token of continuations, the commonest after it, and so on; the lowest id
+    of equally common ones. It ends where no continuation goes on.
 
-    continuations_CL: int64, `END` behind the last token of each, in any order.
+    continuations_CL: int64, `END` after the last token of each, in any order.
     """
     chain: list[int] = []
     for column in range(continuations_CL.shape[1]):
@@ -87,20 +87,23 @@ def likeliest(continuations_CL: Tokens) -> list[int]:
 
 
 def frequent_prefixes(continuations_CL: Tokens, most: int) -> list[tuple[list[int], int]]:
-    """The `most` commonest prefixes of continuations and how many begin so, a prefix before what
-    extends it.
+    """The `most` commonest prefixes of continuations and how many have each; a prefix comes before
+    its extensions.
 
-    continuations_CL: int64, `END` behind the last token of each, in any order.
+    continuations_CL: int64, `END` after the last token of each, in any order.
     """
     if not continuations_CL.size:
         return []
+    # 1. Sort, so that continuations with a common prefix are neighbours.
     rows = continuations_CL[np.lexsort(continuations_CL.T[::-1])]
+    # 2. Where a new prefix of each depth starts and ends.
     new = np.ones(rows.shape, dtype=bool)
     new[1:] = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
     depths, starts = np.nonzero(new.T)
     ends = np.append(starts[1:], len(rows))
     ends[ends <= starts] = len(rows)
     counts = ends - starts
+    # 3. Without the prefixes that end in padding, the commonest and shortest first.
     real = rows[starts, depths] != END
     depths, starts, counts = depths[real], starts[real], counts[real]
     order = np.lexsort((depths, -counts))[:most]

@@ -29,8 +29,8 @@ DRAWS: dict[str, SiblingDraw] = {
 class DrawnTree:
     """Fills fixed paths with draws: (i, j) is the j-th draw under the i-th draw from the root.
 
-    How many siblings a node has never depends on a value, so that any such tree may be verified
-    with its distribution.
+    The number of siblings never depends on a drawn value, so that the tree may be verified with its
+    distribution.
 
     Args:
         paths: prefix-closed, a draw only after the draws before it; the most valuable first: a
@@ -68,7 +68,7 @@ class DrawnTree:
 
     @property
     def depth(self) -> int:
-        """Longest path."""
+        """Length of the longest path."""
         return max((len(path) for path in self.paths), default=0)
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
@@ -76,9 +76,11 @@ class DrawnTree:
         from.
         """
         fixed = template(self.paths[:budget], state.newest_B.device)
-        tokens_BN, known, probs, rows = state.newest_B[:, None], drafter.vocabulary_D, [], [-1]
-        found = [torch.ones_like(tokens_BN, dtype=torch.bool)]
+        tokens_BN, vocabulary_D = state.newest_B[:, None], drafter.vocabulary_D
+        probs, rows = [], [-1]
+        real = [torch.ones_like(tokens_BN, dtype=torch.bool)]
         for depth, level in enumerate(fixed.levels):
+            # 1. The distributions of the expanded nodes.
             frontier = Frontier(
                 tokens_BN[:, level.nodes], level.parent_rows.expand(len(tokens_BN), -1), depth
             )
@@ -87,16 +89,21 @@ class DrawnTree:
             )
             if self.sibling_draw is SiblingDraw.INDEPENDENT:
                 probs_BWD = of_one_row(probs_BWD, tokens_BN, fixed.topology, level.nodes)
-            drawn_BWR, found_BWR = self._siblings(probs_BWD, state.context, level.widest)
+            # 2. Draw their children, and note from which row.
+            drawn_BWR, real_BWR = self._siblings(probs_BWD, state.context, level.widest)
             rows += (sum(part.shape[1] for part in probs) + level.sources).tolist()
             probs.append(probs_BWD)
+            # 3. Tokens in node order.
             drawn = drawn_BWR[:, level.sources, level.ranks]
-            found.append(found_BWR[:, level.sources, level.ranks])
-            tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
+            real.append(real_BWR[:, level.sources, level.ranks])
+            tokens_BN = torch.cat(
+                [tokens_BN, drawn if vocabulary_D is None else vocabulary_D[drawn]], dim=1
+            )
         if not probs:
             return TokenTree.root(state.newest_B)
+        # 4. Nothing below a draw that was not there is a candidate.
         topology = fixed.topology.expand(len(tokens_BN))
-        missing_BN = (topology.ancestors & ~torch.cat(found, dim=1)[:, None]).any(-1)
+        missing_BN = (topology.ancestors & ~torch.cat(real, dim=1)[:, None]).any(-1)
         rows_BN = torch.tensor(rows, device=tokens_BN.device).expand_as(tokens_BN)
         return TokenTree(
             tokens_BN,
@@ -105,7 +112,7 @@ class DrawnTree:
             draw_BN=torch.full_like(tokens_BN, self.sibling_draw),
             probs_BRD=torch.cat(probs, dim=1),
             prob_rows_BN=rows_BN,
-            vocabulary_D=known,
+            vocabulary_D=vocabulary_D,
         )
 
     def _siblings(self, probs_BWD: Tensor, context: Context, count: int) -> tuple[Tensor, Tensor]:
@@ -123,8 +130,8 @@ class DrawnTree:
 
 
 def of_one_row(probs_BWD: Tensor, tokens_BN: Tensor, topology: Topology, nodes_W: Tensor) -> Tensor:
-    """The distributions [B,W,D] of expanded nodes; nodes that stand for one prefix all have the
-    first one's.
+    """The distributions [B,W,D] of expanded nodes; nodes with the same prefix all get that of the
+    first.
 
     Children of twins are siblings of one distribution. A drafter's rows for one prefix differ by
     rounding (in bfloat16 by 0.4 % of the largest probability), and K-SEQ has one threshold for one

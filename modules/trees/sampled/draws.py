@@ -12,7 +12,7 @@ from modules.contracts.drafter import Context
 from modules.contracts.sampling import sample_probs, warped_probs
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
-"""Draft temperature under a greedy target, whose own would leave one token and so no siblings
+"""Draft temperature for a greedy target, whose own would leave one token and so no siblings
 (DySpec, section 4).
 """
 _USED_UP = -1e6
@@ -26,7 +26,8 @@ def draft_probs(logits_BWD: Tensor, context: Context, temperature: float | None)
 
     Args:
         logits_BWD: of the drafter.
-        context: whose sampling warps. A greedy target's warpers have no effect, on drafts neither.
+        context: whose sampling warps. The warpers of a greedy target have no effect, on drafts
+        either.
         temperature: of the draft; None: the target's, or `GREEDY_DRAFT_TEMPERATURE`.
     """
     if context.sampling.temperature == 0:
@@ -35,7 +36,7 @@ def draft_probs(logits_BWD: Tensor, context: Context, temperature: float | None)
 
 
 def check_temperature(temperature: float | None) -> None:
-    """Refuse a draft temperature that leaves no distribution to draw from."""
+    """ValueError for a draft temperature that leaves no distribution to draw from."""
     if temperature is not None and temperature <= 0:
         raise ValueError(
             f"draft temperature must be above 0, got {temperature}: a greedy draft is StaticTree's"
@@ -45,8 +46,10 @@ def check_temperature(temperature: float | None) -> None:
 def gumbel(context: Context, width: int, size: int) -> Tensor:
     """Standard Gumbel noise [B,W,D]."""
     noise = [
-        torch.empty(width, size, dtype=torch.float64, device=one.device).exponential_(generator=one)
-        for one in context.generators
+        torch.empty(width, size, dtype=torch.float64, device=generator.device).exponential_(
+            generator=generator
+        )
+        for generator in context.generators
     ]
     return -torch.stack(noise).log_()
 
@@ -72,8 +75,8 @@ def independent(probs_BWD: Tensor, context: Context, count: int) -> Tensor:
     shape = (probs_BWD.shape[1], count)
     uniform_BWR = torch.stack(
         [
-            torch.rand(shape, generator=one, dtype=torch.float64, device=one.device)
-            for one in context.generators
+            torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+            for generator in context.generators
         ]
     ).to(probs_BWD.device)
     return torch.stack([sample_probs(probs_BWD, uniform_BWR[..., i]) for i in range(count)], dim=-1)

@@ -1,4 +1,4 @@
-"""DySpec's trees: the most valuable next draw, wherever it is.
+"""DySpec's trees: always the most valuable next draw.
 
 Shape legend: B sequences, W frontier nodes, K draws considered of each, C candidates, N nodes, D
 draft vocabulary.
@@ -19,18 +19,18 @@ class DySpecTree:
     """Greedy expansion by the value of a draw (Xiong et al. 2024, arXiv 2410.11744), and its
     threshold variant.
 
-    If a token is accepted with its draft probability, verification comes to the j-th draw under a
-    node of value v with probability v (1 - q(x_1) - ... - q(x_{j-1})), and to the first draw under
-    x_j with v q(x_j). The tree holds the `budget` draws of highest value. A draw's value is known
+    If a token is accepted with its draft probability, verification reaches the j-th draw under a
+    node of value v with probability v (1 - q(x_1) - ... - q(x_{j-1})), and the first draw under x_j
+    with v q(x_j). The tree holds the `budget` draws of highest value. A draw's value is known
     before the draw, so that the tree may be verified with its distribution.
 
-    The tree is node for node that of the sequential algorithm, one level per draft call: a draw
-    that is among the best of the whole tree is among the best of the levels down to its own, since
-    values fall on the way down and to the right, so that a level expands no draw but these.
+    The tree equals that of the sequential algorithm, but takes one draft call per level. Values
+    fall with depth and from sibling to sibling, so that a draw among the best of the whole tree is
+    also among the best of the levels down to its own; a level expands only these.
 
     Args:
         depth: levels at most.
-        threshold: leave out draws that are worth less; 0 fills the budget.
+        threshold: leave out draws of a lower value; 0 fills the budget.
         temperature: of the draft; None: the target's.
     """
 
@@ -54,6 +54,7 @@ class DySpecTree:
         tokens, rows, numbers = root_B1, torch.full_like(root_B1, -1), torch.full_like(root_B1, -1)
         value_BW = torch.ones(root_B1.shape, dtype=torch.float64, device=root_B1.device)
         for depth in range(min(self.depth, budget)):
+            # 1. Draw children of every expanded node.
             probs_BWD = draft_probs(
                 drafter.expand(state, Frontier(tokens, rows, depth)),
                 state.context,
@@ -65,10 +66,12 @@ class DySpecTree:
                 .topk(min(budget, probs_BWD.shape[-1]), dim=-1)
                 .indices
             )
+            # 2. Their values, known before the draw.
             share_BWK = probs_BWD.gather(-1, drawn_BWK)
             worth_BWK = draw_values(value_BW, share_BWK)
             possible = (share_BWK > 0) & (value_BW[..., None] > 0) & (worth_BWK >= self.threshold)
             drawn = drawn_BWK if drafter.vocabulary_D is None else drafter.vocabulary_D[drawn_BWK]
+            # 3. Those among the best so far are expanded next.
             first, first_row = candidates.count, candidates.expanded
             candidates.add(drawn, numbers, worth_BWK.masked_fill(~possible, -torch.inf))
             picked, real = front(candidates.leading(budget)[:, first:])
@@ -76,6 +79,7 @@ class DySpecTree:
                 break
             tokens, numbers = candidates.tokens[-1].gather(1, picked), first + picked
             rows = first_row + picked // drawn_BWK.shape[-1]
+            # 4. The value of a node's first child; rounding never raises it.
             below_BWK = torch.minimum(value_BW[..., None] * share_BWK, worth_BWK)
             value_BW = torch.where(real, below_BWK.flatten(1).gather(1, picked), 0)
         if not probs:
@@ -92,7 +96,7 @@ class DySpecTree:
         budget: int,
         vocabulary_D: Tensor | None,
     ) -> TokenTree:
-        """The best draws with the distributions they were drawn from, and no others."""
+        """The best draws, with only the distributions that they were drawn from."""
         tokens, topology, rows = candidates.best(root_B1, budget)
         used, compact = rows.clamp(min=0).unique(return_inverse=True)
         return TokenTree(
@@ -106,8 +110,8 @@ class DySpecTree:
 
 
 def draw_values(value_BW: Tensor, share_BWK: Tensor) -> Tensor:
-    """What each draw [B,W,K] is worth under nodes of these values: v times the mass that the draws
-    before it left.
+    """The value of each draw [B,W,K] under nodes of these values: v times the mass without the
+    draws before it.
 
     Never rising along the draws, whatever the rounding.
     """
@@ -118,8 +122,8 @@ def draw_values(value_BW: Tensor, share_BWK: Tensor) -> Tensor:
 
 
 def front(chosen_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices [B,W] of what is chosen, in order, as wide as the widest sequence; and which of them
-    are real.
+    """Indices [B,W] of the chosen entries, in order, as wide as the widest sequence; and which of
+    them are real.
     """
     width = int(chosen_BC.sum(1).max())
     order = (~chosen_BC).int().argsort(dim=1, stable=True)[:, :width]

@@ -1,8 +1,8 @@
 """Sequoia: the fixed tree with the most expected acceptance, by dynamic programming (Chen et al.
 2024, 2402.12374).
 
-`optimise.py` answers the same question greedily where acceptance falls from sibling to sibling;
-this does not ask for that.
+`modules.trees.expected_length` solves the same problem greedily where acceptance falls from sibling
+to sibling; this solution does not need that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from modules.trees.named_trees import Path
 from modules.trees.sampled.branching import Draw, DrawnTree
 
 Acceptance = Sequence[Sequence[float]]
-"""`[depth][k]`: how often the k-th sibling is the accepted one, its parent accepted; the last row
-also holds further down."""
+"""`[depth][k]`: how often the k-th sibling is accepted if its parent is; the last row also holds
+for greater depths."""
 
 
 def sequoia_tree(
@@ -30,8 +30,8 @@ def sequoia_tree(
     draw: Draw = "without_replacement",
     temperature: float | None = None,
 ) -> DrawnTree:
-    """The best tree of `nodes` draws and `depth` levels; it goes on uniformly where a distribution
-    is used up (section 3.2).
+    """The best tree of `nodes` draws and `depth` levels; when all tokens of a distribution are
+    drawn, further ones are drawn uniformly (section 3.2).
 
     Args:
         acceptance: measured on other prompts at the same temperature, as `python -m eval.rules`
@@ -49,13 +49,14 @@ def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
     """Paths of the best tree of at most `nodes` draws and `depth` levels, the most valuable
     first.
     """
+    # 1. Best subtrees of every size and level.
     check(acceptance, nodes, depth)
     rows = _rows(acceptance, depth)
     levels = _levels(rows, nodes)
     paths: list[Path] = []
 
     def unfold(path: Path, size: int) -> None:
-        """The draws under a node whose subtree has `size` nodes, itself counted."""
+        """Add the draws under a node whose subtree has `size` nodes, itself included."""
         if size == 1:
             return
         level = levels[len(path)]
@@ -65,13 +66,14 @@ def best_paths(acceptance: Acceptance, nodes: int, depth: int) -> list[Path]:
             unfold(paths[-1], below)
             size -= below
 
+    # 2. Read the best tree from the root down.
     unfold([], int(levels[0].values.argmax()))
     return _by_value(paths, rows)
 
 
 def expected_tokens(acceptance: Acceptance, nodes: int, depth: int) -> list[float]:
-    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, the one after the
-    drafts counted.
+    """F of the best trees of 0, 1, ..., `nodes` draws: expected tokens per call, including the one
+    after the drafts.
     """
     check(acceptance, nodes, depth)
     return np.maximum.accumulate(_levels(_rows(acceptance, depth), nodes)[0].values[1:]).tolist()
@@ -85,8 +87,8 @@ def best_shape(
 
     Args:
         acceptance: see `Acceptance`.
-        verify_seconds: t of a call over 1, 2, ... rows (of `LatencyTable.at`); as many draws are
-            considered.
+        verify_seconds: t of a call over 1, 2, ... rows (of `LatencyTable.at`); their number less
+            one is the most draws considered.
         level_seconds: c, of drafting one level.
         depth: levels at most.
     """
@@ -102,7 +104,7 @@ def best_shape(
 
 
 def check(acceptance: Acceptance, nodes: int, depth: int) -> None:
-    """Refuse what is no acceptance table, and sizes below 1."""
+    """ValueError for a table that holds no probabilities, and for sizes below 1."""
     if not acceptance or any(not row or min(row) < 0 or sum(row) > 1 + 1e-9 for row in acceptance):
         raise ValueError(
             f"acceptance {acceptance}: give rows of probabilities, one per sibling, that sum to at "
@@ -117,17 +119,17 @@ def _rows(acceptance: Acceptance, depth: int) -> list[Sequence[float]]:
 
 
 class _Level(NamedTuple):
-    """Best subtrees whose root stands on this level, by their number of nodes (index 0 is void;
+    """Best subtrees with their root on this level, by their number of nodes (index 0 is unused;
     -inf: none).
     """
 
     values: NDArray[np.float64]
-    """M[n]: expected tokens, the root's counted."""
+    """M[n]: expected tokens, the root's included."""
     children: NDArray[np.int64]
     """[n]: how many children the root has."""
     subtree: NDArray[np.int64]
-    """[k, n]: nodes under its k-th child, itself counted, where n nodes go to the root and its
-    first k children.
+    """[k, n]: nodes in the subtree of its k-th child, where the root and its first k children have
+    n nodes.
     """
 
 
@@ -135,6 +137,7 @@ def _levels(rows: Acceptance, nodes: int) -> list[_Level]:
     """T[n, k] = max_m T[n-m, k-1] + P[k] M_below[m] and M[n] = max_k T[n, k], levels from the
     deepest up.
     """
+    # 1. A leaf is one node and one token.
     below = np.full(nodes + 2, -np.inf)
     below[1] = 1.0
     levels: list[_Level] = []
@@ -146,14 +149,17 @@ def _levels(rows: Acceptance, nodes: int) -> list[_Level]:
         )
         tables[0, 1] = 1.0
         for index in range(1, count + 1):
+            # 2. Tokens by giving the next child m nodes.
             gained = np.where(
                 np.isfinite(below), row[index - 1] * np.nan_to_num(below, neginf=0.0), -np.inf
             )
             for size in range(index + 1, nodes + 2):
+                # 3. The best m for every size.
                 sizes = np.arange(1, size)
                 values = tables[index - 1, size - sizes] + gained[sizes]
                 most = int(values.argmax())
                 tables[index, size], subtree[index, size] = values[most], sizes[most]
+        # 4. The best number of children for every size.
         below = tables.max(0)
         levels.append(_Level(below, tables.argmax(0), subtree))
     return levels[::-1]

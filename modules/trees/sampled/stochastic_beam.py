@@ -18,9 +18,9 @@ class StochasticBeamTree:
     replacement.
 
     A child's log-probability from the root is perturbed by Gumbel noise whose maximum over the
-    siblings is made to equal its parent's (Kool et al. 2019); of a level the `width` largest stay.
-    Siblings stand in decreasing order, which is the order they were drawn in, and that one survives
-    says nothing of its value given those before it.
+    siblings is conditioned on its parent's (Kool et al. 2019); the `width` largest of a level stay.
+    Siblings are in decreasing order, which is the order of drawing. Whether a draw stays says
+    nothing about its value, given the earlier siblings.
 
     Args:
         width: nodes per level. depth: levels. temperature: of the draft; None: the target's.
@@ -35,15 +35,16 @@ class StochasticBeamTree:
         self.width, self.depth, self.temperature = width, depth, temperature
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
-        """`width` nodes a level as long as the budget lasts, the last level cut to what remains."""
-        known = drafter.vocabulary_D
+        """`width` nodes per level as long as the budget lasts; the last level may be smaller."""
+        vocabulary_D = drafter.vocabulary_D
         tokens_BN, parents_BN = (
             state.newest_B[:, None],
             torch.full_like(state.newest_B[:, None], -1),
         )
         zeros = torch.zeros(tokens_BN.shape, dtype=torch.float64, device=tokens_BN.device)
-        log_BW, key_BW, found_BN, probs, start = zeros, zeros, zeros == 0, [], 0
+        log_BW, key_BW, real_BN, probs, start = zeros, zeros, zeros == 0, [], 0
         for depth in range(self.depth):
+            # 1. Expand the nodes of the last level.
             size = tokens_BN.shape[1]
             if size > budget:
                 break
@@ -52,31 +53,36 @@ class StochasticBeamTree:
                 drafter.expand(state, frontier), state.context, self.temperature
             )
             probs.append(probs_BWD)
+            # 2. Perturbed log-probabilities of their children, given the parent's.
             count = min(self.width, budget + 1 - size)
             noisy_BWK, drawn_BWK = race(probs_BWD, state.context).topk(
                 min(count, probs_BWD.shape[-1]), dim=-1
             )
             logs_BWK = log_BW[..., None] + probs_BWD.gather(-1, drawn_BWK).log()
             keys_BWK = conditioned(log_BW[..., None] + noisy_BWK, key_BW[..., None])
+            # 3. The largest of the level.
             key_BW, best = keys_BWK.flatten(1).topk(min(count, keys_BWK[0].numel()), dim=1)
             drawn, log_BW = (
                 drawn_BWK.flatten(1).gather(1, best),
                 logs_BWK.flatten(1).gather(1, best),
             )
+            # 4. Append them.
             parents_BN = torch.cat([parents_BN, start + best // keys_BWK.shape[-1]], dim=1)
-            tokens_BN = torch.cat([tokens_BN, drawn if known is None else known[drawn]], dim=1)
-            found_BN, start = torch.cat([found_BN, key_BW.isfinite()], dim=1), size
+            tokens_BN = torch.cat(
+                [tokens_BN, drawn if vocabulary_D is None else vocabulary_D[drawn]], dim=1
+            )
+            real_BN, start = torch.cat([real_BN, key_BW.isfinite()], dim=1), size
         if not probs:
             return TokenTree.root(state.newest_B)
         draw_BN = torch.full_like(tokens_BN, self.sibling_draw)
         return TokenTree(
             tokens_BN,
             Topology(parents_BN),
-            candidate_BN=found_BN,
+            candidate_BN=real_BN,
             draw_BN=draw_BN,
             probs_BRD=torch.cat(probs, dim=1),
             prob_rows_BN=parents_BN,
-            vocabulary_D=known,
+            vocabulary_D=vocabulary_D,
         )
 
 
