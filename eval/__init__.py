@@ -8,13 +8,16 @@ The same few objects are the Python API::
     from modules.target.loading import load_target, own_device
     from modules.decoding.decoder import SpeculativeDecoder
 
-    target = load_target("smollm2-135m", device=own_device())  # Hub id, folder, .gguf file, or this
-    embedded one drafter = load_pretrained("runs/clover", target)           # run folder, drafter
-    folder or Hub id drafter.to(target.device, target.dtype) decoder =
-    SpeculativeDecoder(drafter.adapt(target), drafter) ids = prompt_ids([{"role": "user", "content":
-    "Why is the sky blue?"}], target.tokenizer) trace = decoder.decode([ids],
-    Sampling(temperature=0.0), limit=64)[0] print(target.tokenizer.decode(trace.ids),
-    trace.accepted)
+    # A Hub id, a folder, a .gguf file, or this embedded model.
+    target = load_target("smollm2-135m", device=own_device())
+    # A run folder, a drafter folder or a Hub id.
+    drafter = load_pretrained("runs/clover", target)
+    drafter.to(target.device, target.dtype)
+    decoder = SpeculativeDecoder(drafter.adapt(target), drafter)
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    ids = prompt_ids(question, target.tokenizer)
+    trace = decoder.decode([ids], Sampling(temperature=0.0), limit=64)[0]
+    print(target.tokenizer.decode(trace.ids), trace.accepted)
 
 and an evaluation is::
 

@@ -24,7 +24,7 @@ from eval.report.markdown import failures
 from eval.report.output_folder import PAGE
 
 NOT_LOSSLESS = 1
-"""Exit status when a method that promises the autoregressive row's tokens gave others."""
+"""Exit status when a method that claims to be lossless gave other tokens than the baseline."""
 _LISTS = ("drafters", "prompts")
 _USAGE = """\
 python eval.py --config eval/smoke.yaml --drafters runs/clover [--KEY VALUE ...]
@@ -33,7 +33,7 @@ python eval.py --config eval/smoke.yaml --drafters runs/clover [--KEY VALUE ...]
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of `python eval.py`: the keys of `Evaluation`, and the flags of one run."""
+    """The parser of `python eval.py`: the keys of `Evaluation`, and flags of this command."""
     parser = ArgumentParser(
         prog="python eval.py",
         usage=_USAGE,
@@ -51,6 +51,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG"
     )
+    # Flags of the command itself.
     parser.add_argument(
         "--resume", action="store_true", help="go on with an evaluation that was cut off"
     )
@@ -76,6 +77,7 @@ def make_parser() -> ArgumentParser:
             f"--{name}", nargs="+", type=str, default=default, help=_described(name)
         )
     parser.add_class_arguments(Evaluation, skip=set(_LISTS), fail_untyped=True)
+    # Lists may be given as several words, so they get arguments of their own.
     return parser
 
 
@@ -89,22 +91,24 @@ def _described(name: str) -> str:
 
 
 def read(settings: Namespace) -> Evaluation:
-    """The evaluation that a parsed command line means."""
+    """The evaluation described by a parsed command line."""
     values = settings.as_dict()
-    known = {field.name: values[field.name] for field in fields(Evaluation)}
-    return Evaluation(**{**known, "methods": [Method(**method) for method in known["methods"]]})
+    keys = {field.name: values[field.name] for field in fields(Evaluation)}
+    return Evaluation(**{**keys, "methods": [Method(**method) for method in keys["methods"]]})
 
 
 def command(arguments: Sequence[str]) -> int:
     """Evaluate or compare; returns the exit status.
 
     Raises:
-        ValueError: a mistake in what was asked, in one line.
+        ValueError: a user's mistake, in one line.
     """
+    # Commands on finished reports need no target.
     settings = parse(make_parser(), arguments)
     quieten()
     if settings.compare:
         return compare(*settings.compare)
+    # By default the output is named after the last config.
     if settings.render:
         return render(settings.render)
     configs = [str(path) for path in settings.config or []]
@@ -115,7 +119,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def compare(left: str, right: str) -> int:
-    """Print what changed from one report to the other; the exit status is the second report's."""
+    """Print the changes between two reports; the exit status is the second report's."""
     before, after = load_report(left), load_report(right)
     console = Console()
     console.print(comparison_table(before, after, console.width))
@@ -128,7 +132,7 @@ def render(path: str) -> int:
     """Write `report.html` beside a `report.json`, given as a file or as its folder.
 
     Raises:
-        ValueError: there is no report of this schema, or it lacks what the page shows.
+        ValueError: no report of this schema, or one without figures that the page shows.
     """
     report = load_report(path)
     place = (Path(path) if Path(path).is_dir() else Path(path).parent) / PAGE

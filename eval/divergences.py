@@ -38,8 +38,8 @@ def mine_file(
     dtype: str = AUTO,
     device: str | None = None,
 ) -> None:
-    """Write a `.jsonl` file that `data.labelled.labelled.LabelledData` reads; the same command goes
-    on where it was stopped.
+    """Write a `.jsonl` file that `data.labelled.labelled.LabelledData` reads; after an interruption
+    the same command continues.
 
     Args:
         drafter: run folder, drafter folder or Hub id.
@@ -47,8 +47,8 @@ def mine_file(
             the answer.
         output: the `.jsonl` to write.
         target: Hub id, folder or .gguf file; by default what the drafter was trained for.
-        limit: only the first so many prompts.
-        max_new_tokens: of each answer; those that are cut there give no label.
+        limit: number of prompts, from the beginning of the file.
+        max_new_tokens: of each answer; truncated answers give no label.
         per_prompt: mismatches of each answer whose drafted tokens are labelled, from its beginning;
             each costs the target an answer per drafted token.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
@@ -59,42 +59,46 @@ def mine_file(
     if place.suffix != ".jsonl" or place.exists():
         raise ValueError(f"output {output!r} must be a new file that ends in .jsonl")
     tally = Tally("prompt")
-    asked = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
+    questions = [chat.questions[0] for chat in chats_of(prompt_rows(prompts, limit, tally), tally)]
     tally.log()
     folder = find_folder(drafter)
     named = target or read_config(folder)["target"]["name"]
     loaded = load_target(named, dtype, device, chat_arguments(None, [drafter]))
-    found = load_drafter(drafter, loaded)
-    served = found.adapt(loaded)
+    component = load_drafter(drafter, loaded)
+    served = component.adapt(loaded)
     if loaded.device.type == "cpu":
-        use_narrow_linears(found)
-    translated = in_target_ids(found, served)
+        use_narrow_linears(component)
+    translated = in_target_ids(component, served)
+    # Mine prompt by prompt; finished prompts are in the journal.
     place.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(
         place.with_name(place.name + ".journal"),
         {
             "target": loaded.fingerprint(),
             "drafter": str(folder),
-            "prompts": prompts_digest([{"messages": messages} for messages in asked]),
+            "prompts": prompts_digest([{"messages": messages} for messages in questions]),
             **{"max_new_tokens": max_new_tokens, "per_prompt": per_prompt},
         },
         needs="rows",
     )
-    for index, messages in enumerate(track(asked, "mining", disable=not sys.stderr.isatty())):
+    for index, messages in enumerate(track(questions, "mining", disable=not sys.stderr.isatty())):
         if (index, 0, 0) not in journal.answers:
             rows = list(mine(served, translated, messages, max_new_tokens, per_prompt))
             journal.append([{"index": index, "number": 0, "rows": rows}])
-    write_mined([journal.answers[Key(index, 0, 0)]["rows"] for index in range(len(asked))], place)
+    write_mined([journal.answers[Key(i, 0, 0)]["rows"] for i in range(len(questions))], place)
     journal.remove()
 
 
 def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
-    """Write the rows of all prompts at once, and say what they are."""
-    rows = [row for one in mined for row in one]
+    """Write the rows of all prompts at once, and print their counts."""
+    rows = [row for prompt_rows in mined for row in prompt_rows]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with whole_file(place) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
-    wrong, silent = sum(1 - row["spans"][0][2] for row in rows), sum(not one for one in mined)
+    wrong, silent = (
+        sum(1 - row["spans"][0][2] for row in rows),
+        sum(not prompt_rows for prompt_rows in mined),
+    )
     print(
         f"{len(rows)} drafted tokens, {wrong} of them change the answer: {place} ({silent} of "
         f"{len(mined)} prompts gave none: nothing was rejected, or an answer did not end or holds "
@@ -103,16 +107,16 @@ def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse and mine."""
+    """Parse the command line and mine; returns the exit status."""
     parser = ArgumentParser(
         prog="python -m eval.divergences",
         exit_on_error=False,
         description="Label where a drafter leaves its target.",
     )
     parser.add_function_arguments(mine_file, fail_untyped=True)
-    given = vars(parse(parser, arguments))
+    settings = vars(parse(parser, arguments))
     quieten()
-    mine_file(**given)
+    mine_file(**settings)
     return 0
 
 

@@ -197,12 +197,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure, and write `report.json`, `.md` and `.html` into `output`; returns the report.
 
-
     Under `torchrun` every process measures its share, and all of them return the same report.
 
     Args:
         evaluation: what is measured.
-
         output: folder, locked during the evaluation.
         resume: continue an earlier evaluation in this folder, if there is one.
         console: where progress and the table are shown.

@@ -1,5 +1,5 @@
-"""One prompt, streamed, with what was drafted shown: `python -m eval.generate --drafter runs/clover
---prompt "…"`.
+"""Stream the answer to one prompt with its drafted tokens shaded: `python -m eval.generate
+--drafter runs/clover --prompt "…"`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True)
 class Generation:
-    """What is asked.
+    """Settings of `python -m eval.generate`.
 
     Args:
         drafter: run folder, drafter folder or Hub id.
@@ -71,8 +71,8 @@ class Generation:
 
 
 class Stopwatch:
-    """Passes a stream of tokens on, remembers them, and times the wait for each but the first
-    (which is the prefill); what is done with a token between two waits costs nothing.
+    """Passes a stream of tokens on, records them, and times the wait for each except the first
+    (the prefill). Work of the consumer between two tokens is not counted.
     """
 
     def __init__(self, stream: Iterator[tuple[int, bool]], device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Stopwatch:
         self._stream, self._device = stream, device
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
-        """The stream's tokens, each with whether it was drafted."""
+        """The stream's tokens, each with a flag for drafted ones."""
         while True:
             began = now(self._device)
             token = next(self._stream, None)
@@ -94,7 +94,7 @@ class Stopwatch:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens behind the first one; 0 when there are none."""
+        """Speed of the tokens after the first; 0 without any."""
         return (
             (len(self.tokens) - 1) / self.seconds
             if self.seconds > 0 and len(self.tokens) > 1
@@ -102,29 +102,34 @@ class Stopwatch:
         )
 
 
-def generate(asked: Generation, console: Console) -> None:
+def generate(settings: Generation, console: Console) -> None:
     """Stream the answer, then print the speed with and without the drafter.
 
     Raises:
         ValueError: an empty prompt, no such drafter, another target's drafter, a prompt longer than
             the context.
+    # 1. Load the target and the drafter, and check the prompt.
     """
-    if not asked.prompt.strip():
+    if not settings.prompt.strip():
         raise ValueError("prompt is empty: give a question")
-    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
-    name = asked.target or read_config(find_folder(asked.drafter))["target"]["name"]
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+    name = settings.target or read_config(find_folder(settings.drafter))["target"]["name"]
     target = load_target(
-        name, asked.dtype, asked.device, chat_arguments(asked.chat_template, [asked.drafter])
+        name,
+        settings.dtype,
+        settings.device,
+        chat_arguments(settings.chat_template, [settings.drafter]),
     )
-    drafter = load_drafter(asked.drafter, target, precision=asked.draft_precision)
+    drafter = load_drafter(settings.drafter, target, precision=settings.draft_precision)
     adapted = drafter.adapt(target)
-    drafting = SpeculativeDecoder(adapted, drafter, budget=asked.budget)
-    ids = prompt_ids([{"role": "user", "content": clean(asked.prompt)}], adapted.tokenizer)
+    drafting = SpeculativeDecoder(adapted, drafter, budget=settings.budget)
+    ids = prompt_ids([{"role": "user", "content": clean(settings.prompt)}], adapted.tokenizer)
     check_ids(ids, adapted.tokenizer, adapted.shape.vocab_size)
-    with_drafter = answer(drafting, ids, sampling, asked.max_new_tokens, console)
+    # 2. Decode with the drafter, and without it for comparison.
+    with_drafter = answer(drafting, ids, sampling, settings.max_new_tokens, console)
     report(with_drafter, "with the drafter", console)
-    if asked.compare:
-        plain = answer(SpeculativeDecoder(adapted), ids, sampling, asked.max_new_tokens, None)
+    if settings.compare:
+        plain = answer(SpeculativeDecoder(adapted), ids, sampling, settings.max_new_tokens, None)
         report(plain, "without", console)
         console.print(comparison(with_drafter, plain, sampling), highlight=False)
 
@@ -136,9 +141,7 @@ def answer(
     limit: int,
     console: Console | None,
 ) -> Stopwatch:
-    """Decode one prompt after a short warm-up; the text is shown as it comes where there is a
-    console.
-    """
+    """Decode one prompt after a short warm-up; the text is streamed to the console, if any."""
     decoder.decode([ids], sampling, min(limit, WARM_UP_TOKENS))
     watch = Stopwatch(decoder.stream(ids, sampling, limit), decoder.target.device)
     for text, drafted in pieces(watch, decoder.target.tokenizer):
@@ -150,7 +153,7 @@ def answer(
 
 
 def report(watch: Stopwatch, label: str, console: Console) -> None:
-    """One line: tokens, speed, share drafted."""
+    """Print one line with speed, tokens and the share of drafted ones."""
     drafted, count = sum(drafted for _, drafted in watch.tokens), len(watch.tokens)
     share = f", {drafted / count:.0%} drafted" if drafted else ""
     console.print(
@@ -159,7 +162,7 @@ def report(watch: Stopwatch, label: str, console: Console) -> None:
 
 
 def comparison(drafting: Stopwatch, plain: Stopwatch, sampling: Sampling) -> str:
-    """How much faster, and whether the tokens agree (greedy decoding only)."""
+    """The speedup, and whether the tokens agree (greedy decoding only)."""
     ratio = (
         f"{drafting.tokens_per_second / plain.tokens_per_second:.2f}×"
         if plain.tokens_per_second

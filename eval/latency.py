@@ -1,5 +1,5 @@
-"""`python -m eval.latency`: what verification costs by tree width here, and the τ that each width
-needs to win.
+"""`python -m eval.latency`: cost of verification by tree width on this device, and the τ at which
+each width breaks even.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from modules.target.loading import AUTO, load_target
 
 
 def table(latency: LatencyTable, roofline: Roofline) -> str:
-    """A Markdown table: rows per call, milliseconds, the least they could be, cost against one row
-    (and against Hugging Face's, where that was measured), τ to break even with drafting at 0, 10,
+    """A Markdown table: rows per call, milliseconds, the roofline's limit, cost against one row and
+    against Hugging Face's (where that was measured), τ to break even with drafting at 0, 10 and
     20 % of a one-row call."""
     theirs = " × Hugging Face's one row |" if latency.stock else ""
     lines = [
@@ -22,15 +22,16 @@ def table(latency: LatencyTable, roofline: Roofline) -> str:
         "drafting 20 % |",
         "|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if latency.stock else ""),
     ]
-    one = latency.seconds[1]
+    single_row = latency.seconds[1]
+    # Every width against one row, the roofline and the stock model.
     for rows, seconds in latency.seconds.items():
         needed = " | ".join(
-            f"{latency.break_even(rows, share * one):.2f}" for share in (0.0, 0.1, 0.2)
+            f"{latency.break_even(rows, share * single_row):.2f}" for share in (0.0, 0.1, 0.2)
         )
         limit = roofline.seconds(rows) * 1e3
         against = f" {seconds / latency.stock:.2f} |" if latency.stock else ""
         lines.append(
-            f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / one:.2f} |{against} "
+            f"| {rows} | {seconds * 1e3:.1f} | {limit:.1f} | {seconds / single_row:.2f} |{against} "
             f"{needed} |"
         )
     return "\n".join(lines)
@@ -48,13 +49,14 @@ def main(
 
     Args:
         target: Hub id, folder, .gguf file or smollm2-135m.
-        context: committed tokens behind which the rows stand.
+        context: committed tokens before the rows.
         repeats: passes; the table holds medians.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
         compile: let calls go through torch.compile.
         device: a torch device; by default the GPU if there is one.
     """
+    # 1. Load, and measure what bounds a call.
     loaded = load_target(target, dtype, device, chats=False)
     if compile:
         loaded.compile_calls()
@@ -66,8 +68,10 @@ def main(
         f"GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; a call reads "
         f"{limits.weight_bytes / 1e6:.0f} MB of weights.\n"
     )
+    # 2. Time calls by width, interleaved.
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)
     print(table(measured, limits))
+    # 3. How far the figures can be trusted.
     spread = max(measured.spread[rows] / seconds for rows, seconds in measured.seconds.items())
     print(f"\nThe quartiles of the passes are at most {spread:.0%} of a row's time apart.")
     if measured.stock:

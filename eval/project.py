@@ -1,5 +1,5 @@
-"""`python -m eval.project REPORT --hardware h100`: a projection of speedups to other hardware. It
-measures nothing.
+"""`python -m eval.project REPORT --hardware h100`: a projection of speedups to other hardware,
+without measurements there.
 
 Only acceptance (τ, rows per call, draft depth) is taken from the report; every time is calculated
 from data-sheet figures by a roofline (Williams et al. 2009): a pass of a model with W weights over
@@ -7,9 +7,9 @@ R rows takes
 
     max(2 W / bandwidth, 2 W R / FLOP rate) + overhead of a call
 
-with 16-bit weights. One call of the target per step, and one pass of a drafter's own weights per
-drafted depth. What is left out flatters the projection: the KV cache, kernels short of their
-limits, drafters' work on the host.
+with 16-bit weights. One call of the target per step, and one pass of a drafter's weights per
+drafted depth. The projection is optimistic: it neglects the KV cache, kernels below their limits
+and drafters' work on the host.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ LABEL = "PROJECTION, not a measurement"
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a file of configs/hardware says.
+    """Data-sheet figures from a file of configs/hardware.
 
-    name: for people. bytes_per_second: memory bandwidth. flops_per_second: dense 16-bit matrix
-    products.
+    name: shown in the output. bytes_per_second: memory bandwidth. flops_per_second: dense 16-bit
+    matrix products.
     call_seconds: overhead of one pass, an assumption.
     """
 
@@ -47,7 +47,7 @@ class Hardware:
     call_seconds: float
 
     def seconds(self, weights: int, rows: float) -> float:
-        """One pass of a model over some rows."""
+        """Seconds of one pass of a model with so many weights over some rows."""
         return (
             max(
                 WEIGHT_BYTES * weights / self.bytes_per_second,
@@ -65,18 +65,20 @@ def load_hardware(name: str) -> Hardware:
     """
     file = HARDWARE / f"{name}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in HARDWARE.glob("*.yaml")))
-        raise ValueError(f"--hardware {name!r} is not under configs/hardware: use one of {known}")
+        names = ", ".join(sorted(path.stem for path in HARDWARE.glob("*.yaml")))
+        raise ValueError(f"--hardware {name!r} is not under configs/hardware: use one of {names}")
     values = load_yaml(file)
     return read_hardware(values if isinstance(values, dict) else {}, file.name)
 
 
 def read_hardware(values: Mapping[str, Any], where: str) -> Hardware:
-    """`Hardware` from a file's values, checked; `where` is what errors speak of."""
+    """`Hardware` from a file's values, checked; errors name the file `where`."""
+    # The keys are exactly the fields.
     keys = [field.name for field in fields(Hardware)]
     for key in {*keys} ^ {*values}:
         wrong = "missing" if key in keys else "unknown"
         raise ValueError(f"hardware {where}: {key} is {wrong}: give {', '.join(keys)}")
+    # All figures are positive numbers.
     for key in keys[1:]:
         if not isinstance(values[key], (int, float)) or values[key] <= 0:
             raise ValueError(
@@ -89,13 +91,13 @@ def read_hardware(values: Mapping[str, Any], where: str) -> Hardware:
 def projected_speedup(
     method: Mapping[str, Any], parameters: int, hardware: Hardware
 ) -> float | None:
-    """τ t(B) / (t(rows of a call times B) + drafting), with B sequences together; None where calls
-    are not known.
+    """τ t(B) / (t(rows of a call times B) + drafting), with B sequences together; None without
+    recorded calls.
 
     Args:
         method: its entry in the report.
         parameters: of its target.
-        hardware: what to project to.
+        hardware: hardware to project to.
     """
     tau, rows, batch = method["mean_accepted_tokens"], rows_per_call(method), method["batch_size"]
     if tau is None or rows is None:
@@ -107,8 +109,8 @@ def projected_speedup(
 
 
 def rows_per_call(method: Mapping[str, Any]) -> float | None:
-    """Mean rows of a target call; from the drafted nodes in reports without a model of speed, None
-    without either.
+    """Mean rows of a target call, from the speed model or else the drafted nodes; None without
+    either.
     """
     if method.get("speed_model"):
         return method["speed_model"]["rows_per_call"]
@@ -117,9 +119,7 @@ def rows_per_call(method: Mapping[str, Any]) -> float | None:
 
 
 def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
-    """One pass of the drafter's own weights per drafted depth; free for drafters without
-    weights.
-    """
+    """Seconds of one pass of the drafter's weights per drafted depth; 0 without weights."""
     if not method.get("drafter_parameters"):
         return 0.0
     depth = max(1, len(method.get("conditional_acceptance_by_depth") or ()))
@@ -127,11 +127,12 @@ def drafting_seconds(method: Mapping[str, Any], hardware: Hardware) -> float:
 
 
 def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
-    """Lines of Markdown: the label, the table, what the figures are not.
+    """Lines of Markdown: the label, the caveats and the table.
 
     Raises:
         ValueError: a method ran on a target that the report does not describe.
     """
+    # 1. Every method needs the parameters of its target.
     parameters = {target["name"]: target["parameters"] for target in report["targets"]}
     drafting = [method for method in report["methods"] if not is_baseline(method)]
     for method in drafting:
@@ -140,6 +141,7 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
                 f"report: {method['name']!r} ran on {method['target']!r}, which is not among its "
                 "targets: measure it again"
             )
+    # 2. What was assumed.
     yield f"# {LABEL}: {hardware.name}\n"
     yield (
         f"Calculated for 16-bit weights from {hardware.bytes_per_second / 1e9:.0f} GB/s, "
@@ -149,6 +151,7 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
         "drafting on the host are left out, which flatters; a drafter's weights are read once per "
         "drafted depth, which is too much for heads that serve one depth each.\n"
     )
+    # 3. One row per drafting method.
     yield "| method | τ, measured | rows per call | projected speedup |\n|---|---:|---:|---:|"
     for method in drafting:
         projected = projected_speedup(method, parameters[method["target"]], hardware)
@@ -158,7 +161,7 @@ def projection(report: Mapping[str, Any], hardware: Hardware) -> Iterable[str]:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Print the projection; returns the exit status. ValueError: a mistake in what was asked."""
+    """Print the projection; returns the exit status. Raises ValueError for a user's mistake."""
     parser = ArgumentParser(
         prog="python -m eval.project",
         exit_on_error=False,

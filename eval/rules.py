@@ -65,7 +65,6 @@ from modules.trees.static import StaticTree
 SIBLINGS = 4
 NODES, DEEPEST = 15, 6
 LEVEL_DRAWS = 8
-
 """Factor on the draws of one-level trees, which need no model once distributions are recorded."""
 SAMPLES = 4000
 """Of the bootstrap."""
@@ -82,7 +81,6 @@ class Comparison:
         target: Hub id, folder, .gguf file or smollm2-135m.
         drafter: run folder, drafter folder or Hub id; by default the target's own first `layers`
             layers.
-
         layers: number of the target's layers that draft, with its norm and LM head, without
             training.
         prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the
@@ -94,14 +92,11 @@ class Comparison:
         temperature: of target and draft; at 0 every rule is greedy and drawn trees are drawn at
             DySpec's 0.6.
         draft_temperature: of whole trees that are drawn, instead.
-
         fastest: also time this device, which should be idle, and report the size and depth of
             Sequoia's tree with the highest predicted speedup.
         only: names of the trials to run; by default all.
-
         seed: of all random draws.
         device: a torch device; by default the GPU if there is one.
-
         output: Markdown file to append the result to.
     """
 
@@ -356,7 +351,6 @@ def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds:
     device (Chen et al. 2024, section 3.3).
 
     Args:
-
         acceptance: acceptance rate by sibling.
         latency: of the target's calls.
         level_seconds: time of drafting one level.

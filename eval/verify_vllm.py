@@ -1,5 +1,5 @@
-"""Does vLLM make of an export what this project trained? `python -m eval.verify_vllm --drafters
-runs/eagle3` (heavy).
+"""Check that vLLM serves exported drafters as they were trained: `python -m eval.verify_vllm
+--drafters runs/eagle3` (slow).
 
 For every drafter: vLLM loads it without a missing or unused tensor; greedy answers are those of
 vLLM without it; and its mean accepted tokens are within 5 % of this project's own loop with the
@@ -27,10 +27,10 @@ from modules.contracts.target import Target
 from modules.target.loading import load_target
 
 TOLERANCE = 0.05
-"""How far vLLM's mean accepted tokens may be from ours, as a share of ours."""
-TELLING = 1 / (1 - TOLERANCE)
-"""Mean accepted tokens up to which drafts that all miss would be within the tolerance: too few to
-prove anything.
+"""Largest relative difference between vLLM's mean accepted tokens and ours."""
+LEAST_ACCEPTED = 1 / (1 - TOLERANCE)
+"""Mean accepted tokens up to which a drafter without a single accepted draft would be within the
+tolerance, so that the comparison proves nothing.
 """
 _CHAIN = "modules.trees.static.StaticTree"
 _COLUMNS = (
@@ -50,7 +50,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Verification:
-    """What is verified, on what.
+    """Settings of `python -m eval.verify_vllm`.
 
     Args:
         drafters: run folders, drafter folders or Hub ids.
@@ -74,7 +74,7 @@ class Verification:
     output: str = "runs/verify_vllm"
 
     def evaluation(self, engine: str) -> Evaluation:
-        """The drafters with a chain of `tokens`, through vLLM or through our loop."""
+        """The evaluation of the drafters with a chain of `tokens`, in vLLM or in our loop."""
         paths = [[0] * (depth + 1) for depth in range(self.tokens)]
         chain = None if engine == ENGINE else {"class_path": _CHAIN, "init_args": {"paths": paths}}
         methods = [
@@ -93,7 +93,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one drafter: how it loaded, its row through vLLM and its row here."""
+    """Results of one drafter: how vLLM loaded it, its row in vLLM and its row in our loop."""
 
     loaded: Mapping[str, Any]
     theirs: Mapping[str, Any]
@@ -106,43 +106,48 @@ class Finding:
         return theirs / ours if theirs and ours else 0.0
 
     def faults(self) -> list[str]:
-        """What is wrong, if anything."""
+        """One line per failed check; empty if all passed."""
         name = self.theirs["name"]
-        found = [
+        # Tensors that vLLM did not load.
+        faults = [
             f"{name}: {kind} tensors: {', '.join(self.loaded[kind])}"
             for kind in ("missing", "unused")
             if self.loaded[kind]
         ]
+        # Tokens, in both loops.
         if not self.theirs["lossless"]:
-            found.append(
+            faults.append(
                 f"{name}: answers differ from vLLM's without the drafter: "
                 f"{self.theirs['first_divergence']}"
             )
         if not self.ours["lossless"]:
-            found.append(
+            faults.append(
                 f"{name}: answers differ from plain decoding in our own loop: "
                 f"{self.ours['first_divergence']}"
             )
+        # Acceptance; at too few accepted tokens the ratio proves nothing.
         here = self.ours["mean_accepted_tokens"] or 0.0
-        if here <= TELLING:
-            found.append(
+        if here <= LEAST_ACCEPTED:
+            faults.append(
                 f"{name}: mean accepted tokens here are {here:.3f}, which proves nothing, for "
-                f"drafts that all miss come as near: train it until they are above {TELLING:.2f}"
+                f"drafts that all miss come as near: train it until they are above "
+                f"{LEAST_ACCEPTED:.2f}"
             )
         elif abs(self.ratio - 1) > TOLERANCE:
-            found.append(
+            faults.append(
                 f"{name}: mean accepted tokens are {self.ratio:.3f} times ours, more than "
                 f"{TOLERANCE:.0%} off"
             )
-        return found
+        return faults
 
     def cells(self) -> list[str]:
-        """Its line of the table."""
+        """The drafter's line of the table."""
         row = self.theirs
+        # vLLM's figures first, then ours.
         ties = f", {row['tie_divergences']} ties" if row["tie_divergences"] else ""
         depths = [
-            ", ".join(f"{share:.3f}" for share in one["acceptance_by_depth"])
-            for one in (row, self.ours)
+            ", ".join(f"{share:.3f}" for share in figures["acceptance_by_depth"])
+            for figures in (row, self.ours)
         ]
         counts = [str(len(self.loaded[kind])) for kind in ("missing", "unused")]
         return [
@@ -150,45 +155,52 @@ class Finding:
             str(self.loaded["shipped"]),
             *counts,
             f"{row['identical_outputs']} of {row['prompts']}{ties}",
-            *(f"{one['mean_accepted_tokens'] or 0:.3f}" for one in (row, self.ours)),
+            *(f"{figures['mean_accepted_tokens'] or 0:.3f}" for figures in (row, self.ours)),
             f"{self.ratio:.3f}",
             *depths,
             "wrong" if self.faults() else "right",
         ]
 
 
-def verify(asked: Verification, console: Console) -> list[Finding]:
-    """Measure everything; reports and table go into the output folder.
+def verify(verification: Verification, console: Console) -> list[Finding]:
+    """Run all checks; reports and the table are written into the output folder.
 
     Raises:
-        ValueError: vLLM is not installed, or a drafter that it does not serve or cannot load.
+        ValueError: vLLM is not installed, or it cannot serve or load a drafter.
     """
-    if not asked.drafters:
+    if not verification.drafters:
         raise ValueError(
             "drafters: [] names none: give trained runs, such as `--drafters runs/eagle3 "
             "runs/medusa`"
         )
-    evaluation = asked.evaluation(ENGINE)
+    # 1. Refuse early what vLLM cannot run.
+    evaluation = verification.evaluation(ENGINE)
     evaluation.check()
-    output = Path(asked.output)
+    output = Path(verification.output)
     with claimed(output):
+        # 2. Load every export once, with its tensors watched.
         target = load_target(evaluation.target_name(), "float32", "cpu")
-        loaded = {method.label: loading(method, target, asked.tokens) for method in evaluation.rows}
+        loaded = {
+            method.label: loading(method, target, verification.tokens) for method in evaluation.rows
+        }
+        # 3. The same prompts through vLLM and through our loop.
         theirs = evaluate(evaluation, output / ENGINE, console=console, overwrite=True)
-        own = asked.evaluation("slipstream")
-        ours = evaluate(own, output / "slipstream", console=console, overwrite=True)
+        our_evaluation = verification.evaluation("slipstream")
+        ours = evaluate(our_evaluation, output / "slipstream", console=console, overwrite=True)
+        # 4. Pair the rows by name.
         rows = [
             {method["name"]: method for method in report["methods"]} for report in (theirs, ours)
         ]
-        found = [Finding(loaded[name], rows[0][name], rows[1][name]) for name in loaded]
-        write_whole({output / "serving.md": document(found, theirs)})
-    return found
+        findings = [Finding(loaded[name], rows[0][name], rows[1][name]) for name in loaded]
+        write_whole({output / "serving.md": document(findings, theirs)})
+    return findings
 
 
 def loading(method: Method, target: Target, tokens: int) -> dict[str, Any]:
-    """What becomes of an exported drafter's tensors in vLLM."""
+    """How vLLM loads an exported drafter's tensors: numbers and names, see `eval.vllm.loading`."""
     where = f"drafters: {method.label}"
     drafter = load_drafter(method.drafter or "", target, where)
+    # One engine only to load the export; nothing is decoded.
     with tempfile.TemporaryDirectory(prefix="vllm-drafter-") as scratch:
         folder = Path(scratch) / "drafter"
         name, _ = export_for_vllm(drafter, target, folder, where)
@@ -205,13 +217,13 @@ def loading(method: Method, target: Target, tokens: int) -> dict[str, Any]:
 
 
 def document(findings: Sequence[Finding], report: Mapping[str, Any]) -> str:
-    """The table in Markdown, with what it was made by."""
+    """The table in Markdown, with prompts, command, revision, machine and packages."""
     environment, settings = report["environment"], report["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *(finding.cells() for finding in findings)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     first, target = report["methods"][0], report["targets"][0]
-    asked = (
+    conditions = (
         f"{first['prompts']} prompts ({', '.join(settings['prompts'])}), {first['batch_size']} at "
         f"once, up to {settings['max_new_tokens']} new tokens, greedy, {target['name']} in "
         f"{target['dtype']}."
@@ -222,11 +234,11 @@ def document(findings: Sequence[Finding], report: Mapping[str, Any]) -> str:
         f"machine: {environment['device']}, {environment['cores']} cores",
         f"packages: {packages}",
     ]
-    return "\n\n".join([table, asked, "\n".join(f"- {fact}" for fact in facts)]) + "\n"
+    return "\n\n".join([table, conditions, "\n".join(f"- {fact}" for fact in facts)]) + "\n"
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Verify, print the table and what is wrong; returns the exit status."""
+    """Verify, print the table and failed checks; returns the exit status."""
     parser = ArgumentParser(
         prog="python -m eval.verify_vllm", exit_on_error=False, description=__doc__
     )
@@ -241,11 +253,11 @@ def command(arguments: Sequence[str]) -> int:
         "--prompts", nargs="+", type=str, default=["embedded"], help="as eval.py takes them"
     )
     parser.add_class_arguments(Verification, skip={"drafters", "prompts"}, fail_untyped=True)
-    asked = Verification(**parse(parser, arguments).as_dict())
+    verification = Verification(**parse(parser, arguments).as_dict())
     quieten()
-    found = verify(asked, Console())
-    faults = [fault for finding in found for fault in finding.faults()]
-    print((Path(asked.output) / "serving.md").read_text(encoding="utf-8"))
+    findings = verify(verification, Console())
+    faults = [fault for finding in findings for fault in finding.faults()]
+    print((Path(verification.output) / "serving.md").read_text(encoding="utf-8"))
     print("\n".join(faults) or "vLLM serves every drafter as it was trained")
     return 1 if faults else 0
 

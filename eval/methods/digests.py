@@ -1,4 +1,6 @@
-"""Digests of values and of all that decides what an object does; the first difference of two."""
+"""Digests of values and of everything that determines an object's behaviour; the first difference
+of two headers.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def digest(value: Any) -> str:
-    """16 hexadecimal digits of a value, or of everything that decides what an object does.
+    """16 hexadecimal digits of a value, or of everything that determines an object's behaviour.
 
-    That is a module's class, arguments, parameters, buffers and corpora, and any other object's
-    class and public attributes.
+    For a module: class, arguments, parameters, buffers and corpora. For any other object: class and
+    public attributes.
     """
     sha = hashlib.sha256()
     _feed(sha, value)
@@ -31,6 +33,7 @@ def digest(value: Any) -> str:
 
 
 def _feed(sha: Any, value: Any) -> None:
+    # Tensors and arrays: type, shape and bytes.
     if isinstance(value, Target):
         _feed(sha, [value.fingerprint(), str(value.dtype)])
     elif isinstance(value, Tensor):
@@ -39,6 +42,7 @@ def _feed(sha: Any, value: Any) -> None:
     elif isinstance(value, np.ndarray):
         _feed(sha, [str(value.dtype), list(value.shape)])
         sha.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    # Modules and containers, part by part.
     elif isinstance(value, nn.Module):
         _feed_module(sha, value)
     elif isinstance(value, Mapping):
@@ -47,6 +51,7 @@ def _feed(sha: Any, value: Any) -> None:
         _feed_all(sha, "list", value)
     elif isinstance(value, (set, frozenset)):
         _feed_all(sha, "set", sorted(value))
+    # Plain values with their type; other objects by class and public attributes.
     elif isinstance(value, _PLAIN):
         sha.update(f"{value!r}\0".encode("utf-8", "surrogatepass"))
     elif isinstance(value, (Enum, os.PathLike, torch.dtype, torch.device)):
@@ -65,7 +70,7 @@ def _feed_all(sha: Any, kind: str, values: Sequence[Any]) -> None:
 
 
 def _feed_module(sha: Any, module: nn.Module) -> None:
-    """Class and arguments, then all tensors by name, and the corpora that the parts read."""
+    """Feed the class and arguments, then all tensors by name, and the corpora of the parts."""
     _feed(sha, _name(type(module)))
     _feed(sha, module.arguments if isinstance(module, Trainable) else None)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -76,24 +81,24 @@ def _feed_module(sha: Any, module: nn.Module) -> None:
 
 
 def _holds_arrays(value: Any) -> bool:
-    """Whether this is a datastore, or something that was made of one."""
+    """Whether an object holds arrays, as a datastore does."""
     return any(isinstance(part, np.ndarray) for part in getattr(value, "__dict__", {}).values())
 
 
 def _name(value: Any) -> str:
-    """Of a class or function; of anything else its class."""
+    """The dotted name of a class or function, or of the class of any other object."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The value after a JSON round trip."""
     return json.loads(json.dumps(value, default=str))
 
 
 def changed(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first innermost difference of two headers: its path, what was and what is there; None if
-    they are equal."""
+    """The first innermost difference of two headers: its path, the old and the new value; None if
+    the headers are equal."""
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):

@@ -1,9 +1,8 @@
-"""Hugging Face's own ways of decoding, as decoders that the harness measures beside ours.
+"""Hugging Face's decoding methods, as decoders that the harness measures.
 
-They run on the target's own weights with the library's kernels and cache, as its users run it, but
-like our loop without what the target's `generation_config` asks for
-(`modules.target.generation_config`). The prefill ends, as in our loop, when the first token is
-known; a streamer takes the times, so nothing is patched.
+They run on the target's weights with the library's kernels and cache, as its users run it. Like our
+loop they ignore the target's `generation_config` (`modules.target.generation_config`). Prefill
+ends, as in our loop, with the first token; a streamer records the times, so nothing is patched.
 
 Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabulary.
 """
@@ -31,8 +30,8 @@ from modules.target.loading import truncated_config
 
 
 class _Stopwatch:
-    """A streamer that notes when tokens arrive, and how many at a time. The first thing it is given
-    is the prompt.
+    """A streamer that records when tokens arrive, and how many at a time. The first call passes the
+    prompt.
     """
 
     def __init__(self) -> None:
@@ -50,11 +49,11 @@ class _Stopwatch:
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Called by `generate` when it is done."""
+        """Called by `generate` at the end."""
 
 
 class HuggingFaceGenerate:
-    """`generate` as it comes: one token per call. The row `hf_generate`.
+    """Plain `generate`: one token per call. The row `hf_generate`.
 
     Args:
         target: the target whose model is called.
@@ -68,11 +67,11 @@ class HuggingFaceGenerate:
         self.target = target
 
     def options(self) -> dict[str, Any]:
-        """What this way of decoding adds to the generation config."""
+        """Options that this method adds to the generation config."""
         return {}
 
     def arguments(self) -> dict[str, Any]:
-        """What it adds to the call of `generate`."""
+        """Keyword arguments that this method adds to the call of `generate`."""
         return {}
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
@@ -81,6 +80,7 @@ class HuggingFaceGenerate:
         Raises:
             ValueError: several prompts at once for a decoder that takes one.
         """
+        # Speculation of `generate` takes one sequence.
         if len(prompts) > 1 and not self.batched:
             raise ValueError(
                 f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
@@ -96,6 +96,7 @@ class HuggingFaceGenerate:
             streamer=watch,
             **self.arguments(),
         )
+        # The first token ends the prefill.
         ended = now(self.target.device)
         prefill = watch.times[0] - began
         seconds = {"prefill": prefill, "other": ended - watch.times[0]}
@@ -107,12 +108,12 @@ class HuggingFaceGenerate:
     def _trace(
         self, prompt: list[int], ids: list[int], watch: _Stopwatch, seconds: dict[str, float]
     ) -> Trace:
-        """A trace whose phases are only prefill and the rest: `generate` does not report more."""
+        """A trace with two phases, prefill and other; `generate` does not report more."""
         return Trace(len(prompt), ids, [False] * len(ids), [], [], [], seconds, seconds["prefill"])
 
 
 class _HuggingFaceSpeculation(HuggingFaceGenerate):
-    """What its two speculative modes share: one sequence, several tokens per call."""
+    """Base of the two speculative modes: one sequence, several tokens per call."""
 
     batched = False
 
@@ -141,7 +142,7 @@ class HuggingFacePromptLookup(_HuggingFaceSpeculation):
         self.tokens, self.longest = tokens, longest
 
     def options(self) -> dict[str, Any]:
-        """Switches prompt lookup on."""
+        """The options that enable prompt lookup."""
         return {"prompt_lookup_num_tokens": self.tokens, "max_matching_ngram_size": self.longest}
 
 
@@ -151,11 +152,11 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
 
     Args:
         target: the target whose model is called.
-        layers: layers that the assistant keeps (its weights are the target's own, shared), where
-            none is named.
+        layers: number of the target's layers in the assistant (weights are shared), if no
+            assistant is named.
         tokens: drafted tokens per call.
-        assistant: run, folder or Hub id of a trained `Independent` drafter, whose model then is the
-            assistant.
+        assistant: run, folder or Hub id of a trained `Independent` drafter, whose model becomes
+            the assistant.
     """
 
     name = "hf_assisted"
@@ -164,6 +165,7 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         self, target: Target, layers: int = 4, tokens: int = 4, assistant: str | None = None
     ) -> None:
         super().__init__(target)
+        # The assistant: the target's first layers, or a trained drafter's model.
         if assistant is None and not 0 < layers < target.shape.num_layers:
             raise ValueError(
                 f"layers {layers} must lie between 1 and {target.shape.num_layers - 1} for "
@@ -175,6 +177,7 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
             else trained(assistant, target)
         )
         self._named = assistant
+        # A constant number of drafts, so that rows are comparable.
         self.assistant.generation_config = GenerationConfig(
             num_assistant_tokens=tokens,
             num_assistant_tokens_schedule="constant",
@@ -182,22 +185,22 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
         )
 
     def parts(self) -> Mapping[str, Path]:
-        """The trained drafter whose model the assistant is, where one was named."""
+        """The folder of the trained drafter, if one was named."""
         return {} if self._named is None else {"assistant": Path(self._named)}
 
     def arguments(self) -> dict[str, Any]:
-        """Hands over the assistant."""
+        """The assistant as a keyword argument of `generate`."""
         return {"assistant_model": self.assistant}
 
 
 class TrimmedHead(nn.Module):
-    """An LM head of the draft vocabulary alone, as a stock model calls it: the other tokens get no
-    probability.
+    """An LM head over the draft vocabulary, with the interface of a stock model: all other tokens
+    get probability 0.
 
     Args:
-        head: the whole head, whose rows are copied.
+        head: the full head, whose rows are copied.
         vocabulary_D: token ids that can be drafted.
-        size: token ids that there are.
+        size: size of the full vocabulary.
     """
 
     def __init__(self, head: nn.Linear, vocabulary_D: Tensor, size: int) -> None:
@@ -212,7 +215,7 @@ class TrimmedHead(nn.Module):
         self.size = size
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
-        """[B,T,H] -> [B,T,V]."""
+        """Logits over the full vocabulary: [B,T,H] -> [B,T,V]."""
         logits = nn.functional.linear(hidden_BTH, self.weight, self.bias)
         whole = logits.new_full((*logits.shape[:-1], self.size), torch.finfo(logits.dtype).min)
         return whole.index_copy_(-1, self.get_buffer("vocabulary"), logits)
@@ -222,7 +225,7 @@ def trained(name: str, target: Target) -> Any:
     """The stock model of a trained drafter, which drafts the same tokens as it does in our loop.
 
     Raises:
-        ValueError: nothing there, another kind of component, or another tokenizer than the
+        ValueError: a missing folder, another kind of component, or another tokenizer than the
             target's.
     """
     drafter = load_pretrained(name, target)
@@ -234,6 +237,7 @@ def trained(name: str, target: Target) -> Any:
     # Cast by the drafter, which keeps its rotary frequencies; the stock model shares its weights.
     stock = drafter.to(target.device, target.dtype).stock
     model = stock.to(target.device).eval().requires_grad_(False)
+    # A trimmed draft vocabulary becomes a head over all tokens.
     if drafter.tokens_D is not None:
         size, drafted_D = target.shape.vocab_size, drafter.tokens_D.to(target.device)
         model.set_output_embeddings(TrimmedHead(model.get_output_embeddings(), drafted_D, size))
@@ -242,8 +246,8 @@ def trained(name: str, target: Target) -> Any:
 
 
 def truncated_copy(model: Any, layers: int) -> Any:
-    """A model of the same kind that keeps the first `layers` layers; its weights share memory with
-    the original's.
+    """A model of the same class with the first `layers` layers, which shares the original's
+    weights.
     """
     config = truncated_config(model.config, layers)
     with torch.device("meta"):
@@ -256,11 +260,11 @@ def truncated_copy(model: Any, layers: int) -> Any:
 
 
 def _copy_buffers(source: nn.Module, into: nn.Module) -> None:
-    """Buffers that no state dict carries (rotary frequencies) are still on the meta device: take
-    the original's.
+    """Take buffers that are in no state dict (rotary frequencies) from the original; they are still
+    on the meta device.
     """
-    found = dict(source.named_buffers())
+    originals = dict(source.named_buffers())
     for name, buffer in list(into.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
-            into.get_submodule(owner)._buffers[leaf] = found[name]
+            into.get_submodule(owner)._buffers[leaf] = originals[name]

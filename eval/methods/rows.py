@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = "autoregressive"
 EXPORT_NOTES = "export_notes"
-
 """Key of a row's `quality`: how the engine's drafter differs from the exported one."""
 TRAINING_PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts" / "prompts.jsonl"
 MOST_NODES = 1 << 16
@@ -46,7 +45,6 @@ class Method:
     decoder.
 
     Args:
-
         name: label in the report; by default the drafter's folder or the class in lower case.
         drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that
             needs no training.
@@ -57,7 +55,6 @@ class Method:
             A name; a class `{class_path, init_args}`; or a trained judge: its folder or Hub id, or
             `{trained, init_args}`, such as `{trained: runs/judge, init_args: {threshold: 0.7}}`.
         budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on
-
             a few embedded prompts and takes the fastest predicted from this device's latencies.
         temperature: by default the evaluation's.
         precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts
@@ -235,14 +232,11 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, positional: int = 0) -> Ca
 
     Args:
         spec: `{class_path, init_args}`.
-
         where: prefix of error messages.
         kind: base class that is required.
-
         positional: number of positional arguments that the caller will put first.
 
     Raises:
-
         ValueError: an unknown key, a class that does not exist, is not allowed or of another kind,
             an unknown or missing constructor argument.
     """
@@ -271,11 +265,9 @@ def construct(spec: ClassSpec, where: str, kind: Kind, *positional: Any) -> Any:
 class Row:
     """A row that is ready to run.
 
-
     baseline: name of the autoregressive row on the same target at the same temperature; that row
     names itself.
     draft_precision: of the drafter's weights, if not the target's.
-
     drafter_parameters: number of trained parameters; a frozen copy of the target's (S2D's
     embedding) does not count.
     batch_size: prompts decoded together. yardstick: name of the row whose tokens it is compared
@@ -481,14 +473,12 @@ def load_drafter(
     training.
 
     Args:
-
         source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
         target: target it drafts for.
         where: prefix of error messages.
         precision: of its weights; by default the target's.
 
     Raises:
-
         ValueError: a missing folder, another target's drafter, or a component that does not draft.
     """
     # Saved weights, or a class with its own parts constructed first.

@@ -11,19 +11,21 @@ from checkpoints.pretrained import find_folder, read_config
 logger = logging.getLogger(__name__)
 
 
-def chat_arguments(given: Mapping[str, Any] | None, drafters: Sequence[str]) -> dict[str, Any]:
-    """What is given, or else what the first drafter was trained with; a warning names every drafter
-    that was trained with something else.
+def chat_arguments(configured: Mapping[str, Any] | None, drafters: Sequence[str]) -> dict[str, Any]:
+    """The configured arguments, by default those that the first drafter was trained with; a warning
+    names every drafter that was trained with others.
 
     Args:
-        given: None for the drafter's own.
+        configured: None for the first drafter's.
         drafters: run folders, drafter folders or Hub ids.
     """
+    # The drafters' arguments, by name.
     trained = {
         name: dict(read_config(find_folder(name))["target"].get("chat_template") or {})
         for name in drafters
     }
-    chosen = dict(next(iter(trained.values()), {}) if given is None else given)
+    chosen = dict(next(iter(trained.values()), {}) if configured is None else configured)
+    # Another template than in training lowers acceptance.
     for name, arguments in trained.items():
         if arguments != chosen:
             logger.warning(

@@ -13,11 +13,10 @@ from modules.decoding.decoder import SpeculativeDecoder
 def vary(
     rows: Sequence[Row], samplings: Sequence[Sampling], batch_sizes: Sequence[int]
 ) -> list[Row]:
-    """Rows of the first sampling and batch size under their own names, then the others, named after
-    theirs.
+    """Rows of the first sampling and batch size under their names, then the others, with suffixes.
 
-    A row with a temperature of its own keeps it. A decoder that takes one prompt at a time is left
-    out of batches.
+    A row with its own temperature keeps it. A decoder that takes one prompt at a time is left out
+    of batches.
 
     Args:
         rows: as `eval.methods.rows.build_rows` makes them, for the first sampling.
@@ -27,26 +26,29 @@ def vary(
     Raises:
         ValueError: a rule that cannot be used at one of the temperatures.
     """
-    found = {row.name: replace(row, batch_size=batch_sizes[0]) for row in rows}
+    # The first sampling and batch size, then the other temperatures.
+    varied = {row.name: replace(row, batch_size=batch_sizes[0]) for row in rows}
     for sampling in samplings[1:]:
         for row in (row for row in rows if row.sampling == rows[0].sampling):
             warmer = at_temperature(replace(row, batch_size=batch_sizes[0]), sampling)
-            found.setdefault(warmer.name, warmer)
-    batched = [row for row in found.values() if getattr(row.decoder, "batched", True)]
+            varied.setdefault(warmer.name, warmer)
+    # Larger batches of every row that can decode them.
+    batched = [row for row in varied.values() if getattr(row.decoder, "batched", True)]
     return [
-        *found.values(),
+        *varied.values(),
         *(in_batches(row, size) for size in batch_sizes[1:] for row in batched),
     ]
 
 
 def at_temperature(row: Row, sampling: Sampling) -> Row:
-    """The row with another sampling, against the baseline of the same sampling."""
+    """The row with another sampling, compared with the baseline of that sampling."""
     suffix = f" at {sampling.temperature:g}"
     changed = replace(
         row, name=row.name + suffix, baseline=row.baseline + suffix, sampling=sampling
     )
     if not isinstance(row.decoder, SpeculativeDecoder):
         return changed
+    # The default rule depends on the temperature.
     rule = row.decoder.rule_for(sampling)
     if rule.name == "greedy" and sampling.temperature > 0:
         raise ValueError(
@@ -57,7 +59,7 @@ def at_temperature(row: Row, sampling: Sampling) -> Row:
 
 
 def in_batches(row: Row, size: int) -> Row:
-    """The row with `size` prompts at once; its tokens must still be those of the baseline in the
+    """The row with `size` prompts at once; its tokens are compared with the baseline's in the
     smallest batch.
     """
     suffix = f", {size} at once"

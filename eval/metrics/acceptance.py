@@ -1,8 +1,8 @@
-"""What the figures in a report mean: pure functions of traces, seconds and logits.
+"""Definitions of the figures in a report: pure functions of traces, seconds and logits.
 
-Everywhere, a *call* is one verification by the target. It emits the drafts that it accepts and one
-more token (the bonus token); the token that the prefill gives belongs to no call. Of the call in
-which an answer ends only the tokens up to there are its own.
+A *call* is one verification by the target. It emits the accepted drafts and one more token (the
+bonus token); the token of the prefill belongs to no call. Tokens after an answer's end do not
+count.
 
 Shape legend: P prompts, S bootstrap samples, T tokens, V vocabulary.
 """
@@ -19,18 +19,16 @@ from numpy.typing import NDArray
 from eval.metrics.bootstrap import Floats, draws, finite_interval
 
 TIE_GAP = 1e-3
-"""Two tokens whose teacher-forced logits are this close may swap with the rounding of wider
-calls.
-"""
+"""Largest difference of teacher-forced logits that the rounding of wider calls may invert."""
 
 
 # -- acceptance ------------------------------------------------------------------------------------
 
 
 def mean_accepted_tokens(emitted: Sequence[int]) -> float | None:
-    """τ: tokens that calls emitted over those calls, bonus token counted; None without calls.
+    """τ: emitted tokens per call, bonus tokens included; None without calls.
 
-    Only tokens that are kept count, in every row: not those behind an end of sequence or the limit.
+    In every row, tokens after an end of sequence or the limit do not count.
     """
     return float(np.mean(emitted)) if len(emitted) else None
 
@@ -50,19 +48,20 @@ def conditional_acceptance_by_depth(emitted: Sequence[int], offered: Sequence[in
     """P(at least d drafts accepted | at least d-1 accepted and a tree at least d deep), for d = 1,
     2, …
 
-    `offered` is the depth of each call's tree; an engine that does not report it gives none, and an
-    empty list.
+    `offered` is the depth of each call's tree; if an engine does not report it, the result is
+    empty.
     """
     if not len(offered):
         return []
     drafts, depths = np.asarray(emitted, dtype=np.int64) - 1, np.asarray(offered, dtype=np.int64)
-    found: list[float] = []
+    shares: list[float] = []
+    # Up to the first depth that no call reached.
     for depth in range(1, int(depths.max(initial=0)) + 1):
         tried = (drafts >= depth - 1) & (depths >= depth)
         if not tried.any():
             break
-        found.append(float((drafts[tried] >= depth).mean()))
-    return found
+        shares.append(float((drafts[tried] >= depth).mean()))
+    return shares
 
 
 def accepted_length_histogram(emitted: Sequence[int]) -> list[int]:
@@ -75,9 +74,7 @@ def accepted_length_histogram(emitted: Sequence[int]) -> list[int]:
 
 
 class Speed(NamedTuple):
-    """One prompt's decoding: tokens after the first (which prefill gives) and the seconds they
-    took.
-    """
+    """One prompt's decoding: tokens after the first (the prefill's), and their seconds."""
 
     tokens: float
     seconds: float
@@ -99,8 +96,8 @@ def micro_speedup(method: Sequence[Speed], baseline: Sequence[Speed]) -> float |
 
 def macro_speedup(tasks: Mapping[str, tuple[Sequence[Speed], Sequence[Speed]]]) -> float | None:
     """Mean over tasks of each task's micro speedup (`{task: (method, baseline)}`)."""
-    found = [speedup for pair in tasks.values() if (speedup := micro_speedup(*pair)) is not None]
-    return float(np.mean(found)) if found else None
+    speedups = [speedup for pair in tasks.values() if (speedup := micro_speedup(*pair)) is not None]
+    return float(np.mean(speedups)) if speedups else None
 
 
 def bootstrap_interval(
@@ -112,8 +109,9 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Paired percentile bootstrap of the micro speedup over prompts (Efron 1979).
 
-    Row i of both sequences is the same prompt. None without two prompts to draw from.
+    Row i of both sequences is the same prompt. None below two prompts.
     """
+    # Both rows are resampled with the same draws.
     assert len(method) == len(baseline), "paired bootstrap wants the same prompts in both rows"
     if len(method) < 2:
         return None
@@ -169,14 +167,14 @@ def first_divergence(expected: Sequence[int], actual: Sequence[int]) -> int | No
 def is_tie(
     logits_V: Sequence[float] | Floats, expected: int, actual: int, gap: float = TIE_GAP
 ) -> bool:
-    """Whether the two tokens' teacher-forced logits differ by at most `gap` (their common prefix is
-    given).
+    """Whether the teacher-forced logits of two tokens after the common prefix differ by at most
+    `gap`.
     """
     return abs(float(logits_V[expected]) - float(logits_V[actual])) <= gap
 
 
 def argmax_gaps(logits_TV: Floats, ids_T: Sequence[int]) -> Floats:
-    """How far below the largest logit each emitted token stands [T]; 0 where it is the argmax."""
+    """Difference of the largest logit and each emitted token's [T]; 0 where it is the argmax."""
     chosen_T = np.take_along_axis(logits_TV, np.asarray(ids_T, dtype=np.int64)[:, None], axis=1)[
         :, 0
     ]

@@ -1,5 +1,5 @@
-"""Is an answer the autoregressive row's? Token identity, true ties, and teacher forcing at low
-precision.
+"""Comparison of an answer with the autoregressive row's: token identity, ties, and teacher forcing
+at low precision.
 
 Shape legend: T tokens, V vocabulary.
 """
@@ -18,14 +18,14 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.target import Target
 
 LOW_PRECISION_GAP = {torch.bfloat16: 0.5, torch.float16: 0.0625}
-"""At these precisions every emitted token must be the teacher-forced argmax or stand within this
-gap of it.
+"""At these precisions every emitted token's logit must be within this gap of the teacher-forced
+argmax's.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one answer compares.
+    """The comparison of one answer with the expected one.
 
     position: index of the first differing token, None when identical. expected, actual: the two
     tokens there (None where an answer has ended). gap: distance of their teacher-forced logits.
@@ -45,18 +45,21 @@ def judge(
 ) -> Verdict:
     """Compare an answer with the autoregressive row's on the same target.
 
-    In float32 and float64 the first divergence must be a tie (`is_tie`); at lower precision, where
-    widths of calls round differently all the time, every token must be the argmax or within
-    `LOW_PRECISION_GAP`.
+    In float32 and float64 the first divergence must be a tie (`is_tie`). At lower precision, where
+    rounding depends on the width of a call, every token must be the argmax or within
+    `LOW_PRECISION_GAP` of it.
     """
+    # Low precision compares every token instead of the first divergence.
     position = first_divergence(expected, actual)
     gap = LOW_PRECISION_GAP.get(target.dtype)
     if gap is not None:
         return _judge_loosely(target, prompt, actual, position, gap)
+    # Equal answers, or an answer that ended early.
     if position is None:
         return Verdict(Identity.IDENTICAL)
     if position >= min(len(expected), len(actual)):
         return Verdict(Identity.DIFFERENT, position, _at(expected, position), _at(actual, position))
+    # A tie of the two tokens after the common prefix.
     logits_V = teacher_forced_logits(target, prompt, actual[: position + 1])[-1].tolist()
     left, right = expected[position], actual[position]
     kind = Identity.TIE if is_tie(logits_V, left, right, TIE_GAP) else Identity.DIFFERENT
@@ -80,9 +83,7 @@ def _at(ids: Sequence[int], position: int) -> int | None:
 
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Logits [T,V] before each of the answer's T tokens, the answer itself given; one pass without
-    a KV cache.
-    """
+    """Teacher-forced logits [T,V] of the answer's T tokens, by one pass without a KV cache."""
     ids = torch.tensor([[*prompt, *answer][:-1]], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     batch = TextBatch(

@@ -1,15 +1,15 @@
-"""A model of speed: what τ, the target's t(rows) and the drafting time promise, and where the rest
-went.
+"""A speed model: the speedup predicted from τ, the target's latency t(rows) and the drafting time,
+and factors that explain the difference to the measured one.
 
-A call over a tree of n rows costs t(n) and its drafting, and gives τ tokens; plain decoding gives
+A call over a tree of n rows costs t(n) plus its drafting and emits τ tokens; plain decoding emits
 one per t(1). So
 
     predicted = τ t(1) / (mean over calls of t(rows) + drafting per call)
 
 (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.8, with measured costs in place of a constant
-ratio; trees as in Chen et al. 2024, arXiv 2402.12374, section 4.2). t is measured apart from the
-run. The measured speedup is exactly the prediction times `FACTORS`, each of which says where time
-went that the model does not know.
+ratio; trees as in Chen et al. 2024, arXiv 2402.12374, section 4.2). t is measured separately from
+the run. The measured speedup is exactly the prediction times `FACTORS`, each of which accounts for
+time that the model leaves out.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ FACTORS = {
     "unclaimed": "what no phase owns",
     "plain_decoding": "plain calls against t(1)",
 }
-"""What separates the measured from the predicted speedup, in the order in which the terms are
-taken.
-"""
+"""Factors between the predicted and the measured speedup, in order."""
 REPEATS = 7
 
 
@@ -41,8 +39,8 @@ REPEATS = 7
 class Calls:
     """The target calls of one row over all prompts.
 
-    emitted: tokens kept of each call. rows: that each call computes, see `Trace` (none from an
-    engine that does not report it). seconds: by phase, over all calls.
+    emitted: tokens of each call. rows: computed by each call, see `Trace` (empty for an engine that
+    does not report them). seconds: by phase, over all calls.
     """
 
     emitted: Sequence[int]
@@ -50,12 +48,12 @@ class Calls:
     seconds: Mapping[str, float]
 
     def per_call(self, *phases: str) -> float:
-        """Mean seconds of a call's phases."""
+        """Mean seconds per call, summed over the phases."""
         return sum(self.seconds.get(phase, 0.0) for phase in phases) / len(self.emitted)
 
 
 def speed_model(calls: Calls, plain: Calls, table: LatencyTable) -> dict[str, Any] | None:
-    """Prediction and factors of one row; None where its calls are not known.
+    """Prediction and factors of one row; None without recorded calls.
 
     Args:
         calls: of the row.
@@ -64,6 +62,7 @@ def speed_model(calls: Calls, plain: Calls, table: LatencyTable) -> dict[str, An
     """
     if not calls.emitted or len(calls.rows) != len(calls.emitted) or not plain.emitted:
         return None
+    # The mean call of this row, from the table and the measured drafting.
     rows = expected_seconds(table, calls.rows)
     drafting = calls.per_call("draft")
     predicted = float(np.mean(calls.emitted)) * table.seconds[1] / (rows + drafting)
@@ -83,8 +82,9 @@ def expected_seconds(table: LatencyTable, rows: Sequence[int]) -> float:
     return float(np.mean([table.at(count) for count in rows]))
 
 
-def _factors(calls: Calls, plain: Calls, rows: float, one: float) -> dict[str, float]:
+def _factors(calls: Calls, plain: Calls, rows: float, plain_seconds: float) -> dict[str, float]:
     """One ratio per entry of `FACTORS`; below 1 is time lost against the model."""
+    # Seconds per call, phase by phase.
     reached = [
         calls.per_call(*phases)
         for phases in (
@@ -93,12 +93,13 @@ def _factors(calls: Calls, plain: Calls, rows: float, one: float) -> dict[str, f
             ("draft", "verify", "accept", "commit", "other"),
         )
     ]
+    # Each factor is the expected over the actual time; their product is exact.
     whole_plain = plain.per_call("draft", "verify", "accept", "commit", "other")
     terms = (
         (rows + calls.per_call("draft"), reached[0]),
         (reached[0], reached[1]),
         (reached[1], reached[2]),
-        (whole_plain, one),
+        (whole_plain, plain_seconds),
     )
     return {name: _ratio(*term) for name, term in zip(FACTORS, terms, strict=True)}
 
@@ -123,25 +124,25 @@ def explain(method: Mapping[str, Any]) -> str | None:
 
 
 def explanations(methods: Iterable[Mapping[str, Any]]) -> list[str]:
-    """How far predictions are off in all, then `explain` of every method that drafts; nothing
-    without a prediction.
+    """The median prediction error, then `explain` of every drafting method; empty without a
+    prediction.
     """
-    known = list(methods)
+    entries = list(methods)
     lines = [
         line
-        for method in known
+        for method in entries
         if not is_baseline(method) and (line := explain(method)) is not None
     ]
-    return [prediction_line(known), *lines] if lines else []
+    return [prediction_line(entries), *lines] if lines else []
 
 
 def is_baseline(method: Mapping[str, Any]) -> bool:
-    """Whether this is an autoregressive row (they run twice, and carry the noise)."""
+    """Whether this is an autoregressive row, which runs twice and has a `noise` entry."""
     return "noise" in method["quality"]
 
 
 def prediction_errors(methods: Iterable[Mapping[str, Any]]) -> list[float]:
-    """|predicted - measured| / measured of each method that drafts and has both."""
+    """|predicted - measured| / measured of each drafting method that has both."""
     pairs = [
         (method["speed_model"]["predicted"], method["speedup"]["micro"])
         for method in methods
@@ -151,9 +152,7 @@ def prediction_errors(methods: Iterable[Mapping[str, Any]]) -> list[float]:
 
 
 def prediction_line(methods: Sequence[Mapping[str, Any]]) -> str:
-    """The median error over methods, and beside it how far plain decoding's second run was from its
-    first.
-    """
+    """The median prediction error over methods, and the noise of plain decoding's second run."""
     errors = prediction_errors(methods)
     noises = [method["quality"]["noise"]["micro"] for method in methods if is_baseline(method)]
     repeats = [abs(noise - 1) for noise in noises if noise is not None]
@@ -166,15 +165,15 @@ def prediction_line(methods: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latency_per_sequence(target: Target, widest: int, context: int, batch: int = 1) -> LatencyTable:
-    """t(rows) up to `widest` rows behind `context` tokens: seconds of a call over `batch`
-    sequences, over `batch`. Of a target with compiled calls, at the widths that have a graph:
-    others would be compiled for this alone."""
-    known = (
+    """Latency t(rows) up to `widest` rows after `context` tokens: seconds of a call with `batch`
+    sequences, divided by `batch`. A target with compiled calls is timed at the widths that already
+    have a graph."""
+    timed = (
         WIDTHS if target.compiled is None else tuple(width for width, *_ in target.compiled.graphs)
     )
-    widths = sorted({1, widest, *(width for width in known if width < widest)})
-    behind = max(1, min(context, target.max_positions - widest))
-    table = measure_latency(target, widths, behind, REPEATS, batch)
+    widths = sorted({1, widest, *(width for width in timed if width < widest)})
+    before = max(1, min(context, target.max_positions - widest))
+    table = measure_latency(target, widths, before, REPEATS, batch)
     return LatencyTable(
-        behind, {width: seconds / batch for width, seconds in table.seconds.items()}
+        before, {width: seconds / batch for width, seconds in table.seconds.items()}
     )

@@ -84,7 +84,6 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any], margin: float =
     is below the noise.
 
     Args:
-
         first, second: `speedup` entries (`micro`, `ci95`).
         margin: log of the largest ratio that noise of the two runs explains.
     """

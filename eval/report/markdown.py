@@ -216,7 +216,6 @@ def caption(report: Mapping[str, Any]) -> str:
 # -- terminal --------------------------------------------------------------------------------------
 
 _FOLDED = 16
-
 """Least width in characters of a folded text column before other columns are left out."""
 
 
@@ -253,11 +252,9 @@ def fitted_table(
     """A Rich table whose figures are never truncated.
 
     Args:
-
         title, caption: text above and below.
         header: names of the columns.
         rows, styles: cells, and the style of each row.
-
         width: available characters.
         spare: columns to leave out, in this order, until the rest fits.
         words: text columns, which may be folded.

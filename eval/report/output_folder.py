@@ -64,7 +64,6 @@ def _refuse_occupied(output: Path, may_be_there: bool) -> None:
 def begun(journal: Path, header: Mapping[str, Any], resume: bool, share: Share) -> Journal:
     """This process's journal.
 
-
     Unless an evaluation is resumed, an earlier one is cleared first: its reports are deleted, and
     its journals, also those of other numbers of processes, are renamed.
     """

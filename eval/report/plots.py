@@ -179,7 +179,6 @@ def accepted_lengths(methods: Sequence[Figures]) -> str:
 
 
 SUFFIXES = {"batch_size": ", {:g} at once", "temperature": " at {:g}"}
-
 """Suffix of a row's name in another variant."""
 
 

@@ -1,8 +1,8 @@
-"""Measuring rows side by side: every prompt goes through every row before the next prompt, in
+"""Measuring rows interleaved: every prompt goes through every row before the next prompt, in
 rotating order.
 
-Drift of the machine then falls on all rows alike. The autoregressive rows run twice per prompt, and
-how far their two runs differ is the noise of the measurement.
+Drift of the machine then affects all rows alike. The autoregressive rows run twice per prompt; the
+difference of the two runs is the noise of the measurement.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SEEDS_PER_PROMPT = 1000
 class Unit:
     """Prompts that are decoded as one batch.
 
-    number: counts units, and rotates the rows. index: the same within one pass, and decides the
-    sampling seed.
+    number: position over all passes, which rotates the rows. index: position within a pass, which
+    determines the sampling seed.
     """
 
     number: int
@@ -46,13 +46,14 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """What the journal calls it."""
+        """The unit's key in the journal."""
         size = f"{self.batch_size}x" if self.batch_size > 1 else ""
         return f"{size}{self.repeat}:" + "|".join(prompt.id for prompt in self.prompts)
 
 
 def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
     """All batches of all passes. Tasks take turns, so that an early stop leaves no task out."""
+    # Batches of each task, then one of every task in turn.
     batches = [
         [task.prompts[i : i + batch_size] for i in range(0, len(task.prompts), batch_size)]
         for task in tasks
@@ -64,6 +65,7 @@ def units(tasks: Sequence[Task], batch_size: int, repeats: int) -> list[Unit]:
         for task, batch in zip(tasks, batches)
         if i < len(batch)
     ]
+    # Every pass repeats the same order.
     return [
         Unit(repeat * len(mixed) + i, i, repeat, name, prompts, batch_size)
         for repeat in range(repeats)
@@ -79,7 +81,7 @@ class Harness:
         rows: autoregressive rows first; every row's `baseline` is among them.
         max_new_tokens: per answer.
         seed: of sampling; each prompt has its own, the same for all rows and passes.
-        finished: called after each unit (a progress bar).
+        finished: called after each unit (to update a progress bar).
     """
 
     rows: Sequence[Row]
@@ -88,12 +90,12 @@ class Harness:
     finished: Callable[[Unit], None] = lambda unit: None
 
     def __post_init__(self) -> None:
-        """Nothing has been decoded."""
+        """Start the first pass with fresh decoders."""
         self.begin_pass()
 
     def begin_pass(self) -> None:
-        """Every drafter that learns begins as it was made: rows, passes and batch sizes are asked
-        the same prompts, and none may know the answers from another."""
+        """Reset drafters that learn while decoding: rows, passes and batch sizes see the same
+        prompts, and must not profit from each other's answers."""
         self._decoders: dict[str, Decoder] = {
             row.name: row.decoder.fresh()
             if isinstance(row.decoder, SpeculativeDecoder)
@@ -105,14 +107,17 @@ class Harness:
         """Measure every unit that the journal does not hold yet; returns all records.
 
         Raises:
-            ValueError: a row returns another number of answers than there are prompts.
+            ValueError: a row returns a wrong number of answers.
         """
+        # 1. Drop units of the journal that lack answers.
         for unit in work:
             if unit.key in journal.done and not self.whole(unit, journal.done[unit.key]):
                 journal.drop(unit.key)
+        # 2. Warm up, if anything is left to measure.
         waiting = [unit for unit in work if unit.key not in journal.done]
         if waiting:
             self.warm_up(waiting[0])
+        # 3. Measure in order; every pass begins with fresh decoders.
         repeat = None
         for unit in work:
             if unit.repeat != repeat:
@@ -124,7 +129,7 @@ class Harness:
         return [record for unit in work for record in journal.done[unit.key]]
 
     def whole(self, unit: Unit, records: Sequence[Record]) -> bool:
-        """Whether these are all answers of a unit: every row's to every turn, baselines' twice."""
+        """Whether the records are complete: every row, every turn, baselines twice."""
         present = Counter(
             (record.row, record.prompt, record.again, record.repeat, record.task)
             for record in records
@@ -138,8 +143,8 @@ class Harness:
         return present == expected
 
     def warm_up(self, unit: Unit) -> None:
-        """Every row answers the first batch shortly, unmeasured: allocations, kernels, lazily built
-        tables.
+        """Decode a few tokens of the first batch in every row, unmeasured, so that allocations,
+        kernels and lazily built tables are ready.
         """
         for row in self.rows:
             ids = [render(prompt, [], row.target) for prompt in unit.prompts]
@@ -148,7 +153,7 @@ class Harness:
             )
 
     def schedule(self, number: int) -> list[tuple[Row, bool]]:
-        """Rows in the order of one unit, each with whether it is the second run of a baseline."""
+        """Rows in the order of one unit, each with a flag for the second run of a baseline."""
         runs = [(row, False) for row in self.rows] + [
             (row, True) for row in self.rows if row.baseline == row.name
         ]
@@ -157,25 +162,35 @@ class Harness:
 
     def measure(self, unit: Unit) -> Iterator[Record]:
         """All rows on all turns of a batch. A later turn follows the answers of the row's
-        autoregressive baseline, so that every row is asked the same.
+        autoregressive baseline, so that every row gets the same prompt.
         """
         answers: dict[str, list[list[str]]] = {
             row.name: [[] for _ in unit.prompts] for row in self.rows
         }
         for turn in range(max(len(prompt.turns) for prompt in unit.prompts)):
-            asked = [i for i, prompt in enumerate(unit.prompts) if turn < len(prompt.turns)]
+            # Conversations of the batch that have this turn.
+            open_prompts = [i for i, prompt in enumerate(unit.prompts) if turn < len(prompt.turns)]
             records = [
                 record
                 for row, again in self.schedule(unit.number)
-                for record in self._answers(unit, turn, asked, row, again, answers[row.baseline])
+                for record in self._answers(
+                    unit, turn, open_prompts, row, again, answers[row.baseline]
+                )
             ]
             yield from records
-            self._remember(records, asked, answers)
+            self._remember(records, open_prompts, answers)
 
     def _answers(
-        self, unit: Unit, turn: int, asked: list[int], row: Row, again: bool, said: list[list[str]]
+        self,
+        unit: Unit,
+        turn: int,
+        open_prompts: list[int],
+        row: Row,
+        again: bool,
+        earlier_answers: list[list[str]],
     ) -> list[Record]:
-        prompts = [render(unit.prompts[i], said[i], row.target) for i in asked]
+        # The same prompts and seeds in every row.
+        prompts = [render(unit.prompts[i], earlier_answers[i], row.target) for i in open_prompts]
         sampling = replace(row.sampling, seed=self.seed + SEEDS_PER_PROMPT * unit.index)
         forget_peak(row.target)
         traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
@@ -184,27 +199,33 @@ class Harness:
                 f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its "
                 "decoder"
             )
+        # A decoder in another process reports its own peak.
         peak = getattr(row.decoder, "peak_memory", None) or peak_memory(row.target)
-        names = [_turn_name(unit.prompts[i], turn) for i in asked]
+        names = [_turn_name(unit.prompts[i], turn) for i in open_prompts]
         return [
             Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
             for name, ids, trace in zip(names, prompts, share(traces))
         ]
 
     def _remember(
-        self, records: Sequence[Record], asked: list[int], answers: dict[str, list[list[str]]]
+        self,
+        records: Sequence[Record],
+        open_prompts: list[int],
+        answers: dict[str, list[list[str]]],
     ) -> None:
         for row in self.rows:
             if row.baseline == row.name:
-                own = [record for record in records if record.row == row.name and not record.again]
-                for i, record in zip(asked, own):
+                first_runs = [
+                    record for record in records if record.row == row.name and not record.again
+                ]
+                for i, record in zip(open_prompts, first_runs):
                     answers[row.name][i].append(
                         row.target.tokenizer.decode(record.trace.ids, skip_special_tokens=True)
                     )
 
 
 def _turn_name(prompt: Prompt, turn: int) -> str:
-    """What records call a turn of a prompt."""
+    """The name of a prompt's turn in records."""
     return prompt.id + (f"#{turn + 1}" if turn else "")
 
 
@@ -224,11 +245,10 @@ def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
 
 
 def share(traces: Sequence[Trace]) -> list[Trace]:
-    """Traces of one batch, each with its share of the seconds that the whole batch took, until its
-    last answer ended.
+    """Traces of one batch, each with an equal share of the batch's seconds.
 
-    Summed over a batch they are its time on the clock, so tokens over seconds is throughput. The
-    wait for the first token is everybody's.
+    Their sum is the wall-clock time of the batch until its last answer ended, so tokens over
+    seconds is throughput. The time to the first token is not divided.
     """
     longest = max(traces, key=lambda trace: sum(trace.seconds.values())).seconds
     equal = {phase: seconds / len(traces) for phase, seconds in longest.items()}
@@ -238,34 +258,39 @@ def share(traces: Sequence[Trace]) -> list[Trace]:
 def fitting(
     tasks: Sequence[Task], rows: Sequence[Row], max_new_tokens: int
 ) -> tuple[list[Task], list[str]]:
-    """Tasks without the prompts whose turns cannot fit the context, and the ids of those.
+    """Tasks without prompts whose turns may exceed the context, and the ids of those prompts.
 
     Raises:
-        ValueError: no prompt fits, or one cannot be rendered, or not be read by the target.
+        ValueError: no prompt fits, or one cannot be rendered or tokenised for the target.
     """
+    # The widest call also needs room for its drafted nodes.
     widest = max((row.budget or 0) for row in rows)
     room = min(row.target.max_positions for row in rows) - widest
+    # Every turn may add a full answer.
     long = [
         prompt.id
         for task in tasks
         for prompt in task.prompts
         if len(readable(prompt, rows[0].target)) + max_new_tokens * len(prompt.turns) > room
     ]
-    kept = [
+    tasks_left = [
         Task(task.name, tuple(p for p in task.prompts if p.id not in set(long))) for task in tasks
     ]
-    kept = [task for task in kept if task.prompts]
-    if not kept:
+    tasks_left = [task for task in tasks_left if task.prompts]
+    if not tasks_left:
         raise ValueError(
             f"max_new_tokens {max_new_tokens}: no prompt fits the context of {room} tokens: lower "
             "it"
         )
-    return kept, long
+    return tasks_left, long
 
 
 def readable(prompt: Prompt, target: Target) -> list[int]:
-    """Token ids of all turns as one question. ValueError: the chat template refuses them, or some
-    token lies beyond the target's vocabulary."""
+    """Token ids of all turns as one question.
+
+    Raises:
+        ValueError: the chat template refuses them, or an id is outside of the target's vocabulary.
+    """
     try:
         ids = render(whole(prompt), [], target)
         check_ids(ids, target.tokenizer, target.shape.vocab_size)
@@ -280,14 +305,14 @@ def whole(prompt: Prompt) -> Prompt:
 
 
 def forget_peak(target: Target) -> None:
-    """Start the device's peak memory anew (the CPU's cannot be)."""
+    """Reset the GPU's peak memory; a CPU's cannot be reset."""
     if target.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target.device)
 
 
 def peak_memory(target: Target) -> int:
-    """Bytes: on a GPU the most allocated since `forget_peak`, on the CPU the most the process has
-    ever held. A decoder with a process of its own reports its own peak (`peak_memory`)."""
+    """Peak memory in bytes: on a GPU allocated since `forget_peak`, on a CPU resident since the
+    process started. A decoder in another process reports its own (`peak_memory`)."""
     if target.device.type == "cuda":
         return torch.cuda.max_memory_allocated(target.device)
     unit = 1 if sys.platform == "darwin" else 1024

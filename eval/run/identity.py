@@ -1,7 +1,7 @@
-"""What a resumed evaluation must share with the one that its journal is of.
+"""The header of a journal: everything that a resumed evaluation must have in common with it.
 
-The header of a journal holds digests of all that decides a record, by name, so that a refusal can
-say what changed.
+It holds digests, by name, of everything that determines a record, so that a refusal can name what
+changed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from eval.run.harness import render
 from eval.tasks.tasks import Task
 
 FORMAT = 2
-"""Of a journal; 1 had no digests."""
+"""Version of the journal's format; version 1 had no digests."""
 
 
 def questions(tasks: Sequence[Task]) -> dict[str, str]:
-    """A digest of every prompt by its id: what is asked, how the answer is scored, and its place,
-    which decides its seed and its batch."""
+    """A digest of every prompt by its id: its text, its check, and its place, which determines its
+    seed and batch."""
     prompts = [prompt for task in tasks for prompt in task.prompts]
     return {prompt.id: digest([place, asdict(prompt)]) for place, prompt in enumerate(prompts)}
 
@@ -36,7 +36,7 @@ def known_before(
         settings: of the evaluation, as in the report.
         methods: its rows.
         tasks: all prompts.
-        device: what it is measured on.
+        device: name of the device.
     """
     named = {method.label: asdict(method) for method in methods}
     return plain(
@@ -52,18 +52,19 @@ def known_before(
 
 
 def known_loaded(rows: Sequence[Row], tasks: Sequence[Task]) -> dict[str, Any]:
-    """The rest of a header: what was loaded, and the prompts as its chat template renders them."""
-    asked = [render(prompt, [], rows[0].target) for task in tasks for prompt in task.prompts]
+    """The rest of a header: the loaded rows, and the prompts as the chat template renders them."""
+    rendered = [render(prompt, [], rows[0].target) for task in tasks for prompt in task.prompts]
     parts: dict[int, str] = {}
     identities = {row.name: identify(row, parts) for row in rows}
-    return plain({"row": identities, "rendered_prompts": digest(asked)})
+    return plain({"row": identities, "rendered_prompts": digest(rendered)})
 
 
 def identify(row: Row, parts: dict[int, str] | None = None) -> dict[str, Any]:
-    """What makes a row the same row: its settings, and the state of all that it decodes with.
+    """The identity of a row: its settings, and digests of everything that it decodes with.
 
-    `parts` keeps digests by the object's id: rows at other temperatures and batch sizes share them.
+    `parts` caches digests by object id: rows at other temperatures and batch sizes share parts.
     """
+    # Weights are digested once, however many rows share them.
     target, parts = row.target, {} if parts is None else parts
     for _, part in _parts(row):
         if id(part) not in parts:
@@ -83,7 +84,8 @@ def identify(row: Row, parts: dict[int, str] | None = None) -> dict[str, Any]:
 
 
 def _parts(row: Row) -> Iterator[tuple[str, Any]]:
-    """A decoder's drafter, assistant, rule, … by name: all that has a state but the target."""
+    """A decoder's drafter, assistant, rule, … by name: all its parts with a state, except the
+    target."""
     for name, part in sorted(vars(row.decoder).items()):
         if part is not row.target and not name.startswith("_") and hasattr(part, "__dict__"):
             yield name, part

@@ -1,5 +1,5 @@
-"""The journal of an evaluation: every finished prompt is on disk before the next begins, so that it
-can resume.
+"""The journal of an evaluation: every finished unit is on disk before the next starts, so that an
+interrupted evaluation can be resumed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Record:
 
     prompt: the prompt's id, with `#2` … for later turns. again: the second run of a baseline on the
     same prompt.
-    prompt_ids: what was asked, as tokens. trace: of this prompt; its seconds are its share of the
+    prompt_ids: token ids of the prompt. trace: of this prompt; its seconds are its share of the
     batch's.
     peak_memory: bytes, see `eval.run.harness.peak_memory`.
     """
@@ -71,21 +71,20 @@ class Record:
 
 
 class Journal:
-    """A JSONL file: a header that says what is measured, then one line per finished unit with its
-    records.
+    """A JSONL file: a header with the settings, then one line per finished unit with its records.
 
-    A unit carries the header's digest, so that what another evaluation measured never counts as
-    this one's. Nobody else may be writing it (`configs.command_line.outputs.claimed`).
+    A unit carries the header's digest, so that records of another evaluation are never counted.
+    The folder must be locked (`configs.command_line.outputs.claimed`).
 
     Args:
-        path: where.
+        path: of the file.
         header: JSON-able settings; a journal with another header is not resumed.
-        resume: keep what is there; otherwise an earlier journal is set aside as `*.previous.jsonl`.
-            A torn last line is dropped; what a damaged one was about is measured again, with a
+        resume: continue an existing journal; otherwise it is renamed to `*.previous.jsonl`. An
+            incomplete last line is dropped; units of damaged lines are measured again, with a
             warning.
 
     Raises:
-        ValueError: resuming a journal that was made with other settings; it says what changed.
+        ValueError: resuming a journal with other settings; the message names what changed.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], resume: bool) -> None:
@@ -102,11 +101,13 @@ class Journal:
     """Finished units by key."""
 
     def _load(self, header: Mapping[str, Any]) -> None:
+        # A journal without a complete header starts anew.
         *lines, torn = self.path.read_bytes().split(b"\n")
         if not lines:
             self.path.unlink()
             return
         refuse_changes(self.path, header)
+        # Read what can be read; the rest is measured again.
         intact = [lines[0]]
         for number, line in enumerate(lines[1:], 2):
             try:
@@ -121,11 +122,16 @@ class Journal:
                 continue
             self.done[unit] = records
             intact.append(line)
+        # Rewrite the file without damaged lines.
         if torn or len(intact) < len(lines):
             write_whole({self.path: b"".join(line + b"\n" for line in intact).decode()})
 
     def _unit(self, line: bytes) -> tuple[str, list[Record]]:
-        """Key and records of a unit's line. ValueError: it is damaged, or of another evaluation."""
+        """Key and records of a unit's line.
+
+        Raises:
+            ValueError: the line is damaged, or from another evaluation.
+        """
         value = json.loads(line)
         wrong = mismatch(value, _UNIT)
         if wrong is None and not value["records"]:
@@ -137,7 +143,7 @@ class Journal:
         return value["unit"], [Record.from_json(record) for record in value["records"]]
 
     def drop(self, unit: str) -> None:
-        """Forget a unit that is not whole, so that it is measured again."""
+        """Forget an incomplete unit, so that it is measured again."""
         logger.warning("%s: %s lacks answers: it is measured again", self.path, unit)
         del self.done[unit]
 
@@ -152,33 +158,35 @@ class Journal:
 
 
 def written_journals(path: Path) -> list[Path]:
-    """The journals that are there in place of `path`: one process's, or one of each of several."""
+    """Existing journals of one evaluation: `path`, or one file for each of several processes."""
     files = [path, *sorted(path.parent.glob(f"{path.stem}.*of*{path.suffix}"))]
     return [file for file in files if file.is_file() and not file.match(f"*{_PREVIOUS}")]
 
 
 def set_aside(journal: Path) -> None:
-    """Keep a journal that is to be measured anew as `*.previous.jsonl`."""
+    """Rename a journal that is to be replaced to `*.previous.jsonl`."""
     journal.replace(journal.with_suffix(_PREVIOUS))
 
 
 def refuse_changes(path: Path, header: Mapping[str, Any], part: bool = False) -> None:
-    """Refuse a journal that was made with another header, if there is one.
+    """Refuse an existing journal with another header.
 
     Args:
         path: of the journal.
-        header: what is to be measured, as JSON gives it back.
+        header: of this evaluation, after a JSON round trip.
         part: whether `header` holds only some of the keys.
 
     Raises:
-        ValueError: the first thing that changed, or a first line that is no header.
+        ValueError: the first difference, or a first line that is no header.
     """
+    # A journal without a complete first line has nothing to compare.
     if not path.is_file():
         return
     with path.open("rb") as file:
         line = file.readline()
     if not line.endswith(b"\n"):
         return
+    # A first line that is no header, or of another version.
     try:
         stored = json.loads(line)
     except (ValueError, RecursionError):
@@ -188,6 +196,7 @@ def refuse_changes(path: Path, header: Mapping[str, Any], part: bool = False) ->
     if stored.get("format") != header.get("format"):
         versions = f"format {_short(stored.get('format'))}, now {_short(header.get('format'))}"
         raise ValueError(f"{path} is of another version ({versions}): {_ANEW}")
+    # The first key that differs.
     difference = changed({key: stored.get(key) for key in header} if part else stored, dict(header))
     if difference is not None:
         name, before, now = difference

@@ -2,11 +2,10 @@
 
     torchrun --nproc_per_node 4 eval.py --config eval/spec_bench.yaml --drafters runs/clover
 
-Every process measures all rows on its share of the prompts, so that a prompt's rows still follow
-each other on one device; the first process puts the records together in the order that one process
-would have had. What decides tokens (the prompts of a batch, their seeds, the budgets) does not
-depend on the number of processes. Drafters that learn from prompt to prompt learn from their own
-process's prompts alone.
+Every process measures all rows on its share of the prompts, so that all rows of a prompt run on the
+same device; the first process merges the records in the order of a single process. Everything that
+determines tokens (the prompts of a batch, their seeds, the budgets) is independent of the number of
+processes. Drafters that learn from prompt to prompt only see the prompts of their process.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from eval.run.journal import written_journals
 
 Item = TypeVar("Item")
 _PATIENCE = timedelta(days=7)
-"""Shares take unequal time, and the last process is waited for."""
+"""Timeout of collectives: shares take unequal time, and all wait for the last process."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Share:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the report and speaks."""
+        """Whether this process writes the report and prints."""
         return self.rank == 0
 
     def of(self, work: Sequence[Item]) -> list[Item]:
@@ -45,10 +44,10 @@ class Share:
         return list(work[self.rank :: self.count])
 
     def journal(self, path: Path, resume: bool) -> Path:
-        """Where this process writes what it measures.
+        """The path of this process's journal.
 
         Raises:
-            ValueError: what is to be resumed was shared out among another number of processes.
+            ValueError: the evaluation to resume ran with another number of processes.
         """
         mine = (
             path
@@ -67,9 +66,9 @@ class Share:
         """All processes' entries together, in every process."""
         if self.count == 1:
             return dict(parts)
-        found: list[dict[str, Any]] = [{} for _ in range(self.count)]
-        distributed.all_gather_object(found, dict(parts))
-        return {key: value for part in found for key, value in part.items()}
+        gathered: list[dict[str, Any]] = [{} for _ in range(self.count)]
+        distributed.all_gather_object(gathered, dict(parts))
+        return {key: value for part in gathered for key, value in part.items()}
 
     def agreed(self, value: Item) -> Item:
         """The first process's value, in every process."""
@@ -82,16 +81,18 @@ class Share:
 
 @contextmanager
 def shared_out() -> Iterator[Share]:
-    """This process's share, by the environment that `torchrun` sets; the whole evaluation without
-    it.
+    """This process's share, from the environment variables of `torchrun`; without them the whole
+    evaluation.
 
     Raises:
-        ValueError: an environment that names some of the processes only.
+        ValueError: only some of the variables are set.
     """
+    # One process needs no group.
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Share()
         return
+    # An incomplete environment would hang in `init_process_group`.
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(

@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def answer_number(text: str) -> float | None:
-    """The number behind `####` (GSM8K's mark of the answer), else the last number of the text; None
+    """The number after `####` (GSM8K's mark of the answer), else the last number of the text; None
     without any.
     """
     marked = NUMBER.search(text.rpartition("####")[2]) if "####" in text else None
@@ -32,8 +32,8 @@ def answer_number(text: str) -> float | None:
 
 def same_number(answer: str, solution: str) -> bool:
     """Whether an answer ends in the solution's number (Cobbe et al. 2021, GSM8K)."""
-    given, wanted = answer_number(answer), answer_number(solution)
-    return given is not None and wanted is not None and abs(given - wanted) < 1e-6
+    number, expected = answer_number(answer), answer_number(solution)
+    return number is not None and expected is not None and abs(number - expected) < 1e-6
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -57,16 +57,16 @@ def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     return row[-1]
 
 
-def program_of(answer: str, given: str, entry: str) -> str:
-    """The program that an answer means: the first code block, or else the whole text.
+def program_of(answer: str, context: str, entry: str) -> str:
+    """The program of an answer: the first code block, or else the whole text.
 
-    Code that defines `entry` stands behind what comes before that function in `given` (imports,
-    helpers); any other code continues `given`.
+    Code that defines `entry` follows the part of `context` before that function (imports,
+    auxiliary functions); any other code continues `context`.
     """
     block = _BLOCK.search(answer)
     code = block.group(1) if block else answer
     start = f"def {entry}("
-    return f"{given.partition(start)[0]}\n{code}" if start in code else given + code
+    return f"{context.partition(start)[0]}\n{code}" if start in code else context + code
 
 
 # -- one answer, many answers ----------------------------------------------------------------------
@@ -76,8 +76,8 @@ def program_of(answer: str, given: str, entry: str) -> str:
 class Check:
     """How an answer is scored.
 
-    metric: one of `SCORES`. reference: solution, summary or test. given: the code that a program
-    continues. entry: name of the function that is tested.
+    metric: a key of `SCORES`. reference: solution, summary or test. given: the code that a program
+    continues. entry: name of the tested function.
     """
 
     metric: str
@@ -102,11 +102,12 @@ SCORES: dict[str, Callable[[str, Check], float]] = {
 }
 """Score in [0, 1] of an answer's text, by the metric's name."""
 RUNS_CODE = frozenset({"pass_at_1"})
-"""Metrics that execute what the model wrote."""
+"""Metrics that execute generated programs."""
 
 
 @cache
 def score(answer: str, check: Check) -> float:
+    # Counts by prompt, then the interval of the mean.
     """An answer's score. The same answer to the same question is scored once."""
     return SCORES[check.metric](answer, check)
 
@@ -119,11 +120,12 @@ def paired_outcome(
     level: float = 0.95,
 ) -> dict[str, Any]:
     """Wins, ties and losses of a method's scores against plain decoding's, prompt by prompt, and
+    # An interval that excludes 0 decides.
     the mean difference with its paired percentile bootstrap interval (Efron 1979; Koehn 2004 for
     text).
 
-    `verdict` is `win` or `loss` when the interval leaves 0 out, else `tie`; `ci95` is None below
-    two prompts.
+    `verdict` is `win` or `loss` when the interval excludes 0, else `tie`; `ci95` is None below two
+    prompts.
     """
     difference_P = np.asarray(method, dtype=np.float64) - np.asarray(plain, dtype=np.float64)
     counts = {
@@ -144,8 +146,8 @@ def common_prefix(answer: Sequence[int], reference: Sequence[int]) -> float:
     empty answers.
     """
     same = 0
-    for one, other in zip(answer, reference, strict=False):
-        if one != other:
+    for token, expected in zip(answer, reference, strict=False):
+        if token != expected:
             break
         same += 1
     return same / len(reference) if len(reference) else float(not len(answer))

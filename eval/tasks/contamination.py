@@ -1,9 +1,9 @@
-"""Whether what is asked occurs in what a method knows: runs of 13 words in the data that trained
-its drafter, its partner, its assistant and its rule, as their provenance names it, and in the data
-sets of its datastores.
+"""Whether prompts occur in a method's data: common runs of 13 words with the training data of its
+drafter, partner, assistant and rule, as recorded in their provenance, and with the data sets of its
+datastores.
 
-Thirteen words are what Brown et al. 2020 (arXiv 2005.14165, appendix C) count as contamination.
-Case and punctuation do not matter; a turn of fewer words has no such run and is counted apart.
+Brown et al. 2020 (arXiv 2005.14165, appendix C) count thirteen words as contamination. Case and
+punctuation do not matter; a turn of fewer words has no such run and is counted separately.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def overlapping(prompts: Iterable[Prompt], texts: Iterable[str]) -> tuple[list[s
     owners: dict[tuple[str, ...], set[str]] = {}
     short = 0
     for prompt in prompts:
-        own = {run for turn in prompt.turns for run in runs(turn)}
-        short += not own
-        for run in own:
+        prompt_runs = {run for turn in prompt.turns for run in runs(turn)}
+        short += not prompt_runs
+        for run in prompt_runs:
             owners.setdefault(run, set()).add(prompt.id)
-    found: set[str] = set()
+    overlaps: set[str] = set()
     for text in texts:
-        found.update(*(owners[run] for run in runs(text) if run in owners))
-    return sorted(found), short
+        overlaps.update(*(owners[run] for run in runs(text) if run in owners))
+    return sorted(overlaps), short
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -67,12 +67,12 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What a report says of a trained component: its `data`, and `prompts`, `found` (ids), `short`,
+    """The report's entry of a trained component: its `data`, and `prompts`, `found` (ids), `short`,
     or why `skipped`.
 
     Args:
         component: run folder, its component's folder or Hub id.
-        tasks: what is asked.
+        tasks: all prompts.
     """
     file = find_folder(component) / PROVENANCE
     provenance = read_object(file) if file.is_file() else {}
@@ -83,14 +83,15 @@ def training_overlap(component: str, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def datastore_overlap(folder: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The same of a datastore: of the data set that it says it was built from."""
-    told = read_object(Path(folder) / DATASTORE)
+    """The same for a datastore: the overlap with the data set that it names as its source."""
+    description = read_object(Path(folder) / DATASTORE)
     return _searched(
-        told.get("source"), "its datastore does not name what it was built from", tasks
+        description.get("source"), "its datastore does not name what it was built from", tasks
     )
 
 
 def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    # Only local files are searched.
     if not isinstance(source, str):
         return {"data": None, "skipped": unnamed}
     try:
@@ -98,25 +99,26 @@ def _searched(source: object, unnamed: str, tasks: Sequence[Task]) -> dict[str, 
             return {"data": source, "skipped": "a data set on the Hub is not read for this"}
     except ValueError:
         return {"data": Path(source).name, "skipped": "the data file is not here"}
+    # Every string of every row, whatever its key.
     prompts = [prompt for task in tasks for prompt in task.prompts]
-    found, short = overlapping(
+    overlaps, short = overlapping(
         prompts,
         (text for row in read_rows(source, tally=Tally()) for text in texts_of(row.content)),
     )
-    return {"data": Path(source).name, "prompts": len(prompts), "found": found, "short": short}
+    return {"data": Path(source).name, "prompts": len(prompts), "found": overlaps, "short": short}
 
 
 Known = tuple[Literal["trained", "datastore"], str]
-"""What a method brings that may have seen the prompts, and where it is."""
+"""A part of a method that may contain the prompts: its kind, and its folder or Hub id."""
 
 
 def known_to(method: Method, decoder: Decoder) -> list[Known]:
-    """Everything that was made from data of what a method names: drafter, its parts, assistant,
-    rule, datastores.
+    """All parts of a method that were made from data: drafter, its parts, assistant, rule,
+    datastores.
     """
     parts = decoder.parts() if isinstance(decoder, Composite) else {}
-    found = [*_trained(method.drafter), *_known_in(parts), *_trained(_rule_of(method))]
-    return list(dict.fromkeys(found))
+    sources = [*_trained(method.drafter), *_known_in(parts), *_trained(_rule_of(method))]
+    return list(dict.fromkeys(sources))
 
 
 def _trained(named: object) -> list[Known]:
@@ -139,41 +141,46 @@ def _known_in(parts: Mapping[str, Part]) -> Iterator[Known]:
 
 
 def note_overlaps(rows: Sequence[Row], methods: Sequence[Method], tasks: Sequence[Task]) -> None:
-    """Put what is found into the `quality` of every row whose method knows data; one look per
-    component. Several of one method are reported together."""
+    """Write overlaps into the `quality` of every row that was made from data. Every component is
+    searched once; several of one method are reported together."""
+    # 1. Components of each method, that were made from data.
     decoders = {row.name: row.decoder for row in rows}
     sources = {
-        method.label: known
+        method.label: parts
         for method in methods
-        if method.label in decoders and (known := known_to(method, decoders[method.label]))
+        if method.label in decoders and (parts := known_to(method, decoders[method.label]))
     }
+    # 2. Search each of them once.
     overlaps = {
-        known: (training_overlap if known[0] == "trained" else datastore_overlap)(known[1], tasks)
-        for known in dict.fromkeys(itertools.chain.from_iterable(sources.values()))
+        part: (training_overlap if part[0] == "trained" else datastore_overlap)(part[1], tasks)
+        for part in dict.fromkeys(itertools.chain.from_iterable(sources.values()))
     }
+    # 3. Report them by row.
     for row in (row for row in rows if row.name in sources):
         row.quality = {
             **row.quality,
-            KEY: together([overlaps[known] for known in sources[row.name]]),
+            KEY: together([overlaps[part] for part in sources[row.name]]),
         }
 
 
 def together(overlaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One overlap of several: prompts found in any. What was not searched is said where anything
-    was not.
-    """
+    """Merge overlaps: prompts found in any component, and the reasons of those not searched."""
     if len(overlaps) == 1:
         return dict(overlaps[0])
-    data = ", ".join(dict.fromkeys(one["data"] for one in overlaps if one["data"])) or None
-    skipped = "; ".join(dict.fromkeys(one["skipped"] for one in overlaps if "skipped" in one))
-    searched = [one for one in overlaps if "skipped" not in one]
+    data = (
+        ", ".join(dict.fromkeys(overlap["data"] for overlap in overlaps if overlap["data"])) or None
+    )
+    skipped = "; ".join(
+        dict.fromkeys(overlap["skipped"] for overlap in overlaps if "skipped" in overlap)
+    )
+    searched = [overlap for overlap in overlaps if "skipped" not in overlap]
     if not searched:
         return {"data": data, "skipped": skipped}
-    found = sorted({prompt for one in searched for prompt in one["found"]})
+    prompt_ids = sorted({prompt for overlap in searched for prompt in overlap["found"]})
     whole = {
         "data": data,
         "prompts": searched[0]["prompts"],
-        "found": found,
+        "found": prompt_ids,
         "short": searched[0]["short"],
     }
     return {**whole, "unsearched": skipped} if skipped else whole
@@ -192,11 +199,12 @@ def _said(overlap: Mapping[str, Any]) -> str:
     named = f" ({overlap['data']})" if overlap["data"] else ""
     if "skipped" in overlap:
         return f"{named}: not searched for the prompts, {overlap['skipped']}"
-    found, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
-    shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+    # At most a few prompts by name.
+    prompt_ids, short, unsearched = overlap["found"], overlap["short"], overlap.get("unsearched")
+    shown = ", ".join(prompt_ids[:_SHOWN]) + (", …" if len(prompt_ids) > _SHOWN else "")
     too_short = f"; {short} {'is' if short == 1 else 'are'} too short for that" if short else ""
     return (
-        f"{named}: {len(found)} of {overlap['prompts']} prompts share {RUN} words in a row with it"
-        f"{f' ({shown})' if found else ''}{too_short}"
+        f"{named}: {len(prompt_ids)} of {overlap['prompts']} prompts share {RUN} words in a row "
+        f"with it{f' ({shown})' if prompt_ids else ''}{too_short}"
         f"{f'; not all was searched, {unsearched}' if unsearched else ''}"
     )

@@ -1,8 +1,8 @@
 """Running a program that a model wrote, with its tests: limits, and bubblewrap where it is
 installed.
 
-Without bubblewrap that keeps accidents in, not attackers: such a program reads files and reaches
-the network, and a child that begins a session of its own outlives it. docs/security.md says more.
+Without bubblewrap the limits contain accidents, not attacks: a program can read files and reach the
+network, and a child that starts a new session outlives it. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from functools import cache
 from pathlib import Path
 
 LARGEST_FILE = 64 << 20
-"""Bytes that one of its files may have."""
+"""Largest size in bytes of a file that a program writes."""
 MORE_PROCESSES = 32
-"""Processes and threads that it may add to those of its user; the system does not hold root to
-it.
-"""
+"""Processes and threads that a program may add to those of its user; root has no such limit."""
 
 
 def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30) -> bool:
-    """Whether a program and its test run to the end in a process of their own (Chen et al. 2021,
+    """Whether a program and its test run to the end in a separate process (Chen et al. 2021,
     HumanEval).
 
-    The end is told by a word that the last line writes: a program that exits before its test has
-    not passed, whatever its exit status. The process has limits of time, memory (bytes), file size
-    and processes, an empty folder as its home, no environment, and a session of its own, which is
-    killed in the end.
+    The last line writes a random word: a program that exits before the end of its test has failed,
+    whatever its exit status. The process has limits on time (seconds), memory (bytes), file size
+    and processes, an empty home folder, no environment, and its own session, which is killed at the
+    end.
     """
     word = secrets.token_hex(16)
     reads, writes = os.pipe()
-    with tempfile.TemporaryDirectory() as folder, open(reads, "rb") as told:
+    with tempfile.TemporaryDirectory() as folder, open(reads, "rb") as pipe:
+        # 1. Append a line that proves the end.
         script = Path(folder) / "candidate.py"
         last = f"__import__('os').write({writes}, b'{word}')"
         script.write_text(f"{program}\n\n{test}\n\n{last}\n", encoding="utf-8", errors="replace")
+        # 2. Run it, and close our end for writing.
         try:
             ended = _run(script, writes, seconds, _Limits(int(seconds) + 1, memory))
         finally:
@@ -51,11 +51,11 @@ def passes(program: str, test: str, seconds: float = 5.0, memory: int = 1 << 30)
         # A child that left the session may still hold the pipe: read what is there, wait for
         # nothing.
         os.set_blocking(reads, False)
-        return told.read(len(word)) == word.encode()
+        return pipe.read(len(word)) == word.encode()
 
 
 def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
-    """Whether it ended well in time. Whatever it began in its session is dead afterwards."""
+    """Whether the script exited with status 0 in time. Its whole session is killed afterwards."""
     started = subprocess.Popen(
         [*bubblewrap(script.parent), sys.executable, "-I", str(script)],
         cwd=script.parent,
@@ -78,11 +78,12 @@ def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
 
 
 def bubblewrap(folder: Path) -> list[str]:
-    """The words before a command that shut it into `folder`, without network; none where bubblewrap
+    """The prefix of a command that confines it to `folder`, without network; empty where bubblewrap
     does not work.
     """
     if not _works():
         return []
+    # New namespaces, everything read-only except for the folder and an empty /tmp.
     return [
         str(shutil.which("bwrap")),
         "--unshare-all",
@@ -106,22 +107,22 @@ def bubblewrap(folder: Path) -> list[str]:
 
 @cache
 def _works() -> bool:
-    found = shutil.which("bwrap")
-    if found is None:
+    path = shutil.which("bwrap")
+    if path is None:
         return False
-    tried = [found, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    tried = [path, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
     return subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
 
 def isolation() -> str:
-    """How programs are kept apart on this machine, for the report."""
+    """How programs are isolated on this machine, for the report."""
     if _works():
         return "bubblewrap (no network, read-only files, processes of its own) and limits"
     return "limits only (no sandbox: files and network can be reached)"
 
 
 class _Limits:
-    """Sets the limits in the child, before the program begins."""
+    """Sets the limits in the child process, before the program starts."""
 
     def __init__(self, seconds: int, memory: int) -> None:
         self.limits = {
@@ -140,7 +141,7 @@ class _Limits:
 
 
 def _own_threads() -> int:
-    """Processes and threads of this user now, which is what the limit of processes counts."""
+    """Processes and threads of this user; the limit of processes counts both."""
     count = 0
     for entry in os.scandir("/proc") if Path("/proc/self").exists() else ():
         with contextlib.suppress(OSError):

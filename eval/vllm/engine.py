@@ -1,8 +1,8 @@
 """vLLM as a decoder that the harness measures: `python eval.py --engine vllm --drafters …`.
 
-Every row is a vLLM engine in a process of its own, started when it is first asked and kept until
-the end, so rows are interleaved prompt by prompt as all others are. A process holds one engine,
-because vLLM's counters, its process groups and its threads belong to the process.
+Every row is a vLLM engine in a separate process, started for the first prompt and alive until the
+end, so rows are interleaved prompt by prompt like all others. A process holds one engine, because
+vLLM's counters, process groups and threads belong to the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from modules.target.loading import locate
 
 ENGINE = "vllm"
 SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa", "hf": "draft_model"}
-"""Export formats that vLLM reads, and what it calls the method."""
+"""Export formats that vLLM reads, with vLLM's name of the method."""
 DTYPES = ("float32", "bfloat16", "float16")
 _ROOT = Path(__file__).resolve().parents[2]
 _DEFAULTS = {
@@ -40,8 +40,8 @@ _DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Unless the environment says otherwise: GiB of KV cache for each engine on a CPU, all of an engine
-in one process.
+"""Defaults that the environment overrides: GiB of KV cache for each engine on a CPU, an engine in a
+single process, no usage statistics.
 """
 
 
@@ -49,7 +49,7 @@ in one process.
 
 
 def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> None:
-    """Refuse, before anything is loaded, what vLLM cannot run.
+    """Refuse settings that vLLM cannot run, before anything is loaded.
 
     Raises:
         ValueError: vLLM is not installed, a drafter that it does not serve, or a setting that
@@ -73,6 +73,7 @@ def check_vllm(methods: Sequence[Method], dtype: str, device: str | None) -> Non
 
 
 def _check_method(method: Method, where: str) -> None:
+    # Settings of this project's loop.
     for key in ("decoder", "builder", "rule", "control", "precision"):
         if getattr(method, key):
             raise ValueError(
@@ -84,6 +85,7 @@ def _check_method(method: Method, where: str) -> None:
             f"{where}: budget 'auto' belongs to this project's own loop: give a number of drafted "
             "tokens"
         )
+    # Only trained drafters have an export, and only some classes a format that vLLM reads.
     if not isinstance(method.drafter, str):
         raise ValueError(
             f"{where}: a drafter without training has no export: give a trained one with engine "
@@ -98,13 +100,13 @@ def format_for(kind: type, where: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    found = next((name for name in formats_of(kind) if name in SERVED), None)
-    if found is None:
+    served_format = next((name for name in formats_of(kind) if name in SERVED), None)
+    if served_format is None:
         raise ValueError(
             f"{where}: vLLM serves no {kind.__name__}: leave it out, or leave out --engine to "
             "measure it with this project's own loop"
         )
-    return found
+    return served_format
 
 
 # -- the process -----------------------------------------------------------------------------------
@@ -116,8 +118,8 @@ class Worker:
 
     Args:
         engine: arguments of `vllm.LLM`.
-        where: what errors speak of.
-        watch: an exported drafter's folder, to learn what becomes of its tensors.
+        where: prefix of error messages.
+        watch: an exported drafter's folder, to check how its tensors are loaded.
 
     Raises:
         ValueError: the engine cannot be made; the message names vLLM's log.
@@ -129,7 +131,8 @@ class Worker:
     loaded: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Start the process and wait until its engine is there."""
+        """Start the process and wait for its engine."""
+        # Requests and replies go through pipes, vLLM's own output into the log.
         handle, log = tempfile.mkstemp(prefix="vllm-", suffix=".log")
         self.log = Path(log)
         with os.fdopen(handle, "w") as errors:
@@ -148,8 +151,9 @@ class Worker:
         """The reply to one question.
 
         Raises:
-            ValueError: vLLM failed or ended; its log is kept.
+            ValueError: vLLM failed or ended; its log is not removed.
         """
+        # A process that ended has no reply.
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
@@ -175,7 +179,8 @@ class Worker:
             self.log.unlink(missing_ok=True)
 
     def _end(self) -> bool:
-        """Whether the process was still running, and has ended now."""
+        """End the process; whether it was still running."""
+        # Closing stdin ends the worker's loop.
         if self.process.stdin is None or self.process.stdin.closed:
             return False
         try:
@@ -191,7 +196,8 @@ class Worker:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a vLLM process: this one's, with as many threads as torch uses here."""
+    """The environment of a vLLM process: this process's, with the same number of threads."""
+    # Bind to the first cores, and let the project's packages be imported.
     threads = torch.get_num_threads()
     cores = (
         sorted(os.sched_getaffinity(0))
@@ -215,14 +221,14 @@ def environment() -> dict[str, str]:
 class VllmDecoder:
     """Answers through a vLLM engine, with an exported drafter or without.
 
-    Of speculation vLLM counts, per batch, the calls that drafted and how many of them accepted at
-    least 1, 2, … drafts. From these each call's tokens follow, though not whose they were, so a
-    batch's calls stand in its first trace. They are counted before answers are cut at their end,
-    which `cut_off` makes up for. Prefill ends with the batch's first token.
+    vLLM counts, per batch, the calls that drafted and how many of them accepted at least 1, 2, …
+    drafts. These give the tokens of each call, but not the prompt they belong to, so all calls of
+    a batch are in its first trace. vLLM counts before answers are truncated at their end;
+    `cut_off` corrects for that. Prefill ends with the batch's first token.
 
     Args:
-        name: what reports call it.
-        target: whose text it is; vLLM loads it by itself.
+        name: label in reports.
+        target: the target; vLLM loads its weights itself.
         engine: arguments of `vllm.LLM`.
         drafter: the drafter that was exported.
     """
@@ -261,16 +267,16 @@ def sampling_arguments(
     sampling: Sampling, index: int, limit: int, target: Target
 ) -> dict[str, Any]:
     """Arguments of vLLM's `SamplingParams` for one prompt of a batch."""
-    found = {
+    arguments = {
         "max_tokens": limit,
         "temperature": sampling.temperature,
         "stop_token_ids": sorted(target.eos_ids),
         "detokenize": False,
     }
     if sampling.temperature == 0:
-        return found
+        return arguments
     return {
-        **found,
+        **arguments,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "seed": sampling.seed + index,
@@ -280,44 +286,48 @@ def sampling_arguments(
 def traces(
     prompts: Sequence[Sequence[int]], reply: Mapping[str, Any], drafting: bool
 ) -> list[Trace]:
-    """Traces of one batch from what `eval.vllm.worker.answer` says of it."""
+    """Traces of one batch, from a reply of `eval.vllm.worker.answer`."""
+    # Times are those of the batch, the same in every trace.
     prefill = min(reply["first_tokens"])
     seconds = {"prefill": prefill, "other": reply["seconds"] - prefill}
+    # Tokens of all calls, which go into the first trace.
     after_first = sum(max(0, len(ids) - 1) for ids in reply["ids"])
     together = emitted_by_calls(reply["counted"]) if drafting else []
     together = cut_off(together, after_first, len(prompts))
-    found: list[Trace] = []
+    batch: list[Trace] = []
     for prompt, ids, first in zip(prompts, reply["ids"], reply["first_tokens"], strict=True):
-        calls = ([] if found else together) if drafting else [1] * (len(ids) - 1)
-        found.append(Trace(len(prompt), ids, [False] * len(ids), calls, [], [], seconds, first))
-    return found
+        calls = ([] if batch else together) if drafting else [1] * (len(ids) - 1)
+        batch.append(Trace(len(prompt), ids, [False] * len(ids), calls, [], [], seconds, first))
+    return batch
 
 
 def emitted_by_calls(counted: Mapping[str, Sequence[int]]) -> list[int]:
-    """Tokens that each drafting call emitted (fewest first), from vLLM's counters.
+    """Tokens emitted by each drafting call (fewest first), from vLLM's counters.
 
-    `accepted_tokens_per_pos[d]` calls accepted more than d drafts, so exactly d were accepted by
-    the difference of its neighbours; a call emits one token more than it accepts.
+    `accepted_tokens_per_pos[d]` calls accepted more than d drafts, so the difference of neighbours
+    is the number of calls that accepted exactly d; a call emits one token more than it accepts.
     """
     reached = [counted["drafts"][0], *counted["accepted_tokens_per_pos"], 0]
-    found = [
+    emitted = [
         accepted + 1
         for accepted in range(len(reached) - 1)
         for _ in range(reached[accepted] - reached[accepted + 1])
     ]
-    assert sum(found) == counted["accepted_tokens"][0] + counted["drafts"][0], (
+    assert sum(emitted) == counted["accepted_tokens"][0] + counted["drafts"][0], (
         "vLLM's counters contradict each other"
     )
-    return found
+    return emitted
 
 
 def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
-    """Calls without the tokens behind the ends of answers, so that no more than `tokens` are left.
+    """Emitted tokens by call, without those after the ends of answers, at most `tokens` in all.
 
-    Which call was an answer's last, and how much it lost, vLLM does not report: every answer takes
-    an even share off the shortest call that is long enough. The sum, and so τ, is right where all
-    calls drafted; calls without drafts have no counter, and then too little is taken off.
+    vLLM does not report which call was an answer's last and how many tokens were dropped, so an
+    even share per answer is subtracted from the shortest call that is long enough. The sum, and so
+    τ, is right where all calls drafted; calls without drafts have no counter, and then too little
+    is subtracted.
     """
+    # The excess, shared evenly by the answers.
     left, cut, excess = sorted(emitted), [], max(0, sum(emitted) - tokens)
     for answer in range(answers):
         share = excess // answers + (answer < excess % answers)
@@ -334,12 +344,12 @@ def cut_off(emitted: Sequence[int], tokens: int, answers: int) -> list[int]:
 def vllm_rows(
     methods: Sequence[Method], target: Target, sampling: Sampling, dtype: str, batch: int
 ) -> Iterator[list[Row]]:
-    """Rows through vLLM while the block lasts: `autoregressive` without a drafter, and every
-    method's.
+    """Rows in vLLM, alive inside the `with` block: `autoregressive` without a drafter, and one per
+    method.
 
     Args:
-        methods: as `check_vllm` lets them through.
-        target: what they serve.
+        methods: methods that passed `check_vllm`.
+        target: the target they draft for.
         sampling: the evaluation's; a method may have its own temperature.
         dtype: of the target.
         batch: prompts at once at most.
@@ -347,23 +357,31 @@ def vllm_rows(
     Raises:
         ValueError: a drafter of another target, or one whose settings its format cannot hold.
     """
+    # 1. One engine without a drafter serves the baselines at every temperature.
     common = engine_arguments(target, dtype, batch, len(methods) + 1)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-drafters-")))
         plain = VllmDecoder(AUTOREGRESSIVE, target, common)
         stack.callback(plain.close)
         rows = [_plain_row(plain, sampling, sampling)]
+        # 2. One engine per method, with its drafter exported.
         for method, label in zip(methods, unique_labels(methods)):
-            own = (
+            row_sampling = (
                 sampling
                 if method.temperature is None
                 else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
             )
-            baseline = _plain_row(plain, own, sampling)
+            baseline = _plain_row(plain, row_sampling, sampling)
             rows += [] if baseline.name in {row.name for row in rows} else [baseline]
             rows.append(
                 _drafter_row(
-                    method, label, target, own, common, scratch / str(len(rows)), baseline.name
+                    method,
+                    label,
+                    target,
+                    row_sampling,
+                    common,
+                    scratch / str(len(rows)),
+                    baseline.name,
                 )
             )
             stack.callback(rows[-1].decoder.close)  # type: ignore[attr-defined]
@@ -371,9 +389,11 @@ def vllm_rows(
 
 
 def engine_arguments(target: Target, dtype: str, batch: int, engines: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that all rows share. No prefix is cached, because every row reads the
-    same prompts, and a baseline reads them twice. Graphs are compiled on a GPU only, whose memory
-    the engines share out."""
+    """Arguments of `vllm.LLM` that all rows share.
+
+    Prefixes are not cached, because baselines read every prompt twice. Graphs are compiled only on
+    a GPU, whose memory is divided among the engines.
+    """
     gpu = torch.cuda.is_available()
     return {
         "model": locate(target.name),
@@ -401,6 +421,7 @@ def _drafter_row(
     folder: Path,
     baseline: str,
 ) -> Row:
+    # Export the drafter, and let vLLM draft a chain with it.
     where = f"methods: {label}"
     drafter = load_drafter(method.drafter or "", target, where)
     method_name, notes = export_for_vllm(drafter, target, folder, where)
@@ -426,11 +447,11 @@ def _drafter_row(
 def export_for_vllm(
     drafter: Drafter, target: Target, folder: Path, where: str
 ) -> tuple[str, tuple[str, ...]]:
-    """Write the drafter as vLLM reads it; returns what vLLM calls the method, and how the export
-    differs from the drafter.
+    """Write the drafter in vLLM's format; returns vLLM's name of the method, and notes on how the
+    export differs from the drafter.
 
     Raises:
-        ValueError: vLLM does not serve it, or not with its settings.
+        ValueError: vLLM cannot serve this drafter, or its settings.
     """
     form = format_for(type(drafter), where)
     try:
@@ -443,10 +464,10 @@ def export_for_vllm(
 
 
 def drafted_tokens(drafter: Drafter, budget: int | None, where: str) -> int:
-    """Tokens of vLLM's chain: `budget`, by default as many as the drafter's own tree is deep.
+    """Tokens of vLLM's chain: `budget`, by default the depth of the drafter's own tree.
 
     Raises:
-        ValueError: more than the drafter drafts in a row.
+        ValueError: the budget exceeds the drafter's depth.
     """
     if budget is not None and drafter.max_depth is not None and budget > drafter.max_depth:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""What becomes of a drafter's tensors when vLLM loads them; runs inside vLLM's process.
+"""Which of a drafter's tensors vLLM loads; runs inside vLLM's process.
 
-vLLM's loaders skip tensors without a place, and leave parameters without a tensor as they were
-allocated. So parameters are blanked before loading: what is still blank afterwards was missing; a
-tensor whose values are nowhere was unused.
+vLLM's loaders skip tensors without a matching parameter, and leave parameters without a tensor as
+they were allocated. So parameters are filled with blanks before loading: a parameter that is still
+blank afterwards was missing, and a tensor whose values are in no parameter was unused.
 
 Shape legend: R rows, X anything.
 """
@@ -20,28 +20,28 @@ from torch import Tensor, nn
 from checkpoints.folders import read_tensors
 
 NOT_READ = ("t2d",)
-"""Tensors that the format demands and vLLM does without."""
+"""Tensors that the format requires and vLLM does not read."""
 
 
 def watch(folder: str) -> dict[str, Any]:
-    """From now on, watch vLLM's loader load this folder.
+    """Wrap vLLM's loader, so that it records how this folder is loaded.
 
     Returns:
-        A dictionary that is filled then: `shipped` (how many tensors), names under `missing` and
-            `unused`.
+        A dictionary that is filled during loading: `shipped` (number of tensors), names under
+            `missing` and `unused`.
     """
     loader: Any = importlib.import_module(
         "vllm.model_executor.model_loader.default_loader"
     ).DefaultModelLoader
-    found: dict[str, Any] = {}
-    loader.load_weights = watched(loader.load_weights, Path(folder), found)
-    return found
+    record: dict[str, Any] = {}
+    loader.load_weights = watched(loader.load_weights, Path(folder), record)
+    return record
 
 
 def watched(
-    load_weights: Callable[..., Any], folder: Path, found: dict[str, Any]
+    load_weights: Callable[..., Any], folder: Path, record: dict[str, Any]
 ) -> Callable[..., Any]:
-    """The loader's method, which also fills `found` when it loads the folder."""
+    """The loader's method, which also fills `record` when it loads the folder."""
 
     def load(self: Any, model: nn.Module, model_config: Any) -> None:
         ours = Path(model_config.model) == folder
@@ -49,14 +49,14 @@ def watched(
             blank(model)
         load_weights(self, model, model_config)
         if ours:
-            found.update(compared(read_tensors(folder), dict(model.named_parameters())))
+            record.update(compared(read_tensors(folder), dict(model.named_parameters())))
 
     return load
 
 
 @torch.no_grad()
 def blank(model: nn.Module) -> None:
-    """Give every parameter values that no tensor has."""
+    """Fill every parameter with values that no tensor has."""
     for parameter in model.parameters():
         parameter.fill_(
             float("nan") if parameter.is_floating_point() else torch.iinfo(parameter.dtype).min
@@ -65,7 +65,7 @@ def blank(model: nn.Module) -> None:
 
 @torch.no_grad()
 def compared(shipped: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Shipped tensors against the parameters that held blanks before."""
+    """Compare the shipped tensors with the parameters, which were blank before loading."""
     missing = [name for name, tensor in held.items() if bool(is_blank(tensor).any())]
     unused = [
         name
@@ -76,7 +76,7 @@ def compared(shipped: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[
 
 
 def is_blank(tensor: Tensor) -> Tensor:
-    """Where a parameter still has what `blank` gave it."""
+    """Mask of the elements that are still blank."""
     return tensor.isnan() if tensor.is_floating_point() else tensor == torch.iinfo(tensor.dtype).min
 
 
@@ -84,6 +84,7 @@ def contains(held_RX: Tensor, shipped_RX: Tensor) -> bool:
     """Whether the shipped tensor is a block of consecutive rows of a parameter (merged projections
     hold several).
     """
+    # Candidates start where the first row matches.
     count = len(shipped_RX)
     if held_RX.shape[1:] != shipped_RX.shape[1:] or len(held_RX) < count:
         return False

@@ -1,8 +1,8 @@
-"""One vLLM engine in a process of its own, asked and answering in lines of JSON: `python -m
-eval.vllm.worker`.
+"""A process with one vLLM engine, which reads requests and writes replies as lines of JSON: `python
+-m eval.vllm.worker`.
 
-The first line says how the engine is made, every other one asks for answers. vLLM's own output goes
-to stderr. `eval.vllm.engine` is the other side.
+The first line holds the engine's arguments, every other line is a request. vLLM's own output goes
+to stderr. `eval.vllm.engine` is the client.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, TextIO
 
 _PREFIX = "vllm:spec_decode_num_"
 COUNTERS = ("drafts", "accepted_tokens", "accepted_tokens_per_pos")
-"""Of `LLM.get_metrics`: calls with drafts, drafts accepted in them, calls that accepted at least 1,
-2, … drafts.
+"""Counters of `LLM.get_metrics`: calls with drafts, accepted drafts, and calls that accepted at
+least 1, 2, … drafts.
 """
 
 
@@ -28,20 +28,20 @@ def counters(llm: Any) -> dict[str, list[int]]:
     """vLLM's counters of speculative decoding since it started; zeros for an engine without a
     drafter.
     """
-    found = {name: [0] for name in COUNTERS}
+    counts = {name: [0] for name in COUNTERS}
     for metric in llm.get_metrics():
         name = metric.name.removeprefix(_PREFIX)
-        if metric.name.startswith(_PREFIX) and name in found:
-            found[name] = [
+        if metric.name.startswith(_PREFIX) and name in counts:
+            counts[name] = [
                 int(value) for value in getattr(metric, "values", None) or [metric.value]
             ]
-    return found
+    return counts
 
 
 def difference(
     before: Mapping[str, list[int]], after: Mapping[str, list[int]]
 ) -> dict[str, list[int]]:
-    """What was counted in between. A vector may be longer after its first count."""
+    """Differences of two readings of the counters. A vector may be longer in the second one."""
     return {
         name: [
             value - (before[name][i] if i < len(before[name]) else 0)
@@ -51,21 +51,22 @@ def difference(
     }
 
 
-def answer(llm: Any, sampling_params: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+def answer(llm: Any, sampling_params: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     """Decode one batch.
 
     Args:
         llm: the engine.
         sampling_params: vLLM's class of that name.
-        asked: `prompts` (token ids) and `sampling` (one set of arguments per prompt).
+        request: `prompts` (token ids) and `sampling` (one set of arguments per prompt).
 
     Returns:
         `ids` of each answer; `first_tokens`, seconds from the call to each answer's first token;
-        `seconds` of the call; `counted`, what vLLM's counters rose by; `peak`, bytes that this
-        process has held at most.
+        `seconds` of the call; `counted`, the increase of vLLM's counters; `peak`, the process's
+        peak memory in bytes.
     """
-    prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-    parameters = [sampling_params(**arguments) for arguments in asked["sampling"]]
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    parameters = [sampling_params(**arguments) for arguments in request["sampling"]]
+    # Counters are read around the call, times are from its start.
     before, began = counters(llm), time.monotonic()
     outputs = llm.generate(prompts, parameters, use_tqdm=False)
     seconds = time.monotonic() - began
@@ -79,8 +80,8 @@ def answer(llm: Any, sampling_params: Any, asked: Mapping[str, Any]) -> dict[str
 
 
 def _peak() -> int:
-    """On a GPU what torch has allocated at most, vLLM's KV cache included; on a CPU the process's
-    own peak.
+    """Peak memory in bytes: on a GPU what torch allocated, vLLM's KV cache included; on a CPU the
+    process's resident memory.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -91,7 +92,7 @@ def _peak() -> int:
 
 
 def serve(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Replies to the lines: `{}` once the engine is there, then one reply per question."""
+    """Replies to the lines: the record of loading once the engine runs, then one per request."""
     settings = json.loads(next(lines))
     loaded: dict[str, Any] = {}
     if settings["watch"]:
@@ -104,7 +105,7 @@ def serve(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def respond(lines: Iterator[str], channel: TextIO) -> int:
-    """Write the replies; a failure is a last reply with `error`, in one line. Returns the exit
+    """Write the replies; a failure becomes a last reply with `error` in one line. Returns the exit
     status.
     """
     try:
@@ -121,7 +122,7 @@ def respond(lines: Iterator[str], channel: TextIO) -> int:
 
 
 def main() -> None:
-    """Keep stdout for replies: what vLLM prints goes to stderr."""
+    """Serve on stdin and stdout; output that vLLM prints goes to stderr."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.exit(respond(iter(sys.stdin), channel))

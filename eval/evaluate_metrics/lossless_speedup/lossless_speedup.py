@@ -43,8 +43,8 @@ class LosslessSpeedup(evaluate.Metric):
             for answers, times in ((predictions, seconds), (references, reference_seconds))
         )
         same = [
-            first_divergence(list(one), list(other)) is None
-            for one, other in zip(references, predictions, strict=True)
+            first_divergence(list(expected), list(actual)) is None
+            for expected, actual in zip(references, predictions, strict=True)
         ]
         ratio = micro_speedup(method, plain)
         return {

@@ -499,7 +499,7 @@ def test_the_verification_measures_both_loops(
 ) -> None:
     """The drafter has not been trained, so what must come out is a fault, with exit status 1,
     whatever share of its drafts is right by chance."""
-    monkeypatch.setattr(verify_vllm, "TELLING", 2.0)
+    monkeypatch.setattr(verify_vllm, "LEAST_ACCEPTED", 2.0)
     monkeypatch.setattr(verify_vllm, "load_target", lambda *_: target_of("float32"))
     monkeypatch.setattr(verify_vllm, "loading", lambda *_: LOADED)
     prompts = config(tmp_path, []).replace("config.yaml", "prompts.jsonl")
