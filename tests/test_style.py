@@ -26,7 +26,7 @@ FLOORS = {
     ),
     "eval": (
         {"metrics", "methods"},
-        {"tasks", "vllm"},
+        {"tasks", "vllm", "rule_comparison"},
         {"run", "evaluate_metrics"},
         {"report"},
         {"evaluation"},

@@ -14,21 +14,10 @@ import torch
 
 from eval.methods.rows import Method
 from eval.metrics.bootstrap import mean_interval
-from eval.rules import (
-    ORDERS,
-    Comparison,
-    Spot,
-    Trial,
-    calibrate,
-    command,
-    fastest_shape,
-    level_trials,
-    measure,
-    spots,
-    tables,
-    tree_trials,
-    verdict,
-)
+from eval.rule_comparison.contexts import Spot, calibrate, measure, spots
+from eval.rule_comparison.tables import fastest_shape, tables, verdict
+from eval.rule_comparison.trials import ORDERS, Trial, level_trials, tree_trials
+from eval.rules import Comparison, command
 from modules.acceptance.rules import Draws, PointRule, RatioRule
 from modules.cost_model.latency_table import LatencyTable
 from modules.drafters.small_models.s2d import S2D
@@ -38,6 +27,7 @@ from modules.trees.static import StaticTree
 from tests.fakes import tiny_target
 
 ASKED = Comparison(limit=2, contexts=2, max_new_tokens=6, draws=2)
+GRID = ASKED.grid
 PROMPTS = [[7, 8, 9], [20, 21]]
 
 
@@ -54,7 +44,7 @@ def target() -> Target:
 
 def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None:
     trials = tree_trials([0.7, 0.2])
-    values, firsts = measure(spots(target, drafted_by(target, 3), PROMPTS, ASKED), trials, ASKED)
+    values, firsts = measure(spots(target, drafted_by(target, 3), PROMPTS, GRID), trials, GRID)
     assert (
         min(accepted for accepted, _ in firsts) > 1 - 1e-5 > max(believed for _, believed in firsts)
     )
@@ -71,7 +61,7 @@ def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None
 
 def one_spot(target: Target) -> Spot:
     return next(
-        spot for _, spot in spots(target, drafted_by(target, 1), PROMPTS, replace(ASKED, draws=200))
+        spot for _, spot in spots(target, drafted_by(target, 1), PROMPTS, replace(GRID, draws=200))
     )
 
 
@@ -111,7 +101,7 @@ def test_one_level_agrees_with_the_recorded_distributions(target: Target) -> Non
 
 
 def test_acceptance_by_sibling_is_a_share(target: Target) -> None:
-    found, level_seconds = calibrate(spots(target, drafted_by(target, 2), PROMPTS, ASKED), 20)
+    found, level_seconds = calibrate(spots(target, drafted_by(target, 2), PROMPTS, GRID), 20)
     assert len(found) == 8 and min(found) >= 0 and sum(found) <= 1 and 0 < level_seconds < 60
 
 
@@ -190,9 +180,9 @@ def test_methods_refuse_wrong_pairings_before_anything_is_loaded(tmp_path: Path)
 
 
 def test_at_temperature_0_all_rules_match_the_targets_choice(target: Target) -> None:
-    asked = replace(ASKED, temperature=0.0)
+    grid = replace(GRID, temperature=0.0)
     trials = {**level_trials(), **tree_trials([0.4, 0.2])}
-    _, spot = next(spots(target, drafted_by(target, 1), PROMPTS, asked))
+    _, spot = next(spots(target, drafted_by(target, 1), PROMPTS, grid))
     choice = int(spot.target_logits_V.argmax())
     assert sum(spot.chances(trials["ratio 1"], 1)[0]) - 1 == float(
         choice == int(spot.draft_logits_D.argmax())
