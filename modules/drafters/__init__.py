@@ -1,1 +1,1 @@
-"""Everything that proposes tokens; one folder per family, one file per method."""
+"""Drafters, which propose tokens: one folder per family, one file per method."""

@@ -1,7 +1,7 @@
 """What block drafters share: K tokens from one pass, served level by level to any tree builder.
 
-A block is anchored at the newest token x_{t+1}, whose predecessor's target state f_t is the last
-that exists. Its slot d drafts x_{t+2+d}, as step d of every trained drafter does.
+A block is anchored at the newest token x_{t+1}; the last available target state is f_t, of the
+token before it. Slot d of the block drafts x_{t+2+d}, as step d of every trained drafter does.
 
 Shape legend: B sequences, T tokens of a packed row, N committed rows, M blocks of a training batch,
 W frontier nodes, K tokens of a block, H hidden size, X width of what is read, D draft vocabulary.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class BlockState(DraftState):
-    """A block drafter's knowledge of its sequences; subclasses add what they keep of the prefix.
+    """State of a block drafter's sequences; subclasses add their state of the prefix.
 
     proposal: the blocks of the current proposal; None between two proposals.
     """
@@ -44,13 +44,13 @@ class BlockState(DraftState):
 class BlockDrafter(TrainedDrafter):
     """Base of the drafters that draft K tokens in one pass.
 
-    Subclasses give `blank_state`, `read` and `block_logits` for decoding, and `block_outputs` for
+    Subclasses define `blank_state`, `read` and `block_logits` for decoding, and `block_outputs` for
     training. The head is the target's frozen LM head unless `head` is overridden. Optional:
 
-    - `next_block_logits`: further blocks behind drafted nodes; then `max_depth` is None;
+    - `next_block_logits`: further blocks after drafted nodes; then `max_depth` is None;
     - `conditioned` with `unrolled`: logits of a slot that depend on the tokens drafted before it;
     - `blocks`: which blocks of a batch are trained (anchors drawn per document, for instance);
-    - `slot_weights`: how slots count in the loss.
+    - `slot_weights`: weights of the slots in the loss.
 
     Args:
         shape: the target's dimensions.
@@ -75,17 +75,17 @@ class BlockDrafter(TrainedDrafter):
         return lambda hidden: target.logits(hidden, self.vocabulary_D, self.precision)
 
     def joined_states(self, states: Mapping[StateName, Tensor]) -> Tensor:
-        """The target states that decoding reads, side by side [...,X], in its own precision."""
+        """The target states that decoding reads, concatenated [...,X], in the drafter's dtype."""
         return torch.cat([states[name] for name in self.decoding_states], -1).to(self.precision)
 
     # -- training ----------------------------------------------------------------------------------
 
     @abstractmethod
     def block_outputs(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
-        """What the LM head reads in the blocks behind training rows [M,K,H].
+        """The LM head's inputs [M,K,H] in the blocks that follow the training rows.
 
-        The block of row t knows the states up to f_t and the tokens up to x_{t+1}, of its own
-        document.
+        The block of row t may read the states up to f_t and the tokens up to x_{t+1}, of its
+        document only.
         """
 
     def teacher_forced(
@@ -97,15 +97,15 @@ class BlockDrafter(TrainedDrafter):
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The LM head's inputs [M,H] slot by slot, twice: no slot goes on from another.
+        """The LM head's inputs [M,H] slot by slot, each as a pair of itself: no slot reads another.
 
         A head that reads tokens of the block gets them here: `rows.tokens_MK1[:, d]` is the data's
         token before the one that slot d drafts.
         """
-        return ((one, one) for one in self.block_outputs(batch, target, rows).unbind(1))
+        return ((feature, feature) for feature in self.block_outputs(batch, target, rows).unbind(1))
 
     def blocks(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """The blocks that the loss counts. Other figures are of all `rows`."""
+        """The blocks that the loss counts; other metrics count all `rows`."""
         return self.rows(batch, target)
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
@@ -123,15 +123,16 @@ class BlockDrafter(TrainedDrafter):
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
         """Σ w·loss / Σ w over the slots with a label, and the metrics.
 
-        `accepted` is the mean number of right tokens at the beginning of a block, which the product
-        of the slots' accuracies is not.
+        `accepted` is the mean number of correct tokens at the beginning of a block. The slots'
+        accuracies do not determine it.
         """
         steps = list(steps)
+        # One mean over all slots of all blocks, of all processes.
         losses_MK = torch.stack([step.losses_M for step in steps], 1)
         counted_MK = torch.stack([step.counted_M for step in steps], 1)
         weights_MK = self.slot_weights(losses_MK.detach(), counted_MK) * counted_MK
         total = (weights_MK * losses_MK).sum() / divisor(weights_MK.sum())
-        # Runs of right tokens end at the first slot that is wrong or has no label.
+        # A run of correct tokens ends at the first slot that is wrong or has no label.
         right_MK = torch.stack([(step.ranks_M < 1) & step.valid_M for step in steps], 1)
         runs_M = right_MK.int().cumprod(1).sum(1)
         metrics = {"accepted": Mean(runs_M.sum(), steps[0].valid_M.sum())}
@@ -143,12 +144,12 @@ class BlockDrafter(TrainedDrafter):
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """The state it starts from."""
+        """The target state that a block starts from."""
         return (self.reads,)
 
     @property
     def max_depth(self) -> int | None:
-        """The tokens of a block; None where further blocks follow the first."""
+        """K, the tokens of a block; None where further blocks follow the first."""
         return self.block
 
     @abstractmethod
@@ -191,18 +192,18 @@ class BlockDrafter(TrainedDrafter):
         )
 
     def conditioned(self, state: BlockState, frontier: Frontier, logits_BWD: Tensor) -> Tensor:
-        """Logits of a level after the drafted tokens are seen [B,W,D]; unchanged by default."""
+        """Logits of a level [B,W,D], conditioned on the drafted tokens; unchanged by default."""
         return logits_BWD
 
     def start(self, context: Context) -> DraftState:
-        """Read the prompts."""
+        """State after the prompts, from the target's states of them."""
         last_B1 = context.lengths_B[:, None] - 1
         following = context.input_ids_BT.roll(-1, 1).scatter(1, last_B1, context.newest_B[:, None])
         features = self.joined_states(context.states)
         return self.read(self.blank_state(context), features, following, context.lengths_B)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
-        """Read the accepted rows, of whatever tree they were."""
+        """State after the accepted rows, which may come from any tree."""
         assert isinstance(state, BlockState)
         features = accepted.along_path(self.joined_states(verified.states))
         following = accepted.emitted(verified.tree)
@@ -218,11 +219,12 @@ class BlockDrafter(TrainedDrafter):
         """Logits [B,W,D] of the token after each frontier node: slot `depth % K` of its block."""
         assert isinstance(state, BlockState)
         slot, width = frontier.depth % self.block, frontier.tokens_BW.shape[1]
+        # The first pass gives the logits of the K levels after the prefix.
         if frontier.depth == 0:
             state.proposal = Proposal.begin(frontier, self.block_logits(state))
         assert state.proposal is not None, "a proposal begins at depth 0"
         if frontier.depth > 0:
-            # Children stay in their parent's block, until it is used up.
+            # Children stay in their parent's block until its slots are used.
             blocks_BW = state.proposal.blocks_BR.gather(1, frontier.parents_BW)
             if slot == 0:
                 logits_BWKD = self.next_block_logits(state, frontier, blocks_BW)

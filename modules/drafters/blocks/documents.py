@@ -17,7 +17,7 @@ from modules.contracts.batches import PADDING_DOCUMENT
 
 @dataclass(frozen=True)
 class Documents:
-    """The runs of one document id in a packed batch, one after the other; padding counts as one.
+    """The documents of a packed batch, in order; each run of padding counts as a document.
 
     starts_S, lengths_S: int64 [S], flat positions. real_S: bool [S], not padding.
     """
@@ -36,13 +36,15 @@ class Documents:
         return Documents(starts, lengths, document_ids_BT.flatten()[starts] != PADDING_DOCUMENT)
 
     def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Documents to be read side by side: as few groups as padding allows, because the steps of
-        one come in turn.
+        """Groups of documents that a recurrence reads in parallel: as few groups as the padding
+        limit allows, because the steps within a group are sequential.
 
-        Yields their flat positions [S,L], the last one repeated behind a document's end, and which
-        are inside it (bool [S,L]): from the longest document down, all groups together at most
-        twice as many as there are tokens. Padding is left out, unless there is nothing else.
+        Yields flat positions [S,L], the last one repeated after a document's end, and whether each
+        is inside its document (bool [S,L]). Groups go from the longest document to the shortest,
+        and hold together at most twice as many positions as there are tokens. Padding is left out
+        unless the batch has nothing else.
         """
+        # Documents by descending length, so that documents of a group have similar lengths.
         wanted = (self.real_S | ~self.real_S.any()).nonzero()[:, 0]
         order_S = wanted[self.lengths_S[wanted].argsort(descending=True, stable=True)]
         for part in side_by_side(self.lengths_S[order_S].tolist()):
@@ -55,11 +57,12 @@ class Documents:
 
 
 def side_by_side(lengths: Sequence[int]) -> Iterator[slice]:
-    """Runs of descending lengths, each as long as its padding leaves room to read what is left one
-    by one.
+    """Cut descending lengths into groups: slices, each as long as the padded total stays within
+    twice the sum of the lengths.
     """
     left, room, first = sum(lengths), 2 * sum(lengths), 0
     while first < len(lengths):
+        # A document joins while the group, padded, and all later documents unpadded fit.
         count, rest = 1, left - lengths[first]
         for length in lengths[first + 1 :]:
             if (count + 1) * lengths[first] + rest - length > room:
@@ -70,13 +73,13 @@ def side_by_side(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def block_ends(position_ids_BT: Tensor, size: int, phase_BT: Tensor | int = 0) -> Tensor:
-    """bool [B,T]: the last rows of whole blocks, of which the first begins at position `phase` (0 …
+    """bool [B,T]: the last rows of whole blocks; the first block begins at position `phase` (0 …
     k-1).
     """
     return (position_ids_BT >= size - 1) & ((position_ids_BT + 1 - phase_BT) % size == 0)
 
 
 def random_phases(documents: Documents, size: int) -> Tensor:
-    """int64 [P]: where the first block begins, drawn for each document."""
+    """int64 [P]: the position where the first block begins, drawn for each document."""
     phases = torch.randint(size, documents.lengths_S.shape, device=documents.lengths_S.device)
     return phases.repeat_interleave(documents.lengths_S)

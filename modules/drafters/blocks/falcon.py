@@ -1,8 +1,8 @@
 """Falcon: blocks of k tokens per drafter pass (Gao et al. 2025, AAAI, arXiv 2412.12639).
 
-Row i pairs the target's state f_i with token x_{i+1} and puts out f̂_{i+k}, hence the distribution
-of x_{i+k+1}. The last k rows of a text are a block, and one pass over it drafts k tokens; a drafted
-path of k tokens and the features that were put out with them are the next block.
+Row i pairs the target's state f_i with token x_{i+1} and outputs f̂_{i+k}, hence the distribution
+of x_{i+k+1}. The last k rows of a text are a block, and one pass over it drafts k tokens. A drafted
+path of k tokens, with the features output for them, is the next block.
 
 Shape legend: B sequences, T tokens of a packed row, P = B·T flat positions, N rows of one call, M
 training rows, K rows of a block, W frontier nodes, C blocks of a proposal, A rows written ahead in
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Passes:
-    """What the passes of a proposal leave for the next one.
+    """Outputs of a proposal's passes that the next pass reads.
 
-    features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory behind their inputs.
+    features_BCKH, memory_BCX: the blocks' outputs, and the recurrence's memory after their inputs.
     above_BCA: which of the rows written ahead each block sees, its own included.
     """
 
@@ -63,10 +63,10 @@ class Passes:
 
 @dataclass
 class FalconState(BlockState):
-    """Falcon's knowledge of its sequences.
+    """Falcon's state of its sequences.
 
     cache: keys and values of the prefix (one row per token the target has read).
-    memory_BLH: of the recurrence, behind the last prefix row.
+    memory_BLH: memory of the recurrence after the last prefix row.
     block_BKH: the layer's inputs in the last k prefix rows (a text shorter than k repeats its
     first).
     passes: of the current proposal.
@@ -82,12 +82,12 @@ class Falcon(BlockDrafter):
     """LSTM over [e(x_{i+1}) ; f_i], then one decoder layer in which the k rows of a block see each
     other and everything before them (relaxed causal mask); frozen embedding and LM head.
 
-    The layer reads W [s·e ; f] + U LSTM([e ; f]), U = 0 at first, so that features pass through
-    before the LSTM has learnt anything; s brings embeddings to the size of features (the release
-    has 1), and the LSTM reads both at unit scale. The paper's layer reads the LSTM alone, whose
-    outputs lie in ±1, and the LSTM reads what it is given: `pass_through: false`. Queries and
-    residuals of a block's rows start from its newest row, keys and values are each row's own; in
-    the paper all are its own: `newest_row: false`.
+    The layer reads W [s·e ; f] + U LSTM([e ; f]), U = 0 at initialisation, so that features pass
+    through before the LSTM is trained; s brings embeddings to the size of features (the release
+    has 1), and the LSTM reads both at unit scale. In the paper the layer reads only the LSTM,
+    whose outputs lie in ±1, and the LSTM reads unscaled inputs: `pass_through: false`. Queries and
+    residuals of a block's rows start from its newest row, keys and values from each row itself; in
+    the paper all start from the row itself: `newest_row: false`.
 
     Loss: feature_weight · SmoothL1(f̂, f) + token_weight · CE((1 - hard_weight) p + hard_weight ·
     argmax p, q), which differs from the paper's KL and CE by a constant, over all rows of whole
@@ -105,12 +105,12 @@ class Falcon(BlockDrafter):
         pass_through: False lets the layer read the LSTM's output alone (the paper).
         newest_row: False starts each row of a block from itself alone (the paper; so does a strict
             mask).
-        relaxed_mask: False lets rows see only what stands before them (ablation).
+        relaxed_mask: False lets rows see only earlier rows (ablation).
         random_phase: let training blocks begin anywhere, as they do in decoding; False: at
             multiples of k (the paper).
         feature_weight: weight of the distance between drafted and true features.
         token_weight: weight of the cross-entropy.
-        hard_weight: share of the target's most likely token in what the cross-entropy is to.
+        hard_weight: share of the target's most likely token in the cross-entropy's labels.
         noise: half-width of the uniform noise on input features in training, scaled by 512 / the
             tokens of the conversation.
         dropout: between the LSTM's layers.
@@ -146,6 +146,7 @@ class Falcon(BlockDrafter):
         if not 0 <= glancing <= 1:
             raise ValueError(f"glancing must lie in [0, 1] (0: none), got {glancing}")
         super().__init__(shape, block, draft_vocabulary, decay=1.0)
+        # 1. Settings of training.
         self.glancing = glancing
         self.relaxed_mask = relaxed_mask
         self.random_phase = random_phase
@@ -154,6 +155,7 @@ class Falcon(BlockDrafter):
         self.hard_weight = hard_weight
         self.revealed_loss = revealed_loss
         self.noise = noise
+        # 2. Recurrence, fusion and layer.
         size = shape.hidden_size
         self.recurrence = Recurrence(size, dropout, pass_through) if lstm else None
         self.fc = nn.Linear(2 * size, size, bias=False) if pass_through or not lstm else None
@@ -161,6 +163,7 @@ class Falcon(BlockDrafter):
         self.newest = NewestRow(block, size) if newest_row and relaxed_mask and block > 1 else None
         self.layer = DecoderLayer(shape, input_norm=False)
         self.register_buffer("token_scale", torch.ones(()))
+        # 3. The tree: dynamic, or fixed paths.
         if tree is None:
             self._builder = ThresholdTree(depth)
             self._budget = CHEAP_BUDGET
@@ -170,8 +173,9 @@ class Falcon(BlockDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start the layer as the target's last, where it is of its kind; where features pass
-        through, they alone do at first, as in EAGLE."""
+        """Copy the target's last layer where it has the same type. With `pass_through` only
+        features have an effect at initialisation, as in EAGLE.
+        """
         self.layer.copy_from(target)
         self.token_scale.fill_(token_scale(target))
         if self.recall is not None:
@@ -182,7 +186,7 @@ class Falcon(BlockDrafter):
 
     @property
     def attention(self) -> Attention:
-        """Of its layer."""
+        """The self-attention of its layer."""
         assert self.layer.self_attn is not None
         return self.layer.self_attn
 
@@ -199,7 +203,7 @@ class Falcon(BlockDrafter):
         target: Target,
         counts_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The layer's inputs [B,N,H] at consecutive rows, and the memory behind them."""
+        """The layer's inputs [B,N,H] at consecutive rows, and the memory after them."""
         inputs = self.paired(tokens_BN, features_BNH, target)
         if self.recurrence is None:
             return self.joined(inputs, None), memory_BLH
@@ -207,13 +211,13 @@ class Falcon(BlockDrafter):
         return self.joined(inputs, recalled), memory
 
     def paired(self, tokens_N: Tensor, features_NH: Tensor, target: Target) -> Tensor:
-        """Embeddings and features side by side [...,2H]."""
+        """Embeddings and features, concatenated [...,2H]."""
         vectors = target.embed(tokens_N).to(self.precision) * self.token_scale
         return torch.cat([vectors, features_NH.to(self.precision)], dim=-1)
 
     def joined(self, inputs_NX: Tensor, recalled_NH: Tensor | None) -> Tensor:
-        """The layer's inputs [...,H] from what the recurrence, if there is one, has read and put
-        out.
+        """The layer's inputs [...,H] from the recurrence's inputs and, where there is one, its
+        outputs.
         """
         if self.fc is None:
             assert recalled_NH is not None
@@ -229,7 +233,7 @@ class Falcon(BlockDrafter):
     def distributions(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Distributions | None:
-        """The target's distributions, mixed with their most likely tokens."""
+        """(1 - hard_weight) p + hard_weight · argmax p of the target's distributions p."""
         distributions, share = super().distributions(batch, target, rows), self.hard_weight
         assert distributions is not None
 
@@ -243,7 +247,7 @@ class Falcon(BlockDrafter):
         return mixed if share else distributions
 
     def blocks(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """Whole blocks side by side, in training from a random phase of each document on."""
+        """Consecutive whole blocks; in training each document starts at a random phase."""
         documents = Documents.of(batch.document_ids)
         random = self.training and self.random_phase
         phase = random_phases(documents, self.block).view_as(batch.input_ids) if random else 0
@@ -255,13 +259,14 @@ class Falcon(BlockDrafter):
         distributions = self.distributions(batch, target, rows)
         inputs = self.inputs(batch)
         rate = self.glancing * (1 - progress)
+        # Glancing: labels that a first pass misses are revealed in the inputs.
         if self.training and rate > 0:
             inputs, shown_MK = self.glance(batch, target, rows, distributions, inputs, rate)
             if not self.revealed_loss:
                 rows = replace(rows, valid_MK=rows.valid_MK & ~shown_MK)
         outputs = self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs)
         steps = self.scored(
-            batch, target, rows, distributions, ((one, one) for one in outputs.unbind(1))
+            batch, target, rows, distributions, ((slot, slot) for slot in outputs.unbind(1))
         )
         return self.weighted(steps, batch)
 
@@ -270,7 +275,7 @@ class Falcon(BlockDrafter):
         return TrainedDrafter.weighted(self, steps, batch)
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
-        """Distance to the target's own features, on all rows, and cross-entropy."""
+        """Distance to the target's features on all rows, and cross-entropy."""
         return feature_and_token_loss(step, batch, self.feature_weight, self.token_weight)
 
     def inputs(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
@@ -291,17 +296,17 @@ class Falcon(BlockDrafter):
         inputs: tuple[Tensor, Tensor],
         rate: float,
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Inputs that reveal a share of the answers a first pass over them gets wrong, and bool
-        [M,K], which rows.
+        """Inputs that reveal a share of the labels that a first pass over them misses, and bool
+        [M,K], the rows.
         """
         assert distributions is not None
-        ends_M, outputs = (
-            rows.flat_MK1[:, 0],
-            self.outputs(batch, target, rows.flat_MK1[:, 0], *inputs),
-        )
+        # 1. A first pass: rows where its most likely token differs from the target's.
+        ends_M = rows.flat_MK1[:, 0]
+        outputs = self.outputs(batch, target, ends_M, *inputs)
         likely = greedy_tokens(distributions, rows.flat_MK1[:, 1:].flatten(), self.draft_size)
         drafted = greedy_tokens(self.head(0, target), outputs.flatten(0, 1), self.draft_size)
         wrong_MK = (drafted != likely).view(rows.valid_MK.shape)
+        # 2. A random share of them, revealed at the rows of their blocks.
         shown_MK = revealed_positions(
             wrong_MK, rows.valid_MK, ends_M // batch.input_ids.shape[1], rate
         )
@@ -309,8 +314,8 @@ class Falcon(BlockDrafter):
         return reveal(*inputs, positions_MK[shown_MK], self.block), shown_MK
 
     def block_outputs(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
-        """The outputs [M,K,H] of the block that ends at each training row, whatever block it would
-        fall into.
+        """Outputs [M,K,H] of the block that ends at each training row, also at rows inside a
+        training block.
         """
         return self.outputs(batch, target, rows.flat_MK1[:, 0], *self.inputs(batch))
 
@@ -323,26 +328,30 @@ class Falcon(BlockDrafter):
         following_P: Tensor,
     ) -> Tensor:
         """Outputs [M,K,H] of the blocks that end at flat positions, all in one pass."""
+        # 1. Inputs of all rows; the recurrence reads whole documents.
         inputs_PH = self.fused(Documents.of(batch.document_ids), features_PH, following_P, target)
         offsets = torch.arange(1 - self.block, 1, device=ends_M.device)
+        # 2. Rows of each block; at the start of a document its first row is repeated.
         first_M1 = (ends_M - batch.position_ids.flatten()[ends_M])[:, None]
         index_MK = torch.maximum(ends_M[:, None] + offsets, first_M1)
         block_MKH = self.started(inputs_PH[index_MK])
+        # 3. Attention of the block rows to their document, and the rest of the layer.
         mixed = self._attend(
             batch, inputs_PH, block_MKH, index_MK, ends_M[:, None].expand_as(index_MK)
         )
         return recomputed(self.recompute, self.layer.after_attention, block_MKH + mixed)
 
     def started(self, block_NKH: Tensor) -> Tensor:
-        """What blocks of rows ask with and are added to [...,K,H]."""
+        """Inputs of queries and residuals in blocks of rows [...,K,H]."""
         return block_NKH if self.newest is None else self.newest(block_NKH)
 
     def fused(
         self, documents: Documents, features_PH: Tensor, following_P: Tensor, target: Target
     ) -> Tensor:
-        """The layer's inputs [P,H] of all rows, the memory blank before each document; 0 on
-        padding.
+        """The layer's inputs [P,H] of all rows, 0 on padding; the memory is blank before each
+        document.
         """
+        # Documents are read in groups; their rows then go back to their flat positions.
         groups = list(documents.groups())
         places_M = torch.cat([index_SL[inside_SL] for index_SL, inside_SL in groups])
         inputs_PX = self.paired(following_P, features_PH, target)
@@ -360,7 +369,7 @@ class Falcon(BlockDrafter):
         index_MK: Tensor,
         ends_MK: Tensor,
     ) -> Tensor:
-        """Attention outputs [M,K,H] of chosen rows, which ask as `block_MKH`, sequence by
+        """Attention outputs [M,K,H] of chosen rows, with queries from `block_MKH`, sequence by
         sequence.
         """
         sequences, length = batch.input_ids.shape
@@ -369,13 +378,14 @@ class Falcon(BlockDrafter):
         )
         queries, _, _ = self.attention.project(block_MKH, batch.position_ids.flatten()[index_MK])
         visible_PT = batch.rows().visible_BNJ.flatten(0, 1)
-        mixed, own_M = [], index_MK[:, 0] // length
+        mixed, sequences_M = [], index_MK[:, 0] // length
         for b in range(sequences):
-            rows = index_MK[own_M == b].flatten()
-            seen = visible_PT[ends_MK[own_M == b].flatten() if self.relaxed_mask else rows]
-            asked = queries[own_M == b].flatten(0, 1)[None]
+            # Under the relaxed mask a row sees what the last row of its block sees.
+            rows = index_MK[sequences_M == b].flatten()
+            seen = visible_PT[ends_MK[sequences_M == b].flatten() if self.relaxed_mask else rows]
+            chosen = queries[sequences_M == b].flatten(0, 1)[None]
             mixed.append(
-                self.attention.attend(asked, keys[b : b + 1], values[b : b + 1], seen[None])[0]
+                self.attention.attend(chosen, keys[b : b + 1], values[b : b + 1], seen[None])[0]
             )
         return self.attention.o_proj(torch.cat(mixed)).view(*index_MK.shape, self.shape.hidden_size)
 
@@ -383,11 +393,11 @@ class Falcon(BlockDrafter):
 
     @property
     def max_depth(self) -> None:
-        """Any number: a path of k drafted tokens is the next block."""
+        """No limit: a path of k drafted tokens is the next block."""
         return None
 
     def blank_state(self, context: Context) -> FalconState:
-        """An empty cache, a blank memory, no block."""
+        """State with an empty cache, a blank memory and no block."""
         counts_B, size = context.lengths_B, self.shape.hidden_size
         cache = LayerCache.empty(self.shape, counts_B, self.precision)
         features_B0H = context.states[self.reads].new_zeros(len(counts_B), 0, size)
@@ -403,10 +413,10 @@ class Falcon(BlockDrafter):
         counts_B: Tensor,
         counts: list[int] | None = None,
     ) -> FalconState:
-        """Put the first `counts_B` rows into the cache, with the target's true features.
+        """Write the first `counts_B` rows into the cache, with the target's true features.
 
-        Keys and values of a row do not depend on its block, so a block that reaches back over rows
-        read before needs their layer inputs only.
+        Keys and values of a row do not depend on its block, so for rows that were read before a
+        block needs only their layer inputs.
         """
         assert isinstance(state, FalconState)
         inputs, memory = self.fuse(
@@ -417,7 +427,7 @@ class Falcon(BlockDrafter):
         )
         state.cache.write(keys, values)
         state.cache.keep(counts_B, counts)
-        # The last k layer inputs are the block; the first row fills up a text shorter than k.
+        # The last k layer inputs are the block; the first row pads a text shorter than k.
         before = (
             state.block_BKH
             if state.block_BKH.shape[1]
@@ -428,8 +438,9 @@ class Falcon(BlockDrafter):
         return replace(state, memory_BLH=memory, block_BKH=block, passes=None)
 
     def block_logits(self, state: BlockState) -> Tensor:
-        """A pass over the last block of the prefix, whose rows the cache has."""
+        """Logits [B,K,D] from a pass over the last block of the prefix, whose rows are cached."""
         assert isinstance(state, FalconState)
+        # 1. Positions of the last k rows, and the slots that they see.
         lengths_B1, used = state.cache.lengths_B[:, None], state.cache.longest
         offsets = torch.arange(-self.block, 0, device=lengths_B1.device)
         positions = (lengths_B1 + offsets).clamp(min=0)
@@ -440,6 +451,7 @@ class Falcon(BlockDrafter):
         mixed = self.attention.mix(
             queries, state.cache.keys_BCGD[:, :used], state.cache.values_BCGD[:, :used], visible
         )
+        # 2. Outputs, and the state from which further blocks start.
         features = self.layer.after_attention(block_BKH + mixed)
         nothing_above = visible.new_zeros(len(visible), 1, 0)
         memory = state.memory_BLH.flatten(1)[:, None]
@@ -447,18 +459,18 @@ class Falcon(BlockDrafter):
         return self.head(0, state.context.target)(features)
 
     def next_block_logits(self, state: BlockState, frontier: Frontier, above_BW: Tensor) -> Tensor:
-        """A block for each frontier node: the last k tokens on its path, and the features they were
-        drafted from.
+        """Logits [B,W,K,D] of a block per frontier node: the last k tokens on its path, and the
+        features that drafted them.
         """
         assert isinstance(state, FalconState) and state.passes and state.proposal
         passes, (batch, width), size = state.passes, above_BW.shape, self.shape.hidden_size
-        # 1. What the blocks above put out is what these blocks read.
+        # 1. The outputs of the blocks above are the inputs of these blocks.
         before = rows_at(passes.features_BCKH.flatten(2), above_BW)
         before = before.reshape(batch * width, self.block, size)
         memory = rows_at(passes.memory_BCX, above_BW).reshape(batch * width, -1, size)
         tokens = state.proposal.last_tokens(frontier, self.block).flatten(0, 1)
         inputs, memory = self.fuse(tokens, before, memory, state.context.target)
-        # 2. The layer, over the prefix, the blocks above and the block itself.
+        # 2. The layer attends to the prefix, the blocks above and the block itself.
         seen = self._see(passes.above_BCA, above_BW)
         start_B = state.cache.lengths_B + frontier.depth - self.block
         offsets = torch.arange(self.block, device=start_B.device)
@@ -467,7 +479,7 @@ class Falcon(BlockDrafter):
         inputs = inputs.view(batch, width, self.block, size)
         block = self.started(inputs).flatten(1, 2)
         features = self.layer(inputs.flatten(1, 2), rows, state.cache, block, block).view_as(inputs)
-        # 3. What the next pass needs.
+        # 3. State for the next pass.
         passes.features_BCKH = torch.cat([passes.features_BCKH, features], dim=1)
         memory_BWX = memory.reshape(batch, width, -1)
         passes.memory_BCX = torch.cat([passes.memory_BCX, memory_BWX], dim=1)
@@ -477,14 +489,16 @@ class Falcon(BlockDrafter):
 
     def _see(self, above_BCA: Tensor, blocks_BW: Tensor) -> Tensor:
         """bool [B,W,A+W·K]: a new block sees what the block above it sees, and itself."""
-        own = torch.eye(
+        itself = torch.eye(
             blocks_BW.shape[1], dtype=torch.bool, device=above_BCA.device
         ).repeat_interleave(self.block, 1)
-        return torch.cat([rows_at(above_BCA, blocks_BW), own.expand(len(above_BCA), -1, -1)], dim=2)
+        return torch.cat(
+            [rows_at(above_BCA, blocks_BW), itself.expand(len(above_BCA), -1, -1)], dim=2
+        )
 
     def _visible(self, seen_BWA: Tensor) -> Tensor:
-        """bool [B,W·K,A]: what each row of new blocks sees, of which the last W·K columns are their
-        own.
+        """bool [B,W·K,A]: what each row of new blocks sees; the last W·K columns are the new rows
+        themselves.
         """
         visible = seen_BWA.repeat_interleave(self.block, dim=1)
         if self.relaxed_mask:

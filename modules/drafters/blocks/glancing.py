@@ -1,6 +1,6 @@
-"""What Coupled Sequential Glancing Distillation reveals inside blocks (Falcon, Gao et al. 2025,
-arXiv 2412.12639): a share of the answers that the drafter still gets wrong is put into its inputs,
-and fades out.
+"""Coupled Sequential Glancing Distillation (Falcon, Gao et al. 2025, arXiv 2412.12639): during
+training, a decreasing share of the labels that the drafter predicts wrongly is revealed in its
+inputs.
 
 Shape legend: P flat positions, M blocks, K rows of a block, H hidden size.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 def revealed_positions(
     wrong_MK: Tensor, valid_MK: Tensor, sequences_M: Tensor, rate: float
 ) -> Tensor:
-    """bool [M,K]: the rows whose answers are revealed.
+    """bool [M,K]: the rows whose labels are revealed.
 
-    Of each sequence floor(rate · wrong rows) rows, as runs that begin with their block: single rows
-    for k = 2; for k > 2 a k-th as many runs, each of 1 to k - 1 rows. Never the whole block, hence
-    nothing for k = 1.
+    Per sequence floor(rate · wrong rows) rows, in runs from the beginning of a block: single rows
+    for k = 2; for k > 2 a k-th as many runs of 1 to k - 1 rows. A block is never revealed as a
+    whole, so nothing is revealed for k = 1.
 
     Args:
         wrong_MK, valid_MK: bool [M,K], the drafter's mistakes, and the rows that count.
@@ -30,10 +30,14 @@ def revealed_positions(
         return torch.zeros_like(valid_MK)
     starts = torch.zeros(blocks, dtype=torch.bool, device=valid_MK.device)
     for sequence in sequences_M.unique():
-        own = sequences_M == sequence
-        count = int(rate * int((wrong_MK & valid_MK)[own].sum())) // (1 if size == 2 else size)
-        candidates = (own & valid_MK[:, 0]).nonzero()[:, 0]
+        # The number of mistakes of a sequence decides how many of its blocks are revealed.
+        selected_M = sequences_M == sequence
+        count = int(rate * int((wrong_MK & valid_MK)[selected_M].sum())) // (
+            1 if size == 2 else size
+        )
+        candidates = (selected_M & valid_MK[:, 0]).nonzero()[:, 0]
         starts[candidates[torch.randperm(len(candidates), device=starts.device)[:count]]] = True
+    # Each chosen block reveals a run of random length from its first row on.
     runs_M = torch.randint(1, size, (blocks,), device=starts.device)
     within_MK = torch.arange(size, device=starts.device) < runs_M[:, None]
     return starts[:, None] & within_MK & valid_MK.cumprod(1).bool()
@@ -42,8 +46,8 @@ def revealed_positions(
 def reveal(
     features_PH: Tensor, following_P: Tensor, positions: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs with the answers in place: f_p ← f_{p+k} and x_{p+1} ← x_{p+1+k} at flat positions p,
-    both together.
+    """Inputs with revealed labels: f_p ← f_{p+k} and x_{p+1} ← x_{p+1+k} at flat positions p, both
+    together.
 
     Args:
         features_PH: f of every position.

@@ -17,10 +17,10 @@ from modules.drafters.trained import rows_at
 
 @dataclass
 class Proposal:
-    """What a proposal has computed so far.
+    """Rows and block logits of a proposal so far.
 
-    Blocks are numbered in the order they were computed. Block 0 follows the prefix; every other one
-    hangs off a node.
+    Blocks are numbered in the order they were computed. Block 0 follows the prefix, every other
+    block follows a node.
 
     tokens_BR, parents_BR: the rows handed to `expand`.
     blocks_BR: for each row, the block that drafts its children.
@@ -36,12 +36,12 @@ class Proposal:
 
     @staticmethod
     def begin(frontier: Frontier, logits_BKD: Tensor) -> Proposal:
-        """The root and the block that follows it."""
+        """A proposal with the root and the block that follows it."""
         blocks_BR = torch.zeros_like(frontier.tokens_BW)
         return Proposal(frontier.tokens_BW, frontier.parents_BW, blocks_BR, logits_BKD[:, None])
 
     def next_pass(self, logits_BWKD: Tensor) -> Tensor:
-        """Take the blocks of another pass, one per frontier node; returns their numbers [B,W]."""
+        """Store the blocks of another pass, one per frontier node; returns their numbers [B,W]."""
         self.first += self.logits_BCKD.shape[1]
         self.logits_BCKD = logits_BWKD
         batch, width = logits_BWKD.shape[:2]
@@ -49,7 +49,7 @@ class Proposal:
         return numbers.expand(batch, -1)
 
     def add(self, frontier: Frontier, blocks_BW: Tensor) -> None:
-        """Append the rows of a frontier, whose children these blocks draft."""
+        """Append the rows of a frontier; `blocks_BW` are the blocks that draft their children."""
         self.tokens_BR = torch.cat([self.tokens_BR, frontier.tokens_BW], dim=1)
         self.parents_BR = torch.cat([self.parents_BR, frontier.parents_BW], dim=1)
         self.blocks_BR = torch.cat([self.blocks_BR, blocks_BW], dim=1)
@@ -63,5 +63,5 @@ class Proposal:
         return torch.stack(tokens, dim=2)
 
     def slot_logits(self, slot: int, width: int) -> Tensor:
-        """Logits [B,W,D] that the blocks of the last `width` rows have in one slot."""
+        """Logits [B,W,D] in one slot of the blocks of the last `width` rows."""
         return rows_at(self.logits_BCKD[:, :, slot], self.blocks_BR[:, -width:] - self.first)

@@ -1,5 +1,5 @@
-"""What Falcon's layer reads (Gao et al. 2025, arXiv 2412.12639): a recurrence over embeddings and
-features, and of a block also its newest row.
+"""Inputs of Falcon's layer (Gao et al. 2025, arXiv 2412.12639): a recurrence over embeddings and
+features, and within a block the newest row.
 
 Shape legend: B sequences, N rows of one call, K rows of a block, L memories, H hidden size, X = 2H.
 """
@@ -18,14 +18,15 @@ from modules.target.kernels.cpu_kernels import narrow_linear
 
 RECURRENT_LAYERS = 2
 FEW_ROWS = 16
-"""Decoding on a CPU takes up to so many one by one: the library's LSTM lays its weights out anew
-for every call.
+"""Up to so many rows are computed step by step when decoding on a CPU: the library's LSTM copies
+its weights into another layout in every call.
 """
 
 
 class LibraryLSTM(nn.LSTM):
-    """The library's LSTM, of which several sequences are read inside one call, for the sake of ZeRO
-    stage 3 (`modules.losses.chunked.LearntHead`)."""
+    """The library's LSTM, which may run several groups of sequences inside one module call, as
+    ZeRO stage 3 requires (`modules.losses.chunked.LearntHead`).
+    """
 
     def forward(
         self,
@@ -33,19 +34,19 @@ class LibraryLSTM(nn.LSTM):
         hx: Any = None,
         parts: Callable[[Callable[..., Any], Tensor], Any] | None = None,
     ) -> Any:
-        """The library's outputs and memory, or what `parts` makes of it and the inputs."""
+        """The library's outputs and memory, or the result of `parts(lstm, input)`."""
         return super().forward(input, hx) if parts is None else parts(super().forward, input)
 
 
 class Recurrence(nn.Module):
-    """An LSTM over embedding and feature side by side, whose memory is one tensor: hidden states,
+    """An LSTM over concatenated embedding and feature, whose memory is one tensor: hidden states,
     then cells.
 
     Args:
         size: H.
         dropout: between its layers, in training.
-        unit_scale: read each half at a root mean square of 1: a model's features may be fifty times
-            its embedding's size, and would close all gates.
+        unit_scale: scale each half to a root mean square of 1. A model's features may be fifty
+            times the size of its embeddings, and would saturate all gates.
     """
 
     def __init__(self, size: int, dropout: float, unit_scale: bool) -> None:
@@ -56,11 +57,12 @@ class Recurrence(nn.Module):
     def forward(
         self, inputs_BNX: Tensor, memory_BLH: Tensor, counts_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] behind the first `counts_B` rows of each (all
+        """[B,N,2H] -> [B,N,H], and the memory [B,L,H] after the first `counts_B` rows of each (all
         by default).
         """
         hidden, cell = memory_BLH.transpose(0, 1).contiguous().chunk(2)
         inputs_BNX = self._scaled(inputs_BNX)
+        # Few rows without gradient on a CPU, whole sequences, or padded ones.
         alone = not (self.training or torch.is_grad_enabled()) and inputs_BNX.device.type == "cpu"
         if alone and inputs_BNX.shape[1] <= FEW_ROWS:
             with torch.autocast(inputs_BNX.device.type, enabled=False):
@@ -77,7 +79,7 @@ class Recurrence(nn.Module):
         return out, torch.cat(memory).transpose(0, 1)
 
     def over(self, inputs_PX: Tensor, groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The outputs of whole documents, the memory blank before each, from flat inputs [P,2H].
+        """Outputs of whole documents from flat inputs [P,2H]; the memory is blank before each.
 
         The library's LSTM over whole sequences is four times as fast on a CPU as over packed ones
         (forward and back, four documents of 170 to 400 tokens), and faster in float32 than under
@@ -85,7 +87,7 @@ class Recurrence(nn.Module):
 
         Args:
             inputs_PX: of all rows.
-            groups: flat positions [S,L] of documents that are read side by side, and which of them
+            groups: flat positions [S,L] of documents that are read in parallel, and which of them
                 are inside (bool).
 
         Returns:
@@ -99,7 +101,7 @@ class Recurrence(nn.Module):
             return self.lstm(self._scaled(inputs_PX), parts=read)
 
     def _scaled(self, inputs_NX: Tensor) -> Tensor:
-        """Each half at a root mean square of 1, where that is wanted."""
+        """Each half scaled to a root mean square of 1, if `unit_scale`."""
         if not self.unit_scale:
             return inputs_NX
         halves_N2H = inputs_NX.unflatten(-1, (2, -1))
@@ -108,17 +110,14 @@ class Recurrence(nn.Module):
     def _few(
         self, inputs_BNX: Tensor, hidden_LBH: Tensor, cell_LBH: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same of few rows on a CPU, without a gradient."""
+        """`forward` for few rows on a CPU, without a gradient, step by step."""
         rows, memory, sequences_B = inputs_BNX, [], torch.arange(len(inputs_BNX))
         for weights, hidden, cell in zip(self.lstm.all_weights, hidden_LBH, cell_LBH, strict=True):
+            # The input's share of the gates for all rows at once, then the recurrence row by row.
             of_input, of_hidden, bias, further = weights
-            given_BNG, hidden_BH, cell_BH, seen = (
-                narrow_linear(rows, of_input, bias + further),
-                hidden,
-                cell,
-                [],
-            )
-            for row_BG in given_BNG.unbind(1):
+            gates_BNG = narrow_linear(rows, of_input, bias + further)
+            hidden_BH, cell_BH, seen = hidden, cell, []
+            for row_BG in gates_BNG.unbind(1):
                 enter, forget, new, leave = (row_BG + narrow_linear(hidden_BH, of_hidden)).chunk(
                     4, -1
                 )
@@ -127,16 +126,16 @@ class Recurrence(nn.Module):
                 seen.append(torch.cat([hidden_BH, cell_BH], dim=-1))
             both = torch.stack(seen, dim=1)
             rows = both.chunk(2, -1)[0]
-            behind = both[:, -1] if counts_B is None else both[sequences_B, counts_B - 1]
-            memory.append(behind.chunk(2, -1))
+            after = both[:, -1] if counts_B is None else both[sequences_B, counts_B - 1]
+            memory.append(after.chunk(2, -1))
         return rows, torch.stack([part[index] for index in (0, 1) for part in memory], dim=1)
 
 
 class NewestRow(nn.Module):
-    """Earlier rows of a block start from its newest one: z_j + M_j (z_K - z_j), M_j = 1 at first.
+    """Earlier rows of a block start from the newest: z_j + M_j (z_K - z_j), M_j = 1 initially.
 
-    What comes next depends most on the newest row, which the others otherwise know through
-    attention alone.
+    The next tokens depend most on the newest row, which the other rows would otherwise read through
+    attention only.
 
     Args:
         block: K.
@@ -146,14 +145,17 @@ class NewestRow(nn.Module):
     def __init__(self, block: int, size: int) -> None:
         super().__init__()
         maps = [nn.Linear(size, size, bias=False) for _ in range(block - 1)]
-        for one in maps:
-            nn.init.eye_(one.weight)
+        for linear in maps:
+            nn.init.eye_(linear.weight)
         self.maps = nn.ModuleList(maps)
 
     def forward(self, block_NKH: Tensor) -> Tensor:
-        """[...,K,H] -> [...,K,H]."""
+        """Block inputs [...,K,H] -> [...,K,H]; the newest row stays as it is."""
         *early, last = block_NKH.unbind(-2)
         return torch.stack(
-            [*(row + one(last - row) for row, one in zip(early, self.maps, strict=True)), last],
+            [
+                *(row + linear(last - row) for row, linear in zip(early, self.maps, strict=True)),
+                last,
+            ],
             dim=-2,
         )

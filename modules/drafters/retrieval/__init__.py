@@ -1,1 +1,1 @@
-"""Drafting without training: from the text itself, or from what the target predicted before."""
+"""Drafting without training, from the text itself or from the target's earlier predictions."""

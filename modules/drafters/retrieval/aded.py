@@ -1,4 +1,4 @@
-"""ADED: a table of tri-grams that adapts to the text, searched by simulations (Liu et al. 2024,
+"""ADED: a tri-gram table that adapts to the text, searched by simulations (Liu et al. 2024,
 arXiv 2407.12021).
 
 Shape legend: B sequences.
@@ -22,17 +22,17 @@ from modules.trees.trie import END, Trie, batch_of_trees
 
 BONUS, CAP, WINDOW = 0.04, 3.0, 16
 KEPT = 12
-"""Successors of a pair that are kept of a corpus."""
+"""Most likely successors of each pair that a table of a corpus holds."""
 EXPLORATION, EXPLORATION_GROWTH = 32.0, 8.0
 ENTRIES, PATHS = 4, 24
-"""Words of a simulated sequence, the newest included; paths kept of a search."""
+"""Words of a simulated sequence, the newest included; paths returned by a search."""
 Pair = tuple[int, int]
 Successors = dict[int, float]
 
 
 class Trigrams:
-    """Distribution of the third token of a tri-gram given two, from a corpus: the best `KEPT`
-    successors of every pair.
+    """Distribution of a tri-gram's third token given the first two, from a corpus: the `KEPT` most
+    likely successors of every pair.
     """
 
     def __init__(self, tokens_M: Array | None = None) -> None:
@@ -41,17 +41,18 @@ class Trigrams:
         )
 
     def successors(self, pair: Pair) -> Successors:
-        """Third tokens and their conditional probabilities, the likeliest first."""
+        """Third tokens and their conditional probabilities, in descending order."""
         key = (pair[0] << 32) + pair[1]
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key:
             return {}
-        own = slice(self.starts[place], self.starts[place + 1])
-        return dict(zip(self.words[own].tolist(), self.probs[own].tolist(), strict=True))
+        rows = slice(self.starts[place], self.starts[place + 1])
+        return dict(zip(self.words[rows].tolist(), self.probs[rows].tolist(), strict=True))
 
 
 def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sorted keys, where each key's rows begin, third tokens, probabilities."""
+    """Sorted keys, the first row of each key, third tokens and their probabilities."""
+    # 1. Count tri-grams that lie within one document; a key holds the first two tokens.
     wide = tokens_M.astype(np.int64)
     triples = (
         np.stack([wide[:-2], wide[1:-1], wide[2:]], axis=1)
@@ -65,30 +66,31 @@ def _table(tokens_M: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
         if len(of)
         else np.zeros(0)
     )
+    # 2. Order each key's rows by probability and cut them.
     order = np.lexsort((-distributions, of))
     of, words, distributions = of[order], triples[order, 2], distributions[order]
     place = np.arange(len(of)) - np.searchsorted(of, of)
-    kept = place < KEPT
-    starts = np.searchsorted(of[kept], np.arange(len(keys) + 1))
-    return keys, starts, words[kept].astype(np.int32), distributions[kept].astype(np.float32)
+    best = place < KEPT
+    starts = np.searchsorted(of[best], np.arange(len(keys) + 1))
+    return keys, starts, words[best].astype(np.int32), distributions[best].astype(np.float32)
 
 
 class Adaptive:
-    """The table as one text has changed it: only the pairs that occurred in it or were looked up
-    are copied.
+    """A table adapted to one text. Only pairs that occurred in the text or were looked up are
+    copied from the corpus.
     """
 
     def __init__(self, corpus: Trigrams) -> None:
-        self._corpus, self._own = corpus, dict[Pair, Successors]()
+        self._corpus, self._copied = corpus, dict[Pair, Successors]()
 
     def successors(self, pair: Pair) -> Successors:
-        """Third tokens and scores: relative weights, at most `CAP`."""
-        if pair not in self._own:
-            self._own[pair] = self._corpus.successors(pair)
-        return self._own[pair]
+        """Third tokens and scores: relative weights of at most `CAP`."""
+        if pair not in self._copied:
+            self._copied[pair] = self._corpus.successors(pair)
+        return self._copied[pair]
 
     def reward(self, text: list[int]) -> None:
-        """Raise every tri-gram of the last `WINDOW` tokens by `BONUS`."""
+        """Raise the score of every tri-gram of the last `WINDOW` tokens by `BONUS`."""
         window = text[-WINDOW:]
         for first, second, third in zip(window, window[1:], window[2:]):
             scores = self.successors((first, second))
@@ -110,7 +112,7 @@ class _Node:
 
 
 def exploration(visits: int) -> float:
-    """The weight of the prior at a parent of so many visits."""
+    """The weight of the prior at a parent with so many visits."""
     return EXPLORATION + math.log((visits + EXPLORATION_GROWTH + 1) / EXPLORATION_GROWTH)
 
 
@@ -118,7 +120,9 @@ class Search:
     """Simulations over a table from the last two tokens.
 
     Args:
-        table: the tri-grams. before, newest: the last two tokens. draw: decides the roll-outs.
+        table: the tri-grams.
+        before, newest: the last two tokens.
+        draw: random numbers of the roll-outs.
     """
 
     def __init__(self, table: Adaptive, before: int, newest: int, draw: random.Random) -> None:
@@ -126,7 +130,7 @@ class Search:
         self.root = _Node(newest, 1.0, None)
 
     def run(self, simulations: int) -> None:
-        """Select, expand, roll out, score, back up, so many times."""
+        """Run simulations: select, expand, roll out, score and back up."""
         for _ in range(simulations):
             node = self._select()
             score = self._score(node)
@@ -143,8 +147,8 @@ class Search:
         node = self.root
         while len(node.words) < ENTRIES:
             if node.children is None:
-                found = self.table.successors(self._pair(node))
-                node.children = [_Node(word, prior, node) for word, prior in found.items()]
+                scores = self.table.successors(self._pair(node))
+                node.children = [_Node(word, prior, node) for word, prior in scores.items()]
                 return node.children[-1] if node.children else node
             if not node.children:
                 return node
@@ -156,16 +160,17 @@ class Search:
         while reached.parent is not None:
             total, reached = total + reached.prior, reached.parent
         for _ in range(ENTRIES - len(node.words)):
-            found = self.table.successors(pair)
-            if not found:
+            scores = self.table.successors(pair)
+            if not scores:
                 break
-            word = self.draw.choices(list(found), list(found.values()))[0]
-            total, pair = total + found[word], (pair[1], word)
+            word = self.draw.choices(list(scores), list(scores.values()))[0]
+            total, pair = total + scores[word], (pair[1], word)
         return total
 
     def paths(self) -> list[list[int]]:
-        """The `PATHS` most visited sequences, each with its last pair's best successor behind it,
-        the newest token left out."""
+        """The `PATHS` most visited sequences without the newest token, each extended by the best
+        successor of its last pair.
+        """
         nodes = [self.root]
         for node in nodes:
             nodes.extend(node.children or ())
@@ -177,12 +182,12 @@ class Search:
         ]
 
     def _best_successor(self, node: _Node) -> list[int]:
-        found = self.table.successors(self._pair(node))
-        return [max(found, key=found.__getitem__)] if found else []
+        scores = self.table.successors(self._pair(node))
+        return [max(scores, key=scores.__getitem__)] if scores else []
 
 
 def _best_child(node: _Node) -> _Node:
-    """The child of highest PUCT, the first of equals; one never tried goes before all others."""
+    """The child of highest PUCT score, the first of equals; unvisited children come first."""
     weight, best, highest = exploration(node.visits) * math.sqrt(node.visits), node, -math.inf
     for child in node.children or ():
         if not child.visits:
@@ -194,42 +199,43 @@ def _best_child(node: _Node) -> _Node:
 
 
 def best_first(table: Adaptive, before: int, newest: int, budget: int) -> list[list[int]]:
-    """The `budget` sequences of highest product of normalised scores: the baseline of the
+    """The `budget` sequences with the highest product of normalised scores: the baseline of the
     search.
     """
-    found: list[list[int]] = []
+    paths: list[list[int]] = []
     open_paths: list[tuple[float, list[int]]] = [(1.0, [before, newest])]
-    while open_paths and len(found) < budget:
+    # The most probable open path is closed next; its extensions become open.
+    while open_paths and len(paths) < budget:
         weight, path = open_paths.pop(max(range(len(open_paths)), key=lambda i: open_paths[i][0]))
         if len(path) > 2:
-            found.append(path[2:])
+            paths.append(path[2:])
         scores = table.successors((path[-2], path[-1])) if len(path) < 2 + ENTRIES else {}
         total = sum(scores.values())
         open_paths += [(weight * score / total, [*path, word]) for word, score in scores.items()]
-    return found
+    return paths
 
 
 @dataclass
 class AdedState(TextState):
-    """The adapted tables and the random numbers of each sequence."""
+    """The adapted table and the random numbers of each sequence."""
 
     tables: PerSequence[Adaptive]
     draws: PerSequence[random.Random]
 
 
 class Aded(TextDrafter):
-    """Searches an adaptive table of tri-grams for continuations that are worth trying.
+    """Searches an adaptive table of tri-grams for likely continuations.
 
-    Where the release differs: its table goes on from text to text, here every text begins with the
-    corpus's; it drops whole paths, the longest first, until their tokens fit, here the most visited
-    paths are merged until the nodes do (replaying 49 held-out answers of the embedded target: 1.70
-    tokens per call with 7 nodes, instead of 1.50).
+    Differences from the release: its table carries over from text to text, here every text begins
+    with the corpus's; it drops whole paths, the longest first, until their tokens fit the budget,
+    here the most visited paths are merged until the nodes fit (replaying 49 held-out answers of the
+    embedded target: 1.70 tokens per call with 7 nodes, instead of 1.50).
 
     Args:
         shape: the target's dimensions.
         datastore: folder that `python -m data.datastore` wrote; None begins with an empty table.
-        simulations: of the search (the release: 150); 0 takes the likeliest paths of the table
-            instead (on the same answers 1.73).
+        simulations: number of simulations of the search (the release: 150); 0 takes the most
+            probable paths of the table instead (1.73 on the same answers).
         adapt: whether the text changes the table.
         tokens: nodes drafted, unless a method's budget says otherwise (the release: 64).
     """
@@ -252,11 +258,11 @@ class Aded(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     def start(self, context: Context) -> AdedState:
-        """A table per sequence, which has seen the end of the prompt."""
+        """A table per sequence, rewarded by the end of the prompt."""
         state = super().start(context)
         tables = PerSequence(Adaptive(self.corpus) for _ in state.newest_B)
         draws = PerSequence(random.Random(context.sampling.seed) for _ in state.newest_B)
@@ -265,7 +271,7 @@ class Aded(TextDrafter):
         return began
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> AdedState:
-        """Reward what was emitted."""
+        """Reward the tri-grams of the emitted tokens."""
         assert isinstance(state, AdedState)
         went_on = super().absorb(state, verified, accepted)
         assert isinstance(went_on, AdedState)
@@ -278,7 +284,7 @@ class Aded(TextDrafter):
                 table.reward(text)
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The most visited paths as a trie of at most `budget` nodes, a path's beginning first."""
+        """The most visited paths, merged into a trie of at most `budget` nodes."""
         assert isinstance(state, AdedState)
         tries = []
         for table, draw, text in zip(state.tables, state.draws, state.texts(), strict=True):

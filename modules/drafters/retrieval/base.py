@@ -1,4 +1,4 @@
-"""What drafters that look into the text share: the tokens so far, of every sequence.
+"""What drafters that search the text share: the tokens of every sequence so far.
 
 Shape legend: B sequences, T prompt tokens, L capacity, A accepted rows, K drafted tokens.
 """
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class PerSequence(list[Item]):
-    """One object per sequence, which leaves the batch with its sequence."""
+    """A list with one object per sequence, selected together with the sequences of a batch."""
 
     def select(self, sequences_S: Tensor) -> PerSequence[Item]:
         """The objects of these sequences alone."""
@@ -34,7 +34,9 @@ class PerSequence(list[Item]):
 
 @dataclass
 class TextState(DraftState):
-    """text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token, void behind
+    """State of a text drafter.
+
+    text_BL: int64 [B,L], prompt and answer of each sequence up to the newest token; undefined after
     it.
     """
 
@@ -54,11 +56,11 @@ class TextState(DraftState):
 
 
 class TextDrafter(Drafter):
-    """Base of the drafters without parameters that read the text. Their trees are chosen by value:
-    point masses.
+    """Base of the drafters without parameters that read the text. Their tokens are chosen by value,
+    as point masses.
 
     Args:
-        shape: the target's dimensions (nothing of it is needed but by those that say so).
+        shape: the target's dimensions (most text drafters read nothing of it).
     """
 
     names_places = ("datastore",)
@@ -68,42 +70,43 @@ class TextDrafter(Drafter):
         self.shape = shape
 
     def compatibility(self, target: Target) -> str | None:
-        """It serves every target."""
+        """None: it serves every target."""
         return None
 
     def parts(self) -> Mapping[str, Part]:
-        """The datastore that it was given."""
+        """Its datastore, if it has one."""
         folder = self.arguments.get("datastore")
         return {} if folder is None else {"datastore": Path(folder)}
 
     @property
     def sibling_draw(self) -> SiblingDraw:
-        """Chosen by value."""
+        """Siblings are chosen by value, never drawn."""
         return SiblingDraw.BY_VALUE
 
     def loss(self, batch: object, target: Target, progress: float) -> Losses:
-        """There is nothing to train."""
+        """Raises ValueError: there is nothing to train."""
         raise ValueError(
             f"{type(self).__name__} has no parameters to train: name it in an evaluation's methods"
         )
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """None: the tokens are enough."""
+        """No states: it reads tokens only."""
         return ()
 
     def start(self, context: Context) -> TextState:
-        """The prompt and the first token."""
+        """State with the prompt and the first token."""
         text = F.pad(context.input_ids_BT, (0, 64))
         text = text.scatter(1, context.lengths_B[:, None], context.newest_B[:, None])
         return TextState(context, context.newest_B, context.lengths_B, text)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> TextState:
-        """The text with what was emitted behind it."""
+        """State with the emitted tokens appended to the text."""
         assert isinstance(state, TextState)
         emitted = accepted.emitted(verified.tree)
         width, needed = emitted.shape[1], int(state.counts_B.max()) + emitted.shape[1]
         text = state.text_BL
+        # Capacity grows by half, so that appending is amortised.
         if needed > text.shape[1]:
             text = F.pad(text, (0, needed + text.shape[1] // 2 - text.shape[1]))
         place = state.counts_B[:, None] + torch.arange(width, device=text.device)
@@ -116,10 +119,10 @@ class TextDrafter(Drafter):
 
 
 def chains(newest_B: Tensor, drafts: list[Tensor]) -> TokenTree:
-    """A chain under each newest token: drafts int64 [K_b] per sequence, padded to the longest."""
+    """A chain after each newest token: drafts int64 [K_b] per sequence, padded to the longest."""
     longest = max(len(draft) for draft in drafts)
     tokens = torch.stack([F.pad(draft, (0, longest - len(draft))) for draft in drafts])
     tokens = torch.cat([newest_B[:, None], tokens], dim=1)
-    own = torch.arange(longest + 1, device=tokens.device)
+    places = torch.arange(longest + 1, device=tokens.device)
     counts = torch.tensor([len(draft) for draft in drafts], device=tokens.device)
-    return TokenTree(tokens, Topology(torch.where(own <= counts[:, None], own - 1, own)))
+    return TokenTree(tokens, Topology(torch.where(places <= counts[:, None], places - 1, places)))

@@ -1,5 +1,5 @@
-"""Lookahead decoding: n-grams from parallel Jacobi iterations, drafted when their first token comes
-(Fu et al. 2024, arXiv 2402.02057).
+"""Lookahead decoding: n-grams from parallel Jacobi iterations, drafted when their first token
+occurs (Fu et al. 2024, arXiv 2402.02057).
 
 Shape legend: B sequences, N nodes, W columns of the window, L its levels (n-gram size less one).
 """
@@ -26,19 +26,19 @@ class Pool:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._known: dict[int, OrderedDict[tuple[int, ...], None]] = {}
+        self._ngrams: dict[int, OrderedDict[tuple[int, ...], None]] = {}
 
     def add(self, ngram: Sequence[int]) -> None:
-        """Remember an n-gram; one that is known becomes the latest."""
-        own = self._known.setdefault(ngram[0], OrderedDict())
-        own[tuple(ngram[1:])] = None
-        own.move_to_end(tuple(ngram[1:]))
-        if len(own) > self.most:
-            own.popitem(last=False)
+        """Add an n-gram, or move a present one to the end as the latest."""
+        endings = self._ngrams.setdefault(ngram[0], OrderedDict())
+        endings[tuple(ngram[1:])] = None
+        endings.move_to_end(tuple(ngram[1:]))
+        if len(endings) > self.most:
+            endings.popitem(last=False)
 
-    def behind(self, token: int) -> list[tuple[int, ...]]:
-        """What may follow a token, the latest first."""
-        return list(reversed(self._known.get(token, {})))
+    def continuations(self, token: int) -> list[tuple[int, ...]]:
+        """Endings of the n-grams that begin with a token, the latest first."""
+        return list(reversed(self._ngrams.get(token, {})))
 
 
 @dataclass
@@ -50,18 +50,20 @@ class LookaheadState(TextState):
 
 
 class Lookahead(TextDrafter):
-    """Every call also runs a window of guesses, whose rows only compute: column i of level l is a
-    guess of the token l + i + 1 places on and sees level 0 up to its column and its own column.
-    What the last level predicts completes an n-gram per column; n-grams that begin with the newest
-    token are drafted.
+    """Every call also runs a window of guesses, whose rows are never accepted: column i of level l
+    guesses the token l + i + 1 positions ahead. It sees level 0 up to its column, and its own
+    column. The predictions of the last level complete one n-gram per column; n-grams that begin
+    with the newest token are drafted.
 
-    The released code by default moves the window by one place per call however many tokens were
-    accepted; here it moves by as many, and repeats its last column where nothing is known yet.
-    N-grams of the text go into the pool as well, which the release makes optional.
+    By default the release moves the window by one position per call, however many tokens were
+    accepted. Here it moves by the accepted number, and repeats its last column at new positions.
+    N-grams of the text also enter the pool, which is an option in the release.
 
     Args:
         shape: the target's dimensions.
-        ngram: tokens of an n-gram. window: columns. guesses: n-grams kept per token.
+        ngram: tokens of an n-gram.
+        window: columns of the window.
+        guesses: n-grams stored per first token.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Lookahead(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """The window's rows and every guess."""
+        """The window's rows and all guesses of a token."""
         return (self.ngram - 1) * (self.window + self.guesses)
 
     @property
@@ -102,7 +104,7 @@ class Lookahead(TextDrafter):
             pool.add(text[begin : begin + self.ngram])
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The window's rows behind the newest token, then the n-grams known to follow it."""
+        """The window's rows after the newest token, then the n-grams that begin with it."""
         assert isinstance(state, LookaheadState)
         cells = (self.ngram - 1) * self.window
         if budget <= cells:
@@ -113,43 +115,50 @@ class Lookahead(TextDrafter):
         tries = []
         for pool, newest in zip(state.pools, state.newest_B.tolist(), strict=True):
             trie = Trie(newest)
-            for guess in pool.behind(newest):
+            for guess in pool.continuations(newest):
                 trie.fuse(guess, budget - cells + 1)
             tries.append(trie)
         return self._with_window(state.window_BLW, batch_of_trees(tries, state.newest_B.device))
 
     def _with_window(self, window_BLW: Tensor, guesses: TokenTree) -> TokenTree:
+        """Insert the window's rows between the root and the guesses."""
         batch, device = len(window_BLW), window_BLW.device
         cells = window_BLW[0].numel()
         row = torch.arange(1, cells + 1, device=device)
+        # Level 0 is a chain; each row of a later level hangs below the row above it.
         above = torch.where(row > self.window, row - self.window, row - 1)
+        # Guesses come after the window, so their parents move by its size.
         drafted = guesses.parents_BN[:, 1:]
         drafted = torch.where(drafted > 0, drafted + cells, 0)
         parents = torch.cat([guesses.parents_BN[:, :1], above.expand(batch, -1), drafted], dim=1)
         tokens = torch.cat(
             [guesses.tokens_BN[:, :1], window_BLW.flatten(1), guesses.tokens_BN[:, 1:]], dim=1
         )
+        # Rows of the window are verified, but can never be accepted.
         candidate = torch.ones_like(tokens, dtype=torch.bool)
         candidate[:, 1 : cells + 1] = False
         return TokenTree(tokens, Topology(parents), candidate)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> LookaheadState:
-        """Complete the window's n-grams, drop its oldest level and shift it by what was
-        accepted.
+        """Complete the window's n-grams, drop its oldest level and shift it by the accepted
+        tokens.
         """
         assert isinstance(state, LookaheadState)
+        # 1. Predictions of the last level are a new level.
         began = (state.counts_B - self.ngram + 1).clamp(min=0).tolist()
         cells = state.window_BLW[0].numel()
         newest_BW = verified.logits_BNV[:, cells - self.window + 1 : cells + 1].argmax(-1)
         grown = torch.cat([state.window_BLW, newest_BW[:, None]], dim=1)
         went_on = super().absorb(state, verified, accepted)
         assert isinstance(went_on, LookaheadState)
+        # 2. Every column is an n-gram now; so are the last tokens of the text.
         for pool, ngrams, text, begin in zip(
             state.pools, grown.mT.tolist(), went_on.texts(), began, strict=True
         ):
             for ngram in ngrams:
                 pool.add(ngram)
             self._remember(pool, text[begin:])
+        # 3. Shift the columns; the last one is repeated.
         columns = torch.arange(self.window, device=grown.device) + accepted.lengths_B[:, None] - 1
         columns = columns.clamp(max=self.window - 1)[:, None].expand(-1, self.ngram - 1, -1)
         went_on.window_BLW = grown[:, 1:].gather(2, columns)

@@ -1,4 +1,4 @@
-"""What drafters share that read the text and may have another drafter beside them.
+"""What text drafters with an optional partner share: another drafter whose drafts they combine.
 
 Shape legend: B sequences.
 """
@@ -25,21 +25,21 @@ from modules.trees.trie import Trie
 
 @dataclass
 class PartneredState(TextState):
-    """The partner's own state; None without a partner."""
+    """State of a text drafter and of its partner; None without a partner."""
 
     partner: DraftState | None
 
 
 class Partnered(TextDrafter):
-    """Base of the text drafters that may have a partner, whose trees are point masses as well.
+    """Base of the text drafters with an optional partner, whose nodes are point masses too.
 
     Args:
         shape: the target's dimensions.
-        partner: the drafter beside this one, or None.
-        builder: grows the partner's trees in place of its own builder.
+        partner: another drafter, or None.
+        builder: builds the partner's trees in place of its own builder.
 
     Raises:
-        ValueError: a partner or a builder whose trees cannot stand beside text.
+        ValueError: a partner or a builder whose trees cannot be combined with retrieved text.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class Partnered(TextDrafter):
 
     def parts(self) -> Mapping[str, Part]:
         """The partner, and its own datastore."""
-        beside = {} if self.partner is None else {"partner": self.partner}
-        return {**beside, **super().parts()}
+        partners: dict[str, Part] = {} if self.partner is None else {"partner": self.partner}
+        return {**partners, **super().parts()}
 
     @property
     def learns(self) -> bool:
-        """As its partner does."""
+        """Whether its partner changes while decoding."""
         return self.partner is not None and self.partner.learns
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """The partner's."""
+        """The states that the partner reads; none without a partner."""
         return () if self.partner is None else self.partner.decoding_states
 
     def start(self, context: Context) -> PartneredState:
-        """The text, and the partner's start."""
+        """State with the text and the partner's start."""
         partner = None if self.partner is None else self.partner.start(context)
         return PartneredState(**vars(super().start(context)), partner=partner)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> PartneredState:
-        """Text and partner learn what was emitted, whoever drafted it."""
+        """Append emitted tokens to the text and pass them to the partner, whoever drafted them."""
         assert isinstance(state, PartneredState)
         went_on = super().absorb(state, verified, accepted)
         assert isinstance(went_on, PartneredState)
@@ -81,8 +81,9 @@ class Partnered(TextDrafter):
 
 
 def _check_partner(name: str, partner: Drafter, builder: TreeBuilder | None) -> None:
-    """Refuse, by name, trees that are not chosen by value, deeper than the partner drafts, or not
-    of candidates alone: beside text, every node is a point mass."""
+    """Raise ValueError for trees that are drawn, deeper than the partner drafts, or with rows that
+    are not candidates: combined with text, every node is a point mass.
+    """
     draw = partner.sibling_draw if builder is None else builder.sibling_draw
     if draw is not SiblingDraw.BY_VALUE:
         kind = type(partner if builder is None else builder).__name__
@@ -101,7 +102,7 @@ def _check_partner(name: str, partner: Drafter, builder: TreeBuilder | None) -> 
 
 
 def as_trie(tree: TokenTree, sequence: int) -> Trie:
-    """One sequence's drafted candidates; siblings of equal token become one node."""
+    """One sequence's drafted candidates; siblings with the same token become one node."""
     assert tree.candidate_BN is None, "a partner's tree consists of candidates: `_check_partner`"
     tokens, parents = tree.tokens_BN[sequence].tolist(), tree.parents_BN[sequence].tolist()
     trie, places = Trie(tokens[0]), {0: 0}

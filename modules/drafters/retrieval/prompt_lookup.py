@@ -1,4 +1,4 @@
-"""Prompt lookup: draft what followed the last n tokens where they stood before (Saxena 2023).
+"""Prompt lookup: draft the tokens that followed an earlier occurrence of the last n (Saxena 2023).
 
 Shape legend: B sequences, L tokens of a text, K drafted tokens.
 """
@@ -15,14 +15,15 @@ from modules.drafters.retrieval.base import TextDrafter, TextState, chains
 
 
 class PromptLookup(TextDrafter):
-    """The longest n-gram at the end of the text that occurs before it, of several places the latest
-    that a whole draft follows, or else the one that most follows; nothing where it never occurred.
-    (Saxena's code takes the first place that a whole draft follows.)
+    """Looks up the longest n-gram at the end of the text that also occurs earlier. Of several
+    occurrences it takes the latest that a whole draft follows, otherwise the one that most tokens
+    follow. It drafts nothing where there is none. (Saxena's code takes the first occurrence that a
+    whole draft follows.)
 
     Args:
         shape: the target's dimensions.
-        longest: n to begin with. shortest: n to end with.
-        tokens: drafted at most, unless a method's budget says otherwise.
+        longest, shortest: largest and smallest n.
+        tokens: at most so many are drafted, unless a method's budget says otherwise.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class PromptLookup(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
@@ -49,14 +50,14 @@ class PromptLookup(TextDrafter):
         return chains(state.newest_B, [self.lookup(text, budget) for text in texts])
 
     def lookup(self, text_L: Tensor, count: int) -> Tensor:
-        """Up to `count` tokens that followed the text's last n-gram where it occurred before; empty
-        if it never did.
+        """Up to `count` tokens that followed an earlier occurrence of the text's last n-gram; empty
+        if there is none.
         """
         for size in range(min(self.longest, len(text_L) - 1), self.shortest - 1, -1):
             windows = text_L[:-1].unfold(0, size, 1)
-            found = (windows == text_L[-size:]).all(1).nonzero()
-            if len(found):
-                begins = found[:, 0] + size
+            occurrences = (windows == text_L[-size:]).all(1).nonzero()
+            if len(occurrences):
+                begins = occurrences[:, 0] + size
                 whole = begins[begins + count <= len(text_L)]
                 begin = int(whole[-1]) if len(whole) else int(begins[0])
                 return text_L[begin : begin + count]

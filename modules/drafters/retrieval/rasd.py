@@ -1,5 +1,5 @@
-"""RASD: what is retrieved, pruned by what a drafter finds plausible, fused with the drafter's tree
-(Quan et al. 2025, arXiv 2503.03434).
+"""RASD: retrieved continuations, pruned by a drafter's distributions and fused with its tree (Quan
+et al. 2025, arXiv 2503.03434).
 
 Shape legend: B sequences, W frontier rows, V target vocabulary, D draft vocabulary, T tokens of a
 text, C continuations, L tokens of one.
@@ -25,18 +25,18 @@ from modules.trees.candidates import log_probs
 from modules.trees.trie import END, Trie, batch_of_trees, frequent_prefixes
 
 EXAMINED = 8
-"""Retrieved prefixes that a drafter judges for every node of the budget: some are ruled out, others
-are in its tree already."""
+"""Retrieved prefixes examined per node of the budget: a drafter rules some out, and others are
+already in its tree."""
 Ranked = list[tuple[list[int], int]]
-"""Continuations and how often each occurred."""
+"""Continuations and their numbers of occurrences."""
 Columns = NDArray[np.int64]
 
 
 class RecordingDrafter:
-    """A drafter as a tree builder sees it, which keeps the distributions it is asked for.
+    """A drafter, as tree builders see it, that records the distributions it returns.
 
     Args:
-        drafter: who answers.
+        drafter: the drafter that is wrapped.
     """
 
     def __init__(self, drafter: Drafter) -> None:
@@ -47,11 +47,11 @@ class RecordingDrafter:
 
     @property
     def vocabulary_D(self) -> Tensor | None:
-        """The drafter's."""
+        """Target ids that the drafter can draft [D]; None: all."""
         return self._drafter.vocabulary_D
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """The drafter's logits, and a note of their distribution."""
+        """The drafter's logits [B,W,D]; their distribution is recorded."""
         logits_BWD = self._drafter.expand(state, frontier)
         self.tokens.append(frontier.tokens_BW)
         self.parents.append(frontier.parents_BW.expand_as(frontier.tokens_BW))
@@ -59,7 +59,7 @@ class RecordingDrafter:
         return logits_BWD
 
     def opinions(self, texts: list[list[int]], vocab_size: int) -> list[DraftDistributions]:
-        """What the drafter said about each sequence, whose text so far is given."""
+        """The recorded distributions of each sequence, given the texts so far."""
         columns_V = columns_of(self.vocabulary_D, vocab_size)
         shares = [share_outside(text, columns_V) for text in texts]
         if not self.distributions:
@@ -67,8 +67,10 @@ class RecordingDrafter:
         tokens, parents = torch.cat(self.tokens, 1).tolist(), torch.cat(self.parents, 1).tolist()
         probs_BWD = torch.cat(self.distributions, 1).cpu()
         return [
-            DraftDistributions(own, above, probs_WD, columns_V, share)
-            for own, above, probs_WD, share in zip(tokens, parents, probs_BWD, shares, strict=True)
+            DraftDistributions(words, above, probs_WD, columns_V, share)
+            for words, above, probs_WD, share in zip(
+                tokens, parents, probs_BWD, shares, strict=True
+            )
         ]
 
 
@@ -82,8 +84,9 @@ def columns_of(vocabulary_D: Tensor | None, vocab_size: int) -> Columns | None:
 
 
 def share_outside(text: list[int], columns_V: Columns | None) -> float:
-    """How probable it is that the next token is outside the draft vocabulary: the share of the text
-    that is, by the rule of succession (one of each kind added)."""
+    """Probability that the next token is outside the draft vocabulary: the share of such tokens in
+    the text, by the rule of succession (one of each kind added).
+    """
     if columns_V is None:
         return 0.0
     return (int((columns_V[text] < 0).sum()) + 1) / (len(text) + 2)
@@ -91,14 +94,13 @@ def share_outside(text: list[int], columns_V: Columns | None) -> float:
 
 @dataclass
 class DraftDistributions:
-    """A drafter's distributions [W,D] at the nodes that it expanded, whose tokens and parents' row
-    numbers are given.
+    """A drafter's distributions [W,D] at the W nodes that it expanded, with the tokens of these
+    nodes and the row numbers of their parents.
 
     columns_V: the column of every token in the distributions, -1 outside; None: all tokens, in
     order.
-    outside: the probability of all tokens outside together. A drafter with a trimmed vocabulary
-    says nothing of them: its distributions are those of tokens inside, and weigh 1 - `outside`
-    here.
+    outside: the total probability of tokens outside. A drafter with a trimmed vocabulary has no
+    estimate of them: its distributions cover the tokens inside, and are scaled by 1 - `outside`.
     """
 
     tokens: list[int]
@@ -108,7 +110,7 @@ class DraftDistributions:
     outside: float = 0.0
 
     def __post_init__(self) -> None:
-        """Index the rows by parent and token."""
+        """Index the rows by parent row and token."""
         self._rows = {
             (parent, token): row
             for row, (parent, token) in reversed(list(enumerate(zip(self.parents, self.tokens))))
@@ -118,50 +120,51 @@ class DraftDistributions:
         """The probability of the part of a path that the drafter has a distribution for; None when
         a token on it is neither among the `top` likeliest nor as likely as `least`.
 
-        A token outside the draft vocabulary ends that part with the probability `outside`: that
-        the next token is such a one is all that can be judged, and which one, retrieval says
-        (inferred; the paper is silent).
+        A token outside the draft vocabulary ends that part with the probability `outside`: the
+        drafter cannot distinguish such tokens (inferred; the paper does not cover them).
         """
         row: int | None = 0
-        found = 1.0
+        product = 1.0
+        # Follow the path through the expanded rows, as far as they reach.
         for token in path:
             if row is None or self.probs_WD is None:
                 break
             column = token if self.columns_V is None else int(self.columns_V[token])
             if column < 0:
-                return found * self.outside if self.outside >= least else None
+                return product * self.outside if self.outside >= least else None
             probs_D = self.probs_WD[row]
             probability = float(probs_D[column]) * (1 - self.outside)
             if probability < least and int((probs_D > probs_D[column]).sum()) >= top:
                 return None
-            found, row = found * probability, self._rows.get((row, token))
-        return found
+            product, row = product * probability, self._rows.get((row, token))
+        return product
 
 
 class Rasd(Partnered):
-    """Continuations of the text's end, from the text and perhaps a corpus, beside a drafter's tree.
-    Without a partner it is its retrieval half. All nodes are point masses: the target's draw does
-    not look at how they came about.
+    """Continuations of the end of the text, retrieved from the text and optionally a corpus, fused
+    with a drafter's tree. Without a partner only retrieval drafts. All nodes are point masses.
 
     Args:
         shape: the target's dimensions.
         partner: the drafter whose tree is fused; an evaluation names it as its methods name
-            drafters. One that makes its own trees, not by a builder, rules nothing out.
-        datastore: folder that `python -m data.datastore` wrote; None retrieves from the text alone.
-        longest: tokens of the suffix looked up in the text. length: of a continuation.
-        top, least: a retrieved token stays when the partner has it among the `top` likeliest or
-            finds it at least as likely as `least` (inferred, as is how a token outside its
-            vocabulary is judged).
-        retrieved: nodes of the budget that the partner leaves to retrieval.
+            drafters. A partner that builds its own trees without a builder prunes nothing.
+        datastore: folder that `python -m data.datastore` wrote; None retrieves from the text only.
+        longest: tokens of the suffix looked up in the text.
+        length: tokens of a continuation.
+        top, least: a retrieved token stays when it is among the partner's `top` most likely tokens
+            or has at least probability `least` (inferred, as is the treatment of tokens outside its
+            vocabulary).
+        retrieved: nodes of the budget that are reserved for retrieval.
         tokens: nodes drafted in all, unless a method's budget says otherwise (on GPUs about 90, of
             which 30 retrieved; inferred).
-        builder: grows the partner's tree in place of its own builder; an evaluation names it as its
-            methods do.
-        text_match: how many tokens of the text's end must occur before in the text, so that it is
-            asked instead of the corpus; at `longest` + 1 the corpus always goes first. Where one
-            has nothing, the other is asked. The paper has either alone. Replaying 146 held-out
-            answers of the embedded target, with its answers to other prompts as the corpus, gave
-            1.92, 1.91 and 1.86 tokens per call at 1, 2 and 3, and 1.70 with the corpus first.
+        builder: builds the partner's tree in place of its own builder; an evaluation names it as
+            its methods do.
+        text_match: tokens of the text's end that must occur earlier in the text for it to be used
+            before the corpus; at `longest` + 1 the corpus always comes first. Where the first
+            source has nothing, the other is used. The paper uses one of them only. Replaying 146
+            held-out answers of the embedded target, with its answers to other prompts as the
+            corpus, gave 1.92, 1.91 and 1.86 tokens per call at 1, 2 and 3, and 1.70 with the corpus
+            first.
 
     Raises:
         ValueError: a partner or a builder whose trees cannot be fused.
@@ -197,22 +200,23 @@ class Rasd(Partnered):
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """The partner's tree, then the retrieved paths that it does not rule out, the best
         first.
         """
+        # The partner drafts first and leaves `retrieved` nodes; its distributions then prune paths.
         assert isinstance(state, PartneredState)
-        drafted, heard = self._partners_tree(state, max(1, budget - self.retrieved))
+        drafted, recorder = self._partners_tree(state, max(1, budget - self.retrieved))
         tries, texts = [], state.texts()
-        opinions = None if heard is None else heard.opinions(texts, self.shape.vocab_size)
+        opinions = None if recorder is None else recorder.opinions(texts, self.shape.vocab_size)
         for sequence, text in enumerate(texts):
             trie = Trie(text[-1]) if drafted is None else as_trie(drafted, sequence)
             opinion = None if opinions is None else opinions[sequence]
-            found = self.retrieve(text, budget if opinion is None else EXAMINED * budget)
-            for path in prune(found, opinion, self.top, self.least):
+            ranked = self.retrieve(text, budget if opinion is None else EXAMINED * budget)
+            for path in prune(ranked, opinion, self.top, self.least):
                 trie.fuse(path, budget + 1)
             tries.append(trie)
         return batch_of_trees(tries, state.newest_B.device)
@@ -224,23 +228,25 @@ class Rasd(Partnered):
             return None, None
         if self.builds is None and type(self.partner).propose is not Drafter.propose:
             return self.partner.propose(state.partner, budget), None
-        heard, builder = RecordingDrafter(self.partner), self.builds or self.partner.builder
-        return builder.build(heard, state.partner, budget), heard  # type: ignore[arg-type]
+        recorder, builder = RecordingDrafter(self.partner), self.builds or self.partner.builder
+        return builder.build(recorder, state.partner, budget), recorder  # type: ignore[arg-type]
 
     def retrieve(self, text: list[int], most: int) -> Ranked:
-        """The commonest continuations in the text, or else in the corpus, or else in the text
-        behind less of its end than `text_match`."""
-        own = partial(matches, np.array(text), length=self.length)
+        """The most frequent continuations in the text, otherwise in the corpus, otherwise in the
+        text after a suffix shorter than `text_match`.
+        """
+        in_text = partial(matches, np.array(text), length=self.length)
         return (
-            frequent_prefixes(own(self.longest, self.text_match), most)
+            frequent_prefixes(in_text(self.longest, self.text_match), most)
             or (self.rest.retrieve(text, most) if self.rest is not None else [])
-            or frequent_prefixes(own(self.text_match - 1), most)
+            or frequent_prefixes(in_text(self.text_match - 1), most)
         )
 
 
 def matches(text_T: np.ndarray, longest: int, shortest: int = 1, *, length: int) -> np.ndarray:
-    """What followed every earlier occurrence of the longest suffix that has one, of `longest` to
-    `shortest` tokens: int64 [C,L], `END` behind the text."""
+    """Tokens after every earlier occurrence of the longest suffix that has one, of `longest` to
+    `shortest` tokens: int64 [C,L], filled with `END` after the text.
+    """
     for size in range(min(longest, len(text_T) - 1), shortest - 1, -1):
         windows = np.lib.stride_tricks.sliding_window_view(text_T[:-1], size)
         begins = np.flatnonzero((windows == text_T[-size:]).all(1)) + size
@@ -251,19 +257,19 @@ def matches(text_T: np.ndarray, longest: int, shortest: int = 1, *, length: int)
 
 
 def prune(
-    found: Ranked, opinion: DraftDistributions | None, top: int, least: float
+    ranked: Ranked, opinion: DraftDistributions | None, top: int, least: float
 ) -> list[list[int]]:
-    """The retrieved paths that the drafter does not rule out, by its probability times their share
-    of occurrences.
+    """The retrieved paths that the drafter does not rule out, ordered by its probability times
+    their share of occurrences.
     """
-    total = sum(count for path, count in found if len(path) == 1)
+    total = sum(count for path, count in ranked if len(path) == 1)
     judged = [
         (1.0 if opinion is None else opinion.path_probability(path, top, least), count, path)
-        for path, count in found
+        for path, count in ranked
     ]
-    kept = [
+    scored = [
         (-trust * count / total, len(path), path)
         for trust, count, path in judged
         if trust is not None
     ]
-    return [path for _, _, path in sorted(kept, key=lambda entry: entry[:2])]
+    return [path for _, _, path in sorted(scored, key=lambda entry: entry[:2])]

@@ -1,4 +1,4 @@
-"""REST: draft the commonest continuations of the text's end in a corpus (He et al. 2023, arXiv
+"""REST: draft the most frequent continuations of the text's end in a corpus (He et al. 2023, arXiv
 2311.08252).
 
 Shape legend: B sequences.
@@ -15,15 +15,15 @@ from modules.trees.trie import Trie, batch_of_trees, frequent_prefixes
 
 
 class Rest(TextDrafter):
-    """The longest suffix of the text that occurs in the datastore, and a trie of what followed
-    there most often.
+    """Looks up the longest suffix of the text that occurs in the datastore, and drafts a trie of
+    its most frequent continuations.
 
     Args:
         shape: the target's dimensions.
         datastore: folder that `python -m data.datastore` wrote.
         longest, shortest: tokens of the suffix looked up.
         length: tokens of a continuation.
-        hits: occurrences read at most, evenly chosen from all.
+        hits: at most so many occurrences are read, evenly spaced among all.
         tokens: nodes drafted, unless a method's budget says otherwise (the paper: 64).
     """
 
@@ -47,22 +47,17 @@ class Rest(TextDrafter):
             raise ValueError(
                 f"length, hits and tokens must be at least 1, got {length}, {hits} and {tokens}"
             )
-        self.longest, self.shortest, self.length, self.hits, self.tokens = (
-            longest,
-            shortest,
-            length,
-            hits,
-            tokens,
-        )
+        self.longest, self.shortest, self.length = longest, shortest, length
+        self.hits, self.tokens = hits, tokens
         self.datastore = Datastore.load(datastore, shape.vocab_size)
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """A trie of at most `budget` nodes; none where nothing was found."""
+        """A trie of at most `budget` nodes; only the root where the suffix does not occur."""
         assert isinstance(state, TextState)
         tries = []
         for text in state.texts():
@@ -73,9 +68,9 @@ class Rest(TextDrafter):
         return batch_of_trees(tries, state.newest_B.device)
 
     def retrieve(self, text: list[int], most: int) -> list[tuple[list[int], int]]:
-        """The commonest continuations and their counts, prefixes first."""
+        """The most frequent continuations and their counts, prefixes first."""
         matched, begin, end = self.datastore.longest_match(text, self.longest, self.shortest)
         if not matched:
             return []
-        found = self.datastore.continuations(matched, begin, end, self.length, self.hits)
-        return frequent_prefixes(found, most)
+        following = self.datastore.continuations(matched, begin, end, self.length, self.hits)
+        return frequent_prefixes(following, most)

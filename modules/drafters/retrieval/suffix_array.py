@@ -1,5 +1,5 @@
-"""A corpus of token ids with a suffix array: where a few tokens occur, and what follows them there
-(REST, He et al. 2023, arXiv 2311.08252).
+"""A corpus of token ids with a suffix array, which finds occurrences of tokens and what follows
+them (REST, He et al. 2023, arXiv 2311.08252).
 
 Shape legend: M tokens of the corpus, C occurrences, L tokens that follow.
 """
@@ -20,17 +20,17 @@ from modules.runtime.files import as_umask_says, read_object, whole_file
 from modules.trees.trie import END, Tokens
 
 ORDERED = 32
-"""Tokens by which suffixes are ordered: longer than any query and what is read behind it."""
+"""Tokens by which suffixes are ordered: longer than any query and its continuation."""
 Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Datastore:
-    """Documents one behind the other, `END` behind each, and their suffixes in order of their first
+    """Concatenated documents, each followed by `END`, and their suffixes sorted by their first
     tokens.
 
-    tokens_M, suffixes_M: int32; suffix i of the order begins at `suffixes_M[i]`. vocab_size: of the
-    tokenizer.
+    tokens_M, suffixes_M: int32; suffix i of the order begins at `suffixes_M[i]`.
+    vocab_size: size of the tokenizer's vocabulary.
     """
 
     tokens_M: Array
@@ -42,7 +42,7 @@ class Datastore:
         """Sort the suffixes of a corpus.
 
         Raises:
-            ValueError: no token in it.
+            ValueError: the corpus has no tokens.
         """
         tokens = np.array(
             [token for document in documents for token in [*document, END]], dtype=np.int32
@@ -52,8 +52,8 @@ class Datastore:
         return Datastore(tokens, suffix_order(tokens), vocab_size)
 
     def save(self, folder: Path, source: str | None = None) -> None:
-        """Write `datastore.safetensors` and, last, `datastore.json`, with the name of the data
-        set.
+        """Write `datastore.safetensors` and then `datastore.json`, with the data set's name as
+        `source`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / "datastore.safetensors") as partial:
@@ -68,7 +68,7 @@ class Datastore:
         """Read a folder that `save` wrote.
 
         Raises:
-            ValueError: there is none, or it is of another vocabulary.
+            ValueError: the folder has no datastore, or one of another vocabulary.
         """
         path = Path(folder)
         if not (path / "datastore.json").is_file():
@@ -76,10 +76,10 @@ class Datastore:
                 f"datastore {folder!r} does not exist: build it by `python -m data.datastore "
                 f"--output {folder}`"
             )
-        found = read_object(path / "datastore.json").get("vocab_size")
-        if found != vocab_size:
+        stored_size = read_object(path / "datastore.json").get("vocab_size")
+        if stored_size != vocab_size:
             raise ValueError(
-                f"datastore {folder!r} is of a vocabulary of {found} tokens, the target has "
+                f"datastore {folder!r} is of a vocabulary of {stored_size} tokens, the target has "
                 f"{vocab_size}: build it with the target's tokenizer"
             )
         arrays = load_file(path / "datastore.safetensors")
@@ -97,9 +97,10 @@ class Datastore:
         return low, bisect.bisect_right(self.suffixes_M, pattern, low, key=begin)
 
     def longest_match(self, text: list[int], longest: int, shortest: int) -> tuple[int, int, int]:
-        """How many of the last tokens occur in the corpus (`shortest` to `longest`; 0: fewer), and
-        the range of suffixes. If a suffix occurs, so do all shorter ones: halving finds the
-        longest."""
+        """Length of the longest suffix of a text that occurs in the corpus (`shortest` to
+        `longest`; 0: none), and the range of suffixes that begin with it.
+        """
+        # If a suffix occurs, so do all shorter ones, so binary search finds the longest.
         best = (0, 0, 0)
         low, high = shortest, min(longest, len(text))
         while low <= high:
@@ -114,15 +115,19 @@ class Datastore:
     def continuations(
         self, matched: int, begin: int, end: int, length: int, most: int | None = None
     ) -> Tokens:
-        """What follows the first `matched` tokens of a range of suffixes: int64 [C,L], `END` behind
-        a document. Of more than `most` suffixes so many at even distances: their order is that of
-        the token ids that follow."""
+        """Tokens after the first `matched` ones of a range of suffixes: int64 [C,L], `END` after a
+        document.
+
+        At most `most` suffixes are read, evenly spaced, because they are sorted by the token ids
+        that follow.
+        """
         count = end - begin if most is None else min(most, end - begin)
         chosen = begin + np.arange(count) * (end - begin) // max(1, count)
         places = self.suffixes_M[chosen, None].astype(np.int64) + matched + np.arange(length)
-        found = self.tokens_M[np.minimum(places, len(self.tokens_M) - 1)].astype(np.int64)
-        found[np.logical_or.accumulate(found == END, axis=1)] = END
-        return found
+        # Everything after the end of a document belongs to another one.
+        following = self.tokens_M[np.minimum(places, len(self.tokens_M) - 1)].astype(np.int64)
+        following[np.logical_or.accumulate(following == END, axis=1)] = END
+        return following
 
 
 def suffix_order(tokens_M: Array) -> Array:
@@ -132,9 +137,10 @@ def suffix_order(tokens_M: Array) -> Array:
     rank = np.unique(tokens_M, return_inverse=True)[1].astype(np.int64) + 1
     order, span = np.argsort(rank, kind="stable"), 1
     while span < ORDERED and rank.max() < len(rank):
-        behind = np.zeros_like(rank)
-        behind[:-span] = rank[span:]
-        key = rank * (len(rank) + 1) + behind
+        # Ranks of `span` tokens and of the next `span` tokens give ranks of twice as many.
+        next_rank = np.zeros_like(rank)
+        next_rank[:-span] = rank[span:]
+        key = rank * (len(rank) + 1) + next_rank
         order = np.argsort(key, kind="stable")
         sorted_key = key[order]
         rank[order] = 1 + np.concatenate([[0], np.cumsum(sorted_key[1:] != sorted_key[:-1])])

@@ -1,5 +1,6 @@
-"""SAM decoding: draft what followed the longest suffix of the text that stood before, in the text
-or in a corpus (Hu et al. 2024, arXiv 2411.10666; Blumer et al. 1985 for the suffix automaton).
+"""SAM decoding: draft the tokens that followed an earlier occurrence of the longest possible
+suffix, in the text or in a corpus (Hu et al. 2024, arXiv 2411.10666; Blumer et al. 1985 for the
+suffix automaton).
 
 Shape legend: B sequences.
 """
@@ -19,14 +20,14 @@ from modules.drafters.retrieval.suffix_array import ORDERED, Datastore
 from modules.trees.trie import Trie, batch_of_trees, likeliest
 
 HITS = 5000
-"""Occurrences in a corpus that are read at most, evenly chosen from all, as REST does."""
+"""At most so many occurrences in a corpus are read, evenly spaced among all, as in REST."""
 
 
 class SuffixAutomaton:
-    """All substrings of a growing text, and the longest suffix of it that occurred before.
-    Amortised O(1) per token.
+    """All substrings of a growing text, and its longest suffix that occurred before. Amortised O(1)
+    per token.
 
-    States are numbered from 0 (the empty string). `first_end[s]` is the position behind the first
+    States are numbered from 0 (the empty string). `first_end[s]` is the position after the first
     occurrence.
     """
 
@@ -37,7 +38,7 @@ class SuffixAutomaton:
         self._last = self._cursor = self.matched = 0
 
     def extend(self, token: int) -> None:
-        """Append a token: the cursor moves first, so that it stands at an earlier occurrence."""
+        """Append a token. The cursor moves first, so that it points to an earlier occurrence."""
         self._move(token)
         self.text.append(token)
         self._insert(token)
@@ -67,29 +68,31 @@ class SuffixAutomaton:
             self.links[new] = self._at_length(state, token)
 
     def _at_length(self, state: int, token: int) -> int:
-        """The state of `state`'s string and the token, cut off a longer one if they share a
-        state.
+        """The state of `state`'s string plus the token; split from a longer string if they share
+        a state.
         """
-        found = self.moves[state][token]
-        if self.lengths[found] == self.lengths[state] + 1:
-            return found
+        reached = self.moves[state][token]
+        if self.lengths[reached] == self.lengths[state] + 1:
+            return reached
+        # The copy takes over the shorter strings and the moves that lead to them.
         copy = self._state(
-            dict(self.moves[found]),
-            self.links[found],
+            dict(self.moves[reached]),
+            self.links[reached],
             self.lengths[state] + 1,
-            self.first_end[found],
+            self.first_end[reached],
         )
-        self.links[found] = copy
-        while state != -1 and self.moves[state].get(token) == found:
+        self.links[reached] = copy
+        while state != -1 and self.moves[state].get(token) == reached:
             self.moves[state][token] = copy
             state = self.links[state]
-        if self._cursor == found and self.matched <= self.lengths[copy]:
+        if self._cursor == reached and self.matched <= self.lengths[copy]:
             self._cursor = copy
         return copy
 
     def continuation(self, count: int, shortest: int) -> list[int]:
-        """Up to `count` tokens behind an earlier occurrence of the matched suffix. Shorter suffixes
-        (of at least `shortest` tokens) are taken while fewer tokens follow."""
+        """Up to `count` tokens after an earlier occurrence of the matched suffix. While fewer
+        tokens follow, shorter suffixes (of at least `shortest` tokens) are tried.
+        """
         state, matched, best = self._cursor, self.matched, list[int]()
         while state > 0 and matched >= shortest and len(best) < count:
             end = self.first_end[state]
@@ -101,29 +104,30 @@ class SuffixAutomaton:
 
 @dataclass
 class SuffixState(PartneredState):
-    """The text's automaton, per sequence."""
+    """State with the suffix automaton of each text."""
 
     automata: PerSequence[SuffixAutomaton]
 
 
 class Suffix(Partnered):
-    """A chain of what followed the longest earlier occurrence of the text's end, in the text or in
-    a corpus, whichever match is longer; where both are short, a partner drafts.
+    """A chain of the tokens that followed the longest match of the text's end, in the text or in a
+    corpus, whichever match is longer; where both are short, a partner drafts.
 
-    The paper's static automaton gives a corpus's longest match and the commonest continuation. A
-    suffix array gives the same here; a match beyond `ORDERED` tokens counts as one of `ORDERED`.
+    The paper uses a static automaton for a corpus's longest match and its most frequent
+    continuation. Here a suffix array gives the same; matches are limited to `ORDERED` tokens.
 
     Args:
         shape: the target's dimensions.
-        shortest: suffixes shorter than this draft nothing, or leave it to the partner (the paper,
-            with a partner: 5).
-        tokens: drafted at most, unless a method's budget says otherwise (the paper: 40).
-        datastore: folder that `python -m data.datastore` wrote; None looks into the text alone.
-        bias: a match in the corpus counts as so many tokens shorter (the paper: 5). Replaying 146
+        shortest: matches shorter than this draft nothing, or let the partner draft (the paper, with
+            a partner: 5).
+        tokens: at most so many are drafted, unless a method's budget says otherwise (the paper:
+        40).
+        datastore: folder that `python -m data.datastore` wrote; None searches the text only.
+        bias: subtracted from the length of a match in the corpus (the paper: 5). Replaying 146
             held-out answers of the embedded target, with its answers to other prompts as the
             corpus, gave 1.78 tokens per call at 1, 1.61 at 5, and 1.48 without a corpus.
-        partner: drafts where nothing long enough stood before; an evaluation names it as its
-            methods name drafters.
+        partner: drafts where no match is long enough; an evaluation names it as its methods name
+            drafters.
 
     Raises:
         ValueError: no such datastore, or a partner whose trees are not chosen by value.
@@ -146,11 +150,11 @@ class Suffix(Partnered):
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     def start(self, context: Context) -> SuffixState:
-        """The automaton of the prompt and the first token, and the partner's start."""
+        """State with the automaton of the prompt and the first token, and the partner's start."""
         state = super().start(context)
         automata = PerSequence(SuffixAutomaton() for _ in state.newest_B)
         for automaton, text in zip(automata, state.texts(), strict=True):
@@ -161,11 +165,12 @@ class Suffix(Partnered):
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """A chain of at most `budget` tokens per sequence, or the partner's tree."""
         assert isinstance(state, SuffixState)
+        # Chains of the matches; None where a match is too short.
         drafts = [self.continuation(automaton, budget) for automaton in state.automata]
         tries = [Trie(newest) for newest in state.newest_B.tolist()]
         for trie, draft in zip(tries, drafts, strict=True):
             trie.fuse(draft or (), budget + 1)
-        # The partner is asked once for the whole batch, and only if a sequence of it needs a draft.
+        # The partner drafts once for the whole batch, and only if a sequence needs it.
         if self.partner is not None and state.partner is not None and None in drafts:
             drafted = proposal(self.partner, state.partner, budget)
             tries = [
@@ -175,17 +180,17 @@ class Suffix(Partnered):
         return batch_of_trees(tries, state.newest_B.device)
 
     def continuation(self, automaton: SuffixAutomaton, count: int) -> list[int] | None:
-        """Up to `count` tokens behind the longest match; None where it is below `shortest`."""
+        """Up to `count` tokens after the longest match; None where it is below `shortest`."""
         if self.corpus is not None:
             end = automaton.text[-ORDERED:]
             matched, first, last = self.corpus.longest_match(end, ORDERED, 1)
             if matched - self.bias >= max(self.shortest, automaton.matched + 1):
                 return likeliest(self.corpus.continuations(matched, first, last, count, HITS))
-        found = automaton.matched >= self.shortest
-        return automaton.continuation(count, self.shortest) if found else None
+        long_enough = automaton.matched >= self.shortest
+        return automaton.continuation(count, self.shortest) if long_enough else None
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> SuffixState:
-        """The automata read what was emitted."""
+        """Append the emitted tokens to the automata."""
         assert isinstance(state, SuffixState)
         emitted = accepted.emitted(verified.tree).tolist()
         counts = accepted.lengths_B.tolist()

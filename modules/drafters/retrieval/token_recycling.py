@@ -1,7 +1,7 @@
 """Token Recycling: the target's own recent predictions after every token, drafted as a tree (Luo et
 al. 2024, arXiv 2408.08696).
 
-Shape legend: B sequences, T prompt tokens, N nodes, K successors kept per token, V vocabulary.
+Shape legend: B sequences, T prompt tokens, N nodes, K successors stored per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -70,29 +70,29 @@ TEMPLATE: list[Path] = [
     [*map(int, node), rank] for node, count in _CHILDREN.items() for rank in range(count)
 ]
 RANKS = (0.5, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01)
-"""Weights by which a smaller budget chooses nodes of the template: how the first of several
-successors lead.
+"""Assumed acceptance of a token's successors by rank: a smaller budget takes the template's nodes
+of highest product.
 """
 UNKNOWN = -1
-"""Successor of a token that was never read, which is not drafted. (The release drafts token 0
-instead, as often as the template has children there.)"""
+"""Successor of a token that was never read; it is not drafted. (The release drafts token 0 for
+every child of the template there.)"""
 
 
 class TokenRecycling(TextDrafter):
-    """Keeps, for every token, the K most likely successors that the target predicted after it last,
-    and drafts a fixed tree through them. Every verified node is recycled, accepted or not.
+    """Stores, for every token, the K most likely successors of the target's latest prediction after
+    it, and drafts a fixed tree through them. Every verified node is recycled, accepted or not.
 
-    What is known stays from prompt to prompt (hot start), and with the drafter where it is saved;
-    `forget` begins anew.
+    The table stays from prompt to prompt (hot start) and is saved with the drafter; `forget` clears
+    it.
 
     Args:
         shape: the target's dimensions.
         successors: K.
         tokens: nodes drafted, unless a method's budget says otherwise (the paper: 80); a smaller
-            tree keeps the most valuable nodes of the paper's.
-        recycle_prompt: also recycle what the target predicts along the prompt (costs its LM head
-            there).
-        cold: begin every batch of prompts with nothing known.
+            tree has the most valuable nodes of the paper's.
+        recycle_prompt: also recycle the target's predictions along the prompt (this runs its LM
+            head there).
+        cold: begin every batch of prompts with an empty table.
     """
 
     successors_VK: Tensor
@@ -111,12 +111,9 @@ class TokenRecycling(TextDrafter):
             raise ValueError(f"successors must lie between 1 and {most}, got {successors}")
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.successors, self.tokens, self.recycle_prompt, self.cold = (
-            successors,
-            tokens,
-            recycle_prompt,
-            cold,
-        )
+        self.successors, self.tokens = successors, tokens
+        self.recycle_prompt, self.cold = recycle_prompt, cold
+        # Paths by their assumed probability, so that a budget takes a prefix of the list.
         paths = [path for path in TEMPLATE if max(path) < successors]
         self.paths: Sequence[Path] = sorted(
             paths, key=lambda path: -path_probability(path, [RANKS] * 6)
@@ -126,12 +123,12 @@ class TokenRecycling(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """As many as it was made for."""
+        """The constructor's `tokens`."""
         return self.tokens
 
     @property
     def learns(self) -> bool:
-        """From prompt to prompt, unless every batch begins cold."""
+        """Whether the table carries over between prompts."""
         return not self.cold
 
     @property
@@ -140,13 +137,14 @@ class TokenRecycling(TextDrafter):
         return ("final",) if self.recycle_prompt else ()
 
     def forget(self) -> None:
-        """A cold start: no token has a known successor."""
+        """Clear the table: no token has a known successor."""
         self.successors_VK.fill_(UNKNOWN)
 
     def start(self, context: Context) -> TextState:
-        """The prompt, recycled if asked; what earlier prompts gave goes on a cold start."""
+        """State with the text; clears the table if `cold`, recycles the prompt if configured."""
         if self.cold:
             self.forget()
+        # The target's predictions along the prompt, 64 rows of logits at a time.
         if self.recycle_prompt:
             inside = torch.arange(context.input_ids_BT.shape[1], device=context.lengths_B.device)
             read_BT = inside < context.lengths_B[:, None]
@@ -161,7 +159,7 @@ class TokenRecycling(TextDrafter):
     def propose(self, state: DraftState, budget: int) -> TokenTree:
         """The first `budget` paths of the template, filled from the table: one gather per level.
 
-        What is unknown is left out. The successors of a token differ: no two siblings are equal.
+        Unknown tokens are left out. A token's successors are distinct, so siblings are too.
         """
         fixed = template(tuple(tuple(path) for path in self.paths[:budget]), state.newest_B.device)
         tokens_BN = state.newest_B[:, None]
@@ -173,7 +171,7 @@ class TokenRecycling(TextDrafter):
         topology, known_BN = fixed.topology.expand(len(tokens_BN)), tokens_BN >= 0
         if bool(known_BN.all()):
             return TokenTree(tokens_BN, topology)
-        # What stands below an unknown token is void, whatever row it was read from.
+        # Nodes below an unknown token are invalid.
         drafted_BN = ~(topology.ancestors & ~known_BN[:, None]).any(-1)
         return packed(tokens_BN.clamp(min=0), topology.parents_BN, drafted_BN)
 
@@ -184,8 +182,8 @@ class TokenRecycling(TextDrafter):
         return super().absorb(state, verified, accepted)
 
     def recycle(self, tokens_M: Tensor, logits_MV: Tensor) -> None:
-        """Remember the K most likely successors of each token; of a token's several rows the last
-        one counts.
+        """Store the K most likely successors of each token; of several rows of a token, the last
+        counts.
         """
         later_MM = (tokens_M[:, None] == tokens_M).triu(1)
         last_M = ~later_MM.any(1)

@@ -1,3 +1,3 @@
-"""Small language models that draft: they read tokens alone, so they may serve any target with the
+"""Small language models that draft: they read only tokens, so they can serve any target with the
 same vocabulary.
 """

@@ -1,8 +1,9 @@
-"""Runs of layers with a KV cache each, which catch up on the rows that stopped short of them.
+"""Segments of layers with one KV cache each, which run rows of an earlier exit when they are
+needed.
 
-A row that left after an early segment has no keys in the later ones. It stays there as pending, by
-its hidden state; when a later row goes deeper, the segment runs all pending rows and that one in a
-single call, which is exactly what running every layer on every row would have given.
+A row that exits after an early segment has no keys in the later ones. Its hidden state stays there
+as pending; when a later row goes deeper, the segment runs all pending rows and that row in a single
+call. The result equals running every layer on every row.
 
 Shape legend: B sequences, N rows of one call, P pending prefix rows, R rows of a proposal, J rows
 of a call in the order they are written, W frontier nodes, H hidden size.
@@ -33,13 +34,13 @@ class Pending:
 
     @staticmethod
     def none(like_BNH: Tensor) -> Pending:
-        """No rows, for as many sequences."""
+        """No rows, for as many sequences as `like_BNH` has."""
         return Pending(
             like_BNH[:, :0], torch.zeros(len(like_BNH), dtype=torch.long, device=like_BNH.device)
         )
 
     def and_then(self, more: Pending) -> Pending:
-        """These rows and others behind them, sequence by sequence."""
+        """These rows followed by others, sequence by sequence."""
         held = self.hidden_BPH.shape[1]
         if held == 0 or more.hidden_BPH.shape[1] == 0:
             return more if held == 0 else self
@@ -47,9 +48,10 @@ class Pending:
             torch.cat([self.hidden_BPH, more.hidden_BPH], dim=1),
             self.counts_B + more.counts_B,
         )
+        # Real rows of both parts move together; padding of the first is skipped.
         place = torch.arange(int(counts.max()), device=counts.device).expand(len(counts), -1)
-        own_B1 = self.counts_B[:, None]
-        index = torch.where(place < own_B1, place, held + place - own_B1).clamp(
+        counts_B1 = self.counts_B[:, None]
+        index = torch.where(place < counts_B1, place, held + place - counts_B1).clamp(
             max=both.shape[1] - 1
         )
         return Pending(rows_at(both, index), counts)
@@ -61,11 +63,12 @@ class Pending:
 
 @dataclass
 class Segment:
-    """What one run of layers has read of its sequences.
+    """State of one segment of layers.
 
-    caches: keys and values of its layers. pending: prefix rows it has yet to run.
-    rows_BRH: its inputs of the rows of this proposal, as far as they came; the first `written` have
-    run.
+    caches: keys and values of its layers.
+    pending: prefix rows that it has not run.
+    rows_BRH: its inputs for the rows of this proposal that reached it; it has run the first
+    `written`.
     """
 
     caches: list[LayerCache]
@@ -75,7 +78,7 @@ class Segment:
 
     @staticmethod
     def empty(shape: TargetShape, layers: int, like_BNH: Tensor) -> Segment:
-        """A segment that has read nothing, of as many sequences as `like_BNH` has."""
+        """An empty segment for as many sequences as `like_BNH` has."""
         pending = Pending.none(like_BNH)
         caches = [LayerCache.empty(shape, pending.counts_B, like_BNH.dtype) for _ in range(layers)]
         return Segment(caches, pending, pending.hidden_BPH)
@@ -90,43 +93,45 @@ class Segment:
         )
 
     def forget_proposal(self) -> None:
-        """Drop the rows of a proposal; prefix rows stay."""
+        """Drop the rows of the proposal; prefix rows stay."""
         self.rows_BRH, self.written = self.rows_BRH[:, :0], 0
 
     def catch_up(
         self, layers: nn.ModuleList, above_BRR: Tensor, position_ids_BR: Tensor
     ) -> tuple[Pending, Tensor]:
-        """Run everything that has not run, in one call.
+        """Run all pending rows in one call.
 
-        Returns the outputs of the prefix rows and of the proposal's rows [B,N,H] that had been
-        waiting.
+        Returns the outputs of the pending prefix rows and of the proposal's pending rows [B,N,H].
 
         Args:
             layers: the segment's layers.
             above_BRR: which rows of the proposal each one sees, itself included.
-            position_ids_BR: where they stand.
+            position_ids_BR: their positions.
         """
         start, stop = self.written, self.rows_BRH.shape[1]
-        behind, held = self.pending, self.pending.hidden_BPH.shape[1]
+        pending, held = self.pending, self.pending.hidden_BPH.shape[1]
         assert start == 0 or held == 0, "prefix rows come before the proposal's"
-        hidden = torch.cat([behind.hidden_BPH, self.rows_BRH[:, start:]], dim=1)
+        # 1. Inputs and positions of prefix rows, then of the proposal's rows.
+        hidden = torch.cat([pending.hidden_BPH, self.rows_BRH[:, start:]], dim=1)
         offsets = torch.arange(held, device=hidden.device)
         positions = torch.cat(
             [self.caches[0].lengths_B[:, None] + offsets, position_ids_BR[:, start:stop]], dim=1
         )
-        order_BJ = _written_order(behind.counts_B, held, stop - start)
-        visible = _visible(behind.counts_B, held, above_BRR[:, start:stop, :stop])
+        # 2. Padding is written last, so that real rows are contiguous in the cache.
+        order_BJ = _written_order(pending.counts_B, held, stop - start)
+        visible = _visible(pending.counts_B, held, above_BRR[:, start:stop, :stop])
         rows = Rows(positions.gather(1, order_BJ), _reordered(visible, order_BJ))
         outputs = run_layers(layers, rows_at(hidden, order_BJ), rows, self.caches)
+        # 3. The caches keep prefix rows for good; outputs go back to their order.
         for cache in self.caches:
-            cache.keep(behind.counts_B)
+            cache.keep(pending.counts_B)
         outputs = rows_at(outputs, order_BJ.argsort(1))
         self.pending, self.written = Pending.none(hidden), stop
-        return Pending(outputs[:, :held], behind.counts_B), outputs[:, held:]
+        return Pending(outputs[:, :held], pending.counts_B), outputs[:, held:]
 
 
 def _written_order(counts_B: Tensor, held: int, new: int) -> Tensor:
-    """int64 [B,J]: real prefix rows first, then the proposal's rows, then what only fills up the
+    """int64 [B,J]: the order of writing: real prefix rows, the proposal's rows, padding of the
     prefix rows.
     """
     place, count = torch.arange(held + new, device=counts_B.device), counts_B[:, None]
@@ -136,8 +141,8 @@ def _written_order(counts_B: Tensor, held: int, new: int) -> Tensor:
 
 
 def _visible(counts_B: Tensor, held: int, above_BNR: Tensor) -> Tensor:
-    """bool [B,P+N,P+R]: prefix rows see those before them; the proposal's see the prefix and what
-    stands above them.
+    """bool [B,P+N,P+R]: prefix rows see earlier ones; the proposal's rows see the prefix and their
+    ancestors.
     """
     causal = (
         torch.ones(held, held, dtype=torch.bool, device=counts_B.device)
@@ -150,8 +155,8 @@ def _visible(counts_B: Tensor, held: int, above_BNR: Tensor) -> Tensor:
 
 
 def _reordered(visible_BNJ: Tensor, order_BJ: Tensor) -> Tensor:
-    """Rows, and of the columns the last J, in the order they are written."""
+    """The mask with its rows, and the last J of its columns, in the order of writing."""
     count = order_BJ.shape[1]
     rows = rows_at(visible_BNJ, order_BJ)
-    own = rows[..., -count:].gather(2, order_BJ[:, None].expand(-1, count, -1))
-    return torch.cat([rows[..., :-count], own], dim=2)
+    new_columns = rows[..., -count:].gather(2, order_BJ[:, None].expand(-1, count, -1))
+    return torch.cat([rows[..., :-count], new_columns], dim=2)

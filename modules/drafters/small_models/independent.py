@@ -60,11 +60,11 @@ from modules.trees.static import StaticTree
 
 @dataclass
 class IndependentState(DraftState):
-    """What the drafter has read of its sequences.
+    """State of the drafter's sequences.
 
-    session: the sequences as its own model has read them. unread_BP, unread_counts_B: tokens of the
-    text that are not in it, the newest one last.
-    root_BH: what its LM head reads behind the newest token, once that is read.
+    session: the KV cache of its own model.
+    unread_BP, unread_counts_B: tokens of the text that are not in the cache, the newest one last.
+    root_BH: the LM head's input after the newest token, once that is read.
     above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
     itself included.
     """
@@ -89,18 +89,18 @@ class Independent(TokenDrafter):
 
     Args:
         shape: the target's dimensions.
-        model: where it starts: Hub id, folder or .gguf file of a causal LM; null for the target
+        model: initial weights: Hub id, folder or .gguf file of a causal LM; null for the target
             itself; a Hugging Face config (with `model_type`) for random weights. A saved drafter
             holds its config here.
-        layers: how many first layers are kept, with the embedding, the final norm and the LM head;
-            null for all of a named model, and for an eighth of the target's, two at least.
+        layers: number of first layers to use, with the embedding, the final norm and the LM head;
+            null for all of a named model, and for an eighth of the target's, at least two.
         draft_vocabulary: how many token ids can be drafted; null for all that both models have.
             Only their LM-head rows are computed.
         divergence: `forward_kl`, `reverse_kl`, `kl_mixture`, `jensen_shannon` or `total_variation`.
-        own_text: share of training batches whose answers the drafter writes itself before it learns
-            from them.
-        own_tokens: tokens that it then writes behind each prompt.
-        frozen_embedding: keep the embedding, and an LM head tied to it, as they are.
+        own_text: share of training batches whose answers the drafter generates itself (on-policy
+            distillation).
+        own_tokens: tokens that it then generates after each prompt.
+        frozen_embedding: do not train the embedding, nor an LM head tied to it.
         draft_length: tokens of a chain, or levels of a tree.
         width: 1 drafts a chain; more, a tree that expands so many nodes per level (EAGLE-2's).
         tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
@@ -109,7 +109,6 @@ class Independent(TokenDrafter):
     own_model = True
     names_places = ("model",)
     soft_labels = True
-    language_model: Target
 
     def __init__(
         self,
@@ -126,6 +125,7 @@ class Independent(TokenDrafter):
         tokenizer: str | None = None,
     ) -> None:
         _check(divergence, own_text, own_tokens, draft_length, width)
+        # 1. The model's config, without its weights.
         if isinstance(model, dict):
             config = config_of_dict(model, layers)
         else:
@@ -135,28 +135,28 @@ class Independent(TokenDrafter):
         super().__init__(shape, config.vocab_size, draft_vocabulary)
         self.source, self.layers, self.frozen_embedding = model, layers, frozen_embedding
         self.divergence_name, self.own_text, self.own_tokens = divergence, own_text, own_tokens
-        # A saved one is built on whatever device the caller is: its loader outlines it on meta
-        # first.
+        # A saved drafter is built on the caller's device; its loader builds it on meta first.
         with nullcontext() if isinstance(model, dict) else torch.device("meta"):
             self._adopt(fresh_model(config))
+        # 2. A chain, or a tree of several nodes per level.
         self._builder = (
             StaticTree.chain(draft_length) if width == 1 else RerankedTree(draft_length, width)
         )
         self._budget = max(CHEAP_BUDGET, draft_length)
 
     def _adopt(self, model: Any) -> None:
-        """Draft with this model."""
-        self.__dict__["language_model"] = LoadedTarget(model, None, "drafter")
+        """Make this Hugging Face model the drafter's parameters, and run it as targets are run."""
+        # A list hides the wrapper from nn.Module: its weights are those of `self.model`.
+        self._runner: list[Target] = [LoadedTarget(model, None, "drafter")]
         self.model = model.requires_grad_(True).train(self.training)
         model.get_input_embeddings().requires_grad_(not self.frozen_embedding)
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Take the weights it starts from, and remember its config and the tokenizer.
+        """Load the initial weights, and store the config and the tokenizer's hash as arguments.
 
         Raises:
-            ValueError: a named model that cannot be loaded, or reads another tokenizer than the
-                target.
+            ValueError: a named model cannot be loaded, or its tokenizer is not the target's.
         """
         if not isinstance(self.source, dict):
             config, weights = load_named(self.source, self.layers, target)
@@ -171,40 +171,50 @@ class Independent(TokenDrafter):
         }
 
     @property
+    def language_model(self) -> Target:
+        """The drafter's model behind the interface of targets (same weights)."""
+        return self._runner[0]
+
+    @property
     def stock(self) -> Any:
-        """The Hugging Face model as its library runs it (same weights):
-        `stock.save_pretrained(folder)` gives a plain folder. It knows nothing of a trimmed draft
-        vocabulary: tokens outside were never taught to be unlikely."""
+        """The Hugging Face model as its library runs it (same weights).
+
+        `stock.save_pretrained(folder)` writes a standard folder. A trimmed draft vocabulary is not
+        part of it: tokens outside were not trained to be unlikely.
+        """
         return self.language_model.stock
 
     def head(self, depth: int, target: Target) -> Head:
-        """Its own LM head, of a trimmed vocabulary only those rows, of a larger one than the
-        target's its first. Its weights are read, and its module never called, for the sake of ZeRO
-        stage 3 (`modules.losses.chunked.LearntHead`)."""
-        model, own = self.language_model, self.language_model.architecture.head
+        """Its own LM head: the rows of a trimmed vocabulary, or the first rows where it has more
+        than the target.
+
+        The weights are read and the module is never called, as ZeRO stage 3 requires
+        (`modules.losses.chunked.LearntHead`).
+        """
+        model, lm_head = self.language_model, self.language_model.architecture.head
 
         def logits(hidden: Tensor) -> Tensor:
-            if self.vocabulary is not None or not isinstance(own, nn.Linear):
+            if self.vocabulary is not None or not isinstance(lm_head, nn.Linear):
                 return model.logits(hidden, self.vocabulary)
-            return model.capped(narrow_linear(hidden.to(model.dtype), own.weight, own.bias))
+            return model.capped(narrow_linear(hidden.to(model.dtype), lm_head.weight, lm_head.bias))
 
         return lambda hidden: logits(hidden)[..., : self.draft_size]
 
     # -- training ----------------------------------------------------------------------------------
 
     def footprint(self, rows: int, length: int) -> Footprint:
-        """Its own layers too."""
+        """Adds the layers of its own model."""
         layers = GradientLayers(self.language_model.shape)
         return replace(super().footprint(rows, length), layers=layers)
 
     @property
     def online(self) -> bool:
-        """Text of its own has no cached states."""
+        """Whether it generates text in training, which has no cached states."""
         return self.own_text > 0
 
     @property
     def uneven_calls(self) -> str:
-        """Text of its own is written by one process and not by another."""
+        """Why processes may call modules unequally: each decides when to generate text."""
         return (
             f"drafter.own_text is {self.own_text}: processes write at different steps"
             if self.online
@@ -212,13 +222,13 @@ class Independent(TokenDrafter):
         )
 
     def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
-        """The chosen one [M]."""
+        """The chosen divergence per row [M]."""
         return DIVERGENCES[self.divergence_name](logits_MD, probs_MD)
 
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[Tensor]:
-        """The inputs [M,H] of the LM head: a single draft step."""
+        """The LM head's inputs [M,H]: a single draft step."""
         batch = replace(batch, input_ids=self.read_ids(batch.input_ids))
         final = self.language_model.features(batch, ("final",), gradient=torch.is_grad_enabled())[
             "final"
@@ -229,11 +239,13 @@ class Independent(TokenDrafter):
         """The mean divergence; in validation also the expected acceptance."""
         if self.training and self.own_text:
             batch = self.own_or_given(batch)
+        # The teacher's states are computed at the target's own precision.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             batch = replace(batch, states={"final": final_states(batch, target)})
         step = next(self.steps(batch, target))
         losses_M, counted_M = step.losses_M, step.counted_M
         metrics = {"top1_0": accuracy(step.ranks_M, step.valid_M, 1)}
+        # Total variation counts all labels, also those outside the draft vocabulary.
         if self.divergence_name == "total_variation":
             losses_M, counted_M = self.rejected(step, batch, target), step.valid_M
         if not self.training:
@@ -244,12 +256,13 @@ class Independent(TokenDrafter):
         return Losses(masked_mean(losses_M, counted_M), metrics)
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
-        """1 − Σ_v min(p, q) [M] of p as it is, in every row with a label, drafted or not."""
+        """1 − Σ_v min(p, q) [M], p not renormalised, in every row with a label, drafted or not."""
         distributions, final_BTH, size = (
             step.distributions,
             batch.states["final"],
             target.shape.vocab_size,
         )
+        # p over a trimmed vocabulary sums to less than 1: the rest is always rejected.
         if self.vocabulary_D is not None:
             distributions = covered_distributions(
                 target.unrounded_logits, final_BTH, self.vocabulary_D, size
@@ -266,8 +279,8 @@ class Independent(TokenDrafter):
         )[0]
 
     def own_or_given(self, batch: TextBatch) -> TextBatch:
-        """The batch, or as often as `own_text` says its prompts with answers that the drafter
-        writes now.
+        """The batch, or with probability `own_text` its prompts with answers that the drafter
+        generates now.
         """
         room = self.language_model.max_positions - self.own_tokens
         prompts = [
@@ -280,7 +293,7 @@ class Independent(TokenDrafter):
     # -- decoding ----------------------------------------------------------------------------------
 
     def start(self, context: Context) -> IndependentState:
-        """Nothing is read before the first draft asks for it."""
+        """State with the whole prompt unread; the first draft reads it."""
         lengths_B, newest_B = context.lengths_B, context.newest_B
         session = self.language_model.open(len(newest_B), context.input_ids_BT.shape[1] + 64)
         unread_BP, counts_B = _appended(
@@ -296,23 +309,23 @@ class Independent(TokenDrafter):
         head = self.head(frontier.depth, state.context.target)
         if frontier.depth == 0 or state.above_BRA is None:
             return head(self._read_text(state)[:, None])
+        # Each node sees its ancestors among the drafted rows, and the text before them.
         above, (count, ahead) = (
             see_parents(state.above_BRA, frontier.parents_BW),
             state.above_BRA.shape[1:],
         )
         positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
         rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above)
-        assert count == ahead + 1, "every row but the root stands behind the text"
+        assert count == ahead + 1, "every row but the root comes after the text"
         final_BWH = self._read(state, frontier.tokens_BW, rows)
         state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
         return head(final_BWH)
 
     def _read_text(self, state: IndependentState) -> Tensor:
-        """Read what is unread, the newest token too (it is text already); LM-head inputs [B,H]
-        behind it.
-        """
+        """Read the unread tokens, newest included; the LM head's inputs [B,H] after the last."""
         count = state.unread_BP.shape[1]
         if count or state.root_BH is None:
+            # Padding is read too, but only the unread tokens are committed.
             rows = causal_rows(state.session.lengths_B, count)
             final_BPH = self._read(state, state.unread_BP, rows)
             last_B = state.unread_counts_B - 1
@@ -333,7 +346,7 @@ class Independent(TokenDrafter):
         return state.session.read(self.read_ids(tokens_BN), rows)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
-        """The emitted tokens wait to be read with the next root; the drafted rows are forgotten."""
+        """State with the emitted tokens unread; the drafted rows are dropped."""
         assert isinstance(state, IndependentState)
         unread, counts = _appended(
             state.unread_BP,
@@ -352,8 +365,8 @@ class Independent(TokenDrafter):
 def _appended(
     tokens_BP: Tensor, counts_B: Tensor, more_BN: Tensor, lengths_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The first `counts_B` tokens of each sequence and the first `lengths_B` of more behind them,
-    and how many.
+    """The first `counts_B` tokens of each sequence followed by the first `lengths_B` of `more_BN`,
+    and the new counts.
     """
     places = counts_B[:, None] + torch.arange(more_BN.shape[1], device=counts_B.device)
     counts = counts_B + lengths_B

@@ -1,5 +1,4 @@
-"""Text that a drafter writes itself, for training on what it will be asked (on-policy
-distillation).
+"""Text that a drafter generates itself, for on-policy distillation.
 
 Shape legend: B documents, T tokens.
 """
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 def document_prompts(batch: TextBatch) -> list[Tensor]:
     """The tokens before the first answer of every document, where there are any."""
     prompts = []
+    # Rows hold several documents; an answer begins at the first token with a loss.
     for ids_T, mask_T, documents_T in zip(
         batch.input_ids, batch.loss_mask, batch.document_ids, strict=True
     ):
@@ -42,13 +42,14 @@ def written(
     One document a row, right-padded; the drawn tokens are the labels.
 
     Args:
-        model: what writes, in a session of its own.
+        model: the model that generates, in a new session.
         prompts: int64 [T] each, at least one of them.
-        tokens: tokens drawn behind each prompt.
+        tokens: tokens drawn after each prompt.
         vocabulary_D: ids that may be drawn; None for all.
     """
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     prompts_BT = pad_sequence(prompts, batch_first=True)
+    # One prefill of the prompts, then one call per token.
     session = model.open(len(prompts), int(lengths_B.max()) + tokens)
     logits_BV, _ = session.prefill(prompts_BT, lengths_B)
     drawn = [_draw(logits_BV, vocabulary_D)]
@@ -59,7 +60,7 @@ def written(
 
 
 def _draw(logits_BV: Tensor, vocabulary_D: Tensor | None) -> Tensor:
-    """One token each [B,1]."""
+    """One drawn token per sequence [B,1]."""
     logits = logits_BV if vocabulary_D is None else logits_BV[:, vocabulary_D]
     drawn_B1 = torch.multinomial(logits.softmax(-1), 1)
     return drawn_B1 if vocabulary_D is None else vocabulary_D[drawn_B1]

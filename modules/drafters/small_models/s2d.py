@@ -1,8 +1,9 @@
-"""S2D: one drafter that holds several, sorted by depth (Kavehzadeh et al. 2024, arXiv 2407.01955).
+"""S2D: a drafter with several exits, trained by sorted fine-tuning (Kavehzadeh et al. 2024, arXiv
+2407.01955).
 
-The first l_i layers, the final norm and the LM head are a language model for every exit l_i; sorted
-fine-tuning (Sorted LLaMA, arXiv 2309.08968; SortedNet, arXiv 2309.00255) makes each of them one.
-Each drafted token chooses its own exit by how sure the drafter is of it.
+For every exit l_i, the first l_i layers, the final norm and the LM head form a language model;
+sorted fine-tuning (Sorted LLaMA, arXiv 2309.08968; SortedNet, arXiv 2309.00255) trains all of them.
+Each level of a draft exits as soon as the drafter is confident enough.
 
 Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, W frontier
 nodes, R rows of a proposal, A accepted rows, H hidden size, D draft vocabulary.
@@ -50,12 +51,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class S2DState(DraftState):
-    """What a sorted drafter knows of its sequences.
+    """State of a sorted drafter's sequences.
 
     segments: the layers up to the first exit, between the first and the second, and so on.
-    thresholds: how sure it must be to leave at each exit but the last.
+    thresholds: the probability required to exit, for each exit but the last.
     wanted_B: int64 [B], tokens to draft next where the chain's length adapts.
-    above_BRR, positions_BR: which rows of this proposal each row sees, and where they stand.
+    above_BRR, positions_BR: which rows of this proposal each row sees, and their positions.
     exits: the exit of each level of this proposal.
     """
 
@@ -67,7 +68,7 @@ class S2DState(DraftState):
     exits: list[int] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Forget the last proposal."""
+        """Drop the rows of the last proposal."""
         self.above_BRR, self.positions_BR, self.exits = (
             self.above_BRR[:, :0, :0],
             self.positions_BR[:, :0],
@@ -77,51 +78,52 @@ class S2DState(DraftState):
             segment.forget_proposal()
 
     def add(self, frontier: Frontier) -> None:
-        """Rows that see what their parents see, and themselves."""
+        """Append rows that see what their parents see, and themselves."""
         count = frontier.tokens_BW.shape[1]
-        own = torch.eye(count, dtype=torch.bool, device=self.above_BRR.device).expand(
+        itself = torch.eye(count, dtype=torch.bool, device=self.above_BRR.device).expand(
             len(self.above_BRR), -1, -1
         )
+        # The root of a proposal has no parent row.
         parents = frontier.parents_BW.clamp(min=0)
         first = self.above_BRR.shape[1] == 0
         above = (
-            self.above_BRR.new_zeros(*own.shape[:2], 0)
+            self.above_BRR.new_zeros(*itself.shape[:2], 0)
             if first
             else rows_at(self.above_BRR, parents)
         )
+        # Earlier rows do not see the new ones.
         self.above_BRR = torch.cat(
-            [F.pad(self.above_BRR, (0, count)), torch.cat([above, own], dim=2)], dim=1
+            [F.pad(self.above_BRR, (0, count)), torch.cat([above, itself], dim=2)], dim=1
         )
         positions = (self.lengths_B[:, None] + frontier.depth).expand(-1, count)
         self.positions_BR = torch.cat([self.positions_BR, positions], dim=1)
 
 
 class S2D(TokenDrafter):
-    """A small language model of the target's kind, made from its first layers, that can be left at
-    several depths.
+    """A small language model made from the target's first layers, with several exits.
 
     Loss: (1 / n) Σ_i CE(W RMSNorm(h^{l_i}), next token), all exits in one pass, the same norm and
-    LM head for all. Drafting: a level of the tree leaves at the first exit whose most likely token,
+    LM head for all. Drafting: a level of the tree exits at the first exit whose most likely token,
     over the level's nodes and in every sequence of the batch, has a probability above the exit's
-    threshold; the last exit always lets it go.
+    threshold; the last exit accepts every level.
 
-    It reads tokens alone: one drafter serves targets of any size with its vocabulary, each with
-    thresholds of its own (`AtThresholds`, or the attribute `thresholds`).
+    It reads only tokens, so one drafter serves targets of any size with its vocabulary, each with
+    its own thresholds (`AtThresholds`, or the attribute `thresholds`).
 
     Args:
         shape: dimensions of the target it is made from; its layers are of that size.
-        exits: layers after which it may be left, ascending, the last its depth; null: a third, two
-            thirds and all of a fifth of the target's layers (the paper: 6, 9 and 12 of 32).
-        thresholds: of every exit but the last, or one for all; 1 or more never leaves there, nor
-            asks the LM head.
+        exits: layers after which drafting may stop, ascending, the last its depth; null: a third,
+            two thirds and all of a fifth of the target's layers (the paper: 6, 9 and 12 of 32).
+        thresholds: of every exit but the last, or one for all; at 1 or more the exit is never
+            taken and its LM head not computed.
         draft_vocabulary: how many token ids can be drafted; None for all.
         labels: `"hard"`, the text's tokens (the paper), or `"soft"`, the target's distribution of
             them.
-        sorted_training: False trains the last exit alone (plain fine-tuning, the paper's control).
-        frozen_embedding: keep the embedding as the target's.
+        sorted_training: False trains the last exit only (plain fine-tuning, the paper's control).
+        frozen_embedding: do not train the embedding, a copy of the target's.
         draft_length: tokens of a chain at first, or levels of a tree.
-        adaptive: let the chain grow by two when all of it was accepted, as far as the budget, and
-            shrink by one when not.
+        adaptive: lengthen the chain by two tokens when all of it was accepted, within the budget,
+            and shorten it by one otherwise.
         width: 1 drafts a chain; more, a tree that expands so many nodes per level (EAGLE-2's).
         tokenizer: hash of the vocabulary it reads; filled in by `initialise`.
     """
@@ -141,6 +143,7 @@ class S2D(TokenDrafter):
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(shape, shape.vocab_size, draft_vocabulary)
+        # 1. Check exits, sizes and thresholds.
         self.exits = default_exits(shape.num_layers) if exits is None else exits
         _check_exits(self.exits, shape.num_layers)
         if draft_length < 1 or width < 1:
@@ -151,6 +154,7 @@ class S2D(TokenDrafter):
         self.soft_labels = soft_labels(labels)
         self.sorted_training, self.frozen_embedding = sorted_training, frozen_embedding
         self.draft_length, self.adaptive = draft_length, adaptive and width == 1
+        # 2. A language model with one norm and LM head for all exits.
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.embedding.requires_grad_(not frozen_embedding)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(self.exits[-1]))
@@ -163,8 +167,8 @@ class S2D(TokenDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start as the target's first layers between its embedding and its final norm and LM
-        head.
+        """Copy the target's embedding, first layers, final norm and LM head, and store the
+        tokenizer's hash.
         """
         every = torch.arange(self.shape.vocab_size, device=target.device)
         self.embedding.weight.copy_(target.embed(every))
@@ -183,7 +187,7 @@ class S2D(TokenDrafter):
         return lambda hidden: narrow_linear(hidden, self.lm_head.weight)[..., : self.draft_size]
 
     def part(self, exit_index: int) -> nn.ModuleList:
-        """The layers between the exit before and this one."""
+        """The layers between the previous exit and this one."""
         start = self.exits[exit_index - 1] if exit_index else 0
         return cast(nn.ModuleList, self.layers[start : self.exits[exit_index]])
 
@@ -191,11 +195,11 @@ class S2D(TokenDrafter):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """None for the text's tokens; the target's final states for its distributions."""
+        """No states with hard labels; the target's final states for soft ones."""
         return ("final",) if self.soft_labels else ()
 
     def exit_features(self, batch: TextBatch, rows: TrainingRows) -> Iterator[Tensor]:
-        """The LM head's inputs [M,H] of the rows that read the last given token, exit by exit."""
+        """The LM head's inputs [M,H] of the rows that predict the labels, exit by exit."""
         hidden, seen = self.embedding(self.read_ids(batch.input_ids)), batch.rows()
         for exit_index in range(len(self.exits)):
             hidden = run_layers(self.part(exit_index), hidden, seen)
@@ -204,20 +208,20 @@ class S2D(TokenDrafter):
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[Tensor]:
-        """The inputs [M,H] of the last exit's LM head: a single draft step."""
+        """The LM head's inputs [M,H] at the last exit: a single draft step."""
         yield list(self.exit_features(batch, rows))[-1]
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """The mean of the exits' cross-entropies, or the last one's alone; cross-entropy and
-        accuracy of every exit.
+        """The mean of the exits' cross-entropies, or the last exit's; metrics are cross-entropy and
+        accuracy per exit.
         """
+        # 1. Rows and labels, the same for every exit.
         rows = training_rows(batch, 1)
-        labels_M, flat_M = (
-            self.labels(batch, target, rows)[:, 0].contiguous(),
-            rows.flat_MK1[:, 1].contiguous(),
-        )
+        labels_M = self.labels(batch, target, rows)[:, 0].contiguous()
+        flat_M = rows.flat_MK1[:, 1].contiguous()
         distributions, counted_M = self.distributions(batch, target, rows), labels_M != IGNORED
         total, metrics = torch.zeros((), device=labels_M.device), {}
+        # 2. One pass through the layers; exits without weight are only evaluated.
         for exit_index, feature in enumerate(self.exit_features(batch, rows)):
             weight = self.exit_weights[exit_index]
             if self.training and not weight:
@@ -234,14 +238,14 @@ class S2D(TokenDrafter):
 
     @property
     def exit_weights(self) -> list[float]:
-        """Of the exits' losses."""
+        """Weights of the exits' losses; they sum to 1."""
         count = len(self.exits)
         return [1 / count] * count if self.sorted_training else [0.0] * (count - 1) + [1.0]
 
     # -- decoding ----------------------------------------------------------------------------------
 
     def start(self, context: Context) -> S2DState:
-        """Nothing is run before the first draft asks for it."""
+        """State with the whole prompt pending in the first segment; the first draft runs it."""
         embedded = self.embedding(self.read_ids(context.input_ids_BT))
         segments = [
             Segment.empty(self.shape, len(self.part(i)), embedded) for i in range(len(self.exits))
@@ -261,7 +265,7 @@ class S2D(TokenDrafter):
         )
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """A chain of the length that the last verifications suggest, or its builder's tree."""
+        """A chain whose length follows the last acceptances, or the builder's tree."""
         if not self.adaptive:
             return super().propose(state, budget)
         assert isinstance(state, S2DState)
@@ -269,10 +273,11 @@ class S2D(TokenDrafter):
         return StaticTree.chain(int(state.wanted_B.max())).build(self, state, budget)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D] of the token after each frontier node, by the first exit that is sure
-        enough.
+        """Logits [B,W,D] of the token after each frontier node, from the first exit above its
+        threshold.
         """
         assert isinstance(state, S2DState)
+        # 1. The new rows enter the first segment as embeddings.
         if frontier.depth == 0:
             state.begin()
         state.add(frontier)
@@ -280,13 +285,14 @@ class S2D(TokenDrafter):
         first.rows_BRH = torch.cat(
             [first.rows_BRH, self.embedding(self.read_ids(frontier.tokens_BW))], dim=1
         )
+        # 2. Segment by segment, until an exit is taken; outputs become inputs of the next segment.
         for exit_index, segment in enumerate(state.segments):
-            behind, outputs = segment.catch_up(
+            prefix, outputs = segment.catch_up(
                 self.part(exit_index), state.above_BRR, state.positions_BR
             )
             if exit_index + 1 < len(state.segments):
                 deeper = state.segments[exit_index + 1]
-                deeper.pending = deeper.pending.and_then(behind)
+                deeper.pending = deeper.pending.and_then(prefix)
                 deeper.rows_BRH = torch.cat([deeper.rows_BRH, outputs], dim=1)
                 if state.thresholds[exit_index] >= 1:
                     continue
@@ -297,7 +303,7 @@ class S2D(TokenDrafter):
         raise AssertionError("the last exit must accept every level")
 
     def leaves(self, logits_BWD: Tensor, exit_index: int, state: S2DState) -> bool:
-        """Whether a level leaves at an exit. It looks at probabilities only, never at what is then
+        """Whether a level exits here. The decision depends on probabilities only, never on tokens
         drawn from them.
         """
         if exit_index == len(self.exits) - 1:
@@ -306,8 +312,8 @@ class S2D(TokenDrafter):
         return float(surest_B.min()) > state.thresholds[exit_index]
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> S2DState:
-        """The accepted tokens wait to be read with the next root; the drafted rows are
-        forgotten.
+        """State with the accepted tokens pending in the first segment; the drafted rows are
+        dropped.
         """
         assert isinstance(state, S2DState)
         state.begin()
@@ -324,8 +330,7 @@ class S2D(TokenDrafter):
 
 
 class AtThresholds:
-    """Trees of a sorted drafter at thresholds of one's own: what another target, or a comparison,
-    calls for.
+    """Trees of a sorted drafter at other thresholds, for another target or a comparison.
 
     Args:
         thresholds: of every exit but the last, or one for all.
@@ -342,8 +347,9 @@ class AtThresholds:
         )
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
-        """A tree of at most `budget` drafted nodes. ValueError: a drafter without exits, or with
-        others.
+        """A tree of at most `budget` drafted nodes.
+
+        Raises ValueError for a drafter without exits, or with another number of them.
         """
         if not isinstance(drafter, S2D) or not isinstance(state, S2DState):
             raise ValueError(
@@ -355,8 +361,8 @@ class AtThresholds:
 
 
 def adapted_length(wanted_B: Tensor, tree: TokenTree, accepted: Accepted) -> Tensor:
-    """int64 [B]: two tokens more than were drafted where all of them were accepted, else one less
-    than was wanted.
+    """int64 [B]: two tokens more than were drafted where all of them were accepted, otherwise one
+    less than `wanted_B`.
     """
     offered_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
     return torch.where(accepted.lengths_B > offered_B, offered_B + 2, (wanted_B - 1).clamp(min=1))
@@ -369,20 +375,21 @@ def default_exits(layers: int) -> list[int]:
 
 
 def checked_thresholds(thresholds: Sequence[float] | float, exits: int) -> list[float]:
-    """One threshold for each exit but the last. ValueError when a list has another number of
-    them.
+    """One threshold for each exit but the last.
+
+    Raises ValueError for a list of another length.
     """
-    given = (
+    per_exit = (
         [float(thresholds)] * (exits - 1)
         if isinstance(thresholds, int | float)
         else list(thresholds)
     )
-    if len(given) != exits - 1:
+    if len(per_exit) != exits - 1:
         raise ValueError(
             f"thresholds must be {exits - 1}, one for each of {exits} exits but the last, got "
-            f"{given}"
+            f"{per_exit}"
         )
-    return given
+    return per_exit
 
 
 def _check_exits(exits: list[int], layers: int) -> None:

@@ -1,9 +1,10 @@
-"""What drafters share that read tokens alone: they serve every target of their tokenizer, whatever
-either pads its vocabulary to (Qwen2.5 has 151,936 rows at 0.5B and 152,064 at 7B).
+"""What drafters that read only tokens share: they serve every target with their tokenizer, also
+when the two models pad the vocabulary to different sizes (Qwen2.5 has 151,936 rows at 0.5B and
+152,064 at 7B).
 
 Only ids below both sizes are drafted. Where the target has more, the draft vocabulary is those ids;
-where it has fewer, the drafter's logits are cut. Verification counts what the target has beyond
-them, so nothing becomes lossy.
+where it has fewer, the drafter's logits are cut. Verification counts the target's probability of
+all ids, so decoding stays lossless.
 
 Shape legend: D draft vocabulary.
 """
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class TokenDrafter(TrainedDrafter):
-    """A learned drafter of one step that reads tokens alone.
+    """A trained drafter of one step that reads only tokens.
 
     Args:
         shape: dimensions of the target it is made for.
-        rows: token ids that it can read and draft.
+        rows: number of token ids that it can read and draft.
         draft_vocabulary: how many token ids can be drafted; None for all that both models have.
     """
 
@@ -48,19 +49,17 @@ class TokenDrafter(TrainedDrafter):
 
     @property
     def vocabulary_D(self) -> Tensor | None:
-        """Ids that can be drafted for the target that it serves [D], ascending; None: all of that
-        target's.
-        """
+        """Ids [D] that can be drafted for the current target, ascending; None: all it has."""
         return self.vocabulary if self.shared is None else self.shared
 
     @property
     def draft_size(self) -> int:
-        """D."""
+        """D: how many tokens can be drafted for the current target."""
         return self.served if self.vocabulary_D is None else len(self.vocabulary_D)
 
     @property
     def tokens_D(self) -> Tensor | None:
-        """Ids of its own that can be drafted [D]; None: all that it has."""
+        """Ids of the drafter's own vocabulary that can be drafted [D]; None: all of them."""
         cut = self.vocabulary_D is None and self.served < self.readable
         return (
             torch.arange(self.served, device=next(self.parameters()).device)
@@ -69,7 +68,7 @@ class TokenDrafter(TrainedDrafter):
         )
 
     def set_vocabulary(self, ids: Any) -> None:
-        """As `TrainedDrafter.set_vocabulary`; ValueError also for an id that it does not have."""
+        """As `TrainedDrafter.set_vocabulary`; ValueError also for an id that it cannot read."""
         super().set_vocabulary(ids)
         if self.vocabulary is not None and int(self.vocabulary[-1]) >= self.readable:
             raise ValueError(
@@ -78,30 +77,30 @@ class TokenDrafter(TrainedDrafter):
             )
 
     def _serve(self, size: int) -> None:
-        """Draft for a target of so many ids."""
-        self.served, known = size, min(self.readable, self.shape.vocab_size)
+        """Draft for a target of `size` ids."""
+        self.served, trained_ids = size, min(self.readable, self.shape.vocab_size)
         if self.vocabulary is not None:
             beyond = not self.vocabulary.is_meta and int(self.vocabulary[-1]) >= size
             self.shared = self.vocabulary[self.vocabulary < size] if beyond else None
         else:
             place = next((parameter.device for parameter in self.parameters()), "cpu")
-            self.shared = torch.arange(known, device=place) if known < size else None
+            self.shared = torch.arange(trained_ids, device=place) if trained_ids < size else None
 
     def read_ids(self, tokens: Tensor) -> Tensor:
-        """Ids that it can read: those of a target's padding, which stand for nothing, become its
-        last one.
+        """Token ids that it can read: ids of the target's padding, which have no meaning, become
+        its last id.
         """
         return tokens.clamp(max=self.readable - 1) if self.readable < self.served else tokens
 
     def compatibility(self, target: Target) -> str | None:
-        """It serves every target with the tokenizer that it reads."""
-        known, found = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
-        if known is not None and known != found:
+        """Why it may not serve a target: its tokenizer differs, or is unknown at another size."""
+        recorded, actual = self.arguments.get("tokenizer"), vocabulary_hash(target.tokenizer)
+        if recorded is not None and recorded != actual:
             return (
-                f"reads a tokenizer of vocabulary {known}, the target {target.name} has {found}: "
-                "give a drafter of the same tokenizer"
+                f"reads a tokenizer of vocabulary {recorded}, the target {target.name} has "
+                f"{actual}: give a drafter of the same tokenizer"
             )
-        if known is None and target.shape.vocab_size != self.shape.vocab_size:
+        if recorded is None and target.shape.vocab_size != self.shape.vocab_size:
             return (
                 f"was made for a vocabulary of {self.shape.vocab_size} tokens, the target "
                 f"{target.name} has {target.shape.vocab_size}, and its tokenizer is not recorded: "
@@ -110,14 +109,14 @@ class TokenDrafter(TrainedDrafter):
         return None
 
     def serve(self, target: Target) -> None:
-        """Draft from now on those of the target's ids that both have."""
+        """Draft from now on the ids that this target and the drafter share."""
         self._serve(target.shape.vocab_size)
 
     def adapt(self, target: Target) -> Target:
-        """The target itself, which it serves from now on.
+        """The target itself, unchanged; the drafter serves it from now on.
 
         Raises:
-            ValueError: the target's tokenizer is not the one that the drafter reads.
+            ValueError: the target's tokenizer is not the drafter's.
         """
         reason = self.compatibility(target)
         if reason is not None:

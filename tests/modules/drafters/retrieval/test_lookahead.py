@@ -24,7 +24,7 @@ def test_the_pool_forgets_what_was_added_longest_ago() -> None:
     pool = Pool(2)
     for ngram in ([1, 2, 3], [1, 4, 5], [1, 2, 3], [1, 6, 7], [2, 9, 9]):
         pool.add(ngram)
-    assert pool.behind(1) == [(6, 7), (2, 3)] and pool.behind(3) == []
+    assert pool.continuations(1) == [(6, 7), (2, 3)] and pool.continuations(3) == []
 
 
 def test_the_window_only_computes_and_ngrams_do_not_see_it() -> None:
