@@ -1,1 +1,1 @@
-"""The frozen large model: loading, its parts, its KV cache, one call per tree."""
+"""The frozen large model: loading, architecture, KV cache, passes over rows."""

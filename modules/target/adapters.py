@@ -1,8 +1,8 @@
-"""Low-rank adapters on a frozen target's linear layers (LoRA, Hu et al. 2021), owned by the module
+"""Low-rank adapters on a frozen target's linear layers (LoRA, Hu et al. 2021), part of the module
 that trains them.
 
 The target's weights are never copied into a trained module: an adapter is its two factors alone,
-and `twin` runs the target's own weights through them.
+and `twin` is the target with its own weights and these factors.
 
 Shape legend: I inputs and O outputs of a linear layer.
 """
@@ -79,18 +79,17 @@ class Adapters(nn.ModuleList):
     def twin(
         self, target: Target, lm_head: LowRank | None = None, training: bool | None = None
     ) -> Target:
-        """A target that shares all weights with `target` and runs through these factors (made
-        once).
+        """A target that shares all weights with `target` and has these factors (made once).
 
         Args:
-            target: whose weights.
+            target: whose weights are used.
             lm_head: factors for the LM head too.
             training: whether dropout acts; None: as this module's own mode says.
         """
         if self._twin is None or self._twin[0] is not target:
             self._twin = (target, self._make_twin(target, lm_head))
         for factors, module in self._adapted_modules(self._twin[1], lm_head):
-            # Read anew each time: ZeRO stage 3 gathers what is read.
+            # Assigned in every call: ZeRO stage 3 gathers parameters when they are read.
             module.lora_A["default"].weight, module.lora_B["default"].weight = (
                 factors.down,
                 factors.up,
@@ -101,11 +100,13 @@ class Adapters(nn.ModuleList):
     def _make_twin(self, target: Target, lm_head: LowRank | None) -> Target:
         from peft import LoraConfig, inject_adapter_in_model
 
+        # 1. A copy of the modules on the same weights.
         self.refuse_other_layers(target)
         tensors = [*target.model.parameters(), *target.model.buffers()]
         shared = copy.deepcopy(
             target.model, {id(target): target} | {id(tensor): tensor for tensor in tensors}
         )
+        # 2. PEFT adds its adapters, and freezes everything.
         names = [*self.layers, *(["lm_head"] if lm_head is not None else [])]
         config = LoraConfig(
             r=self.rank,
@@ -117,6 +118,7 @@ class Adapters(nn.ModuleList):
         twin = cast(Any, type(target))(
             inject_adapter_in_model(config, shared), target.tokenizer, f"{target.name}+{self.name}"
         )
+        # 3. The factors learn as before.
         for factor in self._factors(lm_head):
             factor.requires_grad_(learns[id(factor)])
         return twin
@@ -126,20 +128,23 @@ class Adapters(nn.ModuleList):
 
     @torch.no_grad()
     def merged(self, target: Target, lm_head: LowRank | None = None) -> Target:
-        """A copy of the target with the changes added to its weights: a different model, with its
-        own fingerprint.
+        """A copy of the target with the changes added to its weights: a different model with
+        another fingerprint.
         """
         self.refuse_other_layers(target)
+        # 1. A copy of the target.
         adapted = cast(Any, type(target))(
             copy.deepcopy(target.model, {id(target): target}),
             target.tokenizer,
             f"{target.name}+{self.name}",
         )
+        # 2. Add the change to each weight.
         for factors, module in self._adapted_modules(adapted, lm_head):
             change = (self.alpha / self.rank) * (factors.up @ factors.down)
             module.weight = nn.Parameter(
                 module.weight + change.to(module.weight), requires_grad=False
             )
+        # 3. An LM head of other weights is no longer the embedding.
         if lm_head is not None:
             cast(Any, adapted.model).config.tie_word_embeddings = False
         return adapted
@@ -151,9 +156,9 @@ class Adapters(nn.ModuleList):
             [] if lm_head is None else [(lm_head, target.architecture.head)]
         )
         for adapters, layer in zip(self, target.architecture.layers, strict=True):
-            found = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
+            modules = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
             pairs += [
-                (cast(LowRank, factors), found[name])
+                (cast(LowRank, factors), modules[name])
                 for name, factors in cast(nn.ModuleDict, adapters).items()
             ]
         return pairs

@@ -1,4 +1,4 @@
-"""Where a stock Hugging Face causal LM keeps its parts, and the attention masks its layers expect.
+"""The parts of a stock Hugging Face causal LM, and the attention masks that its layers expect.
 
 Shape legend: B sequences, N rows of one call, S attended slots, H hidden size.
 """
@@ -34,6 +34,7 @@ class Architecture:
                 f"target architecture {self.config.model_type!r} is not supported: use one of "
                 f"{', '.join(SUPPORTED)}"
             )
+        # 1. Names differ by architecture.
         decoder = model.base_model
         self.decoder: Any = decoder.decoder if self.config.model_type == "opt" else decoder
         self._layers_name = next(name for name in _LAYERS if hasattr(self.decoder, name))
@@ -41,18 +42,19 @@ class Architecture:
             (name for name in _NORMS if getattr(self.decoder, name, None) is not None), None
         )
         self.norm: nn.Module | None = getattr(self.decoder, norm_name) if norm_name else None
+        # 2. The library names these.
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
+        """The decoder layers, in order."""
         return getattr(self.decoder, self._layers_name)
 
     @layers.setter
     def layers(self, layers: nn.ModuleList) -> None:
-        setattr(self.decoder, self._layers_name, layers)
+        self.decoder.register_module(self._layers_name, layers)
 
     @property
     def shape(self) -> TargetShape:
@@ -81,9 +83,9 @@ class Architecture:
         )
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its canonical name; KeyError if the model has none such.
+        """A weight by its canonical name; KeyError if the model has no such weight.
 
-        A norm's weight is what it multiplies by: Gemma stores that less one.
+        A norm's weight is the factor it multiplies by; Gemma stores that less one.
         """
         stored = self._stored(name)
         offset = self.config.model_type in _OFFSET_NORMS and name.removesuffix(".weight").endswith(
@@ -115,8 +117,10 @@ class Architecture:
         """The additive mask [B,1,N,S] the layers expect (a dict per layer type for models that mix
         them).
         """
+        # 1. The mask of full attention.
         seen = _visible(rows, cache)
         full = _additive(seen, embeddings_BNH.dtype)
+        # 2. The mask of sliding windows, where the model has some.
         window = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
         if not window or "sliding_attention" not in kinds:
@@ -149,20 +153,23 @@ def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
     """bool [B,N,S]: committed slots that the rows may see, then the rows since the last commit."""
     if cache is None:
         return rows.visible_BNJ
+    # 1. Chosen slots, then the rows since the last commit.
     if rows.committed_BS is not None:
         usable_BS = (rows.committed_BS >= 0).expand(cache.batch_size, -1)
         seen_BNS = usable_BS[:, None].expand(-1, rows.visible_BNJ.shape[1], -1)
         return torch.cat([seen_BNS, rows.visible_BNJ.expand(cache.batch_size, -1, -1)], dim=2)
+    # 2. Equal lengths: one block of committed slots.
     if cache.uniform:
         return F.pad(rows.visible_BNJ, (cache.lengths[0], 0), value=True)
+    # 3. Each sequence has its rows at another slot.
     batch, count, width = rows.visible_BNJ.shape
     device = rows.visible_BNJ.device
     slots = torch.arange(cache.window(width), device=device)
     offset_BS = slots - cache.lengths_tensor(device)[:, None]
     inside = (offset_BS >= 0) & (offset_BS < width)
     index = offset_BS.clamp(0, width - 1)[:, None, :].expand(batch, count, -1)
-    own = rows.visible_BNJ.gather(2, index) & inside[:, None]
-    return own | (offset_BS < 0)[:, None]
+    recent = rows.visible_BNJ.gather(2, index) & inside[:, None]
+    return recent | (offset_BS < 0)[:, None]
 
 
 def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
@@ -175,10 +182,11 @@ def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
         # A committed slot is its position.
         slots = torch.cat([rows.committed_BS.expand(cache.batch_size, -1), cache.positions_BJ], 1)
         return (here[:, :, None] - slots[:, None, :]) < window
+    # A committed slot is its position, recent rows have theirs.
     batch, width = cache.positions_BJ.shape
     slots = torch.arange(cache.window(width), device=here.device).expand(batch, -1).clone()
-    own = cache.lengths_tensor(here.device)[:, None] + torch.arange(width, device=here.device)
-    slots.scatter_(1, own, cache.positions_BJ)
+    recent = cache.lengths_tensor(here.device)[:, None] + torch.arange(width, device=here.device)
+    slots.scatter_(1, recent, cache.positions_BJ)
     return (here[:, :, None] - slots[:, None, :]) < window
 
 

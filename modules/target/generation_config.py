@@ -1,9 +1,10 @@
-"""What a model's `generation_config` asks of decoding, and Hugging Face's `generate` without it.
+"""Settings of a model's `generation_config` that decoding ignores, and Hugging Face's `generate`
+without them.
 
-Decoding here knows temperature, top-k and top-p, which the caller sets (`Sampling`). Everything
-else that a `generation_config` can ask for is left out everywhere alike, so that answers are
-compared on the model's own probabilities: `unapplied` names it, `stock_generate` and
-`SERVED_NEUTRAL` switch it off.
+Decoding supports temperature, top-k and top-p, which the caller sets (`Sampling`). All other
+settings of a `generation_config` are ignored everywhere, so that answers are compared on the
+model's own probabilities: `unapplied` names them, `stock_generate` and `SERVED_NEUTRAL` switch them
+off.
 
 Shape legend: B sequences, T tokens.
 """
@@ -55,29 +56,29 @@ NEUTRAL: dict[str, Any] = {
     "dola_layers": None,
     "assistant_ensemble_weight": None,
 }
-"""Options of a `generation_config` that decide which tokens come out, at the values that do nothing
+"""Options of a `generation_config` that influence which tokens are chosen, at their neutral values
 (transformers 5.23, `GenerationConfig`)."""
 SERVED_NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "min_p": 0.0, "top_k": -1}
 """What vLLM and SGLang take from a model's `generation_config` where a request leaves it open
-(beside temperature and top_p), at the values that do nothing there."""
+(beside temperature and top_p), at their neutral values there."""
 
 
 def unapplied(config: Any) -> dict[str, Any]:
-    """What a `generation_config` asks for and decoding here does not do, with the values."""
-    found = {name: getattr(config, name, None) for name in NEUTRAL}
+    """Settings of a `generation_config` that decoding does not apply, with their values."""
+    values = {name: getattr(config, name, None) for name in NEUTRAL}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in values.items()
         if value is not None and value != NEUTRAL[name] and value not in ([], {}, "")
     }
 
 
 def unapplied_notice(config: Any) -> str:
     """One line that names what is not applied, long values cut; empty if there is nothing."""
-    asked = {name: " ".join(str(value).split()) for name, value in unapplied(config).items()}
+    settings = {name: " ".join(str(value).split()) for name, value in unapplied(config).items()}
     named = [
         f"{name} {value if len(value) <= 40 else value[:40] + ' …'}"
-        for name, value in asked.items()
+        for name, value in settings.items()
     ]
     return (
         ""
@@ -90,7 +91,7 @@ def unapplied_notice(config: Any) -> str:
 
 
 def sampling_options(sampling: Sampling) -> dict[str, Any]:
-    """The same choice of tokens for `generate`."""
+    """The arguments of `generate` for the same sampling."""
     if sampling.temperature == 0:
         return {"do_sample": False}
     return {
@@ -111,7 +112,7 @@ def stock_generate(
     options: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> list[list[int]]:
-    """New ids of every prompt by `generate`, as one left-padded batch, each through its end token.
+    """New ids of every prompt by `generate`, as one left-padded batch, each up to its end token.
     Nothing is taken from the model's `generation_config`, and torch's own generators stay as they
     were.
 
@@ -124,10 +125,12 @@ def stock_generate(
         options: further entries of the generation config.
         arguments: further arguments of `generate`.
     """
+    # 1. Pad the prompts on the left.
     padding, width, device = min(eos_ids, default=0), max(map(len, prompts)), model.device
     missing = [width - len(prompt) for prompt in prompts]
     ids_BT = torch.tensor([[padding] * count + prompt for count, prompt in zip(missing, prompts)])
     mask_BT = torch.tensor([[0] * count + [1] * (width - count) for count in missing])
+    # 2. Settings that the model cannot override.
     config = GenerationConfig(
         max_new_tokens=limit,
         eos_token_id=sorted(eos_ids) or None,
@@ -135,6 +138,7 @@ def stock_generate(
         **sampling_options(sampling),
         **options or {},
     )
+    # 3. Generate with a seed that does not touch torch's generators.
     devices = [device] if device.type == "cuda" else []
     with _without_its_config(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
@@ -149,13 +153,13 @@ def stock_generate(
 
 @contextmanager
 def _without_its_config(model: Any) -> Iterator[None]:
-    """An empty `generation_config` while the block lasts: `generate` fills from it whatever a call
-    leaves open, so that a config of the call's own is not enough."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    """An empty `generation_config` while the block lasts: `generate` takes from it what a call
+    leaves open, so that passing another config is not enough."""
+    original, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 def _through_end(ids: list[int], ends: frozenset[int]) -> list[int]:

@@ -1,7 +1,7 @@
-"""What reports and cards call a target that is a GGUF file: the name it carries, not its path.
+"""The name of a GGUF target in reports and cards: the name stored in the file, not its path.
 
-The first keys of a file are read by hand, because the `gguf` package reads all of them, vocabulary
-included, for seconds (the format: github.com/ggml-org/ggml, docs/gguf.md).
+The first keys of a file are parsed here, because the `gguf` package takes seconds to read all of
+them, vocabulary included (the format: github.com/ggml-org/ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LONGEST = 1 << 16
 
 
 def title(name: str) -> str:
-    """A target's name for readers: `general.name` of a GGUF file, or its file name where it has
-    none or is not here; every other name as it is."""
+    """A target's display name: `general.name` of a GGUF file, or the file name if it has none or
+    does not exist; other names are unchanged."""
     match = _NAMED.fullmatch(name)
     if match is None:
         return name
@@ -33,6 +33,7 @@ def title(name: str) -> str:
 def _general_name(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
+            # Header, then keys; those of `general.` come first.
             magic, _, _, count = struct.unpack("<4sIQQ", file.read(24))
             for _ in range(count if magic == b"GGUF" else 0):
                 key = _string(file)

@@ -1,4 +1,4 @@
-"""Stock Hugging Face models that draft: which one a recipe means, and its config as plain
+"""Stock Hugging Face models as drafters: the model that a recipe names, and its config as plain
 values.
 """
 
@@ -22,7 +22,7 @@ from modules.target.tokenizers.vocabulary import check_tokenizer
 
 MOST_POSITIONS = 1 << 27
 _NAMED = "drafter.model"
-_NOT_KEPT = (
+_NOT_SAVED = (
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -30,8 +30,8 @@ _NOT_KEPT = (
     "quantization_config",
     "transformers_version",
 )
-"""Of a config: where it came from, what could name code to import, and what the weights say
-themselves.
+"""Settings of a config that are not saved: its origin, names of code to import, and what the
+weights determine.
 """
 
 
@@ -49,20 +49,18 @@ def config_named(name: str, layers: int | None) -> Any:
 
 
 def config_of_dict(values: Mapping[str, Any], layers: int | None) -> Any:
-    """The config that plain values spell out. ValueError: as `config_named`, or no `model_type`."""
+    """The config with these plain values. ValueError: as `config_named`, or no `model_type`."""
     if values.get("model_type") not in SUPPORTED:
         raise ValueError(
             f"drafter.model.model_type is {values.get('model_type')!r}: use one of "
             f"{', '.join(SUPPORTED)}"
         )
-    kept = {key: value for key, value in values.items() if key not in _NOT_KEPT}
-    return _checked(AutoConfig.for_model(**kept), layers)
+    settings = {key: value for key, value in values.items() if key not in _NOT_SAVED}
+    return _checked(AutoConfig.for_model(**settings), layers)
 
 
 def config_of_shape(shape: TargetShape, layers: int | None) -> Any:
-    """A config of the target's dimensions, for counting parameters before the target itself is
-    known.
-    """
+    """A config of the target's dimensions, for counting parameters before the target is loaded."""
     return LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -77,17 +75,15 @@ def config_of_shape(shape: TargetShape, layers: int | None) -> Any:
 
 
 def dict_of_config(config: Any) -> dict[str, Any]:
-    """A config as JSON values, without what depends on where it came from."""
+    """A config as JSON values, without its origin."""
     values = json.loads(json.dumps(config.to_diff_dict()))
-    return {key: value for key, value in values.items() if key not in _NOT_KEPT}
+    return {key: value for key, value in values.items() if key not in _NOT_SAVED}
 
 
 def kept_layers(layers: int | None, shape: TargetShape) -> int:
-    """How many of the target's layers are kept: an eighth of them, two at least, unless it is
-    said.
-    """
-    kept = min(shape.num_layers, max(2, -(-shape.num_layers // 8))) if layers is None else layers
-    return _within(kept, shape.num_layers)
+    """How many of the target's layers are used: `layers`, or an eighth of them and at least two."""
+    count = min(shape.num_layers, max(2, -(-shape.num_layers // 8))) if layers is None else layers
+    return _within(count, shape.num_layers)
 
 
 def _within(layers: int, available: int) -> int:
@@ -129,15 +125,17 @@ def fresh_model(config: Any) -> Any:
 def load_named(
     name: str | None, layers: int | None, target: Target
 ) -> tuple[Any, Mapping[str, Tensor]]:
-    """Config and weights of what a recipe names: the target's first layers (`name` None) or another
-    model.
+    """Config and weights of the model that a recipe names: the target's first layers (`name` None)
+    or another one.
 
     Raises:
         ValueError: as `config_named`, or a tokenizer that is not the target's.
     """
+    # 1. The target's own first layers.
     if name is None:
         stock = target.stock
         return truncated_config(stock.config, kept_layers(layers, target.shape)), stock.state_dict()
+    # 2. Another model, which must have the target's tokenizer.
     config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)
     tokenizer = read_tokenizer(name, folder, chats=False, what=_NAMED)
     check_tokenizer(tokenizer, f"{_NAMED} {name!r}", target)

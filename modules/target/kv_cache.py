@@ -1,4 +1,4 @@
-"""The target's KV cache: one preallocated buffer, written behind each sequence's own length.
+"""The target's KV cache: one preallocated buffer, written after each sequence's own length.
 
 Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call,
 J rows since the last commit, A accepted rows,
@@ -22,7 +22,7 @@ from modules.contracts.verification import Accepted
 
 @dataclass
 class Buffers:
-    """Keys and values at addresses that stay, made when the first keys arrive.
+    """Keys and values at fixed addresses, allocated when the first keys arrive.
 
     store: [L,2,B,K,S,D], for what moves rows of all layers at once. keys, values: of every layer
     [B,K,S,D], views of it.
@@ -33,7 +33,7 @@ class Buffers:
     values: list[Tensor] = field(default_factory=list)
 
     def hold(self, store: Tensor) -> None:
-        """Keep a store from now on."""
+        """Use this store from now on."""
         self.store, self.keys, self.values = store, [*store[:, 0]], [*store[:, 1]]
         for buffer in (*self.keys, *self.values):
             torch._dynamo.mark_static_address(buffer)
@@ -42,8 +42,8 @@ class Buffers:
 class SlotCache(Cache):
     """A Hugging Face cache whose slot s of sequence b is position s, committed up to `lengths[b]`.
 
-    Rows of a call are written from `lengths[b]` on, behind those of earlier calls if they are still
-    to be seen; `commit` keeps the accepted ones and moves only those.
+    Rows of a call are written from `lengths[b]` on, after those of earlier calls that they still
+    attend to; `commit` keeps the accepted ones and moves only those.
 
     Args:
         num_layers: layers that will write.
@@ -51,8 +51,8 @@ class SlotCache(Cache):
         capacity: slots per sequence; the buffer is allocated once, when the first keys arrive.
         devices: of every layer, where they are not all on one; each device has a buffer for its
             layers.
-        fixed: buffers at addresses that stay (`modules.target.kernels.compiled_calls`), in use
-            already or not; every call then sees all slots, and its mask says which count.
+        fixed: buffers at fixed addresses (`modules.target.kernels.compiled_calls`), new or used
+            before; every call then sees all slots, and its mask excludes the unused ones.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SlotCache(Cache):
         self._slots: Tensor | None = None
         self._read_BX: Tensor | None = None
         self.ahead = 0
-        """Rows of earlier calls, written since the last commit, that stand before those of this
+        """Rows of earlier calls, written since the last commit, that come before those of this
         call.
         """
         self.positions_BJ: Tensor | None = None
@@ -84,24 +84,25 @@ class SlotCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Sequences held."""
+        """Number of sequences in the cache."""
         return len(self.lengths)
 
     @property
     def uniform(self) -> bool:
-        """Whether plain slices do: all sequences have the same length, and buffers are not at fixed
+        """Whether slices are enough: all sequences have the same length, and buffers have no fixed
         addresses.
         """
         return self.fixed is None and len(set(self.lengths)) == 1
 
     @property
     def slots_BN(self) -> Tensor:
-        """int64 [B,N]: where the rows of the coming call are written, if not by slices."""
+        """int64 [B,N]: where the rows of the next call are written, if not by slices."""
         assert self._slots is not None, "begin() a call first"
         return self._slots
 
     def lengths_tensor(self, device: torch.device) -> Tensor:
-        """int64 [B]. It stays on the device, where `commit` goes on counting."""
+        """int64 [B]: committed tokens. The tensor stays on the device, where `commit` updates
+        it."""
         if self._lengths_B is None or self._lengths_B.device != device:
             self._lengths_B = torch.tensor(self.lengths, device=device)
         return self._lengths_B
@@ -117,8 +118,8 @@ class SlotCache(Cache):
         return end if self.fixed is None else self.capacity
 
     def reserve(self, width: int) -> None:
-        """Make room for `width` rows behind the longest sequence, by doubling where there is
-        none.
+        """Make room for `width` rows after the longest sequence, by doubling the capacity if
+        necessary.
         """
         needed = max(self.lengths) + width
         if needed > self.capacity:
@@ -127,11 +128,12 @@ class SlotCache(Cache):
             self.capacity = grown
 
     def begin(self, rows: Rows) -> None:
-        """Choose the slots of the rows of the coming call, behind those of earlier calls that they
-        still see, and what they read.
+        """Choose the slots of the next call's rows, after those of earlier calls that they still
+        see, and the slots that they read.
         """
         batch, width = self.batch_size, rows.position_ids_BN.shape[1]
         ahead = rows.visible_BNJ.shape[2] - width
+        # 1. Positions of all rows since the last commit.
         self.window(ahead + width)
         self._slots, self.ahead = None, ahead
         here = rows.position_ids_BN.expand(batch, -1)
@@ -139,16 +141,17 @@ class SlotCache(Cache):
             here[:, :0] if self.positions_BJ is None or not ahead else self.positions_BJ[:, :ahead]
         )
         self.positions_BJ = torch.cat([earlier, here], dim=1)
+        # 2. Where the new rows are written.
         if not self.uniform:
             first_B1 = self.lengths_tensor(here.device)[:, None] + ahead
             self._slots = first_B1 + torch.arange(width, device=here.device)
-        # Chosen committed slots, then all rows since the last commit.
+        # 3. What they read: chosen committed slots, then all rows since the last commit.
         self._read_BX = None
         if rows.committed_BS is not None:
             since = torch.arange(ahead + width, device=here.device)
-            behind_BJ = self.lengths_tensor(here.device)[:, None] + since
+            recent_BJ = self.lengths_tensor(here.device)[:, None] + since
             chosen_BS = rows.committed_BS.clamp(min=0).expand(batch, -1)
-            self._read_BX = torch.cat([chosen_BS, behind_BJ], dim=1)
+            self._read_BX = torch.cat([chosen_BS, recent_BJ], dim=1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -156,16 +159,18 @@ class SlotCache(Cache):
         """Write [B,K,N,D] keys and values of one layer and return all that the rows may attend
         to.
         """
+        # 1. Write the rows.
         keys, values = self._buffers(layer_idx, key_states)
         self._write(keys, key_states)
         self._write(values, value_states)
+        # 2. What they read: the chosen slots, or all up to the last row.
         if self._read_BX is not None:
             return self._chosen(keys), self._chosen(values)
         end = self.window(self.ahead + key_states.shape[2])
         return keys[:, :, :end], values[:, :, :end]
 
     def _chosen(self, buffer_BKSD: Tensor) -> Tensor:
-        """Rows [B,K,X,D] at the slots that the coming call reads."""
+        """Rows [B,K,X,D] at the slots that the next call reads."""
         assert self._read_BX is not None
         index = self._read_BX.to(buffer_BKSD.device)[:, None, :, None]
         return buffer_BKSD.gather(
@@ -177,6 +182,7 @@ class SlotCache(Cache):
         device = like_BKND.device
         if device not in self._stores:
             batch, heads, _, size = like_BKND.shape
+            # One store per device, for all of its layers.
             layers = self._devices.count(device) if self._spread else self.num_layers
             self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
             if self.fixed is not None:
@@ -185,7 +191,7 @@ class SlotCache(Cache):
         return self._stores[device][row, 0], self._stores[device][row, 1]
 
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
-        """Replace every buffer by what `how` makes of it, at another address."""
+        """Replace every buffer by `how(buffer)`, at another address."""
         self.fixed = None
         self._stores = {device: how(store) for device, store in self._stores.items()}
 
@@ -201,6 +207,7 @@ class SlotCache(Cache):
         """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
         assert self._stores, "nothing was written yet"
         for sequence, rows in enumerate(accepted.paths):
+            # Rows at their final slots need not move.
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
             if in_place < len(rows):
                 self._compact(sequence, accepted.path_BA[sequence, in_place : len(rows)], in_place)
@@ -209,7 +216,7 @@ class SlotCache(Cache):
             self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
 
     def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
-        """Move the rows behind the first `in_place` ones, which stand where they belong."""
+        """Move the rows after the first `in_place` ones, which need not move."""
         start = self.lengths[sequence]
         target = start + in_place
         for store in self._stores.values():
@@ -227,18 +234,18 @@ class SlotCache(Cache):
         return chosen
 
     def keep(self, sequences: list[int]) -> None:
-        """Drop every sequence but these."""
+        """Keep only these sequences, which may repeat."""
         self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
         self._change(lambda store: store[:, :, sequences].contiguous())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Longest committed length (Hugging Face models ask for it)."""
+        """Longest committed length (part of Hugging Face's interface)."""
         return max(self.lengths)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of a call's first row."""
+        """Position of the first row of a call."""
         return max(self.lengths)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Slots that a call sees, and where they start."""
+        """Number of slots that a call sees, and the first of them."""
         return max(self.lengths) + query_length, 0

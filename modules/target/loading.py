@@ -35,7 +35,7 @@ QUANTISED = ("8bit", "4bit")
 bfloat16.
 """
 AUTO = "auto"
-"""The dtype that the device decides."""
+"""The dtype name that lets the device decide."""
 EVERYWHERE = "auto"
 """The device name of a target whose layers accelerate spreads over all devices."""
 
@@ -58,7 +58,8 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def chosen_dtype(dtype: str, device: str | None = None) -> str:
-    """What `auto` means: bfloat16 on a GPU that multiplies it, float32 elsewhere. Other names stay.
+    """The dtype for `auto`: bfloat16 on a GPU with bfloat16 arithmetic, float32 elsewhere. Other
+    names are unchanged.
 
     Args:
         dtype: a name that `load_target` takes.
@@ -70,8 +71,8 @@ def chosen_dtype(dtype: str, device: str | None = None) -> str:
 
 
 def missing_here(name: str | Path) -> bool:
-    """Whether a name can only be meant as a path, not as a Hub id, and nothing is there:
-    `runs/clover`, more than one slash, a leading `/`, `.` or `~`, or a first folder that exists."""
+    """Whether a name can only be a path, not a Hub id, and does not exist: `runs/clover`, more than
+    one slash, a leading `/`, `.` or `~`, or a first folder that exists."""
     path = Path(name)
     local = (
         len(path.parts) != 2
@@ -88,11 +89,11 @@ def load_target(
     chat_template: Mapping[str, Any] | None = None,
     chats: bool = True,
 ) -> Target:
-    """Load a frozen target; what its config and tokenizer rule out is refused before its weights
-    are read.
+    """Load a frozen target. Errors of its config and tokenizer are raised before its weights are
+    read.
 
-    One warning names what its `generation_config` asks for and no command here applies.
-    temperature, top_k and top_p are not among it: every command has its own.
+    One warning names the settings of its `generation_config` that no command applies. temperature,
+    top_k and top_p are not among them: every command has its own.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed
@@ -102,40 +103,43 @@ def load_target(
             float32 elsewhere.
         device: a torch device, by default `own_device()`; `auto` spreads the layers over all
             devices where accelerate is installed.
-        chat_template: arguments of its chat template, `{"enable_thinking": False}`, for all that it
-            renders.
+        chat_template: arguments of its chat template for every chat, for instance
+            `{"enable_thinking": False}`.
         chats: whether a tokenizer without a chat template is refused.
 
     Raises:
         ValueError: unknown dtype, a library or a file that is missing or damaged, what
             `modules.target.outline` refuses, or an argument that the chat template does not read.
     """
+    # 1. Where and in which dtype.
     device = device or own_device()
     check_loading(dtype, device)
     if dtype == AUTO:
         dtype = chosen_dtype(dtype, device)
         if device != "cpu" and os.environ.get("RANK", "0") == "0":
             print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
+    # 2. Config and tokenizer, before the weights.
     folder, options = locate(name), loading_options(dtype, device)
     check_config(name, folder)
     tokenizer, loader = read_tokenizer(name, folder, chats), AutoModelForCausalLM
     give_arguments(tokenizer, chat_template or {}, name)
+    # 3. The weights.
     with one_line_each(), named(name):
         model: Any = loader.from_pretrained(folder, **options)
     _refuse_offloaded(model, name)
+    # 4. Warn about ignored settings.
     if notice := unapplied_notice(model.generation_config):
         logger.warning("target %r: %s", name, notice)
     target = Target(model if "device_map" in options else model.to(device), tokenizer, name)
     if target.device.type == "cuda":
-        # Kernels that are compiled, and tensors of no named device, go to the current one.
+        # Compiled kernels, and tensors of no named device, go to the current one.
         torch.cuda.set_device(target.device)
     return target
 
 
 def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
-    """ValueError when accelerate left weights outside of the devices, from where they come back in
-    every call.
-    """
+    """ValueError when accelerate has left weights outside the devices, to be loaded in every
+    call."""
     absent = [path for path, weight in model.named_parameters() if weight.is_meta]
     if absent:
         raise ValueError(
@@ -146,14 +150,14 @@ def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
 
 
 def check_loading(dtype: str, device: str | None = None) -> None:
-    """Refuse, before anything is loaded, what cannot be loaded so here.
+    """Check, before anything is loaded, that this machine can load a target so.
 
     Raises:
         ValueError: an unknown dtype, or a library that is not installed.
     """
-    known = [*DTYPES, *QUANTISED, AUTO]
-    if dtype not in known:
-        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(known)}")
+    names = [*DTYPES, *QUANTISED, AUTO]
+    if dtype not in names:
+        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(names)}")
     for wanted, what, library, instead in (
         (dtype in QUANTISED, f"dtype {dtype!r}", "bitsandbytes", "use bfloat16"),
         (device == EVERYWHERE, f"device {device!r}", "accelerate", "name one device"),
@@ -166,7 +170,7 @@ def check_loading(dtype: str, device: str | None = None) -> None:
 
 
 def loading_options(dtype: str, device: str) -> dict[str, Any]:
-    """What Hugging Face's `from_pretrained` is told."""
+    """Arguments of Hugging Face's `from_pretrained`."""
     options: dict[str, Any] = {
         "dtype": DTYPES.get(dtype, torch.bfloat16),
         "trust_remote_code": False,
@@ -177,6 +181,7 @@ def loading_options(dtype: str, device: str) -> dict[str, Any]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
+    # Packed or spread models are put on their devices while loading.
     if dtype in QUANTISED or device == EVERYWHERE:
         options["device_map"] = EVERYWHERE if device == EVERYWHERE else {"": device}
     return options
@@ -188,6 +193,7 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     Raises:
         ValueError: as `load_target`.
     """
+    # 1. Config and tokenizer.
     check_unquantised(dtype)
     dtype, folder = chosen_dtype(dtype), locate(name)
     check_config(name, folder)
@@ -195,6 +201,7 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     give_arguments(tokenizer, chat_template or {}, name)
     with named(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # 2. A model whose tensors take no memory.
     loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])
@@ -202,7 +209,7 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
 
 
 def check_unquantised(dtype: str) -> None:
-    """ValueError for a dtype that is none, or in which nothing can be trained."""
+    """ValueError for an unknown dtype, or one that cannot be trained in."""
     if dtype in QUANTISED:
         raise ValueError(
             f"dtype {dtype!r} is for decoding: train with bfloat16, the result serves it too"
@@ -245,7 +252,7 @@ def _embedded_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what is computed once per machine is kept: `SLIPSTREAM_CACHE`, or
+    """The folder for results that are computed once per machine: `SLIPSTREAM_CACHE`, or
     ~/.cache/slipstream.
     """
     return Path(os.environ.get("SLIPSTREAM_CACHE", Path.home() / ".cache" / "slipstream"))
@@ -269,14 +276,14 @@ def _dequantised(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Copy dequantised float32 weights into a fresh model, so that nothing of the quantisation
-    stays behind.
-    """
+    """Copy dequantised float32 weights into a new model, without any trace of the quantisation."""
     loader: Any = AutoModelForCausalLM
+    # 1. Dequantise, and forget that the file was quantised.
     loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # 2. A plain model of these weights.
     fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config

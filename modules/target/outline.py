@@ -1,6 +1,4 @@
-"""What a target is, read from its config and tokenizer before any weight: what cannot be used is
-refused here.
-"""
+"""A target's config and tokenizer, read before any weight: unusable models are refused here."""
 
 from __future__ import annotations
 
@@ -16,44 +14,47 @@ from modules.target.architecture import SUPPORTED
 
 
 def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, Any]:
-    """The values of a target's config.json, or of another model's (`what`), whose embedding may be
-    of any width.
+    """The values of a target's config.json, or of another model's (`what`), whose embedding may
+    have any width.
 
     Args:
-        name: what errors call it.
+        name: as in error messages.
         folder: a folder or Hub id; of an adapter (LoRA) its base model's config is read.
 
     Raises:
         ValueError: no config, an architecture that is not supported, code of its own, packed
             weights, or an embedding of another width than its layers.
     """
+    # 1. The config, of an adapter that of its base model.
     with named(name, what):
         adapter = find_adapter_config_file(folder)
         if adapter is not None:
             with open(adapter, encoding="utf-8") as file:
                 folder = json.load(file)["base_model_name_or_path"]
         values = PretrainedConfig.get_config_dict(folder)[0]
-    told, supported = f"{what} {name!r}", f"use a model of one of {', '.join(SUPPORTED)}"
+    label, supported = f"{what} {name!r}", f"use a model of one of {', '.join(SUPPORTED)}"
+    # 2. A supported architecture, without code of the repository.
     kind = values.get("model_type")
     if kind is None:
         raise ValueError(
-            f"{told} has no config.json that names its architecture (model_type): give a whole "
+            f"{label} has no config.json that names its architecture (model_type): give a whole "
             "model"
         )
     if kind not in SUPPORTED:
-        own = " and brings code of its own, which is never run" if values.get("auto_map") else ""
+        code = " and brings code of its own, which is never run" if values.get("auto_map") else ""
         raise ValueError(
-            f"{told} has architecture {kind!r}, which is not supported{own}: {supported}"
+            f"{label} has architecture {kind!r}, which is not supported{code}: {supported}"
         )
+    # 3. Weights and embeddings that drafters can be built on.
     if packed := packing(values):
         raise ValueError(
-            f"{told} is stored packed ({packed}), which is not supported: give the model that it "
+            f"{label} is stored packed ({packed}), which is not supported: give the model that it "
             "was made from in 16 bits (--dtype 8bit or 4bit packs that one for decoding)"
         )
     width = values.get("word_embed_proj_dim") or values.get("hidden_size")
     if width != values.get("hidden_size") and what == "target":
         raise ValueError(
-            f"{told} has embeddings of width {width} and layers of width {values['hidden_size']}, "
+            f"{label} has embeddings of width {width} and layers of width {values['hidden_size']}, "
             "which drafters cannot be built on: use a target whose widths are equal"
         )
     return values
@@ -61,13 +62,13 @@ def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, A
 
 def packing(config: Mapping[str, Any]) -> str:
     """How the weights of a checkpoint are packed, by its config: gptq, awq, compressed-tensors,
-    fp8, mxfp4, 4bit, …; or nothing. (Some of these transformers unpacks without a word where no
-    kernels are.)"""
-    told = config.get("quantization_config") or config.get("compression_config")
-    if not told:
+    fp8, mxfp4, 4bit, …; or nothing. (transformers unpacks some of them silently if their kernels
+    are missing.)"""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
         return ""
-    bits = next((name for name in ("4bit", "8bit") if told.get(f"load_in_{name}")), "")
-    return str(told.get("quant_method") or bits or "by an unnamed method")
+    bits = next((name for name in ("4bit", "8bit") if settings.get(f"load_in_{name}")), "")
+    return str(settings.get("quant_method") or bits or "by an unnamed method")
 
 
 def read_tokenizer(name: str, folder: str, chats: bool = True, what: str = "target") -> Any:
@@ -89,8 +90,8 @@ def read_tokenizer(name: str, folder: str, chats: bool = True, what: str = "targ
 
 @contextmanager
 def named(name: str, what: str = "target") -> Iterator[None]:
-    """Turn whatever a library raises over files that it cannot use into one ValueError line with
-    the target's name.
+    """Turn any exception of a library that reads files into a ValueError of one line with the
+    target's name.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Decoding with the target: sequences that are open, with their KV cache.
+"""Decoding with the target: open sequences and their KV cache.
 
 Shape legend: B sequences, T prompt tokens, N rows of one call, M rows that have run before, H
 hidden size, V vocabulary.
@@ -23,8 +23,8 @@ from modules.target.kv_cache import SlotCache
 class Session:
     """Sequences that one target decodes together, from `Target.open` on.
 
-    Rows of a call are written behind what is committed; `commit` keeps the accepted ones. Several
-    sessions of one target do not see each other.
+    Rows of a call are written after the committed ones; `commit` keeps those that were accepted.
+    Several sessions of one target do not see each other.
 
     Args:
         target: whose layers run.
@@ -43,24 +43,27 @@ class Session:
     def prefill(
         self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
     ) -> tuple[Tensor, dict[StateName, Tensor]]:
-        """Append right-padded tokens behind what is committed (second turns too).
+        """Append right-padded tokens after the committed ones (also for second turns).
 
-        Returns the logits [B,V] of each sequence's last token and the states asked for [B,T,H].
+        Returns the logits [B,V] of each sequence's last token and the requested states [B,T,H].
         """
+        # 1. Causal rows after the committed ones.
         batch, length = ids_BT.shape
         offsets = self.cache.lengths_tensor(ids_BT.device)
         order = torch.arange(length, device=ids_BT.device)
         causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
         rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1))
+        # 2. One pass, and the logits of each last token.
         names = [*states, "final"]
         seen = self.target.forward_rows(self.target.embed(ids_BT), rows, names, self.cache)
         last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
+        # 3. Commit the tokens without padding.
         self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
         return self.target.logits(last), {name: seen[name] for name in states}
 
     @torch.no_grad()
     def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
-        """`final` states [B,N,H] of tokens that stand where `rows` says. Nothing is committed."""
+        """`final` states [B,N,H] of tokens at the positions of `rows`. Nothing is committed."""
         embeddings = self.target.embed(ids_BN)
         return self.target.forward_rows(embeddings, self._inside(rows), ("final",), self.cache)[
             "final"
@@ -78,8 +81,8 @@ class Session:
         """Call the layers `start … stop-1` alone. Nothing is committed.
 
         Args:
-            rows: where they stand; rows that earlier calls wrote at these layers come first in the
-                columns of what they see.
+            rows: positions and visibility; rows that earlier calls wrote at these layers come first
+                in the columns.
             hidden_BNH: input of layer `start`; for layer 0 embeddings as `Target.embed` gives them.
             start, stop: the range of layers; these alone read and write the KV cache.
             states: names of states to return [B,N,H]. `"pre_norm"` is the output of layer
@@ -94,12 +97,14 @@ class Session:
         """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
 
         Raises:
-            ValueError: a state is asked for that rows which have run in part passed already; a tree
-                with both such rows and auxiliary ones.
+            ValueError: a requested state lies below the layer to which rows have run already; a
+                tree with both such rows and auxiliary ones.
         """
+        # 1. Rows and embeddings of all nodes.
         target = self.target
         rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
         embeddings, names = target.embed(tree.tokens_BN), (*states, "final")
+        # 2. Run them, as the tree and the target allow.
         compiled = target.compiled
         if tree.auxiliary is not None:
             return self._beside(tree, rows, embeddings, states)
@@ -119,10 +124,12 @@ class Session:
         assert auxiliary is not None
         if tree.already_run is not None:
             raise ValueError("a tree carries rows that ran in part, or auxiliary rows, not both")
+        # 1. Room and positions for the auxiliary rows.
         last, names = target.max_positions - 1, (*states, "final")
         positions = auxiliary.position_ids_BP.clamp(max=last)
         auxiliary = replace(auxiliary, position_ids_BP=positions)
         self.cache.reserve(tree.computed)
+        # 2. One pass; split its states again.
         seen = target.forward_beside(embeddings_BNH, rows, names, auxiliary, self.cache)
         nodes = {name: seen[name][:, : tree.size] for name in states}
         others = {name: seen[name][:, tree.size :] for name in states}
@@ -140,13 +147,13 @@ class Session:
                 f"state {early[0]} is asked for of rows that have passed it: the drafter hands "
                 f"over rows that have run to layer {layer}"
             )
-        # The nodes that nobody has run yet catch up behind those that have.
+        # 1. Run the remaining nodes through the first layers, after those that have run.
         count = hidden.shape[1]
         if count < tree.size:
             rest = Rows(rows.position_ids_BN[:, count:], rows.visible_BNJ[:, count:])
-            behind = self.run_layers(rest, embeddings_BNH[:, count:], 0, layer)["pre_norm"]
-            hidden = torch.cat([hidden, behind], dim=1)
-        # The remaining layers run over all nodes at once.
+            rest_BMH = self.run_layers(rest, embeddings_BNH[:, count:], 0, layer)["pre_norm"]
+            hidden = torch.cat([hidden, rest_BMH], dim=1)
+        # 2. Run all nodes through the other layers.
         return self.run_layers(rows, hidden, layer, self.target.shape.num_layers, names)
 
     def commit(self, accepted: Accepted) -> None:
@@ -154,11 +161,11 @@ class Session:
         self.cache.commit(accepted)
 
     def keep(self, sequences: list[int]) -> None:
-        """Drop every sequence but these, which may repeat."""
+        """Keep only these sequences, which may repeat."""
         self.cache.keep(sequences)
 
     def reserve(self, width: int) -> None:
-        """Make room for `width` rows behind the longest sequence."""
+        """Make room for `width` rows after the longest sequence."""
         self.cache.reserve(width)
 
     def select(self, sequences_S: Tensor) -> Session:
@@ -166,6 +173,6 @@ class Session:
         return Session(self.target, self.cache.select(sequences_S))
 
     def _inside(self, rows: Rows) -> Rows:
-        """The rows at positions that the target has."""
+        """The rows with positions limited to those of the target."""
         last = self.target.max_positions - 1
         return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=last))

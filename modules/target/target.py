@@ -37,7 +37,7 @@ WIDENED_ROWS = 8192
 
 
 class _Skip(nn.Module):
-    """Stands in for a layer outside the range that a call runs."""
+    """Replaces a layer outside the range that a call runs."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -48,7 +48,7 @@ class Target(SteadyBuffers):
     sharded, quantised or soft-capped.
 
     Args:
-        model: a Hugging Face causal LM of a supported architecture (others refuse clearly).
+        model: a Hugging Face causal LM of a supported architecture (ValueError for others).
         tokenizer: its tokenizer.
         name: what reports call it.
     """
@@ -56,14 +56,17 @@ class Target(SteadyBuffers):
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        # 1. State of the hooks and of what is computed once.
         self.architecture = Architecture(model)
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
         self._fingerprint: str | None = None
         self._compiled: CompiledCalls | None = None
+        # 2. The library's own copy, before kernels and hooks are changed.
         whole = self.device.type != "meta" and not self.quantisation
         self._stock: tuple[Any] = (_sharing_weights(model) if whole else model,)
+        # 3. Kernels and hooks.
         use_grouped_attention(model)
         if self.device.type == "cpu":
             use_narrow_kernels(model)
@@ -72,11 +75,11 @@ class Target(SteadyBuffers):
         ]
         self._watch()
 
-    # -- what it is --------------------------------------------------------------------------------
+    # -- identity ----------------------------------------------------------------------------------
 
     @property
     def shape(self) -> TargetShape:
-        """Its dimensions."""
+        """The dimensions of the model."""
         return self.architecture.shape
 
     @property
@@ -88,41 +91,41 @@ class Target(SteadyBuffers):
 
     @property
     def device(self) -> torch.device:
-        """Where its embedding lives."""
+        """The device of its embedding."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The precision of its weights."""
         return next(self.model.parameters()).dtype
 
     @property
     def max_positions(self) -> int:
-        """Longest context."""
+        """The longest context, in tokens."""
         return self.shape.max_positions
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        found = configured if isinstance(configured, list) else [configured]
+        ids = configured if isinstance(configured, list) else [configured]
         return frozenset(
-            i for i in [*found, getattr(self.tokenizer, "eos_token_id", None)] if i is not None
+            i for i in [*ids, getattr(self.tokenizer, "eos_token_id", None)] if i is not None
         )
 
     @property
     def quantisation(self) -> str:
         """How its linear layers are packed: `4bit`, `8bit`, another method's name, or nothing."""
         config = getattr(self.model.config, "quantization_config", None)
-        told = config if isinstance(config, dict) or config is None else config.to_dict()
-        if not told:
+        settings = config if isinstance(config, dict) or config is None else config.to_dict()
+        if not settings:
             return ""
-        bits = [name for name in ("4bit", "8bit") if told.get(f"load_in_{name}")]
-        return bits[0] if bits else str(told.get("quant_method", "quantised"))
+        bits = [name for name in ("4bit", "8bit") if settings.get(f"load_in_{name}")]
+        return bits[0] if bits else str(settings.get("quant_method", "quantised"))
 
     @property
     def parameter_count(self) -> int:
-        """Of the model, packed ones counted one by one."""
+        """Numbers in the model, packed ones counted one by one."""
         model: Any = self.model
         return model.num_parameters()
 
@@ -138,7 +141,7 @@ class Target(SteadyBuffers):
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    # -- its weights -------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., H] of token ids."""
@@ -160,8 +163,8 @@ class Target(SteadyBuffers):
         """LM head on `final` states [..., H]: logits [..., V], or [..., D] over the given token
         ids.
 
-        The rows of the vocabularies in use are kept, so a trimmed draft head costs D rows, not V;
-        at `precision`, a drafter's own, where that is lower than the target's.
+        The rows of the vocabularies in use are cached, so a trimmed draft head costs D rows, not V.
+        They are computed at `precision`, the drafter's, where that is lower than the target's.
         """
         head = self.architecture.head
         coarse = precision is not None and precision.itemsize < self.dtype.itemsize
@@ -177,8 +180,8 @@ class Target(SteadyBuffers):
         return self.capped(logits.to(hidden.device))
 
     def unrounded_logits(self, hidden: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
-        """`logits` at float32 of a target at 16 bits, under autocast too: at those, logits of 16 to
-        32 come in steps of an eighth (bfloat16). Of wider targets `logits`."""
+        """`logits` computed in float32 for a target of 16 bits, under autocast too: in bfloat16,
+        logits of 16 to 32 have steps of an eighth. For wider targets the same as `logits`."""
         head = self.architecture.head
         if (
             self.dtype.itemsize > 2
@@ -189,7 +192,7 @@ class Target(SteadyBuffers):
         weight = head.weight if vocabulary_D is None else self._head_rows(vocabulary_D, self.dtype)
         wide, device = hidden.to(weight.device, torch.float32), hidden.device
         with torch.autocast(weight.device.type, enabled=False):
-            # No more than a part of the weights stands there at float32.
+            # Only a part of the weights is in float32 at a time.
             logits = torch.cat(
                 [wide @ rows.float().T for rows in weight.split(WIDENED_ROWS)], dim=-1
             )
@@ -198,7 +201,7 @@ class Target(SteadyBuffers):
         return self.capped(logits.to(device))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Logits as the model's soft cap, if it has one, leaves them."""
+        """Logits after the model's soft cap, if it has one."""
         cap = self.architecture.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -206,14 +209,15 @@ class Target(SteadyBuffers):
         weight = self.architecture.head.weight
         if weight.requires_grad and torch.is_grad_enabled():
             return weight[vocabulary_D].to(dtype)
+        # Cached rows are valid while vocabulary and weights do not change.
         state = (vocabulary_D._version, weight._version, weight.data_ptr(), weight.dtype)
-        kept = self._sliced.get((id(vocabulary_D), dtype))
-        if kept is None or kept[0] is not vocabulary_D or kept[1] != state:
+        entry = self._sliced.get((id(vocabulary_D), dtype))
+        if entry is None or entry[0] is not vocabulary_D or entry[1] != state:
             if len(self._sliced) >= SLICED_HEADS:
                 self._sliced.clear()
             rows = weight[vocabulary_D].contiguous().to(vocabulary_D.device, dtype)
-            kept = self._sliced[id(vocabulary_D), dtype] = (vocabulary_D, state, rows)
-        return kept[2]
+            entry = self._sliced[id(vocabulary_D), dtype] = (vocabulary_D, state, rows)
+        return entry[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
         """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
@@ -221,7 +225,7 @@ class Target(SteadyBuffers):
 
     def copy_weight(self, name: str) -> Tensor:
         """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as
-        the model has it (of a norm, what it multiplies by).
+        the model has it (of a norm, the factor it multiplies by).
 
         Raises KeyError when the target has no such weight, ValueError when it is packed into few
         bits.
@@ -234,10 +238,10 @@ class Target(SteadyBuffers):
         return weight.detach().clone()
 
     def layer_weights(self, layer: int) -> list[str]:
-        """Names of the weights of one layer, as `copy_weight` takes them behind `layers.K.`."""
+        """Names of the weights of one layer, as in `copy_weight`, without `layers.K.`."""
         return self.architecture.layer_weights(layer)
 
-    # -- running it --------------------------------------------------------------------------------
+    # -- forward passes ----------------------------------------------------------------------------
 
     def features(
         self,
@@ -246,10 +250,10 @@ class Target(SteadyBuffers):
         gradient: bool = False,
         auxiliary: AuxiliaryRows | None = None,
     ) -> dict[StateName, Tensor]:
-        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with gradient only if
-        asked.
+        """States `{name: [B,T,H]}` of a packed batch, without a KV cache; with a gradient if
+        `gradient` is set.
 
-        Auxiliary rows stand behind the tokens: [B,T+P,H], and [B,T,H] below the layer where they
+        Auxiliary rows come after the tokens: [B,T+P,H], and [B,T,H] below the layer where they
         enter.
         """
         if gradient:
@@ -280,8 +284,7 @@ class Target(SteadyBuffers):
         return self._compiled
 
     def compile_calls(self, autotune: bool = False) -> None:
-        """Let calls over the trees of one sequence go through `torch.compile` from the next `open`
-        on.
+        """Run calls over trees of one sequence through `torch.compile` from the next `open` on.
 
         Raises:
             ValueError: a target that cannot be compiled whole.
@@ -304,19 +307,23 @@ class Target(SteadyBuffers):
         """States `{name: [B,N,H]}` of one pass over rows.
 
         Args:
-            hidden_BNH: input embeddings, or of a later first layer what stands at its input.
-            rows: where they stand and what they see.
+            hidden_BNH: input embeddings, or the input of a later first layer.
+            rows: their positions and what they see.
             names: the states.
-            cache: read, and written behind what is committed.
+            cache: read, and written after the committed rows.
             layers: first layer, and the one before which the pass ends; None for all.
         """
+        # 1. Slots and mask.
         if cache is not None:
             cache.begin(rows)
         mask = self.architecture.mask(rows, cache, hidden_BNH)
         positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
+        # 2. Run, and record the states.
         with self.watching(names), self._restricted(layers, hidden_BNH):
-            found = self.layer_states(hidden_BNH, positions, mask, cache, names)
-        return {name: state.to(hidden_BNH.device) for name, state in zip(names, found, strict=True)}
+            states = self.layer_states(hidden_BNH, positions, mask, cache, names)
+        return {
+            name: state.to(hidden_BNH.device) for name, state in zip(names, states, strict=True)
+        }
 
     def forward_beside(
         self,
@@ -326,9 +333,9 @@ class Target(SteadyBuffers):
         auxiliary: AuxiliaryRows,
         cache: SlotCache | None = None,
     ) -> dict[StateName, Tensor]:
-        """States `{name: [B,N+P,H]}` of one pass over rows and auxiliary rows behind them.
+        """States `{name: [B,N+P,H]}` of one pass over rows followed by auxiliary rows.
 
-        States below the layer where those enter are of the N rows alone.
+        States below the layer where auxiliary rows enter are of the N rows alone.
         """
         below, depth = auxiliary.layer, self.shape.num_layers
         early = [name for name in names if isinstance(name, int) and name < below]
@@ -345,8 +352,8 @@ class Target(SteadyBuffers):
 
     @contextmanager
     def _restricted(self, layers: tuple[int, int] | None, hidden_BNH: Tensor) -> Iterator[None]:
-        """Let a pass run these layers alone: others hand their input on, and the first one reads
-        `hidden_BNH`."""
+        """Run a pass through these layers alone: the others return their input, and the first one
+        reads `hidden_BNH`."""
         if layers is None:
             yield
             return
@@ -354,7 +361,7 @@ class Target(SteadyBuffers):
         chosen = [layer if start <= k < stop else _Skip() for k, layer in enumerate(whole)]
         hook = None
         if start:
-            # What the model does to embeddings does not touch a later layer's input.
+            # The model may scale embeddings; the input of a later layer is not one.
             hook = chosen[start].register_forward_pre_hook(
                 _replace_hidden(hidden_BNH), with_kwargs=True, prepend=True
             )
@@ -389,9 +396,9 @@ class Target(SteadyBuffers):
 
     @contextmanager
     def watching(self, names: Sequence[StateName]) -> Iterator[None]:
-        """Note the states of these names as they pass, while the block lasts."""
-        known: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
-        wrong = [name for name in names if name not in known]
+        """Record the states of these names while the block lasts."""
+        valid: list[StateName] = [*range(self.shape.num_layers), "pre_norm", "final"]
+        wrong = [name for name in names if name not in valid]
         if wrong:
             raise ValueError(
                 f"state {wrong[0]!r} is not one of 0 … {self.shape.num_layers - 1}, 'pre_norm', "
@@ -403,7 +410,7 @@ class Target(SteadyBuffers):
         finally:
             self._wanted, self._seen = frozenset(), {}
 
-    # -- watching its layers -----------------------------------------------------------------------
+    # -- recording states --------------------------------------------------------------------------
 
     def _watch(self) -> None:
         for k, layer in enumerate(self.architecture.layers):

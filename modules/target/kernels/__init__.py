@@ -1,1 +1,1 @@
-"""How the layers are run: CPU kernels for few rows, compiled calls."""
+"""Kernels: CPU kernels for few rows, and compiled calls."""

@@ -31,16 +31,16 @@ from modules.target.kv_cache import Buffers, SlotCache
 WIDTHS = (*range(1, 9), 12, 16, 24, 32, 48, 64)
 """Rows that have a graph; others are rounded up to the next."""
 LEAST_CAPACITY = 256
-"""Buffers hold so many slots, or twice, four times, … as many, so that prompts of all lengths share
-few of them, and their graphs."""
+"""The smallest buffer, in slots. Others have twice, four times, … as many, so that prompts of all
+lengths share a few buffers and their graphs."""
 BACKEND: str | Callable[..., Any] = "inductor"
-"""What compiles; tests name others."""
+"""The compiler backend; tests use others."""
 
 
 def compile_blocks(component: nn.Module) -> None:
-    """Let the blocks of a component that is trained (those with `compiles`: feed-forward networks,
-    residual blocks, Clover's fusion) go through `torch.compile`, one graph for any number of rows.
-    Values and gradients stay.
+    """Compile the blocks of a trained component (those with `compiles`: feed-forward networks,
+    residual blocks, Clover's fusion) with `torch.compile`, one graph for any number of rows. Values
+    and gradients stay the same.
 
     Raises:
         ValueError: it has none.
@@ -56,13 +56,14 @@ def compile_blocks(component: nn.Module) -> None:
 
 
 class Layers(Protocol):
-    """What a compiled call needs of a target: its layers, and how their states are noted."""
+    """The part of a target that a compiled call needs: its layers, and how their states are
+    recorded."""
 
     architecture: Any
 
     @property
     def shape(self) -> TargetShape:
-        """The target's dimensions."""
+        """The dimensions of the target."""
         ...
 
     @property
@@ -71,7 +72,7 @@ class Layers(Protocol):
         ...
 
     def watching(self, names: Sequence[StateName]) -> AbstractContextManager[None]:
-        """Note the states of these names while the block lasts."""
+        """Record the states of these names while the block lasts."""
         ...
 
     def layer_states(
@@ -119,14 +120,14 @@ def tree_call(
     values: list[Tensor],
     names: tuple[StateName, ...],
 ) -> list[Tensor]:
-    """States of a call's rows by name: what is compiled."""
+    """States of a call's rows, in the order of `names`; the function that is compiled."""
     cache = FixedSlots(keys, values, slots_BN)
     return target.layer_states(embeddings_BNH, position_ids_BN, mask, cache, names)
 
 
 class CompiledCalls:
-    """The compiled calls of one target, a graph by width, by the states asked for and by the
-    slots of the cache's buffers.
+    """The compiled calls of one target, one graph per width, requested states and slots of the
+    cache's buffers.
 
     Args:
         target: whose layers are called.
@@ -138,26 +139,27 @@ class CompiledCalls:
         self.graphs: dict[tuple[int, tuple[StateName, ...], int], Callable[..., list[Tensor]]] = {}
         """By width, states and slots of the buffers."""
         self._free: dict[int, list[Buffers]] = {}
-        """Buffers whose cache is gone, by their slots."""
+        """Buffers whose cache was deleted, by their slots."""
 
     @property
     def target(self) -> Layers:
         """Whose calls these are."""
-        found = self._target()
-        assert found is not None, "the target is gone"
-        return found
+        target = self._target()
+        assert target is not None, "the target is gone"
+        return target
 
     def open(self, capacity: int) -> SlotCache:
-        """An empty cache of one sequence in buffers at fixed addresses, those of a cache that is
-        gone if there are.
+        """An empty cache of one sequence in buffers at fixed addresses; buffers of a deleted cache
+        are reused.
         """
         room = LEAST_CAPACITY
+        # Few sizes, so that buffers and graphs are shared.
         while room < capacity + WIDTHS[-1]:
             room *= 2
-        kept = self._free.setdefault(room, [])
-        fixed = kept.pop() if kept else Buffers()
-        cache = SlotCache(self.target.shape.num_layers, 1, room, fixed=fixed)
-        weakref.finalize(cache, kept.append, fixed)
+        free = self._free.setdefault(room, [])
+        buffers = free.pop() if free else Buffers()
+        cache = SlotCache(self.target.shape.num_layers, 1, room, fixed=buffers)
+        weakref.finalize(cache, free.append, buffers)
         return cache
 
     def takes(self, rows: int, cache: SlotCache) -> bool:
@@ -169,11 +171,12 @@ class CompiledCalls:
     def __call__(
         self, embeddings_BNH: Tensor, rows: Rows, cache: SlotCache, names: Sequence[StateName]
     ) -> dict[StateName, Tensor]:
-        """States `{name: [B,N,H]}` of the rows; their keys and values stand behind what is
-        committed.
+        """States `{name: [B,N,H]}` of the rows; their keys and values are written after the
+        committed ones.
         """
         target, count = self.target, embeddings_BNH.shape[1]
         assert cache.fixed is not None
+        # 1. Pad the call to the width of a graph.
         width = next(width for width in WIDTHS if width >= count)
         wide = widened(rows, width)
         cache.begin(wide)
@@ -182,9 +185,10 @@ class CompiledCalls:
             target.architecture.mask(wide, cache, embeddings_BNH),
             tuple(dict.fromkeys(names)),
         )
+        # 2. Replay it, or compile it first.
         with target.watching(wanted):
             graph = self._graph(width, wanted, cache.capacity)
-            found = graph(
+            states = graph(
                 target,
                 embeddings_BNH,
                 wide.position_ids_BN,
@@ -194,21 +198,20 @@ class CompiledCalls:
                 cache.fixed.values,
                 wanted,
             )
-        # The next replay of a CUDA graph writes where this one's results stand.
-        return {name: state[:, :count].clone() for name, state in zip(wanted, found, strict=True)}
+        # 3. Copy: the next replay of a CUDA graph overwrites these results.
+        return {name: state[:, :count].clone() for name, state in zip(wanted, states, strict=True)}
 
     def _graph(
         self, width: int, names: tuple[StateName, ...], capacity: int
     ) -> Callable[..., list[Tensor]]:
         key = width, names, capacity
         if key not in self.graphs:
-            # A code object of its own: torch.compile gives up on one that it has compiled for eight
-            # shapes.
+            # A new code object: torch.compile gives up on one after eight shapes.
             code = tree_call.__code__.replace(
                 co_name=f"tree_call_of_{width}_rows_and_{capacity}_slots"
             )
-            own = FunctionType(code, tree_call.__globals__)
-            self.graphs[key] = torch.compile(own, fullgraph=True, dynamic=False, **self._how())
+            function = FunctionType(code, tree_call.__globals__)
+            self.graphs[key] = torch.compile(function, fullgraph=True, dynamic=False, **self._how())
         return self.graphs[key]
 
     def _how(self) -> dict[str, Any]:

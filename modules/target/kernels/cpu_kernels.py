@@ -1,14 +1,14 @@
-"""Calls of few rows: the layers of a stock model with kernels that suit one to a few dozen rows,
-most of them a CPU's.
+"""Calls of few rows: kernels for the layers of a stock model, suited to one to a few dozen rows,
+mostly on a CPU.
 
 Verifying a tree is a call of 2 to 64 rows, plain decoding one of a single row. Stock layers are
-made for more: `x @ W.T` of a few rows goes through a poor kernel of the default library, attention
-copies the keys and values of every query head, and the norm takes six passes. Here linear layers
-use weights that oneDNN has laid out beforehand, attention treats the query heads of a group as
-further rows of their key/value head, and the norm is one call. The modules stay the stock ones,
-with their weights; only what `forward` calls changes. Grouped attention is for every
-device: the copies would grow with the context, and cost a draft what plain decoding is spared.
-`python -m eval.latency` shows what it gives on yours.
+optimised for more: `x @ W.T` of a few rows goes through a poor kernel of the default library,
+attention copies the keys and values of every query head, and the norm takes six passes. Here linear
+layers use weights that oneDNN has laid out beforehand, attention treats the query heads of a group
+as further rows of their key/value head, and the norm is one call. The modules stay the stock ones,
+with their weights; only what `forward` calls changes. Grouped attention is for every device: the
+copies would grow with the context, and slow down drafting more than plain decoding.
+`python -m eval.latency` measures the effect on your device.
 
 Shape legend: B sequences, K key/value heads, G query heads per key/value head, N rows of one call,
 S attended slots, D head size, I inputs, O outputs.
@@ -34,13 +34,13 @@ from modules.runtime.host_memory import available_memory
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 64
-"""Beyond these the stock kernels are as good."""
+"""For more rows the stock kernels are as fast."""
 SMALLEST_WEIGHT = 1 << 16
-"""Weights with fewer elements stay in the processor's cache, where nothing is to be gained."""
+"""Weights with fewer elements stay in the processor's cache, so that packing gains nothing."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-"""What oneDNN lays out beforehand."""
+"""Precisions whose weights oneDNN can lay out beforehand."""
 MEASURED_BYTES = 1 << 25
-"""Weights that a measurement reads in turn."""
+"""Bytes of weights that a measurement reads in turn."""
 GROUPED = "grouped_sdpa"
 """The name under which Hugging Face finds `grouped_attention`."""
 
@@ -56,7 +56,8 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     [..., O].
 
     A packed copy of the weight is kept as long as the weight lives, and made anew when it has
-    changed. Inputs of another precision than the weight's are left to autocast.
+    changed. Inputs of another precision than the weight's go to `F.linear`, where autocast may
+    convert them.
     """
     rows = x.numel() // x.shape[-1]
     if (
@@ -73,11 +74,11 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on the packed copy of a float32 or bfloat16 weight on the CPU."""
-    kept, state = _PACKED.get(weight), (weight._version, weight.data_ptr(), weight.dtype)
-    if kept is None or kept[0] != state:
+    entry, state = _PACKED.get(weight), (weight._version, weight.data_ptr(), weight.dtype)
+    if entry is None or entry[0] != state:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 4)
-        kept = _PACKED[weight] = (state, packed)
-    return torch.ops.mkldnn._linear_pointwise(x, kept[1], bias, "none", [], "")
+        entry = _PACKED[weight] = (state, packed)
+    return torch.ops.mkldnn._linear_pointwise(x, entry[1], bias, "none", [], "")
 
 
 def _packable(weight: Tensor) -> bool:
@@ -101,10 +102,9 @@ def packed_widths(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
     """For which row counts (powers of two, up to `MOST_ROWS`) packed weights of this shape are
     faster.
 
-    Measured once for each shape, at all row counts, so that nothing is measured in the middle of
-    decoding. Which kernel wins differs by shape and processor, small and large layers apart. Calls
-    read more weights than a core's own cache holds; the fastest of several passes counts, which
-    other programs disturb least.
+    Measured once for each shape, at all row counts, so that nothing is measured during decoding.
+    The faster kernel depends on shape and processor. Calls read more weights than a core's cache
+    holds; the minimum of several passes is taken, which other programs disturb least.
     """
     if not (
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -112,10 +112,12 @@ def packed_widths(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
         return frozenset()
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return frozenset()
+    # 1. More weights than a core's cache holds, at most of this size.
     row = inputs * dtype.itemsize
     outputs = max(1, min(outputs, MEASURED_BYTES // row))
     count = max(1, MEASURED_BYTES // (row * outputs))
     weights = [torch.full((outputs, inputs), 0.01, dtype=dtype) for _ in range(count)]
+    # 2. Both kernels at every row count.
     faster = set()
     with torch.no_grad():
         for rows in (1 << power for power in range(MOST_ROWS.bit_length())):
@@ -155,11 +157,12 @@ class NarrowLinear(nn.Linear):
 
 
 def use_narrow_linears(model: nn.Module) -> None:
-    """Let every plain `nn.Linear` of a model compute through `narrow_linear` (weights untouched).
+    """Make every plain `nn.Linear` of a model compute through `narrow_linear` (weights untouched).
 
-    Packed copies take as much memory again as the linear layers; they are left out where that is
-    not there.
+    Packed copies take as much memory as the linear layers; without so much free memory there are
+    none.
     """
+    # 1. Memory of the packed copies.
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     needed = sum(module.weight.nbytes for module in linears if _packable(module.weight))
     if needed > available_memory():
@@ -170,6 +173,7 @@ def use_narrow_linears(model: nn.Module) -> None:
         )
         return
     for module in linears:
+        # In place, since others hold references to these modules.
         module.__class__ = NarrowLinear
 
 
@@ -177,8 +181,8 @@ def use_narrow_linears(model: nn.Module) -> None:
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """Let every float32 norm that *is* `F.rms_norm`, by its values on random rows, call it. (At
-    other precisions stock norms compute in float32 on the way, and the values would differ.)"""
+    """Make every float32 norm that equals `F.rms_norm` on random rows call it. (At other precisions
+    stock norms compute in float32 in between, and the values would differ.)"""
     for module in model.modules():
         if _is_rms_norm(module):
             module.forward = functools.partial(_rms_norm, module)
@@ -216,9 +220,10 @@ def grouped_attention(
     """Scaled dot-product attention without copies of keys and values for every query head.
 
     query [B,K*G,N,D], key and value [B,K,S,D], additive attention_mask [B,1,N,S] -> [B,N,K*G,D].
-    The G query heads of a key/value head become G·N rows of it. Many rows, or no mask, go the stock
-    way.
+    The G query heads of a key/value head become G·N rows of it. Calls of many rows, or without a
+    mask, use the stock kernel.
     """
+    # 1. Calls that the stock kernel does well.
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     if attention_mask is None or rows > MOST_ROWS or options.get("position_bias") is not None:
@@ -226,6 +231,7 @@ def grouped_attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return out, None
+    # 2. Query heads of a group as rows of their key/value head, under the same mask.
     slots = key.shape[2]
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(-1, 1, groups * rows, slots)
     wide = query.reshape(batch, -1, groups * rows, size)
@@ -238,14 +244,12 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Switch a model from Hugging Face's `sdpa` to `grouped_attention`; others keep what they
-    have.
-    """
+    """Switch a model from Hugging Face's `sdpa` to `grouped_attention`, and no other one."""
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         model.config._attn_implementation = GROUPED
 
 
 def use_narrow_kernels(model: nn.Module) -> None:
-    """Linear layers and norms of a frozen model on a CPU."""
+    """Use the CPU kernels for linear layers and norms of a frozen model."""
     use_narrow_linears(model)
     use_fused_norms(model)

@@ -1,1 +1,1 @@
-"""What is asked of tokenizers beside their tokens: chat templates and vocabularies."""
+"""Chat templates and vocabularies of tokenizers."""

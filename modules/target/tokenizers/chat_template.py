@@ -1,5 +1,5 @@
-"""Arguments of a target's chat template, as `enable_thinking: false`: every chat is rendered with
-them.
+"""Arguments of a target's chat template, for instance `enable_thinking: false`; every chat is
+rendered with them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_KEPT_AS = "chat_template_arguments"
 _OF_THE_CHAT = ("messages", "tools", "documents", "bos_token", "eos_token")
 
 
 def give_arguments(tokenizer: Any, arguments: Mapping[str, Any], name: str) -> None:
-    """Let all renderings by this tokenizer have the arguments, besides the chat.
+    """Render every chat of this tokenizer with these arguments.
 
     Raises:
         ValueError: no chat template, one that reads no such argument, or a name that means
@@ -31,9 +30,9 @@ def give_arguments(tokenizer: Any, arguments: Mapping[str, Any], name: str) -> N
                 f"chat_template.{key}: the chat template of target {name!r} reads no {key!r}: "
                 "leave it out, or correct its name"
             )
-    setattr(tokenizer, _KEPT_AS, dict(arguments))
+    tokenizer.chat_template_arguments = dict(arguments)
 
 
 def arguments_of(tokenizer: Any) -> dict[str, Any]:
-    """The arguments that its renderings have."""
-    return dict(getattr(tokenizer, _KEPT_AS, {}))
+    """The arguments that its chats are rendered with."""
+    return dict(getattr(tokenizer, "chat_template_arguments", {}))

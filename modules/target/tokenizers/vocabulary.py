@@ -17,14 +17,14 @@ from modules.contracts.target import Target
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """Of a tokenizer's pieces and their ids, 16 hexadecimal digits."""
+    """A digest of a tokenizer's pieces and their ids, 16 hexadecimal digits."""
     pieces = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(pieces.encode()).hexdigest()[:16]
 
 
 def first_difference(tokenizer: Any, target: Target) -> str | None:
-    """The first piece to which the target's tokenizer gives another id, in words; None if it gives
-    the same ids to the same pieces.
+    """A description of the first piece whose id differs from the target's; None if all pieces have
+    the same ids.
     """
     there, here = tokenizer.get_vocab(), target.tokenizer.get_vocab()
     if there == here:
@@ -34,8 +34,8 @@ def first_difference(tokenizer: Any, target: Target) -> str | None:
 
 
 def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:
-    """ValueError unless a tokenizer gives the same ids to the same pieces as the target's; `name`:
-    what it belongs to."""
+    """ValueError unless all pieces have the same ids as in the target's tokenizer. `name`: the
+    model that it belongs to."""
     difference = first_difference(tokenizer, target)
     if difference is not None:
         raise ValueError(
@@ -46,11 +46,11 @@ def check_tokenizer(tokenizer: Any, name: str, target: Target) -> None:
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """Ids of two tokenizers that stand for the same piece, spelled the same way in both.
+    """Ids of two tokenizers for the same piece, spelled the same way in both.
 
     draft_to_target_E, target_to_draft_V: int64, -1 where the other tokenizer has no such piece. No
     two ids are mapped to the same id.
-    unknown: draft id that stands for a target id without counterpart in a text.
+    unknown: draft id that replaces a target id without counterpart in a text.
     """
 
     draft_to_target_E: Tensor
@@ -64,9 +64,11 @@ class VocabularyMap:
         Raises:
             ValueError: the two have no piece in common.
         """
+        # 1. No id has a counterpart yet.
         drafted, size = tokenizer.get_vocab(), target.shape.vocab_size
         to_target = torch.full((max(drafted.values()) + 1,), -1)
         to_draft = torch.full((size,), -1)
+        # 2. Map the ids of equal pieces.
         for piece, target_id in sorted(target.tokenizer.get_vocab().items()):
             draft_id = drafted.get(piece)
             # A tokenizer may give two pieces one id: the first of them is mapped.
@@ -85,8 +87,8 @@ class VocabularyMap:
 
     def to_draft(self, ids: Tensor) -> Tensor:
         """Draft ids of target ids of any shape; `unknown` where there is no counterpart."""
-        found = self.target_to_draft_V[ids]
-        return torch.where(found < 0, self.unknown, found)
+        draft_ids = self.target_to_draft_V[ids]
+        return torch.where(draft_ids < 0, self.unknown, draft_ids)
 
     def columns(self, vocabulary_D: Tensor | None) -> tuple[Tensor, Tensor]:
         """Columns of draft logits that have a counterpart, and their target ids, ascending.
