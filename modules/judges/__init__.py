@@ -1,3 +1,1 @@
-"""Learned verification: what decides, beside the target's distribution, whether a drafted token may
-stay.
-"""
+"""Learned verification: trained components that decide whether drafted tokens are accepted."""

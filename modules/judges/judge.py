@@ -1,9 +1,8 @@
-"""Judge decoding: a linear head on the target's own states that says whether a drafted token is
-right.
+"""Judge decoding: a linear head on the target's states that classifies drafted tokens as right or
+wrong.
 
-Bachmann et al. 2025, arXiv 2501.19309: after a wrong token, the target's last hidden state shows
-it. The state is the row of the token that is judged, not of the one before it, which could not
-know.
+Bachmann et al. 2025, arXiv 2501.19309: the target's last hidden state at a wrong token reveals the
+error. The head reads the row of the judged token itself; the row before has not read the token.
 
 Shape legend: B sequences, T tokens of a packed row, N nodes, M labelled tokens, H hidden size.
 """
@@ -42,23 +41,21 @@ class Judge(Trainable):
     """s = σ(w · (h − mean) / deviation + b): the probability that the token whose state is h is
     right.
 
-    Binary cross-entropy with the rarer wrong tokens weighed up by n_right / n_wrong of the batch,
-    at most `largest_weight`. Mean and deviation of the states are gathered while training, and fold
-    into one dot product.
+    The loss is binary cross-entropy with wrong tokens, which are rarer, weighted by n_right /
+    n_wrong of the batch, at most `largest_weight`. Mean and deviation of the states are running
+    statistics of training, and fold into one dot product.
 
-    A token is accepted from a score of `threshold` on. The paper's 0.5 is where the weighted loss
-    holds a token for as likely right as wrong, and asks for no held-out tokens. Where few wrong
-    tokens were seen, or the weight met its cap, scores of 0.5 mean less: None sets the threshold
-    after training, on answers to half of the held-out questions.
+    A token is accepted if its score is at least `threshold`. At the paper's 0.5 the weighted loss
+    considers right and wrong equally likely, and no held-out tokens are needed. With few wrong
+    tokens, or a capped weight, scores are not calibrated: None sets the threshold after training,
+    on answers to half of the held-out questions.
 
     Args:
         shape: the target's dimensions.
-        state: the target state it reads; the paper finds the last one, before the final norm, the
-            best.
-        threshold: score from which on a token is accepted; null: the lowest that reaches
-            `precision`.
-        precision: share of right tokens among those that are accepted on held-out answers, right
-            and wrong ones weighed alike.
+        state: the target state it reads; in the paper the last one, before the final norm, is best.
+        threshold: lowest score of an accepted token; null: the lowest that reaches `precision`.
+        precision: share of right tokens among the accepted ones on held-out answers, with both
+            classes weighted equally.
         largest_weight: cap on the weight of a wrong token.
         focus: γ of the focal loss (1 − p)^γ CE; 0 is plain cross-entropy.
     """
@@ -87,13 +84,10 @@ class Judge(Trainable):
             raise ValueError(f"largest_weight must be at least 1, got {largest_weight}")
         if focus < 0:
             raise ValueError(f"focus must be 0 or above, got {focus}")
-        self.state, self.precision, self.largest_weight, self.focus = (
-            state,
-            precision,
-            largest_weight,
-            focus,
-        )
+        self.state, self.precision = state, precision
+        self.largest_weight, self.focus = largest_weight, focus
         self.calibrates = threshold is None
+        # At zero weights every token has a score of 0.5; buffers hold running statistics.
         self.linear = nn.Linear(shape.hidden_size, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -104,7 +98,7 @@ class Judge(Trainable):
 
     @property
     def training_states(self) -> tuple[StateName, ...]:
-        """The one it reads."""
+        """The single state that it reads."""
         return (self.state,)
 
     def logits(self, states_NH: Tensor) -> Tensor:
@@ -120,12 +114,13 @@ class Judge(Trainable):
     # -- training ----------------------------------------------------------------------------------
 
     def loss(self, batch: LabelledBatch, target: Target, progress: float) -> Losses:
-        """Weighted cross-entropy over the labelled tokens; area under the curve within batches, and
-        mean scores.
+        """Weighted cross-entropy over the labelled tokens; metrics are the area under the ROC curve
+        within batches and the mean scores of both classes.
         """
         states_MH, labels_M = self._labelled(batch)
         if self.training:
             self._observe(states_MH)
+        # Focal loss: (1 - p)^γ with p = exp(-loss), the probability of the label.
         logits_M = self.logits(states_MH)
         losses_M = F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="none")
         losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
@@ -145,42 +140,43 @@ class Judge(Trainable):
 
     @torch.no_grad()
     def _observe(self, states_MH: Tensor) -> None:
-        """Mean and deviation over all states that any process has seen so far (Chan et al.
-        1979).
-        """
+        """Update mean and deviation by the states of all processes (Chan et al. 1979)."""
         count = over_processes(states_MH.new_tensor(float(len(states_MH))))
         if count < 2:
             return
         mean_H = over_processes(states_MH.sum(0)) / count
+        # Sums of squares of both parts, corrected by the distance of their means.
         total, shift_H = self.seen + count, mean_H - self.mean_H
-        own_H = self.deviation_H.square() * self.seen + over_processes(
+        squares_H = self.deviation_H.square() * self.seen + over_processes(
             (states_MH - mean_H).square().sum(0)
         )
-        variance_H = (own_H + shift_H.square() * self.seen * count / total) / total
+        variance_H = (squares_H + shift_H.square() * self.seen * count / total) / total
         self.mean_H += shift_H * count / total
         self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
         self.seen.copy_(total)
 
     @torch.no_grad()
     def finish(self, batches: Iterable[LabelledBatch], target: Target) -> TrainingResult:
-        """What the threshold lets through on held-out answers, and the area under the curve over
-        all tokens.
+        """Acceptance rates at the threshold on held-out answers, and the area under the ROC curve
+        over all tokens.
 
-        `calibrated_threshold` is the lowest that reaches `precision`. Where it is to be the
-        threshold, it is set on answers to half of the questions, and what it lets through is that
-        of the others; where one half has no right or no wrong token, of all. `auc_numbers` looks at
-        tokens with a digit alone: where all errors are numbers, knowing a number when it sees one
-        would be enough for a good area over all tokens.
+        `calibrated_threshold` is the lowest that reaches `precision`. If it becomes the threshold,
+        it is set on the answers to half of the questions and evaluated on the others; if a half
+        lacks right or wrong tokens, all answers serve for both. `auc_numbers` counts only tokens
+        with a digit: where all errors are numbers, recognising numbers would be enough for a large
+        area over all tokens.
         """
-        found = [
+        # 1. Scores and labels of all held-out tokens.
+        parts_of_batches = [
             (*self._labelled(batch), batch.text.input_ids[batch.text.loss_mask], _first_half(batch))
             for batch in batches
         ]
         states_MH, labels_M, ids_M, first_M = (
-            torch.cat(parts) for parts in zip(*found, strict=True)
+            torch.cat(parts) for parts in zip(*parts_of_batches, strict=True)
         )
         scores_M, right_M = self.scores(states_MH).double(), labels_M > 0.5
         numbers_M = torch.isin(ids_M, tokens_with_digits(ids_M, target))
+        # 2. Calibrate on one half and evaluate on the other, if both halves have both classes.
         halves = self.calibrates and all(
             bool((half_M & kind_M).any())
             for half_M in (first_M, ~first_M)
@@ -192,19 +188,22 @@ class Judge(Trainable):
                 "on: give more data, or a larger data.validation_fraction"
             )
         everything_M = torch.ones_like(right_M)
-        set_M, told_M = (first_M, ~first_M) if halves else (everything_M, everything_M)
-        calibrated = calibrated_threshold(scores_M[set_M], right_M[set_M], self.precision)
+        calibration_M, evaluated_M = (first_M, ~first_M) if halves else (everything_M, everything_M)
+        calibrated = calibrated_threshold(
+            scores_M[calibration_M], right_M[calibration_M], self.precision
+        )
         if self.calibrates:
             self.threshold.fill_(calibrated)
-        kept_M = scores_M >= self.threshold.double()
+        # 3. Figures at the threshold in use.
+        accepted_M = scores_M >= self.threshold.double()
         return TrainingResult(
             {
                 "held_out/auc": area_under_curve(scores_M, right_M),
                 "held_out/auc_numbers": area_under_curve(scores_M[numbers_M], right_M[numbers_M]),
                 "held_out/threshold": float(self.threshold),
                 "held_out/calibrated_threshold": calibrated,
-                "held_out/accepted_right": _share(kept_M[right_M & told_M]),
-                "held_out/accepted_wrong": _share(kept_M[~right_M & told_M]),
+                "held_out/accepted_right": _share(accepted_M[right_M & evaluated_M]),
+                "held_out/accepted_wrong": _share(accepted_M[~right_M & evaluated_M]),
             }
         )
 
@@ -217,14 +216,14 @@ class Judge(Trainable):
         guard: bool = True,
         repetition: int = 0,
     ) -> JudgeRule:
-        """The rule that accepts what this head calls right.
+        """The acceptance rule that uses this head's scores.
 
         Args:
-            target: what it serves.
+            target: the target whose drafts are judged.
             threshold: instead of its own; 0 accepts every token, above 1 none.
             guard: leave end-of-sequence and other special tokens to the standard rule.
-            repetition: leave a token to it too that would say the same 1 … `repetition` tokens
-                twice in a row; 0: not.
+            repetition: also leave tokens to the standard rule that would repeat the last 1 …
+                `repetition` tokens; 0: off.
 
         Raises:
             ValueError: a negative `repetition`.
@@ -239,15 +238,14 @@ class Judge(Trainable):
 
 
 class JudgeRule(RelaxedRule):
-    """A token is good when the judge's score of it is at least the threshold (the paper says above:
-    scores are rounded, and so a threshold of 0 accepts a score of 0 too).
+    """Accepts a token if its score is at least the threshold. (The paper requires more than the
+    threshold; scores are rounded, and a threshold of 0 shall accept a score of 0.)
 
     Args:
         judge: the trained head.
         threshold: see `Judge.acceptance_rule`.
-        special: token ids that the judge may not wave through.
-        repetition: longest repetition that it may not wave through, see `repeats`; 0: none is
-            looked for.
+        special: token ids that the judge may not accept by itself.
+        repetition: longest repetition that it may not accept by itself, see `repeats`; 0: off.
     """
 
     def __init__(
@@ -261,7 +259,7 @@ class JudgeRule(RelaxedRule):
         self.states: tuple[StateName, ...] = (judge.state,)
 
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
-        """Score each node by its own row, which has read its token."""
+        """bool [B,N]: nodes whose own row, which has read their token, scores high enough."""
         scores_BN = self.judge.scores(verified.states[self.judge.state])
         special = torch.tensor(self.special, dtype=torch.long, device=scores_BN.device)
         guarded_BN = torch.isin(tree.tokens_BN, special) | repeats(tree, self.repetition)
@@ -272,29 +270,31 @@ class JudgeRule(RelaxedRule):
 
 
 def repeats(tree: TokenTree, longest: int) -> Tensor:
-    """bool [B,N]: nodes at which the last 1 … `longest` tokens of their path stand twice in a row.
+    """bool [B,N]: nodes at which the last 1 … `longest` tokens of the path repeat the tokens
+    before.
 
-    The path begins with node 0; what was said before it is not seen, so that a loop longer than
-    half of a path is not found.
+    The path begins with node 0. Earlier text is not compared, so a loop longer than half of a path
+    is not detected.
     """
     parents_BN, tokens_BN = tree.parents_BN.clamp(min=0), tree.tokens_BN
-    found_BN = torch.zeros_like(tree.acceptable_BN)
+    repeated_BN = torch.zeros_like(tree.acceptable_BN)
     above_BN = torch.arange(tree.size, device=tokens_BN.device).expand_as(parents_BN)
     for period in range(1, longest + 1):
-        # Each node against the one `period` steps above it; then the last `period` nodes together.
+        # Compare each node with the node `period` steps above, then combine the last `period`
+        # nodes.
         above_BN = parents_BN.gather(1, above_BN)
         same_BN = (tokens_BN == tokens_BN.gather(1, above_BN)) & (tree.topology.depth >= period)
         run_BN = same_BN
         for _ in range(period - 1):
             same_BN = same_BN.gather(1, parents_BN)
             run_BN = run_BN & same_BN
-        found_BN |= run_BN
-    return found_BN
+        repeated_BN |= run_BN
+    return repeated_BN
 
 
 def _first_half(batch: LabelledBatch) -> Tensor:
-    """bool [M]: labelled tokens whose question has an even number; without numbers each row is a
-    question.
+    """bool [M]: labelled tokens whose question has an even number; without question numbers each
+    row is a question.
     """
     counted_BT = batch.text.loss_mask
     rows = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand(counted_BT.shape)
@@ -302,18 +302,18 @@ def _first_half(batch: LabelledBatch) -> Tensor:
 
 
 def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
-    """Those of the ids whose text holds a digit, each once."""
-    kept = [
+    """Unique ids whose text contains a digit."""
+    digits = [
         token
         for token in ids_M.unique().tolist()
         if any(map(str.isdigit, target.tokenizer.decode([token])))
     ]
-    return ids_M.new_tensor(kept)
+    return ids_M.new_tensor(digits)
 
 
 def class_weights(labels_M: Tensor, largest: float) -> Tensor:
-    """1 for right tokens (label 1), n_right / n_wrong (of all processes) within [1, largest] for
-    wrong ones [M].
+    """Weights [M]: 1 for right tokens (label 1), and n_right / n_wrong of all processes, within
+    [1, largest], for wrong ones.
     """
     right = labels_M.sum()
     ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
@@ -321,24 +321,25 @@ def class_weights(labels_M: Tensor, largest: float) -> Tensor:
 
 
 def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:
-    """The lowest score at or above which `precision` of the tokens are right, either class weighing
-    the same.
+    """The lowest score at or above which a share `precision` of the tokens is right, with both
+    classes weighted equally.
 
-    `NOTHING` if no score reaches it, and where no wrong token was seen to calibrate on.
+    `NOTHING` if no score reaches it, or if one class has no tokens.
     """
     if not bool(right_M.any()) or bool(right_M.all()):
         return NOTHING
     levels, place_M = scores_M.unique(return_inverse=True)
     rates = []
-    for one in (right_M, ~right_M):
-        counts = place_M[one].bincount(minlength=len(levels))
-        rates.append(counts.flip(0).cumsum(0).flip(0) / one.sum())
+    # Share of each class that scores at least so much, for every score.
+    for class_M in (right_M, ~right_M):
+        counts = place_M[class_M].bincount(minlength=len(levels))
+        rates.append(counts.flip(0).cumsum(0).flip(0) / class_M.sum())
     reached = rates[0] >= precision * (rates[0] + rates[1])
     return float(levels[reached][0]) if bool(reached.any()) else NOTHING
 
 
-def _share(kept_M: Tensor) -> float:
-    return float(kept_M.double().mean()) if len(kept_M) else 0.0
+def _share(accepted_M: Tensor) -> float:
+    return float(accepted_M.double().mean()) if len(accepted_M) else 0.0
 
 
 def _metrics(

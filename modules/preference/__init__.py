@@ -1,1 +1,1 @@
-"""Preference training at the level of tokens: of the target through adapters, and of drafters."""
+"""Token-level preference training, of the target through adapters and of drafters."""

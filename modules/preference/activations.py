@@ -25,8 +25,9 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def residual_states(target: Target) -> tuple[StateName, ...]:
-    """Names of the residual stream behind each layer, the last one behind the final norm: Hugging
-    Face's `hidden_states[1:]`, which the released code's learned masks read."""
+    """Names of the residual stream after each layer, the last after the final norm: Hugging Face's
+    `hidden_states[1:]`, which the released code's learned masks read.
+    """
     return (*range(1, target.shape.num_layers), "final")
 
 
@@ -42,48 +43,51 @@ def mean_activations(
     - attention: queries, keys and values, and the heads' outputs before their projection. Rotated
       queries and keys are left out: no module of a stock model returns them.
     - feed_forward: the inner activations, which enter the down projection.
-    - residual: the stream before attention, between attention and MLP and behind the layer; the
-      outputs of the two norms, of attention and of the MLP; besides, the embeddings and the states
-      behind the final norm.
+    - residual: the stream before attention, between attention and MLP and after the layer; the
+      outputs of the two norms, of attention and of the MLP; the embeddings, and the states after
+      the final norm.
     - logits: the logits, once.
 
-    Only means are kept: 12 numbers per token and layer for all groups.
+    Only means are stored: 12 numbers per token and layer for all groups.
 
     Raises:
-        ValueError: the target's layers have other parts.
+        ValueError: the target's layers have other submodules.
     """
-    found: dict[Group, list[Tensor]] = {group: [] for group in GROUPS}
+    means: dict[Group, list[Tensor]] = {group: [] for group in GROUPS}
+    # 1. One forward pass with hooks on every part that is read.
     with ExitStack() as hooks:
         for layer in target.architecture.layers:
             for group in groups:
                 for part, entering in _points(layer, group, target.name):
-                    hooks.callback(_watch(part, entering, found[group]).remove)
+                    hooks.callback(_watch(part, entering, means[group]).remove)
         final_BTH = target.features(batch, ("final",))["final"]
+    # 2. Groups with values outside of the layers.
     if "residual" in groups:
-        found["residual"] = [found["residual"][0], *found["residual"], _mean(final_BTH)]
+        means["residual"] = [means["residual"][0], *means["residual"], _mean(final_BTH)]
     if "logits" in groups:
-        found["logits"] = [_mean_logits(target, final_BTH)]
-    return [torch.stack(found[group]) for group in groups]
+        means["logits"] = [_mean_logits(target, final_BTH)]
+    return [torch.stack(means[group]) for group in groups]
 
 
 def _points(layer: Any, group: Group, name: str) -> list[tuple[nn.Module, bool]]:
-    """Parts of a layer whose activations are read, and whether what enters a part is meant or what
-    leaves it."""
+    """Submodules of a layer whose activations are read, and for each whether its input (True) or
+    its output is read.
+    """
     try:
-        own = layer.self_attn
+        attention = layer.self_attn
         middle = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
         points: dict[Group, list[tuple[nn.Module, bool]]] = {
             "attention": [
-                (own.q_proj, False),
-                (own.k_proj, False),
-                (own.v_proj, False),
-                (own.o_proj, True),
+                (attention.q_proj, False),
+                (attention.k_proj, False),
+                (attention.v_proj, False),
+                (attention.o_proj, True),
             ],
             "feed_forward": [(layer.mlp.down_proj, True)],
             "residual": [
                 (layer.input_layernorm, True),
                 (layer.input_layernorm, False),
-                (own, False),
+                (attention, False),
                 (middle, True),
                 (middle, False),
                 (layer.mlp, False),
@@ -100,7 +104,7 @@ def _points(layer: Any, group: Group, name: str) -> list[tuple[nn.Module, bool]]
 
 
 def _watch(part: nn.Module, entering: bool, means: list[Tensor]) -> Any:
-    """A hook that appends the mean of what enters or leaves a part at its next call [B,T]."""
+    """A hook that appends the mean [B,T] of a submodule's input or output at its next call."""
     if entering:
         return part.register_forward_pre_hook(lambda _, inputs: means.append(_mean(inputs[0])))
     return part.register_forward_hook(_keep_output(means))
@@ -114,11 +118,11 @@ def _keep_output(means: list[Tensor]) -> Callable[..., None]:
 
 
 def _mean(activation_BTH: Tensor) -> Tensor:
-    """Over H, in at least float32."""
+    """Mean over H, in at least float32."""
     return activation_BTH.mean(-1, dtype=torch.promote_types(activation_BTH.dtype, torch.float32))
 
 
 def _mean_logits(target: Target, final_BTH: Tensor) -> Tensor:
-    """Mean over V of the logits [B,T], of which no more than `MAX_LOGITS` are held at a time."""
+    """Mean over V of the logits [B,T], with at most `MAX_LOGITS` in memory at a time."""
     rows = final_BTH.flatten(0, 1).split(max(1, MAX_LOGITS // target.shape.vocab_size))
     return torch.cat([_mean(target.logits(part)) for part in rows]).view(final_BTH.shape[:2])

@@ -1,12 +1,12 @@
-"""Aligned drafting: the preference loss of DPO on a drafter, at the first token where it leaves the
-target.
+"""Aligned drafting: DPO's preference loss on a drafter, at the first token where it disagrees with
+the target.
 
-Of a drafted chain only the tokens before the first rejection count. There the target's likeliest
-token is preferred over the drafter's: y_w and y_l are single tokens behind the same prefix, and the
-reference is the drafter as training found it.
+Of a drafted chain only the tokens before the first rejection are useful. At that position the
+target's most likely token is preferred over the drafter's: y_w and y_l are single tokens after the
+same prefix, and the reference is a copy of the drafter before this training.
 
-Shape legend: M training rows, A rows still alive at one depth, P those of them that diverge, Q flat
-positions of a batch, H hidden size, D draft vocabulary.
+Shape legend: M training rows, A rows that still agree at one depth, P those of them that diverge, Q
+flat positions of a batch, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class DraftedStep(Protocol):
-    """One draft step over the training rows, given the data's own tokens."""
+    """One draft step over the training rows, with the data's tokens as context."""
 
     depth: int
     feature_MH: Tensor
@@ -48,13 +48,13 @@ class DraftedStep(Protocol):
 
 
 class StepwiseDrafter(Protocol):
-    """What heads and feature drafters have in common."""
+    """Interface of drafters that are trained step by step: heads and feature drafters."""
 
     training: bool
 
     @property
     def draft_size(self) -> int:
-        """D."""
+        """D: how many tokens can be drafted."""
         ...
 
     @property
@@ -75,9 +75,9 @@ class AlignedDrafting(Objective):
     """L = mean over rows of −log σ(β (m_θ − m_ref)) + anchor · the drafter's own loss.
 
     m = log q(y) − log q(x̂) at the first depth where the drafter's best token x̂ is not y, the
-    target's own most likely token behind the text so far. Sampled text says something else than y
-    here and there: a row goes no deeper than that, because a draft would leave the text. Rows whose
-    drafts are all accepted add nothing, nor those whose y cannot be drafted. Both models see the
+    target's most likely token after the text so far. A row also ends where the text's own token
+    differs from y (sampled text), because drafts would no longer follow the text. Rows whose drafts
+    are all accepted contribute nothing, nor do rows whose y cannot be drafted. Both models see the
     same noise and dropout.
 
     Args:
@@ -96,8 +96,9 @@ class AlignedDrafting(Objective):
         self.beta, self.anchor = beta, anchor
 
     def begin(self, drafter: Trainable) -> None:
-        """Keep a frozen copy of the drafter as the reference. ValueError: a component without draft
-        steps.
+        """Store a frozen copy of the drafter as the reference.
+
+        Raises ValueError for a component without draft steps.
         """
         if not hasattr(drafter, "steps") or not hasattr(drafter, "head"):
             raise ValueError(
@@ -107,10 +108,10 @@ class AlignedDrafting(Objective):
         self.reference = copy.deepcopy(drafter).requires_grad_(False).eval()
 
     def loss(self, drafter: Trainable, batch: TextBatch, target: Target, progress: float) -> Losses:
-        """The preference loss, anchored; how often the drafter leaves the target, and by which
-        margin.
+        """The preference loss plus the anchor; metrics are its mean and the margin at the positions
+        that diverge.
         """
-        own = (
+        anchor = (
             drafter.loss(batch, target, progress)
             if self.anchor
             else Losses(torch.zeros((), device=target.device))
@@ -121,17 +122,19 @@ class AlignedDrafting(Objective):
             "alignment": Mean(losses_M.detach().sum(), count),
             "margin": Mean(margins_M.sum(), count),
         }
-        total = losses_M.sum() / divisor(count) + self.anchor * own.total
-        return Losses(total, {**own.metrics, **metrics})
+        total = losses_M.sum() / divisor(count) + self.anchor * anchor.total
+        return Losses(total, {**anchor.metrics, **metrics})
 
     def preferences(
         self, drafter: StepwiseDrafter, batch: TextBatch, target: Target
     ) -> tuple[Tensor, Tensor]:
         """Losses and margins m_θ (detached) of all rows that diverge, depth by depth."""
+        # 1. Steps of the reference, and the target's greedy token at every position.
         references = self._references(drafter, batch, target)
         greedy_Q = draft_labels(greedy_table(batch, target), drafter.vocabulary_D)
         alive_M: Tensor | None = None
         losses, margins = [], []
+        # 2. Depth by depth: a row stays as long as drafter, target and text agree.
         for step, reference in zip(drafter.steps(batch, target), references, strict=True):
             better_M, head = greedy_Q[step.flat_M], drafter.head(step.depth, target)
             alive_M = (step.valid_M if alive_M is None else alive_M & step.valid_M) & (
@@ -140,8 +143,9 @@ class AlignedDrafting(Objective):
             rows_A = alive_M.nonzero()[:, 0]
             with torch.no_grad():
                 drafted_A = greedy_tokens(head, step.feature_MH[rows_A], drafter.draft_size)
-            apart_A = drafted_A != better_M[rows_A]
-            rows_P, drafted_P = rows_A[apart_A], drafted_A[apart_A]
+            # Rows whose drafted token is not the target's: the pair of the preference loss.
+            diverged_A = drafted_A != better_M[rows_A]
+            rows_P, drafted_P = rows_A[diverged_A], drafted_A[diverged_A]
             margin_P = _margin(
                 step.feature_MH[rows_P], head, better_M[rows_P], drafted_P, drafter.draft_size
             )
@@ -162,7 +166,7 @@ class AlignedDrafting(Objective):
     def _references(
         self, drafter: StepwiseDrafter, batch: TextBatch, target: Target
     ) -> list[DraftedStep]:
-        """The reference's steps, on the random numbers that the drafter's steps draw next."""
+        """The reference's steps, with the same random numbers as the drafter's next steps."""
         self.reference.train(drafter.training)
         device = batch.input_ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -171,14 +175,14 @@ class AlignedDrafting(Objective):
 
 @torch.no_grad()
 def greedy_table(batch: TextBatch, target: Target) -> Tensor:
-    """The target's most likely next token at every flat position [Q] that an assistant token
-    follows, 0 elsewhere.
+    """The target's most likely next token at every flat position [Q] before an assistant token, 0
+    elsewhere.
     """
     flat_M = next_token_rows(batch)[0]
-    found_M = greedy_tokens(
+    greedy_M = greedy_tokens(
         target.logits, final_states(batch, target).flatten(0, 1)[flat_M], target.shape.vocab_size
     )
-    return found_M.new_zeros(batch.input_ids.numel()).index_put((flat_M,), found_M)
+    return greedy_M.new_zeros(batch.input_ids.numel()).index_put((flat_M,), greedy_M)
 
 
 def _margin(

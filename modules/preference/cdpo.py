@@ -1,5 +1,5 @@
-"""cDPO: DPO in which the critical tokens of the rejected response count most (Lin et al. 2024,
-arXiv 2411.19943).
+"""cDPO: DPO in which critical tokens of the rejected response have the largest weight (Lin et al.
+2024, arXiv 2411.19943).
 
 Shape legend: B pairs, T tokens of a row, M tokens that count, V vocabulary.
 """
@@ -43,14 +43,14 @@ class ContrastiveEstimator(Trainable):
     ones.
 
     A token is critical where their contrast makes it unlikely (section 3.2). Chosen responses are
-    the right trajectories, rejected ones the wrong; either side of a row may be absent, its loss
-    mask empty. As in the released code P_p is to see one right trajectory of a question and P_n one
-    for each frequent wrong answer (`PreferenceData.for_stages`).
+    right trajectories, rejected ones wrong; either side of a row may be absent, with an empty loss
+    mask. As in the released code, P_p reads one right trajectory per question and P_n one per
+    frequent wrong answer (`PreferenceData.for_stages`).
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the adapters, on the feed-forward layers.
-        contrast: β of the contrast; 0 looks at P_p alone.
+        contrast: β of the contrast; 0 uses P_p only.
     """
 
     batch_type: ClassVar[type] = PreferenceBatch
@@ -76,7 +76,7 @@ class ContrastiveEstimator(Trainable):
 
     @property
     def online(self) -> bool:
-        """Its two models change while it trains."""
+        """True: its two models change while it trains."""
         return True
 
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
@@ -100,7 +100,8 @@ class ContrastiveEstimator(Trainable):
             adapters.twin(target, training=False) for adapters in (self.positive, self.negative)
         ]
         states = [twin.features(text, ("final",))["final"].flatten(0, 1)[flat_M] for twin in twins]
-        rows, found = max(1, MAX_LOGITS // target.shape.vocab_size), []
+        # Both models' logits, in chunks of at most MAX_LOGITS values.
+        rows, scores = max(1, MAX_LOGITS // target.shape.vocab_size), []
         for start in range(0, len(labels_M), rows):
             part = slice(start, start + rows)
             positive, negative = (
@@ -108,8 +109,8 @@ class ContrastiveEstimator(Trainable):
                 for twin, state in zip(twins, states)
             )
             probs = contrastive_probs(positive, negative, self.contrast)
-            found.append(probs.gather(1, labels_M[part, None])[:, 0])
-        return at_tokens(text, torch.cat(found) if found else states[0].new_zeros(0))
+            scores.append(probs.gather(1, labels_M[part, None])[:, 0])
+        return at_tokens(text, torch.cat(scores) if scores else states[0].new_zeros(0))
 
 
 def _language_losses(text: TextBatch, twin: Target) -> Tensor:
@@ -121,23 +122,22 @@ def _language_losses(text: TextBatch, twin: Target) -> Tensor:
 
 
 class CDPO(PreferenceTrainable):
-    """−log σ(γ (Σ r_w − Σ (1 − s_t) r_l)): tokens of the rejected response weigh by how critical
-    they are.
+    """−log σ(γ (Σ r_w − Σ (1 − s_t) r_l)): tokens of the rejected response are weighted by how
+    critical they are.
 
-    First the contrastive estimator learns right and wrong trajectories of the same questions; then
-    its scores of the rejected tokens are computed once, and the policy is trained with them. The
-    paper uses γ = 1, its code 0.1.
+    First the contrastive estimator is trained on right and wrong trajectories of the same
+    questions. Then its scores of the rejected tokens are computed once, and the policy is trained
+    with them. The paper uses γ = 1, its code 0.1.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
-        gamma: what log-ratios are multiplied with.
+        gamma: factor of the log-ratios.
         positionwise: compare token by token and average, as the released code does, instead of
             whole responses.
         contrast: β of the contrast between the two models.
-        estimator_rank, estimator_alpha, estimator_dropout: of their adapters.
-        estimator_epochs, estimator_lr: how long and at which peak learning rate they are trained
-            first.
+        estimator_rank, estimator_alpha, estimator_dropout: of the estimator's adapters.
+        estimator_epochs, estimator_lr: epochs and peak learning rate of the estimator's training.
     """
 
     method: ClassVar[str] = "cdpo"
@@ -181,8 +181,8 @@ class CDPO(PreferenceTrainable):
     def pair_losses(
         self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
     ) -> tuple[Tensor, dict[str, Mean]]:
-        """The sequence form, or the released code's form [B]; the mean score of the rejected tokens
-        as a metric.
+        """The sequence form, or the released code's positionwise form [B]; the mean score of the
+        rejected tokens as a metric.
         """
         scores_BT = self.scores(batch.rejected, target)
         shown = {"rejected_score": Mean(scores_BT.sum(), rejected.counted_BT.sum())}
@@ -198,12 +198,13 @@ class CDPO(PreferenceTrainable):
         return critical_dpo_loss(chosen.ratio_BT, rejected.ratio_BT, scores_BT, self.beta), shown
 
     def finish(self, batches: Iterable[Any], target: Target) -> TrainingResult:
-        """A page that shows the critical tokens of the held-out wrong trajectories; where their
-        errors are known, how well the scores find them, beside the target's own surprise at each
-        token."""
+        """A page of the critical tokens in held-out wrong trajectories. Where the errors are known,
+        also figures of how well the scores rank them, compared with the target's surprise −log p.
+        """
         shown: list[TokenScores] = []
         places: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
         for batch in batches:
+            # 1. Scores, labelled errors (exact or inferred) and the target's surprise.
             scores_BT = self.scores(batch.rejected, target)
             errors_BT = (
                 torch.zeros_like(batch.rejected.loss_mask) if batch.errors is None else batch.errors
@@ -212,6 +213,7 @@ class CDPO(PreferenceTrainable):
                 [False] * len(errors_BT) if batch.inferred is None else batch.inferred.tolist()
             )
             surprise_BT = -self._references(batch.rejected, target, reference_log_probabilities)
+            # 2. All responses for the page; those with known errors for the figures.
             shown += token_scores(batch.rejected, scores_BT, errors_BT, target)
             for b, row in enumerate(counted(batch.rejected)):
                 if bool(errors_BT[b, row].any()):
@@ -227,19 +229,19 @@ class CDPO(PreferenceTrainable):
 def error_figures(
     responses: Sequence[tuple[Tensor, Tensor, Tensor]], prefix: str = ""
 ) -> dict[str, float]:
-    """How well two rankings of the tokens of wrong responses find their errors; nothing without
+    """How well two rankings of the tokens of wrong responses find the errors; empty without
     responses.
 
-    criticality_auc: how often an error's token is more critical than another token of any of the
-    responses.
+    criticality_auc: how often a token of an error is more critical than another token of any
+    response.
     surprise_auc: the same for −log p of the target, which needs no estimator.
-    most_critical_is_error: share of the responses whose most critical token is an error's.
-    known_errors: responses. With `prefix` the errors are steps in which the mistake is only
-    inferred to lie.
+    most_critical_is_error: share of the responses whose most critical token belongs to an error.
+    known_errors: number of responses. With `prefix` the errors are steps that are only inferred to
+    contain the mistake.
 
     Args:
         responses: criticality 1 − s [T], −log p [T] and which tokens are errors (bool [T]) of each.
-        prefix: of the figures' names.
+        prefix: prefix of the figures' names.
     """
     if not responses:
         return {}
@@ -257,15 +259,16 @@ def error_figures(
 def token_scores(
     text: TextBatch, scores_BT: Tensor, errors_BT: Tensor, target: Target
 ) -> list[TokenScores]:
-    """Each row's prompt, and its response token by token with its scores and known errors."""
-    found = []
+    """Each row's prompt, and its response token by token with scores and known errors."""
+    responses = []
+    # The prompt is everything before the first scored token.
     for ids, scored, scores, errors in zip(text.input_ids, counted(text), scores_BT, errors_BT):
         if scored.any():
             prompt = target.tokenizer.decode(
                 ids[: int(scored.int().argmax())].tolist(), skip_special_tokens=True
             )
             pieces = [target.tokenizer.decode([token]) for token in ids[scored].tolist()]
-            found.append(
+            responses.append(
                 TokenScores(prompt, pieces, scores[scored].tolist(), errors[scored].tolist())
             )
-    return found
+    return responses

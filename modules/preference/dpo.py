@@ -27,7 +27,7 @@ class DPO(PreferenceTrainable):
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the adapters, on every linear layer.
-        beta: strength of the tie to the reference.
+        beta: strength of the constraint to the reference.
     """
 
     method: ClassVar[str] = "dpo"
@@ -45,5 +45,5 @@ class DPO(PreferenceTrainable):
     def pair_losses(
         self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
     ) -> tuple[Tensor, dict[str, Mean]]:
-        """`dpo_loss` [B]."""
+        """`dpo_loss` of each pair [B], without further metrics."""
         return dpo_loss(chosen.ratio_BT, rejected.ratio_BT, self.beta), {}

@@ -9,7 +9,7 @@ from html import escape
 from modules.runtime.html_page import html_page
 
 SHOWN = 24
-"""Responses on a page at most."""
+"""Maximum number of responses on a page."""
 STYLE = """
 body { line-height: 1.7; }
 .quiet { white-space: pre-line; }
@@ -34,8 +34,8 @@ class TokenScores:
 
 
 def highlight_page(title: str, responses: Sequence[TokenScores]) -> str:
-    """HTML without outside parts: at most `SHOWN` responses, each token shaded by 1 − s, the lowest
-    score outlined.
+    """HTML without external resources: at most `SHOWN` responses, each token shaded by 1 − s, the
+    lowest score outlined.
     """
     shown = responses[:SHOWN]
     legend = (

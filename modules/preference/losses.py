@@ -1,8 +1,8 @@
 """Preference losses as pure functions of per-token quantities: DPO, cDPO and SparsePO.
 
-Everything per token is 0 where no token counts, so that a sum over a row is a sum over its
-response. For a response y to a prompt x, r_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) is
-its log-ratio.
+Per-token values are 0 where no token counts, so that a sum over a row is a sum over its response.
+For a response y to a prompt x, r_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) is its
+log-ratio.
 
 Shape legend: B pairs, T tokens of a row, R tokens of the longest response, L layers, M rows of
 logits, V vocabulary.
@@ -44,8 +44,8 @@ def critical_dpo_loss(
 ) -> Tensor:
     """−log σ(γ (Σ_t r_t(y_w) − Σ_t (1 − s_t) r_t(y_l))) -> [B] (Lin et al. 2024, section 3.3).
 
-    s_t is the contrastive probability of the rejected token: critical tokens (small s_t) keep their
-    whole weight.
+    s_t is the contrastive probability of the rejected token: critical tokens (small s_t) have
+    full weight.
     """
     return dpo_loss(chosen_BT, (1 - scores_BT) * rejected_BT, gamma)
 
@@ -61,12 +61,12 @@ def positionwise_dpo_loss(
     """The form of the paper's released code: token i of y_w against token i of y_l, averaged over
     positions -> [B].
 
-    Behind the end of the shorter response its log-ratio is 0. (The released code's mean also runs
-    over prompt and
-    padding, where every term is log 2: the more of them, the smaller its gradient.)
+    After the end of the shorter response its log-ratio is 0. (The released code's mean also runs
+    over prompt and padding, where every term is log 2, so these reduce its gradient.)
     """
     chosen_BR = _responses(chosen_BT, chosen_counted_BT)
     rejected_BR = _responses((1 - scores_BT) * rejected_BT, rejected_counted_BT)
+    # Pad both to the longer side; positions beyond both ends have no weight.
     length = max(chosen_BR.shape[1], rejected_BR.shape[1])
     difference_BR = F.pad(chosen_BR, (0, length - chosen_BR.shape[1])) - F.pad(
         rejected_BR, (0, length - rejected_BR.shape[1])
@@ -77,7 +77,7 @@ def positionwise_dpo_loss(
 
 
 def _responses(values_BT: Tensor, counted_BT: Tensor) -> Tensor:
-    """What counts of each row, moved to its front in order [B,R]."""
+    """The counted values of each row, moved to its front in order [B,R]."""
     order_BT = counted_BT.long().argsort(dim=1, descending=True, stable=True)
     return (values_BT * counted_BT).gather(1, order_BT)[:, : int(counted_BT.sum(1).max())]
 
@@ -105,7 +105,7 @@ class Side:
 
     @property
     def divergence_B(self) -> Tensor:
-        """d = −Σ_t m^d_t KL_t [B]: never above 0."""
+        """d = −Σ_t m^d_t KL_t [B], at most 0."""
         return -(self.divergence_mask_BT * self.divergence_BT).sum(1)
 
 
@@ -121,11 +121,11 @@ def sparse_loss(chosen: Side, rejected: Side, beta: float, detach_chosen: bool =
 
 
 def activation_mask(groups: Sequence[Tensor], counted_BT: Tensor) -> Tensor:
-    """A mask read from activations: each of them min-max scaled to [0, 1] over the response's
-    tokens, then averaged.
+    """A mask from activations: each is min-max scaled to [0, 1] over the response's tokens, then
+    they are averaged.
 
     The average is over the activations of a group, then over groups. (The paper standardises before
-    it scales, which scaling undoes.) An activation that does not vary over the response gives 0.
+    scaling, which has no effect.) An activation that does not vary over the response gives 0.
 
     Args:
         groups: mean activations [L,B,T] of one kind (residual stream, attention outputs, ...) each.

@@ -1,8 +1,8 @@
 """What preference recipes share: a policy of adapters on the target, log-ratios to the target
 itself, metrics.
 
-The reference model is the target without adapters, so it is never stored; what it says about a pair
-is computed once.
+The reference model is the target without adapters, so it needs no copy. Its log-probabilities of a
+pair are computed once.
 
 Shape legend: B pairs, T tokens of a row, M tokens that count, H hidden size, V vocabulary.
 """
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class Response:
     """The responses on one side of a batch of pairs.
 
-    log_probability_BT: log π_θ of each token, 0 where none counts. reference_BT: the reference's.
-    counted_BT: bool.
+    log_probability_BT: log π_θ of each token, 0 where none counts.
+    reference_BT: the same for the reference.
+    counted_BT: bool, tokens that count.
     final_BTH: the policy's `final` states.
     """
 
@@ -45,24 +46,24 @@ class Response:
 
     @property
     def ratio_BT(self) -> Tensor:
-        """Log-ratios r_t."""
+        """Log-ratios r_t of each token [B,T]."""
         return self.log_probability_BT - self.reference_BT
 
 
 def counted(batch: TextBatch) -> Tensor:
-    """bool [B,T]: the tokens that are predicted: in the loss mask, and not the first of their
+    """bool [B,T]: the predicted tokens, which are in the loss mask and not the first of their
     document.
     """
     return at_tokens(batch, torch.ones_like(next_token_rows(batch)[0])).bool()
 
 
 def at_tokens(batch: TextBatch, values_M: Tensor) -> Tensor:
-    """Values [M] of the rows of `next_token_rows`, laid where the predicted tokens stand [B,T], 0
-    elsewhere.
+    """Values [M] of the rows of `next_token_rows`, written to the positions of the predicted tokens
+    [B,T]; 0 elsewhere.
     """
     flat_M = next_token_rows(batch)[0]
-    laid = values_M.new_zeros(batch.input_ids.numel()).index_put((flat_M + 1,), values_M)
-    return laid.view(batch.input_ids.shape)
+    values_P = values_M.new_zeros(batch.input_ids.numel()).index_put((flat_M + 1,), values_M)
+    return values_P.view(batch.input_ids.shape)
 
 
 def log_probabilities(batch: TextBatch, final_BTH: Tensor, head: Head, width: int) -> Tensor:
@@ -76,9 +77,7 @@ def log_probabilities(batch: TextBatch, final_BTH: Tensor, head: Head, width: in
 
 
 class RowCache:
-    """Values [B,T] of rows that never change for a target, computed once: found by the row's tokens
-    and mask.
-    """
+    """A cache of values [B,T] that depend only on the target and on a row's tokens and mask."""
 
     def __init__(self) -> None:
         self._rows: dict[bytes, Tensor] = {}
@@ -87,9 +86,7 @@ class RowCache:
     def __call__(
         self, batch: TextBatch, target: Target, compute: Callable[[TextBatch, Target], Tensor]
     ) -> Tensor:
-        """The batch's values; the whole batch is computed (without gradient) if one of its rows is
-        new.
-        """
+        """The batch's values; if any row is new, the whole batch is computed without gradient."""
         if self._target is not target:
             self._rows, self._target = {}, target
         keys = [_key(batch, row) for row in range(batch.input_ids.shape[0])]
@@ -114,32 +111,32 @@ def _key(batch: TextBatch, row: int) -> bytes:
 
 
 def _fitted(values_T: Tensor, width: int) -> Tensor:
-    """A row's values for another padding, which is 0."""
-    kept = values_T[:width]
-    return torch.nn.functional.pad(kept, (0, width - len(kept)))
+    """A row's values cut or padded with 0 to another width."""
+    cut_T = values_T[:width]
+    return torch.nn.functional.pad(cut_T, (0, width - len(cut_T)))
 
 
 def reference_log_probabilities(batch: TextBatch, target: Target) -> Tensor:
-    """The target's own log p of each counted token [B,T]."""
+    """log p of each counted token [B,T] under the target."""
     final_BTH = target.features(batch, ("final",))["final"]
     return log_probabilities(batch, final_BTH, target.unrounded_logits, target.shape.vocab_size)
 
 
 class PreferenceTrainable(Trainable):
-    """A policy that learns from pairs: low-rank adapters on the target, which itself is the
+    """A policy trained on preference pairs: low-rank adapters on the target, which is the
     reference.
 
-    Subclasses give `pair_losses`.
+    Subclasses define `pair_losses`.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the adapters, on every linear layer.
-        beta: what a log-ratio is multiplied with to be a reward.
+        beta: factor that turns a log-ratio into a reward.
     """
 
     batch_type: ClassVar[type] = PreferenceBatch
     method: ClassVar[str] = "preference"
-    """What an adapted target's name ends in."""
+    """Suffix of an adapted target's name."""
 
     def __init__(
         self, shape: TargetShape, rank: int, alpha: float, dropout: float, beta: float
@@ -157,7 +154,7 @@ class PreferenceTrainable(Trainable):
 
     @property
     def online(self) -> bool:
-        """Its policy changes while it trains."""
+        """True: its policy changes while it trains."""
         return True
 
     def adapt(self, target: Target) -> Target:
@@ -165,8 +162,8 @@ class PreferenceTrainable(Trainable):
         return self.policy.merged(target)
 
     def response(self, text: TextBatch, reference_BT: Tensor | None, target: Target) -> Response:
-        """One side under the policy (with gradient) and the reference (cached unless the batch
-        brings it).
+        """One side under the policy (with gradient) and the reference (from the batch, or
+        cached).
         """
         twin = self.policy.twin(target)
         final_BTH = twin.features(text, ("final",), gradient=True)["final"]
@@ -179,14 +176,16 @@ class PreferenceTrainable(Trainable):
     def pair_losses(
         self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
     ) -> tuple[Tensor, dict[str, Mean]]:
-        """The loss of each pair [B], and metrics of its own."""
+        """The loss of each pair [B], and the method's metrics."""
 
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
-        """Mean over the pairs that have a token to be trained on; preference accuracy (the chosen
-        response has the higher reward) and reward margin."""
+        """Mean over the pairs that have a counted token; metrics include preference accuracy (the
+        chosen response has the higher reward) and reward margin.
+        """
         chosen = self.response(batch.chosen, batch.chosen_reference, target)
         rejected = self.response(batch.rejected, batch.rejected_reference, target)
         losses_B, metrics = self.pair_losses(batch, chosen, rejected, target)
+        # Pairs without a counted token (padding) have no weight.
         real_B = chosen.counted_BT.any(1) | rejected.counted_BT.any(1)
         losses_B = losses_B * real_B
         shown = {
@@ -197,7 +196,7 @@ class PreferenceTrainable(Trainable):
 
 
 def pair_footprint(one_side: Footprint, adapters: Adapters, shape: TargetShape) -> Footprint:
-    """What both sides of pairs compute through adapters, from the rows of one side."""
+    """Footprint of both sides of pairs through adapters, from that of one side."""
     layers = GradientLayers(shape, adapted=True, dropout=adapters.dropout > 0)
     return replace(one_side, tokens=2 * one_side.tokens, sides=2, layers=layers)
 
@@ -205,8 +204,8 @@ def pair_footprint(one_side: Footprint, adapters: Adapters, shape: TargetShape) 
 def preference_metrics(
     losses_B: Tensor, chosen_BT: Tensor, rejected_BT: Tensor, beta: float, real_B: Tensor
 ) -> dict[str, Mean]:
-    """Means over real pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and
-    either.
+    """Means over real pairs: the loss, how often β Σ r_w > β Σ r_l, their difference, and each
+    reward.
     """
     losses_B = losses_B.detach()
     chosen_B, rejected_B = (

@@ -31,10 +31,10 @@ class MaskHead(nn.Module):
     """A learned mask: m_t = ReLU(vᵀ a_t) with a_j,t = ReLU(w_jᵀ LayerNorm(h_j,t) + b_j) of each
     layer's state.
 
-    Dropout acts before either ReLU. m_t is never below 0 and exactly 0 where its units are off,
-    which is what makes it sparse. It starts close to 1, where SparsePO is TDPO: w small, b = 1, v =
-    1/L. (In the released code all weights start at random around 0, about half of a mask's values
-    at exactly 0 and the others near it.) The norm has no weights of its own: w and b hold them.
+    Dropout acts before each ReLU. m_t is at least 0, and exactly 0 where its units are off, which
+    makes it sparse. It starts close to 1, where SparsePO equals TDPO: w small, b = 1, v = 1/L. (In
+    the released code all weights start at random around 0, so about half of a mask's values are
+    exactly 0 and the others near 0.) The norm has no weights, since w and b include them.
     """
 
     def __init__(self, shape: TargetShape) -> None:
@@ -54,15 +54,15 @@ class MaskHead(nn.Module):
         return F.relu(F.dropout(mixed_BT, MASK_DROPOUT, self.training))
 
 
-def behind(values_BT: Tensor) -> Tensor:
-    """Of each token what was read before it, [..., T]: the row that predicts it. The first has 0
-    and never counts.
+def at_predicted(values_BT: Tensor) -> Tensor:
+    """Values [..., T] moved from each row to the token that it predicts. The first token gets 0 and
+    never counts.
     """
     return F.pad(values_BT, (1, 0))[..., :-1]
 
 
 def signs(mask_BT: Tensor) -> Tensor:
-    """1 where a mask is above 0, else 0, with the mask's own gradient [B,T]."""
+    """1 where a mask is above 0, else 0 [B,T], with the mask's gradient (straight through)."""
     return mask_BT.detach().sign() + (mask_BT - mask_BT.detach())
 
 
@@ -77,18 +77,19 @@ class SparsePO(PreferenceTrainable):
     """−log σ(β [(u_w − u_l) − (d_w − d_l)]) with u = Σ m^u_t r_t and d = −Σ m^d_t KL(π_ref ‖
     π_θ)_t.
 
-    Masks are learned with the policy from the reference's states, or read from its activations
-    without parameters: m_t weighs y_t, and comes from the row that predicts it, as the KL does.
+    Masks are learned with the policy from the reference's states, or computed from its activations
+    without parameters. m_t is the weight of y_t and comes from the row that predicts it, as the KL
+    does.
 
-    `"binarised"` masks are the sign of learned ones, 0 or 1. A sign has no slope; its gradient is
-    passed to the learned mask unchanged (straight through, Bengio et al. 2013). The released code
-    passes none, so that its binary masks stay as they were drawn. `"random"` masks are drawn from
-    [0, 1) anew at every call.
+    `"binarised"` masks are the sign of learned masks, 0 or 1. The sign has no gradient, so its
+    gradient is passed to the learned mask unchanged (straight through, Bengio et al. 2013). The
+    released code passes none, and its binary masks never change. `"random"` masks are drawn from
+    [0, 1) at every call.
 
     Args:
         shape: the target's dimensions (Llama-type layers only).
         rank, alpha, dropout: of the policy's adapters, on every linear layer.
-        beta: strength of the tie to the reference.
+        beta: strength of the constraint to the reference.
         masks: `"learned"`, `"activations"` (MaPO), or the ablations `"binarised"`, `"random"` and
             `"ones"` (TDPO).
         activations: which of the reference's activations MaPO reads, of `residual`, `attention`,
@@ -130,7 +131,7 @@ class SparsePO(PreferenceTrainable):
         self._fixed = RowCache()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The masks have a learning rate and a weight decay of their own."""
+        """The policy, and the masks with their own learning rate and weight decay."""
         groups = [{"params": list(self.policy.parameters()), "lr_scale": 1.0}]
         if self.mask_heads:
             groups.append(
@@ -145,9 +146,7 @@ class SparsePO(PreferenceTrainable):
     # -- masks -------------------------------------------------------------------------------------
 
     def reference_states(self, text: TextBatch, target: Target) -> dict[StateName, Tensor]:
-        """What one side needs of the reference: its `final` states, and the residual stream for
-        learned masks.
-        """
+        """The reference's `final` states of one side, and for learned masks its residual stream."""
         return target.features(
             text, (*(residual_states(target) if self.mask_heads else ()), "final")
         )
@@ -155,8 +154,10 @@ class SparsePO(PreferenceTrainable):
     def token_masks(
         self, text: TextBatch, counted_BT: Tensor, states: dict[StateName, Tensor], target: Target
     ) -> TokenMasks:
-        """The two masks of one side: learned from the reference's states, read from its
-        activations, or drawn."""
+        """The two masks of one side: learned from the reference's states, computed from its
+        activations, or drawn.
+        """
+        # 1. Masks without parameters; a common mask serves both purposes.
         ones_BT = counted_BT.to(torch.promote_types(target.dtype, torch.float32))
         if self.masks == "ones":
             return TokenMasks(ones_BT, ones_BT)
@@ -167,14 +168,15 @@ class SparsePO(PreferenceTrainable):
             count = 1 if self.common_mask else 2
             masks = [torch.rand_like(ones_BT) * ones_BT for _ in range(count)]
             return TokenMasks(masks[0], masks[-1])
+        # 2. Learned masks, one head for both purposes or one each.
         precision = self.mask_heads[0].get_parameter("weight").dtype
         states_LBTH = torch.stack([states[name] for name in residual_states(target)]).to(precision)
-        masks = [behind(head(states_LBTH)) * counted_BT for head in self.mask_heads]
+        masks = [at_predicted(head(states_LBTH)) * counted_BT for head in self.mask_heads]
         masks = [signs(mask_BT) for mask_BT in masks] if self.masks == "binarised" else masks
         return TokenMasks(masks[0], masks[-1])
 
     def _activation_mask(self, text: TextBatch, target: Target) -> Tensor:
-        groups = [behind(group) for group in mean_activations(target, text, self.groups)]
+        groups = [at_predicted(group) for group in mean_activations(target, text, self.groups)]
         return activation_mask(groups, counted(text))
 
     # -- loss --------------------------------------------------------------------------------------
@@ -185,6 +187,7 @@ class SparsePO(PreferenceTrainable):
         """KL(π_ref ‖ π_θ) over the vocabulary at each counted token [B,T], from the reference's
         `final` states.
         """
+        # KL is the cross-entropy less the entropy of the reference.
         flat_M, labels_M = next_token_rows(text)
         size, twin = self.shape.vocab_size, self.policy.twin(target)
         distributions = target_distributions(target.unrounded_logits, reference_BTH, flat_M, size)
@@ -197,7 +200,7 @@ class SparsePO(PreferenceTrainable):
     def pair_losses(
         self, batch: PreferenceBatch, chosen: Response, rejected: Response, target: Target
     ) -> tuple[Tensor, dict[str, Mean]]:
-        """`sparse_loss` plus the masks' L1 penalty [B]; either side's divergence and, in
+        """`sparse_loss` plus the masks' L1 penalty [B]; metrics are each side's divergence and, in
         validation, its sparsity.
         """
         sides, masks = [], []
@@ -206,6 +209,7 @@ class SparsePO(PreferenceTrainable):
             ("chosen", batch.chosen, chosen),
             ("rejected", batch.rejected, rejected),
         ):
+            # Masks and divergences of one side, both from the reference's states.
             states = self.reference_states(text, target)
             masks.append(self.token_masks(text, response.counted_BT, states, target))
             divergence_BT = self.divergences(text, response, states["final"], target)
@@ -220,14 +224,14 @@ class SparsePO(PreferenceTrainable):
 
     def _penalty(self, masks: list[TokenMasks]) -> Tensor | float:
         """Σ_t |m^u_t| + Σ_t |m^d_t| over both responses of each pair [B]; a common mask counts
-        once, a fixed one not.
+        once, masks without parameters not at all.
 
-        A sum over tokens as in the released code, not their mean: long responses are pressed
-            harder.
+        A sum over tokens as in the released code, not a mean, so long responses have a larger
+        penalty.
         """
         if not self.mask_heads:
             return 0.0
-        both_B = sum(one_BT.abs().sum(1) for mask in masks for one_BT in mask)
+        both_B = sum(mask_BT.abs().sum(1) for side in masks for mask_BT in side)
         return both_B * len(self.mask_heads) / 2
 
 

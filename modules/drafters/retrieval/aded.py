@@ -258,7 +258,7 @@ class Aded(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """The constructor's `tokens`."""
+        """The constructor's argument `tokens`."""
         return self.tokens
 
     def start(self, context: Context) -> AdedState:

@@ -38,7 +38,7 @@ class PromptLookup(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """The constructor's `tokens`."""
+        """The constructor's argument `tokens`."""
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:

@@ -53,7 +53,7 @@ class Rest(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """The constructor's `tokens`."""
+        """The constructor's argument `tokens`."""
         return self.tokens
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:

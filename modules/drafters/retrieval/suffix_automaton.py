@@ -150,7 +150,7 @@ class Suffix(Partnered):
 
     @property
     def default_budget(self) -> int:
-        """The constructor's `tokens`."""
+        """The constructor's argument `tokens`."""
         return self.tokens
 
     def start(self, context: Context) -> SuffixState:

@@ -123,7 +123,7 @@ class TokenRecycling(TextDrafter):
 
     @property
     def default_budget(self) -> int:
-        """The constructor's `tokens`."""
+        """The constructor's argument `tokens`."""
         return self.tokens
 
     @property
