@@ -1,8 +1,7 @@
-"""One answer of a chat as tokens: the prompt exactly as decoding sends it, and what is said behind
-it.
+"""One answer of a chat as tokens: the prompt exactly as in decoding, and the answer's tokens.
 
-Text is encoded whole and split where the prompt's ids end. Encoding the pieces one by one is wrong
-for tokenizers that put a space before every text they are given (SentencePiece's dummy prefix).
+Text is encoded as a whole and split at the end of the prompt's ids. Encoding the parts separately
+is wrong for tokenizers that add a space before every text (SentencePiece's dummy prefix).
 """
 
 from __future__ import annotations
@@ -21,21 +20,19 @@ from modules.target.tokenizers.chat_template import arguments_of
 
 Turn = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What servers and templates call the reasoning of a turn; most templates read the first."""
+"""Keys of a turn's reasoning in servers and templates; most templates read the first."""
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)\s*")
 _OPENED_TAG = re.compile(r"<(\w*(?:think|thought|reason)\w*)>\s*$")
 _ANCHORS = ("\n", "x", "")
-"""Behind these a text is encoded as inside of one, where its beginning merges with the prompt's
-end.
-"""
+"""Prefixes that stand in for a prompt whose end would merge with the beginning of the text."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """An answer as tokens.
 
-    prompt: `prompt_ids` of the turns before it. said: the assistant's tokens behind it, the
-    end-of-turn token included where there is one.
+    prompt: `prompt_ids` of the turns before it. said: the assistant's tokens after the prompt,
+    including the end-of-turn token if there is one.
     """
 
     prompt: list[int]
@@ -45,26 +42,26 @@ class Answer:
 def prompt_ids(
     messages: Sequence[Turn], tokenizer: Any, tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """Token ids of a chat up to where the assistant is to speak."""
+    """Token ids of a chat up to the start of the assistant's answer."""
     return encode(render(messages, tokenizer, generate=True, tools=tools), tokenizer)
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that holds its special tokens already."""
+    """Token ids of a text that already contains its special tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_behind(asked: str, text: str, tokenizer: Any) -> list[int]:
-    """Token ids of `text` where the ids of `asked` stand before it."""
-    before = _before(asked, text, tokenizer)
+def encode_behind(prompt: str, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of `text` as encoded after `prompt`."""
+    before = _before(prompt, text, tokenizer)
     return encode(before + text, tokenizer)[len(encode(before, tokenizer)) :]
 
 
-def _before(asked: str, text: str, tokenizer: Any) -> str:
-    """What to encode `text` behind: `asked`, or the first anchor, if its ids are the same with
-    `text` and without.
+def _before(prompt: str, text: str, tokenizer: Any) -> str:
+    """The prefix to encode `text` after: `prompt`, or else the first anchor, whose ids do not
+    change when `text` follows.
     """
-    for before in (asked, *_ANCHORS):
+    for before in (prompt, *_ANCHORS):
         ids = encode(before, tokenizer)
         if encode(before + text, tokenizer)[: len(ids)] == ids:
             return before
@@ -80,15 +77,15 @@ def render(
     generate: bool = False,
     tools: Sequence[Any] | None = None,
 ) -> str:
-    """A chat as the tokenizer's template writes it; `generate` opens the assistant's turn behind
-    it.
+    """A chat as rendered by the tokenizer's template; `generate` opens the assistant's next turn.
 
-    Turns reach the template whole, with their tool calls and reasoning.
+    Turns are passed to the template with their tool calls and reasoning.
 
     Raises:
         ValueError: a tokenizer without a template.
-        Skipped: no messages, or some that the template refuses.
+        Skipped: no messages, or messages that the template refuses.
     """
+    # Errors of the tokenizer end the run, errors of a template skip the row.
     if not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned "
@@ -110,13 +107,14 @@ def render(
 
 
 def _for_template(turn: Turn, template: str) -> dict[str, Any]:
-    """A turn as templates expect it: text for absent content, arguments of calls as objects."""
+    """A turn as templates expect it: an empty text for missing content, arguments as objects."""
     made = {**turn, "content": "" if turn.get("content") is None else turn["content"]}
     if made.get("tool_calls"):
         made["tool_calls"] = [_parsed_call(call) for call in made["tool_calls"]]
-    given = next((key for key in _REASONING if made.get(key)), _REASONING[0])
-    if given != _REASONING[0] and _REASONING[0] in template:
-        made[_REASONING[0]] = made.pop(given)
+    # Reasoning goes under the key that the template reads.
+    source = next((key for key in _REASONING if made.get(key)), _REASONING[0])
+    if source != _REASONING[0] and _REASONING[0] in template:
+        made[_REASONING[0]] = made.pop(source)
     return made
 
 
@@ -143,10 +141,10 @@ def answer_ids(
 ) -> Answer:
     """Turn number `turn` of a conversation, which is the assistant's, as tokens.
 
-    The last answer's recorded ids are taken as they are. Any other answer is what the template
-    writes; where it does not write the prompt's own beginning again (templates that open `<think>`
-    in the prompt alone), or leaves out a part of the answer, the answer's text (behind its
-    reasoning, if that is what the prompt opens) and the template's end of turn.
+    Recorded ids of the last answer are used unchanged. Any other answer is rendered by the
+    template. Where the rendered chat does not begin with the prompt (templates that open `<think>`
+    only in the prompt) or lacks a part of the answer, the tokens are those of the answer's text
+    (after its reasoning, if the prompt opens it) and of the template's end of turn.
 
     Args:
         ends: tokens that end an answer.
@@ -156,14 +154,17 @@ def answer_ids(
             leaves out tool calls, tools or this answer's reasoning.
     """
     messages, tools = conversation.messages[:turn], conversation.tools
-    asked = render(messages, tokenizer, generate=True, tools=tools)
-    _refuse_left_out(messages, tools, asked, tokenizer, generate=True)
-    prompt, last = encode(asked, tokenizer), turn == len(conversation.messages) - 1
+    # 1. The prompt, exactly as in decoding.
+    prompt_text = render(messages, tokenizer, generate=True, tools=tools)
+    _refuse_left_out(messages, tools, prompt_text, tokenizer, generate=True)
+    prompt, last = encode(prompt_text, tokenizer), turn == len(conversation.messages) - 1
+    # 2. The answer: recorded ids, or the template's text through its end.
     if last and (exact := _recorded(conversation, tokenizer)):
         return Answer(prompt, exact)
-    text, end = _written(conversation, turn, asked, tokenizer, ends)
+    text, end = _written(conversation, turn, prompt_text, tokenizer, ends)
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    said = _through_end(encode_behind(asked, text, tokenizer) + end, ends, special)
+    said = _through_end(encode_behind(prompt_text, text, tokenizer) + end, ends, special)
+    # 3. An answer that was cut off has no end of turn; an answer of only such tokens is empty.
     if last and not conversation.finished and said and (said[-1] in ends or said[-1] in special):
         said = said[:-1]
     if all(token in ends or token in special for token in said) and not conversation.messages[
@@ -174,28 +175,31 @@ def answer_ids(
 
 
 def _written(
-    conversation: Conversation, turn: int, asked: str, tokenizer: Any, ends: Collection[int]
+    conversation: Conversation, turn: int, prompt_text: str, tokenizer: Any, ends: Collection[int]
 ) -> tuple[str, list[int]]:
-    """The text behind the prompt, and the end-of-turn token that it lacks."""
+    """The text after the prompt, and the end-of-turn token that it lacks."""
     messages, answer = conversation.messages[: turn + 1], conversation.messages[turn]
     through, content = (
         render(messages, tokenizer, tools=conversation.tools),
         answer.get("content") or "",
     )
+    # 1. The answer's text, with its reasoning if the prompt opened that.
     thought = next((answer[key] for key in _REASONING if answer.get(key)), "")
-    opened = _OPENED_TAG.search(asked)
-    text = _unopened(content, asked)
+    opened = _OPENED_TAG.search(prompt_text)
+    text = _unopened(content, prompt_text)
     if opened and thought and not answer.get("tool_calls"):
         text = f"{thought.rstrip()}\n</{opened[1]}>\n\n{content.lstrip()}"
     else:
         _refuse_left_out(messages, conversation.tools, through, tokenizer)
-    if through.startswith(asked) and text.strip() in through[len(asked) :]:
-        return through[len(asked) :], []
+    if through.startswith(prompt_text) and text.strip() in through[len(prompt_text) :]:
+        # 2. The template's own text, if it continues the prompt and holds the answer.
+        return through[len(prompt_text) :], []
     if answer.get("tool_calls") or (thought and not opened):
         raise Skipped(
             "the chat template writes reasoning or tool calls otherwise than its prompt asks for "
             "them"
         )
+    # 3. Otherwise the answer's text, with the template's last end token.
     ids = encode(through, tokenizer)
     ending = [token for token in ids if token in ends] or [
         token
@@ -205,10 +209,10 @@ def _written(
     return text.rstrip(), ending[-1:]
 
 
-def _unopened(content: str, asked: str) -> str:
-    """An answer's text without the tag at its beginning that the prompt has opened already."""
+def _unopened(content: str, prompt_text: str) -> str:
+    """An answer's text without a leading tag that the prompt has already opened."""
     tag = _OPENING_TAG.match(content)
-    return content[tag.end() :] if tag and asked.rstrip().endswith(tag[1]) else content
+    return content[tag.end() :] if tag and prompt_text.rstrip().endswith(tag[1]) else content
 
 
 def _refuse_left_out(
@@ -218,16 +222,17 @@ def _refuse_left_out(
     tokenizer: Any,
     generate: bool = False,
 ) -> None:
-    """`Skipped` when a template writes the same text without the tools, the calls, or the last
-    answer's reasoning.
+    """Raise Skipped if the template ignores tools, tool calls or the last answer's reasoning, so
+    that its text is the same without them.
     """
 
-    def same(changed: Sequence[Turn], known: Sequence[Any] | None) -> bool:
+    def same(changed: Sequence[Turn], offered: Sequence[Any] | None) -> bool:
         try:
-            return render(changed, tokenizer, generate, known) == text
+            return render(changed, tokenizer, generate, offered) == text
         except Skipped:
             return False
 
+    # Names must occur as well, since some templates only write a count or a header.
     if tools and (same(messages, None) or not all(name in text for name in _names(tools))):
         raise Skipped("the chat template leaves out `tools`")
     calls = [call for turn in messages for call in turn.get("tool_calls") or ()]
@@ -246,13 +251,21 @@ def _without(turn: Turn, *keys: str) -> dict[str, Any]:
 
 
 def _names(functions: Sequence[Any]) -> list[str]:
-    """The names of functions in OpenAI's form, or given bare."""
-    bare = [one.get("function", one) for one in functions if isinstance(one, Mapping)]
-    return [str(one["name"]) for one in bare if isinstance(one, Mapping) and "name" in one]
+    """The names of functions in OpenAI's form, or of bare function objects."""
+    bare = [
+        function.get("function", function)
+        for function in functions
+        if isinstance(function, Mapping)
+    ]
+    return [
+        str(function["name"])
+        for function in bare
+        if isinstance(function, Mapping) and "name" in function
+    ]
 
 
 def _through_end(ids: list[int], ends: Collection[int], special: Collection[int]) -> list[int]:
-    """The answer through its end-of-turn token, without the template's glue behind it."""
+    """The answer up to its end-of-turn token, without what the template adds after it."""
     for stops in (ends, special):
         for i, token in enumerate(ids):
             if token in stops:
@@ -261,7 +274,7 @@ def _through_end(ids: list[int], ends: Collection[int], special: Collection[int]
 
 
 def _recorded(conversation: Conversation, tokenizer: Any) -> list[int] | None:
-    """The ids of the last answer as it was generated, when they are this tokenizer's."""
+    """The recorded ids of the last answer, if this tokenizer decodes them to its text."""
     exact, content = conversation.response_ids, conversation.messages[-1].get("content")
     if not exact or not isinstance(content, str) or max(exact) >= len(tokenizer):
         return None
@@ -274,23 +287,26 @@ def _recorded(conversation: Conversation, tokenizer: Any) -> list[int] | None:
 def answer_spans(
     messages: Sequence[Turn], tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The last turn, which is the assistant's, as token ids behind its prompt, up to the end of its
+    """The last turn, which is the assistant's, as token ids after its prompt, up to the end of its
     content.
 
     Returns:
-        The ids, and which characters [start, end) of the content each stands for (below 0: what the
-        template writes before it).
+        The ids, and the characters [start, end) of the content of each (below 0: text that the
+        template adds before it).
     """
-    asked = render(messages[:-1], tokenizer, generate=True)
+    # 1. The text after the prompt, and the content in it.
+    prompt_text = render(messages[:-1], tokenizer, generate=True)
     content, whole = messages[-1]["content"], Conversation([dict(turn) for turn in messages])
-    text, _ = _written(whole, len(messages) - 1, asked, tokenizer, ())
-    said = _unopened(content, asked).strip()
-    before = _before(asked, text, tokenizer)
+    text, _ = _written(whole, len(messages) - 1, prompt_text, tokenizer, ())
+    said = _unopened(content, prompt_text).strip()
+    # 2. Offsets of the tokenizer, shifted to characters of the content.
+    before = _before(prompt_text, text, tokenizer)
     first, shift = (
         len(encode(before, tokenizer)),
         len(before) + text.index(said) - content.index(said),
     )
     encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [(start - shift, end - shift) for start, end in encoded["offset_mapping"][first:]]
+    # 3. Tokens after the content are left out.
     count = sum(start < content.index(said) + len(said) for start, _ in spans)
     return encoded["input_ids"][first : first + count], spans[:count]

@@ -1,4 +1,4 @@
-"""The tokens of conversations, with a loss mask on what the assistant says.
+"""The tokens of conversations, with a loss mask on the assistant's tokens.
 
 Shape legend: T tokens of a document.
 """
@@ -25,8 +25,8 @@ from data.reading.rows import Conversation
 class Tokens:
     """A tokenised document: ids int64 [T] and loss mask bool [T], true on the assistant's tokens.
 
-    opening: hash of the prompt with which its conversation begins, where that has several
-    documents. cut: whether its last answer goes on beyond `max_length`.
+    opening: hash of the first prompt of its conversation, if that has several documents. cut:
+    whether its last answer is truncated at `max_length`.
     """
 
     input_ids: Tensor
@@ -35,12 +35,12 @@ class Tokens:
     cut: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
-        """T."""
+        """The number of tokens T."""
         return self.input_ids.shape[0]
 
     @property
     def response_tokens(self) -> int:
-        """How many tokens are trained on."""
+        """The number of tokens that are trained on."""
         return int(self.loss_mask.sum())
 
     @property
@@ -50,12 +50,12 @@ class Tokens:
 
     @cached_property
     def group(self) -> str:
-        """Hash of the first prompt of its conversation: what is held out together."""
+        """Hash of its conversation's first prompt; documents of a group are held out together."""
         return self.opening or hash_ids(self.prompt)
 
     @cached_property
     def key(self) -> str:
-        """Hash of the token ids: what cached states are found by."""
+        """Hash of the token ids, the key of cached states."""
         return hash_ids(self.input_ids)
 
 
@@ -67,7 +67,7 @@ def hash_ids(ids: Tensor | Sequence[int]) -> str:
 
 
 class Tokenized(NamedTuple):
-    """A conversation's documents, and how many of its answers are in none of them, by reason."""
+    """A conversation's documents, and the number of its skipped answers by reason."""
 
     documents: list[Tokens]
     left_out: Counter[str]
@@ -79,24 +79,24 @@ def tokenize(
     max_length: int,
     end_ids: Collection[int] | None = None,
 ) -> Tokenized:
-    """Apply the target's chat template; the mask covers the assistant's tokens and the end-of-turn
-    tokens it emits.
+    """Apply the target's chat template; the mask covers the assistant's tokens and its end-of-turn
+    tokens.
 
-    The tokens before every answer are exactly its `prompt_ids`. All answers stand in one document
-    as long as each prompt goes on from the answer before it; where a template rewrites earlier
-    turns, an answer begins a document of its own. A document longer than `max_length` loses its
-    end.
+    The tokens before every answer are exactly its `prompt_ids`. All answers are in one document as
+    long as each prompt continues the answer before it; where a template rewrites earlier turns, an
+    answer begins a new document. Documents are truncated at `max_length`.
 
     Args:
         end_ids: tokens that end an answer (default: the tokenizer's EOS).
 
     Raises:
-        Skipped: no assistant turn, or none that can be trained on; the first answer's reason.
+        Skipped: no assistant turn, or none to train on, with the first answer's reason.
     """
     turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if not turns:
         raise Skipped("no assistant turn")
     ends = frozenset(end_ids or {tokenizer.eos_token_id})
+    # 1. Answers that continue each other form a chain.
     chains: list[list[Answer]] = []
     left_out: Counter[str] = Counter()
     for number, turn in enumerate(turns):
@@ -105,6 +105,7 @@ def tokenize(
         except Skipped as reason:
             left_out[str(reason)] += 1
             continue
+        # Later prompts are longer still.
         if len(answer.prompt) >= max_length:
             left_out[_too_long(max_length)] += len(turns) - number
             break
@@ -114,6 +115,7 @@ def tokenize(
             chains.append([answer])
     if not chains:
         raise Skipped(next(iter(left_out)))
+    # 2. A document per chain; all share the group of the first prompt.
     opening = hash_ids(chains[0][0].prompt)
     return Tokenized([_document(chain, max_length, opening) for chain in chains], left_out)
 
@@ -124,7 +126,7 @@ def tokenize_answer(
     max_length: int,
     end_ids: Collection[int] | None = None,
 ) -> Tokens:
-    """The last turn, which is the assistant's, behind its prompt; the mask is on this answer alone.
+    """The last turn, which is the assistant's, after its prompt; the mask covers only this answer.
 
     Raises:
         Skipped: as `tokenize`, or a prompt that fills `max_length`.
@@ -147,7 +149,7 @@ def _goes_on(answer: Answer, earlier: Answer) -> bool:
 
 
 def _document(chain: Sequence[Answer], max_length: int, opening: str | None = None) -> Tokens:
-    """Answers that go on from each other, the end cut off at `max_length`."""
+    """The document of answers that continue each other, truncated at `max_length`."""
     ids: list[int] = []
     mask: list[bool] = []
     for answer in chain:
@@ -164,14 +166,14 @@ def _document(chain: Sequence[Answer], max_length: int, opening: str | None = No
 def count_cut(
     documents: Iterable[Tokens], max_length: int, tally: Tally, place: Place | None
 ) -> None:
-    """Count the answers whose end is not trained on, because it lies beyond `max_length`."""
+    """Count the answers that are truncated at `max_length`."""
     reason = f"cut off at data.max_length ({max_length} tokens)"
     tally.change_parts("answer", reason, place, sum(document.cut for document in documents))
 
 
 def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> None:
-    """Skipped: a token beyond the `rows` of the model's embedding, as of a tokenizer that was given
-    tokens the model was not. Nothing is checked without `rows`."""
+    """Raise Skipped for a token beyond the `rows` of the model's embedding, as from a tokenizer
+    with tokens that the model lacks. Nothing is checked without `rows`."""
     largest = int(torch.as_tensor(ids).max())
     if rows is not None and largest >= rows:
         raise Skipped(
@@ -182,7 +184,7 @@ def check_ids(ids: Tensor | Sequence[int], tokenizer: Any, rows: int | None) -> 
 
 Example = TypeVar("Example")
 Document = TypeVar("Document", bound=Any)
-"""`Tokens`, or what has their `key` and `response_tokens`."""
+"""`Tokens`, or another class with `key` and `response_tokens`."""
 
 
 def each_once(
@@ -198,17 +200,18 @@ def each_once(
 
     Args:
         rows: of a data set.
-        read: the examples of a row's content; `Skipped` if there are none.
-        tokenized: an example's tokens; `Skipped` if it cannot be used.
+        read: returns the examples of a row's content; raises Skipped without any.
+        tokenized: returns an example's tokens; raises Skipped if it cannot be used.
         budget: response tokens; None for all rows.
-        tally: counts what is left out.
-        taken: told of every document that is kept, and of its row's place.
+        tally: counts skipped rows.
+        taken: called with every new document and its row's place.
     """
     documents: dict[str, Document] = {}
     spent = 0
     for row in rows:
         if budget is not None and spent >= budget:
             break
+        # A row may hold several examples, each of which may be skipped.
         try:
             examples = read(row.content)
         except Skipped as reason:
@@ -239,15 +242,15 @@ def tokenize_all(
 ) -> list[Tokens]:
     """Documents of all usable conversations in order, up to a budget of response tokens.
 
-    Conversations skipped and answers left out of others are counted by reason and logged. A
-    document seen before (the same tokens) is kept once.
+    Skipped conversations and answers are counted by reason and logged. Documents with the same
+    tokens are used once.
 
     Args:
         rows: of the model's embedding, see `check_ids`.
-        tally: counts what is left out; it may hold rows that could not be read.
+        tally: counts skipped rows; it may already hold unreadable ones.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: no conversation can be used.
     """
     documents: dict[str, Tokens] = {}
     tally = Tally("conversation") if tally is None else tally
@@ -255,17 +258,19 @@ def tokenize_all(
     for conversation in conversations:
         if max_response_tokens is not None and spent >= max_response_tokens:
             break
+        # All documents of a conversation, or a reason to skip it.
         try:
-            found = tokenize(conversation, tokenizer, max_length, end_ids)
-            for document in found.documents:
+            tokenized = tokenize(conversation, tokenizer, max_length, end_ids)
+            for document in tokenized.documents:
                 check_ids(document.input_ids, tokenizer, rows)
-            new = [document for document in found.documents if document.key not in documents]
+            new = [document for document in tokenized.documents if document.key not in documents]
             if not new:
                 raise Skipped("seen before")
         except Skipped as reason:
             tally.skip(str(reason), conversation.place)
             continue
-        for reason, count in found.left_out.items():
+        # Answers that are left out or truncated are counted apart from conversations.
+        for reason, count in tokenized.left_out.items():
             tally.change_parts("answer", f"left out: {reason}", conversation.place, count)
         count_cut(new, max_length, tally, conversation.place)
         documents.update((document.key, document) for document in new)

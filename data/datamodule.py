@@ -1,5 +1,5 @@
-"""Conversations as batches: read, tokenised with the target's template, packed, with cached states
-if asked.
+"""Conversations as batches: read, tokenised with the target's template, packed, optionally with
+cached states.
 
 Shape legend: B rows, T tokens of a row, D draft vocabulary.
 """
@@ -36,22 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class Batches:
-    """Batches of packed rows in an order that (seed, epoch) decides, and that can be taken up at
-    any batch.
+    """Batches of packed rows in an order that depends on (seed, epoch) and can be resumed at any
+    batch.
 
     Lightning calls `sampler.set_epoch` before each epoch and saves and restores `state_dict` with
-    its checkpoints, so a resumed training continues with the batch after the last one it trained
-    on. Rows are packed once; their order changes with the epoch. Over several ranks each takes
-    every world-th batch; where the count does not come out even, the order is continued from its
-    beginning with batches whose loss mask is empty, which weigh nothing, in validation too. Two
-    ranks of `rows` therefore see, step by step, the rows that one rank of `2 * rows` does, and a
-    training can go on with the one or the other.
+    its checkpoints, so a resumed training continues after the last batch. Rows are packed once;
+    their order changes with the epoch. Each rank takes every world-th batch; if the number of
+    batches is not divisible, the last step repeats batches from the beginning with an empty loss
+    mask, so that they have no weight, also in validation. Two ranks of `rows` therefore see, step
+    by step, the rows of one rank of `2 * rows`, and a training can be resumed with either.
 
     Args:
-        documents: what to batch.
+        documents: documents to pack.
         max_length: tokens per row.
         rows: rows per batch.
-        cache: states to bring along, if any.
+        cache: feature cache with the documents' states, if any.
         shuffle: whether the order changes with the epoch; if not, rows come in the order they were
             packed.
         workers: processes that prepare batches.
@@ -86,7 +85,7 @@ class Batches:
         return math.ceil(len(self.packed) / (self.rows * self.world))
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, unless it is the one that a restored state is in the middle of."""
+        """Start an epoch, unless a restored state is in the middle of it."""
         if epoch != self.epoch:
             self.epoch, self.batch, self._start = epoch, 0, 0
 
@@ -99,9 +98,8 @@ class Batches:
         return [batches[(self.rank + k * self.world) % len(batches)] for k in range(len(self))]
 
     def __iter__(self) -> Iterator[Any]:
-        """The epoch's batches; the first time after a state was restored, only those that were
-        left.
-        """
+        """The epoch's batches; after a restored state, only the remaining ones."""
+        # 1. Continue after the last batch, once.
         self.batch = self._start if self._start < len(self) else 0
         self._start = 0
         first, remaining = self.batch, self.order(self.epoch)[self.batch :]
@@ -111,6 +109,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=self._collate,
         )
+        # 2. Count batches for the state; repeated ones have no weight.
         for step, batch in enumerate(loader, first):
             self.batch += 1
             for text in self._texts(batch) if self._repeated(step) else ():
@@ -118,7 +117,7 @@ class Batches:
             yield batch
 
     def _repeated(self, step: int) -> bool:
-        """Whether another rank has this rank's batch too, in an earlier step."""
+        """Whether this rank's batch was already used in an earlier step."""
         return (self.rank + step * self.world) * self.rows >= len(self.packed)
 
     def _texts(self, batch: Any) -> tuple[TextBatch, ...]:
@@ -138,11 +137,11 @@ class Batches:
         return collate(rows, [[self.cache.read(document.key) for document in row] for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """The epoch, the next batch and a fingerprint of the order."""
         return {"epoch": self.epoch, "batch": self.batch, "order": self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. ValueError: the state is of other data or of another order."""
+        """Continue from a state. Raises ValueError for other data or another order."""
         if state["order"] != self._fingerprint():
             raise ValueError(
                 "--resume: data.* or data.rows times the number of processes changed since "
@@ -168,25 +167,25 @@ class ConversationData(LightningDataModule):
         split: split of a Hub data set to train on.
         validation_split: split of a Hub data set to validate on.
         validation_fraction: share of the prompts held out when `validation` is null.
-        max_length: tokens of a packed row, and of a conversation at most.
+        max_length: tokens of a packed row; conversations are truncated there.
         rows: packed rows per batch.
         max_response_tokens: stop reading after this many response tokens (null: read all), held-out
-            ones included. A Hub data set is then streamed, and downloaded no further.
+            ones included. A Hub data set is then streamed and only downloaded so far.
         max_validation_tokens: the same for `validation`.
-        features: folder of the feature cache; what it lacks is added before training. `{target}` in
-            it stands for the target's fingerprint and `{states}` for the states, so that runs can
-            share it. null: computed online.
-        features_dtype: of the cache; one folder holds one.
-        features_gib: the most that the cache's folder may hold; more is refused before anything is
+        features: folder of the feature cache; missing documents are added before training.
+            `{target}` is replaced by the target's fingerprint and `{states}` by the states, so
+            that runs can share it. null: computed online.
+        features_dtype: of the cache; a folder has one dtype.
+        features_gib: largest size of the cache's folder; more is refused before anything is
             computed (null: as much as the disk has free).
         seed: of packing and order.
         workers: processes that prepare batches.
-        max_training_tokens: train on the first so many response tokens of what is not held out
-            (null: all).
+        max_training_tokens: train on this many response tokens, from the beginning of what is not
+            held out (null: all).
     """
 
     batches: ClassVar[type[Batches]] = Batches
-    """What puts its documents into batches."""
+    """The class that puts documents into batches."""
 
     def __init__(
         self,
@@ -206,6 +205,7 @@ class ConversationData(LightningDataModule):
         max_training_tokens: int | None = None,
         features_gib: float | None = None,
     ) -> None:
+        # What to read.
         super().__init__()
         self.train, self.validation, self.split, self.validation_split = (
             train,
@@ -219,9 +219,11 @@ class ConversationData(LightningDataModule):
             max_validation_tokens,
         )
         self.max_training_tokens = max_training_tokens
+        # How to batch it, and where states are cached.
         self.features, self.seed, self.workers = features, seed, workers
         self.features_dtype: CacheDtype = features_dtype
         self.features_gib = features_gib
+        # Filled by `bind`.
         self.documents: list[Tokens] = []
         self.held_out: list[Tokens] = []
         self.tallies: list[Tally] = []
@@ -230,6 +232,7 @@ class ConversationData(LightningDataModule):
         self._check()
 
     def _check(self) -> None:
+        # Lower bounds, then the shares, then the files.
         for name, least in (
             ("max_length", 2),
             ("rows", 1),
@@ -254,8 +257,8 @@ class ConversationData(LightningDataModule):
     # -- reading -----------------------------------------------------------------------------------
 
     def bind(self, target: Target, states: Sequence[StateName] = ()) -> None:
-        """Read and tokenise the data for `target`, and cache the states that a training reads. Call
-        it before fit.
+        """Read and tokenise the data for `target`, and cache the training states. Call it before
+        fit.
 
         Args:
             target: gives tokenizer, chat template and context length.
@@ -264,32 +267,31 @@ class ConversationData(LightningDataModule):
 
         Raises:
             ValueError: `max_length` beyond the target's context, no usable conversation, or a
-                foreign cache.
+                cache of another target.
         """
         self.read(target)
         self._cache = self._open_cache(target, states) if self.features and states else None
 
     def read(self, target: Target) -> None:
-        """Read and tokenise the data for `target`, of which only tokenizer and context length are
-        used.
+        """Read and tokenise the data for `target`; only its tokenizer and context length are used.
 
         Raises:
             ValueError: `max_length` beyond the target's context, or no usable conversation.
         """
         self.check_length(target)
         self._target, self.tallies = target, []
-        found = self._tokenized(self.train, self.split, self.max_response_tokens)
+        documents = self._tokenized(self.train, self.split, self.max_response_tokens)
         if self.validation is None:
-            self.documents, self.held_out = hold_out(found, self.validation_fraction)
+            self.documents, self.held_out = hold_out(documents, self.validation_fraction)
         else:
-            self.documents = found
+            self.documents = documents
             self.held_out = self._tokenized(
                 self.validation, self.validation_split, self.max_validation_tokens
             )
         self.documents = first_tokens(self.documents, self.max_training_tokens)
 
     def check_length(self, target: Target) -> None:
-        """ValueError where a row would be longer than the target's context."""
+        """Raise ValueError if a row would be longer than the target's context."""
         if self.max_length > target.max_positions:
             raise ValueError(
                 f"data.max_length is {self.max_length}, but the context of target {target.name!r} "
@@ -313,14 +315,15 @@ class ConversationData(LightningDataModule):
         )
 
     def _tally(self, word: str) -> Tally:
-        """Counts what a source that is read now loses."""
+        """A new tally for the next source."""
         self.tallies.append(Tally(word))
         return self.tallies[-1]
 
     def _open_cache(self, target: Target, states: Sequence[StateName]) -> FeatureCache | None:
-        own = Share.of_process()
-        if own.count > 1:
-            self.write_features(target, states, own)
+        # Every process writes its share first; then all wait for the whole cache.
+        share = Share.of_process()
+        if share.count > 1:
+            self.write_features(target, states, share)
         cache = FeatureCache(self.write_features(target, states), target.fingerprint(), states)
         cache.require([*self.documents, *self.held_out])
         return cache
@@ -328,9 +331,7 @@ class ConversationData(LightningDataModule):
     def write_features(
         self, target: Target, states: Sequence[StateName], share: Share | None = None
     ) -> Path:
-        """Add what the feature cache lacks of the documents that were read, or of a share of them;
-        its folder.
-        """
+        """Add missing documents, or a share of them, to the feature cache; returns its folder."""
         assert self.features is not None
         folder = self.features.replace("{target}", target.fingerprint()).replace(
             "{states}", "+".join(map(str, states))
@@ -356,15 +357,16 @@ class ConversationData(LightningDataModule):
         return self._batches(self.held_out, shuffle=False)
 
     def for_stages(self) -> ConversationData:
-        """The data for what is trained before the whole (`Trainable.stages`)."""
+        """The data of earlier training stages (`Trainable.stages`)."""
         return self
 
     def held_out_batches(self) -> Batches:
-        """Batches of all held-out documents, on whichever process asks."""
+        """Batches of all held-out documents, on the calling process."""
         return self._batches(self.held_out, shuffle=False, alone=True)
 
     def _batches(self, documents: Sequence[Tokens], shuffle: bool, alone: bool = False) -> Batches:
         assert self._target is not None, "bind() the data to a target first"
+        # Without a trainer there is one rank.
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size)
             if self.trainer and not alone
@@ -386,7 +388,7 @@ class ConversationData(LightningDataModule):
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of the training documents that are trained on."""
+        """Number of response tokens in the training documents."""
         return sum(document.response_tokens for document in self.documents)
 
     def fingerprint(self) -> str:
@@ -398,11 +400,11 @@ class ConversationData(LightningDataModule):
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def summary(self) -> dict[str, Any]:
-        """What provenance and model card say about the data; `left_out` and `validation_left_out`
-        only where rows were (by reason: `count`, and where the `first` one stands)."""
+        """The data's entry in provenance and model card. `left_out` and `validation_left_out` are
+        present only if rows were skipped (by reason: `count`, and the place of the `first`)."""
         names = ("left_out", "validation_left_out")
         left_out = {
-            name: found for name, tally in zip(names, self.tallies) if (found := tally.as_dict())
+            name: entry for name, tally in zip(names, self.tallies) if (entry := tally.as_dict())
         }
         return {
             "train": self.train,
@@ -434,7 +436,7 @@ class ConversationData(LightningDataModule):
 
 
 def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:
-    """The documents up to the one with which their response tokens reach `most`."""
+    """The first documents whose response tokens reach `most`."""
     before = accumulate((document.response_tokens for document in documents), initial=0)
     return [
         document for document, tokens in zip(documents, before) if most is None or tokens < most
@@ -442,11 +444,11 @@ def first_tokens(documents: Sequence[Tokens], most: int | None) -> list[Tokens]:
 
 
 def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
-    """(training, held-out) documents: the hash of the conversation's first prompt decides, so all
-    answers to it stay on one side and more data never move a document across.
+    """(training, held-out) documents, split by the hash of the conversation's first prompt, so all
+    answers to it are on one side, and more data never move a document to the other side.
 
     Raises:
-        ValueError: there is only one prompt.
+        ValueError: the data have only one prompt.
     """
     hashes = [int(document.group[:8], 16) / 2**32 for document in documents]
     if len(set(hashes)) < 2:
@@ -454,11 +456,12 @@ def hold_out(documents: Sequence[Tokens], fraction: float) -> tuple[list[Tokens]
             "the data set has one prompt only, so nothing can be held out: name a data.validation "
             "set"
         )
+    # Both sides get at least one prompt.
     threshold = min(max(fraction, min(hashes)), sorted(set(hashes))[-2])
-    kept = [
+    training = [
         document for document, value in zip(documents, hashes, strict=True) if value > threshold
     ]
     held = [
         document for document, value in zip(documents, hashes, strict=True) if value <= threshold
     ]
-    return kept, held
+    return training, held

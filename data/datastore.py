@@ -1,5 +1,5 @@
-"""`python -m data.datastore`: a corpus with a suffix array, for the drafters that retrieve (rest,
-aded, rasd).
+"""`python -m data.datastore`: a corpus with a suffix array, for retrieval drafters (rest, aded,
+rasd).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def build(
     max_length: int = 2048,
     chat_template: dict[str, Any] | None = None,
 ) -> None:
-    """Tokenise a data set as the target's prompts are and sort its suffixes.
+    """Tokenise a data set with the target's chat template and sort its suffixes.
 
     Args:
         output: folder to write.
@@ -37,8 +37,9 @@ def build(
         chat_template: arguments of the target's chat template.
 
     Raises:
-        ValueError: nothing to read.
+        ValueError: the data set is empty.
     """
+    # 1. Only the tokenizer is used.
     loaded = load_target(target, device="cpu", chat_template=chat_template)
     tally = Tally("conversation")
     documents = tokenize_all(
@@ -50,6 +51,7 @@ def build(
         loaded.shape.vocab_size,
         tally,
     )
+    # 2. Sort the suffixes, and save.
     store = Datastore.build(
         [document.input_ids.tolist() for document in documents], loaded.shape.vocab_size
     )

@@ -1,8 +1,8 @@
-"""Answers from any server that speaks the OpenAI chat protocol (vLLM, SGLang, llama.cpp, …): the
-target, served.
+"""Answers from a server with the OpenAI chat protocol (vLLM, SGLang, llama.cpp, …) that runs the
+target.
 
-A drafter is to learn what its own target says, so the server must run that very target. Its chat
-template is the server's, and what comes back is text: rows carry no `response_ids`.
+A drafter must learn its own target's answers, so the server must run exactly that target. The
+server applies its chat template and returns text: rows have no `response_ids`.
 """
 
 from __future__ import annotations
@@ -44,30 +44,26 @@ logger = logging.getLogger(__name__)
 DEFAULT_GENERATION = Generation()
 _WORTH_RETRYING = (408, 409, 425, 429, 500, 502, 503, 504)
 _OF_THE_PROMPT = (400, 413, 422)
-"""What servers say to a prompt that they will not take, for instance because it is longer than the
-context.
-"""
+"""Statuses of a refused prompt, for instance because it is longer than the context."""
 _REASONING = ("reasoning_content", "reasoning")
-"""Where servers with a reasoning parser put what is thought before the answer."""
+"""Keys of the reasoning in answers of servers with a reasoning parser."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the target is served.
+    """The server that runs the target.
 
     Args:
         url: up to `/v1`, for instance http://127.0.0.1:8000/v1.
-        model: what the server calls it.
-        concurrency: requests under way at a time.
-        retries: further attempts after a busy or broken answer, each after twice the wait of the
-            one before.
-        wait: seconds before the first of them.
-        timeout: seconds that connecting may take, and as many again that the answer may take in
-            all.
-        key_variable: environment variable with the key, if the server wants one.
-        refusals: answers that the server may refuse (a prompt that is too long, say) before the run
-            ends; the output is then without them.
-        neutral: ask for repetition_penalty 1, min_p 0 and top_k -1 too, which vLLM and SGLang
+        model: the server's name of the model.
+        concurrency: number of simultaneous requests.
+        retries: further attempts after a busy or broken answer; the wait doubles each time.
+        wait: seconds before the first retry.
+        timeout: seconds for connecting, and again for the whole answer.
+        key_variable: environment variable with the key, if the server requires one.
+        refusals: prompts that the server may refuse (for instance too long ones) before the run
+            ends; the output does not contain them.
+        neutral: also request repetition_penalty 1, min_p 0 and top_k -1, which vLLM and SGLang
             otherwise take from the model's `generation_config`; false for a server that refuses
             these keys.
         chat_template: arguments of the target's chat template (sent as `chat_template_kwargs`,
@@ -86,7 +82,8 @@ class Endpoint:
     chat_template: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no address, and values that cannot work."""
+        """Refuse invalid addresses and values out of range."""
+        # The address: a scheme, nothing unprintable, no credentials.
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(
                 f"endpoint.url must begin with http:// or https://, got {redacted(self.url)!r}"
@@ -101,6 +98,7 @@ class Endpoint:
                 f"endpoint.url {redacted(self.url)} holds credentials: put the key into the "
                 f"variable {self.key_variable} instead"
             )
+        # Lower bounds of the numbers.
         for name, least in (
             ("concurrency", 1),
             ("retries", 0),
@@ -115,7 +113,7 @@ class Endpoint:
 
 
 class Refused(ValueError):
-    """The server will not answer this prompt; others it may. place: where the prompt stands."""
+    """The server refuses this prompt, but perhaps not others. place: of the prompt."""
 
     def __init__(self, reason: str, place: Place | None = None) -> None:
         super().__init__(reason)
@@ -123,7 +121,7 @@ class Refused(ValueError):
 
 
 class Request(NamedTuple):
-    """One answer to ask for. place: of its prompt, for messages."""
+    """A request for one answer. place: of its prompt, for messages."""
 
     key: Key
     place: Place
@@ -141,17 +139,18 @@ def regenerate_by(
     """Answer `prompts` through a server and write one JSONL row per answer, as
     `data.regenerate.regenerate` does.
 
-    Every answer goes to a journal beside the output as it arrives, those too that are under way
-    when the run has to end; an interrupted run asks only for the rest. Reasoning that the server
-    gives beside the answer stands in the answer's turn as `reasoning_content`.
+    Every answer is written to a journal beside the output when it arrives, including pending ones
+    when the run has to end; an interrupted run only requests the rest. Reasoning that the server
+    returns separately is stored in the answer's turn as `reasoning_content`.
 
     Raises:
         ValueError: the output exists, no prompt can be answered, the journal belongs to other
-            settings, or the server refuses more than `endpoint.refusals` requests or goes on
-            failing after the retries.
+            settings, or the server refuses more than `endpoint.refusals` requests or still fails
+            after the retries.
     """
     tally = Tally("prompt") if tally is None else tally
     with making(Path(output)) as place:
+        # 1. Read the prompts, and continue a journal with the same settings.
         chats = chats_of(prompts, tally)
         settings = {
             "target": endpoint.model,
@@ -161,6 +160,7 @@ def regenerate_by(
             **generation.settings(),
         }
         journal = Journal(place.with_name(place.name + ".journal"), settings)
+        # 2. Turn by turn, because a question follows the answers before it.
         refused: list[Refused] = []
         with ThreadPoolExecutor(endpoint.concurrency) as pool:
             for turn in range(max(len(chat.questions) for chat in chats)):
@@ -174,8 +174,9 @@ def regenerate_by(
                 )
                 for answer in _answers(pool, endpoint, pending, generation, refused):
                     journal.append([answer])
-        for one in refused:
-            tally.skip("refused by the server", one.place)
+        # 3. Count refusals, and write the rows.
+        for refusal in refused:
+            tally.skip("refused by the server", refusal.place)
         if not journal.answers:
             raise ValueError(f"no prompt can be answered: {tally.reasons()}")
         write_answers(place, chats, generation.answers, journal, tally)
@@ -189,8 +190,8 @@ def _answers(
     generation: Generation,
     refused: list[Refused],
 ) -> Iterator[dict[str, Any]]:
-    """Answers as they come, with never more than `concurrency` requests begun; refusals are added
-    to `refused`.
+    """Answers as they arrive, with at most `concurrency` pending requests; refusals are added to
+    `refused`.
     """
 
     def begin(count: int) -> set[Future[dict[str, Any]]]:
@@ -198,21 +199,23 @@ def _answers(
             pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)
         }
 
+    # Each finished request is replaced by a new one, until one fails.
     running, failure = begin(endpoint.concurrency), None
     while running:
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            found = future.exception()
-            if found is None:
+            error = future.exception()
+            if error is None:
                 yield future.result()
                 continue
-            if isinstance(found, Refused):
-                refused.append(found)
-            if isinstance(found, Refused) and len(refused) <= endpoint.refusals:
-                logger.warning("left out: %s", found)
+            if isinstance(error, Refused):
+                refused.append(error)
+            if isinstance(error, Refused) and len(refused) <= endpoint.refusals:
+                logger.warning("left out: %s", error)
             else:
-                failure = failure or found
+                failure = failure or error
         running |= begin(len(done)) if failure is None else set()
+    # Answers of pending requests were still yielded; now the failure ends the run.
     if isinstance(failure, Refused):
         raise ValueError(
             f"endpoint.url {endpoint.url}: {failure}; what was answered is kept: run the same "
@@ -224,6 +227,7 @@ def _answers(
 
 
 def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
+    # The request, without keys of turns that the protocol lacks.
     said = [
         {key: turn[key] for key in ("role", "content", "name") if key in turn}
         for turn in request.messages
@@ -239,6 +243,7 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
     }
     if endpoint.chat_template:
         body["chat_template_kwargs"] = endpoint.chat_template
+    # A refusal because of our own keys needs another setting, not another prompt.
     try:
         choice = _posted(endpoint, body)
     except Refused as refused:
@@ -249,6 +254,7 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
                 "set endpoint.neutral to false, if it applies nothing of a generation_config"
             ) from None
         raise Refused(f"prompt {request.key.index + 1}: {refused}", request.place) from None
+    # The answer as a line of the journal.
     message = choice["message"]
     reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
     return {
@@ -261,8 +267,8 @@ def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[s
 
 
 def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """The choice in the server's answer; busy servers, broken connections and broken answers are
-    tried again.
+    """The choice in the server's answer, with retries after busy servers, broken connections and
+    broken answers.
     """
     headers = {"Content-Type": "application/json", **_authorization(endpoint)}
     address = endpoint.url.rstrip("/") + "/chat/completions"
@@ -279,6 +285,7 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
                     )
                 )
             )
+        # What cannot be repaired by repeating ends the loop.
         except Trouble as error:
             trouble = str(error)
             if error.code in _OF_THE_PROMPT:
@@ -300,7 +307,7 @@ def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _authorization(endpoint: Endpoint) -> dict[str, str]:
-    """The header with the key, if there is a key. ValueError: no header can hold it."""
+    """The header with the key, if any. Raises ValueError for a key that no header can contain."""
     key = os.environ.get(endpoint.key_variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
@@ -311,8 +318,11 @@ def _authorization(endpoint: Endpoint) -> dict[str, str]:
 
 
 def _json(body: bytes, whole: bool) -> Any:
-    """What an answer holds, lone surrogates replaced. `Refused`: it is too long. ValueError: no
-    JSON.
+    """The JSON value of an answer, with lone surrogates replaced.
+
+    Raises:
+        Refused: the answer is too long.
+        ValueError: it is not JSON, or truncated.
     """
     if len(body) > LONGEST_LINE:
         raise Refused(f"an answer of more than {LONGEST_LINE >> 20} MiB")
@@ -325,9 +335,13 @@ def _json(body: bytes, whole: bool) -> Any:
 
 
 def _choice(answer: Any) -> dict[str, Any]:
-    """The first choice, with text in its message. `Refused` where there is none; ValueError: no
-    such answer.
+    """The first choice of an answer, whose message contains text.
+
+    Raises:
+        Refused: the message has no text.
+        ValueError: it is no chat completion.
     """
+    # The parts of a chat completion.
     try:
         message = answer["choices"][0]["message"]
         content = message["content"]
@@ -335,6 +349,7 @@ def _choice(answer: Any) -> dict[str, Any]:
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {redacted(json.dumps(answer))[:300]}") from None
+    # A message without text, as after reasoning that took all tokens.
     if not isinstance(content, str):
         reason = (
             " (all of max_new_tokens went into reasoning: raise it)"
@@ -360,9 +375,9 @@ def answer_file(
     Args:
         prompts: file of prompts or chats (.jsonl, .json, .parquet), or a pattern of such.
         output: the `.jsonl` or `.jsonl.gz` to write.
-        endpoint: where the target is served.
-        limit: answer only the first so many prompts.
-        generation: how answers are made.
+        endpoint: the server that runs the target.
+        limit: number of prompts, from the beginning.
+        generation: settings of the answers.
     """
     tally = Tally("prompt")
     regenerate_by(endpoint, prompt_rows(prompts, limit, tally), output, generation, tally)
@@ -370,7 +385,7 @@ def answer_file(
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse and ask."""
+    """Parse the command line and request the answers; returns the exit status."""
     parser = config_parser(
         "python -m data.endpoint", "Let a target that a server runs answer prompts."
     )

@@ -1,4 +1,4 @@
-"""`python -m data.features`: cache what a recipe's training reads from its target."""
+"""`python -m data.features`: cache the target's states that a recipe's training reads."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def cache(
 ) -> None:
     """Compute the states of a frozen target over a data set, once.
 
-    Processes that torchrun or SLURM started share the work by themselves, and end when all of it is
-    done.
+    Processes started by torchrun or SLURM divide the work and end when all of it is done.
 
     Args:
-        data: what to read; `data.features` is the folder to write.
+        data: the data set; `data.features` is the folder to write.
         target: Hub id, folder, .gguf file or smollm2-135m.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
         drafter: the component whose states are wanted.
         states: state names instead of the drafter's.
-        shard: `I/N` computes part I (from 0) of N alone; as many processes, here or elsewhere, fill
-            one folder.
+        shard: `I/N` only computes part I (from 0) of N; N processes, here or elsewhere, fill one
+            folder.
         device: that the target runs on; null is this process's GPU, or the CPU.
         precision: bf16-mixed multiplies matrices in bfloat16, up to twice as fast where the
             processor can.
         chat_template: arguments of the target's chat template, as in the recipe.
 
     Raises:
-        ValueError: no folder, nothing says which states, or no such part.
+        ValueError: no folder, no states, or no such part.
     """
+    # 1. Settings, before the target is loaded.
     share = None if shard is None else Share.parse(shard, "--shard")
     if data.features is None:
         raise ValueError(
@@ -55,8 +55,10 @@ def cache(
         )
     if drafter is None and not states:
         raise ValueError("states is not set: give --states '[final]', or a --config with a drafter")
+    # 2. The states, from the drafter's class if they are not named.
     loaded = load_target(target, dtype, device, chat_template)
     names = states or (drafter(loaded.shape).training_states if drafter else ())
+    # 3. Compute what is missing, or one part of it.
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         if share is None:
             data.bind(loaded, names)
@@ -71,7 +73,7 @@ def cache(
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse a recipe's config and flags, and cache."""
+    """Parse a recipe's config and flags, and cache; returns the exit status."""
     parser = config_parser("python -m data.features", "Cache the target's states over a data set.")
     parser.add_function_arguments(cache, fail_untyped=True)
     accept_recipes(parser, reads=("data", "drafter"))

@@ -1,7 +1,7 @@
 """Packing documents into rows of at most T tokens, and rows into batches.
 
-Best fit stands in for buckets by length: rows come out nearly full, whatever documents they hold,
-so a batch of B rows is a batch of about B · T tokens.
+Best fit replaces buckets by length: rows are nearly full whatever the lengths of the documents, so
+a batch of B rows has about B · T tokens.
 
 Shape legend: B rows, T tokens of a row, H hidden size.
 """
@@ -23,12 +23,13 @@ def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0)
     """Rows of document indices whose lengths sum to at most `max_length`, deterministic in (seed,
     epoch).
 
-    The documents are shuffled, then each goes to the fullest row that still holds it (best fit), so
-    that rows are mixed and well filled. A document longer than `max_length` is a caller's mistake.
+    The documents are shuffled, then each goes to the fullest row with enough room (best fit), so
+    that rows are mixed and well filled. Callers truncate documents to `max_length`.
     """
     assert not lengths or max(lengths) <= max_length, (
         "documents are truncated before they are packed"
     )
+    # Rows sorted by free space, so that a bisection finds the tightest fit.
     shuffled = torch.randperm(len(lengths), generator=generator(seed, epoch)).tolist()
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []
@@ -45,7 +46,7 @@ def pack(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0)
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:
-    """The random numbers of one epoch."""
+    """The random number generator of one epoch."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
@@ -56,17 +57,19 @@ def collate(
 ) -> TextBatch:
     """One batch of packed rows, padded to the longest.
 
-    Positions restart at 0 with each document; documents of a row are numbered from 0; padding is -1
-    and sees itself.
+    Positions restart at 0 with each document; documents of a row are numbered from 0; padding has
+    number -1 and attends only to itself.
 
     Args:
-        states: per row and document, `{name: [T,H]}` from the feature cache; the batch keeps their
-            dtype.
+        states: per row and document, `{name: [T,H]}` from the feature cache; the dtype is
+            unchanged.
     """
+    # Empty rows, as wide as the longest.
     width = max(sum(map(len, row)) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     positions, documents = torch.zeros_like(ids), torch.full_like(ids, PADDING_DOCUMENT)
+    # Documents of a row side by side.
     for b, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row):
@@ -87,7 +90,7 @@ def collate(
 def _place(
     states: Sequence[Sequence[dict[StateName, Tensor]]], width: int
 ) -> dict[StateName, Tensor]:
-    """Cached states laid out like their rows [B,T,H], zero on padding."""
+    """Cached states arranged like their rows [B,T,H], zero on padding."""
     first = states[0][0]
     placed = {
         name: torch.zeros(len(states), width, tensor.shape[-1], dtype=tensor.dtype)

@@ -1,11 +1,11 @@
-"""`python -m data.regenerate`: the target answers the prompts itself, so that drafters learn what
-it will really say. Where a server runs the target, `python -m data.endpoint` asks that instead.
+"""`python -m data.regenerate`: answer prompts with the target, so that drafters learn the target's
+own distribution. Where a server runs the target, use `python -m data.endpoint` instead.
 
-Nothing of the target's `generation_config` is applied but its end tokens
-(`modules.target.generation_config`): greedy answers are what the decoder says.
+Of the target's `generation_config` only the end tokens are applied
+(`modules.target.generation_config`): greedy answers equal those of the decoder.
 
-Every finished batch goes to a journal beside the output, and an interrupted run skips what is
-there. The output appears at the end, whole; prompts that cannot be answered are counted by reason.
+Every finished batch is written to a journal beside the output, which an interrupted run continues.
+The output is written atomically at the end; prompts that cannot be answered are counted by reason.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are made.
+    """Settings of the answers.
 
     Args:
-        max_new_tokens: an answer is cut there (and then marked as not finished).
+        max_new_tokens: answers are truncated there (and then marked as not finished).
         temperatures: answer j of prompt i is sampled at `temperatures[(i + j) % n]`; 0 is greedy.
-        answers: answers per prompt; no more than there are temperatures, if one of them is 0.
+        answers: answers per prompt; at most the number of temperatures, if one of them is 0.
         top_p: nucleus of sampled answers.
         batch_size: prompts generated at a time.
         seed: of sampling.
@@ -65,6 +65,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot generate."""
+        # Each value alone, then what would repeat answers.
         for name in ("max_new_tokens", "answers", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)}")
@@ -81,15 +82,15 @@ class Generation:
             )
 
     def temperature(self, index: int, number: int) -> float:
-        """Of answer `number` to prompt `index`."""
+        """The temperature of answer `number` to prompt `index`."""
         return self.temperatures[(index + number) % len(self.temperatures)]
 
     def seed_of(self, key: Key) -> int:
-        """Of a sampled answer."""
+        """The seed of a sampled answer."""
         return self.seed + 1_000_003 * key.index + key.number + 7919 * key.turn
 
     def settings(self) -> dict[str, Any]:
-        """What decides the answers."""
+        """The settings that determine the answers."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperatures": list(self.temperatures),
@@ -100,7 +101,7 @@ class Generation:
 
 
 class Job(NamedTuple):
-    """One answer to make, from `ids`."""
+    """One answer to generate, from the prompt's `ids`."""
 
     key: Key
     temperature: float
@@ -117,18 +118,18 @@ def regenerate(
 ) -> Path:
     """Answer `prompts` and write one JSONL row per answer.
 
-    A row keeps its prompt's keys (`category`, `prompt`, …) and adds `response`, `response_ids`,
-    `temperature` and `finished`. A chat's questions are answered one after the other, each behind
-    the new answers to the earlier ones, and the chat stands in `messages`; it ends early where an
-    answer is cut off or the context is full.
+    A row has its prompt's keys (`category`, `prompt`, …) and `response`, `response_ids`,
+    `temperature` and `finished`. A chat's questions are answered one after the other, each after
+    the new answers to the earlier ones, and the chat is stored in `messages`; it ends early where
+    an answer is truncated or the context is full.
 
     Args:
-        target: answers, and is taught by what it says.
-        prompts: rows of any shape that `data.reading.rows` reads; answers in them are not used.
+        target: the model that answers.
+        prompts: rows of any shape that `data.reading.rows` reads; their answers are not used.
         output: `.jsonl` or `.jsonl.gz`.
-        generation: how.
+        generation: settings of the answers.
         progress: whether a bar is shown.
-        tally: counts prompts that are left out: of an unknown shape, or longer than the context.
+        tally: counts skipped prompts: of an unknown shape, or longer than the context.
 
     Raises:
         ValueError: the output exists, no prompt can be answered, or the journal beside the output
@@ -136,6 +137,7 @@ def regenerate(
     """
     tally = Tally("prompt") if tally is None else tally
     with making(Path(output)) as place:
+        # 1. Continue a journal with the same settings.
         chats = chats_of(prompts, tally)
         journal = Journal(
             place.with_name(place.name + ".journal"), _settings(target, prompts, generation)
@@ -144,6 +146,7 @@ def regenerate(
         columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not progress) as bar:
             task = bar.add_task("", total=total, completed=len(journal.answers))
+            # 2. Turn by turn, in batches of one temperature and similar length.
             for turn in range(max(len(chat.questions) for chat in chats)):
                 for batch in _batches(
                     list(_jobs(target, chats, turn, journal, generation, tally)),
@@ -158,6 +161,7 @@ def regenerate(
                     bar.advance(task, len(batch))
                 if not journal.answers:
                     raise ValueError(f"no prompt can be answered: {tally.reasons()}")
+        # 3. Write all rows, then remove the journal.
         write_answers(place, chats, generation.answers, journal, tally)
     return place
 
@@ -173,7 +177,8 @@ def _jobs(
     generation: Generation,
     tally: Tally,
 ) -> Iterator[Job]:
-    """Answers to make to questions number `turn`; a prompt that does not fit is counted once."""
+    """Jobs for question number `turn` of each chat; a prompt that does not fit is counted once."""
+    # The answer needs room in the context.
     room = target.max_positions - generation.max_new_tokens
     for chat, key, messages in open_questions(chats, turn, generation.answers, journal):
         try:
@@ -192,7 +197,7 @@ def _jobs(
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Jobs of one temperature and similar length together."""
+    """Batches of jobs with one temperature and similar lengths."""
     for temperature in sorted({job.temperature for job in jobs}):
         same = sorted(
             (job for job in jobs if job.temperature == temperature), key=lambda job: len(job.ids)
@@ -202,7 +207,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
 
 
 def _generate(target: Target, jobs: Sequence[Job], generation: Generation) -> list[list[int]]:
-    """New ids per job, cut behind the first end-of-turn token."""
+    """New ids per job, up to the first end-of-turn token."""
     sampling = Sampling(
         jobs[0].temperature, top_p=generation.top_p, seed=generation.seed_of(jobs[0].key)
     )
@@ -256,8 +261,8 @@ def answer_file(
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
         device: to generate on; null is this process's GPU, or the CPU.
-        limit: answer only the first so many prompts.
-        generation: how answers are made.
+        limit: number of prompts, from the beginning.
+        generation: settings of the answers.
         chat_template: arguments of the target's chat template, as in the recipe that trains on the
             answers.
     """
@@ -271,7 +276,7 @@ def answer_file(
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse and answer."""
+    """Parse the command line and generate the answers; returns the exit status."""
     parser = config_parser(
         "python -m data.regenerate", "Let a target answer prompts: what drafters are to learn."
     )

@@ -1,4 +1,4 @@
-"""The trimmed draft vocabulary: the tokens that assistants say most (FR-Spec, 2025; EAGLE-3, 2025).
+"""The trimmed draft vocabulary: an assistant's most frequent tokens (FR-Spec 2025, EAGLE-3 2025).
 
 Shape legend: D draft vocabulary.
 """
@@ -21,8 +21,8 @@ def frequent_tokens(
 ) -> Tensor:
     """The `size` most frequent assistant tokens, ascending int64 ids [D]; ties go to the lower id.
 
-    The ids `always` (end of turn) come first of all. When the data hold fewer different tokens, the
-    lowest ids that they lack fill up: in a byte-pair vocabulary those are the commonest.
+    The ids `always` (end of turn) are included first. If the data have fewer distinct tokens, the
+    lowest missing ids are added: in a byte-pair vocabulary those are the most common.
 
     Raises:
         ValueError: `size` is not between 1 and `vocab_size`.
@@ -31,6 +31,7 @@ def frequent_tokens(
         raise ValueError(
             f"draft_vocabulary must lie between 1 and the target's {vocab_size} tokens, got {size}"
         )
+    # A count above all others puts these ids first; the stable sort gives ties to lower ids.
     counts = _counts(documents, vocab_size)
     counts[torch.tensor(list(always), dtype=torch.long)] = counts.sum() + 1
     chosen = counts.argsort(descending=True, stable=True)[:size].sort().values
@@ -43,7 +44,7 @@ def frequent_tokens(
 
 
 def coverage(documents: Sequence[Tokens], vocabulary_D: Tensor, vocab_size: int) -> float:
-    """Share of the assistant's tokens that the vocabulary holds."""
+    """Share of the assistant's tokens that are in the vocabulary."""
     counts = _counts(documents, vocab_size)
     return float(counts[vocabulary_D].sum() / counts.sum())
 

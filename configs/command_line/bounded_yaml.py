@@ -18,51 +18,51 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Keys:
-    """The keys of the mappings that are open, by their whole paths: none may be given twice.
+    """The keys of all open mappings, by their full paths: none may occur twice.
 
     `a.b` in the outermost mapping is `b` inside of `a`, as `jsonargparse` reads it. Every item of a
-    list has keys of its own.
+    list has its own keys.
     """
 
     def __init__(self) -> None:
-        # Of each open mapping: what its paths begin with, and the line of each path that was given.
-        # A list has None.
+        # For each open mapping: the prefix of its paths, and the line of each path so far. A list
+        # has None.
         self._open: list[tuple[str, dict[str, int] | None]] = []
-        # Of each: the key whose value is read.
+        # For each: the key whose value is read next.
         self._key: list[str | None] = []
 
     def begin(self, event: yaml.Event) -> None:
-        """A list or a mapping begins, which may be the value of a key."""
-        prefix, known = self._open[-1] if self._open else ("", None)
+        """Start a list or a mapping, which may be the value of a key."""
+        prefix, lines = self._open[-1] if self._open else ("", None)
         key = self._key[-1] if self._key else None
         self._value()
         if not isinstance(event, yaml.MappingStartEvent):
             self._open.append(("", None))
-        elif known is None or key is None:
+        elif lines is None or key is None:
             self._open.append(("", {}))
         else:
-            self._open.append((f"{prefix}{key}.", known))
+            self._open.append((f"{prefix}{key}.", lines))
         self._key.append(None)
 
     def end(self) -> None:
-        """It ends."""
+        """End the innermost list or mapping."""
         self._open.pop()
         self._key.pop()
 
     def scalar(self, text: str, line: int) -> None:
-        """A key, or the value of one, or an item.
+        """Read a key, the value of a key, or an item of a list.
 
         Raises:
-            ValueError: a key that was given before, with both lines.
+            ValueError: the key occurred before; the message names both lines.
         """
-        prefix, known = self._open[-1] if self._open else ("", None)
-        if known is None or self._key[-1] is not None:
+        prefix, lines = self._open[-1] if self._open else ("", None)
+        if lines is None or self._key[-1] is not None:
             self._value()
             return
         path = f"{prefix}{text}"
-        if path in known:
-            raise ValueError(f"the key {path!r} is given twice, in lines {known[path]} and {line}")
-        known[path], self._key[-1] = line, text
+        if path in lines:
+            raise ValueError(f"the key {path!r} is given twice, in lines {lines[path]} and {line}")
+        lines[path], self._key[-1] = line, text
 
     def _value(self) -> None:
         if self._key:
@@ -70,15 +70,16 @@ class _Keys:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a text that is too long, too deep, too large when its aliases are written out, or that
-    gives a key twice.
+    """Refuse a text that is too long, nested too deeply, too large with its aliases expanded, or
+    that repeats a key.
 
     Raises:
-        ValueError: which bound, or which key in which lines.
+        ValueError: the bound that is exceeded, or the key with its lines.
         yaml.YAMLError: not YAML.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"the YAML has {len(text)} characters, more than {MOST_CHARACTERS}")
+    # Sizes of finished anchors, and of the collections that are still open.
     sizes: dict[str, int] = {}
     open_sizes: list[int] = [0]
     anchors: list[str | None] = [None]
@@ -91,6 +92,7 @@ def check_yaml(text: str) -> None:
             if len(open_sizes) > MOST_LEVELS:
                 raise ValueError(f"the YAML is nested deeper than {MOST_LEVELS} levels")
             continue
+        # The size of what ended here: a collection, an alias or a scalar.
         if isinstance(event, yaml.CollectionEndEvent):
             size, anchor = open_sizes.pop(), anchors.pop()
             keys.end()
@@ -104,6 +106,7 @@ def check_yaml(text: str) -> None:
             keys.scalar(event.value, event.start_mark.line + 1)
         else:
             continue
+        # It counts for its anchor, and for the collection around it.
         if anchor is not None:
             sizes[anchor] = size
         open_sizes[-1] += size
@@ -117,7 +120,7 @@ def load_yaml(file: Path) -> Any:
     """The values of a YAML file, within bounds.
 
     Raises:
-        ValueError: not YAML or not text, or beyond a bound; the line names the file.
+        ValueError: not YAML, not text, or beyond a bound; the message names the file.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -131,7 +134,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The values of a config file, by key.
 
     Raises:
-        ValueError: as `load_yaml`, or it is not one mapping.
+        ValueError: as `load_yaml`, or the root is not one mapping.
     """
     try:
         if file.stat().st_size > 4 * MOST_CHARACTERS:
@@ -145,7 +148,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_root(text: str) -> None:
-    """ValueError unless a YAML text is one mapping."""
+    """Raise ValueError unless a YAML text is a single mapping."""
+    # Several documents, then a root that is no mapping.
     events = list(yaml.parse(text, Loader=_LOADER))
     documents = sum(isinstance(event, yaml.DocumentStartEvent) for event in events)
     if documents > 1:

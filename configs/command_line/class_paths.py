@@ -1,9 +1,9 @@
-"""Which code a config may name: classes of a few packages that are what their key holds.
+"""Which code a config may name: classes of a few packages, of the kind that the key requires.
 
-A config that somebody sends must not run what it likes. A name in another package is refused before
-that package is imported, and a name in these is refused before it is called, unless it is a class
-of the key's kind, or a function that declares to return one
-(`modules.trees.sampled.branching.chains`). Users allow packages of their own on the command line
+A config from somebody else must not run arbitrary code. A name in another package is refused before
+that package is imported. A name in an allowed package is refused before it is called, unless it is
+a class of the key's kind or a function annotated to return one
+(`modules.trees.sampled.branching.chains`). Users allow their own packages on the command line
 (`--allow_package`), never in a config.
 """
 
@@ -30,12 +30,12 @@ PACKAGES = (
     "lightning.pytorch.loggers",
 )
 _PARTS = ("eval.methods.rows.Method",)
-"""Dataclasses of settings in lists, which `jsonargparse` looks up by their paths."""
+"""Dataclasses of settings in lists, which `jsonargparse` imports by path."""
 _allowed: list[str] = list(PACKAGES)
 
 
 class Kind(Enum):
-    """What a key holds: the class it must inherit from, or the members of its protocol."""
+    """The kind of a key's value: the class to inherit from, or the members of its protocol."""
 
     TRAINABLE = (Trainable,)
     DRAFTER = (Drafter,)
@@ -45,7 +45,7 @@ class Kind(Enum):
 
 
 def allow(packages: Iterable[str] = ()) -> None:
-    """Let configs name classes of these packages too, here and in `jsonargparse`.
+    """Allow classes of further packages in configs, here and in `jsonargparse`.
 
     Raises:
         ValueError: not the name of a package.
@@ -62,12 +62,12 @@ allow()
 
 
 def allowed(path: str) -> bool:
-    """Whether a dotted path lies in a package that configs may name."""
+    """Whether a dotted path is in an allowed package."""
     return any(path == package or path.startswith(f"{package}.") for package in _allowed)
 
 
 def refused(path: str) -> str:
-    """What to say of a path that configs may not name."""
+    """The error message for a path outside of the allowed packages."""
     return (
         f"class_path {path!r} is in no package that a config may name ({', '.join(_allowed)}): "
         f"if you trust it, add --allow_package {path.partition('.')[0]} to the command line"
@@ -75,31 +75,34 @@ def refused(path: str) -> str:
 
 
 def named_class(path: str, kind: Kind, where: str) -> Callable[..., Any]:
-    """The class at `package.module.Class`, or a function that declares to return such a class.
+    """The class at `package.module.Class`, or a function annotated to return such a class.
 
     Raises:
-        ValueError: not in an allowed package (which is then not imported), not there, or another
-            kind of thing than the key holds; `where` is what the line speaks of.
+        ValueError: not in an allowed package (which is then not imported), missing, or of another
+            kind than the key requires; `where` is the prefix of the message.
     """
+    # 1. Before any import.
     if not allowed(path):
         raise ValueError(f"{where}: {refused(path)}")
+    # 2. Import the module.
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        member = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{where}: class_path {path!r} cannot be found: {error}") from error
-    made = _made_by(found)
-    if made is None or not allowed(found.__module__) or not _fits(made, kind):
+    # 3. Before any call: re-exports of other packages and other kinds are refused.
+    made = _made_by(member)
+    if made is None or not allowed(member.__module__) or not _fits(made, kind):
         raise ValueError(f"{where}: class_path {path!r} is no {kind.name.lower()}: name one")
-    return found
+    return member
 
 
 def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
-    """The arguments of a class that are drafters or builders themselves, by the types that its
-    constructor declares.
+    """The arguments of a class that are drafters or builders, by the types in its constructor's
+    annotations.
 
     Raises:
-        ValueError: a type that is not there at run time.
+        ValueError: an annotation that cannot be resolved at run time.
     """
     try:
         hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made)
@@ -108,6 +111,7 @@ def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
             f"{where}: types of {made.__qualname__}'s arguments cannot be read ({error}): import "
             "them outside of TYPE_CHECKING"
         ) from None
+    # Optional and union types count by their members.
     kinds = {Drafter: Kind.DRAFTER, TreeBuilder: Kind.BUILDER}
     return {
         name: kinds[part]
@@ -126,18 +130,18 @@ def found_class(path: str) -> Callable[..., Any] | None:
         return None
 
 
-def _made_by(found: Any) -> type | None:
-    """The class itself, or the one that a function declares to return."""
-    if inspect.isfunction(found):
-        found = typing.get_type_hints(found).get("return")
-    return found if inspect.isclass(found) else None
+def _made_by(member: Any) -> type | None:
+    """The class itself, or the return annotation of a function."""
+    if inspect.isfunction(member):
+        member = typing.get_type_hints(member).get("return")
+    return member if inspect.isclass(member) else None
 
 
 def _fits(made: type, kind: Kind) -> bool:
-    known = {
+    members = {
         *dir(made),
-        *(name for one in made.__mro__ for name in vars(one).get("__annotations__", ())),
+        *(name for base in made.__mro__ for name in vars(base).get("__annotations__", ())),
     }
     return all(
-        part in known if isinstance(part, str) else issubclass(made, part) for part in kind.value
+        part in members if isinstance(part, str) else issubclass(made, part) for part in kind.value
     )

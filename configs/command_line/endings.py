@@ -1,4 +1,4 @@
-"""How commands end from outside: SIGTERM, Ctrl-C, a full disk. One line, and an exit status."""
+"""Interrupted commands: SIGTERM, Ctrl-C or a full disk end in one line and an exit status."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 120.0
-"""Seconds without a sign of life behind a signal, after which a process is ended from outside."""
+"""Seconds after a signal without activity of the main thread, after which the process is killed."""
 ONE_SIGNAL = 1.0
-"""Seconds within which signals count as one: torchrun passes on what its processes got from the
-terminal already."""
+"""Seconds within which signals count as one: torchrun forwards signals that its processes already
+got from the terminal."""
 _PULSE = 1.0
 _AGAIN = "run the same command again"
 _OF_DISKS = (
@@ -32,17 +32,17 @@ _OF_DISKS = (
     errno.EPERM,
 )
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust (safetensors) tell the system's error."""
+"""The system's error number in messages of libraries written in Rust (safetensors)."""
 
 
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C ended a command.
 
-    status: the exit status that shells expect, 128 and the signal's number. again: how to go on.
+    status: the exit status that shells expect, 128 plus the signal's number. again: how to resume.
 
     Args:
         number: of the signal.
-        message: what to say of it; by default its name.
+        message: text to print; by default the signal's name.
     """
 
     def __init__(self, number: int, message: str = "") -> None:
@@ -54,16 +54,16 @@ class Stopped(BaseException):
 
 
 def signal_name(number: int) -> str:
-    """What people call it."""
+    """The common name of a signal."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Stopped` where the program stands; a second one ends it at once.
+    """Let SIGTERM and Ctrl-C raise `Stopped` in the main thread; a second one kills the process.
 
-    Python raises nothing inside a call that waits for other processes, which may be gone: a watch
-    ends the process `GRACE` seconds after a signal if no line of Python was run since.
+    Python raises nothing inside a call that waits for other processes, which may be gone: a thread
+    kills the process `GRACE` seconds after a signal if no Python code was run since.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -84,6 +84,7 @@ def stoppable() -> Iterator[None]:
     }
     for number in before:
         signal.signal(number, stop)
+    # Install our handlers, and restore the earlier ones in any case.
     try:
         with _watched():
             yield
@@ -93,10 +94,10 @@ def stoppable() -> Iterator[None]:
 
 
 class _Watch:
-    """A thread that hears of signals while the main thread waits in a call that none interrupts.
+    """A thread that receives signals while the main thread waits in an uninterruptible call.
 
-    Python's own handler in C writes a signal's number to a pipe at once. From then on the thread
-    asks the main thread for a sign of life (a handler of SIGURG) every second.
+    Python's handler in C writes a signal's number to a pipe at once. From then on the thread checks
+    every second whether the main thread still runs a handler (of SIGURG).
     """
 
     def __init__(self) -> None:
@@ -105,24 +106,27 @@ class _Watch:
         self.alive = 0.0
 
     def live(self, *_: Any) -> None:
-        """Run by the main thread, between two instructions of Python."""
+        """Record activity; the main thread runs this between two instructions of Python."""
         self.alive = time.monotonic()
 
     def run(self) -> None:
-        """Until the pipe is closed, or the process is ended."""
+        """Loop until the pipe is closed, or the process is killed."""
         first, since = 0, 0.0
+        # 1. Wait for a signal, or for the next check after the first one.
         while True:
             ready, _, _ = select.select([self.reader], [], [], _PULSE if first else None)
             numbers = os.read(self.reader, 64) if ready else b""
             if ready and not numbers:
                 os.close(self.reader)
                 return
+            # 2. A second signal kills at once.
             for number in set(numbers) & {signal.SIGTERM, signal.SIGINT}:
                 if not first:
                     first, since = number, time.monotonic()
                     self.alive = since
                 elif time.monotonic() - since > ONE_SIGNAL:
                     _end(number, "a second signal")
+            # 3. Without activity for `GRACE` seconds the process is killed.
             if first and not ready:
                 if time.monotonic() - self.alive > GRACE:
                     _end(first, f"no sign of life for {GRACE:g} s")
@@ -149,7 +153,7 @@ def _watched() -> Iterator[None]:
 
 
 def _deaf() -> None:
-    """A forked process (a data loader's worker) must not write to its parent's pipe."""
+    """Detach a forked process (a data loader's worker) from its parent's pipe."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
 
@@ -159,10 +163,10 @@ os.register_at_fork(after_in_child=_deaf)
 
 @contextmanager
 def resumable(again: Callable[[], str]) -> Iterator[None]:
-    """Whatever ends the block from outside, a signal or the disk, says how to go on.
+    """Add how to resume to the message of a signal or a disk error inside of the block.
 
     Raises:
-        ValueError: in place of an error of the disk (full, read-only).
+        ValueError: in place of a disk error (full, read-only).
     """
     try:
         yield
@@ -177,7 +181,7 @@ def resumable(again: Callable[[], str]) -> Iterator[None]:
 
 
 def disk_message(trouble: str, again: str = _AGAIN) -> str:
-    """One line on what `disk_trouble` found."""
+    """One line for a result of `disk_trouble`."""
     return (
         f"{trouble}: what was written whole is kept; make room or give another place, then {again}"
     )
@@ -185,7 +189,7 @@ def disk_message(trouble: str, again: str = _AGAIN) -> str:
 
 @contextmanager
 def about(file: Path) -> Iterator[None]:
-    """Errors of the disk in the block name the file, which those of writing and flushing do not."""
+    """Add the file's name to disk errors in the block; errors of writing and flushing lack it."""
     try:
         yield
     except OSError as error:
@@ -195,8 +199,9 @@ def about(file: Path) -> Iterator[None]:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What a disk refused (full, read-only, too large a file, no permission), if that is what an
-    error is, or was raised from; None for every other error."""
+    """The description of a disk error (full, read-only, file too large, no permission) in an error
+    or its causes; None for every other error."""
+    # Follow the chain of causes.
     cause: BaseException | None = error
     while cause is not None:
         text = _NUMBER_IN_TEXT.search(str(cause))

@@ -22,7 +22,7 @@ from configs.command_line.work_share import Share
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("drafters", "judges", "preference")
-"""Folders of configs/ whose files name what is trained (`drafter`)."""
+"""Folders of configs/ whose files name a trained component (`drafter`)."""
 DEFAULTS = {"drafters": "drafter.yaml", "preference": "preference.yaml"}
 """Files of configs/defaults/ that are merged before the recipes of a folder of configs/."""
 SECTIONS = (
@@ -36,7 +36,7 @@ SECTIONS = (
     "checkpoint",
     "publish",
 )
-"""What a recipe says besides its target."""
+"""Sections of a recipe besides its target."""
 Command = Callable[[Sequence[str]], int]
 """Arguments of a command line -> exit status."""
 _FLAG = "--config"
@@ -58,25 +58,27 @@ _WRAPPING = (
 
 
 def resolve(name: str, folder: Path = CONFIGS) -> Path:
-    """The config file that `name` means: a path, or else a file under configs/ (with or without
-    `.yaml`), of which the name alone is enough.
+    """The config file called `name`: a path, or else a file under configs/ (with or without
+    `.yaml`), whose folder may be omitted.
 
     Raises:
-        ValueError: there is none, and the line lists the closest names; or there are several of
-            that name, and it lists them.
+        ValueError: no such file (the message lists the closest names), or several (it lists them).
     """
+    # A path, as it is or under configs/.
     candidates = [Path(name), folder / name, folder / f"{name}.yaml"]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is not None:
-        return found
+    exact = next((path for path in candidates if path.is_file()), None)
+    if exact is not None:
+        return exact
+    # A name alone, in any folder.
     inside = [path for path in folder.rglob("*.yaml") if name in (path.name, path.stem)]
     if len(inside) == 1:
         return inside[0]
     if inside:
         paths = " and ".join(sorted(str(path.relative_to(folder)) for path in inside))
         raise ValueError(f"--config {name!r} may mean {paths}: give the folder too")
-    known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+    # Nothing: suggest close names.
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
     raise ValueError(
         f"--config {name!r} is neither a file nor a config: try {', '.join(close) or 'a path'}"
     )
@@ -89,17 +91,18 @@ def recipes(folder: Path = CONFIGS) -> list[Path]:
 
 
 def is_recipe(path: Path) -> bool:
-    """Whether a shipped config names what is trained (settings beside recipes do not)."""
+    """Whether a shipped config names a trained component (other settings beside recipes do not)."""
     return "drafter" in yaml.safe_load(path.read_text())
 
 
 def resolve_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line with every `--config NAME` turned into `--config PATH` (several merge left
+    """The command line with every `--config NAME` replaced by `--config PATH` (several merge left
     to right), and the defaults of a recipe before it.
     """
     resolved: list[str] = []
     expecting = False
     for word in arguments:
+        # The file, from `--config NAME` or `--config=NAME`.
         place, file = len(resolved) - expecting, None
         if expecting:
             file = resolve(word)
@@ -109,6 +112,7 @@ def resolve_arguments(arguments: Sequence[str]) -> list[str]:
             word = f"{_FLAG}={file}"
         expecting = not expecting and word == _FLAG
         resolved.append(word)
+        # The recipe's defaults go before its `--config`.
         default = None if file is None else default_of(file)
         if default is not None:
             resolved[place:place] = [_FLAG, str(default)]
@@ -125,47 +129,49 @@ def default_of(path: Path) -> Path | None:
 
 
 def first_config(paths: Sequence[Any]) -> Path:
-    """The first of a command line's configs that was named there."""
+    """The first config that was named on the command line."""
     named = (Path(str(path)) for path in paths)
     return next(path for path in named if path.resolve().parent != CONFIGS / "defaults")
 
 
 def without_packages(arguments: Sequence[str]) -> list[str]:
-    """The command line without its `--allow_package NAME`, whose packages configs may name from now
-    on.
+    """The command line without `--allow_package NAME`; these packages are allowed from now on.
 
-    It is no key of the parser's, so that no config can set it.
+    The flag is no key of the parser, so no config can set it.
     """
-    kept: list[str] = []
+    remaining: list[str] = []
     words = iter(arguments)
     for word in words:
         flag, equals, name = word.partition("=")
         if flag != _ALLOW:
-            kept.append(word)
+            remaining.append(word)
             continue
         name = name if equals else next(words, "")
         if not name:
             raise ValueError(f"{_ALLOW}: name a package whose classes configs may name")
         classes.allow([name])
-    return kept
+    return remaining
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse a command line whose parser has `exit_on_error=False` and a `--config` argument.
 
     Raises:
-        ValueError: an unknown key, a wrong type, a missing file, a class that no config may name,
-            YAML beyond its bounds; as one line that names the key.
+        ValueError: an unknown key, a wrong type, a missing file, a class that configs may not name,
+            or YAML beyond its bounds; the message is one line that names the key.
     """
+    # 1. Names of configs to paths, and the defaults of recipes.
     words = resolve_arguments(without_packages(arguments))
     files = [
         Path(word.removeprefix(_FLAG + "="))
         for word, before in zip(words, ["", *words])
         if before == _FLAG or word.startswith(_FLAG + "=")
     ]
+    # 2. Keys first: the parser's own messages name neither file nor alternatives.
     configs = [Config(file, read_config(file)) for file in files]
     for config in configs:
         check_keys(parser, config)
+    # 3. Parse, with its message folded into one line.
     try:
         settings = parser.parse_args(words)
     except (argparse.ArgumentError, TypeError, RecursionError) as error:
@@ -175,26 +181,27 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def one_line(message: str) -> str:
-    """A parser's message folded into one line: the innermost key, the value, and what is wrong with
-    it.
-    """
+    """A parser's message folded into one line: the innermost key, the problem, and the value."""
+    # A class outside of the allowed packages.
     denied = _DENIED.search(message)
     if denied:
         keys = ".".join(dict.fromkeys(_SUBJECT.findall(message)))
         return f"{keys}: {classes.refused(denied[1])}".removeprefix(": ")
+    # The innermost value, and lines that say what is wrong.
     message = _NAMESPACE.sub("", _CALLABLE.sub("", message))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     keys = _SUBJECT.findall(message)
-    given = [
+    values = [
         line.removeprefix("Given value: ") for line in lines if line.startswith("Given value:")
     ]
-    value = given[-1] if given else None
-    kept = [
+    value = values[-1] if values else None
+    reasons = [
         line.removeprefix("- ")
         for line in lines
         if not line.startswith((*_WRAPPING, "Given value"))
     ]
-    text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in kept))
+    # Without types in angle brackets, repetitions and the library's wrapping.
+    text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in reasons))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
     text = _NO_NUMBER.sub(r"expected a finite number, got \1", text)
     subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
@@ -204,16 +211,16 @@ def one_line(message: str) -> str:
 
 
 def run(command: Command, arguments: Sequence[str]) -> int:
-    """Call an entry point; what goes wrong outside of the code is one line and an exit status.
+    """Call an entry point; returns its exit status, and prints a user's mistake in one line.
 
-    2 is a user's mistake (`ValueError`) or a disk that is full or cannot be written, 130 Ctrl-C,
-    143 SIGTERM.
+    Status 2 is a user's mistake (`ValueError`) or a disk error, 130 is Ctrl-C, 143 is SIGTERM.
     """
     try:
         with stoppable():
             return command(arguments)
     except ValueError as error:
         return _fail(str(error))
+    # Of several processes the first one prints.
     except Stopped as stopped:
         if Share.of_process().index == 0:
             print(stopped, file=sys.stderr)
@@ -238,8 +245,8 @@ def _fail(words: str) -> int:
 
 
 def accept_recipes(parser: ArgumentParser, reads: Collection[str] = ()) -> None:
-    """Let a command's parser take recipes, of which it reads some sections (besides target and
-    dtype) and leaves the others alone.
+    """Let a command's parser accept recipes: it reads the sections `reads` (besides target and
+    dtype) and ignores the others.
     """
     for section in SECTIONS:
         if section not in reads:

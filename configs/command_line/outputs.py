@@ -1,8 +1,8 @@
-"""Output folders: one run writes there at a time, and a report's files are whole or as they were.
+"""Output folders: only one run writes at a time, and files of a report are replaced atomically.
 
-A run holds a `flock` on `.output.lock` in its output. The system drops it when the process ends,
-however it ends; the file stays and means nothing by itself. A run that is refused leaves nothing
-behind: neither the file, if it made it, nor folders that it made and did not fill.
+A run holds a `flock` on `.output.lock` in its output. The system releases it when the process ends,
+in any way; the file stays and has no meaning by itself. A refused run removes what it created: the
+lock file and empty folders.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 LOCK = ".output.lock"
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _held: dict[Path, IO[str]] = {}
-"""Locks of this process by the folder they are of."""
+"""Locks of this process, by folder."""
 
 
 def _close_in_child() -> None:
-    """A forked child (a worker that prepares batches) must not outlive its parent with the lock."""
+    """Close the locks in a forked child (a data loader's worker), which may outlive its parent."""
     while _held:
         _held.popitem()[1].close()
 
@@ -40,16 +40,17 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Keep other runs out of an output folder while the block lasts; the folder is made.
+    """Create an output folder and lock it inside of the `with` block.
 
-    Outputs inside of it count: a training into `X` and an evaluation into `X/eval` keep each other
-    out, because a report there is taken for one on `X`'s drafter; evaluations into `X/a` and `X/b`
-    do not. Of several processes of one run, one calls this. Files that earlier runs were writing
-    when they ended are removed.
+    Folders around and inside of it count: a training into `X` and an evaluation into `X/eval`
+    exclude each other, because a report there is read as one on `X`'s drafter; evaluations into
+    `X/a` and `X/b` do not. One process of a run calls this. Partial files of interrupted runs are
+    removed.
 
     Raises:
-        ValueError: another run is writing there, or nothing can be written there.
+        ValueError: another run is writing there, or the folder cannot be written.
     """
+    # 1. Create the folder and the lock file, and remember what is new.
     fresh = [place for place in (output, *output.parents) if not place.exists()]
     first = not (output / LOCK).exists()
     try:
@@ -59,13 +60,14 @@ def claimed(output: Path) -> Iterator[None]:
         _remove_empty(fresh)
         raise _unwritable(output, error) from error
     with lock:
-        # First its own flag, then a look at the others': of two runs that begin at once, at least
+        # 2. First take our lock, then look at the others: of two runs that start at once, at least
         # one is refused.
         if not _locks(lock, fcntl.LOCK_EX) or not _is_at(lock, output / LOCK):
             raise ValueError(
                 f"output {str(output)!r}: another run is writing there{_owner(output)}: wait, or "
                 "give another --output"
             )
+        # 3. Hold it; a refusal from here on removes what is new.
         place = output.resolve()
         _held[place] = lock
         try:
@@ -85,11 +87,11 @@ def claimed(output: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed_file(output: Path) -> Iterator[None]:
-    """Keep other runs from making the same file while the block lasts. The lock stands beside it
-    and is removed in the end.
+    """Lock a file that is created inside of the `with` block. The lock file lies beside it and is
+    removed at the end.
 
     Raises:
-        ValueError: another run is making it, or nothing can be written there.
+        ValueError: another run is creating it, or the folder cannot be written.
     """
     place = output.with_name(f".{output.name}.lock")
     while True:
@@ -114,7 +116,7 @@ def claimed_file(output: Path) -> Iterator[None]:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, inner ones first, as far as they are empty."""
+    """Remove folders, inner ones first, up to the first that is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -123,7 +125,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _is_at(lock: IO[str], place: Path) -> bool:
-    """Whether the open file is still the one of that path: a refused run removes its own."""
+    """Whether the open file is still at that path: a refused run removes its lock file."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), place.stat())
     except FileNotFoundError:
@@ -131,7 +133,8 @@ def _is_at(lock: IO[str], place: Path) -> bool:
 
 
 def _refuse_neighbours(output: Path, place: Path) -> None:
-    """ValueError where another run is writing to a folder around this one, or to one inside."""
+    """Raise ValueError if another run writes to a folder around or inside of this one."""
+    # Every lock file around and inside; a lock that can be taken belongs to nobody.
     around = [(other, "around") for other in place.parents if (other / LOCK).is_file()]
     inside = [(lock.parent, "inside") for lock in place.rglob(f"*/{LOCK}")]
     for other, where in (
@@ -150,7 +153,7 @@ def _refuse_neighbours(output: Path, place: Path) -> None:
 
 
 def _locks(lock: IO[str], kind: int) -> bool:
-    """Whether the lock could be taken; it is released when the file is closed."""
+    """Whether the lock could be taken; closing the file releases it."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,7 +169,7 @@ def _locks(lock: IO[str], kind: int) -> bool:
 
 
 def _sign(lock: IO[str], output: Path) -> None:
-    """Write who holds it: a disk that takes no more bytes is found here."""
+    """Write the owner into the lock file, which also detects a full disk."""
     try:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -177,7 +180,7 @@ def _sign(lock: IO[str], output: Path) -> None:
 
 
 def _owner(output: Path) -> str:
-    """What the holder wrote, in brackets; nothing if it has not yet."""
+    """The owner of a lock in brackets, as written by `_sign`; empty if unknown."""
     try:
         holder = (output / LOCK).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -193,7 +196,7 @@ def _unwritable(output: Path, error: OSError) -> ValueError:
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:
-    """Append lines to a file and wait until they are on the disk."""
+    """Append lines to a file and wait until they are on disk."""
     with about(file), file.open("a", encoding="utf-8") as stream:
         stream.writelines(line + "\n" for line in lines)
         stream.flush()
@@ -201,10 +204,10 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
 
 
 def write_whole(files: Mapping[Path, str]) -> None:
-    """Write some texts, all or none: each beside its place first, then all renamed.
+    """Write some texts, all or none: each to a partial file first, then all are renamed.
 
     Raises:
-        OSError: the disk took none of them; what was there before still is.
+        OSError: a text could not be written; all earlier files are unchanged.
     """
     with ExitStack() as stack:
         for place, text in files.items():

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line every so many seconds."""
+"""Progress of long work: a bar on a terminal, elsewhere a line every `EVERY` seconds."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ Advance = Callable[[int], None]
 def progress_of(
     what: str, unit: str, done: int, total: int, visible: bool = True
 ) -> Iterator[Advance]:
-    """Gives a function that takes how many more are done.
+    """A context with a function that advances the progress by a count.
 
     Args:
-        what: is being done.
-        unit: what is counted.
-        done, total: counts at the beginning.
+        what: name of the work.
+        unit: plural of the counted things.
+        done, total: counts at the start.
         visible: whether anything is shown.
     """
     console = Console()
     if visible and not console.is_terminal:
         yield _lines(what, unit, done, total, console)
         return
+    # On a terminal, or invisible.
     columns = (
         TextColumn(what, markup=False),
         BarColumn(),
@@ -44,8 +45,8 @@ def progress_of(
 
 
 def _lines(what: str, unit: str, done: int, total: int, console: Console) -> Advance:
-    """Tells the count, and how long the rest takes at the speed so far, every `EVERY` seconds and
-    at the end."""
+    """Print the count and the remaining time at the speed so far, every `EVERY` seconds and at the
+    end."""
     begun = last_line = time.monotonic()
     began_at = done
 
@@ -56,6 +57,7 @@ def _lines(what: str, unit: str, done: int, total: int, console: Console) -> Adv
         if now - last_line < EVERY and done < total:
             return
         last_line = now
+        # The remaining time at the mean speed since the start.
         left = timedelta(seconds=round((now - begun) / (done - began_at) * (total - done)))
         line = f"{what}: {done} of {total} {unit}" + (
             f", about {left} left" if done < total else ""

@@ -1,4 +1,4 @@
-"""What must not be stored, printed or published: credentials, and where files lie on this
+"""Redaction of what must not be stored, printed or published: credentials, and paths on this
 machine.
 """
 
@@ -17,6 +17,7 @@ _NAMES = (
 )
 _NUMBER = r"-?\d+\.?\d*(?:e-?\d+)?\b"
 _PATTERNS = (
+    # Userinfo of URLs, and tokens by their prefixes.
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{12,}"), HIDDEN),
@@ -32,6 +33,7 @@ _PATTERNS = (
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
     (re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"), HIDDEN),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*-----)?"), HIDDEN),
+    # Signed URLs, .netrc entries, key flags and headers.
     (
         re.compile(
             r"([?&](?:sig|signature|X-Amz-(?:Signature|Credential|Security-Token))=)"
@@ -43,6 +45,7 @@ _PATTERNS = (
     (re.compile(r"(\blogin\s+\S+\s+password\s+)(?!<redacted>)\S+"), rf"\1{HIDDEN}"),
     (re.compile(r"(--(?:[\w-]+\.)+key(?:=|\s+))(?!<redacted>|-)\S+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(Bearer|Basic)\s+(?!<redacted>)[^\s'\"]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    # Values of flags and keys with secret names.
     (
         re.compile(
             rf"(--[\w.-]*{_NAMES}(?:=|\s+))(?!<redacted>|-)('[^']*'|\"[^\"]*\"|[^\s]+)",
@@ -65,26 +68,26 @@ _PATTERNS = (
 _SECRET_NAME = re.compile(rf"(?:.*[._-])?{_NAMES}", re.IGNORECASE)
 _VARIABLE = re.compile(r".*(?:TOKEN|KEY|SECRET|PASSWORD)")
 _LEAST = 8
-"""Characters of an environment variable's value that is looked for."""
+"""Least length of an environment variable's value that is redacted."""
 _PART = r"(?:\\ |[^\s/'\"`,:;<>])+"
 _FILE_URL = r"(?i:\bfile:(?://[^\s/'\"`]*)?)"
 _HOME = rf"(?:{_FILE_URL}|~(?:[a-zA-Z_][\w.-]*)?)/+"
 _ROOTS = "home|Users|root|mnt|media|srv|data|tmp|var|opt|scratch|workspace|Volumes"
 _START = rf"(?:{_HOME}|(?:/|(?<!:)//+){_PART}/+)"
-"""How a path begins: as a `file:` address, in a home (`~/`), or with its first of several parts."""
+"""Start of a path: a `file:` URL, a home (`~/`), or the first of several parts."""
 _BEFORE = rf"(?:(?=(?i:file:))|(?<![^\s'\"`=(\[{{<>,;:|@])|(?<![\w./~-])(?=/+(?:{_ROOTS})/))"
 _ABSOLUTE = re.compile(rf"{_BEFORE}{_START}(?:{_PART}/+)*{_PART}/*")
 _REST = r"(?:(?!\s(?:--?\w|~?/))[^'\"`\n])*"
 """The rest of a path with spaces: it ends before a flag and before another path."""
 _QUOTED = re.compile(rf"(['\"`])((?:[^\s'\"`=]*=)?)({_START}{_REST})\1")
 _WHOLE = re.compile(rf"(?:{_HOME}|/+(?:{_ROOTS})/+){_REST}")
-"""A text that is one path, spaces and all."""
+"""A text that is a single path, with spaces."""
 
 
 def redacted(text: str) -> str:
-    """A text without credentials: those of urls and headers, tokens of known kinds, values of flags
-    and keys that are named so, and the values of this process's own variables (`*_TOKEN`, `*_KEY`,
-    …)."""
+    """A text without credentials: userinfo of URLs, headers, tokens of known formats, values of
+    flags and keys with secret names, and values of this process's environment variables (`*_TOKEN`,
+    `*_KEY`, …)."""
     for name, value in os.environ.items():
         if _VARIABLE.fullmatch(name) and len(value) >= _LEAST:
             text = text.replace(value, HIDDEN)
@@ -94,8 +97,10 @@ def redacted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without line breaks, and with U+FFFD for what a terminal would obey."""
-    return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(text.split()))
+    """A text without line breaks, and with U+FFFD for control characters."""
+    return "".join(
+        character if character.isprintable() else "\ufffd" for character in " ".join(text.split())
+    )
 
 
 def redact(value: Any) -> Any:
@@ -121,9 +126,9 @@ def at_home(text: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """A JSON value without the places of files on this machine: below the working directory a path
-    is relative, and elsewhere its last part is left (of a home itself, `~`). A path in quotes, or a
-    text that is one path, may have spaces."""
+    """A JSON value without paths of this machine: paths below the working directory become
+    relative, others are reduced to their last part (a home to `~`). A path in quotes, or a text
+    that is a single path, may contain spaces."""
     if isinstance(value, str):
         return _without_places(value)
     if isinstance(value, Mapping):
@@ -134,17 +139,18 @@ def portable(value: Any) -> Any:
 
 
 def _without_places(text: str) -> str:
+    # First the working directory, then a whole path, then paths within a text.
     here = Path.cwd()
     if len(here.parts) > 1:
         text = re.sub(rf"(?:{_FILE_URL}|(?<![\w./~-])){re.escape(str(here))}/", "", text)
     if _WHOLE.fullmatch(text):
         return _last_part(text)
-    text = _QUOTED.sub(lambda found: f"{found[1]}{found[2]}{_last_part(found[3])}{found[1]}", text)
-    return _ABSOLUTE.sub(lambda found: _last_part(found[0]), text)
+    text = _QUOTED.sub(lambda match: f"{match[1]}{match[2]}{_last_part(match[3])}{match[1]}", text)
+    return _ABSOLUTE.sub(lambda match: _last_part(match[0]), text)
 
 
 def _last_part(path: str) -> str:
-    """The last part of a path; a path of one part that is in no home stays."""
+    """The last part of a path; a path with one part outside of a home is unchanged."""
     bare = re.sub(rf"^{_FILE_URL}", "", path)
     parts = [part for part in bare.split("/") if part]
     if not parts or (bare == path and len(parts) < 2):

@@ -1,4 +1,4 @@
-"""Class paths of earlier versions in configs: read as what they are called now."""
+"""Class paths of earlier versions in configs, and their current names."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ RENAMED = {
     "data.labelled.LabelledData": "data.labelled.labelled.LabelledData",
     "eval.baselines": "eval.methods.huggingface",
 }
-"""Packages, modules and classes by their names of version 0.1; the longest that fits counts."""
+"""Packages, modules and classes by their names of version 0.1; the longest match counts."""
 _EARLIER = re.compile(
     "(" + "|".join(map(re.escape, sorted(RENAMED, key=len, reverse=True))) + r")(?=$|\.)"
 )
 
 
 def current_names(values: Any) -> Any:
-    """The values of a config with class paths of earlier versions brought up to date."""
+    """The values of a config with class paths of earlier versions replaced by current ones."""
     if isinstance(values, dict):
         return {key: current_names(value) for key, value in values.items()}
     if isinstance(values, list):
         return [current_names(value) for value in values]
-    found = _EARLIER.match(values) if isinstance(values, str) else None
-    return values if found is None else RENAMED[found[1]] + values[found.end() :]
+    match = _EARLIER.match(values) if isinstance(values, str) else None
+    return values if match is None else RENAMED[match[1]] + values[match.end() :]

@@ -1,8 +1,8 @@
-"""What JSON that others wrote must look like: the first value that differs is named.
+"""Shapes of JSON from elsewhere: the first value that does not match is named.
 
 A shape is `str`, `bool`, `int`, `float` (any finite number), `object` (anything), a list of one
-shape (`[int]`), a tuple of as many shapes (`(float, float)`), a dict of shapes by key (`"key?"` may
-be missing, other keys may be there), or one of the classes here.
+shape (`[int]`), a tuple of shapes for a list of that length (`(float, float)`), a dict of shapes by
+key (`"key?"` is optional, further keys are allowed), or one of the classes here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST = 2**63
 
 @dataclass(frozen=True)
 class Maybe:
-    """A shape, or null."""
+    """A shape that also accepts null."""
 
     shape: Shape
 
@@ -49,14 +49,14 @@ class AtLeast:
 
 
 def mismatch(value: Any, shape: Shape, where: str = "") -> str | None:
-    """What is wrong with the first value that does not fit; None if all do.
+    """The problem with the first value that does not match; None if all match.
 
     For example `speedup.micro is text, expected a number`.
 
     Args:
-        value: as `json.loads` gives it.
+        value: as returned by `json.loads`.
         shape: see above.
-        where: the value's own name.
+        where: name of the value in messages.
     """
     return next(_mismatches(value, shape, where), None)
 
@@ -76,6 +76,7 @@ def _mismatches(value: Any, shape: Shape, where: str) -> Iterator[str]:
 
 
 def _plain(value: Any, kind: type, where: str) -> Iterator[str]:
+    # Whole numbers are numbers, true and false are not.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {object: True, float: number, int: number and isinstance(value, int)}.get(
         kind, isinstance(value, kind)
@@ -119,7 +120,7 @@ def _of_list(value: Any, shape: list[Shape] | tuple[Shape, ...], where: str) -> 
 
 
 def _tokens(value: list[Any], shape: Any) -> bool:
-    """Whether these are the whole numbers that a list expects: a journal's long lists, at once."""
+    """Whether a list holds the expected whole numbers: a fast path for a journal's long lists."""
     if shape != [int] or not value or not all(type(each) is int for each in value):
         return False
     return min(value) > -_MOST and max(value) < _MOST

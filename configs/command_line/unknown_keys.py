@@ -1,4 +1,4 @@
-"""Keys that nothing reads: where they stand, and the name that was probably meant."""
+"""Unknown keys of configs and command lines: their location, and the probable name."""
 
 from __future__ import annotations
 
@@ -33,34 +33,35 @@ class Config:
 
 
 def check_keys(parser: ArgumentParser, config: Config) -> None:
-    """Refuse a config with a key that the parser does not have, or one value where a list or a
-    section belongs.
+    """Refuse a config with a key that the parser does not have, or a single value in place of a
+    list or a section.
 
-    Keys inside of a class (`init_args`) are left to the parser.
+    Keys inside of a class (`init_args`) are checked by the parser.
 
     Raises:
         ValueError: the file, the key, and the nearest name.
     """
-    known = _known(parser)
-    for path, value in _paths(config.values, known):
-        if any(name.startswith(f"{path}.") for name in known):
+    actions = _known(parser)
+    # A section with a value, an unknown key, or one value for a list.
+    for path, value in _paths(config.values, actions):
+        if any(name.startswith(f"{path}.") for name in actions):
             raise ValueError(
                 f"--config {config.file}: {path} is a section, got {value!r}: give keys with values"
             )
-        if path not in known:
-            near = meant(path, list(known))
+        if path not in actions:
+            near = meant(path, list(actions))
             raise ValueError(f"--config {config.file}: the key {path!r} is unknown{near}")
-        if known[path].nargs == "+" and not isinstance(value, list):
+        if actions[path].nargs == "+" and not isinstance(value, list):
             raise ValueError(
                 f"--config {config.file}: {path} must be a list, got {value!r}: add brackets"
             )
 
 
 def check_nulls(parser: ArgumentParser, settings: Namespace) -> None:
-    """Refuse null where a key does not take it, which the parser lets through.
+    """Refuse null for keys that do not accept it, which the parser does not check.
 
     Raises:
-        ValueError: the key.
+        ValueError: names the key.
     """
     for key, action in _known(parser).items():
         hint = vars(action).get("_typehint", action.type)
@@ -70,53 +71,60 @@ def check_nulls(parser: ArgumentParser, settings: Namespace) -> None:
 
 
 def _known(parser: ArgumentParser) -> dict[str, Action]:
-    """What the parser reads, by key."""
-    return {one.dest: one for one in parser._actions if not one.dest.endswith("help")}
+    """The parser's actions, by key."""
+    return {action.dest: action for action in parser._actions if not action.dest.endswith("help")}
 
 
 def _paths(
-    values: Mapping[str, Any], known: Mapping[str, Action], prefix: str = ""
+    values: Mapping[str, Any], actions: Mapping[str, Action], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Whole paths of keys, as deep as the parser has sections, with their values."""
+    """Full paths of keys, as deep as the parser has sections, with their values."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        section = any(name.startswith(f"{path}.") for name in known)
+        section = any(name.startswith(f"{path}.") for name in actions)
         if section and isinstance(value, Mapping):
-            yield from _paths(value, known, f"{path}.")
-        elif section or not _in_class(path, known):
+            yield from _paths(value, actions, f"{path}.")
+        elif section or not _in_class(path, actions):
             yield path, value
 
 
-def _in_class(path: str, known: Mapping[str, Action]) -> bool:
+def _in_class(path: str, actions: Mapping[str, Action]) -> bool:
     """Whether a key with dots is inside of a class, as `data.train` is."""
     parts = path.split(".")
     around = [".".join(parts[:count]) for count in range(1, len(parts))]
     return any(
-        outer in known and not any(name.startswith(f"{outer}.") for name in known)
+        outer in actions and not any(name.startswith(f"{outer}.") for name in actions)
         for outer in around
     )
 
 
 def explained(message: str, parser: ArgumentParser, configs: Sequence[Config]) -> str:
-    """A parser's message on an option that it does not have, with the file and the name that was
-    probably meant; other messages stay as they are."""
+    """A parser's message about an unknown option, with the file and the probable name; other
+    messages are unchanged."""
+    # A flag of the command line: keys, and arguments of the classes that they name.
     flag = _UNRECOGNISED.match(message)
     if flag is not None:
-        known = _known(parser)
+        actions = _known(parser)
         inner = [
             f"{name}.{key}"
             for name in ("drafter", "data")
-            if name in known
-            for key in _arguments(known[name], configs)
+            if name in actions
+            for key in _arguments(actions[name], configs)
         ]
-        near = meant(flag[1].removeprefix("--"), [*known, *inner], "--")
+        near = meant(flag[1].removeprefix("--"), [*actions, *inner], "--")
         return f"{flag[1]} is unknown{near}"
+    # A key of a class: its other arguments.
     option = _NOT_ACCEPTED.match(message)
     if option is None:
         return message
     section, name = option[1] or option[2] or "", option[3]
     place = next(
-        (f"--config {one.file}: " for one in reversed(configs) if _holds(one.values, name)), ""
+        (
+            f"--config {config.file}: "
+            for config in reversed(configs)
+            if _holds(config.values, name)
+        ),
+        "",
     )
     path = f"{section}.{name}" if section else name
     action = _known(parser).get(section)
@@ -124,27 +132,29 @@ def explained(message: str, parser: ArgumentParser, configs: Sequence[Config]) -
     return f"{place}the key {path!r} is unknown{near}"
 
 
-def meant(name: str, known: Sequence[str], dashes: str = "") -> str:
-    """`: did you mean …?`, or the names that there are; nothing where there are too many."""
-    near = _nearest(name, known)
+def meant(name: str, names: Sequence[str], dashes: str = "") -> str:
+    """`: did you mean …?`, or the existing names; empty where there are too many."""
+    near = _nearest(name, names)
     if near:
         return f": did you mean {dashes}{near}?"
-    return f": use one of {', '.join(known)}" if 0 < len(known) <= _SHOWN else ""
+    return f": use one of {', '.join(names)}" if 0 < len(names) <= _SHOWN else ""
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """The name most like it: a section's where that is unknown, else one in the section, else one
-    that ends so."""
+def _nearest(name: str, candidates: Sequence[str]) -> str:
+    """The most similar name: of a section if the section is unknown, else within the section, else
+    with the same last part."""
+    # 1. A misspelt section.
     section, dot, rest = name.partition(".")
-    sections = list(dict.fromkeys(one.partition(".")[0] for one in known))
+    sections = list(dict.fromkeys(candidate.partition(".")[0] for candidate in candidates))
     if section not in sections:
         near = difflib.get_close_matches(section, sections, 1, _LIKENESS)
         if near:
             return f"{near[0]}{dot}{rest}"
-    inside = [one for one in known if dot and one.startswith(f"{section}.")]
+    # 2. A misspelt key in the section, or the right key without its section.
+    inside = [candidate for candidate in candidates if dot and candidate.startswith(f"{section}.")]
     last = name.rpartition(".")[2]
-    for names in (inside, [one for one in known if "." in one]):
-        ends = {one.rpartition(".")[2]: one for one in reversed(names)}
+    for names in (inside, [candidate for candidate in candidates if "." in candidate]):
+        ends = {candidate.rpartition(".")[2]: candidate for candidate in reversed(names)}
         near = difflib.get_close_matches(last, ends, 1, _LIKENESS)
         if near:
             return ends[near[0]]
@@ -152,7 +162,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _holds(value: Any, name: str) -> bool:
-    """Whether a key of that name stands anywhere in a value."""
+    """Whether a key of that name occurs anywhere in a value."""
     if isinstance(value, Mapping):
         return any(
             str(key).rpartition(".")[2] == name or _holds(inner, name)
@@ -162,13 +172,14 @@ def _holds(value: Any, name: str) -> bool:
 
 
 def _arguments(action: Action, configs: Sequence[Config]) -> list[str]:
-    """Names that a key's class takes: that of the last config that names one, the default, or the
+    """Argument names of a key's class: of the last config that names one, of the default, or of the
     dataclass of a list's items."""
     default = action.default.as_dict() if isinstance(action.default, Namespace) else action.default
-    for value in (*(one.values.get(action.dest) for one in reversed(configs)), default):
+    # Later configs override earlier ones.
+    for value in (*(config.values.get(action.dest) for config in reversed(configs)), default):
         path = value.get("class_path") if isinstance(value, Mapping) else None
-        found = found_class(path) if isinstance(path, str) else None
-        if found is not None:
-            return [name for name in inspect.signature(found).parameters if name != "shape"]
+        cls = found_class(path) if isinstance(path, str) else None
+        if cls is not None:
+            return [name for name in inspect.signature(cls).parameters if name != "shape"]
     items = get_args(vars(action).get("_typehint"))
     return [field.name for kind in items if is_dataclass(kind) for field in fields(kind)]

@@ -1,6 +1,4 @@
-"""How several processes divide work that each piece of needs no other: by a hash, so that nobody
-has to ask.
-"""
+"""Division of independent work among processes, by a hash, so that they need not communicate."""
 
 from __future__ import annotations
 
@@ -10,34 +8,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-"""Where torchrun and SLURM say which process this is, and of how many."""
+"""Environment variables of torchrun and SLURM with the rank and the number of processes."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the work that falls to process `index` (from 0) of `count`."""
+    """The part of the work of process `index` (from 0) of `count`."""
 
     index: int = 0
     count: int = 1
 
     @staticmethod
     def parse(text: str, key: str) -> Share:
-        """`I/N`, I from 0 to N - 1. ValueError names the key."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or int(found[1]) >= int(found[2]):
+        """The share `I/N`, with I from 0 to N - 1. Raises ValueError that names the key."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(f"{key} must be I/N with I from 0 to N - 1, got {text!r}")
-        return Share(int(found[1]), int(found[2]))
+        return Share(int(match[1]), int(match[2]))
 
     @staticmethod
     def of_process(environment: Mapping[str, str] = os.environ) -> Share:
-        """This process's, where torchrun or SLURM started it; everything otherwise."""
+        """This process's share if torchrun or SLURM started it, else all of the work."""
         for rank, world in _RANKS:
             if rank in environment and world in environment:
                 return Share(int(environment[rank]), int(environment[world]))
         return Share()
 
     def takes(self, key: str) -> bool:
-        """Whether a piece with this hexadecimal hash falls to it. Every piece falls to exactly one
+        """Whether a piece with this hexadecimal hash is in the share. Every piece is in exactly one
         share.
         """
         return int(key[:12], 16) % self.count == self.index
