@@ -40,7 +40,7 @@ class Kind(Enum):
     TRAINABLE = (Trainable,)
     DRAFTER = (Drafter,)
     BUILDER = ("build",)
-    RULE = ("lossless", "sibling_draws", "__call__")
+    RULE = ("name", "lossless", "sibling_draws", "states", "__call__")
     DECODER = ("name", "decode")
 
 
