@@ -35,7 +35,7 @@ from eval.report.summary import Summary, summarise
 from eval.report.token_pieces import pieces
 from eval.run.harness import Harness, fitting, units
 from eval.run.identity import known_before, known_loaded
-from eval.run.journal import Journal, Record, refuse_changes
+from eval.run.journal import Journal, Record, journaled_budgets, refuse_changes
 from eval.run.processes import Share, shared_out
 from eval.tasks.contamination import note_overlaps
 from eval.tasks.task_files import Turns
@@ -259,6 +259,8 @@ def _evaluate(
     with opened_rows(evaluation, target, most_together(tasks)) as rows:
         # 3. Fit the prompts to the context, vary the rows, print what was left out.
         agree_on_budgets(rows, share)
+        if resume:
+            keep_budgets(rows, evaluation.rows, journaled_budgets(place))
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
@@ -306,6 +308,17 @@ def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
     for row, budget in zip(rows, share.agreed([row.budget for row in rows]), strict=True):
         if isinstance(row.decoder, SpeculativeDecoder) and row.decoder.drafter is not None:
             row.budget = row.decoder.budget = budget
+
+
+def keep_budgets(
+    rows: Sequence[Row], methods: Sequence[Method], budgets: Mapping[str, int]
+) -> None:
+    """Give rows with `budget: auto` the budgets that the resumed evaluation measured."""
+    measured = {method.label for method in methods if method.budget == "auto"}
+    for row in rows:
+        decoder = row.decoder
+        if row.name in measured & set(budgets) and isinstance(decoder, SpeculativeDecoder):
+            row.budget = decoder.budget = budgets[row.name]
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class Method:
             A name; a class `{class_path, init_args}`; or a trained judge: its folder or Hub id, or
             `{trained, init_args}`, such as `{trained: runs/judge, init_args: {threshold: 0.7}}`.
         budget: drafted nodes per call at most; by default the drafter's own. `auto` tries sizes on
-            a few embedded prompts and takes the fastest predicted from this device's latencies.
+            a few embedded prompts and takes the fastest predicted from this device's latencies; it
+            drafts nothing where none promises to be faster than plain decoding.
         temperature: by default the evaluation's.
         precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts
             may be coarse: what is emitted stays the target's.

@@ -20,6 +20,7 @@ from eval.report.markdown import (
     export_lines,
     failures,
     half_table,
+    idle_lines,
     noise_lines,
 )
 from eval.tasks.contamination import overlap_lines
@@ -61,7 +62,11 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
     """The HTML page of a report."""
     # Everything in the order of the page; empty sections give no parts.
     measured = [method for method in report["methods"] if not is_baseline(method)]
-    remarks = (*noise_lines(report), *export_lines(report["methods"]))
+    remarks = (
+        *noise_lines(report),
+        *export_lines(report["methods"]),
+        *idle_lines(report["methods"]),
+    )
     parts = [
         f'<p class="quiet">{escape(caption(report))}.</p>',
         *_alarms(report),

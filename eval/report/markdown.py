@@ -317,6 +317,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                     for name in failures(report)
                 ),
                 *(f"{plain(line)}." for line in export_lines(methods)),
+                *(f"{plain(line)}." for line in idle_lines(methods)),
                 *_halves(methods),
                 *_predictions(methods),
                 *_qualities(methods),
@@ -393,6 +394,16 @@ def _overlaps(methods: Sequence[Figures]) -> list[str]:
         if lines
         else []
     )
+
+
+def idle_lines(methods: Sequence[Figures]) -> list[str]:
+    """A line for each method whose measured budget is 0."""
+    return [
+        f"{method['name']} drafts nothing: on this device no tree of it promised more than plain "
+        "decoding (budget: auto)"
+        for method in methods
+        if method["builder"] and method["budget"] == 0
+    ]
 
 
 def _qualities(methods: Sequence[Figures]) -> list[str]:

@@ -168,6 +168,21 @@ def set_aside(journal: Path) -> None:
     journal.replace(journal.with_suffix(_PREVIOUS))
 
 
+def journaled_budgets(path: Path) -> dict[str, int]:
+    """The budgets of a journal's rows by name; none where there is no journal yet."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        line = file.readline()
+    # `refuse_changes` has read this line before, so that it is a header or cut off.
+    rows = json.loads(line).get("row", {}) if line.endswith(b"\n") else {}
+    return {
+        name: row["budget"]
+        for name, row in rows.items()
+        if isinstance(row, dict) and isinstance(row.get("budget"), int)
+    }
+
+
 def refuse_changes(path: Path, header: Mapping[str, Any], part: bool = False) -> None:
     """Refuse an existing journal with another header.
 

@@ -76,8 +76,10 @@ def try_budgets(
 
 
 def best_budget(trials: Sequence[BudgetTrial]) -> int:
-    """The tree size that promises most; of equals the smallest."""
-    return max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget)).budget
+    """The tree size with the highest predicted speedup, the smallest of equals; 0, which is plain
+    decoding, where none promises to be faster than that."""
+    best = max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget))
+    return best.budget if best.predicted_speedup > 1 else 0
 
 
 def _try(

@@ -68,7 +68,7 @@ class SpeculativeDecoder:
         drafter: None is plain autoregressive decoding, through the same loop with a one-node tree.
         rule: None chooses the lossless rule that fits the drafter's trees and the temperature.
         builder: replaces the drafter's own builder.
-        budget: drafted nodes per step at most; None is the drafter's own.
+        budget: drafted nodes per step at most; None is the drafter's own, 0 drafts nothing.
         name: what reports call it.
         stop_ids: tokens that end an answer; None: the target's end-of-sequence tokens; an empty set
             ends none, so that every answer is as long as its limit.
@@ -182,7 +182,8 @@ class SpeculativeDecoder:
         ]
         return Run(
             target=self.target,
-            drafter=self._translated,
+            # A budget of 0 is plain decoding: nothing is drafted, no state is kept.
+            drafter=self._translated if self.nodes else None,
             rule=self.rule_for(sampling),
             builder=self.builder,
             budget=self.nodes,

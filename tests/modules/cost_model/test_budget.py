@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from eval.evaluation import keep_budgets
 from eval.methods.rows import Method, build_rows
+from eval.run.journal import journaled_budgets
 from modules.contracts.sampling import Sampling
 from modules.cost_model.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
 from modules.cost_model.latency_table import LatencyTable, stored_latency
@@ -23,10 +25,10 @@ class Obedient(ScriptedDrafter):
         return super().propose(state, budget)
 
 
-def test_a_perfect_drafter_wants_its_depth_where_rows_are_free_and_one_node_where_not():
+def test_a_perfect_drafter_wants_its_depth_where_rows_are_free_and_nothing_where_not():
     target = tiny_target()
     decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
-    for per_row, expected in ((0.0, 3), (10.0, 1)):
+    for per_row, expected in ((0.0, 3), (10.0, 0)):
         table = LatencyTable(8, {rows: 1.0 + per_row * (rows - 1) for rows in (1, 2, 3, 4)})
         trials = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 24, budgets=(1, 2, 3))
         assert [trial.budget for trial in trials] == [1, 2, 3]
@@ -36,6 +38,16 @@ def test_a_perfect_drafter_wants_its_depth_where_rows_are_free_and_one_node_wher
 
 def test_equals_go_to_the_smaller_tree():
     assert best_budget([BudgetTrial(3, 1.5, 0.0, 1.2), BudgetTrial(5, 1.6, 0.0, 1.2)]) == 3
+
+
+def test_nothing_is_drafted_where_no_tree_promises_more_than_plain_decoding(monkeypatch):
+    assert best_budget([BudgetTrial(1, 1.1, 0.0, 0.97), BudgetTrial(3, 1.4, 0.0, 1.0)]) == 0
+    target = tiny_target()
+    drafter = Obedient(target.shape)
+    plain = SpeculativeDecoder(target).decode([[7, 8, 9]], Sampling(), 12)[0]
+    monkeypatch.setattr(drafter, "start", lambda context: pytest.fail("a state was made"))
+    idle = SpeculativeDecoder(target, drafter, budget=0).decode([[7, 8, 9]], Sampling(), 12)[0]
+    assert idle.ids == plain.ids and set(idle.rows) == {1} and not any(idle.drafted)
 
 
 def test_times_are_measured_once_and_a_missing_width_measures_anew(tmp_path, monkeypatch):
@@ -51,7 +63,23 @@ def test_an_evaluation_can_ask_for_it(tmp_path, monkeypatch):
     target = tiny_target()
     drafter = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
     rows = build_rows([Method(name="lookup", drafter=drafter, budget="auto")], target, Sampling())
-    assert rows[-1].budget in BUDGETS
+    assert rows[-1].budget in (0, *BUDGETS)
+
+
+def test_a_resumed_evaluation_keeps_the_budgets_that_it_measured(tmp_path, monkeypatch):
+    """Times differ between runs, so that another size may promise most the second time."""
+    monkeypatch.setattr("eval.methods.rows.automatic_budget", lambda *_: 5)
+    drafter = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
+    methods = [Method("a", drafter, budget="auto"), Method("b", drafter, budget=3)]
+    rows = build_rows(methods, tiny_target(), Sampling())
+    journal = tmp_path / "journal.jsonl"
+    assert journaled_budgets(journal) == {}
+    journal.write_text('{"row": {"a": {"budget": 2}, "b": {"budget": 7}, "c": {"budget": 1}}}\n')
+    keep_budgets(rows, methods, journaled_budgets(journal))
+    budgets = {row.name: (row.budget, row.decoder.nodes) for row in rows if row.budget}
+    assert budgets == {"a": (2, 2), "b": (3, 3)}
+    journal.write_text('{"row": {"a": {"bud')
+    assert journaled_budgets(journal) == {}
 
 
 def test_sizes_that_lookahead_cannot_fill_are_left_out():
