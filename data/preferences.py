@@ -53,11 +53,11 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Messages up to where the assistant is to speak, and two answers to them; with one of them
-    None, the other is a right or wrong trace of its own, which nothing is compared with.
+    """Messages before the assistant's turn, and two answers to them; if one of them is None, the
+    other is a single right or wrong trace without a counterpart.
 
-    error: characters of the first mistake in the rejected answer, where it is known. inferred: it
-    is only known to lie in the step that `error` spans. turns: the two answers whole, where they
+    error: characters of the first mistake in the rejected answer, if known. inferred: whether the
+    mistake may be anywhere in the step that `error` spans. turns: the two answers as turns, if they
     hold more than text. tools: descriptions of the functions that the assistant may call.
     """
 
@@ -72,12 +72,11 @@ class Preference:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenised preference: two documents with the same prompt, the loss mask on the last answer
-    alone.
+    """A tokenised preference: two documents with the same prompt; the loss mask covers only the
+    last answer.
 
-    errors: bool [T], tokens of the rejected document that are known to be wrong; all of a step if
-    `inferred`.
-    compared: whether both sides are there. A side that is not has one token and an empty loss mask.
+    errors: bool [T], wrong tokens of the rejected document; all of a step if `inferred`.
+    compared: whether both sides exist. A missing side has one token and an empty loss mask.
     """
 
     chosen: Tokens
@@ -92,17 +91,17 @@ class Pair:
 
     @cached_property
     def input_ids(self) -> Tensor:
-        """Both documents' ids, one after the other."""
+        """The ids of both documents, concatenated."""
         return torch.cat([self.chosen.input_ids, self.rejected.input_ids])
 
     @cached_property
     def loss_mask(self) -> Tensor:
-        """Both documents' masks, one after the other."""
+        """The loss masks of both documents, concatenated."""
         return torch.cat([self.chosen.loss_mask, self.rejected.loss_mask])
 
     @property
     def key(self) -> str:
-        """Of both documents."""
+        """The keys of both documents, concatenated."""
         return self.chosen.key + self.rejected.key
 
     @property
@@ -112,12 +111,12 @@ class Pair:
 
     @property
     def group(self) -> str:
-        """Hash of the prompt: what is held out together."""
+        """Hash of the prompt; pairs of a group are held out together."""
         return hash_ids(self.prompt)
 
     @property
     def response_tokens(self) -> int:
-        """Of both answers, which budgets count; 0 for a trace that is not compared."""
+        """Tokens of both answers, as counted by budgets; 0 for a single trace."""
         return self.chosen.response_tokens + self.rejected.response_tokens if self.compared else 0
 
 
@@ -125,42 +124,49 @@ class Pair:
 
 
 def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -> list[Preference]:
-    """The preferences that one row holds: one, or those of a problem, as in cDPO's released code.
+    """The preferences of one row: one, or those of a problem, as in cDPO's released code.
 
     A problem gives one pair, a right solution (`Problem.positive`) against the most frequent wrong
-    one, and each further frequent wrong solution as a trace of its own; without a wrong one, its
-    right solution as a trace. `corruptions` adds pairs with the same right solution, whose rejected
-    one is a copy of it with one result changed.
+    one, and each further frequent wrong solution as a single trace; without a wrong solution, its
+    right one as a trace. `corruptions` adds pairs with the same right solution, whose rejected side
+    is a copy of it with one changed result.
 
     Raises:
-        Skipped: a row of an unknown shape, or dialogues that differ before their last answer, or
-            do not end in one.
+        Skipped: a row of an unknown shape, or dialogues that differ before their last answer or do
+            not end with one.
     """
+    # 1. A problem: frequent wrong solutions, and injected errors.
     if is_problem(row):
         problem = read_problem(row)
-        asked = [{"role": "user", "content": problem.question}]
+        messages = [{"role": "user", "content": problem.question}]
         right, wrong = problem.positive.text, frequent_wrong(problem)
         chance = random.Random(f"{seed} {problem.question}")
         changed = [
-            found
-            for found in (inject(right, chance) for _ in range(corruptions))
-            if found is not None
+            injected
+            for injected in (inject(right, chance) for _ in range(corruptions))
+            if injected is not None
         ]
         traces = [
-            Preference(asked, None if k else right, one.text, one.error, one.inferred)
-            for k, one in enumerate(wrong)
+            Preference(
+                messages, None if k else right, solution.text, solution.error, solution.inferred
+            )
+            for k, solution in enumerate(wrong)
         ]
         return [
-            *(traces or [Preference(asked, right, None)]),
-            *(Preference(asked, right, one.text + one.rest, one.error) for one in changed),
+            *(traces or [Preference(messages, right, None)]),
+            *(
+                Preference(messages, right, injected.text + injected.rest, injected.error)
+                for injected in changed
+            ),
         ]
+    # 2. Two answers to one prompt.
     if not {"chosen", "rejected"} <= row.keys():
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
     return [_dialogues(_dialogue(row, "chosen"), _dialogue(row, "rejected"), tools_of(row))]
 
 
 def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
-    """All turns of one side: of itself where it begins with the question, or behind the row's."""
+    """All turns of one side: its own if they begin with the question, else after the row's."""
     said = row[key]
     asks = any(row.get(name) for name in (*CHATS, "turns", *ASKED))
     if not asks and isinstance(said, str):
@@ -172,7 +178,7 @@ def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
 
 
 def _turns(dialogue: str, key: str) -> list[Message]:
-    """A dialogue written as `\\n\\nHuman: … \\n\\nAssistant: …`."""
+    """The turns of a dialogue written as `\\n\\nHuman: … \\n\\nAssistant: …`."""
     before, *parts = _TURN.split(dialogue if dialogue.startswith("\n\n") else "\n\n" + dialogue)
     if before.strip() or not parts:
         raise Skipped(f"`{key}` without a `prompt` does not begin with 'Human:'")
@@ -205,8 +211,9 @@ def _dialogues(
 def tokenize_pair(
     preference: Preference, tokenizer: Any, max_length: int, end_ids: Collection[int] | None = None
 ) -> Pair:
-    """The answers behind the target's chat template; `Skipped` when one leaves nothing to
-    compare."""
+    """Both answers as rendered by the target's chat template. Raises Skipped if they are equal or
+    one is empty."""
+    # 1. Each side after the same messages; a missing one stays None.
     sides: list[Tokens | None] = []
     answers = preference.chosen, preference.rejected
     turns = preference.turns or [
@@ -217,6 +224,7 @@ def tokenize_pair(
         sides.append(
             None if answer is None else tokenize_answer(dialogue, tokenizer, max_length, end_ids)
         )
+    # 2. A missing side gets the other's first token.
     real = next(side for side in sides if side is not None)
     chosen, rejected = (_absent(real) if side is None else side for side in sides)
     if chosen.key == rejected.key:
@@ -226,32 +234,34 @@ def tokenize_pair(
 
 
 def _absent(other: Tokens) -> Tokens:
-    """What stands for a side that is not there."""
+    """A placeholder for a missing side: one token without a loss."""
     return Tokens(other.input_ids[:1], torch.zeros(1, dtype=torch.bool))
 
 
 def separate_traces(pairs: Iterable[Pair]) -> list[Pair]:
-    """The right and the wrong traces of some pairs, each once on its side: a right solution that
-    stands in several pairs is a trace of the first alone. None of them is `compared`."""
+    """The right and wrong traces of some pairs, each once on its side: a right solution of several
+    pairs is a trace only in the first. None of them is `compared`."""
     seen: dict[str, set[str]] = {"chosen": set(), "rejected": set()}
-    found = []
+    traces = []
     for pair in pairs:
         sides: dict[str, Tokens] = {}
+        # A side seen before becomes a placeholder.
         for name, keys in seen.items():
             side: Tokens = getattr(pair, name)
             sides[name] = _absent(side) if side.key in keys else side
             keys.add(side.key)
         if any(side.response_tokens for side in sides.values()):
             errors = pair.errors[: len(sides["rejected"])]
-            found.append(Pair(**sides, errors=errors, inferred=pair.inferred, compared=False))
-    return found
+            traces.append(Pair(**sides, errors=errors, inferred=pair.inferred, compared=False))
+    return traces
 
 
 def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Tensor:
-    """bool [T]: tokens of the rejected document that touch the known error."""
-    found = torch.zeros(len(rejected), dtype=torch.bool)
+    """bool [T]: tokens of the rejected document that overlap the known error."""
+    errors = torch.zeros(len(rejected), dtype=torch.bool)
     if preference.error is None or preference.rejected is None:
-        return found
+        return errors
+    # Characters of the answer to tokens of the document.
     start, end = preference.error
     ids, spans = answer_spans(
         [*preference.messages, {"role": "assistant", "content": preference.rejected}], tokenizer
@@ -260,10 +270,10 @@ def error_tokens(rejected: Tokens, preference: Preference, tokenizer: Any) -> Te
     assert rejected.input_ids[places].tolist() == ids[: len(places)], (
         "one text has one tokenisation"
     )
-    found[places] = torch.tensor([first < end and start < last for first, last in spans])[
+    errors[places] = torch.tensor([first < end and start < last for first, last in spans])[
         : len(places)
     ]
-    return found
+    return errors
 
 
 def tokenize_pairs(
@@ -278,15 +288,15 @@ def tokenize_pairs(
     vocab: int | None = None,
     tally: Tally | None = None,
 ) -> list[Pair]:
-    """All usable pairs in order, each once, up to a budget of response tokens, and the traces of
-    the same rows that are not compared; skips are counted and logged.
+    """All usable pairs in order, each once, up to a budget of response tokens, and the single
+    traces of the same rows; skips are counted and logged.
 
     Args:
         vocab: rows of the model's embedding, see `data.conversations.check_ids`.
-        tally: counts what is left out; it may hold rows that could not be read.
+        tally: counts skipped rows; it may already hold unreadable ones.
 
     Raises:
-        ValueError: no pair is left.
+        ValueError: no pair can be used.
     """
     tally = Tally("pair") if tally is None else tally
 
@@ -302,6 +312,7 @@ def tokenize_pairs(
         count_cut((pair.chosen, pair.rejected), max_length, tally, place)
 
     pairs = each_once(rows, read, tokenized, max_response_tokens or None, tally, taken)
+    # Single traces alone cannot train a preference.
     if not any(pair.compared for pair in pairs.values()):
         reasons = (
             "no question has a wrong solution" if pairs and not tally.skipped else tally.reasons()
@@ -314,7 +325,7 @@ def tokenize_pairs(
 
 
 class PairBatches(Batches):
-    """Batches of pairs, one to a row of each side; they are not packed."""
+    """Batches of pairs, one pair per row of each side, without packing."""
 
     def _pack(self, max_length: int) -> list[list[int]]:
         return [[i] for i in range(len(self.documents))]
@@ -347,13 +358,13 @@ class PreferenceData(ConversationData):
     problems). `rows` are pairs per batch. States that a loss reads are computed online: `features`
     is not used.
 
-    A question gives one pair. What is trained before the whole (cDPO's two estimators) reads
-    `for_stages`: each right and each wrong trace once, those of questions that give no pair too.
-    Budgets of tokens count pairs alone.
+    A question gives one pair. Earlier training stages (cDPO's two estimators) read `for_stages`:
+    each right and each wrong trace once, including those of questions without a pair. Budgets of
+    tokens only count pairs.
 
     Args:
         corruptions: further pairs of each problem, whose rejected answer is the chosen one with one
-            result changed: an error whose place is known.
+            changed result, so that the error's place is known.
         kwargs: of `ConversationData`.
     """
 
@@ -368,13 +379,13 @@ class PreferenceData(ConversationData):
         self.held_out_traces: list[Pair] = []
 
     def read(self, target: Target) -> None:
-        """As `ConversationData.read`; pairs apart from traces. ValueError: a side has traces
-        alone."""
+        """As `ConversationData.read`, with pairs and traces separated. Raises ValueError if the
+        training or the held-out part has no pair."""
         super().read(target)
         everything: list[list[Any]] = [self.documents, self.held_out]
         self.traces, self.held_out_traces = map(separate_traces, everything)
         self.documents, self.held_out = (
-            [pair for pair in found if pair.compared] for found in everything
+            [pair for pair in documents if pair.compared] for documents in everything
         )
         if not self.documents or not self.held_out:
             raise ValueError(
@@ -384,14 +395,14 @@ class PreferenceData(ConversationData):
             )
 
     def for_stages(self) -> PreferenceData:
-        """The same rows as traces, each once."""
+        """The data with every trace once, for stages that train on single traces."""
         data = copy.copy(self)
         data.documents = cast(list[Any], self.traces)
         data.held_out = cast(list[Any], self.held_out_traces)
         return data
 
     def summary(self) -> dict[str, Any]:
-        """How many right and wrong traces there are, besides."""
+        """The summary of `ConversationData`, with the numbers of right and wrong traces."""
         right, wrong = (
             sum(bool(side.response_tokens) for side in sides)
             for sides in (

@@ -1,7 +1,7 @@
-"""Word problems of our own with right solutions and wrong ones whose first error is known.
+"""Generated word problems with right solutions, and wrong ones whose first error is known.
 
-`python -m data.corpora.word_problems` writes the embedded set anew
-(`data/prompts/solutions.jsonl`), the same bytes every time.
+`python -m data.corpora.word_problems` writes the embedded set (`data/prompts/solutions.jsonl`)
+again, with identical bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a solution: the value it finds, how, and what it says (the value stands behind
-    the equals sign).
+    """One line of a solution: the name of its value, the computation, and the text (the value comes
+    after the equals sign).
     """
 
     finds: str
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Template:
-    """A kind of problem: its text, the range of each number, and the steps that solve it."""
+    """A kind of problem: its text, the range of each number, and the solution's steps."""
 
     question: str
     numbers: dict[str, tuple[int, int]]
@@ -186,7 +186,7 @@ TEMPLATES = (
 
 
 def embedded_problems(count: int = 100, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of `{question, solution, wrong, error}`; `error` is where the first wrong number stands
+    """Rows of `{question, solution, wrong, error}`; `error` is the span of the first wrong number
     in `wrong`.
     """
     chance = random.Random(seed)
@@ -198,19 +198,21 @@ def embedded_problems(count: int = 100, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def problem(template: Template, chance: random.Random) -> dict[str, Any]:
-    """One problem with numbers drawn, its right solution, and a wrong one that carries its error on
+    """One problem with random numbers, its right solution, and a wrong one whose error propagates
     to the end.
     """
-    given = {key: chance.randint(*bounds) for key, bounds in template.numbers.items()}
+    # 1. Draw the numbers, and solve the problem.
+    numbers = {key: chance.randint(*bounds) for key, bounds in template.numbers.items()}
     name = chance.choice(NAMES)
-    right = _solve(template.steps, given)
+    right = _solve(template.steps, numbers)
+    # 2. Draw a mistake until it is visible and no value becomes negative.
     wrong, error = right, (0, 0)
     while error == (0, 0) or min(wrong.values()) < 1:
         step = chance.choice(template.steps)
-        wrong = _solve(template.steps, given, {step.finds: mistaken(right[step.finds], chance)})
+        wrong = _solve(template.steps, numbers, {step.finds: mistaken(right[step.finds], chance)})
         error = _place(template.steps, wrong, step)
     return {
-        "question": template.question.format(name=name, **given),
+        "question": template.question.format(name=name, **numbers),
         "solution": _write(template.steps, right),
         "wrong": _write(template.steps, wrong),
         "error": list(error),
@@ -218,19 +220,15 @@ def problem(template: Template, chance: random.Random) -> dict[str, Any]:
 
 
 def mistaken(value: int, chance: random.Random) -> int:
-    """Another number that a slip could have given: off by little or by ten, or with its digits
-    swapped.
-    """
+    """A plausible wrong number: off by a little or by ten, or with its digits swapped."""
     swapped = int(str(value)[::-1])
     slips = [value + change for change in (-10, -2, -1, 1, 2, 10) if value + change > 0]
     return chance.choice([*slips, *([swapped] * 2 if swapped not in (value, 0) else [])])
 
 
-def _solve(steps: Sequence[Step], given: Values, forced: Values | None = None) -> Values:
-    """All values; those in `forced` are taken as they are, and what follows is computed with
-    them.
-    """
-    values = dict(given)
+def _solve(steps: Sequence[Step], numbers: Values, forced: Values | None = None) -> Values:
+    """All values; those in `forced` replace computed ones, also in later steps."""
+    values = dict(numbers)
     for step in steps:
         values[step.finds] = (forced or {}).get(step.finds, step.compute(values))
     return values
@@ -242,14 +240,14 @@ def _write(steps: Sequence[Step], values: Values) -> str:
 
 
 def _place(steps: Sequence[Step], values: Values, wrong: Step) -> tuple[int, int]:
-    """Where the value of a step stands in the written solution."""
+    """The span of a step's value in the written solution."""
     before = "".join(step.says.format(**values) + "\n" for step in steps[: steps.index(wrong)])
     start = len(before) + len(wrong.says.split("{" + wrong.finds + "}")[0].format(**values))
     return start, start + len(str(values[wrong.finds]))
 
 
 def main() -> None:
-    """Write the embedded file."""
+    """Write the embedded file, and print its size."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in embedded_problems()]
     EMBEDDED_SOLUTIONS.write_text("".join(lines), encoding="utf-8")
     print(f"{len(lines)} problems: {EMBEDDED_SOLUTIONS}")

@@ -1,11 +1,11 @@
-"""The feature cache: states of the frozen target, computed once per document and found by a hash of
-its tokens.
+"""The feature cache: states of the frozen target, computed once per document and keyed by a hash
+of its tokens.
 
 A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor
-[S,H] per state, its documents one after the other, and is written atomically: an interrupted run
-goes on where it stopped, and a cache can be extended with more documents at any time. Several
-processes, on several machines too, may write one folder at the same time, each a share of the
-documents (`configs.command_line.work_share`); the manifest takes up their shards as they come.
+[S,H] per state, with its documents concatenated, and is written atomically: an interrupted run can
+be continued, and a cache can be extended at any time. Several processes, also on several machines,
+may write one folder at the same time, each a share of the documents
+(`configs.command_line.work_share`); shards are added to the manifest when they are finished.
 
 Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
 """
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 CacheDtype = Literal["bfloat16", "float32", "int8"]
 _ERRORS = "rms_error"
-"""Of a shard in the manifest: how far off its states are, by name
+"""Key of a shard in the manifest: the rounding error of its states, by name
 (`data.feature_cache.rounding`).
 """
 _MANIFEST_LOCK = ".lock-manifest"
@@ -55,11 +55,11 @@ class FeatureCache:
 
     Args:
         folder: of the cache.
-        fingerprint: of the target the states are wanted from.
-        names: the states wanted.
+        fingerprint: of the target.
+        names: states to read.
 
     Raises:
-        ValueError: no cache there, a foreign target, or states that it does not hold.
+        ValueError: no cache in the folder, another target, or missing states.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class FeatureCache:
         self.manifest = _read_manifest(self.folder)
         _check(self.manifest, self.folder, fingerprint, names)
         _tell_of_old_shards(self.manifest, self.folder)
+        # Where each document lies: its shard, and its rows in it.
         self._index: dict[str, tuple[int, int, int]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
             start = 0
@@ -83,13 +84,14 @@ class FeatureCache:
         return key in self._index
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memory maps, which each process opens for itself."""
+        """The state without memory maps, which every process opens itself."""
         return {**self.__dict__, "_opened": {}}
 
     def require(self, documents: Sequence[Tokens]) -> None:
-        """Check that all documents are cached and their shards intact, before anything expensive.
+        """Check that all documents are cached and their shards are intact.
 
-        Raises ValueError naming the shard, or how many documents are missing.
+        Raises:
+            ValueError: names the damaged shard, or the number of missing documents.
         """
         missing = sum(document.key not in self for document in documents)
         if missing:
@@ -101,7 +103,7 @@ class FeatureCache:
             self.verify(number)
 
     def verify(self, number: int) -> None:
-        """Compare a shard with its checksum; ValueError names a damaged one."""
+        """Compare a shard with its checksum. Raises ValueError for a damaged shard."""
         shard = self.manifest["shards"][number]
         if number in self._verified:
             return
@@ -114,9 +116,7 @@ class FeatureCache:
         self._verified.add(number)
 
     def read(self, key: str) -> dict[StateName, Tensor]:
-        """The wanted states `{name: [T,H]}` of one document, in the cache's dtype (float32 from an
-        int8 one).
-        """
+        """The states `{name: [T,H]}` of one document, in the cache's dtype (float32 from int8)."""
         number, start, stop = self._index[key]
         if number not in self._opened:
             path = self.folder / self.manifest["shards"][number]["file"]
@@ -140,37 +140,41 @@ def cache_features(
     share: Share | None = None,
     gib: float | None = None,
 ) -> Path:
-    """Compute the target's states of all documents, or of a share of them, that the cache does not
-    hold yet.
+    """Compute the target's states of all documents, or of a share of them, that are not cached yet.
+
+    The rounding error of the dtype is measured on every shard, stored in the manifest and printed.
 
     Args:
-        names: state names, see `Target.features`; a cache holds the same ones for all its
-            documents.
-        dtype: of the stored states; a cache holds one.
+        names: state names, see `Target.features`; they are the same for all documents of a cache.
+        dtype: of the stored states; a cache has one dtype.
         batch_tokens: tokens per target call (padding included).
-        shard_tokens: tokens per shard, about.
+        shard_tokens: approximate number of tokens per shard.
         progress: whether the size and a progress bar are shown.
-        share: who writes all of a cache waits for those who write shares, and then finds the work
-            done.
-        gib: the most that the whole folder may hold, all shares of all documents together.
+        share: the part to compute; a process without a share waits for those with one.
+        gib: largest size of the folder in GiB, all shares of all documents together.
 
-    What the dtype costs is measured on every shard, stored in the manifest and printed.
+    Returns:
+        The folder.
 
-    Returns the folder. Raises ValueError for a cache of another target, with other states or in
-    another dtype, and for one that would outgrow `gib` or the disk.
+    Raises:
+        ValueError: a cache of another target, with other states or in another dtype, or one that
+            would exceed `gib` or the disk.
     """
     folder, share = Path(folder), share or Share()
     folder.mkdir(parents=True, exist_ok=True)
+    # 1. Partial files of killed processes, while no other process writes.
     with _writing(folder, share):
         if share.count == 1:
             _remove_leftovers(folder)
+        # 2. What is missing, and whether there is room for it.
         manifest = _open_manifest(folder, target, names, dtype)
         held = {key for shard in manifest["shards"] for key, _ in shard["documents"]}
         lacking = {document.key: document for document in documents if document.key not in held}
         _check_size(folder, sum(map(len, lacking.values())), manifest, gib, progress)
-        own = {document.key for document in documents if share.takes(document.key)}
-        pending = [document for key, document in lacking.items() if key in own]
-        counts = len(held & own), len(own)
+        # 3. This process's part, shard by shard.
+        mine = {document.key for document in documents if share.takes(document.key)}
+        pending = [document for key, document in lacking.items() if key in mine]
+        counts = len(held & mine), len(mine)
         with progress_of("target states", "documents", *counts, progress) as advance:
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
@@ -181,32 +185,34 @@ def cache_features(
 
 
 def _tell_errors(folder: Path) -> None:
-    """Print how far off each state is, over all shards that say so."""
+    """Print the rounding error of each state, over all shards that recorded it."""
     manifest = _read_manifest(folder)
     shards = [shard for shard in manifest["shards"] if _ERRORS in shard]
+    # Squares are averaged by tokens.
     tokens = sum(shard["tokens"] for shard in shards)
     errors = {
         name: (sum(shard["tokens"] * shard[_ERRORS][name] ** 2 for shard in shards) / tokens) ** 0.5
         for name in manifest["states"]
     }
-    told = ", ".join(f"{name} {error:.2%}" for name, error in errors.items())
+    figures = ", ".join(f"{name} {error:.2%}" for name, error in errors.items())
     print(
         f"features {str(folder)!r}: RMS error in {manifest['dtype']} by state, over the "
-        f"{ORDINARY:.0%} of channels of least magnitude: {told}",
+        f"{ORDINARY:.0%} of channels of least magnitude: {figures}",
         flush=True,
     )
 
 
 def _check_size(
-    folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, told: bool
+    folder: Path, tokens: int, manifest: dict[str, Any], gib: float | None, verbose: bool
 ) -> None:
-    """Say how much will be written, and refuse before anything is computed what the limit or the
-    disk cannot hold.
+    """Print the size of what will be written. Raises ValueError, before anything is computed, if it
+    exceeds the limit or the disk.
     """
+    # Sizes in GiB.
     each = len(manifest["states"]) * state_bytes(manifest["hidden_size"], manifest["dtype"]) / 2**30
     needed, there = tokens * each, sum(shard["tokens"] for shard in manifest["shards"]) * each
     free = shutil.disk_usage(folder).free / 2**30
-    if tokens and told:
+    if tokens and verbose:
         print(
             f"features {str(folder)!r}: {tokens} tokens to add, {needed:.2f} GiB in "
             f"{manifest['dtype']} ({there:.2f} GiB are there, {free:.2f} GiB of the disk are free)",
@@ -228,20 +234,21 @@ def _check_size(
 def _states(
     target: Target, group: list[Tokens], manifest: dict[str, Any], batch_tokens: int, advance: Any
 ) -> dict[str, Tensor]:
-    """States [S,H] of a shard's documents in order, as the target gives them; they are run sorted
-    by length, so that little is padded."""
+    """The target's states [S,H] of a shard's documents in order; they are computed sorted by
+    length, so that padding is small."""
     names = [_name(text) for text in manifest["states"]]
-    found: dict[int, dict[str, Tensor]] = {}
+    by_document: dict[int, dict[str, Tensor]] = {}
     order = sorted(range(len(group)), key=lambda i: len(group[i]))
     for chosen in _length_batches(order, group, batch_tokens):
         batch = collate([[group[i]] for i in chosen], device=target.device)
         states_BTH = target.features(batch, names)
         for row, i in enumerate(chosen):
-            found[i] = {str(n): states_BTH[n][row, : len(group[i])].cpu() for n in names}
+            by_document[i] = {str(n): states_BTH[n][row, : len(group[i])].cpu() for n in names}
         advance(len(chosen))
+    # Back in the order of the documents.
     return {
-        name: torch.cat([found[i][name] for i in range(len(group))]).contiguous()
-        for name in found[0]
+        name: torch.cat([by_document[i][name] for i in range(len(group))]).contiguous()
+        for name in by_document[0]
     }
 
 
@@ -275,7 +282,7 @@ def _groups(documents: Sequence[Tokens], shard_tokens: int) -> Iterator[list[Tok
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what kills left half written; nobody else may be writing."""
+    """Delete partial files of killed processes; no other process may be writing."""
     for partial in folder.glob(f"*{PARTIAL}"):
         partial.unlink()
 
@@ -287,6 +294,7 @@ def _append_shard(
     states: dict[str, Tensor],
     target: Target,
 ) -> None:
+    # 1. Round the states, and measure the error.
     held, errors = {}, {}
     for name, state in states.items():
         tensors, errors[name] = stored(name, state, manifest["dtype"])
@@ -296,6 +304,7 @@ def _append_shard(
             f"the target's states hold NaN or infinity (in {manifest['dtype']}): use --dtype "
             "float32"
         )
+    # 2. Write the shard under a name that its documents determine.
     digest = hashlib.sha256("".join(document.key for document in group).encode()).hexdigest()
     path = folder / f"shard-{digest[:16]}.safetensors"
     with whole_file(path) as partial:
@@ -309,13 +318,14 @@ def _append_shard(
         _ERRORS: errors,
         "documents": [[document.key, len(document)] for document in group],
     }
+    # 3. Add it to the manifest, which other processes may have extended.
     with _locked(folder / _MANIFEST_LOCK):
         current = _read_manifest(folder)
         _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
 
 
 def _computing_in(target: Target) -> str:
-    """The precision in which matrices are multiplied now: the target's, or autocast's."""
+    """The precision of matrix products at this point: the target's, or autocast's."""
     kind = target.device.type
     chosen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else target.dtype
     return str(chosen).removeprefix("torch.")
@@ -324,7 +334,7 @@ def _computing_in(target: Target) -> str:
 def _open_manifest(
     folder: Path, target: Target, names: Sequence[StateName], dtype: str
 ) -> dict[str, Any]:
-    """The manifest, begun if there is none, without shards that have been deleted."""
+    """The manifest, created if missing, without shards whose files were deleted."""
     with _locked(folder / _MANIFEST_LOCK):
         if (folder / "manifest.json").exists():
             manifest = _read_manifest(folder)
@@ -340,9 +350,10 @@ def _open_manifest(
                 "states": [str(name) for name in names],
                 "shards": [],
             }
-        kept = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
-        _write_manifest(folder, {**manifest, "shards": kept})
-    return {**manifest, "shards": kept}
+        # A deleted shard is computed again.
+        existing = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
+        _write_manifest(folder, {**manifest, "shards": existing})
+    return {**manifest, "shards": existing}
 
 
 def _check(
@@ -362,7 +373,7 @@ def _check(
 
 
 def _tell_of_old_shards(manifest: dict[str, Any], folder: Path) -> None:
-    """Warn of int8 shards that have no scales of channels."""
+    """Warn about int8 shards without scales of channels."""
     old = sum(_ERRORS not in shard for shard in manifest["shards"])
     if old and manifest["dtype"] == "int8":
         logger.warning(
@@ -388,6 +399,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"features {str(folder)!r} hold no feature cache: build it with `python -m "
             "data.features`"
         )
+    # Damage, then another version.
     try:
         manifest = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -421,9 +433,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _writing(folder: Path, share: Share) -> Iterator[None]:
-    """One process writes a share at a time, and nobody else while all is written: the others
-    wait.
-    """
+    """Lock a share for one process, or the whole folder if everything is written; others wait."""
     with _locked(folder / ".lock", shared=share.count > 1), _locked(folder / f".lock-{share}"):
         yield
 
@@ -432,6 +442,7 @@ def _writing(folder: Path, share: Share) -> Iterator[None]:
 def _locked(path: Path, shared: bool = False) -> Iterator[None]:
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(path, "a+") as lock:
+        # Say once why it takes long, then wait.
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""How states are rounded for a cache, what comes back, and how far off it is.
+"""Rounding of states for a cache, reading them back, and the rounding error.
 
 Shape legend: S tokens of a shard, T tokens of a document, H hidden size.
 """
@@ -14,7 +14,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.in
 ORDINARY = 0.98
 """Share of channels, those of least magnitude, whose error is reported."""
 _SCALES, _CHANNELS = ".scales", ".channels"
-"""What the scales of an int8 state are called: the state's name and these."""
+"""Suffixes of the names of an int8 state's scales."""
 
 
 def state_bytes(hidden_size: int, dtype: str) -> int:
@@ -23,13 +23,13 @@ def state_bytes(hidden_size: int, dtype: str) -> int:
 
 
 def quantised(states_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 [S,H], a float32 scale per token [S,1] and one per channel [1,H]; their product comes
-    back.
+    """int8 [S,H], a float32 scale per token [S,1] and one per channel [1,H]; their product
+    approximates the states.
 
-    A channel's scale is its mean magnitude over the shard, a token's its largest magnitude ÷ 127
-    after that division. A few channels are a hundred times as large as the others (massive
-    activations, Sun et al. 2024, arXiv 2402.17762); with a scale per token alone the others would
-    be rounded to nothing.
+    A channel's scale is its mean magnitude over the shard. A token's scale is its largest magnitude
+    ÷ 127 after division by the channels' scales. A few channels are a hundred times as large as the
+    others (massive activations, Sun et al. 2024, arXiv 2402.17762); with only a scale per token the
+    others would be rounded to zero.
     """
     values_SH = states_SH.float()
     channels_1H = values_SH.abs().mean(0, keepdim=True).clamp(min=1e-30)
@@ -39,18 +39,18 @@ def quantised(states_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored(name: str, states_SH: Tensor, dtype: str) -> tuple[dict[str, Tensor], float]:
-    """What a shard holds of one state of its documents, and the RMS error of that."""
+    """The tensors of one state in a shard, by name, and their RMS error."""
     if dtype != "int8":
         rounded_SH = states_SH.to(DTYPES[dtype])
         return {name: rounded_SH}, rms_error(states_SH, rounded_SH)
     whole_SH, scales_S1, channels_1H = quantised(states_SH)
-    kept = {name: whole_SH, f"{name}{_SCALES}": scales_S1, f"{name}{_CHANNELS}": channels_1H}
-    return kept, rms_error(states_SH, whole_SH.float() * scales_S1 * channels_1H)
+    tensors = {name: whole_SH, f"{name}{_SCALES}": scales_S1, f"{name}{_CHANNELS}": channels_1H}
+    return tensors, rms_error(states_SH, whole_SH.float() * scales_S1 * channels_1H)
 
 
 def restored(opened: Any, name: str, start: int, stop: int, dtype: str, by_channel: bool) -> Tensor:
-    """Tokens `start … stop-1` of a state in an open shard [T,H], float32 from an int8 one. Shards
-    of earlier versions have no scales of channels (`by_channel` False)."""
+    """Tokens `start … stop-1` of a state in an open shard [T,H], as float32 from int8. Shards of
+    earlier versions have no scales of channels (`by_channel` False)."""
     states_TH = opened.get_slice(name)[start:stop]
     if dtype != "int8":
         return states_TH
@@ -59,8 +59,8 @@ def restored(opened: Any, name: str, start: int, stop: int, dtype: str, by_chann
 
 
 def rms_error(exact_SH: Tensor, found_SH: Tensor) -> float:
-    """RMS of the difference ÷ RMS of the states, over the ORDINARY channels: those few that are far
-    larger would hide the others' error."""
+    """RMS of the difference ÷ RMS of the states, over the ORDINARY channels: the few much larger
+    channels would hide the others' error."""
     exact_SH = exact_SH.float()
     ordinary = exact_SH.abs().mean(0).argsort()[: max(1, int(ORDINARY * exact_SH.shape[1]))]
     exact_SC, found_SC = exact_SH[:, ordinary], found_SH[:, ordinary].float()

@@ -1,8 +1,8 @@
-"""Prompts as chats that are answered turn by turn, the journal of their answers, and the rows that
-come out: what `data.regenerate` and `data.endpoint` share.
+"""Prompts as chats that are answered turn by turn, the journal of their answers, and the resulting
+rows, for `data.regenerate` and `data.endpoint`.
 
-A chat that has answers loses them: each of its questions is answered behind the new answers to the
-earlier ones, so that no turn goes on from words that the target did not say.
+Existing answers of a chat are replaced: each question is answered after the new answers to the
+earlier ones, so that no turn continues text that the target did not generate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ANSWER = ("response", "response_ids", "temperature", "finished")
 
 
 class Key(NamedTuple):
-    """An answer: number `number` to question `turn` of prompt `index`."""
+    """The key of an answer: number `number` to question `turn` of prompt `index`."""
 
     index: int
     number: int
@@ -38,30 +38,32 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """A prompt's questions: for each, the turns that stand before its answer, behind the answer
-    before it.
-    """
+    """A prompt's questions: for each, the turns between the previous answer and its answer."""
 
     index: int
     row: Row
     questions: list[list[Message]]
 
     def before(self, answers: Sequence[Mapping[str, Any]]) -> list[Message]:
-        """All turns up to the question behind the given answers."""
+        """All turns up to the question after the given answers."""
         turns = list(self.questions[0])
         for answer, question in zip(answers, self.questions[1:]):
             turns += [_turn(answer), *question]
         return turns
 
     def answered(self, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The prompt's row with the last answer, and all turns as `messages` where one answer alone
-        does not tell them."""
+        """The prompt's row with the last answer, and with all turns as `messages` if the row and
+        the answer do not determine them."""
         content, last = self.row.content, answers[-1]
-        kept = {key: value for key, value in content.items() if key not in (*CHATS, "turns")}
+        prompt_keys = {key: value for key, value in content.items() if key not in (*CHATS, "turns")}
         made = {key: last[key] for key in _ANSWER if key in last}
-        if len(self.questions) > 1 or len(kept) < len(content) or "reasoning_content" in last:
+        if (
+            len(self.questions) > 1
+            or len(prompt_keys) < len(content)
+            or "reasoning_content" in last
+        ):
             made["messages"] = [*self.before(answers[:-1]), _turn(last)]
-        return {**kept, **made}
+        return {**prompt_keys, **made}
 
 
 def _turn(answer: Mapping[str, Any]) -> Message:
@@ -90,12 +92,13 @@ def prompt_rows(prompts: str, limit: int | None, tally: Tally) -> list[Row]:
 
 
 def chats_of(rows: Sequence[Row], tally: Tally) -> list[Chat]:
-    """The chats that rows open; others are counted.
+    """The chats of rows with a question; other rows are counted.
 
     Raises:
-        ValueError: none does.
+        ValueError: no row has a question.
     """
     chats = []
+    # Tools and unreadable rows are reasons to skip.
     for index, row in enumerate(rows):
         try:
             if row.content.get("tools"):
@@ -111,9 +114,9 @@ def chats_of(rows: Sequence[Row], tally: Tally) -> list[Chat]:
 def open_questions(
     chats: Sequence[Chat], turn: int, answers: int, journal: Journal
 ) -> Iterator[tuple[Chat, Key, list[Message]]]:
-    """Questions number `turn` that are not answered, behind their chats so far.
+    """Unanswered questions number `turn`, each with all turns before its answer.
 
-    A chat ends at an answer that was cut off, or that could not be made: nothing follows from it.
+    A chat ends at a truncated or missing answer.
     """
     for chat in chats:
         for number in range(answers if turn < len(chat.questions) else 0):
@@ -123,7 +126,7 @@ def open_questions(
 
 
 def prompts_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of all prompts."""
+    """Hash of all prompts, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(list(prompts), default=str).encode()).hexdigest()[:16]
 
 
@@ -131,43 +134,48 @@ def prompts_digest(prompts: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Journal:
-    """Answers made so far, one line each behind a line of settings.
+    """Answers so far, one line each, after a first line of settings.
 
-    A line that is cut or damaged is dropped, and its answer made anew; a journal without answers is
-    begun anew. It is written with the first answer.
+    Truncated or damaged lines are dropped, and their answers are generated again; a journal without
+    answers starts anew. The file is created with the first answer.
 
     Args:
         needs: the key that a line must hold besides `index` and `number`.
 
     Raises:
-        ValueError: it holds answers made with other settings.
+        ValueError: it holds answers with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], needs: str = "response") -> None:
         self.path, self.settings, self.needs = path, settings, needs
         self.answers: dict[Key, dict[str, Any]] = {}
         self._begun = False
+        # 1. Read what can be read.
         lines = (
             path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         )
-        begun, found = _object(lines[0]) if lines else None, [*map(_object, lines[1:])]
-        damaged = sum(not self._remember(answer) for answer, line in zip(found, lines[1:]) if line)
+        begun, entries = _object(lines[0]) if lines else None, [*map(_object, lines[1:])]
+        damaged = sum(
+            not self._remember(answer) for answer, line in zip(entries, lines[1:]) if line
+        )
         if not self.answers:
             return
         if damaged:
             logger.warning(
                 "journal %r: %d line(s) hold no answer, which are made anew", str(path), damaged
             )
+        # 2. Refuse answers that were made with other settings.
         for key, value in settings.items():
             if begun is None or begun.get(key) != value:
                 raise ValueError(
                     f"journal {str(path)!r} was begun with {key} {begun and begun.get(key)}, not "
                     f"{value}: restore it, or delete the journal"
                 )
+        # 3. Rewrite the file without damaged lines.
         self._write(self.answers.values())
 
     def append(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Write a batch of answers through to the disk."""
+        """Write a batch of answers and wait until they are on disk."""
         answers = clean(list(answers))
         for answer in answers:
             self._remember(answer)
@@ -177,16 +185,16 @@ class Journal:
         append_lines(self.path, map(json.dumps, answers))
 
     def said(self, index: int, number: int) -> list[dict[str, Any]]:
-        """The answers to a prompt's first questions, as far as they go."""
-        found = (self.answers.get(Key(index, number, turn)) for turn in range(len(self.answers)))
-        return list(iter(lambda: next(found, None), None))
+        """The answers to a prompt's questions, up to the first without an answer."""
+        answers = (self.answers.get(Key(index, number, turn)) for turn in range(len(self.answers)))
+        return list(iter(lambda: next(answers, None), None))
 
     def remove(self) -> None:
-        """Delete it, when the output holds all of it."""
+        """Delete the journal, after the output is written."""
         self.path.unlink(missing_ok=True)
 
     def _write(self, answers: Any) -> None:
-        lines = [json.dumps(one) + "\n" for one in (self.settings, *answers)]
+        lines = [json.dumps(entry) + "\n" for entry in (self.settings, *answers)]
         whole(self.path, "".join(lines).encode())
         self._begun = True
 
@@ -194,23 +202,23 @@ class Journal:
         if answer is None or not isinstance(answer.get(self.needs), str | list):
             return False
         place = [answer.get("index"), answer.get("number"), answer.get("turn", 0)]
-        if not all(type(one) is int for one in place):
+        if not all(type(number) is int for number in place):
             return False
         self.answers[Key(*map(int, place))] = answer  # pyright: ignore[reportArgumentType]
         return True
 
 
 def _object(line: str) -> dict[str, Any] | None:
-    """What a line holds; None if that is no JSON object."""
+    """The JSON object of a line; None if it is none."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return clean(found) if isinstance(found, dict) else None
+    return clean(value) if isinstance(value, dict) else None
 
 
 def writable(output: Path) -> Path:
-    """A path that answers may be written to; ValueError if not."""
+    """The path, if answers can be written to it; raises ValueError otherwise."""
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"output {str(output)!r} must end in .jsonl or .jsonl.gz")
     if output.exists():
@@ -221,11 +229,11 @@ def writable(output: Path) -> Path:
 
 @contextmanager
 def making(output: Path) -> Iterator[Path]:
-    """A path that answers may be written to, kept from other runs while the block lasts: they would
-    write into the same journal.
+    """A path that answers can be written to, locked inside of the `with` block, because other runs
+    would write into the same journal.
 
     Raises:
-        ValueError: as `writable`, or another run is making it.
+        ValueError: as `writable`, or another run is writing it.
     """
     with claimed_file(writable(output)):
         yield writable(output)
@@ -234,8 +242,8 @@ def making(output: Path) -> Iterator[Path]:
 def write_answers(
     output: Path, chats: Sequence[Chat], answers: int, journal: Journal, tally: Tally
 ) -> None:
-    """One row for each of `answers` to every chat that has one, and remove the journal. Chats that
-    ended early are counted."""
+    """Write one row per answer number and chat, and remove the journal. Chats that ended early are
+    counted."""
     rows = []
     for chat in chats:
         for number in range(answers):
@@ -249,23 +257,23 @@ def write_answers(
 
 
 def write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows at once; compressed files are the same bytes for the same rows."""
+    """Write all rows atomically; compressed files of the same rows are identical."""
     lines = (json.dumps(clean(row), ensure_ascii=False, default=str) + "\n" for row in rows)
     content = "".join(lines).encode()
     whole(output, gzip.compress(content, 9, mtime=0) if output.suffix == ".gz" else content)
 
 
 def whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or as it was."""
+    """Write a file atomically."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
 def placed(rows: Sequence[dict[str, Any]]) -> list[Row]:
-    """Rows that were made in Python."""
+    """Rows from Python objects, with places."""
     return [Row(Place("prompts", "row", number), clean(row)) for number, row in enumerate(rows, 1)]
 
 
 def summary(output: str | Path, count: int, tally: Tally) -> str:
-    """What a run says at its end: how many answers, and what was left out."""
+    """The final message of a run: the number of answers, and reasons of skipped rows."""
     return "\n".join([f"{count} answers: {output}", *tally.lines()])

@@ -1,6 +1,4 @@
-"""One HTTP request to a server that may do anything: no redirects, a limit of time for the whole,
-bounded answers.
-"""
+"""One HTTP request to an untrusted server: no redirects, a total time limit, bounded answers."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import Any
 from configs.command_line.redaction import printable, redacted
 
 LONGEST_TROUBLE = 300
-"""Characters of what a server says of an error."""
+"""Characters of an error message that are shown."""
 
 
 class Redirected(ValueError):
@@ -23,7 +21,7 @@ class Redirected(ValueError):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key on to whatever address the server names, and take its answer."""
+    """Refuses redirects: urllib would send the key to any address that the server names."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -36,9 +34,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Deadline:
-    """Ends the connections of one request, whatever they are doing, `seconds` after it began.
+    """Closes the connections of one request `seconds` after its start.
 
-    A server that sends a byte now and then never meets the timeout of one read.
+    A server that sends a byte now and then never exceeds the timeout of a single read.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -55,7 +53,7 @@ class _Deadline:
         self._timer.cancel()
 
     def watch(self, opened: socket.socket) -> None:
-        """End this connection too."""
+        """Also close this connection at the deadline."""
         self._sockets.append(opened)
         if self.late.is_set():
             self._cut_off()
@@ -67,14 +65,15 @@ class _Deadline:
                 opened.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
-        """TimeoutError if the time is over."""
+        """Raise TimeoutError after the deadline."""
         if self.late.is_set():
             raise TimeoutError(f"no whole answer within {self.seconds:g} seconds")
 
 
 def _opener(deadline: _Deadline) -> urllib.request.OpenerDirector:
-    """What opens addresses without following redirects, watched by the deadline."""
+    """An opener without redirects, whose connections are closed at the deadline."""
 
+    # Sockets register with the deadline as soon as they are connected.
     class Plain(HTTPConnection):
         def connect(self) -> None:
             super().connect()
@@ -97,7 +96,7 @@ def _opener(deadline: _Deadline) -> urllib.request.OpenerDirector:
 
 
 class Trouble(ValueError):
-    """A status of trouble; the message is the status and the beginning of what came with it."""
+    """An HTTP error; the message is the status and the beginning of the body."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code} {text}")
@@ -107,12 +106,12 @@ class Trouble(ValueError):
 def post(
     address: str, body: bytes, headers: dict[str, str], seconds: float, most: int
 ) -> tuple[bytes, bool]:
-    """The answer's body, cut behind `most` bytes, and whether it came whole.
+    """The answer's body, truncated after `most` bytes, and whether it is complete.
 
     Raises:
-        TimeoutError: it took longer than `seconds` in all, however it was spread.
-        Redirected: the server sent the request elsewhere.
-        Trouble: a status of trouble.
+        TimeoutError: the request took longer than `seconds` in all.
+        Redirected: the server redirects.
+        Trouble: an HTTP error.
         OSError, http.client.HTTPException: as urllib.
     """
     request = urllib.request.Request(address, body, headers)
@@ -124,13 +123,14 @@ def post(
                 return read, not response.length
         except urllib.error.HTTPError as error:
             raise Trouble(error.code, _said(error)) from None
+        # A connection that the deadline closed fails in many ways: report the timeout.
         except Exception:
             deadline.check()
             raise
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """The beginning of what came with a status, without credentials that it repeats."""
+    """The beginning of an error's body, with credentials redacted."""
     try:
         return printable(redacted(error.read(LONGEST_TROUBLE).decode(errors="replace")))
     except Exception as trouble:  # a connection can break in many ways here

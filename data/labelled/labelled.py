@@ -1,4 +1,4 @@
-"""Answers whose tokens are labelled right or wrong, as batches: what a judge learns from.
+"""Answers whose tokens are labelled right or wrong, as batches for training judges.
 
 Shape legend: B rows, T tokens of a row or document.
 """
@@ -34,11 +34,9 @@ LabelledSpan = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """An answer, and the characters of it that are known to be right or wrong; the others teach
-    nothing.
+    """An answer with the characters that are known to be right or wrong; others have no label.
 
-    ids: its tokens, where they are known (text may be cut into other tokens than those it was made
-    of); spans count them then.
+    ids: its tokens, if recorded (encoding the text may give other tokens); spans then count tokens.
     """
 
     messages: list[Message]
@@ -70,25 +68,26 @@ def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> l
     """The labelled answers of one row.
 
     A problem gives each right solution (all of it right), `corruptions` copies of each with one
-    result changed, and its wrong solutions whose error is known. Wrong answers end behind their
-    error: what follows is not labelled. Where an error is inferred
-    (`data.labelled.solution_errors.first_error`) label 0 says that the token belongs to the first
-    step that no right solution takes, not that the token itself is wrong. A beginning that an
-    earlier answer to the question has too is not labelled again: to the target its tokens are the
-    same ones, and they would weigh once per
-        copy.
+    changed result, and its wrong solutions with a known error. Wrong answers end after their
+    error: what follows has no label. Where an error is inferred
+    (`data.labelled.solution_errors.first_error`), label 0 means that the token belongs to the first
+    step that no right solution takes, not that the token itself is wrong. A common beginning with
+    an earlier answer to the question is labelled only once: to the target its tokens are the same,
+    and they would otherwise be counted once per copy.
 
     Raises:
         Skipped: a row of an unknown shape.
     """
+    # 1. A problem with solutions.
     if is_problem(row):
         problem = read_problem(row)
-        asked = [{"role": "user", "content": problem.question}]
+        messages = [{"role": "user", "content": problem.question}]
         chance = random.Random(f"{seed} {problem.question}")
         return [
-            LabelledAnswer(asked, text, spans)
+            LabelledAnswer(messages, text, spans)
             for text, spans in _answers(problem, corruptions, chance)
         ]
+    # 2. A response with spans, of characters or of its recorded tokens.
     response, spans, ids = row.get("response"), row.get("spans"), token_ids(row.get("response_ids"))
     if not isinstance(response, str) or not isinstance(spans, list):
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
@@ -107,7 +106,7 @@ def _span(span: Any, length: int) -> LabelledSpan:
     if (
         not isinstance(span, list)
         or len(span) != 3
-        or not all(type(one) is int for one in span)
+        or not all(type(bound) is int for bound in span)
         or not (0 <= span[0] < span[1] <= length and span[2] in (0, 1))
     ):
         raise Skipped("a span is no [start, end, label] inside the response with label 0 or 1")
@@ -117,7 +116,7 @@ def _span(span: Any, length: int) -> LabelledSpan:
 def _answers(
     problem: Problem, corruptions: int, chance: random.Random
 ) -> Iterator[tuple[str, tuple[LabelledSpan, ...]]]:
-    """Texts and their spans, whose right ones begin where the answer leaves all earlier ones."""
+    """Texts and their spans; right spans begin where the text differs from all earlier ones."""
     earlier = list[str]()
     for text, (start, end) in _solutions(problem, corruptions, chance):
         shared = max((len(commonprefix((text[:start], other))) for other in earlier), default=0)
@@ -131,8 +130,8 @@ def _answers(
 def _solutions(
     problem: Problem, corruptions: int, chance: random.Random
 ) -> Iterator[tuple[str, Span]]:
-    """Texts that end behind their error, and the error's characters (none at the end if it is
-    right)."""
+    """Texts that end after their error, and the error's characters (an empty span at the end of
+    right texts)."""
     for solution in problem.right:
         yield solution.text, (len(solution.text), len(solution.text))
         for _ in range(corruptions):
@@ -143,9 +142,9 @@ def _solutions(
 
 
 def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, Span]]:
-    """A right solution with one of its results changed, cut behind it, and the digits that differ.
+    """A right solution with one changed result, truncated after it, and the digits that differ.
 
-    Nothing where `inject` finds nothing to change.
+    Yields nothing if `inject` cannot change a result.
     """
     changed = inject(text, chance)
     if changed is not None:
@@ -156,38 +155,38 @@ def corrupted(text: str, chance: random.Random) -> Iterator[tuple[str, Span]]:
 
 
 def tokenize_labelled(answer: LabelledAnswer, tokenizer: Any, max_length: int) -> LabelledTokens:
-    """The answer behind the target's chat template, as in decoding. A token that touches a wrong
+    """The answer after the target's chat template, as in decoding. A token that overlaps a wrong
     character is wrong.
 
     Raises:
-        Skipped: no labelled token within `max_length`, or the answer's tokens are another
-            tokenizer's.
+        Skipped: no labelled token within `max_length`, or recorded tokens of another tokenizer.
     """
     prompt = prompt_ids(answer.messages, tokenizer)
     response, places = _response(answer, tokenizer)
     labels = [_label(start, end, answer.spans) for start, end in places]
     ids = torch.tensor([*prompt, *response])[:max_length]
-    found = torch.tensor([-1] * len(prompt) + labels)[:max_length]
-    if not bool((found >= 0).any()):
+    label_ids = torch.tensor([-1] * len(prompt) + labels)[:max_length]
+    if not bool((label_ids >= 0).any()):
         raise Skipped(f"no labelled token within the context ({max_length} tokens)")
     return LabelledTokens(
         ids,
-        found >= 0,
-        found == 1,
+        label_ids >= 0,
+        label_ids == 1,
         min(len(prompt), max_length),
         cut=len(prompt) + len(response) > max_length,
     )
 
 
 def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Sequence[Span]]:
-    """The answer's tokens, and where each stands in what the spans count."""
+    """The answer's tokens, and their places in the units of the spans (characters or tokens)."""
     if answer.ids is None:
         return answer_spans(
             [*answer.messages, {"role": "assistant", "content": answer.response}], tokenizer
         )
-    own = max(answer.ids, default=0) < len(tokenizer)
+    # Recorded tokens must decode to the answer.
+    in_vocabulary = max(answer.ids, default=0) < len(tokenizer)
     if (
-        not own
+        not in_vocabulary
         or tokenizer.decode(
             list(answer.ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -221,10 +220,10 @@ def tokenize_labelled_rows(
 
     Args:
         vocab: rows of the model's embedding, see `data.conversations.check_ids`.
-        tally: counts what is left out; it may hold rows that could not be read.
+        tally: counts skipped rows; it may already hold unreadable ones.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: no labelled answer can be used.
     """
     tally = Tally("answer") if tally is None else tally
 
@@ -253,6 +252,7 @@ class LabelledBatches(Batches):
 
     def _collate(self, rows: list[list[LabelledTokens]]) -> LabelledBatch:
         text = super()._collate(rows)
+        # Labels and questions in the layout of the packed rows.
         labels, questions = torch.zeros_like(text.input_ids), torch.zeros_like(text.input_ids)
         for b, row in enumerate(rows):
             joined = torch.cat([document.labels for document in row])
@@ -271,7 +271,7 @@ class LabelledData(ConversationData):
     """Answers labelled token by token; the other keys are those of `ConversationData`.
 
     Args:
-        corruptions: copies of each right solution in which one result is changed.
+        corruptions: copies of each right solution with one changed result.
         kwargs: `train` and `validation` are files or Hub data sets whose rows hold a question with
             right and wrong solutions, or labelled spans; `embedded` are word problems written for
             this project.

@@ -1,11 +1,11 @@
-"""Labels mined from where a drafter leaves its target: does the answer change if the draft is kept?
+"""Labels mined from mismatches of drafter and target: does accepting the draft change the answer?
 
-AutoJudge's way to a judge's data without annotators (Garipov et al. 2025, arXiv 2504.20039, section
-3): every position of the target's answer is drafted; at each mismatch a drafted token replaces the
-target's, the target finishes, and the final answers are compared. A token that changes nothing is
-right (the first such stays in the text that is looked at next), one that changes the answer is
-wrong. The search continues at the next position. Only answers that end of themselves are
-compared: where one was cut short there is no label.
+This is AutoJudge's method to label a judge's training data without annotators (Garipov et al. 2025,
+arXiv 2504.20039, section 3). Every position of the target's answer is drafted; at each mismatch a
+drafted token replaces the target's, the target finishes, and the final answers are compared. A
+token that does not change the answer is right (the first of them stays in the text for the next
+position), one that changes it is wrong. The search continues at the next position. Only complete
+answers are compared: a truncated one gives no label.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A place where the target rejected all that was drafted.
+    """A position where the target rejected all drafted tokens.
 
-    text: new tokens before it. drafted: the tokens drafted there, in the tree's order. chosen: the
-    target's own.
+    text: new tokens before it. drafted: the rejected tokens, in the tree's order. chosen: the
+    target's token.
     """
 
     text: list[int]
@@ -47,19 +47,21 @@ def first_divergence(
     target: Target, drafter: Drafter, ids: list[int], limit: int
 ) -> Divergence | None:
     """The first mismatch when the target continues `ids` greedily by at most `limit` tokens; None
-    if there is none, or only behind an end of sequence.
+    if there is none before an end of sequence.
 
-    Every position is drafted, the first one behind `ids` too: drafting begins at the last of them.
-    Where all of a path was right, it goes on from that path's last draft, not from the token that
-    the target added, which nothing was drafted for.
+    Every position is drafted, including the first one after `ids`. If a whole path was right,
+    drafting continues from its last draft, not from the bonus token, because no token was drafted
+    at that position.
     """
     rule, draws, text = GreedyRule(), Draws(Sampling(), [torch.Generator(target.device)]), []
     check_pairing(rule, drafter.sibling_draw)
     state, session = _begin(target, drafter, ids, limit)
     while len(text) < limit:
+        # 1. Draft and verify one tree.
         tree = proposal(drafter, state, drafter.default_budget)
         verified = session.verify(tree, drafter.decoding_states)
         accepted = rule(tree, verified, draws)
+        # 2. Accepted drafts, and the drafts below them that were rejected.
         path, chosen = accepted.paths[0], int(accepted.next_B)
         drafts = tree.tokens_BN[0, path[1:]].tolist()
         below = tree.acceptable_BN[0] & (tree.parents_BN[0] == path[-1])
@@ -69,7 +71,7 @@ def first_divergence(
             return None
         if rejected:
             return Divergence(text, rejected, chosen)
-        # The last draft becomes the next root, and what the target says behind it is drafted too.
+        # 3. The last draft becomes the next root, so that the bonus token's position is drafted.
         if drafts:
             accepted = Accepted(
                 accepted.path_BA[:, : len(drafts)],
@@ -84,7 +86,7 @@ def first_divergence(
 def _begin(
     target: Target, drafter: Drafter, ids: list[int], limit: int
 ) -> tuple[DraftState, Session]:
-    """The target has read all ids but the last, which is the root of the first tree."""
+    """A state and a session after all ids but the last, which is the root of the first tree."""
     assert len(ids) > 1, "a chat template leaves more than one token"
     read = torch.tensor([ids[:-1]], device=target.device)
     lengths_B = torch.tensor([len(ids) - 1], device=target.device)
@@ -99,38 +101,41 @@ def mine(
     target: Target, drafter: Drafter, messages: list[Message], limit: int, most: int
 ) -> Iterator[dict[str, Any]]:
     """Labelled rows `{prompt, response, response_ids, spans}` for `data.labelled.labelled`, one per
-    drafted token at each mismatch. None where the target's own answer is cut at `limit` or holds no
-    number.
+    drafted token at each mismatch. No rows if the target's own answer is truncated at `limit` or
+    has no number.
 
     Args:
-        target: whose answers they are.
-        drafter: what it is served by.
+        target: the model that answers.
+        drafter: its drafter.
         messages: the question.
         limit: new tokens per answer.
-        most: mismatches looked at, from the beginning of the answer.
+        most: number of mismatches to label, from the beginning of the answer.
     """
+    # 1. The target's own answer, which all others are compared with.
     prompt, text = prompt_ids(messages, target.tokenizer), list[int]()
     (answer,) = _answers(target, prompt, [text], limit)
     for _ in range(most if answer else 0):
-        found = first_divergence(target, drafter, prompt + text, limit - len(text))
-        if found is None:
+        mismatch = first_divergence(target, drafter, prompt + text, limit - len(text))
+        if mismatch is None:
             return
-        text = text + found.text
-        drafts = [token for token in found.drafted if token not in target.eos_ids]
+        text = text + mismatch.text
+        drafts = [token for token in mismatch.drafted if token not in target.eos_ids]
+        # 2. Finish the answer after each rejected draft, and label it.
         said = _answers(target, prompt, [[*text, token] for token in drafts], limit)
         for token, other in zip(drafts, said, strict=True):
             if other is not None:
                 yield _row(target, messages, [*text, token], other == answer)
+        # 3. Continue with the first draft that keeps the answer, or the target's token.
         text = [
             *text,
-            next((token for token, other in zip(drafts, said) if other == answer), found.chosen),
+            next((token for token, other in zip(drafts, said) if other == answer), mismatch.chosen),
         ]
         if text[-1] in target.eos_ids:
             return
 
 
 def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -> dict[str, Any]:
-    """The last token is what the label is about."""
+    """A row whose label belongs to the last token."""
     return {
         "prompt": messages,
         "response": _written(target, ids),
@@ -142,8 +147,8 @@ def _row(target: Target, messages: list[Message], ids: list[int], right: bool) -
 def _answers(
     target: Target, prompt: list[int], texts: list[list[int]], limit: int
 ) -> list[str | None]:
-    """The final number when the target goes on greedily from each of some texts of one length;
-    empty if it ends without one, None if it is cut at `limit`."""
+    """The final number of the target's greedy continuation of each text; all have one length. Empty
+    if there is no number, None if the answer is truncated at `limit`."""
     if not texts or len(texts[0]) >= limit:
         return [None] * len(texts)
     traces = SpeculativeDecoder(target).decode(

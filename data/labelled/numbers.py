@@ -1,11 +1,11 @@
-"""Numbers in texts, as people write them."""
+"""Numbers in natural-language texts."""
 
 from __future__ import annotations
 
 import re
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-"""With thousands separators, perhaps negative or with a fraction."""
+"""A number with optional sign, thousands separators and fraction."""
 
 
 def plain_number(number: str) -> str:
@@ -16,5 +16,5 @@ def plain_number(number: str) -> str:
 
 def final_number(text: str) -> str | None:
     """The last number of a text, as `plain_number` writes it; None if it has none."""
-    found = NUMBER.findall(text)
-    return plain_number(found[-1]) if found else None
+    numbers = NUMBER.findall(text)
+    return plain_number(numbers[-1]) if numbers else None

@@ -1,6 +1,4 @@
-"""Problems with solutions that are known to be right or wrong: what judges and token-level
-preferences learn from.
-"""
+"""Problems with right and wrong solutions: data for judges and token-level preferences."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ Span = tuple[int, int]
 class Solution:
     """A worked answer.
 
-    text: without calculator annotations. right: whether its final answer is. error: characters of
-    the first mistake in `text`, where it is known. inferred: the mistake is only known to lie in
-    the step that `error` spans, see `first_error`.
+    text: without calculator annotations. right: whether its final answer is right. error:
+    characters of the first mistake in `text`, if known. inferred: whether the mistake may be
+    anywhere in the step that `error` spans, see `first_error`.
     """
 
     text: str
@@ -48,40 +46,39 @@ class Solution:
 
     @property
     def answer(self) -> str | None:
-        """Its final number as written; None if it states none."""
-        found = _ANSWER.findall(self.text)
-        return plain_number(found[-1]) if found else None
+        """Its final number as written; None without one."""
+        numbers = _ANSWER.findall(self.text)
+        return plain_number(numbers[-1]) if numbers else None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and solutions to it."""
+    """A question and its solutions."""
 
     question: str
     solutions: tuple[Solution, ...]
 
     @property
     def right(self) -> list[Solution]:
-        """The right ones, in order."""
+        """The right solutions, in order."""
         return [solution for solution in self.solutions if solution.right]
 
     @property
     def positive(self) -> Solution:
-        """The right solution that a wrong one is paired with: of those that were sampled as it was,
-        or else of all, the first with their most frequent answer. (The one that came with the
-        question a person wrote.)"""
+        """The right solution to pair with wrong ones: of the sampled solutions, or else of all, the
+        first with the most frequent answer. (The first solution was written by a person.)"""
         candidates = self.right[1:] or self.right
         return next(iter(by_answer(candidates)), candidates)[0]
 
     @property
     def wrong(self) -> list[Solution]:
-        """The wrong ones, in order."""
+        """The wrong solutions, in order."""
         return [solution for solution in self.solutions if not solution.right]
 
 
 def is_problem(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds solutions known to be right or wrong: ours (`solution`, `wrong`) or
-    OpenAI's (`ground_truth`, and `{is_correct, solution}` under any other key)."""
+    """Whether a row holds right and wrong solutions: ours (`solution`, `wrong`) or OpenAI's
+    (`ground_truth`, and `{is_correct, solution}` under any other key)."""
     return isinstance(row.get("question"), str) and (
         isinstance(row.get("solution"), str)
         and isinstance(row.get("wrong"), str)
@@ -90,15 +87,16 @@ def is_problem(row: Mapping[str, Any]) -> bool:
 
 
 def read_problem(row: Mapping[str, Any]) -> Problem:
-    """A problem from a row that `is_problem`. The error of a wrong solution is what `error` says,
-    or else what `first_error` finds (nothing without calculator annotations). Skipped: it says no
-    characters."""
+    """The problem of a row that `is_problem`. The error of a wrong solution is `error`, or else the
+    result of `first_error` (None without calculator annotations). Raises Skipped if `error` is no
+    span of characters."""
+    # 1. Our own rows: one right and one wrong solution.
     if "ground_truth" not in row:
         wrong, error = row["wrong"], row.get("error") or None
         if error and not (
             isinstance(error, list)
             and len(error) == 2
-            and all(type(one) is int for one in error)
+            and all(type(bound) is int for bound in error)
             and 0 <= error[0] < error[1] <= len(wrong)
         ):
             raise Skipped("`error` is no [start, end] of characters of `wrong`")
@@ -109,68 +107,74 @@ def read_problem(row: Mapping[str, Any]) -> Problem:
                 Solution(wrong, False, tuple(error) if error else None),
             ),
         )
+    # 2. OpenAI's rows: sampled solutions, whose errors are inferred from right ones.
     tried = [
         value
         for value in row.values()
         if isinstance(value, Mapping) and isinstance(value.get("solution"), str)
     ]
-    right = [row["ground_truth"], *(one["solution"] for one in tried if one.get("is_correct"))]
-    known = {plain_number(result) for text in right for _, result in CALCULATION.findall(text)}
-    wrong = [one["solution"] for one in tried if not one.get("is_correct")]
+    right = [
+        row["ground_truth"],
+        *(sample["solution"] for sample in tried if sample.get("is_correct")),
+    ]
+    results = {plain_number(result) for text in right for _, result in CALCULATION.findall(text)}
+    wrong = [sample["solution"] for sample in tried if not sample.get("is_correct")]
     return Problem(
         row["question"],
         (
             *(Solution(_clean(text), True) for text in right),
-            *(Solution(_clean(text), False, *first_error(text, known)) for text in wrong),
+            *(Solution(_clean(text), False, *first_error(text, results)) for text in wrong),
         ),
     )
 
 
-def first_error(text: str, known: set[str]) -> tuple[Span | None, bool]:
-    """Where a wrong solution first does what no right one does, in characters of the text without
-    annotations, and whether that is inferred; None without a calculated result that is not among
-    `known`.
+def first_error(text: str, right_results: set[str]) -> tuple[Span | None, bool]:
+    """The first step of a wrong solution that no right one has, in characters of the text without
+    annotations, and whether it is inferred; None if all calculated results are among
+    `right_results`.
 
-    Where the calculation itself is false its result is the mistake. Mostly it is true, because a
-    calculator made it: then its operands are wrong, or the step should not have been taken, and all
-    of the step is spanned, from its first operand to its result. That is an inference: the mistake
-    may be one operand alone, lie in the words before, or not be one (a detour that no right
-    solution of the row takes).
+    If the calculation is false, its result is the mistake. Mostly it is true, because a calculator
+    computed it: then its operands are wrong, or the step is, and the span covers the whole step,
+    from its first operand to its result. That is an inference: the mistake may be a single operand,
+    be in the words before, or be none (a detour that no right solution of the row takes).
     """
-    for found in CALCULATION.finditer(text):
-        if plain_number(found[2]) not in known:
-            before = _clean(text[: found.start()])
+    for calculation in CALCULATION.finditer(text):
+        if plain_number(calculation[2]) not in right_results:
+            # The result in the text without annotations.
+            before = _clean(text[: calculation.start()])
             result = _WRITTEN.match(_clean(text), len(before))
             if result is None:
                 return None, False
-            if calculated(found[1]) is not None and not _holds(found[1], found[2]):
+            if calculated(calculation[1]) is not None and not _holds(
+                calculation[1], calculation[2]
+            ):
                 return result.span(1), False
-            return (_step_start(before, found[1]), result.end()), True
+            return (_step_start(before, calculation[1]), result.end()), True
     return None, False
 
 
 def _step_start(before: str, expression: str) -> int:
-    """Where a calculation begins in the text before its result: at the first of its operands, found
-    from the last one back within the line (those in words are passed over); the end of the text if
-    none is written."""
+    """The start of a calculation in the text before its result: its first operand, searched
+    backwards from the last one within the line (operands in words are skipped); the end of the text
+    if no operand is written."""
     line = before.rfind("\n") + 1
     written, start = list(_OPERAND.finditer(before, line)), len(before)
+    # From the last operand backwards.
     for operand in reversed(_OPERAND.findall(expression)):
         earlier = [
-            one
-            for one in written
-            if one.end() <= start and plain_number(one[0]) == plain_number(operand)
+            match
+            for match in written
+            if match.end() <= start and plain_number(match[0]) == plain_number(operand)
         ]
         start = earlier[-1].start() if earlier else start
+    # Include signs, brackets and currencies.
     while start > line and start < len(before) and before[start - 1] in "($€£.-":
         start -= 1
     return start
 
 
 def calculated(expression: str) -> float | None:
-    """The value of a calculation of numbers by + - * / and brackets; None where it is written
-    otherwise.
-    """
+    """The value of a calculation with + - * / and brackets; None for any other expression."""
     try:
         return _value(ast.parse(expression.replace(",", "").strip(), mode="eval").body)
     except (SyntaxError, KeyError, ZeroDivisionError):
@@ -178,7 +182,7 @@ def calculated(expression: str) -> float | None:
 
 
 def _value(node: ast.AST) -> float:
-    """KeyError: anything but numbers and the four operations."""
+    """The value of a syntax tree of numbers and the four operations; others raise KeyError."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -189,7 +193,7 @@ def _value(node: ast.AST) -> float:
 
 
 def _holds(expression: str, result: str) -> bool:
-    """Whether a calculation that can be checked gives the result, but for rounding."""
+    """Whether a calculation gives the result up to rounding; False if it cannot be computed."""
     value, said = calculated(expression), calculated(result)
     return (
         value is not None and said is not None and isclose(value, said, rel_tol=1e-2, abs_tol=1e-2)
@@ -198,8 +202,8 @@ def _holds(expression: str, result: str) -> bool:
 
 @dataclass(frozen=True)
 class Injected:
-    """A right solution with one of its results changed: the text up to the changed number, the rest
-    as it was, and the characters of the digits that differ."""
+    """A right solution with one changed result: the text up to the changed number, the unchanged
+    rest, and the characters of the digits that differ."""
 
     text: str
     rest: str
@@ -207,15 +211,17 @@ class Injected:
 
 
 def inject(text: str, chance: random.Random) -> Injected | None:
-    """Change one result of a right solution; None without a result, or when the change only leaves
-    out last digits.
+    """Change one result of a right solution; None without a result, or if the change only removes
+    trailing digits.
     """
     results = list(_RESULT.finditer(text))
     if not results:
         return None
-    found = chance.choice(results)
-    right, (begins, ends) = found[1], found.span(1)
+    # Draw a result, and replace it by a plausible slip.
+    result = chance.choice(results)
+    right, (begins, ends) = result[1], result.span(1)
     wrong = str(mistaken(int(right), chance))
+    # The error begins at the first digit that differs.
     same = next(
         (i for i, (old, new) in enumerate(zip(right, wrong)) if old != new),
         min(len(right), len(wrong)),
@@ -225,8 +231,8 @@ def inject(text: str, chance: random.Random) -> Injected | None:
 
 
 def by_answer(solutions: Iterable[Solution]) -> list[list[Solution]]:
-    """Solutions with the same final number together, the most frequent number first (ties as they
-    come); those without a number are left out."""
+    """Solutions grouped by final number, the most frequent number first (ties in order of
+    appearance); solutions without a number are left out."""
     groups: dict[str, list[Solution]] = {}
     for solution in solutions:
         if solution.answer is not None:
@@ -238,17 +244,17 @@ def frequent_wrong(problem: Problem, mass: float = 0.5) -> list[Solution]:
     """One wrong solution for each of the most frequent wrong answers, until these cover `mass` of
     all wrong solutions.
 
-    Frequent mistakes are the model's own and not accidents (Lin et al. 2024, section 4.1): behind
-    the most frequent answer only those that were given twice count, as in the released code.
+    Frequent mistakes are systematic and not accidents (Lin et al. 2024, section 4.1): after the
+    most frequent answer, only answers that occur at least twice count, as in the released code.
     """
     groups = by_answer(problem.wrong)
-    found, needed = list[Solution](), mass * sum(map(len, groups))
+    chosen, needed = list[Solution](), mass * sum(map(len, groups))
     for group in groups:
-        if needed <= 0 or (found and len(group) < 2):
+        if needed <= 0 or (chosen and len(group) < 2):
             break
-        found.append(group[0])
+        chosen.append(group[0])
         needed -= len(group)
-    return found
+    return chosen
 
 
 def _clean(text: str) -> str:

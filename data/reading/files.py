@@ -1,8 +1,8 @@
-"""Rows of local files and Hub data sets, whatever their kind, and what was left out of them.
+"""Rows of local files and Hub data sets of several formats, and counts of skipped rows.
 
-A row that cannot be read is counted by its reason and passed over; a file that cannot be read ends
-the run. Half of a surrogate pair (an emoji that was cut in two) becomes U+FFFD, because no
-tokenizer and no UTF-8 file can hold it.
+An unreadable row is counted by its reason and skipped; an unreadable file ends the run. Half of a
+surrogate pair (a truncated emoji) becomes U+FFFD, because tokenizers and UTF-8 files cannot
+represent it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EMBEDDED = "embedded"
 EMBEDDED_ANSWERS = Path(__file__).parent.parent / "prompts" / "answers.jsonl.gz"
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 LONGEST_LINE = 16 * 2**20
-"""Bytes of a line, and characters of a text, that are read at most."""
+"""Largest size of a line in bytes, and of a text in characters."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 REPLACED = "half of a surrogate pair became U+FFFD"
 _BOM = b"\xef\xbb\xbf"
@@ -33,28 +33,28 @@ _SUSPICIOUS = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 class Skipped(ValueError):
-    """A row that cannot be used; the message is the reason it is counted under."""
+    """A row that cannot be used; it is counted under the message as its reason."""
 
 
 class Place(NamedTuple):
-    """Where a row stands: line or row `number`, from 1, of `source`."""
+    """The place of a row: line or row `number`, from 1, of `source`."""
 
     source: str
     unit: str
     number: int
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """The place as written in messages."""
         return f"{self.source!r} {self.unit} {self.number}"
 
     @property
     def short(self) -> str:
-        """Without folders, as provenance keeps it."""
+        """The place without folders, as written in provenance."""
         return f"{Path(self.source).name} {self.unit} {self.number}"
 
 
 class Row(NamedTuple):
-    """What a row holds, and where it stands."""
+    """The content of a row, and its place."""
 
     place: Place
     content: dict[str, Any]
@@ -62,10 +62,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Tally:
-    """How many rows were left out, and how many changed, for each reason, and where it was first.
+    """Numbers of skipped and changed rows by reason, and the place of the first one.
 
-    word: what is counted. A reason of several rows is worded alike, so that it is counted once.
-    parts: changes that count other things than rows, each as part and what became of it.
+    word: name of what is counted. Rows with the same reason have the same text of it.
+    parts: changes of parts of rows, as the part's name and what happened to it.
     """
 
     word: str = "row"
@@ -75,17 +75,17 @@ class Tally:
     parts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def skip(self, reason: str, place: Place | None = None) -> None:
-        """Count a row that is left out."""
+        """Count a skipped row."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self._note(reason, place)
 
     def change(self, reason: str, place: Place | None = None) -> None:
-        """Count a row that is not used as it stands."""
+        """Count a row that is used with a change."""
         self.changed[reason] = self.changed.get(reason, 0) + 1
         self._note(reason, place)
 
     def change_parts(self, part: str, became: str, place: Place | None, count: int) -> None:
-        """Count `count` parts of a row that are not used as they stand: `answer`, `left out: …`."""
+        """Count `count` changed or skipped parts of a row: `answer`, `left out: …`."""
         reason = f"{part}s {became}"
         if count:
             self.parts[reason] = part, became
@@ -97,7 +97,7 @@ class Tally:
             self.first.setdefault(reason, place)
 
     def lines(self) -> list[str]:
-        """One line per reason."""
+        """One line of text per reason."""
         return [
             self._line(verb, reason, count)
             for verb, counts in (("skipped", self.skipped), ("changed", self.changed))
@@ -115,7 +115,7 @@ class Tally:
         return f" (first: {self.first[reason]})" if reason in self.first else ""
 
     def reasons(self) -> str:
-        """Why rows were left out, in one line."""
+        """The reasons of skipped rows, in one line."""
         return (
             "; ".join(
                 f"{count} × {reason}{self._first(reason)}" for reason, count in self.skipped.items()
@@ -124,12 +124,12 @@ class Tally:
         )
 
     def log(self) -> None:
-        """Warn with a line per reason."""
+        """Log one warning per reason."""
         for line in self.lines():
             logger.warning("%s", line)
 
     def as_dict(self) -> dict[str, Any]:
-        """Reason to `count` and `first`, for provenance and reports; empty if nothing was found."""
+        """Reason to `count` and `first`, for provenance and reports; empty without any."""
         return {
             reason: {"count": count}
             | ({"first": self.first[reason].short} if reason in self.first else {})
@@ -139,8 +139,8 @@ class Tally:
 
 
 def clean(value: Any) -> Any:
-    """JSON data with U+FFFD for lone surrogates, in keys too; two halves in a row become one
-    character again."""
+    """JSON data with U+FFFD for lone surrogates, also in keys; two adjacent halves are joined into
+    one character."""
     if isinstance(value, str):
         return (
             value
@@ -148,9 +148,11 @@ def clean(value: Any) -> Any:
             else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         )
     if isinstance(value, list):
-        return [clean(one) for one in value]
+        return [clean(item) for item in value]
     return (
-        {clean(key): clean(one) for key, one in value.items()} if isinstance(value, dict) else value
+        {clean(key): clean(inner) for key, inner in value.items()}
+        if isinstance(value, dict)
+        else value
     )
 
 
@@ -158,24 +160,27 @@ def clean(value: Any) -> Any:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files that `source` names, by itself or as a pattern; None for a Hub data set.
+    """The files of `source`, which is a path or a pattern; None for a Hub data set.
 
     Raises:
-        ValueError: there is none, or one is of an unknown kind.
+        ValueError: no such file, or a file of an unknown kind.
     """
     if source == EMBEDDED:
         return [EMBEDDED_ANSWERS]
+    # A folder would be ambiguous with a Hub data set.
     path = Path(source)
     if path.is_dir() and not _HUB_ID.fullmatch(source):
         raise ValueError(
             f"data {source!r} is a folder: name the files in it, for instance "
             f"{str(path / '*.jsonl')!r}"
         )
+    # A pattern, unless a file has that name.
     if glob.has_magic(source) and not path.exists():
-        found = [one for one in map(Path, sorted(glob.glob(source))) if one.is_file()]
-        if not found:
+        matches = [match for match in map(Path, sorted(glob.glob(source))) if match.is_file()]
+        if not matches:
             raise ValueError(f"no data file matches {source!r}: check the path")
-        return [_known(one) for one in found]
+        return [_known(match) for match in matches]
+    # A file; everything else is a Hub data set.
     if path.name.endswith(KINDS) and not path.is_file():
         raise ValueError(f"data file {source!r} does not exist: check the path")
     return [_known(path)] if path.is_file() else None
@@ -190,19 +195,19 @@ def _known(path: Path) -> Path:
 def read_rows(
     source: str, split: str = "train", streaming: bool = False, tally: Tally | None = None
 ) -> Iterator[Row]:
-    """Rows of files or of a Hub data set, one after the other as they are asked for.
+    """Rows of files or of a Hub data set, read lazily.
 
     Args:
         source: a file of one of `KINDS`, a pattern of such (`answers/*.jsonl`), a Hub data set
-            (`owner/name`, `owner/name:config`), or `embedded` (the answers that come with this
-            package). A `.json` file holds an array of rows or, as `.jsonl`, a row per line.
+            (`owner/name`, `owner/name:config`), or `embedded` (the answers in this package). A
+            `.json` file holds an array of rows or, like `.jsonl`, one row per line.
         split: split of a Hub data set.
-        streaming: whether a Hub data set is downloaded no further than it is read.
-        tally: counts rows that are left out; without one, the first of them ends it.
+        streaming: whether a Hub data set is only downloaded as far as it is read.
+        tally: counts skipped rows; without one, the first unreadable row is an error.
 
     Raises:
-        ValueError: no such file or data set, one that cannot be read or decoded, or, without a
-            tally, a row that is not JSON or not an object.
+        ValueError: a missing, unreadable or undecodable file or data set or, without a tally, a
+            row that is not JSON or not an object.
     """
     files = local_files(source)
     if files is None:
@@ -216,11 +221,12 @@ def read_rows(
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one file, as `read_rows` without a tally."""
+    """The rows of one file, as `read_rows` without a tally."""
     return (row.content for row in read_rows(str(path)))
 
 
 def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
+    # A `.json` file may hold one array or a row per line.
     packed = path.suffix == ".gz"
     number = 0
     try:
@@ -232,6 +238,7 @@ def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
                 row = _row(Place(str(path), "line", number), line, tally)
                 if row is not None:
                     yield row
+    # Damage is only noticed while reading.
     except gzip.BadGzipFile:
         raise ValueError(
             f"data file {str(path)!r} is not a gzip file, or a damaged one: fetch it "
@@ -245,23 +252,25 @@ def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
 
 
 def _lines(file: gzip.GzipFile | BufferedReader) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers; None for one that is too long."""
+    """Non-blank lines with their numbers; None in place of a line that is too long."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         if number == 1:
             line = line.removeprefix(_BOM)
+        # A line within the limit.
         if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
             if line.strip():
                 yield number, line
             continue
+        # Skip the rest of a line that is too long.
         while line and not line.endswith(b"\n"):
             line = file.readline(LONGEST_LINE)
         yield number, None
 
 
 def _row(place: Place, line: bytes | None, tally: Tally | None) -> Row | None:
-    """A row of its line; None if it is left out."""
+    """The row of a line; None if it is skipped."""
     try:
         if line is None:
             raise Skipped(f"the line is longer than {LONGEST_LINE >> 20} MiB")
@@ -295,7 +304,7 @@ def _decoded(line: bytes, place: Place) -> str:
 
 
 def _loaded(text: str) -> Any:
-    """JSON data. Skipped: it is none."""
+    """The value of a JSON text. Raises Skipped if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -314,6 +323,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _array_rows(path: Path, content: bytes, tally: Tally | None) -> Iterator[Row]:
     text = _decoded(content.removeprefix(_BOM), Place(str(path), "line", 1))
+    # A damaged array ends the run, a damaged item only its row.
     try:
         rows = _loaded(text)
     except Skipped as reason:
@@ -321,10 +331,10 @@ def _array_rows(path: Path, content: bytes, tally: Tally | None) -> Iterator[Row
             f"data file {str(path)!r} begins as a JSON array, but is {reason}: write "
             "one array of rows, or one row per line"
         ) from None
-    for number, one in enumerate(rows, 1):
+    for number, item in enumerate(rows, 1):
         place = Place(str(path), "row", number)
         try:
-            row = Row(place, _object(one))
+            row = Row(place, _object(item))
         except Skipped as reason:
             if tally is None:
                 raise ValueError(f"{place}: {reason}") from None
@@ -337,6 +347,7 @@ def _parquet_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    # In batches, so that memory does not grow with the file.
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -359,6 +370,7 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
     name, _, config = source.partition(":")
     if not name:
         raise ValueError(f"data set {source!r} has no name: give files or a Hub data set")
+    # The library's many errors become one line.
     try:
         loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         for number, row in enumerate(loaded, 1):
@@ -371,7 +383,7 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages."""
+    """The kind of a value, for messages."""
     names = (
         (bool, "true or false"),
         (str, "text"),
@@ -381,4 +393,4 @@ def kind(value: Any) -> str:
         (bytes, "bytes"),
         (type(None), "null"),
     )
-    return next((name for one, name in names if isinstance(value, one)), type(value).__name__)
+    return next((name for types, name in names if isinstance(value, types)), type(value).__name__)

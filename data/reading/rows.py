@@ -1,8 +1,8 @@
-"""What a row says: the one reader of chats, questions and answers, for all that reads rows.
+"""The reader of chats, questions and answers in rows of data.
 
-Training, preference pairs, labels, regeneration and evaluation read rows through it, so that a
-shape that one of them takes all of them take. A row that cannot be read raises `Skipped` with a
-reason that names the key and what was found there.
+Training, preference pairs, labels, regeneration and evaluation all use it, so that they accept the
+same shapes. An unreadable row raises `Skipped` with a reason that names the key and its value's
+kind.
 """
 
 from __future__ import annotations
@@ -44,24 +44,23 @@ _ROLES = {
     **{role: role for role in ("user", "assistant", "system", "tool")},
 }
 _CALLING = ("function_call", "tool_call")
-"""Roles of turns whose text is a call as JSON, not something that is said."""
+"""Roles of turns whose text is a tool call as JSON."""
 _KEPT_TEXTS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 _KEPT = ("tool_calls", *_KEPT_TEXTS)
-"""What a turn may hold besides, for chat templates that write it."""
+"""Further keys of a turn that chat templates may render."""
 Message = dict[str, Any]
-"""A turn: `role` and `content` (text; null only beside `tool_calls`), and `_KEPT` where given."""
+"""A turn: `role`, `content` (text; null only with `tool_calls`), and optionally `_KEPT` keys."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, as `read_message` makes them.
+    """Turns, as returned by `read_message`.
 
     response_ids: the exact tokens of the last assistant message, end-of-turn token included if it
         was emitted.
-    finished: whether the last answer ended by itself; if not, nothing teaches the model to stop
-        there.
-    tools: descriptions of the functions that the assistant may call, for templates that take them.
-    place: where it was read.
+    finished: whether the last answer ended by itself; if not, no end of turn is trained on.
+    tools: descriptions of the functions that the assistant may call, for templates with tools.
+    place: of the row.
     """
 
     messages: list[Message]
@@ -78,35 +77,35 @@ def load_conversations(
     streaming: bool = False,
     tally: Tally | None = None,
 ) -> Iterator[Conversation]:
-    """Read conversations, one after the other as they are asked for.
+    """Read conversations lazily.
 
     Args:
         source: see `data.reading.files.read_rows`.
         limit: read at most this many rows.
         split: split of a Hub data set.
-        streaming: whether a Hub data set is downloaded no further than it is read; with a limit it
-            always is so.
-        tally: counts rows that cannot be read; without one, the first of them ends it.
+        streaming: whether a Hub data set is only downloaded as far as it is read; always true with
+            a limit.
+        tally: counts unreadable rows; without one, the first of them is an error.
 
     Raises:
-        ValueError: no such file or data set, nothing in it, or, without a tally, a row that cannot
-            be read.
+        ValueError: a missing or empty file or data set or, without a tally, an unreadable row.
     """
-    found = False
+    any_row = False
+    # An empty source is an error, skipped rows are not.
     for row in islice(read_rows(source, split, streaming or limit is not None, tally), limit):
-        found = True
+        any_row = True
         try:
             yield read_conversation(row.content, row.place)
         except Skipped as reason:
             if tally is None:
                 raise ValueError(f"{row.place}: {reason}") from None
             tally.skip(str(reason), row.place)
-    if not found and not (tally and tally.skipped):
+    if not any_row and not (tally and tally.skipped):
         raise ValueError(f"data set {source!r} is empty: give one with at least one conversation")
 
 
 def read_conversation(row: Mapping[str, Any], place: Place | None = None) -> Conversation:
-    """The conversation that a row holds. Skipped: it holds none that can be read."""
+    """The conversation of a row. Raises Skipped for an unreadable one."""
     return Conversation(
         chat_of(row),
         token_ids(row.get("response_ids")),
@@ -117,17 +116,17 @@ def read_conversation(row: Mapping[str, Any], place: Place | None = None) -> Con
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """`tools` of a row, which may be written as JSON text; None without any. Skipped: no list."""
-    given = row.get("tools")
-    if isinstance(given, str):
-        given = json_of(given) if given.strip() else None
-    if given and not isinstance(given, list):
+    """`tools` of a row, perhaps as JSON text; None without any. Raises Skipped if it is no list."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json_of(tools) if tools.strip() else None
+    if tools and not isinstance(tools, list):
         raise Skipped(f"`tools` is {kind(row['tools'])}, expected a list")
-    return given or None
+    return tools or None
 
 
 def json_of(text: str) -> Any:
-    """What a text holds as JSON; the text itself where that is nothing."""
+    """The value of a JSON text; the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -135,40 +134,42 @@ def json_of(text: str) -> Any:
 
 
 def chat_of(row: Mapping[str, Any]) -> list[Message]:
-    """All turns of a row: its chat, or what it asks and, where it has one, the answer.
+    """All turns of a row: its chat, or its question and, if it has one, the answer.
 
     Raises:
-        Skipped: no turns, or some that cannot be read.
+        Skipped: no turns, or unreadable ones.
     """
     key = next((key for key in CHATS if row.get(key) is not None), None)
     if key is not None:
         return behind_system(row, read_turns(row[key], key))
-    asked = asked_of(row)
+    question = asked_of(row)
     key = next((key for key in ANSWERED if row.get(key) is not None), None)
-    return asked if key is None else [*asked, *spoken(row[key], key, "assistant")]
+    return question if key is None else [*question, *spoken(row[key], key, "assistant")]
 
 
 def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
-    """What a row asks, without its answers: for each question the turns behind the answer to the
-    one before. A system prompt stands with the question behind it.
+    """The questions of a row without its answers: for each one the turns after the previous answer.
+    A system prompt belongs to the question after it.
 
     Raises:
-        Skipped: no question, tool calls, or turns that cannot be read.
+        Skipped: no question, tool calls, or unreadable turns.
     """
+    # 1. In a chat, questions end at answers; in a list of texts, each is a question.
     chat = any(row.get(key) is not None for key in CHATS)
     alone = not chat and any(_texts(row.get(key)) for key in ("turns", *ASKED))
     questions: list[list[Message]] = [[]]
     for turn in chat_of(row) if chat else asked_of(row):
         if turn["role"] == "tool" or turn.get("tool_calls"):
             raise Skipped("a chat with tool calls, whose answers cannot be made anew")
-        asks = any(one["role"] == "user" for one in questions[-1])
+        asks = any(earlier["role"] == "user" for earlier in questions[-1])
         if asks and (alone or turn["role"] == "assistant"):
             questions.append([])
         if turn["role"] != "assistant":
             questions[-1].append(turn)
-    if not any(one["role"] == "user" for one in questions[-1]):
+    # 2. Drop turns after the last question, and refuse empty ones.
+    if not any(message["role"] == "user" for message in questions[-1]):
         del questions[-1]
-    if not all(str(one["content"]).strip() for turns in questions for one in turns[-1:]):
+    if not all(str(message["content"]).strip() for turns in questions for message in turns[-1:]):
         raise Skipped("an empty question")
     if not questions:
         raise Skipped("no question: no turn of role user")
@@ -176,8 +177,8 @@ def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
 
 
 def opening_of(row: Mapping[str, Any]) -> list[Message]:
-    """All turns before the answers that a row holds elsewhere (`chosen`, a labelled `response`):
-    what it asks, or its chat without an answer at the end. Skipped: none that can be read."""
+    """All turns before answers under other keys (`chosen`, a labelled `response`): the question, or
+    the chat without an answer at its end. Raises Skipped for unreadable turns."""
     chat = not any(row.get(key) for key in ("turns", *ASKED)) and any(row.get(key) for key in CHATS)
     turns = chat_of(row) if chat else asked_of(row)
     while turns and turns[-1]["role"] == "assistant":
@@ -186,10 +187,10 @@ def opening_of(row: Mapping[str, Any]) -> list[Message]:
 
 
 def asked_of(row: Mapping[str, Any]) -> list[Message]:
-    """What a row asks under `turns` or the first of `ASKED` that it has, behind its system prompt.
+    """The question under `turns` or the first key of `ASKED`, after the row's system prompt.
 
     Raises:
-        Skipped: nothing there, or something that cannot be read.
+        Skipped: no such key, or an unreadable value.
     """
     keys = ("turns", *ASKED)
     key = next((key for key in keys if row.get(key) is not None), None)
@@ -200,15 +201,16 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
             if null
             else f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}"
         )
-    asked = spoken(row[key], key, "user", several=key == "turns")
-    given = row.get("input")
-    if key == "instruction" and isinstance(given, str) and given.strip():
-        asked[-1]["content"] += f"\n\n{given}"
-    return behind_system(row, asked)
+    # Alpaca's `input` belongs to its `instruction`.
+    turns = spoken(row[key], key, "user", several=key == "turns")
+    extra = row.get("input")
+    if key == "instruction" and isinstance(extra, str) and extra.strip():
+        turns[-1]["content"] += f"\n\n{extra}"
+    return behind_system(row, turns)
 
 
 def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
-    """Turns behind the row's system prompt, if it has one and they do not."""
+    """The turns after the row's system prompt, if it has one and they do not."""
     system = next((row[key] for key in _SYSTEM if isinstance(row.get(key), str)), "")
     if not system.strip() or any(turn["role"] == "system" for turn in turns):
         return turns
@@ -216,8 +218,9 @@ def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]
 
 
 def spoken(value: Any, key: str, role: str, several: bool = False) -> list[Message]:
-    """Turns under `key`: one text that `role` says, one turn, or a list of turns (which may be
-    written as JSON text); where `several`, also a list of texts. Skipped: nothing of these."""
+    """Turns under `key`: one text of `role`, one turn, or a list of turns (perhaps as JSON text);
+    with `several`, also a list of texts. Raises Skipped for anything else."""
+    # A list of texts, then one text, then turns.
     if _texts(value) and not several:
         raise Skipped(f"`{key}` is a list of texts, expected text or turns")
     if _texts(value):
@@ -233,11 +236,11 @@ def spoken(value: Any, key: str, role: str, several: bool = False) -> list[Messa
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def read_turns(value: Any, key: str) -> list[Message]:
-    """A list of turns, which may be written as JSON text. Skipped: it is none."""
+    """The turns of a list, perhaps as JSON text. Raises Skipped for anything else."""
     turns = _listed(value) if isinstance(value, str) else value
     if not isinstance(turns, list):
         raise Skipped(f"`{key}` is {kind(value)}, expected a list of turns")
@@ -245,68 +248,72 @@ def read_turns(value: Any, key: str) -> list[Message]:
 
 
 def _listed(text: str) -> list[Any] | None:
-    """The list of turns that a text holds as JSON, if it does."""
+    """The list of turns in a JSON text; None for any other text."""
     if not text.lstrip().startswith("["):
         return None
-    found = json_of(text)
+    items = json_of(text)
     return (
-        found
-        if isinstance(found, list)
-        and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found)
+        items
+        if isinstance(items, list)
+        and all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in items)
         else None
     )
 
 
 def read_message(turn: Any) -> Message:
-    """A turn with its role as chat templates name it, and its text in one piece.
+    """A turn with the role of chat templates, and its text joined.
 
     Raises:
-        Skipped: no role or no text, or something in it that is not text.
+        Skipped: no role, no text, or content that is not text.
     """
     if not isinstance(turn, Mapping):
         raise Skipped(f"a turn is {kind(turn)}, expected an object with `role` and `content`")
+    # 1. The role, under either name.
     role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
     if not isinstance(role, str):
         raise Skipped(f"a turn has no `role` or `from` that is text (its keys: {_keys(turn)})")
-    kept = {key: turn[key] for key in _KEPT if turn.get(key)}
-    _check_kept(kept)
+    # 2. Further keys, for templates that render them.
+    extras = {key: turn[key] for key in _KEPT if turn.get(key)}
+    _check_kept(extras)
+    # 3. Tool calls of older data sets.
     key = next((key for key in ("content", "value") if turn.get(key) is not None), None)
     if role.strip().lower() in _CALLING:
         return {"role": "assistant", "content": None, "tool_calls": _calls(turn.get(key or ""))}
     if turn.get("function_call"):
-        kept.setdefault("tool_calls", _calls(turn["function_call"]))
+        extras.setdefault("tool_calls", _calls(turn["function_call"]))
+    # 4. The speaker and the text.
     speaker = _ROLES.get(role.strip().lower())
     if speaker is None:
         raise Skipped(
             f"a turn of role {role[:40]!r}, expected user, assistant, system or tool, or a usual "
             "name of these"
         )
-    if key is None and "tool_calls" not in kept:
+    if key is None and "tool_calls" not in extras:
         raise Skipped(f"a turn has no text under `content` or `value` (its keys: {_keys(turn)})")
-    return {"role": speaker, "content": None if key is None else _text(turn[key], key), **kept}
+    return {"role": speaker, "content": None if key is None else _text(turn[key], key), **extras}
 
 
-def _check_kept(kept: Mapping[str, Any]) -> None:
-    """Skipped: what stands beside a turn's text is not of the kind that chat templates write."""
+def _check_kept(extras: Mapping[str, Any]) -> None:
+    """Raise Skipped if further keys of a turn have values that chat templates cannot render."""
     for key in _KEPT_TEXTS:
-        if not isinstance(kept.get(key, ""), str):
-            raise Skipped(f"`{key}` of a turn is {kind(kept[key])}, expected text")
-    calls = kept.get("tool_calls", [])
+        if not isinstance(extras.get(key, ""), str):
+            raise Skipped(f"`{key}` of a turn is {kind(extras[key])}, expected text")
+    calls = extras.get("tool_calls", [])
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
-        found = "a list with something else" if isinstance(calls, list) else kind(calls)
-        raise Skipped(f"`tool_calls` of a turn is {found}, expected a list of calls with a `name`")
+        actual = "a list with something else" if isinstance(calls, list) else kind(calls)
+        raise Skipped(f"`tool_calls` of a turn is {actual}, expected a list of calls with a `name`")
 
 
 def _is_call(call: Any) -> bool:
-    """Whether it is a call as OpenAI writes it, or its function alone."""
+    """Whether a value is a call in OpenAI's form, or only its function."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls of what older data sets hold: a call, or several, perhaps as JSON text."""
-    found = json_of(value) if isinstance(value, str) else value
-    calls = found if isinstance(found, list) else [found]
+    """Tool calls in the form of older data sets: one call, or several, perhaps as JSON text."""
+    parsed = json_of(value) if isinstance(value, str) else value
+    calls = parsed if isinstance(parsed, list) else [parsed]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise Skipped("a tool call without a `name`")
     return [{"type": "function", "function": call} for call in calls]
@@ -317,7 +324,7 @@ def _keys(turn: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any, key: str) -> str:
-    """The text of a turn: as it is, or in parts of type text."""
+    """The text of a turn, which may consist of several parts of type text."""
     if isinstance(value, str):
         return _short(value)
     if not isinstance(value, list):
@@ -334,8 +341,8 @@ def _part(part: Any) -> str:
         and (part.get("type") in (None, "text", "input_text", "output_text"))
     ):
         return part["text"]
-    found = part.get("type") if isinstance(part, Mapping) else kind(part)
-    raise Skipped(f"a turn with a part of type {found}, expected text alone")
+    actual = part.get("type") if isinstance(part, Mapping) else kind(part)
+    raise Skipped(f"a turn with a part of type {actual}, expected text alone")
 
 
 def _short(text: str) -> str:
@@ -345,11 +352,11 @@ def _short(text: str) -> str:
 
 
 def token_ids(value: Any) -> list[int] | None:
-    """`response_ids` of a row: token ids, or None. Skipped: something else."""
+    """`response_ids` of a row: token ids, or None. Raises Skipped for anything else."""
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(
-        type(one) is int and 0 <= one < 2**31 for one in value
+        type(token) is int and 0 <= token < 2**31 for token in value
     ):
         raise Skipped(
             f"`response_ids` is {kind(value)}"
