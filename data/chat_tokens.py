@@ -51,7 +51,7 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_behind(prompt: str, text: str, tokenizer: Any) -> list[int]:
+def encode_after(prompt: str, text: str, tokenizer: Any) -> list[int]:
     """Token ids of `text` as encoded after `prompt`."""
     before = _before(prompt, text, tokenizer)
     return encode(before + text, tokenizer)[len(encode(before, tokenizer)) :]
@@ -163,7 +163,7 @@ def answer_ids(
         return Answer(prompt, exact)
     text, end = _written(conversation, turn, prompt_text, tokenizer, ends)
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    said = _through_end(encode_behind(prompt_text, text, tokenizer) + end, ends, special)
+    said = _through_end(encode_after(prompt_text, text, tokenizer) + end, ends, special)
     # 3. An answer that was cut off has no end of turn; an answer of only such tokens is empty.
     if last and not conversation.finished and said and (said[-1] in ends or said[-1] in special):
         said = said[:-1]

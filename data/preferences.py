@@ -29,7 +29,7 @@ from data.reading.rows import (
     CHATS,
     Conversation,
     Message,
-    behind_system,
+    after_system,
     opening_of,
     spoken,
     tools_of,
@@ -173,7 +173,7 @@ def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
         return _turns(said, key)
     answer = spoken(said, key, "assistant")
     if answer and answer[0]["role"] != "assistant":
-        return behind_system(row, answer)
+        return after_system(row, answer)
     return [*opening_of(row), *answer] if asks else answer
 
 

@@ -98,7 +98,7 @@ class Comparison:
 
     @property
     def grid(self) -> Grid:
-        """Where it looks."""
+        """The settings of contexts and draws."""
         return Grid(
             self.contexts,
             self.max_new_tokens,

@@ -1,1 +1,1 @@
-"""Answers of the target: what is asked, kept and counted."""
+"""Generation of the target's answers: prompts, requests and journals."""

@@ -1,1 +1,1 @@
-"""Rows of conversations from files of many shapes; what is left out is counted."""
+"""Rows of conversations from files of many formats, with counts of skipped ones."""

@@ -141,7 +141,7 @@ def chat_of(row: Mapping[str, Any]) -> list[Message]:
     """
     key = next((key for key in CHATS if row.get(key) is not None), None)
     if key is not None:
-        return behind_system(row, read_turns(row[key], key))
+        return after_system(row, read_turns(row[key], key))
     question = asked_of(row)
     key = next((key for key in ANSWERED if row.get(key) is not None), None)
     return question if key is None else [*question, *spoken(row[key], key, "assistant")]
@@ -206,10 +206,10 @@ def asked_of(row: Mapping[str, Any]) -> list[Message]:
     extra = row.get("input")
     if key == "instruction" and isinstance(extra, str) and extra.strip():
         turns[-1]["content"] += f"\n\n{extra}"
-    return behind_system(row, turns)
+    return after_system(row, turns)
 
 
-def behind_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+def after_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     """The turns after the row's system prompt, if it has one and they do not."""
     system = next((row[key] for key in _SYSTEM if isinstance(row.get(key), str)), "")
     if not system.strip() or any(turn["role"] == "system" for turn in turns):

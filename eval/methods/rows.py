@@ -1,4 +1,4 @@
-"""The rows of an evaluation: what a config says (`Method`) and what runs (`Row`)."""
+"""The rows of an evaluation: as configured (`Method`) and ready to run (`Row`)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Method:
         temperature: by default the evaluation's.
         precision: of the drafter's weights, by default the evaluation's `draft_precision`. Drafts
             may be coarse: what is emitted stays the target's.
-        control: a negative control, which accepts too much on purpose: the report says whether its
+        control: a negative control, which accepts too much on purpose; reports state whether its
             answers are found worse than plain decoding's by the target's log likelihood.
     """
 

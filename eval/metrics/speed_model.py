@@ -28,7 +28,7 @@ from modules.cost_model.latency_table import WIDTHS, LatencyTable, measure_laten
 FACTORS = {
     "verification": "target calls against t(rows)",
     "bookkeeping": "accepting and committing",
-    "unclaimed": "what no phase owns",
+    "unclaimed": "time outside of all phases",
     "plain_decoding": "plain calls against t(1)",
 }
 """Factors between the predicted and the measured speedup, in order."""

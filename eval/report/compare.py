@@ -158,7 +158,7 @@ def comparison_lines(left: Mapping[str, Any], right: Mapping[str, Any]) -> Itera
         yield from (f"{which} report, {line}" for line in noise_lines(report))
     yield (
         "tie: the 95% intervals overlap; tie (noise): they do not, but plain decoding against "
-        "itself differs as much. Tokens/s of two runs also tell how fast the machine was."
+        "itself differs as much. Tokens/s also depend on the speed of the machine."
     )
 
 

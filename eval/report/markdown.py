@@ -172,7 +172,7 @@ def noise_lines(report: Mapping[str, Any]) -> list[str]:
     An interval that excludes 1 shows that the machine changed between neighbouring runs.
     """
     noises = [(method["name"], method["quality"].get("noise")) for method in report["methods"]]
-    unsteady = ", which does not hold 1: the machine was not steady, measure again"
+    unsteady = ", which excludes 1: the machine was not steady, measure again"
     return [
         f"noise: {name} against itself {number(noise['micro'], 3, '×')} (95% interval "
         f"{interval(noise['ci95'])}{'' if holds_one(noise) else unsteady})"
@@ -338,18 +338,18 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 HALF = "On the less repetitive half of the prompts"
 READING = """\
-Speedup is tokens per second of decoding (prefill left out) over those of the autoregressive row
-on the same prompts, in the same process, prompt by prompt in turn; the interval is a paired
-bootstrap over prompts, macro the mean over tasks. τ is tokens per verification call, its bonus
-token counted, those behind an answer's end not. Predicted is τ times t(1) over t(rows) plus
-drafting, where t is the target's time for a call of so many rows, measured apart from the run;
-the factors under "Predicted and measured" lead from it to the measured speedup, and one below 1
-is time lost there. Lossless: token ids identical to the autoregressive row's; a tie is a first
-divergence between two tokens whose teacher-forced logits differ by at most 0.001, and where the
-target has bfloat16 (float16), in which calls of other widths round differently, an answer all of
-whose tokens are the likeliest or within 0.5 (0.0625) of it. The less repetitive half are the
-prompts whose plain answers repeat fewest of their runs of four tokens: lookup has the least to
-copy there. On a CPU, peak memory is the whole process's."""
+Speedup is tokens per second of decoding (without prefill) divided by that of the autoregressive row
+on the same prompts, in the same process, interleaved prompt by prompt. The interval is a paired
+bootstrap over prompts, macro the mean over tasks. τ is tokens per verification call, including its
+bonus token, without tokens after an answer's end. Predicted is τ times t(1) over t(rows) plus
+drafting, where t is the target's time for a call of that many rows, measured separately; the
+factors under "Predicted and measured" explain the difference to the measured speedup, and a factor
+below 1 is lost time. Lossless: token ids identical to the autoregressive row's. A tie is a first
+divergence between two tokens whose teacher-forced logits differ by at most 0.001; in bfloat16
+(float16), where rounding depends on the width of a call, it is an answer all of whose tokens are
+within 0.5 (0.0625) of the largest logit. The less repetitive half are the prompts whose plain
+answers repeat fewest of their runs of four tokens, so that lookup has the least to copy. On a CPU,
+peak memory is that of the whole process."""
 
 
 def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:

@@ -1,1 +1,1 @@
-"""What `python -m eval.rules` compares, on which contexts, and how it is written."""
+"""Trials, contexts and tables of `python -m eval.rules`."""

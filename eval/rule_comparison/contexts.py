@@ -31,16 +31,16 @@ from modules.trees.sampled.draws import draft_probs
 LEVEL_DRAWS = 8
 """Factor on the draws of one-level trees, which need no model once distributions are recorded."""
 CALIBRATION_SIBLINGS = 8
-"""Of the tree that acceptance by sibling is measured with."""
+"""Siblings of the tree that measures acceptance by sibling."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a comparison looks.
+    """Settings of the contexts and draws of a comparison.
 
     contexts: of each prompt, evenly spaced over an answer of `max_new_tokens` that the target
     samples. draws: trees per trial and context. temperature: of target and draft.
-    draft_temperature: of whole trees that are drawn, instead. seed: of all random draws.
+    draft_temperature: for drawing whole trees, if another one. seed: of all random draws.
     """
 
     contexts: int

@@ -12,9 +12,9 @@ from modules.cost_model.latency_table import LatencyTable
 from modules.trees.sampled.sequoia import best_shape, expected_tokens
 
 SAMPLES = 4000
-"""Of the bootstrap."""
+"""Samples of the bootstrap."""
 DEEPEST_SHAPE = 16
-"""Levels tried for the fastest tree."""
+"""Largest depth tried for the fastest tree."""
 
 
 def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds: float) -> str:
@@ -29,12 +29,12 @@ def fastest_shape(acceptance: list[float], latency: LatencyTable, level_seconds:
     seconds = [latency.at(rows) for rows in range(1, max(latency.seconds) + 1)]
     draws, levels = best_shape([acceptance], seconds, level_seconds, DEEPEST_SHAPE)
     if not draws:
-        return "On this device no tree of Sequoia's promises more than plain decoding."
+        return "On this device no tree of Sequoia's is predicted to beat plain decoding."
     tokens = expected_tokens([acceptance], draws, levels)[-1]
     speedup = tokens * seconds[0] / (seconds[draws] + levels * level_seconds)
     return (
-        f"On this device Sequoia's tree promises most with `nodes: {draws}, depth: {levels}`: "
-        f"{tokens:.2f} tokens a call, {speedup:.2f}x plain decoding (a level takes "
+        f"On this device Sequoia's tree is predicted to be fastest with `nodes: {draws}, depth: "
+        f"{levels}`: {tokens:.2f} tokens a call, {speedup:.2f}x plain decoding (a level takes "
         f"{1000 * level_seconds:.1f} ms, a call {1000 * seconds[0]:.1f} ms, of this tree "
         f"{1000 * seconds[draws]:.1f} ms)."
     )

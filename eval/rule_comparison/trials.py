@@ -22,7 +22,7 @@ from modules.trees.sampled.stochastic_beam import StochasticBeamTree
 from modules.trees.static import StaticTree
 
 SIBLINGS = 4
-"""Of the largest one-level tree."""
+"""Siblings of the largest one-level tree."""
 NODES, DEEPEST = 15, 6
 """Drafted nodes and levels of whole trees."""
 Rule = RatioRule | PointRule

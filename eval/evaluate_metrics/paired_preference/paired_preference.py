@@ -13,7 +13,7 @@ from eval.tasks.answer_checks import paired_outcome
 
 
 class PairedPreference(evaluate.Metric):
-    """See `eval.tasks.answer_checks.paired_outcome`."""
+    """The figures of `eval.tasks.answer_checks.paired_outcome`."""
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value("float64")

@@ -91,7 +91,7 @@ def test_what_the_table_cannot_show() -> None:
     )
     assert (
         text.count("noise: autoregressive against itself") == 2
-        and text.count("does not hold 1") == 1
+        and text.count("which excludes 1") == 1
     )
     assert noise_lines(left)[0].endswith("(95% interval 0.98–1.02)")
 
