@@ -77,7 +77,7 @@ def make_parser() -> ArgumentParser:
             f"--{name}", nargs="+", type=str, default=default, help=_described(name)
         )
     parser.add_class_arguments(Evaluation, skip=set(_LISTS), fail_untyped=True)
-    # Lists may be given as several words, so they get arguments of their own.
+    # Lists may be given as several words, so they are added separately.
     return parser
 
 

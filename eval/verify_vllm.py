@@ -242,6 +242,7 @@ def command(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="python -m eval.verify_vllm", exit_on_error=False, description=__doc__
     )
+    # Lists may be given as several words, so they are added separately.
     parser.add_argument(
         "--drafters",
         nargs="+",

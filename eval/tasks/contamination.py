@@ -167,6 +167,7 @@ def together(overlaps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge overlaps: prompts found in any component, and the reasons of those not searched."""
     if len(overlaps) == 1:
         return dict(overlaps[0])
+    # Names and reasons of all components, prompts of those that were searched.
     data = (
         ", ".join(dict.fromkeys(overlap["data"] for overlap in overlaps if overlap["data"])) or None
     )

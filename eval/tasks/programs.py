@@ -67,6 +67,7 @@ def _run(script: Path, pipe: int, seconds: float, limits: _Limits) -> bool:
         start_new_session=True,
         preexec_fn=limits,
     )
+    # The whole session is killed, also after a program that ended in time.
     try:
         return started.wait(seconds) == 0
     except subprocess.TimeoutExpired:

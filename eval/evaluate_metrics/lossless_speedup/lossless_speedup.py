@@ -38,6 +38,7 @@ class LosslessSpeedup(evaluate.Metric):
                 "seconds and reference_seconds must have one entry per prompt "
                 f"({len(predictions)}), got {len(seconds)} and {len(reference_seconds)}"
             )
+        # The first token comes from prefill, whose time is left out.
         method, plain = (
             [Speed(max(len(ids) - 1, 0), taken) for ids, taken in zip(answers, times, strict=True)]
             for answers, times in ((predictions, seconds), (references, reference_seconds))
