@@ -249,3 +249,22 @@ class SlotCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Number of slots that a call sees, and the first of them."""
         return max(self.lengths) + query_length, 0
+
+
+class AppendedCache(SlotCache):
+    """Keys and values of the rows of a few calls, none committed, put behind each other in new
+    tensors: gradients reach those of later calls and not of earlier ones.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        super().__init__(num_layers, batch_size, capacity)
+        self._appended: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B,K,N,D] keys and values of one layer and return all that were."""
+        keys, values = self._appended.get(layer_idx, (key_states[:, :, :0], value_states[:, :, :0]))
+        keys, values = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+        self._appended[layer_idx] = (keys.detach(), values.detach())
+        return keys, values

@@ -27,7 +27,7 @@ from modules.target.kernels.cpu_kernels import (
     use_grouped_attention,
     use_narrow_kernels,
 )
-from modules.target.kv_cache import SlotCache
+from modules.target.kv_cache import AppendedCache, SlotCache
 from modules.target.session import Session
 
 SLICED_HEADS = 4
@@ -256,6 +256,8 @@ class Target(SteadyBuffers):
         Auxiliary rows come after the tokens: [B,T+P,H], and [B,T,H] below the layer where they
         enter.
         """
+        if gradient and auxiliary is not None and self._frozen(auxiliary):
+            return self._gradient_beside(batch, names, auxiliary)
         if gradient:
             return self._features(batch, names, auxiliary)
         with torch.no_grad(), phase("target states"):
@@ -268,6 +270,29 @@ class Target(SteadyBuffers):
         if auxiliary is None:
             return self.forward_rows(embeddings, rows, names)
         return self.forward_beside(embeddings, rows, names, auxiliary)
+
+    def _frozen(self, auxiliary: AuxiliaryRows) -> bool:
+        """Whether no gradient comes to the tokens: they do not see auxiliary rows, of which only
+        what enters learns, and at the first layer.
+        """
+        learns = any(parameter.requires_grad for parameter in self.model.parameters())
+        return not learns and auxiliary.layer == 0 and isinstance(auxiliary.inputs, Tensor)
+
+    def _gradient_beside(
+        self, batch: TextBatch, names: Sequence[StateName], auxiliary: AuxiliaryRows
+    ) -> dict[StateName, Tensor]:
+        """The states of `_features`, with a gradient through the auxiliary rows alone: the pass of
+        the tokens keeps nothing for going back.
+        """
+        embeddings, rows = self.embed(batch.input_ids), batch.rows()
+        batch_size, length = batch.input_ids.shape
+        capacity = length + auxiliary.position_ids_BP.shape[1]
+        cache = AppendedCache(self.shape.num_layers, batch_size, capacity)
+        with torch.no_grad(), phase("target states"):
+            states = self.forward_rows(embeddings, rows, names, cache)
+        behind = Rows(auxiliary.position_ids_BP, auxiliary.visible_BPX)
+        more = self.forward_rows(auxiliary.entering(embeddings), behind, names, cache)
+        return {name: torch.cat([states[name], more[name]], dim=1) for name in names}
 
     def open(self, batch_size: int, capacity: int) -> Session:
         """New sequences with an empty KV cache of `capacity` tokens each (at most

@@ -241,6 +241,27 @@ def test_gradient_reaches_what_enters_as_auxiliary_rows():
         open_session(target).verify(partial)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradient_through_auxiliary_rows_alone_is_that_of_the_whole_pass(arch):
+    target = tiny_target(arch, layers=3)
+    batch = tiny_batch(target)
+    size, prompts_PH = batch.input_ids.shape[1], torch.randn(3, 32).double()
+    visible = torch.zeros(2, 3, size + 3, dtype=torch.bool)
+    visible[:, :, 2:11] = True
+    visible[:, :, size:] = torch.ones(3, 3, dtype=torch.bool).tril()
+    found = []
+    for run in (target._features, target._gradient_beside):
+        learnt = prompts_PH.clone().requires_grad_()
+        rows = AuxiliaryRows(
+            learnt.expand(2, -1, -1), torch.tensor([[11, 12, 13]]).expand(2, -1), visible
+        )
+        states = run(batch, (1, "final"), rows)
+        sum(state[:, size:].square().sum() for state in states.values()).backward()
+        found.append((states[1].detach(), states["final"].detach(), learnt.grad))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
 def test_two_sessions_of_one_target_do_not_see_each_other():
     target = tiny_target()
     first, second = open_session(target, (6,)), open_session(target, (4,))
