@@ -207,6 +207,10 @@ class TrainedDrafter(Drafter):
         """The rows of a batch that losses and metrics count."""
         return training_rows(batch, self.draft_steps)
 
+    def measured_rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """The rows that `measured_accuracies` counts: all of them."""
+        return training_rows(batch, self.draft_steps)
+
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,K], `IGNORED` where the label does not count or cannot be
         drafted.
@@ -403,7 +407,7 @@ def measured_accuracies(
     training = drafter.training
     drafter.eval()
     for batch in batches:
-        rows = training_rows(batch, drafter.draft_steps)
+        rows = drafter.measured_rows(batch, target)
         final_PH = final_states(batch, target).flatten(0, 1)
         for depth, (feature, _) in enumerate(drafter.unrolled(batch, target, rows)):
             # The label is the target's greedy token, not the one of the data.

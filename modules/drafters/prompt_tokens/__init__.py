@@ -1,0 +1,1 @@
+"""Trained prompt tokens that a frozen target reads beside its text."""

@@ -1,0 +1,303 @@
+"""Parallel prompt decoding: trained embeddings behind the newest token make the target's own pass
+guess the tokens after the next one (Chen et al. 2024, arXiv 2405.18628).
+
+Prompt token i behind the token at position t stands at t + i, and its final state gives the logits
+of x_{t+1+i}; draft step d is prompt token d + 1. Tokens never see prompt tokens, so that the
+target's own logits stay what they are.
+
+Shape legend: B sequences, T tokens of a packed row, N nodes, W frontier nodes, M training rows, P
+prompt rows, K prompt tokens, E their embeddings, H hidden size, X states of an ensemble side by
+side, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.losses import Losses
+from modules.contracts.shapes import StateName, TargetShape
+from modules.contracts.token_tree import TokenTree
+from modules.contracts.trainable import Footprint, GradientLayers
+from modules.contracts.verification import Accepted, Verified
+from modules.drafters.heads.base import refuse_unknown, soft_labels
+from modules.drafters.prompt_tokens.prompt_rows import HostCounts, PromptRows, prompt_rows
+from modules.drafters.trained import DraftStep, TrainedDrafter, rows_at
+from modules.losses.chunked import Head, TrainingRows, training_rows
+from modules.losses.divergences import forward_kl
+from modules.trees.named_trees import Path
+
+if TYPE_CHECKING:
+    from modules.contracts.target import Target
+
+MOST_EMBEDDINGS = 64
+"""Prompt tokens, and embeddings of each, at most."""
+
+
+@dataclass
+class PromptState(DraftState):
+    """What the prompt tokens behind the last accepted node say.
+
+    final_BKX: their final states; None: there were none. available: how many that node carried.
+    """
+
+    final_BKX: Tensor | None
+    available: HostCounts
+
+
+class PPD(TrainedDrafter):
+    """Prompt tokens on a frozen target: nothing is trained but their embeddings.
+
+    Loss: (1/m) Σ_i decay^i KL(p_i ‖ q_i), with q_i what prompt token i says and p_i the target's
+    own distribution behind the text. The paper lets the target continue greedily from a cut; here
+    the text of the data is given, best the target's own answers (`python -m data.regenerate`), so
+    that one pass trains many cuts.
+
+    The first call after the prompt verifies the newest token alone, with prompt tokens behind it:
+    it gives a token and the first guesses, where a pass of prompt tokens alone would give guesses
+    only. There is no combination with a draft model.
+
+    Args:
+        shape: the target's dimensions.
+        prompts: m, prompt tokens, and how many tokens can be drafted in a row.
+        ensemble: n, embeddings of each prompt token, at the same position. Member j sees the text
+            and member j of earlier prompt tokens; the mean of their logits counts.
+        text: the embeddings start as those of this text's tokens, repeated; null: random.
+        labels: `soft` learns the target's distribution, `hard` the tokens of the data.
+        groups: random cuts in the answers, behind which prompt tokens are trained, evenly spaced
+            ones in validation.
+        groups_per: of each packed `row`, or of each `document` (with 1 group the paper's).
+        draft_vocabulary: how many token ids can be drafted; null for all.
+        tree: paths, or a name of `modules.trees.named_trees`; null is `narrow`.
+        decay: prompt token i weighs decay^i.
+    """
+
+    depth_unit = "prompt tokens"
+
+    def __init__(
+        self,
+        shape: TargetShape,
+        prompts: int = 3,
+        ensemble: int = 1,
+        text: str | None = "The next words of the answer are",
+        labels: Literal["soft", "hard"] = "soft",
+        groups: int = 16,
+        groups_per: Literal["row", "document"] = "row",
+        draft_vocabulary: int | None = None,
+        tree: list[list[int]] | str | None = None,
+        decay: float = 0.8,
+    ) -> None:
+        counts = {"prompts": prompts, "ensemble": ensemble, "groups": groups}
+        for name, count in counts.items():
+            if count < 1 or (name != "groups" and count > MOST_EMBEDDINGS):
+                raise ValueError(f"{name} must be from 1 to {MOST_EMBEDDINGS}, got {count}")
+        refuse_unknown("groups_per", groups_per, ("row", "document"))
+        super().__init__(shape, prompts, draft_vocabulary, decay)
+        self.soft_labels = soft_labels(labels)
+        self.prompts, self.ensemble, self.text = prompts, ensemble, text
+        self.groups, self.groups_per = groups, groups_per
+        self.prompts_EH = nn.Parameter(0.02 * torch.randn(prompts * ensemble, shape.hidden_size))
+        self.use_static_tree("narrow" if tree is None else cast("list[Path] | str", tree))
+
+    @property
+    def max_depth(self) -> int:
+        """As many as it has prompt tokens."""
+        return self.prompts
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """Start as a text's tokens, or at random with the size of the target's embeddings."""
+        text = self.text or ""
+        found = target.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids = torch.tensor(found, dtype=torch.long)
+        if len(ids):
+            repeated = ids.repeat(-(-len(self.prompts_EH) // len(ids)))[: len(self.prompts_EH)]
+            self.prompts_EH.copy_(target.embed(repeated.to(target.device)))
+            return
+        some = torch.arange(min(1024, self.shape.vocab_size), device=target.device)
+        self.prompts_EH.normal_(0, float(target.embed(some).float().std()))
+
+    def head(self, depth: int, target: Target) -> Head:
+        """The target's LM head on the states [..., X] of an ensemble: the mean of its members'
+        logits.
+        """
+        members = (self.ensemble, self.shape.hidden_size)
+
+        def logits(states: Tensor) -> Tensor:
+            each = states.unflatten(-1, members)
+            return target.logits(each, self.vocabulary_D, self.precision).mean(-2)
+
+        return logits
+
+    # -- training ----------------------------------------------------------------------------------
+
+    @property
+    def online(self) -> bool:
+        """Prompt tokens pass through the target in every step."""
+        return True
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        """A gradient through the target's layers, of the prompt rows."""
+        layers = GradientLayers(self.shape, adapted=True)
+        return replace(super().footprint(rows, length), layers=layers)
+
+    def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
+        """KL(p‖q) [M]."""
+        return forward_kl(logits_MD, probs_MD)
+
+    def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """The tokens that prompt tokens stand behind: random ones in training, else evenly
+        spaced.
+        """
+        rows = training_rows(batch, self.draft_steps)
+        flat_M = rows.flat_MK1[:, 0]
+        unit = flat_M // batch.input_ids.shape[1]
+        if self.groups_per == "document":
+            documents = batch.document_ids
+            unit = unit * (int(documents.max()) + 1) + documents.flatten()[flat_M]
+        chosen = some_of_each(unit, self.groups, self.training)
+        return TrainingRows(rows.flat_MK1[chosen], rows.tokens_MK1[chosen], rows.valid_MK[chosen])
+
+    def measured_rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """As many as in training."""
+        return self.rows(batch, target)
+
+    def passed(self, batch: TextBatch, target: Target, rows: TrainingRows) -> tuple[Tensor, Tensor]:
+        """One pass: final states of the text [B,T,H] and of the prompt tokens [M,K,X]."""
+        batch_size, length = batch.input_ids.shape
+        flat_M = rows.flat_MK1[:, 0]
+        # 1. Prompt tokens behind every chosen token.
+        counts_BT = torch.zeros_like(batch.input_ids)
+        counts_BT.view(-1)[flat_M] = self.prompts
+        width = max(1, int(counts_BT.sum(1).max()) * self.ensemble)
+        behind = prompt_rows(self.prompts_EH, self.ensemble, batch.rows(), counts_BT, width)
+        last = target.max_positions - 1
+        behind = replace(behind, position_ids_BP=behind.position_ids_BP.clamp(max=last))
+        # 2. The target reads both, at its own precision.
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            final = target.features(
+                batch, ("final",), gradient=torch.is_grad_enabled(), auxiliary=behind
+            )["final"]
+        # 3. The states behind each chosen token.
+        assert behind.first_BN is not None
+        entries = torch.arange(len(self.prompts_EH), device=flat_M.device)
+        index_ME = behind.first_BN.flatten()[flat_M][:, None] + entries
+        index_ME = index_ME + (flat_M // length)[:, None] * width
+        found_MEH = final[:, length:].flatten(0, 1)[index_ME]
+        return final[:, :length].detach(), self.side_by_side(found_MEH)
+
+    def side_by_side(self, states: Tensor) -> Tensor:
+        """States [...,E,H] as [...,K,X]: those of an ensemble in one row."""
+        return states.unflatten(-2, (self.prompts, self.ensemble)).flatten(-2)
+
+    def teacher_forced(
+        self, batch: TextBatch, target: Target, rows: TrainingRows
+    ) -> Iterator[Tensor]:
+        """What the LM head reads [M,X], prompt token by prompt token."""
+        yield from self.passed(batch, target, rows)[1].unbind(1)
+
+    def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
+        """Every prompt token over the chosen rows, beside the target's distributions of the same
+        pass.
+        """
+        rows = self.rows(batch, target)
+        final_BTH, said_MKX = self.passed(batch, target, rows)
+        batch = replace(batch, states={"final": final_BTH})
+        outputs = ((said, said) for said in said_MKX.unbind(1))
+        distributions = self.distributions(batch, target, rows)
+        return self.scored(batch, target, rows, distributions, outputs)
+
+    def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
+        """The weighted mean over the prompt tokens."""
+        losses = super().weighted(steps, batch)
+        return replace(losses, total=losses.total / self.prompts)
+
+    # -- decoding ----------------------------------------------------------------------------------
+
+    @property
+    def decoding_states(self) -> tuple[StateName, ...]:
+        """What the LM head reads."""
+        return ("final",)
+
+    def start(self, context: Context) -> PromptState:
+        """No prompt token has been read."""
+        none = HostCounts([0] * len(context.newest_B))
+        return PromptState(context, context.newest_B, context.lengths_B, None, none)
+
+    def propose(self, state: DraftState, budget: int) -> TokenTree:
+        """The builder's tree; without guesses the newest token alone."""
+        assert isinstance(state, PromptState)
+        if state.final_BKX is None:
+            return TokenTree.root(state.newest_B)
+        return super().propose(state, budget)
+
+    def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
+        """Logits [B,W,D]: the same for every node of a depth. Without guesses every token is
+        alike.
+        """
+        assert isinstance(state, PromptState)
+        width = frontier.tokens_BW.shape[1]
+        if state.final_BKX is None:
+            nothing = torch.zeros(1, 1, 1, device=state.newest_B.device, dtype=self.precision)
+            return nothing.expand(len(state.newest_B), width, self.draft_size)
+        logits_BD = self.head(frontier.depth, state.context.target)(
+            state.final_BKX[:, frontier.depth]
+        )
+        return logits_BD[:, None].expand(-1, width, -1)
+
+    def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
+        """All prompt tokens behind every node, where the tree has none."""
+        if tree.auxiliary is not None:
+            return tree
+        everywhere = ((self.prompts,) * tree.size,) * len(tree.tokens_BN)
+        counts_BN = torch.full_like(tree.tokens_BN, self.prompts)
+        return self.with_prompts(state, tree, counts_BN, everywhere)
+
+    def with_prompts(
+        self,
+        state: DraftState,
+        tree: TokenTree,
+        counts_BN: Tensor,
+        counts: tuple[tuple[int, ...], ...],
+    ) -> TokenTree:
+        """The tree with so many prompt tokens behind each node (the same counts on the host)."""
+        width = self.ensemble * max(map(sum, counts))
+        rows = tree.rows(state.lengths_B)
+        behind = prompt_rows(self.prompts_EH, self.ensemble, rows, counts_BN, width)
+        return replace(tree, auxiliary=replace(behind, counts=counts))
+
+    def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> PromptState:
+        """Read the prompt tokens behind the last accepted node."""
+        after, behind = super().absorb(state, verified, accepted), verified.tree.auxiliary
+        assert isinstance(after, PromptState)
+        if not isinstance(behind, PromptRows) or behind.first_BN is None:
+            return replace(after, final_BKX=None, available=HostCounts([0] * len(accepted.paths)))
+        # Behind a node's own prompt rows stand those of the next node: `available` leaves them out.
+        found = verified.auxiliary_states["final"]
+        entries = torch.arange(len(self.prompts_EH), device=found.device)
+        first_B1 = behind.first_BN.gather(1, accepted.last_B[:, None])
+        final_BEH = rows_at(found, (first_B1 + entries).clamp(max=found.shape[1] - 1))
+        available = HostCounts(
+            counts[path[-1]] for counts, path in zip(behind.counts, accepted.paths, strict=True)
+        )
+        return replace(after, final_BKX=self.side_by_side(final_BEH), available=available)
+
+
+def some_of_each(unit_M: Tensor, most: int, randomly: bool) -> Tensor:
+    """Indices of up to `most` rows of each unit (int64 [M]), evenly spaced or at random."""
+    count = len(unit_M)
+    order = torch.randperm(count, device=unit_M.device) if randomly else torch.arange(count)
+    order = order.to(unit_M.device)
+    order = order[unit_M[order].argsort(stable=True)]
+    _, inverse, sizes = unit_M[order].unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(count, device=unit_M.device) - (sizes.cumsum(0) - sizes)[inverse]
+    size, kept = sizes[inverse], sizes.clamp(max=most)[inverse]
+    # Row r of c is chosen where the count of chosen ones, r * kept / c rounded down, goes up.
+    chosen = (place + 1) * kept // size > place * kept // size
+    return order[chosen].sort().values
