@@ -18,18 +18,18 @@ from modules.decoding.decoder import SpeculativeDecoder
 
 BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
 WIDE_BUDGETS = (31, 47, 63)
-"""Tried besides on a GPU."""
+"""Also tried on a GPU."""
 
 
 def budgets_on(device: torch.device) -> tuple[int, ...]:
-    """The tree sizes that are worth a trial."""
+    """The tree sizes to try on a device."""
     return (*BUDGETS, *WIDE_BUDGETS) if device.type == "cuda" else BUDGETS
 
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """One tree size, tried: tokens per call, drafting seconds per call, speedup that they promise
-    here.
+    """Measurements of one tree size: tokens per call, drafting seconds per call, and the predicted
+    speedup.
     """
 
     budget: int
@@ -46,8 +46,8 @@ def try_budgets(
     limit: int = 32,
     budgets: Sequence[int] | None = None,
 ) -> list[BudgetTrial]:
-    """Decode a few prompts with every tree size, and set what each gives against what the target's
-    calls take.
+    """Decode a few prompts with every tree size, and predict its speedup from the measured times of
+    the target's calls.
 
     Args:
         decoder: whose drafter, builder and rule are tried.
@@ -55,11 +55,11 @@ def try_budgets(
         prompts: token ids to decode; none that will be evaluated.
         sampling: as decoding will sample.
         limit: new tokens per prompt.
-        budgets: the tree sizes, by default those of the device; those that the drafter cannot fill
-            are left out.
+        budgets: the tree sizes, by default those of the device; sizes too small for the drafter are
+            left out.
 
     Raises:
-        ValueError: the drafter needs more nodes than any of them.
+        ValueError: the drafter needs more nodes than any of the sizes has.
     """
     budgets = budgets_on(decoder.target.device) if budgets is None else budgets
     least = 1 if decoder.drafter is None else decoder.drafter.least_budget
@@ -77,7 +77,7 @@ def try_budgets(
 
 def best_budget(trials: Sequence[BudgetTrial]) -> int:
     """The tree size with the highest predicted speedup, the smallest of equals; 0, which is plain
-    decoding, where none promises to be faster than that."""
+    decoding, where none is predicted to be faster."""
     best = max(trials, key=lambda trial: (trial.predicted_speedup, -trial.budget))
     return best.budget if best.predicted_speedup > 1 else 0
 
@@ -90,10 +90,12 @@ def _try(
     limit: int,
 ) -> BudgetTrial:
     assert decoder.budget is not None
+    # 1. Tokens and drafting time per call.
     traces = [decoder.decode([prompt], sampling, limit)[0] for prompt in prompts]
     calls = max(1, sum(len(trace.accepted) for trace in traces))
     tokens = sum(sum(trace.accepted) for trace in traces) / calls
     drafting = sum(trace.seconds.get("draft", 0.0) for trace in traces) / calls
+    # 2. Time of the target's calls, by the rows they really had.
     rows = [rows for trace in traces for rows in trace.rows] or [decoder.budget + 1]
     call = sum(map(latency.at, rows)) / len(rows) + drafting
     return BudgetTrial(decoder.budget, tokens, drafting, tokens * latency.seconds[1] / call)

@@ -1,5 +1,5 @@
-"""How long the target takes to verify trees of each width on this device, and what a drafter must
-give to win.
+"""How long the target takes to verify trees of each width on this device, and how many tokens a
+drafter must yield to be faster.
 
 Shape legend: N rows of a call.
 """
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 STEADY = 0.25
-"""A stored table is measured again when t(1) has moved by more than this share or spread so."""
+"""A stored table is measured again when t(1) has changed by more than this share, or varied so
+much."""
 _STOCK, _CHECKS = 0, 5
 _current: WeakKeyDictionary[Target, dict[Path, LatencyTable]] = WeakKeyDictionary()
 """Tables that this process has checked or measured."""
@@ -40,10 +41,10 @@ _current: WeakKeyDictionary[Target, dict[Path, LatencyTable]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Median seconds of one target call by rows in it (the newest token's row included), behind
+    """Median seconds of one target call by its number of rows (the newest token's included), after
     `context` tokens.
 
-    stock: of Hugging Face's own call of one row behind as many tokens, in turn with the others;
+    stock: of Hugging Face's own call of one row after as many tokens, interleaved with the others;
     None: not measured.
     spread: seconds between the quartiles of each width's repeats; empty where they are not known.
     """
@@ -59,7 +60,7 @@ class LatencyTable:
         return self.spread.get(1, 0.0) / self.seconds[1]
 
     def save(self, file: Path) -> None:
-        """Write it as JSON."""
+        """Write the table as JSON."""
         file.parent.mkdir(parents=True, exist_ok=True)
         stored = {"context": self.context, "seconds": self.seconds, "spread": self.spread}
         with whole_file(file) as partial:
@@ -70,10 +71,11 @@ class LatencyTable:
         """Read what `save` wrote, now or before tables had a spread.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the file is damaged.
         """
         try:
             stored = json.loads(file.read_text())
+            # JSON keys are text.
             seconds, spread = (
                 {int(rows): float(taken) for rows, taken in stored.get(key, {}).items()}
                 for key in ("seconds", "spread")
@@ -91,6 +93,7 @@ class LatencyTable:
         Raises:
             ValueError: more rows than the widest call measured.
         """
+        # Beyond the widest call there is nothing to extrapolate from.
         widths = sorted(self.seconds)
         if rows > widths[-1]:
             raise ValueError(
@@ -100,9 +103,9 @@ class LatencyTable:
         return float(np.interp(rows, widths, [self.seconds[width] for width in widths]))
 
     def break_even(self, rows: int, draft_seconds: float = 0.0) -> float:
-        """Tokens per call that a tree of this many rows must give to be as fast as plain decoding.
+        """Tokens per call that a tree of this many rows must yield to be as fast as plain decoding.
 
-        One call costs t(rows) + draft_seconds and gives tau tokens; plain decoding gives one per
+        One call takes t(rows) + draft_seconds and yields tau tokens; plain decoding yields one per
         t(1).
         """
         return (self.seconds[rows] + draft_seconds) / self.seconds[1]
@@ -123,12 +126,14 @@ def measure_latency(
     A call holds `batch` sequences with as many rows each; the seconds are the whole call's. `stock`
     also times the model as its library runs it.
     """
+    # 1. A context of random tokens.
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(
         target.device
     )
     session = target.open(batch, context + max(widths))
     session.prefill(ids, torch.full((batch,), context, device=target.device))
+    # 2. The calls to be timed, by width.
     trees = {
         width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths
     }
@@ -136,10 +141,12 @@ def measure_latency(
         width: functools.partial(session.verify, tree) for width, tree in trees.items()
     }
     calls |= {_STOCK: stock_step(target, ids)} if stock else {}
+    # 3. Interleaved, so that a change of load hits all widths alike; the first pass warms up.
     samples: dict[int, list[float]] = {key: [] for key in calls}
     for _ in range(repeats + 1):
         for key, call in calls.items():
             samples[key].append(_seconds(target, call))
+    # 4. Medians, without the first pass.
     medians = {key: statistics.median(taken[1:]) for key, taken in samples.items()}
     return LatencyTable(
         context,
@@ -150,15 +157,15 @@ def measure_latency(
 
 
 def _spread(samples: Sequence[float]) -> float:
-    """Distance of the quartiles."""
+    """Distance between the quartiles, in seconds."""
     low, high = np.quantile(samples, [0.25, 0.75])
     return float(high - low)
 
 
 @torch.no_grad()
 def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
-    """Hugging Face's own call of one row behind these tokens, with its own cache and kernels, to be
-    repeated.
+    """Hugging Face's own call of one row after these tokens, with its own cache and kernels; it can
+    be repeated.
     """
     model, cache = target.stock, DynamicCache()
     model(input_ids=ids_BT, past_key_values=cache)
@@ -175,15 +182,16 @@ def stored_latency(
 ) -> LatencyTable:
     """The table of this target on this device with as many threads: measured once, then read.
 
-    A process times t(1) again before it takes a stored table: one that was measured under another
-    load than there is now (`STEADY`), or while the machine was busy, is measured anew.
+    A process times t(1) again before it uses a stored table. One that was measured under another
+    load (`STEADY`), or on a busy machine, is replaced.
 
     Args:
-        folder: where tables are kept; by default `latency` in `SLIPSTREAM_CACHE` or
+        folder: where tables are stored; by default `latency` in `SLIPSTREAM_CACHE` or
             ~/.cache/slipstream.
         widths, repeats: see `measure_latency`; a stored table without one of the widths is measured
             anew.
     """
+    # 1. One file per target, precision, device, threads and kind of call.
     folder = folder or cache_folder() / "latency"
     on_gpu = target.device.type == "cuda"
     device = torch.cuda.get_device_name(target.device) if on_gpu else processor_name()
@@ -195,6 +203,7 @@ def stored_latency(
         *(("compiled",) if target.compiled is not None else ()),
     )
     file = folder / (re.sub(r"[^\w.()@-]", "_", "-".join(parts)) + ".json")
+    # 2. Checked once per process.
     current = _current.setdefault(target, {})
     if file not in current or not set(widths) <= set(current[file].seconds):
         current[file] = _reusable(target, file, widths) or _fresh(target, file, widths, repeats)
@@ -202,7 +211,8 @@ def stored_latency(
 
 
 def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable | None:
-    """The stored table, if there is one for these widths and it still holds."""
+    """The stored table, if there is one for these widths and it is still valid."""
+    # 1. A table for these widths.
     if not file.is_file():
         return None
     try:
@@ -212,6 +222,7 @@ def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable
         return None
     if not {1, *widths} <= set(table.seconds):
         return None
+    # 2. Measured in the same state of the machine.
     moved = measure_latency(target, (1,), table.context, _CHECKS).seconds[1] / table.seconds[1]
     if table.noise > STEADY or not 1 - STEADY <= moved <= 1 / (1 - STEADY):
         logger.warning(
@@ -238,15 +249,14 @@ def _fresh(target: Target, file: Path, widths: Sequence[int], repeats: int) -> L
 
 @functools.cache
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model; where the system does not report it, what Python knows and at least its
-    architecture.
-    """
+    """The CPU's architecture and model; Python's name of the model where the system reports
+    none."""
     parts = (platform.machine(), processor_model(cpuinfo) or platform.processor())
     return " ".join(dict.fromkeys(parts)).strip()
 
 
 def processor_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model as Linux reports it; empty where it does not."""
+    """The CPU's model as in Linux' /proc/cpuinfo; empty without one."""
     if not cpuinfo.is_file():
         return ""
     listing = cpuinfo.read_text(errors="replace")

@@ -1,5 +1,5 @@
-"""How fast a target call could be on this device: by the memory it must read and by the arithmetic
-it must do.
+"""A lower bound of a target call's time on this device, from the memory that it reads and its
+arithmetic.
 
 Shape legend: N rows of a call.
 """
@@ -20,7 +20,7 @@ _SQUARE = 1536
 
 @dataclass(frozen=True)
 class Roofline:
-    """Measured limits of a device and what a target asks of it.
+    """Measured limits of a device, and memory and arithmetic of a target.
 
     bytes_per_second: of a large read. flops_per_second: of a large matrix product. weight_bytes:
     read by every call.
@@ -44,14 +44,16 @@ class Roofline:
 
 @torch.no_grad()
 def measure_roofline(target: Target, repeats: int = 7) -> Roofline:
-    """Measure the device that holds `target` (best of `repeats`), with what its linear layers and
-    head read and do.
+    """Measure the device of `target` (best of `repeats`), and count bytes and operations of its
+    linear layers and head.
     """
+    # 1. Weights that a call reads: an embedding only if it is also the head.
     weights = [parameter for parameter in target.model.parameters() if parameter.dim() == 2]
     embedding = target.architecture.embedding.get_parameter("weight")
     head = target.architecture.head.weight
     read = [weight for weight in weights if weight is not embedding or embedding is head]
     elements = sum(weight.numel() for weight in read)
+    # 2. Time a large read and a large product.
     large = torch.ones(_READ_BYTES // 4, device=target.device)
     square = torch.randn(_SQUARE, _SQUARE, device=target.device)
     return Roofline(

@@ -1,5 +1,5 @@
-"""Activation checkpointing: blocks that compute what their backward pass needs once more instead of
-keeping it.
+"""Activation checkpointing: blocks that recompute their activations in the backward pass instead of
+storing them.
 
 Chen et al. 2016, arXiv 1604.06174. A block has an attribute `recompute`;
 `use_activation_checkpointing` sets it.
@@ -16,19 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(wanted: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's outputs; of a wanted recomputation only its arguments are kept for the
-    backward pass.
-    """
+    """The function's outputs; if `wanted`, only its arguments are stored for the backward pass."""
     if wanted and torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)
     return function(*arguments)
 
 
 def use_activation_checkpointing(trainable: nn.Module) -> None:
-    """Let every block of a component that can be recomputed be so, the layers of stock models too.
+    """Recompute all blocks of a component that support it, including the layers of stock models.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no such block.
     """
     blocks: list[Any] = [
         module

@@ -49,10 +49,10 @@ class ResBlock(nn.Module):
 
 @dataclass
 class LayerCache:
-    """Keys and values of one drafter layer, behind a length of its own for each sequence.
+    """Keys and values of one drafter layer; each sequence has its own length.
 
-    `write` puts rows behind the lengths without counting them; `keep` then counts the first so many
-    of each sequence, and the next `write` covers the rest.
+    `write` puts rows after the lengths without counting them. `keep` then counts the first rows of
+    each sequence, and the next `write` overwrites the others.
 
     keys_BCGD, values_BCGD: [B,C,G,D]; lengths_B: int64 [B].
     """
@@ -60,8 +60,9 @@ class LayerCache:
     keys_BCGD: Tensor
     values_BCGD: Tensor
     lengths_B: Tensor
-    _known: list[int] | None = field(default=None, init=False, repr=False)
-    """The lengths on the host, read from the device after a `keep` that did not tell them."""
+    _host_lengths: list[int] | None = field(default=None, init=False, repr=False)
+    """The lengths on the host; None after a `keep` without them, until they are read from the
+    device."""
 
     @staticmethod
     def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
@@ -69,7 +70,7 @@ class LayerCache:
         size = (lengths_B.shape[0], 0, shape.num_kv_heads, shape.head_dim)
         blank = torch.empty(size, dtype=dtype, device=lengths_B.device)
         cache = LayerCache(blank, blank, torch.zeros_like(lengths_B))
-        cache._known = [0] * len(lengths_B)
+        cache._host_lengths = [0] * len(lengths_B)
         return cache
 
     def select(self, sequences_S: Tensor) -> LayerCache:
@@ -81,21 +82,23 @@ class LayerCache:
     @property
     def longest(self) -> int:
         """The greatest length, on the host."""
-        if self._known is None:
-            self._known = self.lengths_B.tolist()
-        return max(self._known)
+        if self._host_lengths is None:
+            self._host_lengths = self.lengths_B.tolist()
+        return max(self._host_lengths)
 
     def write(
         self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Put N rows behind each sequence's length and `ahead` rows that were written there before
-        and not kept.
+        """Write N rows after each sequence's length and `ahead` rows that were written before and
+        not kept.
 
         Returns the slots [B,S,G,D] that rows may attend to.
         """
         batch, count = keys_BNGD.shape[:2]
+        # 1. Room for the longest sequence.
         used = self.longest + ahead + count
         self._grow(used)
+        # 2. Write at each sequence's own slots.
         sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
         slots_BN = (
             self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
@@ -105,36 +108,41 @@ class LayerCache:
         return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
 
     def keep(self, counts_B: Tensor, counts: list[int] | None = None) -> None:
-        """Count the first `counts_B` of the rows written last; `counts` are the same where the host
-        has them, and spare a wait for the device."""
-        known = (
-            None if counts is None or self._known is None else zip(self._known, counts, strict=True)
-        )
+        """Count the first `counts_B` of the rows written last. `counts` are the same on the host,
+        if known; they avoid a wait for the device."""
         self.lengths_B = self.lengths_B + counts_B
-        self._known = None if known is None else [length + more for length, more in known]
+        if counts is None or self._host_lengths is None:
+            self._host_lengths = None
+        else:
+            pairs = zip(self._host_lengths, counts, strict=True)
+            self._host_lengths = [length + more for length, more in pairs]
 
     def visible(self, rows: Rows, slots: int) -> Tensor:
-        """bool [B,N,S]: what is kept, and of the rows behind it what `rows` lets each one see.
+        """bool [B,N,S]: committed slots, and those of later rows that `rows` makes visible.
 
         The last N columns of its `visible_BNJ` are the rows of this call, columns before them rows
-        written ahead of it.
+        written earlier.
         """
-        own_rows, count = rows.visible_BNJ.shape[1:]
+        new_rows, count = rows.visible_BNJ.shape[1:]
+        # 1. Which column of `visible_BNJ` each slot is, if it is a recent row.
         offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
         inside_BS = (offset_BS >= 0) & (offset_BS < count)
-        index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, own_rows, -1)
-        own = rows.visible_BNJ.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
-        return own | self._readable(rows, offset_BS < 0)[:, None]
+        index = offset_BS.clamp(0, count - 1)[:, None].expand(-1, new_rows, -1)
+        recent = (
+            rows.visible_BNJ.expand(len(offset_BS), -1, -1).gather(2, index) & inside_BS[:, None]
+        )
+        # 2. And the counted slots before them.
+        return recent | self._readable(rows, offset_BS < 0)[:, None]
 
-    def _readable(self, rows: Rows, kept_BS: Tensor) -> Tensor:
-        """bool [B,S]: of the kept slots those that the rows may attend to."""
+    def _readable(self, rows: Rows, counted_BS: Tensor) -> Tensor:
+        """bool [B,S]: those of the counted slots that the rows may attend to."""
         if rows.committed_BS is None:
-            return kept_BS
-        # Slots behind the last one stand for -1.
-        slots = kept_BS.shape[1]
+            return counted_BS
+        # -1 is scattered to a slot after the last one, which is cut off.
+        slots = counted_BS.shape[1]
         index = torch.where(rows.committed_BS < 0, slots, rows.committed_BS)
-        chosen = F.pad(torch.zeros_like(kept_BS), (0, 1)).scatter(1, index, True)
-        return kept_BS & chosen[:, :slots]
+        chosen = F.pad(torch.zeros_like(counted_BS), (0, 1)).scatter(1, index, True)
+        return counted_BS & chosen[:, :slots]
 
     def _grow(self, needed: int) -> None:
         capacity = self.keys_BCGD.shape[1]
@@ -147,14 +155,14 @@ class LayerCache:
 
 
 def causal_rows(start_B: Tensor, count: int) -> Rows:
-    """`count` consecutive rows behind `start_B` kept ones, each seeing those before it."""
+    """`count` consecutive rows after `start_B` earlier ones, each seeing those before it."""
     order = torch.arange(count, device=start_B.device)
     visible = (order[:, None] >= order).expand(start_B.shape[0], -1, -1)
     return Rows(start_B[:, None] + order, visible)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, in the shape of the target's own.
+    """Grouped-query attention with rotary positions, in the target's dimensions.
 
     Args:
         shape: the target's dimensions.
@@ -185,16 +193,17 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         asking_BNX: Tensor | None = None,
     ) -> Tensor:
-        """[B,N,X] -> [B,N,H]; with a cache the rows also see what it keeps, and are written behind
-        it.
+        """[B,N,X] -> [B,N,H]; with a cache the rows also see its slots, and are written after them.
 
-        `asking_BNX` is what the queries are of, the inputs themselves by default.
+        `asking_BNX` are the inputs of the queries, `hidden_BNX` by default.
         """
+        # 1. Project, and append to the cache.
         queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN, asking_BNX)
         visible = rows.visible_BNJ
         if cache is not None:
             keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
             visible = cache.visible(rows, keys.shape[1])
+        # 2. Attend.
         return self.mix(queries, keys, values, visible)
 
     def mix(
@@ -219,20 +228,22 @@ class Attention(nn.Module):
     def project(
         self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D], rotated to
-        their positions.
+        """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D]; queries and
+        keys rotated to their positions.
         """
+        # 1. Project into heads.
         asking_BNX = hidden_BNX if asking_BNX is None else asking_BNX
         queries = self.q_norm(self.q_proj(asking_BNX).unflatten(-1, (self.heads, self.head_dim)))
         keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
         values = self.v_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim))
+        # 2. Rotate.
         cosine, sine = self.rotary(values, position_ids_BN)
         queries, keys = apply_rotary_pos_emb(queries, keys, cosine, sine, unsqueeze_dim=2)
         return queries, keys, values
 
 
 def rotary_config(shape: TargetShape) -> LlamaConfig:
-    """What Hugging Face's rotary embedding reads of a configuration."""
+    """The configuration that Hugging Face's rotary embedding reads."""
     return LlamaConfig(
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
@@ -267,15 +278,15 @@ class DecoderLayer(nn.Module):
     Args:
         shape: the target's dimensions.
         input_norm: whether attention reads normalised inputs (EAGLE's layer does not).
-        input_width: width of the attention inputs in multiples of H; above 1 the residual is passed
-            apart.
+        input_width: width of the attention inputs in multiples of H; above 1 the residual is a
+            separate argument.
         output_width: width of the output in multiples of H; the residual is repeated (FSPAD's split
             output).
         attention, feed_forward: leave out one of the two halves (Clover's ablations).
     """
 
     recompute = False
-    """Whether what its backward pass needs is computed once more."""
+    """Whether its activations are recomputed in the backward pass."""
 
     def __init__(
         self,
@@ -306,8 +317,8 @@ class DecoderLayer(nn.Module):
         residual_BNH: Tensor | None = None,
         asking_BNX: Tensor | None = None,
     ) -> Tensor:
-        """[B,N,X] -> [B,N,Y]. `residual_BNH` is what the outputs are added to, `asking_BNX` what
-        the queries are of: by default the inputs."""
+        """[B,N,X] -> [B,N,Y]. The outputs are added to `residual_BNH`, the queries are of
+        `asking_BNX`: by default the inputs."""
         return recomputed(
             self.recompute and cache is None,
             self._forward,
@@ -347,22 +358,26 @@ class DecoderLayer(nn.Module):
         """Start from a layer of the target (the last by default); False, no change and a warning,
         when they differ.
 
-        They differ when the target's layer lacks one of this one's weights, shapes it otherwise, or
-        has weights that this one has no place for (Gemma 2 and 3 also normalise what their halves
-        put out). A half that this layer leaves out altogether is left out of the copy too. A layer
-        without an input norm is taken to read final states of the target: its queries, keys and
-        values of them are those that the target's layer has of what its own norm makes of the same
-        direction (`_fold_input_norm`).
+        They differ when the target's layer lacks one of this layer's weights, has it in another
+        shape, or has weights without a counterpart here (Gemma 2 and 3 also normalise the outputs
+        of attention and feed-forward network). A half that this layer does not have is not copied.
+        A layer without an input norm is assumed to read final states of the target: its queries,
+        keys and values of such a state equal those of the target's layer after its own norm, for a
+        hidden state of the same direction (`_fold_input_norm`).
         """
-        index, own = layer % self.shape.num_layers, dict(self.named_parameters())
+        index, parameters = layer % self.shape.num_layers, dict(self.named_parameters())
+        # 1. Names and shapes must agree.
         theirs = set(target.layer_weights(index))
         odd = sorted(
-            (set(own) - theirs) | {name for name in theirs - set(own) if self._should_have(name)}
+            (set(parameters) - theirs)
+            | {name for name in theirs - set(parameters) if self._should_have(name)}
         )
         weights = {
-            name: target.copy_weight(f"layers.{index}.{name}") for name in own if name in theirs
+            name: target.copy_weight(f"layers.{index}.{name}")
+            for name in parameters
+            if name in theirs
         }
-        odd += [name for name, weight in weights.items() if weight.shape != own[name].shape]
+        odd += [name for name, weight in weights.items() if weight.shape != parameters[name].shape]
         if odd:
             logger.warning(
                 "a drafter's layer starts at random, not from layer %d of %s: they differ in %s",
@@ -371,8 +386,9 @@ class DecoderLayer(nn.Module):
                 ", ".join(odd),
             )
             return False
+        # 2. Copy.
         for name, weight in weights.items():
-            own[name].data.copy_(weight)
+            parameters[name].data.copy_(weight)
         if self.self_attn is not None and self.input_layernorm is None:
             self._fold_input_norm(target, index)
         return True
@@ -382,6 +398,7 @@ class DecoderLayer(nn.Module):
         that layer and of its final norm: projections of h / rms(h) * g_in come out of h / rms(h) *
         g_out too."""
         assert self.self_attn is not None
+        # 1. Gains of both norms.
         gain_in_H = target_weight(target, f"layers.{layer}.input_layernorm.weight")
         gain_out_H = target_weight(target, "norm")
         if gain_in_H is None or gain_out_H is None:
@@ -389,12 +406,13 @@ class DecoderLayer(nn.Module):
         # A channel that the final norm nearly removes carries no information: do not amplify it.
         least = _LEAST_GAIN * gain_out_H.abs().mean()
         ratio_H = gain_in_H / torch.where(gain_out_H.abs() < least, torch.inf, gain_out_H)
+        # 2. Scale the columns.
         for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj):
             projection.weight.data.mul_(ratio_H.to(projection.weight))
 
     def _should_have(self, name: str) -> bool:
-        """Whether a weight of the target's layer belongs to a part that this layer has, or has no
-        notion of.
+        """Whether a weight of the target's layer belongs to a part that this layer has, or to an
+        unknown part.
         """
         part = name.partition(".")[0]
         return not hasattr(self, part) or getattr(self, part) is not None
@@ -414,7 +432,8 @@ def run_layers(
     rows: Rows,
     caches: Sequence[LayerCache] | None = None,
 ) -> Tensor:
-    """Layers one after the other [B,N,H] -> [B,N,H], each with its own cache if there are any."""
+    """Run layers one after the other [B,N,H] -> [B,N,H], each with its own cache if there are
+    any."""
     for index, layer in enumerate(layers):
         hidden_BNH = layer(hidden_BNH, rows, None if caches is None else caches[index])
     return hidden_BNH

@@ -1,8 +1,8 @@
-"""The counts that losses divide by, one for all processes of a training.
+"""The counts that losses divide by, averaged over all processes of a training.
 
-Gradients are averaged over W processes. One that divides its sum S_r by its own count N_r weighs
-its labels by 1 / N_r; dividing by the mean count instead gives the mean over processes of S_r · W /
-Σ N, and that is Σ S / Σ N, what one process says of all their batches together.
+Gradients are averaged over W processes. A process that divides its sum S_r by its own count N_r
+weights its labels by 1 / N_r. Dividing by the mean count instead gives the mean over processes of
+S_r · W / Σ N, which is Σ S / Σ N, the loss of one process on all batches together.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 MeanOverProcesses = Callable[[Tensor], Tensor]
-"""A tensor -> its mean over the processes; a collective, so every process calls it as often as the
-others.
+"""A tensor -> its mean over the processes; a collective, so all processes call it equally often.
 """
 
 _MEAN: ContextVar[MeanOverProcesses | None] = ContextVar("mean over processes", default=None)
 
 
 def divisor(count: Tensor) -> Tensor:
-    """What a sum is divided by: the count, or inside `shared_counts` its mean over the processes; 1
+    """The divisor of a sum: the count, or inside `shared_counts` its mean over the processes; 1
     where that is 0.
 
-    Calls must not depend on the batch: the processes meet here.
+    Whether it is called must not depend on the batch, since processes wait for each other here.
     """
     count = over_processes(count)
     return torch.where(count > 0, count, torch.ones_like(count))
@@ -44,7 +43,7 @@ def over_processes(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def shared_counts(mean: MeanOverProcesses) -> Iterator[None]:
-    """Let losses computed inside divide by counts of all processes."""
+    """Losses computed inside divide by counts of all processes."""
     token = _MEAN.set(mean)
     try:
         yield

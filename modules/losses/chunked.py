@@ -1,4 +1,4 @@
-"""Training losses of drafters: pure functions of tensors, computed only on the rows that count.
+"""Training losses of drafters: pure functions of tensors, computed only on the rows with labels.
 
 Index contract: at position t the target's state f_t is its distribution of x_{t+1}; step d of a
 drafter, given the tokens up to x_{t+1+d}, drafts x_{t+2+d}.
@@ -27,11 +27,11 @@ from modules.runtime.phase_timer import phase
 from modules.target.kernels.cpu_kernels import NarrowLinear, narrow_linear
 
 IGNORED = -1
-"""Label of a row that no loss counts."""
+"""Label of a row without a loss."""
 MAX_LOGITS = 2**24
 """Logits [M,D] above this many are computed in chunks of rows."""
 MAX_PROBS = 2**25
-"""Probabilities of the target's distributions up to this many are kept for all draft steps of a
+"""Probabilities of the target's distributions up to this many are shared by all draft steps of a
 batch.
 """
 
@@ -46,10 +46,10 @@ Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
 class LearntHead(NarrowLinear):
-    """An LM head of a drafter's own, of which parts are computed inside one call.
+    """A trained LM head of a drafter, parts of which are computed inside one call.
 
-    ZeRO stage 3 gathers a module's weights from all processes at each call of the module, so every
-    process must call it as often as the others. Chunks of rows are not as many on each of them.
+    ZeRO stage 3 gathers a module's weights from all processes at each call of the module, so all
+    processes must call it equally often. The number of chunks of rows differs between them.
     """
 
     def forward(self, input: Tensor, parts: Callable[[Head, Tensor], Any] | None = None) -> Any:
@@ -62,7 +62,7 @@ class LearntHead(NarrowLinear):
 
 
 def in_one_call(head: Head, features: Tensor, parts: Callable[[Head, Tensor], Any]) -> Any:
-    """`parts(head, features)`, of a head that learns inside one call of it."""
+    """`parts(head, features)`; for a head that learns, inside one call of it."""
     return head(features, parts=parts) if isinstance(head, LearntHead) else parts(head, features)
 
 
@@ -72,8 +72,8 @@ class TrainingRows:
 
     flat_MK1: int64 [M,K+1], t … t + K as indices into the batch's flattened [B*T] (held inside it
     where not valid).
-    tokens_MK1: int64 [M,K+1], x_{t+1} … x_{t+1+K}: step d is given columns up to d and predicts
-    column d + 1.
+    tokens_MK1: int64 [M,K+1], x_{t+1} … x_{t+1+K}: step d reads columns up to d and predicts column
+    d + 1.
     valid_MK: bool [M,K], whether step d's label counts.
     """
 
@@ -87,13 +87,15 @@ class TrainingRows:
 
 
 def training_rows(batch: TextBatch, steps: int, among_BT: Tensor | None = None) -> TrainingRows:
-    """The positions whose first draft is an assistant token, or those `among_BT` of which any draft
-    is one.
+    """The positions whose first draft is an assistant token, or those `among_BT` with any such
+    draft.
 
     Step d of position t counts when x_{t+2+d} is in the loss mask and in t's own document.
     """
+    # 1. The tokens after every position, and which of them are labels.
     tokens, valid = _following(batch, steps + 1)
     chosen = valid[:, 1] if among_BT is None else among_BT.flatten() & valid[:, 1:].any(1)
+    # 2. The chosen positions and those of their steps.
     flat_M = chosen.nonzero()[:, 0]
     ahead = torch.arange(steps + 1, device=flat_M.device)
     flat_MK1 = (flat_M[:, None] + ahead).clamp(max=len(tokens) - 1)
@@ -114,9 +116,11 @@ def _following(batch: TextBatch, count: int) -> tuple[Tensor, Tensor]:
     document.
     """
     length, documents = batch.input_ids.shape[1], batch.document_ids
+    # 1. Indices of the following tokens, inside the row.
     here = torch.arange(length, device=documents.device)[:, None]
     index = here + torch.arange(1, count + 1, device=documents.device)
     inside, index = index < length, index.clamp(max=length - 1)
+    # 2. Labels are assistant tokens of the same document.
     same = (documents[:, index] == documents[..., None]) & (documents != PADDING_DOCUMENT)[
         ..., None
     ]
@@ -152,13 +156,13 @@ def cross_entropy(
     `flat_M` (or another divergence from those).
 
     Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens
-    stand above the label (0: it is the best), D where the label is ignored. Never holds more than
-    `MAX_LOGITS` logits: above that the rows are cut into chunks. Of a frozen head nothing is
-    computed twice and no logits are kept: a row's loss depends on its own features alone, so that
-    dL/dh_m = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is found chunk by chunk in the forward
-    pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Where the head learns too, its
-    weights get a sum over rows by dL/dl_m, which is not known yet: its chunks are computed once
-    more going back.
+    score above the label (0: it is the best), D where the label is ignored. At most `MAX_LOGITS`
+    logits exist at a time: more rows are cut into chunks. With a frozen head nothing is computed
+    twice and no logits are stored: a row's loss depends on its own features alone, so that dL/dh_m
+    = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is computed chunk by chunk in the forward pass
+    (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). Where the head learns too, its weights
+    need a sum over rows by dL/dl_m, which the forward pass does not have: the chunks are recomputed
+    in the backward pass.
 
     Args:
         features_MH: inputs of the head.
@@ -190,7 +194,9 @@ def cross_entropy(
 
 def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Losses and ranks [M] of all rows, never of more than `MAX_LOGITS` logits at once."""
+    # 1. Parts of at most `MAX_LOGITS` logits, at least one.
     parts = list(_slices(len(features_MH), max(1, MAX_LOGITS // width))) or [slice(0, 0)]
+    # 2. A head that learns: recompute the parts in the backward pass.
     if torch.is_grad_enabled() and _learns(head, features_MH):
         if len(parts) == 1:
             return score(parts[0], features_MH)
@@ -204,21 +210,21 @@ def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tupl
 
 
 def _learns(head: Head, features_MH: Tensor) -> bool:
-    """Whether gradients reach parameters of the head; asked of no rows, which costs nothing."""
+    """Whether gradients reach parameters of the head, tested without rows, at no cost."""
     return head(features_MH[:0].detach()).requires_grad
 
 
 def _with_slopes(score: Score, parts: list[slice], features_MH: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and ranks [M] whose slopes are computed with them, part by part, so that no part's
-    logits outlive it.
+    """Losses and ranks [M]; gradients in the features are computed with them, part by part, so that
+    the logits of each part are freed.
     """
-    slopes_MH, found = torch.empty_like(features_MH, requires_grad=False), []
+    slopes_MH, scored = torch.empty_like(features_MH, requires_grad=False), []
     for part in parts:
-        own = features_MH[part].detach().requires_grad_()
-        losses, ranks = score(part, own)
-        (slopes_MH[part],) = torch.autograd.grad(losses.sum(), own)
-        found.append((losses.detach(), ranks))
-    losses, ranks = zip(*found, strict=True)
+        rows = features_MH[part].detach().requires_grad_()
+        losses, ranks = score(part, rows)
+        (slopes_MH[part],) = torch.autograd.grad(losses.sum(), rows)
+        scored.append((losses.detach(), ranks))
+    losses, ranks = zip(*scored, strict=True)
     return cast(Tensor, _KnownSlopes.apply(features_MH, torch.cat(losses), slopes_MH)), torch.cat(
         ranks
     )
@@ -247,8 +253,10 @@ def _score(
     flat_M: Tensor | None,
     divergence: Divergence,
 ) -> tuple[Tensor, Tensor]:
+    # 1. Ranks need no gradient.
     logits = full_precision(head(features_MH))
     ranks = label_ranks(logits.detach(), labels_M)
+    # 2. Hard labels, or a divergence from the target's distributions.
     if distributions is None:
         losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
     else:
@@ -258,18 +266,15 @@ def _score(
 
 
 def label_ranks(logits_MD: Tensor, labels_M: Tensor) -> Tensor:
-    """int64 [M]: how many logits stand above the label's (0: it is the best); D for ignored
-    labels.
-    """
-    own = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
-    above = (
-        (logits_MD > own).sum(1, dtype=torch.int32).long()
-    )  # a sum of int64 would take twice the logits' memory
+    """int64 [M]: how many logits exceed the label's (0: it is the best); D for ignored labels."""
+    label_logits = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
+    # A sum of int64 would take twice the logits' memory.
+    above = (logits_MD > label_logits).sum(1, dtype=torch.int32).long()
     return above.where(labels_M != IGNORED, logits_MD.shape[1])
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """At least float32."""
+    """The tensor in float32, or unchanged if it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -279,14 +284,16 @@ def target_distributions(
     """The target's probabilities over the draft vocabulary, by flat position.
 
     Steps share most positions, so the distributions are computed once for all of `positions` where
-    they fit in memory (`MAX_PROBS`), and anew at each request where they do not.
+    they fit in memory (`MAX_PROBS`), and again for each step where they do not.
     """
+    # P positions: all tokens of the batch.
     final_PH = final_BTH.flatten(0, 1)
 
     @torch.no_grad()
     def distributions(flat_M: Tensor) -> Tensor:
         return torch.softmax(full_precision(head(final_PH[flat_M])), dim=-1)
 
+    # Steps ask for the same positions: compute each once, if the table fits.
     unique = positions.unique()
     if len(unique) * width > MAX_PROBS:
         return distributions
@@ -368,8 +375,8 @@ def smooth_l1(features_MH: Tensor, states_MH: Tensor) -> Tensor:
 
 
 def masked_mean(values_M: Tensor, counted_M: Tensor) -> Tensor:
-    """Mean over the rows that count (of all processes, see `divisor`); 0 (with a gradient of 0)
-    when none does.
+    """Mean over the counted rows (of all processes, see `divisor`); 0 (with a gradient of 0)
+    without any.
     """
     return (values_M * counted_M).sum() / divisor(counted_M.sum())
 
@@ -380,9 +387,7 @@ def depth_weights(steps: int, decay: float, first: float = 1.0) -> list[float]:
 
 
 def accuracy(ranks_M: Tensor, valid_M: Tensor, best: int) -> Mean:
-    """How often the label is among the `best` drafts. Labels outside the draft vocabulary are
-    misses.
-    """
+    """Share of labels among the `best` drafts. Labels outside the draft vocabulary are misses."""
     return Mean(((ranks_M < best) & valid_M).sum(), valid_M.sum())
 
 

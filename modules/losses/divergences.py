@@ -1,5 +1,5 @@
-"""How far a drafter's distribution q stands from the target's distribution p: the losses of
-distillation, per row.
+"""Divergences between a drafter's distribution q and the target's distribution p: distillation
+losses, per row.
 
 The five of online speculative distillation (Liu et al. 2023, arXiv 2310.07177) and DistillSpec
 (Zhou et al. 2023, arXiv 2310.08461). Each takes draft logits [M,D] (full precision) and target
@@ -51,8 +51,8 @@ def jensen_shannon(logits_MD: Tensor, probs_MD: Tensor, beta: float = 0.5) -> Te
 def total_variation(logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
     """½ Σ_v |p − q| [M] = 1 − Σ_v min(p, q): how often the ratio rule rejects a token drawn from q.
 
-    So too where the distribution is the part of p inside the draft vocabulary, not renormalised: q
-    has nothing outside, so that all of p's mass there is distance.
+    Also for the part of p inside the draft vocabulary, not renormalised: q is 0 outside, so that
+    all of p's mass there adds to the distance.
     """
     outside_M = 1 - probs_MD.sum(-1)
     return 0.5 * ((probs_MD - logits_MD.softmax(-1)).abs().sum(-1) + outside_M)
@@ -65,7 +65,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "jensen_shannon": jensen_shannon,
     "total_variation": total_variation,
 }
-"""By the name that a config gives."""
+"""Divergences by their name in a config."""
 
 
 def _log(probs_MD: Tensor) -> Tensor:
