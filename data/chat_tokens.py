@@ -92,7 +92,7 @@ def render(
             "target"
         )
     if not messages:
-        raise Skipped("nothing stands before the answer")
+        raise Skipped("there is nothing before the answer")
     turns = [_for_template(turn, str(tokenizer.chat_template)) for turn in messages]
     try:
         return tokenizer.apply_chat_template(

@@ -312,7 +312,7 @@ def _authorization(endpoint: Endpoint) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
             f"the key in {endpoint.key_variable} holds a line break, or a character that no header "
-            "takes: set it anew"
+            "takes: set it again"
         )
     return {"Authorization": f"Bearer {key}"} if key else {}
 

@@ -52,9 +52,7 @@ def make_parser() -> ArgumentParser:
         "--output", type=str | None, help="folder of the report; by default runs/eval/CONFIG"
     )
     # Flags of the command itself.
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with an evaluation that was cut off"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted evaluation")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier evaluation in the same output"
     )

@@ -98,7 +98,7 @@ def check_yaml(text: str) -> None:
             keys.end()
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
-                raise ValueError(f"the YAML's alias *{event.anchor} stands inside of itself")
+                raise ValueError(f"the YAML's alias *{event.anchor} is inside of itself")
             size, anchor = sizes.get(event.anchor or "", 1), None
             keys.scalar(f"*{event.anchor}", event.start_mark.line + 1)
         elif isinstance(event, yaml.ScalarEvent):

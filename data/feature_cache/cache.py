@@ -218,7 +218,7 @@ def _check_size(
             f"{manifest['dtype']} ({there:.2f} GiB are there, {free:.2f} GiB of the disk are free)",
             flush=True,
         )
-    fix = "set data.features_dtype int8 (a folder of its own), lower data.max_response_tokens, or"
+    fix = "set data.features_dtype int8 (in another folder), lower data.max_response_tokens, or"
     if gib is not None and needed + there > gib:
         raise ValueError(
             f"data.features_gib is {gib:g}, but features {str(folder)!r} would hold "

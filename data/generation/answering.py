@@ -162,7 +162,9 @@ class Journal:
             return
         if damaged:
             logger.warning(
-                "journal %r: %d line(s) hold no answer, which are made anew", str(path), damaged
+                "journal %r: %d line(s) hold no answer, which are generated again",
+                str(path),
+                damaged,
             )
         # 2. Refuse answers that were made with other settings.
         for key, value in settings.items():

@@ -194,7 +194,7 @@ def _response(answer: LabelledAnswer, tokenizer: Any) -> tuple[Sequence[int], Se
     ):
         raise Skipped(
             "response_ids do not say what response does: they are another tokenizer's, mine them "
-            "anew with this target"
+            "again with this target"
         )
     return answer.ids, [(i, i + 1) for i in range(len(answer.ids))]
 

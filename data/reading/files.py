@@ -246,7 +246,7 @@ def _json_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
         ) from None
     except (EOFError, zlib.error) as error:
         raise ValueError(
-            f"data file {str(path)!r} is cut off or damaged behind line {number} "
+            f"data file {str(path)!r} is truncated or damaged after line {number} "
             f"({error}): fetch it again"
         ) from None
 
@@ -359,7 +359,7 @@ def _parquet_rows(path: Path, tally: Tally | None) -> Iterator[Row]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"data file {str(path)!r} is no Parquet file, or a damaged one "
-            f"(behind row {number}): {reason}"
+            f"(after row {number}): {reason}"
         ) from None
 
 

@@ -160,7 +160,7 @@ def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
     questions: list[list[Message]] = [[]]
     for turn in chat_of(row) if chat else asked_of(row):
         if turn["role"] == "tool" or turn.get("tool_calls"):
-            raise Skipped("a chat with tool calls, whose answers cannot be made anew")
+            raise Skipped("a chat with tool calls, whose answers cannot be generated again")
         asks = any(earlier["role"] == "user" for earlier in questions[-1])
         if asks and (alone or turn["role"] == "assistant"):
             questions.append([])

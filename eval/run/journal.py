@@ -101,7 +101,7 @@ class Journal:
     """Finished units by key."""
 
     def _load(self, header: Mapping[str, Any]) -> None:
-        # A journal without a complete header starts anew.
+        # A journal without a complete header is replaced.
         *lines, torn = self.path.read_bytes().split(b"\n")
         if not lines:
             self.path.unlink()
@@ -174,7 +174,7 @@ def journaled_budgets(path: Path) -> dict[str, int]:
         return {}
     with path.open("rb") as file:
         line = file.readline()
-    # `refuse_changes` has read this line before, so that it is a header or cut off.
+    # `refuse_changes` has read this line before, so it is a header or incomplete.
     rows = json.loads(line).get("row", {}) if line.endswith(b"\n") else {}
     return {
         name: row["budget"]

@@ -118,7 +118,7 @@ def _works() -> bool:
 def isolation() -> str:
     """How programs are isolated on this machine, for the report."""
     if _works():
-        return "bubblewrap (no network, read-only files, processes of its own) and limits"
+        return "bubblewrap (no network, read-only files, separate processes) and limits"
     return "limits only (no sandbox: files and network can be reached)"
 
 

@@ -253,8 +253,8 @@ def test_an_answer_with_nothing_before_it_is_left_out_and_the_later_ones_are_kep
     with caplog.at_level(logging.WARNING):
         tokenize_all([Conversation(turns), Conversation(turns[:1])], tokenizer, 100)
     assert caplog.messages == [
-        "skipped 1 conversation: nothing stands before the answer",
-        "1 answer left out: nothing stands before the answer",
+        "skipped 1 conversation: there is nothing before the answer",
+        "1 answer left out: there is nothing before the answer",
     ]
 
 

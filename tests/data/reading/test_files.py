@@ -79,14 +79,14 @@ def test_characters_that_split_other_lines_do_not_split_these(tmp_path: Path) ->
         (
             "a.jsonl.gz",
             gzip.compress(LINES.encode() * 5000, mtime=0)[:-50],
-            r"a.jsonl.gz' is cut off .*behind line 1\d+",
+            r"a.jsonl.gz' is truncated .*after line 1\d+",
         ),
         (
             "a.jsonl.gz",
             gzip.compress(LINES.encode(), mtime=0)[:-9] + b"x" * 9,
-            r"a.jsonl.gz' is (not a gzip|cut off)",
+            r"a.jsonl.gz' is (not a gzip|truncated)",
         ),
-        ("a.parquet", b"no parquet at all", r"a.parquet' is no Parquet file.*behind row 0"),
+        ("a.parquet", b"no parquet at all", r"a.parquet' is no Parquet file.*after row 0"),
         ("a.json", b"[{]", r"a.json' begins as a JSON array, but is not JSON"),
         ("a.csv", b"x", r"a.csv' is of an unknown kind: use .jsonl, "),
     ],
