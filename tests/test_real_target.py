@@ -13,7 +13,7 @@ from modules.contracts.token_tree import TokenTree, Topology
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
-from modules.target.loading import load_target
+from modules.target.loading import load_target, locate
 from tests.fakes import ScriptedDrafter
 
 pytestmark = pytest.mark.slow
@@ -68,3 +68,11 @@ def test_greedy_speculation_is_token_identical(target, prompts):
         assert [trace.ids for trace in traces] == expected
     together = SpeculativeDecoder(target, drafters[-1]).decode(prompts, Sampling(), 16)
     assert [trace.ids for trace in together] == expected
+
+
+def test_a_gguf_file_is_converted_under_any_device_context(tmp_path, monkeypatch, target):
+    """On a machine that has converted nothing yet, with the weights of one that has."""
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    with torch.device("meta"):
+        folder = locate("smollm2-135m")
+    assert load_target(folder).fingerprint() == target.fingerprint()

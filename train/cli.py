@@ -177,8 +177,10 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                 "give another --output"
             )
     recipe = recipe_of(parser, config)
+    # A GGUF target may be converted here for the first time, which needs a device with numbers.
+    shape = outline(config.target, config.dtype).shape
     with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
-        trainable = recipe.drafter(outline(config.target, config.dtype).shape)
+        trainable = recipe.drafter(shape)
         check_shards(recipe.trainer.strategy, trainable)
     if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError(

@@ -279,13 +279,14 @@ def _convert(file: Path, folder: Path) -> None:
     """Copy dequantised float32 weights into a new model, without any trace of the quantisation."""
     loader: Any = AutoModelForCausalLM
     # 1. Dequantise, and forget that the file was quantised.
-    loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config: Any = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # 2. A plain model of these weights.
-    fresh = type(loaded)(config)
-    fresh.load_state_dict(loaded.state_dict())
+    with torch.device("cpu"):
+        loaded = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        config: Any = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # 2. A plain model of these weights.
+        fresh = type(loaded)(config)
+        fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

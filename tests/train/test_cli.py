@@ -282,6 +282,18 @@ def test_arguments_of_a_drafter_are_checked_before_the_target_loads(
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_target_is_outlined_where_tensors_hold_numbers(tiny, recipe, tmp_path, monkeypatch):
+    """A GGUF file is converted there on a new machine, which the meta device cannot."""
+
+    def outline(*_):
+        assert torch.empty(0).device.type == "cpu"
+        raise ValueError("outlined")
+
+    monkeypatch.setattr("train.cli.outline", outline)
+    with pytest.raises(ValueError, match="outlined"):
+        run(recipe, tmp_path / "run")
+
+
 def test_a_run_that_ends_before_training_leaves_nothing(tiny, recipe, tmp_path, monkeypatch):
     def refuse(*_):
         raise ValueError("no such target")
