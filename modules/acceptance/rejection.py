@@ -74,8 +74,8 @@ def k_sequential_rounds(
     min(1, p(x) / (ρ q(x))).
 
     With m = min(q, p / ρ), β = Σ m and A = 1 - (1 - β)^K an accepted token has distribution m A /
-    β; the rest of p is residual. All siblings are draws from the first one's distribution, as
-    `DrawnTree` sees to for children of twins.
+    β; the rest of p is residual. All siblings are draws from the first one's distribution;
+    `DrawnTree` ensures that for children of twins.
     """
     if not children:
         return

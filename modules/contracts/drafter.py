@@ -36,8 +36,7 @@ class Context:
     input_ids_BT: right-padded prompt tokens; lengths_B: their lengths (all committed to the
     target's cache).
     newest_B: the first emitted token of each sequence, not yet in the cache.
-    states: the prompt's target states `{name: [B,T,H]}` that the drafter asked for
-    (`decoding_states`).
+    states: the prompt's target states `{name: [B,T,H]}` of the drafter's `decoding_states`.
     """
 
     target: Target

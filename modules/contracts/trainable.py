@@ -290,9 +290,7 @@ class Trainable(SteadyBuffers):
 
 
 class Objective(nn.Module):
-    """A loss on a component instead of its own, for training that continues (`objective` of a
-    recipe).
-    """
+    """A loss that replaces a component's own in continued training (`objective` of a recipe)."""
 
     @abstractmethod
     def begin(self, drafter: Trainable) -> None:

@@ -46,7 +46,7 @@ class LatencyTable:
 
     stock: of Hugging Face's own call of one row after as many tokens, interleaved with the others;
     None: not measured.
-    spread: seconds between the quartiles of each width's repeats; empty where they are not known.
+    spread: seconds between the quartiles of each width's repeats; empty in tables without it.
     """
 
     context: int
@@ -56,7 +56,7 @@ class LatencyTable:
 
     @property
     def noise(self) -> float:
-        """The spread of t(1), as a share of it; 0 where it is not known."""
+        """The spread of t(1), as a share of it; 0 in tables without it."""
         return self.spread.get(1, 0.0) / self.seconds[1]
 
     def save(self, file: Path) -> None:

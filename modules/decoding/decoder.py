@@ -182,7 +182,7 @@ class SpeculativeDecoder:
         ]
         return Run(
             target=self.target,
-            # A budget of 0 is plain decoding: nothing is drafted, no state is kept.
+            # A budget of 0 is plain decoding: nothing is drafted, and there is no state.
             drafter=self._translated if self.nodes else None,
             rule=self.rule_for(sampling),
             builder=self.builder,

@@ -154,7 +154,7 @@ class Run:
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
             self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
-        # 3. The drafter starts from the states that it asked for.
+        # 3. The drafter starts from its target states.
         first = self.clock.elapsed()
         if self.drafter is not None:
             with self.clock.phase("draft"):

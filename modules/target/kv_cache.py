@@ -252,8 +252,8 @@ class SlotCache(Cache):
 
 
 class AppendedCache(SlotCache):
-    """Keys and values of the rows of a few calls, none committed, put behind each other in new
-    tensors: gradients reach those of later calls and not of earlier ones.
+    """Keys and values of the rows of a few calls, none committed, concatenated into new tensors.
+    Gradients reach the rows of the last call, not those of earlier calls.
     """
 
     def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
@@ -263,7 +263,7 @@ class AppendedCache(SlotCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [B,K,N,D] keys and values of one layer and return all that were."""
+        """Append [B,K,N,D] keys and values of one layer and return all so far."""
         keys, values = self._appended.get(layer_idx, (key_states[:, :, :0], value_states[:, :, :0]))
         keys, values = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         self._appended[layer_idx] = (keys.detach(), values.detach())

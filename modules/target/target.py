@@ -272,8 +272,8 @@ class Target(SteadyBuffers):
         return self.forward_beside(embeddings, rows, names, auxiliary)
 
     def _frozen(self, auxiliary: AuxiliaryRows) -> bool:
-        """Whether no gradient comes to the tokens: they do not see auxiliary rows, of which only
-        what enters learns, and at the first layer.
+        """Whether no gradient reaches the tokens, which do not see auxiliary rows: the model does
+        not learn, and the auxiliary rows enter as tensors at the first layer.
         """
         learns = any(parameter.requires_grad for parameter in self.model.parameters())
         return not learns and auxiliary.layer == 0 and isinstance(auxiliary.inputs, Tensor)
@@ -282,16 +282,18 @@ class Target(SteadyBuffers):
         self, batch: TextBatch, names: Sequence[StateName], auxiliary: AuxiliaryRows
     ) -> dict[StateName, Tensor]:
         """The states of `_features`, with a gradient through the auxiliary rows alone: the pass of
-        the tokens keeps nothing for going back.
+        the tokens stores nothing for the backward pass.
         """
+        # 1. The tokens, without a gradient.
         embeddings, rows = self.embed(batch.input_ids), batch.rows()
         batch_size, length = batch.input_ids.shape
         capacity = length + auxiliary.position_ids_BP.shape[1]
         cache = AppendedCache(self.shape.num_layers, batch_size, capacity)
         with torch.no_grad(), phase("target states"):
             states = self.forward_rows(embeddings, rows, names, cache)
-        behind = Rows(auxiliary.position_ids_BP, auxiliary.visible_BPX)
-        more = self.forward_rows(auxiliary.entering(embeddings), behind, names, cache)
+        # 2. The auxiliary rows attend to the cached keys and values of the tokens.
+        rows_after = Rows(auxiliary.position_ids_BP, auxiliary.visible_BPX)
+        more = self.forward_rows(auxiliary.entering(embeddings), rows_after, names, cache)
         return {name: torch.cat([states[name], more[name]], dim=1) for name in names}
 
     def open(self, batch_size: int, capacity: int) -> Session:

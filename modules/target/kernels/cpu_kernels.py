@@ -55,7 +55,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """`F.linear` by the kernel that is faster for few rows. x [..., I], weight [O, I], bias [O] ->
     [..., O].
 
-    A packed copy of the weight is kept as long as the weight lives, and made anew when it has
+    A packed copy of the weight is kept as long as the weight lives, and replaced when it has
     changed. Inputs of another precision than the weight's go to `F.linear`, where autocast may
     convert them.
     """
