@@ -64,7 +64,7 @@ class TrainParser(ArgumentParser):
     """
 
     def format_help(self) -> str:
-        """Flags of their own, then the sections with their keys and defaults."""
+        """Help text: single flags, then the sections with their keys and defaults."""
         if not any(action.dest == "config" for action in self._actions):
             return super().format_help()
         flags = [_flag(action) for action in self._actions if action.dest in _FLAGS]
@@ -160,12 +160,13 @@ def make_parser() -> TrainParser:
 
 
 def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
-    """What a command line asks for; nothing is loaded or written, and mistakes are seen here.
+    """Recipe and place of a command line. Nothing is loaded or written; mistakes raise here.
 
     Raises:
         ValueError: a value out of range, also of the component's own arguments; nothing to start
             from, no token to publish with, a strategy that cannot train the component.
     """
+    # 1. Output, and the weights to start from, which `--overwrite` must not remove.
     settings = recipe_settings(parser, config)
     output = Path(config.output or f"runs/{_stem(config)}")
     if config.init_from is not None:
@@ -176,12 +177,14 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                 f"--init_from {config.init_from}: --overwrite would remove it first: "
                 "give another --output"
             )
+    # 2. The recipe; the component is built on the meta device, which checks its arguments.
     recipe = recipe_of(parser, config)
     # A GGUF target may be converted here for the first time, which needs a device with numbers.
     shape = outline(config.target, config.dtype).shape
     with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
         trainable = recipe.drafter(shape)
         check_shards(recipe.trainer.strategy, trainable)
+    # 3. What is missing to start, or to publish at the end.
     if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError(
             "objective: it continues a trained drafter: name its run or folder with --init_from"
@@ -192,10 +195,10 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
 
 
 def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
-    """The recipe that a command line spells out.
+    """The recipe of a command line.
 
     Raises:
-        ValueError: a value out of range, or a drafter that is no class that can be trained.
+        ValueError: a value out of range, or a drafter whose class cannot be trained.
     """
     named = getattr(config.drafter, "class_path", None)
     if named is None:
@@ -207,9 +210,7 @@ def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
 
 
 def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The config without the flags that belong to one run only, as plain values without
-    credentials.
-    """
+    """The config as plain values, without credentials and without the flags of a single run."""
     whole = yaml.safe_load(parser.dump(config, skip_validation=True))
     return redact({name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN})
 
@@ -221,7 +222,7 @@ def _stem(config: Namespace) -> str:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, write the run's config, train, and say where the result is."""
+    """Parse, write the run's config, train, and print where the result is."""
     parser = make_parser()
     if not any(
         word.startswith(("--config", "--drafter", "--print_config", "--help", "-h"))
@@ -230,6 +231,7 @@ def command(arguments: Sequence[str]) -> int:
         raise ValueError(
             "--config is missing: name a recipe of configs/, such as --config clover.yaml"
         )
+    # 1. `--plan` and `--profile` print and stop.
     config = settled(parse(parser, arguments))
     if config.plan:
         print_plan(
@@ -244,6 +246,7 @@ def command(arguments: Sequence[str]) -> int:
             profile(recipe, load_target(recipe.target, recipe.dtype, place, recipe.chat_template))
         )
         return 0
+    # 2. Train in a locked output folder, and report the figures.
     recipe, place = prepare(parser, config)
     with claim(place.output, config.resume, config.overwrite) as resume:
         place = replace(place, resume=resume)
@@ -257,7 +260,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 @rank_zero_only
-def _tell_chosen(config: Namespace) -> None:
+def _print_chosen(config: Namespace) -> None:
     print(
         f"target in {config.dtype}, training in {config.trainer.precision}: chosen for "
         f"{training_device(config.trainer.accelerator)}",
@@ -266,39 +269,39 @@ def _tell_chosen(config: Namespace) -> None:
 
 
 def settled(config: Namespace) -> Namespace:
-    """The config with what `auto` means here in place of it, so that a run's config.yaml says what
-    it was.
+    """The config with `auto` replaced by what this machine chooses, so that config.yaml records
+    it.
     """
     if AUTO in (config.dtype, config.trainer.precision):
         accelerator = config.trainer.accelerator
         config.dtype = chosen_dtype(config.dtype, training_device(accelerator))
         config.trainer.precision = chosen_precision(config.trainer.precision, accelerator)
-        _tell_chosen(config)
+        _print_chosen(config)
     return config
 
 
 def quieten() -> None:
-    """Leave out what libraries say about themselves."""
+    """Suppress messages of libraries about themselves."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*LeafSpec.*", "Checkpoint directory .* exists and is not empty"):
         warnings.filterwarnings("ignore", message=message)
     # DeepSpeed sets the level of its logger when it is imported: a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(_tells_no_device)
+    logging.getLogger("DeepSpeed").addFilter(_not_about_devices)
 
 
-def _tells_no_device(record: logging.LogRecord) -> bool:
-    """Where a training runs is told by this program."""
+def _not_about_devices(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's message about the device, which this program prints itself."""
     return not record.getMessage().startswith("Setting accelerator to ")
 
 
 @rank_zero_only
 def write_config(place: Place) -> None:
-    """`DIR/config.yaml`, which trains the same again."""
+    """Write `DIR/config.yaml`, which repeats the training."""
     write_whole({place.output / CONFIG: yaml.safe_dump(dict(place.settings), sort_keys=False)})
 
 
 def used_up(recipe: Recipe, step: int) -> str:
-    """What to say of a resumed run that found no step left to take behind this one."""
+    """The message of a resumed run that has no steps left after this one."""
     most = recipe.trainer.max_steps
     limit = f"max_steps {most}" if 0 <= most <= step else f"max_epochs {recipe.trainer.max_epochs}"
     used = f"trainer.{limit} is used up after step {step}"
@@ -307,7 +310,7 @@ def used_up(recipe: Recipe, step: int) -> str:
 
 @rank_zero_only
 def report(folder: Path, untrained: str = "") -> None:
-    """The last lines of a training, or of a run that had nothing left to train."""
+    """Print the last lines of a training, or of a run with nothing left to train."""
     measured = json.loads((folder / PROVENANCE).read_text())["measured"]
     names = [*_SHOWN, *(name for name in measured if name.startswith("held_out/"))]
     shown = [f"{name} {measured[name]:.4f}" for name in names if name in measured]

@@ -1,8 +1,8 @@
-"""`python -m train.learning_curve --config judge.yaml --sizes "[1000, 4000, 16000]"`: what more
-data gives.
+"""`python -m train.learning_curve --config judge.yaml --sizes "[1000, 4000, 16000]"`: results
+over the amount of training data.
 
-The recipe is trained once for every size, on the first so many tokens of its training data
-(`data.max_training_tokens`); the held-out data are the same for all. Give
+The recipe is trained once per size, on the first tokens of its training data
+(`data.max_training_tokens`); the held-out data are the same for all sizes. Give
 `trainer.max_steps` for the same number of steps at every size.
 """
 
@@ -35,7 +35,7 @@ FIGURES, PAGE = "learning_curve.json", "learning_curve.html"
 
 @dataclass(frozen=True)
 class Point:
-    """A size: the tokens that were trained on, and everything that the run measured, by name."""
+    """One training: its number of training tokens, and all figures of the run by name."""
 
     tokens: int
     measured: Mapping[str, float]
@@ -45,7 +45,8 @@ def curve(
     parser: ArgumentParser, config: Namespace, output: Path, sizes: Sequence[int], target: Target
 ) -> list[Point]:
     """Train the recipe on every size in turn, each into a folder of `output` named after it."""
-    found = []
+    points = []
+    # Sizes ascend; the target is loaded once for all of them.
     for size in sizes:
         recipe = recipe_of(parser, config)
         recipe.data.max_training_tokens = size
@@ -54,8 +55,8 @@ def curve(
         with claim(place, None, config.overwrite):
             folder = train(recipe, Place(place, settings=settings), target).folder
         measured = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["measured"]
-        found.append(Point(recipe.data.response_tokens, measured))
-    return found
+        points.append(Point(recipe.data.response_tokens, measured))
+    return points
 
 
 def picture(points: Sequence[Point], figure: str) -> str:
@@ -78,7 +79,7 @@ def picture(points: Sequence[Point], figure: str) -> str:
 
 
 def lines(points: Sequence[Point], figure: str) -> list[str]:
-    """A table of the sizes."""
+    """A table of the sizes and the figure."""
     return [
         f"{'tokens':>10}  {figure}",
         *(f"{point.tokens:>10}  {point.measured[figure]:.4f}" for point in points),
@@ -86,13 +87,13 @@ def lines(points: Sequence[Point], figure: str) -> list[str]:
 
 
 def page(points: Sequence[Point], figure: str, title: str) -> str:
-    """A page that needs nothing else."""
+    """A self-contained HTML page: the picture and the table."""
     table = escape("\n".join(lines(points, figure)))
     return html_page(title, [picture(points, figure), f"<pre>{table}</pre>"])
 
 
 def check(sizes: Sequence[int]) -> None:
-    """ValueError unless the sizes ascend from 1."""
+    """Raise ValueError unless the sizes are positive and ascending."""
     if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
         raise ValueError(
             f"--sizes must be ascending numbers of tokens, got {list(sizes)}: for example [1000, "
@@ -101,7 +102,7 @@ def check(sizes: Sequence[int]) -> None:
 
 
 def make_curve_parser() -> ArgumentParser:
-    """`python train.py`'s keys, and two more."""
+    """A parser with the keys of `python train.py`, `--sizes` and `--figure`."""
     parser = make_parser()
     parser.add_argument(
         "--sizes", type=list[int], required=True, help="training tokens of each run, ascending"
@@ -113,7 +114,7 @@ def make_curve_parser() -> ArgumentParser:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Train, draw, and print the table."""
+    """Train every size, draw the curve, and print the table."""
     parser = make_curve_parser()
     config = parse(parser, arguments)
     check(config.sizes)
@@ -125,7 +126,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
-    """Train, and write what was found."""
+    """Train every size, and write the figures and the page."""
     place = training_device(config.trainer.accelerator)
     target = load_target(config.target, config.dtype, place, config.chat_template)
     points = curve(parser, config, output, config.sizes, target)
@@ -134,6 +135,7 @@ def finish(parser: ArgumentParser, config: Namespace, output: Path) -> None:
             f"--figure {config.figure!r} was not measured: use one of "
             f"{', '.join(points[0].measured)}"
         )
+    # Figures of every size as JSON, and the chosen one as a page.
     values = [{"tokens": point.tokens, **point.measured} for point in points]
     write_whole(
         {

@@ -1,12 +1,12 @@
-"""`python -m train.memory`: what training needs at its peak, measured on this machine's CPU in
-fresh processes.
+"""`python -m train.memory`: peak memory of training, measured on this machine's CPU in fresh
+processes.
 
-Two questions. What does the chunked LM head save (`modules.losses.chunked`: logits never exist in
-full)? Is `--plan` right? `python -m train.memory --config clover.yaml --data.rows 1` trains
-three steps of that recipe and puts the arithmetic beside the peak, and with `--lengths
-"[1024,2048,4096,8192]"` does so for rows of each of these lengths
+It answers two questions. How much does the chunked LM head save (`modules.losses.chunked` never
+computes all logits at once)? Is `--plan` accurate? `python -m train.memory --config clover.yaml
+--data.rows 1` trains three steps of that recipe and prints the planned and the measured peak, and
+with `--lengths "[1024,2048,4096,8192]"` does so for rows of each of these lengths
 (`--trainer.activation_checkpointing true` and every other key as in `train.py`). Linux only: the
-peak is the kernel's (`VmHWM`), set back just before what is measured.
+peak is the kernel's (`VmHWM`), reset just before the measurement.
 
 Shape legend: T rows, H hidden size, V vocabulary.
 """
@@ -35,19 +35,19 @@ from train.plan import GIB, in_effect, measure, memory, processes
 from train.run import Place, build, train
 
 HIDDEN, VOCABULARY, ROWS = 576, 49152, (2048, 8192)
-"""SmolLM2's dimensions, and how many training rows."""
+"""SmolLM2's dimensions, and the numbers of training rows."""
 STEPS = 3
 _HEAD, _RECIPE, _LENGTHS = "--of-head", "--of-recipe", "--lengths"
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at the peak."""
+    """Memory of this process in bytes: `VmRSS` now, `VmHWM` at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def forget_peak() -> int:
-    """Begin a new peak; returns the bytes in use."""
+    """Reset the peak; returns the bytes in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
@@ -56,14 +56,14 @@ def forget_peak() -> int:
 
 
 def head_figures(rows: int, chunked: bool, learning: bool = False) -> dict[str, float]:
-    """Peak bytes above what was there before, and CPU seconds, of cross-entropy over V tokens,
+    """Peak bytes above those in use before, and CPU seconds, of cross-entropy over V tokens,
     forward and backward.
 
     Args:
         rows: T.
-        chunked: as training does; if not, all logits [T,V] at once.
-        learning: the head gets gradients too (Medusa, EAGLE-3); if not, the features alone (Clover,
-            EAGLE).
+        chunked: as in training; otherwise all logits [T,V] at once.
+        learning: the head gets gradients too (Medusa, EAGLE-3); otherwise only the features do
+            (Clover, EAGLE).
     """
     if not chunked:
         losses.MAX_LOGITS = 1 << 62
@@ -71,17 +71,19 @@ def head_figures(rows: int, chunked: bool, learning: bool = False) -> dict[str, 
     weight_VH = (torch.randn(VOCABULARY, HIDDEN) / HIDDEN**0.5).requires_grad_(learning)
     features_TH = torch.randn(rows, HIDDEN, requires_grad=True)
     labels_T = torch.randint(VOCABULARY, (rows,))
+    # The peak counts from here, without weights and inputs.
     before, began = forget_peak(), time.process_time()
-    found, _ = losses.cross_entropy(
+    losses_T, _ = losses.cross_entropy(
         features_TH, lambda hidden: F.linear(hidden, weight_VH), labels_T, VOCABULARY
     )
-    found.mean().backward()
+    losses_T.mean().backward()
     return {"bytes": resident("VmHWM") - before, "seconds": time.process_time() - began}
 
 
 def head_table(repeats: int = 1, learning: bool = False) -> list[str]:
-    """Chunked beside naive, in turn; the least of each figure over the repeats. Of a learning head
-    the bytes hold the gradient of its weights too."""
+    """Table of chunked and naive, measured in turn; the minimum of each figure over the repeats.
+    The bytes of a learning head include the gradient of its weights.
+    """
     name, extra = ("learning", ["learning"]) if learning else ("frozen", [])
     lines = [
         f"{name} LM head {VOCABULARY:,} x {HIDDEN}, float32, one thread, both ways, least of "
@@ -89,6 +91,7 @@ def head_table(repeats: int = 1, learning: bool = False) -> list[str]:
         f"{'rows':>6} {'naive MiB':>10} {'chunked MiB':>12} {'lower':>7} {'naive s':>8} "
         f"{'chunked s':>10}",
     ]
+    # Each figure comes from a fresh process.
     for rows in ROWS:
         taken = [
             [_fresh([_HEAD, str(rows), kind, *extra]) for kind in ("naive", "chunked")]
@@ -110,36 +113,37 @@ def head_table(repeats: int = 1, learning: bool = False) -> list[str]:
 
 
 class Peak(Callback):
-    """The peak of the training steps alone: no loading, no validation, no probe."""
+    """The peak of training steps only: no loading, no validation, no probe."""
 
     bytes = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Begin with the second step: the optimiser has its state then."""
+        """Reset the peak before every step; from the second one the optimiser has its state."""
         forget_peak()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The highest so far."""
+        """Store the highest peak so far."""
         self.bytes = max(self.bytes, resident("VmHWM"))
 
 
 def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
-    """Bytes of a recipe's training steps above the process with its libraries, and what `--plan`
-    says.
+    """Peak bytes of a recipe's training steps above the process with its libraries, and the plan.
 
-    The target is loaded and released once before: the code that comes with it (70 MiB here) is not
-    the training's.
+    The target is loaded and released once before, so that the libraries it imports (70 MiB here)
+    do not count.
     """
+    # 1. The recipe for a few steps, without the probe.
     parser = make_parser()
     recipe = recipe_of(parser, parse(parser, arguments))
     recipe.trainer.max_steps, recipe.trainer.max_epochs, recipe.probe.prompts = STEPS, -1, 0
+    # 2. Train it, with the measurement in place of the progress bar.
     load_target(recipe.target, recipe.dtype, "cpu")
     gc.collect()
     peak, before = Peak(), resident("VmRSS")
-    setattr(sys.modules["train.run"], "RunProgress", lambda: peak)  # noqa: B010
     target = load_target(recipe.target, recipe.dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        train(recipe, Place(Path(folder) / "run"), target)
+        train(recipe, Place(Path(folder) / "run"), target, peak)
+    # 3. The same by arithmetic.
     size = measure(
         build(recipe, target),
         target,
@@ -155,44 +159,44 @@ def recipe_figures(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def recipe_table(arguments: Sequence[str]) -> list[str]:
-    """Measured beside planned."""
-    found = _fresh([_RECIPE, *arguments])
+    """One line: measured and planned memory in GiB."""
+    figures = _fresh([_RECIPE, *arguments])
     return [
-        f"measured above the process {found['measured'] / GIB:.2f} GiB, planned "
-        f"{found['planned'] / GIB:.2f} GiB ({found['planned'] / found['measured'] - 1:+.0%})"
+        f"measured above the process {figures['measured'] / GIB:.2f} GiB, planned "
+        f"{figures['planned'] / GIB:.2f} GiB ({figures['planned'] / figures['measured'] - 1:+.0%})"
     ]
 
 
 def length_table(arguments: Sequence[str], lengths: Sequence[int]) -> list[str]:
-    """Measured beside planned for rows of each length, every one in a process of its own, as
-    Markdown.
-    """
+    """Markdown table of measured and planned memory per row length, each in a fresh process."""
     lines = ["| tokens of a row | measured GiB | planned GiB | off |", "|---:|---:|---:|---:|"]
     for length in lengths:
-        found = _fresh([_RECIPE, *arguments, "--data.max_length", str(length)])
+        figures = _fresh([_RECIPE, *arguments, "--data.max_length", str(length)])
         lines.append(
-            f"| {length:,} | {found['measured'] / GIB:.2f} | {found['planned'] / GIB:.2f} | "
-            f"{found['planned'] / found['measured'] - 1:+.0%} |"
+            f"| {length:,} | {figures['measured'] / GIB:.2f} | "
+            f"{figures['planned'] / GIB:.2f} | "
+            f"{figures['planned'] / figures['measured'] - 1:+.0%} |"
         )
     return lines
 
 
-def asked_lengths(arguments: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The arguments without `--lengths`, and what it lists. ValueError: it is no list of numbers
-    above 0.
+def split_lengths(arguments: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The arguments without `--lengths`, and the lengths that it lists.
+
+    Raises ValueError unless it is a list of positive numbers.
     """
     rest = list(arguments)
     if _LENGTHS not in rest:
         return rest, []
     at = rest.index(_LENGTHS)
-    given = rest[at + 1] if at + 1 < len(rest) else ""
+    listed = rest[at + 1] if at + 1 < len(rest) else ""
     try:
-        lengths = json.loads(given)
+        lengths = json.loads(listed)
         if not lengths or any(type(length) is not int or length < 1 for length in lengths):
             raise ValueError
     except (ValueError, TypeError):
         raise ValueError(
-            f'{_LENGTHS} {given}: give tokens of a row as a list, such as "[1024,2048]"'
+            f'{_LENGTHS} {listed}: give tokens of a row as a list, such as "[1024,2048]"'
         ) from None
     return rest[:at] + rest[at + 2 :], lengths
 
@@ -201,7 +205,7 @@ def asked_lengths(arguments: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def _fresh(arguments: Sequence[str]) -> dict[str, float]:
-    """Figures from a process of its own."""
+    """Figures that a fresh process prints as JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "train.memory", *arguments], capture_output=True, text=True
     )
@@ -213,7 +217,7 @@ def _fresh(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """A table, or, in a process that another one started, figures as JSON."""
+    """Print a table, or in a process that `_fresh` started figures as JSON."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     elif arguments[:1] == [_HEAD]:
@@ -229,7 +233,7 @@ def command(arguments: Sequence[str]) -> int:
     elif not arguments:
         print("\n".join([*head_table(), "", *head_table(learning=True)]))
     else:
-        rest, lengths = asked_lengths(arguments)
+        rest, lengths = split_lengths(arguments)
         print("\n".join(length_table(rest, lengths) if lengths else recipe_table(rest)))
     return 0
 

@@ -1,4 +1,4 @@
-"""`python train.py --plan`: what a training needs, by arithmetic, before anything is loaded.
+"""`python train.py --plan`: memory and disk of a training by arithmetic, before anything is loaded.
 
 Nothing is measured here. With P trainable parameters, F frozen ones and N processes, AdamW in
 float32 costs 4P bytes of weights, 4P of gradients and 8P of optimiser state per process; DeepSpeed
@@ -25,25 +25,27 @@ from train.settings import DEEPSPEED, TrainerSettings
 
 GIB = 2**30
 VALUES_PER_STEP = 16
-"""Values of width H that a draft step keeps per token for its backward pass: an estimate, on the
-high side.
-"""
+"""Values of width H that a draft step stores per token for its backward pass: a high estimate."""
 HIDDEN_PER_LAYER, INNER_PER_LAYER = 11, 4
-"""Values of the hidden and of the feed-forward width that a decoder layer keeps per token for its
-backward pass: counted on Llama's, 10.4 and 4 where all of it learns, 8.6 and 4 where adapters do.
+"""Values of hidden width and of feed-forward width that a decoder layer stores per token for its
+backward pass. Counted on Llama layers: 10.4 and 4 if all weights are trained, 8.6 and 4 with
+adapters.
 """
 HIDDEN_PER_DROPOUT, INNER_PER_DROPOUT = 7.5, 1.25
-"""The same, of adapters with dropout besides: their own inputs, and masks of a byte."""
+"""Additional values for adapters with dropout: their inputs, and masks of one byte."""
 ALTERNATIVES = ("deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
-"""What to try, in this order, where a strategy does not fit."""
+"""Strategies to try, in this order, if the chosen one does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Footprint):
-    """What the arithmetic starts from: the component's footprint, and what surrounds it.
+    """Inputs of the arithmetic: the component's footprint, and the target's sizes.
 
-    trainable, frozen: parameters. target_bytes: per value of the target. shape: the target's
-    dimensions. names: states that the loss reads. recomputed: activations are not kept.
+    trainable, frozen: numbers of parameters.
+    target_bytes: bytes per value of the target.
+    shape: the target's dimensions.
+    names: states that the loss reads.
+    recomputed: whether activations are recomputed instead of stored.
     """
 
     trainable: int
@@ -56,7 +58,7 @@ class Size(Footprint):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, and `host`: bytes of its share of the host's memory."""
+    """Bytes on one device by use; `host` are bytes of host memory."""
 
     target: float
     parameters: float
@@ -68,7 +70,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Of the device."""
+        """Bytes on the device in all."""
         return (
             self.target
             + self.parameters
@@ -81,17 +83,20 @@ class Memory:
 
 def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
     """Bytes per device of one training step."""
-    found = DEEPSPEED.fullmatch(strategy)
-    stage, offload = (int(found[1]), bool(found[2])) if found else (0, False)
+    # 1. Bytes per parameter of weights, gradients and optimiser states, by precision.
+    match = DEEPSPEED.fullmatch(strategy)
+    stage, offload = (int(match[1]), bool(match[2])) if match else (0, False)
     if precision.startswith("64"):
         parameters, gradients, optimiser = 8.0, 8.0, 16.0
-    elif found and precision.startswith(("16", "bf16")):
+    elif match and precision.startswith(("16", "bf16")):
         parameters, gradients, optimiser = 2.0, 2.0, 12.0
     else:
         parameters, gradients, optimiser = 4.0, 4.0, 8.0
+    # 2. ZeRO divides each of them by the number of processes from its stage on.
     shares = [world if stage >= least else 1 for least in (3, 2, 1)]
     each = (parameters, gradients, optimiser)
     parts = [size.trainable * part / share for part, share in zip(each, shares, strict=True)]
+    # 3. Activations: draft steps, logits and scores, and layers that run with a gradient.
     value = 2 if precision.startswith(("16", "bf16")) else 8 if precision.startswith("64") else 4
     wide = 2 if value == 8 else 1
     hidden = size.tokens * size.shape.hidden_size
@@ -118,9 +123,8 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
 
 
 def logit_bytes(size: Size) -> float:
-    """Of logits, their gradients and the distributions they are held against, float32: of one
-    chunk, and where an LM head learns and all rows fit in one, of every step until its backward
-    pass.
+    """Bytes of logits, their gradients and the target's distributions in float32: of one chunk, or,
+    where a trained LM head's rows fit in one chunk, of every step until its backward pass.
     """
     wanted, distributions = size.tokens * size.width, 1 if size.soft else 0
     transient = 4.0 * (3 + distributions) * min(wanted, MAX_LOGITS)
@@ -130,8 +134,8 @@ def logit_bytes(size: Size) -> float:
 
 
 def score_bytes(size: Size) -> float:
-    """Of attention scores that are kept (EAGLE's), their masked and their normalised values: of
-    every step, or of one part.
+    """Bytes of stored attention scores (EAGLE), raw, masked and normalised: of every step, or of
+    one part.
     """
     wanted = size.row * size.row * size.score_heads
     if wanted > size.most_scores:
@@ -142,7 +146,7 @@ def score_bytes(size: Size) -> float:
 def measure(
     trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False
 ) -> Size:
-    """The size of a component beside its target (either may be on the meta device)."""
+    """The size of a component and its target (either may be on the meta device)."""
     return Size(
         **vars(trainable.footprint(rows, length)),
         trainable=trainable.trained_size,
@@ -155,13 +159,14 @@ def measure(
 
 
 def layer_values(layers: GradientLayers | None, recomputed: bool = False) -> float:
-    """Values per token that decoder layers keep which run with a gradient; 0 without such layers.
+    """Values per token that decoder layers with a gradient store; 0 without such layers.
 
-    Recomputed layers keep their inputs, and one of them at a time the rest. The target's layers
-    under adapters are the target's own, which are not recomputed.
+    Recomputed layers store their inputs, and one layer at a time its other activations. The
+    target's layers under adapters are never recomputed.
     """
     if layers is None:
         return 0.0
+    # One layer, then all of them or their inputs.
     shape = layers.shape
     each = HIDDEN_PER_LAYER * shape.hidden_size + INNER_PER_LAYER * shape.intermediate_size
     if layers.dropout:
@@ -172,7 +177,7 @@ def layer_values(layers: GradientLayers | None, recomputed: bool = False) -> flo
 
 
 def processes(settings: TrainerSettings) -> int:
-    """How many take part, as far as it is known before they start."""
+    """Number of processes, as far as it is known before they start."""
     devices = settings.devices
     if devices in ("auto", -1, "-1"):
         devices = torch.cuda.device_count() if _on_gpu(settings) else 1
@@ -184,14 +189,14 @@ def _on_gpu(settings: TrainerSettings) -> bool:
 
 
 def available(settings: TrainerSettings) -> float:
-    """Bytes for one process: of the GPU, or of its share of the host's free memory."""
+    """Free bytes for one process: of the GPU, or its share of the host's memory."""
     if _on_gpu(settings):
         return float(torch.cuda.mem_get_info()[0])
     return available_memory() / max(1, processes(settings) // settings.num_nodes)
 
 
 def in_effect(strategy: str, settings: TrainerSettings) -> str:
-    """A strategy as this machine runs it: on a CPU there is nowhere to offload to."""
+    """A strategy as this machine runs it: a CPU does not offload."""
     return strategy if _on_gpu(settings) else strategy.removesuffix("_offload")
 
 
@@ -201,16 +206,17 @@ def alternatives(settings: TrainerSettings) -> list[str]:
 
 
 def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
-    """Refuse what cannot fit, and name what would.
+    """Raise ValueError if a training needs more than `room` bytes per device, with a fix.
 
     Raises:
-        ValueError: more memory than `room` bytes per device is needed.
+        ValueError: more memory is needed; the message names settings that fit.
     """
     world = processes(settings)
     strategy = in_effect(settings.strategy, settings)
     needed = memory(size, strategy, settings.precision, world).total
     if needed <= room:
         return
+    # 1. Another strategy, or a lower precision.
     tried = [
         (name, settings.precision)
         for name in alternatives(settings)
@@ -225,6 +231,7 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
         ),
         None,
     )
+    # 2. Fewer rows per batch, then shorter rows, then another target.
     smaller = replace(size, tokens=size.row * size.sides)
     if fix is None and memory(smaller, strategy, settings.precision, world).total <= room:
         fix = "lower data.rows and raise trainer.accumulate_grad_batches"
@@ -242,12 +249,13 @@ def check_fits(size: Size, settings: TrainerSettings, room: float) -> None:
 def _shorter_rows(
     size: Size, settings: TrainerSettings, world: int, room: float, least: int = 128
 ) -> str | None:
-    """The fix that names the greatest half, quarter, … of the rows' length that fits."""
+    """A fix with the largest half, quarter, … of the row length that fits; None: none does."""
     lengths = [
         size.row >> halvings
         for halvings in range(1, size.row.bit_length())
         if size.row >> halvings >= least
     ]
+    # Tokens per batch shrink with the length of a row.
     fits = (
         length
         for length in lengths
@@ -264,7 +272,7 @@ def _shorter_rows(
 
 
 def check_disk(needed: float, folder: Path, gib: float | None = None) -> None:
-    """ValueError where a feature cache of so many bytes is beyond the user's limit or the disk of
+    """Raise ValueError if a feature cache of `needed` bytes exceeds the user's limit or the disk of
     `folder`.
     """
     if gib is not None and needed > gib * GIB:
@@ -272,6 +280,7 @@ def check_disk(needed: float, folder: Path, gib: float | None = None) -> None:
             f"data.features_gib is {gib:g}, but data.features needs {needed / GIB:.4g} GiB: raise "
             "it, set data.features_dtype int8, or lower data.max_response_tokens"
         )
+    # The folder may not exist yet: its disk is that of the first parent that does.
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -285,6 +294,7 @@ def check_disk(needed: float, folder: Path, gib: float | None = None) -> None:
 def described(size: Size, settings: TrainerSettings, room: float) -> list[str]:
     """The plan as lines of text."""
     world = processes(settings)
+    # Sizes first, then one row per strategy; the chosen one has a star.
     lines = [
         f"trainable parameters  {size.trainable:,}",
         f"frozen parameters     {size.frozen:,}",
@@ -310,12 +320,12 @@ def described(size: Size, settings: TrainerSettings, room: float) -> list[str]:
 
 
 def cache_bytes(tokens: int, size: Size, dtype: str) -> float:
-    """Disk for the states of so many tokens."""
+    """Bytes on disk of the states of so many tokens."""
     return float(tokens * len(size.names) * state_bytes(size.shape.hidden_size, dtype))
 
 
 def print_plan(recipe: Any, target: Any) -> None:
-    """Print what a recipe needs, and refuse what does not fit.
+    """Print the memory and disk that a recipe needs, and refuse what does not fit.
 
     Raises:
         ValueError: too little memory or disk, with the fix.
@@ -325,6 +335,7 @@ def print_plan(recipe: Any, target: Any) -> None:
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
     size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)
+    # The plan is printed before it is refused.
     room = available(settings)
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:

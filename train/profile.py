@@ -1,9 +1,8 @@
-"""`python train.py --profile`: where the time of an optimiser step goes, measured on this machine.
+"""`python train.py --profile`: time of an optimiser step by phase, measured on this machine.
 
-A few steps of the recipe are trained for real, with its strategy and precision, in a folder that is
-thrown away. Every moment between the first and the last of the measured steps is charged to one
-phase; on CUDA each boundary waits for the device, which costs some of the overlap that an unwatched
-training has.
+A few steps of the recipe are trained with its strategy and precision, in a temporary folder. All
+time between the first and the last measured step is assigned to one phase; on CUDA each boundary
+waits for the device, which removes some of the overlap of a normal training.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from modules.target.target import Target
 from train.run import Recipe, build, lightning_trainer, training_module
 
 WARM_UP, MEASURED = 2, 5
-"""Optimiser steps before the clock starts (buffers, compilation), and those that count."""
+"""Optimiser steps before the clock starts (buffers, compilation), and measured steps."""
 PHASES = {
     "data": "batches from the loader, and what is logged between steps",
     "target states": "what the feature cache did not bring, by the frozen target",
@@ -31,14 +30,14 @@ PHASES = {
     "backward": "gradients, and their exchange between processes",
     "optimiser": "clipping and AdamW",
 }
-"""What each phase holds, in the order of a step."""
+"""Phases and their content, in the order of a step."""
 
 
 class StepProfile(Callback):
-    """Charges the time of the steps behind the warm-up to phases.
+    """Measures the phases of the steps after the warm-up.
 
     Args:
-        clock: that is charged.
+        clock: adds up the time of each phase.
     """
 
     def __init__(self, clock: PhaseClock) -> None:
@@ -47,25 +46,23 @@ class StepProfile(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is there; what follows is the module's."""
+        """The batch is loaded: the forward pass begins."""
         self.clock.enter("forward")
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor
     ) -> None:
-        """The loss is known."""
+        """The loss is computed: the backward pass begins."""
         self.clock.enter("backward")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The gradients are there."""
+        """The gradients are computed: the optimiser's step begins."""
         self.clock.enter("optimiser")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The weights have changed: begin to measure after the warm-up, and stop with the last
-        step.
-        """
+        """The step is done: start the clock after the warm-up, and stop it after the last step."""
         self.clock.enter("data")
         if trainer.global_step == WARM_UP + MEASURED:
             self.clock.stop()
@@ -74,7 +71,8 @@ class StepProfile(Callback):
 
 
 def profile(recipe: Recipe, target: Target) -> dict[str, float]:
-    """Seconds of one optimiser step by phase, mean over the measured ones, on this process."""
+    """Seconds of one optimiser step by phase, mean over the measured steps, of this process."""
+    # A short training without validation, logs and checkpoints.
     recipe.trainer = replace(
         recipe.trainer,
         max_steps=WARM_UP + MEASURED,
@@ -95,7 +93,7 @@ def profile(recipe: Recipe, target: Target) -> dict[str, float]:
 
 @rank_zero_only
 def print_profile(seconds: dict[str, float]) -> None:
-    """The phases as a table."""
+    """Print the phases as a table."""
     total = sum(seconds.values())
     print(f"{'phase':<14} {'ms':>10} {'share':>6}  what it is")
     for name, what in PHASES.items():

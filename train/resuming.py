@@ -1,4 +1,4 @@
-"""What a resumed run may not change."""
+"""Checks that a resumed run has not changed its config."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from configs.command_line.bounded_yaml import load_yaml
 
 def _lasting(section: Any) -> Any:
     """A section without what may change: rows per process (the batches check their product with the
-    processes), where states are cached, who prepares batches, and keys that say nothing (a run may
-    be older than they are)."""
+    number of processes), the feature cache, worker processes, and keys that are null (the run may
+    predate them).
+    """
     if not isinstance(section, Mapping) or "init_args" not in section:
         return section
     free = ("rows", "workers", "features", "features_dtype", "features_gib")
-    kept = {k: v for k, v in section["init_args"].items() if k not in free and v is not None}
-    return {**section, "init_args": kept}
+    arguments = section["init_args"].items()
+    lasting = {key: value for key, value in arguments if key not in free and value is not None}
+    return {**section, "init_args": lasting}
 
 
 def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Refuse to resume a run whose config (`file`) has changed where it may not."""
+    """Raise ValueError unless a run's saved config (`file`) agrees in all lasting keys."""
     if not file.is_file():
         raise ValueError(
             f"--resume: {file} does not exist, so the run cannot be continued: start a new one"
@@ -29,6 +31,7 @@ def same_run(file: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> No
     saved = load_yaml(file)
     if not isinstance(saved, Mapping):
         raise ValueError(f"--resume: {file} holds no keys: it is no run's config, start a new one")
+    # The first difference is reported, with both values.
     for key in keys:
         changed = next(
             _differences(key, _lasting(saved.get(key)), _lasting(settings.get(key))), None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -61,9 +61,9 @@ class Recipe:
     """What to train, on what and how: every key of a config.
 
     Args:
-        drafter: what to train: class_path and init_args; `--drafter.heads 4` sets one of the
-            latter.
-        data: what to train on, see data/datamodule.py.
+        drafter: the component to train: class_path and init_args; `--drafter.heads 4` sets one of
+            the latter.
+        data: the training data, see data/datamodule.py.
         target: Hub id, folder, .gguf file or smollm2-135m.
         dtype: of the target: float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
             multiplies it and float32 elsewhere.
@@ -93,8 +93,8 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse to choose by what is not measured, and a target in which nothing can be trained;
-        resolve `auto`.
+        """Refuse a figure that is not measured and a target that cannot be trained on; resolve
+        `auto`.
         """
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
             raise ValueError(
@@ -109,13 +109,13 @@ class Recipe:
 
 @dataclass
 class Place:
-    """Where a recipe is run and what it goes on from.
+    """Where a recipe runs and what it starts from.
 
     Args:
         output: folder of the run.
-        resume: checkpoint to go on from.
+        resume: checkpoint to continue from.
         init_from: run, drafter folder or Hub id whose weights to start from.
-        settings: the recipe as plain values, for the record.
+        settings: the recipe as plain values, for provenance.
     """
 
     output: Path
@@ -125,43 +125,52 @@ class Place:
 
 
 class Trained(NamedTuple):
-    """A training's end: the folder of the component, and the optimiser steps behind it."""
+    """Result of a training: the component's folder, and the number of optimiser steps."""
 
     folder: Path
     steps: int
 
 
-def train(recipe: Recipe, place: Place, target: Target | None = None) -> Trained:
-    """Train, and leave `DIR/drafter/`.
+def train(
+    recipe: Recipe,
+    place: Place,
+    target: Target | None = None,
+    progress: Callback | None = None,
+) -> Trained:
+    """Train, and write the component to `DIR/drafter/`.
 
     Args:
         recipe: what to train.
-        place: where to.
+        place: output folder and starting point.
         target: an already loaded target; None loads `recipe.target`.
+        progress: a callback in place of the progress bar.
     """
+    # 1. Trainer, target and component.
     seed_everything(recipe.seed, verbose=False)
     if (
         device := training_device(recipe.trainer.accelerator)
     ) != "cpu" and "mixed" in recipe.trainer.precision:
         torch.set_float32_matmul_precision("high")
-    trainer = lightning_trainer(recipe, place.output)
+    trainer = lightning_trainer(recipe, place.output, True, progress)
     target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
     trainable = build(recipe, target, place.init_from)
     module = training_module(recipe, trainable, target)
+    # 2. Earlier stages, which a checkpoint already contains, then the whole.
     if place.resume is None:
-        train_stages(recipe, place, trainable, target)
+        train_stages(recipe, place, trainable, target, progress)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
         cast(Any, trainer).callbacks.insert(
             0, AcceptanceProbe(probe_prompts(recipe, target), recipe.probe)
         )
     trainer.fit(module, datamodule=recipe.data, ckpt_path=place.resume)
+    # 3. Write the best weights, and publish them where configured.
     folder = export(recipe, place, trainer, module)
     publish_run(recipe.publish, place.output)
     return Trained(folder, trainer.global_step)
 
 
 def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Trainable:
-    """The component, its weights started from the target's or from an earlier run's."""
+    """The component, with initial weights from the target or from an earlier run."""
     trainable = recipe.drafter(target.shape)
     refuse_projected(trainable, target)
     check_shards(recipe.trainer.strategy, trainable)
@@ -174,7 +183,7 @@ def build(recipe: Recipe, target: Target, init_from: str | None = None) -> Train
 
 
 def refuse_projected(trainable: Trainable, target: Target) -> None:
-    """ValueError for a drafter on the states of a target whose embedding is narrower than its
+    """Raise ValueError for a drafter on the states of a target whose embedding is narrower than its
     layers (OPT-350m).
     """
     width, size = target.architecture.head.in_features, target.shape.hidden_size
@@ -186,8 +195,9 @@ def refuse_projected(trainable: Trainable, target: Target) -> None:
 
 
 def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> TrainableModule:
-    """What Lightning trains. ValueError: a component without blocks to recompute or to compile
-    where that is asked.
+    """The Lightning module of a component.
+
+    Raises ValueError where the recipe recomputes or compiles blocks and the component has none.
     """
     if recipe.trainer.activation_checkpointing:
         use_activation_checkpointing(trainable)
@@ -200,13 +210,22 @@ def training_module(recipe: Recipe, trainable: Trainable, target: Target) -> Tra
     )
 
 
-def train_stages(recipe: Recipe, place: Place, trainable: Trainable, target: Target) -> None:
-    """Train copies of what comes before the whole (`Trainable.stages`); a resumed run has it in its
-    checkpoint.
+def train_stages(
+    recipe: Recipe,
+    place: Place,
+    trainable: Trainable,
+    target: Target,
+    progress: Callback | None = None,
+) -> None:
+    """Train copies of the parts that are trained before the whole (`Trainable.stages`).
+
+    A resumed run has their weights in its checkpoint.
     """
+    # Each stage has its own epochs and learning rate; the copy may be sharded, the part is not.
     for stage in trainable.stages:
         settings = replace(recipe.trainer, max_epochs=stage.epochs, max_steps=-1)
-        trainer = _lightning_trainer(settings, None, place.output, f"{LIGHTNING}/{stage.name}")
+        logs = f"{LIGHTNING}/{stage.name}"
+        trainer = _lightning_trainer(settings, None, place.output, logs, progress)
         optimizer = replace(recipe.optimizer, lr=stage.lr)
         part = copy.deepcopy(stage.part).requires_grad_(True)
         module = TrainableModule(part, target, optimizer, settings.log_every_n_steps)
@@ -237,15 +256,19 @@ def probe_prompts(recipe: Recipe, target: Target) -> list[list[int]]:
     return fitting
 
 
-def lightning_trainer(recipe: Recipe, folder: Path, keep: bool = True) -> Trainer:
-    """Lightning's Trainer as the recipe asks for it; `keep` False writes no checkpoints.
+def lightning_trainer(
+    recipe: Recipe, folder: Path, keep: bool = True, progress: Callback | None = None
+) -> Trainer:
+    """Lightning's Trainer for a recipe; `keep` False writes no checkpoints, `progress` replaces the
+    progress bar.
 
     Raises:
         ValueError: a strategy, precision or device that Lightning does not know or this machine
             does not have.
     """
     try:
-        return _lightning_trainer(recipe.trainer, recipe.checkpoint if keep else None, folder)
+        checkpoint = recipe.checkpoint if keep else None
+        return _lightning_trainer(recipe.trainer, checkpoint, folder, LIGHTNING, progress)
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ValueError(f"trainer: {error}") from error
 
@@ -255,15 +278,17 @@ def _lightning_trainer(
     checkpoint: CheckpointSettings | None,
     folder: Path,
     logs: str = LIGHTNING,
+    progress: Callback | None = None,
 ) -> Trainer:
-    """`checkpoint` None keeps none; `logs` is the folder of the default loggers, LIGHTNING or a
-    folder in it.
+    """`checkpoint` None writes no checkpoints; `logs` is the folder of the default loggers,
+    LIGHTNING or a folder in it; `progress` None is a progress bar.
     """
-    kept = [] if checkpoint is None else checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)
+    # Checkpoints are whole or absent, and metrics are logged by the module, every step.
+    savers = [] if checkpoint is None else checkpoint_callbacks(folder / CHECKPOINTS, checkpoint)
     return Trainer(
         default_root_dir=folder,
         logger=loggers(settings, folder, logs),
-        callbacks=[RunProgress(), *kept],
+        callbacks=[progress or RunProgress(), *savers],
         enable_checkpointing=checkpoint is not None,
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -286,20 +311,21 @@ def _lightning_trainer(
 
 
 def loggers(settings: TrainerSettings, folder: Path, logs: str = LIGHTNING) -> list[Logger]:
-    """The loggers asked for, or CSV and TensorBoard files under `DIR/{logs}/version_N`."""
+    """The configured loggers, or CSV and TensorBoard files under `DIR/{logs}/version_N`."""
     if settings.logger is not None:
         return settings.logger
     csv = CSVLogger(folder, name=logs)
     return [csv, TensorBoardLogger(folder, name=logs, version=csv.version, default_hp_metric=False)]
 
 
-# -- what remains of a run -------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 
 def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModule) -> Path:
-    """Validate the chosen weights and write them, with what was measured, to `DIR/drafter/`."""
+    """Validate the chosen weights and write them, with their figures, to `DIR/drafter/`."""
     checkpoint, measured = chosen(recipe, place.output / CHECKPOINTS, trainer, module)
     folder = place.output / DRAFTER
+    # The first process writes the component, its provenance and its pages.
     if trainer.is_global_zero:
         trainable = restored(module.trainable, checkpoint)
         outcome = finish(recipe, module, trainable)
@@ -317,10 +343,10 @@ def export(recipe: Recipe, place: Place, trainer: Trainer, module: TrainableModu
 
 @rank_zero_only
 def publish_run(settings: PublishSettings, run: Path) -> None:
-    """Publish what was trained, if that is asked for.
+    """Publish the trained component, if `publish.repo` is set.
 
     Raises:
-        ValueError: what went wrong; the run is whole, and its publishing can be tried again.
+        ValueError: the cause; the run is complete and can be published later.
     """
     if settings.repo is None:
         return
@@ -329,6 +355,7 @@ def publish_run(settings: PublishSettings, run: Path) -> None:
             f"published: {publish(run, settings.repo, settings.private, license=settings.license)}"
         )
     except ValueError as error:
+        # The error message holds the command that publishes later.
         flags = f"--repo {settings.repo}" + ("" if settings.private else " --public")
         flags += f" --license {settings.license}" if settings.license else ""
         raise ValueError(
@@ -338,9 +365,8 @@ def publish_run(settings: PublishSettings, run: Path) -> None:
 
 
 def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> TrainingResult:
-    """The component's own last touches, over all held-out batches with their states; on one
-    process.
-    """
+    """The component's `finish`, over all held-out batches with their states; on one process."""
+    # A module of its own computes the states of the batches.
     ready = TrainableModule(
         trainable.to(module.target.device).eval(), module.target, recipe.optimizer
     )
@@ -358,14 +384,17 @@ def finish(recipe: Recipe, module: TrainableModule, trainable: Trainable) -> Tra
 def chosen(
     recipe: Recipe, folder: Path, trainer: Trainer, module: TrainableModule
 ) -> tuple[Path, dict[str, float]]:
-    """The checkpoint to export and its figures. Weights that training ended on between two
-    validations compete too.
+    """The checkpoint to export and its figures.
+
+    Final weights that no validation has seen are compared too.
     """
+    # 1. Candidates: the last weights, the best ones, or both.
     last, best, key = folder / "last.ckpt", folder / "best.ckpt", recipe.checkpoint.best_by
     candidates = [last]
     if recipe.checkpoint.export == "best" and best.exists():
         whole = zipfile.is_zipfile(last) and module.validated_step != trainer.global_step
         candidates = [best, last] if whole else [best]
+    # 2. Validate each and take the best by the configured figure.
     measured = {path: _validated(trainer, module, recipe, path) for path in candidates}
     worth = {
         path: figures.get(key, 0.0) * (-1 if key == "val/loss" else 1)
@@ -389,9 +418,7 @@ def _validated(
 
 
 def restored(trainable: Trainable, checkpoint: Path) -> Trainable:
-    """A copy of a component, built anew, with the weights of a checkpoint (the original may be in
-    shards).
-    """
+    """A new copy of a component with the weights of a checkpoint (the original may be sharded)."""
     fresh = type(trainable)(**trainable.arguments)
     assign_weights(fresh, component_weights(checkpoint), str(checkpoint))
     return fresh
@@ -408,27 +435,29 @@ def component_weights(checkpoint: Path) -> dict[str, Tensor]:
     }
 
 
-# -- where a run lives -----------------------------------------------------------------------------
+# -- the run's folder ------------------------------------------------------------------------------
 
 
 @contextmanager
 def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | None]:
-    """Keep `output` for one run while the block lasts; gives the checkpoint to go on from, if any.
+    """Lock `output` for one run during the block; yields the checkpoint to continue from, if any.
 
-    What kills left half written there is removed, and with `overwrite` the run that is there. A run
+    Partial files of killed processes are removed, and with `overwrite` also an existing run. A run
     that ends before training begins leaves nothing.
 
     Raises:
-        ValueError: another run is writing there, or nothing can be; there is a run already and none
-            is to be resumed or overwritten; or nothing to resume.
+        ValueError: another run writes there, or the folder is not writable; it holds a run that is
+            neither resumed nor overwritten; or there is nothing to resume.
     """
     if resume is not None and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: give one")
+    # 1. Other processes only look the checkpoint up.
     if rank_zero_only.rank != 0:
         yield None if resume is None else resume_point(output, resume)
         return
     if resume is not None and not output.is_dir():
         resume_point(output, resume)
+    # 2. The first process locks, cleans and, where allowed, empties the folder.
     with claimed(output):
         _clean(output)
         if resume is None:
@@ -438,7 +467,7 @@ def claim(output: Path, resume: str | None, overwrite: bool) -> Iterator[Path | 
 
 
 def _ways_on(output: Path) -> str:
-    """How to go on after an interruption."""
+    """How to continue after an interruption."""
     if _whole_checkpoint(output):
         return "go on with --resume last"
     return "begin again with --overwrite (no checkpoint is there yet)"
@@ -446,7 +475,7 @@ def _ways_on(output: Path) -> str:
 
 @contextmanager
 def _without_config_of_nothing(output: Path) -> Iterator[None]:
-    """Takes the run's config away again if the block fails before training has begun."""
+    """Remove the run's config again if the block fails before training has begun."""
     config = output / CONFIG
     earlier = config.exists()
     try:
@@ -458,14 +487,15 @@ def _without_config_of_nothing(output: Path) -> Iterator[None]:
 
 
 def _clean(output: Path) -> None:
-    """Remove what kills left of an export and of checkpoints; a drafter that was being replaced
-    comes back."""
+    """Remove partial files of killed exports and checkpoints; a drafter that was being replaced is
+    restored.
+    """
     clear_scratch(output / DRAFTER)
     remove_leftovers(output / CHECKPOINTS)
 
 
 def _vacate(output: Path, overwrite: bool) -> None:
-    """ValueError if there is a run, unless it is to be overwritten; then it is removed."""
+    """Raise ValueError if there is a run, or remove it with `overwrite`."""
     if (output / LIGHTNING).exists() and not overwrite:
         ways = (
             "add --resume last, --overwrite"
@@ -480,7 +510,7 @@ def _vacate(output: Path, overwrite: bool) -> None:
 
 
 def _whole_checkpoint(output: Path) -> bool:
-    """Whether `--resume last` finds something."""
+    """Whether `--resume last` finds a checkpoint."""
     folder = output / CHECKPOINTS
     return any(zipfile.is_zipfile(folder / name) for name in ("last.ckpt", "best.ckpt"))
 
@@ -494,6 +524,7 @@ def resume_point(output: Path, resume: str) -> Path:
             return path
         if path.exists():
             logger.warning("%s is not a whole checkpoint: skipped", path)
+    # Nothing is whole: name the way out.
     begun = (output / LIGHTNING).exists()
     begin = "begin again with --overwrite" if begun else "start without --resume"
     raise ValueError(
@@ -503,7 +534,7 @@ def resume_point(output: Path, resume: str) -> Path:
 
 
 def steps_of(checkpoint: Path | None) -> int | None:
-    """Optimiser steps that a checkpoint has behind it; None without one."""
+    """Optimiser steps of a checkpoint; None without one."""
     if checkpoint is None:
         return None
     return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]

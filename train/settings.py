@@ -17,11 +17,9 @@ from modules.target.loading import AUTO, has_fast_bfloat16, own_device
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 MOST_NODES = 1 << 16
-"""Of a drafted tree; published ones have below a thousand."""
+"""Limit on the nodes of a drafted tree; published trees have fewer than a thousand."""
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
-"""Names of our DeepSpeed strategies: the ZeRO stage, and whether its optimiser state is
-offloaded.
-"""
+"""Names of DeepSpeed strategies: the ZeRO stage, and whether optimiser states are offloaded."""
 
 
 @dataclass
@@ -45,7 +43,7 @@ class OptimizerSettings:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot train."""
+        """Raise ValueError for values out of range."""
         if not 0 < self.lr < math.inf:
             raise ValueError(f"optimizer.lr must be above 0 and finite, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -62,14 +60,12 @@ class OptimizerSettings:
 
 
 def training_device(accelerator: str) -> str:
-    """Where this process trains."""
+    """The torch device of this process, `cpu` or a GPU."""
     return "cpu" if accelerator == "cpu" else own_device()
 
 
 def chosen_precision(precision: str, accelerator: str) -> str:
-    """What `auto` means: bf16-mixed on a GPU that multiplies bfloat16, 32-true elsewhere. Other
-    names stay.
-    """
+    """The precision: `auto` is bf16-mixed on a GPU that multiplies bfloat16, 32-true elsewhere."""
     if precision != AUTO:
         return precision
     return "bf16-mixed" if has_fast_bfloat16(training_device(accelerator)) else "32-true"
@@ -77,7 +73,7 @@ def chosen_precision(precision: str, accelerator: str) -> str:
 
 @dataclass
 class TrainerSettings:
-    """How long, on what and how precisely to train; the names are Lightning's.
+    """Duration, devices and precision of a training; the names are Lightning's.
 
     Args:
         max_epochs: passes over the data (-1: as many as max_steps takes).
@@ -88,9 +84,9 @@ class TrainerSettings:
         accumulate_grad_batches: batches per optimiser step.
         gradient_clip_val: largest gradient norm (0: no clipping).
         gradient_clip_algorithm: `norm`, or `value` to clip every element.
-        activation_checkpointing: compute activations of the component's own layers once more
-            instead of keeping them.
-        compile: let the component's own blocks go through torch.compile.
+        activation_checkpointing: recompute activations of the component's own layers instead of
+            storing them.
+        compile: compile the component's own blocks with torch.compile.
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per machine, or `auto` (one per GPU; one on a CPU).
         num_nodes: machines.
@@ -118,7 +114,10 @@ class TrainerSettings:
     logger: list[Logger] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a training without an end, and values that Lightning takes but cannot mean."""
+        """Raise ValueError for a training without an end, and for values that Lightning would
+        accept or ignore.
+        """
+        # 1. Numbers.
         if not 0 <= self.gradient_clip_val < math.inf:
             raise ValueError(
                 "trainer.gradient_clip_val must be at least 0 (no clipping) and finite, got "
@@ -133,6 +132,7 @@ class TrainerSettings:
             raise ValueError(
                 "trainer.max_steps and trainer.max_epochs are both -1: give one of them"
             )
+        # 2. Names.
         if self.precision not in (AUTO, *PRECISIONS):
             raise ValueError(
                 f"trainer.precision {self.precision!r} is unknown: use one of "
@@ -148,6 +148,7 @@ class TrainerSettings:
                 "deepspeed_2, deepspeed_3 (each also with _offload), or a name of Lightning's"
             )
         if (
+            # DeepSpeed clips by norm only.
             self.strategy.startswith("deepspeed")
             and self.gradient_clip_algorithm == "value"
             and self.gradient_clip_val
@@ -160,10 +161,10 @@ class TrainerSettings:
 
 @dataclass
 class ProbeSettings:
-    """The acceptance probe: after each validation, a few held-out prompts are decoded for real.
+    """The acceptance probe, which decodes a few held-out prompts after each validation.
 
     Args:
-        prompts: how many (0: no probe).
+        prompts: number of prompts (0: no probe).
         max_new_tokens: per prompt.
         budget: drafted nodes per step; null is the drafter's own.
     """
@@ -173,7 +174,7 @@ class ProbeSettings:
     budget: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be decoded."""
+        """Raise ValueError for numbers out of range."""
         if self.prompts < 0 or self.max_new_tokens < 1:
             raise ValueError(
                 "probe.prompts must be at least 0 and probe.max_new_tokens at least 1, got "
@@ -185,12 +186,12 @@ class ProbeSettings:
 
 @dataclass
 class PublishSettings:
-    """The component on the Hugging Face Hub, when training has ended (`python -m
-    checkpoints.publish` does it later).
+    """Publication on the Hugging Face Hub after training (`python -m checkpoints.publish` does it
+    later).
 
     Args:
-        repo: USER/NAME; null is not published.
-        private: for its owner only.
+        repo: USER/NAME; null: do not publish.
+        private: visible to its owner only.
         license: of the component; null is the target's where that is known, else `other`.
     """
 
@@ -199,17 +200,17 @@ class PublishSettings:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no id before anything is trained."""
+        """Raise ValueError for a malformed repository id, before training."""
         if self.repo is not None:
             check_repo(self.repo)
 
 
 @dataclass
 class CheckpointSettings:
-    """What is kept while training and what becomes `drafter/`.
+    """Which weights are saved during training and which become `drafter/`.
 
     Args:
-        best_by: the figure that decides which weights are best.
+        best_by: the figure by which weights are compared.
         export: which weights become `drafter/`.
         every_n_steps: how often `last` is written; null is after each validation.
     """

@@ -1,11 +1,11 @@
-"""`python -m train.throughput`: tokens per second of EAGLE-3's training step, beside SpecForge's
-where it is installed.
+"""`python -m train.throughput`: tokens per second of EAGLE-3's training step, compared with
+SpecForge's where it is installed.
 
 Forward and backward of three unrolled steps over one packed row, the same random ids, states,
 weights and soft cross-entropy over the same draft vocabulary, the two in turn. SpecForge's drafter
 is its `LlamaForCausalLMEagle3` (sdpa backend) called as its trainer calls it; its compiled Triton
-loss needs a GPU, so the same sum is written out here. That both compute the same is checked before
-anything is timed. Its package goes into an environment beside this project: `pip install --no-deps
+loss needs a GPU, so the same sum is written out here. Equal losses are checked before anything is
+timed. The package goes into this project's environment: `pip install --no-deps
 specforge==0.2.0`.
 
 Shape legend: B rows (1), T tokens, H hidden size, D draft vocabulary.
@@ -37,14 +37,14 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is measured.
+    """Settings of the comparison.
 
     Args:
-        target: whose shapes are taken.
+        target: the model that gives the shapes.
         tokens: T of the row.
         vocabulary: D.
         steps: draft steps unrolled.
-        assistant: share of the row's tokens that are trained on, at its end.
+        assistant: share of trained tokens, at the end of the row.
         precision: float32, or bfloat16 for matrix products under autocast.
         repeats: timed passes of each.
         device: a torch device; by default the GPU if there is one.
@@ -60,40 +60,40 @@ class Comparison:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Raise ValueError for values out of range."""
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision {self.precision!r} is unknown: use float32 or bfloat16")
         if not 0 < self.assistant <= 1:
             raise ValueError(f"assistant must lie in (0, 1], got {self.assistant}")
 
 
-def packed_row(asked: Comparison, target: Target, names: Sequence[Any]) -> TextBatch:
+def packed_row(settings: Comparison, target: Target, names: Sequence[Any]) -> TextBatch:
     """One document of random tokens that fills the row, all in the draft vocabulary, with random
     states.
     """
-    ids_BT = torch.randint(asked.vocabulary, (1, asked.tokens))
-    order = torch.arange(asked.tokens)[None]
+    ids_BT = torch.randint(settings.vocabulary, (1, settings.tokens))
+    order = torch.arange(settings.tokens)[None]
     states = {
-        name: torch.randn(1, asked.tokens, target.shape.hidden_size, device=target.device)
+        name: torch.randn(1, settings.tokens, target.shape.hidden_size, device=target.device)
         for name in names
     }
-    counted_BT = order >= asked.tokens * (1 - asked.assistant)
+    counted_BT = order >= settings.tokens * (1 - settings.assistant)
     parts = [
         part.to(target.device) for part in (ids_BT, counted_BT, order, torch.zeros_like(order))
     ]
     return TextBatch(parts[0], parts[1], parts[2], parts[3], states)
 
 
-def our_drafter(asked: Comparison, target: Target) -> Eagle3:
+def our_drafter(settings: Comparison, target: Target) -> Eagle3:
     """EAGLE-3 with the first D tokens as draft vocabulary."""
-    drafter = Eagle3(target.shape, asked.vocabulary, steps=asked.steps)
-    drafter.set_vocabulary(range(asked.vocabulary))
+    drafter = Eagle3(target.shape, settings.vocabulary, steps=settings.steps)
+    drafter.set_vocabulary(range(settings.vocabulary))
     drafter.initialise(target)
     return drafter.to(target.device)
 
 
 def our_step(drafter: Eagle3, batch: TextBatch, target: Target, precision: str) -> Step:
-    """The product's loss."""
+    """A step with this project's loss."""
 
     def step() -> Tensor:
         drafter.zero_grad()
@@ -109,7 +109,8 @@ def our_step(drafter: Eagle3, batch: TextBatch, target: Target, precision: str) 
 
 
 def their_drafter(ours: Eagle3, target: Target) -> nn.Module:
-    """SpecForge's drafter with our weights."""
+    """SpecForge's drafter with the weights of `ours`."""
+    # 1. A model of the same dimensions.
     module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     shape = target.shape
     kind: Any = LlamaConfig
@@ -127,6 +128,7 @@ def their_drafter(ours: Eagle3, target: Target) -> nn.Module:
         pad_token_id=0,
     )
     drafter = module.LlamaForCausalLMEagle3(config, attention_backend="sdpa")
+    # 2. Weights under its names, and the target's frozen embedding.
     weights = {
         _their_name(name): weight
         for name, weight in ours.state_dict().items()
@@ -148,8 +150,10 @@ def _their_name(name: str) -> str:
 def their_step(
     drafter: Any, batch: TextBatch, target: Target, ours: Eagle3, precision: str
 ) -> Step:
-    """The unrolled steps as SpecForge's trainer takes them: every position of the row, ids and
-    distributions shifted by one more token in each, earlier steps' keys and values at hand."""
+    """The unrolled steps as SpecForge's trainer takes them: every position of the row, with ids and
+    distributions shifted by one more token in each step, and a cache of earlier steps' keys and
+    values.
+    """
     module = importlib.import_module("specforge.modeling.draft.llama3_eagle")
     fused_BTX = torch.cat([batch.states[layer] for layer in ours.fused_layers], dim=-1)
     mask_B1TT = module.prepare_decoder_attention_mask(
@@ -162,11 +166,9 @@ def their_step(
             probs_BTD = (
                 target.logits(batch.states["final"], ours.vocabulary_D).float().softmax(-1).detach()
             )
-            hidden_BTH, cache, total = (
-                drafter.project_hidden_states(fused_BTX),
-                [[], []],
-                torch.zeros(()),
-            )
+            hidden_BTH = drafter.project_hidden_states(fused_BTX)
+            cache, total = [[], []], torch.zeros(())
+            # Step by step on its own outputs; only drafted tokens of the assistant count.
             for depth in range(ours.draft_steps):
                 embedded = drafter.embed_input_ids(_shifted(batch.input_ids, depth + 1))
                 hidden_BTH = drafter.backbone(
@@ -187,7 +189,7 @@ def their_step(
 
 
 def _shifted(rows_BTX: Tensor, places: int) -> Tensor:
-    """Rows moved to the left, zeros behind them."""
+    """Rows shifted to the left and padded with zeros."""
     return torch.cat([rows_BTX[:, places:], torch.zeros_like(rows_BTX[:, :places])], dim=1)
 
 
@@ -197,7 +199,7 @@ def _shifted(rows_BTX: Tensor, places: int) -> Tensor:
 def alternating_seconds(
     steps: dict[str, Step], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every pass, the steps in turn, after one pass each to warm up."""
+    """Seconds of every pass; the steps run in turn, after one warm-up pass each."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -208,37 +210,41 @@ def alternating_seconds(
     return taken
 
 
-def compare(asked: Comparison) -> list[str]:
-    """The table's lines.
+def compare(settings: Comparison) -> list[str]:
+    """Lines of the result.
 
     Raises:
-        ValueError: both drafters are there and their losses differ.
+        ValueError: the losses of both drafters differ.
     """
+    # 1. The same row, target and weights for both.
     torch.manual_seed(0)
-    target = load_target(asked.target, "float32", asked.device)
-    ours = our_drafter(asked, target).train()
-    batch = packed_row(asked, target, ours.training_states)
-    steps = {"slipstream": our_step(ours, batch, target, asked.precision)}
+    target = load_target(settings.target, "float32", settings.device)
+    ours = our_drafter(settings, target).train()
+    batch = packed_row(settings, target, ours.training_states)
+    steps = {"slipstream": our_step(ours, batch, target, settings.precision)}
     if importlib.util.find_spec("specforge"):
         steps["specforge"] = their_step(
-            their_drafter(ours, target).train(), batch, target, ours, asked.precision
+            their_drafter(ours, target).train(), batch, target, ours, settings.precision
         )
         _same(*(float(step()) for step in steps.values()))
-    taken = alternating_seconds(steps, asked.repeats, target.device)
+    # 2. Time them in turn.
+    taken = alternating_seconds(steps, settings.repeats, target.device)
     lines = [
-        f"EAGLE-3, forward and backward, {asked.steps} steps, {asked.tokens} tokens, "
-        f"{asked.assistant:.0%} of them the assistant's, draft vocabulary {asked.vocabulary}, "
-        f"{asked.precision}, {torch.get_num_threads()} threads, median of {asked.repeats}:"
+        f"EAGLE-3, forward and backward, {settings.steps} steps, {settings.tokens} tokens, "
+        f"{settings.assistant:.0%} of them the assistant's, draft vocabulary "
+        f"{settings.vocabulary}, {settings.precision}, {torch.get_num_threads()} threads, median "
+        f"of {settings.repeats}:"
     ]
     lines += [
-        f"{name:<12} {asked.tokens / statistics.median(seconds):8.0f} tokens/s  (fastest "
+        f"{name:<12} {settings.tokens / statistics.median(seconds):8.0f} tokens/s  (fastest "
         f"{min(seconds):.3f} s, slowest {max(seconds):.3f} s)"
         for name, seconds in taken.items()
     ]
+    # 3. Ratios of paired passes.
     if len(taken) > 1:
         ratios = sorted(
-            theirs / own
-            for own, theirs in zip(taken["slipstream"], taken["specforge"], strict=True)
+            theirs / ours_seconds
+            for ours_seconds, theirs in zip(taken["slipstream"], taken["specforge"], strict=True)
         )
         lines.append(
             f"slipstream over specforge {statistics.median(ratios):.2f}x "
@@ -247,22 +253,22 @@ def compare(asked: Comparison) -> list[str]:
     return lines
 
 
-def _same(own: float, theirs: float, tolerance: float = 0.02) -> None:
-    if abs(own - theirs) > tolerance * abs(theirs):
+def _same(ours: float, theirs: float, tolerance: float = 0.02) -> None:
+    if abs(ours - theirs) > tolerance * abs(theirs):
         raise ValueError(
-            f"the two losses differ ({own:.4f} and {theirs:.4f}): they do not do the same work"
+            f"the two losses differ ({ours:.4f} and {theirs:.4f}): they do not do the same work"
         )
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, measure, print."""
+    """Parse, measure and print the comparison."""
     parser = config_parser(
         "python -m train.throughput", "Tokens per second of EAGLE-3's training step."
     )
     parser.add_class_arguments(Comparison, fail_untyped=True)
-    given = vars(parse(parser, arguments))
-    given.pop("config", None)
-    print("\n".join(compare(Comparison(**given))))
+    values = vars(parse(parser, arguments))
+    values.pop("config", None)
+    print("\n".join(compare(Comparison(**values))))
     return 0
 
 

@@ -1,6 +1,4 @@
-"""What happens around the training loop: the acceptance probe, the progress bar, the
-checkpoints.
-"""
+"""Callbacks of the training loop: acceptance probe, progress bar, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,23 +27,23 @@ PROBE = "probe/tau"
 
 
 class AcceptanceProbe(Callback):
-    """After each validation, decodes held-out prompts greedily with the drafter as it stands, and
-    logs τ (`probe/tau`).
+    """After each validation, decodes held-out prompts greedily with the current drafter, and logs τ
+    (`probe/tau`).
 
-    τ = tokens kept of target calls ÷ those calls, bonus token counted, pooled over the prompts.
+    τ = tokens emitted by target calls ÷ those calls, bonus token counted, pooled over the prompts.
 
-    It runs on every rank, because parameters may be sharded, on a whole copy of them.
+    It runs on every rank, because parameters may be sharded; sharded ones are gathered into a copy.
 
     Args:
         prompts: token ids of held-out prompts.
-        settings: how many tokens, with what budget.
+        settings: number of tokens per prompt, and the draft budget.
     """
 
     def __init__(self, prompts: list[list[int]], settings: ProbeSettings) -> None:
         self.prompts, self.settings = prompts, settings
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decode, and log."""
+        """Decode the prompts, and log τ."""
         assert isinstance(pl_module, TrainableModule) and isinstance(pl_module.trainable, Drafter)
         pl_module.log(PROBE, self.measure(pl_module), prog_bar=True, sync_dist=True)
 
@@ -64,21 +62,22 @@ class AcceptanceProbe(Callback):
 
 
 class RunProgress(RichProgressBar):
-    """A progress bar, and one line per validation that stays.
+    """A progress bar, and one permanent line per validation.
 
-    Epochs are counted from 1, and the batches of one end where `max_steps` ends the training.
+    Epochs are counted from 1; an epoch's batches end where `max_steps` ends the training.
     """
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch that are taken."""
+        """Batches of this epoch that will be trained."""
         trainer, every = self.trainer, self.trainer.num_training_batches
         if trainer.max_steps < 0:
             return every
+        # `max_steps` counts optimiser steps, the bar counts batches.
         together = trainer.accumulate_grad_batches
         taken = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if taken >= every:
-            # Still those of the epoch before.
+            # The counter is still that of the previous epoch.
             taken = 0
         left = (trainer.max_steps - trainer.global_step) * together
         return min(every, taken - taken % together + left)
@@ -88,7 +87,7 @@ class RunProgress(RichProgressBar):
         return f"epoch {current_epoch + 1}" + (f" of {last}" if last and last > 0 else "")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Without the run's version number."""
+        """The bar's metrics without the run's version number."""
         return {
             name: value
             for name, value in super().get_metrics(trainer, pl_module).items()
@@ -96,7 +95,7 @@ class RunProgress(RichProgressBar):
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was measured."""
+        """Print the validation's figures."""
         super().on_validation_end(trainer, pl_module)
         shown = {
             name: float(value)
@@ -113,17 +112,17 @@ def _console(bar: RichProgressBar) -> Any:
 
 
 class Terminated(Stopped):
-    """A signal ended a training between two steps; `last.ckpt` holds all of it."""
+    """A signal ended a training between two steps; `last.ckpt` is complete."""
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, between two optimiser steps only; at the end, on SIGTERM and Ctrl-C too.
+    """Writes `last.ckpt`, only between two optimiser steps; also at the end, on SIGTERM and Ctrl-C.
 
-    A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of the
-    batches before it. SIGTERM (of a scheduler) or Ctrl-C to any of the processes ends the training
-    after the optimiser step under way on all of them, with everything saved: one more all-reduce of
-    a flag per optimiser step. A second signal ends the process at once, and
-    `configs.command_line.endings.GRACE` one that hangs.
+    A checkpoint holds no gradients, so one in the middle of an accumulation would lose those of
+    earlier batches. SIGTERM (from a scheduler) or Ctrl-C to any process ends the training after the
+    current optimiser step on all of them, with everything saved; this costs one all-reduce of a
+    flag per optimiser step. A second signal ends the process at once, and
+    `configs.command_line.endings.GRACE` ends one that hangs.
     """
 
     _signalled, _since = 0, 0.0
@@ -131,7 +130,7 @@ class LastCheckpoint(ModelCheckpoint):
     _between_steps, _step = True, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on signals are remembered; Lightning restores earlier handlers at the end."""
+        """Install signal handlers; Lightning restores the earlier ones at the end."""
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
@@ -150,14 +149,16 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is time to, and for the last time when the process is to end."""
+        """Save when due, and a last time after a signal."""
         self._between_steps, self._step = trainer.global_step > self._step, trainer.global_step
         if not self._between_steps:
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # A validation in the middle of an accumulation has postponed its checkpoint.
         if self._due:
             self._due = False
             super().on_validation_end(trainer, pl_module)
+        # A signal to any process ends all of them here.
         if trainer.strategy.reduce_boolean_decision(bool(self._signalled), all=False):
             assert self.dirpath is not None
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
@@ -166,7 +167,7 @@ class LastCheckpoint(ModelCheckpoint):
             raise Terminated(number, f"stopped by {signal_name(number)} {where}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, or do so after the optimiser step under way."""
+        """Save now, or after the current optimiser step."""
         if self._between_steps:
             super().on_validation_end(trainer, pl_module)
         else:
@@ -175,15 +176,15 @@ class LastCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Tell where it stands, of `best.ckpt` too, which holds the weights that were validated,
-        whenever that was.
+        """Record whether the checkpoint lies between two optimiser steps; `best.ckpt`, written at a
+        validation, may not.
         """
         checkpoint["between_steps"] = self._between_steps
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so where gradients are missing."""
+        """Warn if the checkpoint lacks accumulated gradients."""
         if not checkpoint.get("between_steps", True) and trainer.is_global_zero:
             logger.warning(
                 "the checkpoint is of step %d, in the middle of an accumulation: the gradients of "
@@ -192,13 +193,13 @@ class LastCheckpoint(ModelCheckpoint):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The weights that training ended on."""
+        """Save the final weights."""
         assert self.dirpath is not None
         trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 def checkpoint_callbacks(folder: Path, settings: CheckpointSettings) -> list[ModelCheckpoint]:
-    """Writers of `last.ckpt` and `best.ckpt`."""
+    """Callbacks that write `last.ckpt` and `best.ckpt`."""
     mode = "max" if settings.best_by == PROBE else "min"
     common: dict[str, Any] = {
         "dirpath": folder,

@@ -1,6 +1,4 @@
-"""Checkpoint files that are whole or not there: written beside their place, then put there at
-once.
-"""
+"""Atomic checkpoint files: written to a temporary file in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -16,20 +14,20 @@ from modules.runtime.files import PARTIAL, whole_file
 
 
 class SiblingCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, written to the folder they belong to.
+    """Lightning's checkpoints, written through a temporary file in their own folder.
 
-    Lightning writes to the system's temporary folder first; from there to another file system a
-    move is a copy, and a kill in the middle of it leaves neither the old checkpoint nor the new
-    one. Within a folder it is one rename.
+    Lightning writes to the system's temporary folder first. A move to another file system is a
+    copy, and a kill during it leaves neither the old checkpoint nor the new one. Within a folder a
+    move is one atomic rename.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a file beside it, have that on the disk, and rename it.
+        """Write a temporary file, flush it to the disk, and rename it.
 
         Raises:
-            OSError: the disk did not take it; the file that was there before still is.
+            OSError: the disk is full or refuses; the previous file is unchanged.
         """
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +37,8 @@ class SiblingCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:
-            # torch answers a full disk with an error of its own ("unexpected pos"), behind which is
-            # the disk's.
+            # torch raises its own error for a full disk ("unexpected pos"); the disk's is its
+            # context.
             refused = error.__context__
             if isinstance(refused, OSError):
                 raise OSError(refused.errno, refused.strerror, str(place)) from error
@@ -48,6 +46,6 @@ class SiblingCheckpointIO(TorchCheckpointIO):
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what kills left half written in a folder of checkpoints; nobody may be writing."""
+    """Delete partial files of killed processes in a folder of checkpoints that nobody writes to."""
     for partial in folder.glob(f".*{PARTIAL}"):
         partial.unlink()

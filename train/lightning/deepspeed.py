@@ -1,7 +1,7 @@
-"""How processes share the work: by name, DeepSpeed's ZeRO stages on GPUs and on CPUs too.
+"""Strategies of several processes by name, with DeepSpeed's ZeRO stages on GPUs and CPUs.
 
-The frozen target is no part of the module that a strategy wraps: it is replicated, never optimised,
-never saved.
+The frozen target is not part of the module that a strategy wraps: it is replicated, never optimised
+and never saved.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from train.settings import DEEPSPEED
 
 _COMPILED_COLLECTIVE = "deepspeed_shm_comm"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps for every parameter, as large as the parameter."""
+"""AdamW's state of a parameter, each tensor of the parameter's size."""
 
 
 class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeed whose checkpoints are the ordinary ones: one file with whole weights and whole
-    optimiser states.
+    """DeepSpeed with ordinary checkpoints: one file with whole weights and whole optimiser states.
 
-    A drafter is small beside its target (tens of millions to a few thousand millions of
-    parameters), so its shards are gathered, one parameter at a time, to rank 0's host memory, which
-    writes `last.ckpt` as any other strategy does: atomically (a kill in the middle leaves the one
-    before), readable without DeepSpeed, and good to resume on any number of processes, at any
-    stage, and under DDP or a single process. DeepSpeed's own folder of shards is none of that, and
-    its universal format would be a second conversion of the same numbers. The dynamic scale of
-    float16 is not kept: it is found anew within a few steps.
+    A drafter is small compared with its target (tens of millions to a few thousand millions of
+    parameters), so its shards are gathered, one parameter at a time, in rank 0's host memory. Rank
+    0 writes `last.ckpt` as any other strategy does: atomically (a kill leaves the previous file),
+    readable without DeepSpeed, and able to resume on any number of processes, at any stage, under
+    DDP or in a single process. DeepSpeed's own folder of shards has none of these properties, and
+    its universal format would be a second conversion of the same numbers. The dynamic loss scale of
+    float16 is not saved; it is found again within a few steps.
     """
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -44,8 +43,9 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         state = {
             name: buffer.detach().cpu()
             for name, buffer in module.named_buffers()
-            if name in _kept(module)
+            if name in _saved_names(module)
         }
+        # Tied weights are gathered once and saved under all of their names.
         first: dict[int, str] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             shared = first.setdefault(id(parameter), name)
@@ -60,13 +60,14 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state: dict[int, dict[str, Tensor]] = {}
+        # Before the first step there is no state.
         steps = self._steps_taken()
         if steps is not None:
             self._link_optimiser_state()
         for index, parameter in enumerate(self._optimised) if steps is not None else ():
-            own = state.setdefault(index, {"step": cast(Tensor, steps).cpu().clone()})
+            moments = state.setdefault(index, {"step": cast(Tensor, steps).cpu().clone()})
             for key in _MOMENTS:
-                self._collect(own, key, safe_get_full_optimizer_state(parameter, key))
+                self._collect(moments, key, safe_get_full_optimizer_state(parameter, key))
         return {"state": state, "param_groups": self._numbered_groups()}
 
     def _collect(self, into: dict[Any, Any], name: Any, tensor: Tensor | None) -> None:
@@ -76,21 +77,22 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """One file, from rank 0."""
+        """Write one file, from rank 0."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The whole file, on every rank."""
+        """The content of the file, on every rank."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give every rank its part of the weights, of the float32 masters too."""
+        """Copy the weights into every rank's shards, and into its float32 master weights."""
         from deepspeed.runtime.zero import GatheredParameters
 
         module, state = cast(nn.Module, self.lightning_module), checkpoint["state_dict"]
+        # A gathered parameter is written by rank 0 and scattered again by DeepSpeed.
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 with GatheredParameters(
@@ -104,23 +106,26 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Its states come from the file."""
+        """True: the optimiser's states come from the checkpoint file."""
         return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every rank its part of the optimiser's state, and every group its learning rate."""
+        """Copy the optimiser's state into every rank's shards, and set the learning rates."""
+        # 1. Learning rates of the groups.
         saved = checkpoint["optimizer_states"][0]
         base = self._zero.optimizer
-        for group, kept in zip(base.param_groups, saved["param_groups"], strict=True):
-            group["lr"], group["initial_lr"] = kept["lr"], kept.get("initial_lr", kept["lr"])
+        for group, entry in zip(base.param_groups, saved["param_groups"], strict=True):
+            group["lr"], group["initial_lr"] = entry["lr"], entry.get("initial_lr", entry["lr"])
         if not saved["state"]:
             return
+        # 2. Empty states of the flat shards, which parameters then link to.
         for flat in self._flat_parts():
             blank = {key: torch.zeros_like(flat) for key in _MOMENTS}
             base.state[flat] = {
                 "step": saved["state"][0]["step"].to(flat.device, copy=True),
                 **blank,
             }
+        # 3. The saved moments of each parameter.
         self._link_optimiser_state()
         for index, parameter in enumerate(self._optimised):
             for key in _MOMENTS:
@@ -130,27 +135,27 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """Lightning decides where an optimiser step is, as under every other strategy: DeepSpeed's
-        own count goes on from one epoch to the next, and takes no step with the batches that are
-        left over at an epoch's end."""
+        """False: Lightning decides when to take an optimiser step, as under every other strategy.
+
+        DeepSpeed's own count continues from one epoch to the next, and takes no step with the
+        remaining batches at the end of an epoch.
+        """
         return False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell DeepSpeed whether an optimiser step follows this batch."""
+        """Set DeepSpeed's flag: whether an optimiser step follows this batch."""
         loop = cast(Any, self.lightning_module).trainer.fit_loop
         self.deepspeed_engine.set_gradient_accumulation_boundary(not loop._should_accumulate())
 
     def block_backward_sync(self) -> Any:
-        """Batches that accumulate are nothing special: DeepSpeed knows from the boundary what to
-        exchange.
-        """
+        """No context for accumulated batches: DeepSpeed exchanges gradients by its own flag."""
         return nullcontext()
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **options: Any
     ) -> Tensor:
-        """Gradients; Lightning has divided the loss by the number of batches that are accumulated
-        already.
+        """Compute gradients; Lightning has already divided the loss by the number of accumulated
+        batches.
         """
         loss = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **options)
         if not self.deepspeed_engine.is_gradient_accumulation_boundary():
@@ -160,8 +165,8 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any
     ) -> Any:
-        """A step, or none where its gradient is not finite: DeepSpeed finds that out by itself, at
-        every precision.
+        """Take a step; DeepSpeed skips it by itself if its gradient is not finite, at every
+        precision.
         """
         output = super().optimizer_step(optimizer, closure, model, **options)
         cast(Any, self.lightning_module).count_update(self.deepspeed_engine.was_step_applied())
@@ -174,7 +179,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         return self.deepspeed_engine.optimizer
 
     def _flat_parts(self) -> list[Tensor]:
-        """This rank's flat float32 masters: of each group (stages 1, 2) or sub-group (stage 3)."""
+        """This rank's flat float32 masters, per group (stages 1, 2) or sub-group (stage 3)."""
         name = (
             "fp32_partitioned_groups_flat"
             if self.zero_stage_3
@@ -191,7 +196,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         return cast(Any, self.lightning_module).optimised
 
     def _numbered_groups(self) -> list[dict[str, Any]]:
-        """`param_groups` of a state dict: settings, and parameters by number."""
+        """`param_groups` of a state dict, with parameters as numbers."""
         numbered, start = [], 0
         sizes = cast(Any, self.lightning_module).group_sizes
         for size, current in zip(sizes, self._zero.optimizer.param_groups, strict=True):
@@ -203,8 +208,11 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
         return numbered
 
     def _link_optimiser_state(self) -> None:
-        """Let parameters of stages 1 and 2 find their part of the state: DeepSpeed links them when
-        its first group has taken its first step, and the other groups then have none yet."""
+        """Link parameters of stages 1 and 2 to their part of the state.
+
+        DeepSpeed links them when its first group has taken its first step; the other groups then
+        have no state yet.
+        """
         if not self.zero_stage_3:
             from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -222,6 +230,7 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
             safe_set_local_optimizer_state,
         )
 
+        # Stage 3 sets this rank's part, stages 1 and 2 pass the whole tensor.
         if not parameter.requires_grad:
             return
         value, sharded = value.to(self.root_device, torch.float32), self.zero_stage_3
@@ -236,17 +245,17 @@ class ConsolidatedDeepSpeedStrategy(DeepSpeedStrategy):
 
 
 class CpuDeepSpeedStrategy(ConsolidatedDeepSpeedStrategy):
-    """DeepSpeed over gloo. Lightning's own refuses CPUs; the rest of it runs on them unchanged."""
+    """DeepSpeed over gloo. Lightning's strategy refuses CPUs, but runs on them unchanged."""
 
     def setup_environment(self) -> None:
-        """What the parent does, without asking for a GPU."""
+        """As the parent, without requiring a GPU."""
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """What the parent does, without comparing GPU indices.
+        """As the parent, without comparing GPU indices.
 
-        DeepSpeed would compile a shared-memory collective first, and a process killed during that
-        leaves a lock that every later run waits for without end; gloo does without it.
+        DeepSpeed would first compile a shared-memory collective. A process killed during that
+        leaves a lock on which every later run waits indefinitely; gloo does not need it.
         """
         import deepspeed.ops
 
@@ -257,12 +266,12 @@ class CpuDeepSpeedStrategy(ConsolidatedDeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """DeepSpeed asks for an index."""
+        """The CPU with an index, which DeepSpeed requires."""
         return torch.device("cpu", 0)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    """A parameter gathered from its shards, the float32 master where there is one."""
+    """A parameter gathered from its shards; the float32 master weight where there is one."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -275,24 +284,27 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """What a module's state dict holds, weights gathered from their shards if they are in shards;
-    on every process, all of which take part."""
+    """A module's state dict with weights gathered from their shards, on every process; all
+    processes must call it.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
-    found: dict[int, Tensor] = {}
+    whole: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)
     for tensor in state.values():
-        if id(tensor) not in found:
+        if id(tensor) not in whole:
             with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                found[id(tensor)] = tensor.detach().clone()
-    return {name: found[id(tensor)] for name, tensor in state.items()}
+                whole[id(tensor)] = tensor.detach().clone()
+    return {name: whole[id(tensor)] for name, tensor in state.items()}
 
 
 def unsharded(trainable: Trainable) -> Trainable:
-    """The component, or of one whose weights are in shards (stage 3) a copy with whole ones, for
-    use outside of training's own forward passes: there its modules would gather their weights, and
-    let go of them after each call, and weights that are read without a call of their module are not
-    there at all."""
+    """The component, or for sharded weights (stage 3) a copy with whole ones, for use outside of
+    training's forward passes.
+
+    Sharded modules gather and release their weights in every call, and weights that are read
+    without a call of their module are absent.
+    """
     sharded = [parameter for parameter in trainable.parameters() if hasattr(parameter, "ds_id")]
     if not sharded:
         return trainable
@@ -303,8 +315,8 @@ def unsharded(trainable: Trainable) -> Trainable:
     return fresh.to(device).train(trainable.training)
 
 
-def _kept(module: nn.Module) -> set[str]:
-    """Names of what a state dict of the module holds."""
+def _saved_names(module: nn.Module) -> set[str]:
+    """Names in the module's state dict."""
     return set(nn.Module.state_dict(module))
 
 
@@ -320,9 +332,9 @@ def _share(value: Tensor, rank: int, world: int) -> Tensor:
 
 
 def check_shards(strategy: str, trainable: Trainable) -> None:
-    """ValueError: stage 3 cannot train this component."""
-    found = DEEPSPEED.fullmatch(strategy)
-    if found is not None and found[1] == "3" and trainable.uneven_calls:
+    """Raise ValueError if stage 3 cannot train this component."""
+    match = DEEPSPEED.fullmatch(strategy)
+    if match is not None and match[1] == "3" and trainable.uneven_calls:
         raise ValueError(
             f"trainer.strategy is {strategy}, but {trainable.uneven_calls}, and ZeRO stage 3 waits "
             "for all processes at every call of a module: use deepspeed_2 or ddp"
@@ -332,22 +344,23 @@ def check_shards(strategy: str, trainable: Trainable) -> None:
 def strategy_named(name: str, accelerator: str) -> str | Strategy:
     """A strategy for Lightning's Trainer.
 
-    Offloaded states are stepped by the same `torch.optim.AdamW`, on the host: DeepSpeed asks for
-    its own compiled one unless told not to insist. Offloading has not been run on a GPU.
+    Offloaded states are updated by the same `torch.optim.AdamW` on the host: DeepSpeed requires its
+    own compiled optimiser unless configured otherwise. Offloading has not been run on a GPU.
 
     Args:
         name: `deepspeed_1`, `deepspeed_2`, `deepspeed_3` (ZeRO stages; with `_offload`, the
             optimiser's state lives in host memory), or one of Lightning's own names.
         accelerator: `auto`, `cpu` or `cuda`.
     """
-    found = DEEPSPEED.fullmatch(name)
-    if found is None:
+    match = DEEPSPEED.fullmatch(name)
+    if match is None:
         return name
+    # A name of ours: the ZeRO stage, on a GPU optionally with offloading.
     cuda = accelerator != "cpu" and torch.cuda.is_available()
     options: dict[str, Any] = {
-        "stage": int(found[1]),
+        "stage": int(match[1]),
         "logging_batch_size_per_gpu": 1,
-        "offload_optimizer": cuda and bool(found[2]),
+        "offload_optimizer": cuda and bool(match[2]),
     }
     if cuda:
         strategy = ConsolidatedDeepSpeedStrategy(**options)

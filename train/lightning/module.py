@@ -1,4 +1,4 @@
-"""The LightningModule that trains any `Trainable` beside a frozen target."""
+"""The LightningModule that trains any `Trainable` with a frozen target."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ from train.settings import OptimizerSettings
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 12
-"""Updates in a row that may be left out because their gradient is not finite: float16's loss scale,
-halved so often, has fallen from 65,536 to 16."""
+"""Updates in a row that may be skipped because their gradient is not finite: after so many halvings
+float16's loss scale has fallen from 65,536 to 16."""
 
 
 class NonFinite(ValueError):
-    """Losses, gradients or weights became NaN or infinite; training stops, and the last checkpoint
-    is from before.
+    """Losses, gradients or weights became NaN or infinite. Training stops; the last checkpoint is
+    from before.
     """
 
 
 class RunningMeans:
-    """Sums and counts of metrics, so that means over batches and ranks are weighted properly."""
+    """Sums and counts of metrics, so that means over batches and ranks have correct weights."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Mean]) -> None:
-        """Add one batch."""
+        """Add the metrics of a batch."""
         for name, mean in metrics.items():
             pair = torch.stack([mean.total.detach().double(), mean.count.detach().double()])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, reduce: Any) -> dict[str, float]:
-        """The means since the last call, of what was counted at all; `reduce` sums a tensor over
-        the ranks.
+        """The means since the last call, without metrics that counted nothing; `reduce` sums a
+        tensor over the ranks.
         """
+        # One reduction for all metrics, in an order that all ranks share.
         names = sorted(self.sums)
         if not names:
             return {}
@@ -65,18 +66,15 @@ class RunningMeans:
 
 
 class TrainableModule(LightningModule):
-    """Trains `trainable`; the target stands beside it and is no part of the module's parameters or
-    checkpoints.
+    """Trains `trainable`. The target is not part of the module's parameters and checkpoints.
 
     Args:
-        trainable: what learns.
+        trainable: the component to train.
         target: the frozen target; moved to the training device, never changed.
         optimizer: learning rate, schedule and decay.
         log_every: optimiser steps between two logged training means.
-        objective: a loss on the component instead of its own; it has begun.
+        objective: a loss on the component instead of its own; `begin` has been called.
     """
-
-    target: Target
 
     def __init__(
         self,
@@ -89,39 +87,43 @@ class TrainableModule(LightningModule):
         super().__init__()
         self.trainable, self.objective = trainable, objective
         self.settings, self.log_every = optimizer, log_every
-        self.__dict__["target"] = target
+        # A tuple hides the target from nn.Module.
+        self._target = (target,)
         self.means = {"train": RunningMeans(), "val": RunningMeans()}
         self._logged_step = 0
         self.validated_step = -1
         self._random_state: dict[str, Any] | None = None
         self.optimised: list[nn.Parameter] = []
-        """What the optimiser changes, in its order, however a strategy lays it out afterwards."""
+        """The optimised parameters in the optimiser's order, however a strategy stores them."""
         self.group_sizes: list[int] = []
-        """How many of them are in each of its groups."""
+        """Number of parameters in each of the optimiser's groups."""
         self.skipped = self.skipped_in_a_row = 0
-        """Updates that were left out because their gradient was not finite, of this process's
-        training.
-        """
+        """Updates of this process that were skipped because their gradient was not finite."""
+
+    @property
+    def target(self) -> Target:
+        """The frozen target on this process's device."""
+        return self._target[0]
 
     def setup(self, stage: str) -> None:
-        """Put the target on this rank's device."""
+        """Move the target to this rank's device."""
         self.target.to(self.trainer.strategy.root_device)
 
     # -- steps -------------------------------------------------------------------------------------
 
     def training_step(self, batch: AnyBatch, batch_idx: int) -> Tensor:
-        """The loss to minimise."""
+        """The loss of a training batch."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: AnyBatch, batch_idx: int) -> None:
-        """Only counted."""
+        """Add the metrics of a validation batch."""
         self._step(batch, "val")
 
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
+        # Divisors of means are averaged over processes, so that gradients are those of one batch.
         with shared_counts(self._mean_over_processes):
-            # Validations are compared with each other, so all of them count what a schedule ends
-            # with.
+            # Validations are compared with each other, so all use the final value of a schedule.
             losses = self._losses(batch, self.progress if stage == "train" else 1.0)
             count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in batch.texts())))
         if not torch.isfinite(losses.total):
@@ -145,14 +147,15 @@ class TrainableModule(LightningModule):
         return self.objective.loss(self.trainable, batch, self.target, progress)
 
     def fill_states(self, batch: AnyBatch) -> None:
-        """Compute the states that the loss reads and the feature cache did not bring, at the
-        target's own precision.
+        """Compute the states that the loss reads and the feature cache lacks, at the target's own
+        precision.
         """
         if self.trainable.online:
             return
         dtype = next(
             (parameter.dtype for parameter in self.trainable.parameters()), self.target.dtype
         )
+        # Autocast would lower the target's precision; the component gets its own dtype.
         for text in batch.texts():
             wanted = [name for name in self.trainable.training_states if name not in text.states]
             if wanted:
@@ -162,16 +165,16 @@ class TrainableModule(LightningModule):
 
     @property
     def progress(self) -> float:
-        """How much of the training is done, from 0 to 1."""
+        """Progress of the training, from 0 to 1."""
         return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
 
-    # -- what is not finite ------------------------------------------------------------------------
+    # -- non-finite values -------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave an update out whose gradient is not finite on any process.
+        """Skip an update if its gradient is not finite on any process.
 
-        DeepSpeed keeps gradients to itself and does the same (`train.lightning.deepspeed` counts
-        it); a loss scaler too, and lowers its scale.
+        DeepSpeed does the same internally (`train.lightning.deepspeed` counts its skipped updates),
+        and so does a loss scaler, which also lowers its scale.
         """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
@@ -181,6 +184,7 @@ class TrainableModule(LightningModule):
         norm = get_total_norm(
             [parameter.grad for parameter in parameters if parameter.grad is not None]
         )
+        # All processes skip the same updates, or their weights would differ.
         finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm)), all=True)
         if not finite:
             for parameter in parameters:
@@ -188,18 +192,21 @@ class TrainableModule(LightningModule):
         self.count_update(finite)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Count what is written: fused AdamW and DeepSpeed change weights without doing so, and
-        copies of weights that decoding makes (packed, or of some rows) would be those of an earlier
-        validation."""
+        """Increment the weights' version counters after a step.
+
+        Fused AdamW and DeepSpeed do not, and decoding would then reuse copies of weights (packed,
+        or of some rows) from an earlier validation.
+        """
         super().optimizer_step(*args, **options)
         for parameter in self.trainable.parameters():
             increment_version(parameter)
 
     def count_update(self, applied: bool) -> None:
-        """Log an update that was left out. NonFinite: it was one too many in a row."""
+        """Count and log skipped updates; raises NonFinite after `MOST_SKIPPED` in a row."""
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if applied:
             return
+        # Every process counts; the first one logs.
         self.skipped += 1
         if self.trainer.is_global_zero:
             logger.warning(
@@ -226,6 +233,7 @@ class TrainableModule(LightningModule):
         if step == self._logged_step or step % self.log_every:
             return
         self._logged_step = step
+        # Loggers get means over the steps since the last time.
         means = self._take("train")
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         for each in self.loggers:
@@ -263,6 +271,7 @@ class TrainableModule(LightningModule):
             for declared in self.trainable.parameter_groups()
             for group in decay_groups(declared, settings)
         ]
+        # Strategies that flatten parameters need their order and their groups.
         self.optimised = [parameter for group in groups for parameter in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]
         optimizer = adamw(groups, settings)
@@ -283,8 +292,10 @@ class TrainableModule(LightningModule):
     # -- resuming ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, so that a resumed training draws the same numbers. NonFinite: of a
-        weight; nothing is saved, on no process."""
+        """Save the random state, so that a resumed training draws the same numbers.
+
+        Raises NonFinite for a weight that is not finite; then no process saves anything.
+        """
         names, state = {name for name, _ in self.named_parameters()}, checkpoint["state_dict"]
         finite = all(
             bool(torch.isfinite(tensor).all()) for name, tensor in state.items() if name in names
@@ -295,11 +306,11 @@ class TrainableModule(LightningModule):
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random state until training goes on."""
+        """Store the random state until training continues."""
         self._random_state = checkpoint.get("random_state")
 
     def on_train_start(self) -> None:
-        """Go on with the saved random state."""
+        """Restore the saved random state."""
         self._logged_step = self.global_step
         if self._random_state is not None:
             torch.set_rng_state(self._random_state["cpu"].cpu())
@@ -308,11 +319,11 @@ class TrainableModule(LightningModule):
 
 
 def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
-    """AdamW in one pass over each parameter, which on a CPU takes a fifth of the time of a loop
-    over operations.
+    """Fused AdamW: one pass over each parameter, on a CPU a fifth of the time of a loop over
+    operations.
 
-    It could undo the scaling of float16's gradients itself, and Lightning would then refuse to clip
-    them: it is told not to.
+    Fused AdamW can unscale float16's gradients itself, but Lightning then refuses to clip them, so
+    that is switched off.
     """
     optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -320,8 +331,9 @@ def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
 
 
 def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """One declared group as one or two optimiser groups: decay falls on matrices only, by the
-    group's own `weight_decay` or else the recipe's."""
+    """One declared group as one or two optimiser groups: only matrices are decayed, by the group's
+    `weight_decay` or else the recipe's.
+    """
     decay = declared.get("weight_decay", settings.weight_decay)
     parameters, rate = list(declared["params"]), settings.lr * declared.get("lr_scale", 1.0)
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]

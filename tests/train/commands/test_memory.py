@@ -95,7 +95,7 @@ def test_lengths_are_measured_one_by_one_beside_the_plan(monkeypatch, capsys):
 @pytest.mark.parametrize("given", ["1024", "[]", "[0]", "[a]", "[1.5]"])
 def test_lengths_that_are_none_are_refused(given):
     with pytest.raises(ValueError, match="give tokens of a row as a list"):
-        memory.asked_lengths(["--config", "clover.yaml", "--lengths", given])
+        memory.split_lengths(["--config", "clover.yaml", "--lengths", given])
 
 
 def test_help_is_the_modules_own_text(capsys):
