@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.command_line.loading import run as one_line_run
 from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.base import hanging_attention
 from modules.layers.decoder_layer import DecoderLayer
@@ -162,7 +163,7 @@ def test_the_command_prints_a_line_each(
         and "bfloat16" in lines[0]
     )
     assert len(lines) == 2 and lines[1].startswith("slipstream") and "tokens/s" in lines[1]
-    assert throughput.run(command, ["--precision", "int3"]) == 2
+    assert one_line_run(command, ["--precision", "int3"]) == 2
 
 
 def test_two_drafters_that_do_not_do_the_same_work_are_refused() -> None:
