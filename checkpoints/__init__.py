@@ -1,3 +1,1 @@
-"""What a trained component looks like outside this repository: folders, formats, cards,
-provenance.
-"""
+"""Trained components outside of this repository: folders, formats, cards, provenance."""

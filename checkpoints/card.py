@@ -1,6 +1,4 @@
-"""The model card of a trained component: what it is, what was measured, how it was made and how to
-use it.
-"""
+"""The model card of a trained component: description, figures, training and use."""
 
 from __future__ import annotations
 
@@ -49,10 +47,11 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Publishing:
-    """What a card says besides, when its component is published.
+    """Additional content of the card of a published component.
 
-    repo: the Hub id, or the folder it is written to instead. license: of the component.
-    measurement: from a report.
+    repo: the Hub id, or the folder that is written instead.
+    license: the component's license.
+    measurement: figures from a report.
     """
 
     repo: str
@@ -61,7 +60,7 @@ class Publishing:
 
 
 LICENSES = {"smollm2-135m": "apache-2.0"}
-"""Licences of targets that are known; a drafter's first weights are often its target's."""
+"""Licences of known targets; a drafter's initial weights are often its target's."""
 _NO_ENGINE = "No serving engine loads this kind of component; it runs in this project's decoder."
 
 
@@ -71,8 +70,9 @@ def model_card(
     provenance: Provenance,
     publishing: Publishing | None = None,
 ) -> str:
-    """Markdown with a YAML header the Hub understands."""
+    """The card as Markdown, with the Hub's YAML header."""
     measurement = publishing.measurement if publishing else None
+    # Sections in order; an empty one is left out.
     parts = [
         _header(config, provenance, publishing),
         _what(trainable, config, provenance),
@@ -103,9 +103,7 @@ def _header(
 
 
 def hub_name(target: str) -> str | None:
-    """The Hub id of a target, if it has one: the embedded target's, or its name where that is no
-    path.
-    """
+    """The Hub id of a target, or None: the embedded target's, or the name if it is not a path."""
     named = (
         target.count("/") == 1
         and not target.startswith(("/", ".", "~"))
@@ -115,9 +113,7 @@ def hub_name(target: str) -> str | None:
 
 
 def _results(measurement: Measurement | None, provenance: Provenance) -> list[EvalResult] | None:
-    """The entries of `model-index`: a report's figures, or else what was measured while
-    training.
-    """
+    """Entries of `model-index`: a report's figures, or else those measured during training."""
     if measurement is not None:
         return [
             _result(
@@ -144,12 +140,12 @@ def _results(measurement: Measurement | None, provenance: Provenance) -> list[Ev
 
 
 def _result(
-    asked: str, kind: str, name: str, value: float, config: str | None = None
+    prompts: str, kind: str, name: str, value: float, config: str | None = None
 ) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
-        dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", asked.lower()),
-        dataset_name=asked,
+        dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", prompts.lower()),
+        dataset_name=prompts,
         dataset_config=config,
         metric_type=kind,
         metric_name=name,
@@ -168,9 +164,9 @@ def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenanc
     )
 
 
-def _evaluated(found: Measurement) -> str:
+def _evaluated(measured: Measurement) -> str:
     whole = "The whole report is `report.json`."
-    return f"## Evaluation\n\n{table(found)}\n\n{conditions(found)} {whole}\n"
+    return f"## Evaluation\n\n{table(measured)}\n\n{conditions(measured)} {whole}\n"
 
 
 def _measured(measured: Mapping[str, float]) -> str:
@@ -195,8 +191,8 @@ def _measured(measured: Mapping[str, float]) -> str:
 
 
 def _meaning(name: str) -> str:
-    found = ((re.fullmatch(pattern, name), text) for pattern, text in _MEANINGS.items())
-    return next((match.expand(text) for match, text in found if match), "")
+    matches = ((re.fullmatch(pattern, name), text) for pattern, text in _MEANINGS.items())
+    return next((match.expand(text) for match, text in matches if match), "")
 
 
 def _training(provenance: Provenance) -> str:
@@ -215,6 +211,7 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
         "rule": 'SpeculativeDecoder(target, load_pretrained("DRAFTER", target).to(target.device),\n'
         "                             component.acceptance_rule(target))",
     }
+    # The example loads target and component by name and decodes one question.
     named, folder = (
         json.dumps(provenance.target["name"]),
         json.dumps(repo or "THIS_FOLDER_OR_HUB_ID"),
@@ -238,25 +235,26 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
 
 
 def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
-    """Commands for every format that holds this class; settings that an engine cannot run are
-    refused by the export.
+    """Commands for every format that holds this class; the export refuses settings that an engine
+    cannot run.
     """
-    known, name = formats_of(type(trainable)), provenance.target["name"]
+    forms, name = formats_of(type(trainable)), provenance.target["name"]
     target = shlex.quote(" ".join(name.split()))
-    if not known:
+    if not forms:
         return f"## Serve\n\n{_NO_ENGINE}\n"
+    # One block per format: the export, then the start of the engine.
     parts = []
-    for form in known:
+    for form in forms:
         usage = FORMATS[form].usage(trainable, target).replace("FOLDER", f"exports/{form}")
         command = f"python -m checkpoints.export --format {form} {repo} exports/{form}"
         engines = " and ".join(FORMATS[form].ENGINES)
         parts.append(f"{engines}:\n\n```\n{command}\n{usage}\n```\n")
-    told = (
+    introduction = (
         "Export it in a checkout of Slipstream, then start the engine with the result and "
         f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run "
         "differently."
     )
-    return "\n".join([f"## Serve\n\n{told}\n", *parts])
+    return "\n".join([f"## Serve\n\n{introduction}\n", *parts])
 
 
 def _kind(trainable: Trainable) -> str:

@@ -1,8 +1,8 @@
-"""What a folder of a component may hold: checked before anything is built or allocated from it.
+"""Checks of a component's folder before anything is built or allocated from it.
 
-Folders come from strangers. Values have the types that the constructor declares and sizes that a
-drafter can have; tensors have the names, shapes and kinds of the component, built on the meta
-device, where nothing is allocated; weights are finite, and draft vocabularies lie in the target's.
+Folders may be untrusted. Values must have the types that the constructor declares and sizes that a
+drafter can have. Tensors must have the names, shapes and dtypes of the component, which is built on
+the meta device without memory. Weights must be finite, and draft vocabularies within the target's.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ _LARGEST = {
     "max_positions": 1 << 27,
 }
 MOST_VALUES, MOST_LEVELS, MOST_TEXT = 1 << 16, 8, 1 << 16
-"""Of a component's arguments: numbers and texts in all, lists within lists, characters."""
+"""Limits on a component's arguments: numbers and texts in all, nesting, characters of a text."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
 def strange_values(where: str, refusals: bool = True) -> Iterator[None]:
-    """Turns whatever a stranger's values lead code to into a ValueError that begins with `where`,
-    on one line.
+    """Turn every error that untrusted values cause in the block into a ValueError of one line that
+    begins with `where`.
 
     Args:
         where: the file, and what is wrong with it.
-        refusals: whether a ValueError is the code's own refusal, which stays as it is.
+        refusals: whether a ValueError of the block is passed on unchanged.
     """
     try:
         yield
@@ -79,10 +79,10 @@ def strange_values(where: str, refusals: bool = True) -> Iterator[None]:
 
 
 def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
-    """The dimensions that a config tells of its target.
+    """The target's dimensions in a config.
 
     Raises:
-        ValueError: one is missing, unknown, of another type, or no size that a target has.
+        ValueError: one is missing, unknown, of another type, or out of range.
     """
     check_dimensions(values, where)
     try:
@@ -92,25 +92,28 @@ def target_shape(values: Mapping[str, Any], where: str) -> TargetShape:
 
 
 def check_dimensions(values: Mapping[str, Any], where: str) -> None:
-    """Refuse dimensions of a target that none has; some may be missing.
+    """Check dimensions of a target, of which some may be missing.
 
     Raises:
         ValueError: one is unknown, of another type, or out of range.
     """
-    known = {field.name: field.type for field in fields(TargetShape)}
-    strange = sorted(set(values) - set(known))
+    # 1. Names, types and sizes.
+    names = {field.name for field in fields(TargetShape)}
+    strange = sorted(set(values) - names)
     if strange:
         raise ValueError(f"{where}: target.shape.{strange[0]} is unknown")
     hints = typing.get_type_hints(TargetShape)
     for name, value in values.items():
         if not _fits(value, hints[name]):
             raise ValueError(
-                f"{where}: target.shape.{name} is {_short(value)}: {_told(hints[name])} is expected"
+                f"{where}: target.shape.{name} is {_short(value)}: "
+                f"{_type_name(hints[name])} is expected"
             )
         if name in _LARGEST and not 1 <= value <= _LARGEST[name]:
             raise ValueError(
                 f"{where}: target.shape.{name} is {value}, expected 1 to {_LARGEST[name]}"
             )
+    # 2. Values that a size limit cannot check.
     if not values.get("norm_eps", 1e-5) > 0:
         raise ValueError(
             f"{where}: target.shape.norm_eps is {values['norm_eps']}, expected above 0"
@@ -123,8 +126,7 @@ def check_dimensions(values: Mapping[str, Any], where: str) -> None:
 
 
 def check_arguments(kind: type[Trainable], arguments: Mapping[str, Any], where: str) -> None:
-    """Refuse arguments that the constructor does not declare so, of absurd size, or that name a
-    place to read from.
+    """Check arguments against the constructor's types and limits, and refuse paths to read from.
 
     Raises:
         ValueError: the argument, its value, and the type that is expected.
@@ -133,8 +135,10 @@ def check_arguments(kind: type[Trainable], arguments: Mapping[str, Any], where: 
     for name, value in arguments.items():
         if name in hints and not _fits(value, hints[name]):
             raise ValueError(
-                f"{where}: arguments.{name} is {_short(value)}: {_told(hints[name])} is expected"
+                f"{where}: arguments.{name} is {_short(value)}: "
+                f"{_type_name(hints[name])} is expected"
             )
+    # A saved component must not decide what is read or downloaded.
     for name in kind.names_places:
         if isinstance(arguments.get(name), str):
             raise ValueError(
@@ -145,11 +149,12 @@ def check_arguments(kind: type[Trainable], arguments: Mapping[str, Any], where: 
 
 
 def check_tensors(outline: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are not those of a component, which may be on the meta device.
+    """Check that tensors are those of a component, which may be on the meta device.
 
     Raises:
-        ValueError: what is missing, unexpected, of another shape or of another kind of number.
+        ValueError: missing or unexpected tensors, or other shapes or dtypes.
     """
+    # All differences are reported at once; floating-point dtypes may differ.
     expected = outline.state_dict(keep_vars=True)
     both = [name for name in tensors if name in expected]
     wrong = {
@@ -174,7 +179,7 @@ def check_tensors(outline: nn.Module, tensors: Mapping[str, Tensor], source: str
 
 
 def check_values(trainable: nn.Module, source: str) -> None:
-    """Refuse weights that cannot be computed with.
+    """Check the values of weights and buffers.
 
     Raises:
         ValueError: NaN or infinity, or a draft vocabulary outside of the target's.
@@ -182,6 +187,7 @@ def check_values(trainable: nn.Module, source: str) -> None:
     for name, tensor in (*trainable.named_parameters(), *trainable.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{source}: {name} holds NaN or infinity: it cannot draft")
+    # Ids of a draft vocabulary index the target's LM head.
     ids, shape = getattr(trainable, "vocabulary", None), getattr(trainable, "shape", None)
     if isinstance(ids, Tensor) and isinstance(shape, TargetShape) and len(ids):
         ascending = bool((ids[1:] > ids[:-1]).all())
@@ -192,8 +198,8 @@ def check_values(trainable: nn.Module, source: str) -> None:
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError with the first value that is not as `configs.command_line.shapes` describes
-    it.
+    """Raise ValueError for the first value that does not match a shape of
+    `configs.command_line.shapes`.
     """
     wrong = mismatch(value, shape)
     if wrong is not None:
@@ -210,12 +216,13 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _same_kind(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype or (one.dtype in _FLOATS and other.dtype in _FLOATS)
+def _same_kind(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype or (tensor.dtype in _FLOATS and other.dtype in _FLOATS)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a declared type; a class that JSON cannot hold takes anything."""
+    """Whether a JSON value has a declared type; classes that JSON cannot hold accept anything."""
+    # 1. Composed types, by their parts.
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -226,6 +233,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(each, inner) for each in value)
     if origin is dict or hint is dict:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    # 2. Plain types; a bool is not a number.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     plain = {
         bool: isinstance(value, bool),
@@ -238,7 +246,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Refuse what is too much, too deep, too long or not finite."""
+    """Raise ValueError for too many, too deep, too long or non-finite values."""
+    # Level by level, so that nesting cannot exhaust the stack.
     left, level = [value], 0
     count = 0
     while left:
@@ -265,7 +274,7 @@ def _check_plain(value: Any, where: str) -> None:
         ]
 
 
-def _told(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

@@ -27,17 +27,17 @@ from modules.target.loading import load_target
 
 
 def export(name: str | Path, form: str, out: Path, target: Target | None = None) -> Exported:
-    """Write a drafter in somebody's format, whole or not at all.
+    """Write a drafter in an engine's format, atomically.
 
     Args:
         name: run folder, drafter folder or Hub id.
         form: one of `FORMATS`.
-        out: folder to write; there must be none yet, or an empty one.
-        target: what the drafter was trained for; loaded by its name when not given.
+        out: folder to write; it must be new or empty.
+        target: the target that the drafter was trained for; None loads it by name.
 
     Raises:
-        ValueError: no engine serves such a drafter, or not in this format, or not with its
-            settings.
+        ValueError: no engine serves such a drafter, this format does not hold it, or its settings
+            cannot be expressed.
     """
     refuse_unserved(trainable_class_of(name), form)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -60,19 +60,19 @@ def refuse_unserved(kind: type, form: str) -> None:
     """Raise ValueError unless the format holds drafters of this class."""
     if form not in FORMATS:
         raise ValueError(f"--format {form!r} is unknown: use one of {', '.join(FORMATS)}")
-    known = formats_of(kind)
-    if not known:
+    forms = formats_of(kind)
+    if not forms:
         raise ValueError(
             f"no engine serves {kind.__name__}: use this project's decoder (the model card shows "
             "how)"
         )
-    if form not in known:
-        raise ValueError(f"--format {form} holds no {kind.__name__}: use {' or '.join(known)}")
+    if form not in forms:
+        raise ValueError(f"--format {form} holds no {kind.__name__}: use {' or '.join(forms)}")
 
 
 def write(exported: Exported, out: Path) -> None:
-    """The folder of an export. PyTorch files are written only where nothing else is read, and hold
-    plain tensors.
+    """Write the folder of an export. PyTorch files are written only for engines that read nothing
+    else, and hold plain tensors.
     """
     with whole_folder(out) as fresh:
         write_json(fresh / CONFIG, exported.config)
@@ -112,7 +112,7 @@ def make_parser() -> ArgumentParser:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Export, and say how an engine is started with the result."""
+    """Export, and print how an engine is started with the result."""
     chosen = parse(make_parser(), arguments)
     target = None if chosen.target is None else load_target(chosen.target, device="cpu")
     exported = export(chosen.run, chosen.format, Path(chosen.out), target)

@@ -1,7 +1,7 @@
-"""Writing folders of components, and reading those that others wrote.
+"""Writing folders of components, and reading folders from elsewhere.
 
-Nothing that is read here can run code: safetensors and JSON only. PyTorch's own files (`.bin`,
-`.pt`, all that some public drafters come as) are pickles, and refused.
+Only safetensors and JSON are read, which cannot run code. PyTorch files (`.bin`, `.pt`, the only
+files of some public drafters) are pickles and are refused.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from modules.runtime.files import as_umask_says
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "medusa_lm_head.pt")
-"""PyTorch files that engines read; written here, never read."""
+"""PyTorch files that engines read; they are written here and never read."""
 PICKLE_ENDINGS = (".bin", ".pt", ".pth")
-"""Of PyTorch files that public drafters come as; never read here."""
+"""File endings of PyTorch files, which are never read here."""
 
 
 HUB_SECONDS = 120.0
-"""Seconds without any answer after which the Hub counts as gone."""
+"""Seconds without an answer after which a request to the Hub fails."""
 
 
 @contextmanager
 def hub_answers_within(seconds: float) -> Iterator[None]:
-    """Limit the Hub's requests in the block that have no limit of time of their own.
+    """Set a timeout for requests to the Hub in the block that have none.
 
-    Some of them ask for none whatever the session's is (`model_info`), so every request is looked
-    at before it is sent.
+    Some client functions disable the session's timeout (`model_info`), so a hook changes every
+    request before it is sent.
     """
     from huggingface_hub.utils import get_session
 
     def limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        limits = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+        timeouts = request.extensions.get("timeout", {})
+        limits = {
+            kind: timeouts.get(kind) or seconds for kind in ("connect", "read", "write", "pool")
+        }
         request.extensions = {**request.extensions, "timeout": limits}
 
     hooks = get_session().event_hooks["request"]
@@ -52,26 +54,27 @@ def hub_answers_within(seconds: float) -> Iterator[None]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Indented, keys in order."""
+    """Write indented JSON with sorted keys."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file with the mode of any other; every tensor gets memory of its own."""
-    kept = {
+    """Write a safetensors file with default permissions; tensors are copied and made contiguous."""
+    copies = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    save_file(kept, file, metadata={"format": "pt", **(metadata or {})})
+    save_file(copies, file, metadata={"format": "pt", **(metadata or {})})
     as_umask_says(file)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the safetensors files of a folder in somebody's format.
+    """All tensors of the safetensors files of a folder in another format.
 
     Raises:
-        ValueError: no such file, or a damaged one; of pickles it says how to convert them.
+        ValueError: no such file, or a damaged one; for pickles the message tells how to convert
+            them.
     """
     files = sorted(folder.glob("*.safetensors"))
     if files:
@@ -81,8 +84,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def refuse_pickles(names: Iterable[str], where: str) -> None:
-    """ValueError if PyTorch's files are among these names, with the way to convert them; asked
-    where no safetensors are."""
+    """Raise ValueError if PyTorch files are among these names, with instructions to convert them.
+
+    Called only where there are no safetensors.
+    """
     pickles = sorted(name for name in names if name.endswith(PICKLE_ENDINGS))
     if pickles:
         raise ValueError(
@@ -94,11 +99,11 @@ def refuse_pickles(names: Iterable[str], where: str) -> None:
 
 def tensor_names(folder: Path) -> set[str]:
     """Names of all tensors in the safetensors files of a folder, without reading them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with _damage_named(file), safe_open(file, framework="pt") as opened:
-            found.update(opened.keys())
-    return found
+            names.update(opened.keys())
+    return names
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
@@ -117,12 +122,12 @@ def _damage_named(file: Path) -> Iterator[None]:
 
 
 class Ledger:
-    """Tensors of somebody's file, each taken once, by name and shape, so that none is misread or
-    left over.
+    """Tensors of a file in another format, each taken once by name and shape, so that none is
+    misread or ignored.
 
     Args:
         tensors: by name.
-        source: what error messages call the file.
+        source: the file's name in error messages.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -135,7 +140,7 @@ class Ledger:
         """The tensor of that name, which must have that shape.
 
         Raises:
-            ValueError: it is not there, or shaped otherwise.
+            ValueError: it is missing, or has another shape.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.source}: {name} is missing")
@@ -147,17 +152,13 @@ class Ledger:
         return tensor
 
     def drop(self, ending: str) -> None:
-        """Leave out tensors whose names end so: what others store though it follows from the
-        config.
-        """
+        """Drop tensors whose names end so: redundant ones that follow from the config."""
         self.tensors = {
             name: tensor for name, tensor in self.tensors.items() if not name.endswith(ending)
         }
 
     def close(self) -> None:
-        """Raise ValueError if a tensor was not taken: it would change drafts in its own engine, and
-        be lost here.
-        """
+        """Raise ValueError if a tensor was not taken; ignoring it would change the drafts."""
         if self.tensors:
             names = ", ".join(sorted(self.tensors)[:4])
             raise ValueError(

@@ -1,9 +1,9 @@
 """Publishing a trained component on the Hugging Face Hub: one commit with weights, card, report and
 provenance.
 
-The token is the client's own business: it takes it from `HF_TOKEN` or from where `hf auth login`
-put it. Here it is only asked for to tell whether there is one, and to keep it out of messages and
-files; no variable of a function that can fail holds it.
+The client reads the token by itself, from `HF_TOKEN` or from `hf auth login`. This module reads it
+only to check that there is one, and to keep it out of messages and files; no variable of a function
+that can fail holds it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from modules.runtime.files import read_object, whole_folder
 
 REPORT = "report.json"
 FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)
-"""What a published component consists of; the report may be missing."""
+"""Files of a published component; the report is optional."""
 TIMEOUT = HUB_SECONDS
 _MEANINGS = {
     401: "the token was refused: log in again with `hf auth login`, or set HF_TOKEN",
@@ -47,9 +47,7 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published: the contents of files, or where they lie, by their names in the
-    repository.
-    """
+    """Contents or paths of the published files, by their names in the repository."""
 
     files: Mapping[str, bytes | Path]
 
@@ -58,7 +56,7 @@ class Publication:
 
 
 def check_repo(repo: str) -> None:
-    """Raise ValueError unless it is the id of a repository, with its owner."""
+    """Raise ValueError unless `repo` is the id of a repository, with its owner."""
     try:
         validate_repo_id(repo)
         whole = repo.count("/") == 1
@@ -86,27 +84,29 @@ def publication(
     row: str | None = None,
     license: str | None = None,
 ) -> Publication:
-    """All that is published of a run, checked as far as that goes without the Hub.
+    """All published files of a run, checked as far as possible without the Hub.
 
     Args:
         run: run folder or drafter folder.
-        name: what its card calls it: the Hub id, or a folder.
-        report: a `report.json` that measured it.
+        name: its name in the card: the Hub id, or a folder.
+        report: a `report.json` with its figures.
         row: the name of its rows in the report, by default the run's.
-        license: of the component; by default that of the target where it is known, else `other`.
+        license: of the component; by default the target's where it is known, otherwise `other`.
 
     Raises:
-        ValueError: no whole component, a report of another one, or a token in one of the files.
+        ValueError: an incomplete component, a report of another one, or a token in a file.
     """
     if not run.exists():
         raise ValueError(f"run {str(run)!r} does not exist: give a run folder or a drafter folder")
+    # 1. The component, and its figures from the report.
     folder = find_folder(run)
     provenance, trainable = Provenance.read(folder / PROVENANCE), load_pretrained(folder)
     size = trainable.trained_size
-    found = None if report is None else measurement(report, name_of(run), size, provenance, row)
+    figures = None if report is None else measurement(report, name_of(run), size, provenance, row)
     publishing = Publishing(
-        name, license or LICENSES.get(provenance.target["name"], "other"), found
+        name, license or LICENSES.get(provenance.target["name"], "other"), figures
     )
+    # 2. The card, without paths of this machine.
     config = portable(read_object(folder / CONFIG))
     card = model_card(
         trainable,
@@ -115,12 +115,13 @@ def publication(
         publishing,
     )
     ModelCard(card)
-    told = {CONFIG: config, PROVENANCE: portable(read_object(folder / PROVENANCE))}
+    # 3. JSON files, likewise; weights are uploaded from where they lie.
+    values = {CONFIG: config, PROVENANCE: portable(read_object(folder / PROVENANCE))}
     if report is not None:
-        told[REPORT] = portable(read_object(report))
+        values[REPORT] = portable(read_object(report))
     texts = {
         file: (json.dumps(value, indent=2, sort_keys=file != REPORT) + "\n").encode()
-        for file, value in told.items()
+        for file, value in values.items()
     }
     made = Publication({WEIGHTS: folder / WEIGHTS, **texts, CARD: card.encode()})
     _refuse_secrets(made)
@@ -128,13 +129,13 @@ def publication(
 
 
 def name_of(run: Path) -> str:
-    """What a report calls a component by default."""
+    """The default name of a component's rows in a report: its run's folder."""
     path = run.resolve()
     return path.parent.name if path.name == "drafter" else path.name
 
 
 def _refuse_secrets(made: Publication) -> None:
-    """Commands and settings are published with the provenance: they must not hold a token."""
+    """Raise ValueError if a published text, such as a command, contains a token."""
     for name, content in made.files.items():
         if name != WEIGHTS and _holds_token(
             content if isinstance(content, bytes) else content.read_bytes()
@@ -151,10 +152,10 @@ def _holds_token(content: bytes) -> bool:
 
 
 def write(made: Publication, folder: Path) -> None:
-    """Write into a folder what would be published.
+    """Write the files of a publication into a new folder.
 
     Raises:
-        ValueError: there is something already.
+        ValueError: the folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output {str(folder)!r} exists: give a new folder")
@@ -176,21 +177,19 @@ def publish(
     row: str | None = None,
     license: str | None = None,
 ) -> str:
-    """Publish a run in one commit, and leave nothing of it if that fails; publishing again is
-    always safe.
+    """Publish a run in one commit, or leave nothing on the Hub; publishing again is always safe.
 
     Args:
         run: run folder or drafter folder.
-        repo: `USER/NAME`; created if there is none.
-        private: whether only its owner sees it. A repository that is there already must be so as
-            well.
+        repo: `USER/NAME`; created if it does not exist.
+        private: whether only its owner sees it. An existing repository must have the same setting.
         report: see `publication`; so are `row` and `license`.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: what is wrong with the run, or what the Hub refused, and what is left there.
+        ValueError: a fault of the run, or the Hub's refusal and the state that is left there.
     """
     check_repo(repo)
     check_token()
@@ -200,11 +199,10 @@ def publish(
 
 
 def upload(made: Publication, repo: str, private: bool = True) -> str:
-    """Validate the card by the Hub, create the repository if there is none, and commit; returns the
-    commit's address.
+    """Validate the card, create the repository if needed, and commit; returns the commit's address.
 
     Raises:
-        ValueError: what the Hub refused, and what is left there.
+        ValueError: the Hub's refusal, and the state that is left there.
     """
     api, created, failure = HfApi(token=True), False, ""
     try:
@@ -228,7 +226,7 @@ def _text(content: bytes | Path) -> str:
 
 
 def _create(api: HfApi, repo: str, private: bool) -> bool:
-    """Create a repository; False if there is one already."""
+    """Create a repository; False if it exists already."""
     try:
         api.create_repo(repo, private=private)
         return True
@@ -241,27 +239,25 @@ def _create(api: HfApi, repo: str, private: bool) -> bool:
 
 
 def _files_of(api: HfApi, repo: str, private: bool) -> list[str]:
-    """The files of a repository that was there before, which must be as private as is asked for."""
-    found = api.model_info(repo)
-    if private and not found.private:
+    """Names of the files of an existing repository, whose privacy must be the requested one."""
+    present = api.model_info(repo)
+    if private and not present.private:
         raise ValueError(
             "it is there and public, and this would be private: add --public (publish.private: "
             "false), or make it private on the Hub"
         )
-    if not private and found.private:
+    if not private and present.private:
         raise ValueError(
             "it is there and private, and this would be public: leave --public out, or open it on "
             "the Hub"
         )
-    return [file.rfilename for file in found.siblings or []]
+    return [file.rfilename for file in present.siblings or []]
 
 
 def _operations(
     made: Publication, present: list[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Every file of ours; what an earlier publication had and this one has not goes in the same
-    commit.
-    """
+    """Add every file; delete files of an earlier publication that this one lacks."""
     added = [CommitOperationAdd(name, content) for name, content in made.files.items()]
     return [
         *added,
@@ -274,13 +270,14 @@ def _operations(
 
 
 def _undo(api: HfApi, repo: str, created: bool) -> str:
-    """After a failure, delete the repository if it was created for this and nothing was committed;
-    say what is left.
+    """After a failure, delete the repository if it was created here and has no commit of ours;
+    returns a sentence about the state on the Hub.
     """
     again = "publishing again is safe"
     if not created:
         return f"What was there is unchanged, unless only the answer was lost; {again}"
     try:
+        # The answer may be lost although the commit arrived.
         if any(file.rfilename in FILES for file in api.model_info(repo).siblings or []):
             return f"The commit had arrived, only the answer was lost; {again}"
         api.delete_repo(repo)
@@ -293,19 +290,21 @@ def _undo(api: HfApi, repo: str, created: bool) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line without the token."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, HfHubHTTPError):
-        found = found.__cause__
-    if found is not None:
-        status = found.response.status_code
-        told = _MEANINGS.get(
+    """The cause of an error, in one line without the token."""
+    # 1. An answer of the Hub, anywhere in the chain of causes.
+    refusal: BaseException | None = error
+    while refusal is not None and not isinstance(refusal, HfHubHTTPError):
+        refusal = refusal.__cause__
+    if refusal is not None:
+        status = refusal.response.status_code
+        meaning = _MEANINGS.get(
             status, "the Hub is in trouble: try again later" if status >= 500 else "it was refused"
         )
         return _clean(
-            f"{told} ({status}{', ' + found.server_message if found.server_message else ''})"
+            f"{meaning} ({status}{', ' + refusal.server_message if refusal.server_message else ''})"
         )
-    kinds = [type(one).__name__ for one in (error, error.__cause__) if one is not None]
+    # 2. No answer, or another error.
+    kinds = [type(each).__name__ for each in (error, error.__cause__) if each is not None]
     if any("Timeout" in kind for kind in kinds):
         return f"no answer within {TIMEOUT:g} seconds"
     return _clean(str(error) if type(error) is ValueError else f"{kinds[-1]}: {error}")

@@ -1,4 +1,4 @@
-"""Text of strangers in Markdown: as it is, on one line, without markup and HTML."""
+"""Escapes untrusted text for Markdown: literal, on one line, without markup and HTML."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _SPECIAL = re.compile(r"([\\`\[\]|])")
 
 
 def plain(text: object) -> str:
-    """Text that a Markdown page shows as it is: HTML, links, code, table cells and headings of its
-    own are escaped.
+    """Text that a Markdown page shows literally: HTML, links, code, table cells and headings are
+    escaped.
     """
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -17,10 +17,10 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Text between backticks, on one line; backticks of its own become quotes."""
+    """Text between backticks, on one line; its backticks become quotes."""
     return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
 
 
 def block(text: object) -> str:
-    """Text as a block of code, which no line of it can end."""
+    """Text as an indented code block, which no line of the text can end."""
     return "\n".join(f"    {line}" for line in str(text).splitlines())

@@ -1,4 +1,4 @@
-"""What an evaluation's `report.json` says of one component, for its model card."""
+"""The figures of one component in an evaluation's `report.json`, for its model card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = 1
 BASELINES = ("autoregressive", "hf_generate")
 """Rows of plain decoding, in this project's loop and in Hugging Face's."""
 _VARIANT = re.compile(r"( at [\d.]+)?(, \d+ at once)?$")
-"""What a report adds to the names of rows at other temperatures and batch sizes."""
+"""Suffix of rows at other temperatures and batch sizes."""
 Row = Mapping[str, Any]
 _NEEDED = {
     "settings": {"tasks": [str], "max_new_tokens": int, "threads": int},
@@ -32,18 +32,18 @@ _NEEDED = {
         }
     ],
 }
-"""What a card shows besides what every report has."""
+"""Keys that a card needs besides those of every report."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The part of a report that a card shows; figures are the report's own, unrounded.
 
-    Places of files on this machine are left out (`portable`).
+    Paths of files on this machine are left out (`portable`).
 
-    rows: of the component, at every temperature and batch size. baselines: of plain decoding.
-    settings, environment and
-    targets: as in the report.
+    rows: of the component, at every temperature and batch size.
+    baselines: rows of plain decoding.
+    settings, environment, targets: as in the report.
     """
 
     rows: Sequence[Row]
@@ -56,25 +56,27 @@ class Measurement:
 def measurement(
     file: Path, name: str, parameters: int, provenance: Provenance, row: str | None = None
 ) -> Measurement:
-    """Read a report, and find the rows of a component in it.
+    """Read a report, and select the rows of a component.
 
-    A component that adapts its target is measured on what it makes of it, beside plain decoding of
-    the target itself, so the target that it was trained for is in every report of its own.
+    The report must contain the target that the component was trained for. Components that adapt
+    their target are compared with plain decoding of the unchanged target, so it is in their reports
+    too.
 
     Args:
         file: `report.json`.
-        name: what a report calls the component by default: its run's folder.
-        parameters: the component's, as far as they were trained.
-        provenance: its target must be the report's, and it must not be younger than the report.
-        row: the name of its rows, if they have one of their own.
+        name: the component's default name in a report: its run's folder.
+        parameters: the component's number of trained parameters.
+        provenance: its target must be in the report, and it must be older than the report.
+        row: the name of its rows, if it is not the default.
 
     Raises:
-        ValueError: no such report or another schema; a report of another drafter or target, or of
+        ValueError: a missing report or another schema; a report of another drafter or target, or of
             an earlier training.
     """
     report = _read(file)
     _refuse_others(report, file, provenance)
-    rows = [one for one in report["methods"] if _base(one) == (row or name)]
+    # 1. Rows by name, or by size if the name is not there.
+    rows = [method for method in report["methods"] if _base(method) == (row or name)]
     if not rows and row is None:
         rows = _by_size(report["methods"], parameters)
     if not rows:
@@ -82,7 +84,8 @@ def measurement(
         raise ValueError(
             f"report {str(file)!r} has no row {row or name!r}: give --row, one of {names}"
         )
-    wrong = next((one for one in rows if one["drafter_parameters"] not in (0, parameters)), None)
+    # 2. They must be this component's (0: measured without its drafter's size).
+    wrong = next((each for each in rows if each["drafter_parameters"] not in (0, parameters)), None)
     if wrong is not None:
         raise ValueError(
             f"report {str(file)!r}: row {wrong['name']!r} has {wrong['drafter_parameters']} "
@@ -90,7 +93,9 @@ def measurement(
             "row with --row"
         )
     baselines = [
-        one for one in report["methods"] if one["name"].startswith(BASELINES) and one not in rows
+        method
+        for method in report["methods"]
+        if method["name"].startswith(BASELINES) and method not in rows
     ]
     shown = rows, baselines, report["settings"], report["environment"], report["targets"]
     return Measurement(*portable(shown))
@@ -110,17 +115,20 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _refuse_others(report: Mapping[str, Any], file: Path, provenance: Provenance) -> None:
-    wanted, known = provenance.target, report["targets"]
-    if wanted["fingerprint"] not in {one["fingerprint"] for one in known}:
-        told = (
-            ", ".join(f"{one['name']} with weights {one['fingerprint']}" for one in known)
+    wanted, targets = provenance.target, report["targets"]
+    if wanted["fingerprint"] not in {target["fingerprint"] for target in targets}:
+        named = (
+            ", ".join(
+                f"{target['name']} with weights {target['fingerprint']}" for target in targets
+            )
             or "no target"
         )
         raise ValueError(
-            f"report {str(file)!r} is about a {told}, this component was trained for "
+            f"report {str(file)!r} is about a {named}, this component was trained for "
             f"{wanted['name']} with weights {wanted['fingerprint']}: give its own report with "
             "--report"
         )
+    # A report of an earlier training has the same target, but is older.
     written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc)
     if written < datetime.fromisoformat(provenance.created):
         raise ValueError(
@@ -135,24 +143,24 @@ def _base(row: Row) -> str:
 
 def _by_size(rows: Sequence[Row], parameters: int) -> list[Row]:
     """Rows of the only drafter of that size, whatever its name."""
-    found = [row for row in rows if row["drafter_parameters"] == parameters]
-    return found if len({_base(row) for row in found}) == 1 and parameters else []
+    matches = [row for row in rows if row["drafter_parameters"] == parameters]
+    return matches if len({_base(row) for row in matches}) == 1 and parameters else []
 
 
-# -- words -----------------------------------------------------------------------------------------
+# -- text of a card --------------------------------------------------------------------------------
 
 _COLUMNS = ("row", "speedup", "95 % interval", "τ", "tokens/s", "same tokens as plain decoding")
 
 
-def table(found: Measurement) -> str:
-    """Markdown: the baselines, then the component's rows."""
+def table(measured: Measurement) -> str:
+    """Markdown table of the baselines, then the component's rows."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---:|---:|---:|---:|---|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in (*found.baselines, *found.rows)]
+    lines += [f"| {' | '.join(cells(row))} |" for row in (*measured.baselines, *measured.rows)]
     return "\n".join(lines)
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table."""
+    """Cells of a row, in the order of `_COLUMNS`."""
     speedup, tau = row["speedup"], row["mean_accepted_tokens"]
     bounds = speedup["ci95"]
     return [
@@ -177,29 +185,31 @@ def _same(row: Row) -> str:
     return f"{row['identical_outputs']} of {row['prompts']}{ties}{lossy}"
 
 
-def conditions(found: Measurement) -> str:
-    """What was asked of what, on what."""
-    settings, where = found.settings, found.environment
-    targets = ", ".join(plain(f"{one['name']} in {one['dtype']}") for one in found.targets)
-    noise = [row["quality"]["noise"] for row in found.baselines if row["quality"].get("noise")]
-    told = (
+def conditions(measured: Measurement) -> str:
+    """A paragraph with target, prompts, device and the meaning of the figures."""
+    settings, where = measured.settings, measured.environment
+    targets = ", ".join(
+        plain(f"{target['name']} in {target['dtype']}") for target in measured.targets
+    )
+    noise = [row["quality"]["noise"] for row in measured.baselines if row["quality"].get("noise")]
+    repeatability = (
         ""
         if not noise or noise[0]["micro"] is None
         else (f" Plain decoding measured twice differed from itself by {noise[0]['micro']:.2f}×.")
     )
     tasks = plain(", ".join(settings["tasks"]))
-    asked = f"{found.rows[0]['prompts']} prompts ({plain(dataset(found))}: {tasks})"
+    prompts = f"{measured.rows[0]['prompts']} prompts ({plain(dataset(measured))}: {tasks})"
     limit, device, threads = map(
         plain, (settings["max_new_tokens"], where["device"], settings["threads"])
     )
     return (
-        f"Target {targets}; {asked}, up to {limit} new tokens; {device}, {threads} threads. "
+        f"Target {targets}; {prompts}, up to {limit} new tokens; {device}, {threads} threads. "
         "Speedup is over `autoregressive`, plain decoding in the same process, with a paired "
         "bootstrap interval; τ is the mean number of tokens per target call, bonus token "
-        f"counted.{told}"
+        f"counted.{repeatability}"
     )
 
 
-def dataset(found: Measurement) -> str:
-    """The name of what was asked."""
-    return ", ".join(Path(name).stem for name in found.settings.get("prompts") or ["prompts"])
+def dataset(measured: Measurement) -> str:
+    """Names of the prompt files, without folders."""
+    return ", ".join(Path(name).stem for name in measured.settings.get("prompts") or ["prompts"])

@@ -2,9 +2,9 @@
 `README.md`.
 
 A saved component names its class by the stem of its file (`drafter_type`), and loading searches the
-`modules` package only: a downloaded folder can never name code to import. Drafters in the formats
-of others (`checkpoints.formats`) load as well, with their target, which supplies the dimensions
-that their files lack.
+`modules` package only: a downloaded folder can never name code to import. Drafters in other
+formats (`checkpoints.formats`) load as well, with their target, which supplies the dimensions that
+their files lack.
 """
 
 from __future__ import annotations
@@ -64,20 +64,16 @@ Tensors = dict[str, Tensor]
 
 
 def _with_token_scale(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
-    """Version 2 scales token embeddings that are read beside features; version 1 read them as they
-    are.
-    """
+    """Version 2 scales the token embeddings that are read with features; version 1 did not."""
     if config["drafter_type"] in ("eagle", "fspad", "falcon", "hydra"):
         tensors = {**tensors, "token_scale": torch.ones(())}
     return config, tensors
 
 
 RENAMED = {("sorted", "Sorted"): ("s2d", "S2D")}
-"""Components by an earlier `drafter_type` and `class`, and what they are called now."""
+"""Earlier `drafter_type` and `class` of components, and their current names."""
 MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = (_with_token_scale,)
-"""Number n turns config.json and the tensors of format version n + 1 into those of version n +
-2.
-"""
+"""Entry n migrates config.json and tensors from format version n + 1 to version n + 2."""
 FORMAT_VERSION = len(MIGRATIONS) + 1
 PROVENANCE, CARD = "provenance.json", "README.md"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -90,13 +86,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def save_pretrained(trainable: Trainable, folder: str | Path, provenance: Provenance) -> Path:
-    """Write a component's folder, whole or not at all (an earlier one of the same name is
-    replaced).
+    """Write a component's folder atomically; an earlier one of the same name is replaced.
 
     Args:
-        trainable: the component; its `state_dict` is written whole, tensors that share memory once.
-        folder: where to.
-        provenance: what it was trained for, on and with; goes into the model card too.
+        trainable: the component; its whole `state_dict` is written, shared memory only once.
+        folder: folder to write.
+        provenance: target, data and settings of the training; also used in the model card.
     """
     folder, config = Path(folder), describe(trainable, provenance)
     with whole_folder(folder) as fresh:
@@ -121,7 +116,8 @@ def describe(trainable: Trainable, provenance: Provenance) -> dict[str, Any]:
 
 
 def _write_weights(trainable: Trainable, file: Path) -> None:
-    kept: dict[str, Tensor] = {}
+    # Safetensors refuses tensors that share memory: one is written, the others become aliases.
+    unique: dict[str, Tensor] = {}
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in trainable.state_dict().items():
@@ -135,34 +131,36 @@ def _write_weights(trainable: Trainable, file: Path) -> None:
             aliases[name] = first[memory]
         else:
             first[memory] = name
-            kept[name] = tensor
-    write_safetensors(file, kept, {"aliases": json.dumps(aliases)})
+            unique[name] = tensor
+    write_safetensors(file, unique, {"aliases": json.dumps(aliases)})
 
 
 # -- loading ---------------------------------------------------------------------------------------
 
 
 def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable:
-    """Load a component from a run folder, its own folder or the Hub; also a drafter that others
-    trained, in one of `checkpoints.formats`.
+    """Load a component from a run folder, its own folder or the Hub; also a drafter in one of
+    `checkpoints.formats`.
 
     Args:
         name: a run (a folder with `drafter/`), a drafter folder, or a Hub id (`USER/NAME`,
             `USER/NAME@REVISION`).
-        target: the target it is to serve; then it is checked that it may, and its device taken.
-            Formats of others need it.
+        target: the target to serve; compatibility is checked, and its device taken. Other formats
+            require it.
 
     Raises:
-        ValueError: nothing there, an unknown type, tensors missing, unexpected or of another shape,
-            another target.
+        ValueError: no component, an unknown type, missing, unexpected or reshaped tensors, or an
+            incompatible target.
     """
     folder = find_folder(name)
     config, tensors = _whole(
         read_config(folder), folder, None if target is None else target.shape, target
     )
+    # 1. Build it, after a comparison of config and tensors, and load the weights.
     trainable = _build(config, folder, tensors)
     assign_weights(trainable, tensors, str(folder / WEIGHTS))
     check_values(trainable, str(folder / WEIGHTS))
+    # 2. Its origin, and whether it may serve this target.
     trainable.trained_for, trainable.loaded_from = trained_for(config), str(name)
     if target is not None:
         check_compatible(trainable, target, str(name))
@@ -173,7 +171,7 @@ def load_pretrained(name: str | Path, target: Target | None = None) -> Trainable
 
 
 def _trained_length(folder: Path) -> int | None:
-    """`data.max_length` of its training, if that was recorded."""
+    """`data.max_length` of its training, if it was recorded."""
     data = read_object(folder / PROVENANCE).get("data") if (folder / PROVENANCE).is_file() else None
     length = data.get("max_length") if isinstance(data, dict) else None
     return length if isinstance(length, int) else None
@@ -182,8 +180,8 @@ def _trained_length(folder: Path) -> int | None:
 def _whole(
     config: Config, folder: Path, shape: TargetShape | None, target: Target | None
 ) -> tuple[Config, Tensors]:
-    """Config and tensors as of today: migrated from an older version, or translated from somebody's
-    format.
+    """Config and tensors in the current version: migrated from an older one, or translated from
+    another format.
     """
     if "format" in config:
         return _translated(config, folder, shape, target)
@@ -201,35 +199,35 @@ def _translated(
             f"{folder} is in the format {config['format']!r}, which does not tell all dimensions "
             "of its target: load it with its target"
         )
-    known = TargetShape(**{**asdict(shape), **config["target"]["shape"]})
+    # The target's dimensions, overridden by those that the file states.
+    shape = TargetShape(**{**asdict(shape), **config["target"]["shape"]})
     ledger = Ledger(read_tensors(folder), str(folder))
     ledger.drop("rotary_emb.inv_freq")
     with strange_values(f"{folder} does not fit the format {config['format']!r}"):
         tensors = FORMATS[config["format"]].weights(
-            ledger, known, config["arguments"], config["original"], target
+            ledger, shape, config["arguments"], config["original"], target
         )
     ledger.close()
-    return {**config, "target": {**config["target"], "shape": asdict(known)}}, tensors
+    return {**config, "target": {**config["target"], "shape": asdict(shape)}}, tensors
 
 
 def _build(config: Mapping[str, Any], folder: Path, tensors: Tensors) -> Trainable:
-    """The component that a config describes, outlined without memory and compared with the tensors
-    before.
-    """
-    found, where = trainable_class(config["drafter_type"], config["class"]), str(folder / CONFIG)
+    """The component of a config, built first without memory and compared with the tensors."""
+    kind, where = trainable_class(config["drafter_type"], config["class"]), str(folder / CONFIG)
     shape = target_shape(config["target"]["shape"], where)
-    check_arguments(found, config["arguments"], where)
-    with strange_values(f"{where} does not fit {found.__name__}"):
+    check_arguments(kind, config["arguments"], where)
+    with strange_values(f"{where} does not fit {kind.__name__}"):
         with torch.device("meta"):
-            outline = found(shape, **config["arguments"])
+            outline = kind(shape, **config["arguments"])
         check_tensors(outline, tensors, str(folder / WEIGHTS))
-        return found(shape, **config["arguments"])
+        return kind(shape, **config["arguments"])
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder that holds a component's `config.json`; downloaded from the Hub if `name` is no
-    local folder.
+    """The folder with a component's `config.json`, downloaded from the Hub if `name` is not a local
+    folder.
     """
+    # A run folder has the component in `drafter/`.
     path = Path(name)
     for folder in (path / "drafter", path):
         if (folder / CONFIG).is_file():
@@ -252,6 +250,7 @@ def _download(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
+        # Without safetensors the repository's names show whether it has pickles instead.
         with hub_answers_within(HUB_SECONDS):
             folder = Path(
                 snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
@@ -270,12 +269,13 @@ def _download(name: str) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """A component's `config.json`, checked; for a drafter in somebody's format, what ours would say
-    (with `format`).
+    """A component's checked `config.json`; for a drafter in another format, the equivalent (with
+    `format`).
 
     Raises:
-        ValueError: not JSON, nobody's format that is known, or a version from the future.
+        ValueError: not JSON, an unknown format, or a later version.
     """
+    # 1. Another format, if keys of ours are missing.
     config = read_object(folder / CONFIG)
     missing = {"drafter_type", "class", "format_version", "arguments", "target"} - set(config)
     if missing:
@@ -286,6 +286,7 @@ def read_config(folder: Path) -> Config:
             f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is not a Slipstream "
             f"component, nor a drafter in one of the formats {', '.join(FORMATS)}"
         )
+    # 2. Keys, values and version of our format; earlier names become current ones.
     if "format" in config:
         raise ValueError(
             f"{folder / CONFIG}: `format` is no key of a Slipstream component: take it out"
@@ -308,12 +309,12 @@ def target_of(name: str | Path) -> str:
     Raises:
         ValueError: its format does not state it.
     """
-    found = read_config(find_folder(name))["target"]["name"]
-    if not found:
+    target = read_config(find_folder(name))["target"]["name"]
+    if not target:
         raise ValueError(
             f"{str(name)!r} does not tell what target it was trained for: give --target"
         )
-    return found
+    return target
 
 
 def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
@@ -324,6 +325,7 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
             f"drafter_type {drafter_type!r}, class {name!r}: these are not names of a module and a "
             "class"
         )
+    # Only names of existing files are imported, never a path from the config.
     files = sorted(root.rglob(f"{drafter_type}.py"))
     if len(files) != 1:
         raise ValueError(
@@ -331,16 +333,14 @@ def trainable_class(drafter_type: str, name: str) -> type[Trainable]:
             "one"
         )
     path = ".".join(files[0].relative_to(root.parent).with_suffix("").parts)
-    found = getattr(importlib.import_module(path), name, None)
-    if not isinstance(found, type) or not issubclass(found, Trainable):
+    kind = getattr(importlib.import_module(path), name, None)
+    if not isinstance(kind, type) or not issubclass(kind, Trainable):
         raise ValueError(f"class {name!r} is not a trainable component of {path}")
-    return found
+    return kind
 
 
 def assign_weights(trainable: Trainable, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors strictly; the module takes their precision. `source` is what error messages call
-    them.
-    """
+    """Load tensors strictly; the module takes their dtypes. `source` names them in errors."""
     check_tensors(trainable, tensors, source)
     expected = trainable.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -360,6 +360,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} cannot be read as safetensors ({error}): it is damaged or incomplete"
         ) from error
+    # Aliases share the memory of a tensor that must be there.
     lost = set(aliases.values()) - set(tensors)
     if lost:
         raise ValueError(
@@ -378,34 +379,34 @@ def _aliases(text: str, file: Path) -> Mapping[str, str]:
 
 
 def trained_for(config: Config) -> TrainedFor:
-    """The target that a component's config names."""
+    """The target of a component's config: name, dimensions and fingerprint."""
     target = config["target"]
     return TrainedFor(target["name"], TargetShape(**target["shape"]), target["fingerprint"])
 
 
 def check_compatible(trainable: Trainable, target: Target, name: str) -> None:
-    """Refuse a component, `name`, that says why it may not serve the target."""
+    """Raise ValueError if the component `name` may not serve the target."""
     reason = trainable.compatibility(target)
     if reason is not None:
         raise ValueError(f"{name!r} {reason}")
 
 
 def warm_start(trainable: Trainable, name: str | Path) -> None:
-    """Take the weights of an earlier component into `trainable`, which keeps its precision.
+    """Load the weights of an earlier component into `trainable`, which keeps its precision.
 
-    An earlier component of a base class gives the weights it has (Medusa-2 starts from Medusa-1
-    heads); one of the same class gives them all. A drafter in somebody's format counts as the class
-    that it is here.
+    An earlier component of a base class provides part of the weights (Medusa-2 starts from Medusa-1
+    heads), one of the same class all of them. Drafters in other formats count as their class here.
 
     Raises:
         ValueError: an unrelated class, or tensors that do not fit.
     """
     folder = find_folder(name)
     config, tensors = _whole(read_config(folder), folder, trainable.arguments["shape"], None)
-    found = trainable_class(config["drafter_type"], config["class"])
-    if not isinstance(trainable, found):
+    kind = trainable_class(config["drafter_type"], config["class"])
+    # 1. Class and rotary parameters must agree.
+    if not isinstance(trainable, kind):
         raise ValueError(
-            f"init_from {str(name)!r} is a {found.__name__}, the config trains a "
+            f"init_from {str(name)!r} is a {kind.__name__}, the config trains a "
             f"{type(trainable).__name__}: they must agree"
         )
     rope = trainable.arguments["shape"].rope
@@ -414,13 +415,15 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
             f"init_from {str(name)!r} was trained with rotary parameters "
             f"{config['target']['shape']['rope']}, the target has {rope}: it would start wrong"
         )
-    own = trainable.state_dict()
-    if type(trainable) is not found:
-        tensors = {**own, **tensors}
-    given = {
-        key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in tensors.items()
+    # 2. Weights in the component's own dtypes; a base class leaves the others as they are.
+    current = trainable.state_dict()
+    if type(trainable) is not kind:
+        tensors = {**current, **tensors}
+    cast_tensors = {
+        key: tensor.to(current[key].dtype) if key in current else tensor
+        for key, tensor in tensors.items()
     }
-    assign_weights(trainable, given, str(folder / WEIGHTS))
+    assign_weights(trainable, cast_tensors, str(folder / WEIGHTS))
     check_values(trainable, f"init_from {str(name)!r}")
 
 

@@ -1,6 +1,4 @@
-"""Where a trained component comes from: what was run, on what, with which code, and how well it
-did.
-"""
+"""Provenance of a trained component: command, data, code, packages and figures."""
 
 from __future__ import annotations
 
@@ -37,12 +35,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Provenance:
-    """What `provenance.json` holds.
+    """Content of `provenance.json`.
 
-    target: `name` and `fingerprint` of the target that was trained for, and arguments of its
-    `chat_template` if any.
-    data: what it was trained on (`train`, `fingerprint`, counts). measured: figures by name
-    (`probe/tau`, `val/loss`, …). settings: the run's config.
+    target: `name` and `fingerprint` of the target, and arguments of its `chat_template` if any.
+    data: the training data (`train`, `fingerprint`, counts).
+    measured: figures by name (`probe/tau`, `val/loss`, …).
+    settings: the run's config.
     """
 
     target: Mapping[str, Any]
@@ -57,41 +55,42 @@ class Provenance:
     )
 
     @classmethod
-    def of(cls, target: Target, **found: Any) -> Provenance:
-        """Provenance of something trained for `target`; `found` gives data, measured and
+    def of(cls, target: Target, **values: Any) -> Provenance:
+        """Provenance of a component trained for `target`; `values` are data, measured and
         settings.
         """
         arguments = arguments_of(target.tokenizer)
-        told = {"chat_template": arguments} if arguments else {}
-        return cls({"name": target.name, "fingerprint": target.fingerprint(), **told}, **found)
+        template = {"chat_template": arguments} if arguments else {}
+        return cls({"name": target.name, "fingerprint": target.fingerprint(), **template}, **values)
 
     @classmethod
     def read(cls, file: Path) -> Provenance:
         """The provenance in a `provenance.json`.
 
         Raises:
-            ValueError: no such file, or it is not one.
+            ValueError: the file is missing, or is not a provenance.
         """
         if not file.is_file():
             raise ValueError(
                 f"{file} does not exist: it does not tell where the component comes from"
             )
         try:
-            told = read_object(file)
-            check_shape(told, PROVENANCE_SHAPE, "it")
-            datetime.fromisoformat(told.get("created", "2026-01-01"))
-            return cls(**told)
+            values = read_object(file)
+            check_shape(values, PROVENANCE_SHAPE, "it")
+            datetime.fromisoformat(values.get("created", "2026-01-01"))
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file} is no provenance of a component: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, without credentials."""
+        """The fields as JSON values, without credentials."""
         return redact(asdict(self))
 
 
 def command_line() -> str:
-    """This process's command, as it would be typed (folders of the script left out), without
-    credentials, with `~` for the user's home."""
+    """This process's command as it would be typed, without the script's folder and credentials, and
+    with `~` for the user's home.
+    """
     module = getattr(sys.modules["__main__"], "__spec__", None)
     started = (
         [Path(sys.argv[0]).name]
@@ -117,11 +116,11 @@ def _git(*words: str) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide the outcome."""
+    """Versions of Python and of the installed packages that affect results."""
     installed = {
         package.metadata["Name"].lower()
         for package in metadata.distributions()
         if package.metadata["Name"]
     }
-    found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
-    return {"python": sys.version.split()[0], **found}
+    versions = {name: metadata.version(name) for name in _PACKAGES if name in installed}
+    return {"python": sys.version.split()[0], **versions}

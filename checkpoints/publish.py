@@ -47,20 +47,20 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def report_of(folder: Path, given: str | None) -> Path | None:
-    """The report to publish: the one given, or that of the run if it has one."""
-    if given is not None:
-        path = Path(given)
-        return None if given == "none" else path / REPORT if path.is_dir() else path
-    own = (folder.parent if folder.name == "drafter" else folder) / "eval" / REPORT
-    return own if own.is_file() else None
+def report_of(folder: Path, chosen: str | None) -> Path | None:
+    """The report to publish: the chosen one, or else the run's if it exists."""
+    if chosen is not None:
+        path = Path(chosen)
+        return None if chosen == "none" else path / REPORT if path.is_dir() else path
+    default = (folder.parent if folder.name == "drafter" else folder) / "eval" / REPORT
+    return default if default.is_file() else None
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Publish, or write the files, and say where they are.
+    """Publish, or write the files to a folder, and print where they are.
 
     Raises:
-        ValueError: what is wrong with the run or with what was asked, or what the Hub refused.
+        ValueError: contradicting flags, a fault of the run, or a refusal of the Hub.
     """
     chosen = parse(make_parser(), arguments)
     if chosen.public and chosen.private:
@@ -69,6 +69,7 @@ def command(arguments: Sequence[str]) -> int:
         raise ValueError(
             "give --repo USER/NAME to publish, or --output FOLDER to write the files there"
         )
+    # Both ways use the same files.
     folder, extras = Path(chosen.run), (chosen.row, chosen.license)
     report = report_of(folder, chosen.report)
     disable_progress_bars()

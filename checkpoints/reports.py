@@ -1,4 +1,4 @@
-"""Reading a `report.json` that was written here or elsewhere: whole and of the right shape."""
+"""Reading and checking a `report.json` that may come from elsewhere."""
 
 from __future__ import annotations
 
@@ -77,8 +77,9 @@ _SHAPE = {
     "settings": {"tasks?": [str], "prompts?": [str], "max_new_tokens?": _COUNT, "threads?": _COUNT},
     "methods": [_METHOD],
 }
-"""What the readers of schema 1 (comparing, projecting, publishing) count on; older reports lack
-what is optional."""
+"""Keys and types that readers of schema 1 (comparison, projection, publishing) rely on; older
+reports lack optional keys.
+"""
 
 
 def load_report(path: str | Path, needed: Any = None) -> dict[str, Any]:
@@ -86,15 +87,16 @@ def load_report(path: str | Path, needed: Any = None) -> dict[str, Any]:
 
     Args:
         path: the file, or its folder.
-        needed: the shape of what this reader needs besides what every report has.
+        needed: further keys that this reader needs, as a shape.
 
     Raises:
-        ValueError: no such file, no JSON, another schema, or a value that is not what it must be;
-            one line with the file and the key.
+        ValueError: a missing file, no JSON, another schema, or a wrong value; one line with the
+            file and the key.
     """
     path = Path(path) / REPORT if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"report {str(path)!r} does not exist: give a report.json or its folder")
+    # 1. JSON of a known schema.
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -108,17 +110,19 @@ def load_report(path: str | Path, needed: Any = None) -> dict[str, Any]:
             f"report {str(path)!r} has schema {str(schema)[:40]}, only {SCHEMA} can be read: give "
             "a report.json that eval.py wrote"
         )
+    # 2. Keys, then types and ranges of the values.
     _check_whole(report, path)
     _check_shape(report, path, needed or {})
     return report
 
 
 def _check_whole(report: Mapping[str, Any], path: Path) -> None:
-    """Refuse a report that lacks what every reader of schema 1 may count on."""
+    """Raise ValueError for a report that lacks a required key."""
     missing = [key for key in _REPORT_KEYS if key not in report]
     methods = report.get("methods")
     if not missing and not methods:
         missing = ["methods"]
+    # Types are checked later, so a method may be anything here.
     for number, method in enumerate(methods if isinstance(methods, list) else (), 1):
         missing += [
             f"methods[{number}].{key}"
@@ -132,8 +136,9 @@ def _check_whole(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_shape(report: Mapping[str, Any], path: Path, needed: Any) -> None:
-    """Refuse a report whose values are not what eval.py writes."""
+    """Raise ValueError for a report with values that eval.py does not write."""
     wrong = mismatch(report, _SHAPE) or mismatch(report, needed)
+    # Readers look methods up by name.
     if wrong is None:
         twice = [
             name

@@ -1,9 +1,9 @@
 """EAGLE-1 and EAGLE-2 in the layout of the official implementation, which vLLM and SGLang read.
 
 A one-layer Llama without input norm, final norm or LM head: drafts come from the target's LM head
-over its whole vocabulary. The fusion layer's bias: none where the config says `bias: false`, which
-vLLM needs; SGLang always has one, starts it at random and needs zeros to be shipped
-(`eagle_sglang.py`). `bias: true` must not be written: both engines would give attention biases too,
+over its whole vocabulary. The fusion layer has no bias where the config says `bias: false`, which
+vLLM needs; SGLang always has one, initialises it at random and needs explicit zeros
+(`eagle_sglang.py`). `bias: true` must not be written: both engines would add attention biases too,
 and the official code takes a missing key for true.
 """
 
@@ -46,19 +46,19 @@ _USAGE = (
 def exported(drafter: Eagle, target: Target) -> Exported:
     """The drafter as the official implementation and, without a bias, vLLM load it."""
     biased = drafter.fc.bias is not None
-    found = layout(drafter, target, biased)
+    files = layout(drafter, target, biased)
     bias = (
         ("the fusion layer has a bias, which vLLM refuses: train with bias: false for it",)
         if biased
         else ()
     )
     return Exported(
-        *found, usage=usage(drafter, target.name), notes=(*bias, *trimmed_note(drafter))
+        *files, usage=usage(drafter, target.name), notes=(*bias, *trimmed_note(drafter))
     )
 
 
 def usage(drafter: Eagle, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), tokens=drafter.arguments["depth"])
 
 
@@ -75,8 +75,8 @@ def layout(
         "architectures": ["LlamaForCausalLM"],
         "base_model_name_or_path": served_name(target.name),
     }
-    # Engines read embeddings as they are: the scale goes into what multiplies them, exactly (a
-    # power of two).
+    # Engines read unscaled embeddings: the scale is folded into the fusion weights, exactly, since
+    # it is a power of two.
     fusion = state["fc.weight"].clone()
     fusion[:, : shape.hidden_size] *= state["token_scale"]
     tensors = {
@@ -93,7 +93,7 @@ def layout(
 
 
 def trimmed_note(drafter: Eagle) -> tuple[str, ...]:
-    """What becomes of a trimmed draft vocabulary."""
+    """A note about a trimmed draft vocabulary, which the format cannot express."""
     if drafter.vocabulary_D is None:
         return ()
     return (
@@ -129,12 +129,12 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names."""
+    """The file's tensors under this project's names."""
     size = shape.hidden_size
-    found = {
+    tensors = {
         "fc.weight": ledger.take("fc.weight", size, 2 * size),
         **take_layer(ledger, "layers.0", shape, 1),
     }
     take_embeddings(ledger, shape, target)
-    found["token_scale"] = torch.ones(())
-    return found | ({"fc.bias": ledger.take("fc.bias", size)} if arguments["bias"] else {})
+    tensors["token_scale"] = torch.ones(())
+    return tensors | ({"fc.bias": ledger.take("fc.bias", size)} if arguments["bias"] else {})

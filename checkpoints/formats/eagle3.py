@@ -1,7 +1,7 @@
-"""EAGLE-3 drafters as vLLM and SGLang name them: what `speculators.py` and `sglang.py` share.
+"""EAGLE-3 drafters under the names of vLLM and SGLang: what `speculators.py` and `sglang.py` share.
 
-Both engines put the fused states side by side in the order of the layers, whatever order the config
-gives, so an exported fusion layer has its columns in that order.
+Both engines concatenate the fused states in the order of the layers, whatever the order in the
+config, so an exported fusion layer has its columns in that order.
 
 Shape legend: H hidden size, S fused states, D draft vocabulary.
 """
@@ -38,25 +38,26 @@ def eagle3_tensors(drafter: Eagle3, target: Target, prefix: str, mapped: bool) -
     """All tensors, the decoder layer's under `prefix`; with `d2t` and `t2d` if `mapped`."""
     refuse_activation(drafter.shape)
     state = drafter.state_dict()
+    # Columns of the fusion layer and its norms, in the order of the layers.
     order = sorted(range(len(drafter.fused_layers)), key=lambda i: drafter.fused_layers[i])
-    found = {name: state[name] for name in _SAME} | {
+    tensors = {name: state[name] for name in _SAME} | {
         f"{prefix}.{name}": state[name] for name in _INSIDE
     }
-    found |= layer_tensors(state, prefix)
-    found["fc.weight"] = state["fc.weight"].unflatten(1, (len(order), -1))[:, order].flatten(1)
+    tensors |= layer_tensors(state, prefix)
+    tensors["fc.weight"] = state["fc.weight"].unflatten(1, (len(order), -1))[:, order].flatten(1)
     if drafter.fc_norm is not None:
-        found |= {
+        tensors |= {
             f"fc_norm.{place}.weight": state[f"fc_norm.{i}.weight"] for place, i in enumerate(order)
         }
-    found["embed_tokens.weight"] = embeddings(target, drafter.precision)
-    return found | (offsets(drafter.vocabulary_D, drafter.shape.vocab_size) if mapped else {})
+    tensors["embed_tokens.weight"] = embeddings(target, drafter.precision)
+    return tensors | (offsets(drafter.vocabulary_D, drafter.shape.vocab_size) if mapped else {})
 
 
 def layer_ids(drafter: Eagle3) -> list[int]:
     """Fused states as `k` = input of layer k, ascending.
 
     Raises:
-        ValueError: a state twice, which engines would pass once.
+        ValueError: a repeated state, which engines would pass only once.
     """
     ids = sorted(drafter.fused_layers)
     if len(set(ids)) < len(ids):
@@ -95,23 +96,25 @@ def take_eagle3(
     prefix = (
         "midlayer" if any(name.startswith("midlayer.") for name in ledger.tensors) else "layers.0"
     )
+    # 1. Layer, norms and fusion.
     size, draft_size = shape.hidden_size, arguments["draft_vocabulary"] or shape.vocab_size
     fused = len(arguments["fused_layers"] or default_layers(shape.num_layers))
-    found = take_layer(ledger, prefix, shape, 2)
-    found |= {name: ledger.take(f"{prefix}.{name}", size) for name in _INSIDE}
-    found["norm.weight"] = ledger.take("norm.weight", size)
-    found["fc.weight"] = ledger.take("fc.weight", size, fused * size)
+    tensors = take_layer(ledger, prefix, shape, 2)
+    tensors |= {name: ledger.take(f"{prefix}.{name}", size) for name in _INSIDE}
+    tensors["norm.weight"] = ledger.take("norm.weight", size)
+    tensors["fc.weight"] = ledger.take("fc.weight", size, fused * size)
     if arguments["fc_norm"]:
-        found |= {
+        tensors |= {
             f"fc_norm.{i}.weight": ledger.take(f"fc_norm.{i}.weight", size) for i in range(fused)
         }
+    # 2. The LM head with its draft ids in ascending order, and the embeddings.
     head = ledger.take("lm_head.weight", draft_size, size)
     if "d2t" in ledger or arguments["draft_vocabulary"]:
         ids, order = take_vocabulary(ledger, draft_size, shape.vocab_size)
         head = head[order]
-        found |= {"vocabulary": ids} if arguments["draft_vocabulary"] else {}
+        tensors |= {"vocabulary": ids} if arguments["draft_vocabulary"] else {}
     take_embeddings(ledger, shape, target)
-    return found | {"lm_head.weight": head}
+    return tensors | {"lm_head.weight": head}
 
 
 def default_layers(count: int) -> list[int]:

@@ -31,7 +31,7 @@ def exported(drafter: Eagle, target: Target) -> Exported:
 
 
 def usage(drafter: Eagle, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), steps=drafter.arguments["depth"])
 
 

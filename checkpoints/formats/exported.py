@@ -1,4 +1,4 @@
-"""What an export is, before it is written."""
+"""The content of an export, before it is written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 class Exported:
     """A drafter in an engine's format.
 
-    config: of `config.json`. tensors: by the engine's names. weights: file names, each holding all
-    the tensors.
-    usage: how the engine is started with it (`FOLDER` stands for where it lies). notes: what its
-    user must know.
-    tokenizer: to be saved beside it, for what is a model of its own.
+    config: content of `config.json`.
+    tensors: by the engine's names.
+    weights: names of weight files, each with all tensors.
+    usage: the command that starts the engine (`FOLDER` stands for the export's folder).
+    notes: what its user must know.
+    tokenizer: saved in the folder, for a drafter that is a complete model.
     """
 
     config: Mapping[str, Any]
@@ -29,9 +30,9 @@ class Exported:
 
 
 def served_name(name: str) -> str:
-    """What an engine calls a target: the Hub id of the embedded one, any other as it is."""
+    """A target's name for engines: the Hub id of the embedded target, otherwise the same name."""
     return HUB_NAMES.get(name, name)
 
 
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Hub ids of targets that have another name here."""
+"""Hub ids of targets whose name here differs."""

@@ -1,8 +1,8 @@
-"""A small language model that drafts, as a plain Hugging Face folder: what every engine and library
-loads.
+"""A small language model that drafts, as a plain Hugging Face folder, which every engine and
+library loads.
 
-Any causal LM of a supported architecture comes in the same way, with the target's tokenizer; where
-the folder brings a tokenizer, it must be the target's.
+Any causal LM of a supported architecture with the target's tokenizer is imported the same way; if
+the folder has a tokenizer, it must be the target's.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _USAGE = (
     '\'{{"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": {tokens}}}\''
 )
 FINAL_NORM = "model.norm.weight"
-"""What a Llama has and an EAGLE drafter lacks."""
+"""A tensor that a Llama has and an EAGLE drafter lacks."""
 _OURS = "model."
-"""What precedes the stock model's names in this project's drafter."""
+"""Prefix of the stock model's tensor names in this project's drafter."""
 
 
 def exported(drafter: Independent, target: Target) -> Exported:
@@ -58,12 +58,12 @@ def exported(drafter: Independent, target: Target) -> Exported:
         "base_model_name_or_path": served_name(target.name),
     }
     return Exported(
-        config, _own(stock), usage=usage(drafter, target.name), tokenizer=target.tokenizer
+        config, _untied(stock), usage=usage(drafter, target.name), tokenizer=target.tokenizer
     )
 
 
 def usage(drafter: Independent, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), tokens=drafter.arguments["draft_length"])
 
 
@@ -78,13 +78,13 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments and target of the drafter that a config describes; the model's dimensions are not
     the target's.
     """
-    kept = {
+    model = {
         key: value
         for key, value in config.items()
         if key not in ("architectures", "base_model_name_or_path")
     }
     return {
-        "arguments": {"model": kept},
+        "arguments": {"model": model},
         "shape": {},
         "target": config.get("base_model_name_or_path"),
     }
@@ -97,26 +97,29 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names; a tied LM head need not be there."""
+    """The file's tensors under this project's names; a tied LM head may be missing."""
+    # 1. The tokenizer, and the tensors that the model expects.
     folder = Path(ledger.source)
     if target is not None and (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         check_tokenizer(tokenizer, f"drafter.model {str(folder)!r}", target)
     with torch.device("meta"):
         expected = fresh_model(config_of_dict(arguments["model"], None))
-    own = {name: ledger.take(name, *tensor.shape) for name, tensor in _own(expected).items()}
-    tied = set(expected.state_dict()) - set(own)
+    stored = {name: ledger.take(name, *tensor.shape) for name, tensor in _untied(expected).items()}
+    # 2. A tied LM head takes the embedding's weights.
+    tied = set(expected.state_dict()) - set(stored)
     for name in tied:
         ledger.drop(name)
     embedding = next(
-        (own[name] for name in own if name.endswith(("embed_tokens.weight", "wte.weight"))), None
+        (stored[name] for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))),
+        None,
     )
     assert embedding is not None or not tied, tied
-    whole = own | {name: embedding for name in tied if embedding is not None}
+    whole = stored | {name: embedding for name in tied if embedding is not None}
     return {f"{_OURS}{name}": tensor for name, tensor in whole.items()}
 
 
-def _own(model: Any) -> dict[str, Tensor]:
+def _untied(model: Any) -> dict[str, Tensor]:
     """A model's tensors, without an LM head that is its embedding."""
     state: dict[str, Tensor] = model.state_dict()
     if not model.config.tie_word_embeddings:

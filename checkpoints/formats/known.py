@@ -1,4 +1,4 @@
-"""Every format of others: what it can hold, and which one a folder is in."""
+"""All formats of other projects: which drafters they hold, and the format of a folder."""
 
 from __future__ import annotations
 
@@ -29,23 +29,20 @@ FORMATS: dict[str, ModuleType] = {
     "medusa_reference": medusa_reference,
     "hf": hf,
 }
-"""By name. Of formats that could be meant by the same config.json the first one is."""
+"""Formats by name; if several match the same config.json, the first one is used."""
 _COMPONENT = {"arguments": Each(object), "shape": Each(object), "target": Maybe(str)}
 _ARCHITECTURES = {"architectures?": Maybe([str])}
 
 
 def formats_of(kind: type) -> list[str]:
-    """Names of the formats that hold drafters of exactly this class (a subclass computes something
-    else).
-    """
+    """Names of the formats that hold drafters of exactly this class, not of subclasses."""
     return [name for name, module in FORMATS.items() if module.DRAFTER is kind]
 
 
 def format_of(
     config: Mapping[str, Any], tensors: Collection[str] = (), where: str = CONFIG
 ) -> str | None:
-    """The format of a folder with this config.json and these names of tensors, if it is one of
-    these.
+    """The format of a folder with this config.json and these names of tensors; None: unknown.
 
     A plain model of one layer has the config of an EAGLE drafter; its final norm distinguishes it:
     EAGLE has none.
@@ -54,34 +51,34 @@ def format_of(
         ValueError: `architectures` is no list of names; the line begins with `where`.
     """
     check_shape(config, _ARCHITECTURES, where)
-    found = [name for name, module in FORMATS.items() if module.recognises(config)]
-    plain = found[:1] == ["eagle"] and "hf" in found and hf.FINAL_NORM in tensors
-    return "hf" if plain else next(iter(found), None)
+    matches = [name for name, module in FORMATS.items() if module.recognises(config)]
+    plain = matches[:1] == ["eagle"] and "hf" in matches and hf.FINAL_NORM in tensors
+    return "hf" if plain else next(iter(matches), None)
 
 
 def foreign_component(config: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    """What this project's config.json would say of a drafter in the format `name`. Of the target's
-    dimensions it has those that the format states; the target's fingerprint is never known.
+    """This project's config.json for a drafter in the format `name`. It has the dimensions of the
+    target that the format states; the target's fingerprint is unknown.
 
     Raises:
-        ValueError: a key is missing, asks for what is not supported here, or has a value of a wrong
-            type or an absurd size.
+        ValueError: a missing key, an unsupported option, a value of a wrong type or out of range.
     """
     module, where = FORMATS[name], str(folder / CONFIG)
     try:
         with strange_values(f"{where} is not a whole {name} config"):
-            found = module.component(config)
+            described = module.component(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    # The same checks as for a config of our own.
     kind = module.DRAFTER
-    check_shape(found, _COMPONENT, where)
-    check_dimensions(found["shape"], where)
-    check_arguments(kind, found["arguments"], where)
+    check_shape(described, _COMPONENT, where)
+    check_dimensions(described["shape"], where)
+    check_arguments(kind, described["arguments"], where)
     return {
         "drafter_type": kind.__module__.rsplit(".", 1)[-1],
         "class": kind.__name__,
         "format": name,
-        "arguments": found["arguments"],
+        "arguments": described["arguments"],
         "original": dict(config),
-        "target": {"name": found["target"], "fingerprint": None, "shape": found["shape"]},
+        "target": {"name": described["target"], "fingerprint": None, "shape": described["shape"]},
     }

@@ -29,7 +29,7 @@ types.
 
 
 def refuse_activation(shape: TargetShape) -> None:
-    """ValueError for activations that the engines' Llama layers do not have."""
+    """Raise ValueError for activations that the engines' Llama layers do not have."""
     if shape.activation != "silu":
         raise ValueError(
             f"activation {shape.activation!r}: engines run drafter layers with 'silu' only; use "
@@ -38,8 +38,8 @@ def refuse_activation(shape: TargetShape) -> None:
 
 
 def refuse_attention_options(shape: TargetShape, engine: str) -> None:
-    """ValueError for attention biases and query norms, which a plain Llama layer would silently
-    drop.
+    """Raise ValueError for attention biases and query norms, which a plain Llama layer would
+    silently ignore.
     """
     for name, used in (("attention_bias", shape.attention_bias), ("qk_norm", shape.qk_norm)):
         if used:
@@ -75,17 +75,18 @@ def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with rotary settings as `rope_theta` and `rope_scaling`, which every release
     reads.
     """
-    kept = {key: value for key, value in config.items() if key != "rope_parameters"}
+    renamed = {key: value for key, value in config.items() if key != "rope_parameters"}
     rope = dict(config["rope_parameters"])
-    kept["rope_theta"] = rope.pop("rope_theta")
+    renamed["rope_theta"] = rope.pop("rope_theta")
     plain = rope.get("rope_type", "default") == "default"
-    return {**kept, "rope_scaling": None if plain else rope, "torch_dtype": config["dtype"]}
+    return {**renamed, "rope_scaling": None if plain else rope, "torch_dtype": config["dtype"]}
 
 
 def layer_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """The dimensions of a drafter's layer that a Llama or Qwen3 config states, as fields of
     `TargetShape`.
     """
+    # Rotary settings have an old and a new spelling; missing keys have Llama's defaults.
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {
@@ -122,26 +123,27 @@ def single_layer(config: Mapping[str, Any], source: str) -> None:
 
 
 def layer_tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The decoder layer's tensors under `prefix`; where q, k and v have biases so has, in engines,
-    o: zeros.
+    """The decoder layer's tensors under `prefix`. Engines have a bias of o if q, k and v have one:
+    zeros.
     """
-    found = {
+    tensors = {
         f"{prefix}.{name.removeprefix('layer.')}": tensor
         for name, tensor in state.items()
         if name.startswith("layer.")
     }
-    if f"{prefix}.self_attn.q_proj.bias" in found:
-        output = found[f"{prefix}.self_attn.o_proj.weight"]
-        found[f"{prefix}.self_attn.o_proj.bias"] = output.new_zeros(len(output))
-    return found
+    if f"{prefix}.self_attn.q_proj.bias" in tensors:
+        output = tensors[f"{prefix}.self_attn.o_proj.weight"]
+        tensors[f"{prefix}.self_attn.o_proj.bias"] = output.new_zeros(len(output))
+    return tensors
 
 
 def take_layer(
     ledger: Ledger, prefix: str, shape: TargetShape, input_width: int
 ) -> dict[str, Tensor]:
     """The decoder layer's tensors under this project's names."""
-    size, inner, found = shape.hidden_size, shape.intermediate_size, {}
+    size, inner, tensors = shape.hidden_size, shape.intermediate_size, {}
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    # 1. Names and shapes; the first projections read `input_width` vectors.
     wanted: dict[str, tuple[int, ...]] = {
         **{
             f"{name}.weight": (rows, input_width * size)
@@ -159,10 +161,11 @@ def take_layer(
         }
     if shape.qk_norm:
         wanted |= {f"self_attn.{name}_norm.weight": (shape.head_dim,) for name in "qk"}
+    # 2. Take each of them, and check that the output has no bias.
     for name, dimensions in wanted.items():
-        found[f"layer.{name}"] = ledger.take(f"{prefix}.{name}", *dimensions)
+        tensors[f"layer.{name}"] = ledger.take(f"{prefix}.{name}", *dimensions)
     _refuse_output_bias(ledger, f"{prefix}.self_attn.o_proj.bias", size)
-    return found
+    return tensors
 
 
 def _refuse_output_bias(ledger: Ledger, name: str, size: int) -> None:
@@ -173,7 +176,7 @@ def _refuse_output_bias(ledger: Ledger, name: str, size: int) -> None:
 
 
 def offsets(vocabulary_D: Tensor | None, size: int) -> dict[str, Tensor]:
-    """`d2t` int64 [D], what is added to a draft id to make it the target's, and `t2d` bool [V]."""
+    """`d2t` int64 [D], offsets from draft ids to target ids, and `t2d` bool [V]."""
     ids = torch.arange(size) if vocabulary_D is None else vocabulary_D
     chosen = torch.zeros(size, dtype=torch.bool)
     chosen[ids] = True
@@ -181,10 +184,10 @@ def offsets(vocabulary_D: Tensor | None, size: int) -> dict[str, Tensor]:
 
 
 def take_vocabulary(ledger: Ledger, draft_size: int, size: int) -> tuple[Tensor, Tensor]:
-    """Target ids [D], ascending, and the order [D] in which the file's draft ids come to them.
+    """Target ids [D], ascending, and the permutation [D] from the file's draft ids to them.
 
     Raises:
-        ValueError: ids outside the vocabulary or twice, or a contradicting `t2d`.
+        ValueError: ids outside the vocabulary, repeated ids, or a contradicting `t2d`.
     """
     ids = ledger.take("d2t", draft_size).long() + torch.arange(draft_size)
     ascending, order = ids.sort()
@@ -201,26 +204,24 @@ def take_vocabulary(ledger: Ledger, draft_size: int, size: int) -> tuple[Tensor,
 
 
 def embeddings(target: Target, dtype: torch.dtype) -> Tensor:
-    """What the drafter reads for every token [V,H]: the target's input embeddings, scaled where the
-    target's are.
-    """
+    """The drafter's input of every token [V,H]: the target's embeddings, with its scale if any."""
     every = torch.arange(target.shape.vocab_size, device=target.device)
     return target.embed(every).to(dtype)
 
 
 def take_embeddings(ledger: Ledger, shape: TargetShape, target: Target | None) -> None:
-    """Account for the drafter's own embeddings, which must be the target's (rounded, perhaps).
+    """Take the drafter's embeddings, which must be the target's up to rounding.
 
     Raises:
-        ValueError: they are others, so the drafter would read what it was not trained on.
+        ValueError: they differ, so the drafter was trained on other inputs.
     """
     if "embed_tokens.weight" not in ledger:
         return
-    own = ledger.take("embed_tokens.weight", shape.vocab_size, shape.hidden_size)
+    stored = ledger.take("embed_tokens.weight", shape.vocab_size, shape.hidden_size)
     if target is None:
         return
-    theirs = embeddings(target, torch.float32).to(own.device)
-    if float((own.float() - theirs).abs().max()) > _ROUNDING * float(theirs.abs().max()):
+    theirs = embeddings(target, torch.float32).to(stored.device)
+    if float((stored.float() - theirs).abs().max()) > _ROUNDING * float(theirs.abs().max()):
         raise ValueError(
             f"{ledger.source}: embed_tokens.weight differs from the embeddings of {target.name}: "
             "this is another target's drafter, or one with embeddings of its own, which is not "

@@ -1,8 +1,8 @@
 """Medusa heads for vLLM up to 0.32, and in the layout of the reference implementation.
 
 vLLM: `blocks.{head}.layers.{block}.weight`, `lm_heads.{head}.weight` over the whole vocabulary; a
-chain of each head's likeliest token. Biases count only with `medusa_fc_bias`. A smaller vocabulary
-(`token_map`) is for one LM head that all heads share (`original_lm_head`).
+chain of each head's likeliest token. Biases are read only with `medusa_fc_bias`. A smaller
+vocabulary (`token_map`) requires one LM head that all heads share (`original_lm_head`).
 
 Shape legend: K heads, H hidden size, V target vocabulary, D draft vocabulary.
 """
@@ -35,7 +35,7 @@ _USAGE = (
 
 
 def exported(drafter: Medusa, target: Target) -> Exported:
-    """In vLLM's layout. Heads with LM heads of their own get all V rows (`whole_vocabulary`)."""
+    """The drafter in vLLM's layout; separate LM heads get all V rows (`whole_vocabulary`)."""
     shape, vocabulary = drafter.shape, drafter.vocabulary_D
     shared = not drafter.lm_heads
     config = {
@@ -54,6 +54,7 @@ def exported(drafter: Medusa, target: Target) -> Exported:
         f"blocks.{head}.layers.{block}.{part}": tensor
         for head, block, part, tensor in block_tensors(drafter)
     }
+    # A shared LM head is the target's, trimmed; others cover the whole vocabulary.
     if shared:
         every = torch.arange(shape.vocab_size)
         rows = target.lm_head_rows((every if vocabulary is None else vocabulary).to(target.device))
@@ -67,7 +68,7 @@ def exported(drafter: Medusa, target: Target) -> Exported:
 
 
 def usage(drafter: Medusa, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), heads=drafter.heads)
 
 
@@ -82,17 +83,17 @@ def _notes(drafter: Medusa) -> tuple[str, ...]:
 
 
 def blocks_of(drafter: Medusa) -> int:
-    """Residual blocks per head."""
+    """Number of residual blocks per head."""
     return drafter.arguments["blocks"]
 
 
 def block_tensors(drafter: Medusa) -> list[tuple[int, int, str, Tensor]]:
-    """Head, block, `weight` or `bias`, tensor."""
-    found = []
+    """Entries of the blocks: head, block, `weight` or `bias`, and the tensor."""
+    entries = []
     for name, tensor in drafter.blocks.state_dict().items():
         head, block, _, part = name.split(".")
-        found.append((int(head), int(block), part, tensor))
-    return found
+        entries.append((int(head), int(block), part, tensor))
+    return entries
 
 
 def whole_heads(drafter: Medusa) -> list[Tensor]:
@@ -147,23 +148,24 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names."""
-    size, found = shape.hidden_size, {}
+    """The file's tensors under this project's names."""
+    size, tensors = shape.hidden_size, {}
     biased = bool(config.get("medusa_fc_bias")) or "blocks.0.layers.0.bias" in ledger
     for head in range(arguments["heads"]):
         for block in range(arguments["blocks"]):
             theirs, ours = f"blocks.{head}.layers.{block}", f"blocks.{head}.{block}.linear"
-            weight = found[f"{ours}.weight"] = ledger.take(f"{theirs}.weight", size, size)
-            found[f"{ours}.bias"] = (
+            weight = tensors[f"{ours}.weight"] = ledger.take(f"{theirs}.weight", size, size)
+            tensors[f"{ours}.bias"] = (
                 ledger.take(f"{theirs}.bias", size) if biased else weight.new_zeros(size)
             )
-    return found | _lm_heads(ledger, shape, arguments, bool(config.get("original_lm_head")))
+    return tensors | _lm_heads(ledger, shape, arguments, bool(config.get("original_lm_head")))
 
 
 def _lm_heads(
     ledger: Ledger, shape: TargetShape, arguments: Mapping[str, Any], shared: bool
 ) -> dict[str, Tensor]:
-    trimmed, found = arguments["draft_vocabulary"], {}
+    trimmed, tensors = arguments["draft_vocabulary"], {}
+    # 1. A trimmed vocabulary, whose ids may be in any order and whose head may be untrimmed.
     order, whole = slice(None), shape.vocab_size
     if trimmed is not None:
         token_map = ledger.take("token_map", trimmed).long()
@@ -176,9 +178,10 @@ def _lm_heads(
                 f"{ledger.source}: token_map does not hold {trimmed} different ids below {whole}: "
                 "it is another vocabulary's, or damaged"
             )
-        found["vocabulary"], order = token_map.sort()
+        tensors["vocabulary"], order = token_map.sort()
         rows = len(ledger.tensors["lm_heads.0.weight"]) if "lm_heads.0.weight" in ledger else 0
-        whole, order = (whole, found["vocabulary"]) if rows == whole else (trimmed, order)
+        whole, order = (whole, tensors["vocabulary"]) if rows == whole else (trimmed, order)
+    # 2. One LM head per head, or the first one for all.
     first = ledger.take("lm_heads.0.weight", whole, shape.hidden_size)[order]
     for head in range(arguments["heads"]):
         rows = (
@@ -186,5 +189,5 @@ def _lm_heads(
             if shared or not head
             else ledger.take(f"lm_heads.{head}.weight", whole, shape.hidden_size)[order]
         )
-        found[f"lm_heads.{head}.weight"] = rows
-    return found
+        tensors[f"lm_heads.{head}.weight"] = rows
+    return tensors

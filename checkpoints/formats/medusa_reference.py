@@ -1,5 +1,5 @@
 """Medusa heads in the layout of the reference implementation (Cai et al. 2024):
-`medusa_lm_head.pt`, and the same tensors as safetensors for servers that read those.
+`medusa_lm_head.pt`, and the same tensors as safetensors for servers that read them.
 
 Names are those of its module list: `{head}.{block}.linear.weight`, and `{head}.{blocks}.weight` for
 the LM head.
@@ -28,10 +28,10 @@ ENGINES = ("the reference implementation", "vLLM 0.32")
 
 
 def exported(drafter: Medusa, target: Target) -> Exported:
-    """In the reference's layout.
+    """The drafter in the reference's layout.
 
     Raises:
-        ValueError: several blocks per head, which the reference makes one and the same module.
+        ValueError: several blocks per head, which the reference would share.
     """
     blocks = blocks_of(drafter)
     if blocks > 1:
@@ -60,7 +60,7 @@ def exported(drafter: Medusa, target: Target) -> Exported:
 
 
 def usage(drafter: Medusa, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return f'MedusaModel.from_pretrained("FOLDER")  # loads {served_name(name)} itself'
 
 
@@ -82,9 +82,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments and target of the drafter that a config describes; it says nothing of
-    dimensions.
-    """
+    """Arguments and target of the drafter that a config describes, which has no dimensions."""
     arguments = {
         "heads": config["medusa_num_heads"],
         "blocks": config.get("medusa_num_layers", 1),
@@ -100,14 +98,14 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names."""
-    size, blocks, found = shape.hidden_size, arguments["blocks"], {}
+    """The file's tensors under this project's names."""
+    size, blocks, tensors = shape.hidden_size, arguments["blocks"], {}
     for head in range(arguments["heads"]):
         for block in range(blocks):
             name = f"{head}.{block}.linear"
-            found[f"blocks.{name}.weight"] = ledger.take(f"{name}.weight", size, size)
-            found[f"blocks.{name}.bias"] = ledger.take(f"{name}.bias", size)
-        found[f"lm_heads.{head}.weight"] = ledger.take(
+            tensors[f"blocks.{name}.weight"] = ledger.take(f"{name}.weight", size, size)
+            tensors[f"blocks.{name}.bias"] = ledger.take(f"{name}.bias", size)
+        tensors[f"lm_heads.{head}.weight"] = ledger.take(
             f"{head}.{blocks}.weight", shape.vocab_size, size
         )
-    return found
+    return tensors

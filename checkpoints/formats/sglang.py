@@ -1,8 +1,8 @@
 """EAGLE-3 for SGLang (the layout of its trainer, SpecForge), which vLLM reads too.
 
 A flat Llama config. The engines count layers differently: SGLang's id v is the output of layer v,
-vLLM's id k the input of layer k. Both are written: `eagle_config` for SGLang, one less than the key
-at the top for vLLM. SGLang silently skips tensors that it does not know, so parts that it does not
+vLLM's id k the input of layer k. Both are written: `eagle_config` for SGLang, with ids one less
+than in the top-level key for vLLM. SGLang silently skips unknown tensors, so parts that it does not
 have are refused here.
 """
 
@@ -45,6 +45,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
     Raises:
         ValueError: an option that SGLang would ignore silently.
     """
+    # 1. Options that SGLang does not have.
     ids = layer_ids(drafter)
     refuse_attention_options(drafter.shape, "SGLang")
     if drafter.norm_before_residual:
@@ -57,6 +58,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
             f"fused_layers {drafter.fused_layers}: SGLang fuses two states or more, and none "
             "before the first layer (0); use --format speculators"
         )
+    # 2. One config for both engines.
     layer = old_rope(layer_config(drafter.shape, drafter.precision))
     config = {
         **layer,
@@ -83,7 +85,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
 
 
 def usage(drafter: Eagle3, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), steps=drafter.draft_steps)
 
 
@@ -97,6 +99,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 def component(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments, known dimensions and target of the drafter that a config describes."""
     single_layer(config, "config.json")
+    # SGLang's ids count outputs, the top-level ones inputs; if both exist, they must agree.
     theirs = (config.get("eagle_config") or {}).get(_KEY)
     top: list[int] | None = config.get(_KEY)
     ids = [v + 1 for v in theirs] if theirs else top
@@ -125,5 +128,5 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names."""
+    """The file's tensors under this project's names."""
     return take_eagle3(ledger, shape, arguments, target)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DRAFTER = Eagle3
 ENGINES = ("vLLM",)
 _VERSION = "0.3.0"
-"""Of the format: the first release of its library with these keys."""
+"""Version of the format: the first release of its library with these keys."""
 _USAGE = (
     "vllm serve {target} --speculative-config "
     '\'{{"method": "eagle3", "model": "FOLDER", "num_speculative_tokens": {tokens}}}\''
@@ -36,6 +36,7 @@ _USAGE = (
 def exported(drafter: Eagle3, target: Target) -> Exported:
     """The drafter as vLLM loads it."""
     trimmed, name = drafter.vocabulary_D is not None, served_name(target.name)
+    # The layer, how it drafts and whom it serves, as the library nests them.
     ids, tokens = layer_ids(drafter), drafter.draft_steps
     layer = {
         **layer_config(drafter.shape, drafter.precision),
@@ -80,7 +81,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
 
 
 def usage(drafter: Eagle3, name: str) -> str:
-    """How an engine is started with it; `name` is the target's."""
+    """The command that starts an engine with it; `name` is the target's."""
     return _USAGE.format(target=served_name(name), tokens=drafter.draft_steps)
 
 
@@ -121,5 +122,5 @@ def weights(
     config: Mapping[str, Any],
     target: Target | None,
 ) -> dict[str, Tensor]:
-    """The tensors under this project's names."""
+    """The file's tensors under this project's names."""
     return take_eagle3(ledger, shape, arguments, target)
