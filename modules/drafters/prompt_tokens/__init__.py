@@ -1,1 +1,1 @@
-"""Trained prompt tokens that a frozen target reads beside its text."""
+"""Trained prompt tokens that a frozen target reads together with its text."""

@@ -1,13 +1,13 @@
-"""Parallel prompt decoding: trained embeddings behind the newest token make the target's own pass
+"""Parallel prompt decoding: trained embeddings after the newest token make the target's own pass
 guess the tokens after the next one (Chen et al. 2024, arXiv 2405.18628).
 
-Prompt token i behind the token at position t stands at t + i, and its final state gives the logits
-of x_{t+1+i}; draft step d is prompt token d + 1. Tokens never see prompt tokens, so that the
-target's own logits stay what they are.
+Prompt token i after the token at position t has position t + i, and its final state gives the
+logits of x_{t+1+i}; draft step d is prompt token d + 1. Tokens never see prompt tokens, so the
+target's own logits do not change.
 
 Shape legend: B sequences, T tokens of a packed row, N nodes, W frontier nodes, M training rows, P
-prompt rows, K prompt tokens, E their embeddings, H hidden size, X states of an ensemble side by
-side, D draft vocabulary.
+prompt rows, K prompt tokens, E their embeddings, H hidden size, X concatenated states of an
+ensemble, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ if TYPE_CHECKING:
     from modules.contracts.target import Target
 
 MOST_EMBEDDINGS = 64
-"""Prompt tokens, and embeddings of each, at most."""
+"""Limit on the prompt tokens, and on the embeddings of each."""
 
 
 @dataclass
 class PromptState(DraftState):
-    """What the prompt tokens behind the last accepted node say.
+    """State of the prompt tokens after the last accepted node.
 
-    final_BKX: their final states; None: there were none. available: how many that node carried.
+    final_BKX: their final states; None: there were none.
+    available: the number of them that the node had.
     """
 
     final_BKX: Tensor | None
@@ -52,16 +53,16 @@ class PromptState(DraftState):
 
 
 class PPD(TrainedDrafter):
-    """Prompt tokens on a frozen target: nothing is trained but their embeddings.
+    """Prompt tokens on a frozen target: only their embeddings are trained.
 
-    Loss: (1/m) Σ_i decay^i KL(p_i ‖ q_i), with q_i what prompt token i says and p_i the target's
-    own distribution behind the text. The paper lets the target continue greedily from a cut; here
-    the text of the data is given, best the target's own answers (`python -m data.regenerate`), so
+    Loss: (1/m) Σ_i decay^i KL(p_i ‖ q_i), with q_i the distribution of prompt token i and p_i
+    the target's own after the text. The paper lets the target continue greedily from a cut; here
+    the text of the data continues, best the target's own answers (`python -m data.regenerate`), so
     that one pass trains many cuts.
 
-    The first call after the prompt verifies the newest token alone, with prompt tokens behind it:
-    it gives a token and the first guesses, where a pass of prompt tokens alone would give guesses
-    only. There is no combination with a draft model.
+    The first call after the prompt verifies only the newest token, followed by prompt tokens. It
+    gives a token and the first guesses; a pass of prompt tokens alone would give only guesses.
+    There is no combination with a draft model.
 
     Args:
         shape: the target's dimensions.
@@ -70,8 +71,8 @@ class PPD(TrainedDrafter):
             and member j of earlier prompt tokens; the mean of their logits counts.
         text: the embeddings start as those of this text's tokens, repeated; null: random.
         labels: `soft` learns the target's distribution, `hard` the tokens of the data.
-        groups: random cuts in the answers, behind which prompt tokens are trained, evenly spaced
-            ones in validation.
+        groups: random cuts in the answers, after which prompt tokens are trained; evenly spaced
+            in validation.
         groups_per: of each packed `row`, or of each `document` (with 1 group the paper's).
         draft_vocabulary: how many token ids can be drafted; null for all.
         tree: paths, or a name of `modules.trees.named_trees`; null is `narrow`.
@@ -107,15 +108,15 @@ class PPD(TrainedDrafter):
 
     @property
     def max_depth(self) -> int:
-        """As many as it has prompt tokens."""
+        """One level per prompt token."""
         return self.prompts
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Start as a text's tokens, or at random with the size of the target's embeddings."""
+        """Copy the embeddings of a text's tokens, or draw some of the same size as the target's."""
         text = self.text or ""
-        found = target.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        ids = torch.tensor(found, dtype=torch.long)
+        listed = target.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids = torch.tensor(listed, dtype=torch.long)
         if len(ids):
             repeated = ids.repeat(-(-len(self.prompts_EH) // len(ids)))[: len(self.prompts_EH)]
             self.prompts_EH.copy_(target.embed(repeated.to(target.device)))
@@ -139,20 +140,20 @@ class PPD(TrainedDrafter):
 
     @property
     def online(self) -> bool:
-        """Prompt tokens pass through the target in every step."""
+        """True: prompt tokens pass through the target in every step."""
         return True
 
     def footprint(self, rows: int, length: int) -> Footprint:
-        """A gradient through the target's layers, of the prompt rows."""
+        """Adds the target's layers, through which prompt rows have a gradient."""
         layers = GradientLayers(self.shape, adapted=True)
         return replace(super().footprint(rows, length), layers=layers)
 
     def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
-        """KL(p‖q) [M]."""
+        """KL(p‖q) per row [M]."""
         return forward_kl(logits_MD, probs_MD)
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """The tokens that prompt tokens stand behind: random ones in training, else evenly
+        """The tokens that prompt tokens follow: random ones in training, otherwise evenly
         spaced.
         """
         rows = training_rows(batch, self.draft_steps)
@@ -172,25 +173,25 @@ class PPD(TrainedDrafter):
         """One pass: final states of the text [B,T,H] and of the prompt tokens [M,K,X]."""
         batch_size, length = batch.input_ids.shape
         flat_M = rows.flat_MK1[:, 0]
-        # 1. Prompt tokens behind every chosen token.
+        # 1. Prompt tokens after every chosen token.
         counts_BT = torch.zeros_like(batch.input_ids)
         counts_BT.view(-1)[flat_M] = self.prompts
         width = max(1, int(counts_BT.sum(1).max()) * self.ensemble)
-        behind = prompt_rows(self.prompts_EH, self.ensemble, batch.rows(), counts_BT, width)
+        appended = prompt_rows(self.prompts_EH, self.ensemble, batch.rows(), counts_BT, width)
         last = target.max_positions - 1
-        behind = replace(behind, position_ids_BP=behind.position_ids_BP.clamp(max=last))
+        appended = replace(appended, position_ids_BP=appended.position_ids_BP.clamp(max=last))
         # 2. The target reads both, at its own precision.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             final = target.features(
-                batch, ("final",), gradient=torch.is_grad_enabled(), auxiliary=behind
+                batch, ("final",), gradient=torch.is_grad_enabled(), auxiliary=appended
             )["final"]
-        # 3. The states behind each chosen token.
-        assert behind.first_BN is not None
+        # 3. The states after each chosen token.
+        assert appended.first_BN is not None
         entries = torch.arange(len(self.prompts_EH), device=flat_M.device)
-        index_ME = behind.first_BN.flatten()[flat_M][:, None] + entries
+        index_ME = appended.first_BN.flatten()[flat_M][:, None] + entries
         index_ME = index_ME + (flat_M // length)[:, None] * width
-        found_MEH = final[:, length:].flatten(0, 1)[index_ME]
-        return final[:, :length].detach(), self.side_by_side(found_MEH)
+        states_MEH = final[:, length:].flatten(0, 1)[index_ME]
+        return final[:, :length].detach(), self.side_by_side(states_MEH)
 
     def side_by_side(self, states: Tensor) -> Tensor:
         """States [...,E,H] as [...,K,X]: those of an ensemble in one row."""
@@ -199,17 +200,17 @@ class PPD(TrainedDrafter):
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[Tensor]:
-        """What the LM head reads [M,X], prompt token by prompt token."""
+        """The LM head's inputs [M,X], prompt token by prompt token."""
         yield from self.passed(batch, target, rows)[1].unbind(1)
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
-        """Every prompt token over the chosen rows, beside the target's distributions of the same
+        """Every prompt token over the chosen rows, with the target's distributions of the same
         pass.
         """
         rows = self.rows(batch, target)
-        final_BTH, said_MKX = self.passed(batch, target, rows)
+        final_BTH, states_MKX = self.passed(batch, target, rows)
         batch = replace(batch, states={"final": final_BTH})
-        outputs = ((said, said) for said in said_MKX.unbind(1))
+        outputs = ((state, state) for state in states_MKX.unbind(1))
         distributions = self.distributions(batch, target, rows)
         return self.scored(batch, target, rows, distributions, outputs)
 
@@ -222,25 +223,23 @@ class PPD(TrainedDrafter):
 
     @property
     def decoding_states(self) -> tuple[StateName, ...]:
-        """What the LM head reads."""
+        """The final state, which the LM head reads."""
         return ("final",)
 
     def start(self, context: Context) -> PromptState:
-        """No prompt token has been read."""
+        """State before any prompt token was read."""
         none = HostCounts([0] * len(context.newest_B))
         return PromptState(context, context.newest_B, context.lengths_B, None, none)
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The builder's tree; without guesses the newest token alone."""
+        """The builder's tree, or without guesses only the newest token."""
         assert isinstance(state, PromptState)
         if state.final_BKX is None:
             return TokenTree.root(state.newest_B)
         return super().propose(state, budget)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
-        """Logits [B,W,D]: the same for every node of a depth. Without guesses every token is
-        alike.
-        """
+        """Logits [B,W,D], the same for every node of a depth; uniform without guesses."""
         assert isinstance(state, PromptState)
         width = frontier.tokens_BW.shape[1]
         if state.final_BKX is None:
@@ -252,7 +251,7 @@ class PPD(TrainedDrafter):
         return logits_BD[:, None].expand(-1, width, -1)
 
     def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
-        """All prompt tokens behind every node, where the tree has none."""
+        """The tree with all prompt tokens after every node, unless it has some."""
         if tree.auxiliary is not None:
             return tree
         everywhere = ((self.prompts,) * tree.size,) * len(tree.tokens_BN)
@@ -266,25 +265,25 @@ class PPD(TrainedDrafter):
         counts_BN: Tensor,
         counts: tuple[tuple[int, ...], ...],
     ) -> TokenTree:
-        """The tree with so many prompt tokens behind each node (the same counts on the host)."""
+        """The tree with so many prompt tokens after each node (`counts`: the same on the host)."""
         width = self.ensemble * max(map(sum, counts))
         rows = tree.rows(state.lengths_B)
-        behind = prompt_rows(self.prompts_EH, self.ensemble, rows, counts_BN, width)
-        return replace(tree, auxiliary=replace(behind, counts=counts))
+        appended = prompt_rows(self.prompts_EH, self.ensemble, rows, counts_BN, width)
+        return replace(tree, auxiliary=replace(appended, counts=counts))
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> PromptState:
-        """Read the prompt tokens behind the last accepted node."""
-        after, behind = super().absorb(state, verified, accepted), verified.tree.auxiliary
+        """State with the prompt tokens of the last accepted node."""
+        after, appended = super().absorb(state, verified, accepted), verified.tree.auxiliary
         assert isinstance(after, PromptState)
-        if not isinstance(behind, PromptRows) or behind.first_BN is None:
+        if not isinstance(appended, PromptRows) or appended.first_BN is None:
             return replace(after, final_BKX=None, available=HostCounts([0] * len(accepted.paths)))
-        # Behind a node's own prompt rows stand those of the next node: `available` leaves them out.
-        found = verified.auxiliary_states["final"]
-        entries = torch.arange(len(self.prompts_EH), device=found.device)
-        first_B1 = behind.first_BN.gather(1, accepted.last_B[:, None])
-        final_BEH = rows_at(found, (first_B1 + entries).clamp(max=found.shape[1] - 1))
+        # Prompt rows of the next node follow; `available` excludes them.
+        states = verified.auxiliary_states["final"]
+        entries = torch.arange(len(self.prompts_EH), device=states.device)
+        first_B1 = appended.first_BN.gather(1, accepted.last_B[:, None])
+        final_BEH = rows_at(states, (first_B1 + entries).clamp(max=states.shape[1] - 1))
         available = HostCounts(
-            counts[path[-1]] for counts, path in zip(behind.counts, accepted.paths, strict=True)
+            counts[path[-1]] for counts, path in zip(appended.counts, accepted.paths, strict=True)
         )
         return replace(after, final_BKX=self.side_by_side(final_BEH), available=available)
 

@@ -1,4 +1,4 @@
-"""Prompt tokens as rows of a call: where they stand and what they see.
+"""Prompt tokens as rows of a call: their positions and masks.
 
 Shape legend: B sequences, N rows or nodes, P prompt rows, E embeddings of prompt tokens, H hidden
 size.
@@ -24,10 +24,10 @@ class HostCounts(list[int]):
 
 @dataclass(frozen=True)
 class PromptRows(AuxiliaryRows):
-    """Prompt rows behind nodes, those of a node in a row.
+    """Prompt rows of nodes; those of a node are contiguous.
 
-    first_BN: int64 [B,N], the first prompt row of each node. counts: prompt tokens of each node by
-    sequence, on the host; without any, none were given there.
+    first_BN: int64 [B,N], the first prompt row of each node.
+    counts: prompt tokens of each node by sequence, on the host; empty if the host has none.
     """
 
     first_BN: Tensor | None = None
@@ -37,29 +37,29 @@ class PromptRows(AuxiliaryRows):
 def prompt_rows(
     prompts_EH: Tensor, ensemble: int, rows: Rows, counts_BN: Tensor, width: int
 ) -> PromptRows:
-    """The first `counts_BN` prompt tokens behind each row.
+    """Rows of the first `counts_BN` prompt tokens of each row.
 
-    Prompt token i = 1 … of a row stands i positions after it. Member j of its ensemble sees what
+    Prompt token i = 1 … of a row is i positions after it. Member j of its ensemble sees what
     the row sees, the row, and member j of that row's prompt tokens 1 … i. Sequences with fewer
-    prompt rows end in rows that see themselves alone.
+    prompt rows are padded with rows that see only themselves.
 
     Args:
         prompts_EH: embeddings, those of one prompt token next to each other.
         ensemble: embeddings of a prompt token.
-        rows: what the prompt tokens stand behind.
+        rows: the rows that prompt tokens follow.
         counts_BN: int64 [B,N], prompt tokens of each row.
         width: P, as many as a sequence needs at most.
     """
     batch, count = counts_BN.shape
     entries = len(prompts_EH)
-    # 1. The rows that there are, in the order of what they stand behind.
+    # 1. The real rows, in the order of the rows that they follow.
     device = counts_BN.device
     wanted_BNE = torch.arange(entries, device=device) // ensemble < counts_BN[..., None]
     real_BX = wanted_BNE.flatten(1)
     order = real_BX.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     real_BP, owner_BP, entry_BP = real_BX.gather(1, order), order // entries, order % entries
     prompt_BP, member_BP = entry_BP // ensemble, entry_BP % ensemble
-    # 2. What they see: of other rows what their own row sees, of prompt rows those of their chain.
+    # 2. They see what their row sees, and earlier prompt rows of their chain.
     index = owner_BP[..., None].expand(-1, -1, count)
     above_BPN = rows.visible_BNJ.expand(batch, -1, -1).gather(1, index) & real_BP[..., None]
     chain = owner_BP * ensemble + member_BP

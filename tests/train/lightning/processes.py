@@ -17,7 +17,7 @@ LIMIT, GRACE = 1200.0, 60.0
 def launch(
     module: str, folder: Path, *arguments: str, limit: float = LIMIT
 ) -> list[tuple[int, str]]:
-    """Exit status and stderr of either process; who waits for ever is killed.
+    """Exit status and stderr of either process; a process that does not end is killed.
 
     Args:
         module: what `python -m` runs. folder: its first argument. arguments: the others.
