@@ -163,7 +163,7 @@ def use_narrow_linears(model: nn.Module) -> None:
     none.
     """
     # 1. Memory of the packed copies.
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears = _plain_linears(model)
     needed = sum(module.weight.nbytes for module in linears if _packable(module.weight))
     if needed > available_memory():
         logger.warning(
@@ -174,7 +174,17 @@ def use_narrow_linears(model: nn.Module) -> None:
         return
     for module in linears:
         # In place, since others hold references to these modules.
-        module.__class__ = NarrowLinear
+        module.forward = functools.partial(_narrow_forward, module)
+
+
+def _narrow_forward(module: nn.Linear, input: Tensor) -> Tensor:
+    return narrow_linear(input, module.weight, module.bias)
+
+
+def _plain_linears(model: nn.Module) -> list[nn.Linear]:
+    """Stock linear layers that still compute as their class says."""
+    modules = (module for module in model.modules() if type(module) is nn.Linear)
+    return [module for module in modules if "forward" not in vars(module)]
 
 
 # -- norms -----------------------------------------------------------------------------------------
