@@ -8,6 +8,7 @@ import ast
 import os
 import re
 import statistics
+import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,10 @@ NAMED = {
 }
 """Commands that are about one family (docs/design_decisions.md, `Components answer for
 themselves`)."""
+VAGUE = {"found", "told", "tell", "asked", "known", "given", "kept", "behind", "one", "own", "law"}
+"""Words that name nothing."""
+KEYS = {"eval/tasks/answer_checks.py: given", "eval/tasks/task_files.py: given"}
+"""Names that stored files and digests have."""
 MOST_FILES = 12
 """Python files in one folder."""
 MOST_STATEMENTS = {"tests": 300}
@@ -221,6 +226,74 @@ def test_no_family_is_known_by_name(room: str) -> None:
         checked += [f"{place}: {name}" for name in sorted(classes_checked(path) & set(names))]
     assert named == {place: found for place, found in NAMED.items() if place.startswith(room)}
     assert checked == []
+
+
+def names_given(tree: ast.AST) -> Iterator[str]:
+    """Names that a file gives: to variables, arguments, functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def test_names_say_what_a_thing_is() -> None:
+    """Not that it was found, kept, given or told."""
+    vague = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in SOURCES
+        for name in sorted(set(names_given(ast.parse(path.read_text()))) & VAGUE)
+    ]
+    assert set(vague) == KEYS
+
+
+def test_docstrings_say_something_or_are_absent() -> None:
+    short = [
+        f"{path.relative_to(ROOT)}: {docstring}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        if (docstring := ast.get_docstring(node)) and len(docstring.split()) < 4
+    ]
+    assert short == []
+
+
+def test_steps_are_narrated() -> None:
+    """Comments are at least 2 % of the lines."""
+    lines = comments = 0
+    for path in SOURCES:
+        with path.open("rb") as file:
+            comments += sum(
+                part.type == tokenize.COMMENT for part in tokenize.tokenize(file.readline)
+            )
+        lines += len(path.read_text().splitlines())
+    assert comments / lines >= 0.02
+
+
+def test_no_object_is_changed_behind_its_back() -> None:
+    """No assignment to `__class__`, none to or into `__dict__`, no `setattr` on another object."""
+    writes = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            for place in assigned(node):
+                if isinstance(place, ast.Subscript):
+                    place = place.value
+                if isinstance(place, ast.Attribute) and place.attr in ("__class__", "__dict__"):
+                    writes.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert writes == []
+
+
+def assigned(node: ast.AST) -> list[ast.expr]:
+    """What a statement assigns to; `__dict__.update` counts."""
+    if isinstance(node, ast.Assign):
+        return node.targets
+    if isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        return [node.target]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return [node.func.value] if node.func.attr in ("update", "setdefault") else []
+    return []
 
 
 def test_nothing_is_left_undone() -> None:

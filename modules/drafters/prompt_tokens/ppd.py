@@ -296,7 +296,7 @@ def some_of_each(unit_M: Tensor, most: int, randomly: bool) -> Tensor:
     order = order[unit_M[order].argsort(stable=True)]
     _, inverse, sizes = unit_M[order].unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(count, device=unit_M.device) - (sizes.cumsum(0) - sizes)[inverse]
-    size, kept = sizes[inverse], sizes.clamp(max=most)[inverse]
-    # Row r of c is chosen where the count of chosen ones, r * kept / c rounded down, goes up.
-    chosen = (place + 1) * kept // size > place * kept // size
+    size, retained = sizes[inverse], sizes.clamp(max=most)[inverse]
+    # Row r of c is chosen where the count of chosen ones, r * retained / c rounded down, goes up.
+    chosen = (place + 1) * retained // size > place * retained // size
     return order[chosen].sort().values
