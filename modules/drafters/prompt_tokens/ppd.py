@@ -24,11 +24,19 @@ from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
-from modules.contracts.trainable import Footprint, GradientLayers
+from modules.contracts.trainable import Footprint, GradientLayers, TrainingResult
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.heads.base import refuse_unknown, soft_labels
+from modules.drafters.prompt_tokens.dynamic_tree import drafted
 from modules.drafters.prompt_tokens.prompt_rows import HostCounts, PromptRows, prompt_rows
-from modules.drafters.trained import DraftStep, TrainedDrafter, rows_at
+from modules.drafters.prompt_tokens.sparse_tree import (
+    SparseTrees,
+    assumed,
+    descending,
+    promised,
+    sparse_trees,
+)
+from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies, rows_at
 from modules.losses.chunked import Head, TrainingRows, training_rows
 from modules.losses.divergences import forward_kl
 from modules.trees.named_trees import Path
@@ -38,6 +46,10 @@ if TYPE_CHECKING:
 
 MOST_EMBEDDINGS = 64
 """Limit on the prompt tokens, and on the embeddings of each."""
+MEASURED_GROUPS = 128
+"""Cuts of a row or document that accuracies are measured at."""
+NARROW_ROWS, WIDE_ROWS = 12, 64
+"""Rows of a call with a dynamic sparse tree, by default on a CPU and on a GPU."""
 
 
 @dataclass
@@ -75,7 +87,11 @@ class PPD(TrainedDrafter):
             in validation.
         groups_per: of each packed `row`, or of each `document` (with 1 group the paper's).
         draft_vocabulary: how many token ids can be drafted; null for all.
-        tree: paths, or a name of `modules.trees.named_trees`; null is `narrow`.
+        tree: paths, or a name of `modules.trees.named_trees`; null is the dynamic sparse tree.
+        rows: of a call with a dynamic sparse tree: the newest token, drafts and prompt tokens; null
+            is 12, on a GPU 64 (not measured there). The budget of an evaluation is one less.
+        accuracies: how often the rank-r token of each prompt token is right, which sparse trees are
+            made from; filled in by `finish`.
         decay: prompt token i weighs decay^i.
     """
 
@@ -92,6 +108,8 @@ class PPD(TrainedDrafter):
         groups_per: Literal["row", "document"] = "row",
         draft_vocabulary: int | None = None,
         tree: list[list[int]] | str | None = None,
+        rows: int | None = None,
+        accuracies: list[list[float]] | None = None,
         decay: float = 0.8,
     ) -> None:
         counts = {"prompts": prompts, "ensemble": ensemble, "groups": groups}
@@ -104,12 +122,38 @@ class PPD(TrainedDrafter):
         self.prompts, self.ensemble, self.text = prompts, ensemble, text
         self.groups, self.groups_per = groups, groups_per
         self.prompts_EH = nn.Parameter(0.02 * torch.randn(prompts * ensemble, shape.hidden_size))
+        self.dynamic, self.call_rows = tree is None, rows
         self.use_static_tree("narrow" if tree is None else cast("list[Path] | str", tree))
+        if accuracies is not None and len(accuracies) != prompts:
+            raise ValueError(f"accuracies has {len(accuracies)} rows for {prompts} prompt tokens")
+        self.accuracies = assumed(prompts) if accuracies is None else descending(accuracies)
+        if rows is not None and rows <= self.least_budget:
+            raise ValueError(f"rows must be at least {self.least_budget + 1}, got {rows}")
 
     @property
     def max_depth(self) -> int:
         """One level per prompt token."""
         return self.prompts
+
+    @property
+    def least_budget(self) -> int:
+        """All prompt tokens of the root, and a draft with a prompt token of its own."""
+        return 1 + self.ensemble * (1 + self.prompts) if self.dynamic else 1
+
+    @property
+    def default_budget(self) -> int:
+        """Rows beside the newest token's where the tree is dynamic, prompt tokens included; drafted
+        nodes of others.
+        """
+        if not self.dynamic:
+            return super().default_budget
+        rows = self.call_rows or (WIDE_ROWS if self.on_gpu else NARROW_ROWS)
+        return max(rows - 1, self.least_budget)
+
+    def sparse_trees(self, budget: int) -> SparseTrees:
+        """The trees of all states for calls of so many rows beside the newest token's."""
+        table = tuple(row[: self.draft_size] for row in self.accuracies)
+        return sparse_trees(table, budget + 1, self.ensemble)
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
@@ -156,18 +200,22 @@ class PPD(TrainedDrafter):
         """The tokens that prompt tokens follow: random ones in training, otherwise evenly
         spaced.
         """
+        return self.cuts(batch, self.groups)
+
+    def measured_rows(self, batch: TextBatch, target: Target) -> TrainingRows:
+        """More of them than in training, without a gradient."""
+        return self.cuts(batch, max(self.groups, MEASURED_GROUPS))
+
+    def cuts(self, batch: TextBatch, most: int) -> TrainingRows:
+        """Up to so many of every packed row or document."""
         rows = training_rows(batch, self.draft_steps)
         flat_M = rows.flat_MK1[:, 0]
         unit = flat_M // batch.input_ids.shape[1]
         if self.groups_per == "document":
             documents = batch.document_ids
             unit = unit * (int(documents.max()) + 1) + documents.flatten()[flat_M]
-        chosen = some_of_each(unit, self.groups, self.training)
+        chosen = some_of_each(unit, most, self.training)
         return TrainingRows(rows.flat_MK1[chosen], rows.tokens_MK1[chosen], rows.valid_MK[chosen])
-
-    def measured_rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """As many as in training."""
-        return self.rows(batch, target)
 
     def passed(self, batch: TextBatch, target: Target, rows: TrainingRows) -> tuple[Tensor, Tensor]:
         """One pass: final states of the text [B,T,H] and of the prompt tokens [M,K,X]."""
@@ -219,6 +267,17 @@ class PPD(TrainedDrafter):
         losses = super().weighted(steps, batch)
         return replace(losses, total=losses.total / self.prompts)
 
+    def finish(self, batches: Iterable[TextBatch], target: Target) -> TrainingResult:
+        """Measure how often each rank is right, for the sparse trees."""
+        if not self.dynamic:
+            return super().finish(batches, target)
+        table = measured_accuracies(self, batches, target).tolist()
+        self.accuracies = descending(table)
+        self.arguments["accuracies"] = [list(row) for row in self.accuracies]
+        expected = self.sparse_trees(self.default_budget).tokens
+        page = promised(self.accuracies, self.ensemble)
+        return TrainingResult({"tree/expected_tokens": expected}, {"sparse_trees.md": page})
+
     # -- decoding ----------------------------------------------------------------------------------
 
     @property
@@ -232,11 +291,25 @@ class PPD(TrainedDrafter):
         return PromptState(context, context.newest_B, context.lengths_B, None, none)
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:
-        """The builder's tree, or without guesses only the newest token."""
+        """The sparse tree of each sequence's state, or the fixed one that was asked for; without
+        guesses only the newest token.
+        """
         assert isinstance(state, PromptState)
         if state.final_BKX is None:
             return TokenTree.root(state.newest_B)
-        return super().propose(state, budget)
+        if not self.dynamic:
+            return super().propose(state, budget)
+        # 1. The likeliest tokens of every level that a tree has.
+        trees, count = self.sparse_trees(budget), max(1, *state.available)
+        ranks = 1 + max(path[-1] for tree in trees.trees for path in tree.paths[1:])
+        logits_BKD = self.head(0, state.context.target)(state.final_BKX[:, :count])
+        tokens_BKR = logits_BKD.topk(ranks, dim=-1).indices
+        if self.vocabulary_D is not None:
+            tokens_BKR = self.vocabulary_D[tokens_BKR]
+        # 2. The tree of each sequence, and its prompt tokens.
+        tree, counts_BN, counts = drafted(trees, state.available, state.newest_B, tokens_BKR)
+        tree = replace(tree, vocabulary_D=self.vocabulary_D)
+        return self.with_prompts(state, tree, counts_BN, counts)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D], the same for every node of a depth; uniform without guesses."""

@@ -1,0 +1,204 @@
+"""The dynamic sparse tree: which tokens are drafted, and how many prompt tokens stand behind each
+(Chen et al. 2024, arXiv 2405.18628, section 4).
+
+State s is how many prompt tokens the last accepted node carried, so that s levels can be drafted.
+The tree of a state decides with which probability the next state is which: a Markov chain.
+
+Everything here is arithmetic on a table a[l][r]: how often the rank-r token of prompt token l + 1
+is right, whatever stands before it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+
+from modules.trees.expected_length import optimised_tree, path_probability
+
+Path = tuple[int, ...]
+Accuracies = tuple[tuple[float, ...], ...]
+
+RELEASED = (0.483, 0.143, 0.074, 0.045, 0.031, 0.022, 0.017, 0.013, 0.009, 0.008)
+"""a[0] of the released prompt tokens of Vicuna-7B."""
+
+
+SIZES = (6, 8, 12, 16, 24, 32, 48, 64, 96)
+"""Rows of a call that the page of a trained drafter lists."""
+
+
+def assumed(prompts: int) -> Accuracies:
+    """A table for prompt tokens that were not measured: the released first row, and in every
+    further one half of the row before.
+    """
+    return tuple(tuple(right / 2**level for right in RELEASED) for level in range(prompts))
+
+
+@dataclass(frozen=True)
+class SparseTree:
+    """The tree of a state.
+
+    paths: ranks of each node by depth, () first. prompts: prompt tokens behind each node. reached:
+    how often a node is right, with all above it. stops: how often the node is the last accepted.
+    """
+
+    paths: tuple[Path, ...]
+    prompts: tuple[int, ...]
+    reached: tuple[float, ...]
+
+    @property
+    def stops(self) -> tuple[float, ...]:
+        """How often each node is the last one that is accepted."""
+        left = dict(zip(self.paths, self.reached, strict=True))
+        for path, probability in zip(self.paths[1:], self.reached[1:], strict=True):
+            left[path[:-1]] -= probability
+        return tuple(left.values())
+
+    @property
+    def tokens(self) -> float:
+        """Expected tokens of a call: the accepted drafts, and the one behind them."""
+        return sum(self.reached)
+
+    def rows(self, ensemble: int = 1) -> int:
+        """Rows of the call: the nodes and what stands behind them."""
+        return len(self.paths) + ensemble * sum(self.prompts)
+
+
+@dataclass(frozen=True)
+class SparseTrees:
+    """The trees of the states 0 … m, and what they promise.
+
+    tokens: expected tokens per call, over the stationary distribution of states.
+    """
+
+    trees: tuple[SparseTree, ...]
+
+    @functools.cached_property
+    def states(self) -> tuple[float, ...]:
+        """The stationary distribution of the states 0 … m."""
+        size = len(self.trees)
+        moves = np.zeros((size, size))
+        for state, tree in enumerate(self.trees):
+            np.add.at(moves[state], list(tree.prompts), tree.stops)
+        # π M = π and Σ π = 1, by least squares.
+        equations = np.vstack([moves.T - np.eye(size), np.ones(size)])
+        wanted = np.append(np.zeros(size), 1.0)
+        return tuple(np.linalg.lstsq(equations, wanted, rcond=None)[0].tolist())
+
+    @property
+    def tokens(self) -> float:
+        """Expected tokens of a call."""
+        return sum(pi * tree.tokens for pi, tree in zip(self.states, self.trees, strict=True))
+
+    def rows(self, ensemble: int = 1) -> int:
+        """Rows of the widest call."""
+        return max(tree.rows(ensemble) for tree in self.trees)
+
+
+def grown(accuracies: Accuracies, state: int, nodes: int) -> SparseTree:
+    """The tree of a state with the most expected tokens for so many drafted nodes, each with all
+    prompt tokens behind it."""
+    paths = optimised_tree(accuracies[:state], nodes) if state and nodes else []
+    ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+    reached = (1.0, *(path_probability(path, accuracies) for path in ordered))
+    return SparseTree(((), *ordered), (len(accuracies),) * (1 + len(ordered)), reached)
+
+
+def pruned(tree: SparseTree, gains: Sequence[float], prompts: int) -> SparseTree:
+    """The tree with so many prompt tokens in all, removed where the loss is least.
+
+    A node that loses one of its c prompt tokens leads to state c - 1: `gains[c] - gains[c - 1]`
+    tokens less, as often as the node is the last one. Every node keeps one, the root all.
+
+    Args:
+        tree: with all prompt tokens.
+        gains: expected tokens of every state's tree.
+        prompts: at least those that stay.
+    """
+    counts, stops = list(tree.prompts), tree.stops
+    while sum(counts) > prompts:
+        losses = [
+            stops[node] * (gains[counts[node]] - gains[counts[node] - 1])
+            if node and counts[node] > 1
+            else float("inf")
+            for node in range(len(counts))
+        ]
+        # Of equal losses the deepest node's, which comes last.
+        node = min(range(len(counts)), key=lambda index: (losses[index], -index))
+        counts[node] -= 1
+    return SparseTree(tree.paths, tuple(counts), tree.reached)
+
+
+def most_nodes(rows: int, prompts: int, ensemble: int) -> int:
+    """Drafted nodes of a call of so many rows where each has one prompt token, the root all."""
+    return (rows - 1 - ensemble * prompts) // (1 + ensemble)
+
+
+@functools.lru_cache(maxsize=256)
+def sparse_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
+    """The trees of calls of at most `rows` rows that promise the most tokens.
+
+    Every state's number of drafted nodes is searched, the others fixed, until none is better.
+
+    Args:
+        accuracies: a[l][r], each row in descending order.
+        rows: N, of the widest call.
+        ensemble: rows of a prompt token.
+
+    Raises:
+        ValueError: fewer rows than one drafted node needs.
+    """
+    prompts = len(accuracies)
+    most = most_nodes(rows, prompts, ensemble)
+    if most < 1:
+        least = 2 + ensemble * (1 + prompts)
+        raise ValueError(f"a call of {rows} rows has no room for a draft: it takes {least} rows")
+
+    def trees(nodes: Sequence[int]) -> SparseTrees:
+        # Prompt tokens are removed by what every state's tree gives.
+        whole = [grown(accuracies, state, count) for state, count in enumerate(nodes)]
+        gains = [tree.tokens for tree in whole]
+        room = ((rows - len(tree.paths)) // ensemble for tree in whole)
+        return SparseTrees(tuple(pruned(*pair) for pair in zip(whole, repeat(gains), room)))
+
+    # 1. As many nodes in every state.
+    starts = [[0, *[count] * prompts] for count in range(1, most + 1)]
+    nodes = max(starts, key=lambda start: trees(start).tokens)
+    best = trees(nodes)
+    # 2. Each state by itself.
+    improved = True
+    while improved:
+        improved = False
+        for state in range(1, prompts + 1):
+            for count in range(1, most + 1):
+                tried = [*nodes[:state], count, *nodes[state + 1 :]]
+                if (other := trees(tried)).tokens > best.tokens + 1e-9:
+                    nodes, best, improved = tried, other, True
+    return best
+
+
+def whole_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
+    """The best trees with all prompt tokens behind every node, to compare with."""
+    prompts = len(accuracies)
+    nodes = (rows - 1 - ensemble * prompts) // (1 + ensemble * prompts)
+    return SparseTrees(tuple(grown(accuracies, state, nodes) for state in range(prompts + 1)))
+
+
+def descending(table: Sequence[Sequence[float]]) -> Accuracies:
+    """A table of accuracies with every row in descending order."""
+    return tuple(tuple(sorted(row, reverse=True)) for row in table)
+
+
+def promised(accuracies: Accuracies, ensemble: int) -> str:
+    """Tokens per call by rows of a call, as Markdown: of the dynamic trees, and of trees with all
+    prompt tokens behind every node.
+    """
+    least = 2 + ensemble * (1 + len(accuracies))
+    lines = ["| rows | tokens per call | all prompt tokens everywhere |", "|---:|---:|---:|"]
+    for rows in (size for size in SIZES if size >= least):
+        trees, whole = (make(accuracies, rows, ensemble) for make in (sparse_trees, whole_trees))
+        lines.append(f"| {rows} | {trees.tokens:.3f} | {whole.tokens:.3f} |")
+    return "\n".join(["# Dynamic sparse trees, predicted", "", *lines, ""])
