@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class S2DState(DraftState):
-    """State of a sorted drafter's sequences.
+    """State of an S2D drafter's sequences.
 
     segments: the layers up to the first exit, between the first and the second, and so on.
     thresholds: the probability required to exit, for each exit but the last.
@@ -330,7 +330,7 @@ class S2D(TokenDrafter):
 
 
 class AtThresholds:
-    """Trees of a sorted drafter at other thresholds, for another target or a comparison.
+    """Trees of an S2D drafter at other thresholds, for another target or a comparison.
 
     Args:
         thresholds: of every exit but the last, or one for all.
@@ -353,7 +353,7 @@ class AtThresholds:
         """
         if not isinstance(drafter, S2D) or not isinstance(state, S2DState):
             raise ValueError(
-                f"builder AtThresholds needs a sorted drafter, got {type(drafter).__name__}: name "
+                f"builder AtThresholds needs an S2D drafter, got {type(drafter).__name__}: name "
                 "another"
             )
         state.thresholds = checked_thresholds(self.thresholds, len(drafter.exits))

@@ -1,4 +1,4 @@
-"""A sorted drafter may be left anywhere, for targets of any depth: no token changes, every exit is
+"""An S2D drafter may be left anywhere, for targets of any depth: no token changes, every exit is
 exact.
 """
 

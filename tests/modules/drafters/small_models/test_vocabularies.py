@@ -55,7 +55,7 @@ def named(rows: int, target: Target, tmp_path: Path, **arguments: Any) -> Indepe
 
 
 def served(rows: int, target: Target, tmp_path: Path, draft_vocabulary: int | None) -> S2D:
-    """A sorted drafter of a target of so many rows, saved, and loaded for another."""
+    """An S2D drafter of a target of so many rows, saved, and loaded for another."""
     first = padded(rows, layers=3)
     made = S2D(first.shape, [1, 3], draft_vocabulary=draft_vocabulary)
     if draft_vocabulary:
