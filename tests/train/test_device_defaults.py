@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -85,14 +86,15 @@ def test_nothing_is_said_of_what_was_given(capsys: pytest.CaptureFixture) -> Non
 def test_a_run_stores_what_auto_was(
     gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        cli,
-        "train",
-        lambda recipe, place: pytest.fail(f"{recipe.dtype} {recipe.trainer.precision}"),
-    )
+    stored: dict[str, Any] = {}
+
+    def train(recipe: Any, place: Any) -> None:
+        stored.update(yaml.safe_load((place.output / "config.yaml").read_text()))
+        pytest.fail(f"{recipe.dtype} {recipe.trainer.precision}")
+
+    monkeypatch.setattr(cli, "train", train)
     with pytest.raises(pytest.fail.Exception, match="bfloat16 bf16-mixed"):
         cli.command(["--config", "eagle3.yaml", "--output", str(tmp_path / "run")])
-    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (stored["dtype"], stored["trainer"]["precision"]) == ("bfloat16", "bf16-mixed")
 
 
@@ -209,7 +211,7 @@ def test_the_wide_tree_fits_a_small_draft_vocabulary(
     trace = SpeculativeDecoder(target, drafter).decode([[7, 8, 9]], Sampling(), 12)[0]
     assert trace.ids == plain.ids and 6 < max(trace.rows) <= drafter.default_budget + 1
     with pytest.raises(ValueError, match="rank of 9, but the draft vocabulary has 6"):
-        kind(target.shape, draft_vocabulary=6, tree="mc_sim_7b_63")
+        kind(target.shape, draft_vocabulary=6, tree=[[0], [9]])
 
 
 def test_budget_auto_tries_wide_trees_on_a_gpu_alone() -> None:

@@ -51,7 +51,7 @@ def test_a_recipe_is_profiled_and_nothing_is_left(
     tiny, recipe, tmp_path, capsys, monkeypatch, accumulate
 ) -> None:
     for owner, name, seconds in (
-        (Target, "_forward", 0.05),
+        (Target, "forward_rows", 0.05),
         (Batches, "_collate", 0.03),
         (losses, "_score", 0.01),
         (AdamW, "_init_group", 0.02),

@@ -43,8 +43,10 @@ QUIET = {
     "glancing": 0.0,
     "random_phase": False,
     "estimator_dropout": 0.0,
+    "groups": 512,
 }
-"""Arguments of drafters that draw random numbers, of which two processes draw others than one."""
+"""Arguments of drafters that draw random numbers, of which two processes draw others than one; with
+so many groups PPD cuts at every token."""
 TIED = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
