@@ -354,7 +354,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} does not exist: the component is incomplete")
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names: list[str] = list(opened.keys())
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
             aliases = _aliases((opened.metadata() or {}).get("aliases", "{}"), file)
     except (SafetensorError, OSError) as error:
         raise ValueError(

@@ -260,6 +260,18 @@ def test_docstrings_say_something_or_are_absent() -> None:
     assert short == []
 
 
+def test_no_line_is_wider_than_100_columns() -> None:
+    """Also where a linter excuses it, beside a comment of its own."""
+    files = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+    wide = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert wide == []
+
+
 def test_steps_are_narrated() -> None:
     """Comments are at least 2 % of the lines."""
     lines = comments = 0

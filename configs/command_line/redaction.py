@@ -59,7 +59,8 @@ _PATTERNS = (
     ),
     (
         re.compile(
-            rf"(\b[\w.-]*{_NAMES}\\*[\"']?:\s*\\*[\"']?)(?!<redacted>|{_NUMBER})[^\s\"'\\,}}]{{8,}}",
+            rf"(\b[\w.-]*{_NAMES}\\*[\"']?:\s*\\*[\"']?)"
+            rf"(?!<redacted>|{_NUMBER})[^\s\"'\\,}}]{{8,}}",
             re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",

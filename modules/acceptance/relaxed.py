@@ -9,6 +9,8 @@ Shape legend: B sequences, N nodes, R rows of draft distributions, V vocabulary,
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,9 @@ class RelaxedRule:
     sibling_draws: frozenset[SiblingDraw] = EVERY_DRAW
     states: tuple[StateName, ...] = ()
 
+    @abstractmethod
     def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
         """bool [B,N]: tokens that may stay although the standard rule rejects them."""
-        raise NotImplementedError
 
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """The accepted path of each sequence and the token after it."""

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Self
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, with_children
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import SiblingDraw, TokenTree
@@ -101,20 +100,11 @@ class ProposalRows:
         return self._with(frontier)
 
     def _with(self, frontier: Frontier) -> ProposalRows:
-        # 1. Tokens and parents.
-        tokens_BM = torch.cat([self.tokens_BM, frontier.tokens_BW], 1)
-        parents_BM = torch.cat([self.parents_BM, frontier.parents_BW], 1)
-        batch, width = frontier.tokens_BW.shape
-        # 2. New rows see what their parents see, and themselves.
-        above_BWM = torch.zeros(batch, width, 0, dtype=torch.bool, device=tokens_BM.device)
-        if self.tokens_BM.shape[1]:
-            index = frontier.parents_BW[..., None].expand(-1, -1, self.above_BMM.shape[2])
-            above_BWM = self.above_BMM.gather(1, index)
-        itself = torch.eye(width, dtype=torch.bool, device=tokens_BM.device)
-        above_BWM = torch.cat([above_BWM, itself.expand(batch, -1, -1)], dim=2)
-        # 3. Earlier rows do not see the new ones.
-        earlier_BMM = F.pad(self.above_BMM, (0, width))
-        return ProposalRows(tokens_BM, parents_BM, torch.cat([earlier_BMM, above_BWM], dim=1))
+        return ProposalRows(
+            torch.cat([self.tokens_BM, frontier.tokens_BW], 1),
+            torch.cat([self.parents_BM, frontier.parents_BW], 1),
+            with_children(self.above_BMM, frontier.parents_BW),
+        )
 
     def newest(self, frontier: Frontier, lengths_B: Tensor) -> Rows:
         """The rows of the frontier that was added last, to be run after the earlier ones.

@@ -63,3 +63,30 @@ class AuxiliaryRows:
         """The states [B,P,H] that enter with those of the other rows `hidden_BNH`."""
         made = self.inputs if isinstance(self.inputs, Tensor) else self.inputs(hidden_BNH)
         return made.to(hidden_BNH.dtype)
+
+
+def causal_rows(start_B: Tensor, count: int) -> Rows:
+    """`count` consecutive rows after `start_B` earlier ones, each seeing those before it."""
+    order = torch.arange(count, device=start_B.device)
+    visible = (order[:, None] >= order).expand(start_B.shape[0], -1, -1)
+    return Rows(start_B[:, None] + order, visible)
+
+
+def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
+    """Rows [B,N,X] at per-sequence indices [B,W,X]."""
+    return rows_BNX.gather(1, index_BW[..., None].expand(-1, -1, rows_BNX.shape[-1]))
+
+
+def with_children(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
+    """bool [B,R+W,A+W]: what R rows of a proposal see, followed by W new ones. Each of these sees
+    the rows (of A) that its parent (of R) sees, and itself; earlier rows do not see them.
+
+    `parents_BW` are not read where there are no rows yet (R = 0).
+    """
+    width = parents_BW.shape[1]
+    inherited = above_BRA.new_zeros(*parents_BW.shape, 0)
+    if above_BRA.shape[1]:
+        inherited = rows_at(above_BRA, parents_BW)
+    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device)
+    new_BWX = torch.cat([inherited, itself.expand(len(above_BRA), -1, -1)], dim=2)
+    return torch.cat([F.pad(above_BRA, (0, width)), new_BWX], dim=1)

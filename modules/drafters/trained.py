@@ -191,16 +191,20 @@ class TrainedDrafter(Drafter):
         """The state it starts from, and the target's distributions if it learns those."""
         return tuple(dict.fromkeys((self.reads, "final"))) if self.soft_labels else (self.reads,)
 
-    @abstractmethod
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[Tensor]:
-        """The LM head's inputs [M,H], step by step, given the data's own tokens."""
+        """The LM head's inputs [M,H], step by step, given the data's own tokens. A subclass defines
+        this or `unrolled`.
+        """
+        return (feature for feature, _ in self.unrolled(batch, target, rows))
 
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The LM head's inputs [M,H] and the next step's inputs [M,H], step by step."""
+        """The LM head's inputs [M,H] and the next step's inputs [M,H], step by step. By default no
+        step reads another's outputs.
+        """
         return ((feature, feature) for feature in self.teacher_forced(batch, target, rows))
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
@@ -377,22 +381,6 @@ class TrainedDrafter(Drafter):
     def precision(self) -> torch.dtype:
         """Dtype of its own weights, which may differ from the target's."""
         return next(self.parameters()).dtype
-
-
-def see_parents(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
-    """bool [B,W,A+W]: each of W new rows sees the rows (of A) that its parent (of R) sees, and
-    itself.
-    """
-    width = parents_BW.shape[1]
-    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device).expand(
-        len(above_BRA), -1, -1
-    )
-    return torch.cat([rows_at(above_BRA, parents_BW), itself], dim=2)
-
-
-def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
-    """Rows [B,N,X] at per-sequence indices [B,W,X]."""
-    return rows_BNX.gather(1, index_BW[..., None].expand(-1, -1, rows_BNX.shape[-1]))
 
 
 @torch.no_grad()

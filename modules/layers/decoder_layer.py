@@ -154,13 +154,6 @@ class LayerCache:
             )
 
 
-def causal_rows(start_B: Tensor, count: int) -> Rows:
-    """`count` consecutive rows after `start_B` earlier ones, each seeing those before it."""
-    order = torch.arange(count, device=start_B.device)
-    visible = (order[:, None] >= order).expand(start_B.shape[0], -1, -1)
-    return Rows(start_B[:, None] + order, visible)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, in the target's dimensions.
 

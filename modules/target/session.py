@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
@@ -47,17 +47,13 @@ class Session:
 
         Returns the logits [B,V] of each sequence's last token and the requested states [B,T,H].
         """
-        # 1. Causal rows after the committed ones.
+        # 1. One pass of causal rows after the committed ones, and the logits of each last token.
         batch, length = ids_BT.shape
-        offsets = self.cache.lengths_tensor(ids_BT.device)
-        order = torch.arange(length, device=ids_BT.device)
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
-        rows = Rows(offsets[:, None] + order, causal.expand(batch, -1, -1))
-        # 2. One pass, and the logits of each last token.
-        names = [*states, "final"]
+        rows, names = causal_rows(self.lengths_B, length), [*states, "final"]
         seen = self.target.forward_rows(self.target.embed(ids_BT), rows, names, self.cache)
         last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
-        # 3. Commit the tokens without padding.
+        # 2. Commit the tokens without padding.
+        order = torch.arange(length, device=ids_BT.device)
         self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
         return self.target.logits(last), {name: seen[name] for name in states}
 
@@ -102,7 +98,7 @@ class Session:
         """
         # 1. Rows and embeddings of all nodes.
         target = self.target
-        rows = self._inside(tree.rows(self.cache.lengths_tensor(tree.tokens_BN.device)))
+        rows = self._inside(tree.rows(self.lengths_B))
         embeddings, names = target.embed(tree.tokens_BN), (*states, "final")
         # 2. Run them, as the tree and the target allow.
         compiled = target.compiled

@@ -24,7 +24,9 @@ class ExactMatchNumber(evaluate.Metric):
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:  # pyright: ignore
+    def _compute(  # pyright: ignore
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float]:
         values = [
             float(same_number(answer, wanted))
             for answer, wanted in zip(predictions, references, strict=True)

@@ -24,7 +24,9 @@ class PairedPreference(evaluate.Metric):
             features=datasets.Features({"predictions": value, "references": value}),
         )
 
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, Any]:  # pyright: ignore
+    def _compute(  # pyright: ignore
+        self, predictions: Sequence[float], references: Sequence[float]
+    ) -> dict[str, Any]:
         if len(predictions) != len(references):
             raise ValueError(
                 f"predictions and references must pair, got {len(predictions)} and "

@@ -22,7 +22,9 @@ class TargetLogLikelihood(evaluate.Metric):
             inputs_description="predictions: log probability of each token, answer by answer.",
         )
 
-    def _compute(self, predictions: Sequence[Sequence[float]]) -> dict[str, float]:  # pyright: ignore
+    def _compute(  # pyright: ignore
+        self, predictions: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
         tokens = [value for answer in predictions for value in answer]
         if not tokens:
             raise ValueError(

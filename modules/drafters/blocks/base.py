@@ -88,12 +88,6 @@ class BlockDrafter(TrainedDrafter):
         document only.
         """
 
-    def teacher_forced(
-        self, batch: TextBatch, target: Target, rows: TrainingRows
-    ) -> Iterator[Tensor]:
-        """The LM head's inputs [M,H], slot by slot."""
-        return (feature for feature, _ in self.unrolled(batch, target, rows))
-
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[tuple[Tensor, Tensor]]:

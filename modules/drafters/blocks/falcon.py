@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, Frontier
 from modules.contracts.losses import Losses
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows, rows_at
 from modules.contracts.shapes import TargetShape
 from modules.drafters.blocks.base import BlockDrafter, BlockState
 from modules.drafters.blocks.documents import Documents, block_ends, random_phases
@@ -35,10 +35,9 @@ from modules.drafters.trained import (
     WIDE_LEVEL,
     DraftStep,
     TrainedDrafter,
-    rows_at,
 )
 from modules.layers.activation_checkpointing import recomputed
-from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache, causal_rows
+from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
 from modules.layers.token_scale import token_scale
 from modules.losses.chunked import Distributions, TrainingRows, greedy_tokens, training_rows
 from modules.trees.reranked import RerankedTree

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Frontier
-from modules.drafters.trained import rows_at
+from modules.contracts.rows import rows_at
 
 
 @dataclass

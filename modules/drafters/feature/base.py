@@ -20,23 +20,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows, rows_at, with_children
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint
 from modules.contracts.verification import Accepted, Verified
-from modules.drafters.trained import (
-    WIDE_BUDGET,
-    WIDE_LEVEL,
-    TrainedDrafter,
-    rows_at,
-    see_parents,
-)
+from modules.drafters.trained import WIDE_BUDGET, WIDE_LEVEL, TrainedDrafter
 from modules.layers.activation_checkpointing import recomputed
-from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache, causal_rows
+from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
 from modules.losses.chunked import TrainingRows
 from modules.trees.named_trees import Path
 from modules.trees.reranked import RerankedTree
@@ -153,12 +146,6 @@ class FeatureDrafter(TrainedDrafter):
     def noisy(self, features_BTH: Tensor, batch: TextBatch) -> Tensor:
         """Features as training reads them."""
         return features_BTH
-
-    def teacher_forced(
-        self, batch: TextBatch, target: Target, rows: TrainingRows
-    ) -> Iterator[Tensor]:
-        """The LM head's inputs [M,H], step by step."""
-        return (feature for feature, _ in self.unrolled(batch, target, rows))
 
     def unrolled(
         self, batch: TextBatch, target: Target, rows: TrainingRows
@@ -305,14 +292,14 @@ class FeatureDrafter(TrainedDrafter):
         # Each node reads its parent's output and its own token, and sees its ancestors.
         before = rows_at(state.rows_BRH, frontier.parents_BW)
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
-        above = see_parents(state.above_BRA, frontier.parents_BW)
+        state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
+        above = state.above_BRA[:, -frontier.tokens_BW.shape[1] :]
         positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
         rows = Rows(positions.expand_as(frontier.tokens_BW), above)
         hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
         feature, carried = self.outputs(hidden)
-        # Later levels look up their parents' outputs and visible rows.
+        # Later levels look up their parents' outputs.
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)
-        state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
         return self.head(frontier.depth, target)(feature)
 
 

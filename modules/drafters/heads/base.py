@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows, rows_at
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.verification import Accepted, Verified
-from modules.drafters.trained import WIDE_TREE, TrainedDrafter, rows_at
+from modules.drafters.trained import WIDE_TREE, TrainedDrafter
 from modules.layers.activation_checkpointing import recomputed
-from modules.layers.decoder_layer import DecoderLayer, LayerCache, causal_rows, run_layers
+from modules.layers.decoder_layer import DecoderLayer, LayerCache, run_layers
 from modules.losses.chunked import Head, LearntHead, TrainingRows
 from modules.trees.named_trees import Path, tree_paths
 from modules.trees.static import StaticTree

@@ -21,7 +21,7 @@ class Templates:
     """The trees of all states as index tensors, one row per state, padded to the widest.
 
     levels_SN, ranks_SN: where a node's token comes from; 0 for the root and for padding. counts_SN:
-    prompt tokens behind each node. topologies: of each state's tree without padding.
+    prompt tokens after each node. topologies: of each state's tree without padding.
     """
 
     parents_SN: Tensor

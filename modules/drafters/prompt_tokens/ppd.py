@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses
+from modules.contracts.rows import rows_at
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.trainable import Footprint, GradientLayers, TrainingResult
@@ -33,10 +34,10 @@ from modules.drafters.prompt_tokens.sparse_tree import (
     SparseTrees,
     assumed,
     descending,
-    promised,
+    predicted_page,
     sparse_trees,
 )
-from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies, rows_at
+from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies
 from modules.losses.chunked import Head, TrainingRows, training_rows
 from modules.losses.divergences import forward_kl
 from modules.trees.named_trees import Path
@@ -275,7 +276,7 @@ class PPD(TrainedDrafter):
         self.accuracies = descending(table)
         self.arguments["accuracies"] = [list(row) for row in self.accuracies]
         expected = self.sparse_trees(self.default_budget).tokens
-        page = promised(self.accuracies, self.ensemble)
+        page = predicted_page(self.accuracies, self.ensemble)
         return TrainingResult({"tree/expected_tokens": expected}, {"sparse_trees.md": page})
 
     # -- decoding ----------------------------------------------------------------------------------
@@ -301,9 +302,8 @@ class PPD(TrainedDrafter):
             return super().propose(state, budget)
         # 1. The likeliest tokens of every level that a tree has.
         trees, count = self.sparse_trees(budget), max(1, *state.available)
-        ranks = 1 + max(path[-1] for tree in trees.trees for path in tree.paths[1:])
         logits_BKD = self.head(0, state.context.target)(state.final_BKX[:, :count])
-        tokens_BKR = logits_BKD.topk(ranks, dim=-1).indices
+        tokens_BKR = logits_BKD.topk(trees.ranks, dim=-1).indices
         if self.vocabulary_D is not None:
             tokens_BKR = self.vocabulary_D[tokens_BKR]
         # 2. The tree of each sequence, and its prompt tokens.

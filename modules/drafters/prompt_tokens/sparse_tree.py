@@ -1,11 +1,11 @@
-"""The dynamic sparse tree: which tokens are drafted, and how many prompt tokens stand behind each
+"""The dynamic sparse tree: which tokens are drafted, and how many prompt tokens follow each
 (Chen et al. 2024, arXiv 2405.18628, section 4).
 
 State s is how many prompt tokens the last accepted node carried, so that s levels can be drafted.
 The tree of a state decides with which probability the next state is which: a Markov chain.
 
 Everything here is arithmetic on a table a[l][r]: how often the rank-r token of prompt token l + 1
-is right, whatever stands before it.
+is right, whatever the tokens before it are.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ Accuracies = tuple[tuple[float, ...], ...]
 
 RELEASED = (0.483, 0.143, 0.074, 0.045, 0.031, 0.022, 0.017, 0.013, 0.009, 0.008)
 """a[0] of the released prompt tokens of Vicuna-7B."""
-
-
 SIZES = (6, 8, 12, 16, 24, 32, 48, 64, 96)
 """Rows of a call that the page of a trained drafter lists."""
 
@@ -41,8 +39,8 @@ def assumed(prompts: int) -> Accuracies:
 class SparseTree:
     """The tree of a state.
 
-    paths: ranks of each node by depth, () first. prompts: prompt tokens behind each node. reached:
-    how often a node is right, with all above it. stops: how often the node is the last accepted.
+    paths: ranks of each node by depth, () first. prompts: prompt tokens after each node. reached:
+    probability that a node and all above it are right.
     """
 
     paths: tuple[Path, ...]
@@ -51,7 +49,7 @@ class SparseTree:
 
     @property
     def stops(self) -> tuple[float, ...]:
-        """How often each node is the last one that is accepted."""
+        """Probability that each node is the last accepted one."""
         left = dict(zip(self.paths, self.reached, strict=True))
         for path, probability in zip(self.paths[1:], self.reached[1:], strict=True):
             left[path[:-1]] -= probability
@@ -59,20 +57,17 @@ class SparseTree:
 
     @property
     def tokens(self) -> float:
-        """Expected tokens of a call: the accepted drafts, and the one behind them."""
+        """Expected tokens of a call: the accepted drafts and the bonus token."""
         return sum(self.reached)
 
     def rows(self, ensemble: int = 1) -> int:
-        """Rows of the call: the nodes and what stands behind them."""
+        """Rows of the call: the nodes and their prompt tokens."""
         return len(self.paths) + ensemble * sum(self.prompts)
 
 
 @dataclass(frozen=True)
 class SparseTrees:
-    """The trees of the states 0 … m, and what they promise.
-
-    tokens: expected tokens per call, over the stationary distribution of states.
-    """
+    """The trees of the states 0 … m."""
 
     trees: tuple[SparseTree, ...]
 
@@ -90,8 +85,13 @@ class SparseTrees:
 
     @property
     def tokens(self) -> float:
-        """Expected tokens of a call."""
+        """Expected tokens of a call, over the stationary distribution of the states."""
         return sum(pi * tree.tokens for pi, tree in zip(self.states, self.trees, strict=True))
+
+    @functools.cached_property
+    def ranks(self) -> int:
+        """Number of ranks that the trees draft from."""
+        return 1 + max(path[-1] for tree in self.trees for path in tree.paths[1:])
 
     def rows(self, ensemble: int = 1) -> int:
         """Rows of the widest call."""
@@ -100,7 +100,7 @@ class SparseTrees:
 
 def grown(accuracies: Accuracies, state: int, nodes: int) -> SparseTree:
     """The tree of a state with the most expected tokens for so many drafted nodes, each with all
-    prompt tokens behind it."""
+    prompt tokens."""
     paths = optimised_tree(accuracies[:state], nodes) if state and nodes else []
     ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
     reached = (1.0, *(path_probability(path, accuracies) for path in ordered))
@@ -139,7 +139,7 @@ def most_nodes(rows: int, prompts: int, ensemble: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def sparse_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
-    """The trees of calls of at most `rows` rows that promise the most tokens.
+    """The trees with the most expected tokens, for calls of at most `rows` rows.
 
     Every state's number of drafted nodes is searched, the others fixed, until none is better.
 
@@ -181,7 +181,7 @@ def sparse_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> Sparse
 
 
 def whole_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
-    """The best trees with all prompt tokens behind every node, to compare with."""
+    """The best trees with all prompt tokens after every node, for comparison."""
     prompts = len(accuracies)
     nodes = (rows - 1 - ensemble * prompts) // (1 + ensemble * prompts)
     return SparseTrees(tuple(grown(accuracies, state, nodes) for state in range(prompts + 1)))
@@ -192,9 +192,9 @@ def descending(table: Sequence[Sequence[float]]) -> Accuracies:
     return tuple(tuple(sorted(row, reverse=True)) for row in table)
 
 
-def promised(accuracies: Accuracies, ensemble: int) -> str:
-    """Tokens per call by rows of a call, as Markdown: of the dynamic trees, and of trees with all
-    prompt tokens behind every node.
+def predicted_page(accuracies: Accuracies, ensemble: int) -> str:
+    """Expected tokens per call by rows of a call, as Markdown: of the dynamic trees, and of trees
+    with all prompt tokens after every node.
     """
     least = 2 + ensemble * (1 + len(accuracies))
     lines = ["| rows | tokens per call | all prompt tokens everywhere |", "|---:|---:|---:|"]

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, rows_at
 from modules.contracts.shapes import TargetShape
-from modules.drafters.trained import rows_at
 from modules.layers.decoder_layer import LayerCache, run_layers
 
 

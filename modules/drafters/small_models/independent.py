@@ -24,15 +24,14 @@ from torch.nn import functional as F
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses, Mean
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows, with_children
 from modules.contracts.shapes import TargetShape
 from modules.contracts.target import Session, Target
 from modules.contracts.trainable import Footprint, GradientLayers
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.vocabularies import TokenDrafter
-from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states, see_parents
-from modules.layers.decoder_layer import causal_rows
+from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states
 from modules.losses.chunked import (
     IGNORED,
     Head,
@@ -310,16 +309,12 @@ class Independent(TokenDrafter):
         if frontier.depth == 0 or state.above_BRA is None:
             return head(self._read_text(state)[:, None])
         # Each node sees its ancestors among the drafted rows, and the text before them.
-        above, (count, ahead) = (
-            see_parents(state.above_BRA, frontier.parents_BW),
-            state.above_BRA.shape[1:],
-        )
-        positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
-        rows = Rows(positions_B1.expand_as(frontier.tokens_BW), above)
+        count, ahead = state.above_BRA.shape[1:]
         assert count == ahead + 1, "every row but the root comes after the text"
-        final_BWH = self._read(state, frontier.tokens_BW, rows)
-        state.above_BRA = torch.cat([F.pad(state.above_BRA, (0, above.shape[1])), above], dim=1)
-        return head(final_BWH)
+        state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
+        positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
+        rows = Rows(positions_B1.expand_as(frontier.tokens_BW), state.above_BRA[:, count:])
+        return head(self._read(state, frontier.tokens_BW, rows))
 
     def _read_text(self, state: IndependentState) -> Tensor:
         """Read the unread tokens, newest included; the LM head's inputs [B,H] after the last."""

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier, TreeBuilder
 from modules.contracts.losses import Losses, Mean
+from modules.contracts.rows import with_children
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.heads.base import soft_labels
 from modules.drafters.small_models.exit_segments import Pending, Segment
 from modules.drafters.small_models.vocabularies import TokenDrafter
-from modules.drafters.trained import CHEAP_BUDGET, rows_at
+from modules.drafters.trained import CHEAP_BUDGET
 from modules.layers.decoder_layer import DecoderLayer, run_layers, target_weight
 from modules.losses.chunked import (
     IGNORED,
@@ -79,23 +79,8 @@ class S2DState(DraftState):
 
     def add(self, frontier: Frontier) -> None:
         """Append rows that see what their parents see, and themselves."""
-        count = frontier.tokens_BW.shape[1]
-        itself = torch.eye(count, dtype=torch.bool, device=self.above_BRR.device).expand(
-            len(self.above_BRR), -1, -1
-        )
-        # The root of a proposal has no parent row.
-        parents = frontier.parents_BW.clamp(min=0)
-        first = self.above_BRR.shape[1] == 0
-        above = (
-            self.above_BRR.new_zeros(*itself.shape[:2], 0)
-            if first
-            else rows_at(self.above_BRR, parents)
-        )
-        # Earlier rows do not see the new ones.
-        self.above_BRR = torch.cat(
-            [F.pad(self.above_BRR, (0, count)), torch.cat([above, itself], dim=2)], dim=1
-        )
-        positions = (self.lengths_B[:, None] + frontier.depth).expand(-1, count)
+        self.above_BRR = with_children(self.above_BRR, frontier.parents_BW)
+        positions = (self.lengths_B[:, None] + frontier.depth).expand_as(frontier.tokens_BW)
         self.positions_BR = torch.cat([self.positions_BR, positions], dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def test_a_drafter_takes_the_targets_precision_and_not_any_target(
         Sampling(),
         "bfloat16",
     )
-    dtypes = [next(row.decoder.drafter.parameters()).dtype for row in rows[1:]]  # type: ignore[attr-defined]
+    decoders: list[Any] = [row.decoder for row in rows[1:]]
+    dtypes = [next(decoder.drafter.parameters()).dtype for decoder in decoders]
     assert dtypes == [torch.bfloat16, torch.float16] and rows[1].draft_precision == "bfloat16"
     with pytest.raises(ValueError, match="was trained for"):
         load_drafter(str(runs / "medusa"), tiny_target(seed=1))

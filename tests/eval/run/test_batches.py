@@ -103,8 +103,8 @@ def test_several_temperatures(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_cannot_sample_is_refused() -> None:
-    drafter = SCRIPTED["drafter"]
-    rows = build_rows([Method("x", drafter, rule="greedy")], tiny_target(), Sampling())  # type: ignore[arg-type]
+    drafter: Any = SCRIPTED["drafter"]
+    rows = build_rows([Method("x", drafter, rule="greedy")], tiny_target(), Sampling())
     with pytest.raises(ValueError, match="does not sample at temperature 0.5"):
         vary(rows, [Sampling(), Sampling(0.5)], [1])
 

@@ -414,7 +414,8 @@ def test_missing_and_unused_tensors_are_found(
                     places[name].copy_(shipped[name])
 
     name = "vllm.model_executor.model_loader.default_loader"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(DefaultModelLoader=Loader))  # type: ignore[arg-type]
+    loaders: Any = SimpleNamespace(DefaultModelLoader=Loader)
+    monkeypatch.setitem(sys.modules, name, loaders)
     for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     found = vllm_loading.watch(str(tmp_path))

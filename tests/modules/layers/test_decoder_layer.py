@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.contracts.rows import Rows
-from modules.layers.decoder_layer import DecoderLayer, LayerCache, ResBlock, causal_rows
+from modules.contracts.rows import Rows, causal_rows
+from modules.layers.decoder_layer import DecoderLayer, LayerCache, ResBlock
 from tests.fakes import tiny_batch, tiny_target
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from modules.acceptance.rules import RULES
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, Frontier, TreeBuilder
+from modules.contracts.rows import rows_at
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.blocks.base import BlockDrafter, BlockState
-from modules.drafters.trained import DraftStep, rows_at
+from modules.drafters.trained import DraftStep
 from modules.losses.chunked import Head, TrainingRows, training_rows
 from modules.target.target import Target
 from modules.trees.reranked import RerankedTree

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modules.contracts.rows import causal_rows
 from modules.contracts.verification import Accepted
-from modules.layers.decoder_layer import causal_rows
 from modules.target.kv_cache import Buffers, SlotCache
 
 ACCEPTED = Accepted(torch.tensor([[0, 2, 4]]), torch.tensor([3]), torch.tensor([5]))

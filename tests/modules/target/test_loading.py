@@ -16,12 +16,12 @@ import torch
 from checkpoints.pretrained import check_compatible
 from eval.evaluation import Evaluation
 from eval.report.markdown import describe
+from modules.contracts.rows import causal_rows
 from modules.contracts.sampling import Sampling
 from modules.contracts.trainable import TrainedFor
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
-from modules.layers.decoder_layer import causal_rows
 from modules.target import loading
 from modules.target.kv_cache import SlotCache
 from modules.target.loading import (

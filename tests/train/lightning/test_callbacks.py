@@ -66,7 +66,8 @@ def accumulate(callbacks, **options):
     """Batches of 5 an epoch, two to an optimiser step: steps end with batches 2, 4, 5, 7, 9, 10."""
     target = tiny_target(dtype=torch.float32)
     module = TrainableModule(NextToken(target.shape), target, OptimizerSettings())
-    batches: Any = DataLoader([tiny_batch(target, seed=i) for i in range(5)], batch_size=None)  # pyright: ignore
+    items: Any = [tiny_batch(target, seed=i) for i in range(5)]
+    batches: Any = DataLoader(items, batch_size=None)
     settings: dict[str, Any] = {
         "max_epochs": 2,
         "accelerator": "cpu",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modules.layers.decoder_layer import causal_rows
+from modules.contracts.rows import causal_rows
 from modules.losses.chunked import training_rows
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built, filled

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from checkpoints.pretrained import Provenance, load_pretrained, save_pretrained
+from modules.contracts.rows import causal_rows
 from modules.drafters.heads.clover import AttentionDecoder
 from modules.drafters.heads.clover2 import Clover2
-from modules.layers.decoder_layer import causal_rows
 from modules.losses.chunked import training_rows
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import Reader, built, documents, filled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import pi, sin
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,8 @@ def test_an_optimised_tree_is_found_after_training_and_saved() -> None:
     )
     table = measured_accuracies(drafter, [batch], target).tolist()
     assert paths == optimised_tree(table, 9)
-    assert Medusa(**drafter.arguments).builder.paths == drafter.builder.paths  # pyright: ignore[reportAttributeAccessIssue]
+    again: Any = Medusa(**drafter.arguments).builder
+    assert again.paths == drafter.builder.paths
     assert not Medusa(target.shape, 3).finish([batch], target).figures
     with pytest.raises(ValueError, match="optimised_N"):
         Medusa(target.shape, 3, tree="optimised_0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_a_token_outside_the_draft_vocabulary_is_as_likely_as_the_text_has_such_
     """Tokens 5 and 6 are drafted; 2 of 8 tokens of the text are others, so 3 of 10 are expected to
     be. Behind such a token the drafter has no distribution."""
     columns = columns_of(torch.tensor([5, 6]), 10)
-    heard = RecordingDrafter(SimpleNamespace(vocabulary_D=torch.tensor([5, 6])))  # type: ignore[arg-type]
+    drafter: Any = SimpleNamespace(vocabulary_D=torch.tensor([5, 6]))
+    heard = RecordingDrafter(drafter)
     heard.tokens, heard.parents = [torch.tensor([[9, 5]])], [torch.tensor([[-1, 0]])]
     heard.distributions = [torch.tensor([[[0.9, 0.1], [0.5, 0.5]]])]
     (opinion,) = heard.opinions([[5, 6, 5, 5, 7, 6, 6, 8]], 10)
