@@ -62,6 +62,7 @@ def test_drafting_without_training_is_whole() -> None:
         "aded",
         "rasd",
         "lookahead",
+        "input_guided",
     }
     variants = {"token_recycling_cold", "suffix_corpus", "suffix_token_recycling"}
     rows = methods("training_free")
