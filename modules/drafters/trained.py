@@ -230,6 +230,18 @@ class TrainedDrafter(Drafter):
         labels = draft_labels(rows.tokens_MK1[:, 1:].contiguous(), self.vocabulary_D)
         return labels.masked_fill(~rows.valid_MK, IGNORED)
 
+    def labels_by_target(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
+        """`labels` of the target's most likely tokens instead of the text's own; reads the `final`
+        states and the whole LM head.
+        """
+        # Steps share positions, so each one's greedy token is computed once.
+        unique, index = rows.flat_MK1[:, 1:].unique(return_inverse=True)
+        final_UH = batch.states["final"].flatten(0, 1)[unique]
+        likely = draft_labels(
+            greedy_tokens(target.logits, final_UH, self.shape.vocab_size), self.vocabulary_D
+        )
+        return likely[index].masked_fill(~rows.valid_MK, IGNORED)
+
     def distributions(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Distributions | None:

@@ -9,11 +9,11 @@ import torch
 
 from configs.command_line.loading import run as one_line_run
 from modules.contracts.trainable import GradientLayers
-from modules.drafters.feature.base import MAX_SCORES
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.heads.medusa2 import Medusa2
 from modules.drafters.small_models.independent import Independent
+from modules.layers.hanging_attention import MAX_SCORES
 from modules.losses.chunked import MAX_LOGITS
 from modules.preference.cdpo import ContrastiveEstimator
 from modules.preference.dpo import DPO

@@ -30,6 +30,7 @@ from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import WIDE_BUDGET, WIDE_LEVEL, TrainedDrafter
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
+from modules.layers.hanging_attention import MAX_SCORES, Prefix
 from modules.losses.chunked import TrainingRows
 from modules.trees.named_trees import Path
 from modules.trees.reranked import RerankedTree
@@ -37,9 +38,6 @@ from modules.trees.threshold import ThresholdTree
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
-
-MAX_SCORES = 2**24
-"""Attention scores [M,Q,T] of training rows above this many are computed in parts."""
 
 
 @dataclass
@@ -161,7 +159,7 @@ class FeatureDrafter(TrainedDrafter):
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
-        prefix = _Prefix(keys, values, batch.rows().visible_BNJ, rows.flat_MK1[:, 0])
+        prefix = Prefix(keys, values, batch.rows().visible_BNJ, rows.flat_MK1[:, 0])
         # 2. The first step's inputs at the training rows.
         inputs, residual = rows.take(inputs), rows.take(residual)
         positions, carried, hanging = rows.take(batch.position_ids), residual, []
@@ -190,7 +188,7 @@ class FeatureDrafter(TrainedDrafter):
         inputs_MX: Tensor,
         residual_MH: Tensor,
         positions_M: Tensor,
-        prefix: _Prefix,
+        prefix: Prefix,
         hanging: Sequence[Sequence[Tensor]],
         hangs: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -301,102 +299,3 @@ class FeatureDrafter(TrainedDrafter):
         # Later levels look up their parents' outputs.
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)
         return self.head(frontier.depth, target)(feature)
-
-
-class _Prefix:
-    """Keys and values of the prefix that the training rows see."""
-
-    def __init__(
-        self, keys_BTGE: Tensor, values_BTGE: Tensor, visible_BTT: Tensor, flat_M: Tensor
-    ) -> None:
-        batch, length = keys_BTGE.shape[:2]
-        self.keys, self.values = keys_BTGE, values_BTGE
-        self.counts = torch.bincount(flat_M // length, minlength=batch).tolist()
-        self.visible = visible_BTT.flatten(0, 1)[flat_M].split(self.counts)
-
-    def mix(self, queries_MQE: Tensor, hanging: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Attention [M,Q,E] to the prefix and to the hanging rows, whose keys and values are
-        [M,G,E] each.
-        """
-        # Training rows are sorted by sequence, so each sequence's attention is one call.
-        own_keys, own_values = ([pair[i].split(self.counts) for pair in hanging] for i in (0, 1))
-        parts = [
-            attention_in_parts(
-                queries,
-                self.keys[b],
-                self.values[b],
-                self.visible[b],
-                [keys[b] for keys in own_keys],
-                [values[b] for values in own_values],
-            )
-            for b, queries in enumerate(queries_MQE.split(self.counts))
-        ]
-        return torch.cat(parts)
-
-
-def attention_in_parts(
-    queries_MQE: Tensor,
-    keys_TGE: Tensor,
-    values_TGE: Tensor,
-    visible_MT: Tensor,
-    own_keys_JMGE: list[Tensor],
-    own_values_JMGE: list[Tensor],
-) -> Tensor:
-    """`hanging_attention` with at most `MAX_SCORES` scores in memory: longer inputs are cut into
-    parts, whose scores are recomputed in the backward pass.
-    """
-    count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_TGE)))
-    if len(queries_MQE) <= count:
-        return hanging_attention(
-            queries_MQE, keys_TGE, values_TGE, visible_MT, own_keys_JMGE, own_values_JMGE
-        )
-    parts = [slice(start, start + count) for start in range(0, len(queries_MQE), count)]
-    return torch.cat(
-        [
-            recomputed(
-                True,
-                hanging_attention,
-                queries_MQE[part],
-                keys_TGE,
-                values_TGE,
-                visible_MT[part],
-                [keys[part] for keys in own_keys_JMGE],
-                [values[part] for values in own_values_JMGE],
-            )
-            for part in parts
-        ]
-    )
-
-
-def hanging_attention(
-    queries_MQE: Tensor,
-    keys_TGE: Tensor,
-    values_TGE: Tensor,
-    visible_MT: Tensor,
-    own_keys_JMGE: list[Tensor],
-    own_values_JMGE: list[Tensor],
-) -> Tensor:
-    """Attention of rows to the visible part of a common prefix and to J private rows each.
-
-    queries [M,Q,E], keys and values [T,G,E], visible bool [M,T], own keys and values J times
-    [M,G,E] -> [M,Q,E].
-    """
-    rows, heads, size = queries_MQE.shape
-    length, groups = len(keys_TGE), keys_TGE.shape[1]
-    # 1. Scores to the prefix; query heads share the keys of their group.
-    queries = queries_MQE.view(rows, groups, heads // groups, size) * size**-0.5
-    scores = torch.einsum("mgre,tge->mgrt", queries, keys_TGE).masked_fill(
-        ~visible_MT[:, None, None], -torch.inf
-    )
-    # 2. Scores to the J private rows, which are always visible.
-    if own_keys_JMGE:
-        own_scores = torch.stack(
-            [(queries * keys[:, :, None]).sum(-1) for keys in own_keys_JMGE], dim=-1
-        )
-        scores = torch.cat([scores, own_scores], dim=-1)
-    # 3. One softmax over both, and the values of both.
-    weights = scores.softmax(-1)
-    mixed = torch.einsum("mgrt,tge->mgre", weights[..., :length], values_TGE)
-    for step, values in enumerate(own_values_JMGE):
-        mixed = mixed + weights[..., length + step, None] * values[:, :, None]
-    return mixed.reshape(rows, heads, size)

@@ -17,7 +17,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.feature.base import FeatureDrafter
 from modules.layers.decoder_layer import DecoderLayer, target_weight
-from modules.losses.chunked import IGNORED, Head, TrainingRows, draft_labels, greedy_tokens
+from modules.losses.chunked import Head, TrainingRows
 from modules.target.kernels.cpu_kernels import narrow_linear
 
 if TYPE_CHECKING:
@@ -122,13 +122,7 @@ class Eagle3(FeatureDrafter):
         """
         if not self.greedy_labels:
             return super().labels(batch, target, rows)
-        # Steps share positions, so each one's greedy token is computed once.
-        unique, index = rows.flat_MK1[:, 1:].unique(return_inverse=True)
-        final_UH = batch.states["final"].flatten(0, 1)[unique]
-        likely = draft_labels(
-            greedy_tokens(target.logits, final_UH, self.shape.vocab_size), self.vocabulary_D
-        )
-        return likely[index].masked_fill(~rows.valid_MK, IGNORED)
+        return self.labels_by_target(batch, target, rows)
 
     @property
     def feature_states(self) -> tuple[StateName, ...]:

@@ -48,11 +48,9 @@ class HeadState(DraftState):
     rows_BRX: Tensor | None = None
 
 
-class HeadDrafter(TrainedDrafter):
-    """Base of the head families.
-
-    Subclasses define `step` and `feature`, and override `begin` when their start is more than the
-    target's state.
+class SteppedHeads(TrainedDrafter):
+    """K heads with an LM head each, one per drafted token, and the trees that they draft; how a
+    head's input is made is the subclass's.
 
     Args:
         shape: the target's dimensions.
@@ -71,7 +69,6 @@ class HeadDrafter(TrainedDrafter):
             raise ValueError(f"heads must be at least 1, got {heads}")
         super().__init__(shape, heads, draft_vocabulary, decay)
         self.heads = heads
-        self.layers = nn.ModuleList()
         self.lm_heads = nn.ModuleList()
 
     def use_tree(self, tree: list[Path] | str | None) -> None:
@@ -85,10 +82,13 @@ class HeadDrafter(TrainedDrafter):
 
     # -- LM heads ------------------------------------------------------------------------
 
-    def use_own_lm_heads(self, bias: bool) -> None:
-        """Create one trainable LM head per step; `initialise` copies the target's into each."""
+    def use_own_lm_heads(self, bias: bool, states: int = 1) -> None:
+        """Create one trainable LM head per step, over so many states side by side; `initialise`
+        copies the target's into each, once per state.
+        """
+        inputs = states * self.shape.hidden_size
         self.lm_heads = nn.ModuleList(
-            LearntHead(self.shape.hidden_size, self.draft_size, bias) for _ in range(self.heads)
+            LearntHead(inputs, self.draft_size, bias) for _ in range(self.heads)
         )
 
     def head(self, depth: int, target: Target) -> Head:
@@ -101,19 +101,50 @@ class HeadDrafter(TrainedDrafter):
 
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
-        """Copy the target's LM head into the trainable ones, and start the layers
-        (`start_layers`).
-        """
-        self.start_layers(target)
+        """Copy the target's LM head into the trainable ones."""
         # Every step's LM head starts as the target's rows of the draft vocabulary, without bias.
         every = torch.arange(self.shape.vocab_size, device=target.device)
         for lm_head in self.lm_heads:
             rows = target.lm_head_rows(
                 every if self.vocabulary_D is None else self.vocabulary_D.to(target.device)
             )
-            cast(nn.Linear, lm_head).weight.copy_(rows)
+            weight = cast(nn.Linear, lm_head).weight
+            weight.copy_(rows.repeat(1, weight.shape[1] // rows.shape[1]))
             if lm_head.bias is not None:
                 nn.init.zeros_(cast(Tensor, lm_head.bias))
+
+    @property
+    def decoding_states(self) -> tuple[StateName, ...]:
+        """The state it starts from."""
+        return (self.reads,)
+
+    @property
+    def max_depth(self) -> int:
+        """One level per head."""
+        return self.heads
+
+
+class HeadDrafter(SteppedHeads):
+    """Base of the head families whose steps read nothing but memory and token.
+
+    Subclasses define `step` and `feature`, and override `begin` when their start is more than the
+    target's state.
+
+    Args:
+        shape, heads, draft_vocabulary, decay: as in `SteppedHeads`.
+    """
+
+    def __init__(
+        self, shape: TargetShape, heads: int, draft_vocabulary: int | None, decay: float
+    ) -> None:
+        super().__init__(shape, heads, draft_vocabulary, decay)
+        self.layers = nn.ModuleList()
+
+    @torch.no_grad()
+    def initialise(self, target: Target) -> None:
+        """Also start the layers (`start_layers`)."""
+        self.start_layers(target)
+        super().initialise(target)
 
     def start_layers(self, target: Target) -> None:
         """Copy the target's last layer into the drafter's layers of the same type."""
@@ -158,16 +189,6 @@ class HeadDrafter(TrainedDrafter):
             yield recomputed(self.recompute, self.feature, depth, memory, tokens, target)
 
     # -- decoding ----------------------------------------------------------------------------------
-
-    @property
-    def decoding_states(self) -> tuple[StateName, ...]:
-        """The state it starts from."""
-        return (self.reads,)
-
-    @property
-    def max_depth(self) -> int:
-        """One level per head."""
-        return self.heads
 
     def start(self, context: Context) -> HeadState:
         """State after the prompts, from the target's states of them."""

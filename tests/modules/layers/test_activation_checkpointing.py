@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from modules.contracts.trainable import Trainable
-from modules.drafters.feature import base as feature_drafter
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
 from modules.judges.judge import Judge
+from modules.layers import hanging_attention
 from modules.layers.activation_checkpointing import use_activation_checkpointing
 from modules.layers.decoder_layer import DecoderLayer
 from modules.target.kernels import compiled_calls as compiled
@@ -107,14 +107,14 @@ def test_attention_in_parts_is_attention_at_once(
 ) -> None:
     """One row at a time, and three."""
     _, loss, expected = kept_and_gradients(drafter("eagle3"))
-    calls, whole = [], feature_drafter.hanging_attention
+    calls, whole = [], hanging_attention.hanging_attention
 
     def counted(queries: Tensor, *arguments: object) -> Tensor:
         calls.append(len(queries))
         return whole(queries, *arguments)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(feature_drafter, "hanging_attention", counted)
-    monkeypatch.setattr(feature_drafter, "MAX_SCORES", limit)
+    monkeypatch.setattr(hanging_attention, "hanging_attention", counted)
+    monkeypatch.setattr(hanging_attention, "MAX_SCORES", limit)
     _, same, found = kept_and_gradients(drafter("eagle3"))
     assert max(calls) == max(1, limit // (4 * 24)) and same == pytest.approx(loss)
     for one, other in zip(found, expected, strict=True):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from configs.command_line.loading import run as one_line_run
 from modules.contracts.shapes import TargetShape
-from modules.drafters.feature.base import hanging_attention
 from modules.layers.decoder_layer import DecoderLayer
+from modules.layers.hanging_attention import hanging_attention
 from tests.fakes import tiny_target
 from train import throughput
 from train.throughput import (

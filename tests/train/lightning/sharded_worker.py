@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-import modules.drafters.feature.base as feature_drafter
 import modules.losses.chunked as losses
 import modules.preference.sparsepo as sparsepo
 import train.run
 from configs.command_line.loading import parse, recipes
 from modules.drafters.blocks.documents import Documents
+from modules.layers import hanging_attention
 from modules.preference.aligned_drafting import AlignedDrafting
 from tests.fakes import tiny_target
 from train.cli import make_parser, recipe_of
@@ -224,7 +224,7 @@ def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # What is imported is no garbage, and DeepSpeed looks for some in every case.
     faulthandler.dump_traceback_later(limit(names) - 5, exit=True)
-    losses.MAX_LOGITS = feature_drafter.MAX_SCORES = ROWS_PER_CHUNK * VOCABULARY
+    losses.MAX_LOGITS = hanging_attention.MAX_SCORES = ROWS_PER_CHUNK * VOCABULARY
     train.run.strategy_named = at_scale
     chunks, groups = losses._slices, Documents.groups
     for name in names:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modules.drafters.feature.base import hanging_attention
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.fspad import Fspad
+from modules.layers.hanging_attention import hanging_attention
 from modules.losses.chunked import training_rows
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built, filled
