@@ -16,6 +16,7 @@ from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.fspad import Fspad
+from modules.drafters.heads.chimera import Chimera
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.clover2 import Clover2
 from modules.drafters.heads.hydra import Hydra
@@ -69,6 +70,13 @@ FAMILIES: dict[str, Build] = {
     "falcon": lambda shape: Falcon(shape, 3, draft_vocabulary=DRAFTED, tree=None),
     "falcon_linear": lambda shape: Falcon(shape, 3, lstm=False),
     "falcon_causal": lambda shape: Falcon(shape, 3, relaxed_mask=False),
+    "chimera": lambda shape: Chimera(shape, 3, draft_vocabulary=DRAFTED),
+    "chimera_tied": lambda shape: Chimera(
+        shape, 3, "tied", trigrams=False, block_start="target", labels="greedy"
+    ),
+    "chimera_small": lambda shape: Chimera(
+        shape, 3, "shared", attention=False, labels="soft", detach=False, memo=0
+    ),
     "hydra_shared": lambda shape: Hydra(shape, 3, prefix=False, lm_head="shared"),
 }
 

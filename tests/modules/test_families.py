@@ -92,7 +92,7 @@ def test_a_batch_drafts_what_each_prompt_alone_does(name: str) -> None:
     assert [trace.accepted for trace in together] == [trace.accepted for trace in alone]
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "clover", "falcon"])
+@pytest.mark.parametrize("name", ["eagle", "eagle3", "fspad", "chimera", "clover", "falcon"])
 def test_reranked_trees_change_no_token(name: str) -> None:
     prompts = [[7, 8, 9, 10], [20, 30]]
     decoder = SpeculativeDecoder(
@@ -136,7 +136,17 @@ def teach(drafter: TrainedDrafter, batch, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["medusa", "clover", "clover_mlp_fusion", "clover2", "hydra", "eagle", "eagle3", "fspad"],
+    [
+        "medusa",
+        "chimera",
+        "clover",
+        "clover_mlp_fusion",
+        "clover2",
+        "hydra",
+        "eagle",
+        "eagle3",
+        "fspad",
+    ],
 )
 def test_drafts_continue_a_cycle_they_learnt(name: str, monkeypatch) -> None:
     """Trained on x_t = t mod m, every step must draft the token that decoding needs from it: no
