@@ -85,6 +85,10 @@ class TrainingRows:
         """Rows [B,T,...] at the training positions [M,...]."""
         return rows_BTX.flatten(0, 1)[self.flat_MK1[:, 0]]
 
+    def only(self, rows_R: Tensor) -> TrainingRows:
+        """These rows alone (indices, or bool [M])."""
+        return TrainingRows(self.flat_MK1[rows_R], self.tokens_MK1[rows_R], self.valid_MK[rows_R])
+
 
 def training_rows(batch: TextBatch, steps: int, among_BT: Tensor | None = None) -> TrainingRows:
     """The positions whose first draft is an assistant token, or those `among_BT` with any such

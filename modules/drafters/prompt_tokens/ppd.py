@@ -40,6 +40,7 @@ from modules.drafters.prompt_tokens.sparse_tree import (
 from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies
 from modules.losses.chunked import Head, TrainingRows, training_rows
 from modules.losses.divergences import forward_kl
+from modules.losses.row_subsets import some_rows
 from modules.trees.named_trees import Path
 
 if TYPE_CHECKING:
@@ -210,13 +211,7 @@ class PPD(TrainedDrafter):
     def cuts(self, batch: TextBatch, most: int) -> TrainingRows:
         """Up to so many of every packed row or document."""
         rows = training_rows(batch, self.draft_steps)
-        flat_M = rows.flat_MK1[:, 0]
-        unit = flat_M // batch.input_ids.shape[1]
-        if self.groups_per == "document":
-            documents = batch.document_ids
-            unit = unit * (int(documents.max()) + 1) + documents.flatten()[flat_M]
-        chosen = some_of_each(unit, most, self.training)
-        return TrainingRows(rows.flat_MK1[chosen], rows.tokens_MK1[chosen], rows.valid_MK[chosen])
+        return some_rows(rows, batch, most, self.groups_per == "document", self.training)
 
     def passed(self, batch: TextBatch, target: Target, rows: TrainingRows) -> tuple[Tensor, Tensor]:
         """One pass: final states of the text [B,T,H] and of the prompt tokens [M,K,X]."""
@@ -359,17 +354,3 @@ class PPD(TrainedDrafter):
             counts[path[-1]] for counts, path in zip(appended.counts, accepted.paths, strict=True)
         )
         return replace(after, final_BKX=self.side_by_side(final_BEH), available=available)
-
-
-def some_of_each(unit_M: Tensor, most: int, randomly: bool) -> Tensor:
-    """Indices of up to `most` rows of each unit (int64 [M]), evenly spaced or at random."""
-    count = len(unit_M)
-    order = torch.randperm(count, device=unit_M.device) if randomly else torch.arange(count)
-    order = order.to(unit_M.device)
-    order = order[unit_M[order].argsort(stable=True)]
-    _, inverse, sizes = unit_M[order].unique_consecutive(return_inverse=True, return_counts=True)
-    place = torch.arange(count, device=unit_M.device) - (sizes.cumsum(0) - sizes)[inverse]
-    size, retained = sizes[inverse], sizes.clamp(max=most)[inverse]
-    # Row r of c is chosen where the count of chosen ones, r * retained / c rounded down, goes up.
-    chosen = (place + 1) * retained // size > place * retained // size
-    return order[chosen].sort().values

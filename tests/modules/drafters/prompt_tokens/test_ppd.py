@@ -15,9 +15,10 @@ from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.prompt_tokens.ppd import PPD, PromptState, some_of_each
+from modules.drafters.prompt_tokens.ppd import PPD, PromptState
 from modules.drafters.prompt_tokens.prompt_rows import HostCounts, PromptRows, prompt_rows
 from modules.losses.divergences import forward_kl
+from modules.losses.row_subsets import some_of_each
 from modules.trees.sampled.branching import DrawnTree
 from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
