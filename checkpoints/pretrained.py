@@ -399,17 +399,20 @@ def warm_start(trainable: Trainable, name: str | Path) -> None:
     heads), one of the same class all of them. Drafters in other formats count as their class here.
 
     Raises:
-        ValueError: an unrelated class, or tensors that do not fit.
+        ValueError: an unrelated class, a layout of another kind, or tensors that do not fit.
     """
     folder = find_folder(name)
     config, tensors = _whole(read_config(folder), folder, trainable.arguments["shape"], None)
     kind = trainable_class(config["drafter_type"], config["class"])
-    # 1. Class and rotary parameters must agree.
+    # 1. Class, arguments and rotary parameters must agree.
     if not isinstance(trainable, kind):
         raise ValueError(
             f"init_from {str(name)!r} is a {kind.__name__}, the config trains a "
             f"{type(trainable).__name__}: they must agree"
         )
+    refusal = trainable.refusal_to_start(config["arguments"])
+    if refusal is not None:
+        raise ValueError(f"init_from {str(name)!r} has {refusal}")
     rope = trainable.arguments["shape"].rope
     if "format" in config and config["target"]["shape"]["rope"] != rope:
         raise ValueError(

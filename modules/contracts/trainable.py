@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -231,6 +231,12 @@ class Trainable(SteadyBuffers):
         """Copy whatever starts from the target's weights. Called once, before training from
         scratch.
         """
+
+    def refusal_to_start(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why weights of an earlier component with these arguments must not be its beginning,
+        although their shapes fit; None if they may.
+        """
+        return None
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that training changes, and the only ones that gradients may reach."""

@@ -224,14 +224,24 @@ class Attention(nn.Module):
         """Queries [B,N,Q,D] (of `asking_BNX`, if given), keys and values [B,N,G,D]; queries and
         keys rotated to their positions.
         """
-        # 1. Project into heads.
         asking_BNX = hidden_BNX if asking_BNX is None else asking_BNX
         queries = self.q_norm(self.q_proj(asking_BNX).unflatten(-1, (self.heads, self.head_dim)))
+        return self._rotated(queries, hidden_BNX, position_ids_BN)
+
+    def keys_values(self, hidden_BNX: Tensor, position_ids_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """The same keys and values [B,N,G,D], of rows without a query."""
+        none_BN0D = hidden_BNX.new_empty(*hidden_BNX.shape[:2], 0, self.head_dim)
+        _, keys, values = self._rotated(none_BN0D, hidden_BNX, position_ids_BN)
+        return keys, values
+
+    def _rotated(
+        self, queries_BNQD: Tensor, hidden_BNX: Tensor, position_ids_BN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values."""
         keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
         values = self.v_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim))
-        # 2. Rotate.
         cosine, sine = self.rotary(values, position_ids_BN)
-        queries, keys = apply_rotary_pos_emb(queries, keys, cosine, sine, unsqueeze_dim=2)
+        queries, keys = apply_rotary_pos_emb(queries_BNQD, keys, cosine, sine, unsqueeze_dim=2)
         return queries, keys, values
 
 

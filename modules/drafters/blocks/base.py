@@ -109,8 +109,14 @@ class BlockDrafter(TrainedDrafter):
         outputs = self.unrolled(batch, target, rows)
         return self.weighted(self.scored(batch, target, rows, distributions, outputs), batch)
 
-    def slot_weights(self, losses_MK: Tensor, counted_MK: Tensor) -> Tensor:
-        """Weights [M,K] of the slots' losses, without gradient."""
+    def slot_weights(self, losses_MK: Tensor, counted_MK: Tensor, valid_MK: Tensor) -> Tensor:
+        """Weights [M,K] of the slots' losses, without gradient.
+
+        Args:
+            losses_MK: without gradient.
+            counted_MK: bool, slots with a label to learn; others weigh nothing.
+            valid_MK: bool, slots with a label, one that cannot be drafted included.
+        """
         slots = torch.arange(self.block, device=losses_MK.device)
         return (self.decay**slots).to(losses_MK.dtype).expand_as(losses_MK)
 
@@ -124,7 +130,8 @@ class BlockDrafter(TrainedDrafter):
         # One mean over all slots of all blocks, of all processes.
         losses_MK = torch.stack([step.losses_M for step in steps], 1)
         counted_MK = torch.stack([step.counted_M for step in steps], 1)
-        weights_MK = self.slot_weights(losses_MK.detach(), counted_MK) * counted_MK
+        valid_MK = torch.stack([step.valid_M for step in steps], 1)
+        weights_MK = self.slot_weights(losses_MK.detach(), counted_MK, valid_MK) * counted_MK
         total = (weights_MK * losses_MK).sum() / divisor(weights_MK.sum())
         # A run of correct tokens ends at the first slot that is wrong or has no label.
         right_MK = torch.stack([(step.ranks_M < 1) & step.valid_M for step in steps], 1)
