@@ -44,9 +44,10 @@ QUIET = {
     "random_phase": False,
     "estimator_dropout": 0.0,
     "groups": 512,
+    "anchors": 512,
 }
 """Arguments of drafters that draw random numbers, of which two processes draw others than one; with
-so many groups PPD cuts at every token."""
+so many groups and anchors every token has one."""
 TIED = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
