@@ -5,7 +5,7 @@ Shape legend: B sequences, N rows of one call, S attended slots, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistr
 _MASK_BY_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 _OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 """Architectures whose norms multiply by one plus their weight."""
-_LAYERS, _NORMS = ("layers", "h"), ("norm", "ln_f", "final_layer_norm")
+_LAYERS, _NORMS = ("layers", "h", "block"), ("norm", "ln_f", "final_layer_norm")
 
 
 class Architecture:
@@ -27,34 +27,41 @@ class Architecture:
     architecture.
     """
 
+    supported: ClassVar[tuple[str, ...]] = SUPPORTED
+
     def __init__(self, model: Any) -> None:
         self.config = model.config
-        if self.config.model_type not in SUPPORTED:
+        if self.config.model_type not in self.supported:
             raise ValueError(
                 f"target architecture {self.config.model_type!r} is not supported: use one of "
-                f"{', '.join(SUPPORTED)}"
+                f"{', '.join(self.supported)}"
             )
         # 1. Names differ by architecture.
-        decoder = model.base_model
-        self.decoder: Any = decoder.decoder if self.config.model_type == "opt" else decoder
-        self._layers_name = next(name for name in _LAYERS if hasattr(self.decoder, name))
+        self.stack: nn.Module = self._stack_of(model)
+        self.decoder: Any = self.stack
+        self._layers_name = next(name for name in _LAYERS if hasattr(self.stack, name))
         norm_name = next(
-            (name for name in _NORMS if getattr(self.decoder, name, None) is not None), None
+            (name for name in _NORMS if getattr(self.stack, name, None) is not None), None
         )
-        self.norm: nn.Module | None = getattr(self.decoder, norm_name) if norm_name else None
+        self.norm: nn.Module | None = getattr(self.stack, norm_name) if norm_name else None
         # 2. The library names these.
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
+    def _stack_of(self, model: Any) -> nn.Module:
+        """The module that holds the decoder layers and the final norm."""
+        decoder = model.base_model
+        return decoder.decoder if self.config.model_type == "opt" else decoder
+
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
-        return getattr(self.decoder, self._layers_name)
+        return getattr(self.stack, self._layers_name)
 
     @layers.setter
     def layers(self, layers: nn.ModuleList) -> None:
-        self.decoder.register_module(self._layers_name, layers)
+        self.stack.register_module(self._layers_name, layers)
 
     @property
     def shape(self) -> TargetShape:
@@ -119,7 +126,7 @@ class Architecture:
         """
         # 1. The mask of full attention.
         seen = _visible(rows, cache)
-        full = _additive(seen, embeddings_BNH.dtype)
+        full = additive(seen, embeddings_BNH.dtype)
         # 2. The mask of sliding windows, where the model has some.
         window = getattr(self.config, "sliding_window", None)
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
@@ -128,7 +135,7 @@ class Architecture:
         narrow = (
             full
             if window is None
-            else _additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
+            else additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
         )
         if self.config.model_type in _MASK_BY_LAYER_TYPE:
             return {"full_attention": full, "sliding_attention": narrow}
@@ -174,22 +181,27 @@ def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
 
 def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
     """bool [B,N,S]: slots fewer than `window` positions back."""
+    slots_BS = slot_positions(rows, cache)
+    return (rows.position_ids_BN[:, :, None] - slots_BS[:, None, :]) < window
+
+
+def slot_positions(rows: Rows, cache: SlotCache | None) -> Tensor:
+    """int64 [B,S]: the position of each slot that the rows attend to."""
     here = rows.position_ids_BN
     if cache is None:
-        return (here[:, :, None] - here[:, None, :]) < window
+        return here
     assert cache.positions_BJ is not None
     if rows.committed_BS is not None:
         # A committed slot is its position.
-        slots = torch.cat([rows.committed_BS.expand(cache.batch_size, -1), cache.positions_BJ], 1)
-        return (here[:, :, None] - slots[:, None, :]) < window
+        return torch.cat([rows.committed_BS.expand(cache.batch_size, -1), cache.positions_BJ], 1)
     # A committed slot is its position, recent rows have theirs.
     batch, width = cache.positions_BJ.shape
     slots = torch.arange(cache.window(width), device=here.device).expand(batch, -1).clone()
     recent = cache.lengths_tensor(here.device)[:, None] + torch.arange(width, device=here.device)
-    slots.scatter_(1, recent, cache.positions_BJ)
-    return (here[:, :, None] - slots[:, None, :]) < window
+    return slots.scatter(1, recent, cache.positions_BJ)
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask [B,1,N,S] of what is visible [B,N,S]."""
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, torch.finfo(dtype).min)[:, None]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from modules.contracts.rows import Rows
 from modules.contracts.verification import Accepted
@@ -37,6 +37,30 @@ class Buffers:
         self.store, self.keys, self.values = store, [*store[:, 0]], [*store[:, 1]]
         for buffer in (*self.keys, *self.values):
             torch._dynamo.mark_static_address(buffer)
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """An encoder's output, to which every call of an encoder-decoder model's decoder attends. No
+    commit changes it.
+
+    states_BSH: of the source's S tokens. mask_BNS: additive, [B,1,1,S]. cache: the decoder layers'
+    keys and values of it, which the first call computes.
+    """
+
+    states_BSH: Tensor
+    mask_BNS: Tensor
+    cache: DynamicCache
+
+    def select(self, sequences_S: Tensor) -> EncodedSource:
+        """The same of these sequences alone (int64 [S]), which may repeat."""
+        layers = [
+            (layer.keys[sequences_S], layer.values[sequences_S])
+            for layer in cast(list[Any], self.cache.layers)
+        ]
+        return EncodedSource(
+            self.states_BSH[sequences_S], self.mask_BNS[sequences_S], DynamicCache(layers)
+        )
 
 
 class SlotCache(Cache):
@@ -81,6 +105,8 @@ class SlotCache(Cache):
         """
         self.positions_BJ: Tensor | None = None
         """Positions of the rows written since the last commit."""
+        self.encoded: EncodedSource | None = None
+        """Of an encoder-decoder model, what its encoder read."""
 
     @property
     def batch_size(self) -> int:
@@ -231,12 +257,16 @@ class SlotCache(Cache):
         chosen._stores = {
             device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()
         }
+        chosen.encoded = None if self.encoded is None else self.encoded.select(sequences_S)
         return chosen
 
     def keep(self, sequences: list[int]) -> None:
         """Keep only these sequences, which may repeat."""
         self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
         self._change(lambda store: store[:, :, sequences].contiguous())
+        if self.encoded is not None:
+            rows_S = torch.tensor(sequences, device=self.encoded.states_BSH.device)
+            self.encoded = self.encoded.select(rows_S)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Longest committed length (part of Hugging Face's interface)."""

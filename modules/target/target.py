@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,13 @@ class Target(SteadyBuffers):
         name: what reports call it.
     """
 
+    architecture_type: ClassVar[type[Architecture]] = Architecture
+
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         # 1. State of the hooks and of what is computed once.
-        self.architecture = Architecture(model)
+        self.architecture = self.architecture_type(model)
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
