@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.contracts.batches import TextBatch
@@ -20,6 +20,7 @@ from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import Decoder
+from modules.target.seq2seq.target import Seq2SeqTarget
 from modules.target.target import Target
 
 _TEMPLATE = (
@@ -68,6 +69,50 @@ def tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
+
+
+SEQ2SEQ = {
+    "t5": {
+        "d_model": 32,
+        "d_kv": 6,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12,
+        "decoder_start_token_id": 2,
+    },
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 512,
+        "decoder_start_token_id": 2,
+        "scale_embedding": True,
+    },
+}
+
+
+def tiny_seq2seq(arch: str = "t5", vocab: int = 128, seed: int = 0) -> Seq2SeqTarget:
+    """A random-weight encoder-decoder target in float64, whose norms and positions all matter."""
+    ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "forced_eos_token_id": None}
+    config = CONFIG_MAPPING[arch](vocab_size=vocab, **ids, **SEQ2SEQ[arch])
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.6)
+            elif name.endswith("weight"):
+                parameter.uniform_(0.3, 2)
+            else:
+                parameter.normal_(0, 0.1)
+    return Seq2SeqTarget(model, tiny_tokenizer(vocab), f"tiny-{arch}")
 
 
 def tiny_target(

@@ -184,13 +184,15 @@ class Session(Protocol):
 
     @property
     def lengths_B(self) -> Tensor:
-        """int64 [B]: committed tokens."""
+        """int64 [B]: committed tokens, of an encoder-decoder model those of its decoder."""
         ...
 
     def prefill(
         self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName] = ()
     ) -> tuple[Tensor, dict[StateName, Tensor]]:
-        """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]."""
+        """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]. Of
+        an encoder-decoder model the first call is read by its encoder.
+        """
         ...
 
     def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from modules.runtime.files import as_umask_says, scratch_beside
 from modules.runtime.progress_bars import one_line_each
 from modules.target.generation_config import unapplied_notice
 from modules.target.outline import check_config, named, read_tokenizer
+from modules.target.seq2seq.architecture import SEQ2SEQ
+from modules.target.seq2seq.target import Seq2SeqTarget
 from modules.target.target import Target
 from modules.target.tokenizers.chat_template import give_arguments
 
@@ -120,8 +128,8 @@ def load_target(
             print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
     # 2. Config and tokenizer, before the weights.
     folder, options = locate(name), loading_options(dtype, device)
-    check_config(name, folder)
-    tokenizer, loader = read_tokenizer(name, folder, chats), AutoModelForCausalLM
+    loader, kind = _classes(check_config(name, folder))
+    tokenizer = read_tokenizer(name, folder, chats)
     give_arguments(tokenizer, chat_template or {}, name)
     # 3. The weights.
     with one_line_each(), named(name):
@@ -130,7 +138,7 @@ def load_target(
     # 4. Warn about ignored settings.
     if notice := unapplied_notice(model.generation_config):
         logger.warning("target %r: %s", name, notice)
-    target = Target(model if "device_map" in options else model.to(device), tokenizer, name)
+    target = kind(model if "device_map" in options else model.to(device), tokenizer, name)
     if target.device.type == "cuda":
         # Compiled kernels, and tensors of no named device, go to the current one.
         torch.cuda.set_device(target.device)
@@ -196,16 +204,22 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     # 1. Config and tokenizer.
     check_unquantised(dtype)
     dtype, folder = chosen_dtype(dtype), locate(name)
-    check_config(name, folder)
+    loader, kind = _classes(check_config(name, folder))
     tokenizer = read_tokenizer(name, folder)
     give_arguments(tokenizer, chat_template or {}, name)
     with named(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # 2. A model whose tensors take no memory.
-    loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])
-    return Target(model, tokenizer, name)
+    return kind(model, tokenizer, name)
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[Any, type[Target]]:
+    """The library's class that loads a model of this config, and ours around it."""
+    if config["model_type"] in SEQ2SEQ:
+        return AutoModelForSeq2SeqLM, Seq2SeqTarget
+    return AutoModelForCausalLM, Target
 
 
 def check_unquantised(dtype: str) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modules.target.architecture import SUPPORTED
+from modules.target.seq2seq.architecture import SEQ2SEQ
 
 
 def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, Any]:
@@ -32,7 +33,8 @@ def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, A
             with open(adapter, encoding="utf-8") as file:
                 folder = json.load(file)["base_model_name_or_path"]
         values = PretrainedConfig.get_config_dict(folder)[0]
-    label, supported = f"{what} {name!r}", f"use a model of one of {', '.join(SUPPORTED)}"
+    usable = (*SUPPORTED, *SEQ2SEQ) if what == "target" else SUPPORTED
+    label, supported = f"{what} {name!r}", f"use a model of one of {', '.join(usable)}"
     # 2. A supported architecture, without code of the repository.
     kind = values.get("model_type")
     if kind is None:
@@ -40,7 +42,7 @@ def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, A
             f"{label} has no config.json that names its architecture (model_type): give a whole "
             "model"
         )
-    if kind not in SUPPORTED:
+    if kind not in usable:
         code = " and brings code of its own, which is never run" if values.get("auto_map") else ""
         raise ValueError(
             f"{label} has architecture {kind!r}, which is not supported{code}: {supported}"

@@ -1,0 +1,1 @@
+"""Encoder-decoder targets (T5, BART), with the sessions of any other target."""
