@@ -1,6 +1,8 @@
 """What training and the target consume: batches of text and the rows that layers run over.
 
-Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size.
+Shape legend: B sequences, T tokens of a packed row, N rows of one call, H hidden size, M rows of a
+loss, P positions whose distribution is stored, K tokens of each, V target vocabulary, D draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +18,34 @@ from modules.contracts.shapes import StateName
 PADDING_DOCUMENT = -1
 
 
+@dataclass(frozen=True)
+class TeacherProbs:
+    """The target's distributions at some positions of a batch, computed earlier: K probabilities
+    each, and the remainder spread evenly over all other tokens.
+
+    flat_P: int64 [P], ascending: positions b * T + t. There the distribution is that of token
+    t + 1.
+    tokens_PK: int64 [P,K]. probs_PK: float [P,K], of a sum of at most 1.
+    size: V.
+    """
+
+    flat_P: Tensor
+    tokens_PK: Tensor
+    probs_PK: Tensor
+    size: int
+
+    def over(self, flat_M: Tensor, vocabulary_D: Tensor | None = None) -> Tensor:
+        """The probabilities [M,V] at flat positions, or [M,D] of some tokens, not renormalised. A
+        position that is not stored gets those of another one: it must not count.
+        """
+        index = torch.searchsorted(self.flat_P, flat_M).clamp(max=len(self.flat_P) - 1)
+        probs = self.probs_PK[index]
+        rest_M1 = (1 - probs.sum(-1, keepdim=True)).clamp(min=0)
+        each_M1 = rest_M1 / max(1, self.size - probs.shape[1])
+        whole = each_M1.expand(-1, self.size).scatter(1, self.tokens_PK[index], probs)
+        return whole if vocabulary_D is None else whole[:, vocabulary_D]
+
+
 @dataclass
 class TextBatch:
     """Packed token rows. A padding token has document id -1, sees only itself and is never in the
@@ -27,6 +57,8 @@ class TextBatch:
     position_ids: int64 [B,T], restarting at 0 with each document.
     document_ids: int64 [B,T], distinct per document within a row.
     states: `{name: [B,T,H]}` of the frozen target, read from the feature cache or filled in online.
+    teacher: the target's distributions of all labels, where they are there already: losses that
+        learn distributions then read no `final` states for them.
     """
 
     input_ids: Tensor
@@ -34,6 +66,7 @@ class TextBatch:
     position_ids: Tensor
     document_ids: Tensor
     states: dict[StateName, Tensor] = field(default_factory=dict)
+    teacher: TeacherProbs | None = None
 
     def texts(self) -> tuple[TextBatch, ...]:
         """The text batches in it: this one alone."""

@@ -19,7 +19,7 @@ from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.contracts.token_tree import SiblingDraw
-from modules.decoding.loop import Run, Trace, check_limit
+from modules.decoding.loop import Observer, Run, Trace, check_limit
 from modules.decoding.timing import Clock
 from modules.decoding.translation import in_target_ids
 from modules.target.kernels.cpu_kernels import use_narrow_linears
@@ -136,9 +136,15 @@ class SpeculativeDecoder:
         learns = self.drafter is not None and self.drafter.learns
         return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
-    def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
+    def decode(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        limit: int,
+        observer: Observer | None = None,
+    ) -> list[Trace]:
         """Continue every prompt by at most `limit` tokens, as one batch."""
-        run = self._begin(prompts, sampling, limit)
+        run = self.begin(prompts, sampling, limit, observer)
         for _ in run:
             pass
         return run.traces
@@ -147,13 +153,20 @@ class SpeculativeDecoder:
         self, prompt: list[int], sampling: Sampling, limit: int
     ) -> Iterator[tuple[int, bool]]:
         """The tokens of one answer as they come, each with whether it was drafted."""
-        run, shown = self._begin([prompt], sampling, limit), 0
+        run, shown = self.begin([prompt], sampling, limit), 0
         for _ in run:
             trace = run.traces[0]
             yield from zip(trace.ids[shown:], trace.drafted[shown:], strict=True)
             shown = len(trace.ids)
 
-    def _begin(self, prompts: Sequence[list[int]], sampling: Sampling, limit: int) -> Run:
+    def begin(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        limit: int,
+        observer: Observer | None = None,
+    ) -> Run:
+        """One batch before its first step; iterate over it to decode."""
         # 1. Refuse what cannot be decoded.
         longest = max(map(len, prompts))
         check_limit(limit)
@@ -193,4 +206,5 @@ class SpeculativeDecoder:
             limit=limit,
             generators=generators,
             clock=Clock(self.target.device),
+            observer=observer,
         )

@@ -1,13 +1,14 @@
 """The speculative loop over one batch: propose, verify, accept, commit.
 
-Shape legend: B sequences still running, T prompt tokens, N nodes, A accepted rows.
+Shape legend: B sequences still running, T prompt tokens, N nodes, A accepted rows, H hidden size,
+V target vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +54,23 @@ class Trace:
     def decode_seconds(self) -> float:
         """Seconds of all phases but prefill."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "prefill")
+
+
+class Observer(Protocol):
+    """Reads what the target computes during decoding, and changes nothing.
+
+    states: target states that it reads besides those of drafter and rule.
+    """
+
+    states: tuple[StateName, ...]
+
+    def begin(self, logits_BV: Tensor, states: dict[StateName, Tensor]) -> None:
+        """The logits of the first token of each sequence, and the prompts' states [B,T,H]."""
+        ...
+
+    def step(self, sequences: list[int], verified: Verified, accepted: Accepted) -> None:
+        """One call of the target; `sequences` are the numbers of those still running."""
+        ...
 
 
 class StepResult(NamedTuple):
@@ -113,6 +131,7 @@ class Run:
     limit: int
     generators: list[torch.Generator]
     clock: Clock
+    observer: Observer | None = None
     traces: list[Trace] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,9 +145,10 @@ class Run:
 
     @property
     def states(self) -> tuple[StateName, ...]:
-        """Target states that drafter and rule read."""
-        wanted = (*(self.drafter.decoding_states if self.drafter else ()), *self.rule.states)
-        return tuple(dict.fromkeys(wanted))
+        """Target states that drafter, rule and observer read."""
+        drafted = self.drafter.decoding_states if self.drafter else ()
+        observed = self.observer.states if self.observer else ()
+        return tuple(dict.fromkeys((*drafted, *self.rule.states, *observed)))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[None]:
@@ -154,6 +174,8 @@ class Run:
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
             self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
+        if self.observer is not None:
+            self.observer.begin(logits_BV, states)
         # 3. The drafter starts from its target states.
         first = self.clock.elapsed()
         if self.drafter is not None:
@@ -184,6 +206,8 @@ class Run:
             verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
             accepted, results = read_to_host(tree, self.rule(tree, verified, self._draws))
+        if self.observer is not None:
+            self.observer.step(self._alive, verified, accepted)
         with self.clock.phase("commit"):
             self._session.commit(accepted)
         self._absorb(verified, accepted)

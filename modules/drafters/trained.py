@@ -246,10 +246,17 @@ class TrainedDrafter(Drafter):
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Distributions | None:
         """The target's distributions of the labels, if they are learnt; in float32 also for a
-        16-bit target.
+        16-bit target. Those that come with the batch are taken as they are.
         """
         if not self.soft_labels:
             return None
+        if (teacher := batch.teacher) is not None:
+
+            def recorded(flat_M: Tensor) -> Tensor:
+                probs = teacher.over(flat_M, self.vocabulary_D)
+                return probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+
+            return recorded
         return target_distributions(
             lambda hidden: target.unrounded_logits(hidden, self.vocabulary_D),
             batch.states["final"],

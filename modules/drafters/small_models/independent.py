@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,9 +239,10 @@ class Independent(TokenDrafter):
         """The mean divergence; in validation also the expected acceptance."""
         if self.training and self.own_text:
             batch = self.own_or_given(batch)
-        # The teacher's states are computed at the target's own precision.
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            batch = replace(batch, states={"final": final_states(batch, target)})
+        if batch.teacher is None:
+            # The teacher's states are computed at the target's own precision.
+            with torch.autocast(batch.input_ids.device.type, enabled=False):
+                batch = replace(batch, states={"final": final_states(batch, target)})
         step = next(self.steps(batch, target))
         losses_M, counted_M = step.losses_M, step.counted_M
         metrics = {"top1_0": accuracy(step.ranks_M, step.valid_M, 1)}
@@ -256,15 +258,16 @@ class Independent(TokenDrafter):
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
         """1 − Σ_v min(p, q) [M], p not renormalised, in every row with a label, drafted or not."""
-        distributions, final_BTH, size = (
-            step.distributions,
-            batch.states["final"],
-            target.shape.vocab_size,
-        )
+        distributions, teacher = step.distributions, batch.teacher
         # p over a trimmed vocabulary sums to less than 1: the rest is always rejected.
-        if self.vocabulary_D is not None:
+        if teacher is not None:
+            distributions = partial(teacher.over, vocabulary_D=self.vocabulary_D)
+        elif self.vocabulary_D is not None:
             distributions = covered_distributions(
-                target.unrounded_logits, final_BTH, self.vocabulary_D, size
+                target.unrounded_logits,
+                batch.states["final"],
+                self.vocabulary_D,
+                target.shape.vocab_size,
             )
         counted_M = torch.where(step.valid_M, 0, IGNORED)
         return cross_entropy(

@@ -69,7 +69,7 @@ def watched(decoder: SpeculativeDecoder, limit: int = 12) -> list[Counter[str]]:
     """What each step did in which no sequence ended; the first one, which derives the tree's shape,
     left out.
     """
-    run = decoder._begin([[7, 9, 11], [12, 8, 13]], Sampling(), limit)
+    run = decoder.begin([[7, 9, 11], [12, 8, 13]], Sampling(), limit)
     steps, counts, running = iter(run), [], 2
     next(steps)
     while run._alive:
