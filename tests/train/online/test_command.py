@@ -1,0 +1,171 @@
+"""`python -m train.online`: its recipe, its mistakes, its output, and going on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.pretrained import load_pretrained
+from configs.command_line.loading import CONFIGS, parse, run
+from data.conversations import prompt_ids
+from modules.contracts.sampling import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.target.target import Target
+from tests.fakes import tiny_target
+from train.online.__main__ import command, make_parser, recipe_of
+from train.online.service import ANSWERS
+
+CHATS = [
+    {"prompt": "how many?", "topic": "numbers"},
+    {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x"},
+                  {"role": "user", "content": "two"}]},
+    {"prompt": "word " * 200},
+    {"tools": [{}], "prompt": "weather"},
+    {"prompt": "why?"},
+    {"prompt": "when?"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Target:
+    target = tiny_target(dtype=torch.float32)
+    monkeypatch.setattr("train.online.__main__.outline", lambda *_: target)
+    monkeypatch.setattr("train.online.__main__.load_target", lambda *_: target)
+    return target
+
+
+@pytest.fixture
+def serve(tiny: Target, tmp_path: Path) -> Callable[..., int]:
+    """Runs a small recipe with further words."""
+    stream, recipe = tmp_path / "chats.jsonl", tmp_path / "small.yaml"
+    stream.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
+    recipe.write_text(
+        f"""\
+drafter:
+  class_path: modules.drafters.small_models.independent.Independent
+  init_args: {{layers: 1}}
+accelerator: cpu
+stream: {{requests: {stream}}}
+decoding: {{max_new_tokens: 8}}
+learning: {{interval: 2, lr: 0.01}}
+""",
+        encoding="utf-8",
+    )
+    return lambda *words: command(
+        ["--config", str(recipe), "--output", str(tmp_path / "run"), *words]
+    )
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / ANSWERS).read_text().splitlines()]
+
+
+def test_a_stream_is_answered_in_its_order(
+    serve: Callable[..., int], tiny: Target, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Later questions follow our answers to the earlier ones; what cannot be asked is counted."""
+    assert serve() == 0
+    answers = lines(tmp_path / "run")
+    assert [line["place"] for line in answers] == [0, 1, 2, 4, 5]
+    assert answers[0]["topic"] == "numbers"
+    plain = SpeculativeDecoder(tiny)
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": answers[1]["response"]},
+        {"role": "user", "content": "two"},
+    ]
+    expected = plain.decode([prompt_ids(turns, tiny.tokenizer)], Sampling(), 8)[0].ids
+    assert answers[2]["response_ids"] == expected
+    printed = capsys.readouterr().out
+    assert "5 requests" in printed and "exceed the target's context of 512" in printed
+    assert "`tools`" in printed
+
+
+def test_its_drafter_is_one_like_any_other(
+    serve: Callable[..., int], tiny: Target, tmp_path: Path
+) -> None:
+    serve()
+    drafter = load_pretrained(tmp_path / "run", tiny)
+    assert type(drafter).__name__ == "Independent"
+    serve("--overwrite", "--init_from", str(tmp_path / "run"), "--learning.interval", "0")
+    again = load_pretrained(tmp_path / "run", tiny)
+    assert all(torch.equal(p, q) for p, q in zip(drafter.parameters(), again.parameters()))
+
+
+def test_a_stopped_stream_goes_on(
+    serve: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve()
+    whole, weights = lines(tmp_path / "run"), load_pretrained(tmp_path / "run").state_dict()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.online.update.Learner.save", stop)
+        serve("--overwrite")
+    assert len(lines(tmp_path / "run")) == 2
+    assert serve("--resume") == 0
+    assert lines(tmp_path / "run") == whole
+    resumed = load_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+MISTAKES = {
+    "--learning.intervall 3": "learning.interval",
+    "--learning.interval -1": "learning.interval must be at least 0, got -1",
+    "--learning.lr 0": "learning.lr must be above 0",
+    "--learning.top_k 0": "learning.top_k must be at least 1 or null, got 0",
+    "--learning.replay 300": "learning.replay is 300, but learning.capacity 256",
+    "--learning.positions some": "learning.positions",
+    "--decoding.max_new_tokens 0": "decoding.max_new_tokens must be at least 1",
+    "--decoding.temperature -1": "temperature must be 0",
+    "--decoding.builder.class_path os.system": "decoding.builder",
+    "--stream.limit 0": "stream.limit must be at least 1",
+    "--stream.requests nowhere.jsonl": "'nowhere.jsonl' does not exist",
+    "--dtype 4bit": "4bit",
+    "--drafter.draft_vocabulary 32": "drafter.draft_vocabulary is 32",
+    "--drafter.class_path modules.judges.judge.Judge": "is no drafter",
+    "--drafter.class_path modules.drafters.heads.medusa2.Medusa2": "changes its target",
+    "--resume": "holds no run",
+    "--resume --overwrite": "contradict each other",
+    "--init_from nowhere": "'nowhere' does not exist",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: str, serve: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(lambda _: serve(*words.split()), []) == 2
+    printed = capsys.readouterr().err
+    assert MISTAKES[words] in printed and printed.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_needs_a_word(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    serve()
+    assert run(lambda _: serve(), []) == 2
+    assert "add --resume or --overwrite" in capsys.readouterr().err
+    assert run(lambda _: serve("--resume", "--learning.lr", "0.5"), []) == 2
+    assert "learning.lr is 0.5, but the run was begun with 0.01" in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "typo.yaml"
+    file.write_text("learning: {intervals: 3}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="'learning.intervals' is unknown.*learning.interval"):
+        parse(make_parser(), ["--config", "online.yaml", "--config", str(file)])
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "online").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_parse(path: Path) -> None:
+    parser = make_parser()
+    recipe = recipe_of(parser, parse(parser, ["--config", str(path)]))
+    assert recipe.learning.interval and recipe.drafter(tiny_target().shape) is not None
