@@ -6,31 +6,30 @@ arXiv 2302.01318), the drafter distilled from its target (DistillSpec, Zhou et a
 Hugging Face model behind the class that also runs the target.
 
 Shape legend: B sequences, T tokens of a packed row or prompt, N rows of one call, M training rows,
-W frontier nodes, A rows of a proposal but its root, P unread tokens, H hidden size of the drafter,
-D draft vocabulary.
+W frontier nodes, H hidden size of the drafter, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.losses import Losses, Mean
-from modules.contracts.rows import Rows, causal_rows, with_children
+from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
-from modules.contracts.target import Session, Target
+from modules.contracts.target import Target
 from modules.contracts.trainable import Footprint, GradientLayers
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.small_models.on_policy import document_prompts, written
+from modules.drafters.small_models.own_cache import OwnCacheState
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states
 from modules.losses.chunked import (
@@ -56,24 +55,6 @@ from modules.target.target import Target as LoadedTarget
 from modules.target.tokenizers.vocabulary import vocabulary_hash
 from modules.trees.reranked import RerankedTree
 from modules.trees.static import StaticTree
-
-
-@dataclass
-class IndependentState(DraftState):
-    """State of the drafter's sequences.
-
-    session: the KV cache of its own model.
-    unread_BP, unread_counts_B: tokens of the text that are not in the cache, the newest one last.
-    root_BH: the LM head's input after the newest token, once that is read.
-    above_BRA: which of the rows written ahead in this proposal (all but row 0) each row sees,
-    itself included.
-    """
-
-    session: Session
-    unread_BP: Tensor
-    unread_counts_B: Tensor
-    root_BH: Tensor | None = None
-    above_BRA: Tensor | None = None
 
 
 class Independent(TokenDrafter):
@@ -294,83 +275,27 @@ class Independent(TokenDrafter):
 
     # -- decoding ----------------------------------------------------------------------------------
 
-    def start(self, context: Context) -> IndependentState:
+    def start(self, context: Context) -> OwnCacheState:
         """State with the whole prompt unread; the first draft reads it."""
-        lengths_B, newest_B = context.lengths_B, context.newest_B
-        session = self.language_model.open(len(newest_B), context.input_ids_BT.shape[1] + 64)
-        unread_BP, counts_B = _appended(
-            context.input_ids_BT, lengths_B, newest_B[:, None], torch.ones_like(lengths_B)
-        )
-        return IndependentState(context, newest_B, lengths_B, session, unread_BP, counts_B)
+        room = context.input_ids_BT.shape[1] + 64
+        return OwnCacheState.begin(context, self.language_model.open(len(context.newest_B), room))
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one
         call.
         """
-        assert isinstance(state, IndependentState)
+        assert isinstance(state, OwnCacheState)
         head = self.head(frontier.depth, state.context.target)
-        if frontier.depth == 0 or state.above_BRA is None:
-            return head(self._read_text(state)[:, None])
-        # Each node sees its ancestors among the drafted rows, and the text before them.
-        count, ahead = state.above_BRA.shape[1:]
-        assert count == ahead + 1, "every row but the root comes after the text"
-        state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
-        positions_B1 = state.session.lengths_B[:, None] + frontier.depth - 1
-        rows = Rows(positions_B1.expand_as(frontier.tokens_BW), state.above_BRA[:, count:])
-        return head(self._read(state, frontier.tokens_BW, rows))
 
-    def _read_text(self, state: IndependentState) -> Tensor:
-        """Read the unread tokens, newest included; the LM head's inputs [B,H] after the last."""
-        count = state.unread_BP.shape[1]
-        if count or state.root_BH is None:
-            # Padding is read too, but only the unread tokens are committed.
-            rows = causal_rows(state.session.lengths_B, count)
-            final_BPH = self._read(state, state.unread_BP, rows)
-            last_B = state.unread_counts_B - 1
-            state.root_BH = final_BPH[torch.arange(len(last_B), device=last_B.device), last_B]
-            order = torch.arange(count, device=last_B.device).expand(len(last_B), -1)
-            state.session.commit(Accepted(order, state.unread_counts_B, state.newest_B))
-            state.unread_BP, state.unread_counts_B = (
-                state.unread_BP[:, :0],
-                torch.zeros_like(last_B),
-            )
-        state.above_BRA = torch.zeros(
-            len(state.newest_B), 1, 0, dtype=torch.bool, device=state.newest_B.device
-        )
-        return state.root_BH
+        def read(tokens_BN: Tensor, rows: Rows) -> Tensor:
+            return state.session.read(self.read_ids(tokens_BN), rows)
 
-    def _read(self, state: IndependentState, tokens_BN: Tensor, rows: Rows) -> Tensor:
-        state.session.reserve(rows.visible_BNJ.shape[2])
-        return state.session.read(self.read_ids(tokens_BN), rows)
+        return head(state.states(frontier, read))
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """State with the emitted tokens unread; the drafted rows are dropped."""
-        assert isinstance(state, IndependentState)
-        unread, counts = _appended(
-            state.unread_BP,
-            state.unread_counts_B,
-            accepted.emitted(verified.tree),
-            accepted.lengths_B,
-        )
-        return replace(
-            super().absorb(state, verified, accepted),
-            unread_BP=unread,
-            unread_counts_B=counts,
-            above_BRA=None,
-        )
-
-
-def _appended(
-    tokens_BP: Tensor, counts_B: Tensor, more_BN: Tensor, lengths_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The first `counts_B` tokens of each sequence followed by the first `lengths_B` of `more_BN`,
-    and the new counts.
-    """
-    places = counts_B[:, None] + torch.arange(more_BN.shape[1], device=counts_B.device)
-    counts = counts_B + lengths_B
-    return F.pad(tokens_BP, (0, more_BN.shape[1])).scatter(1, places, more_BN)[
-        :, : int(counts.max())
-    ], counts
+        assert isinstance(state, OwnCacheState)
+        return state.after(verified, accepted)
 
 
 def _check(
