@@ -22,7 +22,7 @@ from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.cost_model.budget import best_budget, budgets_on, try_budgets
 from modules.cost_model.latency_table import stored_latency
-from modules.decoding.decoder import Decoder, SpeculativeDecoder
+from modules.decoding.decoder import Composite, Decoder, SpeculativeDecoder
 from modules.decoding.translation import in_target_ids
 from modules.target.loading import missing_here
 
@@ -154,9 +154,11 @@ class Method:
 
 
 def _check_class(spec: ClassSpec, where: str, kind: Kind, positional: int) -> None:
-    """Check the class of a spec, and of a drafter those that its `init_args` name in turn."""
+    """Check the class of a spec, and of drafters and decoders those that its `init_args` name in
+    turn.
+    """
     made, arguments = class_of(spec, where, kind, positional), spec.get("init_args") or {}
-    if kind is not Kind.DRAFTER:
+    if kind not in (Kind.DRAFTER, Kind.DECODER):
         return
     # Arguments that are drafters or builders are specs themselves.
     for name, part in part_kinds(made, where).items():
@@ -383,7 +385,10 @@ def _baseline_for(row: Row, rows: list[Row]) -> str:
 
 
 def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling) -> Row:
-    decoder = construct(method.decoder or {}, f"methods: {label}", Kind.DECODER, target)
+    where = f"methods: {label}"
+    spec = _with_parts(method.decoder or {}, target, where, None, Kind.DECODER)
+    decoder: Decoder = construct(spec, where, Kind.DECODER, target)
+    parts = decoder.parts().values() if isinstance(decoder, Composite) else ()
     return Row(
         label,
         decoder,
@@ -392,6 +397,7 @@ def _decoder_row(method: Method, label: str, target: Target, sampling: Sampling)
         "",
         getattr(decoder, "claims_lossless", True),
         getattr(decoder, "engine", "slipstream"),
+        drafter_parameters=sum(part.trained_size for part in parts if isinstance(part, Drafter)),
     )
 
 
@@ -499,13 +505,17 @@ def load_drafter(
 
 
 def _with_parts(
-    source: ClassSpec, target: Target, where: str, precision: Precision | None
+    source: ClassSpec,
+    target: Target,
+    where: str,
+    precision: Precision | None,
+    made: Kind = Kind.DRAFTER,
 ) -> ClassSpec:
-    """The spec with drafters and builders constructed in place of their specs in `init_args`
-    (RASD's partner).
+    """The spec of a drafter, or of what `made` says, with drafters and builders constructed in
+    place of their specs in `init_args` (RASD's partner).
     """
     arguments = dict(source.get("init_args") or {})
-    for name, kind in part_kinds(class_of(source, where, Kind.DRAFTER, 1), where).items():
+    for name, kind in part_kinds(class_of(source, where, made, 1), where).items():
         spec = arguments.get(name)
         if kind is Kind.DRAFTER and isinstance(spec, (str, Mapping)):
             arguments[name] = _part(spec, target, f"{where}: {name}", precision)

@@ -37,6 +37,7 @@ class Trace:
     that only compute, and padding to the widest tree of the batch.
     entropies: in bits, of the model's distribution of each id, where a decoder uses them (entropy
     adaptive decoding).
+    layers: that ran before each id was chosen, where a decoder leaves some out.
     """
 
     prompt_tokens: int
@@ -49,6 +50,7 @@ class Trace:
     time_to_first_token: float = 0.0
     rows: list[int] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
 
     @property
     def decode_seconds(self) -> float:

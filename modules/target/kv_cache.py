@@ -7,7 +7,7 @@ X slots that a call reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -93,8 +93,8 @@ class SlotCache(Cache):
         self._lengths_B: Tensor | None = None
         self._devices, self.fixed = list(devices), fixed
         self._spread = len(set(self._devices)) > 1
-        self._stores: dict[torch.device, Tensor] = {}
-        """[L,2,B,K,S,D] of the layers of each device."""
+        self._stores: dict[Hashable, Tensor] = {}
+        """[L,2,B,K,S,D] of the layers of each device, or of each layer."""
         if fixed is not None and fixed.store is not None:
             self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
@@ -219,7 +219,7 @@ class SlotCache(Cache):
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `how(buffer)`, at another address."""
         self.fixed = None
-        self._stores = {device: how(store) for device, store in self._stores.items()}
+        self._stores = {place: how(store) for place, store in self._stores.items()}
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
@@ -255,7 +255,8 @@ class SlotCache(Cache):
         chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
         chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
         chosen._stores = {
-            device: store[:, :, sequences_S.to(device)] for device, store in self._stores.items()
+            place: store[:, :, sequences_S.to(store.device)]
+            for place, store in self._stores.items()
         }
         chosen.encoded = None if self.encoded is None else self.encoded.select(sequences_S)
         return chosen
