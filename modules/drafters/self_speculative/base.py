@@ -50,7 +50,7 @@ class SelfState(DraftState):
 class SelfSpeculative(TrainedDrafter):
     """Base of drafters that run layers of their target over drafted rows, in its KV cache.
 
-    Subclasses define `shared_layers` and `drafted_states`.
+    Subclasses define `shared_layers` and `run`.
     """
 
     @property
@@ -59,16 +59,14 @@ class SelfSpeculative(TrainedDrafter):
         """How many of the first layers drafting runs just as verification does."""
 
     @abstractmethod
-    def drafted_states(
-        self, state: SelfState, rows: Rows, embeddings_BWH: Tensor, reached_BWH: Tensor
-    ) -> Tensor:
-        """The LM head's inputs [B,W,H] after the newest rows of a proposal.
+    def run(self, state: SelfState, rows: Rows, embeddings_BWH: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B,W,H] of the newest rows behind the shared layers, and the LM head's inputs
+        [B,W,H] after them.
 
         Args:
             state: with these rows in its proposal.
             rows: the newest ones.
             embeddings_BWH: their inputs of the first layer.
-            reached_BWH: their states behind the shared layers.
         """
 
     def start(self, context: Context) -> DraftState:
@@ -86,16 +84,14 @@ class SelfSpeculative(TrainedDrafter):
         assert isinstance(state, SelfState)
         if frontier.depth == 0:
             state.cleared()
-        # 1. The shared layers, once for drafting and verification.
         target, session = state.context.target, state.session
+        # 1. The newest rows see those that they descend from.
         state.rows = state.rows.add(frontier)
         rows = state.rows.newest(frontier, session.lengths_B)
         session.reserve(rows.visible_BNJ.shape[2])
-        embeddings = target.embed(frontier.tokens_BW)
-        reached = session.run_layers(rows, embeddings, 0, self.shared_layers)["pre_norm"]
+        # 2. The shared layers' states are kept for verification.
+        reached, final = self.run(state, rows, target.embed(frontier.tokens_BW))
         state.hidden_BMH = torch.cat([state.hidden_BMH, reached], dim=1)
-        # 2. What is the drafter's alone.
-        final = self.drafted_states(state, rows, embeddings, reached)
         return self.head(frontier.depth, target)(final)
 
     def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:

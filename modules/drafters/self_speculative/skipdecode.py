@@ -243,13 +243,14 @@ class SkipDecode(SelfSpeculative):
         last_BH = hidden[torch.arange(batch, device=ids_BT.device), lengths_B - 1]
         return model.logits(model.final_norm(last_BH))
 
-    def drafted_states(
-        self, state: SelfState, rows: Rows, embeddings_BWH: Tensor, reached_BWH: Tensor
-    ) -> Tensor:
-        """States behind the upper layers that the schedule leaves, on the target's own cache."""
-        offset_B = self.offsets(state.context.lengths_B)
+    def run(self, state: SelfState, rows: Rows, embeddings_BWH: Tensor) -> tuple[Tensor, Tensor]:
+        """States behind the warm-up layers, and behind the upper layers that the schedule leaves,
+        on the target's own cache.
+        """
+        session, offset_B = state.session, self.offsets(state.context.lengths_B)
         t = int((rows.position_ids_BN[:, 0] + offset_B).min())
-        return self.upper_states(state.session, rows, reached_BWH, t)
+        reached = session.run_layers(rows, embeddings_BWH, 0, self.shared_layers)["pre_norm"]
+        return reached, self.upper_states(session, rows, reached, t)
 
     def upper_states(self, session: Session, rows: Rows, reached_BNH: Tensor, t: int) -> Tensor:
         """`final` states [B,N,H] of rows at position t that have run the warm-up layers."""
