@@ -192,7 +192,7 @@ class SkipDecode(SelfSpeculative):
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """The single step, with the target's states where its distributions are learnt."""
-        if self.soft_labels:
+        if self.soft_labels and batch.teacher is None:
             batch = replace(batch, states={"final": final_states(batch, target)})
         return super().steps(batch, target)
 
