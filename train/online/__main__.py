@@ -4,7 +4,8 @@ learns from the drafts that its target rejects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from checkpoints.checks import strange_values
 from checkpoints.pretrained import Provenance, find_folder, read_config, save_pretrained
+from configs.command_line.bounded_yaml import load_yaml
 from configs.command_line.class_paths import Kind, named_class
 from configs.command_line.endings import resumable
 from configs.command_line.loading import config_parser, exit_with, first_config, parse
@@ -26,13 +28,17 @@ from data.reading.files import Tally
 from modules.target.loading import load_target, outline
 from train.cli import quieten
 from train.online.recipe import Recipe, build_tree, chats, requests, service_of
-from train.online.service import ANSWERS, Service
+from train.online.report import PAGE, Curve, summary, table
+from train.online.service import ANSWERS, Request, Service
+from train.online.settings import ONLINE, ServerSettings
 from train.resuming import same_run
 from train.settings import training_device
 
-CONFIG, STATES = "config.yaml", "online"
-_RUN = ("config", "output", "resume", "init_from", "overwrite")
+CONFIG = "config.yaml"
+_RUN = ("config", "output", "resume", "overwrite")
 """Flags that are no part of the recipe."""
+_FREE = ("accelerator", "server")
+"""Keys that a resumed run may change."""
 
 
 def make_parser() -> ArgumentParser:
@@ -78,13 +84,13 @@ def claim(output: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     if resume and not (output / CONFIG).exists():
         raise ValueError(f"--resume: {output} holds no run: start without it")
     with claimed(output), resumable(lambda: "go on with --resume"):
-        if (output / STATES).exists() and not resume:
+        if (output / ONLINE).exists() and not resume:
             if not overwrite:
                 raise ValueError(
                     f"output {str(output)!r} already holds a run: add --resume or --overwrite, or "
                     "give another --output"
                 )
-            rmtree(output / STATES)
+            rmtree(output / ONLINE)
             (output / ANSWERS).unlink(missing_ok=True)
         yield
 
@@ -98,9 +104,13 @@ def command(arguments: Sequence[str]) -> int:
     # 1. Everything that can be refused before the target is loaded.
     recipe = recipe_of(parser, config)
     build_tree(recipe)
+    check_server(recipe.server)
+    output = Path(config.output or f"runs/{first_config(config.config).stem}")
+    if config.resume and config.init_from is None:
+        config.init_from = begun_from(output)
     settings = _settings(parser, config)
     tally = Tally("request")
-    stream = chats(recipe.stream, tally)
+    stream = chats(recipe.stream, tally) if recipe.server.port is None else []
     shape = outline(recipe.target, recipe.dtype).shape
     with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
         recipe.drafter(shape)
@@ -108,21 +118,62 @@ def command(arguments: Sequence[str]) -> int:
         read_config(find_folder(config.init_from))
     # 2. Serve.
     quieten()
-    output = Path(config.output or f"runs/{first_config(config.config).stem}")
     with claim(output, config.resume, config.overwrite):
         if config.resume:
-            same_run(output / CONFIG, settings, list(settings))
+            same_run(output / CONFIG, settings, [key for key in settings if key not in _FREE])
         device = training_device(recipe.accelerator)
         target = load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
-        service = service_of(recipe, target, output, config.init_from)
+        curve = Curve(output, "Acceptance over requests")
+        service = service_of(recipe, target, output, config.init_from, curve)
         write_whole({output / CONFIG: yaml.safe_dump(settings, sort_keys=False)})
         service.load()
-        for request in requests(stream, service, tally):
-            service.answer(request)
-            service.learn()
+        try:
+            if recipe.server.port is None:
+                answer_all(service, requests(stream, service, recipe.routing.label, tally))
+            else:
+                listen(service, recipe, lambda: finish(service, output, settings))
+        finally:
+            curve.write()
         finish(service, output, settings)
-    print("\n".join([*tally.lines(), f"{len(service.lines)} requests: {output}"]))
+    print("\n".join([*tally.lines(), table(summary(service.lines)), f"report: {output / PAGE}"]))
     return 0
+
+
+def answer_all(service: Service, stream: Iterable[Request]) -> None:
+    """Answer requests in their order, with updates between them."""
+    for request in stream:
+        service.answer(request)
+        service.learn()
+
+
+def listen(service: Service, recipe: Recipe, end: Callable[[], None]) -> None:
+    """Serve the endpoint until a signal; what was accepted is answered, then `end` is called.
+
+    Raises:
+        Exception: of an update, where one failed.
+    """
+    from train.online.server import Endpoint, serve
+
+    endpoint = Endpoint(service, recipe.target)
+    try:
+        serve(endpoint, recipe.server)
+    finally:
+        endpoint.close()
+        end()
+    if endpoint.trouble is not None:
+        raise endpoint.trouble
+
+
+def check_server(settings: ServerSettings) -> None:
+    """Raise ValueError if an endpoint is wanted and its libraries are missing."""
+    if settings.port is None:
+        return
+    for library in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"server.port needs {library}, which is not installed: run `pip install -e "
+                "'.[serve]'`"
+            )
 
 
 def finish(service: Service, output: Path, settings: dict[str, Any]) -> None:
@@ -136,8 +187,14 @@ def finish(service: Service, output: Path, settings: dict[str, Any]) -> None:
 
 def _settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     whole = yaml.safe_load(parser.dump(config, skip_validation=True))
-    kept_out = {name: value for name, value in whole.items() if name not in _RUN}
-    return redact({**kept_out, "init_from": config.init_from})
+    return redact({name: value for name, value in whole.items() if name not in _RUN})
+
+
+def begun_from(output: Path) -> str | None:
+    """The weights that a run in this output started from."""
+    file = output / CONFIG
+    saved = load_yaml(file) if file.is_file() else None
+    return saved.get("init_from") if isinstance(saved, Mapping) else None
 
 
 def main() -> None:

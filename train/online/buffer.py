@@ -131,11 +131,10 @@ class Buffer:
         self.consumed = -1
         """Number of the last item that an update took."""
 
-    def add(self, item: Item) -> None:
-        """Store one more item, in its file first."""
+    def store(self, item: Item) -> None:
+        """Write an item's file; it waits for an update once it is in `waiting`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         item.write(self._file(item.number))
-        self.waiting.append(item)
 
     def take(self, count: int, replay: int, seed: int) -> list[Item]:
         """The first `count` that wait, and `replay` earlier ones drawn with `seed`."""

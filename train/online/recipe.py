@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,19 @@ from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Trainable
 from modules.target.loading import AUTO, check_unquantised, chosen_dtype
 from modules.target.target import Target
+from train.online.router import Router
 from train.online.service import Request, Service, Watch
-from train.online.settings import EMBEDDED, DecodingSettings, LearningSettings, StreamSettings
+from train.online.settings import (
+    EMBEDDED,
+    ONLINE,
+    DecodingSettings,
+    LearningSettings,
+    RoutingSettings,
+    ServerSettings,
+    StreamSettings,
+)
 from train.online.update import Learner
 from train.settings import chosen_precision, training_device
-
-DRAFTER = "drafter"
-"""Name of the only drafter."""
 
 
 @dataclass
@@ -45,6 +52,8 @@ class Recipe:
         stream: see train/online/settings.py.
         decoding: see train/online/settings.py.
         learning: see train/online/settings.py.
+        routing: see train/online/settings.py.
+        server: see train/online/settings.py.
     """
 
     drafter: Callable[[TargetShape], Trainable]
@@ -57,6 +66,8 @@ class Recipe:
     stream: StreamSettings = field(default_factory=StreamSettings)
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     learning: LearningSettings = field(default_factory=LearningSettings)
+    routing: RoutingSettings = field(default_factory=RoutingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
         """Refuse a target that cannot be trained on; resolve `auto`."""
@@ -107,20 +118,25 @@ def service_of(
     recipe: Recipe, target: Target, output: Path, init_from: str | None, watch: Watch | None = None
 ) -> Service:
     """The service of a recipe, before its first request."""
-    drafter = build_drafter(recipe, target, init_from)
-    learner = Learner(
-        drafter, target, recipe.learning, output / "online" / DRAFTER, recipe.seed, recipe.mixed
-    )
-    return Service(
-        target,
-        {DRAFTER: learner},
-        recipe.decoding,
-        build_tree(recipe),
-        output,
-        lambda request: DRAFTER,
-        watch,
-        recipe.seed,
-    )
+    drafter, route = build_drafter(recipe, target, init_from), Router(recipe.routing)
+    if recipe.server.port is not None and drafter.online:
+        raise ValueError(
+            f"server.port: the loss of {type(drafter).__name__} runs the target itself, for which "
+            "requests would have to wait: serve a file, or name another drafter"
+        )
+    learners = {
+        name: Learner(
+            copy.deepcopy(drafter),
+            target,
+            recipe.learning,
+            output / ONLINE / name,
+            recipe.seed,
+            recipe.mixed,
+        )
+        for name in route.names
+    }
+    builder = build_tree(recipe)
+    return Service(target, learners, recipe.decoding, builder, output, route, watch, recipe.seed)
 
 
 # -- streams of a file -----------------------------------------------------------------------------
@@ -132,16 +148,16 @@ def chats(settings: StreamSettings, tally: Tally) -> list[Chat]:
     return chats_of(prompt_rows(file, settings.limit, tally), tally)
 
 
-def requests(stream: Sequence[Chat], service: Service, tally: Tally) -> Iterator[Request]:
+def requests(
+    stream: Sequence[Chat], service: Service, label: str, tally: Tally
+) -> Iterator[Request]:
     """The questions of all chats in their order that are not answered yet. Each follows the answers
     to the earlier ones of its chat; a chat ends at a question that leaves no room for an answer.
     """
     place, lines = 0, {line["place"]: line for line in service.lines}
     for chat in stream:
         answers: list[dict[str, Any]] = []
-        labels = {
-            key: value for key, value in chat.row.content.items() if key in ("topic", "category")
-        }
+        labels = {key: value for key, value in chat.row.content.items() if key in ("topic", label)}
         for turn in range(len(chat.questions)):
             if place not in lines:
                 request = Request(chat.before(answers), labels=labels, place=place)

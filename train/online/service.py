@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,15 @@ class Request:
     """One question.
 
     messages: turns up to it.
-    sampling: None: the recipe's, with a seed of the request's own.
+    options: temperature, top_p and seed, where they differ from the recipe's (whose seed is another
+        one for each request).
     limit: new tokens at most.
     labels: what else came with it, such as its topic; written beside the answer.
     place: its number in the stream, where it comes from one.
     """
 
     messages: Sequence[Mapping[str, Any]]
-    sampling: Sampling | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
     place: int | None = None
@@ -113,6 +114,15 @@ class Service:
             )
         return ids
 
+    def sampling(self, request: Request, number: int = 0) -> Sampling:
+        """How the request of this number is sampled. ValueError: an option out of range."""
+        return replace(self.decoding.sampling(self.seed + number), **request.options)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that cannot be answered."""
+        self.prompt(request)
+        self.sampling(request)
+
     def answer(self, request: Request, show: Callable[[str], None] | None = None) -> Answer:
         """Answer a request and record it. Requests from several threads wait for each other, and
         never for an update.
@@ -128,7 +138,7 @@ class Service:
             # 1. The newest weights, which stay for the whole answer.
             learner.refresh()
             number = len(self.lines)
-            sampling = request.sampling or self.decoding.sampling(self.seed + number)
+            sampling = self.sampling(request, number)
             recorder = Recorder(prompt, sampling, learner.settings, learner.states)
             limit = request.limit or self.decoding.max_new_tokens
             run = self.decoders[name].begin([prompt], sampling, limit, recorder)
@@ -139,7 +149,7 @@ class Service:
             line = {
                 "request": number,
                 **({} if request.place is None else {"place": request.place}),
-                **request.labels,
+                "labels": dict(request.labels),
                 "drafter": name,
                 "updates": learner.served_updates,
                 "tested": len(tested),
@@ -149,9 +159,11 @@ class Service:
                 "response": text,
                 "response_ids": trace.ids,
             }
-            learner.buffer.add(recorder.item(number, trace.ids))
+            item = recorder.item(number, trace.ids)
+            learner.store(item)
             append_lines(self.file, [json.dumps(line)])
-            self.lines.append(line)
+            self.lines.append(_remembered(line))
+            learner.add(item)
         self.watch.answered(line)
         return Answer(text, trace, trace.ids[-1] in self.target.eos_ids, line)
 
@@ -183,16 +195,27 @@ class Service:
     def load(self) -> None:
         """Go on where a killed run was."""
         lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else []
-        self.lines = [json.loads(line) for line in lines[:-1]]
+        self.lines = [_remembered(json.loads(line)) for line in lines[:-1]]
         # The last line was cut where the process was killed.
         if lines and lines[-1]:
             write_whole({self.file: "".join(f"{line}\n" for line in lines[:-1])})
+        self.watch.resumed(self.lines)
         for learner in self.learners.values():
             learner.load(len(self.lines))
 
 
+def _remembered(line: dict[str, Any]) -> dict[str, Any]:
+    """What stays in memory of a line: no texts of an endpoint, which may serve for months."""
+    if "place" in line:
+        return line
+    return {key: value for key, value in line.items() if not key.startswith("response")}
+
+
 class Watch:
     """Is told of answers and updates; this one ignores them."""
+
+    def resumed(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Requests that an earlier part of the run has answered."""
 
     def answered(self, line: Mapping[str, Any]) -> None:
         """One more request has been answered."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modules.contracts.sampling import Sampling
 from train.settings import MOST_NODES
 
 EMBEDDED = "embedded"
+ONLY, ONLINE = "drafter", "online"
+"""Name of a single drafter, and of the folder of states."""
 
 
 @dataclass
@@ -125,3 +128,60 @@ class LearningSettings:
                 raise ValueError(
                     f"learning.{name} must be at least 0 and finite, got {getattr(self, name)}"
                 )
+
+
+@dataclass
+class RoutingSettings:
+    """Several drafters, each of which learns from the requests that it serves.
+
+    Args:
+        drafters: their names; empty for a single one.
+        label: key of a request's labels that names its drafter (of a row of the stream's file, or
+            of `metadata` at the endpoint). The first drafter serves requests without such a label.
+        classifier: instead of the label, a Hugging Face model for sequence classification (Hub id
+            or folder) whose labels are the names, such as a topic or a language classifier.
+    """
+
+    drafters: list[str] = field(default_factory=list)
+    label: str = "topic"
+    classifier: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for names that are no folders, or a classifier without any."""
+        for name in self.drafters:
+            if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or name == ONLINE:
+                raise ValueError(
+                    f"routing.drafters must be names of letters, digits, _ and -, other than "
+                    f"{ONLINE}, got {name!r}"
+                )
+        if len(set(self.drafters)) < len(self.drafters):
+            raise ValueError(f"routing.drafters names one twice: {', '.join(self.drafters)}")
+        if self.classifier is not None and not self.drafters:
+            raise ValueError("routing.classifier is set, but routing.drafters names none")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all drafters."""
+        return self.drafters or [ONLY]
+
+
+@dataclass
+class ServerSettings:
+    """An OpenAI-compatible endpoint instead of a file of requests.
+
+    Args:
+        port: null serves the stream of the file.
+        host: address that it listens on. There is no authentication.
+        waiting: connections at a time; further ones are refused (status 503).
+    """
+
+    port: int | None = None
+    host: str = "127.0.0.1"
+    waiting: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers out of range."""
+        if self.port is not None and not 0 < self.port < 1 << 16:
+            raise ValueError(f"server.port must lie between 1 and 65535, got {self.port}")
+        if self.waiting < 1:
+            raise ValueError(f"server.waiting must be at least 1, got {self.waiting}")

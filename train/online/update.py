@@ -101,6 +101,16 @@ class Learner:
         finally:
             self._writing.release()
 
+    def store(self, item: Item) -> None:
+        """Write an item's file, unless there are no updates."""
+        if self.settings.interval:
+            self.buffer.store(item)
+
+    def add(self, item: Item) -> None:
+        """Let a stored item wait for an update, unless there are none."""
+        if self.settings.interval:
+            self.buffer.waiting.append(item)
+
     # -- updates -----------------------------------------------------------------------------------
 
     def update(self) -> Update:

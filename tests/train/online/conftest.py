@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from modules.target.hf_models import dict_of_config
 from modules.target.target import Target
 from modules.trees.sampled.chain import SampledChain
 from tests.fakes import tiny_target
+from train.online.__main__ import command
 from train.online.service import Request, Service, Watch
 from train.online.settings import DecodingSettings, LearningSettings
 from train.online.update import Learner
@@ -81,3 +83,44 @@ def make_service(
 @pytest.fixture(scope="session")
 def markov() -> Target:
     return markov_target()
+
+
+CHATS = [
+    {"prompt": "how many?", "topic": "numbers"},
+    {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x"},
+                  {"role": "user", "content": "two"}]},
+    {"prompt": "word " * 200},
+    {"tools": [{}], "prompt": "weather"},
+    {"prompt": "why?"},
+    {"prompt": "when?"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Target:
+    target = tiny_target(dtype=torch.float32)
+    monkeypatch.setattr("train.online.__main__.outline", lambda *_: target)
+    monkeypatch.setattr("train.online.__main__.load_target", lambda *_: target)
+    return target
+
+
+@pytest.fixture
+def serve(tiny: Target, tmp_path: Path) -> Callable[..., int]:
+    """Runs a small recipe with further words."""
+    stream, recipe = tmp_path / "chats.jsonl", tmp_path / "small.yaml"
+    stream.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
+    recipe.write_text(
+        f"""\
+drafter:
+  class_path: modules.drafters.small_models.independent.Independent
+  init_args: {{layers: 1}}
+accelerator: cpu
+stream: {{requests: {stream}}}
+decoding: {{max_new_tokens: 8}}
+learning: {{interval: 2, lr: 0.01}}
+""",
+        encoding="utf-8",
+    )
+    return lambda *words: command(
+        ["--config", str(recipe), "--output", str(tmp_path / "run"), *words]
+    )

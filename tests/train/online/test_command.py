@@ -16,48 +16,8 @@ from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
 from tests.fakes import tiny_target
-from train.online.__main__ import command, make_parser, recipe_of
+from train.online.__main__ import make_parser, recipe_of
 from train.online.service import ANSWERS
-
-CHATS = [
-    {"prompt": "how many?", "topic": "numbers"},
-    {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x"},
-                  {"role": "user", "content": "two"}]},
-    {"prompt": "word " * 200},
-    {"tools": [{}], "prompt": "weather"},
-    {"prompt": "why?"},
-    {"prompt": "when?"},
-]  # fmt: skip
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Target:
-    target = tiny_target(dtype=torch.float32)
-    monkeypatch.setattr("train.online.__main__.outline", lambda *_: target)
-    monkeypatch.setattr("train.online.__main__.load_target", lambda *_: target)
-    return target
-
-
-@pytest.fixture
-def serve(tiny: Target, tmp_path: Path) -> Callable[..., int]:
-    """Runs a small recipe with further words."""
-    stream, recipe = tmp_path / "chats.jsonl", tmp_path / "small.yaml"
-    stream.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
-    recipe.write_text(
-        f"""\
-drafter:
-  class_path: modules.drafters.small_models.independent.Independent
-  init_args: {{layers: 1}}
-accelerator: cpu
-stream: {{requests: {stream}}}
-decoding: {{max_new_tokens: 8}}
-learning: {{interval: 2, lr: 0.01}}
-""",
-        encoding="utf-8",
-    )
-    return lambda *words: command(
-        ["--config", str(recipe), "--output", str(tmp_path / "run"), *words]
-    )
 
 
 def lines(output: Path) -> list[dict]:
@@ -71,7 +31,7 @@ def test_a_stream_is_answered_in_its_order(
     assert serve() == 0
     answers = lines(tmp_path / "run")
     assert [line["place"] for line in answers] == [0, 1, 2, 4, 5]
-    assert answers[0]["topic"] == "numbers"
+    assert answers[0]["labels"] == {"topic": "numbers"}
     plain = SpeculativeDecoder(tiny)
     turns = [
         {"role": "user", "content": "one"},
@@ -81,7 +41,9 @@ def test_a_stream_is_answered_in_its_order(
     expected = plain.decode([prompt_ids(turns, tiny.tokenizer)], Sampling(), 8)[0].ids
     assert answers[2]["response_ids"] == expected
     printed = capsys.readouterr().out
-    assert "5 requests" in printed and "exceed the target's context of 512" in printed
+    assert (
+        "drafter                 5" in printed and "exceed the target's context of 512" in printed
+    )
     assert "`tools`" in printed
 
 
@@ -134,6 +96,12 @@ MISTAKES = {
     "--resume": "holds no run",
     "--resume --overwrite": "contradict each other",
     "--init_from nowhere": "'nowhere' does not exist",
+    "--server.port 0": "server.port must lie between 1 and 65535",
+    "--server.port 80 --drafter.class_path modules.drafters.prompt_tokens.ppd.PPD": "server.port",
+    "--routing.drafters [online]": "other than online, got 'online'",
+    "--routing.drafters [a,a]": "names one twice: a, a",
+    "--routing.classifier nowhere": "routing.drafters names none",
+    "--routing.drafters [a] --routing.classifier ./nowhere": "routing.classifier",
 }
 
 
@@ -169,3 +137,22 @@ def test_shipped_recipes_parse(path: Path) -> None:
     parser = make_parser()
     recipe = recipe_of(parser, parse(parser, ["--config", str(path)]))
     assert recipe.learning.interval and recipe.drafter(tiny_target().shape) is not None
+
+
+def test_a_resumed_run_remembers_what_it_began_from(
+    serve: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any state was saved, it starts from the same weights."""
+    serve()
+    (tmp_path / "run").rename(tmp_path / "first")
+    began = ("--init_from", str(tmp_path / "first"))
+    serve(*began)
+    whole = lines(tmp_path / "run")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.online.update.Learner.update", stop)
+        serve(*began, "--overwrite")
+    assert serve("--resume") == 0 and lines(tmp_path / "run") == whole

@@ -228,7 +228,7 @@ def test_every_drafter_learns_from_its_own_answers(
     learner = Learner(drafter, TARGET, settings, tmp_path)
     for number in range(2):
         recorder, ids, _ = record(learner.serving, settings, states=learner.states)
-        learner.buffer.add(recorder.item(number, ids))
+        learner.add(recorder.item(number, ids))
     # The recorded states are those of a pass over the text.
     item = learner.buffer.waiting[0]
     batch = batch_of([item], 128, torch.float64, TARGET.device)
@@ -246,3 +246,14 @@ def test_every_drafter_learns_from_its_own_answers(
     learner.refresh()
     same = [torch.equal(before[k], p) for k, p in learner.serving.named_parameters()]
     assert not all(same)
+
+
+def test_bfloat16_updates_lose_little(tmp_path: Path) -> None:
+    """The same loss as in full precision, within its rounding."""
+    settings, losses = LearningSettings(interval=1, positions="all"), []
+    for mixed in (False, True):
+        learner = Learner(near().float(), TARGET, settings, tmp_path, mixed=mixed)
+        recorder, ids, _ = record(learner.serving, settings)
+        learner.add(recorder.item(0, ids))
+        losses.append(learner.update().loss)
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)

@@ -56,6 +56,7 @@ def test_without_updates_acceptance_stays(markov: Target, tmp_path: Path) -> Non
     lines = serve(make_service(markov, small_drafter(markov), tmp_path, never), ["first"] * 20)
     assert abs(rate(lines[:10]) - rate(lines[10:])) < 0.05
     assert {line["updates"] for line in lines} == {0}
+    assert [file.name for file in tmp_path.iterdir()] == [ANSWERS]
 
 
 def test_replay_remembers_the_first_topic(markov: Target, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_sampled_text_keeps_the_distribution_throughout(tmp_path: Path) -> None:
             counts[key] = counts.get(key, 0) + 1
         recorder = Recorder([3, 1], Sampling(1.0, seed=update), learner.settings)
         trace = decoder.decode([[3, 1]], Sampling(1.0, seed=update), 8, recorder)[0]
-        learner.buffer.add(recorder.item(update, trace.ids))
+        learner.add(recorder.item(update, trace.ids))
         learner.update()
     plain = first_two_tokens(SpeculativeDecoder(target), 2000)
     assert homogeneous(counts, plain) > 0.001
