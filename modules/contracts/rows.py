@@ -41,6 +41,33 @@ class Rows:
         return Rows(positions, visible, self.committed_BS)
 
 
+Inputs = Tensor | Callable[[Tensor], Tensor]
+"""States [B,P,H] of auxiliary rows, or a function of the other rows' states [B,N,H] at that layer
+that gives them."""
+
+
+def _entering(inputs: Inputs, hidden_BNH: Tensor) -> Tensor:
+    made = inputs if isinstance(inputs, Tensor) else inputs(hidden_BNH)
+    return made.to(hidden_BNH.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Auxiliary rows that enter above the others' layer. Below, nobody may see them.
+
+    inputs: the states of all auxiliary rows there. rows_BP: bool [B,P], those that enter. layer:
+    where.
+    """
+
+    inputs: Inputs
+    rows_BP: Tensor
+    layer: int
+
+    def replaced(self, hidden_BPH: Tensor, others_BNH: Tensor) -> Tensor:
+        """The auxiliary rows' states [B,P,H] as they go on from this layer."""
+        return torch.where(self.rows_BP[..., None], _entering(self.inputs, others_BNH), hidden_BPH)
+
+
 @dataclass(frozen=True)
 class AuxiliaryRows:
     """Rows without a token: trained prompt embeddings, pseudo states. They run through the target
@@ -51,18 +78,20 @@ class AuxiliaryRows:
     position_ids_BP: int64 [B,P].
     visible_BPX: bool [B,P,N+P], whether an auxiliary row attends to each of the other rows and to
         each auxiliary one, itself included.
-    layer: where they enter; they attend to nothing below it.
+    layer: where they enter; they attend to nothing below it. At the number of layers they enter
+        after the last one.
+    later: rows that enter at deeper layers, in ascending order.
     """
 
-    inputs: Tensor | Callable[[Tensor], Tensor]
+    inputs: Inputs
     position_ids_BP: Tensor
     visible_BPX: Tensor
     layer: int = 0
+    later: tuple[Entry, ...] = ()
 
     def entering(self, hidden_BNH: Tensor) -> Tensor:
         """The states [B,P,H] that enter with those of the other rows `hidden_BNH`."""
-        made = self.inputs if isinstance(self.inputs, Tensor) else self.inputs(hidden_BNH)
-        return made.to(hidden_BNH.dtype)
+        return _entering(self.inputs, hidden_BNH)
 
 
 def causal_rows(start_B: Tensor, count: int) -> Rows:

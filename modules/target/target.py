@@ -21,13 +21,14 @@ from modules.contracts.rows import AuxiliaryRows, Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Architecture
+from modules.target.beside import gradient_beside, rows_beside
 from modules.target.kernels.compiled_calls import CompiledCalls
 from modules.target.kernels.cpu_kernels import (
     narrow_linear,
     use_grouped_attention,
     use_narrow_kernels,
 )
-from modules.target.kv_cache import AppendedCache, SlotCache
+from modules.target.kv_cache import SlotCache
 from modules.target.session import Session
 
 SLICED_HEADS = 4
@@ -258,8 +259,6 @@ class Target(SteadyBuffers):
         Auxiliary rows come after the tokens: [B,T+P,H], and [B,T,H] below the layer where they
         enter.
         """
-        if gradient and auxiliary is not None and self._frozen(auxiliary):
-            return self._gradient_beside(batch, names, auxiliary)
         if gradient:
             return self._features(batch, names, auxiliary)
         with torch.no_grad(), phase("target states"):
@@ -271,32 +270,11 @@ class Target(SteadyBuffers):
         embeddings, rows = self.embed(batch.input_ids), batch.rows()
         if auxiliary is None:
             return self.forward_rows(embeddings, rows, names)
-        return self.forward_beside(embeddings, rows, names, auxiliary)
-
-    def _frozen(self, auxiliary: AuxiliaryRows) -> bool:
-        """Whether no gradient reaches the tokens, which do not see auxiliary rows: the model does
-        not learn, and the auxiliary rows enter as tensors at the first layer.
-        """
+        # Tokens do not see auxiliary rows: no gradient reaches them where the model does not learn.
         learns = any(parameter.requires_grad for parameter in self.model.parameters())
-        return not learns and auxiliary.layer == 0 and isinstance(auxiliary.inputs, Tensor)
-
-    def _gradient_beside(
-        self, batch: TextBatch, names: Sequence[StateName], auxiliary: AuxiliaryRows
-    ) -> dict[StateName, Tensor]:
-        """The states of `_features`, with a gradient through the auxiliary rows alone: the pass of
-        the tokens stores nothing for the backward pass.
-        """
-        # 1. The tokens, without a gradient.
-        embeddings, rows = self.embed(batch.input_ids), batch.rows()
-        batch_size, length = batch.input_ids.shape
-        capacity = length + auxiliary.position_ids_BP.shape[1]
-        cache = AppendedCache(self.shape.num_layers, batch_size, capacity)
-        with torch.no_grad(), phase("target states"):
-            states = self.forward_rows(embeddings, rows, names, cache)
-        # 2. The auxiliary rows attend to the cached keys and values of the tokens.
-        rows_after = Rows(auxiliary.position_ids_BP, auxiliary.visible_BPX)
-        more = self.forward_rows(auxiliary.entering(embeddings), rows_after, names, cache)
-        return {name: torch.cat([states[name], more[name]], dim=1) for name in names}
+        if torch.is_grad_enabled() and not learns:
+            return gradient_beside(self, embeddings, rows, names, auxiliary)
+        return self.forward_beside(embeddings, rows, names, auxiliary)
 
     def open(self, batch_size: int, capacity: int) -> Session:
         """New sequences with an empty KV cache of `capacity` tokens each (at most
@@ -366,18 +344,7 @@ class Target(SteadyBuffers):
 
         States below the layer where auxiliary rows enter are of the N rows alone.
         """
-        below, depth = auxiliary.layer, self.shape.num_layers
-        early = [name for name in names if isinstance(name, int) and name < below]
-        states: dict[StateName, Tensor] = {}
-        # 1. The layers that the auxiliary rows do not pass.
-        if below:
-            states = self.forward_rows(hidden_BNH, rows, [*early, "pre_norm"], cache, (0, below))
-            hidden_BNH = states.pop("pre_norm")
-        # 2. The others, over all rows.
-        hidden_BXH = torch.cat([hidden_BNH, auxiliary.entering(hidden_BNH)], dim=1)
-        late = [name for name in names if name not in early]
-        layers = (below, depth) if below else None
-        return states | self.forward_rows(hidden_BXH, rows.beside(auxiliary), late, cache, layers)
+        return rows_beside(self, hidden_BNH, rows, names, auxiliary, cache)
 
     @contextmanager
     def _restricted(self, layers: tuple[int, int] | None, hidden_BNH: Tensor) -> Iterator[None]:

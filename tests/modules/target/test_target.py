@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.contracts.rows import AuxiliaryRows, Rows
+from modules.contracts.rows import AuxiliaryRows, Entry, Rows
 from modules.contracts.token_tree import PartialRows, TokenTree, Topology
 from modules.contracts.verification import Accepted
+from modules.target.beside import gradient_beside, rows_beside
 from tests.fakes import ARCHITECTURES, tiny_batch, tiny_target
 
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 7]  # the last row is padding
@@ -189,8 +190,10 @@ def test_rows_read_the_committed_slots_that_are_chosen(arch):
     )
 
 
-def twins(tree, lengths, layer):
-    """Auxiliary rows that are what nodes 3 and 6 are, from `layer` on, and see what those see."""
+def twins(tree, lengths, layer, deeper=None):
+    """Auxiliary rows that are what nodes 3 and 6 are, from `layer` on, and see what those see; that
+    of node 6 from layer `deeper` on, where there is one.
+    """
     nodes, size = [3, 6], tree.size
     seen = tree.topology.ancestors[:, nodes].clone()
     for row, node in enumerate(nodes):
@@ -198,22 +201,33 @@ def twins(tree, lengths, layer):
     visible = torch.cat([seen, torch.eye(2, dtype=torch.bool).expand(len(seen), -1, -1)], 2)
     assert visible.shape[2] == size + 2
     positions = lengths[:, None] + tree.topology.depth[:, nodes]
-    return AuxiliaryRows(lambda hidden: hidden[:, nodes], positions, visible, layer)
+    whole = AuxiliaryRows(lambda hidden: hidden[:, nodes], positions, visible, layer)
+    if deeper is None:
+        return whole
+    last = torch.tensor([[False, True]])
+    return replace(
+        whole,
+        inputs=lambda hidden: torch.where(last[..., None], 7.0, hidden[:, nodes]),
+        later=(Entry(lambda hidden: hidden[:, nodes], last, deeper),),
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layer", [0, 1])
-def test_auxiliary_rows_compute_beside_the_nodes_and_leave_nothing(arch, layer):
+@pytest.mark.parametrize(
+    ("layer", "deeper"), [(0, None), (1, None), (3, None), (0, 1), (1, 2), (2, 3), (3, 3)]
+)
+def test_auxiliary_rows_compute_beside_the_nodes_and_leave_nothing(arch, layer, deeper):
     target, lengths = tiny_target(arch, layers=3), torch.tensor([5, 9])
     session, expected = open_session(target, (5, 9)), open_session(target, (5, 9))
     tree, names = some_tree(), (0, 2, "final")
-    found = session.verify(replace(tree, auxiliary=twins(tree, lengths, layer)), names)
+    found = session.verify(replace(tree, auxiliary=twins(tree, lengths, layer, deeper)), names)
     plain_call = expected.verify(tree, names)
     close(found.logits_BNV, plain_call.logits_BNV)
     for name in names:
         close(found.states[name], plain_call.states[name])
     for name in (2, "final"):
-        close(found.auxiliary_states[name], plain_call.states[name][:, [3, 6]])
+        if name == "final" or (layer if deeper is None else deeper) <= name:
+            close(found.auxiliary_states[name], plain_call.states[name][:, [3, 6]])
     assert found.auxiliary_states[0].shape[1] == (0 if layer else 2)
     accepted = Accepted(torch.tensor([[0, 1, 4]] * 2), torch.tensor([3, 3]), torch.tensor([9, 9]))
     after = []
@@ -242,24 +256,40 @@ def test_gradient_reaches_what_enters_as_auxiliary_rows():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_gradient_through_auxiliary_rows_alone_is_that_of_the_whole_pass(arch):
+@pytest.mark.parametrize(
+    ("layer", "deeper"), [(0, None), (1, None), (3, None), (0, 1), (1, 2), (2, 3)]
+)
+def test_gradient_through_auxiliary_rows_alone_is_that_of_the_whole_pass(arch, layer, deeper):
     target = tiny_target(arch, layers=3)
     batch = tiny_batch(target)
-    size, prompts_PH = batch.input_ids.shape[1], torch.randn(3, 32).double()
+    size, first_PH, last_HH = batch.input_ids.shape[1], torch.randn(3, 32), torch.randn(32, 32)
     visible = torch.zeros(2, 3, size + 3, dtype=torch.bool)
     visible[:, :, 2:11] = True
     visible[:, :, size:] = torch.ones(3, 3, dtype=torch.bool).tril()
-    found = []
-    for run in (target._features, target._gradient_beside):
-        learnt = prompts_PH.clone().requires_grad_()
-        rows = AuxiliaryRows(
-            learnt.expand(2, -1, -1), torch.tensor([[11, 12, 13]]).expand(2, -1), visible
+    found, embeddings = [], target.embed(batch.input_ids)
+    for run in (rows_beside, gradient_beside):
+        learnt, maps = (part.double().requires_grad_() for part in (first_PH, last_HH))
+        later = Entry(
+            lambda hidden, maps=maps: hidden[:, 8:11] @ maps,
+            torch.tensor([[False, False, True]]),
+            deeper or 0,
         )
-        states = run(batch, (1, "final"), rows)
+        rows = AuxiliaryRows(
+            lambda hidden, learnt=learnt: hidden[:, 8:11] + learnt,
+            torch.tensor([[11, 12, 13]]).expand(2, -1),
+            visible,
+            layer,
+            () if deeper is None else (later,),
+        )
+        names = (1, "pre_norm", "final")
+        states = run(target, embeddings, batch.rows(), names, rows)
         sum(state[:, size:].square().sum() for state in states.values()).backward()
-        found.append((states[1].detach(), states["final"].detach(), learnt.grad))
+        found.append([*(state.detach() for state in states.values()), learnt.grad])
+        found[-1] += [] if deeper is None else [maps.grad]
     for one, other in zip(*found, strict=True):
         close(one, other)
+    asked = target.features(batch, names, gradient=True, auxiliary=rows)
+    assert all(torch.equal(asked[name], states[name]) for name in names)
 
 
 def test_two_sessions_of_one_target_do_not_see_each_other():
