@@ -15,8 +15,9 @@ from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.prompt_tokens.ppd import PPD, PromptState
-from modules.drafters.prompt_tokens.prompt_rows import HostCounts, PromptRows, prompt_rows
+from modules.drafters.same_pass.base import GuessState
+from modules.drafters.same_pass.guess_rows import GuessRows, HostCounts
+from modules.drafters.same_pass.ppd import PPD
 from modules.losses.divergences import forward_kl
 from modules.losses.row_subsets import some_of_each
 from modules.trees.sampled.branching import DrawnTree
@@ -51,11 +52,11 @@ def verified(
     session = target.open(1, 64)
     session.prefill(torch.tensor([TEXT]), torch.tensor([len(TEXT)]))
     lengths = torch.tensor([len(TEXT)])
-    state = PromptState(
+    state = GuessState(
         Context(target, torch.tensor([TEXT]), lengths, torch.tensor([20])),
         torch.tensor([20]), lengths, None, HostCounts([0]),
     )  # fmt: skip
-    tree = drafter.with_prompts(state, some_tree(), torch.tensor([counts]), (tuple(counts),))
+    tree = drafter.with_guesses(state, some_tree(), torch.tensor([counts]), (tuple(counts),))
     if change is not None:
         assert tree.auxiliary is not None and isinstance(tree.auxiliary.inputs, Tensor)
         inputs = tree.auxiliary.inputs + change[None, :, None]
@@ -103,7 +104,7 @@ def test_a_nodes_guesses_are_those_of_a_plain_text_with_prompt_tokens_behind_it(
     counts, paths = (3, 1, 2, 3, 1), [[20], [20, 21], [20, 22], [20, 21, 23], [20, 22, 24]]
     found = verified(target, drafter, counts)
     behind = found.tree.auxiliary
-    assert isinstance(behind, PromptRows) and behind.first_BN is not None
+    assert isinstance(behind, GuessRows) and behind.first_BN is not None
     for node, (path, count) in enumerate(zip(paths, counts, strict=True)):
         ids = torch.tensor([*TEXT, *path])
         whole = torch.cat([target.embed(ids), drafter.prompts_EH[: count * ensemble]])[None]
@@ -153,7 +154,7 @@ def test_the_first_call_is_the_newest_token_with_prompt_tokens_behind_it():
     target = tiny_target()
     drafter = drafter_for(target)
     trace = SpeculativeDecoder(target, drafter, stop_ids=frozenset()).decode([TEXT], Sampling(), 9)
-    assert trace[0].nodes[0] == 0 and trace[0].rows[0] == 1 + drafter.prompts
+    assert trace[0].nodes[0] == 0 and trace[0].rows[0] == 1 + drafter.guesses
     assert min(trace[0].nodes[1:]) > 0
 
 
@@ -162,10 +163,10 @@ def test_after_every_call_the_guesses_are_those_behind_the_whole_text():
     drafter, seen = drafter_for(target, ensemble=2), []
     absorb = drafter.absorb
 
-    def record(state: DraftState, verified: Verified, accepted: Accepted) -> PromptState:
+    def record(state: DraftState, verified: Verified, accepted: Accepted) -> GuessState:
         after = absorb(state, verified, accepted)
-        assert after.final_BKX is not None
-        seen.append((after.lengths_B.tolist(), after.final_BKX, list(after.available)))
+        assert after.states_BKX is not None
+        seen.append((after.lengths_B.tolist(), after.states_BKX, list(after.available)))
         return after
 
     drafter.absorb = record  # type: ignore[method-assign]
@@ -175,15 +176,15 @@ def test_after_every_call_the_guesses_are_those_behind_the_whole_text():
     texts = [[*prompt, *trace.ids] for prompt, trace in zip(prompts, traces, strict=True)]
     whole = [calls for calls in seen if len(calls[0]) == 2]
     assert len(whole) > 2
-    for lengths, final_BKX, available in whole[:3]:
-        assert available == [drafter.prompts] * 2
-        for text, length, found in zip(texts, lengths, final_BKX, strict=True):
+    for lengths, states_BKX, available in whole[:3]:
+        assert available == [drafter.guesses] * 2
+        for text, length, found in zip(texts, lengths, states_BKX, strict=True):
             ids = torch.tensor([text[:length]])
             ones = torch.ones_like(ids, dtype=torch.bool)
             batch = TextBatch(ids, ones, torch.arange(length)[None], torch.zeros_like(ids))
             counts = torch.zeros_like(ids)
-            counts[:, -1] = drafter.prompts
-            behind = prompt_rows(drafter.prompts_EH, 2, batch.rows(), counts, 6)
+            counts[:, -1] = drafter.guesses
+            behind = drafter.following(batch.rows(), counts, 6)
             states = target.features(batch, ("final",), auxiliary=behind)["final"][0, length:]
             torch.testing.assert_close(found, drafter.side_by_side(states))
 
@@ -194,9 +195,9 @@ def test_the_guesses_of_the_last_accepted_node_are_the_next_ones():
     drafter = drafter_for(target, ensemble=2)
     found = verified(target, drafter, counts)
     behind = found.tree.auxiliary
-    assert isinstance(behind, PromptRows)
+    assert isinstance(behind, GuessRows)
     found = replace(found, tree=replace(found.tree, auxiliary=replace(behind, counts=(counts,))))
-    state = PromptState(
+    state = GuessState(
         Context(target, torch.tensor([TEXT]), torch.tensor([6]), torch.tensor([20])),
         torch.tensor([20]), torch.tensor([6]), None, HostCounts([0]),
     )  # fmt: skip
@@ -205,9 +206,9 @@ def test_the_guesses_of_the_last_accepted_node_are_the_next_ones():
         after = drafter.absorb(state, found, accepted)
         count = counts[path[-1]]
         assert after.available == [count] and int(after.lengths_B) == 6 + len(path)
-        assert after.final_BKX is not None
+        assert after.states_BKX is not None
         rows = found.auxiliary_states["final"][:, 2 * before : 2 * (before + count)]
-        assert torch.equal(after.final_BKX[:, :count].flatten(1), rows.flatten(1))
+        assert torch.equal(after.states_BKX[:, :count].flatten(1), rows.flatten(1))
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_many_groups_of_a_packed_row_say_what_each_says_alone(ensemble):
     target = tiny_target()
     drafter, batch = drafter_for(target, ensemble=ensemble), tiny_batch(target)
     rows = drafter.rows(batch, target)
-    said_MKX = drafter.passed(batch, target, rows)[1]
+    said_MKX = drafter.passed(batch, target, rows)[1]["final"]
     length = batch.input_ids.shape[1]
     assert len(rows.flat_MK1) > 8
     for flat, said in zip(rows.flat_MK1[:, 0].tolist(), said_MKX, strict=True):
@@ -229,10 +230,8 @@ def test_many_groups_of_a_packed_row_say_what_each_says_alone(ensemble):
         ones = torch.ones_like(ids, dtype=torch.bool)
         alone = TextBatch(ids, ones, torch.arange(ids.shape[1])[None], torch.zeros_like(ids))
         counts = torch.zeros_like(ids)
-        counts[:, -1] = drafter.prompts
-        behind = prompt_rows(
-            drafter.prompts_EH, ensemble, alone.rows(), counts, drafter.prompts * ensemble
-        )
+        counts[:, -1] = drafter.guesses
+        behind = drafter.following(alone.rows(), counts, drafter.guesses * ensemble)
         states = target.features(alone, ("final",), auxiliary=behind)["final"][0, ids.shape[1] :]
         torch.testing.assert_close(said, drafter.side_by_side(states))
 
@@ -242,15 +241,15 @@ def test_the_loss_is_the_papers():
     target = tiny_target()
     drafter, batch = drafter_for(target), tiny_batch(target)
     rows = drafter.rows(batch, target)
-    said_MKX = drafter.passed(batch, target, rows)[1]
+    said_MKX = drafter.passed(batch, target, rows)[1]["final"]
     own_PV = target.logits(target.features(batch, ("final",))["final"]).flatten(0, 1).softmax(-1)
     expected = torch.zeros(()).double()
-    for i in range(drafter.prompts):
+    for i in range(drafter.guesses):
         valid_M = rows.valid_MK[:, i]
         losses = forward_kl(
             target.logits(said_MKX[valid_M, i]), own_PV[rows.flat_MK1[valid_M, 0] + i + 1]
         )
-        expected = expected + 0.8 ** (i + 1) * losses.mean() / drafter.prompts
+        expected = expected + 0.8 ** (i + 1) * losses.mean() / drafter.guesses
     torch.testing.assert_close(drafter.loss(batch, target, 1.0).total, expected)
 
 

@@ -39,8 +39,8 @@ def assumed(prompts: int) -> Accuracies:
 class SparseTree:
     """The tree of a state.
 
-    paths: ranks of each node by depth, () first. prompts: prompt tokens after each node. reached:
-    probability that a node and all above it are right.
+    paths: ranks of each node by depth, () first. prompts: guesses (of PPD prompt tokens) after each
+    node. reached: probability that a node and all above it are right.
     """
 
     paths: tuple[Path, ...]
@@ -178,6 +178,61 @@ def sparse_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> Sparse
                 if (other := trees(tried)).tokens > best.tokens + 1e-9:
                     nodes, best, improved = tried, other, True
     return best
+
+
+@functools.lru_cache(maxsize=256)
+def owned_trees(
+    accuracies: Accuracies,
+    rows: int,
+    owners: int | None = None,
+    least: float = 0.0,
+    pattern: tuple[Path, ...] | None = None,
+) -> SparseTrees:
+    """The trees for calls of at most `rows` rows where a node has all guess rows or none. After a
+    node without any, only the newest token is verified in the next call.
+
+    The root owns guess rows, and the drafted nodes that are reached most often: as many as give the
+    most expected tokens.
+
+    Args:
+        accuracies: a[l][r], each row in descending order.
+        rows: of a call, guess rows included.
+        owners: nodes with guess rows at most, the root included; None: any number.
+        least: probability of being reached below which a drafted node owns none.
+        pattern: paths, of which the first ones are drafted; None: those with the most expected
+            tokens.
+
+    Raises:
+        ValueError: fewer rows than one drafted node needs.
+    """
+    guesses = len(accuracies)
+    if rows < 2 + guesses:
+        raise ValueError(
+            f"a call of {rows} rows has no room for a draft: it takes {2 + guesses} rows"
+        )
+    root = SparseTree(((),), (guesses,), (1.0,))
+
+    def trees(count: int) -> SparseTrees:
+        # 1. Nodes that fit beside the guess rows of so many owners.
+        nodes = rows - 1 - guesses * count
+        paths = optimised_tree(accuracies, nodes) if pattern is None else pattern[:nodes]
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        reached = tuple(_reached(path, accuracies) for path in ((), *ordered))
+        # 2. The owners; sorting leaves the root first.
+        likely = [node for node, chance in enumerate(reached) if not node or chance >= least]
+        chosen = set(sorted(likely, key=lambda node: -reached[node])[:count])
+        held = tuple(guesses if node in chosen else 0 for node in range(len(reached)))
+        return SparseTrees((*[root] * guesses, SparseTree(((), *ordered), held, reached)))
+
+    most = min((rows - 2) // guesses, owners or rows)
+    return max((trees(count) for count in range(1, most + 1)), key=lambda tried: tried.tokens)
+
+
+def _reached(path: Path, accuracies: Accuracies) -> float:
+    """How often a path is right; ranks that were not measured never are."""
+    if any(rank >= len(accuracies[depth]) for depth, rank in enumerate(path)):
+        return 0.0
+    return path_probability(path, accuracies)
 
 
 def whole_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:

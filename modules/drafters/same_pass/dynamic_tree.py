@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.token_tree import TokenTree, Topology
-from modules.drafters.prompt_tokens.sparse_tree import SparseTrees
+from modules.drafters.same_pass.sparse_tree import SparseTrees
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from modules.contracts.verification import Accepted, Verified
 from modules.cost_model.budget import best_budget, try_budgets
 from modules.cost_model.latency_table import LatencyTable
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.drafters.prompt_tokens.ppd import PPD, PromptState
-from modules.drafters.prompt_tokens.sparse_tree import (
+from modules.drafters.same_pass.base import GuessState
+from modules.drafters.same_pass.ppd import PPD
+from modules.drafters.same_pass.sparse_tree import (
     Accuracies,
     SparseTrees,
     assumed,
@@ -113,7 +114,7 @@ def test_sequences_in_other_states_decode_together(ensemble):
     drafter = drafter_for(target, ensemble=ensemble, rows=30)
     states, absorb = [], drafter.absorb
 
-    def record(state: DraftState, verified: Verified, accepted: Accepted) -> PromptState:
+    def record(state: DraftState, verified: Verified, accepted: Accepted) -> GuessState:
         after = absorb(state, verified, accepted)
         states.append(tuple(after.available))
         return after
@@ -145,9 +146,9 @@ def test_drafts_are_the_likeliest_tokens_of_their_level():
     drafter.prepare = record  # type: ignore[method-assign]
     SpeculativeDecoder(target, drafter, stop_ids=frozenset()).decode([TEXT], Sampling(), 4)
     state, tree = seen[1]
-    assert isinstance(state, PromptState) and state.final_BKX is not None
+    assert isinstance(state, GuessState) and state.states_BKX is not None
     shape = drafter.sparse_trees(23).trees[3]
-    best_KR = target.logits(state.final_BKX[0])[:, ::2][:, :40].topk(10).indices * 2
+    best_KR = target.logits(state.states_BKX[0])[:, ::2][:, :40].topk(10).indices * 2
     for node, path in enumerate(shape.paths[1:], 1):
         assert int(tree.tokens_BN[0, node]) == int(best_KR[len(path) - 1, path[-1]])
         parent = int(tree.parents_BN[0, node])

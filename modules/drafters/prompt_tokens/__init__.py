@@ -1,1 +1,0 @@
-"""Trained prompt tokens that a frozen target reads together with its text."""
