@@ -16,7 +16,7 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.clover2 import Clover2
 from modules.drafters.heads.medusa import Medusa
-from modules.drafters.prompt_tokens.ppd import PPD
+from modules.drafters.same_pass.ppd import PPD
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
 from modules.losses.divergences import DIVERGENCES
