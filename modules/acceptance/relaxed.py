@@ -10,6 +10,7 @@ Shape legend: B sequences, N nodes, R rows of draft distributions, V vocabulary,
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import inf
 
 import torch
 from torch import Tensor
@@ -84,6 +85,35 @@ class TopKRule(RelaxedRule):
         logits_BNV = parent_logits(tree, verified)
         token_BN1 = logits_BNV.gather(2, tree.tokens_BN[..., None])
         return (logits_BNV > token_BN1).sum(-1) < self.k
+
+
+class ToleranceRule(RelaxedRule):
+    """A token is good while it is among the target's `best` most likely ones and its logit is at
+    most `gap` below the best one's: GAD++ (Xia et al. 2022, arXiv 2203.16487). Logits differ as
+    log-probabilities do.
+
+    `best` = 1 or `gap` = 0 is the standard rule when greedy, except where two logits are equal.
+
+    Args:
+        best: β (5 in the paper's English-German).
+        gap: τ in nats (3 there).
+    """
+
+    name = "tolerance"
+
+    def __init__(self, best: int = 5, gap: float = 3.0) -> None:
+        if best < 1:
+            raise ValueError(f"rule tolerance: best must be at least 1, got {best}")
+        if not 0 <= gap < inf:
+            raise ValueError(f"rule tolerance: gap must be 0 or a finite number above, got {gap}")
+        self.best, self.gap, self.name = best, gap, f"tolerance {best} {gap:g}"
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Rank below `best`, and close to the best, under the parent's logits (unwarped)."""
+        logits_BNV = parent_logits(tree, verified)
+        token_BN1 = logits_BNV.gather(2, tree.tokens_BN[..., None])
+        near_BN = logits_BNV.amax(-1) - token_BN1[..., 0] <= self.gap
+        return near_BN & ((logits_BNV > token_BN1).sum(-1) < self.best)
 
 
 class DivergenceRule(RelaxedRule):

@@ -1,6 +1,6 @@
-"""Coupled Sequential Glancing Distillation (Falcon, Gao et al. 2025, arXiv 2412.12639): during
-training, a decreasing share of the labels that the drafter predicts wrongly is revealed in its
-inputs.
+"""Glancing: during training, a decreasing share of the labels that the drafter predicts wrongly is
+revealed in its inputs. Falcon's Coupled Sequential Glancing Distillation (Gao et al. 2025, arXiv
+2412.12639), and the Glancing Transformer's own (Qian et al. 2021, arXiv 2008.07905), which GAD has.
 
 Shape legend: P flat positions, M blocks, K rows of a block, H hidden size.
 """
@@ -9,6 +9,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def random_positions(wrong_MK: Tensor, valid_MK: Tensor, rate: float) -> Tensor:
+    """bool [M,K]: rows whose labels are revealed, at random: in each block floor(rate · wrong rows)
+    of those that count, right ones among them (Glancing Transformer, section 3.2).
+
+    Args:
+        wrong_MK, valid_MK: bool [M,K], the drafter's mistakes, and the rows that count.
+        rate: ρ.
+    """
+    counts_M = (rate * (wrong_MK & valid_MK).sum(1)).long()
+    # The rows that count stand first in a random order.
+    noise_MK = torch.rand(valid_MK.shape, device=valid_MK.device).masked_fill(~valid_MK, 2)
+    return noise_MK.argsort(1).argsort(1) < counts_M[:, None]
 
 
 def revealed_positions(

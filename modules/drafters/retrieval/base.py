@@ -104,18 +104,23 @@ class TextDrafter(Drafter):
         """State with the emitted tokens appended to the text."""
         assert isinstance(state, TextState)
         emitted = accepted.emitted(verified.tree)
-        width, needed = emitted.shape[1], int(state.counts_B.max()) + emitted.shape[1]
-        text = state.text_BL
-        # Capacity grows by half, so that appending is amortised.
-        if needed > text.shape[1]:
-            text = F.pad(text, (0, needed + text.shape[1] // 2 - text.shape[1]))
-        place = state.counts_B[:, None] + torch.arange(width, device=text.device)
         return replace(
             state,
             newest_B=accepted.next_B,
             lengths_B=state.lengths_B + accepted.lengths_B,
-            text_BL=text.scatter(1, place, emitted),
+            text_BL=appended(state.text_BL, state.counts_B, emitted),
         )
+
+
+def appended(text_BL: Tensor, counts_B: Tensor, emitted_BA: Tensor) -> Tensor:
+    """The texts with emitted tokens after the first `counts_B` of each. Reads the device."""
+    width = emitted_BA.shape[1]
+    needed = int(counts_B.max()) + width
+    # Capacity grows by half, so that appending is amortised.
+    if needed > text_BL.shape[1]:
+        text_BL = F.pad(text_BL, (0, needed + text_BL.shape[1] // 2 - text_BL.shape[1]))
+    place_BA = counts_B[:, None] + torch.arange(width, device=text_BL.device)
+    return text_BL.scatter(1, place_BA, emitted_BA)
 
 
 def chains(newest_B: Tensor, drafts: list[Tensor]) -> TokenTree:

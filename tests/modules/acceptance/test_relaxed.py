@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.acceptance.relaxed import DivergenceRule, RelaxedRule, TopKRule, draft_divergence
+from modules.acceptance.relaxed import (
+    DivergenceRule,
+    RelaxedRule,
+    ToleranceRule,
+    TopKRule,
+    draft_divergence,
+)
 from modules.acceptance.rules import AcceptanceRule, Draws, GreedyRule, default_rule
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.sampling import Sampling
@@ -117,6 +123,48 @@ def verified_tree(seed: int, distributions: Tensor | None = None) -> tuple[Token
     logits = 2 * torch.randn(1, 8, VOCAB, generator=generator, dtype=torch.float64)
     tree = TokenTree(tokens, Topology(parents), **extra)
     return tree, Verified(tree, logits)
+
+
+def test_tolerance_wants_rank_and_closeness_to_the_best():
+    for seed in range(20):
+        tree, verified = verified_tree(seed)
+        found = ToleranceRule(3, 1.5).good(tree, verified, draws())[0]
+        for node in range(1, 8):
+            row = verified.logits_BNV[0, int(tree.parents_BN[0, node])]
+            token = int(tree.tokens_BN[0, node])
+            near = float(row.log_softmax(-1).max() - row.log_softmax(-1)[token]) <= 1.5
+            assert bool(found[node]) == (near and token in row.topk(3).indices.tolist())
+
+
+def test_without_tolerance_it_is_the_greedy_rule_and_more_never_accepts_less():
+    lengths = {}
+    for seed in range(60):
+        tree, verified = verified_tree(seed)
+        plain = GreedyRule()(tree, verified, draws())
+        for rule in (ToleranceRule(1, 9.0), ToleranceRule(5, 0.0)):
+            strict = rule(tree, verified, draws())
+            assert strict.paths == plain.paths and strict.next_B.tolist() == plain.next_B.tolist()
+        for best in (1, 2, 3, 7):
+            for gap in (0.0, 0.5, 1.0, 3.0, 99.0):
+                accepted = ToleranceRule(best, gap)(tree, verified, draws())
+                lengths[seed, best, gap] = accepted.lengths[0]
+                # What follows the accepted path is the target's own token.
+                row = verified.logits_BNV[0, accepted.paths[0][-1]]
+                assert int(accepted.next_B[0]) == int(row.argmax())
+    for (seed, best, gap), length in lengths.items():
+        for (other, more, wider), longer in lengths.items():
+            if seed == other and more >= best and wider >= gap:
+                assert longer >= length
+    assert len({length for length in lengths.values()}) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0, 1.0), "best must be at least 1, got 0"), ((2, -0.5), "gap must be 0 or a finite number")],
+)
+def test_tolerances_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ToleranceRule(*arguments)
 
 
 def draws(temperature: float = 0.0) -> Draws:
