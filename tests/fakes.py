@@ -46,6 +46,15 @@ ARCHITECTURES = {
     "gemma": ("gemma", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "mistral": ("mistral", {"sliding_window": 6}),
+    "mixtral": (
+        "mixtral",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            # The grouped kernel has no float64.
+            "experts_implementation": "eager",
+        },
+    ),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
 }
 

@@ -15,7 +15,9 @@ from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.target.kv_cache import SlotCache
 
-SUPPORTED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "opt", "gpt2")
+SUPPORTED = (
+    "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "opt", "gpt2"
+)  # fmt: skip
 _MASK_BY_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 _OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
 """Architectures whose norms multiply by one plus their weight."""

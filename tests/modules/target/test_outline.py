@@ -84,8 +84,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         for name, told in PACKED.items()
     },
     "mixture": (
-        configured(model_type="mixtral"),
-        "architecture 'mixtral', which is not supported: use a model of",
+        configured(model_type="qwen3_moe"),
+        "architecture 'qwen3_moe', which is not supported: use a model of",
     ),
     "unknown": (configured(model_type="badtype"), "architecture 'badtype', which is not supported"),
     "untyped": (configured(model_type=None), "no config.json that names"),
