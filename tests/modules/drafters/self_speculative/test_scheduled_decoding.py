@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from checkpoints.pretrained import Provenance, save_pretrained
+from configs.command_line.loading import CONFIGS
 from eval.methods.rows import Method, build_rows
 from modules.contracts.batches import TextBatch
 from modules.contracts.rows import Rows
@@ -151,6 +153,16 @@ def test_an_evaluation_decodes_with_a_trained_run(tmp_path):
     traces = row.decoder.decode(PROMPTS, Sampling(), 8)
     expected = ScheduledDecoder(target, drafter).decode(PROMPTS, Sampling(), 8)
     assert [trace.ids for trace in traces] == [trace.ids for trace in expected]
+
+
+@pytest.mark.parametrize("name", ["scheduled", "early_exit"])
+def test_shipped_evaluations_name_what_exists(name):
+    """Their decoders, and drafters without training; runs are made first."""
+    entries = yaml.safe_load((CONFIGS / "eval" / f"{name}.yaml").read_text())["methods"]
+    for entry in entries:
+        if not isinstance(entry.get("drafter"), str):
+            Method(**entry).check()
+    assert len({Method(**entry).label for entry in entries}) == len(entries)
 
 
 def test_another_drafter_is_refused():
