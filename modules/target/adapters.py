@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from modules.contracts.shapes import TargetShape
+from modules.target.architecture import Architecture
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -88,7 +89,7 @@ class Adapters(nn.ModuleList):
         """
         if self._twin is None or self._twin[0] is not target:
             self._twin = (target, self._make_twin(target, lm_head))
-        for factors, module in self._adapted_modules(self._twin[1], lm_head):
+        for factors, module in self._adapted_modules(self._twin[1].architecture, lm_head):
             # Assigned in every call: ZeRO stage 3 gathers parameters when they are read.
             module.lora_A["default"].weight, module.lora_B["default"].weight = (
                 factors.down,
@@ -132,30 +133,25 @@ class Adapters(nn.ModuleList):
         another fingerprint.
         """
         self.refuse_other_layers(target)
-        # 1. A copy of the target.
-        adapted = cast(Any, type(target))(
-            copy.deepcopy(target.model, {id(target): target}),
-            target.tokenizer,
-            f"{target.name}+{self.name}",
-        )
+        # 1. A copy of the model.
+        model = copy.deepcopy(target.model, {id(target): target})
         # 2. Add the change to each weight.
-        for factors, module in self._adapted_modules(adapted, lm_head):
+        for factors, module in self._adapted_modules(Architecture(model), lm_head):
             change = (self.alpha / self.rank) * (factors.up @ factors.down)
             module.weight = nn.Parameter(
                 module.weight + change.to(module.weight), requires_grad=False
             )
         # 3. An LM head of other weights is no longer the embedding.
         if lm_head is not None:
-            cast(Any, adapted.model).config.tie_word_embeddings = False
-        return adapted
+            model.config.tie_word_embeddings = False
+        # 4. The target last: its stock model has the weights that are there now.
+        return cast(Any, type(target))(model, target.tokenizer, f"{target.name}+{self.name}")
 
     def _adapted_modules(
-        self, target: Target, lm_head: LowRank | None
+        self, architecture: Architecture, lm_head: LowRank | None
     ) -> list[tuple[LowRank, Any]]:
-        pairs: list[tuple[LowRank, Any]] = (
-            [] if lm_head is None else [(lm_head, target.architecture.head)]
-        )
-        for adapters, layer in zip(self, target.architecture.layers, strict=True):
+        pairs: list[tuple[LowRank, Any]] = [] if lm_head is None else [(lm_head, architecture.head)]
+        for adapters, layer in zip(self, architecture.layers, strict=True):
             modules = {name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules()}
             pairs += [
                 (cast(LowRank, factors), modules[name])

@@ -232,6 +232,17 @@ def test_medusa2s_optimised_tree_goes_by_the_adapted_target() -> None:
     )
 
 
+@torch.no_grad()
+def test_an_adapted_targets_stock_model_is_adapted_too() -> None:
+    """Rows of other libraries run it; the target it was made of stays as it was."""
+    target, ids = tiny_target("llama"), torch.tensor([[7, 8, 9]])
+    before = target.stock(ids).logits
+    adapted = shaken(joint(target)).eval().adapt(target)
+    torch.testing.assert_close(adapted.stock(ids).logits, adapted.model(ids).logits)
+    assert float((adapted.stock(ids).logits - before).abs().max()) > 1e-3
+    assert torch.equal(target.stock(ids).logits, before)
+
+
 def test_self_distillation_is_zero_before_and_positive_after_a_change() -> None:
     target = tiny_target("llama")
     drafter, batch = joint(target, self_distillation=True), tiny_batch(target)
