@@ -31,7 +31,7 @@ from modules.contracts.verification import Accepted, Verified
 from modules.drafters.heads.base import refuse_unknown, soft_labels
 from modules.drafters.same_pass.dynamic_tree import drafted
 from modules.drafters.same_pass.guess_rows import GuessRows, HostCounts
-from modules.drafters.same_pass.sparse_tree import SparseTrees, assumed, descending
+from modules.drafters.same_pass.sparse_tree import SparseTrees, assumed, descending, sparse_trees
 from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies
 from modules.losses.chunked import TrainingRows, training_rows
 from modules.losses.divergences import forward_kl
@@ -61,7 +61,7 @@ class GuessState(DraftState):
 class SamePassDrafter(TrainedDrafter):
     """Base of drafters that guess in the target's own pass.
 
-    Subclasses define `following`, the rows that guess; `head`; and `sparse_trees`.
+    Subclasses define `following`, the rows that guess, and `head`.
 
     The first call after the prompt verifies only the newest token, followed by its guess rows.
 
@@ -114,9 +114,10 @@ class SamePassDrafter(TrainedDrafter):
     def following(self, rows: Rows, counts_BN: Tensor, width: int) -> GuessRows:
         """The first `counts_BN` guesses of each row, `width` guess rows in all."""
 
-    @abstractmethod
     def sparse_trees(self, budget: int) -> SparseTrees:
         """The trees of all states for calls of so many rows beside the newest token's."""
+        table = tuple(row[: self.draft_size] for row in self.accuracies)
+        return sparse_trees(table, budget + 1, self.members)
 
     @property
     def max_depth(self) -> int:
@@ -209,7 +210,7 @@ class SamePassDrafter(TrainedDrafter):
             for name, state in states.items()
             if state.shape[1] > length
         }
-        return {name: state[:, :length].detach() for name, state in states.items()}, after
+        return {name: state[:, :length] for name, state in states.items()}, after
 
     def side_by_side(self, states: Tensor) -> Tensor:
         """States [...,E,H] as [...,K,X]: those of a guess in one row."""
@@ -227,7 +228,7 @@ class SamePassDrafter(TrainedDrafter):
         """
         rows = self.rows(batch, target)
         states, after = self.passed(batch, target, rows)
-        batch = replace(batch, states=states)
+        batch = replace(batch, states={name: state.detach() for name, state in states.items()})
         outputs = ((state, state) for state in after[self.guess_state].unbind(1))
         distributions = self.distributions(batch, target, rows)
         return batch, self.scored(batch, target, rows, distributions, outputs)
@@ -330,3 +331,16 @@ class SamePassDrafter(TrainedDrafter):
             counts[path[-1]] for counts, path in zip(appended.counts, accepted.paths, strict=True)
         )
         return replace(after, states_BKX=self.side_by_side(states_BEH), available=available)
+
+
+def started_embeddings(target: Target, text: str | None, count: int) -> Tensor:
+    """Embeddings [count,H] to start from: those of a text's tokens, repeated; without a text random
+    ones of the same size as the target's.
+    """
+    listed = target.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if listed:
+        ids = torch.tensor(listed, device=target.device)
+        return target.embed(ids.repeat(-(-count // len(ids)))[:count])
+    some = torch.arange(min(1024, target.shape.vocab_size), device=target.device)
+    size = float(target.embed(some).float().std())
+    return size * torch.randn(count, target.shape.hidden_size, device=target.device)

@@ -21,9 +21,9 @@ from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import TrainingResult
-from modules.drafters.same_pass.base import SamePassDrafter
+from modules.drafters.same_pass.base import SamePassDrafter, started_embeddings
 from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
-from modules.drafters.same_pass.sparse_tree import SparseTrees, predicted_page, sparse_trees
+from modules.drafters.same_pass.sparse_tree import predicted_page
 from modules.drafters.trained import DraftStep
 from modules.losses.chunked import Head, TrainingRows
 from modules.trees.named_trees import Path
@@ -100,11 +100,6 @@ class PPD(SamePassDrafter):
         """All prompt tokens of the root, and a draft with a prompt token of its own."""
         return 1 + self.members * (1 + self.guesses) if self.dynamic else 1
 
-    def sparse_trees(self, budget: int) -> SparseTrees:
-        """The trees of all states for calls of so many rows beside the newest token's."""
-        table = tuple(row[: self.draft_size] for row in self.accuracies)
-        return sparse_trees(table, budget + 1, self.members)
-
     def following(self, rows: Rows, counts_BN: Tensor, width: int) -> GuessRows:
         """The first `counts_BN` prompt tokens of each row."""
         return guess_rows(
@@ -119,15 +114,7 @@ class PPD(SamePassDrafter):
     @torch.no_grad()
     def initialise(self, target: Target) -> None:
         """Copy the embeddings of a text's tokens, or draw some of the same size as the target's."""
-        text = self.text or ""
-        listed = target.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        ids = torch.tensor(listed, dtype=torch.long)
-        if len(ids):
-            repeated = ids.repeat(-(-len(self.prompts_EH) // len(ids)))[: len(self.prompts_EH)]
-            self.prompts_EH.copy_(target.embed(repeated.to(target.device)))
-            return
-        some = torch.arange(min(1024, self.shape.vocab_size), device=target.device)
-        self.prompts_EH.normal_(0, float(target.embed(some).float().std()))
+        self.prompts_EH.copy_(started_embeddings(target, self.text, len(self.prompts_EH)))
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's LM head on the states [..., X] of an ensemble: the mean of its members'
