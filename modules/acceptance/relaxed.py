@@ -116,6 +116,18 @@ class ToleranceRule(RelaxedRule):
         return near_BN & ((logits_BNV > token_BN1).sum(-1) < self.best)
 
 
+class UnverifiedRule(RelaxedRule):
+    """Every token is good: drafts are never rejected (lexical unit decoding, Sun et al. 2024, arXiv
+    2405.15208). Of several longest paths the standard rule's is preferred.
+    """
+
+    name = "unverified"
+
+    def good(self, tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
+        """Every node of the tree."""
+        return torch.ones_like(tree.acceptable_BN)
+
+
 class DivergenceRule(RelaxedRule):
     """A token is good while KL(target ‖ draft) of the distributions it was drawn under is at most
     `threshold` (in nats).

@@ -111,3 +111,43 @@ class ThresholdTree:
     def _likely(self, probability_BWK: Tensor) -> Tensor:
         before = probability_BWK.cumsum(-1) - probability_BWK
         return (before < self.top_p) & (probability_BWK >= self.ratio * probability_BWK[..., :1])
+
+
+class ConfidentChain:
+    """The drafter's most likely token at each step, as long as it gives it `confidence` or more
+    (LUD's adaptive span, Sun et al. 2024, arXiv 2405.15208).
+
+    Args:
+        depth: drafted tokens at most.
+        confidence: β, the least probability of a drafted token; above 1 nothing is drafted.
+    """
+
+    sibling_draw = SiblingDraw.BY_VALUE
+
+    def __init__(self, depth: int, confidence: float = 0.9) -> None:
+        if depth < 1 or confidence < 0:
+            raise ValueError(
+                f"chain depth must be at least 1 and confidence 0 or above, got {depth} and "
+                f"{confidence}"
+            )
+        self.depth, self.confidence = depth, confidence
+
+    def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
+        """A chain of at most `budget` drafted tokens for each sequence. Reads the device."""
+        tokens, real = [state.newest_B[:, None]], [torch.ones_like(state.newest_B)[:, None].bool()]
+        for depth in range(min(self.depth, budget)):
+            # 1. One draft step.
+            parents_B1 = torch.full_like(tokens[-1], depth - 1)
+            logits_B1D = drafter.expand(state, Frontier(tokens[-1], parents_B1, depth))
+            log_B1, token_B1 = (part[..., 0] for part in log_probs(logits_B1D).topk(1, dim=-1))
+            # 2. A chain ends at its first unlikely token.
+            real.append(real[-1] & (log_B1.exp() >= self.confidence))
+            if not real[-1].any():
+                real.pop()
+                break
+            ids = drafter.vocabulary_D
+            tokens.append(token_B1 if ids is None else ids[token_B1])
+        tokens_BN = torch.cat(tokens, dim=1)
+        parents = torch.arange(-1, tokens_BN.shape[1] - 1, device=tokens_BN.device)
+        parents_BN = parents.expand_as(tokens_BN)
+        return packed(tokens_BN, parents_BN, torch.cat(real, dim=1), drafter.vocabulary_D)

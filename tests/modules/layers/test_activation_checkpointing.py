@@ -20,6 +20,7 @@ from tests.modules.families import built
 TARGET = tiny_target()
 NAMES = (
     "medusa",
+    "chimera",
     "clover",
     "clover2",
     "hydra",

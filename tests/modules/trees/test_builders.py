@@ -12,7 +12,7 @@ from modules.contracts.shapes import TargetShape
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree
-from modules.trees.threshold import ThresholdTree
+from modules.trees.threshold import ConfidentChain, ThresholdTree
 from tests.fakes import tiny_target
 
 SHAPE = TargetShape(32, 10, 2, 4, 2, 8, 64)
@@ -168,3 +168,24 @@ def test_a_batch_of_dynamic_trees_is_no_wider_than_its_budget(budget):
 def test_trees_chosen_by_value_hold_no_prefix_twice(builder, vocabulary):
     tree = builder.build(Table(SHAPE, vocabulary), state(batch=5), 12)
     assert tree.size > 5 and tree.first_BN.tolist() == [list(range(tree.size))] * 5
+
+
+@pytest.mark.parametrize("vocabulary", [None, torch.tensor([0, 2, 3, 5, 7, 8])])
+def test_a_confident_chain_ends_at_the_first_unlikely_token(vocabulary) -> None:
+    drafter, batch, lengths = Table(SHAPE, vocabulary), 8, set()
+    for confidence in (0.0, 0.3, 0.45, 1.1):
+        tree = ConfidentChain(3, confidence).build(drafter, state(batch), 5)
+        for b in range(batch):
+            expected = [b + 1]
+            while len(expected) < 4:
+                probs = drafter.table[expected[-1]].softmax(-1)
+                if float(probs.max()) < confidence:
+                    break
+                best = int(probs.argmax())
+                expected.append(best if vocabulary is None else int(vocabulary[best]))
+            real = tree.acceptable_BN[b]
+            assert tree.tokens_BN[b, real].tolist() == expected
+            assert tree.parents_BN[b, real].tolist() == list(range(-1, len(expected) - 1))
+            lengths.add(len(expected))
+        assert ConfidentChain(3, confidence).build(drafter, state(batch), 0).size == 1
+    assert {1, 2, 4} <= lengths

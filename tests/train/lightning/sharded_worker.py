@@ -45,9 +45,11 @@ QUIET = {
     "estimator_dropout": 0.0,
     "groups": 512,
     "anchors": 512,
+    "units": 512,
+    "outside": 1.0,
 }
 """Arguments of drafters that draw random numbers, of which two processes draw others than one; with
-so many groups and anchors every token has one."""
+so many groups, anchors and units every token has one."""
 TIED = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
