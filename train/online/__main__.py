@@ -5,7 +5,8 @@ learns from the drafts that its target rejects.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,14 +21,21 @@ from checkpoints.checks import strange_values
 from checkpoints.pretrained import Provenance, find_folder, read_config, save_pretrained
 from configs.command_line.bounded_yaml import load_yaml
 from configs.command_line.class_paths import Kind, named_class
-from configs.command_line.endings import resumable
+from configs.command_line.endings import Stopped, resumable
 from configs.command_line.loading import config_parser, exit_with, first_config, parse
 from configs.command_line.outputs import claimed, write_whole
 from configs.command_line.redaction import redact
 from data.reading.files import Tally
 from modules.target.loading import load_target, outline
 from train.cli import quieten
-from train.online.recipe import Recipe, build_tree, chats, requests, service_of
+from train.online.recipe import (
+    Recipe,
+    build_tree,
+    chats,
+    requests,
+    requests_file,
+    service_of,
+)
 from train.online.report import PAGE, Curve, summary, table
 from train.online.service import ANSWERS, Request, Service
 from train.online.settings import ONLINE, ServerSettings
@@ -104,7 +112,6 @@ def command(arguments: Sequence[str]) -> int:
     # 1. Everything that can be refused before the target is loaded.
     recipe = recipe_of(parser, config)
     build_tree(recipe)
-    check_server(recipe.server)
     output = Path(config.output or f"runs/{first_config(config.config).stem}")
     if config.resume and config.init_from is None:
         config.init_from = begun_from(output)
@@ -118,7 +125,7 @@ def command(arguments: Sequence[str]) -> int:
         read_config(find_folder(config.init_from))
     # 2. Serve.
     quieten()
-    with claim(output, config.resume, config.overwrite):
+    with reserved(recipe.server) as place, claim(output, config.resume, config.overwrite):
         if config.resume:
             same_run(output / CONFIG, settings, [key for key in settings if key not in _FREE])
         device = training_device(recipe.accelerator)
@@ -128,13 +135,18 @@ def command(arguments: Sequence[str]) -> int:
         write_whole({output / CONFIG: yaml.safe_dump(settings, sort_keys=False)})
         service.load()
         try:
-            if recipe.server.port is None:
+            if place is None:
                 answer_all(service, requests(stream, service, recipe.routing.label, tally))
             else:
-                listen(service, recipe, lambda: finish(service, output, settings))
+                listen(service, recipe, place)
+        except Stopped:
+            # A signal is how an endpoint ends; a file's requests go on with --resume.
+            if place is not None:
+                finish(service, output, recipe, settings)
+            raise
         finally:
             curve.write()
-        finish(service, output, settings)
+        finish(service, output, recipe, settings)
     print("\n".join([*tally.lines(), table(summary(service.lines)), f"report: {output / PAGE}"]))
     return 0
 
@@ -146,8 +158,8 @@ def answer_all(service: Service, stream: Iterable[Request]) -> None:
         service.learn()
 
 
-def listen(service: Service, recipe: Recipe, end: Callable[[], None]) -> None:
-    """Serve the endpoint until a signal; what was accepted is answered, then `end` is called.
+def listen(service: Service, recipe: Recipe, place: socket.socket) -> None:
+    """Serve the endpoint until a signal; what was accepted is answered.
 
     Raises:
         Exception: of an update, where one failed.
@@ -156,17 +168,22 @@ def listen(service: Service, recipe: Recipe, end: Callable[[], None]) -> None:
 
     endpoint = Endpoint(service, recipe.target)
     try:
-        serve(endpoint, recipe.server)
+        serve(endpoint, recipe.server, place)
     finally:
         endpoint.close()
-        end()
     if endpoint.trouble is not None:
         raise endpoint.trouble
 
 
-def check_server(settings: ServerSettings) -> None:
-    """Raise ValueError if an endpoint is wanted and its libraries are missing."""
+@contextmanager
+def reserved(settings: ServerSettings) -> Iterator[socket.socket | None]:
+    """The endpoint's address, held in the block; None without an endpoint.
+
+    Raises:
+        ValueError: its libraries are missing, or the address cannot be had.
+    """
     if settings.port is None:
+        yield None
         return
     for library in ("starlette", "uvicorn"):
         if importlib.util.find_spec(library) is None:
@@ -174,19 +191,33 @@ def check_server(settings: ServerSettings) -> None:
                 f"server.port needs {library}, which is not installed: run `pip install -e "
                 "'.[serve]'`"
             )
+    try:
+        place = socket.create_server((settings.host, settings.port))
+    except OSError as error:
+        raise ValueError(
+            f"server.port {settings.port} of {settings.host} cannot be had ({error.strerror}): "
+            "give another"
+        ) from None
+    with place:
+        yield place
 
 
-def finish(service: Service, output: Path, settings: dict[str, Any]) -> None:
+def finish(service: Service, output: Path, recipe: Recipe, settings: dict[str, Any]) -> None:
     """Save the states, and write every drafter as `train.py` does."""
     service.save()
     for name, learner in service.learners.items():
         folder = output if len(service.learners) == 1 else output / name
-        provenance = Provenance.of(service.target, settings=settings)
+        learnt: dict[str, Any] = {
+            "requests": sum(line["drafter"] == name for line in service.lines)
+        }
+        if recipe.server.port is None:
+            learnt["train"] = requests_file(recipe.stream.requests)
+        provenance = Provenance.of(service.target, data=learnt, settings=settings)
         save_pretrained(learner.student, folder / "drafter", provenance)
 
 
 def _settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+    whole = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
     return redact({name: value for name, value in whole.items() if name not in _RUN})
 
 

@@ -144,8 +144,12 @@ def service_of(
 
 def chats(settings: StreamSettings, tally: Tally) -> list[Chat]:
     """The chats of a stream's file; ValueError without one that can be asked."""
-    file = str(TRAINING_PROMPTS) if settings.requests == EMBEDDED else settings.requests
-    return chats_of(prompt_rows(file, settings.limit, tally), tally)
+    return chats_of(prompt_rows(requests_file(settings.requests), settings.limit, tally), tally)
+
+
+def requests_file(name: str) -> str:
+    """The file that `stream.requests` names."""
+    return str(TRAINING_PROMPTS) if name == EMBEDDED else name
 
 
 def requests(

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -149,18 +150,13 @@ class Endpoint:
             self.trouble = error
 
 
-def serve(endpoint: Endpoint, settings: ServerSettings) -> None:
-    """Serve until a signal; requests that have been accepted are answered before it returns."""
-    assert settings.port is not None
+def serve(endpoint: Endpoint, settings: ServerSettings, place: socket.socket) -> None:
+    """Serve at an address until a signal; requests in progress are answered before it returns."""
     config = uvicorn.Config(
-        endpoint.application,
-        settings.host,
-        settings.port,
-        log_level="warning",
-        limit_concurrency=settings.waiting,
+        endpoint.application, log_level="warning", limit_concurrency=settings.waiting
     )
     print(f"serving on http://{settings.host}:{settings.port}/v1, Ctrl-C stops", flush=True)
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run([place])
 
 
 def request_of(body: Mapping[str, Any]) -> Request:

@@ -16,7 +16,7 @@ from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
 from tests.fakes import tiny_target
-from train.online.__main__ import make_parser, recipe_of
+from train.online.__main__ import command, make_parser, recipe_of
 from train.online.service import ANSWERS
 
 
@@ -53,6 +53,8 @@ def test_its_drafter_is_one_like_any_other(
     serve()
     drafter = load_pretrained(tmp_path / "run", tiny)
     assert type(drafter).__name__ == "Independent"
+    provenance = json.loads((tmp_path / "run" / "drafter" / "provenance.json").read_text())
+    assert provenance["data"] == {"requests": 5, "train": str(tmp_path / "chats.jsonl")}
     serve("--overwrite", "--init_from", str(tmp_path / "run"), "--learning.interval", "0")
     again = load_pretrained(tmp_path / "run", tiny)
     assert all(torch.equal(p, q) for p, q in zip(drafter.parameters(), again.parameters()))
@@ -77,6 +79,7 @@ def test_a_stopped_stream_goes_on(
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
+PPD = "modules.drafters.same_pass.ppd.PPD"
 MISTAKES = {
     "--learning.intervall 3": "learning.interval",
     "--learning.interval -1": "learning.interval must be at least 0, got -1",
@@ -97,7 +100,7 @@ MISTAKES = {
     "--resume --overwrite": "contradict each other",
     "--init_from nowhere": "'nowhere' does not exist",
     "--server.port 0": "server.port must lie between 1 and 65535",
-    "--server.port 80 --drafter.class_path modules.drafters.prompt_tokens.ppd.PPD": "server.port",
+    f"--server.port 63999 --drafter.class_path {PPD}": "requests would have to wait",
     "--routing.drafters [online]": "other than online, got 'online'",
     "--routing.drafters [a,a]": "names one twice: a, a",
     "--routing.classifier nowhere": "routing.drafters names none",
@@ -113,6 +116,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     printed = capsys.readouterr().err
     assert MISTAKES[words] in printed and printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_its_config_serves_the_same_again(serve: Callable[..., int], tmp_path: Path) -> None:
+    """Every key is in it, also those that are null."""
+    serve("--learning.top_k", "null", "--stream.limit", "1")
+    saved = tmp_path / "run" / "config.yaml"
+    assert command(["--config", str(saved), "--output", str(tmp_path / "again")]) == 0
+    again = tmp_path / "again"
+    assert (again / "config.yaml").read_text() == saved.read_text()
+    assert lines(again) == lines(tmp_path / "run")
 
 
 def test_a_second_run_needs_a_word(

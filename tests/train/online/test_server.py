@@ -67,6 +67,12 @@ def ask(
     return status, content
 
 
+def free_port() -> str:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        return str(place.getsockname()[1])
+
+
 @pytest.fixture
 def service(markov: Target, tmp_path: Path) -> Service:
     return make_service(markov, small_drafter(markov), tmp_path, SETTINGS, temperature=0.0)
@@ -201,26 +207,41 @@ def test_a_signal_ends_with_a_drafter_and_a_report(
     capsys: pytest.CaptureFixture,
 ) -> None:
     """Through the command; the run can go on."""
-    stopped: list[int] = []
+    statuses, run_server = [], uvicorn.Server.run
 
-    def three_requests(server: uvicorn.Server) -> None:
-        with socket.socket() as place:
-            place.bind(("127.0.0.1", 0))
-            place.listen()
-            again = uvicorn.Server(server.config)
-            thread = threading.Thread(target=uvicorn_run, args=(again, [place]))
-            thread.start()
-            stopped.extend(ask(place.getsockname()[1], BODY)[0] for _ in range(3))
-            again.should_exit = True
-            thread.join(SECONDS)
+    def three_requests(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        """Serve in a thread, which gets no signals, then be stopped by one."""
+        thread = threading.Thread(target=run_server, args=(server, sockets))
+        thread.start()
+        statuses.extend(ask(sockets[0].getsockname()[1], BODY)[0] for _ in range(3))
+        server.should_exit = True
+        thread.join(SECONDS)
         raise Stopped(15)
 
-    uvicorn_run = uvicorn.Server.run
     monkeypatch.setattr("uvicorn.Server.run", three_requests)
-    assert run(lambda _: serve("--server.port", "8000"), []) == 143
-    assert "go on with --resume" in capsys.readouterr().err and stopped == [200] * 3
+    port = free_port()
+    assert run(lambda _: serve("--server.port", port), []) == 143
+    assert "go on with --resume" in capsys.readouterr().err and statuses == [200] * 3
     output = tmp_path / "run"
     assert (output / "drafter" / "model.safetensors").exists()
     assert json.loads((output / "report.json").read_text())["requests"] == 3
-    assert run(lambda _: serve("--server.port", "8000", "--resume"), []) == 143
+    assert run(lambda _: serve("--server.port", free_port(), "--resume"), []) == 143
     assert json.loads((output / "report.json").read_text())["requests"] == 6
+
+
+def test_a_port_in_use_is_refused(
+    serve: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+        assert run(lambda _: serve("--server.port", str(port)), []) == 2
+    assert f"server.port {port} of 127.0.0.1 cannot be had" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_libraries_are_named(
+    serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("train.online.__main__.importlib.util.find_spec", lambda name: None)
+    assert run(lambda _: serve("--server.port", free_port()), []) == 2
+    assert "server.port needs starlette, which is not installed" in capsys.readouterr().err
