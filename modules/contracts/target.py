@@ -210,8 +210,19 @@ class Session(Protocol):
         """States [B,N,H] of a pass through the layers `start … stop-1`. Nothing is committed."""
         ...
 
-    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
-        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet."""
+    def verify(
+        self,
+        tree: TokenTree,
+        states: Sequence[StateName] = (),
+        vocabulary_D: Tensor | None = None,
+    ) -> Verified:
+        """One call over all rows of a tree: logits [B,N,V], or [B,N,D] over the given token ids,
+        and states. Nothing is committed yet.
+        """
+        ...
+
+    def rewind(self, lengths_B: Tensor) -> None:
+        """Forget committed tokens after the first `lengths_B`, and rows that are not committed."""
         ...
 
     def commit(self, accepted: Accepted) -> None:

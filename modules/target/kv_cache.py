@@ -241,6 +241,11 @@ class SlotCache(Cache):
         if self._lengths_B is not None:
             self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
 
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget what is committed after so many tokens of each sequence."""
+        assert all(0 <= short <= now for short, now in zip(lengths, self.lengths, strict=True))
+        self.lengths, self._lengths_B = list(lengths), None
+
     def _compact(self, sequence: int, tail_M: Tensor, in_place: int) -> None:
         """Move the rows after the first `in_place` ones, which need not move."""
         start = self.lengths[sequence]

@@ -89,8 +89,14 @@ class Session:
         )
 
     @torch.no_grad()
-    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
-        """One call over all rows of a tree: logits [B,N,V] and states. Nothing is committed yet.
+    def verify(
+        self,
+        tree: TokenTree,
+        states: Sequence[StateName] = (),
+        vocabulary_D: Tensor | None = None,
+    ) -> Verified:
+        """One call over all rows of a tree: logits [B,N,V], or [B,N,D] over the given token ids,
+        and states. Nothing is committed yet.
 
         Raises:
             ValueError: a requested state lies below the layer to which rows have run already; a
@@ -103,17 +109,23 @@ class Session:
         # 2. Run them, as the tree and the target allow.
         compiled = target.compiled
         if tree.auxiliary is not None:
-            return self._beside(tree, rows, embeddings, states)
+            return self._beside(tree, rows, embeddings, states, vocabulary_D)
         if tree.already_run is not None:
             seen = self._complete(tree, rows, embeddings, names)
         elif compiled is not None and compiled.takes(tree.size, self.cache):
             seen = compiled(embeddings, rows, self.cache, names)
         else:
             seen = target.forward_rows(embeddings, rows, names, self.cache)
-        return Verified(tree, target.logits(seen["final"]), {name: seen[name] for name in states})
+        logits = target.logits(seen["final"], vocabulary_D)
+        return Verified(tree, logits, {name: seen[name] for name in states})
 
     def _beside(
-        self, tree: TokenTree, rows: Rows, embeddings_BNH: Tensor, states: Sequence[StateName]
+        self,
+        tree: TokenTree,
+        rows: Rows,
+        embeddings_BNH: Tensor,
+        states: Sequence[StateName],
+        vocabulary_D: Tensor | None,
     ) -> Verified:
         """The verification of a tree with auxiliary rows."""
         target, auxiliary = self.target, tree.auxiliary
@@ -129,7 +141,8 @@ class Session:
         seen = target.forward_beside(embeddings_BNH, rows, names, auxiliary, self.cache)
         nodes = {name: seen[name][:, : tree.size] for name in states}
         others = {name: seen[name][:, tree.size :] for name in states}
-        return Verified(tree, target.logits(seen["final"][:, : tree.size]), nodes, others)
+        logits = target.logits(seen["final"][:, : tree.size], vocabulary_D)
+        return Verified(tree, logits, nodes, others)
 
     def _complete(
         self, tree: TokenTree, rows: Rows, embeddings_BNH: Tensor, names: Sequence[StateName]
@@ -155,6 +168,12 @@ class Session:
     def commit(self, accepted: Accepted) -> None:
         """Keep the accepted rows of the last call in the KV cache."""
         self.cache.commit(accepted)
+
+    def rewind(self, lengths_B: Tensor) -> None:
+        """Forget committed tokens after the first `lengths_B`, and rows that are not committed.
+        Reads the device.
+        """
+        self.cache.rewind(lengths_B.tolist())
 
     def keep(self, sequences: list[int]) -> None:
         """Keep only these sequences, which may repeat."""

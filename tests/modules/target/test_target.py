@@ -292,6 +292,21 @@ def test_gradient_through_auxiliary_rows_alone_is_that_of_the_whole_pass(arch, l
     assert all(torch.equal(asked[name], states[name]) for name in names)
 
 
+def test_a_session_forgets_what_is_rewound():
+    """Later calls are those of a session that never read it; some ids are a slice of all."""
+    target, lengths = tiny_target(), torch.tensor([4, 7])
+    session, expected = open_session(target, (5, 9)), target.open(2, 64)
+    expected.prefill(prompts((5, 9))[0][:, :7], lengths)
+    session.rewind(lengths)
+    found, tree = session.verify(some_tree()), some_tree()
+    close(found.logits_BNV, expected.verify(tree).logits_BNV)
+    assert session.lengths_B.tolist() == [4, 7]
+    ids = torch.tensor([3, 20, 90])
+    auxiliary = twins(tree, lengths, 1)
+    for each in (tree, replace(tree, auxiliary=auxiliary)):
+        close(session.verify(each, (), ids).logits_BNV, found.logits_BNV[..., ids])
+
+
 def test_two_sessions_of_one_target_do_not_see_each_other():
     target = tiny_target()
     first, second = open_session(target, (6,)), open_session(target, (4,))
