@@ -83,6 +83,8 @@ class SamePassDrafter(TrainedDrafter):
     """The state of guess rows that the LM head reads, or what comes before it."""
     training_reads: tuple[StateName, ...] = ("final",)
     """States of the tokens that the loss reads."""
+    random_cuts = True
+    """Whether training draws its positions anew in every step."""
     dynamic = True
     """Whether it drafts sparse trees and not a fixed one."""
 
@@ -162,7 +164,8 @@ class SamePassDrafter(TrainedDrafter):
         otherwise evenly spaced.
         """
         rows = training_rows(batch, self.draft_steps)
-        return some_rows(rows, batch, most, self.groups_per == "document", self.training)
+        drawn = self.training and self.random_cuts
+        return some_rows(rows, batch, most, self.groups_per == "document", drawn)
 
     def measured_rows(self, batch: TextBatch, target: Target) -> TrainingRows:
         """More of them than in training, without a gradient."""

@@ -39,6 +39,8 @@ class GuessRows(AuxiliaryRows):
     counts: tuple[tuple[int, ...], ...] = ()
 
 
+Sees = Literal["chain", "all", "itself"]
+"""Which guess rows of its node a row sees, see `guess_rows`."""
 Entering = Callable[[Tensor, Tensor], Inputs]
 """The node that each guess row follows, and which of the node's rows it is, int64 [B,P] each ->
 what enters."""
@@ -51,7 +53,7 @@ def guess_rows(
     rows: Rows,
     counts_BN: Tensor,
     width: int,
-    sees: Literal["chain", "all", "itself"] = "chain",
+    sees: Sees = "chain",
     layers: Sequence[int] = (0,),
 ) -> GuessRows:
     """The first `counts_BN` guesses of each row.

@@ -21,9 +21,16 @@ from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import TrainingResult
+from modules.drafters.heads.base import refuse_unknown
 from modules.drafters.same_pass.base import SamePassDrafter, started_embeddings
-from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
-from modules.drafters.same_pass.sparse_tree import predicted_page
+from modules.drafters.same_pass.guess_rows import GuessRows, Sees, guess_rows
+from modules.drafters.same_pass.sparse_tree import (
+    SparseTrees,
+    predicted_page,
+    random_trees,
+    sparse_trees,
+    whole_trees,
+)
 from modules.drafters.trained import DraftStep
 from modules.losses.chunked import Head, TrainingRows
 from modules.trees.named_trees import Path
@@ -31,6 +38,8 @@ from modules.trees.named_trees import Path
 if TYPE_CHECKING:
     from modules.contracts.target import Target
 
+SPARSE = {"dynamic": sparse_trees, "full": whole_trees, "random": random_trees}
+"""Kinds of sparse trees that the paper compares."""
 MOST_EMBEDDINGS = 64
 """Limit on the prompt tokens, and on the embeddings of each."""
 
@@ -56,6 +65,12 @@ class PPD(SamePassDrafter):
         groups: random cuts in the answers, after which prompt tokens are trained; evenly spaced
             in validation.
         groups_per: of each packed `row`, or of each `document` (with 1 group the paper's).
+        random_cuts: draw the cuts anew in every step; else they are evenly spaced in training too.
+        ensemble_mask: whether a member sees its own chain alone; else all members of earlier prompt
+            tokens and of its own.
+        weighting: of the members' logits: their `mean`, or weights that are `learned`.
+        sparse: kind of sparse trees: `dynamic`; `full`, with all prompt tokens after every node; or
+            `random`, drafts and prompt tokens drawn at random in calls of the same size.
         draft_vocabulary: how many token ids can be drafted; null for all.
         tree: paths, or a name of `modules.trees.named_trees`; null is the dynamic sparse tree.
         rows: of a call with a dynamic sparse tree: the newest token, drafts and prompt tokens; null
@@ -81,7 +96,13 @@ class PPD(SamePassDrafter):
         rows: int | None = None,
         accuracies: list[list[float]] | None = None,
         decay: float = 0.8,
+        random_cuts: bool = True,
+        ensemble_mask: bool = True,
+        weighting: Literal["mean", "learned"] = "mean",
+        sparse: Literal["dynamic", "full", "random"] = "dynamic",
     ) -> None:
+        refuse_unknown("weighting", weighting, ("mean", "learned"))
+        refuse_unknown("sparse", sparse, tuple(SPARSE))
         counts = {"prompts": prompts, "ensemble": ensemble, "groups": groups}
         for name, count in counts.items():
             if count < 1 or (name != "groups" and count > MOST_EMBEDDINGS):
@@ -89,7 +110,12 @@ class PPD(SamePassDrafter):
         super().__init__(
             shape, prompts, ensemble, draft_vocabulary, decay, labels, groups_per, accuracies, rows
         )
-        self.text, self.groups = text, groups
+        self.text, self.groups, self.random_cuts = text, groups, random_cuts
+        self.sees: Sees = "chain" if ensemble_mask else "all"
+        self.make_trees = SPARSE[sparse]
+        # The softmax of the weights is the share of each member.
+        learned = nn.Parameter(torch.zeros(ensemble)) if weighting == "learned" else None
+        self.register_parameter("member_weights", learned)
         self.prompts_EH = nn.Parameter(0.02 * torch.randn(prompts * ensemble, shape.hidden_size))
         self.dynamic = tree is None
         self.use_static_tree("narrow" if tree is None else cast("list[Path] | str", tree))
@@ -97,8 +123,16 @@ class PPD(SamePassDrafter):
 
     @property
     def least_budget(self) -> int:
-        """All prompt tokens of the root, and a draft with a prompt token of its own."""
-        return 1 + self.members * (1 + self.guesses) if self.dynamic else 1
+        """All prompt tokens of the root, and a draft with a prompt token of its own, or with all of
+        them.
+        """
+        least = self.guesses if self.make_trees is whole_trees else 1
+        return 1 + self.members * (least + self.guesses) if self.dynamic else 1
+
+    def sparse_trees(self, budget: int) -> SparseTrees:
+        """The trees of all states for calls of so many rows beside the newest token's."""
+        table = tuple(row[: self.draft_size] for row in self.accuracies)
+        return self.make_trees(table, budget + 1, self.members)
 
     def following(self, rows: Rows, counts_BN: Tensor, width: int) -> GuessRows:
         """The first `counts_BN` prompt tokens of each row."""
@@ -109,6 +143,7 @@ class PPD(SamePassDrafter):
             rows,
             counts_BN,
             width,
+            self.sees,
         )
 
     @torch.no_grad()
@@ -118,15 +153,18 @@ class PPD(SamePassDrafter):
 
     def head(self, depth: int, target: Target) -> Head:
         """The target's LM head on the states [..., X] of an ensemble: the mean of its members'
-        logits.
+        logits, or their weighted sum.
         """
         members = (self.members, self.shape.hidden_size)
 
-        def logits(states: Tensor) -> Tensor:
+        def combined(states: Tensor) -> Tensor:
             each = states.unflatten(-1, members)
-            return target.logits(each, self.vocabulary_D, self.precision).mean(-2)
+            logits = target.logits(each, self.vocabulary_D, self.precision)
+            if self.member_weights is None:
+                return logits.mean(-2)
+            return (logits * self.member_weights.softmax(0)[:, None].to(logits.dtype)).sum(-2)
 
-        return logits
+        return combined
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
         """The tokens that prompt tokens follow."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
+import torch
 
 from modules.trees.expected_length import optimised_tree, path_probability
 
@@ -235,11 +236,42 @@ def _reached(path: Path, accuracies: Accuracies) -> float:
     return path_probability(path, accuracies)
 
 
+@functools.lru_cache(maxsize=256)
 def whole_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
     """The best trees with all prompt tokens after every node, for comparison."""
     prompts = len(accuracies)
     nodes = (rows - 1 - ensemble * prompts) // (1 + ensemble * prompts)
     return SparseTrees(tuple(grown(accuracies, state, nodes) for state in range(prompts + 1)))
+
+
+@functools.lru_cache(maxsize=256)
+def random_trees(accuracies: Accuracies, rows: int, ensemble: int = 1) -> SparseTrees:
+    """Trees of random nodes with random numbers of prompt tokens, for comparison: in every state as
+    many nodes, and rows, as `sparse_trees` has, by torch's generator with seed 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    trees = []
+    for state, best in enumerate(sparse_trees(accuracies, rows, ensemble).trees):
+        paths: list[Path] = [()]
+        # 1. Children of random nodes, at the next rank of each.
+        while len(paths) < len(best.paths):
+            parent = paths[drawn(len(paths))]
+            children = sum(path[:-1] == parent for path in paths[1:])
+            if len(parent) < state and children < len(accuracies[len(parent)]):
+                paths.append((*parent, children))
+        ordered = ((), *sorted(paths[1:], key=lambda path: (len(path), path)))
+        # 2. One prompt token each, the root all, and the others at random.
+        counts = [len(accuracies), *[1] * (len(paths) - 1)]
+        while sum(counts) < sum(best.prompts):
+            node = drawn(len(counts))
+            counts[node] += counts[node] < len(accuracies)
+        reached = tuple(path_probability(path, accuracies) for path in ordered)
+        trees.append(SparseTree(ordered, tuple(counts), reached))
+    return SparseTrees(tuple(trees))
 
 
 def descending(table: Sequence[Sequence[float]]) -> Accuracies:

@@ -292,8 +292,53 @@ def test_it_starts_as_a_text_or_at_random():
         assert 0.5 < spread < 2
 
 
+def test_without_the_ensemble_mask_members_see_each_other():
+    """Those of earlier prompt tokens and of their own, not of later ones."""
+    target, counts = tiny_target(), (2, 1, 1, 1, 1)
+    drafter = drafter_for(target, ensemble=2, ensemble_mask=False)
+    plain, change = verified(target, drafter, counts), torch.zeros(12).double()
+    change[2] = 1
+    found = verified(target, drafter, counts, change)
+    moved = (found.auxiliary_states["final"] != plain.auxiliary_states["final"]).any(-1)[0]
+    assert moved.tolist() == [False, False, True, True] + [False] * 8
+
+
+def test_weights_of_an_ensemble_are_learnt():
+    """They start as the mean, and have a gradient."""
+    target, batch = tiny_target(), tiny_batch(tiny_target())
+    drafter = drafter_for(target, ensemble=2, weighting="learned")
+    mean = drafter_for(target, ensemble=2)
+    assert drafter.member_weights is not None and mean.member_weights is None
+    mean.prompts_EH.data.copy_(drafter.prompts_EH)
+    loss = drafter.loss(batch, target, 1.0).total
+    torch.testing.assert_close(loss, mean.loss(batch, target, 1.0).total)
+    loss.backward()
+    assert drafter.member_weights.grad is not None and drafter.member_weights.grad.any()
+    drafter.member_weights.data.copy_(torch.tensor([0.0, 1.0]))
+    states = torch.randn(5, 64).double()
+    shares = torch.tensor([0.0, 1.0]).double().softmax(0)
+    expected = shares[0] * target.logits(states[:, :32]) + shares[1] * target.logits(states[:, 32:])
+    torch.testing.assert_close(drafter.head(0, target)(states), expected)
+
+
+def test_fixed_cuts_are_the_same_in_every_step():
+    target, batch = tiny_target(), tiny_batch(tiny_target())
+    drafter = drafter_for(target, groups=2, random_cuts=False)
+    drafter.train()
+    cuts = {tuple(drafter.rows(batch, target).flat_MK1[:, 0].tolist()) for _ in range(4)}
+    assert len(cuts) == 1
+
+
 @pytest.mark.parametrize(
-    "arguments", [{"prompts": 0}, {"ensemble": 65}, {"groups": 0}, {"groups_per": "batch"}]
+    "arguments",
+    [
+        {"prompts": 0},
+        {"ensemble": 65},
+        {"groups": 0},
+        {"groups_per": "batch"},
+        {"weighting": "max"},
+        {"sparse": "best"},
+    ],
 )
 def test_what_cannot_be_is_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -22,6 +22,7 @@ from modules.drafters.same_pass.sparse_tree import (
     assumed,
     grown,
     pruned,
+    random_trees,
     sparse_trees,
     whole_trees,
 )
@@ -101,6 +102,27 @@ def test_calls_keep_their_size_and_are_worth_more_with_fewer_prompt_tokens(ensem
     assert gained > 0.1
     with pytest.raises(ValueError, match="no room for a draft"):
         sparse_trees(assumed(3), 1 + 4 * ensemble, ensemble)
+
+
+@pytest.mark.parametrize("rows", [12, 24, 48])
+def test_dynamic_trees_promise_more_than_full_and_random_ones_of_equal_size(rows):
+    dynamic, full, random = (
+        make(TABLE, rows) for make in (sparse_trees, whole_trees, random_trees)
+    )
+    assert dynamic.tokens > max(full.tokens, random.tokens)
+    for tree, best in zip(random.trees, dynamic.trees, strict=True):
+        assert len(tree.paths) == len(best.paths) and sum(tree.prompts) == sum(best.prompts)
+        assert all(path[:-1] in tree.paths for path in tree.paths[1:])
+        assert min(tree.prompts) >= 1 and max(tree.prompts) <= 3
+
+
+@pytest.mark.parametrize("sparse", ["full", "random"])
+def test_other_sparse_trees_decode_the_targets_own_text(sparse):
+    target = small_target()
+    drafter = drafter_for(target, sparse=sparse, rows=20)
+    expected = SpeculativeDecoder(target).decode([TEXT, [5]], Sampling(), 24)
+    found = SpeculativeDecoder(target, drafter).decode([TEXT, [5]], Sampling(), 24)
+    assert [trace.ids for trace in found] == [trace.ids for trace in expected]
 
 
 # -- decoding with it ------------------------------------------------------------------------------
