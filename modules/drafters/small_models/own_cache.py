@@ -51,7 +51,7 @@ class OwnCacheState(DraftState):
         read_B1 = session.lengths_B[:, None]
         order = read_B1 + torch.arange(context.input_ids_BT.shape[1], device=read_B1.device)
         last = context.input_ids_BT.shape[1] - 1
-        unread_BP, counts_B = _appended(
+        unread_BP, counts_B = appended_tokens(
             context.input_ids_BT.gather(1, order.clamp(max=last)),
             lengths_B - session.lengths_B,
             newest_B[:, None],
@@ -99,7 +99,7 @@ class OwnCacheState(DraftState):
 
     def after(self, verified: Verified, accepted: Accepted) -> Self:
         """State with the emitted tokens unread; the drafted rows are dropped."""
-        unread, counts = _appended(
+        unread, counts = appended_tokens(
             self.unread_BP,
             self.unread_counts_B,
             accepted.emitted(verified.tree),
@@ -115,7 +115,7 @@ class OwnCacheState(DraftState):
         )
 
 
-def _appended(
+def appended_tokens(
     tokens_BP: Tensor, counts_B: Tensor, more_BN: Tensor, lengths_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first `counts_B` tokens of each sequence followed by the first `lengths_B` of `more_BN`,
