@@ -156,13 +156,14 @@ class PPD(SamePassDrafter):
         logits, or their weighted sum.
         """
         members = (self.members, self.shape.hidden_size)
+        weights = cast("nn.Parameter | None", self.member_weights)
 
         def combined(states: Tensor) -> Tensor:
             each = states.unflatten(-1, members)
             logits = target.logits(each, self.vocabulary_D, self.precision)
-            if self.member_weights is None:
+            if weights is None:
                 return logits.mean(-2)
-            return (logits * self.member_weights.softmax(0)[:, None].to(logits.dtype)).sum(-2)
+            return (logits * weights.softmax(0)[:, None].to(logits.dtype)).sum(-2)
 
         return combined
 
