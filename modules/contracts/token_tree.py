@@ -219,6 +219,37 @@ class TokenTree:
         count = int(same_M.cumprod(0).sum())
         return replace(self, already_run=PartialRows(hidden_BMH[:, :count], layer))
 
+    def only(self, real_BN: Tensor) -> TokenTree:
+        """The tree without its other nodes; the order stays, shorter sequences end in padding.
+
+        Reads the device. Rows that only compute, or have run already, must be added later.
+
+        Args:
+            real_BN: bool [B,N]; node 0 is real, and so is the parent of a real node.
+        """
+        assert self.auxiliary is None and self.already_run is None
+        # 1. Real nodes first, in their order.
+        width = int(real_BN.sum(1).max())
+        order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        # 2. Renumber the parents; padding is its own parent.
+        above_BN = self.parents_BN.expand(len(order), -1)
+        moved = (real_BN.cumsum(1) - 1).gather(1, above_BN.clamp(min=0))
+        parents = torch.where(above_BN < 0, above_BN, moved).gather(1, order)
+        itself = torch.arange(width, device=order.device)
+        parents = torch.where(real_BN.gather(1, order), parents, itself)
+
+        def moved_BN(nodes_BN: Tensor | None) -> Tensor | None:
+            return None if nodes_BN is None else nodes_BN.gather(1, order)
+
+        return replace(
+            self,
+            tokens_BN=self.tokens_BN.gather(1, order),
+            topology=Topology(parents),
+            candidate_BN=moved_BN(self.candidate_BN),
+            draw_BN=moved_BN(self.draw_BN),
+            prob_rows_BN=moved_BN(self.prob_rows_BN),
+        )
+
     def rows(self, lengths_B: Tensor) -> Rows:
         """The rows to verify after `lengths_B` committed tokens."""
         return Rows(lengths_B[:, None] + self.topology.depth, self.topology.ancestors)
@@ -238,19 +269,11 @@ class TokenTree:
 def packed(
     tokens_BN: Tensor, parents_BN: Tensor, real_BN: Tensor, vocabulary_D: Tensor | None = None
 ) -> TokenTree:
-    """The tree of the real nodes alone, in their order; shorter sequences end in padding.
+    """The tree of the real nodes alone, see `TokenTree.only`.
 
     Args:
         tokens_BN, parents_BN: int64 [B,N]; the parent of a real node is real.
         real_BN: bool [B,N]; node 0 is.
         vocabulary_D: target ids of the draft vocabulary.
     """
-    # 1. Real nodes first, in their order.
-    width = int(real_BN.sum(1).max())
-    order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    # 2. Renumber the parents; padding is its own parent.
-    moved = (real_BN.cumsum(1) - 1).gather(1, parents_BN.clamp(min=0))
-    parents = torch.where(parents_BN < 0, parents_BN, moved).gather(1, order)
-    itself = torch.arange(width, device=parents.device)
-    topology = Topology(torch.where(real_BN.gather(1, order), parents, itself))
-    return TokenTree(tokens_BN.gather(1, order), topology, vocabulary_D=vocabulary_D)
+    return TokenTree(tokens_BN, Topology(parents_BN), vocabulary_D=vocabulary_D).only(real_BN)

@@ -110,6 +110,9 @@ class TrainedDrafter(Drafter):
     """Whether it learns the target's distribution (restricted to the draft vocabulary) rather than
     the tokens of the data.
     """
+    text_weight: float = 0.0
+    """Weight of the cross-entropy to the data's tokens, beside the divergence from the target's
+    distributions."""
     first_exponent: ClassVar[int] = 1
     recompute = False
     """Whether activations are recomputed in the backward pass instead of stored."""
@@ -294,6 +297,7 @@ class TrainedDrafter(Drafter):
                 distributions,
                 flat_M,
                 self.divergence,
+                self.text_weight,
             )
             yield DraftStep(
                 depth,

@@ -155,6 +155,7 @@ def cross_entropy(
     distributions: Distributions | None = None,
     flat_M: Tensor | None = None,
     divergence: Divergence = soft_cross_entropy,
+    text_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `head`'s logits per row: to the labels, or to the target's distributions at
     `flat_M` (or another divergence from those).
@@ -177,6 +178,7 @@ def cross_entropy(
             labels.
         flat_M: flat positions of those distributions.
         divergence: what is computed of logits and distributions.
+        text_weight: weight of the cross-entropy to the labels that is added to the divergence.
     """
 
     def scored(logits: Head, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,6 +190,7 @@ def cross_entropy(
                 distributions,
                 None if flat_M is None else flat_M[part],
                 divergence,
+                text_weight,
             )
 
         return _in_parts(score, logits, features, width)
@@ -256,16 +259,19 @@ def _score(
     distributions: Distributions | None,
     flat_M: Tensor | None,
     divergence: Divergence,
+    text_weight: float,
 ) -> tuple[Tensor, Tensor]:
     # 1. Ranks need no gradient.
     logits = full_precision(head(features_MH))
     ranks = label_ranks(logits.detach(), labels_M)
-    # 2. Hard labels, or a divergence from the target's distributions.
+    # 2. Hard labels, a divergence from the target's distributions, or both.
     if distributions is None:
-        losses = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
-    else:
-        assert flat_M is not None
-        losses = divergence(logits, distributions(flat_M)).where(labels_M != IGNORED, 0.0)
+        return F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none"), ranks
+    assert flat_M is not None
+    losses = divergence(logits, distributions(flat_M)).where(labels_M != IGNORED, 0.0)
+    if text_weight:
+        hard = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
+        losses = losses + text_weight * hard
     return losses, ranks
 
 
