@@ -257,7 +257,7 @@ class DFlash(BlockDrafter):
         hidden_BRH = self.pass_inputs(state.newest_B, target)
         hidden_BRH = run_layers(self.layers, hidden_BRH, rows, state.caches)
         state.outputs_BKH = self.drafting(hidden_BRH)
-        return self.head(0, target)(state.outputs_BKH)
+        return super().head(0, target)(state.outputs_BKH)
 
 
 def attention_of(layer: nn.Module) -> Attention:
