@@ -9,7 +9,7 @@ rows, K draft steps, H hidden size, X any width, D draft vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -24,6 +24,7 @@ from modules.contracts.trainable import Footprint, TrainingResult
 from modules.losses.chunked import (
     IGNORED,
     Distributions,
+    Divergence,
     Head,
     TrainingRows,
     accuracy,
@@ -284,19 +285,38 @@ class TrainedDrafter(Drafter):
         """The outputs of `unrolled` over these rows, compared with their labels or distributions:
         one `DraftStep` per depth.
         """
-        labels = self.labels(batch, target, rows)
+        labels_MK = self.labels(batch, target, rows)
+        return self.compared(
+            rows,
+            labels_MK,
+            distributions,
+            outputs,
+            lambda depth: self.head(depth, target),
+            self.divergence,
+        )
+
+    def compared(
+        self,
+        rows: TrainingRows,
+        labels_MK: Tensor,
+        distributions: Distributions | None,
+        outputs: Iterable[tuple[Tensor, Tensor]],
+        heads: Callable[[int], Head],
+        divergence: Divergence,
+    ) -> Iterator[DraftStep]:
+        """The same with other labels, heads or another divergence than the drafter's."""
         for depth, (feature, carried) in enumerate(outputs):
             # Step `depth` predicts the token, or the distribution, one position further on.
-            labels_M = labels[:, depth].contiguous()
+            labels_M = labels_MK[:, depth].contiguous()
             flat_M = rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(
                 feature,
-                self.head(depth, target),
+                heads(depth),
                 labels_M,
                 self.draft_size,
                 distributions,
                 flat_M,
-                self.divergence,
+                divergence,
                 self.text_weight,
             )
             yield DraftStep(

@@ -343,12 +343,17 @@ class DecoderLayer(nn.Module):
         hidden = hidden_BNX if residual_BNH is None else residual_BNH
         if self.self_attn is not None:
             asking = None if asking_BNX is None else self.attention_inputs(asking_BNX)
-            hidden = hidden + self.self_attn(self.attention_inputs(hidden_BNX), rows, cache, asking)
+            mixed = self.self_attn(self.attention_inputs(hidden_BNX), rows, cache, asking)
+            hidden = self.with_attention(hidden, mixed)
         return self.after_attention(hidden)
 
     def attention_inputs(self, hidden_BNX: Tensor) -> Tensor:
         """What attention reads [..., X]: normalised where the layer has an input norm."""
         return hidden_BNX if self.input_layernorm is None else self.input_layernorm(hidden_BNX)
+
+    def with_attention(self, hidden_BNH: Tensor, mixed_BNH: Tensor) -> Tensor:
+        """The residual [..., H] with the outputs of attention added."""
+        return hidden_BNH + mixed_BNH
 
     def after_attention(self, hidden: Tensor) -> Tensor:
         """The feed-forward half, [..., H] -> [..., Y]."""

@@ -276,11 +276,14 @@ def _score(
 
 
 def label_ranks(logits_MD: Tensor, labels_M: Tensor) -> Tensor:
-    """int64 [M]: how many logits exceed the label's (0: it is the best); D for ignored labels."""
+    """int64 [M]: how many logits exceed the label's (0: it is the best); D for labels that are
+    ignored or have no probability.
+    """
     label_logits = logits_MD.gather(1, labels_M.clamp(min=0)[:, None])
     # A sum of int64 would take twice the logits' memory.
     above = (logits_MD > label_logits).sum(1, dtype=torch.int32).long()
-    return above.where(labels_M != IGNORED, logits_MD.shape[1])
+    ranked_M = (labels_M != IGNORED) & (label_logits[:, 0] > -torch.inf)
+    return above.where(ranked_M, logits_MD.shape[1])
 
 
 def full_precision(tensor: Tensor) -> Tensor:
