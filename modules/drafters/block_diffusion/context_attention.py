@@ -66,7 +66,8 @@ def run_block_layer(
         recomputed(len(hidden_MRH) > size, _attend, attention, keys, values, *part)
         for part in parts
     ]
-    return layer.after_attention(hidden_MRH + attention.o_proj(torch.cat(mixed)))
+    mixed_MRH = attention.o_proj(torch.cat(mixed))
+    return layer.after_attention(layer.with_attention(hidden_MRH, mixed_MRH))
 
 
 def _attend(

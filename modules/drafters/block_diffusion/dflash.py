@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context
+from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows, causal_rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.block_diffusion.context_attention import TrainingBlocks, run_block_layer
@@ -34,7 +35,13 @@ from modules.layers.decoder_layer import (
     target_weight,
 )
 from modules.losses.block_weights import expected_length_weights
-from modules.losses.chunked import TrainingRows, training_rows
+from modules.losses.chunked import (
+    Distributions,
+    Head,
+    TrainingRows,
+    soft_cross_entropy,
+    training_rows,
+)
 from modules.losses.row_subsets import some_rows
 from modules.trees.named_trees import Path
 
@@ -170,6 +177,10 @@ class DFlash(BlockDrafter):
         """What the LM head reads [B,K,H]: the normalised outputs of the rows that draft."""
         return self.norm(hidden_BRH[:, -self.block :])
 
+    def base_head(self, target: Target) -> Head:
+        """The target's frozen LM head on the outputs, whatever a subclass adds to its logits."""
+        return super().head(0, target)
+
     # -- training ----------------------------------------------------------------------------------
 
     @property
@@ -206,6 +217,22 @@ class DFlash(BlockDrafter):
                 blocks,
             )
         return self.drafting(hidden_MRH)
+
+    def base_loss(
+        self,
+        batch: TextBatch,
+        target: Target,
+        rows: TrainingRows,
+        distributions: Distributions | None,
+        outputs_MKH: Tensor,
+    ) -> Losses:
+        """The loss of the logits of the outputs alone, for subclasses that add to them."""
+        outputs = ((slot, slot) for slot in outputs_MKH.unbind(1))
+        labels_MK, head = self.labels(batch, target, rows), self.base_head(target)
+        steps = self.compared(
+            rows, labels_MK, distributions, outputs, lambda _: head, soft_cross_entropy
+        )
+        return self.weighted(steps, batch)
 
     def slot_weights(self, losses_MK: Tensor, counted_MK: Tensor, valid_MK: Tensor) -> Tensor:
         """exp(-d/γ), or D-PACE's weights; a label that cannot be drafted has probability 0."""
@@ -257,7 +284,7 @@ class DFlash(BlockDrafter):
         hidden_BRH = self.pass_inputs(state.newest_B, target)
         hidden_BRH = run_layers(self.layers, hidden_BRH, rows, state.caches)
         state.outputs_BKH = self.drafting(hidden_BRH)
-        return super().head(0, target)(state.outputs_BKH)
+        return self.base_head(target)(state.outputs_BKH)
 
 
 def attention_of(layer: nn.Module) -> Attention:

@@ -7,8 +7,9 @@ rank, H hidden size, X = H + R, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Context, DraftState, Frontier
+from modules.contracts.drafter import DraftState
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree
@@ -26,21 +27,17 @@ from modules.drafters.block_diffusion.confidence import (
     sequential_temperatures,
     worth_verifying,
 )
-from modules.drafters.block_diffusion.dflash import DFlash
-from modules.drafters.block_diffusion.path_states import PathState
-from modules.drafters.blocks.base import BlockState
+from modules.drafters.block_diffusion.low_rank import LowRankDFlash, PathState
 from modules.drafters.heads.base import refuse_unknown
 from modules.losses.averages import divisor
 from modules.losses.chunked import (
     IGNORED,
     Distributions,
-    Head,
     TrainingRows,
     covered_distributions,
     cross_entropy,
 )
 from modules.losses.divergences import total_variation
-from modules.target.kernels.cpu_kernels import narrow_linear
 from modules.trees.named_trees import Path
 
 if TYPE_CHECKING:
@@ -105,7 +102,7 @@ class ConfidenceHead(nn.Module):
         return self.proj(torch.cat([hidden_NH, vectors_NR], -1))[..., 0]
 
 
-class DSpark(DFlash):
+class DSpark(LowRankDFlash):
     """Slot d is drawn from softmax(U_d + W2 m), with U_d DFlash's logits and m the vector of the
     token before it, x_{a+d}; its confidence is σ(w [h_d ; W1 x_{a+d}] + b).
 
@@ -194,15 +191,21 @@ class DSpark(DFlash):
         self.markov_head = MarkovHead(shape, rank, self.draft_size, markov)
         self.confidence_head = ConfidenceHead(shape.hidden_size + rank)
 
-    def head(self, depth: int, target: Target) -> Head:
-        """The target's LM head on the outputs, and `markov_w2` on the rest [...,X]."""
-        base, size = super().head(depth, target), self.shape.hidden_size
+    @property
+    def bias_weight(self) -> Tensor:
+        """W2 [D,R] of the Markov head."""
+        return self.markov_head.markov_w2.weight
 
-        def logits(wide_NX: Tensor) -> Tensor:
-            hidden, memory = wide_NX[..., :size], wide_NX[..., size:]
-            return base(hidden) + narrow_linear(memory, self.markov_head.markov_w2.weight)
+    @property
+    def path_size(self) -> int:
+        """The size of the state of `rnn`."""
+        return self.rank
 
-        return logits
+    def step(
+        self, depth: int, tokens_N: Tensor, hidden_NH: Tensor, before_NS: Tensor, target: Target
+    ) -> tuple[Tensor, Tensor]:
+        """What W2 reads, and the state after the tokens."""
+        return self.markov_head(self.markov_head.markov_w1(tokens_N), hidden_NH, before_NS)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -216,6 +219,8 @@ class DSpark(DFlash):
         """The target's distributions, with `whole_law` not renormalised."""
         if self.vocabulary_D is None or not self.whole_law:
             return super().distributions(batch, target, rows)
+        if batch.teacher is not None:
+            return partial(batch.teacher.over, vocabulary_D=self.vocabulary_D)
         return covered_distributions(
             target.unrounded_logits,
             batch.states["final"],
@@ -223,32 +228,11 @@ class DSpark(DFlash):
             self.shape.vocab_size,
         )
 
-    def unrolled(
-        self, batch: TextBatch, target: Target, rows: TrainingRows
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Outputs and the Markov head's memory [M,X] of each slot, given the data's tokens."""
-        return self.conditional(rows, self.block_outputs(batch, target, rows))
-
-    def vectors(self, rows: TrainingRows) -> Tensor:
-        """Vectors [M,K,R] of the data's token before each slot."""
-        return self.markov_head.markov_w1(rows.tokens_MK1[:, :-1])
-
-    def conditional(
-        self, rows: TrainingRows, outputs_MKH: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same from the outputs of the blocks."""
-        vectors_MKR = self.vectors(rows)
-        state_MR = torch.zeros_like(vectors_MKR[:, 0])
-        for hidden_MH, vectors_MR in zip(outputs_MKH.unbind(1), vectors_MKR.unbind(1), strict=True):
-            memory_MR, state_MR = self.markov_head(vectors_MR, hidden_MH, state_MR)
-            wide_MX = torch.cat([hidden_MH, memory_MR], -1)
-            yield wide_MX, wide_MX
-
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """The weighted sum of the drafts' and the confidences' losses."""
         rows = self.blocks(batch, target)
         outputs_MKH = self.block_outputs(batch, target, rows)
-        wide = list(self.conditional(rows, outputs_MKH))
+        wide = list(self.conditional(rows, outputs_MKH, target))
         distributions = self.distributions(batch, target, rows)
         losses = self.weighted(self.scored(batch, target, rows, distributions, wide), batch)
         # Confidences learn how often their slots are accepted.
@@ -270,7 +254,7 @@ class DSpark(DFlash):
 
     def confidence_logits(self, rows: TrainingRows, outputs_MKH: Tensor) -> Tensor:
         """Logits [M,K] of the confidences, given the data's tokens."""
-        vectors_MKR = self.vectors(rows)
+        vectors_MKR = self.markov_head.markov_w1(rows.tokens_MK1[:, :-1])
         return self.confidence_head(outputs_MKH, vectors_MKR)
 
     @torch.no_grad()
@@ -324,7 +308,7 @@ class DSpark(DFlash):
         rows = self.blocks(batch, target)
         outputs_MKH = self.block_outputs(batch, target, rows)
         wide, distributions = (
-            self.conditional(rows, outputs_MKH),
+            self.conditional(rows, outputs_MKH, target),
             self.distributions(batch, target, rows),
         )
         logits_MK = self.confidence_logits(rows, outputs_MKH)
@@ -332,22 +316,6 @@ class DSpark(DFlash):
         return logits_MK.double().cpu(), rates_MK.double().cpu(), rows.valid_MK.cpu()
 
     # -- decoding ----------------------------------------------------------------------------------
-
-    def blank_state(self, context: Context) -> PathState:
-        """State with empty caches and no path."""
-        return PathState(**vars(super().blank_state(context)))
-
-    def conditioned(self, state: BlockState, frontier: Frontier, logits_BWD: Tensor) -> Tensor:
-        """The logits [B,W,D] after the frontier's tokens."""
-        assert isinstance(state, PathState) and state.outputs_BKH is not None
-        vectors_BWR = self.markov_head.markov_w1(frontier.tokens_BW)
-        hidden_BWH = state.outputs_BKH[:, frontier.depth, None].expand(
-            -1, frontier.tokens_BW.shape[1], -1
-        )
-        before_BWR = state.before(frontier, self.rank)
-        memory_BWR, after_BWR = self.markov_head(vectors_BWR, hidden_BWH, before_BWR)
-        state.add(after_BWR)
-        return logits_BWD + narrow_linear(memory_BWR, self.markov_head.markov_w2.weight)
 
     def prepare(self, state: DraftState, tree: TokenTree) -> TokenTree:
         """The tree up to where verifying pays, with `row_cost`."""

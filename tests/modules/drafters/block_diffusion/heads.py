@@ -7,15 +7,23 @@ from collections.abc import Callable
 import torch
 
 from modules.drafters.block_diffusion.dflash import DFlash
+from modules.drafters.block_diffusion.dflash2 import DFlash2
+from modules.drafters.block_diffusion.domino import Domino
 from modules.drafters.block_diffusion.dspark import DSpark
+from modules.drafters.block_diffusion.lilicorr import LiLiCorr
 from modules.target.target import Target
 
 Make = Callable[..., DFlash]
-BLOCK = 3
+NARROW = {"block": 3, "rank": 6}
 HEADS: dict[str, Make] = {
-    "dspark": lambda shape, **given: DSpark(shape, BLOCK, rank=6, **given),
-    "dspark_gated": lambda shape, **given: DSpark(shape, BLOCK, rank=6, markov="gated", **given),
-    "dspark_rnn": lambda shape, **given: DSpark(shape, BLOCK, rank=6, markov="rnn", **given),
+    "dspark": lambda shape, **more: DSpark(shape, **{**NARROW, **more}),
+    "dspark_gated": lambda shape, **more: DSpark(shape, markov="gated", **{**NARROW, **more}),
+    "dspark_rnn": lambda shape, **more: DSpark(shape, markov="rnn", **{**NARROW, **more}),
+    "domino": lambda shape, **more: Domino(shape, **{**NARROW, "hidden": 5, **more}),
+    "lilicorr": lambda shape, **more: LiLiCorr(
+        shape, **{**NARROW, "candidates": 30, "lattice_size": 16, "lattice_heads": 2, **more}
+    ),
+    "dflash2": lambda shape, **more: DFlash2(shape, **{**NARROW, "candidates": 30, **more}),
 }
 """How each is made, with blocks of three tokens."""
 

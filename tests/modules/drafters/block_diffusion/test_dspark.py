@@ -92,6 +92,28 @@ def test_confidences_do_not_change_the_drafts() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@torch.no_grad()
+def test_the_bias_by_hand(kind: str) -> None:
+    """A slot's bias from the tokens before it, step by step."""
+    drafter, batch = made("dspark", TARGET, markov=kind), text(12)
+    reader = Reader(drafter, TARGET, filled(batch, drafter, TARGET), [6])
+    logits_KV, head = reader.logits()[0], drafter.markov_head
+    outputs_KH, state = reader.state.outputs_BKH[0], torch.zeros(6, dtype=torch.float64)
+    for slot in range(3):
+        vector = memory = head.markov_w1.weight[batch.input_ids[0, 6 + slot]]
+        if kind == "gated":
+            both = torch.cat([outputs_KH[slot], vector])
+            memory = (head.gate_proj.weight @ both + head.gate_proj.bias).sigmoid() * vector
+        if kind == "rnn":
+            joint = head.joint_proj.weight @ torch.cat([state, vector, outputs_KH[slot]])
+            forget, new, out = (joint + head.joint_proj.bias).split(6)
+            state = forget.sigmoid() * state + (1 - forget.sigmoid()) * new.tanh()
+            memory = out.tanh()
+        expected = drafter.base_head(TARGET)(outputs_KH[slot]) + head.markov_w2.weight @ memory
+        torch.testing.assert_close(logits_KV[slot], expected)
+
+
 # -- how much is verified --------------------------------------------------------------------------
 
 

@@ -35,7 +35,13 @@ from tests.modules.families import Reader, documents, filled
 from tests.modules.sampling import goodness, small_target
 
 TARGET = tiny_target(layers=4)
-ZEROED = {"dspark": "markov_w2"}
+CANDIDATES = ("lilicorr", "dflash2")
+ZEROED = {
+    "dspark": ["markov_w2"],
+    "domino": ["embed_proj.2"],
+    "lilicorr": ["in_vectors"],
+    "dflash2": ["successor_codebook", "kernel_projection"],
+}
 """The weights without which a head adds nothing."""
 LAWS: list[tuple[Callable[[], TreeBuilder], str]] = [
     (lambda: SampledChain(3), "ratio"),
@@ -73,7 +79,8 @@ def test_decoding_computes_what_training_does(name: str, layout: str) -> None:
 @pytest.mark.parametrize("name", HEADS)
 @torch.no_grad()
 def test_without_its_last_weights_a_head_is_dflash(name: str) -> None:
-    drafter, batch = made(name, TARGET), text(14)
+    every = {"candidates": 128} if name in CANDIDATES else {}
+    drafter, batch = made(name, TARGET, **every), text(14)
     plain = DFlash(TARGET.shape, 3, layout=drafter.layout).double().eval()
     state = drafter.state_dict()
     plain.load_state_dict({key: state[key] for key in plain.state_dict()})
@@ -83,10 +90,21 @@ def test_without_its_last_weights_a_head_is_dflash(name: str) -> None:
     ]
     assert not torch.allclose(logits[0][:, 1:], logits[1][:, 1:])
     for key, parameter in drafter.named_parameters():
-        if ZEROED[name.split("_")[0]] in key:
+        if any(zeroed in key for zeroed in ZEROED[name.split("_")[0]]):
             parameter.zero_()
+        if key.endswith("base_kernel"):
+            parameter.copy_(torch.tensor([1.0, 0.0])[:, None].expand_as(parameter))
     logits[1] = Reader(drafter, TARGET, batch, [6]).logits()
     assert torch.equal(logits[0], logits[1])
+    # And so does a drafter that has not been trained.
+    torch.manual_seed(0)
+    fresh = HEADS[name](TARGET.shape, **every).double().eval()
+    if name in CANDIDATES:
+        assert not any(
+            parameter.any()
+            for key, parameter in fresh.named_parameters()
+            if any(zeroed in key for zeroed in ZEROED[name])
+        )
 
 
 @pytest.mark.parametrize("name", HEADS)
