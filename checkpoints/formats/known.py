@@ -18,9 +18,19 @@ from checkpoints.formats import (
     sglang,
     speculators,
 )
+from checkpoints.formats.block_diffusion import (
+    dflash,
+    dflash_speculators,
+    dspark,
+    dspark_speculators,
+)
 from configs.command_line.shapes import Each, Maybe
 
 FORMATS: dict[str, ModuleType] = {
+    "dflash": dflash,
+    "dflash_speculators": dflash_speculators,
+    "dspark": dspark,
+    "dspark_speculators": dspark_speculators,
     "speculators": speculators,
     "sglang": sglang,
     "eagle": eagle,

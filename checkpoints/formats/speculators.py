@@ -98,7 +98,10 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = config["speculators_model_type"]
     if kind != "eagle3":
-        raise ValueError(f"speculators_model_type is {kind!r}: only 'eagle3' can be imported")
+        raise ValueError(
+            f"speculators_model_type is {kind!r}: only 'eagle3', 'dflash' and "
+            "'dspark' can be imported"
+        )
     layer = config["transformer_layer_config"]
     single_layer(layer, "transformer_layer_config")
     arguments = eagle3_arguments(

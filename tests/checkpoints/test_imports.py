@@ -287,7 +287,7 @@ def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"speculators_model_type": "dflash"}, "speculators_model_type is 'dflash': only 'eagle3'"),
+        ({"speculators_model_type": "peagle"}, "speculators_model_type is 'peagle': only 'eagle3'"),
         ({"norm_before_fc": True}, "norm_before_fc is set, which is not supported"),
         (
             {"draft_vocab_size": None, "transformer_layer_config": {}},

@@ -1,0 +1,1 @@
+"""Formats of drafters that fill in blocks (DFlash and DSpark)."""
