@@ -83,6 +83,8 @@ class SamePassDrafter(TrainedDrafter):
     """The state of guess rows that the LM head reads, or what comes before it."""
     training_reads: tuple[StateName, ...] = ("final",)
     """States of the tokens that the loss reads."""
+    make_trees = staticmethod(sparse_trees)
+    """What makes sparse trees of accuracies, rows of a call, and rows of a guess."""
     random_cuts = True
     """Whether training draws its positions anew in every step."""
     dynamic = True
@@ -119,7 +121,7 @@ class SamePassDrafter(TrainedDrafter):
     def sparse_trees(self, budget: int) -> SparseTrees:
         """The trees of all states for calls of so many rows beside the newest token's."""
         table = tuple(row[: self.draft_size] for row in self.accuracies)
-        return sparse_trees(table, budget + 1, self.members)
+        return self.make_trees(table, budget + 1, self.members)
 
     @property
     def max_depth(self) -> int:

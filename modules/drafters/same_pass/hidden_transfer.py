@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
+from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows, rows_at
 from modules.contracts.shapes import StateName, TargetShape
-from modules.contracts.trainable import TrainingResult
+from modules.contracts.trainable import Stage, Trainable, TrainingResult
 from modules.drafters.same_pass.base import SamePassDrafter
 from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
 from modules.drafters.same_pass.sparse_tree import SparseTrees, owned_trees, sparse_trees
@@ -96,6 +97,9 @@ class HiddenTransfer(SamePassDrafter):
         least_probability: a node whose path is right less often is no owner.
         accuracies: how often the rank-r token of each offset is right; filled in by `finish`.
         decay: offset k weighs decay^(k-1).
+        sequential: train W_1 first, then W_2, …, the earlier ones fixed, instead of all together.
+            The last one is trained by the recipe's own settings.
+        stage_epochs, stage_lr: epochs and peak learning rate of each of the others.
     """
 
     depth_unit = "offsets"
@@ -121,7 +125,15 @@ class HiddenTransfer(SamePassDrafter):
         least_probability: float = 0.0,
         accuracies: list[list[float]] | None = None,
         decay: float = 0.8,
+        sequential: bool = False,
+        stage_epochs: int = 1,
+        stage_lr: float = 1e-3,
     ) -> None:
+        if stage_epochs < 1 or stage_lr <= 0:
+            raise ValueError(
+                "stage_epochs must be at least 1 and stage_lr above 0, got "
+                f"{stage_epochs} and {stage_lr}"
+            )
         if not 1 <= offsets <= MOST_OFFSETS:
             raise ValueError(f"offsets must be from 1 to {MOST_OFFSETS}, got {offsets}")
         if not 0 < anchors <= 1:
@@ -135,6 +147,9 @@ class HiddenTransfer(SamePassDrafter):
         self.owners, self.least_probability = owners, least_probability
         self.layers = transfer_layers(transfer, offsets, shape.num_layers)
         self.maps = nn.ModuleList(OffsetMap(shape.hidden_size, rank) for _ in range(offsets))
+        self.sequential, self.stage_epochs, self.stage_lr = sequential, stage_epochs, stage_lr
+        if sequential:
+            self.maps[:-1].requires_grad_(False)
         # Paths of a tree are drafted in their order, as far as a call's rows allow.
         if tree is not None and optimised_size(tree) is not None:
             raise ValueError(f"tree {tree!r}: give null, the optimised tree, and its size as rows")
@@ -195,6 +210,25 @@ class HiddenTransfer(SamePassDrafter):
 
     # -- training ----------------------------------------------------------------------------------
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The maps of all offsets but the last, where they are trained one after another."""
+        first = range(self.guesses - 1 if self.sequential else 0)
+        return tuple(
+            Stage(
+                f"offset_{offset + 1}",
+                OneOffset(self.shape, self, offset),
+                self.stage_epochs,
+                self.stage_lr,
+            )
+            for offset in first
+        )
+
+    @property
+    def trained_size(self) -> int:
+        """The numbers of all maps, those trained in stages too."""
+        return sum(parameter.numel() for parameter in self.maps.parameters())
+
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
         """The share `anchors` of the positions."""
         return self.cuts(batch, max(1, int(self.anchors * batch.input_ids.shape[1])))
@@ -237,6 +271,33 @@ class HiddenTransfer(SamePassDrafter):
         result = super().finish(watched(), target)
         means_KL = sums[0] / sums[1].clamp(min=1)[:, None]
         return replace(result, pages={"hidden_states.md": similarity_page(means_KL, self.layers)})
+
+
+class OneOffset(Trainable):
+    """One offset's map as a stage of training, by the loss of this offset alone.
+
+    Args:
+        shape: the target's dimensions.
+        whole: the drafter, whose other maps stay as they are.
+        offset: counted from 0.
+    """
+
+    def __init__(self, shape: TargetShape, whole: HiddenTransfer, offset: int) -> None:
+        super().__init__()
+        # A list hides the drafter from nn.Module: only this map is trained.
+        self.whole, self.offset, self.map = [whole], offset, whole.maps[offset]
+
+    @property
+    def online(self) -> bool:
+        """True: pseudo states pass through the target in every step."""
+        return True
+
+    def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
+        """The offset's loss, and its metrics."""
+        whole = self.whole[0].to(batch.input_ids.device).train(self.training)
+        batch, steps = whole.guessed(batch, target)
+        step = next(islice(steps, self.offset, None))
+        return Losses(whole.step_loss(step, batch), step.metrics())
 
 
 def transfer_layers(transfer: float | list[float], offsets: int, layers: int) -> tuple[int, ...]:

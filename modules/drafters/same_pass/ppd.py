@@ -25,7 +25,6 @@ from modules.drafters.heads.base import refuse_unknown
 from modules.drafters.same_pass.base import SamePassDrafter, started_embeddings
 from modules.drafters.same_pass.guess_rows import GuessRows, Sees, guess_rows
 from modules.drafters.same_pass.sparse_tree import (
-    SparseTrees,
     predicted_page,
     random_trees,
     sparse_trees,
@@ -128,11 +127,6 @@ class PPD(SamePassDrafter):
         """
         least = self.guesses if self.make_trees is whole_trees else 1
         return 1 + self.members * (least + self.guesses) if self.dynamic else 1
-
-    def sparse_trees(self, budget: int) -> SparseTrees:
-        """The trees of all states for calls of so many rows beside the newest token's."""
-        table = tuple(row[: self.draft_size] for row in self.accuracies)
-        return self.make_trees(table, budget + 1, self.members)
 
     def following(self, rows: Rows, counts_BN: Tensor, width: int) -> GuessRows:
         """The first `counts_BN` prompt tokens of each row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -228,6 +229,33 @@ def test_the_loss_is_a_divergence_and_a_distance_to_the_real_state(labels, weigh
     close(drafter.loss(batch, target, 1.0).total, expected)
 
 
+def test_offsets_may_be_trained_one_after_another():
+    """A stage changes its own map alone, by its own loss; the recipe trains the last one."""
+    target, batch = tiny_target(), tiny_batch(tiny_target())
+    drafter = drafter_for(target, sequential=True, anchors=1.0, state_weight=0.1).eval()
+    joint = drafter_for(target, anchors=1.0, state_weight=0.1)
+    assert joint.stages == () and drafter.trained_size == joint.trained_size
+    joint.load_state_dict(drafter.state_dict())
+    assert [id(p) for p in drafter.declared_parameters()] == [
+        id(p) for p in drafter.maps[-1].parameters()
+    ]
+    assert [stage.name for stage in drafter.stages] == ["offset_1", "offset_2"]
+    for offset, stage in enumerate(drafter.stages):
+        before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+        part = copy.deepcopy(stage.part).requires_grad_(True)
+        loss = part.loss(batch, target, 0.0)
+        joint.load_state_dict(before)
+        ready, steps = joint.guessed(batch, target)
+        close(loss.total, joint.step_loss(list(steps)[offset], ready))
+        loss.total.backward()
+        assert len(list(part.parameters())) == 2 and list(loss.metrics)[0].endswith(f"_{offset}")
+        torch.optim.SGD(part.parameters(), 0.1).step()
+        stage.part.load_state_dict(part.state_dict())
+        after = drafter.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {f"maps.{offset}.map.weight", f"maps.{offset}.map.bias"}
+
+
 def test_anchors_are_a_share_of_the_tokens_and_drawn_anew_in_training():
     target = tiny_target()
     drafter, batch = drafter_for(target, anchors=0.25), tiny_batch(target)
@@ -347,6 +375,7 @@ def test_greedy_text_is_the_targets_own_in_other_architectures(arch):
         {"rows": 4},
         {"accuracies": [[0.5]]},
         {"groups_per": "batch"},
+        {"stage_epochs": 0},
     ],
 )
 def test_what_cannot_be_is_refused(arguments):
