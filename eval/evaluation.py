@@ -57,7 +57,7 @@ class Evaluation:
     Args:
         target: Hub id, folder, .gguf file or smollm2-135m; by default what the first drafter was
             trained for.
-        drafters: run folders, drafter folders or Hub ids, each with its own defaults.
+        drafters: run folders, drafter folders or Hub ids, each with `budget: auto`.
         engine: slipstream is this project's loop; vllm (if installed) serves exported drafters,
             budget tokens a chain.
         methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
@@ -118,8 +118,10 @@ class Evaluation:
 
     @property
     def rows(self) -> list[Method]:
-        """The drafters in shorthand, then the methods in full."""
-        return [*(Method(drafter=name) for name in self.drafters), *self.methods]
+        """The drafters in shorthand, as many nodes as pay here, then the methods in full."""
+        # vLLM drafts chains of the drafter's own length.
+        budget = None if self.engine == ENGINE else "auto"
+        return [*(Method(drafter=name, budget=budget) for name in self.drafters), *self.methods]
 
     @property
     def samplings(self) -> list[Sampling]:
@@ -258,12 +260,12 @@ def _evaluate(
         target.compile_calls(evaluation.compile == AUTOTUNE)
     with opened_rows(evaluation, target, most_together(tasks)) as rows:
         # 3. Fit the prompts to the context, vary the rows, print what was left out.
-        agree_on_budgets(rows, share)
-        if resume:
-            keep_budgets(rows, evaluation.rows, journaled_budgets(place))
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
         rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
+        agree_on_budgets(rows, share)
+        if resume:
+            keep_budgets(rows, journaled_budgets(place))
         if skipped:
             line = f"skipped, longer than the context: {', '.join(skipped)}"
             console.print(line, highlight=False, markup=False)
@@ -310,14 +312,11 @@ def agree_on_budgets(rows: Sequence[Row], share: Share) -> None:
             row.budget = row.decoder.budget = budget
 
 
-def keep_budgets(
-    rows: Sequence[Row], methods: Sequence[Method], budgets: Mapping[str, int]
-) -> None:
+def keep_budgets(rows: Sequence[Row], budgets: Mapping[str, int]) -> None:
     """Give rows with `budget: auto` the budgets that the resumed evaluation measured."""
-    measured = {method.label for method in methods if method.budget == "auto"}
     for row in rows:
         decoder = row.decoder
-        if row.name in measured & set(budgets) and isinstance(decoder, SpeculativeDecoder):
+        if row.measured_budget and row.name in budgets and isinstance(decoder, SpeculativeDecoder):
             row.budget = decoder.budget = budgets[row.name]
 
 

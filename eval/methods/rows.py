@@ -287,6 +287,7 @@ class Row:
     builder: str = ""
     rule: str = ""
     budget: int | None = None
+    measured_budget: bool = False
     draft_precision: str | None = None
     drafter_parameters: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
@@ -439,6 +440,7 @@ def _drafter_row(
         builder=builder_name(drafter, builder),
         rule=used.name,
         budget=decoder.nodes,
+        measured_budget=method.budget == "auto",
         draft_precision=method.precision,
         drafter_parameters=drafter.trained_size,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from eval.methods.rows import Row
+from eval.methods.rows import Row, automatic_budget
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 
@@ -48,14 +48,18 @@ def at_temperature(row: Row, sampling: Sampling) -> Row:
     )
     if not isinstance(row.decoder, SpeculativeDecoder):
         return changed
-    # The default rule depends on the temperature.
+    # The default rule depends on the temperature, and so does the size of tree that pays most.
     rule = row.decoder.rule_for(sampling)
     if rule.name == "greedy" and sampling.temperature > 0:
         raise ValueError(
             f"methods: {row.name}: rule 'greedy' does not sample at temperature "
             f"{sampling.temperature:g}: leave `rule` out, or give the method a `temperature` of 0"
         )
-    return replace(changed, rule=rule.name, claims_lossless=rule.lossless)
+    changed = replace(changed, rule=rule.name, claims_lossless=rule.lossless)
+    if not row.measured_budget:
+        return changed
+    budget = automatic_budget(row.decoder, sampling)
+    return replace(changed, decoder=replace(row.decoder, budget=budget), budget=budget)
 
 
 def in_batches(row: Row, size: int) -> Row:

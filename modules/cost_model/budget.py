@@ -55,8 +55,9 @@ def try_budgets(
         prompts: token ids to decode; none that will be evaluated.
         sampling: as decoding will sample.
         limit: new tokens per prompt.
-        budgets: the tree sizes, by default those of the device; sizes too small for the drafter are
-            left out.
+        budgets: the tree sizes, ascending, by default those of the device; sizes too small for the
+            drafter are left out, and those after two in turn that promise less than the
+            best.
 
     Raises:
         ValueError: the drafter needs more nodes than any of the sizes has.
@@ -69,10 +70,16 @@ def try_budgets(
             f"budget 'auto' tries at most {max(budgets)} nodes, {decoder.name} needs {least}: give "
             "its budget as a number"
         )
-    return [
-        _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit)
-        for budget in possible
-    ]
+    trials: list[BudgetTrial] = []
+    for budget in possible:
+        trials.append(
+            _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit)
+        )
+        best = max(trial.predicted_speedup for trial in trials)
+        # More rows cost more, and deeper nodes are accepted less: after the peak comes no other.
+        if len(trials) > 2 and max(trial.predicted_speedup for trial in trials[-2:]) < best:
+            break
+    return trials
 
 
 def best_budget(trials: Sequence[BudgetTrial]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from eval.evaluation import keep_budgets
+from eval.evaluation import Evaluation, keep_budgets
 from eval.methods.rows import Method, build_rows
+from eval.methods.variants import vary
 from eval.run.journal import journaled_budgets
 from modules.contracts.sampling import Sampling
 from modules.cost_model.budget import BUDGETS, BudgetTrial, best_budget, try_budgets
@@ -34,6 +35,14 @@ def test_a_perfect_drafter_wants_its_depth_where_rows_are_free_and_nothing_where
         assert [trial.budget for trial in trials] == [1, 2, 3]
         assert trials[0].tokens_per_call < trials[1].tokens_per_call < trials[2].tokens_per_call
         assert best_budget(trials) == expected
+
+
+def test_sizes_beyond_the_peak_are_not_tried():
+    target = tiny_target()
+    decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
+    table = LatencyTable(8, {1: 1.0, 2: 1.01, 3: 9.0, 24: 99.0})
+    trials = try_budgets(decoder, table, [[7, 8, 9]], Sampling(), 24)
+    assert [trial.budget for trial in trials] == [1, 2, 3] and best_budget(trials) == 1
 
 
 def test_equals_go_to_the_smaller_tree():
@@ -66,6 +75,26 @@ def test_an_evaluation_can_ask_for_it(tmp_path, monkeypatch):
     assert rows[-1].budget in (0, *BUDGETS)
 
 
+def test_drafters_in_shorthand_draft_what_pays_at_each_temperature(monkeypatch):
+    """A chain of the engine's own is not measured here."""
+    measured = {0.0: 5, 1.0: 2}
+    for module in ("rows", "variants"):
+        monkeypatch.setattr(
+            f"eval.methods.{module}.automatic_budget",
+            lambda decoder, sampling: measured[sampling.temperature],
+        )
+    assert Evaluation(drafters=["a"]).rows[0].budget == "auto"
+    assert Evaluation(drafters=["a"], engine="vllm").rows[0].budget is None
+    drafter = {"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"}
+    methods = [Method("a", drafter, budget="auto"), Method("b", drafter, budget=3)]
+    rows = build_rows(methods, tiny_target(), Sampling())
+    varied = vary(rows, [Sampling(), Sampling(1.0)], [1, 4])
+    budgets = {row.name: (row.budget, row.decoder.nodes) for row in varied if row.budget}
+    assert budgets["a"] == budgets["a, 4 at once"] == (5, 5)
+    assert budgets["a at 1"] == budgets["a at 1, 4 at once"] == (2, 2)
+    assert budgets["b"] == budgets["b at 1"] == (3, 3)
+
+
 def test_a_resumed_evaluation_keeps_the_budgets_that_it_measured(tmp_path, monkeypatch):
     """Times differ between runs, so that another size may promise most the second time."""
     monkeypatch.setattr("eval.methods.rows.automatic_budget", lambda *_: 5)
@@ -75,7 +104,7 @@ def test_a_resumed_evaluation_keeps_the_budgets_that_it_measured(tmp_path, monke
     journal = tmp_path / "journal.jsonl"
     assert journaled_budgets(journal) == {}
     journal.write_text('{"row": {"a": {"budget": 2}, "b": {"budget": 7}, "c": {"budget": 1}}}\n')
-    keep_budgets(rows, methods, journaled_budgets(journal))
+    keep_budgets(rows, journaled_budgets(journal))
     budgets = {row.name: (row.budget, row.decoder.nodes) for row in rows if row.budget}
     assert budgets == {"a": (2, 2), "b": (3, 3)}
     journal.write_text('{"row": {"a": {"bud')
