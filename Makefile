@@ -42,8 +42,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(RUN) train.py --config clover.yaml --config budget/demo.yaml --output runs/demo --overwrite
-	$(RUN) eval.py --config eval/smoke.yaml --methods+ '{name: clover, drafter: runs/demo, budget: auto}' --output runs/demo/eval \
-		--overwrite
+	$(RUN) -m data.datastore --output runs/demo_datastore
+	$(RUN) eval.py --config eval/demo.yaml --output runs/demo/eval --overwrite
 	@echo "report: $(CURDIR)/runs/demo/eval/report.html"
 
 test: $(INSTALLED)

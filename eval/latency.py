@@ -4,12 +4,18 @@ each width breaks even.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jsonargparse import auto_cli
 
+from modules.cost_model.call_profile import BETWEEN, KINDS, OTHER, CallProfile, profile_call
 from modules.cost_model.latency_table import LatencyTable, measure_latency
 from modules.cost_model.roofline import Roofline, measure_roofline
 from modules.target.loading import AUTO, load_target
+
+PROFILED = (1, 8, 16)
+"""Rows of the calls that are profiled."""
 
 
 def table(latency: LatencyTable, roofline: Roofline) -> str:
@@ -37,6 +43,28 @@ def table(latency: LatencyTable, roofline: Roofline) -> str:
     return "\n".join(lines)
 
 
+def profile_table(profiles: Mapping[int, CallProfile]) -> str:
+    """A Markdown table: milliseconds of a call by kind of operator, a column for each number of
+    rows."""
+    columns = list(profiles.values())
+    lines = [
+        "| ms of a call | "
+        + " | ".join(f"{rows} row" + "s" * (rows > 1) for rows in profiles)
+        + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for kind in (*KINDS, OTHER, BETWEEN):
+        cells = " | ".join(f"{column.kinds.get(kind, 0.0):.1f}" for column in columns)
+        lines.append(f"| {kind} | {cells} |")
+    return "\n".join(
+        [
+            *lines,
+            "| whole call | " + " | ".join(f"{column.wall:.1f}" for column in columns) + " |",
+            "| operators | " + " | ".join(str(column.operators) for column in columns) + " |",
+        ]
+    )
+
+
 def main(
     target: str = "smollm2-135m",
     context: int = 256,
@@ -44,6 +72,7 @@ def main(
     dtype: str = AUTO,
     compile: bool = False,
     device: str | None = None,
+    profile: bool = False,
 ) -> None:
     """Measure t(rows) of a target on this device and print the break-even table.
 
@@ -55,6 +84,7 @@ def main(
             multiplies it and float32 elsewhere.
         compile: let calls go through torch.compile.
         device: a torch device; by default the GPU if there is one.
+        profile: print where the time of calls of 1, 8 and 16 rows goes instead (on a CPU).
     """
     # 1. Load, and measure what bounds a call.
     loaded = load_target(target, dtype, device, chats=False)
@@ -68,6 +98,10 @@ def main(
         f"GB/s, {limits.flops_per_second / 1e9:.0f} GFLOP/s; a call reads "
         f"{limits.weight_bytes / 1e6:.0f} MB of weights.\n"
     )
+    if profile:
+        widths = {rows: profile_call(loaded, rows, context, repeats) for rows in PROFILED}
+        print(profile_table(widths))
+        return
     # 2. Time calls by width, interleaved.
     measured = measure_latency(loaded, context=context, repeats=repeats, stock=True)
     print(table(measured, limits))

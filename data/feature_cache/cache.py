@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,11 +176,18 @@ def cache_features(
         mine = {document.key for document in documents if share.takes(document.key)}
         pending = [document for key, document in lacking.items() if key in mine]
         counts = len(held & mine), len(mine)
+        began = time.monotonic()
         with progress_of("target states", "documents", *counts, progress) as advance:
             for group in _groups(pending, shard_tokens):
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states, target)
         if pending and progress:
+            tokens, seconds = sum(map(len, pending)), time.monotonic() - began
+            print(
+                f"features {str(folder)!r}: {tokens} tokens in {seconds:.0f} s, "
+                f"{tokens / seconds:.0f} tokens/s",
+                flush=True,
+            )
             _tell_errors(folder)
     return folder
 

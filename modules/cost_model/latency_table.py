@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from modules.contracts.target import Target
+from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import TokenTree
 from modules.runtime.files import whole_file
 from modules.runtime.phase_timer import now
@@ -127,18 +127,10 @@ def measure_latency(
     also times the model as its library runs it.
     """
     # 1. A context of random tokens.
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(
-        target.device
-    )
-    session = target.open(batch, context + max(widths))
-    session.prefill(ids, torch.full((batch,), context, device=target.device))
+    ids, session = _random_context(target, batch, context, max(widths))
     # 2. The calls to be timed, by width.
-    trees = {
-        width: TokenTree.chain(ids[:, :1].expand(batch, width).contiguous()) for width in widths
-    }
     calls: dict[int, Callable[[], object]] = {
-        width: functools.partial(session.verify, tree) for width, tree in trees.items()
+        width: _verification(session, ids, width) for width in widths
     }
     calls |= {_STOCK: stock_step(target, ids)} if stock else {}
     # 3. Interleaved, so that a change of load hits all widths alike; the first pass warms up.
@@ -154,6 +146,28 @@ def measure_latency(
         medians.get(_STOCK),
         {width: _spread(samples[width][1:]) for width in widths},
     )
+
+
+def verification_call(target: Target, rows: int, context: int) -> Callable[[], object]:
+    """A call of so many rows after a context of random tokens; it can be repeated."""
+    ids, session = _random_context(target, 1, context, rows)
+    return _verification(session, ids, rows)
+
+
+def _random_context(target: Target, batch: int, context: int, rows: int) -> tuple[Tensor, Session]:
+    """Random ids [B,T], and a session that has read them, with room for calls of so many rows."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(target.shape.vocab_size, (batch, context), generator=generator).to(
+        target.device
+    )
+    session = target.open(batch, context + rows)
+    session.prefill(ids, torch.full((batch,), context, device=target.device))
+    return ids, session
+
+
+def _verification(session: Session, ids_BT: Tensor, rows: int) -> Callable[[], object]:
+    chain = TokenTree.chain(ids_BT[:, :1].expand(-1, rows).contiguous())
+    return functools.partial(session.verify, chain)
 
 
 def _spread(samples: Sequence[float]) -> float:

@@ -5,6 +5,8 @@ from data.datamodule import ConversationData
 from train.cli import command, make_parser
 
 RECIPES, BUDGETS = recipes(), sorted((CONFIGS / "budget").glob("*.yaml"))
+DRAFTERS = [path for path in RECIPES if path.parent.name == "drafters"]
+TARGETS = sorted((CONFIGS / "targets").glob("*.yaml"))
 LARGE = ("large", "gpu_8b")
 """For targets of 7B and more, whose learning rate is another."""
 
@@ -67,3 +69,16 @@ def test_runs_share_a_feature_cache_by_target_and_states(tiny, conversations, tm
     assert [path.name for path in tmp_path.iterdir()] == [f"{tiny.fingerprint()}-final+1"]
     batch = next(iter(data.train_dataloader()))
     assert set(batch.states) == {"final", 1}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", DRAFTERS, ids=lambda path: path.stem)
+def test_every_target_fits_every_recipe_of_a_drafter_and_leaves_the_method_alone(recipe, target):
+    flags = ["--config", str(recipe), "--config", str(target)]
+    alone, merged = (parse(make_parser(), flags[:count]) for count in (2, 4))
+    arguments = merged.drafter.init_args.as_dict()
+    assert arguments.pop("draft_vocabulary") > 8192
+    assert merged.target != alone.target and merged.dtype == "bfloat16"
+    before = alone.drafter.init_args.as_dict()
+    assert arguments == {name: before[name] for name in arguments}
+    assert merged.optimizer == alone.optimizer

@@ -5,6 +5,7 @@ foreign or damaged.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,9 @@ def test_the_size_is_said_and_a_users_limit_is_kept_before_anything_is_computed(
     loud, tokens = {**SMALL, "progress": True}, sum(map(len, documents))
     whole = tokens * 2 * state_bytes(32, "bfloat16") / 2**30
     cache_features(target, documents[:6], ["final", 1], tmp_path, gib=whole, **loud)
-    assert (
-        f"{sum(map(len, documents[:6]))} tokens to add, 0.00 GiB in bfloat16"
-        in capsys.readouterr().out
-    )
+    said, written = capsys.readouterr().out, sum(map(len, documents[:6]))
+    assert f"{written} tokens to add, 0.00 GiB in bfloat16" in said
+    assert re.search(rf": {written} tokens in \d+ s, \d+ tokens/s\n", said)
     with monkeypatch.context() as patch:
         patch.setattr(Target, "features", lambda *_: pytest.fail("computed"))
         for share in (None, Share(0, 4), Share(3, 4)):

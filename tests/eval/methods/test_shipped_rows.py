@@ -22,6 +22,7 @@ from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.fspad import Fspad
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
+from modules.drafters.retrieval.suffix_array import Datastore
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.s2d import S2D
 from modules.target.loading import load_target
@@ -67,7 +68,9 @@ def saved(folder: Path, name: str, drafter: Drafter, target: Target) -> None:
 
 
 def shipped(config: str, folder: Path, target: Target) -> dict[str, Row]:
-    text = (ROOT / config).read_text().replace("drafter: runs/", f"drafter: {folder}/runs/")
+    text = (ROOT / config).read_text()
+    for key in ("drafter", "partner", "datastore"):
+        text = text.replace(f"{key}: runs/", f"{key}: {folder}/runs/")
     methods = [Method(**row) for row in yaml.safe_load(text)["methods"]]
     for method in methods:
         method.check()
@@ -185,3 +188,16 @@ def test_drawn_trees_fit_the_drafter_that_their_comment_trains(tmp_path: Path, m
     rows = shipped("configs/eval/drawn_trees.yaml", tmp_path, target)
     assert len(rows) == 9 and rows["sequoia"].budget == 6
     all_lossless(rows)
+
+
+def test_the_demos_rows_fuse_its_drafter_with_its_datastore(tmp_path: Path, monkeypatch) -> None:
+    target = tiny_target()
+    monkeypatch.setattr("eval.methods.rows.automatic_budget", lambda *_: 6)
+    saved(tmp_path, "demo", Clover(target.shape), target)
+    store = Datastore.build([[7, 8, 9, 10, 11, 12] * 3], target.shape.vocab_size)
+    store.save(tmp_path / "runs" / "demo_datastore", "embedded")
+    rows = shipped("configs/eval/demo.yaml", tmp_path, target)
+    fused = rows["rasd_clover"].decoder.drafter
+    assert isinstance(fused.partner, Clover) and fused.rest is not None
+    assert {row.budget for row in rows.values() if row.builder} == {6}
+    all_lossless({name: row for name, row in rows.items() if row.builder or row.budget == 0})

@@ -135,6 +135,32 @@ def test_only_norms_that_are_rms_norms_are_fused():
     assert llama.weight.grad is not None
 
 
+class RoundedOnce(LlamaRMSNorm):
+    """As gpt-oss's: the weight is multiplied before rounding to 16 bits."""
+
+    def forward(self, hidden_states):
+        wide = hidden_states.float()
+        variance = wide.pow(2).mean(-1, keepdim=True)
+        normed = wide * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * normed).to(hidden_states.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_16_bits_round_where_the_stock_norm_does(dtype):
+    """A norm that rounds elsewhere stays."""
+    llama, once = LlamaRMSNorm(64).to(dtype), RoundedOnce(64).to(dtype)
+    with torch.no_grad():
+        llama.weight.copy_(torch.rand(64) + 0.5)
+        once.weight.copy_(torch.rand(64) + 0.5)
+    rows = torch.randn(200, 64).to(dtype)
+    with torch.no_grad():
+        expected = llama(rows)
+        use_fused_norms(nn.ModuleList([llama, once]))
+        assert "forward" in vars(llama) and "forward" not in vars(once)
+        assert float((llama(rows) == expected).float().mean()) > 0.999
+        torch.testing.assert_close(llama(rows), expected)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(6, 2, 1), (4, 4, 2), (4, 1, 3)])
 def test_grouped_attention_is_attention(heads, kv_heads, batch):
     generator = torch.Generator().manual_seed(0)
