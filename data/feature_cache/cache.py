@@ -182,14 +182,18 @@ def cache_features(
                 states = _states(target, group, manifest, batch_tokens, advance)
                 _append_shard(folder, manifest, group, states, target)
         if pending and progress:
-            tokens, seconds = sum(map(len, pending)), time.monotonic() - began
-            print(
-                f"features {str(folder)!r}: {tokens} tokens in {seconds:.0f} s, "
-                f"{tokens / seconds:.0f} tokens/s",
-                flush=True,
-            )
+            _tell_speed(folder, sum(map(len, pending)), time.monotonic() - began)
             _tell_errors(folder)
     return folder
+
+
+def _tell_speed(folder: Path, tokens: int, seconds: float) -> None:
+    """Print how many tokens were written, and how fast."""
+    print(
+        f"features {str(folder)!r}: {tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} "
+        "tokens/s",
+        flush=True,
+    )
 
 
 def _tell_errors(folder: Path) -> None:
