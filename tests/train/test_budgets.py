@@ -6,7 +6,8 @@ from train.cli import command, make_parser
 
 RECIPES, BUDGETS = recipes(), sorted((CONFIGS / "budget").glob("*.yaml"))
 DRAFTERS = [path for path in RECIPES if path.parent.name == "drafters"]
-TARGETS = sorted((CONFIGS / "targets").glob("*.yaml"))
+TARGETS = sorted((CONFIGS / "targets").glob("qwen*.yaml"))
+"""Those of the Hub; others are for one recipe."""
 LARGE = ("large", "gpu_8b")
 """For targets of 7B and more, whose learning rate is another."""
 
