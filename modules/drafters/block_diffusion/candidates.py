@@ -80,7 +80,7 @@ class CandidateDFlash(DFlash):
     pair_weight: float
     variation_weight: float
     injects: bool
-    """Whether a label that is no candidate takes the place of the weakest in training."""
+    """Whether a hard label that is no candidate takes the place of the weakest in training."""
 
     def use_candidates(self, count: int, pair_weight: float, variation_weight: float) -> None:
         """Settings of all such drafters; the draft vocabulary may be smaller than `count`.
@@ -181,10 +181,10 @@ class CandidateDFlash(DFlash):
         outputs_MKH = self.block_outputs(batch, target, rows)
         distributions = self.distributions(batch, target, rows)
         base = self.base_loss(batch, target, rows, distributions, outputs_MKH)
-        # Labels that are no candidates are injected or left out.
+        # Hard labels that are no candidates are injected or left out.
         ids_MKC, logs_MKC = self.likeliest(outputs_MKH, target)
         labels_MK = self.labels(batch, target, rows)
-        if self.injects and self.training:
+        if self.injects and self.training and not self.soft_labels:
             ids_MKC = injected(ids_MKC, labels_MK)
         lattice = self.lattice(outputs_MKH, rows.tokens_MK1[:, 0], (ids_MKC, logs_MKC), target)
         labels_MK = labels_MK.masked_fill(~self.learnt(lattice, labels_MK, rows), IGNORED)
@@ -200,7 +200,11 @@ class CandidateDFlash(DFlash):
         return replace(pairs, total=base.total + self.pair_weight * pairs.total)
 
     def learnt(self, lattice: Lattice, labels_MK: Tensor, rows: TrainingRows) -> Tensor:
-        """bool [M,K]: slots whose label is a candidate."""
+        """bool [M,K]: slots whose label is a candidate; with soft labels all that have one, since
+        the distribution over the candidates is learnt.
+        """
+        if self.soft_labels:
+            return labels_MK != IGNORED
         return (lattice.ids_MKC == labels_MK[..., None]).any(-1)
 
     # -- decoding ----------------------------------------------------------------------------------

@@ -115,9 +115,10 @@ class DFlash2(CandidateDFlash):
     """DFlash whose layers convolve the rows of a block, and whose slot d is drawn from its C
     likeliest tokens b by softmax(U_d(b) + ⟨A[a] ⊙ (P h_d), B[b]⟩), a the token before it.
 
-    Loss: DFlash's of U, + pair_weight · the same of the conditional logits, in training with the
-    label in the place of the weakest candidate where it is none. With soft labels variation_weight
-    adds total variation; a replication found the ratio 1 : 1 : 9 (variation_weight 9) better.
+    Loss: DFlash's of U, + pair_weight · the same of the conditional logits, in training with a
+    hard label in the place of the weakest candidate where it is none. With soft labels
+    variation_weight adds total variation; a replication found the ratio 1 : 1 : 9 (variation_weight
+    9) better.
 
     Args:
         shape: the target's dimensions.

@@ -92,10 +92,10 @@ class LiLiCorr(CandidateDFlash):
     in(b)⟩) with a the token before it; the vectors come from a transformer over all candidates of
     the block (`LatticeTransformer`). A token that was no candidate adds no score.
 
-    Loss: DFlash's of U, + pair_weight · the same of the conditional logits, over slots whose token
-    and the one before it are candidates. Injecting other labels would show the transformer which
-    candidate is the label. With soft labels the distribution over the candidates is learnt, and
-    variation_weight adds total variation.
+    Loss: DFlash's of U, + pair_weight · the same of the conditional logits, over slots after a
+    candidate. With hard labels the slot's token must be one as well: injecting it would show the
+    transformer which candidate is the label. With soft labels the distribution over the candidates
+    is learnt, and variation_weight adds total variation.
 
     Args:
         shape: the target's dimensions.
@@ -187,7 +187,7 @@ class LiLiCorr(CandidateDFlash):
         return same_MWP.to(pairs_MPC.dtype) @ pairs_MPC
 
     def learnt(self, lattice: Lattice, labels_MK: Tensor, rows: TrainingRows) -> Tensor:
-        """bool [M,K]: slots whose label and the token before it are candidates."""
+        """Of these the slots whose token before them is a candidate, or the anchor [M,K]."""
         own_MK = super().learnt(lattice, labels_MK, rows)
         tokens_MK = rows.tokens_MK1[:, 1:-1]
         before_MK = (lattice.tokens_MKC[:, :-1] == tokens_MK[..., None]).any(-1)

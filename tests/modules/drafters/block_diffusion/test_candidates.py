@@ -151,6 +151,30 @@ def test_soft_labels_are_of_the_candidates_and_variation_of_all(name: str) -> No
         made(name, TARGET, variation_weight=2.0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_soft_labels_count_where_the_text_is_no_candidate(name: str) -> None:
+    """LiLiCorr after a candidate or the anchor, DFlash2 everywhere; nothing is injected."""
+    drafter = made(name, TARGET, labels="soft", candidates=8, draft_vocabulary=90).train()
+    batch = filled(text(14, 9), drafter, TARGET)
+    rows = drafter.blocks(batch, TARGET)
+    outputs_MKH, labels_MK = (
+        drafter.block_outputs(batch, TARGET, rows),
+        drafter.labels(batch, TARGET, rows),
+    )
+    best = drafter.likeliest(outputs_MKH, TARGET)
+    lattice = drafter.lattice(outputs_MKH, rows.tokens_MK1[:, 0], best, TARGET)
+    learnt_MK = drafter.learnt(lattice, labels_MK, rows)
+    for m, d in (labels_MK != IGNORED).nonzero().tolist():
+        token = int(rows.tokens_MK1[m, d])
+        after = d == 0 or token in lattice.tokens_MKC[m, d - 1].tolist()
+        assert bool(learnt_MK[m, d]) == (after or name == "dflash2")
+    assert not learnt_MK[labels_MK == IGNORED].any() and learnt_MK[:, 0].any()
+    drafter.injects = False
+    first = drafter.loss(batch, TARGET, 0.0).total.item()
+    drafter.injects = True
+    assert drafter.loss(batch, TARGET, 0.0).total.item() == pytest.approx(first)
+
+
 @torch.no_grad()
 def test_a_score_reads_all_candidates_of_the_block() -> None:
     """LiLiCorr: another anchor, or another candidate anywhere, changes it."""
