@@ -82,7 +82,7 @@ class HiddenTransfer(SamePassDrafter):
         interaction: whether pseudo states of a token see its earlier ones; else themselves alone.
         labels: `soft` learns the target's distribution, `hard` the tokens of the data.
         state_weight: μ, of the distance to the real state after the last layer.
-        anchors: positions that are trained, as a share of a row's tokens: random ones in the
+        anchor_share: positions that are trained, as a share of a row's tokens: random ones in the
             answers, evenly spaced in validation.
         groups_per: whether that share is of each packed `row` or of each `document` in it.
         draft_vocabulary: how many token ids can be drafted; null for all.
@@ -116,7 +116,7 @@ class HiddenTransfer(SamePassDrafter):
         interaction: bool = True,
         labels: Literal["soft", "hard"] = "soft",
         state_weight: float = 0.0,
-        anchors: float = 0.25,
+        anchor_share: float = 0.25,
         groups_per: Literal["row", "document"] = "row",
         draft_vocabulary: int | None = None,
         tree: list[list[int]] | str | None = None,
@@ -136,14 +136,18 @@ class HiddenTransfer(SamePassDrafter):
             )
         if not 1 <= offsets <= MOST_OFFSETS:
             raise ValueError(f"offsets must be from 1 to {MOST_OFFSETS}, got {offsets}")
-        if not 0 < anchors <= 1:
-            raise ValueError(f"anchors must be above 0 and at most 1, got {anchors}")
+        if not 0 < anchor_share <= 1:
+            raise ValueError(f"anchor_share must be above 0 and at most 1, got {anchor_share}")
         if rank == 0 or owners == 0:
             raise ValueError(f"rank and owners must be at least 1 or null, got {rank}, {owners}")
         super().__init__(
             shape, offsets, 1, draft_vocabulary, decay, labels, groups_per, accuracies, rows
         )
-        self.interaction, self.state_weight, self.anchors = interaction, state_weight, anchors
+        self.interaction, self.state_weight, self.anchor_share = (
+            interaction,
+            state_weight,
+            anchor_share,
+        )
         self.owners, self.least_probability = owners, least_probability
         self.layers = transfer_layers(transfer, offsets, shape.num_layers)
         self.maps = nn.ModuleList(OffsetMap(shape.hidden_size, rank) for _ in range(offsets))
@@ -230,8 +234,8 @@ class HiddenTransfer(SamePassDrafter):
         return sum(parameter.numel() for parameter in self.maps.parameters())
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """The share `anchors` of the positions."""
-        return self.cuts(batch, max(1, int(self.anchors * batch.input_ids.shape[1])))
+        """The share `anchor_share` of the positions."""
+        return self.cuts(batch, max(1, int(self.anchor_share * batch.input_ids.shape[1])))
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """A step's divergence, and the weighted distance of its states from the real ones."""

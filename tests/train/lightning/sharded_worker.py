@@ -45,6 +45,7 @@ QUIET = {
     "estimator_dropout": 0.0,
     "groups": 512,
     "anchors": 512,
+    "anchor_share": 1.0,
     "units": 512,
     "outside": 1.0,
 }

@@ -150,7 +150,7 @@ def alone(target, drafter: HiddenTransfer, ids: list[int], layers: list[int]) ->
 def test_guesses_are_those_of_each_text_by_itself(transfer, interaction):
     """In a packed row every position says what its own document up to it says, layer by layer."""
     target = tiny_target("gemma2", layers=4)
-    drafter = drafter_for(target, transfer=transfer, interaction=interaction, anchors=0.2)
+    drafter = drafter_for(target, transfer=transfer, interaction=interaction, anchor_share=0.2)
     batch = tiny_batch(target)
     rows = drafter.rows(batch, target)
     said_MKH = drafter.passed(batch, target, rows)[1]["pre_norm"]
@@ -207,7 +207,7 @@ def test_the_loss_is_a_divergence_and_a_distance_to_the_real_state(labels, weigh
     """Σ_k 0.8^(k-1) [KL + μ SmoothL1], each by a slow computation."""
     target = tiny_target(layers=4)
     drafter, batch = (
-        drafter_for(target, labels=labels, state_weight=weight, anchors=1.0),
+        drafter_for(target, labels=labels, state_weight=weight, anchor_share=1.0),
         tiny_batch(target),
     )
     rows = drafter.rows(batch, target)
@@ -232,8 +232,8 @@ def test_the_loss_is_a_divergence_and_a_distance_to_the_real_state(labels, weigh
 def test_offsets_may_be_trained_one_after_another():
     """A stage changes its own map alone, by its own loss; the recipe trains the last one."""
     target, batch = tiny_target(), tiny_batch(tiny_target())
-    drafter = drafter_for(target, sequential=True, anchors=1.0, state_weight=0.1).eval()
-    joint = drafter_for(target, anchors=1.0, state_weight=0.1)
+    drafter = drafter_for(target, sequential=True, anchor_share=1.0, state_weight=0.1).eval()
+    joint = drafter_for(target, anchor_share=1.0, state_weight=0.1)
     assert joint.stages == () and drafter.trained_size == joint.trained_size
     joint.load_state_dict(drafter.state_dict())
     assert [id(p) for p in drafter.declared_parameters()] == [
@@ -258,7 +258,7 @@ def test_offsets_may_be_trained_one_after_another():
 
 def test_anchors_are_a_share_of_the_tokens_and_drawn_anew_in_training():
     target = tiny_target()
-    drafter, batch = drafter_for(target, anchors=0.25), tiny_batch(target)
+    drafter, batch = drafter_for(target, anchor_share=0.25), tiny_batch(target)
 
     def chosen() -> list[int]:
         return drafter.rows(batch, target).flat_MK1[:, 0].tolist()
@@ -304,7 +304,7 @@ def test_trained_pseudo_states_come_closer_to_real_ones_layer_by_layer():
     """On held-out text, for every offset; the accuracy falls with the offset."""
     generator = torch.Generator().manual_seed(0)
     target = trained_target(generator)
-    drafter = HiddenTransfer(target.shape, transfer=0.25, anchors=1.0)
+    drafter = HiddenTransfer(target.shape, transfer=0.25, anchor_share=1.0)
     optimiser = torch.optim.AdamW(drafter.parameters(), 1e-2)
     for _ in range(40):
         optimiser.zero_grad()
@@ -365,7 +365,7 @@ def test_greedy_text_is_the_targets_own_in_other_architectures(arch):
     "arguments",
     [
         {"offsets": 0},
-        {"anchors": 0.0},
+        {"anchor_share": 0.0},
         {"rank": 0},
         {"owners": 0},
         {"transfer": 1.5},
