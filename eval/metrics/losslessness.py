@@ -84,14 +84,10 @@ def _at(ids: Sequence[int], position: int) -> int | None:
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Teacher-forced logits [T,V] of the answer's T tokens, by one pass without a KV cache."""
-    ids = torch.tensor([[*prompt, *answer][:-1]], device=target.device)
+    # An encoder-decoder target reads from the loss mask where the answer begins.
+    ids = torch.tensor([[*prompt, *answer]], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
-    batch = TextBatch(
-        ids, torch.zeros_like(ids, dtype=torch.bool), positions, torch.zeros_like(ids)
-    )
+    batch = TextBatch(ids, positions >= len(prompt), positions, torch.zeros_like(ids))
     with torch.no_grad():
-        return (
-            target.logits(target.features(batch, ["final"])["final"][0, len(prompt) - 1 :])
-            .float()
-            .cpu()
-        )
+        states_TH = target.features(batch, ["final"])["final"][0, len(prompt) - 1 : -1]
+        return target.logits(states_TH).float().cpu()

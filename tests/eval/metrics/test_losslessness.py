@@ -10,7 +10,7 @@ from eval.metrics.losslessness import LOW_PRECISION_GAP, judge, teacher_forced_l
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
-from tests.fakes import tiny_target
+from tests.fakes import SEQ2SEQ, tiny_seq2seq, tiny_target
 
 PROMPT = [10, 11, 12, 13, 20, 21]
 
@@ -87,3 +87,23 @@ def teacher_greedy(target: Target, length: int) -> list[int]:
     for _ in range(length):
         answer.append(int(teacher_forced_logits(target, PROMPT, [*answer, 0])[-1].argmax()))
     return answer
+
+
+@pytest.mark.parametrize("arch", SEQ2SEQ)
+def test_answers_of_encoder_decoder_targets_are_judged_by_their_own_logits(arch: str) -> None:
+    target, prompt = tiny_seq2seq(arch), [7, 8, 9]
+    answer = SpeculativeDecoder(target).decode([prompt], Sampling(), 8)[0].ids
+    for count in (1, 8):
+        logits = teacher_forced_logits(target, prompt, answer[:count])
+        read = [target.architecture.start_id, *answer[: count - 1]]
+        expected = target.stock(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([read])
+        ).logits[0]
+        assert (
+            torch.allclose(logits, expected.float())
+            and logits.argmax(-1).tolist() == answer[:count]
+        )
+    for position in (0, 3):
+        wrong = [*answer[:position], (answer[position] + 1) % 128, *answer[position + 1 :]]
+        verdict = judge(target, prompt, answer, wrong)
+        assert verdict.identity is Identity.DIFFERENT and verdict.position == position
