@@ -34,6 +34,10 @@ _MEANINGS = {
     r"val/loss": "held-out loss",
     r"val/top(\d+)_(\d+)": r"held-out share of tokens among the \1 likeliest at draft step \2",
     r"val/cross_entropy_(\d+)": r"held-out cross-entropy at draft step \1",
+    r"val/expected_length_(\d+)": r"how often a sampled held-out chain has ended at draft step \1",
+    r"val/((?:forward|reverse)_kl|kl_mixture|jensen_shannon|total_variation|lk|lk_hybrid)_(\d+)": (
+        r"held-out loss \1 from the target's distribution at draft step \2"
+    ),
     r"val/preference_accuracy": "held-out share of pairs whose chosen response has the higher "
     "reward",
     r"val/reward_margin": "held-out mean reward of the chosen response minus that of the rejected "

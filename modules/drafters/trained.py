@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -28,14 +29,21 @@ from modules.losses.chunked import (
     Head,
     TrainingRows,
     accuracy,
+    covered_distributions,
     cross_entropy,
     depth_weights,
     draft_labels,
     greedy_tokens,
     masked_mean,
-    soft_cross_entropy,
     target_distributions,
     training_rows,
+)
+from modules.losses.divergences import (
+    DIVERGENCES,
+    EVERY_LABEL,
+    UNNORMALISED,
+    checked_divergence,
+    ended,
 )
 from modules.trees.expected_length import expected_length, optimised_tree
 from modules.trees.named_trees import Path, optimised_size, tree_paths
@@ -65,6 +73,8 @@ class DraftStep:
     losses_M, ranks_M: see `cross_entropy`.
     flat_M: flat positions of the target's distributions of the labels.
     distributions: those distributions, if they are learnt.
+    loss_name: of the losses among the metrics.
+    every_label: whether labels outside the draft vocabulary count.
     """
 
     depth: int
@@ -76,17 +86,19 @@ class DraftStep:
     ranks_M: Tensor
     flat_M: Tensor
     distributions: Distributions | None
+    loss_name: str = "cross_entropy"
+    every_label: bool = False
 
     @property
     def counted_M(self) -> Tensor:
-        """bool [M]: rows with a label to learn."""
-        return self.labels_M != IGNORED
+        """bool [M]: rows that the loss counts."""
+        return self.valid_M if self.every_label else self.labels_M != IGNORED
 
     def metrics(self) -> dict[str, Mean]:
-        """Cross-entropy, top-1 and top-5 accuracy (a label that cannot be drafted is a miss)."""
-        entropies = Mean(self.losses_M.detach().sum(), self.counted_M.sum())
+        """The loss, top-1 and top-5 accuracy (a label that cannot be drafted is a miss)."""
+        losses = Mean(self.losses_M.detach().sum(), self.counted_M.sum())
         return {
-            f"cross_entropy_{self.depth}": entropies,
+            f"{self.loss_name}_{self.depth}": losses,
             f"top1_{self.depth}": accuracy(self.ranks_M, self.valid_M, 1),
             f"top5_{self.depth}": accuracy(self.ranks_M, self.valid_M, 5),
         }
@@ -114,6 +126,8 @@ class TrainedDrafter(Drafter):
     text_weight: float = 0.0
     """Weight of the cross-entropy to the data's tokens, beside the divergence from the target's
     distributions."""
+    divergence_name: str = "cross_entropy"
+    """The loss where distributions are learnt, of `DIVERGENCES`."""
     first_exponent: ClassVar[int] = 1
     recompute = False
     """Whether activations are recomputed in the backward pass instead of stored."""
@@ -254,6 +268,8 @@ class TrainedDrafter(Drafter):
         """
         if not self.soft_labels:
             return None
+        if self.divergence_name in UNNORMALISED:
+            return self.covered(batch, target, rows.flat_MK1[:, 1:])
         if (teacher := batch.teacher) is not None:
 
             def recorded(flat_M: Tensor) -> Tensor:
@@ -267,6 +283,17 @@ class TrainedDrafter(Drafter):
             rows.flat_MK1[:, 1:],
             self.draft_size,
         )
+
+    def covered(self, batch: TextBatch, target: Target, positions: Tensor) -> Distributions:
+        """The target's probabilities of the draft tokens as they are, not renormalised; over a
+        trimmed vocabulary they take the whole LM head.
+        """
+        if batch.teacher is not None:
+            return partial(batch.teacher.over, vocabulary_D=self.vocabulary_D)
+        head, final, size = target.unrounded_logits, batch.states["final"], target.shape.vocab_size
+        if self.vocabulary_D is None:
+            return target_distributions(head, final, positions, size)
+        return covered_distributions(head, final, positions, self.vocabulary_D, size)
 
     def steps(self, batch: TextBatch, target: Target) -> Iterator[DraftStep]:
         """Every draft step over the batch's training rows, given the data's own tokens."""
@@ -305,9 +332,12 @@ class TrainedDrafter(Drafter):
         divergence: Divergence,
     ) -> Iterator[DraftStep]:
         """The same with other labels, heads or another divergence than the drafter's."""
+        every = self.divergence_name in EVERY_LABEL
+        loss_name = self.divergence_name if self.soft_labels else "cross_entropy"
+        ended_M = torch.zeros((), device=labels_MK.device)
         for depth, (feature, carried) in enumerate(outputs):
             # Step `depth` predicts the token, or the distribution, one position further on.
-            labels_M = labels_MK[:, depth].contiguous()
+            labels_M, valid_M = labels_MK[:, depth].contiguous(), rows.valid_MK[:, depth]
             flat_M = rows.flat_MK1[:, depth + 1].contiguous()
             losses, ranks = cross_entropy(
                 feature,
@@ -318,22 +348,47 @@ class TrainedDrafter(Drafter):
                 flat_M,
                 divergence,
                 self.text_weight,
+                valid_M if every else None,
             )
+            # A step without a label ends no chain.
+            if self.divergence_name == "expected_length":
+                losses = ended_M = ended(ended_M, losses)
             yield DraftStep(
                 depth,
                 feature,
                 carried,
                 labels_M,
-                rows.valid_MK[:, depth],
+                valid_M,
                 losses,
                 ranks,
                 flat_M,
                 distributions,
+                loss_name,
+                every,
             )
 
     def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
         """The loss per row [M] where distributions are learnt."""
-        return soft_cross_entropy(logits_MD, probs_MD)
+        return DIVERGENCES[self.divergence_name](logits_MD, probs_MD)
+
+    def use_divergence(self, name: str | None, learns: bool = False) -> None:
+        """Compare with the target's distributions by one of `DIVERGENCES`.
+
+        Args:
+            name: of the divergence; None for the tokens of the data, without distributions.
+            learns: whether a name alone means that distributions are learnt.
+
+        Raises:
+            ValueError: an unknown name, or a divergence from hard labels.
+        """
+        self.soft_labels = self.soft_labels or (learns and name is not None)
+        self.divergence_name = checked_divergence(name or "cross_entropy")
+        default = type(self).divergence_name
+        if not self.soft_labels and self.divergence_name != default:
+            raise ValueError(
+                f"divergence {name!r} compares with the target's distributions, but labels is "
+                f"'hard': set labels to 'soft', or divergence to {default!r}"
+            )
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """A step's loss before its weight."""

@@ -156,11 +156,12 @@ def cross_entropy(
     flat_M: Tensor | None = None,
     divergence: Divergence = soft_cross_entropy,
     text_weight: float = 0.0,
+    counted_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `head`'s logits per row: to the labels, or to the target's distributions at
     `flat_M` (or another divergence from those).
 
-    Returns the losses [M], 0 where the label is ignored, and int64 ranks [M]: how many draft tokens
+    Returns the losses [M], 0 where they do not count, and int64 ranks [M]: how many draft tokens
     score above the label (0: it is the best), D where the label is ignored. At most `MAX_LOGITS`
     logits exist at a time: more rows are cut into chunks. With a frozen head nothing is computed
     twice and no logits are stored: a row's loss depends on its own features alone, so that dL/dh_m
@@ -174,11 +175,11 @@ def cross_entropy(
         head: features to logits over the draft vocabulary.
         labels_M: draft vocabulary indices; `IGNORED` rows get no loss.
         width: D.
-        distributions: the target's probabilities (renormalised over the draft vocabulary) for soft
-            labels.
+        distributions: the target's probabilities for soft labels, as `divergence` takes them.
         flat_M: flat positions of those distributions.
         divergence: what is computed of logits and distributions.
         text_weight: weight of the cross-entropy to the labels that is added to the divergence.
+        counted_M: bool, rows that count where there are distributions; None: those with a label.
     """
 
     def scored(logits: Head, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +192,7 @@ def cross_entropy(
                 None if flat_M is None else flat_M[part],
                 divergence,
                 text_weight,
+                None if counted_M is None else counted_M[part],
             )
 
         return _in_parts(score, logits, features, width)
@@ -260,6 +262,7 @@ def _score(
     flat_M: Tensor | None,
     divergence: Divergence,
     text_weight: float,
+    counted_M: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     # 1. Ranks need no gradient.
     logits = full_precision(head(features_MH))
@@ -268,7 +271,8 @@ def _score(
     if distributions is None:
         return F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none"), ranks
     assert flat_M is not None
-    losses = divergence(logits, distributions(flat_M)).where(labels_M != IGNORED, 0.0)
+    counted_M = labels_M != IGNORED if counted_M is None else counted_M
+    losses = divergence(logits, distributions(flat_M)).where(counted_M, 0.0)
     if text_weight:
         hard = F.cross_entropy(logits, labels_M, ignore_index=IGNORED, reduction="none")
         losses = losses + text_weight * hard
@@ -306,7 +310,11 @@ def target_distributions(
     def distributions(flat_M: Tensor) -> Tensor:
         return torch.softmax(full_precision(head(final_PH[flat_M])), dim=-1)
 
-    # Steps ask for the same positions: compute each once, if the table fits.
+    return _shared(distributions, positions, width)
+
+
+def _shared(distributions: Distributions, positions: Tensor, width: int) -> Distributions:
+    """The same distributions of these positions, each computed once, if they fit in memory."""
     unique = positions.unique()
     if len(unique) * width > MAX_PROBS:
         return distributions
@@ -316,14 +324,15 @@ def target_distributions(
 
 
 def covered_distributions(
-    head: Head, final_BTH: Tensor, vocabulary_D: Tensor, size: int
+    head: Head, final_BTH: Tensor, positions: Tensor, vocabulary_D: Tensor, size: int
 ) -> Distributions:
     """The target's probabilities of the draft tokens in its whole distribution, by flat position:
-    their sum is the mass that the draft vocabulary covers.
+    their sum is the mass that the draft vocabulary covers. Shared as in `target_distributions`.
 
     Args:
         head: the target's, over its whole vocabulary.
         final_BTH: states that it reads.
+        positions: flat, all that are asked for.
         vocabulary_D: draft tokens.
         size: of the target's vocabulary; more than `MAX_LOGITS` logits are computed in chunks.
     """
@@ -335,7 +344,7 @@ def covered_distributions(
         logits = (full_precision(head(final_PH[chunk])) for chunk in chunks or [flat_M])
         return torch.cat([each.softmax(-1)[:, vocabulary_D] for each in logits])
 
-    return distributions
+    return _shared(distributions, positions, len(vocabulary_D))
 
 
 def likely_tokens(

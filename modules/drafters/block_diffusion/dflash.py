@@ -100,6 +100,7 @@ class DFlash(BlockDrafter):
         smoothing: β of D-PACE.
         tree: paths or the name of a tree, filled with the likeliest tokens of each slot; null: the
             chain of all slots.
+        divergence: how soft labels are learnt (`modules.losses.divergences`).
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class DFlash(BlockDrafter):
         gamma: float = 4.0,
         smoothing: float = 0.5,
         tree: list[Path] | str | None = None,
+        divergence: str = "cross_entropy",
     ) -> None:
         # 1. Settings.
         _check(shape, layers, anchors, mask_token, gamma, smoothing)
@@ -129,6 +131,7 @@ class DFlash(BlockDrafter):
             )
         super().__init__(shape, block, draft_vocabulary, math.exp(-1 / gamma))
         self.soft_labels = soft_labels(labels)
+        self.use_divergence(divergence)
         self.layout, self.mask_token, self.anchors = layout, mask_token, anchors
         self.expected_length, self.smoothing = weights == "expected_length", smoothing
         self.pass_rows = block + (layout == "fill_in")

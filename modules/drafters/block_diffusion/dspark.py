@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -34,7 +33,6 @@ from modules.losses.chunked import (
     IGNORED,
     Distributions,
     TrainingRows,
-    covered_distributions,
     cross_entropy,
 )
 from modules.losses.divergences import total_variation
@@ -219,14 +217,7 @@ class DSpark(LowRankDFlash):
         """The target's distributions, with `whole_law` not renormalised."""
         if self.vocabulary_D is None or not self.whole_law:
             return super().distributions(batch, target, rows)
-        if batch.teacher is not None:
-            return partial(batch.teacher.over, vocabulary_D=self.vocabulary_D)
-        return covered_distributions(
-            target.unrounded_logits,
-            batch.states["final"],
-            self.vocabulary_D,
-            self.shape.vocab_size,
-        )
+        return self.covered(batch, target, rows.flat_MK1[:, 1:])
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """The weighted sum of the drafts' and the confidences' losses."""

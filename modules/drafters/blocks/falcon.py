@@ -116,6 +116,7 @@ class Falcon(BlockDrafter):
         depth: levels of the dynamic tree that is drawn when `tree` is null.
         tree: fixed paths: `falcon_8` (released for k = 2), `falcon_8_cut_6` (its first six levels,
             for k = 3), `narrow` or a list.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     soft_labels: bool = True
@@ -141,10 +142,12 @@ class Falcon(BlockDrafter):
         dropout: float = 0.1,
         depth: int = 4,
         tree: list[list[int]] | str | None = "narrow",
+        divergence: str = "cross_entropy",
     ) -> None:
         if not 0 <= glancing <= 1:
             raise ValueError(f"glancing must lie in [0, 1] (0: none), got {glancing}")
         super().__init__(shape, block, draft_vocabulary, decay=1.0)
+        self.use_divergence(divergence)
         # 1. Settings of training.
         self.glancing = glancing
         self.relaxed_mask = relaxed_mask

@@ -31,9 +31,9 @@ class Eagle(FeatureDrafter):
     """z_t = W [s·e(x_{t+1}) ; f_t], then a decoder layer without input norm: f̂_{t+1}; logits by
     the frozen LM head.
 
-    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy,
-    teacher forcing. The release has s = 1; here s brings embeddings to the size of features
-    (`modules.layers.token_scale`), and an export folds it into W.
+    Loss (section 3.2): feature_weight · SmoothL1(f̂, f) + token_weight · soft cross-entropy (or
+    another divergence), teacher forcing. The release has s = 1; here s brings embeddings to the
+    size of features (`modules.layers.token_scale`), and an export folds it into W.
 
     Args:
         shape: the target's dimensions.
@@ -48,6 +48,7 @@ class Eagle(FeatureDrafter):
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: `eagle_25` (the paper), `narrow`, `optimised_N` or a
             list.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     token_scale: Tensor
@@ -64,8 +65,10 @@ class Eagle(FeatureDrafter):
         decay: float = 0.8,
         depth: int = 5,
         tree: list[list[int]] | str | None = None,
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
+        self.use_divergence(divergence)
         self.feature_weight, self.token_weight, self.noise = feature_weight, token_weight, noise
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=bias)
         self.layer = DecoderLayer(shape, input_norm=False)

@@ -50,6 +50,7 @@ class Eagle3(FeatureDrafter):
         greedy_labels: count positions, and accuracy, by the target's most likely token instead of
             the text's own. On text that is not the target's greedy answer, accuracy by the text's
             own tokens differs from how often drafts are accepted.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Eagle3(FeatureDrafter):
         depth: int = 5,
         tree: list[list[int]] | str | None = None,
         greedy_labels: bool = False,
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
+        self.use_divergence(divergence)
         # 1. Layers whose inputs are fused.
         size, count = shape.hidden_size, shape.num_layers
         layers = (

@@ -36,7 +36,7 @@ class Fspad(Eagle):
         feature_weight, token_weight, noise: as EAGLE's.
         steps: draft steps unrolled in training; 1 is the paper's teacher forcing.
         decay: step j weighs decay^j.
-        depth, tree: as EAGLE's.
+        depth, tree, divergence: as EAGLE's.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Fspad(Eagle):
         decay: float = 0.8,
         depth: int = 5,
         tree: list[list[int]] | str | None = None,
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(
             shape,
@@ -65,6 +66,7 @@ class Fspad(Eagle):
             decay,
             depth,
             tree,
+            divergence,
         )
         size, inner = shape.hidden_size, shape.intermediate_size
         self.feature_sampling, self.partial_alignment = feature_sampling, partial_alignment

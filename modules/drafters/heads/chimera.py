@@ -135,6 +135,7 @@ class Chimera(SteppedHeads):
             (`modules.layers.token_scale`); otherwise, as in the release, s = 1.
         memo: trigram vectors that are kept in decoding, across steps and requests; 0: none. A
             look-up reads the device.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     first_exponent: ClassVar[int] = 0
@@ -157,6 +158,7 @@ class Chimera(SteppedHeads):
         detach: bool = True,
         scale_tokens: bool = True,
         memo: int = 4096,
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         refuse_unknown("lm_head", lm_head, ("own", "tied", "shared"))
@@ -167,6 +169,7 @@ class Chimera(SteppedHeads):
         if feature_weight < 0:
             raise ValueError(f"feature_weight must be 0 (off) or more, got {feature_weight}")
         self.soft_labels, self.label_kind = labels == "soft", labels
+        self.use_divergence(divergence)
         self.block_start, self.feature_weight = block_start, feature_weight
         self.self_fed, self.detach, self.scale_tokens = self_fed, detach, scale_tokens
         # 1. What makes draft states.

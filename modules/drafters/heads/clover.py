@@ -116,6 +116,8 @@ class Clover(HeadDrafter):
         tree: paths or a name; None draws the paper's dynamic tree.
         top_p, ratio, width: thresholds and level width of the dynamic tree.
         decay: step i = 1 … K weighs decay^i.
+        divergence: learn the target's distribution by it (`modules.losses.divergences`) instead of
+            the tokens of the data; null: those.
     """
 
     reads: StateName = "pre_norm"
@@ -134,8 +136,10 @@ class Clover(HeadDrafter):
         ratio: float = 0.25,
         width: int = 4,
         decay: float = 0.8,
+        divergence: str | None = None,
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
+        self.use_divergence(divergence, learns=True)
         refuse_unknown("fusion", fusion, ("attention", "mlp"))
         refuse_unknown("augmenting", augmenting, ("none", "block", "attention", "mlp"))
         refuse_unknown("gate", gate, ("silu", "cosine"))

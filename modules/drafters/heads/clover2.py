@@ -69,6 +69,7 @@ class Clover2(HeadDrafter):
         map_lr_scale: factor on the learning rate of FC_1 and FC_2. They start as identities before
             a frozen LM head, and updates as large as the other parameters' destroy that start
             before anything is learnt.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     reads: StateName = "pre_norm"
@@ -91,6 +92,7 @@ class Clover2(HeadDrafter):
         token_scale: Literal["state", "head"] = "state",
         map_bias: bool = False,
         start_norm: Literal["ones", "final"] = "ones",
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         self.map_lr_scale, self.token_scale, self.norm_starts = (
@@ -103,6 +105,7 @@ class Clover2(HeadDrafter):
         refuse_unknown("token_scale", token_scale, ("state", "head"))
         refuse_unknown("start_norm", start_norm, ("ones", "final"))
         self.soft_labels = soft_labels(labels)
+        self.use_divergence(divergence)
         if not self.soft_labels and (label_top_k or label_top_p < 1):
             raise ValueError(
                 "label_top_k and label_top_p go by the target's distribution, but labels is "

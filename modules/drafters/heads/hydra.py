@@ -83,6 +83,7 @@ class Hydra(HeadDrafter):
         dropout_at: `"lm_head"`, before the LM head only, or `"every_block"`: also before each
             block, on the first block's inputs too.
         shared_block: whether the blocks of a head after its first share their weights.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     reads: StateName = "pre_norm"
@@ -104,12 +105,14 @@ class Hydra(HeadDrafter):
         prefix_start: Literal["target", "random"] = "target",
         dropout_at: Literal["lm_head", "every_block"] = "lm_head",
         shared_block: bool = False,
+        divergence: str = "cross_entropy",
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
         refuse_unknown("lm_head", lm_head, ("own", "shared"))
         refuse_unknown("prefix_start", prefix_start, ("target", "random"))
         refuse_unknown("dropout_at", dropout_at, ("lm_head", "every_block"))
         self.soft_labels = soft_labels(labels)
+        self.use_divergence(divergence)
         # 1. The prefix layer; one that starts at random has its own norm.
         self.layers = nn.ModuleList([DecoderLayer(shape)] if prefix else [])
         self.norm = None

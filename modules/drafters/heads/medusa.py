@@ -35,6 +35,8 @@ class Medusa(HeadDrafter):
         tree: paths, or a name of `modules.trees.named_trees`; None is `narrow`, on a GPU
             `mc_sim_7b_63`.
         decay: head k weighs decay^(k+1).
+        divergence: learn the target's distribution by it (`modules.losses.divergences`) instead of
+            the tokens of the data; null: those.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Medusa(HeadDrafter):
         draft_vocabulary: int | None = None,
         tree: list[list[int]] | str | None = None,
         decay: float = 0.8,
+        divergence: str | None = None,
     ) -> None:
         super().__init__(shape, heads, draft_vocabulary, decay)
+        self.use_divergence(divergence, learns=True)
         if lm_head not in ("own", "shared"):
             raise ValueError(f"lm_head must be 'own' or 'shared', got {lm_head!r}")
         self.blocks = nn.ModuleList(

@@ -34,7 +34,6 @@ from modules.drafters.same_pass.guess_rows import GuessRows, HostCounts
 from modules.drafters.same_pass.sparse_tree import SparseTrees, assumed, descending, sparse_trees
 from modules.drafters.trained import DraftStep, TrainedDrafter, measured_accuracies
 from modules.losses.chunked import TrainingRows, training_rows
-from modules.losses.divergences import forward_kl
 from modules.losses.row_subsets import some_rows
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ class SamePassDrafter(TrainedDrafter):
 
     guess_state: ClassVar[StateName] = "final"
     """The state of guess rows that the LM head reads, or what comes before it."""
+    divergence_name = "forward_kl"
     training_reads: tuple[StateName, ...] = ("final",)
     """States of the tokens that the loss reads."""
     make_trees = staticmethod(sparse_trees)
@@ -156,10 +156,6 @@ class SamePassDrafter(TrainedDrafter):
         """Adds the target's layers, through which guess rows have a gradient."""
         layers = GradientLayers(self.shape, adapted=True)
         return replace(super().footprint(rows, length), layers=layers)
-
-    def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
-        """KL(p‖q) per row [M]."""
-        return forward_kl(logits_MD, probs_MD)
 
     def cuts(self, batch: TextBatch, most: int) -> TrainingRows:
         """Up to so many positions of every packed row or document: random ones in training,

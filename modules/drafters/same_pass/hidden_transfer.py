@@ -100,6 +100,7 @@ class HiddenTransfer(SamePassDrafter):
         sequential: train W_1 first, then W_2, …, the earlier ones fixed, instead of all together.
             The last one is trained by the recipe's own settings.
         stage_epochs, stage_lr: epochs and peak learning rate of each of the others.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     depth_unit = "offsets"
@@ -128,6 +129,7 @@ class HiddenTransfer(SamePassDrafter):
         sequential: bool = False,
         stage_epochs: int = 1,
         stage_lr: float = 1e-3,
+        divergence: str = "forward_kl",
     ) -> None:
         if stage_epochs < 1 or stage_lr <= 0:
             raise ValueError(
@@ -143,6 +145,7 @@ class HiddenTransfer(SamePassDrafter):
         super().__init__(
             shape, offsets, 1, draft_vocabulary, decay, labels, groups_per, accuracies, rows
         )
+        self.use_divergence(divergence)
         self.interaction, self.state_weight, self.anchor_share = (
             interaction,
             state_weight,

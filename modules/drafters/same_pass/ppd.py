@@ -77,6 +77,7 @@ class PPD(SamePassDrafter):
         accuracies: how often the rank-r token of each prompt token is right, which sparse trees are
             made from; filled in by `finish`.
         decay: prompt token i weighs decay^i.
+        divergence: how the target's distribution is learnt (`modules.losses.divergences`).
     """
 
     depth_unit = "prompt tokens"
@@ -99,6 +100,7 @@ class PPD(SamePassDrafter):
         ensemble_mask: bool = True,
         weighting: Literal["mean", "learned"] = "mean",
         sparse: Literal["dynamic", "full", "random"] = "dynamic",
+        divergence: str = "forward_kl",
     ) -> None:
         refuse_unknown("weighting", weighting, ("mean", "learned"))
         refuse_unknown("sparse", sparse, tuple(SPARSE))
@@ -109,6 +111,7 @@ class PPD(SamePassDrafter):
         super().__init__(
             shape, prompts, ensemble, draft_vocabulary, decay, labels, groups_per, accuracies, rows
         )
+        self.use_divergence(divergence)
         self.text, self.groups, self.random_cuts = text, groups, random_cuts
         self.sees: Sees = "chain" if ensemble_mask else "all"
         self.make_trees = SPARSE[sparse]

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,16 +31,8 @@ from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.own_cache import OwnCacheState
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states
-from modules.losses.chunked import (
-    IGNORED,
-    Head,
-    TrainingRows,
-    accuracy,
-    covered_distributions,
-    cross_entropy,
-    masked_mean,
-)
-from modules.losses.divergences import DIVERGENCES, total_variation
+from modules.losses.chunked import Head, TrainingRows, accuracy, cross_entropy, masked_mean
+from modules.losses.divergences import checked_divergence, total_variation
 from modules.target.hf_models import (
     config_named,
     config_of_dict,
@@ -65,8 +56,8 @@ class Independent(TokenDrafter):
     KL and Jensen-Shannon divergences are of p renormalised over the draft vocabulary, mean over the
     assistant's tokens that can be drafted. The total variation is of p as it is, mean over all of
     the assistant's tokens: how often the ratio rule rejects a token drawn from q. Validation adds
-    `acceptance_0`, Σ_v min(p, q) of p as it is, over the same tokens: how often that rule accepts
-    one. What p has outside the draft vocabulary is rejected.
+    `acceptance_0`, Σ_v min(p, q) of p as it is, over all of them: how often that rule accepts one.
+    What p has outside the draft vocabulary is rejected.
 
     Args:
         shape: the target's dimensions.
@@ -77,7 +68,8 @@ class Independent(TokenDrafter):
             null for all of a named model, and for an eighth of the target's, at least two.
         draft_vocabulary: how many token ids can be drafted; null for all that both models have.
             Only their LM-head rows are computed.
-        divergence: `forward_kl`, `reverse_kl`, `kl_mixture`, `jensen_shannon` or `total_variation`.
+        divergence: `forward_kl`, `reverse_kl`, `kl_mixture`, `jensen_shannon`, `total_variation` or
+            another of `modules.losses.divergences`.
         own_text: share of training batches whose answers the drafter generates itself (on-policy
             distillation).
         own_tokens: tokens that it then generates after each prompt.
@@ -115,7 +107,8 @@ class Independent(TokenDrafter):
             )
         super().__init__(shape, config.vocab_size, draft_vocabulary)
         self.source, self.layers, self.frozen_embedding = model, layers, frozen_embedding
-        self.divergence_name, self.own_text, self.own_tokens = divergence, own_text, own_tokens
+        self.use_divergence(divergence)
+        self.own_text, self.own_tokens = own_text, own_tokens
         # A saved drafter is built on the caller's device; its loader builds it on meta first.
         with nullcontext() if isinstance(model, dict) else torch.device("meta"):
             self._adopt(fresh_model(config))
@@ -202,10 +195,6 @@ class Independent(TokenDrafter):
             else ""
         )
 
-    def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
-        """The chosen divergence per row [M]."""
-        return DIVERGENCES[self.divergence_name](logits_MD, probs_MD)
-
     def teacher_forced(
         self, batch: TextBatch, target: Target, rows: TrainingRows
     ) -> Iterator[Tensor]:
@@ -227,9 +216,6 @@ class Independent(TokenDrafter):
         step = next(self.steps(batch, target))
         losses_M, counted_M = step.losses_M, step.counted_M
         metrics = {"top1_0": accuracy(step.ranks_M, step.valid_M, 1)}
-        # Total variation counts all labels, also those outside the draft vocabulary.
-        if self.divergence_name == "total_variation":
-            losses_M, counted_M = self.rejected(step, batch, target), step.valid_M
         if not self.training:
             with torch.no_grad():
                 accepted_M = (1 - self.rejected(step, batch, target)) * step.valid_M
@@ -239,26 +225,19 @@ class Independent(TokenDrafter):
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
         """1 − Σ_v min(p, q) [M], p not renormalised, in every row with a label, drafted or not."""
-        distributions, teacher = step.distributions, batch.teacher
+        distributions = step.distributions
         # p over a trimmed vocabulary sums to less than 1: the rest is always rejected.
-        if teacher is not None:
-            distributions = partial(teacher.over, vocabulary_D=self.vocabulary_D)
-        elif self.vocabulary_D is not None:
-            distributions = covered_distributions(
-                target.unrounded_logits,
-                batch.states["final"],
-                self.vocabulary_D,
-                target.shape.vocab_size,
-            )
-        counted_M = torch.where(step.valid_M, 0, IGNORED)
+        if self.vocabulary_D is not None or batch.teacher is not None:
+            distributions = self.covered(batch, target, step.flat_M)
         return cross_entropy(
             step.feature_MH,
             self.head(0, target),
-            counted_M,
+            step.labels_M,
             self.draft_size,
             distributions,
             step.flat_M,
             total_variation,
+            counted_M=step.valid_M,
         )[0]
 
     def own_or_given(self, batch: TextBatch) -> TextBatch:
@@ -301,10 +280,7 @@ class Independent(TokenDrafter):
 def _check(
     divergence: str, own_text: float, own_tokens: int, draft_length: int, width: int
 ) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(
-            f"divergence {divergence!r} is unknown: use one of {', '.join(DIVERGENCES)}"
-        )
+    checked_divergence(divergence)
     if not 0 <= own_text <= 1:
         raise ValueError(f"own_text must lie between 0 and 1, got {own_text}")
     if min(own_tokens, draft_length, width) < 1:

@@ -33,7 +33,7 @@ def halves(batch: TextBatch) -> list[TextBatch]:
         {
             field.name: getattr(batch, field.name)[i : i + 1]
             for field in fields(batch)
-            if field.name != "states"
+            if field.name not in ("states", "teacher")
         }
         for i in range(2)
     ]

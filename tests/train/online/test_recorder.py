@@ -105,7 +105,7 @@ def test_a_drafter_equal_to_its_target_learns_nothing(bonus: bool) -> None:
     assert trace.accepted == [4, 4, 4]
     item = recorder.item(0, ids)
     assert item.positions_P.tolist() == ([9, 13, 17] if bonus else [])
-    for name in DIVERGENCES if bonus else ():
+    for name in DIVERGENCES.keys() - {"cross_entropy"} if bonus else ():
         same.divergence_name = name
         batch = batch_of([item], 128, torch.float64, TARGET.device)
         assert abs(same.loss(batch, TARGET, 1.0).total.item()) < 1e-6

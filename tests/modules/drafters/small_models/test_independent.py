@@ -18,6 +18,7 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.losses.chunked import training_rows
+from modules.losses.divergences import DIVERGENCES, UNNORMALISED
 from modules.target.target import Target
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain
@@ -247,9 +248,7 @@ def test_total_variation_is_how_often_the_ratio_rule_rejects(training: bool) -> 
     assert float(metric.total) / int(metric.count) == pytest.approx(float(losses.total.detach()))
 
 
-@pytest.mark.parametrize(
-    "divergence", ["forward_kl", "reverse_kl", "kl_mixture", "jensen_shannon", "total_variation"]
-)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_brings_it_closer_to_the_target(divergence: str) -> None:
     made, batch = drafter(layers=2, divergence=divergence, draft_vocabulary=40), tiny_batch(TARGET)
     optimizer = torch.optim.Adam(made.declared_parameters(), 3e-3)
@@ -259,9 +258,10 @@ def test_every_divergence_brings_it_closer_to_the_target(divergence: str) -> Non
         made.train().loss(batch, TARGET, 0.0).total.backward()
         optimizer.step()
     after = made.eval().loss(batch, TARGET, 0.0)
-    # The total variation also counts what the target has outside the draft vocabulary.
-    least = 1 - covered_mass(made, batch) if divergence == "total_variation" else 0.0
-    assert bool(after.total - least < 0.7 * (before.total - least))
+    # Some losses have a least value above 0: entropies, and what lies outside the vocabulary.
+    assert bool(after.total < before.total)
+    if divergence not in UNNORMALISED | {"cross_entropy"}:
+        assert bool(after.total < 0.7 * before.total)
     assert after.metrics["acceptance_0"].total > before.metrics["acceptance_0"].total
 
 
