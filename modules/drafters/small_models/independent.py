@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class Independent(TokenDrafter):
     """
 
     own_model = True
+    runner_type: ClassVar[type[LoadedTarget]] = LoadedTarget
     names_places = ("model",)
     soft_labels = True
 
@@ -121,7 +122,7 @@ class Independent(TokenDrafter):
     def _adopt(self, model: Any) -> None:
         """Make this Hugging Face model the drafter's parameters, and run it as targets are run."""
         # A list hides the wrapper from nn.Module: its weights are those of `self.model`.
-        self._runner: list[Target] = [LoadedTarget(model, None, "drafter")]
+        self._runner: list[Target] = [self.runner_type(model, None, "drafter")]
         self.model = model.requires_grad_(True).train(self.training)
         model.get_input_embeddings().requires_grad_(not self.frozen_embedding)
 

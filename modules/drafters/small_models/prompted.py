@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.acceptance.rules import longest_path
 from modules.contracts.batches import TextBatch
@@ -30,6 +30,26 @@ from modules.drafters.same_pass.guess_rows import HostCounts
 from modules.drafters.same_pass.ppd import PPD
 from modules.drafters.small_models.independent import Independent
 from modules.drafters.small_models.own_cache import OwnCacheState, appended_tokens
+from modules.target.kernels.cpu_kernels import narrow_linear
+from modules.target.target import Target as LoadedTarget
+
+
+class HeadRead(LoadedTarget):
+    """A language model whose LM head is never called: its weights are read, because processes
+    compute logits of unequally many parts of rows (`Independent.head`).
+    """
+
+    def logits(
+        self,
+        hidden: Tensor,
+        vocabulary_D: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> Tensor:
+        """The same as `Target.logits`, by other means."""
+        head = self.architecture.head
+        if vocabulary_D is not None or not isinstance(head, nn.Linear):
+            return super().logits(hidden, vocabulary_D, precision)
+        return self.capped(narrow_linear(hidden.to(self.dtype), head.weight, head.bias))
 
 
 @dataclass
@@ -58,6 +78,8 @@ class PromptedIndependent(Independent):
         accuracies: how often the rank-r token of each prompt token is the draft model's own; filled
             in by `finish`.
     """
+
+    runner_type = HeadRead
 
     def __init__(
         self,
