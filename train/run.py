@@ -93,13 +93,19 @@ class Recipe:
     publish: PublishSettings = field(default_factory=PublishSettings)
 
     def __post_init__(self) -> None:
-        """Refuse a figure that is not measured and a target that cannot be trained on; resolve
-        `auto`.
+        """Refuse a figure that is not measured, Muon with DeepSpeed, and a target that cannot be
+        trained on; resolve `auto`.
         """
         if self.checkpoint.best_by == PROBE and not self.probe.prompts:
             raise ValueError(
                 f"checkpoint.best_by is {PROBE}, but probe.prompts is 0: give some, or choose by "
                 "val/loss"
+            )
+        if self.optimizer.muon_lr is not None and self.trainer.strategy.startswith("deepspeed"):
+            raise ValueError(
+                f"optimizer.muon_lr is {self.optimizer.muon_lr}, but trainer.strategy "
+                f"{self.trainer.strategy} cuts matrices into shards, and Muon needs them whole: "
+                "set optimizer.muon_lr to null, or use trainer.strategy ddp"
             )
         check_unquantised(self.dtype)
         self.dtype = chosen_dtype(self.dtype, training_device(self.trainer.accelerator))
@@ -226,7 +232,7 @@ def train_stages(
         settings = replace(recipe.trainer, max_epochs=stage.epochs, max_steps=-1)
         logs = f"{LIGHTNING}/{stage.name}"
         trainer = _lightning_trainer(settings, None, place.output, logs, progress)
-        optimizer = replace(recipe.optimizer, lr=stage.lr)
+        optimizer = replace(recipe.optimizer, lr=stage.lr, muon_lr=None)
         part = copy.deepcopy(stage.part).requires_grad_(True)
         module = TrainableModule(part, target, optimizer, settings.log_every_n_steps)
         trainer.fit(module, datamodule=recipe.data.for_stages())

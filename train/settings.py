@@ -24,10 +24,14 @@ DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with linear warm-up, then a cosine down to a floor.
+    """AdamW, or Muon and AdamW, with linear warm-up, then a cosine down to a floor.
 
     Args:
         lr: peak learning rate; a component's parameter groups may scale it.
+        muon_lr: peak learning rate of Muon, which then trains the matrices of hidden layers
+            (embeddings, LM heads, norms and biases stay with AdamW); null: AdamW alone. Its updates
+            are as large as AdamW's at the same rate; published for drafters: 1e-3, with an lr of
+            1e-4. Parts that are trained before the whole stay with AdamW. Not with DeepSpeed.
         betas: of AdamW.
         weight_decay: on matrices; vectors (norms, biases) are not decayed.
         warmup_ratio: share of the steps that warm up.
@@ -41,11 +45,17 @@ class OptimizerSettings:
     warmup_ratio: float = 0.05
     warmup_steps: int | None = None
     floor: float = 0.0
+    muon_lr: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
         if not 0 < self.lr < math.inf:
             raise ValueError(f"optimizer.lr must be above 0 and finite, got {self.lr}")
+        if self.muon_lr is not None and not 0 < self.muon_lr < math.inf:
+            raise ValueError(
+                "optimizer.muon_lr must be above 0 and finite, or null for AdamW alone, got "
+                f"{self.muon_lr}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
         if not 0 <= self.weight_decay < math.inf:

@@ -67,15 +67,26 @@ class Stop(Callback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("at", [2, 3, 5])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny, recipe, tmp_path, monkeypatch, at):
-    run(recipe, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("at", "flags"), [(2, []), (3, []), (5, []), (3, ["--optimizer.muon_lr", "0.003"])]
+)
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    tiny, recipe, tmp_path, monkeypatch, at, flags
+):
+    run(recipe, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr("train.run.RunProgress", lambda: Stop(at))
-        run(recipe, tmp_path / "broken")
-    assert run(recipe, tmp_path / "broken", "--resume", "last") == 0
+        run(recipe, tmp_path / "broken", *flags)
+    assert run(recipe, tmp_path / "broken", "--resume", "last", *flags) == 0
     unbroken, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_muon_is_refused_with_deepspeed(tiny, recipe, tmp_path):
+    flags = ["--optimizer.muon_lr", "0.003", "--trainer.strategy", "deepspeed_2"]
+    with pytest.raises(ValueError, match="muon_lr is 0.003, but trainer.strategy deepspeed_2 cuts"):
+        run(recipe, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 class Ask(Callback):

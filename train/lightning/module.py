@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import get_total_norm
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from modules.contracts.batches import AnyBatch, TextBatch
@@ -21,6 +21,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.trainable import Objective, Trainable
 from modules.losses.averages import divisor, shared_counts
 from modules.target.target import Target
+from train.lightning.optimizers import adamw, decay_groups, split_hidden, with_muon
 from train.settings import OptimizerSettings
 
 logger = logging.getLogger(__name__)
@@ -264,17 +265,18 @@ class TrainableModule(LightningModule):
     # -- optimiser ---------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the declared parameter groups, with the schedule per step."""
-        settings = self.settings
-        groups = [
-            group
-            for declared in self.trainable.parameter_groups()
-            for group in decay_groups(declared, settings)
-        ]
+        """AdamW over the declared parameter groups, or Muon and AdamW, with the schedule per
+        step.
+        """
+        settings, declared = self.settings, self.trainable.parameter_groups()
+        hidden = []
+        if settings.muon_lr is not None:
+            declared, hidden = split_hidden(declared, self.trainable)
+        groups = [group for each in declared for group in decay_groups(each, settings)]
         # Strategies that flatten parameters need their order and their groups.
         self.optimised = [parameter for group in groups for parameter in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]
-        optimizer = adamw(groups, settings)
+        optimizer = with_muon(hidden, groups, settings) if hidden else adamw(groups, settings)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"},
@@ -316,30 +318,6 @@ class TrainableModule(LightningModule):
             torch.set_rng_state(self._random_state["cpu"].cpu())
             if self._random_state["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
-
-
-def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> AdamW:
-    """Fused AdamW: one pass over each parameter, on a CPU a fifth of the time of a loop over
-    operations.
-
-    Fused AdamW can unscale float16's gradients itself, but Lightning then refuses to clip them, so
-    that is switched off.
-    """
-    optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    return optimizer
-
-
-def decay_groups(declared: Mapping[str, Any], settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """One declared group as one or two optimiser groups: only matrices are decayed, by the group's
-    `weight_decay` or else the recipe's.
-    """
-    decay = declared.get("weight_decay", settings.weight_decay)
-    parameters, rate = list(declared["params"]), settings.lr * declared.get("lr_scale", 1.0)
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [{**group, "lr": rate} for group in groups if group["params"]]
 
 
 def learning_rate_share(step: int, total: int, warmup: int, floor: float) -> float:

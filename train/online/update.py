@@ -26,7 +26,7 @@ from modules.contracts.drafter import Drafter
 from modules.contracts.shapes import StateName
 from modules.runtime.files import whole_file
 from modules.target.target import Target
-from train.lightning.module import adamw, decay_groups
+from train.lightning.optimizers import adamw, decay_groups
 from train.online.buffer import Buffer, Item, batch_of
 from train.online.settings import LearningSettings
 from train.settings import OptimizerSettings

@@ -17,9 +17,9 @@ from train.lightning.module import (
     NonFinite,
     RunningMeans,
     TrainableModule,
-    decay_groups,
     learning_rate_share,
 )
+from train.lightning.optimizers import decay_groups
 from train.settings import OptimizerSettings
 
 
