@@ -19,12 +19,13 @@ from checkpoints.formats.llama import (
     layer_tensors,
     offsets,
     refuse_activation,
+    sliding_window,
     take_embeddings,
     take_layer,
     take_vocabulary,
 )
 from modules.contracts.shapes import TargetShape
-from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.feature.eagle3 import Eagle3, check_options, fused_states
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -49,6 +50,9 @@ def eagle3_tensors(drafter: Eagle3, target: Target, prefix: str, mapped: bool) -
         tensors |= {
             f"fc_norm.{place}.weight": state[f"fc_norm.{i}.weight"] for place, i in enumerate(order)
         }
+    if drafter.input_norm is not None:
+        gains = state["input_norm.weight"].unflatten(0, (len(order), -1))
+        tensors["input_norm.weight"] = gains[order].flatten()
     tensors["embed_tokens.weight"] = embeddings(target, drafter.precision)
     return tensors | (offsets(drafter.vocabulary_D, drafter.shape.vocab_size) if mapped else {})
 
@@ -76,16 +80,20 @@ def eagle3_arguments(
     Raises:
         ValueError: an option that this project's EAGLE-3 does not have.
     """
-    for option in ("norm_before_fc", "parallel_drafting"):
-        if config.get(option):
-            raise ValueError(f"{source}: {option} is set, which is not supported here")
+    if config.get("parallel_drafting"):
+        raise ValueError(f"{source}: parallel_drafting is set, which is not supported here")
     size, trimmed = config["vocab_size"], config.get("draft_vocab_size")
+    each, together = bool(config.get("fc_norm")), bool(config.get("norm_before_fc"))
+    check_options(each, together, sliding_window(config))
     return {
         "draft_vocabulary": trimmed if trimmed and trimmed < size else None,
         "fused_layers": None if not ids else list(ids),
         "norm_before_residual": norm_before_residual,
-        "fc_norm": bool(config.get("fc_norm")),
+        "fc_norm": each,
         "norm_output": bool(config.get("norm_output")),
+        "norm_before_fc": together,
+        "qk_norm": config.get("model_type") == "qwen3",
+        "window": sliding_window(config),
     }
 
 
@@ -98,7 +106,7 @@ def take_eagle3(
     )
     # 1. Layer, norms and fusion.
     size, draft_size = shape.hidden_size, arguments["draft_vocabulary"] or shape.vocab_size
-    fused = len(arguments["fused_layers"] or default_layers(shape.num_layers))
+    fused = len(fused_states(shape.num_layers, arguments["fused_layers"]))
     tensors = take_layer(ledger, prefix, shape, 2)
     tensors |= {name: ledger.take(f"{prefix}.{name}", size) for name in _INSIDE}
     tensors["norm.weight"] = ledger.take("norm.weight", size)
@@ -107,6 +115,8 @@ def take_eagle3(
         tensors |= {
             f"fc_norm.{i}.weight": ledger.take(f"fc_norm.{i}.weight", size) for i in range(fused)
         }
+    if arguments["norm_before_fc"]:
+        tensors["input_norm.weight"] = ledger.take("input_norm.weight", fused * size)
     # 2. The LM head with its draft ids in ascending order, and the embeddings.
     head = ledger.take("lm_head.weight", draft_size, size)
     if "d2t" in ledger or arguments["draft_vocabulary"]:
@@ -115,10 +125,3 @@ def take_eagle3(
         tensors |= {"vocabulary": ids} if arguments["draft_vocabulary"] else {}
     take_embeddings(ledger, shape, target)
     return tensors | {"lm_head.weight": head}
-
-
-def default_layers(count: int) -> list[int]:
-    """The three states that engines take when a config names none, for a target of `count`
-    layers.
-    """
-    return sorted({2 % count, count // 2, max(count - 3, 0)})

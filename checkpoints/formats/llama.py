@@ -71,6 +71,30 @@ def layer_config(shape: TargetShape, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def sliding(window: int | None) -> dict[str, Any]:
+    """The keys of a one-layer config whose attention reaches so many positions back."""
+    if window is None:
+        return {}
+    return {
+        "layer_types": ["sliding_attention"],
+        "use_sliding_window": True,
+        "sliding_window": window,
+    }
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """How many positions the layer's attention reaches back; None: all of them.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    kinds, window = config.get("layer_types"), config.get("sliding_window")
+    slides = "sliding_attention" in kinds if kinds else config.get("use_sliding_window")
+    if slides and window is not None and window < 1:
+        raise ValueError(f"sliding_window is {window}: it must be at least 1")
+    return window if slides else None
+
+
 def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with rotary settings as `rope_theta` and `rope_scaling`, which every release
     reads.

@@ -47,7 +47,12 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
     """
     # 1. Options that SGLang does not have.
     ids = layer_ids(drafter)
-    refuse_attention_options(drafter.shape, "SGLang")
+    refuse_attention_options(drafter.layer.shape, "SGLang")
+    if drafter.window is not None:
+        raise ValueError(
+            f"window is {drafter.window}: SGLang runs drafter layers over all of the text; use "
+            "--format speculators"
+        )
     if drafter.norm_before_residual:
         raise ValueError(
             "norm_before_residual is true: SGLang adds attention to the feature as it came; use "
@@ -59,13 +64,14 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
             "before the first layer (0); use --format speculators"
         )
     # 2. One config for both engines.
-    layer = old_rope(layer_config(drafter.shape, drafter.precision))
+    layer = old_rope(layer_config(drafter.layer.shape, drafter.precision))
     config = {
         **layer,
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": drafter.draft_size,
         "fc_norm": drafter.fc_norm is not None,
         "norm_output": drafter.norm_output,
+        "norm_before_fc": drafter.input_norm is not None,
         "norm_before_residual": False,
         "num_aux_hidden_states": len(ids),
         _KEY: ids,

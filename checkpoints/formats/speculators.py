@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints.folders import Ledger
 from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
 from checkpoints.formats.exported import Exported, served_name
-from checkpoints.formats.llama import layer_config, layer_shape, single_layer
+from checkpoints.formats.llama import layer_config, layer_shape, single_layer, sliding
 from modules.contracts.shapes import TargetShape
 from modules.drafters.feature.eagle3 import Eagle3
 
@@ -39,7 +39,8 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
     # The layer, how it drafts and whom it serves, as the library nests them.
     ids, tokens = layer_ids(drafter), drafter.draft_steps
     layer = {
-        **layer_config(drafter.shape, drafter.precision),
+        **layer_config(drafter.layer.shape, drafter.precision),
+        **sliding(drafter.window),
         "num_aux_hidden_states": len(ids),
         "architectures": ["LlamaForCausalLM"],
     }
@@ -60,7 +61,7 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
         "draft_vocab_size": drafter.draft_size,
         "eagle_aux_hidden_state_layer_ids": ids,
         "norm_before_residual": drafter.norm_before_residual,
-        "norm_before_fc": False,
+        "norm_before_fc": drafter.input_norm is not None,
         "fc_norm": drafter.fc_norm is not None,
         "norm_output": drafter.norm_output,
         "embed_requires_grad": False,
@@ -105,7 +106,7 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
     layer = config["transformer_layer_config"]
     single_layer(layer, "transformer_layer_config")
     arguments = eagle3_arguments(
-        {**layer, **config},
+        {**layer, **config, "model_type": layer.get("model_type")},
         config.get("eagle_aux_hidden_state_layer_ids"),
         bool(config.get("norm_before_residual", True)),
         "config.json",

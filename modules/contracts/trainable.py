@@ -35,6 +35,7 @@ MOST = {
     "depth": 256,
     "draft_length": 256,
     "width": 1024,
+    "window": 1 << 24,
 }
 """The largest counts that a constructor accepts. Parts are made one by one, and a tree's paths grow
 with its square; published values are far below."""

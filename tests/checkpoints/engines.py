@@ -85,6 +85,8 @@ class Layer:
             for name in "qk"
             if normed
         }
+        slides = config.get("layer_types") == ["sliding_attention"]
+        self.window = config["sliding_window"] if slides else None
         self.after = weights(f"{prefix}.post_attention_layernorm.weight", size)
         self.gate, self.up = (
             weights(f"{prefix}.mlp.{name}_proj.weight", inner, size) for name in ("gate", "up")
@@ -106,7 +108,10 @@ class Layer:
         repeat = self.heads // self.groups
         keys, values = keys.repeat_interleave(repeat, 1), heads["v"].repeat_interleave(repeat, 1)
         scores = torch.einsum("nhe,mhe->hnm", queries, keys) / self.size**0.5
-        scores = scores.masked_fill(positions[:, None] < positions, -torch.inf)
+        back = positions[:, None] - positions
+        scores = scores.masked_fill(back < 0, -torch.inf)
+        if self.window is not None:
+            scores = scores.masked_fill(back >= self.window, -torch.inf)
         mixed = torch.einsum("hnm,mhe->nhe", scores.softmax(-1), values).flatten(1)
         hidden = residual_NH + F.linear(mixed, self.output, self.biases["o"])
         normed = rms(hidden, self.after, self.eps)
@@ -139,6 +144,11 @@ class Eagle3Engine:
             weights(f"fc_norm.{i}.weight", size)
             for i in range(len(self.ids) if config["fc_norm"] else 0)
         ]
+        self.joint_norm = (
+            weights("input_norm.weight", len(self.ids) * size)
+            if config.get("norm_before_fc", False)
+            else None
+        )
         self.input_norm, self.hidden_norm = (
             weights(f"layers.0.{name}.weight", size) for name in ("input_layernorm", "hidden_norm")
         )
@@ -160,7 +170,10 @@ class Eagle3Engine:
         parts = [states[k][0] for k in self.ids]
         if self.fc_norm:
             parts = [rms(part, weight, self.eps) for part, weight in zip(parts, self.fc_norm)]
-        features, tokens = torch.cat(parts, -1) @ self.fc.T, ids[1:]
+        joined = torch.cat(parts, -1)
+        if self.joint_norm is not None:
+            joined = rms(joined, self.joint_norm, self.eps)
+        features, tokens = joined @ self.fc.T, ids[1:]
         found: list[int] = []
         for _ in range(steps):
             output, carried = self.step(features, torch.tensor(tokens))
@@ -194,6 +207,7 @@ class VllmSpeculators(Eagle3Engine):
             "norm_before_residual": config.get("norm_before_residual", True),
             "fc_norm": config.get("fc_norm", False),
             "norm_output": config.get("norm_output", False),
+            "norm_before_fc": config.get("norm_before_fc", False),
             "draft_vocab_size": config["draft_vocab_size"],
             "ids": config["eagle_aux_hidden_state_layer_ids"],
         }

@@ -146,6 +146,8 @@ OPTIONS = [
     {"norm_before_residual": True},
     {"fused_layers": [6, 1, 4, 2], "fc_norm": True},
     {"fused_layers": [5]},
+    {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
+    {"fused_layers": [6, 1, 4], "norm_before_fc": True, "qk_norm": True, "window": 4},
 ]
 
 
@@ -159,7 +161,14 @@ def test_eagle3_drafts_the_same_in_vllm(target, tmp_path, options, vocabulary):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"fc_norm": True, "norm_output": True}, {"fused_layers": [6, 1, 4]}], ids=str
+    "options",
+    [
+        {},
+        {"fc_norm": True, "norm_output": True},
+        {"fused_layers": [6, 1, 4]},
+        {"fused_layers": [6, 1, 4], "norm_before_fc": True, "norm_output": True},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("vocabulary", [None, DRAFTED])
 def test_eagle3_drafts_the_same_in_sglang(target, tmp_path, options, vocabulary):
@@ -182,6 +191,8 @@ def test_query_norms_and_attention_biases_reach_vllm(qwen, tmp_path):
     ("options", "words"),
     [
         ({"norm_before_residual": True}, "norm_before_residual is true: SGLang adds"),
+        ({"window": 64}, "window is 64: SGLang runs drafter layers over all of the text"),
+        ({"qk_norm": True}, "qk_norm: SGLang"),
         ({"fused_layers": [5]}, "SGLang fuses two states or more"),
         ({"fused_layers": [0, 2, 5]}, r"none before the first layer \(0\)"),
         ({"fused_layers": [2, 2, 5]}, "name a state twice"),

@@ -109,6 +109,18 @@ def speculators(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }, eagle3(target, "layers.0")
 
 
+def speculators_by_default(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What speculators 0.9 trains where nothing is said: EAGLE-3.1, without embeddings."""
+    config, tensors = speculators(target)
+    size = target.shape.hidden_size
+    flags = {"norm_before_fc": True, "norm_output": True, "fc_norm": False}
+    layer = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 6}
+    config |= {"model_type": "speculators", "speculators_version": "0.9.0", **flags}
+    config["transformer_layer_config"] |= {"num_aux_hidden_states": 3, **layer}
+    del tensors["embed_tokens.weight"]
+    return config, {**tensors, "input_norm.weight": torch.randn(3 * size)}
+
+
 def sglang(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
     eagle_config = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [0, 3, 5]}
     config = llama(
@@ -167,6 +179,7 @@ def reference(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 MADE = {
     "speculators": (speculators, Eagle3),
+    "speculators_by_default": (speculators_by_default, Eagle3),
     "sglang": (sglang, Eagle3),
     "eagle": (eagle, Eagle),
     "medusa": (medusa, Medusa),
@@ -197,6 +210,30 @@ def test_a_drafter_made_by_hand_is_imported_and_can_be_trained_further(target, t
     assert all(torch.equal(tensor, expected[key]) for key, tensor in fresh.state_dict().items())
 
 
+def test_what_speculators_trains_by_default_is_eagle_31(target, tmp_path):
+    folder = write(tmp_path / "made", *speculators_by_default(target))
+    drafter = load_pretrained(folder, target)
+    assert isinstance(drafter, Eagle3) and drafter.norm_before_residual and drafter.norm_output
+    assert drafter.input_norm is not None and drafter.fc_norm is None and drafter.window == 6
+    assert torch.equal(
+        drafter.input_norm.weight, load_file(folder / "model.safetensors")["input_norm.weight"]
+    )
+
+
+def test_a_layer_is_of_its_own_type_and_its_window_can_be_off(target, tmp_path):
+    config, tensors = speculators_by_default(target)
+    layer, size = config["transformer_layer_config"], target.shape.head_dim
+    config["transformer_layer_config"] = {
+        **layer,
+        "model_type": "qwen3",
+        "layer_types": ["full_attention"],
+    }
+    tensors |= {f"layers.0.self_attn.{n}_norm.weight": torch.rand(size) for n in "qk"}
+    drafter = load_pretrained(write(tmp_path / "made", config, tensors), target)
+    assert drafter.window is None and drafter.layer.shape.qk_norm
+    assert torch.equal(drafter.attention.q_norm.weight, tensors["layers.0.self_attn.q_norm.weight"])
+
+
 def test_layer_ids_norms_and_offsets_are_read_as_the_engine_does(target, tmp_path):
     config, tensors = speculators(target)
     drafter = load_pretrained(write(tmp_path / "vllm", config, tensors), target)
@@ -224,6 +261,7 @@ def test_layer_ids_norms_and_offsets_are_read_as_the_engine_does(target, tmp_pat
     ("name", "tensor"),
     [
         ("speculators", "layers.0.hidden_norm.weight"),
+        ("speculators_by_default", "input_norm.weight"),
         ("sglang", "midlayer.self_attn.q_proj.weight"),
         ("eagle", "fc.weight"),
         ("medusa", "blocks.1.layers.0.bias"),
@@ -288,7 +326,8 @@ def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(
     ("change", "words"),
     [
         ({"speculators_model_type": "peagle"}, "speculators_model_type is 'peagle': only 'eagle3'"),
-        ({"norm_before_fc": True}, "norm_before_fc is set, which is not supported"),
+        ({"norm_before_fc": True, "fc_norm": True}, "fc_norm and norm_before_fc are both true"),
+        ({"parallel_drafting": True}, "parallel_drafting is set, which is not supported"),
         (
             {"draft_vocab_size": None, "transformer_layer_config": {}},
             "is not a whole speculators config",

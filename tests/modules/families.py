@@ -64,6 +64,16 @@ FAMILIES: dict[str, Build] = {
     "eagle3_one_layer": lambda shape: Eagle3(
         shape, fused_layers=[1], norm_before_residual=True, norm_output=True, fc_norm=True
     ),
+    "eagle31": lambda shape: Eagle3(
+        shape,
+        draft_vocabulary=DRAFTED,
+        norm_before_fc=True,
+        norm_output=True,
+        norm_before_residual=True,
+    ),
+    "eagle31_window": lambda shape: Eagle3(
+        shape, draft_vocabulary=DRAFTED, norm_output=True, fc_norm=True, qk_norm=True, window=4
+    ),
     "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
     "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),
     "fspad_alignment": lambda shape: Fspad(shape, feature_sampling=False, steps=3),

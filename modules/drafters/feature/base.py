@@ -78,6 +78,9 @@ class FeatureDrafter(TrainedDrafter):
 
     soft_labels: bool = True
     first_exponent: ClassVar[int] = 0
+    window: int | None = None
+    """Positions that a row's attention reaches back over the text, itself included; None: all of
+    them. Drafted rows before it are always seen."""
     layer: DecoderLayer
 
     def __init__(
@@ -159,7 +162,8 @@ class FeatureDrafter(TrainedDrafter):
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
-        prefix = Prefix(keys, values, batch.rows().visible_BNJ, rows.flat_MK1[:, 0])
+        visible, place = batch.rows().visible_BNJ, batch.position_ids
+        prefix = Prefix(keys, values, self.in_window(visible, place, place), rows.flat_MK1[:, 0])
         # 2. The first step's inputs at the training rows.
         inputs, residual = rows.take(inputs), rows.take(residual)
         positions, carried, hanging = rows.take(batch.position_ids), residual, []
@@ -169,6 +173,9 @@ class FeatureDrafter(TrainedDrafter):
                 inputs, residual = self.fuse(
                     self.vectors(rows.tokens_MK1[:, step], target), carried
                 )
+            if step and self.window is not None:
+                seen = self.in_window(visible, place + step, place)
+                prefix = Prefix(keys, values, seen, rows.flat_MK1[:, 0])
             feature, carried, *row = recomputed(
                 self.recompute,
                 self._draft,
@@ -182,6 +189,20 @@ class FeatureDrafter(TrainedDrafter):
             if step:
                 hanging.append(row)
             yield feature, carried
+
+    def in_window(self, visible_BNS: Tensor, rows_BN: Tensor, slots_BS: Tensor) -> Tensor:
+        """bool [B,N,S]: the visible slots that rows at these positions reach."""
+        if self.window is None:
+            return visible_BNS
+        return visible_BNS & (rows_BN[..., None] - slots_BS[:, None] < self.window)
+
+    def reached_slots(self, positions_B1: Tensor, cache: LayerCache) -> Tensor | None:
+        """The committed slots that rows at a position reach (`Rows.committed_BS`)."""
+        if self.window is None:
+            return None
+        within = torch.arange(min(self.window, cache.longest), device=positions_B1.device)
+        slots_BS = (positions_B1 + 1 - self.window).clamp(min=0) + within
+        return torch.where(slots_BS < cache.lengths_B[:, None], slots_BS, -1)
 
     def _draft(
         self,
@@ -264,11 +285,13 @@ class FeatureDrafter(TrainedDrafter):
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
         queries, keys, values = self.attention.project(inputs, rows.position_ids_BN)
         keys, values = cache.write(keys, values)
-        visible = cache.visible(rows, keys.shape[1])
+        visible = rows_at(cache.visible(rows, keys.shape[1]), last_B1)
+        slots = torch.arange(keys.shape[1], device=keys.device)[None]
+        visible = self.in_window(visible, rows.position_ids_BN.gather(1, last_B1), slots)
         cache.keep(counts_B, counts)
         # 2. Outputs are needed at the last row only.
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
-        mixed = self.attention.mix(newest, keys, values, rows_at(visible, last_B1))
+        mixed = self.attention.mix(newest, keys, values, visible)
         feature, carried = self.outputs(
             self.layer.after_attention(rows_at(residual, last_B1) + mixed)
         )
@@ -293,7 +316,8 @@ class FeatureDrafter(TrainedDrafter):
         state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
         above = state.above_BRA[:, -frontier.tokens_BW.shape[1] :]
         positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
-        rows = Rows(positions.expand_as(frontier.tokens_BW), above)
+        reached = self.reached_slots(positions, state.cache)
+        rows = Rows(positions.expand_as(frontier.tokens_BW), above, reached)
         hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
         feature, carried = self.outputs(hidden)
         # Later levels look up their parents' outputs.

@@ -1,5 +1,5 @@
 """EAGLE-3: fused features of several layers and training on its own outputs (Li et al. 2025, arXiv
-2503.01840).
+2503.01840), and EAGLE-3.1: normalised features (2026, arXiv 2605.09992).
 
 Shape legend: B sequences, T tokens of a packed row, N rows of one call, M training rows, J draft
 steps, U positions whose distributions are asked for, H hidden size, D draft vocabulary.
@@ -8,6 +8,7 @@ steps, U positions whose distributions are asked for, H hidden size, D draft voc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,11 @@ class Eagle3(FeatureDrafter):
     likely token (`greedy_labels`), which needs the whole LM head; with 8,192 of SmolLM2's tokens
     the selection differs at 3 to 5 % of the positions.
 
+    EAGLE-3.1: a_t is a sum that grows from step to step, and attention drifts from the text to
+    drafted rows. `norm_output` gives the next step RMSNorm(a_t) instead, with the norm before the
+    LM head, and `fc_norm` (the paper) or `norm_before_fc` (what speculators 0.9 trains, with
+    `norm_before_residual`) normalises what is fused.
+
     Args:
         shape: the target's dimensions.
         draft_vocabulary: how many token ids can be drafted; None for all.
@@ -43,7 +49,7 @@ class Eagle3(FeatureDrafter):
         decay: step j weighs decay^j.
         norm_before_residual: whether attention is added to the normalised feature (engines assume
             what is exported).
-        fc_norm: whether each fused state is normalised first.
+        fc_norm: whether each fused state is normalised first, by a norm of its own.
         norm_output: whether the next step reads the normalised output.
         depth: levels of its default tree.
         tree: fixed paths instead of that tree: a name or a list of paths.
@@ -51,6 +57,12 @@ class Eagle3(FeatureDrafter):
             the text's own. On text that is not the target's greedy answer, accuracy by the text's
             own tokens differs from how often drafts are accepted.
         divergence: how the target's distribution is learnt (`modules.losses.divergences`).
+        norm_before_fc: whether the fused states are normalised together, by one norm over their
+            concatenation; not with `fc_norm`.
+        qk_norm: whether the layer normalises queries and keys, as Qwen3's; null: as the target's.
+        window: positions that attention reaches back over the text, the row itself included; null:
+            all of them. For texts longer than the trained length, where drafts without it fail; it
+            costs acceptance within that length.
     """
 
     def __init__(
@@ -67,32 +79,31 @@ class Eagle3(FeatureDrafter):
         tree: list[list[int]] | str | None = None,
         greedy_labels: bool = False,
         divergence: str = "cross_entropy",
+        norm_before_fc: bool = False,
+        qk_norm: bool | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         self.use_divergence(divergence)
-        # 1. Layers whose inputs are fused.
-        size, count = shape.hidden_size, shape.num_layers
-        layers = (
-            fused_layers
-            if fused_layers is not None
-            else sorted({2 % count, count // 2, max(count - 3, 0)})
-        )
-        if not layers or min(layers) < 0 or max(layers) >= count:
-            raise ValueError(
-                f"fused_layers must be layers of the target, 0 to {count - 1}, got {layers}"
-            )
-        self.fused_layers = layers
-        # 2. Modules, named as in the release.
+        check_options(fc_norm, norm_before_fc, window)
+        # 1. Settings.
+        self.fused_layers = fused_states(shape.num_layers, fused_layers)
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
-        self.greedy_labels = greedy_labels
-        self.fc = nn.Linear(len(layers) * size, size, bias=False)
+        self.greedy_labels, self.window = greedy_labels, window
+        # 2. Modules, named as in the release.
+        size, fused = shape.hidden_size, len(self.fused_layers)
+        self.fc = nn.Linear(fused * size, size, bias=False)
         self.fc_norm = (
-            nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in layers) if fc_norm else None
+            nn.ModuleList(nn.RMSNorm(size, shape.norm_eps) for _ in range(fused))
+            if fc_norm
+            else None
         )
+        self.input_norm = nn.RMSNorm(fused * size, shape.norm_eps) if norm_before_fc else None
         self.input_layernorm, self.hidden_norm, self.norm = (
             nn.RMSNorm(size, shape.norm_eps) for _ in range(3)
         )
-        self.layer = DecoderLayer(shape, input_norm=False, input_width=2)
+        layer_shape = shape if qk_norm is None else replace(shape, qk_norm=qk_norm)
+        self.layer = DecoderLayer(layer_shape, input_norm=False, input_width=2)
         self.lm_head = nn.Linear(size, self.draft_size, bias=False)
 
     @torch.no_grad()
@@ -117,7 +128,8 @@ class Eagle3(FeatureDrafter):
             self.hidden_norm.weight.copy_(last.input_layernorm.weight)
             theirs = last.state_dict()
             for name, weight in self.layer.state_dict().items():
-                weight[..., -theirs[name].shape[-1] :].copy_(theirs[name])
+                if name in theirs:
+                    weight[..., -theirs[name].shape[-1] :].copy_(theirs[name])
 
     def labels(self, batch: TextBatch, target: Target, rows: TrainingRows) -> Tensor:
         """Draft vocabulary indices [M,J] of the text's tokens, or of the target's most likely
@@ -137,7 +149,8 @@ class Eagle3(FeatureDrafter):
         parts = [states[layer].to(self.precision) for layer in self.fused_layers]
         if self.fc_norm is not None:
             parts = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
-        return self.fc(torch.cat(parts, dim=-1))
+        fused = torch.cat(parts, dim=-1)
+        return self.fc(fused if self.input_norm is None else self.input_norm(fused))
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """Token and feature, each normalised, concatenated; the residual is the feature itself, or
@@ -155,3 +168,30 @@ class Eagle3(FeatureDrafter):
     def head(self, depth: int, target: Target) -> Head:
         """Its own LM head."""
         return lambda hidden: narrow_linear(hidden, self.lm_head.weight)
+
+
+def fused_states(count: int, listed: list[int] | None) -> list[int]:
+    """The fused states of a target of `count` layers, `k` the input of layer k: those listed, or 2,
+    L // 2 and L - 3.
+
+    Raises:
+        ValueError: a listed state that the target does not have, or none.
+    """
+    if listed is None:
+        return sorted({2 % count, count // 2, max(count - 3, 0)})
+    if not listed or min(listed) < 0 or max(listed) >= count:
+        raise ValueError(
+            f"fused_layers must be layers of the target, 0 to {count - 1}, got {listed}"
+        )
+    return listed
+
+
+def check_options(fc_norm: bool, norm_before_fc: bool, window: int | None) -> None:
+    """Raise ValueError for norms that exclude each other, and a window without the text."""
+    if fc_norm and norm_before_fc:
+        raise ValueError(
+            "fc_norm and norm_before_fc are both true, but fused states are normalised once: set "
+            "one of them to false"
+        )
+    if window == 0:
+        raise ValueError("window must be at least 1, the row itself, or null for all of the text")

@@ -24,7 +24,9 @@ TARGET = tiny_target()
 KINDS = {"eagle": Eagle, "eagle3": Eagle3, "fspad": Fspad}
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3", "eagle3_one_layer", "fspad"])
+@pytest.mark.parametrize(
+    "name", ["eagle", "eagle3", "eagle3_one_layer", "eagle31", "eagle31_window", "fspad"]
+)
 @torch.no_grad()
 def test_unrolled_training_is_drafting_from_every_prefix(name: str) -> None:
     """Twelve tokens: step j at t equals reading the prefix up to t and then j steps on the
