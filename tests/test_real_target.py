@@ -13,6 +13,8 @@ from modules.contracts.token_tree import TokenTree, Topology
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
+from modules.drafters.self_speculative.m2r2 import M2R2
+from modules.drafters.self_speculative.skipdecode import SkipDecode
 from modules.target.loading import load_target, locate
 from tests.fakes import ScriptedDrafter
 
@@ -61,6 +63,8 @@ def test_greedy_speculation_is_token_identical(target, prompts):
         drafter = kind(target.shape, heads=3, draft_vocabulary=1024)
         drafter.initialise(target)
         drafters.append(drafter.eval())
+    # Drafters made of its own layers, in its KV cache.
+    drafters += [SkipDecode(target.shape, tuning="none").eval(), M2R2(target.shape).eval()]
     for drafter in drafters:
         traces = [
             SpeculativeDecoder(target, drafter).decode([ids], Sampling(), 16)[0] for ids in prompts

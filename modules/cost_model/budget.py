@@ -19,6 +19,9 @@ from modules.decoding.decoder import SpeculativeDecoder
 BUDGETS = (1, 2, 3, 5, 7, 11, 15, 23)
 WIDE_BUDGETS = (31, 47, 63)
 """Also tried on a GPU."""
+PAST_PEAK = 0.93
+"""Two sizes in turn below this share of the best speedup are beyond the peak, rather than noise of
+a few prompts."""
 
 
 def budgets_on(device: torch.device) -> tuple[int, ...]:
@@ -56,8 +59,7 @@ def try_budgets(
         sampling: as decoding will sample.
         limit: new tokens per prompt.
         budgets: the tree sizes, ascending, by default those of the device; sizes too small for the
-            drafter are left out, and those after two in turn that promise less than the
-            best.
+            drafter are left out, and those beyond the peak.
 
     Raises:
         ValueError: the drafter needs more nodes than any of the sizes has.
@@ -76,8 +78,8 @@ def try_budgets(
             _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit)
         )
         best = max(trial.predicted_speedup for trial in trials)
-        # More rows cost more, and deeper nodes are accepted less: after the peak comes no other.
-        if len(trials) > 2 and max(trial.predicted_speedup for trial in trials[-2:]) < best:
+        # More rows cost more, and deeper nodes are accepted less: beyond the peak comes no other.
+        if max(trial.predicted_speedup for trial in trials[-2:]) < PAST_PEAK * best:
             break
     return trials
 

@@ -79,6 +79,8 @@ class SkipDecode(SelfSpeculative):
             skips layers of the target as it is, which needs no training.
         rank, alpha, dropout: of the adapters.
         labels: `hard`, the text's tokens (the paper), or `soft`, the target's distribution of them.
+        draft_vocabulary: how many token ids can be drafted; null for all. The tuned model alone
+            decodes with all of them.
         draft_length: tokens of a chain.
         model: config of the copy; filled in by `initialise`.
     """
@@ -97,6 +99,7 @@ class SkipDecode(SelfSpeculative):
         alpha: float = 32.0,
         dropout: float = 0.0,
         labels: Literal["hard", "soft"] = "hard",
+        draft_vocabulary: int | None = None,
         draft_length: int = 3,
         model: dict[str, Any] | None = None,
     ) -> None:
@@ -105,7 +108,7 @@ class SkipDecode(SelfSpeculative):
         refuse_unknown("tuning", tuning, ("lora", "full", "none"))
         if draft_length < 1:
             raise ValueError(f"draft_length must be at least 1, got {draft_length}")
-        super().__init__(shape, 1, None, decay=1.0)
+        super().__init__(shape, 1, draft_vocabulary, decay=1.0)
         self.schedule = (
             Schedule.linear(shape.num_layers, warm_up, most, least, length)
             if budgets is None
@@ -148,7 +151,8 @@ class SkipDecode(SelfSpeculative):
 
     def head(self, depth: int, target: Target) -> Head:
         """The LM head of the tuned model; an adapted one has the target's."""
-        return (self.model(target) if isinstance(self.tuned, WholeTuning) else target).logits
+        model = self.model(target) if isinstance(self.tuned, WholeTuning) else target
+        return lambda final: model.logits(final, self.vocabulary_D)
 
     # -- training ----------------------------------------------------------------------------------
 

@@ -201,6 +201,21 @@ def test_drafts_are_lossless(kind):
     assert goodness(decoder, [3, 1], Sampling(1.0), runs=1500) > 1e-4
 
 
+def test_a_draft_vocabulary_limits_drafts_and_not_the_answer():
+    target = deep_target()
+    drafter = drafter_for(target, tuning="none", budgets=BUDGETS, draft_vocabulary=24)
+    drafter.set_vocabulary(range(0, 48, 2))
+    state = torch.randn(1, target.shape.hidden_size, dtype=torch.float64)
+    whole = target.logits(state)
+    torch.testing.assert_close(drafter.head(0, target)(state), whole[:, 0:48:2])
+    prompts = [[7, 8, 9, 10], [20, 30, 40]]
+    plain = SpeculativeDecoder(target).decode(prompts, Sampling(), 24)
+    traces = SpeculativeDecoder(target, drafter).decode(prompts, Sampling(), 24)
+    assert [trace.ids for trace in traces] == [trace.ids for trace in plain]
+    drafted = {i for trace in traces for i, own in zip(trace.ids, trace.drafted) if own}
+    assert all(i % 2 == 0 and i < 48 for i in drafted)
+
+
 def test_all_layers_draft_the_targets_own_tokens():
     """A draft that skips nothing and is not tuned is always right, whoever's cache it reads."""
     target = deep_target()
