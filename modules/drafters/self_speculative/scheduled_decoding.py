@@ -79,13 +79,20 @@ class ScheduledSession(Session):
         return self.drafter.prefill(self, ids_BT, lengths_B), {}
 
     @torch.no_grad()
-    def verify(self, tree: TokenTree, states: Sequence[StateName] = ()) -> Verified:
-        """Logits [B,1,V] after the newest token, by the layers of its position."""
+    def verify(
+        self,
+        tree: TokenTree,
+        states: Sequence[StateName] = (),
+        vocabulary_D: Tensor | None = None,
+    ) -> Verified:
+        """Logits [B,1,V] after the newest token, by the layers of its position; of the ids
+        `vocabulary_D` alone where they are given.
+        """
         assert tree.size == 1 and not states, "one token at a time"
         rows = self._inside(tree.rows(self.lengths_B))
         final = self.drafter.scheduled_states(self, tree.tokens_BN, rows, self.time)
         self.time += 1
-        return Verified(tree, self.target.logits(final))
+        return Verified(tree, self.target.logits(final, vocabulary_D))
 
 
 class ScheduledDecoder(PartialDecoder):
