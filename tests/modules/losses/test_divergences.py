@@ -76,7 +76,7 @@ def test_every_divergence_is_the_sum_over_tokens(name: str) -> None:
         assert float(found[m]) == pytest.approx(OBVIOUS[name](probs[m].tolist(), q), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES.keys() - {"cross_entropy"})
+@pytest.mark.parametrize("name", sorted(DIVERGENCES.keys() - {"cross_entropy"}))
 def test_it_is_zero_where_the_distributions_agree_and_only_there(name: str) -> None:
     logits, probs = pairs()
     torch.testing.assert_close(
@@ -95,7 +95,7 @@ def test_certain_distributions_give_finite_losses_and_gradients(name: str) -> No
     assert bool(torch.isfinite(losses).all()) and bool(torch.isfinite(logits.grad).all())
 
 
-@pytest.mark.parametrize("name", DIVERGENCES.keys() - {"lk_hybrid"})
+@pytest.mark.parametrize("name", sorted(DIVERGENCES.keys() - {"lk_hybrid"}))
 def test_its_gradient_is_the_slope_of_its_values(name: str) -> None:
     logits, probs = pairs()
     assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name](x, probs), logits.requires_grad_())
