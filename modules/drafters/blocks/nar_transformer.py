@@ -7,6 +7,8 @@ of the block, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,19 @@ class Layers(nn.Module):
                 nn.init.normal_(parameter, 0, BERT_STD)
 
 
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Keep torch's layers from their fused inference: to decide on it they read weights of other
+    modules, which DeepSpeed's stage 3 then gathers in another order than before.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 class NarTransformer(nn.Module):
     """Bidirectional attention over prefix and block, so nothing is cached between blocks.
 
@@ -94,7 +109,8 @@ class NarTransformer(nn.Module):
     def encode(self, embed: nn.Module, ids_BS: Tensor, padding_BS: Tensor) -> Tensor:
         """The own encoder's states [B,S,H] of padded sources."""
         assert self.layers.encoder is not None, "the encoder is a copy of the target's"
-        return self.layers.encoder(self.place(embed(ids_BS)), src_key_padding_mask=padding_BS)
+        with _without_fast_path():
+            return self.layers.encoder(self.place(embed(ids_BS)), src_key_padding_mask=padding_BS)
 
     def fill(
         self,

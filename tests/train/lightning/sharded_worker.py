@@ -41,6 +41,7 @@ QUIET = {
     "dropout": 0.0,
     "noise": 0.0,
     "glancing": 0.0,
+    "glancing_end": 0.0,
     "random_phase": False,
     "estimator_dropout": 0.0,
     "groups": 512,
@@ -112,6 +113,8 @@ CASES = {
         for stage in (2, 3)
     },
     "falcon_drawn": Case("falcon", drawn=True),
+    # It always draws where the block of a document begins.
+    "gad": Case("gad", drawn=True),
     **{
         f"medusa_bf16_{stage}": Case("medusa", (), f"deepspeed_{stage}", "bf16-mixed")
         for stage in (1, 2, 3)
