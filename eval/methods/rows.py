@@ -47,7 +47,7 @@ class Method:
     Args:
         name: label in the report; by default the drafter's folder or the class in lower case.
         drafter: a run folder, a drafter folder, a Hub id, or a class `{class_path, init_args}` that
-            needs no training.
+            needs no training (`Independent` with a small `model` is one).
         decoder: instead of a drafter, a class `{class_path, init_args}` that takes the target, such
             as `eval.methods.huggingface.HuggingFaceGenerate`.
         builder: a tree builder `{class_path, init_args}` instead of the drafter's own.
@@ -479,7 +479,7 @@ def load_drafter(
     precision: Precision | None = None,
 ) -> Drafter:
     """A drafter ready to decode: from a folder or the Hub, or made from a class that needs no
-    training.
+    training, such as `Independent` with the name of any small `model` of the target's tokenizer.
 
     Args:
         source: run folder, drafter folder, Hub id, or `{class_path, init_args}`.
@@ -497,6 +497,9 @@ def load_drafter(
         drafter = construct(
             _with_parts(source, target, where, precision), where, Kind.DRAFTER, target.shape
         )
+        # Weights that begin as another model's, such as a small language model's.
+        if isinstance(drafter, Drafter):
+            drafter.initialise(target)
     if not isinstance(drafter, Drafter):
         raise ValueError(
             f"{where}: {source} is a {type(drafter).__name__}, which does not draft: give a drafter"

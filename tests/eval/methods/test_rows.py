@@ -15,7 +15,7 @@ from modules.contracts.sampling import Sampling
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.heads.medusa2 import Medusa2
 from modules.target.target import Target
-from tests.fakes import tiny_target
+from tests.fakes import tiny_target, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +125,19 @@ def test_a_drafter_takes_the_targets_precision_and_not_any_target(
     assert dtypes == [torch.bfloat16, torch.float16] and rows[1].draft_precision == "bfloat16"
     with pytest.raises(ValueError, match="was trained for"):
         load_drafter(str(runs / "medusa"), tiny_target(seed=1))
+
+
+def test_any_small_model_drafts_as_it_is(tmp_path: Path) -> None:
+    """The target itself as the small model: every drafted token is accepted."""
+    target = tiny_target()
+    target.tokenizer = tiny_tokenizer()
+    target.stock.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    source = {
+        "class_path": "modules.drafters.small_models.independent.Independent",
+        "init_args": {"model": str(tmp_path), "draft_length": 3},
+    }
+    decoder: Any = build_rows([Method("small", source)], target, Sampling())[1].decoder
+    decoder.stop_ids = frozenset()
+    (trace,) = decoder.decode([[5, 3, 2]], Sampling(), 13)
+    assert trace.accepted == [4, 4, 4] and sum(trace.drafted) == 9
