@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jsonargparse import ArgumentParser
@@ -22,7 +23,7 @@ from data.generation.answering import chats_of, prompt_rows
 from data.reading.files import Tally
 from data.reading.rows import Message
 from eval.cli import quieten
-from eval.methods.rows import TRAINING_PROMPTS, load_drafter
+from eval.methods.rows import TRAINING_PROMPTS, Method, load_drafter
 from eval.methods.templates import chat_arguments
 from eval.rule_comparison.contexts import LEVEL_DRAWS, Grid, calibrate, measure, spots
 from eval.rule_comparison.tables import fastest_shape, tables
@@ -43,8 +44,9 @@ class Comparison:
 
     Args:
         target: Hub id, folder, .gguf file or smollm2-135m.
-        drafter: run folder, drafter folder or Hub id; by default the target's own first `layers`
-            layers.
+        drafter: run folder, drafter folder or Hub id, or a class `{class_path, init_args}` that
+            needs no training, such as `Independent` with a small `model`; by default the target's
+            own first `layers` layers.
         layers: number of the target's layers that draft, with its norm and LM head, without
             training.
         prompts: JSONL file of rows with `prompt`, `question`, `messages` or `turns`; by default the
@@ -65,7 +67,7 @@ class Comparison:
     """
 
     target: str = "smollm2-135m"
-    drafter: str | None = None
+    drafter: str | dict[str, Any] | None = None
     layers: int = 28
     prompts: str = str(HELD_OUT)
     limit: int = 12
@@ -85,6 +87,8 @@ class Comparison:
         for name in ("layers", "limit", "contexts", "max_new_tokens", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.drafter is not None:
+            Method("drafter", self.drafter).check()
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         check_temperature(self.draft_temperature)
@@ -176,7 +180,7 @@ def first_questions(prompts: str, limit: int) -> list[list[Message]]:
 def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
     """The target, the drafter and its name in the report."""
     # A saved drafter, with the target that it was trained for.
-    if comparison.drafter is not None:
+    if isinstance(comparison.drafter, str):
         target = load_target(
             comparison.target,
             "float32",
@@ -186,8 +190,12 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
         drafter = load_drafter(comparison.drafter, target)
         served, name = drafter.adapt(target), read_config(find_folder(comparison.drafter))["class"]
         return served, in_target_ids(drafter, served), name
-    # No drafter given: the target's own first layers.
     target = load_target(comparison.target, "float32", comparison.device)
+    # A class that needs no training.
+    if comparison.drafter is not None:
+        drafter = load_drafter(comparison.drafter, target)
+        return target, in_target_ids(drafter, target), Method("", comparison.drafter).label
+    # None given: the target's own first layers.
     drafter = S2D(target.shape, [comparison.layers], adaptive=False)
     drafter.initialise(target)
     drafter = drafter.to(target.device, target.dtype).eval()

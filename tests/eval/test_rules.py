@@ -17,17 +17,18 @@ from eval.metrics.bootstrap import mean_interval
 from eval.rule_comparison.contexts import Spot, calibrate, measure, spots
 from eval.rule_comparison.tables import fastest_shape, tables, verdict
 from eval.rule_comparison.trials import ORDERS, Trial, level_trials, tree_trials
-from eval.rules import Comparison, command
+from eval.rules import Comparison, command, models
 from modules.acceptance.rules import Draws, PointRule, RatioRule
 from modules.cost_model.latency_table import LatencyTable
 from modules.drafters.small_models.s2d import S2D
 from modules.target.target import Target
 from modules.trees.sampled.branching import branching_tree
 from modules.trees.static import StaticTree
-from tests.fakes import tiny_target
+from tests.fakes import tiny_target, tiny_tokenizer
 
 ASKED = Comparison(limit=2, contexts=2, max_new_tokens=6, draws=2)
 GRID = ASKED.grid
+SMALL = "modules.drafters.small_models.independent.Independent"
 PROMPTS = [[7, 8, 9], [20, 21]]
 
 
@@ -57,6 +58,16 @@ def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None
     ):
         assert values[name] == pytest.approx([3.0, 3.0], abs=1e-4), name
     assert all(len(values[name]) == 2 and max(values[name]) <= 6 for name in trials)
+
+
+def test_a_plain_model_drafts_as_it_is(tmp_path: Path) -> None:
+    tiny_target(vocab=128).stock.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    small = {"class_path": SMALL, "init_args": {"model": str(tmp_path)}}
+    target, drafter, name = models(Comparison(target=str(tmp_path), drafter=small))
+    assert name == "independent"
+    _, firsts = measure(spots(target, drafter, PROMPTS, GRID), tree_trials([0.7, 0.2]), GRID)
+    assert min(accepted for accepted, _ in firsts) > 1 - 1e-4
 
 
 def one_spot(target: Target) -> Spot:
@@ -158,6 +169,7 @@ def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(
         Trial(branching_tree([2]), PointRule(), 2)
     for wrong, message in (
         ({"draws": 0}, "draws must be at least 1"),
+        ({"drafter": "nowhere"}, "methods: drafter: drafter 'nowhere' does not exist"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"prompts": "nowhere.jsonl"}, "does not exist"),
         ({"draft_temperature": 0.0}, "above 0"),
