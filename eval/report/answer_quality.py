@@ -15,6 +15,7 @@ import torch
 
 from eval.methods.rows import Row
 from eval.metrics.losslessness import teacher_forced_logits
+from eval.metrics.repetition import repetition
 from eval.run.journal import Record
 from eval.tasks.answer_checks import RUNS_CODE, Check, common_prefix, paired_outcome, score
 from eval.tasks.programs import isolation
@@ -100,6 +101,7 @@ def quality_figures(
     argmax_share: of the emitted tokens that are the target's first choice after what was emitted
     before.
     common_prefix: mean share of plain decoding's answer before the first difference.
+    repetition: mean share of an answer's runs of four tokens that stood in it before.
     """
     # Agreement first, then the scores of the tasks' own metrics.
     figures: dict[str, Any] = {
@@ -108,6 +110,7 @@ def quality_figures(
             common_prefix(answer.trace.ids, plain.answers[prompt].trace.ids)
             for prompt, answer in method.answers.items()
         ),
+        "repetition": fmean(repetition(answer.trace.ids) for answer in method.answers.values()),
     }
     figures |= _scored(target, method.answers, plain.answers, checks)
     return figures
@@ -169,6 +172,8 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
     metrics = [
         name for name in METRIC_NAMES if any(name in method["quality"] for method in measured)
     ]
+    # Earlier reports did not count repetitions.
+    repeated = any("repetition" in method["quality"] for method in measured)
     header = [
         "method",
         *(f"{METRIC_NAMES[name]} (win/tie/loss)" for name in metrics),
@@ -176,12 +181,14 @@ def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
         "against plain decoding (win/tie/loss)",
         "target's first choice",
         "same beginning",
+        *(["repeated runs"] if repeated else []),
     ]
     return header, [
         [
             method["name"],
             *(_score_cell(method["quality"].get(name)) for name in metrics),
             *_agreement_cells(method["quality"]),
+            *([_number_cell(method["quality"].get("repetition"))] if repeated else []),
         ]
         for method in measured
     ]
@@ -207,9 +214,13 @@ def _score_cell(entry: Mapping[str, Any] | None) -> str:
     )
 
 
+def _number_cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _agreement_cells(quality: Mapping[str, Any]) -> list[str]:
-    values = [quality[key] for key in ("target_log_likelihood", "argmax_share", "common_prefix")]
-    cells = ["–" if value is None else f"{value:.3f}" for value in values]
+    keys = ("target_log_likelihood", "argmax_share", "common_prefix")
+    cells = [_number_cell(quality[key]) for key in keys]
     return [cells[0], _difference_cell(quality.get("likelihood_against_plain")), *cells[1:]]
 
 

@@ -120,6 +120,8 @@ def kept_calls(emitted: Sequence[int], tokens: int) -> list[int]:
 class Run:
     """One batch being decoded; iterating over it runs the steps (the first iteration is the
     prefill).
+
+    draws: what chooses tokens; may be replaced before the first step.
     """
 
     target: Target
@@ -135,12 +137,13 @@ class Run:
     clock: Clock
     observer: Observer | None = None
     traces: list[Trace] = field(init=False)
+    draws: Draws = field(init=False)
 
     def __post_init__(self) -> None:
         """Set up the state; nothing is computed yet."""
         self.traces = [Trace(len(prompt)) for prompt in self.prompts]
         self._alive = list(range(len(self.prompts)))
-        self._draws = Draws(self.sampling, self.generators)
+        self.draws = Draws(self.sampling, self.generators)
         self._state: DraftState | None = None
         self._newest_B: Tensor
         self._session: Session
@@ -175,7 +178,7 @@ class Run:
             capacity = max(lengths) + self.limit + self.budget + 1
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
-            self._newest_B = self._draws.choose(logits_BV[:, None])[:, 0]
+            self._newest_B = self.draws.choose(logits_BV[:, None])[:, 0]
         if self.observer is not None:
             self.observer.begin(logits_BV, states)
         # 3. The drafter starts from its target states.
@@ -207,7 +210,7 @@ class Run:
         with self.clock.phase("verify"):
             verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
-            accepted, results = read_to_host(tree, self.rule(tree, verified, self._draws))
+            accepted, results = read_to_host(tree, self.rule(tree, verified, self.draws))
         if self.observer is not None:
             self.observer.step(self._alive, verified, accepted)
         with self.clock.phase("commit"):
@@ -272,5 +275,5 @@ class Run:
         if self._alive:
             rows_B = torch.tensor(running, device=self._newest_B.device)
             self._session.keep(running)
-            self._newest_B, self._draws = self._newest_B[rows_B], self._draws.select(running)
+            self._newest_B, self.draws = self._newest_B[rows_B], self.draws.select(running)
             self._state = None if self._state is None else self._state.select(rows_B)

@@ -1,0 +1,1 @@
+"""Decoders that change what is written: other criteria than the likeliest next token."""
