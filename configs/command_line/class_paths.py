@@ -28,6 +28,7 @@ PACKAGES = (
     "data.preferences",
     "eval.methods.huggingface",
     "lightning.pytorch.loggers",
+    "train.lightning.trackio_logger",
 )
 _PARTS = ("eval.methods.rows.Method",)
 """Dataclasses of settings in lists, which `jsonargparse` imports by path."""
