@@ -23,7 +23,8 @@ from modules.acceptance.rejection import (
     recursive_rounds,
     twins_of,
 )
-from modules.contracts.sampling import Sampling, sample_probs, warped_probs
+from modules.contracts.rows import rows_at
+from modules.contracts.sampling import Sampling, likeliest, sample_probs, warped_probs
 from modules.contracts.shapes import StateName
 from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
@@ -52,7 +53,7 @@ class Draws:
         argmax.
         """
         if self.sampling.temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+            return torch.nn.functional.one_hot(likeliest(logits), logits.shape[-1]).double()
         return warped_probs(logits, self.sampling)
 
     def uniform(self, sequence: int, count: int = 1) -> Tensor:
@@ -65,7 +66,7 @@ class Draws:
         distribution.
         """
         if self.sampling.temperature == 0:
-            return logits_BNV.argmax(-1)
+            return likeliest(logits_BNV)
         uniform_BN = torch.stack(
             [self.uniform(b, logits_BNV.shape[1]) for b in range(logits_BNV.shape[0])]
         )
@@ -101,7 +102,7 @@ class GreedyRule:
             raise ValueError(
                 "rule 'greedy' needs temperature 0: use 'point' or 'ratio' when sampling"
             )
-        return _follow(tree, verified.logits_BNV.argmax(-1))
+        return _follow(tree, likeliest(verified.logits_BNV))
 
 
 class PointRule:
@@ -269,7 +270,7 @@ class TypicalRule:
             -1
         )
         typical_BN = probability_BN > threshold_BN.gather(1, parents)
-        return longest_path(tree, typical_BN, verified.logits_BNV.argmax(-1), score_BN)
+        return longest_path(tree, typical_BN, likeliest(verified.logits_BNV), score_BN)
 
 
 RULES: dict[str, Callable[[], AcceptanceRule]] = {
@@ -357,7 +358,9 @@ def choices(tree: TokenTree, verified: Verified, draws: Draws) -> Tensor:
     """The target's token after each node, int64 [B,N]: the argmax at temperature 0, else one draw
     for all nodes with the same prefix."""
     choice_BN = draws.choose(verified.logits_BNV)
-    return choice_BN if draws.sampling.temperature == 0 else choice_BN.gather(1, tree.first_BN)
+    if draws.sampling.temperature == 0 or tree.size == 1:
+        return choice_BN
+    return choice_BN.gather(1, tree.first_BN)
 
 
 def _follow(tree: TokenTree, choice_BN: Tensor) -> Accepted:
@@ -372,28 +375,24 @@ def longest_path(
     """The deepest node whose whole path is good (the first such; or the one of highest score), and
     its path.
     """
+    if tree.size == 1:
+        only_B1 = torch.zeros_like(tree.tokens_BN)
+        return Accepted(only_B1, only_B1[:, 0] + 1, next_BN[:, 0])
     # 1. Nodes whose whole path is good.
+    topology = tree.topology
     good_BN = good_BN & tree.acceptable_BN
     good_BN[:, 0] = True
-    topology = tree.topology
-    whole_BN = ~(topology.ancestors & ~good_BN[:, None]).any(-1) & ~topology.padding
+    whole_BN = (good_BN[:, None] | ~topology.ancestors).all(-1)
     # 2. The deepest of them, or the deepest with the highest score.
     depth_BN = torch.where(whole_BN, topology.depth, -1)
-    deepest_B = depth_BN.max(1).values
-    if score_BN is None:
-        last_B = depth_BN.argmax(1)
-    else:
-        last_B = score_BN.masked_fill(depth_BN < deepest_B[:, None], -torch.inf).argmax(1)
-    # 3. Its path as indices, in order of depth; other nodes go to the last column as 0.
-    rows = torch.arange(len(last_B), device=last_B.device)
-    on_path_BN = topology.ancestors[rows, last_B]
-    path_BA = torch.zeros_like(tree.tokens_BN)
-    nodes = torch.arange(tree.size, device=last_B.device).expand_as(path_BA)
-    slots = torch.where(on_path_BN, topology.depth, tree.size - 1)
-    path_BA = path_BA.scatter_reduce(
-        1, slots, torch.where(on_path_BN, nodes, 0), "amax", include_self=True
-    )
-    return Accepted(path_BA, deepest_B + 1, next_BN[rows, last_B])
+    deepest_B1, last_B1 = depth_BN.max(1, keepdim=True)
+    if score_BN is not None:
+        last_B1 = score_BN.masked_fill(depth_BN < deepest_B1, -torch.inf).argmax(1, keepdim=True)
+    # 3. Its path as indices, which rise with the depth; others become 0 at the end.
+    on_path_BN = rows_at(topology.ancestors, last_B1)[:, 0]
+    nodes = torch.arange(tree.size, device=last_B1.device)
+    path_BA = torch.where(on_path_BN, nodes, tree.size).sort(1).values % tree.size
+    return Accepted(path_BA, deepest_B1[:, 0] + 1, next_BN.gather(1, last_B1)[:, 0])
 
 
 def accepted_paths(walks: Sequence[tuple[list[int], int]], device: torch.device) -> Accepted:

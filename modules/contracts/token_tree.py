@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -55,6 +55,20 @@ class Topology:
         return self.parents_BN == torch.arange(self.size, device=self.parents_BN.device)
 
     @cached_property
+    def real(self) -> Tensor:
+        """bool [B,N]: nodes, not padding."""
+        if self._template is not None:
+            return self._repeated(self._template.real)
+        return ~self.padding
+
+    @cached_property
+    def counts_B2(self) -> Tensor:
+        """int64 [B,2]: the greatest depth, and the number of nodes below node 0."""
+        if self._template is not None:
+            return self._repeated(self._template.counts_B2)
+        return _counts(self.real, self.depth)
+
+    @cached_property
     def ancestors(self) -> Tensor:
         """bool [B,N,N]: `[b, i, j]` when node j is node i or above it. On the device, at fixed
         N.
@@ -68,9 +82,10 @@ class Topology:
         )
         reach = itself | (parents[:, :, None] == torch.arange(self.size, device=parents.device))
         # 2. Each product doubles the length of the paths.
-        for _ in range(max(1, (self.size - 1).bit_length())):
-            reach = torch.bmm(reach.float(), reach.float()) > 0
-        return reach
+        paths = reach.float()
+        for _ in range((self.size - 1).bit_length()):
+            paths = torch.bmm(paths, paths).clamp_(max=1)
+        return paths > 0
 
     @cached_property
     def depth(self) -> Tensor:
@@ -152,8 +167,17 @@ class TokenTree:
     @cached_property
     def acceptable_BN(self) -> Tensor:
         """bool [B,N]: rows that may be accepted (node 0 always is)."""
-        real = ~self.topology.padding
+        real = self.topology.real
         return real if self.candidate_BN is None else real & self.candidate_BN
+
+    @property
+    def counts_B2(self) -> Tensor:
+        """int64 [B,2]: the greatest depth of a row that may be accepted, and how many there are
+        below node 0.
+        """
+        if self.candidate_BN is None:
+            return self.topology.counts_B2
+        return _counts(self.acceptable_BN, self.topology.depth)
 
     @cached_property
     def draws_used(self) -> frozenset[SiblingDraw]:
@@ -257,13 +281,24 @@ class TokenTree:
     @staticmethod
     def root(tokens_B: Tensor) -> TokenTree:
         """The one-node tree of plain decoding."""
-        return TokenTree(tokens_B[:, None], Topology(torch.full_like(tokens_B[:, None], -1)))
+        return TokenTree(tokens_B[:, None], _lone(tokens_B.device).expand(len(tokens_B)))
 
     @staticmethod
     def chain(tokens_BN: Tensor, **fields: Any) -> TokenTree:
         """One branch: column i is the child of column i-1. `fields` are further ones of a tree."""
         parents = torch.arange(-1, tokens_BN.shape[1] - 1, device=tokens_BN.device)
         return TokenTree(tokens_BN, Topology(parents.expand_as(tokens_BN)), **fields)
+
+
+@lru_cache(maxsize=16)
+def _lone(device: torch.device) -> Topology:
+    """The topology of one node, shared by all steps of plain decoding."""
+    return Topology(torch.full((1, 1), -1, device=device))
+
+
+def _counts(real_BN: Tensor, depth_BN: Tensor) -> Tensor:
+    deepest_B = torch.where(real_BN, depth_BN, 0).amax(1)
+    return torch.stack([deepest_B, real_BN.sum(1) - 1], 1)
 
 
 def packed(

@@ -87,14 +87,11 @@ class StepResult(NamedTuple):
 
 def read_to_host(tree: TokenTree, accepted: Accepted) -> tuple[Accepted, list[StepResult]]:
     """The acceptance without padding, and each sequence's result, in one read of the device."""
-    # 1. Depth and candidates of each tree.
-    depth_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
-    nodes_B = tree.acceptable_BN.sum(1) - 1
-    # 2. One tensor, so that there is one copy to the host.
-    figures_B3 = torch.stack([accepted.lengths_B, depth_B, nodes_B], 1)
-    width = accepted.path_BA.shape[1]
-    rows = torch.cat([figures_B3, accepted.path_BA, accepted.emitted(tree)], 1).tolist()
-    # 3. Split each row again; its first figure is the number of accepted rows.
+    # 1. One tensor, so that there is one copy to the host.
+    width, counts_B2 = accepted.path_BA.shape[1], tree.counts_B2.expand(len(tree.tokens_BN), -1)
+    figures = [accepted.lengths_B[:, None], counts_B2, accepted.path_BA, accepted.emitted(tree)]
+    rows = torch.cat(figures, 1).tolist()
+    # 2. Split each row again; its first figure is the number of accepted rows.
     accepted = replace(accepted, host_paths=[row[3 : 3 + row[0]] for row in rows])
     return accepted.trimmed(), [
         StepResult(row[3 + width : 3 + width + row[0]], row[1], row[2]) for row in rows

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.contracts.batches import PADDING_DOCUMENT, TextBatch
 from modules.contracts.losses import Mean
+from modules.contracts.sampling import likeliest
 from modules.losses.averages import divisor
 from modules.runtime.phase_timer import phase
 from modules.target.kernels.cpu_kernels import NarrowLinear, narrow_linear
@@ -369,16 +370,16 @@ def likely_tokens(
 def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
     """int64 [M]: the likeliest token after each `final` state, in chunks of rows."""
 
-    def likeliest(logits: Head, features: Tensor) -> Tensor:
+    def search(logits: Head, features: Tensor) -> Tensor:
         parts = [
-            logits(features[part]).argmax(-1)
+            likeliest(logits(features[part]))
             for part in _slices(len(features), max(1, MAX_LOGITS // width))
         ]
         return (
             torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=features.device)
         )
 
-    return in_one_call(head, final_MH, likeliest)
+    return in_one_call(head, final_MH, search)
 
 
 def entropies(distributions: Distributions, flat_M: Tensor, width: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.drafter import Context, DraftState
+from modules.contracts.sampling import likeliest
 from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
@@ -147,7 +148,7 @@ class Lookahead(TextDrafter):
         # 1. Predictions of the last level are a new level.
         began = (state.counts_B - self.ngram + 1).clamp(min=0).tolist()
         cells = state.window_BLW[0].numel()
-        newest_BW = verified.logits_BNV[:, cells - self.window + 1 : cells + 1].argmax(-1)
+        newest_BW = likeliest(verified.logits_BNV[:, cells - self.window + 1 : cells + 1])
         grown = torch.cat([state.window_BLW, newest_BW[:, None]], dim=1)
         went_on = super().absorb(state, verified, accepted)
         assert isinstance(went_on, LookaheadState)

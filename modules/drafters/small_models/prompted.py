@@ -20,6 +20,7 @@ from modules.acceptance.rules import longest_path
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState, proposal
 from modules.contracts.losses import Losses
+from modules.contracts.sampling import likeliest
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
@@ -228,7 +229,7 @@ class PromptedIndependent(Independent):
         state.session.reserve(tree.computed)
         read = replace(tree, tokens_BN=self.read_ids(tree.tokens_BN))
         verified = state.session.verify(read, ("final",), self.tokens_D)
-        choice_BN = verified.logits_BNV.argmax(-1)
+        choice_BN = likeliest(verified.logits_BNV)
         choice_BN = choice_BN if self.tokens_D is None else self.tokens_D[choice_BN]
         if counts_B is None:
             wanted_BN = choice_BN.gather(1, tree.parents_BN.clamp(min=0))

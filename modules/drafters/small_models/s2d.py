@@ -349,7 +349,7 @@ def adapted_length(wanted_B: Tensor, tree: TokenTree, accepted: Accepted) -> Ten
     """int64 [B]: two tokens more than were drafted where all of them were accepted, otherwise one
     less than `wanted_B`.
     """
-    offered_B = torch.where(tree.acceptable_BN, tree.topology.depth, 0).amax(1)
+    offered_B = tree.counts_B2[:, 0]
     return torch.where(accepted.lengths_B > offered_B, offered_B + 2, (wanted_B - 1).clamp(min=1))
 
 

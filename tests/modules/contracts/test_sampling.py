@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from modules.acceptance.rules import Draws
 from modules.contracts.drafter import DraftState, Frontier, TreeBuilder
-from modules.contracts.sampling import Sampling, warped_probs
+from modules.contracts.sampling import Sampling, likeliest, warped_probs
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.small_models.independent import Independent
@@ -193,3 +193,16 @@ def test_whole_numbers_are_settings_too() -> None:
     assert sampling == Sampling(2.0, 3, 1.0) and isinstance(sampling.temperature, float)
     probs = warped_probs(torch.randn(2, 9), sampling)
     assert ((probs > 0).sum(-1) == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [8192, 8200, 9001, 12])
+def test_the_likeliest_is_the_first_maximum(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    # Few values, so that most rows have their maximum many times, in one block and in others.
+    logits = torch.randint(-9, 4, (2, 5, size), generator=generator).to(dtype)
+    logits[0, 0], logits[0, 1, -1], logits[0, 2, 3] = -math.inf, 7, math.nan
+    logits[1] = torch.randn(5, size, generator=generator).to(dtype)
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    first = (logits[0, 3:] == logits[0, 3:].amax(-1, keepdim=True)).int().cumsum(-1)
+    assert likeliest(logits)[0, 3:].tolist() == (first == 0).sum(-1).tolist()
