@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from checkpoints.formats.exported import HUB_NAMES, served_name
 from checkpoints.formats.known import FORMATS, formats_of
 from checkpoints.markdown import block, code, plain
 from checkpoints.measurement import Measurement, conditions, dataset, table
+from configs.command_line.redaction import portable
 from modules.contracts.drafter import Drafter
 from modules.target.gguf_name import title
 
@@ -56,15 +58,24 @@ class Publishing:
     repo: the Hub id, or the folder that is written instead.
     license: the component's license.
     measurement: figures from a report.
+    served: commands that start an engine with the published repository as it is.
     """
 
     repo: str
     license: str
     measurement: Measurement | None = None
+    served: tuple[str, ...] = ()
 
 
 LICENSES = {"smollm2-135m": "apache-2.0"}
 """Licences of known targets; a drafter's initial weights are often its target's."""
+_TAGGED = ("vLLM", "SGLang")
+"""Engines that are tags, as the Hub writes them in small letters."""
+_LONGEST_NAME = 96
+"""The Hub's limit."""
+_ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FILE = re.compile(r".*\.(?:jsonl?|parquet|gguf|gz)")
 _NO_ENGINE = "No serving engine loads this kind of component; it runs in this project's decoder."
 
 
@@ -74,46 +85,93 @@ def model_card(
     provenance: Provenance,
     publishing: Publishing | None = None,
 ) -> str:
-    """The card as Markdown, with the Hub's YAML header."""
+    """The card as Markdown, with the Hub's YAML header, and without places of this machine."""
     measurement = publishing.measurement if publishing else None
+    head = _header(trainable, config, provenance, publishing)
+    # A GGUF file's own name can only be read by its path.
+    name = portable(title(provenance.target["name"]))
+    provenance = replace(provenance, **portable(asdict(provenance)))
     # Sections in order; an empty one is left out.
     parts = [
-        _header(config, provenance, publishing),
-        _what(trainable, config, provenance),
+        head,
+        _what(trainable, config, provenance, name),
         _evaluated(measurement) if measurement else "",
         _measured(provenance.measured),
         _training(provenance),
         _use(trainable, provenance, publishing.repo if publishing else None),
-        _serve(trainable, provenance, publishing.repo) if publishing else "",
+        _serve(trainable, provenance, publishing) if publishing else "",
         _origin(provenance),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _header(
-    config: Mapping[str, Any], provenance: Provenance, publishing: Publishing | None
+    trainable: Trainable,
+    config: Mapping[str, Any],
+    provenance: Provenance,
+    publishing: Publishing | None,
 ) -> str:
+    """Metadata and heading, from the unchanged provenance: which names are Hub ids shows there."""
     data = ModelCardData(
         base_model=hub_name(provenance.target["name"]),
         library_name="slipstream",
         pipeline_tag="text-generation",
         license=publishing.license if publishing else None,
-        tags=["slipstream", "speculative-decoding", config["drafter_type"]],
+        datasets=hub_datasets(provenance.data) or None,
+        tags=tags(trainable, str(config["drafter_type"])),
         model_name=publishing.repo.rsplit("/", 1)[-1] if publishing else None,
         eval_results=_results(publishing.measurement, provenance) if publishing else None,
     )
-    heading = f"# {plain(config['class'])} for {plain(title(provenance.target['name']))}"
+    heading = f"# {plain(config['class'])} for {plain(portable(title(provenance.target['name'])))}"
     return f"---\n{data.to_yaml()}\n---\n\n{heading}\n"
+
+
+def tags(trainable: Trainable, method: str) -> list[str]:
+    """Tags as others search them: what it is, its method, the engines that can serve it, the papers
+    that its module names.
+    """
+    drafts = ["draft-model"] if isinstance(trainable, Drafter) else []
+    engines = {engine for form in formats_of(type(trainable)) for engine in FORMATS[form].ENGINES}
+    served = [name.lower() for name in _TAGGED if any(each.startswith(name) for each in engines)]
+    module = sys.modules[type(trainable).__module__]
+    papers = dict.fromkeys(_ARXIV.findall(module.__doc__ or ""))
+    words = ["slipstream", "speculative-decoding", *drafts, method, *served]
+    return [*words, *(f"arxiv:{paper}" for paper in papers)]
+
+
+def suggested_name(kind: str, target: str) -> str:
+    """`<Target>-<Method>`, a repository's name as others choose it.
+
+    Args:
+        kind: name of the component's class.
+        target: the target's name; a path gives its last part.
+    """
+    last = re.split(r"[\\/]", title(served_name(target)).rstrip("\\/"))[-1]
+    model = re.sub(r"[^A-Za-z0-9_.-]+", "-", last)[: _LONGEST_NAME - len(kind) - 1]
+    # The Hub allows neither `--` nor `..`, and no name ends in either.
+    return re.sub(r"([.-])[.-]+", r"\1", f"{model}-{kind}").strip("-.")
 
 
 def hub_name(target: str) -> str | None:
     """The Hub id of a target, or None: the embedded target's, or the name if it is not a path."""
-    named = (
-        target.count("/") == 1
-        and not target.startswith(("/", ".", "~"))
-        and not Path(target).exists()
+    return HUB_NAMES.get(target, target if _is_hub_id(target) else None)
+
+
+def hub_datasets(data: Mapping[str, Any]) -> list[str]:
+    """Hub ids among the training data, without revisions."""
+    named = data.get("train")
+    names = named if isinstance(named, (list, tuple)) else [named]
+    ids = (name.partition("@")[0] for name in names if isinstance(name, str))
+    return list(dict.fromkeys(filter(_is_hub_id, ids)))
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is USER/NAME and neither a file nor a folder of this machine."""
+    return (
+        _HUB_ID.fullmatch(name) is not None
+        and not _FILE.fullmatch(name)
+        and not Path(name).exists()
     )
-    return HUB_NAMES.get(target, target if named else None)
 
 
 def _results(measurement: Measurement | None, provenance: Provenance) -> list[EvalResult] | None:
@@ -157,10 +215,12 @@ def _result(
     )
 
 
-def _what(trainable: Trainable, config: Mapping[str, Any], provenance: Provenance) -> str:
+def _what(
+    trainable: Trainable, config: Mapping[str, Any], provenance: Provenance, name: str
+) -> str:
     summary = " ".join((type(trainable).__doc__ or config["class"]).split("\n\n")[0].split())
     total = sum(parameter.numel() for parameter in trainable.parameters())
-    name, weights = title(provenance.target["name"]), provenance.target["fingerprint"]
+    weights = provenance.target["fingerprint"]
     return (
         f"{summary}\n\n{_KINDS[_kind(trainable)]} the target {code(name)} with weights "
         f"{code(weights)}. {total / 1e6:.2f} M parameters, {trainable.trained_size / 1e6:.2f} M of "
@@ -238,7 +298,7 @@ def _use(trainable: Trainable, provenance: Provenance, repo: str | None) -> str:
     return f"## Use\n\nIn a checkout of Slipstream:\n\n{example}\n"
 
 
-def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
+def _serve(trainable: Trainable, provenance: Provenance, publishing: Publishing) -> str:
     """Commands for every format that holds this class; the export refuses settings that an engine
     cannot run.
     """
@@ -246,11 +306,14 @@ def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
     target = shlex.quote(" ".join(name.split()))
     if not forms:
         return f"## Serve\n\n{_NO_ENGINE}\n"
-    # One block per format: the export, then the start of the engine.
+    # 1. The repository as it is, where an engine's files are in it.
     parts = []
+    if publishing.served:
+        parts.append(f"This repository as it is:\n\n{block(chr(10).join(publishing.served))}\n")
+    # 2. One block per format: the export, then the start of the engine.
     for form in forms:
         usage = FORMATS[form].usage(trainable, target).replace("FOLDER", f"exports/{form}")
-        command = f"python -m checkpoints.export --format {form} {repo} exports/{form}"
+        command = f"python -m checkpoints.export --format {form} {publishing.repo} exports/{form}"
         engines = " and ".join(FORMATS[form].ENGINES)
         parts.append(f"{engines}:\n\n```\n{command}\n{usage}\n```\n")
     introduction = (
@@ -258,7 +321,8 @@ def _serve(trainable: Trainable, provenance: Provenance, repo: str) -> str:
         f"{code(served_name(name))}. The export refuses, with the reason, what an engine would run "
         "differently."
     )
-    return "\n".join([f"## Serve\n\n{introduction}\n", *parts])
+    place = 1 if publishing.served else 0
+    return "\n".join(["## Serve\n", *parts[:place], f"{introduction}\n", *parts[place:]])
 
 
 def _kind(trainable: Trainable) -> str:

@@ -9,9 +9,11 @@ that can fail holds it.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -23,17 +25,35 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from checkpoints.card import LICENSES, Publishing, model_card
-from checkpoints.folders import CONFIG, HUB_SECONDS, WEIGHTS, hub_answers_within
+from checkpoints.card import LICENSES, Publishing, hub_name, model_card
+from checkpoints.export import export, refuse_unserved, trainable_class_of
+from checkpoints.folders import (
+    CONFIG,
+    HUB_SECONDS,
+    PICKLE_ENDINGS,
+    PICKLED,
+    WEIGHTS,
+    hub_answers_within,
+)
 from checkpoints.measurement import measurement
-from checkpoints.pretrained import CARD, PROVENANCE, find_folder, load_pretrained, read_config
+from checkpoints.pretrained import (
+    BESIDE,
+    CARD,
+    IN_RUN,
+    PROVENANCE,
+    find_folder,
+    load_pretrained,
+    read_config,
+)
 from checkpoints.provenance import Provenance
 from configs.command_line.redaction import HIDDEN, portable, redacted
+from modules.contracts.target import Target
 from modules.runtime.files import read_object, whole_folder
 
 REPORT = "report.json"
-FILES = (CONFIG, WEIGHTS, PROVENANCE, CARD, REPORT)
-"""Files of a published component; the report is optional."""
+OWN = (CONFIG, WEIGHTS, PROVENANCE)
+FILES = (*OWN, CARD, REPORT, *(f"{BESIDE}/{name}" for name in OWN), *PICKLED)
+"""Files that a publication may have. Beside an engine's files, ours are in a folder."""
 TIMEOUT = HUB_SECONDS
 _MEANINGS = {
     401: "the token was refused: log in again with `hf auth login`, or set HF_TOKEN",
@@ -47,9 +67,13 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Publication:
-    """Contents or paths of the published files, by their names in the repository."""
+    """Contents or paths of the published files, by their names in the repository.
+
+    scratch: holds files that were made for it, and removes them with this object.
+    """
 
     files: Mapping[str, bytes | Path]
+    scratch: tempfile.TemporaryDirectory[str] | None = None
 
 
 # -- what is published -----------------------------------------------------------------------------
@@ -83,6 +107,8 @@ def publication(
     report: Path | None = None,
     row: str | None = None,
     license: str | None = None,
+    form: str | None = None,
+    target: Target | None = None,
 ) -> Publication:
     """All published files of a run, checked as far as possible without the Hub.
 
@@ -92,9 +118,13 @@ def publication(
         report: a `report.json` with its figures.
         row: the name of its rows in the report, by default the run's.
         license: of the component; by default the target's where it is known, otherwise `other`.
+        form: an engine's format, whose files are then beside ours: the engine reads the repository
+            as it is.
+        target: of the component, for the export; None loads it by name.
 
     Raises:
-        ValueError: an incomplete component, a report of another one, or a token in a file.
+        ValueError: an incomplete component, a report of another one, a format that does not hold
+            it, or a token in a file.
     """
     if not run.exists():
         raise ValueError(f"run {str(run)!r} does not exist: give a run folder or a drafter folder")
@@ -103,17 +133,17 @@ def publication(
     provenance, trainable = Provenance.read(folder / PROVENANCE), load_pretrained(folder)
     size = trainable.trained_size
     figures = None if report is None else measurement(report, name_of(run), size, provenance, row)
+    sources = {CONFIG: folder / CONFIG, PROVENANCE: folder / PROVENANCE}
+    # Before places are left out, which may take a credential along and with it the warning.
+    _refuse_secrets(Publication(sources if report is None else {**sources, REPORT: report}))
+    name = portable(name)
+    scratch, engine, served = _for_engine(folder, name, form, target)
     publishing = Publishing(
-        name, license or LICENSES.get(provenance.target["name"], "other"), figures
+        name, license or LICENSES.get(provenance.target["name"], "other"), figures, served
     )
     # 2. The card, without paths of this machine.
     config = portable(read_object(folder / CONFIG))
-    card = model_card(
-        trainable,
-        config if "class" in config else read_config(folder),
-        Provenance(**portable(asdict(provenance))),
-        publishing,
-    )
+    card = model_card(trainable, read_config(folder), provenance, publishing)
     ModelCard(card)
     # 3. JSON files, likewise; weights are uploaded from where they lie.
     values = {CONFIG: config, PROVENANCE: portable(read_object(folder / PROVENANCE))}
@@ -123,21 +153,43 @@ def publication(
         file: (json.dumps(value, indent=2, sort_keys=file != REPORT) + "\n").encode()
         for file, value in values.items()
     }
-    made = Publication({WEIGHTS: folder / WEIGHTS, **texts, CARD: card.encode()})
+    ours: dict[str, bytes | Path] = {WEIGHTS: folder / WEIGHTS, **texts}
+    if engine:
+        ours = {f"{BESIDE}/{file}" if file in OWN else file: ours[file] for file in ours}
+    made = Publication({**engine, **ours, CARD: card.encode()}, scratch)
     _refuse_secrets(made)
     return made
+
+
+def _for_engine(
+    folder: Path, repo: str, form: str | None, target: Target | None
+) -> tuple[Any, dict[str, bytes | Path], tuple[str, ...]]:
+    """The folder of an export, its files, and the commands that serve the repository with them."""
+    if form is None:
+        return None, {}, ()
+    refuse_unserved(trainable_class_of(folder), form)
+    scratch = tempfile.TemporaryDirectory(prefix="slipstream-")
+    place = Path(scratch.name) / form
+    exported = export(folder, form, place, target)
+    config = portable(dict(exported.config))
+    files: dict[str, bytes | Path] = {path.name: path for path in sorted(place.iterdir())}
+    files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    # vLLM finds the target by itself, in a config that names it.
+    verifier = config.get("speculators_config", {}).get("verifier", {}).get("name_or_path")
+    alone = [f"vllm serve {repo}"] if verifier is not None and hub_name(verifier) else []
+    return scratch, files, (*alone, portable(exported.usage.replace("FOLDER", repo)))
 
 
 def name_of(run: Path) -> str:
     """The default name of a component's rows in a report: its run's folder."""
     path = run.resolve()
-    return path.parent.name if path.name == "drafter" else path.name
+    return path.parent.name if path.name in (IN_RUN, BESIDE) else path.name
 
 
 def _refuse_secrets(made: Publication) -> None:
     """Raise ValueError if a published text, such as a command, contains a token."""
     for name, content in made.files.items():
-        if name != WEIGHTS and _holds_token(
+        if Path(name).suffix not in (".safetensors", *PICKLE_ENDINGS) and _holds_token(
             content if isinstance(content, bytes) else content.read_bytes()
         ):
             raise ValueError(
@@ -161,6 +213,7 @@ def write(made: Publication, folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} exists: give a new folder")
     with whole_folder(folder) as fresh:
         for name, content in made.files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(
                 content if isinstance(content, bytes) else content.read_bytes()
             )
@@ -176,6 +229,8 @@ def publish(
     report: Path | None = None,
     row: str | None = None,
     license: str | None = None,
+    form: str | None = None,
+    target: Target | None = None,
 ) -> str:
     """Publish a run in one commit, or leave nothing on the Hub; publishing again is always safe.
 
@@ -183,7 +238,7 @@ def publish(
         run: run folder or drafter folder.
         repo: `USER/NAME`; created if it does not exist.
         private: whether only its owner sees it. An existing repository must have the same setting.
-        report: see `publication`; so are `row` and `license`.
+        report: see `publication`; so are `row`, `license`, `form` and `target`.
 
     Returns:
         The address of the commit.
@@ -193,7 +248,7 @@ def publish(
     """
     check_repo(repo)
     check_token()
-    made = publication(run, repo, report, row, license)
+    made = publication(run, repo, report, row, license, form, target)
     with hub_answers_within(TIMEOUT):
         return upload(made, repo, private)
 

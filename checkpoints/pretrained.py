@@ -76,6 +76,8 @@ MIGRATIONS: tuple[Callable[[Config, Tensors], tuple[Config, Tensors]], ...] = (_
 """Entry n migrates config.json and tensors from format version n + 1 to version n + 2."""
 FORMAT_VERSION = len(MIGRATIONS) + 1
 PROVENANCE, CARD = "provenance.json", "README.md"
+IN_RUN, BESIDE = "drafter", "slipstream"
+"""Folders of a component: in a run, and in a repository that an engine reads."""
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WANTED = ["*.json", "*.safetensors", CARD]
 """Files of a Hub repository that are downloaded."""
@@ -227,14 +229,13 @@ def find_folder(name: str | Path) -> Path:
     """The folder with a component's `config.json`, downloaded from the Hub if `name` is not a local
     folder.
     """
-    # A run folder has the component in `drafter/`.
     path = Path(name)
-    for folder in (path / "drafter", path):
+    for folder in _places(path):
         if (folder / CONFIG).is_file():
             return folder
     if path.exists():
         raise ValueError(
-            f"{str(name)!r} holds no trained component: neither drafter/{CONFIG} nor {CONFIG} is "
+            f"{str(name)!r} holds no trained component: neither {IN_RUN}/{CONFIG} nor {CONFIG} is "
             "in it"
         )
     if not _HUB_ID.fullmatch(str(name)) or missing_here(name):
@@ -243,6 +244,11 @@ def find_folder(name: str | Path) -> Path:
             "(USER/NAME)"
         )
     return _download(str(name))
+
+
+def _places(path: Path) -> tuple[Path, ...]:
+    """Folders that may hold the component: an engine's own files come last."""
+    return path / IN_RUN, path / BESIDE, path
 
 
 def _download(name: str) -> Path:
@@ -255,7 +261,7 @@ def _download(name: str) -> Path:
             folder = Path(
                 snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
             )
-            whole = any(folder.glob("*.safetensors"))
+            whole = any(folder.rglob("*.safetensors"))
             names = [] if whole else HfApi().list_repo_files(repository, revision=revision or None)
     except Exception as error:  # the client's errors have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -263,9 +269,10 @@ def _download(name: str) -> Path:
             f"{name!r} is neither a folder here nor a reachable Hub repository ({reason})"
         ) from error
     refuse_pickles(names, f"Hub repository {name!r}")
-    if not (folder / CONFIG).is_file():
+    place = next((place for place in _places(folder) if (place / CONFIG).is_file()), None)
+    if place is None:
         raise ValueError(f"Hub repository {name!r} holds no {CONFIG}: it is not a drafter")
-    return folder
+    return place
 
 
 def read_config(folder: Path) -> Config:

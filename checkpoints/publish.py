@@ -10,8 +10,13 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from jsonargparse import ArgumentParser
 
-from checkpoints.hub import REPORT, publication, publish, write
+from checkpoints.card import suggested_name
+from checkpoints.export import refuse_unserved, trainable_class_of
+from checkpoints.formats.known import FORMATS
+from checkpoints.hub import REPORT, check_repo, publication, publish, write
+from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.loading import exit_with, parse
+from modules.target.loading import load_target
 
 
 def make_parser() -> ArgumentParser:
@@ -26,7 +31,9 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, help="run folder or drafter folder")
     parser.add_argument(
-        "--repo", type=str | None, help="USER/NAME on the Hub; created if there is none"
+        "--repo",
+        type=str | None,
+        help="USER/NAME on the Hub, created if there is none; USER alone: USER/<Target>-<Method>",
     )
     parser.add_argument(
         "--output", type=str | None, help="write the files into this folder instead; needs no token"
@@ -44,7 +51,23 @@ def make_parser() -> ArgumentParser:
         type=str | None,
         help="of the component [the target's if it is known, else other]",
     )
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        help="put this engine's files beside ours, so that it reads the repository as it is",
+    )
+    parser.add_argument(
+        "--target",
+        type=str | None,
+        help="with --format: the target, if its name does not lead to it",
+    )
     return parser
+
+
+def suggested_name_of(run: Path) -> str:
+    """The name of a repository for a run: `<Target>-<Method>`."""
+    config = read_config(find_folder(run))
+    return suggested_name(config["class"], config["target"]["name"] or "target")
 
 
 def report_of(folder: Path, chosen: str | None) -> Path | None:
@@ -69,15 +92,25 @@ def command(arguments: Sequence[str]) -> int:
         raise ValueError(
             "give --repo USER/NAME to publish, or --output FOLDER to write the files there"
         )
+    if chosen.target is not None and chosen.format is None:
+        raise ValueError("--target is only read with --format: give both, or neither")
     # Both ways use the same files.
-    folder, extras = Path(chosen.run), (chosen.row, chosen.license)
+    folder, repo = Path(chosen.run), chosen.repo
+    if repo is not None and "/" not in repo and folder.exists():
+        check_repo(f"{repo}/NAME")
+        repo = f"{repo}/{suggested_name_of(folder)}"
+    if chosen.format is not None and folder.exists():
+        refuse_unserved(trainable_class_of(folder), chosen.format)
+    target = None if chosen.target is None else load_target(chosen.target, device="cpu")
+    extras = (chosen.row, chosen.license, chosen.format, target)
     report = report_of(folder, chosen.report)
     disable_progress_bars()
-    if chosen.output is not None:
+    if repo is None:
         write(publication(folder, chosen.output, report, *extras), Path(chosen.output))
         print(f"written: {chosen.output}")
+        print(f"its name on the Hub might be USER/{suggested_name_of(folder)}")
     else:
-        print(f"published: {publish(folder, chosen.repo, not chosen.public, report, *extras)}")
+        print(f"published: {publish(folder, repo, not chosen.public, report, *extras)}")
     if report is None:
         print(
             "without figures of an evaluation: `python eval.py --drafters RUN --output RUN/eval` "

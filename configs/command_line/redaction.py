@@ -83,6 +83,25 @@ _REST = r"(?:(?!\s(?:--?\w|~?/))[^'\"`\n])*"
 _QUOTED = re.compile(rf"(['\"`])((?:[^\s'\"`=]*=)?)({_START}{_REST})\1")
 _WHOLE = re.compile(rf"(?:{_HOME}|/+(?:{_ROOTS})/+){_REST}")
 """A text that is a single path, with spaces."""
+_ENDING = (
+    r"\.(?:jsonl?|parquet|arrow|csv|txt|ya?ml|toml|py|sh|gguf|safetensors|bin|pth?|ckpt)(?:\.gz)?"
+)
+"""Endings by which a name is a file's and no part of a Hub id."""
+_DRIVE = r"(?<![\w/\\.-])(?:[A-Za-z]:[\\/]+|\\{2,}[\w.$?-]+\\+)"
+"""Start of a path on Windows: a drive, or a server's name."""
+_WINDOWS = re.compile(
+    rf"(['\"`])((?:[^\s'\"`=]*=)?)({_DRIVE}[^'\"`\n]*)\1|{_DRIVE}[^\s'\"`,;<>|]*"
+    rf"|(?<![\w\\])(?:[\w.-]+\\+)+[\w.-]+{_ENDING}(?!\w)"
+)
+_WHOLE_WINDOWS = re.compile(rf"{_DRIVE}(?:(?!\s--?\w)[^'\"`\n])*")
+_PUBLIC = "huggingface.co|hf.co|arxiv.org|github.com"
+_REMOTE = re.compile(
+    rf"\b(?!https?://(?:{_PUBLIC})(?:/|\b))([a-z][a-z0-9+.-]*)://([^\s'\"`<>,;]*)", re.IGNORECASE
+)
+"""An address of a store or of a server that is not known to be public."""
+_RELATIVE = re.compile(
+    r"(?<![\w./~\\:@%-])(?:(?:\.\./)+|[A-Za-z_][\w.+-]*/)(?:[\w.+-]+/)*[\w.+-]+(?![\w/@])"
+)
 
 
 def redacted(text: str) -> str:
@@ -127,27 +146,65 @@ def at_home(text: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """A JSON value without paths of this machine: paths below the working directory become
-    relative, others are reduced to their last part (a home to `~`). A path in quotes, or a text
-    that is a single path, may contain spaces."""
+    """A JSON value without places of this machine and its network: only Hub ids, names of files and
+    names of folders inside the working directory remain.
+
+    A path (also of Windows, `hdfs://`, `s3://`) is reduced to its last part, a home to `~`. Paths
+    below the working directory become relative; a relative one keeps two parts, which a Hub id has
+    too, unless the last one is a file's name. Addresses of a few public sites remain. A path in
+    quotes, or a text that is a single path, may contain spaces.
+    """
     if isinstance(value, str):
-        return _without_places(value)
+        return _RELATIVE.sub(lambda match: _below(match[0]), _without_places(value))
     if isinstance(value, Mapping):
-        return {portable(key): portable(inner) for key, inner in value.items()}
+        # Keys may be names of figures, such as a/b/c.
+        return {
+            _without_places(key) if isinstance(key, str) else key: portable(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [portable(inner) for inner in value]
     return value
 
 
 def _without_places(text: str) -> str:
-    # First the working directory, then a whole path, then paths within a text.
+    # First the working directory, then a whole path, then paths within a text, then addresses.
     here = Path.cwd()
     if len(here.parts) > 1:
         text = re.sub(rf"(?:{_FILE_URL}|(?<![\w./~-])){re.escape(str(here))}/", "", text)
+    if _WHOLE_WINDOWS.fullmatch(text):
+        return _last_windows_part(text)
+    text = _WINDOWS.sub(
+        lambda match: (
+            f"{match[1]}{match[2]}{_last_windows_part(match[3])}{match[1]}"
+            if match[1]
+            else _last_windows_part(match[0])
+        ),
+        text,
+    )
     if _WHOLE.fullmatch(text):
         return _last_part(text)
     text = _QUOTED.sub(lambda match: f"{match[1]}{match[2]}{_last_part(match[3])}{match[1]}", text)
-    return _ABSOLUTE.sub(lambda match: _last_part(match[0]), text)
+    text = _ABSOLUTE.sub(lambda match: _last_part(match[0]), text)
+    return _REMOTE.sub(lambda match: _last_remote_part(match[1], match[2]), text)
+
+
+def _last_windows_part(path: str) -> str:
+    parts = [part for part in re.split(r"[\\/]+", path) if part]
+    return "~" if len(parts) == 3 and parts[1].lower() == "users" else parts[-1]
+
+
+def _last_remote_part(scheme: str, rest: str) -> str:
+    """The last part of an address behind its server or bucket; without one, the scheme alone."""
+    parts = [part for part in rest.split("?")[0].split("/") if part]
+    return parts[-1] if len(parts) > 1 else f"{scheme}://…"
+
+
+def _below(path: str) -> str:
+    """A relative path as its file's name, or as its last part if a Hub id has fewer parts."""
+    parts = path.split("/")
+    is_file = re.search(rf"{_ENDING}$", path) is not None
+    return parts[-1] if is_file or parts[0] == ".." or len(parts) > 2 else path
 
 
 def _last_part(path: str) -> str:
