@@ -36,7 +36,7 @@ from data.generation.answering import (
 from data.reading.files import Row, Skipped, Tally, read_jsonl
 from modules.contracts.sampling import Sampling
 from modules.target.generation_config import stock_generate
-from modules.target.loading import AUTO, load_target
+from modules.target.loading import AUTO, check_room, load_target
 from modules.target.tokenizers.chat_template import arguments_of
 
 if TYPE_CHECKING:
@@ -269,6 +269,7 @@ def answer_file(
     tally = Tally("prompt")
     rows = prompt_rows(prompts, limit, tally)
     writable(Path(output))
+    check_room(target, generation.max_new_tokens)
     regenerate(
         load_target(target, dtype, device, chat_template), rows, output, generation, tally=tally
     )

@@ -24,7 +24,14 @@ from eval.methods.templates import chat_arguments
 from modules.decoding.translation import in_target_ids
 from modules.runtime.files import whole_file
 from modules.target.kernels.cpu_kernels import use_narrow_linears
-from modules.target.loading import AUTO, load_target
+from modules.target.loading import AUTO, check_room, load_target
+from modules.target.target import Target
+
+
+def _loaded(name: str, tokens: int, dtype: str, device: str | None, drafter: str) -> Target:
+    """The target, once its context is known to have room for the answers."""
+    check_room(name, tokens)
+    return load_target(name, dtype, device, chat_arguments(None, [drafter]))
 
 
 def mine_file(
@@ -63,7 +70,7 @@ def mine_file(
     tally.log()
     folder = find_folder(drafter)
     named = target or read_config(folder)["target"]["name"]
-    loaded = load_target(named, dtype, device, chat_arguments(None, [drafter]))
+    loaded = _loaded(named, max_new_tokens, dtype, device, drafter)
     component = load_drafter(drafter, loaded)
     served = component.adapt(loaded)
     if loaded.device.type == "cpu":

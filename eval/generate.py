@@ -24,7 +24,7 @@ from eval.report.token_pieces import pieces
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.runtime.phase_timer import now
-from modules.target.loading import AUTO, load_target
+from modules.target.loading import AUTO, check_room, load_target
 
 DRAFTED = "black on light_sky_blue1"
 WARM_UP_TOKENS = 4
@@ -114,6 +114,7 @@ def generate(settings: Generation, console: Console) -> None:
         raise ValueError("prompt is empty: give a question")
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
     name = settings.target or read_config(find_folder(settings.drafter))["target"]["name"]
+    check_room(name, settings.max_new_tokens)
     target = load_target(
         name,
         settings.dtype,

@@ -34,7 +34,7 @@ from modules.contracts.target import Target
 from modules.cost_model.latency_table import stored_latency
 from modules.decoding.translation import in_target_ids
 from modules.drafters.small_models.s2d import S2D
-from modules.target.loading import load_target
+from modules.target.loading import check_room, load_target
 from modules.trees.sampled.draws import check_temperature
 
 
@@ -190,6 +190,7 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
         drafter = load_drafter(comparison.drafter, target)
         served, name = drafter.adapt(target), read_config(find_folder(comparison.drafter))["class"]
         return served, in_target_ids(drafter, served), name
+    check_room(comparison.target, comparison.max_new_tokens)
     target = load_target(comparison.target, "float32", comparison.device)
     # A class that needs no training.
     if comparison.drafter is not None:

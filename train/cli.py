@@ -25,13 +25,14 @@ from configs.command_line.loading import exit_with, first_config, parse
 from configs.command_line.outputs import write_whole
 from configs.command_line.redaction import redact
 from data.datamodule import ConversationData
-from modules.target.loading import AUTO, chosen_dtype, load_target, outline
+from modules.contracts.drafter import Drafter
+from modules.target.loading import AUTO, check_room, chosen_dtype, load_target, outline
 from train.lightning.deepspeed import check_shards
 from train.plan import print_plan
 from train.profile import print_profile, profile
 from train.resuming import same_run
 from train.run import CONFIG, Place, Recipe, claim, steps_of, train
-from train.settings import chosen_precision, training_device
+from train.settings import check_rate, chosen_precision, training_device
 
 _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
@@ -184,6 +185,10 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
         trainable = recipe.drafter(shape)
         check_shards(recipe.trainer.strategy, trainable)
+    for stage in trainable.stages:
+        check_rate(f"drafter: the learning rate of {stage.name}", stage.lr)
+    if recipe.probe.prompts and isinstance(trainable, Drafter):
+        check_room(config.target, recipe.probe.max_new_tokens, "probe.max_new_tokens")
     # 3. What is missing to start, or to publish at the end.
     if recipe.objective is not None and config.init_from is None and config.resume is None:
         raise ValueError(
@@ -210,8 +215,10 @@ def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
 
 
 def recipe_settings(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The config as plain values, without credentials and without the flags of a single run."""
-    whole = yaml.safe_load(parser.dump(config, skip_validation=True))
+    """The config as plain values, nulls too, without credentials and without the flags of a single
+    run.
+    """
+    whole = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
     return redact({name: value for name, value in whole.items() if name not in _ABOUT_THE_RUN})
 
 

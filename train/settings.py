@@ -18,8 +18,21 @@ from modules.target.loading import AUTO, has_fast_bfloat16, own_device
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 MOST_NODES = 1 << 16
 """Limit on the nodes of a drafted tree; published trees have fewer than a thousand."""
+HIGHEST_RATE = 10.0
+"""Highest learning rate; one step of it replaces all weights."""
 DEEPSPEED = re.compile(r"deepspeed_([123])(_offload)?")
 """Names of DeepSpeed strategies: the ZeRO stage, and whether optimiser states are offloaded."""
+
+
+def check_rate(key: str, rate: float) -> None:
+    """Raise ValueError for a learning rate at which nothing is learnt: AdamW and Muon move every
+    weight by about the rate in each step.
+    """
+    if not 0 < rate <= HIGHEST_RATE:
+        raise ValueError(
+            f"{key} must be above 0 and at most {HIGHEST_RATE:g}, got {rate}: published rates of "
+            "drafters lie between 1e-5 and 1e-2"
+        )
 
 
 @dataclass
@@ -49,13 +62,9 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optimizer.lr must be above 0 and finite, got {self.lr}")
-        if self.muon_lr is not None and not 0 < self.muon_lr < math.inf:
-            raise ValueError(
-                "optimizer.muon_lr must be above 0 and finite, or null for AdamW alone, got "
-                f"{self.muon_lr}"
-            )
+        check_rate("optimizer.lr", self.lr)
+        if self.muon_lr is not None:
+            check_rate("optimizer.muon_lr", self.muon_lr)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {list(self.betas)}")
         if not 0 <= self.weight_decay < math.inf:

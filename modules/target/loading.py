@@ -42,6 +42,8 @@ QUANTISED = ("8bit", "4bit")
 """Linear layers in so many bits by bitsandbytes; everything else, and the arithmetic, in
 bfloat16.
 """
+LEAST_CONTEXT = 512
+"""No supported model has a shorter context, so shorter answers need no look at the config."""
 AUTO = "auto"
 """The dtype name that lets the device decide."""
 EVERYWHERE = "auto"
@@ -213,6 +215,28 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])
     return kind(model, tokenizer, name)
+
+
+def check_room(name: str, tokens: int, key: str = "max_new_tokens") -> None:
+    """Refuse answers that fill a target's context, by its config, before its weights are loaded.
+
+    Args:
+        name: the target's, as for `load_target`.
+        tokens: of an answer.
+        key: name of that number in the message.
+
+    Raises:
+        ValueError: answers of so many tokens leave no room for a prompt.
+    """
+    if tokens < LEAST_CONTEXT:
+        return
+    values = check_config(name, locate(name))
+    positions = values.get("max_position_embeddings") or values.get("n_positions")
+    if positions is not None and tokens >= positions:
+        raise ValueError(
+            f"{key} {tokens} leaves no room for a prompt in the context of target {name!r}, "
+            f"{positions} tokens: lower it"
+        )
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[Any, type[Target]]:

@@ -147,5 +147,5 @@ def test_declared_scales_reach_muon() -> None:
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(ValueError, match="muon_lr is set, but PPD has no matrices between hidden"):
         split_hidden(PPD(TARGET.shape).parameter_groups(), PPD(TARGET.shape))
-    with pytest.raises(ValueError, match="optimizer.muon_lr must be above 0 and finite, or null"):
+    with pytest.raises(ValueError, match="optimizer.muon_lr must be above 0 and at most 10"):
         OptimizerSettings(muon_lr=0.0)
