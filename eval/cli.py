@@ -22,6 +22,7 @@ from eval.report.compare import comparison_lines, comparison_table
 from eval.report.html import page
 from eval.report.markdown import failures
 from eval.report.output_folder import PAGE
+from eval.serving.settings import Serving
 
 NOT_LOSSLESS = 1
 """Exit status when a method that claims to be lossless gave other tokens than the baseline."""
@@ -92,7 +93,8 @@ def read(settings: Namespace) -> Evaluation:
     """The evaluation described by a parsed command line."""
     values = settings.as_dict()
     keys = {field.name: values[field.name] for field in fields(Evaluation)}
-    return Evaluation(**{**keys, "methods": [Method(**method) for method in keys["methods"]]})
+    methods = [Method(**method) for method in keys["methods"]]
+    return Evaluation(**{**keys, "methods": methods, "serving": Serving(**keys["serving"])})
 
 
 def command(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +30,16 @@ from eval.report.markdown import (
     main_table,
     noise_lines,
 )
-from eval.report.output_folder import JOURNAL, PAGE, begun, taken, write
+from eval.report.output_folder import JOURNAL, PAGE, REPORTS, begun, taken, write
 from eval.report.summary import Summary, summarise
 from eval.report.token_pieces import pieces
 from eval.run.harness import Harness, fitting, units
 from eval.run.identity import known_before, known_loaded
 from eval.run.journal import Journal, Record, journaled_budgets, refuse_changes
 from eval.run.processes import Share, shared_out
+from eval.serving.benchmark import measure, report_of
+from eval.serving.settings import ENGINE as SERVER
+from eval.serving.settings import Serving, check_server
 from eval.tasks.contamination import note_overlaps
 from eval.tasks.task_files import Turns
 from eval.tasks.tasks import Task, load_tasks
@@ -44,7 +47,7 @@ from eval.vllm.engine import ENGINE, check_vllm, vllm_rows
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.target.loading import AUTO, check_loading, chosen_dtype, load_target
+from modules.target.loading import AUTO, check_loading, check_room, chosen_dtype, load_target
 from modules.target.loading import EMBEDDED as EMBEDDED_TARGET
 
 AUTOTUNE = "max-autotune"
@@ -59,7 +62,9 @@ class Evaluation:
             trained for.
         drafters: run folders, drafter folders or Hub ids, each with `budget: auto`.
         engine: slipstream is this project's loop; vllm (if installed) serves exported drafters,
-            budget tokens a chain.
+            budget tokens a chain; openai is a running server under load.
+        url: of that server, up to `/v1`: vLLM, SGLang, llama.cpp or another with OpenAI's protocol.
+        serving: its load, see eval/serving/settings.py.
         methods: rows in full: name, drafter or decoder, builder, rule, budget, temperature.
         prompts: tasks (`tasks/gsm8k`, `tasks/gsm8k=PATH`), files with `turns`, `prompt` or
             `question`, or `embedded`.
@@ -91,7 +96,9 @@ class Evaluation:
 
     target: str | None = None
     drafters: list[str] = field(default_factory=list)
-    engine: Literal["slipstream", "vllm"] = "slipstream"
+    engine: Literal["slipstream", "vllm", "openai"] = "slipstream"
+    url: str | None = None
+    serving: Serving = field(default_factory=Serving)
     methods: list[Method] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["embedded"])
     turns: Turns = "first"
@@ -146,6 +153,7 @@ class Evaluation:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_variants()
+        self._check_server()
         check_loading(self.dtype, self.device)
         # Every method alone, then their labels together.
         for temperature in (method.temperature for method in self.methods):
@@ -162,6 +170,23 @@ class Evaluation:
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
         return load_tasks(self.prompts, self.limit, self.turns, tally)
+
+    def _check_server(self) -> None:
+        """Refuse what only another engine reads."""
+        if self.engine != SERVER:
+            if self.url is not None or self.serving != Serving():
+                raise ValueError(
+                    f"url and serving are for engine 'openai', got engine {self.engine!r}: add "
+                    "--engine openai, or leave them out"
+                )
+            return
+        check_server(self.url, self.serving)
+        if self.rows or self.compile or self.turns != "first" or isinstance(self.temperature, list):
+            raise ValueError(
+                "engine 'openai' asks a server as it runs: leave out drafters, methods, compile, "
+                "turns and lists of temperatures (its load is serving.concurrency and "
+                "serving.request_rate)"
+            )
 
     def _check_variants(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("temperature", self.temperature)):
@@ -215,20 +240,59 @@ def evaluate(
     # 1. Check the settings, before anything is loaded.
     tally = Tally("prompt")
     tasks = evaluation.check(tally)
+    if resume and evaluation.engine == SERVER:
+        raise ValueError("--resume: a load test is measured in one go, leave it out")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other: give one")
     if evaluation.threads is not None:
         torch.set_num_threads(evaluation.threads)
     # 2. Measure this process's share, with the output folder locked.
     with shared_out() as share:
-        if share.count > 1 and evaluation.engine == ENGINE:
+        if share.count > 1 and evaluation.engine in (ENGINE, SERVER):
             raise ValueError(
-                f"engine 'vllm' measures in one process, {share.count} were started: leave out "
-                "torchrun"
+                f"engine {evaluation.engine!r} measures in one process, {share.count} were "
+                "started: leave out torchrun"
             )
         console = console or Console(quiet=not share.first)
         with taken(output, resume or overwrite, share), resumable(lambda: "go on with --resume"):
+            if evaluation.engine == SERVER:
+                return _load_test(evaluation, tasks, output, console, tally)
             return _evaluate(evaluation, tasks, output, resume, console, share, tally)
+
+
+def _load_test(
+    evaluation: Evaluation, tasks: list[Task], output: Path, console: Console, tally: Tally
+) -> dict[str, Any]:
+    """The report of a server under load."""
+    assert evaluation.url is not None
+    for name in (*REPORTS, JOURNAL):
+        (output / name).unlink(missing_ok=True)
+    # Fields that servers read besides OpenAI's.
+    extra: dict[str, Any] = {"top_k": evaluation.top_k} if evaluation.top_k else {}
+    if evaluation.chat_template:
+        extra["chat_template_kwargs"] = evaluation.chat_template
+    rows, model = measure(
+        evaluation.url,
+        evaluation.serving,
+        tasks,
+        evaluation.samplings[0],
+        evaluation.max_new_tokens,
+        extra,
+        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
+    settings = {
+        "tasks": [task.name for task in tasks],
+        "engine": evaluation.engine,
+        "url": evaluation.url,
+        "serving": asdict(evaluation.serving),
+        **settings_of(evaluation),
+        "limit": evaluation.limit,
+    }
+    settings |= {"left_out": tally.as_dict()} if tally.as_dict() else {}
+    report = report_of(rows, model, settings)
+    write(report, output, None)
+    show(report, output, console)
+    return report
 
 
 def _evaluate(
@@ -253,6 +317,7 @@ def _evaluate(
     if resume:
         refuse_changes(place, header, part=True)
     # 2. Load the target, and with it every row.
+    check_room(evaluation.target_name(), evaluation.max_new_tokens)
     target = load_target(
         evaluation.target_name(), evaluation.dtype, evaluation.device, evaluation.chat_template
     )

@@ -30,6 +30,7 @@ FLOORS = {
         {"tasks", "vllm", "rule_comparison"},
         {"run", "evaluate_metrics"},
         {"report"},
+        {"serving"},
         {"evaluation"},
         {"cli"},
     ),

@@ -10,6 +10,9 @@ from typing import Any
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report import plots
 from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.load_curves import LATENCIES, curves, latency_by_throughput, load_table
+from eval.report.load_curves import READING as LOAD_READING
+from eval.report.load_curves import TITLE as LOAD
 from eval.report.markdown import (
     COLUMNS,
     HALF,
@@ -72,6 +75,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         *_alarms(report),
         main_table(report),
         *(f'<p class="quiet">{escape(line[0].upper() + line[1:])}.</p>' for line in remarks),
+        *_loads(report["methods"]),
         *_pictures(report["methods"], measured),
         *_halves(report["methods"]),
         *_qualities(report["methods"]),
@@ -110,6 +114,18 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], bad: Collection
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
+
+
+def _loads(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = load_table(methods)
+    if lines:
+        yield f"<h2>{LOAD}</h2>" + table(header, lines)
+        yield f'<p class="quiet">{escape(LOAD_READING)}.</p>'
+    if curves(methods):
+        pictures = "".join(
+            f"<figure>{latency_by_throughput(methods, key)}</figure>" for key in LATENCIES
+        )
+        yield f'<h2>Latency against throughput</h2><div class="pair">{pictures}</div>'
 
 
 def _halves(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:

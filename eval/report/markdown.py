@@ -22,6 +22,9 @@ from eval.methods.rows import EXPORT_NOTES
 from eval.metrics.repetition import KEY as LESS_REPETITIVE
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.load_curves import READING as LOAD_READING
+from eval.report.load_curves import TITLE as LOAD
+from eval.report.load_curves import load_table
 from eval.report.summary import Summary
 from eval.tasks.contamination import overlap_lines
 from modules.contracts.target import Target
@@ -103,7 +106,7 @@ def interval(bounds: Sequence[float] | None) -> str:
 def lossless(method: Figures) -> str:
     """The verdict with the numbers of identical answers and ties, or `sampled`."""
     word = lossless_word(method)
-    if word == "sampled":
+    if method["lossless"] is None:
         return word
     ties = f", {method['tie_divergences']} ties" if method["tie_divergences"] else ""
     return f"{word} ({method['identical_outputs']}/{method['prompts']}{ties})"
@@ -111,10 +114,10 @@ def lossless(method: Figures) -> str:
 
 def lossless_word(method: Figures) -> str:
     """`yes`, `NO` for a violated claim, `lossy` without a claim, `sampled` where tokens cannot be
-    compared.
+    compared, `not compared` for a server's greedy text.
     """
     if method["lossless"] is None:
-        return "sampled"
+        return "sampled" if method["temperature"] else "not compared"
     return "yes" if method["lossless"] else "NO" if method["claims_lossless"] else "lossy"
 
 
@@ -204,13 +207,17 @@ def caption(report: Mapping[str, Any]) -> str:
     """One line with targets, prompts, lengths and device."""
     settings, method = report["settings"], report["methods"][0]
     targets = ", ".join(
-        f"{target['name']} ({target['parameters'] / 1e6:.0f}M, {target['dtype']})"
-        for target in report["targets"]
+        f"{target['name']} ({_size(target)}{target['dtype']})" for target in report["targets"]
     )
     tasks, limit = len(settings["tasks"]), settings["max_new_tokens"]
     questions = f"{method['prompts']} prompts in {tasks} tasks, up to {limit} new tokens"
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
     return f"{targets}; {questions}; {report['environment']['device']}, {threads}"
+
+
+def _size(target: Mapping[str, Any]) -> str:
+    """Millions of parameters, where they are known: a served target's are not."""
+    return f"{target['parameters'] / 1e6:.0f}M, " if target["parameters"] else ""
 
 
 # -- terminal --------------------------------------------------------------------------------------
@@ -318,6 +325,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 ),
                 *(f"{plain(line)}." for line in export_lines(methods)),
                 *(f"{plain(line)}." for line in idle_lines(methods)),
+                *_loads(methods),
                 *_halves(methods),
                 *_predictions(methods),
                 *_qualities(methods),
@@ -371,6 +379,11 @@ def half_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str]]]:
         ]
         for name, half in halves
     ]
+
+
+def _loads(methods: Sequence[Figures]) -> list[str]:
+    header, rows = load_table(methods)
+    return [f"## {LOAD}", _table(header, rows), LOAD_READING + "."] if rows else []
 
 
 def _halves(methods: Sequence[Figures]) -> list[str]:

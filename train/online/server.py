@@ -16,20 +16,23 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from data.reading.rows import read_message
+from modules.decoding.loop import Trace
 from train.online.service import Answer, Request, Service
 from train.online.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
+_COUNTER = "slipstream:spec_decode_num_"
 LARGEST = 8 * 2**20
 """Bytes of a request."""
 _NUMBERS = {"temperature": (int, float), "top_p": (int, float), "seed": (int,)}
@@ -48,6 +51,47 @@ _PLAIN = {
 """Fields that would change the answer, and the values (besides null) that do not."""
 
 
+@dataclass
+class DraftCounters:
+    """Drafts of all answers. Only the thread that answers adds to them.
+
+    drafts: calls of the target that drafted. tokens: drafted ones, of which `accepted` were.
+    by_position: calls that accepted at least so many drafts.
+    """
+
+    drafts: int = 0
+    tokens: int = 0
+    accepted: int = 0
+    by_position: list[int] = field(default_factory=list)
+
+    def add(self, trace: Trace) -> None:
+        """Count an answer's calls."""
+        for nodes, emitted in zip(trace.nodes, trace.accepted):
+            # A call emits its accepted drafts and one token more, unless the answer ends before.
+            accepted = max(0, emitted - 1)
+            if nodes:
+                self.drafts, self.tokens = self.drafts + 1, self.tokens + nodes
+                self.accepted += accepted
+                self.by_position += [0] * (accepted - len(self.by_position))
+                for depth in range(accepted):
+                    self.by_position[depth] += 1
+
+    def page(self) -> str:
+        """The counters in Prometheus' text format."""
+        named = {
+            "drafts": self.drafts,
+            "draft_tokens": self.tokens,
+            "accepted_tokens": self.accepted,
+        }
+        lines = [f"{_COUNTER}{name}_total {value}" for name, value in named.items()]
+        per_position = f"{_COUNTER}accepted_tokens_per_pos_total"
+        lines += [
+            f'{per_position}{{position="{depth}"}} {value}'
+            for depth, value in enumerate(self.by_position)
+        ]
+        return "\n".join([*lines, ""])
+
+
 class Endpoint:
     """The application, and the threads that answer and learn.
 
@@ -60,12 +104,14 @@ class Endpoint:
         self.service, self.model = service, model
         self.trouble: BaseException | None = None
         """An error of an update; after one, requests are answered and nothing is learnt."""
+        self.drafts = DraftCounters()
         self._answering = ThreadPoolExecutor(1, "answers")
         self._learning = ThreadPoolExecutor(1, "updates")
         self.application = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/models", self.models, methods=["GET"]),
+                Route("/metrics", self.metrics, methods=["GET"]),
             ]
         )
 
@@ -90,18 +136,23 @@ class Endpoint:
         except ValueError as error:
             return _refusal(400, str(error))
         if body.get("stream"):
-            return StreamingResponse(self._stream(request), media_type="text/event-stream")
+            options = body.get("stream_options")
+            counted = isinstance(options, Mapping) and options.get("include_usage") is True
+            events = self._stream(request, counted)
+            return StreamingResponse(events, media_type="text/event-stream")
         # An answer goes on without its client: the thread knows nothing of connections.
         answer = await asyncio.wrap_future(self._submit(request))
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": _reason(answer)}
-        used, new = answer.trace.prompt_tokens, len(answer.trace.ids)
-        usage = {"prompt_tokens": used, "completion_tokens": new, "total_tokens": used + new}
-        whole = {**self._head("chat.completion"), "choices": [choice], "usage": usage}
-        return JSONResponse(whole)
+        head = self._head("chat.completion")
+        return JSONResponse({**head, "choices": [choice], "usage": _usage(answer)})
 
-    def _stream(self, request: Request) -> AsyncIterator[str]:
-        """The events of an answer, which begins at once."""
+    async def metrics(self, _: HttpRequest) -> Response:
+        """Counters of the drafts, under vLLM's names, in Prometheus' text format."""
+        return PlainTextResponse(self.drafts.page())
+
+    def _stream(self, request: Request, counted: bool) -> AsyncIterator[str]:
+        """The events of an answer, which begins at once; `counted`: with its numbers of tokens."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def show(piece: str | None) -> None:
@@ -112,16 +163,19 @@ class Endpoint:
         # Pieces come from the answering thread; None is the last one.
         future = self._submit(request, show)
         future.add_done_callback(lambda _: show(None))
-        return self._events(queue, future)
+        return self._events(queue, future, counted)
 
     async def _events(
-        self, queue: asyncio.Queue[str | None], future: Future[Answer]
+        self, queue: asyncio.Queue[str | None], future: Future[Answer], counted: bool
     ) -> AsyncIterator[str]:
         head = self._head("chat.completion.chunk")
         yield _event(head, {"role": "assistant", "content": ""})
         while (piece := await queue.get()) is not None:
             yield _event(head, {"content": piece})
         yield _event(head, {}, _reason(future.result()))
+        if counted:
+            usage = _usage(future.result())
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -137,6 +191,7 @@ class Endpoint:
 
     def _answer(self, request: Request, show: Callable[[str], None] | None) -> Answer:
         answer = self.service.answer(request, show)
+        self.drafts.add(answer.trace)
         if self.trouble is None:
             self._learning.submit(self._learn)
         return answer
@@ -213,6 +268,11 @@ async def _json(http: HttpRequest) -> Mapping[str, Any]:
 def _refusal(status: int, message: str) -> Response:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": error}, status)
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    used, new = answer.trace.prompt_tokens, len(answer.trace.ids)
+    return {"prompt_tokens": used, "completion_tokens": new, "total_tokens": used + new}
 
 
 def _reason(answer: Answer) -> str:
