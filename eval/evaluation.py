@@ -18,6 +18,7 @@ from configs.command_line.endings import resumable
 from data.reading.files import Tally
 from eval.methods.rows import Method, Precision, Row, build_rows, class_of, unique_labels
 from eval.methods.templates import chat_arguments
+from eval.methods.token_options import TokenOptions
 from eval.methods.variants import vary
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report.answer_quality import Quality, Scoring, control_lines, program_lines
@@ -54,7 +55,7 @@ AUTOTUNE = "max-autotune"
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(TokenOptions):
     """What is measured, on what.
 
     Args:
@@ -134,7 +135,7 @@ class Evaluation:
     def samplings(self) -> list[Sampling]:
         """How tokens are chosen, for every temperature."""
         heats = self.temperature if isinstance(self.temperature, list) else [self.temperature]
-        return [Sampling(heat, self.top_k, self.top_p, self.seed) for heat in heats]
+        return [self.sampling(heat, self.top_k, self.top_p, self.seed) for heat in heats]
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -166,6 +167,11 @@ class Evaluation:
             raise ValueError(
                 f"compile {self.compile} is for this project's own loop: leave it out with engine "
                 "'vllm'"
+            )
+        if self.engine == ENGINE and (changed := self.changed_options()):
+            raise ValueError(
+                f"{next(iter(changed))} is for this project's own loop and Hugging Face's: leave "
+                "it out with engine 'vllm'"
             )
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
@@ -327,7 +333,7 @@ def _evaluate(
         # 3. Fit the prompts to the context, vary the rows, print what was left out.
         tasks, skipped = fitting(tasks, rows, evaluation.max_new_tokens)
         note_overlaps(rows, evaluation.rows, tasks)
-        rows = vary(rows, evaluation.samplings, evaluation.batch_sizes)
+        rows = vary(rows, samplings_on(evaluation, target), evaluation.batch_sizes)
         agree_on_budgets(rows, share)
         if resume:
             keep_budgets(rows, journaled_budgets(place))
@@ -389,12 +395,18 @@ def keep_budgets(rows: Sequence[Row], budgets: Mapping[str, int]) -> None:
 def opened_rows(evaluation: Evaluation, target: Target, most: int) -> Iterator[list[Row]]:
     """All rows at the first temperature, for at most `most` prompts at once; another engine's
     processes run inside the `with` block."""
-    sampling, most = evaluation.samplings[0], min(most, evaluation.batch_sizes[-1])
+    sampling = samplings_on(evaluation, target)[0]
+    most = min(most, evaluation.batch_sizes[-1])
     if evaluation.engine == ENGINE:
         with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
             yield rows
     else:
         yield build_rows(evaluation.rows, target, sampling, evaluation.draft_precision)
+
+
+def samplings_on(evaluation: Evaluation, target: Target) -> list[Sampling]:
+    """How tokens of this target are chosen, for every temperature."""
+    return [evaluation.on_target(sampling, target) for sampling in evaluation.samplings]
 
 
 def scoring_of(evaluation: Evaluation, tasks: Sequence[Task]) -> Scoring:
@@ -427,6 +439,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "prompts": [Path(name).name for name in evaluation.prompts],
         **engine,
+        **evaluation.changed_options(),
         **{name: getattr(evaluation, name) for name in chosen},
         "threads": torch.get_num_threads(),
     }

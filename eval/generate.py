@@ -20,6 +20,7 @@ from data.reading.files import clean
 from eval.cli import quieten
 from eval.methods.rows import Precision, load_drafter
 from eval.methods.templates import chat_arguments
+from eval.methods.token_options import TokenOptions
 from eval.report.token_pieces import pieces
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
@@ -31,7 +32,7 @@ WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(TokenOptions):
     """Settings of `python -m eval.generate`.
 
     Args:
@@ -112,7 +113,9 @@ def generate(settings: Generation, console: Console) -> None:
     """
     if not settings.prompt.strip():
         raise ValueError("prompt is empty: give a question")
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+    sampling = settings.sampling(
+        settings.temperature, settings.top_k, settings.top_p, settings.seed
+    )
     name = settings.target or read_config(find_folder(settings.drafter))["target"]["name"]
     check_room(name, settings.max_new_tokens)
     target = load_target(
@@ -121,6 +124,7 @@ def generate(settings: Generation, console: Console) -> None:
         settings.device,
         chat_arguments(settings.chat_template, [settings.drafter]),
     )
+    sampling = settings.on_target(sampling, target)
     drafter = load_drafter(settings.drafter, target, precision=settings.draft_precision)
     adapted = drafter.adapt(target)
     drafting = SpeculativeDecoder(adapted, drafter, budget=settings.budget)

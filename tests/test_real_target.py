@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from data.conversations import prompt_ids
+from data.reading.files import read_jsonl
+from eval.methods.rows import TRAINING_PROMPTS
 from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
+from modules.drafters.retrieval.prompt_lookup import PromptLookup
 from modules.drafters.self_speculative.m2r2 import M2R2
 from modules.drafters.self_speculative.skipdecode import SkipDecode
+from modules.target.generation_config import stock_generate
 from modules.target.loading import load_target, locate
 from tests.fakes import ScriptedDrafter
 
@@ -80,3 +84,35 @@ def test_a_gguf_file_is_converted_under_any_device_context(tmp_path, monkeypatch
     with torch.device("meta"):
         folder = locate("smollm2-135m")
     assert load_target(folder).fingerprint() == target.fingerprint()
+
+
+SETTINGS = {
+    "processors": {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.3,
+        "logit_bias": {1: 2.0, 30: -4.0, 253: 1.5},
+        "suppress_tokens": [260, 28],
+    },
+    "ends": {"stop_strings": ["\n", ", a", "ing "], "min_new_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_give_the_tokens_of_generate_on_fifty_prompts(name, target):
+    sampling, limit = Sampling(**SETTINGS[name]), 16
+    texts = [row["prompt"] for row, _ in zip(read_jsonl(TRAINING_PROMPTS), range(50), strict=False)]
+    ids = [prompt_ids([{"role": "user", "content": text}], target.tokenizer) for text in texts]
+    plain = SpeculativeDecoder(target)
+    drafting = SpeculativeDecoder(target, PromptLookup(target.shape))
+    expected = [
+        stock_generate(
+            target.stock, [prompt], sampling, limit, target.eos_ids, tokenizer=target.tokenizer
+        )[0]
+        for prompt in ids
+    ]
+    assert [drafting.decode([prompt], sampling, limit)[0].ids for prompt in ids] == expected
+    together = plain.decode(ids[:10], sampling, limit)
+    assert [trace.ids for trace in together] == expected[:10]
+    unchanged = plain.decode(ids[:10], Sampling(), limit)
+    assert len(ids) == 50 and [trace.ids for trace in unchanged] != expected[:10]

@@ -93,6 +93,7 @@ class HuggingFaceGenerate:
             limit,
             self.target.eos_ids,
             self.options(),
+            self.target.tokenizer,
             streamer=watch,
             **self.arguments(),
         )

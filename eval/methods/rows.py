@@ -340,7 +340,7 @@ def build_rows(
         row_sampling = (
             sampling
             if method.temperature is None
-            else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+            else replace(sampling, temperature=method.temperature)
         )
         row = (
             _decoder_row(method, label, target, row_sampling)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -369,7 +369,7 @@ def vllm_rows(
             row_sampling = (
                 sampling
                 if method.temperature is None
-                else Sampling(method.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+                else replace(sampling, temperature=method.temperature)
             )
             baseline = _plain_row(plain, row_sampling, sampling)
             rows += [] if baseline.name in {row.name for row in rows} else [baseline]

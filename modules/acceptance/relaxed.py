@@ -43,7 +43,7 @@ class RelaxedRule:
     def __call__(self, tree: TokenTree, verified: Verified, draws: Draws) -> Accepted:
         """The accepted path of each sequence and the token after it."""
         # 1. Sampled trees: rejection, sibling by sibling.
-        good_BN = self.good(tree, verified, draws) & tree.acceptable_BN
+        good_BN = self.good(tree, verified, draws) & tree.acceptable_BN & possible(tree, verified)
         if draws.sampling.temperature > 0 and tree.draws_used != {SiblingDraw.BY_VALUE}:
             return accepted_paths(
                 [
@@ -58,6 +58,14 @@ class RelaxedRule:
         # 3. Of the longest paths, the one with most standard tokens.
         score_BN = (tree.topology.ancestors & standard_BN[:, None]).sum(-1).double()
         return longest_path(tree, standard_BN | good_BN, choice_BN, score_BN)
+
+
+def possible(tree: TokenTree, verified: Verified) -> Tensor:
+    """bool [B,N]: tokens that the target may choose at all; suppressed and forbidden ones are never
+    good."""
+    rows = torch.arange(len(tree.tokens_BN), device=tree.tokens_BN.device)[:, None]
+    logits_BN = verified.logits_BNV[rows, tree.parents_BN.clamp(min=0), tree.tokens_BN]
+    return logits_BN > -torch.inf
 
 
 def parent_logits(tree: TokenTree, verified: Verified) -> Tensor:

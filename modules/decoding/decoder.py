@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from modules.acceptance.processors import check_ids
 from modules.acceptance.rules import AcceptanceRule, check_pairing, default_rule
 from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
@@ -179,6 +180,7 @@ class SpeculativeDecoder:
                 f"a prompt has token {largest}, beyond the vocabulary of {size} of "
                 f"{self.target.name!r}: its tokenizer was given tokens that the model was not"
             )
+        check_ids(sampling, size)
         if longest + limit > self.target.max_positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "

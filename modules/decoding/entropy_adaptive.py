@@ -80,11 +80,13 @@ class EntropyAdaptive:
         the bits that each was chosen at, by whichever model wrote it.
 
         Raises:
-            ValueError: several prompts at once; a limit below 1; a prompt that leaves one of the
-                models no room for an answer.
+            ValueError: settings that depend on the text; several prompts at once; a limit below 1;
+                a prompt that leaves one of the models no room for an answer.
         """
         # 1. Refuse what cannot be decoded.
         check_limit(limit)
+        if unused := set(sampling.extra_options()) - {"min_p"}:
+            raise ValueError(f"{self.name} does not apply {min(unused)}: leave it out")
         if len(prompts) != 1:
             raise ValueError(
                 f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"

@@ -13,9 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modules.acceptance.processors import StopStrings, node_paths, prefix_processors
 from modules.acceptance.rules import AcceptanceRule, Draws
 from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, proposal
-from modules.contracts.sampling import Sampling
+from modules.contracts.sampling import Prefixes, Sampling
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import TokenTree
@@ -141,6 +142,10 @@ class Run:
         self.traces = [Trace(len(prompt)) for prompt in self.prompts]
         self._alive = list(range(len(self.prompts)))
         self.draws = Draws(self.sampling, self.generators)
+        self._processors = prefix_processors(self.sampling, self.stop_ids, self.target.device)
+        self._stop_strings = StopStrings.of(self.sampling.stop_strings, self.target.tokenizer)
+        self._stopped: set[int] = set()
+        """Sequences that ended with a stop string."""
         self._state: DraftState | None = None
         self._newest_B: Tensor
         self._session: Session
@@ -175,7 +180,8 @@ class Run:
             capacity = max(lengths) + self.limit + self.budget + 1
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
-            self._newest_B = self.draws.choose(logits_BV[:, None])[:, 0]
+            first_B1V = self._processed(logits_BV[:, None], None)
+            self._newest_B = self.draws.choose(first_B1V)[:, 0]
         if self.observer is not None:
             self.observer.begin(logits_BV, states)
         # 3. The drafter starts from its target states.
@@ -195,10 +201,12 @@ class Run:
                     )
                 )
         # 4. Record the first token.
-        for trace, token in zip(self.traces, self._newest_B.tolist(), strict=True):
+        for sequence, token in enumerate(self._newest_B.tolist()):
+            trace = self.traces[sequence]
             trace.time_to_first_token = first
             trace.ids.append(token)
             trace.drafted.append(False)
+            self._cut(sequence, 0)
         self._drop_finished()
 
     def _step(self) -> None:
@@ -207,7 +215,8 @@ class Run:
         with self.clock.phase("verify"):
             verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
-            accepted, results = read_to_host(tree, self.rule(tree, verified, self.draws))
+            judged = replace(verified, logits_BNV=self._processed(verified.logits_BNV, tree))
+            accepted, results = read_to_host(tree, self.rule(tree, judged, self.draws))
         if self.observer is not None:
             self.observer.step(self._alive, verified, accepted)
         with self.clock.phase("commit"):
@@ -215,6 +224,21 @@ class Run:
         self._absorb(verified, accepted)
         self._record(results, tree.computed)
         self._drop_finished()
+
+    def _processed(self, logits_BNV: Tensor, tree: TokenTree | None) -> Tensor:
+        """The logits of the distributions that text is drawn from: after every node of a tree, or
+        after the prompts. Drafters and observers see the model's own."""
+        if not self._processors:
+            return logits_BNV
+        paths = [[[]]] * len(self._alive) if tree is None else node_paths(tree)
+        prefixes = [
+            # The newest token is node 0.
+            Prefixes(sequence, self.prompts[sequence], self.traces[sequence].ids[:-1], nodes)
+            for sequence, nodes in zip(self._alive, paths, strict=True)
+        ]
+        for processor in self._processors:
+            logits_BNV = processor(logits_BNV, prefixes)
+        return logits_BNV
 
     def _propose(self) -> TokenTree:
         if self.drafter is None or self._state is None:
@@ -237,35 +261,42 @@ class Run:
             earlier = len(trace.ids)
             trace.ids += call.tokens
             trace.drafted += [True] * (len(call.tokens) - 1) + [False]
-            self._cut(trace)
+            self._cut(sequence, earlier)
             # After a cut nothing was accepted or rejected.
             emitted = len(trace.ids) - earlier
             trace.accepted.append(emitted)
             trace.offered.append(call.depth if emitted == len(call.tokens) else emitted - 1)
 
-    def _cut(self, trace: Trace) -> None:
-        """End the answer at its first stop token or at the limit, always after verification."""
-        end = next(
-            (i + 1 for i, token in enumerate(trace.ids) if token in self.stop_ids), self.limit
-        )
-        del trace.ids[min(end, self.limit) :], trace.drafted[min(end, self.limit) :]
+    def _cut(self, sequence: int, earlier: int) -> None:
+        """End the answer at its first stop token or stop string or at the limit, always after
+        verification. Tokens before `earlier` have been looked at."""
+        trace = self.traces[sequence]
+        fresh = enumerate(trace.ids[earlier:], earlier + 1)
+        end = min(next((n for n, token in fresh if token in self.stop_ids), self.limit), self.limit)
+        if self._stop_strings is not None:
+            text_end = self._stop_strings.end(trace.ids[:end], earlier)
+            if text_end is not None:
+                end = text_end
+                self._stopped.add(sequence)
+        del trace.ids[end:], trace.drafted[end:]
 
-    def _finished(self, trace: Trace) -> bool:
-        return len(trace.ids) >= self.limit or trace.ids[-1] in self.stop_ids
+    def _finished(self, sequence: int) -> bool:
+        trace = self.traces[sequence]
+        return (
+            len(trace.ids) >= self.limit
+            or trace.ids[-1] in self.stop_ids
+            or sequence in self._stopped
+        )
 
     def _drop_finished(self) -> None:
         """Remove ended sequences from the cache, the drafter's state and the generators."""
         # 1. Rows of the batch that go on.
-        running = [
-            row
-            for row, sequence in enumerate(self._alive)
-            if not self._finished(self.traces[sequence])
-        ]
+        running = [row for row, sequence in enumerate(self._alive) if not self._finished(sequence)]
         if len(running) == len(self._alive):
             return
         # 2. Times of the ended ones.
         for sequence in self._alive:
-            if self._finished(self.traces[sequence]):
+            if self._finished(sequence):
                 self.traces[sequence].seconds = self.clock.snapshot()
         # 3. Shrink cache, drafter state and generators.
         self._alive = [self._alive[row] for row in running]

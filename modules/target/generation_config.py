@@ -1,10 +1,9 @@
-"""Settings of a model's `generation_config` that decoding ignores, and Hugging Face's `generate`
-without them.
+"""Settings of a model's `generation_config`, and `generate` with the caller's settings alone.
 
-Decoding supports temperature, top-k and top-p, which the caller sets (`Sampling`). All other
-settings of a `generation_config` are ignored everywhere, so that answers are compared on the
-model's own probabilities: `unapplied` names them, `stock_generate` and `SERVED_NEUTRAL` switch them
-off.
+Nothing of a `generation_config` is applied unless it is asked for (`with_config`), so that answers
+are compared on the model's own probabilities: `unapplied` names what it says, `stock_generate` and
+`SERVED_NEUTRAL` switch it off. Settings that decoding has (`Sampling`) can be taken from it, the
+others are refused by name.
 
 Shape legend: B sequences, T tokens.
 """
@@ -13,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
-from modules.contracts.sampling import Sampling
+from modules.acceptance.processors import StopStrings, occurrence_penalties
+from modules.contracts.sampling import EXTRA_OPTIONS, Sampling
 
 NEUTRAL: dict[str, Any] = {
     # Logits processors, at any temperature.
@@ -84,22 +85,102 @@ def unapplied_notice(config: Any) -> str:
         ""
         if not named
         else (
-            f"its generation_config asks for {', '.join(named)}: no command here applies that, and "
-            "answers are those of the model without it"
+            f"its generation_config asks for {', '.join(named)}: this is applied only where "
+            "`generation_config` is set to true, and answers are those of the model without it"
         )
     )
 
 
-def sampling_options(sampling: Sampling) -> dict[str, Any]:
-    """The arguments of `generate` for the same sampling."""
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
+APPLICABLE = {
+    "repetition_penalty": "repetition_penalty",
+    "sequence_bias": "logit_bias",
+    "suppress_tokens": "suppress_tokens",
+    "min_new_tokens": "min_new_tokens",
+    "min_p": "min_p",
+    "stop_strings": "stop_strings",
+}
+"""Options of a `generation_config` that can be applied, and the settings of `Sampling` they are."""
+
+
+def with_config(sampling: Sampling, config: Any) -> Sampling:
+    """These settings, and those of a `generation_config` where they are at their defaults. Of a
+    config that samples (`do_sample`) also top-k and top-p; the temperature stays as it is.
+
+    Raises:
+        ValueError: the config asks for something that decoding does not have, by name.
+    """
+    options = unapplied(config)
+    # 1. What cannot be applied.
+    refused = [name for name in options if name not in APPLICABLE]
+    biases = _single_biases(options.pop("sequence_bias", {}))
+    if refused or biases is None:
+        raise ValueError(
+            f"generation_config asks for {', '.join(refused) or 'sequence_bias of several tokens'},"
+            f" which is not supported: set generation_config to false, or edit the target's file "
+            f"(supported: {', '.join(APPLICABLE)})"
+        )
+    # 2. What the caller has left at its default.
+    options_taken = {APPLICABLE[name]: value for name, value in options.items()}
+    options_taken |= {"logit_bias": biases} if biases else {}
+    if isinstance(options_taken.get("stop_strings"), str):
+        options_taken["stop_strings"] = [options_taken["stop_strings"]]
+    if getattr(config, "do_sample", False):
+        warpers = {"top_k": 0, "top_p": 1.0}
+        values = {name: getattr(config, name, None) for name in warpers}
+        options_taken |= {name: value for name, value in values.items() if value is not None}
+    free = {"top_k": 0, "top_p": 1.0, **EXTRA_OPTIONS}
+    options_taken = {
+        name: value
+        for name, value in options_taken.items()
+        if getattr(sampling, name) == free[name]
     }
+    return replace(sampling, **options_taken)
+
+
+def _single_biases(option: Any) -> dict[int, float] | None:
+    """Biases by token of a `sequence_bias`; None where one is of several tokens."""
+    pairs = option.items() if isinstance(option, Mapping) else option
+    biases = [(list(tokens), float(bias)) for tokens, bias in pairs]
+    if any(len(tokens) != 1 for tokens, _ in biases):
+        return None
+    return {tokens[0]: bias for tokens, bias in biases}
+
+
+def sampling_options(sampling: Sampling) -> dict[str, Any]:
+    """The entries of a `GenerationConfig` for the same sampling."""
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    # What acts on sampling alone is left out when greedy; what has no entry is `extra_arguments`.
+    extra = sampling.extra_options()
+    if sampling.temperature == 0:
+        extra.pop("min_p", None)
+    for name in ("presence_penalty", "frequency_penalty"):
+        extra.pop(name, None)
+    if biases := extra.pop("logit_bias", {}):
+        extra["sequence_bias"] = [[[token], float(bias)] for token, bias in biases.items()]
+    for name in ("suppress_tokens", "stop_strings"):
+        extra |= {name: list(extra[name])} if name in extra else {}
+    return {**options, **extra}
+
+
+def extra_arguments(sampling: Sampling, width: int, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of `generate` for settings without an entry in its config.
+
+    Args:
+        sampling: the settings.
+        width: tokens of the padded prompts.
+        tokenizer: whose text stop strings are.
+    """
+    arguments: dict[str, Any] = {"tokenizer": tokenizer} if sampling.stop_strings else {}
+    if penalties := occurrence_penalties(sampling, width):
+        arguments["logits_processor"] = LogitsProcessorList(penalties)
+    return arguments
 
 
 @torch.no_grad()
@@ -110,6 +191,7 @@ def stock_generate(
     limit: int,
     eos_ids: frozenset[int],
     options: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
     **arguments: Any,
 ) -> list[list[int]]:
     """New ids of every prompt by `generate`, as one left-padded batch, each up to its end token.
@@ -123,6 +205,7 @@ def stock_generate(
         limit: new tokens at most.
         eos_ids: tokens that end an answer.
         options: further entries of the generation config.
+        tokenizer: for stop strings.
         arguments: further arguments of `generate`.
     """
     # 1. Pad the prompts on the left.
@@ -146,9 +229,11 @@ def stock_generate(
             ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             generation_config=config,
+            **extra_arguments(sampling, width, tokenizer),
             **arguments,
         )
-    return [_through_end(row, eos_ids) for row in text_BT[:, width:].tolist()]
+    strings = StopStrings.of(sampling.stop_strings, tokenizer)
+    return [_through_end(row, eos_ids, strings) for row in text_BT[:, width:].tolist()]
 
 
 @contextmanager
@@ -162,6 +247,7 @@ def _without_its_config(model: Any) -> Iterator[None]:
         model.generation_config = original
 
 
-def _through_end(ids: list[int], ends: frozenset[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: stop + 1]
+def _through_end(ids: list[int], ends: frozenset[int], strings: StopStrings | None) -> list[int]:
+    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    text_end = None if strings is None else strings.end(ids[:stop])
+    return ids[: stop if text_end is None else text_end]

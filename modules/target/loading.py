@@ -102,8 +102,8 @@ def load_target(
     """Load a frozen target. Errors of its config and tokenizer are raised before its weights are
     read.
 
-    One warning names the settings of its `generation_config` that no command applies. temperature,
-    top_k and top_p are not among them: every command has its own.
+    One warning names the settings of its `generation_config` that are not applied unless asked for.
+    temperature, top_k and top_p are not among them: every command has its own.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `smollm2-135m` (from the installed

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.target.generation_config import sampling_options
 from modules.target.target import Target
 from tests.fakes import tiny_target
 
@@ -92,10 +93,7 @@ def generate_probs(target: Target, texts: list[list[int]], sampling: Sampling) -
     """
     config = GenerationConfig(
         max_new_tokens=1,
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        **sampling_options(sampling),
         output_scores=True,
         return_dict_in_generate=True,
         pad_token_id=0,
