@@ -10,15 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from data.chat_tokens import Answer, answer_ids
+from data.chat_tokens import Answer, answer_ids, reasoning_length
 from data.chat_tokens import prompt_ids as prompt_ids
 from data.reading.files import Place, Row, Skipped, Tally
 from data.reading.rows import Conversation
+
+TrainOn = Literal["all", "last_turn", "answer_without_reasoning"]
+"""Which of the assistant's tokens are trained on: all, those of its last turn, or all but those of
+its reasoning, which stays before the answer."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,10 @@ def tokenize(
     tokenizer: Any,
     max_length: int,
     end_ids: Collection[int] | None = None,
+    train_on: TrainOn = "all",
 ) -> Tokenized:
     """Apply the target's chat template; the mask covers the assistant's tokens and its end-of-turn
-    tokens.
+    tokens. Turns of `weight` 0 are only read.
 
     The tokens before every answer are exactly its `prompt_ids`. All answers are in one document as
     long as each prompt continues the answer before it; where a template rewrites earlier turns, an
@@ -88,16 +93,15 @@ def tokenize(
 
     Args:
         end_ids: tokens that end an answer (default: the tokenizer's EOS).
+        train_on: which of them the mask covers.
 
     Raises:
         Skipped: no assistant turn, or none to train on, with the first answer's reason.
     """
-    turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    if not turns:
-        raise Skipped("no assistant turn")
+    turns = _trained_turns(conversation, train_on)
     ends = frozenset(end_ids or {tokenizer.eos_token_id})
-    # 1. Answers that continue each other form a chain.
-    chains: list[list[Answer]] = []
+    # 1. Answers that continue each other form a chain, each with its number of unmasked tokens.
+    chains: list[list[tuple[Answer, int]]] = []
     left_out: Counter[str] = Counter()
     for number, turn in enumerate(turns):
         try:
@@ -109,15 +113,31 @@ def tokenize(
         if len(answer.prompt) >= max_length:
             left_out[_too_long(max_length)] += len(turns) - number
             break
-        if chains and _goes_on(answer, chains[-1][-1]):
-            chains[-1].append(answer)
+        unmasked = 0
+        if train_on == "answer_without_reasoning":
+            unmasked = reasoning_length(conversation.messages[turn], answer.said, tokenizer)
+        if len(answer.prompt) + unmasked >= max_length:
+            left_out[f"nothing but reasoning within data.max_length ({max_length} tokens)"] += 1
+        elif chains and _goes_on(answer, chains[-1][-1][0]):
+            chains[-1].append((answer, unmasked))
         else:
-            chains.append([answer])
+            chains.append([(answer, unmasked)])
     if not chains:
         raise Skipped(next(iter(left_out)))
     # 2. A document per chain; all share the group of the first prompt.
-    opening = hash_ids(chains[0][0].prompt)
+    opening = hash_ids(chains[0][0][0].prompt)
     return Tokenized([_document(chain, max_length, opening) for chain in chains], left_out)
+
+
+def _trained_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
+    """The assistant's turns to train on. Raises Skipped without any."""
+    turns = [i for i, turn in enumerate(conversation.messages) if turn["role"] == "assistant"]
+    if not turns:
+        raise Skipped("no assistant turn")
+    trained = [i for i in turns if conversation.messages[i].get("weight", 1)]
+    if not trained:
+        raise Skipped("no assistant turn but those of `weight` 0")
+    return trained[-1:] if train_on == "last_turn" else trained
 
 
 def tokenize_answer(
@@ -135,7 +155,7 @@ def tokenize_answer(
     answer = answer_ids(conversation, len(conversation.messages) - 1, tokenizer, ends)
     if len(answer.prompt) >= max_length:
         raise Skipped(_too_long(max_length))
-    return _document([answer], max_length)
+    return _document([(answer, 0)], max_length)
 
 
 def _too_long(max_length: int) -> str:
@@ -148,13 +168,17 @@ def _goes_on(answer: Answer, earlier: Answer) -> bool:
     return answer.prompt[: len(before)] == before
 
 
-def _document(chain: Sequence[Answer], max_length: int, opening: str | None = None) -> Tokens:
-    """The document of answers that continue each other, truncated at `max_length`."""
+def _document(
+    chain: Sequence[tuple[Answer, int]], max_length: int, opening: str | None = None
+) -> Tokens:
+    """The document of answers that continue each other, each with the number of its tokens that the
+    mask leaves out, truncated at `max_length`."""
     ids: list[int] = []
     mask: list[bool] = []
-    for answer in chain:
+    for answer, unmasked in chain:
         ids = answer.prompt + answer.said
-        mask += [False] * (len(answer.prompt) - len(mask)) + [True] * len(answer.said)
+        mask += [False] * (len(answer.prompt) + unmasked - len(mask))
+        mask += [True] * (len(answer.said) - unmasked)
     return Tokens(
         torch.tensor(ids[:max_length]),
         torch.tensor(mask[:max_length]),
@@ -239,6 +263,7 @@ def tokenize_all(
     end_ids: Collection[int] | None = None,
     rows: int | None = None,
     tally: Tally | None = None,
+    train_on: TrainOn = "all",
 ) -> list[Tokens]:
     """Documents of all usable conversations in order, up to a budget of response tokens.
 
@@ -248,6 +273,7 @@ def tokenize_all(
     Args:
         rows: of the model's embedding, see `check_ids`.
         tally: counts skipped rows; it may already hold unreadable ones.
+        train_on: which of the assistant's tokens the mask covers.
 
     Raises:
         ValueError: no conversation can be used.
@@ -260,7 +286,7 @@ def tokenize_all(
             break
         # All documents of a conversation, or a reason to skip it.
         try:
-            tokenized = tokenize(conversation, tokenizer, max_length, end_ids)
+            tokenized = tokenize(conversation, tokenizer, max_length, end_ids, train_on)
             for document in tokenized.documents:
                 check_ids(document.input_ids, tokenizer, rows)
             new = [document for document in tokenized.documents if document.key not in documents]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from configs.command_line.work_share import Share
-from data.conversations import Tokens, hash_ids, tokenize_all
+from data.conversations import Tokens, TrainOn, hash_ids, tokenize_all
 from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
 from data.packing import collate, generator, pack
 from data.reading.files import Tally, local_files
@@ -182,6 +182,8 @@ class ConversationData(LightningDataModule):
         workers: processes that prepare batches.
         max_training_tokens: train on this many response tokens, from the beginning of what is not
             held out (null: all).
+        train_on: which of the assistant's tokens: all, those of its last turn, or all but those of
+            its reasoning (which stays before the answer).
     """
 
     batches: ClassVar[type[Batches]] = Batches
@@ -204,6 +206,7 @@ class ConversationData(LightningDataModule):
         workers: int = 0,
         max_training_tokens: int | None = None,
         features_gib: float | None = None,
+        train_on: TrainOn = "all",
     ) -> None:
         # What to read.
         super().__init__()
@@ -223,6 +226,7 @@ class ConversationData(LightningDataModule):
         self.features, self.seed, self.workers = features, seed, workers
         self.features_dtype: CacheDtype = features_dtype
         self.features_gib = features_gib
+        self.train_on: TrainOn = train_on
         # Filled by `bind`.
         self.documents: list[Tokens] = []
         self.held_out: list[Tokens] = []
@@ -312,6 +316,7 @@ class ConversationData(LightningDataModule):
             self._target.eos_ids,
             self._target.shape.vocab_size,
             tally,
+            self.train_on,
         )
 
     def _tally(self, word: str) -> Tally:

@@ -1,28 +1,31 @@
 """Answers from a server with the OpenAI chat protocol (vLLM, SGLang, llama.cpp, …) that runs the
-target.
+target, requested with OpenAI's client.
 
-A drafter must learn its own target's answers, so the server must run exactly that target. The
-server applies its chat template and returns text: rows have no `response_ids`.
+A drafter must learn its own target's answers, so the server must run exactly that target. It
+applies its chat template. A server that gives the tokens of prompts and answers (vLLM,
+`return_token_ids`) is asked for them, so that nothing is tokenised again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import openai
+
 from configs.command_line.loading import config_parser, exit_with, parse
+from configs.command_line.progress import progress_of
 from configs.command_line.redaction import printable, redacted
 from data.generation.answering import (
+    Chat,
     Journal,
     Key,
     chats_of,
@@ -33,9 +36,9 @@ from data.generation.answering import (
     summary,
     write_answers,
 )
-from data.generation.requests import Redirected, Trouble, post
-from data.reading.files import LONGEST_LINE, Place, Row, Tally, clean, read_jsonl
-from data.reading.rows import Message
+from data.generation.requests import LONGEST_TROUBLE, TooLong, bounded_client
+from data.reading.files import LONGEST_LINE, Place, Row, Skipped, Tally, clean, read_jsonl
+from data.reading.rows import TEMPLATE_ARGUMENTS, Message, token_ids
 from data.regenerate import Generation
 from modules.target.generation_config import SERVED_NEUTRAL
 
@@ -47,6 +50,11 @@ _OF_THE_PROMPT = (400, 413, 422)
 """Statuses of a refused prompt, for instance because it is longer than the context."""
 _REASONING = ("reasoning_content", "reasoning")
 """Keys of the reasoning in answers of servers with a reasoning parser."""
+_SENT = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Keys of turns that the protocol has."""
+_TOKEN_IDS = "return_token_ids"
+_NO_KEY = "none"
+"""In place of a missing key, which is not sent."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,10 @@ class Endpoint:
             otherwise take from the model's `generation_config`; false for a server that refuses
             these keys.
         chat_template: arguments of the target's chat template (sent as `chat_template_kwargs`,
-            which vLLM and SGLang read), as in the recipe that trains on the answers.
+            which vLLM and SGLang read), as in the recipe that trains on the answers; a prompt's own
+            `chat_template_kwargs` go first.
+        token_ids: also request the tokens of prompts and answers (`return_token_ids`, which vLLM
+            knows and most servers ignore); false for a server that refuses this key.
     """
 
     url: str
@@ -80,6 +91,7 @@ class Endpoint:
     refusals: int = 0
     neutral: bool = True
     chat_template: dict[str, Any] | None = None
+    token_ids: bool = True
 
     def __post_init__(self) -> None:
         """Refuse invalid addresses and values out of range."""
@@ -121,10 +133,10 @@ class Refused(ValueError):
 
 
 class Request(NamedTuple):
-    """A request for one answer. place: of its prompt, for messages."""
+    """A request for one answer to a question of `chat`."""
 
     key: Key
-    place: Place
+    chat: Chat
     temperature: float
     messages: list[Message]
 
@@ -140,8 +152,9 @@ def regenerate_by(
     `data.regenerate.regenerate` does.
 
     Every answer is written to a journal beside the output when it arrives, including pending ones
-    when the run has to end; an interrupted run only requests the rest. Reasoning that the server
-    returns separately is stored in the answer's turn as `reasoning_content`.
+    when the run has to end; an interrupted run only requests the rest. Reasoning and tool calls
+    that the server returns separately are stored in the answer's turn as `reasoning_content` and
+    `tool_calls`, tokens as `response_ids` and `prompt_ids`.
 
     Raises:
         ValueError: the output exists, no prompt can be answered, the journal belongs to other
@@ -151,7 +164,7 @@ def regenerate_by(
     tally = Tally("prompt") if tally is None else tally
     with making(Path(output)) as place:
         # 1. Read the prompts, and continue a journal with the same settings.
-        chats = chats_of(prompts, tally)
+        chats = chats_of(prompts, tally, offered=True)
         settings = {
             "target": endpoint.model,
             "prompts": prompts_digest([row.content for row in prompts]),
@@ -160,20 +173,9 @@ def regenerate_by(
             **generation.settings(),
         }
         journal = Journal(place.with_name(place.name + ".journal"), settings)
-        # 2. Turn by turn, because a question follows the answers before it.
+        # 2. Request the answers.
         refused: list[Refused] = []
-        with ThreadPoolExecutor(endpoint.concurrency) as pool:
-            for turn in range(max(len(chat.questions) for chat in chats)):
-                pending = (
-                    Request(
-                        key, chat.row.place, generation.temperature(key.index, key.number), messages
-                    )
-                    for chat, key, messages in list(
-                        open_questions(chats, turn, generation.answers, journal)
-                    )
-                )
-                for answer in _answers(pool, endpoint, pending, generation, refused):
-                    journal.append([answer])
+        asyncio.run(_answer_all(endpoint, chats, journal, generation, refused))
         # 3. Count refusals, and write the rows.
         for refusal in refused:
             tally.skip("refused by the server", refusal.place)
@@ -183,30 +185,77 @@ def regenerate_by(
     return place
 
 
-def _answers(
-    pool: ThreadPoolExecutor,
+async def _answer_all(
+    endpoint: Endpoint,
+    chats: Sequence[Chat],
+    journal: Journal,
+    generation: Generation,
+    refused: list[Refused],
+) -> None:
+    """Add all answers to the journal, turn by turn, because a question follows the answers before
+    it."""
+    total = generation.answers * sum(len(chat.questions) for chat in chats)
+    shown = progress_of(endpoint.model, "answers", len(journal.answers), total)
+    with shown as advance:
+        async with _client(endpoint) as client:
+            for turn in range(max(len(chat.questions) for chat in chats)):
+                pending = (
+                    Request(key, chat, generation.temperature(key.index, key.number), messages)
+                    for chat, key, messages in list(
+                        open_questions(chats, turn, generation.answers, journal)
+                    )
+                )
+                async for answer in _answers(client, endpoint, pending, generation, refused):
+                    journal.append([answer])
+                    advance(1)
+
+
+def _client(endpoint: Endpoint) -> openai.AsyncOpenAI:
+    """OpenAI's client without its own retries, which know no broken answers, and redirects.
+
+    Raises:
+        ValueError: a key that no header can contain.
+    """
+    key = os.environ.get(endpoint.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the key in {endpoint.key_variable} holds a line break, or a character that no header "
+            "takes: set it again"
+        )
+    return openai.AsyncOpenAI(
+        base_url=endpoint.url,
+        api_key=key or _NO_KEY,
+        max_retries=0,
+        timeout=None,
+        http_client=bounded_client(LONGEST_LINE, endpoint.concurrency),
+    )
+
+
+async def _answers(
+    client: openai.AsyncOpenAI,
     endpoint: Endpoint,
     pending: Iterator[Request],
     generation: Generation,
     refused: list[Refused],
-) -> Iterator[dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any]]:
     """Answers as they arrive, with at most `concurrency` pending requests; refusals are added to
     `refused`.
     """
 
-    def begin(count: int) -> set[Future[dict[str, Any]]]:
+    def begin(count: int) -> set[asyncio.Task[dict[str, Any]]]:
         return {
-            pool.submit(_ask, endpoint, request, generation) for request in islice(pending, count)
+            asyncio.ensure_future(_ask(client, endpoint, request, generation))
+            for request in islice(pending, count)
         }
 
     # Each finished request is replaced by a new one, until one fails.
     running, failure = begin(endpoint.concurrency), None
     while running:
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            error = future.exception()
+        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
             if error is None:
-                yield future.result()
+                yield task.result()
                 continue
             if isinstance(error, Refused):
                 refused.append(error)
@@ -226,138 +275,143 @@ def _answers(
         raise failure
 
 
-def _ask(endpoint: Endpoint, request: Request, generation: Generation) -> dict[str, Any]:
-    # The request, without keys of turns that the protocol lacks.
-    said = [
-        {key: turn[key] for key in ("role", "content", "name") if key in turn}
-        for turn in request.messages
-    ]
+async def _ask(
+    client: openai.AsyncOpenAI, endpoint: Endpoint, request: Request, generation: Generation
+) -> dict[str, Any]:
+    # 1. The request; what the protocol lacks is sent beside its own keys.
+    template = {**(endpoint.chat_template or {}), **(request.chat.template or {})}
+    extra = {
+        **(SERVED_NEUTRAL if endpoint.neutral else {}),
+        **({TEMPLATE_ARGUMENTS: template} if template else {}),
+        **({_TOKEN_IDS: True} if endpoint.token_ids else {}),
+    }
     body = {
         "model": endpoint.model,
-        "messages": said,
+        "messages": [{k: turn[k] for k in _SENT if k in turn} for turn in request.messages],
         "max_tokens": generation.max_new_tokens,
         "temperature": request.temperature,
         "top_p": generation.top_p if request.temperature else 1.0,
         "seed": generation.seed_of(request.key),
-        **(SERVED_NEUTRAL if endpoint.neutral else {}),
+        **({"tools": request.chat.tools} if request.chat.tools else {}),
     }
-    if endpoint.chat_template:
-        body["chat_template_kwargs"] = endpoint.chat_template
-    # A refusal because of our own keys needs another setting, not another prompt.
+    # 2. A refusal because of our own keys needs another setting, not another prompt.
     try:
-        choice = _posted(endpoint, body)
+        choice, prompt = await _posted(client, endpoint, body, extra)
     except Refused as refused:
-        unknown = [key for key in SERVED_NEUTRAL if endpoint.neutral and key in str(refused)]
-        if unknown:
-            raise ValueError(
-                f"endpoint.url {endpoint.url}: {refused}: the server does not take {unknown[0]}: "
-                "set endpoint.neutral to false, if it applies nothing of a generation_config"
-            ) from None
-        raise Refused(f"prompt {request.key.index + 1}: {refused}", request.place) from None
-    # The answer as a line of the journal.
+        for name, keys in (("neutral", SERVED_NEUTRAL), ("token_ids", (_TOKEN_IDS,))):
+            unknown = next((key for key in keys if key in extra and key in str(refused)), None)
+            if unknown:
+                raise ValueError(
+                    f"endpoint.url {endpoint.url}: {refused}: the server does not take {unknown}: "
+                    f"set endpoint.{name} to false"
+                    + (", if it applies nothing of a generation_config" * (name == "neutral"))
+                ) from None
+        place = request.chat.row.place
+        raise Refused(f"prompt {request.key.index + 1}: {refused}", place) from None
+    # 3. The answer as a line of the journal.
     message = choice["message"]
     reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
+    ids = {"response_ids": choice.get("token_ids"), "prompt_ids": prompt}
     return {
         **request.key._asdict(),
-        "response": message["content"],
+        "response": message["content"] or "",
         "temperature": request.temperature,
-        "finished": choice.get("finish_reason") == "stop",
+        "finished": choice.get("finish_reason") in ("stop", "tool_calls"),
+        **{key: value for key, value in ids.items() if value and ids["response_ids"]},
         **({"reasoning_content": reasoning} if reasoning.strip() else {}),
+        **({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}),
     }
 
 
-def _posted(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """The choice in the server's answer, with retries after busy servers, broken connections and
-    broken answers.
+async def _posted(
+    client: openai.AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], extra: dict[str, Any]
+) -> tuple[dict[str, Any], list[int] | None]:
+    """The choice in the server's answer and the prompt's tokens, with retries after busy servers,
+    broken connections and broken answers.
     """
-    headers = {"Content-Type": "application/json", **_authorization(endpoint)}
-    address = endpoint.url.rstrip("/") + "/chat/completions"
+    create = client.chat.completions.with_raw_response.create
+    headers = {} if client.api_key != _NO_KEY else {"Authorization": openai.Omit()}
     for attempt in range(endpoint.retries + 1):
         try:
-            return _choice(
-                _json(
-                    *post(
-                        address,
-                        json.dumps(body).encode(),
-                        headers,
-                        endpoint.timeout,
-                        LONGEST_LINE + 1,
-                    )
-                )
-            )
+            answer = create(**body, extra_body=extra, extra_headers=headers)
+            response = await asyncio.wait_for(answer, endpoint.timeout)
+            return _choice(_json(response.http_response.content))
         # What cannot be repaired by repeating ends the loop.
-        except Trouble as error:
-            trouble = str(error)
-            if error.code in _OF_THE_PROMPT:
+        except openai.APIStatusError as error:
+            code, trouble = error.status_code, _said(error)
+            if 300 <= code < 400:
+                raise ValueError(f"endpoint.url {endpoint.url}: {_redirected(error)}") from None
+            if code in _OF_THE_PROMPT:
                 raise Refused(trouble) from None
-            if error.code not in _WORTH_RETRYING:
+            if code not in _WORTH_RETRYING:
                 break
         except Refused:
             raise
-        except Redirected as redirected:
-            raise ValueError(f"endpoint.url {endpoint.url}: {redirected}") from None
-        except (OSError, HTTPException, ValueError) as error:
-            trouble = printable(str(error))
+        except TooLong as error:
+            raise Refused(str(error)) from None
+        except asyncio.TimeoutError:
+            trouble = f"no whole answer within {endpoint.timeout:g} seconds"
+        except (openai.APIConnectionError, ValueError) as error:
+            trouble = printable(str(error.__cause__ or error))
         if attempt < endpoint.retries:
-            time.sleep(endpoint.wait * 2**attempt)
+            await asyncio.sleep(endpoint.wait * 2**attempt)
     raise ValueError(
         f"endpoint.url {endpoint.url}: {trouble}; what was answered is kept: run the same command "
         "again when the server is well"
     )
 
 
-def _authorization(endpoint: Endpoint) -> dict[str, str]:
-    """The header with the key, if any. Raises ValueError for a key that no header can contain."""
-    key = os.environ.get(endpoint.key_variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"the key in {endpoint.key_variable} holds a line break, or a character that no header "
-            "takes: set it again"
-        )
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _said(error: openai.APIStatusError) -> str:
+    """The status and the beginning of an error's body, with credentials redacted."""
+    text = error.response.content.decode(errors="replace")
+    return f"{error.status_code} {printable(redacted(text))}"
 
 
-def _json(body: bytes, whole: bool) -> Any:
-    """The JSON value of an answer, with lone surrogates replaced.
+def _redirected(error: openai.APIStatusError) -> str:
+    place = printable(redacted(error.response.headers.get("location", "")))[:LONGEST_TROUBLE]
+    return (
+        f"the server redirects ({error.status_code}) to {place}: the key is not sent there, give "
+        "that address if you trust it"
+    )
 
-    Raises:
-        Refused: the answer is too long.
-        ValueError: it is not JSON, or truncated.
-    """
-    if len(body) > LONGEST_LINE:
-        raise Refused(f"an answer of more than {LONGEST_LINE >> 20} MiB")
-    if not whole:
-        raise ValueError("an answer that is cut off")
+
+def _json(body: bytes) -> Any:
+    """The JSON value of an answer, with lone surrogates replaced. Raises ValueError if it is not
+    JSON."""
     try:
         return clean(json.loads(body))
     except RecursionError:
         raise ValueError("an answer of JSON that is nested too deeply") from None
 
 
-def _choice(answer: Any) -> dict[str, Any]:
-    """The first choice of an answer, whose message contains text.
+def _choice(answer: Any) -> tuple[dict[str, Any], list[int] | None]:
+    """The first choice of an answer, whose message contains text or tool calls, and the tokens of
+    the prompt.
 
     Raises:
-        Refused: the message has no text.
+        Refused: the message has neither.
         ValueError: it is no chat completion.
     """
     # The parts of a chat completion.
     try:
-        message = answer["choices"][0]["message"]
-        content = message["content"]
+        choice = answer["choices"][0]
+        message = choice["message"]
+        content = message["content"] if not message.get("tool_calls") else message.get("content")
         if message.get("role", "assistant") not in ("assistant", None):
             raise TypeError
-    except (KeyError, IndexError, TypeError, AttributeError):
+        token_ids(choice.get("token_ids"), "token_ids")
+        prompt = token_ids(answer.get("prompt_token_ids"), "prompt_token_ids")
+    except (KeyError, IndexError, TypeError, AttributeError, Skipped):
         raise ValueError(f"no chat completion: {redacted(json.dumps(answer))[:300]}") from None
     # A message without text, as after reasoning that took all tokens.
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not message.get("tool_calls"):
         reason = (
             " (all of max_new_tokens went into reasoning: raise it)"
             if any(message.get(key) for key in _REASONING)
             else ""
         )
         raise Refused(f"an answer without text{reason}: {redacted(json.dumps(message))[:300]}")
-    return answer["choices"][0]
+    return choice, prompt
 
 
 # -- command line ----------------------------------------------------------------------------------

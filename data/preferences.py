@@ -9,7 +9,7 @@ import copy
 import random
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -32,6 +32,7 @@ from data.reading.rows import (
     after_system,
     opening_of,
     spoken,
+    template_of,
     tools_of,
 )
 from modules.contracts.batches import PreferenceBatch, TextBatch
@@ -58,7 +59,8 @@ class Preference:
 
     error: characters of the first mistake in the rejected answer, if known. inferred: whether the
     mistake may be anywhere in the step that `error` spans. turns: the two answers as turns, if they
-    hold more than text. tools: descriptions of the functions that the assistant may call.
+    hold more than text. tools: descriptions of the functions that the assistant may call. template:
+    the row's own arguments of the chat template.
     """
 
     messages: list[Message]
@@ -68,6 +70,7 @@ class Preference:
     inferred: bool = False
     turns: tuple[Message, Message] | None = None
     tools: list[Any] | None = None
+    template: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ def read_preferences(row: dict[str, Any], corruptions: int = 0, seed: int = 0) -
     # 2. Two answers to one prompt.
     if not {"chosen", "rejected"} <= row.keys():
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
-    return [_dialogues(_dialogue(row, "chosen"), _dialogue(row, "rejected"), tools_of(row))]
+    preference = _dialogues(_dialogue(row, "chosen"), _dialogue(row, "rejected"))
+    return [replace(preference, tools=tools_of(row), template=template_of(row))]
 
 
 def _dialogue(row: dict[str, Any], key: str) -> list[Message]:
@@ -188,9 +192,7 @@ def _turns(dialogue: str, key: str) -> list[Message]:
     ]
 
 
-def _dialogues(
-    chosen: list[Message], rejected: list[Message], tools: list[Any] | None
-) -> Preference:
+def _dialogues(chosen: list[Message], rejected: list[Message]) -> Preference:
     if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise Skipped("the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
@@ -201,7 +203,6 @@ def _dialogues(
         better["content"] or "",
         worse["content"] or "",
         turns=(better, worse),
-        tools=tools,
     )
 
 
@@ -220,7 +221,9 @@ def tokenize_pair(
         {"role": "assistant", "content": answer or ""} for answer in answers
     ]
     for answer, turn in zip(answers, turns, strict=True):
-        dialogue = Conversation([*preference.messages, turn], tools=preference.tools)
+        dialogue = Conversation(
+            [*preference.messages, turn], tools=preference.tools, template=preference.template
+        )
         sides.append(
             None if answer is None else tokenize_answer(dialogue, tokenizer, max_length, end_ids)
         )

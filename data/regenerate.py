@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from configs.command_line.loading import accept_recipes, config_parser, exit_with, parse
+from configs.command_line.progress import progress_of
 from data.conversations import check_ids, prompt_ids
 from data.generation.answering import (
     Chat,
@@ -121,7 +120,8 @@ def regenerate(
     A row has its prompt's keys (`category`, `prompt`, …) and `response`, `response_ids`,
     `temperature` and `finished`. A chat's questions are answered one after the other, each after
     the new answers to the earlier ones, and the chat is stored in `messages`; it ends early where
-    an answer is truncated or the context is full.
+    an answer is truncated, names a function that the row offers (`tools`), or fills the context.
+    Tool calls that have their results are kept, with `weight` 0.
 
     Args:
         target: the model that answers.
@@ -138,14 +138,13 @@ def regenerate(
     tally = Tally("prompt") if tally is None else tally
     with making(Path(output)) as place:
         # 1. Continue a journal with the same settings.
-        chats = chats_of(prompts, tally)
+        chats = chats_of(prompts, tally, offered=True)
         journal = Journal(
             place.with_name(place.name + ".journal"), _settings(target, prompts, generation)
         )
         total = generation.answers * sum(len(chat.questions) for chat in chats)
-        columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("", total=total, completed=len(journal.answers))
+        begun = len(journal.answers)
+        with progress_of(str(place), "answers", begun, total, progress) as advance:
             # 2. Turn by turn, in batches of one temperature and similar length.
             for turn in range(max(len(chat.questions) for chat in chats)):
                 for batch in _batches(
@@ -158,7 +157,7 @@ def regenerate(
                             for job, ids in zip(batch, _generate(target, batch, generation))
                         ]
                     )
-                    bar.advance(task, len(batch))
+                    advance(len(batch))
                 if not journal.answers:
                     raise ValueError(f"no prompt can be answered: {tally.reasons()}")
         # 3. Write all rows, then remove the journal.
@@ -182,7 +181,7 @@ def _jobs(
     room = target.max_positions - generation.max_new_tokens
     for chat, key, messages in open_questions(chats, turn, generation.answers, journal):
         try:
-            ids = prompt_ids(messages, target.tokenizer)
+            ids = prompt_ids(messages, target.tokenizer, chat.tools, chat.template)
             check_ids(ids, target.tokenizer, target.shape.vocab_size)
             if len(ids) > room:
                 raise Skipped(

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.class_paths import Kind
 from configs.command_line.endings import resumable
+from configs.command_line.progress import progress_of
 from data.reading.files import Tally
 from eval.methods.rows import Method, Precision, Row, build_rows, class_of, unique_labels
 from eval.methods.templates import chat_arguments
@@ -455,28 +455,23 @@ def _measure(
 ) -> list[Record]:
     # Work by batch size: rows are interleaved within one size.
     work = {size: units(tasks, size, evaluation.repeats) for size in evaluation.batch_sizes}
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(
-            f"{len(rows)} rows", total=sum(len(share.of(batches)) for batches in work.values())
-        )
+    mine = [unit for batches in work.values() for unit in share.of(batches)]
+    done = sum(unit.key in journal.done for unit in mine)
+    with progress_of(
+        f"{len(rows)} rows", "batches of prompts", done, len(mine), console=console
+    ) as advance:
         # One harness per batch size, over this process's batches.
         for size, batches in work.items():
             harness = Harness(
                 [row for row in rows if row.batch_size == size],
                 evaluation.max_new_tokens,
                 evaluation.seed,
-                lambda unit: progress.update(bar, advance=1, description=unit.task),
+                lambda unit: advance(1),
             )
             harness.run(share.of(batches), journal)
     # Records of all processes, in the order of one process.
-    done = share.merged(journal.done)
-    return [record for batches in work.values() for unit in batches for record in done[unit.key]]
+    every = share.merged(journal.done)
+    return [record for batches in work.values() for unit in batches for record in every[unit.key]]
 
 
 def choose_sample(summaries: Sequence[Summary], tasks: Sequence[Task]) -> Sample | None:

@@ -17,7 +17,12 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress_of(
-    what: str, unit: str, done: int, total: int, visible: bool = True
+    what: str,
+    unit: str,
+    done: int,
+    total: int,
+    visible: bool = True,
+    console: Console | None = None,
 ) -> Iterator[Advance]:
     """A context with a function that advances the progress by a count.
 
@@ -26,8 +31,9 @@ def progress_of(
         unit: plural of the counted things.
         done, total: counts at the start.
         visible: whether anything is shown.
+        console: where; by default the standard output.
     """
-    console = Console()
+    console = console or Console()
     if visible and not console.is_terminal:
         yield _lines(what, unit, done, total, console)
         return

@@ -20,12 +20,21 @@ from typing import Any, NamedTuple
 
 from configs.command_line.outputs import append_lines, claimed_file
 from data.reading.files import Place, Row, Skipped, Tally, clean, local_files, read_rows
-from data.reading.rows import CHATS, Message, questions_of
+from data.reading.rows import (
+    CHATS,
+    TEMPLATE_ARGUMENTS,
+    Message,
+    questions_of,
+    template_of,
+    tools_of,
+)
 from modules.runtime.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-_ANSWER = ("response", "response_ids", "temperature", "finished")
+_ANSWER = ("response", "response_ids", "prompt_ids", "temperature", "finished")
+_IN_TURNS = ("reasoning_content", "tool_calls", "response_ids")
+"""Keys of an answer that its turn holds as well."""
 
 
 class Key(NamedTuple):
@@ -38,11 +47,22 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Chat:
-    """A prompt's questions: for each, the turns between the previous answer and its answer."""
+    """A prompt's questions: for each, the turns between the previous answer and its answer.
+
+    tools: functions that are offered. template: the row's own arguments of the chat template.
+    """
 
     index: int
     row: Row
     questions: list[list[Message]]
+    tools: list[Any] | None = None
+    template: dict[str, Any] | None = None
+
+    def calls(self, answer: Mapping[str, Any]) -> bool:
+        """Whether an answer calls an offered function, whose result nobody has. Of an answer as
+        text it is enough that it names one."""
+        names = [str(tool["function"]["name"]) for tool in self.tools or ()]
+        return bool(answer.get("tool_calls")) or any(name in answer["response"] for name in names)
 
     def before(self, answers: Sequence[Mapping[str, Any]]) -> list[Message]:
         """All turns up to the question after the given answers."""
@@ -60,16 +80,18 @@ class Chat:
         if (
             len(self.questions) > 1
             or len(prompt_keys) < len(content)
-            or "reasoning_content" in last
+            or any(last.get(key) for key in ("reasoning_content", "tool_calls"))
         ):
-            made["messages"] = [*self.before(answers[:-1]), _turn(last)]
+            turn = {key: value for key, value in _turn(last).items() if key != "response_ids"}
+            made["messages"] = [*self.before(answers[:-1]), turn]
         return {**prompt_keys, **made}
 
 
 def _turn(answer: Mapping[str, Any]) -> Message:
     turn = {"role": "assistant", "content": answer["response"]}
-    thought = answer.get("reasoning_content")
-    return {**turn, "reasoning_content": thought} if thought else turn
+    if answer.get("tool_calls") and not answer["response"]:
+        turn["content"] = None
+    return {**turn, **{key: answer[key] for key in _IN_TURNS if answer.get(key)}}
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -91,8 +113,12 @@ def prompt_rows(prompts: str, limit: int | None, tally: Tally) -> list[Row]:
     return rows
 
 
-def chats_of(rows: Sequence[Row], tally: Tally) -> list[Chat]:
+def chats_of(rows: Sequence[Row], tally: Tally, offered: bool = False) -> list[Chat]:
     """The chats of rows with a question; other rows are counted.
+
+    Args:
+        offered: whether the caller passes `Chat.tools` and `Chat.template` on; rows with either are
+            skipped otherwise.
 
     Raises:
         ValueError: no row has a question.
@@ -101,9 +127,17 @@ def chats_of(rows: Sequence[Row], tally: Tally) -> list[Chat]:
     # Tools and unreadable rows are reasons to skip.
     for index, row in enumerate(rows):
         try:
-            if row.content.get("tools"):
-                raise Skipped("a prompt with `tools`, which are not offered here")
-            chats.append(Chat(index, row, questions_of(row.content)))
+            chat = Chat(
+                index,
+                row,
+                questions_of(row.content),
+                tools_of(row.content),
+                template_of(row.content),
+            )
+            if not offered and (chat.tools or chat.template):
+                key = "tools" if chat.tools else TEMPLATE_ARGUMENTS
+                raise Skipped(f"a prompt with `{key}`, which this command does not pass on")
+            chats.append(chat)
         except Skipped as reason:
             tally.skip(str(reason), row.place)
     if not chats:
@@ -116,12 +150,13 @@ def open_questions(
 ) -> Iterator[tuple[Chat, Key, list[Message]]]:
     """Unanswered questions number `turn`, each with all turns before its answer.
 
-    A chat ends at a truncated or missing answer.
+    A chat ends at a truncated or missing answer, and at one that calls a function.
     """
     for chat in chats:
         for number in range(answers if turn < len(chat.questions) else 0):
             key, said = Key(chat.index, number, turn), journal.said(chat.index, number)
-            if len(said) == turn and (not turn or said[-1].get("finished", True)):
+            ended = said and (not said[-1].get("finished", True) or chat.calls(said[-1]))
+            if len(said) == turn and not ended:
                 yield chat, key, chat.before(said)
 
 

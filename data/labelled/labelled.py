@@ -20,7 +20,7 @@ from data.corpora.word_problems import EMBEDDED_SOLUTIONS
 from data.datamodule import Batches, ConversationData
 from data.labelled.solution_errors import Problem, Span, inject, is_problem, read_problem
 from data.reading.files import Place, Row, Skipped, Tally, read_rows
-from data.reading.rows import Message, opening_of, token_ids
+from data.reading.rows import TEMPLATE_ARGUMENTS, Message, opening_of, token_ids
 from modules.contracts.batches import LabelledBatch, TextBatch
 
 SHAPES = (
@@ -91,6 +91,10 @@ def read_labelled(row: dict[str, Any], corruptions: int = 1, seed: int = 0) -> l
     response, spans, ids = row.get("response"), row.get("spans"), token_ids(row.get("response_ids"))
     if not isinstance(response, str) or not isinstance(spans, list):
         raise Skipped(f"the row has keys {', '.join(row) or '(none)'}: expected {SHAPES}")
+    # What the prompt would lack is a reason to skip.
+    for key in ("tools", TEMPLATE_ARGUMENTS):
+        if row.get(key):
+            raise Skipped(f"a labelled answer with `{key}`, which are not passed on here")
     length = len(response if ids is None else ids)
     return [
         LabelledAnswer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from data.reading.files import LONGEST_LINE, Place, Skipped, Tally, kind, read_rows
@@ -46,10 +46,13 @@ _ROLES = {
 _CALLING = ("function_call", "tool_call")
 """Roles of turns whose text is a tool call as JSON."""
 _KEPT_TEXTS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-_KEPT = ("tool_calls", *_KEPT_TEXTS)
-"""Further keys of a turn that chat templates may render."""
+_KEPT = ("tool_calls", "response_ids", *_KEPT_TEXTS)
+"""Further keys of a turn: those that chat templates may render, and an answer's recorded tokens."""
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+"""Key of a row's own arguments of the chat template, as in requests to vLLM and SGLang."""
 Message = dict[str, Any]
-"""A turn: `role`, `content` (text; null only with `tool_calls`), and optionally `_KEPT` keys."""
+"""A turn: `role`, `content` (text; null only with `tool_calls`), and optionally `_KEPT` keys and
+`weight` 0, an assistant's turn that is not trained on (OpenAI's format for fine-tuning)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Conversation:
     finished: whether the last answer ended by itself; if not, no end of turn is trained on.
     tools: descriptions of the functions that the assistant may call, for templates with tools.
     place: of the row.
+    template: the row's own arguments of the chat template, for instance `enable_thinking`.
+    prompt_ids: the exact tokens that a server had before the last answer.
     """
 
     messages: list[Message]
@@ -68,6 +73,8 @@ class Conversation:
     finished: bool = True
     tools: list[Any] | None = None
     place: Place | None = None
+    template: dict[str, Any] | None = None
+    prompt_ids: list[int] | None = None
 
 
 def load_conversations(
@@ -112,17 +119,47 @@ def read_conversation(row: Mapping[str, Any], place: Place | None = None) -> Con
         bool(row.get("finished", True)),
         tools_of(row),
         place,
+        template_of(row),
+        token_ids(row.get("prompt_ids"), "prompt_ids"),
     )
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """`tools` of a row, perhaps as JSON text; None without any. Raises Skipped if it is no list."""
+    """`tools` of a row in OpenAI's form; None without any.
+
+    The list or its items may be JSON text, an item may be the function alone.
+
+    Raises:
+        Skipped: no list, or an item that is no function with a `name`.
+    """
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = json_of(tools) if tools.strip() else None
     if tools and not isinstance(tools, list):
         raise Skipped(f"`tools` is {kind(row['tools'])}, expected a list")
-    return tools or None
+    return [_tool(tool) for tool in tools or []] or None
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    described = json_of(tool) if isinstance(tool, str) else tool
+    if not _is_call(described):
+        raise Skipped(f"`tools` holds {kind(described)} that is no function with a `name`")
+    return described if "function" in described else {"type": "function", "function": described}
+
+
+def template_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row's own arguments of the chat template, perhaps as JSON text; None without any. Nulls,
+    which Parquet files put for what a row lacks, are left out.
+
+    Raises:
+        Skipped: no object.
+    """
+    arguments = row.get(TEMPLATE_ARGUMENTS)
+    if isinstance(arguments, str):
+        arguments = json_of(arguments) if arguments.strip() else None
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise Skipped(f"`{TEMPLATE_ARGUMENTS}` is {kind(arguments)}, expected an object")
+    return {key: value for key, value in (arguments or {}).items() if value is not None} or None
 
 
 def json_of(text: str) -> Any:
@@ -149,31 +186,38 @@ def chat_of(row: Mapping[str, Any]) -> list[Message]:
 
 def questions_of(row: Mapping[str, Any]) -> list[list[Message]]:
     """The questions of a row without its answers: for each one the turns after the previous answer.
-    A system prompt belongs to the question after it.
+    A system prompt belongs to the question after it, and so do tool calls with their results, which
+    no other answer can replace: they are kept with `weight` 0 and without reasoning.
 
     Raises:
-        Skipped: no question, tool calls, or unreadable turns.
+        Skipped: no question, or unreadable turns.
     """
     # 1. In a chat, questions end at answers; in a list of texts, each is a question.
     chat = any(row.get(key) is not None for key in CHATS)
     alone = not chat and any(_texts(row.get(key)) for key in ("turns", *ASKED))
     questions: list[list[Message]] = [[]]
-    for turn in chat_of(row) if chat else asked_of(row):
-        if turn["role"] == "tool" or turn.get("tool_calls"):
-            raise Skipped("a chat with tool calls, whose answers cannot be generated again")
+    turns = chat_of(row) if chat else asked_of(row)
+    for turn, later in zip_longest(turns, turns[1:]):
+        in_prompt = bool(turn.get("tool_calls")) and later is not None and later["role"] == "tool"
         asks = any(earlier["role"] == "user" for earlier in questions[-1])
-        if asks and (alone or turn["role"] == "assistant"):
+        if asks and not in_prompt and (alone or turn["role"] == "assistant"):
             questions.append([])
-        if turn["role"] != "assistant":
-            questions[-1].append(turn)
+        if in_prompt or turn["role"] != "assistant":
+            questions[-1].append(_kept_call(turn) if in_prompt else turn)
     # 2. Drop turns after the last question, and refuse empty ones.
     if not any(message["role"] == "user" for message in questions[-1]):
         del questions[-1]
-    if not all(str(message["content"]).strip() for turns in questions for message in turns[-1:]):
+    last = [message for turns in questions for message in turns[-1:]]
+    if not all(message["role"] == "tool" or str(message["content"]).strip() for message in last):
         raise Skipped("an empty question")
     if not questions:
         raise Skipped("no question: no turn of role user")
     return questions
+
+
+def _kept_call(turn: Message) -> Message:
+    dropped = ("response_ids", "reasoning_content", "reasoning", "thinking")
+    return {**{key: value for key, value in turn.items() if key not in dropped}, "weight": 0}
 
 
 def opening_of(row: Mapping[str, Any]) -> list[Message]:
@@ -274,7 +318,11 @@ def read_message(turn: Any) -> Message:
         raise Skipped(f"a turn has no `role` or `from` that is text (its keys: {_keys(turn)})")
     # 2. Further keys, for templates that render them.
     extras = {key: turn[key] for key in _KEPT if turn.get(key)}
+    if isinstance(extras.get("tool_calls"), str):
+        extras["tool_calls"] = json_of(extras["tool_calls"])
     _check_kept(extras)
+    if turn.get("weight") is not None:
+        extras |= _weight(turn["weight"])
     # 3. Tool calls of older data sets.
     key = next((key for key in ("content", "value") if turn.get(key) is not None), None)
     if role.strip().lower() in _CALLING:
@@ -298,10 +346,24 @@ def _check_kept(extras: Mapping[str, Any]) -> None:
     for key in _KEPT_TEXTS:
         if not isinstance(extras.get(key, ""), str):
             raise Skipped(f"`{key}` of a turn is {kind(extras[key])}, expected text")
+    token_ids(extras.get("response_ids"))
     calls = extras.get("tool_calls", [])
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
         actual = "a list with something else" if isinstance(calls, list) else kind(calls)
         raise Skipped(f"`tool_calls` of a turn is {actual}, expected a list of calls with a `name`")
+    for call in calls:
+        arguments = call.get("function", call).get("arguments")
+        if not isinstance(arguments, str | Mapping | None):
+            raise Skipped(
+                f"`arguments` in `tool_calls` of a turn is {kind(arguments)}, expected an object "
+                "or its JSON text"
+            )
+
+
+def _weight(value: Any) -> dict[str, int]:
+    if value not in (0, 1):
+        raise Skipped(f"`weight` of a turn is {str(value)[:40]!r}, expected 0 or 1")
+    return {} if value else {"weight": 0}
 
 
 def _is_call(call: Any) -> bool:
@@ -351,15 +413,15 @@ def _short(text: str) -> str:
     return text
 
 
-def token_ids(value: Any) -> list[int] | None:
-    """`response_ids` of a row: token ids, or None. Raises Skipped for anything else."""
+def token_ids(value: Any, key: str = "response_ids") -> list[int] | None:
+    """Token ids under `key` of a row, or None. Raises Skipped for anything else."""
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(
         type(token) is int and 0 <= token < 2**31 for token in value
     ):
         raise Skipped(
-            f"`response_ids` is {kind(value)}"
+            f"`{key}` is {kind(value)}"
             + (
                 " with something else than token ids"
                 if isinstance(value, list)

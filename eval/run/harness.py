@@ -81,7 +81,7 @@ class Harness:
         rows: autoregressive rows first; every row's `baseline` is among them.
         max_new_tokens: per answer.
         seed: of sampling; each prompt has its own, the same for all rows and passes.
-        finished: called after each unit (to update a progress bar).
+        finished: called after each unit that was measured (to show the progress).
     """
 
     rows: Sequence[Row]
@@ -125,7 +125,7 @@ class Harness:
                 repeat = unit.repeat
             if unit.key not in journal.done:
                 journal.add(unit.key, list(self.measure(unit)))
-            self.finished(unit)
+                self.finished(unit)
         return [record for unit in work for record in journal.done[unit.key]]
 
     def whole(self, unit: Unit, records: Sequence[Record]) -> bool:

@@ -225,7 +225,9 @@ def test_a_chats_questions_are_answered_behind_the_new_answers(
         "<|user|>a<|end|><|assistant|>one<|end|><|user|>b<|end|><|assistant|>",
     ]
     conversation = next(load_conversations(str(output)))
+    ids = conversation.messages[1].pop("response_ids")
     assert conversation.messages == turns("a", "one", "b", "two") and "old" not in str(conversation)
+    assert target.tokenizer.decode(ids) == "one<|end|>"
     assert target.tokenizer.decode(conversation.response_ids) == "two<|end|>"
     assert next(read_jsonl(output))["category"] == "c"
 
@@ -286,7 +288,9 @@ def test_prompts_that_cannot_be_answered_are_counted_and_the_others_answered(
     monkeypatch.setattr(module, "load_target", lambda *_: target)
     flags = ["--prompts", str(prompts), "--output", str(output), "--generation.max_new_tokens", "3"]
     assert command(flags) == 0
-    assert [row["prompt"] for row in read_jsonl(output)] == ["a", "cut \ufffd"]
+    answered = list(read_jsonl(output))
+    assert [row.get("prompt") for row in answered] == ["a", None, "cut \ufffd"]
+    assert [turn["role"] for turn in answered[1]["messages"]] == ["user", "assistant"]
     printed = capsys.readouterr().out
     for number, reason in enumerate(
         [
@@ -298,13 +302,12 @@ def test_prompts_that_cannot_be_answered_are_counted_and_the_others_answered(
             "an empty question",
             "token 128 '<extra>' is beyond",
             "no question",
-            "a prompt with `tools`",
-            "a chat with tool calls",
+            "the chat template leaves out `tools`",
         ],
         2,
     ):
         assert f"{reason}" in printed and (number == 9 or f"p.jsonl' line {number})" in printed)
-    assert "2 answers: " in printed and "not JSON" in printed and "surrogate" in printed
+    assert "3 answers: " in printed and "not JSON" in printed and "surrogate" in printed
 
 
 @pytest.mark.parametrize(

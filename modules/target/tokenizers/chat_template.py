@@ -19,18 +19,26 @@ def give_arguments(tokenizer: Any, arguments: Mapping[str, Any], name: str) -> N
         ValueError: no chat template, one that reads no such argument, or a name that means
             something else.
     """
-    taken = {*_OF_THE_CHAT, *inspect.signature(tokenizer.apply_chat_template).parameters}
-    for key in arguments:
-        if key in taken:
-            raise ValueError(
-                f"chat_template.{key} is not an argument of a template's own: leave it out"
-            )
-        if not re.search(rf"\b{re.escape(key)}\b", str(tokenizer.chat_template or "")):
-            raise ValueError(
-                f"chat_template.{key}: the chat template of target {name!r} reads no {key!r}: "
-                "leave it out, or correct its name"
-            )
+    check_arguments(tokenizer, arguments, "chat_template", f" of target {name!r}")
     tokenizer.chat_template_arguments = dict(arguments)
+
+
+def check_arguments(
+    tokenizer: Any, arguments: Mapping[str, Any], key: str, whose: str = ""
+) -> None:
+    """Raise ValueError for arguments under `key` that the tokenizer's chat template does not read,
+    or whose names mean something else."""
+    if not arguments:
+        return
+    taken = {*_OF_THE_CHAT, *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in arguments:
+        if name in taken:
+            raise ValueError(f"{key}.{name} is not an argument of a template's own: leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+            raise ValueError(
+                f"{key}.{name}: the chat template{whose} reads no {name!r}: leave it out, or "
+                "correct its name"
+            )
 
 
 def arguments_of(tokenizer: Any) -> dict[str, Any]:

@@ -89,10 +89,11 @@ def read(
     def served(file: Path) -> Found:
         asked, tally = list[str](), Tally()
 
-        def posted(_: Any, body: dict[str, Any]) -> dict[str, Any]:
+        async def posted(_: Any, settings: Any, body: dict[str, Any], extra: Any) -> Any:
             (turn,) = body["messages"]
             asked.append(turn["content"])
-            return {"message": {"role": turn["role"], "content": "yes"}, "finish_reason": "stop"}
+            message = {"role": turn["role"], "content": "yes"}
+            return {"message": message, "finish_reason": "stop"}, None
 
         monkeypatch.setattr(endpoint, "_posted", posted)
         endpoint.regenerate_by(

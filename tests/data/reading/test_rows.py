@@ -124,6 +124,22 @@ WRONG = [
         for value in (3, ["x"], {"a": 1})
     ),
     ({"messages": PAIR, "tools": "f(x)"}, "`tools` is text, expected a list"),
+    ({"messages": PAIR, "tools": ["f(x)"]}, "`tools` holds text that is no function"),
+    ({"messages": PAIR, "tools": [{"function": {}}]}, "`tools` holds an object that is no func"),
+    *(
+        ({"messages": PAIR, "chat_template_kwargs": value}, f"`chat_template_kwargs` is {found}")
+        for value, found in ((3, "a number"), ("on", "text"), ([1], "a list"))
+    ),
+    *(
+        (
+            {"messages": [ASKED, {**SAID, "tool_calls": [{"name": "f", "arguments": value}]}]},
+            f"`arguments` in `tool_calls` of a turn is {found}, expected an object",
+        )
+        for value, found in ((3, "a number"), ([1], "a list"))
+    ),
+    ({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "`weight` of a turn is '0.5', expected 0"),
+    ({"messages": [ASKED, {**SAID, "response_ids": ["a"]}]}, "`response_ids` is a list"),
+    ({"messages": PAIR, "prompt_ids": "abc"}, "`prompt_ids` is text"),
     *(
         ({"messages": PAIR, "response_ids": ids}, "`response_ids` is")
         for ids in (
@@ -165,9 +181,12 @@ def test_calls_of_older_data_sets_are_tool_calls() -> None:
             }
         ]
     tools = [{"name": "f"}]
+    wrapped = [{"type": "function", "function": {"name": "f"}}]
     for given, found in (
-        (tools, tools),
-        (json.dumps(tools), tools),
+        (tools, wrapped),
+        (wrapped, wrapped),
+        (json.dumps(tools), wrapped),
+        ([json.dumps(tools[0])], wrapped),
         ([], None),
         ("", None),
         ("[]", None),
