@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from checkpoints.folders import CONFIG, PICKLED, write_json, write_tensors
 from checkpoints.formats.exported import Exported
-from checkpoints.formats.known import FORMATS, formats_of
+from checkpoints.formats.known import FORMATS, formats_of, unserved
 from checkpoints.pretrained import (
     find_folder,
     load_pretrained,
@@ -62,10 +62,8 @@ def refuse_unserved(kind: type, form: str) -> None:
         raise ValueError(f"--format {form!r} is unknown: use one of {', '.join(FORMATS)}")
     forms = formats_of(kind)
     if not forms:
-        raise ValueError(
-            f"no engine serves {kind.__name__}: use this project's decoder (the model card shows "
-            "how)"
-        )
+        reason = unserved(kind) or f"no engine serves {kind.__name__}"
+        raise ValueError(f"{reason}: use this project's decoder (the model card shows how)")
     if form not in forms:
         raise ValueError(f"--format {form} holds no {kind.__name__}: use {' or '.join(forms)}")
 

@@ -203,8 +203,7 @@ def loading(method: Method, target: Target, tokens: int) -> dict[str, Any]:
     # One engine only to load the export; nothing is decoded.
     with tempfile.TemporaryDirectory(prefix="vllm-drafter-") as scratch:
         folder = Path(scratch) / "drafter"
-        name, _ = export_for_vllm(drafter, target, folder, where)
-        speculation = {"method": name, "model": str(folder), "num_speculative_tokens": tokens}
+        speculation, _ = export_for_vllm(drafter, target, folder, tokens, where)
         common = engine_arguments(target, "float32", 1, 1)
         worker = Worker({**common, "speculative_config": speculation}, where, str(folder))
         worker.close()

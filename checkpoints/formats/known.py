@@ -15,8 +15,6 @@ from checkpoints.formats import (
     hf,
     medusa,
     medusa_reference,
-    sglang,
-    speculators,
 )
 from checkpoints.formats.block_diffusion import (
     dflash,
@@ -24,6 +22,7 @@ from checkpoints.formats.block_diffusion import (
     dspark,
     dspark_speculators,
 )
+from checkpoints.formats.eagle3 import peagle, peagle_speculators, sglang, speculators
 from configs.command_line.shapes import Each, Maybe
 
 FORMATS: dict[str, ModuleType] = {
@@ -31,6 +30,8 @@ FORMATS: dict[str, ModuleType] = {
     "dflash_speculators": dflash_speculators,
     "dspark": dspark,
     "dspark_speculators": dspark_speculators,
+    "peagle": peagle,
+    "peagle_speculators": peagle_speculators,
     "speculators": speculators,
     "sglang": sglang,
     "eagle": eagle,
@@ -40,6 +41,13 @@ FORMATS: dict[str, ModuleType] = {
     "hf": hf,
 }
 """Formats by name; if several match the same config.json, the first one is used."""
+_UNSERVED = {
+    "Domino": "neither vLLM nor SGLang loads Domino",
+    "DFlash2": "vLLM and SGLang load DFlash2, but no export in their format is written here",
+    "MTP": "engines read an MTP head from the target's own files, which are not written here",
+    "LiLiCorr": "SGLang loads no LiLiCorr, and no export in vLLM's format is written here",
+}
+"""Why drafters that resemble served ones have no format, by the names of their classes."""
 _COMPONENT = {"arguments": Each(object), "shape": Each(object), "target": Maybe(str)}
 _ARCHITECTURES = {"architectures?": Maybe([str])}
 
@@ -47,6 +55,11 @@ _ARCHITECTURES = {"architectures?": Maybe([str])}
 def formats_of(kind: type) -> list[str]:
     """Names of the formats that hold drafters of exactly this class, not of subclasses."""
     return [name for name, module in FORMATS.items() if module.DRAFTER is kind]
+
+
+def unserved(kind: type) -> str:
+    """Why no format holds drafters of this class, where there is something to say."""
+    return _UNSERVED.get(kind.__name__, "")
 
 
 def format_of(

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from checkpoints.export import trainable_class_of, write
-from checkpoints.formats.known import FORMATS, formats_of
+from checkpoints.formats.known import FORMATS, formats_of, unserved
 from eval.methods.rows import AUTOREGRESSIVE, EXPORT_NOTES, Method, Row, load_drafter, unique_labels
 from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
@@ -31,8 +31,32 @@ from modules.decoding.decoder import Trace
 from modules.target.loading import locate
 
 ENGINE = "vllm"
-SERVED = {"speculators": "eagle3", "eagle": "eagle", "medusa": "medusa", "hf": "draft_model"}
-"""Export formats that vLLM reads, with vLLM's name of the method."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """How vLLM serves an export format.
+
+    method: vLLM's name of it. parallel: whether all tokens are drafted in one pass, of a method
+    that has others too. whole_block: whether drafts depend on how many are drafted, so that only
+    the trained number gives those of training.
+    """
+
+    method: str
+    parallel: bool = False
+    whole_block: bool = False
+
+
+SERVED = {
+    "speculators": Served("eagle3"),
+    "peagle_speculators": Served("eagle3", parallel=True),
+    "dflash_speculators": Served("dflash", whole_block=True),
+    "dspark_speculators": Served("dspark", whole_block=True),
+    "eagle": Served("eagle"),
+    "medusa": Served("medusa"),
+    "hf": Served("draft_model"),
+}
+"""Export formats that vLLM reads. EAGLE-3.1 is EAGLE-3's, with flags."""
 DTYPES = ("float32", "bfloat16", "float16")
 _ROOT = Path(__file__).resolve().parents[2]
 _DEFAULTS = {
@@ -102,9 +126,10 @@ def format_for(kind: type, where: str) -> str:
     """
     served_format = next((name for name in formats_of(kind) if name in SERVED), None)
     if served_format is None:
+        reason = unserved(kind) or f"vLLM serves no {kind.__name__}"
         raise ValueError(
-            f"{where}: vLLM serves no {kind.__name__}: leave it out, or leave out --engine to "
-            "measure it with this project's own loop"
+            f"{where}: {reason}: leave it out, or leave out --engine to measure it with this "
+            "project's own loop"
         )
     return served_format
 
@@ -424,11 +449,10 @@ def _drafter_row(
     # Export the drafter, and let vLLM draft a chain with it.
     where = f"methods: {label}"
     drafter = load_drafter(method.drafter or "", target, where)
-    method_name, notes = export_for_vllm(drafter, target, folder, where)
     tokens = drafted_tokens(
         drafter, method.budget if isinstance(method.budget, int) else None, where
     )
-    speculation = {"method": method_name, "model": str(folder), "num_speculative_tokens": tokens}
+    speculation, notes = export_for_vllm(drafter, target, folder, tokens, where)
     decoder = VllmDecoder(label, target, {**common, "speculative_config": speculation}, drafter)
     return Row(
         label,
@@ -445,10 +469,10 @@ def _drafter_row(
 
 
 def export_for_vllm(
-    drafter: Drafter, target: Target, folder: Path, where: str
-) -> tuple[str, tuple[str, ...]]:
-    """Write the drafter in vLLM's format; returns vLLM's name of the method, and notes on how the
-    export differs from the drafter.
+    drafter: Drafter, target: Target, folder: Path, tokens: int, where: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write the drafter in vLLM's format; returns vLLM's `speculative_config` for so many drafted
+    tokens, and notes on how the export differs from the drafter.
 
     Raises:
         ValueError: vLLM cannot serve this drafter, or its settings.
@@ -460,18 +484,29 @@ def export_for_vllm(
             write(exported, folder)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return SERVED[form], exported.notes
+    served = SERVED[form]
+    speculation: dict[str, Any] = {"method": served.method, "model": str(folder)}
+    if served.parallel:
+        speculation["parallel_drafting"] = True
+    return {**speculation, "num_speculative_tokens": tokens}, exported.notes
 
 
 def drafted_tokens(drafter: Drafter, budget: int | None, where: str) -> int:
     """Tokens of vLLM's chain: `budget`, by default the depth of the drafter's own tree.
 
     Raises:
-        ValueError: the budget exceeds the drafter's depth.
+        ValueError: the budget exceeds the drafter's depth, or cuts a block whose tokens depend on
+            its length.
     """
+    whole = SERVED[format_for(type(drafter), where)].whole_block
+    if whole and budget is not None and budget < (drafter.max_depth or 0):
+        raise ValueError(
+            f"{where}: budget {budget}: vLLM would fill blocks of {budget} tokens, and those of "
+            f"this drafter were trained with {drafter.max_depth}: give {drafter.max_depth}"
+        )
     if budget is not None and drafter.max_depth is not None and budget > drafter.max_depth:
         raise ValueError(
             f"{where}: budget {budget}: vLLM drafts a chain, and the drafter has "
             f"{drafter.max_depth} {drafter.depth_unit}: give {drafter.max_depth} at most"
         )
-    return budget or drafter.builder.depth
+    return budget or (drafter.max_depth if whole else None) or drafter.builder.depth

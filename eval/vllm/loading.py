@@ -10,6 +10,7 @@ Shape legend: R rows, X anything.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from checkpoints.folders import read_tensors
 
 NOT_READ = ("t2d",)
 """Tensors that the format requires and vLLM does not read."""
+NOT_USED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.")
+"""Parameters that vLLM makes and never uses: the first layer of an EAGLE-3 model alone has them."""
 
 
 def watch(folder: str) -> dict[str, Any]:
@@ -49,15 +52,25 @@ def watched(
             blank(model)
         load_weights(self, model, model_config)
         if ours:
-            record.update(compared(read_tensors(folder), dict(model.named_parameters())))
+            record.update(compared(read_tensors(folder), {**parameters(model), **masks(model)}))
 
     return load
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that vLLM uses, by name."""
+    return {name: held for name, held in model.named_parameters() if not NOT_USED.search(name)}
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The state of masked slots, which vLLM holds as a buffer."""
+    return {name: held for name, held in model.named_buffers() if name.endswith("mask_hidden")}
 
 
 @torch.no_grad()
 def blank(model: nn.Module) -> None:
     """Fill every parameter with values that no tensor has."""
-    for parameter in model.parameters():
+    for parameter in (*model.parameters(), *masks(model).values()):
         parameter.fill_(
             float("nan") if parameter.is_floating_point() else torch.iinfo(parameter.dtype).min
         )
@@ -84,10 +97,13 @@ def contains(held_RX: Tensor, shipped_RX: Tensor) -> bool:
     """Whether the shipped tensor is a block of consecutive rows of a parameter (merged projections
     hold several).
     """
+    # A whole parameter, whatever its dimensions (a state of one row may have others).
+    wanted = shipped_RX.to(held_RX.device, held_RX.dtype)
+    if held_RX.numel() == wanted.numel():
+        return torch.equal(held_RX.flatten(), wanted.flatten())
     # Candidates start where the first row matches.
     count = len(shipped_RX)
     if held_RX.shape[1:] != shipped_RX.shape[1:] or len(held_RX) < count:
         return False
-    wanted = shipped_RX.to(held_RX.device, held_RX.dtype)
     starts = (held_RX == wanted[0]).reshape(len(held_RX), -1).all(1).nonzero()[:, 0].tolist()
     return any(torch.equal(held_RX[start : start + count], wanted) for start in starts)

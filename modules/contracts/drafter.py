@@ -50,6 +50,12 @@ class Context:
     """The target's open sequences, for drafters that run layers of the target themselves. Sequences
     that have ended leave it, so it always holds those of the state."""
 
+    @property
+    def following_BT(self) -> Tensor:
+        """int64 [B,T], the token after each position of the prompts, at the last one the newest."""
+        last_B1 = self.lengths_B[:, None] - 1
+        return self.input_ids_BT.roll(-1, 1).scatter(1, last_B1, self.newest_B[:, None])
+
     def select(self, sequences_S: Tensor) -> Context:
         """The context of these sequences alone (int64 [S])."""
         return replace(

@@ -330,12 +330,20 @@ class TrainedDrafter(Drafter):
         outputs: Iterable[tuple[Tensor, Tensor]],
         heads: Callable[[int], Head],
         divergence: Divergence,
+        first: int = 0,
+        ended_M: Tensor | None = None,
     ) -> Iterator[DraftStep]:
-        """The same with other labels, heads or another divergence than the drafter's."""
+        """The same with other labels, heads or another divergence than the drafter's.
+
+        Args:
+            rows, labels_MK, distributions, outputs, heads, divergence: what is compared.
+            first: the depth of the first outputs.
+            ended_M: how often chains have ended before it (`ended`); None: never.
+        """
         every = self.divergence_name in EVERY_LABEL
         loss_name = self.divergence_name if self.soft_labels else "cross_entropy"
-        ended_M = torch.zeros((), device=labels_MK.device)
-        for depth, (feature, carried) in enumerate(outputs):
+        ended_M = torch.zeros((), device=labels_MK.device) if ended_M is None else ended_M
+        for depth, (feature, carried) in enumerate(outputs, first):
             # Step `depth` predicts the token, or the distribution, one position further on.
             labels_M, valid_M = labels_MK[:, depth].contiguous(), rows.valid_MK[:, depth]
             flat_M = rows.flat_MK1[:, depth + 1].contiguous()

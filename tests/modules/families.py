@@ -16,6 +16,7 @@ from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.fspad import Fspad
+from modules.drafters.feature.peagle import PEagle
 from modules.drafters.heads.chimera import Chimera
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.clover2 import Clover2
@@ -73,6 +74,10 @@ FAMILIES: dict[str, Build] = {
     ),
     "eagle31_window": lambda shape: Eagle3(
         shape, draft_vocabulary=DRAFTED, norm_output=True, fc_norm=True, qk_norm=True, window=4
+    ),
+    "peagle": lambda shape: PEagle(shape, 3, draft_vocabulary=DRAFTED),
+    "peagle_own": lambda shape: PEagle(
+        shape, 3, 3, fused_layers=[1], embeddings="own", norm_before_fc=True, qk_norm=True
     ),
     "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
     "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),

@@ -23,7 +23,7 @@ TARGET = tiny_target("llama")
 SEES_TOKENS = [
     name
     for name in FAMILIES
-    if not name.startswith(("medusa", "falcon")) and name != "clover_no_token"
+    if not name.startswith(("medusa", "falcon", "peagle")) and name != "clover_no_token"
 ]
 
 

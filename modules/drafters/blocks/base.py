@@ -198,10 +198,8 @@ class BlockDrafter(TrainedDrafter):
 
     def start(self, context: Context) -> DraftState:
         """State after the prompts, from the target's states of them."""
-        last_B1 = context.lengths_B[:, None] - 1
-        following = context.input_ids_BT.roll(-1, 1).scatter(1, last_B1, context.newest_B[:, None])
-        features = self.joined_states(context.states)
-        return self.read(self.blank_state(context), features, following, context.lengths_B)
+        blank, features = self.blank_state(context), self.joined_states(context.states)
+        return self.read(blank, features, context.following_BT, context.lengths_B)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> DraftState:
         """State after the accepted rows, which may come from any tree."""

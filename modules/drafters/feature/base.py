@@ -237,11 +237,8 @@ class FeatureDrafter(TrainedDrafter):
     def start(self, context: Context) -> FeatureState:
         """State after the prompts, from the target's states of them."""
         cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
-        # Position t is read with token t+1; at the last one that is the newest token.
-        last = context.lengths_B[:, None] - 1
-        following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         feature, carried = self._read_prefix(
-            context.states, following, context.lengths_B, context.target, cache
+            context.states, context.following_BT, context.lengths_B, context.target, cache
         )
         return FeatureState(context, context.newest_B, context.lengths_B, cache, carried, feature)
 

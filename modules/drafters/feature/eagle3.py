@@ -147,10 +147,15 @@ class Eagle3(FeatureDrafter):
     def read(self, states: Mapping[StateName, Tensor]) -> Tensor:
         """g, from the concatenation of the fused states."""
         parts = [states[layer].to(self.precision) for layer in self.fused_layers]
+        return self.fusion(torch.cat(parts, dim=-1))
+
+    def fusion(self, joined_NX: Tensor) -> Tensor:
+        """g [..., H] from concatenated states, normalised first where the drafter does that."""
         if self.fc_norm is not None:
-            parts = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
-        fused = torch.cat(parts, dim=-1)
-        return self.fc(fused if self.input_norm is None else self.input_norm(fused))
+            parts = joined_NX.chunk(len(self.fc_norm), dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            joined_NX = torch.cat(normed, dim=-1)
+        return self.fc(joined_NX if self.input_norm is None else self.input_norm(joined_NX))
 
     def fuse(self, vectors_NH: Tensor, features_NH: Tensor) -> tuple[Tensor, Tensor]:
         """Token and feature, each normalised, concatenated; the residual is the feature itself, or

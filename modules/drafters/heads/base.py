@@ -196,10 +196,8 @@ class HeadDrafter(SteppedHeads):
         caches = [
             LayerCache.empty(self.shape, context.lengths_B, self.precision) for _ in self.layers
         ]
-        # Position t is read with token t+1; at the last one that is the newest token.
-        last = context.lengths_B[:, None] - 1
-        following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
-        starts = self._read(hidden, following, context.lengths_B, context.target, caches)
+        following, lengths_B = context.following_BT, context.lengths_B
+        starts = self._read(hidden, following, lengths_B, context.target, caches)
         return HeadState(context, context.newest_B, context.lengths_B, starts, caches)
 
     def absorb(self, state: DraftState, verified: Verified, accepted: Accepted) -> HeadState:

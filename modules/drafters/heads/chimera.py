@@ -380,10 +380,9 @@ class Chimera(SteppedHeads):
     def start(self, context: Context) -> ChimeraState:
         """State after the prompts, from the target's states of them."""
         cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
-        last = context.lengths_B[:, None] - 1
-        following = context.input_ids_BT.roll(-1, 1).scatter(1, last, context.newest_B[:, None])
         # Token 1 is read behind the first token, repeated.
-        tokens = torch.cat([context.input_ids_BT[:, :1].expand(-1, 2), following], dim=1)
+        first_B2 = context.input_ids_BT[:, :1].expand(-1, 2)
+        tokens = torch.cat([first_B2, context.following_BT], dim=1)
         final_BNH = context.states[self.reads]
         read = self._read(final_BNH, tokens, context.lengths_B, context.target, cache)
         rows = ProposalRows.none(context.newest_B)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints.export import refuse_unserved
 from checkpoints.pretrained import save_pretrained
 from checkpoints.provenance import Provenance, command_line
 from eval import verify_vllm
@@ -24,14 +25,21 @@ from eval.vllm.engine import (
     drafted_tokens,
     emitted_by_calls,
     environment,
+    format_for,
     sampling_arguments,
     traces,
 )
 from eval.vllm.worker import difference
 from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
+from modules.drafters.block_diffusion.dflash import DFlash
+from modules.drafters.block_diffusion.dflash2 import DFlash2
+from modules.drafters.block_diffusion.domino import Domino
+from modules.drafters.block_diffusion.dspark import DSpark
+from modules.drafters.block_diffusion.lilicorr import LiLiCorr
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
+from modules.drafters.feature.peagle import PEagle
 from modules.drafters.heads.clover import Clover
 from modules.drafters.heads.medusa import Medusa
 from modules.drafters.small_models.independent import Independent
@@ -45,6 +53,11 @@ KINDS: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
     "eagle": (Eagle, {"draft_vocabulary": 40, "bias": False}),
     "independent": (Independent, {"layers": 1}),
     "clover": (Clover, {}),
+    "domino": (Domino, {"block": 3, "layers": 1}),
+    "eagle31": (Eagle3, {"norm_before_fc": True, "norm_output": True, "depth": 2}),
+    "peagle": (PEagle, {"block": 3, "draft_vocabulary": 40}),
+    "dflash": (DFlash, {"block": 3, "layers": 1, "draft_vocabulary": 40, "fused_layers": [1]}),
+    "dspark": (DSpark, {"block": 3, "layers": 1, "rank": 4, "fused_layers": [1]}),
 }
 
 
@@ -130,6 +143,36 @@ def test_a_small_language_model_is_served_as_a_draft_model(
     assert (asked["method"], asked["num_speculative_tokens"]) == ("draft_model", 3)
     assert asked["config"]["architectures"] == ["LlamaForCausalLM"]
     assert "export_notes" not in methods()["independent"]["quality"]
+
+
+def test_drafters_of_blocks_are_served_with_all_their_tokens(
+    tmp_path: Path, runs: Path, served: Path
+) -> None:
+    names = ("peagle", "eagle31", "dflash", "dspark")
+    assert run(*arguments(tmp_path, runs, *names, limit=1)) == 0
+    asked = [json.loads(line) for line in served.read_text().splitlines()]
+    assert [
+        (one["method"], one.get("parallel_drafting"), one["num_speculative_tokens"])
+        for one in asked
+    ] == [("eagle3", True, 3), ("eagle3", None, 2), ("dflash", None, 3), ("dspark", None, 3)]
+    kinds = [one["config"]["speculators_model_type"] for one in asked]
+    assert kinds == ["peagle", "eagle3", "dflash", "dspark"]
+    assert asked[0]["config"]["mask_token_id"] == 3 and asked[1]["config"]["norm_output"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Domino, "neither vLLM nor SGLang loads Domino"),
+        (DFlash2, "vLLM and SGLang load DFlash2, but no export"),
+        (LiLiCorr, "SGLang loads no LiLiCorr, and no export in vLLM's format"),
+    ],
+)
+def test_which_engine_cannot_load_a_drafter_is_said(kind: type, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        format_for(kind, "methods: x")
+    with pytest.raises(ValueError, match=words):
+        refuse_unserved(kind, "dflash")
 
 
 def test_what_an_export_changes_is_said_in_the_report(
@@ -250,6 +293,8 @@ def test_settings_that_vllm_cannot_have(
             "a drafter without training has no export",
         ),
         ({"drafter": "clover"}, "vLLM serves no Clover"),
+        ({"drafter": "domino"}, "neither vLLM nor SGLang loads Domino: leave it out"),
+        ({"drafter": "dflash", "budget": 2}, "were trained with 3: give 3"),
     ],
 )
 def test_methods_that_vllm_cannot_run(
@@ -363,6 +408,9 @@ class Loaded(nn.Module):
         super().__init__()
         self.merged, self.norm = nn.Parameter(torch.empty(6, 4)), nn.Parameter(torch.ones(4))
         self.ids = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)
+        self.register_buffer("mask_hidden", torch.zeros(1, 12), persistent=False)
+        self.layers = nn.ModuleList(nn.Module() for _ in range(2))
+        self.layers[1].hidden_norm = nn.RMSNorm(4)
 
 
 def fitting_tensors() -> dict[str, torch.Tensor]:
@@ -373,6 +421,7 @@ def fitting_tensors() -> dict[str, torch.Tensor]:
         "norm": torch.randn(4),
         "d2t": torch.tensor([1, 5, 9]),
         "t2d": torch.ones(8, dtype=torch.bool),
+        "mask_hidden": torch.randn(1, 1, 12),
     }
 
 
@@ -383,6 +432,7 @@ def fitting_tensors() -> dict[str, torch.Tensor]:
         (["k"], [], ["merged"], []),
         (["norm"], [], ["norm"], []),
         (["d2t"], [], ["ids"], []),
+        (["mask_hidden"], [], ["mask_hidden"], []),
         ([], ["fc.bias"], [], ["fc.bias"]),
     ],
 )
@@ -408,6 +458,7 @@ def test_missing_and_unused_tensors_are_found(
                 "k": model.merged[4:],
                 "norm": model.norm,
                 "d2t": model.ids,
+                "mask_hidden": model.mask_hidden[None],
             }
             with torch.no_grad():
                 for name in set(places) - set(left_out):

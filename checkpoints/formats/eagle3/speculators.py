@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from checkpoints.folders import Ledger
-from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
+from checkpoints.formats.eagle3.tensors import (
+    eagle3_arguments,
+    eagle3_tensors,
+    layer_ids,
+    take_eagle3,
+)
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.llama import layer_config, layer_shape, single_layer, sliding
 from modules.contracts.shapes import TargetShape
@@ -35,28 +40,37 @@ _USAGE = (
 
 def exported(drafter: Eagle3, target: Target) -> Exported:
     """The drafter as vLLM loads it."""
-    trimmed, name = drafter.vocabulary_D is not None, served_name(target.name)
-    # The layer, how it drafts and whom it serves, as the library nests them.
-    ids, tokens = layer_ids(drafter), drafter.draft_steps
+    config = wrapped(drafter, target, "eagle3", "Eagle3DraftModel", sliding(drafter.window))
+    trimmed = drafter.vocabulary_D is not None
+    tensors = eagle3_tensors(drafter, target, "layers.0", trimmed)
+    return Exported(config, tensors, usage=usage(drafter, target.name))
+
+
+def wrapped(
+    drafter: Eagle3, target: Target, kind: str, architecture: str, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The library's config of a drafter; `more` are further keys of its layers."""
+    # The layers, how it drafts and whom it serves, as the library nests them.
+    ids = layer_ids(drafter)
     layer = {
         **layer_config(drafter.layer.shape, drafter.precision),
-        **sliding(drafter.window),
+        **more,
         "num_aux_hidden_states": len(ids),
         "architectures": ["LlamaForCausalLM"],
     }
     method = {
         "proposal_type": "greedy",
-        "speculative_tokens": tokens,
+        "speculative_tokens": drafter.draft_steps,
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
     verifier = {
-        "name_or_path": name,
+        "name_or_path": served_name(target.name),
         "architectures": list(target.architecture.config.architectures or []),
     }
-    config = {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": kind,
         "speculators_version": _VERSION,
         "draft_vocab_size": drafter.draft_size,
         "eagle_aux_hidden_state_layer_ids": ids,
@@ -71,14 +85,12 @@ def exported(drafter: Eagle3, target: Target) -> Exported:
         "transformers_version": metadata.version("transformers"),
         "transformer_layer_config": layer,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [method],
             "verifier": verifier,
         },
     }
-    tensors = eagle3_tensors(drafter, target, "layers.0", trimmed)
-    return Exported(config, tensors, usage=usage(drafter, target.name))
 
 
 def usage(drafter: Eagle3, name: str) -> str:
@@ -100,7 +112,7 @@ def component(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config["speculators_model_type"]
     if kind != "eagle3":
         raise ValueError(
-            f"speculators_model_type is {kind!r}: only 'eagle3', 'dflash' and "
+            f"speculators_model_type is {kind!r}: only 'eagle3', 'peagle', 'dflash' and "
             "'dspark' can be imported"
         )
     layer = config["transformer_layer_config"]

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from checkpoints.folders import Ledger
-from checkpoints.formats.eagle3 import eagle3_arguments, eagle3_tensors, layer_ids, take_eagle3
+from checkpoints.formats.eagle3.tensors import (
+    eagle3_arguments,
+    eagle3_tensors,
+    layer_ids,
+    take_eagle3,
+)
 from checkpoints.formats.exported import Exported, served_name
 from checkpoints.formats.llama import (
     layer_config,

@@ -1,0 +1,1 @@
+"""Formats of EAGLE-3, EAGLE-3.1 and P-EAGLE drafters."""
