@@ -158,11 +158,11 @@ def train(
     ) != "cpu" and "mixed" in recipe.trainer.precision:
         torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output, True, progress)
-    for log in trainer.loggers:
-        log.log_hyperparams(dict(place.settings))
     target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
     trainable = build(recipe, target, place.init_from)
     module = training_module(recipe, trainable, target)
+    for log in trainer.loggers:
+        log.log_hyperparams(dict(place.settings))
     # 2. Earlier stages, which a checkpoint already contains, then the whole.
     if place.resume is None:
         train_stages(recipe, place, trainable, target, progress)

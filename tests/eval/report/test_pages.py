@@ -274,13 +274,18 @@ def test_the_less_repetitive_half_has_a_table_where_it_was_measured() -> None:
 
 def test_markdown_has_every_method_and_task() -> None:
     text = markdown(
-        report(method("one"), method("two", 0.8, lossless=None, acceptance_by_depth=[]))
+        report(
+            method("one"),
+            method("two", 0.8, lossless=None, temperature=1.0, acceptance_by_depth=[]),
+            method("served", 1.1, lossless=None),
+        )
     )
     for words in (
         "| one | 1.50× | 1.40–1.60 |",
         "| two | 0.80× |",
         "b &amp; &lt;c&gt;",
         "sampled",
+        "not compared",
         "yes (3/4, 1 ties)",
     ):
         assert words in text
