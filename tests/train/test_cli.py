@@ -1,9 +1,11 @@
 import csv
 import json
 import logging
+import math
 import os
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from configs.command_line.loading import run as one_line_run
 from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 from train.cli import command, make_parser, quieten
 from train.run import resume_point
@@ -381,22 +384,20 @@ def test_other_architectures_train_and_decode_losslessly(recipe, tmp_path, monke
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(tiny, recipe, tmp_path, capsys):
-    arguments = [
-        "--config",
-        str(recipe),
-        "--output",
-        str(tmp_path / "run"),
-        "--optimizer.lr",
-        "1e30",
-        "--trainer.gradient_clip_val",
-        "0",
-    ]
-    assert one_line_run(command, arguments) == 2
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(
+    tiny, recipe, tmp_path, capsys, monkeypatch
+):
+    losses, seen = Medusa.loss, []
+
+    def spoilt(self, *arguments):
+        made = losses(self, *arguments)
+        seen.append(float(made.total))
+        return replace(made, total=made.total * math.nan) if len(seen) == 3 else made
+
+    monkeypatch.setattr(Medusa, "loss", spoilt)
+    assert one_line_run(command, ["--config", str(recipe), "--output", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert re.search(
-        r"error: the (train|val) loss is (nan|inf) at step \d: lower optimizer.lr", said
-    )
+    assert re.search(r"error: the train loss is nan at step 2: lower optimizer.lr", said)
 
 
 def test_recomputed_activations_train_the_same_weights(tiny, recipe, tmp_path):
