@@ -20,6 +20,7 @@ from jsonargparse import set_parsing_settings
 
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.trainable import Trainable
+from modules.tokenization.contract import LanguageModel
 
 PACKAGES = (
     "modules",
@@ -43,6 +44,7 @@ class Kind(Enum):
     BUILDER = ("build",)
     RULE = ("name", "lossless", "sibling_draws", "states", "__call__")
     DECODER = ("name", "decode")
+    LANGUAGE_MODEL = (LanguageModel,)
 
 
 def allow(packages: Iterable[str] = ()) -> None:

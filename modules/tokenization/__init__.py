@@ -1,0 +1,1 @@
+"""Language models of bytes and words, trained from scratch at small scale."""

@@ -1,0 +1,106 @@
+"""What a language model of this folder answers: rows of a text, and their score.
+
+Shape legend: B rows, T words or tokens of a row, C units of a word.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from modules.tokenization.units import Units
+
+PAD = -1
+"""In rows, where a word or a row has ended. A target of the loss that does not count."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over a batch.
+
+    nll: negative log likelihood in nats, with its gradient. predictions: how many it sums over.
+    bytes: of the text that was predicted. words: that were predicted. right: of them, those whose
+    every unit, and whose end, was the likeliest: greedy decoding writes exactly this word.
+    """
+
+    nll: Tensor
+    predictions: int
+    bytes: int
+    words: int
+    right: int
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean nats of a prediction."""
+        return self.nll / max(1, self.predictions)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between units, as perplexities of different tokenizers are not."""
+        return float(self.nll) / math.log(2) / max(1, self.bytes)
+
+    @property
+    def word_accuracy(self) -> float:
+        """The share of words that are right."""
+        return self.right / max(1, self.words)
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nll + other.nll,
+            self.predictions + other.predictions,
+            self.bytes + other.bytes,
+            self.words + other.words,
+            self.right + other.right,
+        )
+
+
+class LanguageModel(nn.Module):
+    """A language model with units of its own. The constructor takes `units` first and JSON-able
+    keyword arguments after it, as `settings` has them.
+    """
+
+    units: Units
+    settings: dict[str, Any]
+    unit_bytes: Tensor
+
+    def __init__(self, units: Units, **settings: Any) -> None:
+        super().__init__()
+        self.units, self.settings = units, settings
+        widths = torch.tensor([*units.widths, 0])
+        self.register_buffer("unit_bytes", widths, persistent=False)
+        for name, value in settings.items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def end(self) -> int:
+        """The id behind all units: the end of a word, or of a text."""
+        return self.units.size
+
+    @abstractmethod
+    def rows(self, text: str) -> list[Tensor]:
+        """A text in rows [T, …] of at most the model's length."""
+
+    @abstractmethod
+    def score(self, rows: Tensor, draws: torch.Generator) -> Score:
+        """The score of rows [B, T, …], padded with `PAD`.
+
+        Args:
+            rows: of `rows`, stacked.
+            draws: for models that draw masks or vectors.
+        """
+
+    def stacked(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows as one tensor, padded behind."""
+        return pad_sequence(list(rows), batch_first=True, padding_value=PAD)
+
+    def spelled(self, ids: Tensor) -> int:
+        """Bytes of the text that ids spell, `PAD` and ends left out."""
+        return int(self.unit_bytes[ids.clamp(-1, self.end)][ids != PAD].sum())

@@ -1,0 +1,136 @@
+"""Lexinvariant language models: no token has a vector of its own (Huang et al. 2023, arXiv
+2305.16349).
+
+Shape legend: B rows, T tokens, H width, V units and the end, D distinct tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from modules.tokenization.blocks import backbone
+from modules.tokenization.contract import PAD, LanguageModel, Score
+from modules.tokenization.units import Units
+from modules.tokenization.words import unicode_words
+
+
+class Lexinvariant(LanguageModel):
+    """A causal transformer whose embedding is drawn anew for every row, E ~ N(0, I/H), and is its
+    LM head too: logits h·Eᵀ. What a token means must be inferred from how it repeats.
+
+    Args:
+        units: tokens.
+        width: H. layers: of the backbone. heads: of its attention.
+        length: tokens of a training row.
+        random_share: of the tokens of a row that have a drawn vector, the others have a learned
+            one: 1 is lexinvariant, 0.2 the paper's regularisation, 0 an ordinary model.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        width: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        length: int = 512,
+        random_share: float = 1.0,
+    ) -> None:
+        super().__init__(
+            units,
+            width=width,
+            layers=layers,
+            heads=heads,
+            length=length,
+            random_share=random_share,
+        )
+        if not 0 <= random_share <= 1:
+            raise ValueError(f"random_share must be from 0 to 1, got {random_share}")
+        self.width, self.length, self.random_share = width, length, random_share
+        self.backbone = backbone(width, layers, heads)
+        self.embedding_VH = (
+            nn.Parameter(torch.randn(units.size + 1, width) / math.sqrt(width))
+            if random_share < 1
+            else None
+        )
+
+    def rows(self, text: str) -> list[Tensor]:
+        """Rows [T] of tokens; the end's token ends the text."""
+        tokens = [token for word in unicode_words(text) for token in self.units.encode(word)]
+        return list(torch.tensor([*tokens, self.end]).split(self.length))
+
+    def tables(self, count: int, draws: torch.Generator) -> Tensor:
+        """An embedding [B,V,H] for each row."""
+        size, device = self.units.size + 1, self.unit_bytes.device
+        drawn = torch.randn(count, size, self.width, generator=draws, device=device)
+        drawn = drawn / math.sqrt(self.width)
+        if self.embedding_VH is None:
+            return drawn
+        random_BV = torch.rand(count, size, generator=draws, device=device) < self.random_share
+        return torch.where(random_BV[..., None], drawn, self.embedding_VH)
+
+    def states(self, before_BT: Tensor, tables_BVH: Tensor) -> Tensor:
+        """The backbone's states [B,T,H]."""
+        indices = before_BT.clamp(min=0)[..., None].expand(-1, -1, self.width)
+        embedded_BTH = tables_BVH.to(self.dtype).gather(1, indices)
+        return self.backbone(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights."""
+        return next(self.parameters()).dtype
+
+    def token_losses(self, rows: Tensor, draws: torch.Generator) -> Tensor:
+        """Nats [B,T] of every token, given those before it; 0 at `PAD`."""
+        tables_BVH = self.tables(len(rows), draws)
+        before_BT = nn.functional.pad(rows[:, :-1], (1, 0), value=self.end)
+        logits_BTV = self.states(before_BT, tables_BVH) @ tables_BVH.to(self.dtype).mT
+        return nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), rows.flatten(), ignore_index=PAD, reduction="none"
+        ).view(rows.shape)
+
+    def score(self, rows: Tensor, draws: torch.Generator) -> Score:
+        """Of every token in rows [B,T]; words are not counted."""
+        losses_BT = self.token_losses(rows, draws)
+        return Score(losses_BT.sum(), int((rows != PAD).sum()), self.spelled(rows), 0, 0)
+
+
+@torch.no_grad()
+def recovered_key(model: Lexinvariant, rows: Tensor, held_out: Tensor, seed: int = 0) -> float:
+    """How often a linear probe names the token behind a drawn vector: it reads the states at all
+    places of a token in a held-out row, and their mean log probability decides. A substitution
+    cipher changes nothing that the model reads, so this is the share of its key that is recovered
+    (section 4.2 of the paper).
+
+    Args:
+        model: trained, with drawn vectors only.
+        rows: [B,T] that the probe is fitted on. held_out: [B,T] that it is tried on.
+        seed: of the drawn vectors.
+    """
+    draws = torch.Generator(rows.device).manual_seed(seed)
+    states_MH, tokens_M = _states_of(model, rows, draws)
+    probe = nn.Linear(model.width, model.units.size + 1).to(rows.device)
+    with torch.enable_grad():
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2)
+        for _ in range(200):
+            loss = nn.functional.cross_entropy(probe(states_MH), tokens_M)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    right = total = 0
+    for row in held_out:
+        states_MH, tokens_M = _states_of(model, row[None], draws)
+        votes_MV = probe(states_MH).log_softmax(-1)
+        for token in tokens_M.unique():
+            chosen = votes_MV[tokens_M == token].mean(0).argmax()
+            right, total = right + int(chosen == token), total + 1
+    return right / total
+
+
+def _states_of(model: Lexinvariant, rows: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """States [M,H] at the tokens [M] of rows."""
+    states_BTH = model.states(rows, model.tables(len(rows), draws))
+    present_BT = rows != PAD
+    return states_BTH[present_BT].float(), rows[present_BT]

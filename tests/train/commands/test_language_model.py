@@ -1,0 +1,115 @@
+"""Small language models from scratch: the command, its folder, its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.command_line.loading import CONFIGS
+from modules.tokenization.saved import load_language_model
+from train.language_model import LanguageModelSettings, command, documents, evaluate
+
+FOLDER = "modules.tokenization"
+SIZES = {"width": 16, "layers": 1, "heads": 2, "length": 16}
+TINY = {
+    f"{FOLDER}.hierarchical.Hierarchical": ("bytes", {"unit_width": 16, "unit_heads": 2}),
+    f"{FOLDER}.learn_your_tokens.LearnYourTokens": ("characters", {}),
+    f"{FOLDER}.subword.Subword": ("subwords", {}),
+    f"{FOLDER}.byte2word.Byte2Word": ("subwords", {"byte_width": 8}),
+    f"{FOLDER}.lexinvariant.Lexinvariant": ("bytes", {}),
+}
+
+
+def run(tmp_path: Path, path: str, **settings: Any) -> dict[str, float]:
+    """The figures of a training of a few steps."""
+    units, extra = TINY[path]
+    model = {"class_path": path, "init_args": {**SIZES, **extra}}
+    settings = {"model": model, "units": units, "vocabulary": 280, **settings}
+    settings = {"steps": 3, "batch": 2, "warmup_steps": 1, "limit": 12, **settings}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
+    assert command(arguments) == 0
+    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("path", TINY)
+def test_a_folder_scores_as_the_model_that_was_trained(tmp_path: Path, path: str) -> None:
+    figures = run(tmp_path, path)
+    model = load_language_model(tmp_path / "run" / "model")
+    stored = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["training"]
+    _, held_out = documents(LanguageModelSettings(**stored))
+    score, _, _ = evaluate(model, held_out, 2)
+    assert score.bits_per_byte == pytest.approx(figures["bits_per_byte"], rel=1e-4)
+    assert figures["bits_per_byte_with_typos"] != figures["bits_per_byte"]
+    assert 0 < figures["backbone_steps_per_byte"] <= 1.2 < figures["multiply_adds_per_byte"]
+
+
+def test_training_learns_and_a_seed_decides_all(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 60)
+    path = f"{FOLDER}.hierarchical.Hierarchical"
+    runs = []
+    for name in ("first", "second"):
+        place = tmp_path / name
+        place.mkdir()
+        runs.append(run(place, path, train=str(text), steps=60, lr=1e-2))
+    assert runs[0] == runs[1]
+    assert runs[0]["bits_per_byte"] < 1.5 and runs[0]["word_accuracy"] > 0.5
+
+
+def test_no_text_counts_twice(tmp_path: Path) -> None:
+    """Every byte of the held-out text is predicted once."""
+    settings = LanguageModelSettings(
+        {"class_path": f"{FOLDER}.hierarchical.Hierarchical"}, limit=12
+    )
+    texts, held_out = documents(settings)
+    assert set(texts).isdisjoint(held_out)
+    (tmp_path / "a").mkdir()
+    run(tmp_path / "a", f"{FOLDER}.hierarchical.Hierarchical")
+    score, _, _ = evaluate(load_language_model(tmp_path / "a" / "run" / "model"), held_out, 2)
+    assert score.bytes == len("".join(held_out).encode())
+
+
+def test_a_strangers_folder_is_refused_before_memory_is_used(tmp_path: Path) -> None:
+    run(tmp_path, f"{FOLDER}.hierarchical.Hierarchical")
+    place = tmp_path / "run" / "model" / "config.json"
+    config = json.loads(place.read_text())
+    huge = {**config, "settings": {**config["settings"], "width": 1 << 16, "heads": 2}}
+    for wrong, words in (
+        (huge, "do not fit: .*size mismatch"),
+        ({**config, "class": "words.capped"}, "is no language model of ours"),
+        ({**config, "settings": {**config["settings"], "colour": 1}}, "do not fit: .*colour"),
+        ({**config, "units": {"kind": "letters"}}, "units cannot be read"),
+        ({**config, "class": "units.ByteUnits"}, "is no language model of ours"),
+        ({"units": config["units"]}, "no language model of ours"),
+    ):
+        place.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=words):
+            load_language_model(place.parent)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (CONFIGS / "tokenization").glob("*.yaml"))
+)
+def test_shipped_recipes_can_be_built(name: str) -> None:
+    stored = yaml.safe_load((CONFIGS / "tokenization" / f"{name}.yaml").read_text())
+    LanguageModelSettings(**stored["settings"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"held_out": 1.0}, "held_out must be between 0 and 1"),
+        ({"model": {"class_path": f"{FOLDER}.words.capped"}}, "is no language_model"),
+        ({"model": {"class_path": "os.system"}}, "is in no package"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused(settings: dict[str, Any], words: str) -> None:
+    model = {"class_path": f"{FOLDER}.hierarchical.Hierarchical"}
+    with pytest.raises(ValueError, match=words):
+        LanguageModelSettings(**{"model": model, **settings})

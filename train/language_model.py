@@ -1,0 +1,250 @@
+"""`python -m train.language_model --config tokenization/hierarchical.yaml --output DIR`: a small
+language model of bytes, words or subwords, trained from scratch on text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import get_cosine_schedule_with_warmup
+
+from checkpoints.folders import write_json
+from configs.command_line.class_paths import Kind
+from configs.command_line.loading import config_parser, exit_with, parse
+from configs.command_line.outputs import claimed
+from data.reading.rows import load_conversations
+from eval.methods.rows import class_of
+from modules.tokenization.contract import PAD, LanguageModel, Score
+from modules.tokenization.saved import save_language_model
+from modules.tokenization.units import make_units
+from modules.tokenization.words import spaced_words, unicode_words, with_typos
+
+
+@dataclass
+class LanguageModelSettings:
+    """Model, text and training.
+
+    Args:
+        model: `{class_path, init_args}` of a class of `modules/tokenization/`.
+        train: a `.txt` file, one document; or conversations: a file, a pattern of files, a Hub data
+            set, or `embedded`.
+        units: `bytes`, `characters` or `subwords`; of Byte2Word what it predicts.
+        vocabulary: characters, or pieces of the BPE, made of the training text.
+        held_out: share of the documents that is only evaluated (of a single one: its end).
+        limit: documents read at most.
+        steps: of the optimiser.
+        batch: rows per step.
+        lr: peak learning rate of AdamW, with linear warm-up and a cosine down to 0.
+        warmup_steps: of the learning rate.
+        typos: share of the words with two letters swapped, in the evaluation's second text.
+        seed: of weights, order and draws.
+    """
+
+    model: dict[str, Any]
+    train: str = "embedded"
+    units: str = "bytes"
+    vocabulary: int = 2048
+    held_out: float = 0.1
+    limit: int | None = None
+    steps: int = 1000
+    batch: int = 8
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    typos: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, before any text is read."""
+        for name in ("steps", "batch", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        class_of(self.model, "model", Kind.LANGUAGE_MODEL, 1)
+
+
+@dataclass
+class Report:
+    """What a trained model does on held-out text.
+
+    backbone_steps_per_byte: positions of the widest part, per byte of text. multiply_adds_per_byte:
+    of one forward pass, per byte.
+    """
+
+    parameters: int
+    bits_per_byte: float
+    word_accuracy: float
+    bits_per_byte_with_typos: float
+    word_accuracy_with_typos: float
+    backbone_steps_per_byte: float
+    multiply_adds_per_byte: float
+    details: dict[str, float] = field(default_factory=dict)
+
+
+class LanguageModelModule(LightningModule):
+    """Nats per prediction of the model's rows."""
+
+    def __init__(self, model: LanguageModel, settings: LanguageModelSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.draws: torch.Generator | None = None
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        """The loss of one batch; masks and vectors are drawn anew."""
+        if self.draws is None:
+            self.draws = torch.Generator(self.device).manual_seed(self.settings.seed)
+        loss = self.model.score(batch, self.draws).loss
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[dict[str, Any]]]:
+        """AdamW and its schedule."""
+        settings = self.settings
+        optimizer = AdamW(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+        schedule: LambdaLR = get_cosine_schedule_with_warmup(
+            optimizer, settings.warmup_steps, settings.steps
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def documents(settings: LanguageModelSettings) -> tuple[list[str], list[str]]:
+    """Texts for training and held-out ones.
+
+    Raises:
+        ValueError: no text, or none left to train on.
+    """
+    # 1. A conversation is a document of its turns.
+    if settings.train.endswith(".txt"):
+        texts = [Path(settings.train).read_text(encoding="utf-8")]
+    else:
+        texts = [
+            "\n\n".join(str(turn["content"]) for turn in conversation.messages)
+            for conversation in load_conversations(settings.train, settings.limit)
+        ]
+    # 2. Of one document its last words are held out, of many some documents.
+    if len(texts) == 1:
+        words = spaced_words(texts[0])
+        cut = len(words) - int(len(words) * settings.held_out)
+        pair = "".join(words[:cut]), "".join(words[cut:])
+        texts, held_out = [pair[0]], [pair[1]]
+    else:
+        random.Random(settings.seed).shuffle(texts)
+        cut = max(1, int(len(texts) * settings.held_out))
+        texts, held_out = texts[cut:], texts[:cut]
+    if not any(texts) or not any(held_out):
+        raise ValueError(f"train {settings.train!r} has too little text: name a larger file")
+    return texts, held_out
+
+
+def make_model(settings: LanguageModelSettings, texts: Iterable[str]) -> LanguageModel:
+    """The model with random weights, and units made of the texts."""
+    words = (word for text in texts for word in unicode_words(text))
+    units = make_units(settings.units, words, settings.vocabulary)
+    made = class_of(settings.model, "model", Kind.LANGUAGE_MODEL, 1)
+    return made(units, **settings.model.get("init_args") or {})
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Score, int, int]:
+    """The score of texts, with the same masks and vectors at every call; also positions of the
+    backbone and multiply-adds.
+    """
+    model.eval()
+    rows = [row for text in texts for row in model.rows(text)]
+    device = model.unit_bytes.device
+    draws, total, steps = torch.Generator(device).manual_seed(0), None, 0
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for start in range(0, len(rows), batch):
+            stacked = model.stacked(rows[start : start + batch]).to(device)
+            score = model.score(stacked, draws)
+            total = score if total is None else total + score
+            steps += int((stacked.reshape(*stacked.shape[:2], -1)[..., 0] != PAD).sum())
+    assert total is not None, "a held-out text has rows"
+    return total, steps, counter.get_total_flops() // 2
+
+
+def report(model: LanguageModel, texts: Sequence[str], settings: LanguageModelSettings) -> Report:
+    """Bits per byte and word accuracy on held-out texts, and on the same texts with typos."""
+    score, steps, work = evaluate(model, texts, settings.batch)
+    size = len("".join(texts).encode())
+    spoiled = [with_typos(text, settings.typos, i) for i, text in enumerate(texts)]
+    with_errors, _, _ = evaluate(model, spoiled, settings.batch)
+    return Report(
+        sum(weights.numel() for weights in model.parameters()),
+        score.bits_per_byte,
+        score.word_accuracy,
+        with_errors.bits_per_byte,
+        with_errors.word_accuracy,
+        steps / size,
+        work / size,
+    )
+
+
+def train(settings: LanguageModelSettings, output: Path) -> Report:
+    """Train, evaluate, and write the model with `metrics.json`."""
+    # 1. Text and model.
+    seed_everything(settings.seed, verbose=False)
+    texts, held_out = documents(settings)
+    model = make_model(settings, texts)
+    rows = [row for text in texts for row in model.rows(text)]
+    order = torch.Generator().manual_seed(settings.seed)
+    loader = DataLoader(
+        rows,  # type: ignore[arg-type]
+        settings.batch,
+        shuffle=True,
+        collate_fn=model.stacked,
+        generator=order,
+    )
+    # 2. As many steps as were asked for, over shuffled rows.
+    trainer = Trainer(
+        max_steps=settings.steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(LanguageModelModule(model, settings), loader)
+    # 3. Held-out figures beside the weights.
+    figures = report(model, held_out, settings)
+    save_language_model(model.cpu(), output / "model", asdict(settings))
+    write_json(output / "metrics.json", asdict(figures))
+    return figures
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line, train, and print the figures."""
+    parser = config_parser(
+        "python -m train.language_model", "Train a small language model from scratch."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_class_arguments(LanguageModelSettings, "settings", fail_untyped=True)
+    config = parse(parser, arguments)
+    settings = parser.instantiate(config).settings
+    with claimed(config.output):
+        figures = train(settings, config.output)
+    print(json.dumps(asdict(figures), indent=2))
+    print(f"{config.output / 'model'}")
+    return 0
+
+
+def main() -> None:
+    """Entry point; exit status 2 after a user's mistake."""
+    exit_with(command)
+
+
+if __name__ == "__main__":
+    main()
