@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import DocumentRows
 from modules.contracts.shapes import StateName
 
 PADDING_DOCUMENT = -1
@@ -72,16 +72,9 @@ class TextBatch:
         """The text batches in it: this one alone."""
         return (self,)
 
-    def rows(self) -> Rows:
+    def rows(self) -> DocumentRows:
         """Causal attention inside each document."""
-        length = self.input_ids.shape[1]
-        # 1. A token sees earlier tokens of its own document.
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.input_ids.device).tril()
-        same = self.document_ids[:, :, None] == self.document_ids[:, None, :]
-        real = (self.document_ids != PADDING_DOCUMENT)[:, :, None]
-        # 2. Padding sees itself, so that no softmax is empty.
-        itself = torch.eye(length, dtype=torch.bool, device=self.input_ids.device)
-        return Rows(self.position_ids, (same & causal & real) | itself)
+        return DocumentRows(self.position_ids, self.document_ids, PADDING_DOCUMENT)
 
 
 @dataclass

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,70 @@ class Rows:
         visible_BNJ = F.pad(self.visible_BNJ, (0, auxiliary.position_ids_BP.shape[1]))
         visible = torch.cat([visible_BNJ, auxiliary.visible_BPX], dim=1)
         return Rows(positions, visible, self.committed_BS)
+
+
+class DocumentRows(Rows):
+    """Rows of packed texts: each token sees earlier ones of its own document and itself; padding
+    sees itself alone, so that no softmax is empty. The mask of all pairs is made when it is asked
+    for, parts of it where rows are too long for that.
+
+    Args:
+        position_ids_BN: int64 [B,T].
+        document_ids_BT: int64 [B,T], of padding `padding`.
+        padding: the id of padding.
+    """
+
+    def __init__(self, position_ids_BN: Tensor, document_ids_BT: Tensor, padding: int) -> None:
+        object.__setattr__(self, "position_ids_BN", position_ids_BN)
+        object.__setattr__(self, "committed_BS", None)
+        object.__setattr__(self, "document_ids_BT", document_ids_BT)
+        object.__setattr__(self, "real_BT", document_ids_BT != padding)
+        object.__setattr__(self, "padding", padding)
+        object.__setattr__(self, "block_masks", {})
+
+    document_ids_BT: Tensor
+    padding: int
+    real_BT: Tensor
+    """bool [B,T]: tokens that are no padding."""
+    block_masks: dict[int | None, Any]
+    """Masks that an attention kernel made of these rows, by window."""
+
+    @cached_property
+    def visible_BNJ(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """bool [B,T,T]: the mask of all pairs."""
+        return self.visible(0, self.document_ids_BT.shape[1])
+
+    def visible(self, start: int, stop: int, first: int = 0, window: int | None = None) -> Tensor:
+        """bool [B,N,S]: which of the tokens `first … stop-1` the rows `start … stop-1` see, no
+        further back than `window` positions.
+        """
+        rows = torch.arange(start, stop, device=self.document_ids_BT.device)
+        return self.visible_at(rows.expand(len(self.document_ids_BT), -1), first, stop, window)
+
+    def visible_at(
+        self,
+        rows_BN: Tensor,
+        first: int = 0,
+        stop: int | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """The same of any rows [B,N]."""
+        documents, slots_S = (
+            self.document_ids_BT,
+            torch.arange(first, stop or self.document_ids_BT.shape[1], device=rows_BN.device),
+        )
+        same = documents.gather(1, rows_BN)[..., None] == documents[:, None, first:stop]
+        back = rows_BN[..., None] - slots_S
+        near = same & (back >= 0) & self.real_BT.gather(1, rows_BN)[..., None]
+        if window is not None:
+            near = near & (back < window)
+        return near | (back == 0)
+
+    def sequence(self, number: int) -> DocumentRows:
+        """The rows of one sequence alone."""
+        alone = slice(number, number + 1)
+        positions = self.position_ids_BN.expand_as(self.document_ids_BT)[alone]
+        return DocumentRows(positions, self.document_ids_BT[alone], self.padding)
 
 
 Inputs = Tensor | Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -218,6 +218,12 @@ class Session(Protocol):
     ) -> Verified:
         """One call over all rows of a tree: logits [B,N,V], or [B,N,D] over the given token ids,
         and states. Nothing is committed yet.
+        """
+        ...
+
+    def attend_by(self, hook: Callable[..., Tensor] | None) -> None:
+        """From the next call on, layers attend by `hook`
+        (`modules.target.kernels.attention_hook`); None: as the model does.
         """
         ...
 

@@ -19,9 +19,10 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import DocumentRows, Rows
 from modules.contracts.shapes import TargetShape
 from modules.layers.activation_checkpointing import recomputed
+from modules.layers.document_attention import document_attention, in_parts
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -134,6 +135,26 @@ class LayerCache:
         # 2. And the counted slots before them.
         return recent | self._readable(rows, offset_BS < 0)[:, None]
 
+    def chosen(
+        self, rows: Rows, keys_BSGD: Tensor, values_BSGD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What rows read of the slots: keys and values [B,X,G,D], and which of them each row sees
+        [B,N,X]. Of chosen slots (`Rows.committed_BS`) the others are not read.
+        """
+        if rows.committed_BS is None:
+            return keys_BSGD, values_BSGD, self.visible(rows, keys_BSGD.shape[1])
+        # 1. The chosen slots, then the rows since the last count.
+        batch, (count, recent) = len(self.lengths_B), rows.visible_BNJ.shape[1:]
+        order = torch.arange(recent, device=self.lengths_B.device)
+        slots_BX = torch.cat(
+            [rows.committed_BS.clamp(min=0).expand(batch, -1), self.lengths_B[:, None] + order], 1
+        )
+        index = slots_BX[..., None, None].expand(-1, -1, *keys_BSGD.shape[2:])
+        # 2. Which of them are there, and seen.
+        there_BS = (rows.committed_BS >= 0).expand(batch, -1)[:, None].expand(-1, count, -1)
+        visible = torch.cat([there_BS, rows.visible_BNJ.expand(batch, -1, -1)], 2)
+        return keys_BSGD.gather(1, index), values_BSGD.gather(1, index), visible
+
     def _readable(self, rows: Rows, counted_BS: Tensor) -> Tensor:
         """bool [B,S]: those of the counted slots that the rows may attend to."""
         if rows.committed_BS is None:
@@ -192,10 +213,15 @@ class Attention(nn.Module):
         """
         # 1. Project, and append to the cache.
         queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN, asking_BNX)
+        if cache is None and isinstance(rows, DocumentRows) and in_parts(rows):
+            mixed = document_attention(
+                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), rows
+            )
+            return self.o_proj(mixed.transpose(1, 2).flatten(2))
         visible = rows.visible_BNJ
         if cache is not None:
             keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
-            visible = cache.visible(rows, keys.shape[1])
+            keys, values, visible = cache.chosen(rows, keys, values)
         # 2. Attend.
         return self.mix(queries, keys, values, visible)
 

@@ -6,7 +6,9 @@ own rows of each, Q query heads, G key/value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +19,33 @@ MAX_SCORES = 2**24
 """Attention scores [M,Q,S] of training rows above this many are computed in parts."""
 
 
+Visible = Callable[[int, Tensor], Tensor]
+"""A sequence and places [M] of rows in it -> bool [M,S], the slots that they see."""
+
+
 class Prefix:
     """Keys and values that training rows share and see parts of.
 
     Args:
         keys_BSGE, values_BSGE: [B,S,G,E].
-        visible_BTS: bool, which of the S slots a row at each position of a packed batch sees.
+        visible: which of the S slots rows of a sequence see: a function, or all of it, bool
+            [B,T,S].
         flat_M: int64, the training rows as positions of the flattened [B*T], ascending.
+        length: T; not needed beside a tensor.
     """
 
     def __init__(
-        self, keys_BSGE: Tensor, values_BSGE: Tensor, visible_BTS: Tensor, flat_M: Tensor
+        self,
+        keys_BSGE: Tensor,
+        values_BSGE: Tensor,
+        visible: Visible | Tensor,
+        flat_M: Tensor,
+        length: int | None = None,
     ) -> None:
-        batch, length = visible_BTS.shape[:2]
         self.keys, self.values = keys_BSGE, values_BSGE
-        self.counts = torch.bincount(flat_M // length, minlength=batch).tolist()
-        self.visible = visible_BTS.flatten(0, 1)[flat_M].split(self.counts)
+        self.visible, length = _looked_up(visible, length)
+        self.counts = torch.bincount(flat_M // length, minlength=len(keys_BSGE)).tolist()
+        self.places = (flat_M % length).split(self.counts)
 
     def mix(self, queries_MQE: Tensor, hanging: Sequence[Sequence[Tensor]]) -> Tensor:
         """Attention [M,Q,E] to the prefix and to the hanging rows, whose keys and values are
@@ -45,7 +58,8 @@ class Prefix:
                 queries,
                 self.keys[b],
                 self.values[b],
-                self.visible[b],
+                partial(self.visible, b),
+                self.places[b],
                 [keys[b] for keys in own_keys],
                 [values[b] for values in own_values],
             )
@@ -54,32 +68,49 @@ class Prefix:
         return torch.cat(parts)
 
 
+def _looked_up(visible: Visible | Tensor, length: int | None) -> tuple[Visible, int]:
+    """A mask as a function of sequence and places, and its length."""
+    if isinstance(visible, Tensor):
+        return lambda sequence, places_M: visible[sequence, places_M], visible.shape[1]
+    assert length is not None, "a function does not say how long the text is"
+    return visible, length
+
+
 def attention_in_parts(
     queries_MQE: Tensor,
     keys_SGE: Tensor,
     values_SGE: Tensor,
-    visible_MS: Tensor,
+    visible: Callable[[Tensor], Tensor],
+    places_M: Tensor,
     own_keys_JMGE: list[Tensor],
     own_values_JMGE: list[Tensor],
 ) -> Tensor:
     """`hanging_attention` with at most `MAX_SCORES` scores in memory: longer inputs are cut into
-    parts, whose scores are recomputed in the backward pass.
+    parts, whose scores are recomputed in the backward pass. `visible` gives the slots that rows at
+    some places see.
     """
     count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_SGE)))
     if len(queries_MQE) <= count:
+        seen = visible(places_M)
         return hanging_attention(
-            queries_MQE, keys_SGE, values_SGE, visible_MS, own_keys_JMGE, own_values_JMGE
+            queries_MQE, keys_SGE, values_SGE, seen, own_keys_JMGE, own_values_JMGE
         )
+
+    def of_part(
+        queries: Tensor, keys: Tensor, values: Tensor, places: Tensor, *private: Any
+    ) -> Tensor:
+        return hanging_attention(queries, keys, values, visible(places), *private)
+
     parts = [slice(start, start + count) for start in range(0, len(queries_MQE), count)]
     return torch.cat(
         [
             recomputed(
                 True,
-                hanging_attention,
+                of_part,
                 queries_MQE[part],
                 keys_SGE,
                 values_SGE,
-                visible_MS[part],
+                places_M[part],
                 [keys[part] for keys in own_keys_JMGE],
                 [values[part] for values in own_values_JMGE],
             )

@@ -105,6 +105,9 @@ class SlotCache(Cache):
         """
         self.positions_BJ: Tensor | None = None
         """Positions of the rows written since the last commit."""
+        self.bytes_read = 0
+        """Bytes of keys and values that calls have read so far; calls through `torch.compile` are
+        not counted."""
         self.encoded: EncodedSource | None = None
         """Of an encoder-decoder model, what its encoder read."""
 
@@ -191,9 +194,12 @@ class SlotCache(Cache):
         self._write(values, value_states)
         # 2. What they read: the chosen slots, or all up to the last row.
         if self._read_BX is not None:
-            return self._chosen(keys), self._chosen(values)
-        end = self.window(self.ahead + key_states.shape[2])
-        return keys[:, :, :end], values[:, :, :end]
+            keys, values = self._chosen(keys), self._chosen(values)
+        else:
+            end = self.window(self.ahead + key_states.shape[2])
+            keys, values = keys[:, :, :end], values[:, :, :end]
+        self.bytes_read += 2 * keys.numel() * keys.element_size()
+        return keys, values
 
     def _chosen(self, buffer_BKSD: Tensor) -> Tensor:
         """Rows [B,K,X,D] at the slots that the next call reads."""
@@ -213,7 +219,7 @@ class SlotCache(Cache):
             self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
             if self.fixed is not None:
                 self.fixed.hold(self._stores[device])
-        row = self._devices[:layer].count(device) if self._spread else layer
+        row = self._row(layer, device)
         return self._stores[device][row, 0], self._stores[device][row, 1]
 
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
@@ -240,6 +246,20 @@ class SlotCache(Cache):
             self.lengths[sequence] += len(rows)
         if self._lengths_B is not None:
             self._lengths_B = self._lengths_B + accepted.lengths_B.to(self._lengths_B.device)
+
+    def layer_keys(self, count: int) -> list[Tensor]:
+        """Keys [B,K,S,D] of the first `count` layers, up to the longest committed length."""
+        assert self._stores, "nothing was written yet"
+        end = max(self.lengths)
+        devices = self._devices if self._spread else [next(iter(self._stores))] * count
+        return [
+            self._stores[device][self._row(layer, device), 0][:, :, :end]
+            for layer, device in enumerate(devices)
+        ]
+
+    def _row(self, layer: int, device: Hashable) -> int:
+        """Where a layer lies in the store of its device."""
+        return self._devices[:layer].count(cast(Any, device)) if self._spread else layer
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget what is committed after so many tokens of each sequence."""

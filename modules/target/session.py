@@ -17,7 +17,11 @@ from modules.contracts.shapes import StateName
 from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
+from modules.target.kernels.attention_hook import AttentionHook, attending
 from modules.target.kv_cache import SlotCache
+
+PROMPT_ROWS = 2048
+"""Rows of a prompt that one call reads, so that no mask or score of a whole long prompt exists."""
 
 
 class Session:
@@ -31,8 +35,11 @@ class Session:
         cache: keys and values of these sequences.
     """
 
+    prompt_rows: int = PROMPT_ROWS
+
     def __init__(self, target: Target, cache: SlotCache) -> None:
         self.target, self.cache = target, cache
+        self._hook: AttentionHook | None = None
 
     @property
     def lengths_B(self) -> Tensor:
@@ -45,25 +52,63 @@ class Session:
     ) -> tuple[Tensor, dict[StateName, Tensor]]:
         """Append right-padded tokens after the committed ones (also for second turns).
 
-        Returns the logits [B,V] of each sequence's last token and the requested states [B,T,H].
+        A call reads `prompt_rows` tokens of each. Returns the logits [B,V] of each sequence's last
+        token and the requested states [B,T,H].
         """
-        # 1. One pass of causal rows after the committed ones, and the logits of each last token.
-        batch, length = ids_BT.shape
-        rows, names = causal_rows(self.lengths_B, length), [*states, "final"]
-        seen = self.target.forward_rows(self.target.embed(ids_BT), rows, names, self.cache)
-        last = seen["final"][torch.arange(batch, device=ids_BT.device), lengths_B - 1]
-        # 2. Commit the tokens without padding.
-        order = torch.arange(length, device=ids_BT.device)
-        self.cache.commit(Accepted(order.expand(batch, -1), lengths_B, lengths_B))
-        return self.target.logits(last), {name: seen[name] for name in states}
+        names: list[StateName] = [*dict.fromkeys((*states, "final"))]
+        parts: dict[StateName, list[Tensor]] = {name: [] for name in states}
+        last_BH = None
+        for start in range(0, ids_BT.shape[1], self.prompt_rows):
+            # 1. Some tokens of every prompt, after what is committed.
+            some_BN = ids_BT[:, start : start + self.prompt_rows]
+            width = some_BN.shape[1]
+            counts_B = (lengths_B - start).clamp(0, width)
+            seen = self._prompt_part(some_BN, counts_B, names)
+            for name, part in parts.items():
+                part.append(seen[name])
+            # 2. The state of each prompt's last token so far.
+            newest_BH = seen["final"][
+                torch.arange(len(ids_BT), device=ids_BT.device), (counts_B - 1).clamp(min=0)
+            ]
+            if last_BH is None:
+                last_BH = newest_BH
+            last_BH = torch.where((counts_B > 0)[:, None], newest_BH, last_BH)
+        assert last_BH is not None, "a prompt has at least one token"
+        whole = {
+            name: part[0] if len(part) == 1 else torch.cat(part, 1) for name, part in parts.items()
+        }
+        return self.target.logits(last_BH), whole
+
+    def _prompt_part(
+        self, ids_BN: Tensor, counts_B: Tensor, names: Sequence[StateName]
+    ) -> dict[StateName, Tensor]:
+        """States of tokens after the committed ones; the first `counts_B` of each are committed."""
+        rows = causal_rows(self.lengths_B, ids_BN.shape[1])
+        seen = self._forward(self.target.embed(ids_BN), rows, names)
+        order = torch.arange(ids_BN.shape[1], device=ids_BN.device)
+        self.cache.commit(Accepted(order.expand(len(ids_BN), -1), counts_B, counts_B))
+        return seen
+
+    def attend_by(self, hook: AttentionHook | None) -> None:
+        """From the next call on, layers attend by `hook`; None: as the model does."""
+        self._hook = hook
+
+    def _forward(
+        self,
+        hidden_BNH: Tensor,
+        rows: Rows,
+        names: Sequence[StateName],
+        layers: tuple[int, int] | None = None,
+    ) -> dict[StateName, Tensor]:
+        """One pass over rows, as `Target.forward_rows`, with this session's attention."""
+        with attending(self._hook):
+            return self.target.forward_rows(hidden_BNH, rows, names, self.cache, layers)
 
     @torch.no_grad()
     def read(self, ids_BN: Tensor, rows: Rows) -> Tensor:
         """`final` states [B,N,H] of tokens at the positions of `rows`. Nothing is committed."""
         embeddings = self.target.embed(ids_BN)
-        return self.target.forward_rows(embeddings, self._inside(rows), ("final",), self.cache)[
-            "final"
-        ]
+        return self._forward(embeddings, self._inside(rows), ("final",))["final"]
 
     @torch.no_grad()
     def run_layers(
@@ -84,9 +129,7 @@ class Session:
             states: names of states to return [B,N,H]. `"pre_norm"` is the output of layer
                 `stop - 1`, `"final"` that output after the final norm.
         """
-        return self.target.forward_rows(
-            hidden_BNH, self._inside(rows), states, self.cache, (start, stop)
-        )
+        return self._forward(hidden_BNH, self._inside(rows), states, (start, stop))
 
     @torch.no_grad()
     def verify(
@@ -112,10 +155,10 @@ class Session:
             return self._beside(tree, rows, embeddings, states, vocabulary_D)
         if tree.already_run is not None:
             seen = self._complete(tree, rows, embeddings, names)
-        elif compiled is not None and compiled.takes(tree.size, self.cache):
+        elif self._hook is None and compiled is not None and compiled.takes(tree.size, self.cache):
             seen = compiled(embeddings, rows, self.cache, names)
         else:
-            seen = target.forward_rows(embeddings, rows, names, self.cache)
+            seen = self._forward(embeddings, rows, names)
         logits = target.logits(seen["final"], vocabulary_D)
         return Verified(tree, logits, {name: seen[name] for name in states})
 
@@ -138,7 +181,8 @@ class Session:
         auxiliary = replace(auxiliary, position_ids_BP=positions)
         self.cache.reserve(tree.computed)
         # 2. One pass; split its states again.
-        seen = target.forward_beside(embeddings_BNH, rows, names, auxiliary, self.cache)
+        with attending(self._hook):
+            seen = target.forward_beside(embeddings_BNH, rows, names, auxiliary, self.cache)
         nodes = {name: seen[name][:, : tree.size] for name in states}
         others = {name: seen[name][:, tree.size :] for name in states}
         logits = target.logits(seen["final"][:, : tree.size], vocabulary_D)

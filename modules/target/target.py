@@ -17,22 +17,32 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.float32_buffers import SteadyBuffers
-from modules.contracts.rows import AuxiliaryRows, Rows
+from modules.contracts.rows import AuxiliaryRows, DocumentRows, Rows
 from modules.contracts.shapes import StateName, TargetShape
+from modules.layers.document_attention import document_attention, in_parts
 from modules.runtime.phase_timer import phase
 from modules.target.architecture import Architecture
 from modules.target.beside import gradient_beside, rows_beside
+from modules.target.kernels.attention_hook import (
+    AttentionHook,
+    LayerAttention,
+    attending,
+    current_hook,
+)
 from modules.target.kernels.compiled_calls import CompiledCalls
 from modules.target.kernels.cpu_kernels import (
     narrow_linear,
     use_grouped_attention,
     use_narrow_kernels,
+    uses_grouped_attention,
 )
 from modules.target.kv_cache import SlotCache
 from modules.target.session import Session
 
 SLICED_HEADS = 4
 """Draft vocabularies whose LM-head rows are kept at a time."""
+_NO_MASK = torch.ones(1, 1, 1, dtype=torch.bool)
+"""Stands for the mask of texts whose attention is computed in parts."""
 WIDENED_ROWS = 8192
 """Rows of an LM head that are widened to float32 at a time."""
 
@@ -73,9 +83,8 @@ class Target(SteadyBuffers):
         use_grouped_attention(model)
         if self.device.type == "cpu":
             use_narrow_kernels(model)
-        self._layer_devices = [
-            next(layer.parameters()).device for layer in self.architecture.layers
-        ]
+        self.layer_devices = [next(layer.parameters()).device for layer in self.architecture.layers]
+        """Where each layer computes."""
         self._watch()
 
     # -- identity ----------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ class Target(SteadyBuffers):
         if self._compiled is not None and batch_size == 1:
             return Session(self, self._compiled.open(capacity))
         layers = self.shape.num_layers
-        return Session(self, SlotCache(layers, batch_size, capacity, self._layer_devices))
+        return Session(self, SlotCache(layers, batch_size, capacity, self.layer_devices))
 
     @property
     def compiled(self) -> CompiledCalls | None:
@@ -296,7 +305,7 @@ class Target(SteadyBuffers):
         Raises:
             ValueError: a target that cannot be compiled whole.
         """
-        if len(set(self._layer_devices)) > 1 or self.quantisation:
+        if len(set(self.layer_devices)) > 1 or self.quantisation:
             raise ValueError(
                 f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it "
                 "out, or load the target on one device with a dtype of 16 bits or more"
@@ -320,13 +329,18 @@ class Target(SteadyBuffers):
             cache: read, and written after the committed rows.
             layers: first layer, and the one before which the pass ends; None for all.
         """
-        # 1. Slots and mask.
+        # 1. Slots and mask; long texts have none of all pairs of tokens.
         if cache is not None:
             cache.begin(rows)
-        mask = self.architecture.mask(rows, cache, hidden_BNH)
+        parts = cache is None and in_parts(rows) and uses_grouped_attention(self.model)
+        hook = _long_texts(rows) if parts else current_hook()
+        masked = (
+            Rows(rows.position_ids_BN[:, :1], _NO_MASK.to(hidden_BNH.device)) if parts else rows
+        )
+        mask = self.architecture.mask(masked, cache, hidden_BNH)
         positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
         # 2. Run, and record the states.
-        with self.watching(names), self._restricted(layers, hidden_BNH):
+        with self.watching(names), self._restricted(layers, hidden_BNH), attending(hook):
             states = self.layer_states(hidden_BNH, positions, mask, cache, names)
         return {
             name: state.to(hidden_BNH.device) for name, state in zip(names, states, strict=True)
@@ -424,6 +438,19 @@ class Target(SteadyBuffers):
     def _at_norm(self, _: nn.Module, args: tuple) -> None:
         if "pre_norm" in self._wanted:
             self._seen["pre_norm"] = args[0]
+
+
+def _long_texts(rows: Rows) -> AttentionHook:
+    """The attention of texts that are too long for one mask."""
+    assert isinstance(rows, DocumentRows)
+
+    def attend(call: LayerAttention) -> Tensor:
+        mixed = document_attention(
+            call.query_BQND, call.key_BKSD, call.value_BKSD, rows, call.scaling, call.window
+        )
+        return mixed.transpose(1, 2).contiguous()
+
+    return attend
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:

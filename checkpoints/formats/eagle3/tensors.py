@@ -61,8 +61,10 @@ def layer_ids(drafter: Eagle3) -> list[int]:
     """Fused states as `k` = input of layer k, ascending.
 
     Raises:
-        ValueError: a repeated state, which engines would pass only once.
+        ValueError: a repeated state, which engines would pass only once; attention sinks.
     """
+    if drafter.sinks:
+        raise ValueError(f"sinks is {drafter.sinks}: engines have a window without them, set 0")
     ids = sorted(drafter.fused_layers)
     if len(set(ids)) < len(ids):
         raise ValueError(

@@ -30,7 +30,7 @@ from modules.contracts.verification import Accepted, Verified
 from modules.drafters.trained import WIDE_BUDGET, WIDE_LEVEL, TrainedDrafter
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
-from modules.layers.hanging_attention import MAX_SCORES, Prefix
+from modules.layers.hanging_attention import MAX_SCORES, Prefix, Visible
 from modules.losses.chunked import TrainingRows
 from modules.trees.named_trees import Path
 from modules.trees.reranked import RerankedTree
@@ -81,6 +81,8 @@ class FeatureDrafter(TrainedDrafter):
     window: int | None = None
     """Positions that a row's attention reaches back over the text, itself included; None: all of
     them. Drafted rows before it are always seen."""
+    sinks: int = 0
+    """First positions of the text that rows see beside the window."""
     layer: DecoderLayer
 
     def __init__(
@@ -162,8 +164,8 @@ class FeatureDrafter(TrainedDrafter):
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
-        visible, place = batch.rows().visible_BNJ, batch.position_ids
-        prefix = Prefix(keys, values, self.in_window(visible, place, place), rows.flat_MK1[:, 0])
+        flat_M, length = rows.flat_MK1[:, 0], batch.input_ids.shape[1]
+        prefix = Prefix(keys, values, self.seen_by(batch, 0), flat_M, length)
         # 2. The first step's inputs at the training rows.
         inputs, residual = rows.take(inputs), rows.take(residual)
         positions, carried, hanging = rows.take(batch.position_ids), residual, []
@@ -174,8 +176,7 @@ class FeatureDrafter(TrainedDrafter):
                     self.vectors(rows.tokens_MK1[:, step], target), carried
                 )
             if step and self.window is not None:
-                seen = self.in_window(visible, place + step, place)
-                prefix = Prefix(keys, values, seen, rows.flat_MK1[:, 0])
+                prefix = Prefix(keys, values, self.seen_by(batch, step), flat_M, length)
             feature, carried, *row = recomputed(
                 self.recompute,
                 self._draft,
@@ -190,18 +191,33 @@ class FeatureDrafter(TrainedDrafter):
                 hanging.append(row)
             yield feature, carried
 
+    def seen_by(self, batch: TextBatch, step: int) -> Visible:
+        """Which tokens training rows of a step see."""
+        rows, place_BT = batch.rows(), batch.position_ids
+
+        def seen(sequence: int, places_M: Tensor) -> Tensor:
+            alone = slice(sequence, sequence + 1)
+            visible = rows.sequence(sequence).visible_at(places_M[None])
+            here = place_BT[alone, places_M]
+            return self.in_window(visible, here + step, place_BT[alone])[0]
+
+        return seen
+
     def in_window(self, visible_BNS: Tensor, rows_BN: Tensor, slots_BS: Tensor) -> Tensor:
         """bool [B,N,S]: the visible slots that rows at these positions reach."""
         if self.window is None:
             return visible_BNS
-        return visible_BNS & (rows_BN[..., None] - slots_BS[:, None] < self.window)
+        near = rows_BN[..., None] - slots_BS[:, None] < self.window
+        return visible_BNS & (near | (slots_BS < self.sinks)[:, None])
 
     def reached_slots(self, positions_B1: Tensor, cache: LayerCache) -> Tensor | None:
         """The committed slots that rows at a position reach (`Rows.committed_BS`)."""
         if self.window is None:
             return None
         within = torch.arange(min(self.window, cache.longest), device=positions_B1.device)
-        slots_BS = (positions_B1 + 1 - self.window).clamp(min=0) + within
+        slots_BS = (positions_B1 + 1 - self.window).clamp(min=self.sinks) + within
+        first = torch.arange(min(self.sinks, cache.longest), device=positions_B1.device)
+        slots_BS = torch.cat([first.expand(len(slots_BS), -1), slots_BS], 1)
         return torch.where(slots_BS < cache.lengths_B[:, None], slots_BS, -1)
 
     def _draft(
@@ -282,9 +298,11 @@ class FeatureDrafter(TrainedDrafter):
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
         queries, keys, values = self.attention.project(inputs, rows.position_ids_BN)
         keys, values = cache.write(keys, values)
-        visible = rows_at(cache.visible(rows, keys.shape[1]), last_B1)
-        slots = torch.arange(keys.shape[1], device=keys.device)[None]
-        visible = self.in_window(visible, rows.position_ids_BN.gather(1, last_B1), slots)
+        place_B1 = rows.position_ids_BN.gather(1, last_B1)
+        seen = rows_at(rows.visible_BNJ, last_B1)
+        seen = self.in_window(seen, place_B1, rows.position_ids_BN)
+        last = Rows(place_B1, seen, self.reached_slots(place_B1, cache))
+        keys, values, visible = cache.chosen(last, keys, values)
         cache.keep(counts_B, counts)
         # 2. Outputs are needed at the last row only.
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])

@@ -63,6 +63,8 @@ class Eagle3(FeatureDrafter):
         window: positions that attention reaches back over the text, the row itself included; null:
             all of them. For texts longer than the trained length, where drafts without it fail; it
             costs acceptance within that length.
+        sinks: first positions of the text that attention reaches beside the window (StreamingLLM,
+            Xiao et al. 2024, arXiv 2309.17453); only with a window, and not exported.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Eagle3(FeatureDrafter):
         norm_before_fc: bool = False,
         qk_norm: bool | None = None,
         window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         self.use_divergence(divergence)
@@ -89,7 +92,9 @@ class Eagle3(FeatureDrafter):
         # 1. Settings.
         self.fused_layers = fused_states(shape.num_layers, fused_layers)
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
-        self.greedy_labels, self.window = greedy_labels, window
+        self.greedy_labels, self.window, self.sinks = greedy_labels, window, sinks
+        if sinks and window is None:
+            raise ValueError(f"sinks {sinks} without a window: all positions are reached, set 0")
         # 2. Modules, named as in the release.
         size, fused = shape.hidden_size, len(self.fused_layers)
         self.fc = nn.Linear(fused * size, size, bias=False)

@@ -302,13 +302,20 @@ class Chimera(SteppedHeads):
             return None
         keys_f, values_f = self._keys_and_values(final_BTH, batch.position_ids)
         keys_g, values_g = self._keys_and_values(vectors_BTH, batch.position_ids + 1)
-        visible_BTT, flat_M = batch.rows().visible_BNJ, rows.flat_MK1[:, 0]
-        # A row's own trigram vector hangs on it, so that every step is one computation.
-        before_BTT = visible_BTT.tril(-1)
-        visible_BTS = torch.cat([visible_BTT, before_BTT], dim=2)
+        seen_rows, flat_M, length = batch.rows(), rows.flat_MK1[:, 0], batch.input_ids.shape[1]
+
+        def visible(sequence: int, places_M: Tensor) -> Tensor:
+            return seen_rows.sequence(sequence).visible_at(places_M[None])[0]
+
+        def with_trigrams(sequence: int, places_M: Tensor) -> Tensor:
+            # A row's own trigram vector hangs on it, so that every step is one computation.
+            seen_MT = visible(sequence, places_M)
+            before_MT = seen_MT.scatter(1, places_M[:, None], False)
+            return torch.cat([seen_MT, before_MT], 1)
+
         keys_BSGE, values_BSGE = torch.cat([keys_f, keys_g], 1), torch.cat([values_f, values_g], 1)
-        first = Prefix(keys_BSGE, values_BSGE, visible_BTS, flat_M)
-        return first, Prefix(keys_f, values_f, visible_BTT, flat_M)
+        first = Prefix(keys_BSGE, values_BSGE, with_trigrams, flat_M, length)
+        return first, Prefix(keys_f, values_f, visible, flat_M, length)
 
     def _draft(
         self,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modules.runtime.host_memory import available_memory
+from modules.target.kernels.attention_hook import LayerAttention, current_hook
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +239,31 @@ def grouped_attention(
 
     query [B,K*G,N,D], key and value [B,K,S,D], additive attention_mask [B,1,N,S] -> [B,N,K*G,D].
     The G query heads of a key/value head become G·N rows of it. Calls of many rows, or without a
-    mask, use the stock kernel.
+    mask, use the stock kernel. A hook that a session has set takes the call over.
     """
+    hook = current_hook()
+    if hook is None or attention_mask is None:
+        return _grouped(module, query, key, value, attention_mask, scaling, options), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def stock() -> Tensor:
+        return _grouped(module, query, key, value, attention_mask, scaling, options)
+
+    layer: int = cast(Any, module).layer_idx
+    window: int | None = options.get("sliding_window")
+    inputs = LayerAttention(layer, query, key, value, attention_mask, scale, window, stock)
+    return hook(inputs), None
+
+
+def _grouped(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
     # 1. Calls that the stock kernel does well.
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
@@ -247,13 +271,13 @@ def grouped_attention(
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-        return out, None
+        return out
     # 2. Query heads of a group as rows of their key/value head, under the same mask.
     slots = key.shape[2]
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(-1, 1, groups * rows, slots)
     wide = query.reshape(batch, -1, groups * rows, size)
     out = F.scaled_dot_product_attention(wide, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, size).transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, rows, size).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
@@ -264,6 +288,11 @@ def use_grouped_attention(model: Any) -> None:
     """Switch a model from Hugging Face's `sdpa` to `grouped_attention`, and no other one."""
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         model.config._attn_implementation = GROUPED
+
+
+def uses_grouped_attention(model: Any) -> bool:
+    """Whether a model's attention is `grouped_attention`, which asks for hooks."""
+    return getattr(model.config, "_attn_implementation", None) == GROUPED
 
 
 def use_narrow_kernels(model: nn.Module) -> None:

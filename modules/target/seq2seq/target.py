@@ -113,7 +113,7 @@ class Seq2SeqTarget(Target):
     def open(self, batch_size: int, capacity: int) -> Seq2SeqSession:
         """New sequences with an empty KV cache of `capacity` decoder tokens each."""
         layers = self.shape.num_layers
-        return Seq2SeqSession(self, SlotCache(layers, batch_size, capacity, self._layer_devices))
+        return Seq2SeqSession(self, SlotCache(layers, batch_size, capacity, self.layer_devices))
 
     def compile_calls(self, autotune: bool = False) -> None:
         """Raises ValueError: its decoder is run layer by layer."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
+from modules.contracts.drafter import Context
 from modules.contracts.rows import Rows
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.losses.chunked import training_rows
@@ -145,6 +146,30 @@ def test_nothing_before_the_window_changes_a_draft() -> None:
         assert bool(same[(reached < 0) | (reached >= 5)].all())
 
 
+def test_a_window_with_sinks_drafts_as_it_was_trained() -> None:
+    """In training the first tokens of a document, in decoding the first slots; nothing between."""
+    drafter = made(window=5, sinks=2)
+    text = list(range(20, 50))
+    batch = filled(documents([text]), drafter, TARGET)
+    rows = training_rows(batch, 3)
+    trained = steps_of(drafter, batch)[0][0]
+    for place, reached in ((1, True), (10, False)):
+        changed = replace(batch, states={k: s.clone() for k, s in batch.states.items()})
+        for state in changed.states.values():
+            state[:, place] += 1.0
+        after = steps_of(drafter, changed)[0][0]
+        far = rows.flat_MK1[:, 0] >= place + 5
+        assert bool((after != trained).any(-1)[far].all()) == reached
+        assert bool((after == trained).all(-1)[far].all()) != reached
+    # The state after a prompt is the first training step at its last token, read in parts too.
+    for row, end in enumerate(rows.flat_MK1[:, 0].tolist()):
+        ids = torch.tensor([text[: end + 1]])
+        states = {name: state[:, : end + 1] for name, state in batch.states.items()}
+        lengths, newest = torch.tensor([end + 1]), torch.tensor([text[end + 1]])
+        state = drafter.start(Context(TARGET, ids, lengths, newest, states))
+        torch.testing.assert_close(state.feature_BH[0], trained[row])
+
+
 def test_a_window_as_long_as_the_text_is_none() -> None:
     batch = filled(tiny_batch(TARGET), made(), TARGET)
     for one, other in zip(steps_of(made(window=64), batch), steps_of(made(), batch), strict=True):
@@ -166,6 +191,7 @@ def test_mistakes_are_one_line() -> None:
     for options, words in (
         ({"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc are both true"),
         ({"window": 0}, "window must be at least 1, the row itself, or null"),
+        ({"sinks": 2}, "sinks 2 without a window"),
     ):
         with pytest.raises(ValueError, match=words):
             Eagle3(TARGET.shape, **options)
