@@ -22,6 +22,7 @@ FLOORS = {
     "modules": (
         {"contracts", "runtime"},
         {"layers", "losses", "target", "trees", "acceptance"},
+        {"sparse_kv"},
         {"decoding", "drafters", "judges"},
         {"cost_model", "preference"},
     ),

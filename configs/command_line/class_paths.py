@@ -20,6 +20,7 @@ from jsonargparse import set_parsing_settings
 
 from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.trainable import Trainable
+from modules.sparse_kv.policy import Policy
 from modules.tokenization.contract import LanguageModel
 
 PACKAGES = (
@@ -42,6 +43,7 @@ class Kind(Enum):
     TRAINABLE = (Trainable,)
     DRAFTER = (Drafter,)
     BUILDER = ("build",)
+    POLICY = (Policy,)
     RULE = ("name", "lossless", "sibling_draws", "states", "__call__")
     DECODER = ("name", "decode")
     LANGUAGE_MODEL = (LanguageModel,)
@@ -101,8 +103,8 @@ def named_class(path: str, kind: Kind, where: str) -> Callable[..., Any]:
 
 
 def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
-    """The arguments of a class that are drafters or builders, by the types in its constructor's
-    annotations.
+    """The arguments of a class that are drafters, builders or policies, by the types in its
+    constructor's annotations.
 
     Raises:
         ValueError: an annotation that cannot be resolved at run time.
@@ -115,7 +117,7 @@ def part_kinds(made: Callable[..., Any], where: str) -> dict[str, Kind]:
             "them outside of TYPE_CHECKING"
         ) from None
     # Optional and union types count by their members.
-    kinds = {Drafter: Kind.DRAFTER, TreeBuilder: Kind.BUILDER}
+    kinds = {Drafter: Kind.DRAFTER, TreeBuilder: Kind.BUILDER, Policy: Kind.POLICY}
     return {
         name: kinds[part]
         for name, hint in hints.items()

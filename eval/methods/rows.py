@@ -524,7 +524,7 @@ def _with_parts(
         spec = arguments.get(name)
         if kind is Kind.DRAFTER and isinstance(spec, (str, Mapping)):
             arguments[name] = _part(spec, target, f"{where}: {name}", precision)
-        elif kind is Kind.BUILDER and isinstance(spec, Mapping):
+        elif kind in (Kind.BUILDER, Kind.POLICY) and isinstance(spec, Mapping):
             arguments[name] = construct(spec, f"{where}: {name}", kind)
     return {**source, "init_args": arguments}
 

@@ -39,6 +39,8 @@ class Trace:
     entropies: in bits, of the model's distribution of each id, where a decoder uses them (entropy
     adaptive decoding).
     layers: that ran before each id was chosen, where a decoder leaves some out.
+    kv_bytes: of the target's keys and values that each step read for this sequence, drafting with
+    the target included (`SlotCache.bytes_read`).
     """
 
     prompt_tokens: int
@@ -52,6 +54,7 @@ class Trace:
     rows: list[int] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    kv_bytes: list[int] = field(default_factory=list)
 
     @property
     def decode_seconds(self) -> float:
@@ -210,6 +213,7 @@ class Run:
         self._drop_finished()
 
     def _step(self) -> None:
+        before = self._session.cache.bytes_read
         with self.clock.phase("draft"):
             tree = self._propose()
         with self.clock.phase("verify"):
@@ -222,7 +226,8 @@ class Run:
         with self.clock.phase("commit"):
             self._session.commit(accepted)
         self._absorb(verified, accepted)
-        self._record(results, tree.computed)
+        read = (self._session.cache.bytes_read - before) // len(self._alive)
+        self._record(results, tree.computed, read)
         self._drop_finished()
 
     def _processed(self, logits_BNV: Tensor, tree: TokenTree | None) -> Tensor:
@@ -251,12 +256,13 @@ class Run:
             with self.clock.phase("draft"):
                 self._state = self.drafter.absorb(self._state, verified, accepted)
 
-    def _record(self, results: list[StepResult], rows: int) -> None:
+    def _record(self, results: list[StepResult], rows: int, kv_bytes: int) -> None:
         for sequence, call in zip(self._alive, results, strict=True):
             trace = self.traces[sequence]
             # 1. What was drafted.
             trace.nodes.append(call.nodes)
             trace.rows.append(rows)
+            trace.kv_bytes.append(kv_bytes)
             # 2. What was emitted, cut at the end of the answer.
             earlier = len(trace.ids)
             trace.ids += call.tokens

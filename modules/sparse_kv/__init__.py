@@ -1,0 +1,1 @@
+"""Attention that reads a part of the target's KV cache."""
