@@ -16,6 +16,7 @@ from torch import Tensor
 from eval.metrics.acceptance import TIE_GAP, Identity, argmax_gaps, first_divergence, is_tie
 from modules.contracts.batches import TextBatch
 from modules.contracts.target import Target
+from modules.target.session import PROMPT_ROWS
 
 LOW_PRECISION_GAP = {torch.bfloat16: 0.5, torch.float16: 0.0625}
 """At these precisions every emitted token's logit must be within this gap of the teacher-forced
@@ -83,11 +84,18 @@ def _at(ids: Sequence[int], position: int) -> int | None:
 
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Teacher-forced logits [T,V] of the answer's T tokens, by one pass without a KV cache."""
+    """Teacher-forced logits [T,V] of the answer's T tokens, by one pass without a KV cache; of a
+    long text part by part, so that there is no mask of the whole.
+    """
     # An encoder-decoder target reads from the loss mask where the answer begins.
     ids = torch.tensor([[*prompt, *answer]], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     batch = TextBatch(ids, positions >= len(prompt), positions, torch.zeros_like(ids))
+    encodes = getattr(target.model.config, "is_encoder_decoder", False)
+    if ids.shape[1] > PROMPT_ROWS and not encodes:
+        count_B = torch.tensor([ids.shape[1]], device=target.device)
+        _, seen = target.open(1, ids.shape[1]).prefill(ids, count_B, ["final"])
+        return target.logits(seen["final"][0, len(prompt) - 1 : -1]).float().cpu()
     with torch.no_grad():
         states_TH = target.features(batch, ["final"])["final"][0, len(prompt) - 1 : -1]
         return target.logits(states_TH).float().cpu()

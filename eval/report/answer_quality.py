@@ -162,7 +162,13 @@ def _text(target: Target, answer: Record) -> str:
     return target.tokenizer.decode(answer.trace.ids, skip_special_tokens=True)
 
 
-METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "pass_at_1": "pass@1"}
+METRIC_NAMES = {
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "pass_at_1": "pass@1",
+    "named_share": "named share",
+    "same_line": "next line",
+}
 
 
 def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report import plots
 from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.by_length import length_table, plotted_lengths
 from eval.report.load_curves import LATENCIES, curves, latency_by_throughput, load_table
 from eval.report.load_curves import READING as LOAD_READING
 from eval.report.load_curves import TITLE as LOAD
@@ -80,6 +81,7 @@ def page(report: Mapping[str, Any], sample: Sample | None) -> str:
         *_halves(report["methods"]),
         *_qualities(report["methods"]),
         *_drafting(report["methods"]),
+        *_lengths(report["methods"]),
         *_predictions(report["methods"]),
         *_sample(sample),
         *_overlaps(report["methods"]),
@@ -155,6 +157,15 @@ def _drafting(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     header, lines = drafting_table(methods)
     if lines:
         yield "<h2>Drafting</h2>" + table(header, lines)
+
+
+def _lengths(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    header, lines = length_table(methods)
+    if lines:
+        yield "<h2>By length of the context</h2>" + table(header, lines) + '<div class="pair">'
+        for key, words in plotted_lengths(methods).items():
+            yield f"<figure><h2>{words}</h2>{plots.against_length(methods, key, words)}</figure>"
+        yield "</div>"
 
 
 def _pictures(

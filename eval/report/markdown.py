@@ -22,6 +22,7 @@ from eval.methods.rows import EXPORT_NOTES
 from eval.metrics.repetition import KEY as LESS_REPETITIVE
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.by_length import length_table
 from eval.report.load_curves import READING as LOAD_READING
 from eval.report.load_curves import TITLE as LOAD
 from eval.report.load_curves import load_table
@@ -330,6 +331,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 *_predictions(methods),
                 *_qualities(methods),
                 *_drafting(methods),
+                *_lengths(methods),
                 "## Speedup by task",
                 _table(["method", *tasks], by_task),
                 *_acceptance(methods),
@@ -465,6 +467,11 @@ def drafting_table(methods: Sequence[Figures]) -> tuple[list[str], list[list[str
 def _drafting(methods: Sequence[Figures]) -> list[str]:
     header, rows = drafting_table(methods)
     return ["## Drafting", _table(header, rows)] if rows else []
+
+
+def _lengths(methods: Sequence[Figures]) -> list[str]:
+    header, rows = length_table(methods)
+    return ["## By length of the context", _table(header, rows)] if rows else []
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:

@@ -225,6 +225,34 @@ def speedup_against(methods: Sequence[Figures], key: str) -> str:
     return svg(draw, 5.6, 3.4, key)
 
 
+def against_length(methods: Sequence[Figures], key: str, words: str) -> str:
+    """A figure of every method over the length of the context, in tokens."""
+    colours = palette(methods)
+
+    def draw(axes: Axes) -> None:
+        for method in methods:
+            entries = [entry for entry in method["by_length"] if entry.get(key) is not None]
+            axes.plot(
+                [entry["context"] for entry in entries],
+                [entry[key] for entry in entries],
+                marker="o",
+                markersize=3,
+                label=method["name"],
+                color=colours[method["name"]],
+            )
+        # A tick for each length.
+        places = sorted({entry["context"] for m in methods for entry in m["by_length"]})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place / 1024:g}k" for place in places])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel(words)
+        figure_of(axes).legend(loc="outside upper left", ncols=3)
+
+    return svg(draw, 5.6, 3.4, f"length {key}")
+
+
 GAINS = {
     "mean_accepted_tokens": "tokens per target call (τ)",
     "speedup": "speedup over autoregressive",

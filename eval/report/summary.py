@@ -15,6 +15,7 @@ from eval.metrics.repetition import KEY as LESS_REPETITIVE
 from eval.metrics.repetition import less_repetitive
 from eval.metrics.speed_model import Calls, latency_per_sequence, speed_model
 from eval.report.answer_quality import Answered, Scoring, agreements, quality_figures
+from eval.report.by_length import by_length
 from eval.run.journal import Record
 from modules.cost_model.latency_table import LatencyTable
 from modules.decoding.decoder import Trace
@@ -67,7 +68,13 @@ def summarise(
         )
         for row in rows
     ]
-    # 3. Quality, for the rows whose answers are scored.
+    # 3. The same by length of the context.
+    for row, summary in zip(rows, summaries, strict=True):
+        plain = folded[row.baseline]
+        summary.figures["by_length"] = by_length(
+            row.target, folded[row.name], plain, scoring.usable
+        )
+    # 4. Quality, for the rows whose answers are scored.
     judged = {
         row.name: Answered(folded[row.name], agreements(row.target, folded[row.name]))
         for row in rows
@@ -154,6 +161,7 @@ def _summary(
         "quality": _quality(row, records, verdicts),
         LESS_REPETITIVE: _less_repetitive_half(answers, plain),
         "by_task": _by_task(answers, plain, verdicts),
+        "by_length": [],
     }
     return Summary(row, {key: figures[key] for key in METHOD_KEYS}, answers, verdicts)
 
@@ -211,6 +219,7 @@ METHOD_KEYS = (
     "quality",
     LESS_REPETITIVE,
     "by_task",
+    "by_length",
 )
 """Keys of a method in `report.json`, schema 1, in order."""
 

@@ -95,10 +95,25 @@ def _passes_its_test(answer: str, check: Check) -> float:
     )
 
 
+def named_share(answer: str, reference: str) -> float:
+    """Share of the reference's lines that the answer names (RULER's recall)."""
+    wanted = [line.strip() for line in reference.splitlines() if line.strip()]
+    return sum(line in answer for line in wanted) / len(wanted)
+
+
+def same_line(answer: str, reference: str) -> bool:
+    """Whether the answer's first line of code is the reference."""
+    lines = (line.strip() for line in answer.splitlines())
+    first = next((line for line in lines if line and not line.startswith("```")), "")
+    return first == reference.strip()
+
+
 SCORES: dict[str, Callable[[str, Check], float]] = {
     "exact_match": lambda answer, check: float(same_number(answer, check.reference)),
     "rouge_l": lambda answer, check: rouge_l(answer, check.reference),
     "pass_at_1": _passes_its_test,
+    "named_share": lambda answer, check: named_share(answer, check.reference),
+    "same_line": lambda answer, check: float(same_line(answer, check.reference)),
 }
 """Score in [0, 1] of an answer's text, by the metric's name."""
 RUNS_CODE = frozenset({"pass_at_1"})

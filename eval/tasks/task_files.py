@@ -14,13 +14,18 @@ from typing import Any, Literal
 
 from configs.command_line.loading import CONFIGS, config_parser, parse
 from configs.command_line.redaction import printable
-from data.reading.files import KINDS, Row, Skipped, Tally, read_rows
+from data.corpora.long_context import KINDS as KINDS_OF_PROMPTS
+from data.corpora.long_context import generated, repository
+from data.reading.files import KINDS, Place, Row, Skipped, Tally, read_rows
 from data.reading.rows import questions_of, spoken
 from eval.tasks.answer_checks import SCORES, Check
 
 EMBEDDED = "embedded"
 HELD_OUT = Path(__file__).resolve().parents[2] / "data" / "prompts" / "heldout.jsonl"
 HUMAN_EVAL = "human-eval"
+GENERATORS = ("generated", "repository")
+"""Prefixes of sources whose prompts are made."""
+KIND_NAMES = tuple(KINDS_OF_PROMPTS)
 Turns = Literal["first", "all"]
 _ID_KEYS = ("question_id", "id", "task_id")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -34,7 +39,8 @@ class TaskSource:
     Args:
         source: file (`.jsonl`, `.json`, each also with `.gz`, or `.parquet`) or pattern of such,
             Hub data set (`owner/name[:config]`), `human-eval` (the file of the installed package),
-            or `embedded`.
+            `embedded`, `generated:KIND` (of `data.corpora.long_context`), or `repository:FOLDER`,
+            the code of a folder.
         name: of the task; by default the file's stem. Rows with a category are tasks of that name.
         split: of a Hub data set.
         question: key of the question; by default the keys of `data.reading.rows`: `turns`,
@@ -45,7 +51,10 @@ class TaskSource:
         reference: key of the solution, summary or test.
         given: key of the code that a program continues.
         entry: key of the name of the tested function.
-        metric: exact_match, rouge_l or pass_at_1, or one by category.
+        metric: exact_match, rouge_l, pass_at_1, named_share or same_line, or one by category.
+        lengths: of generated prompts, in tokens (estimated); each is a category.
+        count: generated prompts for each length.
+        seed: of generated prompts.
     """
 
     source: str
@@ -59,12 +68,28 @@ class TaskSource:
     given: str = ""
     entry: str = ""
     metric: str | dict[str, str] | None = None
+    lengths: list[int] | None = None
+    count: int = 4
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse tasks that cannot be prompted or scored."""
         if "{question}" not in self.instruction:
             raise ValueError(
                 f"instruction {self.instruction!r} asks no question: put {{question}} into it"
+            )
+        # Generated prompts have lengths, and no others do.
+        if (self.generator is None) != (self.lengths is None):
+            raise ValueError(
+                f"lengths {self.lengths} with source {self.source!r}: give lengths to a generated "
+                "source (`generated:KIND`, `repository:FOLDER`), and to no other"
+            )
+        if self.lengths is not None and min([self.count, *self.lengths]) < 1:
+            raise ValueError(f"lengths {self.lengths} and count {self.count} must be at least 1")
+        if self.generator == "generated" and self.source.partition(":")[2] not in KIND_NAMES:
+            raise ValueError(
+                f"source {self.source!r} is no kind of generated prompts: use one of "
+                f"{', '.join(KIND_NAMES)}"
             )
         # One metric, one by category, or none.
         metrics = (
@@ -89,6 +114,12 @@ class TaskSource:
         return self.source == EMBEDDED
 
     @property
+    def generator(self) -> str | None:
+        """`generated` or `repository`, where prompts are made."""
+        name, colon, _ = self.source.partition(":")
+        return name if colon and name in GENERATORS else None
+
+    @property
     def stem(self) -> str:
         """The task's name of rows without a category."""
         return self.name or Path(self.source.partition(":")[0]).name.split(".")[0]
@@ -100,6 +131,8 @@ class TaskSource:
             ValueError: the source does not exist.
         """
         # Sources with a fixed name, then files, then the Hub.
+        if self.generator is not None:
+            return self._made()
         if self.source == HUMAN_EVAL:
             return read_rows(str(_human_eval_file()), tally=tally)
         if self.embedded:
@@ -111,6 +144,22 @@ class TaskSource:
                 "`--prompts tasks/NAME.yaml=PATH`), a Hub data set or `embedded`"
             )
         return read_rows(self.source, self.split, limit is not None, tally)
+
+    def _made(self) -> Iterator[Row]:
+        """Rows of generated prompts, a category for each length."""
+        _, _, argument = self.source.partition(":")
+        for length in self.lengths or ():
+            if self.generator == "generated":
+                made = generated(argument, length, self.count, self.seed)
+            elif Path(argument).is_dir():
+                made = repository(Path(argument), length, self.count, self.seed)
+            else:
+                raise ValueError(f"source {self.source!r}: there is no such folder")
+            for number, prompt in enumerate(made, 1):
+                category = f"{length / 1024:g}k"
+                row = {"id": f"{category}-{number}", "category": category}
+                row |= {"question": prompt.text, "answers": "\n".join(prompt.answers)}
+                yield Row(Place(f"{self.source} {category}", "prompt", number), row)
 
     # -- one row -----------------------------------------------------------------------------------
 
