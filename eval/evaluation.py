@@ -338,8 +338,11 @@ def _evaluate(
         if resume:
             keep_budgets(rows, journaled_budgets(place))
         if skipped:
-            line = f"skipped, longer than the context: {', '.join(skipped)}"
-            console.print(line, highlight=False, markup=False)
+            console.print(
+                f"skipped, longer than the context: {', '.join(skipped)}",
+                highlight=False,
+                markup=False,
+            )
         for line in tally.lines():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in small_batches(tasks, evaluation.batch_sizes):
