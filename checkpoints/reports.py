@@ -74,7 +74,20 @@ _SHAPE = {
         "system?": str,
     },
     "targets": [{"name": str, "parameters": _COUNT, "dtype": str, "fingerprint": str}],
-    "settings": {"tasks?": [str], "prompts?": [str], "max_new_tokens?": _COUNT, "threads?": _COUNT},
+    "settings": {
+        "tasks?": [str],
+        "prompts?": [str],
+        "max_new_tokens?": _COUNT,
+        "threads?": _COUNT,
+        "task_table?": Each(
+            {
+                "prompts": _COUNT,
+                "language": Maybe(str),
+                "thinking": Maybe(str),
+                "metric": Maybe(str),
+            }
+        ),
+    },
     "methods": [_METHOD],
 }
 """Keys and types that readers of schema 1 (comparison, projection, publishing) rely on; older

@@ -43,7 +43,7 @@ from eval.serving.settings import ENGINE as SERVER
 from eval.serving.settings import Serving, check_server
 from eval.tasks.contamination import note_overlaps
 from eval.tasks.task_files import Turns
-from eval.tasks.tasks import Task, load_tasks
+from eval.tasks.tasks import Task, asked_of, load_tasks
 from eval.vllm.engine import ENGINE, check_vllm, vllm_rows
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
@@ -354,7 +354,7 @@ def _evaluate(
     summaries = []
     if share.first:
         summaries = summarise(rows, records, scoring_of(evaluation, tasks), most_together(tasks))
-    named = {"tasks": [task.name for task in tasks], **settings, **limit, "skipped": skipped}
+    named = {**settings, **limit, "skipped": skipped, **asked_of(tasks, evaluation.chat_template)}
     named |= {"left_out": tally.as_dict()} if tally.as_dict() else {}
     report = build_report(summaries, named)
     if share.first:

@@ -164,7 +164,10 @@ def _text(target: Target, answer: Record) -> str:
 
 METRIC_NAMES = {
     "exact_match": "exact match",
+    "math_answer": "boxed answer",
+    "tool_calls": "tool calls",
     "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
     "pass_at_1": "pass@1",
     "named_share": "named share",
     "same_line": "next line",

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from eval.report.markdown import Figures, fitted_table, lossless_word, noise_lines, number, times
 
-_IGNORED = {"skipped", "limit", "left_out"}
+_IGNORED = {"skipped", "limit", "left_out", "task_table"}
 """Settings that may differ: what was asked is in `tasks` and in each method's number of prompts."""
 
 

@@ -240,7 +240,11 @@ def _facts(report: Mapping[str, Any]) -> str:
         "packages": packages,
         "revision": environment["git_revision"] or "unknown",
         "command": environment["command"],
-        **{key.replace("_", " "): value for key, value in settings.items() if key != "tasks"},
+        **{
+            key.replace("_", " "): value
+            for key, value in settings.items()
+            if key not in ("tasks", "task_table")
+        },
         "targets": ", ".join(
             f"{target['name']} {target['fingerprint']}" for target in report["targets"]
         ),

@@ -331,6 +331,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 *_predictions(methods),
                 *_qualities(methods),
                 *_drafting(methods),
+                *_tasks(report["settings"]),
                 *_lengths(methods),
                 "## Speedup by task",
                 _table(["method", *tasks], by_task),
@@ -472,6 +473,26 @@ def _drafting(methods: Sequence[Figures]) -> list[str]:
 def _lengths(methods: Sequence[Figures]) -> list[str]:
     header, rows = length_table(methods)
     return ["## By length of the context", _table(header, rows)] if rows else []
+
+
+def task_table(settings: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the tasks' prompts, languages, modes of thinking and metrics; no lines
+    where nothing is said of any."""
+    described = settings.get("task_table", {})
+    said = any(entry[key] for entry in described.values() for key in _SAID_OF_TASKS)
+    lines = [
+        [task, str(entry["prompts"]), *(entry[key] or "–" for key in _SAID_OF_TASKS)]
+        for task, entry in described.items()
+    ]
+    return ["task", "prompts", "language", "thinking", "scored by"], lines if said else []
+
+
+_SAID_OF_TASKS = ("language", "thinking", "metric")
+
+
+def _tasks(settings: Mapping[str, Any]) -> list[str]:
+    header, lines = task_table(settings)
+    return ["## Tasks", _table(header, lines)] if lines else []
 
 
 def _acceptance(methods: Sequence[Figures]) -> list[str]:

@@ -234,14 +234,15 @@ def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
     them.
     """
     messages: list[Message] = []
+    if prompt.system:
+        messages.append({"role": "system", "content": prompt.system})
     for question, answer in zip(prompt.turns, answers):
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-    return prompt_ids(
-        [*messages, {"role": "user", "content": prompt.turns[len(answers)]}], target.tokenizer
-    )
+    messages.append({"role": "user", "content": prompt.turns[len(answers)]})
+    return prompt_ids(messages, target.tokenizer, prompt.tools, prompt.template)
 
 
 def share(traces: Sequence[Trace]) -> list[Trace]:

@@ -15,6 +15,8 @@ import numpy as np
 
 from data.labelled.numbers import NUMBER, final_number, plain_number
 from eval.metrics.bootstrap import mean_interval
+from eval.tasks.answer_matches import chrf, same_calls, same_expression
+from eval.tasks.program_cases import case_script, cases_of
 from eval.tasks.programs import passes
 
 _WORD = re.compile(r"[a-z0-9]+")
@@ -61,10 +63,12 @@ def program_of(answer: str, context: str, entry: str) -> str:
     """The program of an answer: the first code block, or else the whole text.
 
     Code that defines `entry` follows the part of `context` before that function (imports,
-    auxiliary functions); any other code continues `context`.
+    auxiliary functions); any other code continues `context`. Without `entry` it follows all of it.
     """
     block = _BLOCK.search(answer)
     code = block.group(1) if block else answer
+    if not entry:
+        return f"{context}\n{code}"
     start = f"def {entry}("
     return f"{context.partition(start)[0]}\n{code}" if start in code else context + code
 
@@ -76,8 +80,9 @@ def program_of(answer: str, context: str, entry: str) -> str:
 class Check:
     """How an answer is scored.
 
-    metric: a key of `SCORES`. reference: solution, summary or test. given: the code that a program
-    continues. entry: name of the tested function.
+    metric: a key of `SCORES`. reference: solution, summary, calls, test or cases of a test
+    (`eval.tasks.program_cases`). given: the code that a program continues. entry: name of the
+    tested function.
     """
 
     metric: str
@@ -88,6 +93,8 @@ class Check:
 
 def _passes_its_test(answer: str, check: Check) -> float:
     program = program_of(answer, check.given, check.entry)
+    if cases := cases_of(check.reference):
+        return float(passes(*case_script(program, cases, check.entry)))
     return float(
         passes(
             program, f"{check.reference}\ncheck({check.entry})" if check.entry else check.reference
@@ -110,7 +117,10 @@ def same_line(answer: str, reference: str) -> bool:
 
 SCORES: dict[str, Callable[[str, Check], float]] = {
     "exact_match": lambda answer, check: float(same_number(answer, check.reference)),
+    "math_answer": lambda answer, check: float(same_expression(answer, check.reference)),
+    "tool_calls": lambda answer, check: float(same_calls(answer, check.reference)),
     "rouge_l": lambda answer, check: rouge_l(answer, check.reference),
+    "chrf": lambda answer, check: chrf(answer, check.reference),
     "pass_at_1": _passes_its_test,
     "named_share": lambda answer, check: named_share(answer, check.reference),
     "same_line": lambda answer, check: float(same_line(answer, check.reference)),

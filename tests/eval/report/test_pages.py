@@ -272,6 +272,24 @@ def test_the_less_repetitive_half_has_a_table_where_it_was_measured() -> None:
     )
 
 
+def test_tasks_have_a_table_where_something_is_said_of_them() -> None:
+    whole = report(method("one"))
+    assert "## Tasks" not in markdown(whole)
+    entry = {"prompts": 2, "language": "Thai", "thinking": "off", "metric": None}
+    plain = {"prompts": 1, "language": None, "thinking": None, "metric": None}
+    whole["settings"]["task_table"] = {"a": plain}
+    assert "## Tasks" not in markdown(whole)
+    whole["settings"]["task_table"] = {"a": entry, "b": plain}
+    lines = markdown(whole).partition("## Tasks\n\n")[2].splitlines()[:4]
+    assert lines == [
+        "| task | prompts | language | thinking | scored by |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 2 | Thai | off | – |",
+        "| b | 1 | – | – | – |",
+    ]
+    assert "task table" not in page(whole, None)
+
+
 def test_markdown_has_every_method_and_task() -> None:
     text = markdown(
         report(

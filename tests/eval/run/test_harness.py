@@ -9,7 +9,7 @@ import pytest
 
 from eval.methods.rows import Row
 from eval.report.summary import fold, summarise
-from eval.run.harness import Harness, fitting, render, units
+from eval.run.harness import Harness, Unit, fitting, readable, render, units
 from eval.run.journal import Journal
 from eval.tasks.tasks import Prompt, Task
 from modules.contracts.sampling import Sampling
@@ -105,6 +105,32 @@ def test_later_turns_follow_the_baselines_answer_for_every_row(
         record.trace.seconds["verify"] == (2.0 if "#" in record.prompt else 1.0)
         for record in records
     )
+
+
+def test_progress_is_that_of_this_run_alone(target: Target, tmp_path: Path) -> None:
+    """Units of an earlier run are not counted again, whose time would be taken for none."""
+    work, journal = units(tasks(), 1, 1), Journal(tmp_path / "j.jsonl", {}, False)
+    Harness(rows(target, []), 4).run(work[:1], journal)
+    measured: list[Unit] = []
+    Harness(rows(target, []), 4, finished=measured.append).run(work, journal)
+    assert measured == work[1:]
+
+
+def test_a_prompt_has_its_system_prompt_tools_and_arguments() -> None:
+    target = tiny_target()
+    target.tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+        "{% if short %}ok{% endif %}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "weather"}}
+    prompt = Prompt("a", "a", ("b", "c"), False, None, "brief", [tool], {"short": True})
+    text = "weatherok<|system|>brief<|user|>b<|assistant|>d<|user|>c"
+    ids = target.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert render(prompt, ["d"], target) == ids
+    target.tokenizer.chat_template = tiny_target().tokenizer.chat_template
+    with pytest.raises(ValueError, match="prompt 'a': .*short.*: leave it out"):
+        readable(prompt, target)
 
 
 def test_a_row_that_loses_answers_is_named(target: Target, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from configs.command_line.loading import CONFIGS
 from data.reading.files import REPLACED, Tally
-from eval.tasks.answer_checks import score
-from eval.tasks.tasks import load_tasks
+from eval.tasks.answer_checks import Check, score
+from eval.tasks.tasks import Prompt, described, load_tasks
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -88,10 +88,9 @@ def test_the_embedded_prompts_may_be_shown() -> None:
         ('{"prompt": 3}', "`prompt` is a number"),
         ('{"prompt": " "}', "empty"),
         (
-            '{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}',
-            "with a system prompt",
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "with tool results or several turns",
         ),
-        ('{"system": "x", "prompt": "y"}', "with a system prompt"),
     ],
 )
 def test_files_without_a_prompt_are_refused_with_the_reasons(
@@ -210,6 +209,33 @@ def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
             {"question_id": 2, "category": "qa", "turns": ["c"]},
         ],
         "cnn_dailymail": [NEWS],
+        "mbpp": [
+            {
+                "task_id": 1,
+                "text": "Add.",
+                "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
+                "test_setup_code": "",
+            }
+        ],
+        "math500": [{"problem": "1 + 1?", "answer": "2", "subject": "Algebra"}],
+        "livecodebench": [
+            {
+                "question_id": "a",
+                "question_content": "Add.",
+                "starter_code": "def f(a):",
+                "public_test_cases": json.dumps([{"input": "1", "output": "2"}]),
+                "metadata": '{"func_name": "f"}',
+            }
+        ],
+        "tool_calls": [
+            {
+                "id": 1,
+                "query": "Warm?",
+                "tools": json.dumps([{"name": "weather", "parameters": {}}]),
+                "answers": json.dumps([{"name": "weather", "arguments": {}}]),
+            }
+        ],
+        "translation": [{"translation": {"de": "Hund", "en": "dog"}}],
     }
     assert {f"tasks/{name}" for name in rows} == set(shipped())
     for name, lines in rows.items():
@@ -229,6 +255,61 @@ def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
                 and prompts[0].check is not None
                 and "{question}" not in prompts[0].turns[0]
             )
+
+
+def one(name: str, row: dict, tmp_path: Path) -> Prompt:
+    return load_tasks([f"tasks/{name}={write(tmp_path / f'{name}.jsonl', [row])}"])[0].prompts[0]
+
+
+def test_assertions_and_cases_are_scored_by_running_them(tmp_path: Path) -> None:
+    row = {"text": "Add.", "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
+    prompt = one("mbpp", {**row, "test_setup_code": "import math"}, tmp_path)
+    assert prompt.check is not None and "assert add(0, 0) == 0\n```" in prompt.turns[0]
+    assert score("```python\ndef add(a, b):\n    return a + b\n```", prompt.check) == 1.0
+    assert score("```python\ndef add(a, b):\n    return a or b\n```", prompt.check) == 0.0
+    cases = {"public_test_cases": json.dumps([{"input": "1", "output": "2"}])}
+    row = {"question_content": "Add.", "starter_code": "", "private_test_cases": "gASV", **cases}
+    for metadata, answer in (("{}", "print(int(input()) + 1)"), ('{"func_name": "f"}', "f = int")):
+        prompt = one("livecodebench", {**row, "metadata": metadata}, tmp_path)
+        assert prompt.check is not None
+        assert score(f"```python\n{answer}\n```", prompt.check) == float(metadata == "{}")
+
+
+def test_tools_system_prompts_and_languages_of_rows(tmp_path: Path) -> None:
+    called = json.dumps([{"name": "weather", "arguments": {"city": "Rome"}}])
+    row = {"query": "Warm?", "tools": json.dumps([{"name": "weather"}]), "answers": called}
+    prompt = one("tool_calls", row, tmp_path)
+    assert prompt.tools == [{"type": "function", "function": {"name": "weather"}}]
+    assert prompt.check == Check("tool_calls", called)
+    assert one("translation", {"translation": {"de": "Hund", "en": "dog"}}, tmp_path).check == (
+        Check("chrf", "dog")
+    )
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Warm?"}]
+    rows = [
+        {"id": 1, "messages": asked, "language": "German", "category": "a"},
+        {
+            "id": 2,
+            "prompt": "x",
+            "language": "Thai",
+            "category": "a",
+            "chat_template_kwargs": {"thinking": True},
+        },
+        {"id": 3, "messages": asked[1:], "category": "b"},
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    task = tmp_path / "task.yaml"
+    task.write_text(json.dumps({"source": file, "chat_template": {"thinking": False}}))
+    tasks = load_tasks([str(task)])
+    assert [(p.system, p.turns) for p in tasks[0].prompts] == [
+        ("Be brief.", ("Warm?",)),
+        ("", ("x",)),
+    ]
+    entry = {"prompts": 2, "language": "German, Thai", "thinking": "off, on", "metric": None}
+    other = {"prompts": 1, "language": None, "thinking": "off", "metric": None}
+    assert described(tasks, {}) == {"a": entry, "b": other}
+    (plain,) = load_tasks([write(tmp_path / "plain.jsonl", [{"prompt": "x"}])])
+    assert described([plain], {"enable_thinking": True})["plain"]["thinking"] == "on"
+    assert described([plain], {})["plain"]["thinking"] is None
 
 
 def test_human_eval_answers_are_scored_by_their_own_test(tmp_path: Path) -> None:
