@@ -20,6 +20,7 @@ from eval.run.journal import Record
 from eval.tasks.answer_checks import RUNS_CODE, Check, common_prefix, paired_outcome, score
 from eval.tasks.programs import isolation
 from modules.contracts.target import Target
+from modules.decoding.loop import Trace
 
 Quality = Literal["lossy", "all", "none"]
 Answers = Mapping[str, Record]
@@ -102,6 +103,7 @@ def quality_figures(
     before.
     common_prefix: mean share of plain decoding's answer before the first difference.
     repetition: mean share of an answer's runs of four tokens that stood in it before.
+    oracle, beside a metric's mean: that of the best of all answers of decoders that give several.
     """
     # Agreement first, then the scores of the tasks' own metrics.
     figures: dict[str, Any] = {
@@ -153,6 +155,14 @@ def _scored(
                 "prompts": len(prompts),
                 **paired_outcome(method_scores, plain_scores),
             }
+            if any(answers[prompt].trace.answers for prompt in prompts):
+                scores[metric]["oracle"] = fmean(
+                    max(
+                        score(text, checks[prompt])
+                        for text in _texts(target, answers[prompt].trace)
+                    )
+                    for prompt in prompts
+                )
             if metric in RUNS_CODE:
                 scores[metric]["programs_ran_in"] = isolation()
     return scores
@@ -172,6 +182,14 @@ METRIC_NAMES = {
     "named_share": "named share",
     "same_line": "next line",
 }
+
+
+def _texts(target: Target, trace: Trace) -> list[str]:
+    """All answers of a decoder that gives several."""
+    return [
+        target.tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in trace.answers or [trace.ids]
+    ]
 
 
 def quality_table(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -41,6 +41,8 @@ class Trace:
     layers: that ran before each id was chosen, where a decoder leaves some out.
     kv_bytes: of the target's keys and values that each step read for this sequence, drafting with
     the target included (`SlotCache.bytes_read`).
+    answers: of a decoder that gives several, best first; `ids` is the first of them.
+    figures: measured while decoding, by the names that the decoder's `quality_of` has for them.
     """
 
     prompt_tokens: int
@@ -55,6 +57,8 @@ class Trace:
     entropies: list[float] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def decode_seconds(self) -> float:

@@ -89,11 +89,13 @@ def test_without_resistance_it_is_greedy() -> None:
         assert [trace.ids for trace in traces] == [trace.ids for trace in greedy]
 
 
-def test_a_token_outside_of_the_text_always_wins_from_the_top() -> None:
+def test_a_token_outside_of_the_text_wins_from_the_top() -> None:
     draws = MomentumDraws(Sampling(), [NGrams(5, [1, 2])], 0.2, 3, [1.0] * 5)
     assert draws.next_token(0, [0.5, 0.3, 0.2], [7, 8, 9]) == 7
     assert draws.next_token(0, [0.35, 0.3, 0.2], [7, 1, 9]) == 9
     assert draws.next_token(0, [0.4, 0.4], [9, 8]) == 8
+    both = MomentumDraws(Sampling(), [NGrams(5, [1]), NGrams(5, [2])], 0.2, 3, [1.0] * 5)
+    assert both.select([1]).next_token(0, [0.5, 0.4], [1, 2]) == 1
 
 
 def test_paths_through_equal_siblings_go_on_together() -> None:
