@@ -23,7 +23,7 @@ FLOORS = {
         {"contracts", "runtime"},
         {"layers", "losses", "target", "trees", "acceptance"},
         {"sparse_kv"},
-        {"decoding", "drafters", "judges"},
+        {"byte_level", "decoding", "drafters", "judges"},
         {"cost_model", "preference"},
     ),
     "eval": (

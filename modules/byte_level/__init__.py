@@ -1,0 +1,1 @@
+"""Probabilities of bytes from a language model over tokens."""

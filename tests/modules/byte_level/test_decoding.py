@@ -1,0 +1,97 @@
+"""Decoding byte by byte: one model, several of different vocabularies, and gaps in a text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modules.byte_level.covers import END
+from modules.byte_level.decoding import ByteDecoder, fill_in_the_middle
+from modules.contracts.sampling import Sampling
+from tests.fakes import tiny_target
+from tests.modules.byte_level.test_covers import TARGETS
+
+BYTES, PIECES = TARGETS["byte-level"], TARGETS["sentence pieces"]
+
+
+def test_the_likeliest_byte_comes_next_until_the_limit() -> None:
+    decoder = ByteDecoder(BYTES)
+    trace = decoder.decode([[0]], Sampling(), 6)[0]
+    (text,) = decoder.texts([0])
+    answer = decoder._vocabularies[0].spelled(trace.ids)
+    for byte in answer:
+        assert int(decoder.next_byte([text]).argmax()) == byte
+        text.extend(bytes([byte]))
+    assert len(trace.ids) == 6 == len(trace.drafted) and trace.time_to_first_token > 0
+
+
+def test_a_text_ends_where_no_byte_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, probs = ByteDecoder(BYTES), torch.zeros(END + 1).double()
+    probs[END] = 1.0
+    monkeypatch.setattr(decoder, "next_byte", lambda texts: probs)
+    for sampling in (Sampling(), Sampling(1.0)):
+        assert decoder.decode([[0]], sampling, 6)[0].ids == [0]
+
+
+def test_bytes_are_drawn_from_their_distribution() -> None:
+    decoder = ByteDecoder(BYTES)
+    probs = decoder.next_byte(decoder.texts([0], b"th"))
+    counts, draws = torch.zeros(END + 1), 300
+    texts = decoder.texts([0], b"th")
+    for seed in range(draws):
+        drawn = list(_one(decoder, texts, Sampling(0.5, seed=seed)))
+        counts[drawn[0] if drawn else END] += 1
+    wanted = probs.square() / probs.square().sum()
+    assert float((counts / draws - wanted).abs().sum() / 2) < 0.1
+
+
+def _one(decoder: ByteDecoder, texts: list, sampling: Sampling) -> list[int]:
+    """One drawn byte, which the texts then forget."""
+
+    class Kept:
+        def __init__(self, text) -> None:
+            self.next_byte, self.extend = text.next_byte, lambda data: None
+
+    return list(decoder.stream([Kept(text) for text in texts], sampling, 1))
+
+
+def test_an_ensemble_is_the_mean_of_its_models() -> None:
+    """The other model's prompt is the text of the first one's."""
+    both = ByteDecoder(BYTES, [PIECES], [3.0, 1.0])
+    before = BYTES.tokenizer.encode("the hat")
+    mixed = both.next_byte(both.texts(before, b" sa"))
+    alone = ByteDecoder(BYTES)
+    first = alone.next_byte(alone.texts(before, b" sa"))
+    other = ByteDecoder(PIECES)
+    second = other.next_byte(other.texts(PIECES.tokenizer.encode("the hat"), b" sa"))
+    torch.testing.assert_close(mixed, 0.75 * first + 0.25 * second)
+    trace = both.decode([before], Sampling(), 3)[0]
+    assert 1 <= len(trace.ids) <= 3
+    twice = ByteDecoder(BYTES, [TARGETS["byte-level"]])
+    torch.testing.assert_close(
+        twice.next_byte(twice.texts(before, b"a")), alone.next_byte(alone.texts(before, b"a"))
+    )
+
+
+def test_the_word_before_a_gap_begins_the_answer() -> None:
+    target = tiny_target()
+    names = ("<|user|>", "<|system|>", "<|assistant|>")
+    encode = target.tokenizer.encode
+    gap = fill_in_the_middle(target, "def f(num", "): return", names)
+    user, system, assistant = (target.tokenizer.get_vocab()[name] for name in names)
+    assert gap.before == [user, *encode("def"), system, *encode("): return"), assistant]
+    assert gap.begun == b" f(num"
+    assert fill_in_the_middle(target, "a  ", "b", names).begun == b"  "
+    assert fill_in_the_middle(target, "a", "b", names).begun == b"a"
+    with pytest.raises(ValueError, match="tiny-llama has no token '<fim>'"):
+        fill_in_the_middle(target, "a", "b", ("<fim>", "<|user|>", "<|system|>"))
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="one per model"):
+        ByteDecoder(BYTES, weights=[1.0, 2.0])
+    decoder = ByteDecoder(BYTES)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        decoder.decode([[0], [0]], Sampling(), 4)
+    with pytest.raises(ValueError, match="1 tokens and 600 new ones exceed"):
+        decoder.decode([[0]], Sampling(), 600)
