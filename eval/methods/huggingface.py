@@ -26,7 +26,8 @@ from modules.decoding.decoder import Trace
 from modules.decoding.loop import kept_calls
 from modules.runtime.phase_timer import now
 from modules.target.generation_config import stock_generate
-from modules.target.loading import truncated_config
+from modules.target.loading import load_target, truncated_config
+from modules.target.target import Target as LoadedTarget
 
 
 class _Stopwatch:
@@ -178,12 +179,7 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
             else trained(assistant, target)
         )
         self._named = assistant
-        # A constant number of drafts, so that rows are comparable.
-        self.assistant.generation_config = GenerationConfig(
-            num_assistant_tokens=tokens,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )
+        _draft_steadily(self.assistant, tokens)
 
     def parts(self) -> Mapping[str, Path]:
         """The folder of the trained drafter, if one was named."""
@@ -192,6 +188,44 @@ class HuggingFaceAssisted(_HuggingFaceSpeculation):
     def arguments(self) -> dict[str, Any]:
         """The assistant as a keyword argument of `generate`."""
         return {"assistant_model": self.assistant}
+
+
+class HuggingFaceUniversal(_HuggingFaceSpeculation):
+    """`generate(assistant_model=…, assistant_tokenizer=…)`: an assistant of another tokenizer. At
+    temperature 0 its string is written anew in the target's tokens, above it drafts the tokens that
+    both vocabularies have. The row `hf_universal`.
+
+    Args:
+        target: the target whose model is called.
+        assistant: Hub id, folder or .gguf file of a causal LM, or the loaded model.
+        tokens: drafted tokens per call, in the assistant's tokens.
+    """
+
+    name = "hf_universal"
+
+    def __init__(self, target: Target, assistant: str | LoadedTarget, tokens: int = 4) -> None:
+        super().__init__(target)
+        precision, device = str(target.dtype).removeprefix("torch."), str(target.device)
+        loaded = (
+            assistant
+            if isinstance(assistant, LoadedTarget)
+            else load_target(assistant, precision, device, chats=False)
+        )
+        self.assistant, self._tokenizer = loaded.stock, loaded.tokenizer
+        _draft_steadily(self.assistant, tokens)
+
+    def arguments(self) -> dict[str, Any]:
+        """The assistant and its tokenizer."""
+        return {"assistant_model": self.assistant, "assistant_tokenizer": self._tokenizer}
+
+
+def _draft_steadily(assistant: Any, tokens: int) -> None:
+    """Draft a constant number of tokens, so that rows are comparable."""
+    assistant.generation_config = GenerationConfig(
+        num_assistant_tokens=tokens,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
 
 
 class TrimmedHead(nn.Module):

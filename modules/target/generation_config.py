@@ -205,7 +205,7 @@ def stock_generate(
         limit: new tokens at most.
         eos_ids: tokens that end an answer.
         options: further entries of the generation config.
-        tokenizer: for stop strings.
+        tokenizer: for stop strings, and for an assistant of another tokenizer.
         arguments: further arguments of `generate`.
     """
     # 1. Pad the prompts on the left.
@@ -222,6 +222,9 @@ def stock_generate(
         **options or {},
     )
     # 3. Generate with a seed that does not touch torch's generators.
+    extra = extra_arguments(sampling, width, tokenizer)
+    if "assistant_tokenizer" in arguments:
+        extra["tokenizer"] = tokenizer
     devices = [device] if device.type == "cuda" else []
     with _without_its_config(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
@@ -229,7 +232,7 @@ def stock_generate(
             ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             generation_config=config,
-            **extra_arguments(sampling, width, tokenizer),
+            **extra,
             **arguments,
         )
     strings = StopStrings.of(sampling.stop_strings, tokenizer)
