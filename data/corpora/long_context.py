@@ -2,8 +2,9 @@
 after RULER (Hsieh et al. 2024, arXiv 2404.06654), in words of this project; and completion of the
 files of a folder.
 
-Lengths are in tokens, estimated without a tokenizer: a word of up to nine letters, a digit and a
-mark count as one each. The same arguments give the same prompts.
+Lengths are in tokens, estimated without a tokenizer: a word of up to nine letters, a digit, a mark,
+a line break, an indentation and the space before a number count as one each. The same arguments
+give the same prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIECE = re.compile(r"\d|[^\W\d]{1,9}|[^\w\s]")
+_PIECE = re.compile(r"\d|[^\W\d]{1,9}|[^\w\s]|\n+| {2,}|\s(?=\d)")
 _SUBJECTS = ("baker", "teacher", "gardener", "driver", "painter", "farmer", "singer", "nurse")
 _VERBS = ("walked to", "wrote about", "thought of", "waited near", "looked at", "talked about")
 _PLACES = ("river", "market", "station", "garden", "bridge", "harbour", "library", "square")
@@ -25,8 +26,9 @@ _CITIES = (
 )  # fmt: skip
 CODE = (".py", ".js", ".ts", ".java", ".c", ".h", ".cpp", ".go", ".rs", ".rb", ".sh")
 """Files that a repository's prompt is made of."""
-MARGIN = 160
-"""Tokens that a prompt stays below its length: chat template and answer."""
+MARGIN, SHARE = 160, 0.96
+"""Tokens left for chat template and answer, and the share of the others that is used, as estimates
+may be too low."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def estimated_tokens(text: str) -> int:
     return len(_PIECE.findall(text))
 
 
+def room(tokens: int) -> int:
+    """Estimated tokens of a prompt of that length."""
+    return int(SHARE * tokens) - MARGIN
+
+
 def filler(coin: random.Random) -> str:
     """A sentence that says nothing that is asked for."""
     choices = (coin.choice(words) for words in (_SUBJECTS, _VERBS, _PLACES, _TIMES))
@@ -56,7 +63,7 @@ def hidden(facts: Sequence[str], question: str, tokens: int, coin: random.Random
     question.
     """
     # 1. Sentences up to the length.
-    left = tokens - MARGIN - sum(map(estimated_tokens, (*facts, question)))
+    left = room(tokens) - sum(map(estimated_tokens, (*facts, question)))
     sentences: list[str] = []
     while left > 0:
         sentences.append(filler(coin))
@@ -96,7 +103,8 @@ def passkey(tokens: int, coin: random.Random) -> LongPrompt:
     key, line = _number(coin, 5), "The sky is grey. The road goes on. Nothing happens here."
     fact = f"The pass key is {key}. Keep it in mind: {key} is the pass key."
     question = "What is the pass key? Answer with the number alone."
-    count = max(1, (tokens - MARGIN - estimated_tokens(fact + question)) // estimated_tokens(line))
+    each = estimated_tokens(line + "\n")
+    count = max(1, (room(tokens) - estimated_tokens(fact + question)) // each)
     lines = [line] * count
     lines.insert(coin.randrange(count + 1), fact)
     text = "\n".join(lines)
@@ -106,7 +114,7 @@ def passkey(tokens: int, coin: random.Random) -> LongPrompt:
 def key_value(tokens: int, coin: random.Random) -> LongPrompt:
     """One value of a long table."""
     entry = "{}: {}".format
-    count = max(2, (tokens - MARGIN) // estimated_tokens(entry("12345678", "12345678")))
+    count = max(2, room(tokens) // estimated_tokens(entry("12345678", "12345678") + "\n"))
     numbers = coin.sample(range(10**7, 10**8), 2 * count)
     pairs = list(zip(map(str, numbers[:count]), map(str, numbers[count:])))
     key, value = coin.choice(pairs)
@@ -177,7 +185,7 @@ def repository(folder: Path, tokens: int, count: int, seed: int) -> Iterator[Lon
         end = _section(name, "\n".join(lines[:place]))
         question = f"Continue {name}. Answer with its next line alone."
         # 2. Other files before it, as many as fit.
-        left, parts = tokens - MARGIN - estimated_tokens(end + question), []
+        left, parts = room(tokens) - estimated_tokens(end + question), []
         for other in coin.sample(sorted({*sources} - {name}), len(sources) - 1):
             words = sources[other].splitlines()
             while words and left < estimated_tokens(section := _section(other, "\n".join(words))):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from data.corpora.long_context import KINDS, MARGIN, estimated_tokens, generated, repository
+from data.corpora.long_context import (
+    KINDS,
+    MARGIN,
+    estimated_tokens,
+    generated,
+    repository,
+    room,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -16,7 +23,7 @@ def test_prompts_have_their_length_and_name_their_answers(kind: str, tokens: int
     prompts = list(generated(kind, tokens, 3, seed=1))
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
-        assert tokens - 2 * MARGIN < estimated_tokens(prompt.text) <= tokens - MARGIN + 60
+        assert room(tokens) - MARGIN < estimated_tokens(prompt.text) <= room(tokens) + 60
         assert all(answer in prompt.text for answer in prompt.answers)
     again = list(generated(kind, tokens, 3, seed=1))
     assert again == prompts != list(generated(kind, tokens, 3, seed=2))
