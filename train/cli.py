@@ -26,6 +26,7 @@ from configs.command_line.outputs import write_whole
 from configs.command_line.redaction import redact
 from data.datamodule import ConversationData
 from modules.contracts.drafter import Drafter
+from modules.contracts.trainable import Trainable
 from modules.target.loading import AUTO, check_room, chosen_dtype, load_target, outline
 from train.lightning.deepspeed import check_shards
 from train.plan import print_plan
@@ -178,15 +179,9 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
                 f"--init_from {config.init_from}: --overwrite would remove it first: "
                 "give another --output"
             )
-    # 2. The recipe; the component is built on the meta device, which checks its arguments.
+    # 2. The recipe and its component.
     recipe = recipe_of(parser, config)
-    # A GGUF target may be converted here for the first time, which needs a device with numbers.
-    shape = outline(config.target, config.dtype).shape
-    with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
-        trainable = recipe.drafter(shape)
-        check_shards(recipe.trainer.strategy, trainable)
-    for stage in trainable.stages:
-        check_rate(f"drafter: the learning rate of {stage.name}", stage.lr)
+    trainable = check_component(recipe, config)
     if recipe.probe.prompts and isinstance(trainable, Drafter):
         check_room(config.target, recipe.probe.max_new_tokens, "probe.max_new_tokens")
     # 3. What is missing to start, or to publish at the end.
@@ -197,6 +192,23 @@ def prepare(parser: ArgumentParser, config: Namespace) -> tuple[Recipe, Place]:
     if recipe.publish.repo is not None and rank_zero_only.rank == 0:
         check_token()
     return recipe, Place(output, None, config.init_from, settings)
+
+
+def check_component(recipe: Recipe, config: Namespace) -> Trainable:
+    """The component on the meta device, whose constructor checks its arguments.
+
+    Raises:
+        ValueError: an argument that its constructor refuses, or a strategy or rate that cannot
+            train it.
+    """
+    # A GGUF target may be converted here for the first time, which needs a device with numbers.
+    shape = outline(config.target, config.dtype).shape
+    with torch.device("meta"), strange_values("drafter: its arguments do not fit"):
+        trainable = recipe.drafter(shape)
+        check_shards(recipe.trainer.strategy, trainable)
+    for stage in trainable.stages:
+        check_rate(f"drafter: the learning rate of {stage.name}", stage.lr)
+    return trainable
 
 
 def recipe_of(parser: ArgumentParser, config: Namespace) -> Recipe:
@@ -248,6 +260,7 @@ def command(arguments: Sequence[str]) -> int:
     quieten()
     if config.profile:
         recipe = recipe_of(parser, config)
+        check_component(recipe, config)
         place = training_device(recipe.trainer.accelerator)
         print_profile(
             profile(recipe, load_target(recipe.target, recipe.dtype, place, recipe.chat_template))

@@ -96,11 +96,13 @@ class Architecture:
 
         A norm's weight is the factor it multiplies by; Gemma stores that less one.
         """
-        stored = self._stored(name)
-        offset = self.config.model_type in _OFFSET_NORMS and name.removesuffix(".weight").endswith(
-            "norm"
-        )
-        return stored + 1 if offset else stored
+        stored, norm = self._stored(name), name.removesuffix(".weight").endswith("norm")
+        return stored + 1 if norm and self.offset_norms else stored
+
+    @property
+    def offset_norms(self) -> bool:
+        """Whether its norms multiply by one plus their weight."""
+        return self.config.model_type in _OFFSET_NORMS
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, without `layers.K.`."""

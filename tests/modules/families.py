@@ -16,6 +16,7 @@ from modules.drafters.blocks.falcon import Falcon
 from modules.drafters.feature.eagle import Eagle
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.fspad import Fspad
+from modules.drafters.feature.mtp import MTP
 from modules.drafters.feature.peagle import PEagle
 from modules.drafters.heads.chimera import Chimera
 from modules.drafters.heads.clover import Clover
@@ -78,6 +79,10 @@ FAMILIES: dict[str, Build] = {
     "peagle": lambda shape: PEagle(shape, 3, draft_vocabulary=DRAFTED),
     "peagle_own": lambda shape: PEagle(
         shape, 3, 3, fused_layers=[1], embeddings="own", norm_before_fc=True, qk_norm=True
+    ),
+    "mtp": lambda shape: MTP(shape, draft_vocabulary=DRAFTED, divergence="cross_entropy"),
+    "mtp_on_policy": lambda shape: MTP(
+        shape, post_norm=False, norm_output=False, on_policy=True, divergence="cross_entropy"
     ),
     "fspad": lambda shape: Fspad(shape, draft_vocabulary=DRAFTED, steps=3),
     "fspad_sampling": lambda shape: Fspad(shape, partial_alignment=False, steps=3),

@@ -145,6 +145,7 @@ def teach(drafter: TrainedDrafter, batch, monkeypatch) -> None:
         "hydra",
         "eagle",
         "eagle3",
+        "mtp",
         "fspad",
     ],
 )

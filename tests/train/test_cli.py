@@ -85,13 +85,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
-def test_muon_is_refused_with_deepspeed(tiny, recipe, tmp_path):
-    flags = ["--optimizer.muon_lr", "0.003", "--trainer.strategy", "deepspeed_2"]
-    with pytest.raises(ValueError, match="muon_lr is 0.003, but trainer.strategy deepspeed_2 cuts"):
-        run(recipe, tmp_path / "run", *flags)
-    assert not (tmp_path / "run").exists()
-
-
 class Ask(Callback):
     """Asks the process to end during a step, as a scheduler does."""
 
@@ -293,6 +286,38 @@ def test_arguments_of_a_drafter_are_checked_before_the_target_loads(
     monkeypatch.setattr("train.run.load_target", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=words) as caught:
         run(recipe, tmp_path / "run", flag)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("profile", [[], ["--profile"]])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--drafter.fc_norm", "true", "--drafter.norm_before_fc", "true"],
+            "fc_norm and norm_before_fc are both true, .*: set one of them to false",
+        ),
+        (
+            ["--optimizer.muon_lr", "1e-3", "--trainer.strategy", "deepspeed_2"],
+            "optimizer.muon_lr is 0.001, but trainer.strategy deepspeed_2 cuts matrices",
+        ),
+    ],
+)
+def test_what_excludes_each_other_is_refused_before_data_and_target_load(
+    tiny, recipe, tmp_path, monkeypatch, flags, words, profile
+):
+    for name in ("train.run.load_target", "train.cli.load_target"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "data.datamodule.ConversationData.setup", lambda *_: pytest.fail("data was loaded")
+    )
+    recipe.write_text(
+        recipe.read_text()
+        .replace("heads.medusa.Medusa", "feature.eagle3.Eagle3")
+        .replace("{heads: 2, ", "{")
+    )
+    with pytest.raises(ValueError, match=words) as caught:
+        run(recipe, tmp_path / "run", *flags, *profile)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

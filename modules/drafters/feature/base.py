@@ -168,13 +168,13 @@ class FeatureDrafter(TrainedDrafter):
         prefix = Prefix(keys, values, self.seen_by(batch, 0), flat_M, length)
         # 2. The first step's inputs at the training rows.
         inputs, residual = rows.take(inputs), rows.take(residual)
-        positions, carried, hanging = rows.take(batch.position_ids), residual, []
+        positions, feature, hanging = rows.take(batch.position_ids), residual, []
+        carried = residual
         # 3. A later step reads the outputs before it; its keys and values join the visible rows.
         for step in range(self.draft_steps):
             if step:
-                inputs, residual = self.fuse(
-                    self.vectors(rows.tokens_MK1[:, step], target), carried
-                )
+                tokens_M = self.next_tokens(rows, step, feature, target)
+                inputs, residual = self.fuse(self.vectors(tokens_M, target), carried)
             if step and self.window is not None:
                 prefix = Prefix(keys, values, self.seen_by(batch, step), flat_M, length)
             feature, carried, *row = recomputed(
@@ -202,6 +202,14 @@ class FeatureDrafter(TrainedDrafter):
             return self.in_window(visible, here + step, place_BT[alone])[0]
 
         return seen
+
+    def next_tokens(
+        self, rows: TrainingRows, step: int, feature_MH: Tensor, target: Target
+    ) -> Tensor:
+        """int64 [M], the tokens that step `step` > 0 reads: those of the text. `feature_MH` is what
+        the LM head read in the step before.
+        """
+        return rows.tokens_MK1[:, step]
 
     def in_window(self, visible_BNS: Tensor, rows_BN: Tensor, slots_BS: Tensor) -> Tensor:
         """bool [B,N,S]: the visible slots that rows at these positions reach."""

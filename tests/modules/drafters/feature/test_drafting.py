@@ -25,7 +25,8 @@ KINDS = {"eagle": Eagle, "eagle3": Eagle3, "fspad": Fspad}
 
 
 @pytest.mark.parametrize(
-    "name", ["eagle", "eagle3", "eagle3_one_layer", "eagle31", "eagle31_window", "fspad"]
+    "name",
+    ["eagle", "eagle3", "eagle3_one_layer", "eagle31", "eagle31_window", "fspad", "mtp"],
 )
 @torch.no_grad()
 def test_unrolled_training_is_drafting_from_every_prefix(name: str) -> None:

@@ -41,18 +41,27 @@ def eagle3s_inputs(drafter, vector: Tensor, feature: Tensor) -> tuple[Tensor, Te
     return torch.cat([token, state]), feature
 
 
-@pytest.mark.parametrize("name", ["eagle", "fspad", "eagle3"])
+def mtps_inputs(drafter, vector: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [normed(vector, drafter.enorm.weight), normed(feature, drafter.hnorm.weight)]
+    fused = drafter.eh_proj.weight @ torch.cat(parts)
+    return fused, fused
+
+
+INPUTS = {"eagle3": eagle3s_inputs, "mtp": mtps_inputs, "mtp_on_policy": mtps_inputs}
+
+
+@pytest.mark.parametrize("name", ["eagle", "fspad", "eagle3", "mtp", "mtp_on_policy"])
 @torch.no_grad()
 def test_every_step_reads_the_features_before_it_and_its_own_outputs_after(name: str) -> None:
     drafter, batch = built(name, TARGET, shake=0.05), tiny_batch(TARGET, rows=1)
     filled(batch, drafter, TARGET)
-    inputs = eagle3s_inputs if name == "eagle3" else eagles_inputs
+    inputs = INPUTS.get(name, eagles_inputs)
     if name == "eagle3":
         features = (
             torch.cat([batch.states[k][0] for k in drafter.fused_layers], -1) @ drafter.fc.weight.T
         )
     else:
-        features = batch.states["final"][0]
+        features = batch.states[drafter.reads][0]
     rows, ids, documents = training_rows(batch, 3), batch.input_ids[0], batch.document_ids[0]
     steps, checked = list(drafter.unrolled(batch, TARGET, rows)), 0
     for m, t in enumerate(rows.flat_MK1[:, 0].tolist()):
@@ -69,8 +78,9 @@ def test_every_step_reads_the_features_before_it_and_its_own_outputs_after(name:
             seen = causal_rows(torch.zeros(1, dtype=torch.long), len(read))
             out = drafter.layer(asked, seen, residual_BNH=residual)[0, -1]
             feature, carried = out[:32], out[-32:]
-            if name == "eagle3":
+            if name in INPUTS:
                 feature = normed(out, drafter.norm.weight)
+            carried = feature if name == "mtp" else carried
             torch.testing.assert_close(steps[step][0][m], feature, atol=3e-6, rtol=1e-5)
             torch.testing.assert_close(steps[step][1][m], carried, atol=3e-6, rtol=1e-5)
             read.append((int(ids[t + 2 + step]), carried))
