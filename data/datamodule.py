@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+PREFETCHED = 4
+"""Batches that each worker process has ready."""
+
+
 class Batches:
     """Batches of packed rows in an order that depends on (seed, epoch) and can be resumed at any
     batch.
@@ -107,6 +111,9 @@ class Batches:
             cast(Any, self),
             batch_sampler=remaining,
             num_workers=self.workers,
+            prefetch_factor=PREFETCHED if self.workers else None,
+            # Copies to a GPU then go on beside its work.
+            pin_memory=torch.cuda.is_available(),
             collate_fn=self._collate,
         )
         # 2. Count batches for the state; repeated ones have no weight.

@@ -1,11 +1,13 @@
 """The feature cache: states of the frozen target, computed once per document and keyed by a hash
 of its tokens.
 
-A folder holds `manifest.json` and safetensors shards of about 32k tokens. Each shard has one tensor
-[S,H] per state, with its documents concatenated, and is written atomically: an interrupted run can
-be continued, and a cache can be extended at any time. Several processes, also on several machines,
-may write one folder at the same time, each a share of the documents
-(`configs.command_line.work_share`); shards are added to the manifest when they are finished.
+A folder holds `manifest.json` (the target, the states), `shards.jsonl` and safetensors shards of
+about 32k tokens. Each shard has one tensor [S,H] per state, with its documents concatenated, and is
+written atomically: an interrupted run can be continued, and a cache can be extended at any time.
+Several processes, also on several machines, may write one folder at the same time, each a share of
+the documents (`configs.command_line.work_share`). A finished shard is one more line of
+`shards.jsonl`, whatever the size of the cache; caches of format 1 list their shards in the
+manifest.
 
 Shape legend: B documents, T tokens, H hidden size, S tokens of a shard.
 """
@@ -28,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.command_line.outputs import append_lines, write_whole
 from configs.command_line.progress import progress_of
 from configs.command_line.work_share import Share
 from data.conversations import Tokens
@@ -41,11 +44,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, 2)
+"""Formats that are read; what is added to a cache of format 1 makes it one of format 2."""
+MANIFEST, SHARDS = "manifest.json", "shards.jsonl"
 CacheDtype = Literal["bfloat16", "float32", "int8"]
 _ERRORS = "rms_error"
 """Key of a shard in the manifest: the rounding error of its states, by name
 (`data.feature_cache.rounding`).
+"""
+_HASHED_GIB = 32.0
+"""Caches up to this size are compared with their checksums before a training; larger ones by the
+sizes of their files, because reading 16 TB takes hours, on every process.
 """
 _MANIFEST_LOCK = ".lock-manifest"
 """Held while the manifest is read and written."""
@@ -67,7 +77,7 @@ class FeatureCache:
         self, folder: str | Path, fingerprint: str, names: Sequence[StateName] = ()
     ) -> None:
         self.folder, self.names = Path(folder), tuple(names)
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder)
         _check(self.manifest, self.folder, fingerprint, names)
         _tell_of_old_shards(self.manifest, self.folder)
         # Where each document lies: its shard, and its rows in it.
@@ -89,7 +99,8 @@ class FeatureCache:
         return {**self.__dict__, "_opened": {}}
 
     def require(self, documents: Sequence[Tokens]) -> None:
-        """Check that all documents are cached and their shards are intact.
+        """Check that all documents are cached and their shards are intact: by checksums, or in a
+        large cache by the sizes of their files.
 
         Raises:
             ValueError: names the damaged shard, or the number of missing documents.
@@ -100,21 +111,33 @@ class FeatureCache:
                 f"features {str(self.folder)!r} lack {missing} of {len(documents)} documents: "
                 "run `python -m data.features` with the same data and max_length to add them"
             )
-        for number in sorted({self._index[document.key][0] for document in documents}):
-            self.verify(number)
+        numbers = sorted({self._index[document.key][0] for document in documents})
+        shards = self.manifest["shards"]
+        size = sum(
+            path.stat().st_size
+            for path in (self.folder / shards[number]["file"] for number in numbers)
+            if path.is_file()
+        )
+        for number in numbers:
+            self.verify(number, hashed=size <= _HASHED_GIB * 2**30)
 
-    def verify(self, number: int) -> None:
-        """Compare a shard with its checksum. Raises ValueError for a damaged shard."""
+    def verify(self, number: int, hashed: bool = True) -> None:
+        """Compare a shard's size, and `hashed` its checksum too. Raises ValueError for a damaged
+        shard.
+        """
         shard = self.manifest["shards"][number]
         if number in self._verified:
             return
         path = self.folder / shard["file"]
-        if not path.is_file() or _sha256(path) != shard["sha256"]:
+        # Shards of format 1 have no size in the manifest.
+        intact = path.is_file() and path.stat().st_size == shard.get("bytes", path.stat().st_size)
+        if not intact or (hashed and _sha256(path) != shard["sha256"]):
             raise ValueError(
                 f"features shard {str(path)!r} is missing or damaged: delete it and run "
                 "`python -m data.features` again"
             )
-        self._verified.add(number)
+        if hashed:
+            self._verified.add(number)
 
     def read(self, key: str) -> dict[StateName, Tensor]:
         """The states `{name: [T,H]}` of one document, in the cache's dtype (float32 from int8)."""
@@ -198,7 +221,7 @@ def _tell_speed(folder: Path, tokens: int, seconds: float) -> None:
 
 def _tell_errors(folder: Path) -> None:
     """Print the rounding error of each state, over all shards that recorded it."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     shards = [shard for shard in manifest["shards"] if _ERRORS in shard]
     # Squares are averaged by tokens.
     tokens = sum(shard["tokens"] for shard in shards)
@@ -325,15 +348,18 @@ def _append_shard(
     shard = {
         "file": path.name,
         "sha256": _sha256(path),
+        "bytes": path.stat().st_size,
         "tokens": sum(map(len, group)),
         "computed_in": _computing_in(target),
         _ERRORS: errors,
         "documents": [[document.key, len(document)] for document in group],
     }
-    # 3. Add it to the manifest, which other processes may have extended.
+    # 3. List it, among those of other processes.
     with _locked(folder / _MANIFEST_LOCK):
-        current = _read_manifest(folder)
-        _write_manifest(folder, {**current, "shards": [*current["shards"], shard]})
+        if not _is_current(folder):
+            _write_manifest(folder, read_manifest(folder))
+        _end_line(folder / SHARDS)
+        append_lines(folder / SHARDS, [json.dumps(shard)])
 
 
 def _computing_in(target: Target) -> str:
@@ -348,8 +374,8 @@ def _open_manifest(
 ) -> dict[str, Any]:
     """The manifest, created if missing, without shards whose files were deleted."""
     with _locked(folder / _MANIFEST_LOCK):
-        if (folder / "manifest.json").exists():
-            manifest = _read_manifest(folder)
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
             _check(manifest, folder, target.fingerprint(), names)
             _check_dtype(manifest, folder, dtype)
         else:
@@ -357,15 +383,18 @@ def _open_manifest(
                 "format": FORMAT,
                 "target": target.name,
                 "fingerprint": target.fingerprint(),
+                "head": target.head_digest(),
                 "dtype": dtype,
                 "hidden_size": target.shape.hidden_size,
                 "states": [str(name) for name in names],
                 "shards": [],
             }
-        # A deleted shard is computed again.
+        # A deleted shard is computed again: lists are only written where they change.
         existing = [shard for shard in manifest["shards"] if (folder / shard["file"]).is_file()]
-        _write_manifest(folder, {**manifest, "shards": existing})
-    return {**manifest, "shards": existing}
+        whole = {**manifest, "shards": existing}
+        if len(existing) < len(manifest["shards"]) or not (folder / MANIFEST).exists():
+            _write_manifest(folder, whole)
+    return whole
 
 
 def _check(
@@ -404,8 +433,37 @@ def _check_dtype(manifest: dict[str, Any], folder: Path, dtype: str) -> None:
         )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+def _is_current(folder: Path) -> bool:
+    """Whether a folder's manifest is of this format."""
+    return json.loads((folder / MANIFEST).read_text()).get("format") == FORMAT
+
+
+def _end_line(path: Path) -> None:
+    """Cut a line off that a killed process left unfinished."""
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """Shards of whole lines. A line without an end is of a process that was killed, or that is
+    writing it now.
+    """
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest with all shards of a folder.
+
+    Raises:
+        ValueError: no cache, a damaged one, or one of an unknown format.
+    """
+    path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"features {str(folder)!r} hold no feature cache: build it with `python -m "
@@ -418,17 +476,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"features manifest {str(path)!r} is not JSON ({error}): delete the folder"
         ) from None
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in READ:
         raise ValueError(
-            f"features {str(folder)!r} are of format {manifest.get('format')}, not {FORMAT}: "
-            "delete the folder"
+            f"features {str(folder)!r} are of format {manifest.get('format')}, not "
+            f"{' or '.join(map(str, READ))}: delete the folder"
         )
-    return manifest
+    try:
+        added = _listed(folder / SHARDS)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"features list {str(folder / SHARDS)!r} is not JSON ({error}): delete the folder"
+        ) from None
+    # A manifest that was rewritten holds shards that the list holds too.
+    shards = {shard["file"]: shard for shard in (*manifest.get("shards", ()), *added)}
+    return {**manifest, "shards": list(shards.values())}
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with whole_file(folder / "manifest.json") as partial:
-        partial.write_text(json.dumps(manifest))
+    """Write both files anew. Killed in between, the manifest's shards are those of before."""
+    lines = "".join(json.dumps(shard) + "\n" for shard in manifest["shards"])
+    write_whole(
+        {
+            folder / SHARDS: lines,
+            folder / MANIFEST: json.dumps({**manifest, "format": FORMAT, "shards": []}),
+        }
+    )
 
 
 def _name(text: str) -> StateName:

@@ -7,7 +7,8 @@ vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,29 @@ class TeacherProbs:
         return whole if vocabulary_D is None else whole[:, vocabulary_D]
 
 
+def pinned(value: Any) -> Any:
+    """A value with its tensors in page-locked memory, from where a GPU copies beside its work."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, dict):
+        return {name: pinned(inner) for name, inner in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{each.name: pinned(getattr(value, each.name)) for each in fields(value)}
+        )
+    return value
+
+
+class PinnedByLoaders:
+    """A batch whose tensors `torch.utils.data.DataLoader` can put into page-locked memory."""
+
+    def pin_memory(self) -> Any:
+        """The batch, pinned (`DataLoader` calls this where `pin_memory` is set)."""
+        return pinned(self)
+
+
 @dataclass
-class TextBatch:
+class TextBatch(PinnedByLoaders):
     """Packed token rows. A padding token has document id -1, sees only itself and is never in the
     loss mask.
 
@@ -78,7 +100,7 @@ class TextBatch:
 
 
 @dataclass
-class PreferenceBatch:
+class PreferenceBatch(PinnedByLoaders):
     """Pairs for preference training: `chosen` and `rejected` answers to the same prompts, row by
     row.
     """
@@ -99,7 +121,7 @@ class PreferenceBatch:
 
 
 @dataclass
-class LabelledBatch:
+class LabelledBatch(PinnedByLoaders):
     """Text whose tokens carry a right (1) / wrong (0) label [B,T]; `text.loss_mask` says where
     labels count.
     """

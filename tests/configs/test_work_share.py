@@ -16,7 +16,7 @@ import data.feature_cache.cache as features
 from configs.command_line.work_share import Share
 from data.conversations import Tokens
 from data.datamodule import ConversationData
-from data.feature_cache.cache import FeatureCache, cache_features
+from data.feature_cache.cache import FeatureCache, cache_features, read_manifest
 from modules.target.target import Target
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
@@ -124,7 +124,7 @@ def test_writers_at_the_same_time_leave_what_a_single_one_does(
     monkeypatch.setattr(features, "_append_shard", append)
     cache_features(targets[0], DOCUMENTS, ["final"], tmp_path / "single", **SMALL)
     same_cache(tmp_path / "shared", tmp_path / "single", targets[0], DOCUMENTS)
-    assert len(json.loads((tmp_path / "shared" / "manifest.json").read_text())["shards"]) > 3
+    assert len(read_manifest(tmp_path / "shared")["shards"]) > 3
 
 
 def test_who_writes_everything_adds_what_the_shares_left(

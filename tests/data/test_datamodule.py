@@ -14,8 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.datamodule import Batches, ConversationData, hold_out
+from data.packing import collate
 from data.vocabulary import coverage
-from modules.contracts.batches import TextBatch
+from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.target.target import Target
 from tests.data.test_packing import document
 from tests.fakes import tiny_target
@@ -272,3 +273,29 @@ def test_bad_settings_are_refused_before_a_model_loads(
 def test_rows_beyond_the_context_are_refused(source: str, target: Target) -> None:
     with pytest.raises(ValueError, match="data.max_length is 4096"):
         ConversationData(source, max_length=4096).bind(target)
+
+
+def test_batches_are_pinned_and_prefetched_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies then run beside its work."""
+    made: dict[str, Any] = {}
+
+    def loader(_: Any, **options: Any) -> list[Any]:
+        made.update(options)
+        return []
+
+    monkeypatch.setattr("data.datamodule.DataLoader", loader)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert list(Batches([document(5, 0)], 8, 1, workers=3)) == []
+    assert made["pin_memory"] and made["prefetch_factor"] == 4 and made["num_workers"] == 3
+    list(Batches([document(5, 0)], 8, 1))
+    assert made["prefetch_factor"] is None
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (seen.append(self), self + 0)[1])
+    text = collate([[document(5, 0)]], [[{"final": torch.ones(5, 4)}]])
+    batch = PreferenceBatch(text, text, chosen_reference=torch.zeros(1, 5)).pin_memory()
+    assert len(seen) == 2 * 5 + 1 and batch.errors is None
+    assert batch.chosen.states["final"] is not text.states["final"]
+    assert torch.equal(batch.chosen.states["final"], text.states["final"])

@@ -15,9 +15,10 @@ from typing import get_args
 import pytest
 import torch
 
+import data.feature_cache.cache as cache_module
 from configs.command_line.work_share import Share
 from data.conversations import Tokens
-from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
+from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features, read_manifest
 from data.feature_cache.rounding import rms_error, state_bytes
 from data.packing import collate
 from modules.target.target import Target
@@ -192,7 +193,7 @@ def test_a_cache_killed_while_it_writes_a_shard_ends_as_an_unbroken_one(
     files = {
         path.name
         for path in (tmp_path / "killed").iterdir()
-        if "shard" in path.name or "partial" in path.name
+        if path.name.startswith("shard-") or "partial" in path.name
     }
     assert files == {shard["file"] for shard in first.manifest["shards"]}
     for tokens in documents:
@@ -285,7 +286,7 @@ def test_the_manifest_says_what_the_cache_holds(
     target: Target, documents: list[Tokens], tmp_path: Path
 ) -> None:
     cache_features(target, documents, ["final"], tmp_path, **SMALL)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path)
     assert manifest["fingerprint"] == target.fingerprint() and manifest["dtype"] == "bfloat16"
     assert sum(shard["tokens"] for shard in manifest["shards"]) == sum(map(len, documents))
     assert not list(tmp_path.glob("*.partial"))
@@ -312,3 +313,61 @@ def test_shards_are_readable_by_others_as_the_manifest_is(
     shards = list(tmp_path.rglob("*.safetensors"))
     manifest = next(path for path in tmp_path.rglob("*.json"))
     assert shards and {path.stat().st_mode for path in shards} == {manifest.stat().st_mode}
+
+
+# -- terabytes -------------------------------------------------------------------------------------
+
+
+def test_a_shard_is_one_more_line_whatever_the_size_of_the_cache(
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
+    before = (tmp_path / "manifest.json").stat()
+    lines = (tmp_path / "shards.jsonl").read_text()
+    monkeypatch.setattr(cache_module, "_write_manifest", lambda *_: pytest.fail("written anew"))
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    after = (tmp_path / "manifest.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (tmp_path / "shards.jsonl").read_text().startswith(lines)
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_a_line_that_a_killed_process_left_is_cut_off(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
+    cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
+    with open(tmp_path / "shards.jsonl", "a") as file:
+        file.write('{"file": "shard-half')
+    known = len(read_manifest(tmp_path)["shards"])
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    assert len(read_manifest(tmp_path)["shards"]) > known
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_a_cache_of_format_1_is_read_and_extended(
+    target: Target, documents: list[Tokens], tmp_path: Path
+) -> None:
+    cache_features(target, documents[:3], ["final"], tmp_path, **SMALL)
+    manifest = read_manifest(tmp_path)
+    for shard in manifest["shards"]:
+        del shard["bytes"]
+    (tmp_path / "shards.jsonl").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents[:3])
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    assert read_manifest(tmp_path)["format"] == 2
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+
+
+def test_a_large_cache_is_compared_by_sizes(
+    target: Target, documents: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading all of it before a training would take hours, in every process."""
+    cache_features(target, documents, ["final"], tmp_path, **SMALL)
+    monkeypatch.setattr(cache_module, "_HASHED_GIB", 0.0)
+    monkeypatch.setattr(cache_module, "_sha256", lambda _: pytest.fail("hashed"))
+    FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)
+    victim = sorted(tmp_path.glob("shard-*"))[1]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{victim.name}.* is missing or damaged"):
+        FeatureCache(tmp_path, target.fingerprint(), ["final"]).require(documents)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.feature_cache.cache import FeatureCache, cache_features
+from data.feature_cache.cache import FeatureCache, cache_features, read_manifest
 from data.feature_cache.rounding import quantised, rms_error, stored
 from modules.target.loading import load_target
 from tests.data.feature_cache.test_cache import SMALL, alone
@@ -64,7 +64,7 @@ def test_the_manifest_holds_the_error_of_what_comes_back(
     cache_features(
         target, documents, ["final", 1], tmp_path, dtype="int8", **{**SMALL, "progress": True}
     )
-    shards = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    shards = read_manifest(tmp_path)["shards"]
     cache = FeatureCache(tmp_path, target.fingerprint(), ["final", 1])
     by_key = {tokens.key: tokens for tokens in documents}
     for name in ("final", 1):
@@ -92,7 +92,7 @@ def test_shards_of_an_earlier_version_are_read_with_a_warning(
     target, tokens = tiny_target(dtype=torch.float32), document(20, 0)
     cache_features(target, [tokens], ["final"], tmp_path, dtype="int8", **SMALL)
     manifest, path = (
-        json.loads((tmp_path / "manifest.json").read_text()),
+        read_manifest(tmp_path),
         next(tmp_path.glob("shard-*")),
     )
     with caplog.at_level(logging.WARNING):
@@ -105,7 +105,8 @@ def test_shards_of_an_earlier_version_are_read_with_a_warning(
         {"final": (exact_TH / scales_T1).round().to(torch.int8), "final.scales": scales_T1}, path
     )
     del manifest["shards"][0]["rms_error"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    (tmp_path / "shards.jsonl").unlink()
     cache = FeatureCache(tmp_path, target.fingerprint(), ["final"])
     assert "1 int8 shards of an earlier version" in caplog.text
     found_TH = cache.read(tokens.key)["final"]
@@ -124,5 +125,5 @@ def test_states_of_the_embedded_target_are_one_percent_off(tmp_path: Path) -> No
     cache_features(
         target, [tokens], [2, 15, 27, "final", "pre_norm"], tmp_path, dtype="int8", progress=False
     )
-    errors = json.loads((tmp_path / "manifest.json").read_text())["shards"][0]["rms_error"]
+    errors = read_manifest(tmp_path)["shards"][0]["rms_error"]
     assert len(errors) == 5 and all(0.002 < error < 0.015 for error in errors.values()), errors
