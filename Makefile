@@ -3,8 +3,9 @@
 #   make test | make lint         the test suite | ruff and pyright
 #   make mutants [MUTANTS=word]   plant known faults one at a time and see that the tests notice each
 #   make bench DATA=spec_bench.jsonl TRAIN=conversations.jsonl.gz     train at the reference budget, measure into runs/bench/reports (hours)
+#   make bench-gpu                measure one GPU in ten minutes, with PyTorch and transformers of PYTHON alone (no GPU here has run it)
 #   make verify-vllm DRAFTERS="runs/eagle3 runs/medusa"     serve exported drafters in vLLM and compare (own environment, heavy)
-# Variables: VENV_VLLM (vLLM's environment), VERIFY (more flags of eval.verify_vllm), PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
+# Variables: BENCH_GPU (flags of eval.bench_gpu), VENV_VLLM (vLLM's environment), VERIFY (more flags of eval.verify_vllm), PYTHON (3.10 or newer), TORCH (what pip installs first, e.g. another release or `--index-url` of your CUDA).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DATA ?=
@@ -14,6 +15,7 @@ MUTANTS ?=
 DRAFTERS ?=
 VENV_VLLM ?= .venv-vllm
 VERIFY ?=
+BENCH_GPU ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -31,7 +33,7 @@ VLLM_NEEDS := from importlib.metadata import requires; import re; print(*(one fo
 	not in one and re.match(r"[\w-]+", one)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test lint mutants bench verify-vllm require-drafters require-data clean
+.PHONY: demo test lint mutants bench bench-gpu verify-vllm require-drafters require-data clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +70,10 @@ bench: require-data $(BENCH:%=runs/bench/%/drafter/model.safetensors)
 	grep '"category": *"qa"' $(DATA) | head -n 16 > runs/bench/questions.jsonl
 	$(RUN) eval.py --config eval/spec_bench.yaml --methods '[]' --prompts runs/bench/questions.jsonl --limit 16 --batch_size '[1, 4, 16]' \
 		--drafters $(BATCHED) --draft_precision bfloat16 --resume --output runs/bench/reports/batches
+
+# Installs nothing: PYTHON has PyTorch for the GPU, and transformers.
+bench-gpu:
+	$(PYTHON) -m eval.bench_gpu $(BENCH_GPU)
 
 runs/bench/%/drafter/model.safetensors: | $(INSTALLED)
 	$(RUN) train.py --config $*.yaml --config budget/reference.yaml $(BENCH_FLAGS) runs/bench/$*

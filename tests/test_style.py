@@ -41,6 +41,11 @@ FAMILIES = ("modules.drafters", "modules.preference", "modules.judges")
 NAMED = {
     "train/throughput.py": {"modules.drafters.feature.eagle3"},
     "eval/rules.py": {"modules.drafters.small_models.s2d"},
+    "eval/bench_gpu.py": {
+        "modules.drafters.feature.eagle3",
+        "modules.drafters.heads.medusa",
+        "modules.drafters.trained",
+    },
 }
 """Commands that are about one family (docs/design_decisions.md, `Components answer for
 themselves`)."""

@@ -156,6 +156,10 @@ class Target(Protocol):
         """A digest of names, shapes and values of the weights."""
         ...
 
+    def head_digest(self) -> str:
+        """A digest of the values of embedding, final norm and LM head."""
+        ...
+
     # Compiled calls.
 
     @property

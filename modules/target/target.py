@@ -153,6 +153,16 @@ class Target(SteadyBuffers):
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
+    def head_digest(self) -> str:
+        """SHA-256 over the float32 values of embedding, final norm and LM head."""
+        digest = hashlib.sha256()
+        parts = (self.architecture.embedding, self.architecture.norm, self.architecture.head)
+        for part in parts:
+            for name, tensor in sorted((part.state_dict() if part is not None else {}).items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     # -- weights -----------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -311,6 +321,10 @@ class Target(SteadyBuffers):
                 "out, or load the target on one device with a dtype of 16 bits or more"
             )
         self._compiled = CompiledCalls(self, autotune)
+
+    def stop_compiling(self) -> None:
+        """Run calls as before `compile_calls`, from the next `open` on."""
+        self._compiled = None
 
     def forward_rows(
         self,
