@@ -37,7 +37,16 @@ from train.settings import check_rate, chosen_precision, training_device
 
 _LASTING = ("target", "dtype", "chat_template", "drafter", "data", "seed", "objective")
 """Keys that a resumed run may not change."""
-_ABOUT_THE_RUN = ("config", "output", "resume", "init_from", "overwrite", "plan", "profile")
+_ABOUT_THE_RUN = (
+    "config",
+    "output",
+    "resume",
+    "init_from",
+    "overwrite",
+    "plan",
+    "plan_gib",
+    "profile",
+)
 """Flags that are no part of the recipe."""
 _FLAGS = (
     "config",
@@ -52,6 +61,7 @@ _FLAGS = (
     "init_from",
     "overwrite",
     "plan",
+    "plan_gib",
     "profile",
 )
 _SECTIONS = ("data", "optimizer", "trainer", "probe", "checkpoint", "publish")
@@ -156,6 +166,11 @@ def make_parser() -> TrainParser:
         "--plan", action="store_true", help="print what it needs, refuse what cannot fit, and stop"
     )
     parser.add_argument(
+        "--plan_gib",
+        type=float | None,
+        help="with --plan: GiB of each GPU of another machine, which is planned for",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="print where the time of a step goes, and stop"
     )
     return parser
@@ -254,7 +269,9 @@ def command(arguments: Sequence[str]) -> int:
     config = settled(parse(parser, arguments))
     if config.plan:
         print_plan(
-            recipe_of(parser, config), outline(config.target, config.dtype, config.chat_template)
+            recipe_of(parser, config),
+            outline(config.target, config.dtype, config.chat_template),
+            config.plan_gib,
         )
         return 0
     quieten()

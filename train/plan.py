@@ -1,7 +1,8 @@
 """`python train.py --plan`: memory and disk of a training by arithmetic, before anything is loaded.
 
 Nothing is measured here. With P trainable parameters, F frozen ones and N processes, AdamW in
-float32 costs 4P bytes of weights, 4P of gradients and 8P of optimiser state per process; DeepSpeed
+float32 costs 4P bytes of weights (and 2P of their copies under autocast), 4P of gradients and 8P of
+optimiser state per process; DeepSpeed
 in 16 bits costs 2P, 2P and 12P (with the float32 master weights). ZeRO stage 1 divides the
 optimiser's part by N, stage 2 the gradients too, stage 3 the weights too (Rajbhandari et al. 2020,
 section 3). The target is replicated: F times the bytes of its dtype.
@@ -19,13 +20,13 @@ import torch
 from data.feature_cache.rounding import state_bytes
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, GradientLayers, Trainable
-from modules.losses.chunked import MAX_LOGITS, MAX_PROBS
+from modules.layers.hanging_attention import SCORES_ON_A_DEVICE
+from modules.losses.chunked import LOGITS_ON_A_DEVICE, MAX_LOGITS, MAX_PROBS
 from modules.runtime.host_memory import available_memory
+from train.lightning.head_only import reads_the_cache_alone
 from train.settings import DEEPSPEED, TrainerSettings
 
 GIB = 2**30
-VALUES_PER_STEP = 16
-"""Values of width H that a draft step stores per token for its backward pass: a high estimate."""
 HIDDEN_PER_LAYER, INNER_PER_LAYER = 11, 4
 """Values of hidden width and of feed-forward width that a decoder layer stores per token for its
 backward pass. Counted on Llama layers: 10.4 and 4 if all weights are trained, 8.6 and 4 with
@@ -46,6 +47,7 @@ class Size(Footprint):
     shape: the target's dimensions.
     names: states that the loss reads.
     recomputed: whether activations are recomputed instead of stored.
+    on_gpu: whether more logits and scores are computed at once (`most_logits`).
     """
 
     trainable: int
@@ -54,6 +56,17 @@ class Size(Footprint):
     shape: TargetShape
     names: tuple[StateName, ...]
     recomputed: bool = False
+    on_gpu: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Logits that are computed at once."""
+        return MAX_LOGITS * (LOGITS_ON_A_DEVICE if self.on_gpu else 1)
+
+    @property
+    def part(self) -> int:
+        """Attention scores that are computed at once."""
+        return self.most_scores * (SCORES_ON_A_DEVICE if self.on_gpu else 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,9 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
         parameters, gradients, optimiser = 8.0, 8.0, 16.0
     elif match and precision.startswith(("16", "bf16")):
         parameters, gradients, optimiser = 2.0, 2.0, 12.0
+    elif precision.endswith("mixed"):
+        # Autocast keeps a copy of all weights in 16 bits until the backward pass has ended.
+        parameters, gradients, optimiser = 6.0, 4.0, 8.0
     else:
         parameters, gradients, optimiser = 4.0, 4.0, 8.0
     # 2. ZeRO divides each of them by the number of processes from its stage on.
@@ -105,7 +121,10 @@ def memory(size: Size, strategy: str, precision: str, world: int) -> Memory:
         * size.tokens
         * (4 * size.shape.hidden_size + 3 * size.shape.intermediate_size)
     )
-    activations = value * VALUES_PER_STEP * (1 if size.recomputed else size.steps) * hidden
+    # A recomputed step stores its inputs, and one step at a time the rest.
+    each = size.step_bytes[1 if value == 2 else 0] * wide
+    stored = each + size.steps * size.input_bytes * wide if size.recomputed else size.steps * each
+    activations = stored * hidden
     activations += wide * (logit_bytes(size) + score_bytes(size)) + max(
         running, 4 * size.tokens * size.row
     )
@@ -127,8 +146,8 @@ def logit_bytes(size: Size) -> float:
     where a trained LM head's rows fit in one chunk, of every step until its backward pass.
     """
     wanted, distributions = size.tokens * size.width, 1 if size.soft else 0
-    transient = 4.0 * (3 + distributions) * min(wanted, MAX_LOGITS)
-    if size.own_head and wanted <= MAX_LOGITS:
+    transient = 4.0 * (3 + distributions) * min(wanted, size.chunk)
+    if size.own_head and wanted <= size.chunk:
         transient += 4.0 * (1 + distributions) * (size.steps - 1) * wanted
     return transient + 4.0 * distributions * (wanted if wanted <= MAX_PROBS else 0)
 
@@ -138,13 +157,18 @@ def score_bytes(size: Size) -> float:
     one part.
     """
     wanted = size.row * size.row * size.score_heads
-    if wanted > size.most_scores:
-        return 4.0 * 3 * size.most_scores
+    if wanted > size.part:
+        return 4.0 * 3 * size.part
     return 4.0 * 3 * wanted * (size.tokens / size.row) * (1 if size.recomputed else size.steps)
 
 
 def measure(
-    trainable: Trainable, target: Any, rows: int, length: int, recomputed: bool = False
+    trainable: Trainable,
+    target: Any,
+    rows: int,
+    length: int,
+    recomputed: bool = False,
+    on_gpu: bool = False,
 ) -> Size:
     """The size of a component and its target (either may be on the meta device)."""
     return Size(
@@ -155,7 +179,15 @@ def measure(
         shape=target.shape,
         names=trainable.training_states,
         recomputed=recomputed,
+        on_gpu=on_gpu,
     )
+
+
+def head_parameters(target: Any) -> int:
+    """Parameters of a target's embedding, final norm and LM head, tied ones counted once."""
+    parts = (target.architecture.embedding, target.architecture.norm, target.architecture.head)
+    weights = {id(p): p.numel() for part in parts if part is not None for p in part.parameters()}
+    return sum(weights.values())
 
 
 def layer_values(layers: GradientLayers | None, recomputed: bool = False) -> float:
@@ -324,19 +356,35 @@ def cache_bytes(tokens: int, size: Size, dtype: str) -> float:
     return float(tokens * len(size.names) * state_bytes(size.shape.hidden_size, dtype))
 
 
-def print_plan(recipe: Any, target: Any) -> None:
+def print_plan(recipe: Any, target: Any, gib: float | None = None) -> None:
     """Print the memory and disk that a recipe needs, and refuse what does not fit.
+
+    Args:
+        recipe: what is trained.
+        target: may be on the meta device.
+        gib: memory of a GPU that is not here; None plans for this machine.
 
     Raises:
         ValueError: too little memory or disk, with the fix.
     """
+    if gib is not None and not gib > 0:
+        raise ValueError(f"--plan_gib must be above 0, got {gib:g}")
     data, settings = recipe.data, recipe.trainer
     data.check_length(target)
     with torch.device("meta"):
         trainable = recipe.drafter(target.shape)
-    size = measure(trainable, target, data.rows, data.max_length, settings.activation_checkpointing)
+    size = measure(
+        trainable,
+        target,
+        data.rows,
+        data.max_length,
+        settings.activation_checkpointing,
+        gib is not None or _on_gpu(settings),
+    )
+    if reads_the_cache_alone(recipe, trainable):
+        size = replace(size, frozen=head_parameters(target))
     # The plan is printed before it is refused.
-    room = available(settings)
+    room = available(settings) if gib is None else gib * GIB
     lines = described(size, settings, room)
     if data.features is not None and not trainable.online:
         disk = _cache_disk(data, target, size)

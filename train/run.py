@@ -35,6 +35,7 @@ from modules.target.target import Target
 from train.lightning.callbacks import PROBE, AcceptanceProbe, RunProgress, checkpoint_callbacks
 from train.lightning.checkpoint_io import SiblingCheckpointIO, remove_leftovers
 from train.lightning.deepspeed import check_shards, strategy_named, whole_weights
+from train.lightning.head_only import on_head
 from train.lightning.module import TrainableModule
 from train.settings import (
     CheckpointSettings,
@@ -158,8 +159,13 @@ def train(
     ) != "cpu" and "mixed" in recipe.trainer.precision:
         torch.set_float32_matmul_precision("high")
     trainer = lightning_trainer(recipe, place.output, True, progress)
-    target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
-    trainable = build(recipe, target, place.init_from)
+    made = None
+    if target is None:
+        made = on_head(recipe, device, lambda head: build(recipe, head, place.init_from))
+    if made is None:
+        target = target or load_target(recipe.target, recipe.dtype, device, recipe.chat_template)
+        made = target, build(recipe, target, place.init_from)
+    target, trainable = made
     module = training_module(recipe, trainable, target)
     for log in trainer.loggers:
         log.log_hyperparams(dict(place.settings))

@@ -89,6 +89,9 @@ class Footprint:
     distributions are learnt. sides: rows that belong together (2 of a pair). score_heads: heads of
     an attention whose scores are kept for every pair of tokens of a row, `most_scores` of them at a
     time; 0 without one. layers: decoder layers with a gradient.
+    step_bytes: that a draft step stores per token for its backward pass, as a multiple of the
+    hidden size: in float32, and in mixed precision of 16 bits. input_bytes: likewise of a step that
+    is recomputed.
     """
 
     tokens: int
@@ -101,6 +104,8 @@ class Footprint:
     score_heads: int = 0
     most_scores: int = 0
     layers: GradientLayers | None = None
+    step_bytes: tuple[float, float] = (64.0, 64.0)
+    input_bytes: float = 8.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ from torch import Tensor
 from modules.layers.activation_checkpointing import recomputed
 
 MAX_SCORES = 2**24
-"""Attention scores [M,Q,S] of training rows above this many are computed in parts."""
+"""Attention scores [M,Q,S] of training rows above this many are computed in parts, on a CPU."""
+SCORES_ON_A_DEVICE = 16
+"""How many times as many an accelerator computes at once: 1 GiB in float32."""
+
+
+def most_scores(device: torch.device) -> int:
+    """Scores that are computed at once on a device."""
+    return MAX_SCORES * (1 if device.type == "cpu" else SCORES_ON_A_DEVICE)
 
 
 Visible = Callable[[int, Tensor], Tensor]
@@ -85,11 +92,11 @@ def attention_in_parts(
     own_keys_JMGE: list[Tensor],
     own_values_JMGE: list[Tensor],
 ) -> Tensor:
-    """`hanging_attention` with at most `MAX_SCORES` scores in memory: longer inputs are cut into
+    """`hanging_attention` with at most `most_scores` in memory: longer inputs are cut into
     parts, whose scores are recomputed in the backward pass. `visible` gives the slots that rows at
     some places see.
     """
-    count = max(1, MAX_SCORES // (queries_MQE.shape[1] * len(keys_SGE)))
+    count = max(1, most_scores(queries_MQE.device) // (queries_MQE.shape[1] * len(keys_SGE)))
     if len(queries_MQE) <= count:
         seen = visible(places_M)
         return hanging_attention(

@@ -30,7 +30,11 @@ from modules.target.kernels.cpu_kernels import NarrowLinear, narrow_linear
 IGNORED = -1
 """Label of a row without a loss."""
 MAX_LOGITS = 2**24
-"""Logits [M,D] above this many are computed in chunks of rows."""
+"""Logits [M,D] above this many are computed in chunks of rows, on a CPU (see `most_logits`)."""
+LOGITS_ON_A_DEVICE = 8
+"""How many times as many an accelerator computes at once: 2 GiB for four float32 copies, so that
+launches do not grow with the rows.
+"""
 MAX_PROBS = 2**25
 """Probabilities of the target's distributions up to this many are shared by all draft steps of a
 batch.
@@ -44,6 +48,11 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """Draft logits [M,D] and the target's probabilities [M,D] -> a loss per row [M]."""
 Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """Rows and their features -> losses and ranks."""
+
+
+def most_logits(device: torch.device) -> int:
+    """Logits that are computed at once on a device."""
+    return MAX_LOGITS * (1 if device.type == "cpu" else LOGITS_ON_A_DEVICE)
 
 
 class LearntHead(NarrowLinear):
@@ -163,7 +172,7 @@ def cross_entropy(
     `flat_M` (or another divergence from those).
 
     Returns the losses [M], 0 where they do not count, and int64 ranks [M]: how many draft tokens
-    score above the label (0: it is the best), D where the label is ignored. At most `MAX_LOGITS`
+    score above the label (0: it is the best), D where the label is ignored. At most `most_logits`
     logits exist at a time: more rows are cut into chunks. With a frozen head nothing is computed
     twice and no logits are stored: a row's loss depends on its own features alone, so that dL/dh_m
     = dL/dl_m · dl_m/dh_m, and the last factor [M,H] is computed chunk by chunk in the forward pass
@@ -203,9 +212,11 @@ def cross_entropy(
 
 
 def _in_parts(score: Score, head: Head, features_MH: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Losses and ranks [M] of all rows, never of more than `MAX_LOGITS` logits at once."""
-    # 1. Parts of at most `MAX_LOGITS` logits, at least one.
-    parts = list(_slices(len(features_MH), max(1, MAX_LOGITS // width))) or [slice(0, 0)]
+    """Losses and ranks [M] of all rows, never of more than `most_logits` at once."""
+    # 1. Parts of at most so many logits, at least one.
+    parts = list(_slices(len(features_MH), max(1, most_logits(features_MH.device) // width))) or [
+        slice(0, 0)
+    ]
     # 2. A head that learns: recompute the parts in the backward pass.
     if torch.is_grad_enabled() and _learns(head, features_MH):
         if len(parts) == 1:
@@ -335,13 +346,16 @@ def covered_distributions(
         final_BTH: states that it reads.
         positions: flat, all that are asked for.
         vocabulary_D: draft tokens.
-        size: of the target's vocabulary; more than `MAX_LOGITS` logits are computed in chunks.
+        size: of the target's vocabulary; more logits than `most_logits` are computed in chunks.
     """
     final_PH = final_BTH.flatten(0, 1)
 
     @torch.no_grad()
     def distributions(flat_M: Tensor) -> Tensor:
-        chunks = [flat_M[part] for part in _slices(len(flat_M), max(1, MAX_LOGITS // size))]
+        chunks = [
+            flat_M[part]
+            for part in _slices(len(flat_M), max(1, most_logits(flat_M.device) // size))
+        ]
         logits = (full_precision(head(final_PH[chunk])) for chunk in chunks or [flat_M])
         return torch.cat([each.softmax(-1)[:, vocabulary_D] for each in logits])
 
@@ -360,7 +374,7 @@ def likely_tokens(
     is at most `top_p`.
     """
     parts = []
-    for part in _slices(len(tokens_M), max(1, MAX_LOGITS // width)):
+    for part in _slices(len(tokens_M), max(1, most_logits(tokens_M.device) // width)):
         probs = distributions(flat_M[part])
         better = probs > probs.gather(1, tokens_M[part, None])
         parts.append((better.sum(1) < (top_k or width)) & ((probs * better).sum(1) <= top_p))
@@ -373,7 +387,7 @@ def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
     def search(logits: Head, features: Tensor) -> Tensor:
         parts = [
             likeliest(logits(features[part]))
-            for part in _slices(len(features), max(1, MAX_LOGITS // width))
+            for part in _slices(len(features), max(1, most_logits(features.device) // width))
         ]
         return (
             torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=features.device)
@@ -384,7 +398,7 @@ def greedy_tokens(head: Head, final_MH: Tensor, width: int) -> Tensor:
 
 def entropies(distributions: Distributions, flat_M: Tensor, width: int) -> Tensor:
     """Entropy of the distributions at flat positions [M], natural logarithm."""
-    chunks = _slices(len(flat_M), max(1, MAX_LOGITS // width))
+    chunks = _slices(len(flat_M), max(1, most_logits(flat_M.device) // width))
     parts = [torch.special.entr(distributions(flat_M[part])).sum(1) for part in chunks]
     return torch.cat(parts) if parts else torch.zeros(0, device=flat_M.device)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.shapes import StateName
-from modules.losses.chunked import MAX_LOGITS
+from modules.losses.chunked import most_logits
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -123,6 +123,8 @@ def _mean(activation_BTH: Tensor) -> Tensor:
 
 
 def _mean_logits(target: Target, final_BTH: Tensor) -> Tensor:
-    """Mean over V of the logits [B,T], with at most `MAX_LOGITS` in memory at a time."""
-    rows = final_BTH.flatten(0, 1).split(max(1, MAX_LOGITS // target.shape.vocab_size))
+    """Mean over V of the logits [B,T], with at most `most_logits` in memory at a time."""
+    rows = final_BTH.flatten(0, 1).split(
+        max(1, most_logits(final_BTH.device) // target.shape.vocab_size)
+    )
     return torch.cat([_mean(target.logits(part)) for part in rows]).view(final_BTH.shape[:2])

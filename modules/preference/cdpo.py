@@ -17,7 +17,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Footprint, Stage, Trainable, TrainingResult
 from modules.losses.averages import divisor
-from modules.losses.chunked import MAX_LOGITS, cross_entropy, full_precision, next_token_rows
+from modules.losses.chunked import cross_entropy, full_precision, most_logits, next_token_rows
 from modules.losses.metrics import area_under_curve
 from modules.preference.highlight import TokenScores, highlight_page
 from modules.preference.losses import contrastive_probs, critical_dpo_loss, positionwise_dpo_loss
@@ -100,8 +100,8 @@ class ContrastiveEstimator(Trainable):
             adapters.twin(target, training=False) for adapters in (self.positive, self.negative)
         ]
         states = [twin.features(text, ("final",))["final"].flatten(0, 1)[flat_M] for twin in twins]
-        # Both models' logits, in chunks of at most MAX_LOGITS values.
-        rows, scores = max(1, MAX_LOGITS // target.shape.vocab_size), []
+        # Both models' logits, in chunks of at most `most_logits` values.
+        rows, scores = max(1, most_logits(target.device) // target.shape.vocab_size), []
         for start in range(0, len(labels_M), rows):
             part = slice(start, start + rows)
             positive, negative = (

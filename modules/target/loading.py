@@ -239,6 +239,11 @@ def check_room(name: str, tokens: int, key: str = "max_new_tokens") -> None:
         )
 
 
+def causal_loader() -> Any:
+    """The library's class that loads causal LMs."""
+    return AutoModelForCausalLM
+
+
 def _classes(config: Mapping[str, Any]) -> tuple[Any, type[Target]]:
     """The library's class that loads a model of this config, and ours around it."""
     if config["model_type"] in SEQ2SEQ:

@@ -20,6 +20,8 @@ from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.timing import Clock
 from modules.drafters.trained import TrainedDrafter
+from modules.layers import hanging_attention
+from modules.losses import chunked
 from modules.target.target import Target
 from tests.accelerator.pretend import DEVICE, LOG, Log, There, pretending
 from tests.fakes import tiny_batch, tiny_target
@@ -118,6 +120,27 @@ def test_a_training_step_gives_the_cpus_loss_and_leaves_gradients_on_the_device(
             assert all(type(each) is (There if there else Tensor) for each in (loss, *gradients))
             found[there] = float(loss), sum(float(gradient.abs().sum()) for gradient in gradients)
     assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "clover", "medusa"])
+def test_launches_of_a_training_step_hardly_grow_with_its_rows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits of chunks that suit a CPU's memory would cut 64 tokens into many parts here."""
+    monkeypatch.setattr(chunked, "MAX_LOGITS", 300)
+    monkeypatch.setattr(hanging_attention, "MAX_SCORES", 1000)
+    launches = []
+    with pretending() as log:
+        target, drafter = pair(name, True)
+        for length in (32, 64):
+            batch = tiny_batch(target, rows=1, length=length)
+            parts = (batch.input_ids, batch.loss_mask, batch.position_ids, batch.document_ids)
+            batch = TextBatch(*(part.to(target.device) for part in parts))
+            batch.states = target.features(batch, drafter.training_states)
+            log.clear()
+            drafter.loss(batch, target, 0.5).total.backward()
+            launches.append(sum(log.launches.values()))
+    assert launches[1] <= 1.1 * launches[0], launches
 
 
 def test_verification_writes_as_much_behind_a_long_context_as_behind_a_short_one() -> None:

@@ -53,7 +53,7 @@ SIZE = Size(
     "strategy, precision, expected",
     [
         ("auto", "32-true", (4, 4, 8, 0)),
-        ("ddp", "bf16-mixed", (4, 4, 8, 0)),
+        ("ddp", "bf16-mixed", (6, 4, 8, 0)),
         ("auto", "64-true", (8, 8, 16, 0)),
         ("deepspeed_1", "32-true", (4, 4, 2, 0)),
         ("deepspeed_2", "bf16-mixed", (2, 0.5, 3, 0)),

@@ -21,6 +21,8 @@ from modules.contracts.trainable import Trainable
 from train.settings import DEEPSPEED
 
 _COMPILED_COLLECTIVE = "deepspeed_shm_comm"
+SUB_GROUP = 10**9
+"""Parameters that stage 3 updates together."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, each tensor of the parameter's size."""
 
@@ -361,9 +363,17 @@ def strategy_named(name: str, accelerator: str) -> str | Strategy:
         "stage": int(match[1]),
         "logging_batch_size_per_gpu": 1,
         "offload_optimizer": cuda and bool(match[2]),
+        # Stage 3 updates one group at a time: without a limit all weights are copied at once.
+        "sub_group_size": SUB_GROUP,
+        "pin_memory": cuda,
     }
     if cuda:
-        strategy = ConsolidatedDeepSpeedStrategy(**options)
+        strategy: DeepSpeedStrategy = ConsolidatedDeepSpeedStrategy(**options)
         cast(Any, strategy.config)["zero_force_ds_cpu_optimizer"] = False
-        return strategy
-    return CpuDeepSpeedStrategy(**options, process_group_backend="gloo")
+    else:
+        strategy = CpuDeepSpeedStrategy(**options, process_group_backend="gloo")
+    # Sums of gradients, over batches and processes, keep float32's digits under bf16-mixed.
+    cast(Any, strategy.config).update(
+        {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    )
+    return strategy

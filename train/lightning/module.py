@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -135,11 +136,16 @@ class TrainableModule(LightningModule):
         return losses.total
 
     def _mean_over_processes(self, count: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
+        """The mean over the processes, on their devices: no process waits on its host.
+
+        Lightning's `reduce` would begin with a barrier, for which a GPU finishes all its work.
+        """
+        world = self.trainer.world_size
+        if world == 1:
             return count
-        mean = self.trainer.strategy.reduce(count, reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        return mean
+        total = count.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total / world
 
     def _losses(self, batch: AnyBatch, progress: float) -> Losses:
         if self.objective is None:

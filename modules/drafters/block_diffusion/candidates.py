@@ -19,7 +19,7 @@ from modules.contracts.drafter import Context, Frontier
 from modules.contracts.losses import Losses
 from modules.drafters.block_diffusion.dflash import DFlash, DFlashState
 from modules.drafters.blocks.base import BlockState
-from modules.losses.chunked import IGNORED, MAX_LOGITS, Head, TrainingRows
+from modules.losses.chunked import IGNORED, Head, TrainingRows, most_logits
 from modules.losses.divergences import total_variation
 from modules.trees.candidates import log_probs
 
@@ -124,7 +124,9 @@ class CandidateDFlash(DFlash):
     @torch.no_grad()
     def likeliest(self, outputs_MKH: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Draft indices and log-probabilities [M,K,C] of the likeliest tokens, in chunks."""
-        chunks = outputs_MKH.split(max(1, MAX_LOGITS // (self.block * self.draft_size)))
+        chunks = outputs_MKH.split(
+            max(1, most_logits(outputs_MKH.device) // (self.block * self.draft_size))
+        )
         best = [
             log_probs(self.base_head(target)(chunk)).topk(self.candidates, -1) for chunk in chunks
         ]

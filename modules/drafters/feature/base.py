@@ -78,6 +78,7 @@ class FeatureDrafter(TrainedDrafter):
 
     soft_labels: bool = True
     first_exponent: ClassVar[int] = 0
+    stored_bytes: ClassVar[tuple[float, float, float]] = (116.0, 81.0, 27.0)
     window: int | None = None
     """Positions that a row's attention reaches back over the text, itself included; None: all of
     them. Drafted rows before it are always seen."""

@@ -6,7 +6,7 @@ Shape legend: N rows of one call, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +38,8 @@ class Fspad(Eagle):
         decay: step j weighs decay^j.
         depth, tree, divergence: as EAGLE's.
     """
+
+    stored_bytes: ClassVar[tuple[float, float, float]] = (180.0, 100.0, 97.0)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ head size (Q·E = H).
 from __future__ import annotations
 
 from math import gcd, sqrt
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,7 @@ class Clover(HeadDrafter):
     """
 
     reads: StateName = "pre_norm"
+    stored_bytes: ClassVar[tuple[float, float, float]] = (58.0, 39.0, 11.0)
 
     def __init__(
         self,

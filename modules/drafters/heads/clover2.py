@@ -74,6 +74,7 @@ class Clover2(HeadDrafter):
 
     reads: StateName = "pre_norm"
     first_exponent: ClassVar[int] = 0
+    stored_bytes: ClassVar[tuple[float, float, float]] = (90.0, 59.0, 18.0)
 
     def __init__(
         self,

@@ -88,6 +88,7 @@ class Hydra(HeadDrafter):
 
     reads: StateName = "pre_norm"
     first_exponent: ClassVar[int] = 0
+    stored_bytes: ClassVar[tuple[float, float, float]] = (72.0, 40.0, 26.0)
     token_scale: Tensor
 
     def __init__(

@@ -5,7 +5,7 @@ Shape legend: B sequences, W frontier nodes, H hidden size, D draft vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -38,6 +38,8 @@ class Medusa(HeadDrafter):
         divergence: learn the target's distribution by it (`modules.losses.divergences`) instead of
             the tokens of the data; null: those.
     """
+
+    stored_bytes: ClassVar[tuple[float, float, float]] = (10.0, 7.0, 6.0)
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,3 +260,19 @@ def test_the_schedule_warms_up_and_ends_at_its_floor():
 def test_settings_out_of_range_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=f"optimizer.{next(iter(changes))}"):
         OptimizerSettings(**changes)
+
+
+def test_counts_are_shared_without_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier before each mean would let every GPU finish all its work, eight times a batch."""
+    shared: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda *_, **__: pytest.fail("a barrier"))
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor: shared.append(tensor.mul_(4.0))
+    )
+    trainer = SimpleNamespace(world_size=2, strategy=None)
+    module: Any = SimpleNamespace(trainer=trainer, device=torch.device("cpu"))
+    count = torch.tensor(3.0)
+    assert TrainableModule._mean_over_processes(module, count) == 6.0
+    assert count == 3.0 and len(shared) == 1
+    trainer.world_size = 1
+    assert TrainableModule._mean_over_processes(module, count) is count and len(shared) == 1

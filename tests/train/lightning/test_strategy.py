@@ -34,6 +34,18 @@ def test_deepspeed_offloads_the_optimiser_that_the_module_has(stage, monkeypatch
     assert "offload_optimizer" not in plain.config["zero_optimization"]
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_deepspeed_is_asked_for_what_experts_ask(accelerator, monkeypatch):
+    """Sums of gradients in float32, groups of a thousand million weights, pinned host memory."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: accelerator == "cuda")
+    config: Any = strategy_named("deepspeed_3_offload", accelerator).config
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    assert config["zero_optimization"]["sub_group_size"] == 10**9
+    if accelerator == "cuda":
+        assert config["zero_optimization"]["offload_optimizer"]["pin_memory"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny target on disk."""
