@@ -213,17 +213,22 @@ class Attention(nn.Module):
         """
         # 1. Project, and append to the cache.
         queries, keys, values = self.project(hidden_BNX, rows.position_ids_BN, asking_BNX)
-        if cache is None and isinstance(rows, DocumentRows) and in_parts(rows):
-            mixed = document_attention(
-                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), rows
-            )
-            return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        if cache is None:
+            return self.among(queries, keys, values, rows)
         visible = rows.visible_BNJ
-        if cache is not None:
-            keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
-            keys, values, visible = cache.chosen(rows, keys, values)
+        keys, values = cache.write(keys, values, visible.shape[2] - visible.shape[1])
         # 2. Attend.
-        return self.mix(queries, keys, values, visible)
+        return self.mix(queries, *cache.chosen(rows, keys, values))
+
+    def among(
+        self, queries_BNQD: Tensor, keys_BNGD: Tensor, values_BNGD: Tensor, rows: Rows
+    ) -> Tensor:
+        """Attention of rows to each other, projected [B,N,H]; of long texts in parts."""
+        if not (isinstance(rows, DocumentRows) and in_parts(rows)):
+            return self.mix(queries_BNQD, keys_BNGD, values_BNGD, rows.visible_BNJ)
+        queries, keys = queries_BNQD.transpose(1, 2), keys_BNGD.transpose(1, 2)
+        mixed_BQND = document_attention(queries, keys, values_BNGD.transpose(1, 2), rows)
+        return self.o_proj(mixed_BQND.transpose(1, 2).flatten(2))
 
     def mix(
         self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor

@@ -237,7 +237,7 @@ class PEagle(Eagle3):
                 rows.flat_MK1[chosen_MK[:, d] & (part_M == part), 0]
                 for d in range(1, self.draft_steps)
             ]
-            parts.append(recomputed(again, self._mask_slots, *slot, text, seen, flat))
+            parts.append(recomputed(again, self._mask_slots, *slot, text, batch, flat))
         first = self.norm(rows.take(hidden))
         return [first, *(torch.cat(made) for made in zip(*parts, strict=True))]
 
@@ -246,7 +246,7 @@ class PEagle(Eagle3):
         inputs_X: Tensor,
         residual_H: Tensor,
         text: Sequence[KeysValues],
-        seen: Rows,
+        batch: TextBatch,
         flat: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         """The LM head's inputs [M',H] in the slots with a mask.
@@ -254,12 +254,13 @@ class PEagle(Eagle3):
         Args:
             inputs_X, residual_H: what the first layer reads in them.
             text: the text's keys and values in each layer.
-            seen: positions of the text's rows, and what they see.
+            batch: whose rows they are.
             flat: flat positions [M'] of the rows that a slot follows, ascending, one for each slot;
                 those of a slot are among those of the slot before.
         """
         # 1. All slots side by side, and where a slot's rows are among those of earlier slots.
-        sizes, places_T = [len(each) for each in flat], seen.position_ids_BN.flatten()
+        sizes, places_T = [len(each) for each in flat], batch.position_ids.flatten()
+        visible, length = self.seen_by(batch, 0), batch.input_ids.shape[1]
         positions_E = torch.cat([places_T[each] + d for d, each in enumerate(flat, 1)])
         inputs, hidden = inputs_X.expand(sum(sizes), -1), residual_H.expand(sum(sizes), -1)
         index = [
@@ -275,7 +276,8 @@ class PEagle(Eagle3):
                 earlier = [
                     (own_keys[j][index[d][j]], own_values[j][index[d][j]]) for j in range(d + 1)
                 ]
-                mixed.append(Prefix(keys, values, seen.visible_BNJ, at).mix(queries[d], earlier))
+                prefix = Prefix(keys, values, visible, at, length)
+                mixed.append(prefix.mix(queries[d], earlier))
             mixed_EH = attention.o_proj(torch.cat(mixed).flatten(1))
             hidden = layer.after_attention(layer.with_attention(hidden, mixed_EH))
         return self.norm(hidden).split(sizes)
@@ -405,7 +407,7 @@ def _text_layer(
     """A layer's outputs at the rows of the text, and their keys and values."""
     attention = attention_of(layer)
     queries, keys, values = attention.project(inputs_BTX, seen.position_ids_BN)
-    mixed = attention.mix(queries, keys, values, seen.visible_BNJ)
+    mixed = attention.among(queries, keys, values, seen)
     return layer.after_attention(layer.with_attention(residual_BTH, mixed)), keys, values
 
 

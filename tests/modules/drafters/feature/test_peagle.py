@@ -14,6 +14,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.rows import causal_rows
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.feature.peagle import PEagle
+from modules.layers import document_attention
 from modules.losses.chunked import training_rows
 from modules.trees.reranked import RerankedTree
 from tests.fakes import tiny_batch, tiny_target
@@ -196,6 +197,17 @@ def test_partitions_change_neither_loss_nor_gradients() -> None:
     found = []
     for partitions in (1, 3):
         drafter = peagle(partitions=partitions)
+        loss = drafter.loss(batch_of(drafter), TARGET, 0.0).total
+        found.append([loss, *torch.autograd.grad(loss, list(drafter.parameters()))])
+    torch.testing.assert_close(*found)
+
+
+def test_rows_too_long_for_one_mask_give_the_same(monkeypatch) -> None:
+    found = []
+    for most in (99, 4):
+        monkeypatch.setattr(document_attention, "WHOLE_ROWS", most)
+        monkeypatch.setattr(document_attention, "PART_ROWS", 5)
+        drafter = peagle()
         loss = drafter.loss(batch_of(drafter), TARGET, 0.0).total
         found.append([loss, *torch.autograd.grad(loss, list(drafter.parameters()))])
     torch.testing.assert_close(*found)
