@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.report.answer_quality import Scoring, control_lines
+from eval.report.answer_quality import Scoring, _scored, control_lines
+from eval.run.journal import Record
+from eval.tasks.answer_checks import Check
+from modules.decoding.loop import Trace
 from tests.eval.test_cli import FAKE, methods, run, tiny
+from tests.fakes import tiny_target
 
 __all__ = ["tiny"]
 
@@ -87,3 +91,24 @@ def test_programs_run_only_when_allowed() -> None:
     checks = {"a": Check("pass_at_1", "assert True"), "b": Check("rouge_l", "words")}
     assert list(Scoring(checks=checks).usable) == ["b"]
     assert list(Scoring(checks=checks, run_code=True).usable) == ["a", "b"]
+
+
+def test_the_best_of_several_answers_is_scored_too() -> None:
+    """A decoder's own best answer is wrong in the first prompt, and another one right."""
+    target = tiny_target()
+    encode = target.tokenizer.encode
+    answered = [["it is 3", "it is 4"], ["it is 6", "it is 7"]]
+    records = {
+        str(number): Record(
+            *("row", str(number), "task", 0, False, [1], Trace(1, encode(texts[0]))), 0
+        )
+        for number, texts in enumerate(answered)
+    }
+    for number, texts in enumerate(answered):
+        records[str(number)].trace.answers = [encode(text) for text in texts]
+    checks = {"0": Check("exact_match", "#### 4"), "1": Check("exact_match", "#### 6")}
+    scores = _scored(target, records, records, checks)["exact_match"]
+    assert scores["mean"] == 0.5 and scores["oracle"] == 1.0
+    for record in records.values():
+        record.trace.answers = []
+    assert "oracle" not in _scored(target, records, records, checks)["exact_match"]
