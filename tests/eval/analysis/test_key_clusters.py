@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import eval.key_clusters
-from eval.key_clusters import command, right_tokens
+import eval.analysis.key_clusters
+from eval.analysis.key_clusters import command, right_tokens
 from modules.decoding.lossy.key_clusters import Ranked, k_means, precision, ranked_tokens
 from tests.fakes import tiny_target
 
@@ -42,7 +42,7 @@ def test_the_command_probes_a_target(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tiny_target()
-    monkeypatch.setattr(eval.key_clusters, "load_target", lambda *_, **__: target)
+    monkeypatch.setattr(eval.analysis.key_clusters, "load_target", lambda *_, **__: target)
     assert command(["--target", "tiny", "--clusters", "4"]) == 0
     printed = capsys.readouterr().out
     assert "16 probes, 4 clusters, tiny" in printed and "ranks 21-50: right inside" in printed

@@ -1,4 +1,4 @@
-"""`python -m eval.next_byte`: where texts are cut, and what is compared there."""
+"""`python -m eval.analysis.next_byte`: where texts are cut, and what is compared there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval.next_byte
-from eval.next_byte import Cut, command, cuts_inside_tokens, measure, plain_prompting
+import eval.analysis.next_byte
+from eval.analysis.next_byte import Cut, command, cuts_inside_tokens, measure, plain_prompting
 from modules.byte_level.covers import ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary
@@ -44,7 +44,7 @@ def test_both_ways_are_measured_on_the_same_cuts(
     figures = measure(target, [Cut(b"the ca", int(exact.argmax()))], 0)
     assert figures["exact"][0] == 1.0
     assert figures["exact"][1] == pytest.approx(float(exact.max().log2()), rel=1e-3)
-    monkeypatch.setattr(eval.next_byte, "load_target", lambda *_, **__: target)
+    monkeypatch.setattr(eval.analysis.next_byte, "load_target", lambda *_, **__: target)
     (tmp_path / "texts").write_text("the cat sat\n\nthat hat\n")
     assert command(["--target", "tiny", "--texts", str(tmp_path / "texts"), "--per_text", "2"]) == 0
     printed = capsys.readouterr().out

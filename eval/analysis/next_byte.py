@@ -1,5 +1,5 @@
-"""`python -m eval.next_byte`: how well a model names the next byte of texts that are cut inside of
-a token, by its exact distribution and by plain prompting.
+"""`python -m eval.analysis.next_byte`: how well a model names the next byte of texts that are cut
+inside of a token, by its exact distribution and by plain prompting.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def compare(
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
     parser = ArgumentParser(
-        prog="python -m eval.next_byte",
+        prog="python -m eval.analysis.next_byte",
         exit_on_error=False,
         description="Compare exact next-byte probabilities with plain prompting.",
     )

@@ -1,5 +1,5 @@
-"""`python -m eval.key_clusters`: whether tokens near the likeliest one in the LM head are right
-more often than others of the same rank.
+"""`python -m eval.analysis.key_clusters`: whether tokens near the likeliest one in the LM head are
+right more often than others of the same rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modules.contracts.target import Target
 from modules.decoding.lossy.key_clusters import Ranked, k_means, precision, ranked_tokens
 from modules.target.loading import AUTO, load_target
 
-PROBES = Path(__file__).resolve().parents[1] / "data" / "prompts" / "several_right.jsonl"
+PROBES = Path(__file__).resolve().parents[2] / "data" / "prompts" / "several_right.jsonl"
 BANDS = ((2, 5), (6, 10), (11, 20), (21, 50))
 """Ranks whose precision is printed together."""
 
@@ -81,7 +81,7 @@ def compare(
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
     parser = ArgumentParser(
-        prog="python -m eval.key_clusters",
+        prog="python -m eval.analysis.key_clusters",
         exit_on_error=False,
         description="Compare tokens of the likeliest one's key cluster with others.",
     )
