@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from eval.evaluation import Evaluation
+from eval.methods.reselection import needle_texts, table
 from eval.report.by_length import by_length, length_table, plotted_lengths
 from eval.report.plots import against_length
-from eval.reselection import needle_texts, table
 from eval.run.journal import Record
 from eval.tasks.answer_checks import Check, named_share, same_line
 from eval.tasks.tasks import load_tasks

@@ -1,4 +1,4 @@
-"""`python -m eval.reselection`: which layer of a target should choose anew in TidalDecode.
+"""`python -m eval.methods.reselection`: which layer of a target should choose anew in TidalDecode.
 
 The paper (Yang et al. 2024, arXiv 2410.05076) compares layers by the accuracy of needle tasks, once
 for a model. Every needle text is read once; its answer is then one call for each layer.
