@@ -239,13 +239,17 @@ class Attention(nn.Module):
     def attend(
         self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor
     ) -> Tensor:
-        """Values mixed by attention, the heads side by side [B,N,Q*D]."""
+        """Values mixed by attention, the heads side by side [B,N,Q*D]. Queries and keys may be
+        wider than values, whose size scales the scores.
+        """
+        size = values_BSGD.shape[-1]
         mixed = F.scaled_dot_product_attention(
             queries_BNQD.transpose(1, 2),
             keys_BSGD.transpose(1, 2),
             values_BSGD.transpose(1, 2),
             attn_mask=visible_BNS[:, None],
             enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2],
+            scale=None if queries_BNQD.shape[-1] == size else size**-0.5,
         )
         return mixed.transpose(1, 2).flatten(2)
 

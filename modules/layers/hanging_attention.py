@@ -137,12 +137,13 @@ def hanging_attention(
     """Attention of rows to the visible part of a common prefix and to J private rows each.
 
     queries [M,Q,E], keys and values [S,G,E], visible bool [M,S], own keys and values J times
-    [M,G,E] -> [M,Q,E].
+    [M,G,E] -> [M,Q,E]. Queries and keys may be wider than values, whose size scales the scores.
     """
-    rows, heads, size = queries_MQE.shape
+    rows, heads, wide = queries_MQE.shape
+    size = values_SGE.shape[-1]
     length, groups = len(keys_SGE), keys_SGE.shape[1]
     # 1. Scores to the prefix; query heads share the keys of their group.
-    queries = queries_MQE.view(rows, groups, heads // groups, size) * size**-0.5
+    queries = queries_MQE.view(rows, groups, heads // groups, wide) * size**-0.5
     scores = torch.einsum("mgre,sge->mgrs", queries, keys_SGE).masked_fill(
         ~visible_MS[:, None, None], -torch.inf
     )

@@ -31,6 +31,7 @@ from modules.drafters.trained import WIDE_BUDGET, WIDE_LEVEL, TrainedDrafter
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
 from modules.layers.hanging_attention import MAX_SCORES, Prefix, Visible
+from modules.layers.rebased_sinks import sink_positions, wide_keys, wide_queries, wide_row
 from modules.losses.chunked import TrainingRows
 from modules.trees.named_trees import Path
 from modules.trees.reranked import RerankedTree
@@ -84,6 +85,8 @@ class FeatureDrafter(TrainedDrafter):
     them. Drafted rows before it are always seen."""
     sinks: int = 0
     """First positions of the text that rows see beside the window."""
+    rebase: bool = False
+    """Whether rows read the sinks as if they stood right before the window."""
     layer: DecoderLayer
 
     def __init__(
@@ -165,6 +168,7 @@ class FeatureDrafter(TrainedDrafter):
         features = self.noisy(self.read(batch.states).to(self.precision), batch)
         inputs, residual = self.fuse(self.vectors(batch.input_ids.roll(-1, 1), target), features)
         _, keys, values = self.attention.project(inputs, batch.position_ids)
+        keys = self._keys(keys, batch.position_ids)
         flat_M, length = rows.flat_MK1[:, 0], batch.input_ids.shape[1]
         prefix = Prefix(keys, values, self.seen_by(batch, 0), flat_M, length)
         # 2. The first step's inputs at the training rows.
@@ -191,6 +195,17 @@ class FeatureDrafter(TrainedDrafter):
             if step:
                 hanging.append(row)
             yield feature, carried
+
+    def _queries(self, near: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Queries [B,N,Q,D] of these inputs, or [B,N,Q,2 D] where sinks are rebased."""
+        if not self.rebase or self.window is None:
+            return near
+        places = sink_positions(positions, self.window, self.sinks)
+        return wide_queries(near, self.attention.project(inputs, places)[0])
+
+    def _keys(self, keys_BNGD: Tensor, positions_BN: Tensor) -> Tensor:
+        """Keys of text at these positions, to be read by `_queries`."""
+        return wide_keys(keys_BNGD, positions_BN < self.sinks) if self.rebase else keys_BNGD
 
     def seen_by(self, batch: TextBatch, step: int) -> Visible:
         """Which tokens training rows of a step see."""
@@ -243,9 +258,9 @@ class FeatureDrafter(TrainedDrafter):
         `hanging` holds keys and values of the rows of earlier steps, one per training row; the new
         rows join them if `hangs`, otherwise they are part of the prefix.
         """
-        queries, key, value = (
-            part[0] for part in self.attention.project(inputs_MX[None], positions_M[None])
-        )
+        near, keys, values = self.attention.project(inputs_MX[None], positions_M[None])
+        queries = self._queries(near, inputs_MX[None], positions_M[None])[0]
+        key, value = wide_row(keys[0]) if self.rebase else keys[0], values[0]
         mixed = self.attention.o_proj(
             prefix.mix(queries, [*hanging, (key, value)] if hangs else hanging).flatten(1)
         )
@@ -311,7 +326,9 @@ class FeatureDrafter(TrainedDrafter):
         seen = rows_at(rows.visible_BNJ, last_B1)
         seen = self.in_window(seen, place_B1, rows.position_ids_BN)
         last = Rows(place_B1, seen, self.reached_slots(place_B1, cache))
+        queries = self._queries(queries, inputs, rows.position_ids_BN)
         keys, values, visible = cache.chosen(last, keys, values)
+        keys = self._keys(keys, self._slot_positions(last, rows.position_ids_BN, keys.shape[1]))
         cache.keep(counts_B, counts)
         # 2. Outputs are needed at the last row only.
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
@@ -320,6 +337,29 @@ class FeatureDrafter(TrainedDrafter):
             self.layer.after_attention(rows_at(residual, last_B1) + mixed)
         )
         return feature[:, 0], carried[:, 0]
+
+    @staticmethod
+    def _slot_positions(rows: Rows, positions_BJ: Tensor, count: int) -> Tensor:
+        """int64 [B,X]: positions of the slots that `LayerCache.chosen` gives, of which the last are
+        rows at `positions_BJ`; without chosen slots, of all.
+        """
+        if rows.committed_BS is None:
+            return torch.arange(count, device=positions_BJ.device).expand(len(positions_BJ), -1)
+        return torch.cat([rows.committed_BS.expand(len(positions_BJ), -1), positions_BJ], 1)
+
+    def _attended(self, inputs_BWX: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
+        """The attention of drafted rows [B,W,H]."""
+        if not self.rebase:
+            return self.attention(inputs_BWX, rows, cache)
+        positions, drafted = rows.position_ids_BN, rows.visible_BNJ.shape[2]
+        near, keys, values = self.attention.project(inputs_BWX, positions)
+        queries = self._queries(near, inputs_BWX, positions)
+        keys, values = cache.write(keys, values, drafted - positions.shape[1])
+        keys, values, visible = cache.chosen(rows, keys, values)
+        # Drafted rows come after the text, so that none is a sink.
+        after_BJ = cache.lengths_B[:, None].expand(-1, drafted) + self.sinks
+        keys = self._keys(keys, self._slot_positions(rows, after_BJ, keys.shape[1]))
+        return self.attention.mix(queries, keys, values, visible)
 
     def expand(self, state: DraftState, frontier: Frontier) -> Tensor:
         """Logits [B,W,D] of the token after each frontier node, all nodes of a level in one call of
@@ -342,7 +382,7 @@ class FeatureDrafter(TrainedDrafter):
         positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
         reached = self.reached_slots(positions, state.cache)
         rows = Rows(positions.expand_as(frontier.tokens_BW), above, reached)
-        hidden = self.layer.after_attention(residual + self.attention(inputs, rows, state.cache))
+        hidden = self.layer.after_attention(residual + self._attended(inputs, rows, state.cache))
         feature, carried = self.outputs(hidden)
         # Later levels look up their parents' outputs.
         state.rows_BRH = torch.cat([state.rows_BRH, carried], dim=1)

@@ -65,6 +65,8 @@ class Eagle3(FeatureDrafter):
             costs acceptance within that length.
         sinks: first positions of the text that attention reaches beside the window (StreamingLLM,
             Xiao et al. 2024, arXiv 2309.17453); only with a window, and not exported.
+        rebase: whether sinks are read as if they stood right before the window, so that no distance
+            is greater than both together; otherwise at their positions in the text.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Eagle3(FeatureDrafter):
         qk_norm: bool | None = None,
         window: int | None = None,
         sinks: int = 0,
+        rebase: bool = False,
     ) -> None:
         super().__init__(shape, steps, draft_vocabulary, decay, depth, tree)
         self.use_divergence(divergence)
@@ -93,6 +96,9 @@ class Eagle3(FeatureDrafter):
         self.fused_layers = fused_states(shape.num_layers, fused_layers)
         self.norm_before_residual, self.norm_output = norm_before_residual, norm_output
         self.greedy_labels, self.window, self.sinks = greedy_labels, window, sinks
+        self.rebase = rebase
+        if rebase and not sinks:
+            raise ValueError("rebase is true without sinks, whose positions it changes: set sinks")
         if sinks and window is None:
             raise ValueError(f"sinks {sinks} without a window: all positions are reached, set 0")
         # 2. Modules, named as in the release.

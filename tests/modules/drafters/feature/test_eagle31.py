@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.contracts.batches import TextBatch
-from modules.contracts.drafter import Context
+from modules.contracts.drafter import Context, Frontier
 from modules.contracts.rows import Rows
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.losses.chunked import training_rows
@@ -146,13 +146,39 @@ def test_nothing_before_the_window_changes_a_draft() -> None:
         assert bool(same[(reached < 0) | (reached >= 5)].all())
 
 
-def test_a_window_with_sinks_drafts_as_it_was_trained() -> None:
+@torch.no_grad()
+def test_rebased_sinks_stand_right_before_the_window() -> None:
+    """The layer over sinks and window alone, at positions without a gap."""
+    drafter, plain = made(window=5, sinks=2, rebase=True), made(window=5, sinks=2)
+    texts = [list(range(20, 50)), list(range(60, 85))]
+    batch = filled(documents(texts), drafter, TARGET)
+    rows, features = training_rows(batch, 3), drafter.read(batch.states).flatten(0, 1)
+    rebased, unmoved = steps_of(drafter, batch), steps_of(plain, batch)
+    flat_ids, places = batch.input_ids.flatten(), batch.position_ids.flatten()
+    for m, t in enumerate(rows.flat_MK1[:, 0].tolist()):
+        place = int(places[t])
+        # Contexts that end within sinks and window have nothing to move.
+        same = torch.allclose(rebased[0][1][m], unmoved[0][1][m], rtol=0, atol=1e-12)
+        assert same == (place < 7)
+        text = [t - place + p for p in range(place + 1) if p < 2 or p > place - 5]
+        fused = [drafter.fuse(TARGET.embed(flat_ids[s + 1]), features[s]) for s in text]
+        inputs, residual = (torch.stack(part)[None] for part in zip(*fused, strict=True))
+        visible = torch.ones(1, len(text), len(text), dtype=torch.bool).tril()
+        compact = Rows(torch.arange(len(text))[None], visible)
+        out = drafter.layer(inputs, compact, residual_BNH=residual)[0, -1]
+        # Rotations are computed in float32.
+        torch.testing.assert_close(rebased[0][1][m], out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rebase", [False, True])
+def test_a_window_with_sinks_drafts_as_it_was_trained(rebase: bool) -> None:
     """In training the first tokens of a document, in decoding the first slots; nothing between."""
-    drafter = made(window=5, sinks=2)
+    drafter = made(window=5, sinks=2, rebase=rebase)
     text = list(range(20, 50))
     batch = filled(documents([text]), drafter, TARGET)
     rows = training_rows(batch, 3)
-    trained = steps_of(drafter, batch)[0][0]
+    steps = steps_of(drafter, batch)
+    trained = steps[0][0]
     for place, reached in ((1, True), (10, False)):
         changed = replace(batch, states={k: s.clone() for k, s in batch.states.items()})
         for state in changed.states.values():
@@ -168,6 +194,13 @@ def test_a_window_with_sinks_drafts_as_it_was_trained() -> None:
         lengths, newest = torch.tensor([end + 1]), torch.tensor([text[end + 1]])
         state = drafter.start(Context(TARGET, ids, lengths, newest, states))
         torch.testing.assert_close(state.feature_BH[0], trained[row])
+        # The next level, with the text's own token drafted, is the second training step.
+        if rows.valid_MK[row, 1] and end + 2 < len(text):
+            drafter.expand(state, Frontier(newest[:, None], torch.tensor([[-1]]), 0))
+            token = torch.tensor([[text[end + 2]]])
+            logits = drafter.expand(state, Frontier(token, torch.tensor([[0]]), 1))
+            expected = drafter.head(1, TARGET)(steps[1][0][row])
+            torch.testing.assert_close(logits[0, 0], expected)
 
 
 def test_a_window_as_long_as_the_text_is_none() -> None:
@@ -192,6 +225,7 @@ def test_mistakes_are_one_line() -> None:
         ({"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc are both true"),
         ({"window": 0}, "window must be at least 1, the row itself, or null"),
         ({"sinks": 2}, "sinks 2 without a window"),
+        ({"window": 4, "rebase": True}, "rebase is true without sinks"),
     ):
         with pytest.raises(ValueError, match=words):
             Eagle3(TARGET.shape, **options)
