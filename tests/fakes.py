@@ -22,6 +22,7 @@ from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import Decoder
 from modules.target.seq2seq.target import Seq2SeqTarget
 from modules.target.target import Target
+from tests.architectures import ARCHITECTURES, DIMENSIONS, MORE, REFUSED
 
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -29,34 +30,6 @@ _TEMPLATE = (
 )
 _SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?!:;'0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ\n-+=()"
-
-DIMENSIONS = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "max_position_embeddings": 512,
-}
-ARCHITECTURES = {
-    "llama": ("llama", {}),
-    "qwen3": ("qwen3", {}),
-    "gemma2": ("gemma2", {"sliding_window": 6}),
-    "gemma": ("gemma", {}),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    "mistral": ("mistral", {"sliding_window": 6}),
-    "mixtral": (
-        "mixtral",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            # The grouped kernel has no float64.
-            "experts_implementation": "eager",
-        },
-    ),
-    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-}
 
 
 def tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
@@ -134,12 +107,14 @@ def tiny_target(
     """A random-weight target with distributions sharp enough to be told apart, every norm with a
     gain of its own.
     """
-    kind, extra = ARCHITECTURES[arch]
+    kind, extra = (ARCHITECTURES | MORE | REFUSED)[arch]
     dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | (
         {"n_layer": layers} if arch == "gpt2" else {}
     )
     ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
-    config = CONFIG_MAPPING[kind](vocab_size=vocab, **{**ids, **dimensions, **extra})
+    settings = {**ids, **dimensions, **extra}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    config = CONFIG_MAPPING[kind](vocab_size=vocab, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     gains = torch.Generator().manual_seed(seed)

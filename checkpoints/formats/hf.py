@@ -19,7 +19,7 @@ from checkpoints.folders import Ledger
 from checkpoints.formats.exported import Exported, served_name
 from modules.contracts.shapes import TargetShape
 from modules.drafters.small_models.independent import Independent
-from modules.target.architecture import SUPPORTED
+from modules.target.architecture import is_causal
 from modules.target.hf_models import config_of_dict, dict_of_config, fresh_model
 from modules.target.tokenizers.vocabulary import check_tokenizer
 
@@ -69,7 +69,7 @@ def usage(drafter: Independent, name: str) -> str:
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this format."""
-    return config.get("model_type") in SUPPORTED and any(
+    return is_causal(config.get("model_type")) and any(
         "LMHead" in name or "CausalLM" in name for name in config.get("architectures") or ()
     )
 

@@ -28,8 +28,13 @@ class HostCache(SlotCache):
 
     whole = True
 
-    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+    def _buffers(self, layer: int, like_BKND: Tensor, values_BKND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,K,S,D] of a layer, on the host."""
+        if like_BKND.shape != values_BKND.shape:
+            raise ValueError(
+                "keys and values in host memory are of one shape: use a target without latent "
+                "attention"
+            )
         device = like_BKND.device
         if device not in self._stores:
             batch, heads, _, size = like_BKND.shape
@@ -46,7 +51,7 @@ class HostCache(SlotCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [B,K,N,D] keys and values of one layer, and return all up to the last row."""
-        keys, values = self._buffers(layer_idx, key_states)
+        keys, values = self._buffers(layer_idx, key_states, value_states)
         self._write(keys, key_states.cpu())
         self._write(values, value_states.cpu())
         end = self.window(self.ahead + key_states.shape[2])

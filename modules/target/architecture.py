@@ -5,56 +5,86 @@ Shape legend: B sequences, N rows of one call, S attended slots, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.target.kv_cache import SlotCache
 
-SUPPORTED = (
-    "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "opt", "gpt2"
-)  # fmt: skip
-_MASK_BY_LAYER_TYPE = ("qwen2", "qwen3", "gemma2", "gemma3_text")
-_OFFSET_NORMS = ("gemma", "gemma2", "gemma3_text")
-"""Architectures whose norms multiply by one plus their weight."""
-_LAYERS, _NORMS = ("layers", "h", "block"), ("norm", "ln_f", "final_layer_norm")
+_WINDOWS = ("sliding_attention", "chunked_attention")
+"""Kinds of layers that see a part of the context alone, as the library names them."""
+RECURRENT = ("linear_attention", "mamba", "conv", "hybrid")
+"""Kinds of layers that keep a state in place of keys and values, or beside them."""
+
+
+def is_causal(kind: Any) -> bool:
+    """Whether transformers has causal language models of this `model_type`."""
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class Architecture:
-    """Decoder, layers, final norm and LM head of a stock model. Raises ValueError for an unknown
-    architecture.
+    """Decoder, layers, final norm, LM head and embedding of a stock causal LM, found by structure.
+
+    `modules.target.stock.proof` shows whether what was found computes what the model computes.
+
+    Raises:
+        ValueError: a part is missing, which the message names.
     """
 
-    supported: ClassVar[tuple[str, ...]] = SUPPORTED
+    _required: ClassVar[tuple[str, ...]] = (
+        "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings"
+    )  # fmt: skip
 
     def __init__(self, model: Any) -> None:
-        self.config = model.config
-        if self.config.model_type not in self.supported:
-            raise ValueError(
-                f"target architecture {self.config.model_type!r} is not supported: use one of "
-                f"{', '.join(self.supported)}"
-            )
-        # 1. Names differ by architecture.
-        self.stack: nn.Module = self._stack_of(model)
+        self.config = self._config_of(model)
+        if missing := [name for name in self._required if getattr(self.config, name, None) is None]:
+            raise self._without(f"{missing[0]} in its config")
+        # 1. The module that holds the decoder layers, and their list.
+        self.stack, self._layers_name = self._stack_of(model)
         self.decoder: Any = self.stack
-        self._layers_name = next(name for name in _LAYERS if hasattr(self.stack, name))
-        norm_name = next(
-            (name for name in _NORMS if getattr(self.stack, name, None) is not None), None
-        )
-        self.norm: nn.Module | None = getattr(self.stack, norm_name) if norm_name else None
+        self.norm: nn.Module | None = self._norm_of_stack()
         # 2. The library names these.
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
+        if self.head is None:
+            raise self._without("LM head")
+        # 3. What happens to logits after the head.
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.logit_scale = _logit_scale(self.config)
+        self.kinds = _kinds(self.config)
 
-    def _stack_of(self, model: Any) -> nn.Module:
-        """The module that holds the decoder layers and the final norm."""
-        decoder = model.base_model
-        return decoder.decoder if self.config.model_type == "opt" else decoder
+    def _config_of(self, model: Any) -> Any:
+        """The config of the language model, which another model may contain."""
+        return model.config.get_text_config()
+
+    def _stack_of(self, model: Any) -> tuple[nn.Module, str]:
+        """The module that holds the decoder layers and the final norm, and its list of layers."""
+        count = self._count()
+        for module in model.get_decoder().modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == count:
+                    return module, name
+        raise self._without(f"list of {count} decoder layers")
+
+    def _count(self) -> int:
+        return self.config.num_hidden_layers
+
+    def _norm_of_stack(self) -> nn.Module | None:
+        """The final norm; None where the model has none."""
+        norms = [part for part in self.stack.children() if _is_norm(part)]
+        return norms[-1] if norms else None
+
+    def _without(self, part: str) -> ValueError:
+        return ValueError(
+            f"target architecture {self.config.model_type!r} is not supported: no {part} was "
+            "found, use a causal language model of transformers"
+        )
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -70,7 +100,6 @@ class Architecture:
         """The dimensions that trained modules are built from."""
         config = self.config
         heads = config.num_attention_heads
-        rope = getattr(config, "rope_parameters", None)
         return TargetShape(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -78,86 +107,142 @@ class Architecture:
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate_size=_intermediate_size(config),
-            norm_eps=getattr(config, "rms_norm_eps", None)
-            or getattr(config, "layer_norm_epsilon", 1e-5),
+            intermediate_size=_first(config, _INNER, 4 * config.hidden_size),
+            norm_eps=_first(config, _EPSILONS, 1e-5),
             max_positions=config.max_position_embeddings,
-            activation=_activation(config),
-            attention_bias=self.config.model_type == "qwen2"
-            or bool(getattr(config, "attention_bias", False)),
-            qk_norm=config.model_type in ("qwen3", "gemma3_text"),
-            rope=dict(rope)
-            if rope and "rope_theta" in rope
-            else {"rope_type": "default", "rope_theta": 10000.0},
+            activation=_first(config, _ACTIVATIONS, "silu"),
+            attention_bias=self._has_attention_bias(),
+            qk_norm=self._has_head_norms(),
+            rope=_rope(config),
         )
+
+    def _has_attention_bias(self) -> bool:
+        return self._first_weight("q_proj.bias") is not None
+
+    def _has_head_norms(self) -> bool:
+        """Whether queries are normalised head by head."""
+        weight, heads = self._first_weight("q_norm.weight"), self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return weight is not None and tuple(weight.shape) == (size,)
+
+    def _first_weight(self, name: str) -> Tensor | None:
+        """The first weight of the layers whose path ends so."""
+        weights = self.layers.named_parameters()
+        return next((weight for path, weight in weights if path.endswith(f".{name}")), None)
 
     def weight(self, name: str) -> Tensor:
         """A weight by its canonical name; KeyError if the model has no such weight.
 
-        A norm's weight is the factor it multiplies by; Gemma stores that less one.
+        A norm's weight is the factor it multiplies by; Gemma stores that less one. The LM head's is
+        what gives logits, with the model's scale.
         """
-        stored, norm = self._stored(name), name.removesuffix(".weight").endswith("norm")
-        return stored + 1 if norm and self.offset_norms else stored
+        if name == "embed":
+            return self.embedding.get_parameter("weight")
+        if name == "lm_head":
+            return self.scaled(self.head.weight)
+        if name == "norm" and self.norm is not None:
+            return _factor(self.norm, self.norm.get_parameter("weight"))
+        module, _, rest = name.partition(".")
+        try:
+            assert module == "layers"
+            stored = self.layers.get_parameter(rest)
+        except (AttributeError, AssertionError):
+            raise KeyError(f"the target has no weight {name!r}") from None
+        owner = self.layers.get_submodule(rest.rpartition(".")[0])
+        return _factor(owner, stored) if rest.endswith(".weight") and _is_norm(owner) else stored
 
     @property
     def offset_norms(self) -> bool:
-        """Whether its norms multiply by one plus their weight."""
-        return self.config.model_type in _OFFSET_NORMS
+        """Whether its norms multiply by one plus their weight, as the final one shows."""
+        if self.norm is None:
+            return False
+        stored_H = self.norm.get_parameter("weight")
+        return not torch.equal(_factor(self.norm, stored_H), stored_H)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What the LM head gives, or its weights, times the model's scale of logits."""
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def layer_weights(self, layer: int) -> list[str]:
         """Names of the weights of one layer, without `layers.K.`."""
         return [name for name, _ in self.layers[layer].named_parameters()]
 
-    def _stored(self, name: str) -> Tensor:
-        if name == "embed":
-            return self.embedding.get_parameter("weight")
-        if name == "lm_head":
-            return self.head.weight
-        if name == "norm":
-            if self.norm is None:
-                raise KeyError(name)
-            return self.norm.get_parameter("weight")
-        module, _, rest = name.partition(".")
-        try:
-            assert module == "layers"
-            return self.layers.get_parameter(rest)
-        except (AttributeError, AssertionError):
-            raise KeyError(f"the target has no weight {name!r}") from None
+    @property
+    def has_chunks(self) -> bool:
+        """Whether some layers attend within chunks of the context alone (Llama 4)."""
+        return "chunked_attention" in self.kinds
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer reaches back; None: all of them."""
+        return self.config.sliding_window if self.kinds[layer] == "sliding_attention" else None
 
     def mask(self, rows: Rows, cache: SlotCache | None, embeddings_BNH: Tensor) -> Any:
-        """The additive mask [B,1,N,S] the layers expect (a dict per layer type for models that mix
-        them).
+        """The additive mask [B,1,N,S] the layers expect (a dict per kind of layer for models that
+        mix full attention with windows).
         """
-        # 1. The mask of full attention.
         seen = _visible(rows, cache)
-        full = additive(seen, embeddings_BNH.dtype)
-        # 2. The mask of sliding windows, where the model has some.
-        window = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
-        if not window or "sliding_attention" not in kinds:
-            window = None
-        narrow = (
-            full
-            if window is None
-            else additive(seen & _near(rows, cache, window), embeddings_BNH.dtype)
-        )
-        if self.config.model_type in _MASK_BY_LAYER_TYPE:
-            return {"full_attention": full, "sliding_attention": narrow}
-        return narrow
+        masks = {"full_attention": additive(seen, embeddings_BNH.dtype)}
+        if "sliding_attention" in self.kinds:
+            near = _distance(rows, cache) < self.config.sliding_window
+            masks["sliding_attention"] = additive(seen & near, embeddings_BNH.dtype)
+        if self.has_chunks:
+            inside = _chunk_apart(rows, cache, self.config.attention_chunk_size) == 0
+            masks["chunked_attention"] = additive(seen & inside, embeddings_BNH.dtype)
+        # One tensor where all layers that attend are of one kind.
+        kinds = {kind if kind in _WINDOWS else "full_attention" for kind in self.kinds}
+        return masks if len(kinds) > 1 else masks[kinds.pop()]
 
 
-def _intermediate_size(config: Any) -> int:
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return 4 * config.hidden_size
+_INNER = ("intermediate_size", "ffn_dim", "n_inner")
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
+_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 
 
-def _activation(config: Any) -> str:
-    for name in ("hidden_activation", "hidden_act", "activation_function"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return "silu"
+def _first(config: Any, names: Sequence[str], otherwise: Any) -> Any:
+    """The first of these settings that a config has."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), otherwise)
+
+
+def _logit_scale(config: Any) -> float:
+    """What a model multiplies its logits by before they are capped."""
+    multiplied = _first(config, ("logit_scale", "lm_head_multiplier"), 1.0)
+    return multiplied / _first(config, ("logits_scaling",), 1.0)
+
+
+def _kinds(config: Any) -> tuple[str, ...]:
+    """The kind of each layer, as the library names it."""
+    count = config.num_hidden_layers
+    listed = getattr(config, "layer_types", None)
+    if listed:
+        return tuple(listed[:count])
+    narrow = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ("sliding_attention" if narrow else "full_attention",) * count
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The parameters of rotary positions; those of full attention where kinds of layers differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:
+        rope = rope.get("full_attention") or {}
+    return dict(rope) if rope else {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+@torch.no_grad()
+def _factor(norm: nn.Module, stored_H: Tensor) -> Tensor:
+    """What a norm multiplies by [H]: its weight, or one plus its weight, as rows of ones and minus
+    ones show.
+    """
+    if stored_H.is_meta:
+        return stored_H
+    signs_H = torch.ones_like(stored_H)
+    signs_H[::2] = -1
+    shown_H = (norm(signs_H) - norm(-signs_H)) / (2 * signs_H)
+    plain, offset = ((shown_H - stored_H - add).abs().sum() for add in (0, 1))
+    return stored_H + 1 if offset < plain else stored_H
 
 
 def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
@@ -183,10 +268,15 @@ def _visible(rows: Rows, cache: SlotCache | None) -> Tensor:
     return recent | (offset_BS < 0)[:, None]
 
 
-def _near(rows: Rows, cache: SlotCache | None, window: int) -> Tensor:
-    """bool [B,N,S]: slots fewer than `window` positions back."""
-    slots_BS = slot_positions(rows, cache)
-    return (rows.position_ids_BN[:, :, None] - slots_BS[:, None, :]) < window
+def _distance(rows: Rows, cache: SlotCache | None) -> Tensor:
+    """int64 [B,N,S]: how many positions back a slot is."""
+    return rows.position_ids_BN[:, :, None] - slot_positions(rows, cache)[:, None, :]
+
+
+def _chunk_apart(rows: Rows, cache: SlotCache | None, size: int) -> Tensor:
+    """int64 [B,N,S]: how many chunks of positions back a slot is."""
+    here, there = rows.position_ids_BN // size, slot_positions(rows, cache) // size
+    return here[:, :, None] - there[:, None, :]
 
 
 def slot_positions(rows: Rows, cache: SlotCache | None) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from modules.contracts.shapes import TargetShape
 from modules.contracts.target import Target
 from modules.contracts.trainable import MOST
-from modules.target.architecture import SUPPORTED
+from modules.target.architecture import is_causal
 from modules.target.loading import locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.tokenizers.vocabulary import check_tokenizer
@@ -50,10 +50,10 @@ def config_named(name: str, layers: int | None) -> Any:
 
 def config_of_dict(values: Mapping[str, Any], layers: int | None) -> Any:
     """The config with these plain values. ValueError: as `config_named`, or no `model_type`."""
-    if values.get("model_type") not in SUPPORTED:
+    if not is_causal(values.get("model_type")):
         raise ValueError(
-            f"drafter.model.model_type is {values.get('model_type')!r}: use one of "
-            f"{', '.join(SUPPORTED)}"
+            f"drafter.model.model_type is {values.get('model_type')!r}: use that of a causal "
+            "language model of transformers"
         )
     settings = {key: value for key, value in values.items() if key not in _NOT_SAVED}
     return _checked(AutoConfig.for_model(**settings), layers)
@@ -95,10 +95,10 @@ def _within(layers: int, available: int) -> int:
 
 
 def _checked(config: Any, layers: int | None) -> Any:
-    if config.model_type not in SUPPORTED:
+    if not is_causal(config.model_type):
         raise ValueError(
-            f"drafter.model has architecture {config.model_type!r}: use one of "
-            f"{', '.join(SUPPORTED)}"
+            f"drafter.model has architecture {config.model_type!r}: use a causal language model of "
+            "transformers"
         )
     if not 1 <= config.num_hidden_layers <= MOST["layers"]:
         raise ValueError(

@@ -94,7 +94,8 @@ class SlotCache(Cache):
         self._devices, self.fixed = list(devices), fixed
         self._spread = len(set(self._devices)) > 1
         self._stores: dict[Hashable, Tensor] = {}
-        """[L,2,B,K,S,D] of the layers of each device, or of each layer."""
+        """[L,2,B,K,S,D] of the layers of each device, or of each layer; [L,1,B,K,S,D] of keys and
+        of values where their shapes differ."""
         if fixed is not None and fixed.store is not None:
             self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
@@ -189,7 +190,7 @@ class SlotCache(Cache):
         to.
         """
         # 1. Write the rows.
-        keys, values = self._buffers(layer_idx, key_states)
+        keys, values = self._buffers(layer_idx, key_states, value_states)
         self._write(keys, key_states)
         self._write(values, value_states)
         # 2. What they read: the chosen slots, or all up to the last row.
@@ -209,18 +210,39 @@ class SlotCache(Cache):
             2, index.expand(-1, buffer_BKSD.shape[1], -1, buffer_BKSD.shape[3])
         )
 
-    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B,K,S,D] of a layer, on the device where it computes."""
+    def _buffers(self, layer: int, keys_BKND: Tensor, values_BKND: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a layer's keys and values [B,K,S,D] are, on the device where it computes. Their
+        shapes may differ.
+        """
+        alike = keys_BKND.shape == values_BKND.shape
+        return (
+            self._buffer(layer, keys_BKND, 0, alike),
+            self._buffer(layer, values_BKND, 1, alike),
+        )
+
+    def _buffer(self, layer: int, like_BKND: Tensor, side: int, alike: bool) -> Tensor:
+        """The keys (`side` 0) or values (1) of a layer; `alike`: both are in one store."""
         device = like_BKND.device
-        if device not in self._stores:
-            batch, heads, _, size = like_BKND.shape
-            # One store per device, for all of its layers.
+        # 1. One store per device for all of its layers.
+        place: Hashable = device if alike else (device, side)
+        if place not in self._stores:
             layers = self._devices.count(device) if self._spread else self.num_layers
-            self._stores[device] = like_BKND.new_zeros(layers, 2, batch, heads, self.capacity, size)
+            self._stores[place] = self._blank(layers, 2 if alike else 1, like_BKND)
             if self.fixed is not None:
-                self.fixed.hold(self._stores[device])
-        row = self._row(layer, device)
-        return self._stores[device][row, 0], self._stores[device][row, 1]
+                if not alike:
+                    raise ValueError("compile: the target's keys and values differ: leave it out")
+                self.fixed.hold(self._stores[place])
+        store, row = self._stores[place], self._row(layer, device)
+        if store.shape[3] == like_BKND.shape[1] and store.shape[5] == like_BKND.shape[3]:
+            return store[row, side if alike else 0]
+        # 2. A layer of other dimensions than the first has a store of its own.
+        if (layer, side) not in self._stores:
+            self._stores[layer, side] = self._blank(1, 1, like_BKND)
+        return self._stores[layer, side][0, 0]
+
+    def _blank(self, layers: int, sides: int, like_BKND: Tensor) -> Tensor:
+        batch, heads, _, size = like_BKND.shape
+        return like_BKND.new_zeros(layers, sides, batch, heads, self.capacity, size)
 
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `how(buffer)`, at another address."""
@@ -250,6 +272,11 @@ class SlotCache(Cache):
     def layer_keys(self, count: int) -> list[Tensor]:
         """Keys [B,K,S,D] of the first `count` layers, up to the longest committed length."""
         assert self._stores, "nothing was written yet"
+        if not all(isinstance(place, torch.device) for place in self._stores):
+            raise ValueError(
+                "slots are chosen by keys that are as large as values in every layer: use a target "
+                "without latent attention"
+            )
         end = max(self.lengths)
         devices = self._devices if self._spread else [next(iter(self._stores))] * count
         return [

@@ -26,6 +26,7 @@ from modules.target.generation_config import unapplied_notice
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.seq2seq.architecture import SEQ2SEQ
 from modules.target.seq2seq.target import Seq2SeqTarget
+from modules.target.stock.proof import prove
 from modules.target.target import Target
 from modules.target.tokenizers.chat_template import give_arguments
 
@@ -46,6 +47,12 @@ LEAST_CONTEXT = 512
 """No supported model has a shorter context, so shorter answers need no look at the config."""
 AUTO = "auto"
 """The dtype name that lets the device decide."""
+UNPROVEN = "SLIPSTREAM_SKIP_PROOF"
+"""The environment variable that, if it is set, leaves out the proof of
+`modules.target.stock.proof`.
+"""
+_PROVEN: set[tuple[str, str, str]] = set()
+"""The folder, dtype and device of the targets that this process has proven."""
 EVERYWHERE = "auto"
 """The device name of a target whose layers accelerate spreads over all devices."""
 
@@ -102,7 +109,9 @@ def load_target(
     """Load a frozen target. Errors of its config and tokenizer are raised before its weights are
     read.
 
-    One warning names the settings of its `generation_config` that are not applied unless asked for.
+    A short proof shows that decoding and training compute what the library's model computes, once
+    per process. One warning names the settings of its `generation_config` that are not applied
+    unless asked for.
     temperature, top_k and top_p are not among them: every command has its own.
 
     Args:
@@ -119,7 +128,8 @@ def load_target(
 
     Raises:
         ValueError: unknown dtype, a library or a file that is missing or damaged, what
-            `modules.target.outline` refuses, or an argument that the chat template does not read.
+            `modules.target.outline` refuses, an argument that the chat template does not read, or
+            an architecture that fails `modules.target.stock.proof`.
     """
     # 1. Where and in which dtype.
     device = device or own_device()
@@ -130,21 +140,49 @@ def load_target(
             print(f"target {name!r}: {dtype} on {device} (dtype auto)", file=sys.stderr, flush=True)
     # 2. Config and tokenizer, before the weights.
     folder, options = locate(name), loading_options(dtype, device)
-    loader, kind = _classes(check_config(name, folder))
+    config = check_config(name, folder)
+    loader, kind = _classes(config)
     tokenizer = read_tokenizer(name, folder, chats)
     give_arguments(tokenizer, chat_template or {}, name)
+    _check_parts(name, config)
     # 3. The weights.
     with one_line_each(), named(name):
         model: Any = loader.from_pretrained(folder, **options)
     _refuse_offloaded(model, name)
     # 4. Warn about ignored settings.
+    target = kind(model if "device_map" in options else model.to(device), tokenizer, name)
     if notice := unapplied_notice(model.generation_config):
         logger.warning("target %r: %s", name, notice)
-    target = kind(model if "device_map" in options else model.to(device), tokenizer, name)
     if target.device.type == "cuda":
         # Compiled kernels, and tensors of no named device, go to the current one.
         torch.cuda.set_device(target.device)
+    # 5. Our passes compute what the library's do.
+    _prove_once(target, (str(Path(folder).resolve()), dtype, device))
     return target
+
+
+def _prove_once(target: Target, loaded: tuple[str, str, str]) -> None:
+    """Prove a target, the first time that this process loads it so."""
+    if loaded in _PROVEN or isinstance(target, Seq2SeqTarget):
+        return
+    if os.environ.get(UNPROVEN):
+        logger.warning(
+            "target %r: %s is set, so nothing shows that its architecture is computed as its "
+            "library computes it",
+            target.name,
+            UNPROVEN,
+        )
+        return
+    prove(target)
+    _PROVEN.add(loaded)
+
+
+def _check_parts(name: str, values: Mapping[str, Any]) -> None:
+    """ValueError for a model without the parts of a target, before its weights are read."""
+    loader, kind = _classes(values)
+    with named(name), torch.device("meta"):
+        config = AutoConfig.for_model(**values)
+        _ = kind.architecture_type(loader.from_config(config)).shape
 
 
 def _refuse_offloaded(model: torch.nn.Module, name: str) -> None:
@@ -214,7 +252,8 @@ def outline(name: str, dtype: str = AUTO, chat_template: Mapping[str, Any] | Non
     # 2. A model whose tensors take no memory.
     with torch.device("meta"):
         model = loader.from_config(config, dtype=DTYPES[dtype])
-    return kind(model, tokenizer, name)
+    with named(name):
+        return kind(model, tokenizer, name)
 
 
 def check_room(name: str, tokens: int, key: str = "max_new_tokens") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from modules.target.architecture import SUPPORTED
+from modules.target.architecture import is_causal
 from modules.target.seq2seq.architecture import SEQ2SEQ
 
 
@@ -33,19 +33,18 @@ def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, A
             with open(adapter, encoding="utf-8") as file:
                 folder = json.load(file)["base_model_name_or_path"]
         values = PretrainedConfig.get_config_dict(folder)[0]
-    usable = (*SUPPORTED, *SEQ2SEQ) if what == "target" else SUPPORTED
-    label, supported = f"{what} {name!r}", f"use a model of one of {', '.join(usable)}"
+    label, kind = f"{what} {name!r}", values.get("model_type")
     # 2. A supported architecture, without code of the repository.
-    kind = values.get("model_type")
     if kind is None:
         raise ValueError(
             f"{label} has no config.json that names its architecture (model_type): give a whole "
             "model"
         )
-    if kind not in usable:
+    if not is_causal(kind) and not (what == "target" and kind in SEQ2SEQ):
         code = " and brings code of its own, which is never run" if values.get("auto_map") else ""
         raise ValueError(
-            f"{label} has architecture {kind!r}, which is not supported{code}: {supported}"
+            f"{label} has architecture {kind!r}, which is not supported{code}: use a causal "
+            f"language model that transformers has, {', '.join(SEQ2SEQ)}"
         )
     # 3. Weights and embeddings that drafters can be built on.
     if packed := packing(values):

@@ -71,6 +71,7 @@ class Target(SteadyBuffers):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         # 1. State of the hooks and of what is computed once.
         self.architecture = self.architecture_type(model)
+        _use_exact_experts(model)
         self._wanted: frozenset[StateName] = frozenset()
         self._seen: dict[StateName, Tensor] = {}
         self._sliced: dict[tuple[int, torch.dtype], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
@@ -223,8 +224,8 @@ class Target(SteadyBuffers):
         return self.capped(logits.to(device))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Logits after the model's soft cap, if it has one."""
-        cap = self.architecture.softcap
+        """Logits after the model's scale and soft cap, if it has them."""
+        logits, cap = self.architecture.scaled(logits), self.architecture.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _head_rows(self, vocabulary_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,8 +243,11 @@ class Target(SteadyBuffers):
         return entry[2]
 
     def lm_head_rows(self, ids: Tensor) -> Tensor:
-        """LM-head weight rows [..., H] of token ids (Clover's token vectors)."""
-        return torch.nn.functional.embedding(ids, self.architecture.head.weight)
+        """LM-head weight rows [..., H] of token ids (Clover's token vectors), with the model's
+        scale of logits.
+        """
+        rows = torch.nn.functional.embedding(ids, self.architecture.head.weight)
+        return self.architecture.scaled(rows)
 
     def copy_weight(self, name: str) -> Tensor:
         """A copy of one weight by its canonical name: `embed`, `lm_head`, `norm` or `layers.K.…` as
@@ -346,8 +350,13 @@ class Target(SteadyBuffers):
         # 1. Slots and mask; long texts have none of all pairs of tokens.
         if cache is not None:
             cache.begin(rows)
-        parts = cache is None and in_parts(rows) and uses_grouped_attention(self.model)
-        hook = _long_texts(rows) if parts else current_hook()
+        parts = (
+            cache is None
+            and in_parts(rows)
+            and uses_grouped_attention(self.model)
+            and not self.architecture.has_chunks
+        )
+        hook = _long_texts(rows, self.architecture) if parts else current_hook()
         masked = (
             Rows(rows.position_ids_BN[:, :1], _NO_MASK.to(hidden_BNH.device)) if parts else rows
         )
@@ -454,17 +463,24 @@ class Target(SteadyBuffers):
             self._seen["pre_norm"] = args[0]
 
 
-def _long_texts(rows: Rows) -> AttentionHook:
+def _long_texts(rows: Rows, architecture: Architecture) -> AttentionHook:
     """The attention of texts that are too long for one mask."""
     assert isinstance(rows, DocumentRows)
 
     def attend(call: LayerAttention) -> Tensor:
+        window = architecture.window(call.layer)
         mixed = document_attention(
-            call.query_BQND, call.key_BKSD, call.value_BKSD, rows, call.scaling, call.window
+            call.query_BQND, call.key_BKSD, call.value_BKSD, rows, call.scaling, window
         )
         return mixed.transpose(1, 2).contiguous()
 
     return attend
+
+
+def _use_exact_experts(model: Any) -> None:
+    """Experts one by one in float64, for which the library's grouped kernel does not exist."""
+    if model.dtype == torch.float64 and type(model)._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:

@@ -41,11 +41,11 @@ class LayerwiseCache(SlotCache):
         super().begin(rows)
         self._end = self.window(rows.visible_BNJ.shape[2])
 
-    def _buffers(self, layer: int, like_BKND: Tensor) -> tuple[Tensor, Tensor]:
+    def _buffers(self, layer: int, keys_BKND: Tensor, values_BKND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,K,S,D] of a layer, with room for the next call."""
-        batch, heads, _, size = like_BKND.shape
+        batch, heads, _, size = keys_BKND.shape
         if layer not in self._stores:
-            self._stores[layer] = like_BKND.new_zeros(1, 2, batch, heads, 0, size)
+            self._stores[layer] = keys_BKND.new_zeros(1, 2, batch, heads, 0, size)
         room = self._stores[layer].shape[-2]
         if room < self._end:
             grown = min(self.capacity, max(self._end, 2 * room))

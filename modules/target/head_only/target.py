@@ -19,7 +19,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from modules.runtime.progress_bars import one_line_each
-from modules.target.architecture import SUPPORTED, Architecture
+from modules.target.architecture import Architecture, is_causal
 from modules.target.loading import DTYPES, causal_loader, chosen_dtype, locate, truncated_config
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.target import Target
@@ -75,11 +75,25 @@ class HeadArchitecture(Architecture):
         """Names of the weights of one layer, without `layers.K.`."""
         return self.stored.names(layer)
 
-    def _stored(self, name: str) -> Tensor:
+    def _count(self) -> int:
+        return 0
+
+    def _first_weight(self, name: str) -> Tensor | None:
+        """The first weight of the stored layers whose path ends so."""
+        for layer in range(self.config.num_hidden_layers):
+            for path in self.stored.names(layer):
+                if path.endswith(f".{name}"):
+                    return self.stored.read(f"{layer}.{path}")
+        return None
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its canonical name; layers' norms are offset if the final one is."""
         module, _, rest = name.partition(".")
         if module != "layers":
-            return super()._stored(name)
-        return self.stored.read(rest).to(self.embedding.get_parameter("weight").device)
+            return super().weight(name)
+        stored = self.stored.read(rest).to(self.embedding.get_parameter("weight").device)
+        is_norm = rest.removesuffix(".weight").endswith("norm")
+        return stored + 1 if is_norm and self.offset_norms else stored
 
 
 class HeadTarget(Target):
@@ -127,7 +141,7 @@ def load_head(
     # 1. A config of no layers.
     folder = locate(name)
     values = check_config(name, folder)
-    if values["model_type"] not in SUPPORTED:
+    if not is_causal(values["model_type"]):
         raise WithoutLayers(f"{values['model_type']} has an encoder")
     tokenizer = read_tokenizer(name, folder)
     give_arguments(tokenizer, chat_template or {}, name)

@@ -11,12 +11,13 @@ copies would grow with the context, and slow down drafting more than plain decod
 `python -m eval.latency` measures the effect on your device.
 
 Shape legend: B sequences, K key/value heads, G query heads per key/value head, N rows of one call,
-S attended slots, D head size, I inputs, O outputs.
+S attended slots, D head size, E head size of values, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import time
 from typing import Any, cast
@@ -237,7 +238,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention without copies of keys and values for every query head.
 
-    query [B,K*G,N,D], key and value [B,K,S,D], additive attention_mask [B,1,N,S] -> [B,N,K*G,D].
+    query [B,K*G,N,D], key [B,K,S,D], value [B,K,S,E], additive attention_mask [B,1,N,S] ->
+    [B,N,K*G,E].
     The G query heads of a key/value head become G·N rows of it. Calls of many rows, or without a
     mask, use the stock kernel. A hook that a session has set takes the call over.
     """
@@ -277,7 +279,7 @@ def _grouped(
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(-1, 1, groups * rows, slots)
     wide = query.reshape(batch, -1, groups * rows, size)
     out = F.scaled_dot_product_attention(wide, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, size).transpose(1, 2).contiguous()
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
@@ -291,8 +293,15 @@ def use_grouped_attention(model: Any) -> None:
 
 
 def uses_grouped_attention(model: Any) -> bool:
-    """Whether a model's attention is `grouped_attention`, which asks for hooks."""
-    return getattr(model.config, "_attn_implementation", None) == GROUPED
+    """Whether a model's attention is `grouped_attention`: some models (Falcon, GPT-J) call kernels
+    of their own whatever their config says.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != GROUPED:
+        return False
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(code is not None and "get_interface" in code.co_names for code in codes)
 
 
 def use_narrow_kernels(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ class Seq2SeqArchitecture(Architecture):
     `decoder` runs the decoder's layers over rows, whose cache holds the encoder's output.
     """
 
-    supported = SEQ2SEQ
+    _required = ()
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -48,8 +48,19 @@ class Seq2SeqArchitecture(Architecture):
         scaled = getattr(self.config, "scale_decoder_outputs", False)
         self.scale: float = self.config.d_model**-0.5 if scaled else 1.0
 
-    def _stack_of(self, model: Any) -> nn.Module:
-        return model.get_decoder()
+    def _config_of(self, model: Any) -> Any:
+        if model.config.model_type not in SEQ2SEQ:
+            raise ValueError(
+                f"target architecture {model.config.model_type!r} is not supported: use one of "
+                f"{', '.join(SEQ2SEQ)}"
+            )
+        return model.config
+
+    def _count(self) -> int:
+        return getattr(self.config, "num_decoder_layers", None) or self.config.decoder_layers
+
+    def _norm_of_stack(self) -> nn.Module | None:
+        return getattr(self.stack, "final_layer_norm", None)
 
     @property
     def shape(self) -> TargetShape:

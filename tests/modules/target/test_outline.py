@@ -84,10 +84,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         for name, told in PACKED.items()
     },
     "mixture": (
-        configured(model_type="qwen3_moe"),
-        "architecture 'qwen3_moe', which is not supported: use a model of",
+        configured(model_type="xlnet_moe"),
+        "architecture 'xlnet_moe', which is not supported: use a causal language model",
     ),
     "unknown": (configured(model_type="badtype"), "architecture 'badtype', which is not supported"),
+    "no attention": (
+        configured(model_type="mamba", num_attention_heads=None),
+        "architecture 'mamba' is not supported: no num_attention_heads",
+    ),
     "untyped": (configured(model_type=None), "no config.json that names"),
     "remote code": (
         configured(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
