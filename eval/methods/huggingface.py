@@ -28,6 +28,7 @@ from modules.runtime.phase_timer import now
 from modules.target.generation_config import stock_generate
 from modules.target.loading import load_target, truncated_config
 from modules.target.target import Target as LoadedTarget
+from modules.target.tokenizers.vocabulary import first_difference
 
 
 class _Stopwatch:
@@ -199,6 +200,9 @@ class HuggingFaceUniversal(_HuggingFaceSpeculation):
         target: the target whose model is called.
         assistant: Hub id, folder or .gguf file of a causal LM, or the loaded model.
         tokens: drafted tokens per call, in the assistant's tokens.
+
+    Raises:
+        ValueError: an assistant with the target's tokenizer.
     """
 
     name = "hf_universal"
@@ -211,6 +215,11 @@ class HuggingFaceUniversal(_HuggingFaceSpeculation):
             if isinstance(assistant, LoadedTarget)
             else load_target(assistant, precision, device, chats=False)
         )
+        if first_difference(loaded.tokenizer, target) is None:
+            raise ValueError(
+                f"assistant {loaded.name!r} has the target's tokenizer: use hf_assisted, or give "
+                "another one"
+            )
         self.assistant, self._tokenizer = loaded.stock, loaded.tokenizer
         _draft_steadily(self.assistant, tokens)
 

@@ -17,7 +17,8 @@ from modules.byte_level.covers import END, ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary
 from modules.contracts.sampling import Sampling, sample_probs, warped_probs
-from modules.decoding.loop import Trace, check_limit
+from modules.decoding.loop import Trace
+from modules.decoding.lossy.several_answers import check_one_prompt
 from modules.decoding.timing import Clock
 from modules.target.loading import load_target
 from modules.target.target import Target
@@ -172,20 +173,10 @@ class ByteDecoder:
         """Continue one prompt by at most `limit` tokens.
 
         Raises:
-            ValueError: several prompts at once; a limit below 1; a prompt that leaves no room.
+            ValueError: as `check_one_prompt`.
         """
-        # 1. Refuse what cannot be decoded.
-        check_limit(limit)
-        if len(prompts) != 1:
-            raise ValueError(
-                f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
-            )
-        if len(prompts[0]) + limit > self.target.max_positions:
-            raise ValueError(
-                f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed the target's "
-                f"context of {self.target.max_positions}: shorten the prompt or lower "
-                "max_new_tokens"
-            )
+        # 1. Refuse what cannot be decoded; min-p is a warper.
+        check_one_prompt(self.name, self.target, prompts, sampling, limit, ("min_p",))
         # 2. Byte by byte, as long as the answer has fewer tokens.
         trace, clock = Trace(len(prompts[0])), Clock(self.target.device)
         with clock.phase("prefill"):

@@ -25,6 +25,40 @@ def distinct_share(answers: Sequence[Sequence[int]], length: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def check_one_prompt(
+    name: str,
+    target: Target,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    limit: int,
+    supported: tuple[str, ...] = (),
+) -> None:
+    """Refuse what a decoder outside of the speculative loop cannot do.
+
+    Args:
+        name: of the decoder.
+        target, prompts, sampling, limit: what it is asked for.
+        supported: settings of the sampling beside temperature, top-k and top-p that it follows.
+
+    Raises:
+        ValueError: a limit below 1; several prompts at once; another setting of the sampling; a
+            prompt that leaves no room for an answer.
+    """
+    check_limit(limit)
+    if len(prompts) != 1:
+        raise ValueError(
+            f"{name} decodes one prompt at a time: set batch_size to 1 or leave it out"
+        )
+    unknown = sorted(set(sampling.extra_options()) - set(supported))
+    if unknown:
+        raise ValueError(f"{name} does not follow {unknown[0]}: leave it out")
+    if len(prompts[0]) + limit > target.max_positions:
+        raise ValueError(
+            f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed the target's "
+            f"context of {target.max_positions}: shorten the prompt or lower max_new_tokens"
+        )
+
+
 class SeveralAnswers(ABC):
     """Gives several answers to one prompt at a time, without drawing any.
 
@@ -48,25 +82,14 @@ class SeveralAnswers(ABC):
         """The answers to one prompt; the trace's ids are the best one's.
 
         Raises:
-            ValueError: several prompts at once; a temperature above 0; a limit below 1; a prompt
-                that leaves no room for an answer.
+            ValueError: as `check_one_prompt`; a temperature above 0.
         """
         # 1. Refuse what cannot be decoded.
-        check_limit(limit)
-        if len(prompts) != 1:
-            raise ValueError(
-                f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
-            )
+        check_one_prompt(self.name, self.target, prompts, sampling, limit)
         if sampling.temperature > 0:
             raise ValueError(
                 f"{self.name} draws nothing: give the row temperature 0, got "
                 f"{sampling.temperature:g}"
-            )
-        if len(prompts[0]) + limit > self.target.max_positions:
-            raise ValueError(
-                f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed the target's "
-                f"context of {self.target.max_positions}: shorten the prompt or lower "
-                "max_new_tokens"
             )
         # 2. Answer; nothing can be shown before the best answer is known.
         trace, clock = Trace(len(prompts[0])), Clock(self.target.device)

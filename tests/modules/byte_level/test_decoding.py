@@ -91,6 +91,8 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="one per model"):
         ByteDecoder(BYTES, weights=[1.0, 2.0])
     decoder = ByteDecoder(BYTES)
+    with pytest.raises(ValueError, match="does not follow repetition_penalty: leave it out"):
+        decoder.decode([[0]], Sampling(repetition_penalty=1.2), 4)
     with pytest.raises(ValueError, match="one prompt at a time"):
         decoder.decode([[0], [0]], Sampling(), 4)
     with pytest.raises(ValueError, match="1 tokens and 600 new ones exceed"):

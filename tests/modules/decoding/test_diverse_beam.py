@@ -138,6 +138,8 @@ def test_mistakes_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             DiverseBeamSearch(TARGET, **settings)
     decoder = DiverseBeamSearch(TARGET)
+    with pytest.raises(ValueError, match="does not follow repetition_penalty: leave it out"):
+        decoder.decode([PROMPT], Sampling(repetition_penalty=1.2), 4)
     with pytest.raises(ValueError, match="one prompt at a time"):
         decoder.decode([PROMPT, PROMPT], Sampling(), 4)
     with pytest.raises(ValueError, match="give the row temperature 0"):

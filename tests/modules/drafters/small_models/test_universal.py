@@ -211,3 +211,5 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="no token of the target target"):
         drafter_of(TokenIntersection, target, foreign)
     assert TokenIntersection(target.shape, model).compatibility(target) is None
+    with pytest.raises(ValueError, match="has the target's tokenizer: use hf_assisted"):
+        HuggingFaceUniversal(target, target)
