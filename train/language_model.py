@@ -119,33 +119,45 @@ class LanguageModelModule(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def documents(settings: LanguageModelSettings) -> tuple[list[str], list[str]]:
+def held_out_documents(
+    train: str, share: float, limit: int | None, seed: int
+) -> tuple[list[str], list[str]]:
     """Texts for training and held-out ones.
+
+    Args:
+        train: as in the settings.
+        share: of the documents that is held out; of a single one, its end.
+        limit: documents read at most.
+        seed: of their order.
 
     Raises:
         ValueError: no text, or none left to train on.
     """
     # 1. A conversation is a document of its turns.
-    if settings.train.endswith(".txt"):
-        texts = [Path(settings.train).read_text(encoding="utf-8")]
+    if train.endswith(".txt"):
+        texts = [Path(train).read_text(encoding="utf-8")]
     else:
         texts = [
             "\n\n".join(str(turn["content"]) for turn in conversation.messages)
-            for conversation in load_conversations(settings.train, settings.limit)
+            for conversation in load_conversations(train, limit)
         ]
     # 2. Of one document its last words are held out, of many some documents.
     if len(texts) == 1:
         words = spaced_words(texts[0])
-        cut = len(words) - int(len(words) * settings.held_out)
-        pair = "".join(words[:cut]), "".join(words[cut:])
-        texts, held_out = [pair[0]], [pair[1]]
+        cut = len(words) - int(len(words) * share)
+        texts, held_out = ["".join(words[:cut])], ["".join(words[cut:])]
     else:
-        random.Random(settings.seed).shuffle(texts)
-        cut = max(1, int(len(texts) * settings.held_out))
+        random.Random(seed).shuffle(texts)
+        cut = max(1, int(len(texts) * share))
         texts, held_out = texts[cut:], texts[:cut]
     if not any(texts) or not any(held_out):
-        raise ValueError(f"train {settings.train!r} has too little text: name a larger file")
+        raise ValueError(f"train {train!r} has too little text: name a larger file")
     return texts, held_out
+
+
+def documents(settings: LanguageModelSettings) -> tuple[list[str], list[str]]:
+    """The settings' texts for training and held-out ones; see `held_out_documents`."""
+    return held_out_documents(settings.train, settings.held_out, settings.limit, settings.seed)
 
 
 def make_model(settings: LanguageModelSettings, texts: Iterable[str]) -> LanguageModel:

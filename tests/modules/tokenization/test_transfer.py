@@ -1,0 +1,100 @@
+"""Tokenizer transfer: drawn tokenizers, pieces of tokens, and predictions that depend on them
+alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modules.tokenization.contract import PAD
+from modules.tokenization.transfer.hypernetwork import Hypernetwork, mean_of_pieces, pieces_of
+from modules.tokenization.transfer.sampled_tokenizers import LONGEST, TokenizerSampler
+from tests.modules.tokenization.folders import BASE, TEXTS
+
+
+def network(tied: bool = True, bias: bool = False) -> Hypernetwork:
+    torch.manual_seed(0)
+    table = torch.randn(290, 8) * torch.linspace(0.5, 2, 8) + torch.arange(8.0)
+    return Hypernetwork(
+        table, None if tied else torch.randn(290, 8), 16, 2, 2, length=4, bias=bias
+    ).eval()
+
+
+def test_pieces_are_the_base_tokenizers() -> None:
+    names = BASE.get_vocab()
+    tokens = [b"the", "Ü".encode(), b"\xff", b"caterpillar times over"]
+    rows = pieces_of(tokens, BASE, 4)
+    assert rows.shape == (4, 4)
+    first = [i for i in rows[0].tolist() if i != PAD]
+    assert BASE.decode(first) == "the"
+    assert BASE.decode([i for i in rows[1].tolist() if i != PAD]) == "Ü"
+    assert rows[2].tolist() == [names["ÿ"], PAD, PAD, PAD]
+    assert (rows[3] != PAD).all()  # longer tokens are cut
+    # A token of the base vocabulary is a single piece, itself.
+    whole = next(name for name in names if len(name) > 2 and name.isascii() and name.isalpha())
+    assert pieces_of([whole.encode()], BASE, 4)[0].tolist() == [names[whole], PAD, PAD, PAD]
+
+
+def test_a_prediction_depends_on_its_pieces_alone() -> None:
+    """Not on the batch, its order or its padding."""
+    made, source = network(), torch.randn(290, 8)
+    pieces = pieces_of([b"the", b"cat on", b"mat", b"123"], BASE, 4)
+    embeddings, rows, bias = made(source, pieces)
+    assert embeddings is rows or torch.equal(embeddings, rows)
+    assert bias is None
+    order = torch.tensor([2, 0, 3, 1])
+    moved, _, _ = made(source, pieces[order])
+    assert torch.allclose(moved, embeddings[order], atol=1e-6)
+    alone, _, _ = made(source, pieces[1:2])
+    assert torch.allclose(alone[0], embeddings[1], atol=1e-6)
+    # The padding's own row is read by no one.
+    changed = source.clone()
+    changed[0] += 100.0
+    unused = torch.tensor([[5, 6, PAD, PAD]])
+    assert torch.allclose(made(source, unused)[0], made(changed, unused)[0], atol=1e-6)
+    assert not torch.allclose(made(source, unused)[0], made(source, unused.flip(1))[0])
+
+
+def test_tables_of_their_own_scale_and_biases() -> None:
+    made, source = network(tied=False, bias=True), torch.randn(290, 16)
+    embeddings, rows, bias = made(source, pieces_of([b"the", b"cat"], BASE, 4))
+    assert bias is not None and bias.shape == (2,) and not torch.allclose(embeddings, rows)
+    labels = made.labels([embeddings, rows])
+    predicted, _ = made.normalised(source, pieces_of([b"the", b"cat"], BASE, 4))
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(labels, predicted, strict=True))
+    many = torch.randint(0, 290, (9, 4))
+    whole = made.all_of(source, many)
+    assert torch.allclose(whole[0], made(source, many)[0], atol=1e-6)
+
+
+def test_the_mean_of_pieces() -> None:
+    table = torch.randn(290, 8)
+    pieces = torch.tensor([[3, 5, PAD, PAD], [7, PAD, PAD, PAD]])
+    means = mean_of_pieces(table, pieces)
+    assert torch.allclose(means, torch.stack([(table[3] + table[5]) / 2, table[7]]))
+
+
+def test_drawn_tokenizers_write_any_text_and_differ() -> None:
+    sampler = TokenizerSampler(TEXTS, 320, seed=1)
+    drawn = [sampler.sample() for _ in range(6)]
+    text = "the cat Ü 🙂 zzz"
+    for tokenizer in drawn:
+        assert tokenizer.get_vocab_size() == 320
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert max(len(tokenizer.id_to_token(i) or "") for i in range(320)) <= LONGEST
+    assert len({tuple(sorted(tokenizer.get_vocab())) for tokenizer in drawn}) > 1
+    again = TokenizerSampler(TEXTS, 320, seed=1)
+    assert [each.get_vocab() for each in drawn] == [again.sample().get_vocab() for _ in drawn]
+    with pytest.raises(ValueError, match="no room for all bytes"):
+        TokenizerSampler(TEXTS, 255)
+
+
+def test_frequent_strings_come_first_where_there_is_no_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = TokenizerSampler(TEXTS, 270)
+    monkeypatch.setattr("modules.tokenization.transfer.sampled_tokenizers.NOISE", 1e-300)
+    vocabulary = sampler.sample().get_vocab()
+    extra = [name for name in vocabulary if len(name) > 1]
+    assert len(extra) == 270 - 256 and "at" in extra  # in cat, sat and mat, caterpillar

@@ -1,0 +1,99 @@
+"""Tokenizer transfer on a tiny model: both stages lower their losses, the folder is a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from modules.target.loading import load_target
+from modules.tokenization.transfer.frozen_base import Base
+from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
+from train.tokenizer_transfer.__main__ import TransferSettings, transfer
+from train.tokenizer_transfer.result import bits_per_byte, original_tables
+
+NEW = bpe(["caterpillar times over the mat, " * 4], 275)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt its text in its own tokenizer."""
+    return model_folder(tmp_path_factory.mktemp("base"), 60)
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Path) -> Base:
+    return Base(load_target(str(base_folder), "float32", "cpu"))
+
+
+def test_the_losses_are_the_models_own(base: Base) -> None:
+    """With its own embeddings, against the stock model."""
+    ids = BASE(TEXTS[0], return_tensors="pt").input_ids
+    table, head, bias = original_tables(base)
+    losses = base.losses(ids, table, head, bias)
+    logits = base.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(2, ids[:, 1:, None])[..., 0]
+    assert torch.allclose(losses, expected, atol=1e-5)
+    padded = torch.cat([ids, torch.full((1, 3), -1)], 1)
+    assert torch.allclose(base.losses(padded, table, head, bias)[:, : losses.shape[1]], losses)
+    assert base.losses(padded, table, head, bias)[:, losses.shape[1] :].abs().sum() == 0
+    bits, tokens = bits_per_byte(base, (table, head, bias), BASE, [TEXTS[0]], 64)
+    skipped = len(BASE.decode(ids[0, :1]).encode())
+    size = len(TEXTS[0].encode()) - skipped
+    assert bits == pytest.approx(float(expected.sum()) / 0.6931472 / size, rel=1e-4)
+    assert tokens == pytest.approx((ids.shape[1] - 1) / size)
+
+
+def test_both_stages_help_and_the_folder_is_an_ordinary_model(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer_folder, text = tmp_path / "new", tmp_path / "text.txt"
+    NEW.save_pretrained(tokenizer_folder)
+    text.write_text("".join(TEXTS * 4))
+    settings = TransferSettings(
+        str(tokenizer_folder),
+        str(base_folder),
+        str(text),
+        held_out=0.2,
+        width=32,
+        heads=2,
+        layers=1,
+        identity_steps=150,
+        identity_lr=1e-2,
+        identity_tokens=290,
+        steps=40,
+        lr=3e-3,
+        batch=1,
+        length=48,
+        vocabulary=300,
+        negatives=64,
+    )
+    (tmp_path / "run").mkdir()
+    figures = transfer(settings, tmp_path / "run")
+    bits = {name.removeprefix("bits_per_byte_"): value for name, value in figures.items()}
+    # The base tokenizer in: nearly the original; a new one: better than the mean of its pieces.
+    assert bits["identity_own_tokenizer"] < 1.5 * bits["original"] + 0.3
+    assert bits["transferred"] < bits["mean_of_pieces"]
+    folder = tmp_path / "run" / "model"
+    made = LlamaForCausalLM.from_pretrained(folder)
+    assert made.get_input_embeddings().weight.shape[0] == len(NEW.get_vocab())
+    again: Any = AutoTokenizer.from_pretrained(folder)
+    assert again.get_vocab() == NEW.get_vocab()
+    special = made.get_input_embeddings().weight[NEW.eos_token_id]
+    original = LlamaForCausalLM.from_pretrained(base_folder).get_input_embeddings().weight
+    assert torch.equal(special, original[BASE.eos_token_id])
+
+
+def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
+    target = base.target
+    target.stock.config.final_logit_softcapping = 30.0
+    try:
+        with pytest.raises(ValueError, match="has final_logit_softcapping"):
+            Base(target)
+    finally:
+        target.stock.config.final_logit_softcapping = None
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        TransferSettings("x", steps=0)

@@ -1,0 +1,1 @@
+"""Zero-shot tokenizer transfer: `python -m train.tokenizer_transfer`."""

@@ -1,0 +1,232 @@
+"""`python -m train.tokenizer_transfer --config tokenization/zett.yaml --output DIR`: a hypernetwork
+that gives a language model the tokenizer of another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, TensorDataset
+
+from checkpoints.folders import write_json
+from configs.command_line.loading import config_parser, exit_with, parse
+from configs.command_line.outputs import claimed
+from modules.target.loading import load_target, locate
+from modules.target.outline import read_tokenizer
+from modules.tokenization.transfer.frozen_base import Base
+from modules.tokenization.transfer.hypernetwork import Hypernetwork, save_network
+from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
+from train.language_model import held_out_documents
+from train.tokenizer_transfer.result import (
+    bits_per_byte,
+    mean_tables,
+    original_tables,
+    predicted_tables,
+    save_model,
+)
+from train.tokenizer_transfer.stages import IdentityStage, TransferStage
+
+
+@dataclass
+class TransferSettings:
+    """Model, tokenizer, text and training.
+
+    Args:
+        target: the language model, of a byte-level BPE tokenizer: Hub id, folder, .gguf file or
+            smollm2-135m. It is frozen.
+        tokenizer: of which it gets the tokenizer: Hub id, folder or .gguf file.
+        train: text; see `train.language_model`.
+        held_out: share of the documents for the figures.
+        limit: documents read at most.
+        width: of the hypernetwork. layers: of its transformer. heads: of its attention.
+        pieces: of a token that are read.
+        identity_steps: of the first stage. identity_lr: its peak learning rate.
+        identity_tokens: per step.
+        steps: of the second stage. lr: its peak learning rate.
+        batch: texts per step. length: tokens of a text.
+        vocabulary: tokens of a drawn tokenizer. buffer: texts it is made of.
+        negatives: tokens besides a batch's that the loss chooses among.
+        every: steps with one tokenizer.
+        lexical: weight of the regression on tokens of both vocabularies.
+        seed: of weights, order and draws.
+    """
+
+    tokenizer: str
+    target: str = "smollm2-135m"
+    train: str = "embedded"
+    held_out: float = 0.05
+    limit: int | None = None
+    width: int = 512
+    layers: int = 3
+    heads: int = 8
+    pieces: int = 7
+    identity_steps: int = 300
+    identity_lr: float = 3e-4
+    identity_tokens: int = 4096
+    steps: int = 300
+    lr: float = 6e-5
+    batch: int = 8
+    length: int = 128
+    vocabulary: int = 16384
+    buffer: int = 2048
+    negatives: int = 2048
+    every: int = 8
+    lexical: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one."""
+        for name in ("steps", "identity_steps", "batch", "pieces", "every", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lexical < 0:
+            raise ValueError(f"lexical must not be negative, got {self.lexical}")
+
+
+def fit(stage: LightningModule, loader: DataLoader, steps: int) -> None:
+    """So many steps, with the paper's gradient clipping."""
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=0.1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(stage, loader)
+
+
+def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
+    """Train the hypernetwork and write it, the model with the new tokenizer, and `metrics.json`.
+
+    Raises:
+        ValueError: a model or tokenizer that cannot be used, or too little text.
+    """
+    # 1. The frozen model, the tokenizer, and text.
+    seed_everything(settings.seed, verbose=False)
+    tokenizer = read_tokenizer(
+        settings.tokenizer, locate(settings.tokenizer), chats=False, what="settings.tokenizer"
+    )
+    base = Base(load_target(settings.target, "float32"))
+    texts, held_out = held_out_documents(
+        settings.train, settings.held_out, settings.limit, settings.seed
+    )
+    network = Hypernetwork(
+        base.embedding.float(),
+        None if base.head is None else base.head.float(),
+        settings.width,
+        settings.layers,
+        settings.heads,
+        settings.pieces,
+    )
+    figures = _Figures(settings, base, tokenizer, network, held_out)
+    # 2. Identity, then text in tokenizers drawn at random.
+    shared = (network, base, settings.identity_lr, settings.identity_steps // 10)
+    identity = IdentityStage(
+        *shared, settings.identity_steps, tokens=settings.identity_tokens, seed=settings.seed
+    )
+    steps = TensorDataset(torch.zeros(settings.identity_steps))
+    fit(identity, DataLoader(steps), settings.identity_steps)
+    figures.add("identity")
+    fit_on_text(settings, base, network, texts)
+    figures.add("transferred")
+    # 3. Write everything.
+    size = max(tokenizer.get_vocab().values()) + 1
+    save_model(base, predicted_tables(network, base, tokenizer, size), tokenizer, output / "model")
+    save_network(network, output)
+    write_json(output / "metrics.json", {**figures.found_so_far, "settings": asdict(settings)})
+    return figures.found_so_far
+
+
+def fit_on_text(
+    settings: TransferSettings, base: Base, network: Hypernetwork, texts: Sequence[str]
+) -> None:
+    """The second stage, over shuffled texts."""
+    sampler = TokenizerSampler(texts[: settings.buffer], settings.vocabulary, settings.seed)
+    stage = TransferStage(
+        network,
+        base,
+        settings.lr,
+        settings.steps // 10,
+        settings.steps,
+        sampler=sampler,
+        lexical=settings.lexical,
+        negatives=settings.negatives,
+        every=settings.every,
+        length=settings.length,
+        seed=settings.seed,
+    )
+    order = torch.Generator().manual_seed(settings.seed)
+    loader = DataLoader(
+        texts,  # type: ignore[arg-type]
+        settings.batch,
+        shuffle=True,
+        collate_fn=list,
+        generator=order,
+    )
+    fit(stage, loader, settings.steps)
+
+
+class _Figures:
+    """Bits per byte on held-out text: of the base model in its own tokenizer, of the mean of
+    pieces, and of the hypernetwork in both tokenizers after each stage.
+    """
+
+    def __init__(
+        self,
+        settings: TransferSettings,
+        base: Base,
+        tokenizer: object,
+        network: Hypernetwork,
+        texts: Sequence[str],
+    ) -> None:
+        self.settings, self.base, self.tokenizer = settings, base, tokenizer
+        self.network, self.texts = network, texts
+        self.size = max(tokenizer.get_vocab().values()) + 1  # type: ignore[attr-defined]
+        base_tokenizer = base.target.tokenizer
+        self.found_so_far: dict[str, float] = {}
+        self._add("original", original_tables(base), base_tokenizer)
+        self._add("mean_of_pieces", mean_tables(base, tokenizer, self.size), tokenizer)
+
+    def add(self, name: str) -> None:
+        """The hypernetwork as it is now."""
+        base_tokenizer = self.base.target.tokenizer
+        rows = len(self.base.source_TS)
+        for label, tokenizer, size in (
+            (name, self.tokenizer, self.size),
+            (f"{name}_own_tokenizer", base_tokenizer, rows),
+        ):
+            tables = predicted_tables(self.network, self.base, tokenizer, size)
+            self._add(label, tables, tokenizer)
+
+    def _add(self, name: str, tables: tuple, tokenizer: object) -> None:
+        bits, tokens = bits_per_byte(self.base, tables, tokenizer, self.texts, self.settings.length)
+        self.found_so_far[f"bits_per_byte_{name}"] = bits
+        self.found_so_far[f"tokens_per_byte_{name}"] = tokens
+        print(f"{name}: {bits:.3f} bits per byte, {tokens:.3f} tokens per byte", flush=True)
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line and train."""
+    parser = config_parser(
+        "python -m train.tokenizer_transfer", "Give a language model another tokenizer."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_class_arguments(TransferSettings, "settings", fail_untyped=True)
+    config: Namespace = parse(parser, arguments)
+    settings = parser.instantiate(config).settings
+    with claimed(config.output):
+        figures = transfer(settings, config.output)
+    print(json.dumps(figures, indent=2))
+    print(f"{config.output / 'model'}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(command)
