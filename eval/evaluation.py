@@ -21,7 +21,13 @@ from eval.methods.templates import chat_arguments
 from eval.methods.token_options import TokenOptions
 from eval.methods.variants import vary
 from eval.metrics.speed_model import explanations, is_baseline
-from eval.report.answer_quality import Quality, Scoring, control_lines, program_lines
+from eval.report.answer_quality import (
+    Quality,
+    Scoring,
+    constraint_lines,
+    control_lines,
+    program_lines,
+)
 from eval.report.html import Sample
 from eval.report.markdown import (
     build_report,
@@ -163,19 +169,15 @@ class Evaluation(TokenOptions):
             method.check()
         unique_labels(self.rows)
         # What the chosen engine can run.
+        self.applied_by(self.engine, [])
         if self.compile and self.engine == ENGINE:
             raise ValueError(
                 f"compile {self.compile} is for this project's own loop: leave it out with engine "
                 "'vllm'"
             )
-        if self.engine == ENGINE and (changed := self.changed_options()):
-            raise ValueError(
-                f"{next(iter(changed))} is for this project's own loop and Hugging Face's: leave "
-                "it out with engine 'vllm'"
-            )
         if self.engine == ENGINE:
             check_vllm(self.rows, self.dtype, self.device)
-        return load_tasks(self.prompts, self.limit, self.turns, tally)
+        return self.applied_by(self.engine, load_tasks(self.prompts, self.limit, self.turns, tally))
 
     def _check_server(self) -> None:
         """Refuse what only another engine reads."""
@@ -513,6 +515,7 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
         *export_lines(methods),
         *control_lines(methods),
         *program_lines(methods),
+        *constraint_lines(methods),
         *explanations(methods),
     ):
         console.print(line, highlight=False, markup=False)

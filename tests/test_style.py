@@ -21,7 +21,7 @@ ROOMS = ("modules", "configs", "data", "checkpoints", "eval", "train")
 FLOORS = {
     "modules": (
         {"contracts", "runtime"},
-        {"layers", "losses", "target", "trees", "acceptance"},
+        {"layers", "losses", "target", "trees", "acceptance", "constraints"},
         {"sparse_kv"},
         {"byte_level", "decoding", "drafters", "judges"},
         {"cost_model", "preference"},

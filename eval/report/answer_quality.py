@@ -181,6 +181,7 @@ METRIC_NAMES = {
     "pass_at_1": "pass@1",
     "named_share": "named share",
     "same_line": "next line",
+    "json_schema": "valid JSON",
 }
 
 
@@ -231,6 +232,17 @@ def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
         and "programs_ran_in" in method["quality"][name]
     }
     return [f"programs for pass@1 ran in: {place}" for place in sorted(places)]
+
+
+def constraint_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What constraints forced, and what their masks cost, by method."""
+    return [
+        f"{method['name']}: {quality['forced_share']:.0%} of the tokens were forced and drafted "
+        f"for free; {quality['masks_per_token']:.2f} masks a token took "
+        f"{quality['mask_ms_per_token']:.3f} ms"
+        for method in methods
+        if "mask_ms_per_token" in (quality := method["quality"])
+    ]
 
 
 def _score_cell(entry: Mapping[str, Any] | None) -> str:

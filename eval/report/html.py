@@ -9,7 +9,12 @@ from typing import Any
 
 from eval.metrics.speed_model import explanations, is_baseline
 from eval.report import plots
-from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.answer_quality import (
+    constraint_lines,
+    control_lines,
+    program_lines,
+    quality_table,
+)
 from eval.report.by_length import length_table, plotted_lengths
 from eval.report.load_curves import LATENCIES, curves, latency_by_throughput, load_table
 from eval.report.load_curves import READING as LOAD_READING
@@ -141,7 +146,11 @@ def _qualities(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     if lines:
         yield "<h2>Quality of answers</h2>" + table(header, lines)
         # The verdicts on controls, then the curves of lossy rules.
-        remarks = (*control_lines(methods), *program_lines(methods))
+        remarks = (
+            *control_lines(methods),
+            *program_lines(methods),
+            *constraint_lines(methods),
+        )
         yield from (f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in remarks)
         if plots.relaxed(methods):
             yield (

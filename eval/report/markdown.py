@@ -21,7 +21,12 @@ from configs.command_line.redaction import redact
 from eval.methods.rows import EXPORT_NOTES
 from eval.metrics.repetition import KEY as LESS_REPETITIVE
 from eval.metrics.speed_model import explanations, is_baseline
-from eval.report.answer_quality import control_lines, program_lines, quality_table
+from eval.report.answer_quality import (
+    constraint_lines,
+    control_lines,
+    program_lines,
+    quality_table,
+)
 from eval.report.by_length import length_table
 from eval.report.load_curves import READING as LOAD_READING
 from eval.report.load_curves import TITLE as LOAD
@@ -430,6 +435,7 @@ def _qualities(methods: Sequence[Figures]) -> list[str]:
             _table(header, rows),
             *map(plain, control_lines(methods)),
             *program_lines(methods),
+            *map(plain, constraint_lines(methods)),
         ]
         if rows
         else []

@@ -21,6 +21,8 @@ from data.reading.rows import Message
 from eval.methods.rows import Row
 from eval.run.journal import Journal, Record
 from eval.tasks.tasks import Prompt, Task
+from modules.constraints.grammar import json_schema
+from modules.contracts.sampling import Constraint
 from modules.contracts.target import Target
 from modules.decoding.decoder import Decoder, SpeculativeDecoder, Trace
 
@@ -91,6 +93,7 @@ class Harness:
 
     def __post_init__(self) -> None:
         """Start the first pass with fresh decoders."""
+        self._grammars: dict[tuple[str, int], Constraint] = {}
         self.begin_pass()
 
     def begin_pass(self) -> None:
@@ -192,6 +195,10 @@ class Harness:
         # The same prompts and seeds in every row.
         prompts = [render(unit.prompts[i], earlier_answers[i], row.target) for i in open_prompts]
         sampling = replace(row.sampling, seed=self.seed + SEEDS_PER_PROMPT * unit.index)
+        if any(unit.prompts[i].schema for i in open_prompts):
+            schemas = [unit.prompts[i].schema for i in open_prompts]
+            constraints = [self._grammar(schema, row.target) for schema in schemas]
+            sampling = replace(sampling, constraint=constraints)
         forget_peak(row.target)
         traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
         if len(traces) != len(prompts):
@@ -206,6 +213,13 @@ class Harness:
             Record(row.name, name, unit.task, unit.repeat, again, ids, trace, peak)
             for name, ids, trace in zip(names, prompts, share(traces))
         ]
+
+    def _grammar(self, schema: str, target: Target) -> Constraint | None:
+        """The constraint of a JSON schema, made once; None without."""
+        key = schema, id(target)
+        if schema and key not in self._grammars:
+            self._grammars[key] = json_schema(schema, target)
+        return self._grammars.get(key)
 
     def _remember(
         self,

@@ -7,7 +7,7 @@ changed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from checkpoints.provenance import package_versions
@@ -77,7 +77,8 @@ def identify(row: Row, parts: dict[int, str] | None = None) -> dict[str, Any]:
         "rule": row.rule,
         "builder": row.builder,
         "budget": row.budget,
-        "sampling": asdict(row.sampling),
+        "sampling": asdict(replace(row.sampling, constraint=None)),
+        "constraint": digest(row.sampling.constraint),
         "batch_size": row.batch_size,
         **{name: parts[id(part)] for name, part in _parts(row)},
     }

@@ -5,6 +5,8 @@ Shape legend: P prompts.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,6 +117,23 @@ def same_line(answer: str, reference: str) -> bool:
     return first == reference.strip()
 
 
+def matches_schema(answer: str, schema: str) -> bool:
+    """Whether an answer is JSON of a JSON schema, as the library jsonschema decides.
+
+    Raises:
+        ValueError: jsonschema is not installed.
+    """
+    if importlib.util.find_spec("jsonschema") is None:
+        raise ValueError("metric 'json_schema': run `pip install jsonschema`")
+    import jsonschema
+
+    try:
+        jsonschema.validate(json.loads(answer), json.loads(schema))
+    except (json.JSONDecodeError, jsonschema.ValidationError):
+        return False
+    return True
+
+
 SCORES: dict[str, Callable[[str, Check], float]] = {
     "exact_match": lambda answer, check: float(same_number(answer, check.reference)),
     "math_answer": lambda answer, check: float(same_expression(answer, check.reference)),
@@ -124,6 +143,7 @@ SCORES: dict[str, Callable[[str, Check], float]] = {
     "pass_at_1": _passes_its_test,
     "named_share": lambda answer, check: named_share(answer, check.reference),
     "same_line": lambda answer, check: float(same_line(answer, check.reference)),
+    "json_schema": lambda answer, check: float(matches_schema(answer, check.reference)),
 }
 """Score in [0, 1] of an answer's text, by the metric's name."""
 RUNS_CODE = frozenset({"pass_at_1"})

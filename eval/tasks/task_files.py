@@ -55,13 +55,14 @@ class TaskSource:
         given: key of the code that a program continues.
         entry: key of the name of the tested function.
         metric: exact_match (numbers), math_answer (boxed expressions), tool_calls, rouge_l, chrf,
-            pass_at_1, named_share or same_line, or one by category.
+            pass_at_1, named_share, same_line or json_schema, or one by category.
         lengths: of generated prompts, in tokens (estimated); each is a category.
         count: generated prompts for each length.
         seed: of generated prompts.
         language: of the answers, for the report; by default the rows' `language`.
         chat_template: arguments of the chat template for this task, as `enable_thinking: false`; a
             row's own `chat_template_kwargs` go first.
+        schema: key of a JSON schema that answers are constrained to.
     """
 
     source: str
@@ -80,6 +81,7 @@ class TaskSource:
     seed: int = 0
     language: str = ""
     chat_template: dict[str, Any] | None = None
+    schema: str = ""
 
     def __post_init__(self) -> None:
         """Refuse tasks that cannot be prompted or scored."""
@@ -224,6 +226,19 @@ class TaskSource:
             return place[0] if text is None else text
 
         return _PLACE.sub(value_of, self.instruction)
+
+    def schema_of(self, row: Mapping[str, Any]) -> str:
+        """The JSON schema that the answer is constrained to, as text; empty without.
+
+        Raises:
+            Skipped: a row without its schema.
+        """
+        if not self.schema:
+            return ""
+        schema = row.get(self.schema)
+        if not schema:
+            raise Skipped(f"no JSON schema under `{self.schema}`")
+        return schema if isinstance(schema, str) else json.dumps(schema, sort_keys=False)
 
     def check(self, row: Mapping[str, Any]) -> Check | None:
         """How the answer to the first turn is scored; None without a metric.

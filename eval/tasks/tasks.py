@@ -23,6 +23,7 @@ class Prompt:
     embedded: written for this project, so that a report may show its text. check: how the first
     answer is scored. system: the system prompt, if any. tools: functions that are offered.
     template: the prompt's own arguments of the chat template. language: of the answers, if known.
+    schema: JSON schema that answers are constrained to; empty: none.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Prompt:
     tools: list[Any] | None = None
     template: dict[str, Any] | None = None
     language: str = ""
+    schema: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _read(source: TaskSource, limit: int | None, several: bool, tally: Tally) ->
                 tools_of(row),
                 {**(source.chat_template or {}), **(template_of(row) or {})} or None,
                 source.language_of(row),
+                source.schema_of(row),
             )
         except Skipped as reason:
             tally.skip(str(reason), place)

@@ -133,6 +133,16 @@ def check_ids(sampling: Sampling, vocabulary: int) -> None:
             )
 
 
+def check_constraints(sampling: Sampling, prompts: int) -> None:
+    """ValueError for constraints of another number of prompts."""
+    constraint = sampling.constraint
+    if isinstance(constraint, Sequence) and len(constraint) != prompts:
+        raise ValueError(
+            f"constraint: {len(constraint)} constraints for {prompts} prompts: give one for all, "
+            "or one for each"
+        )
+
+
 def node_paths(tree: TokenTree) -> list[list[list[int]]]:
     """The tokens from node 0 to each node, per sequence. Reads the device."""
     paths: list[list[list[int]]] = []

@@ -196,6 +196,10 @@ class Drafter(Trainable):
     depth_unit: ClassVar[str] = "draft steps"
     """What `max_depth` counts, as messages name it."""
 
+    absorbs_any_tree: ClassVar[bool] = True
+    """Whether `absorb` takes trees that another one proposed, such as tokens that a constraint
+    forces."""
+
     own_model: ClassVar[bool] = False
     """Whether it is an independent language model, which needs only tokens and distributions of its
     target.

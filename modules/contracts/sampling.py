@@ -23,6 +23,36 @@ _SEARCHED_WHOLE, _BLOCK = 1 << 13, 128
 """Rows of fewer logits are searched at once; the others in blocks of so many."""
 
 
+class ConstraintState(Protocol):
+    """What may follow a text. States do not change, so that the nodes of a tree share those above
+    them."""
+
+    def allows(self, token: int) -> bool:
+        """Whether the token may follow; an end token, whether the answer may end."""
+        ...
+
+    def allowed(self) -> Tensor:
+        """bool [V] on the CPU: the same for every token."""
+        ...
+
+    def advance(self, token: int) -> ConstraintState | None:
+        """The state after one more token; None if it may not follow."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Tokens that follow next, as far as they are known; often none. They are drafted, and
+        verified like any draft."""
+        ...
+
+
+class Constraint(Protocol):
+    """Which answers there may be (`modules.constraints`)."""
+
+    def start(self) -> ConstraintState:
+        """The state before the first token of an answer."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: what depends on the text so far, then temperature, top-k, top-p
@@ -44,6 +74,7 @@ class Sampling:
         suppress_tokens: token ids that are never chosen.
         min_new_tokens: no end token before so many tokens.
         stop_strings: an answer ends with the token that completes one of them.
+        constraint: which answers there may be; one for all prompts, or one (or None) for each.
 
     Raises:
         ValueError: a value that no warper accepts, a penalty or an id that cannot be.
@@ -61,6 +92,7 @@ class Sampling:
     suppress_tokens: Sequence[int] = ()
     min_new_tokens: int = 0
     stop_strings: Sequence[str] = ()
+    constraint: Constraint | Sequence[Constraint | None] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse bad values; whole numbers are taken for the floats that the warpers ask for."""
@@ -105,6 +137,13 @@ class Sampling:
                 f"stop_strings {self.stop_strings!r} must be a list of texts, none of them empty"
             )
 
+    def constraint_of(self, sequence: int) -> Constraint | None:
+        """The constraint of one prompt of a batch."""
+        constraint = self.constraint
+        if constraint is None or not isinstance(constraint, Sequence):
+            return constraint
+        return constraint[sequence]
+
     def extra_options(self) -> dict[str, Any]:
         """The settings beside temperature, top-k and top-p that are not at their defaults."""
         values = {name: getattr(self, name) for name in EXTRA_OPTIONS}
@@ -120,6 +159,7 @@ EXTRA_OPTIONS: dict[str, Any] = {
     "suppress_tokens": (),
     "min_new_tokens": 0,
     "stop_strings": (),
+    "constraint": None,
 }
 """Settings of `Sampling` that are off unless asked for, and their values then."""
 

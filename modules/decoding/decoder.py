@@ -10,11 +10,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
-from modules.acceptance.processors import check_ids
+from modules.acceptance.processors import check_constraints, check_ids
 from modules.acceptance.rules import AcceptanceRule, check_pairing, default_rule
 from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
@@ -86,6 +86,7 @@ class SpeculativeDecoder:
     budget: int | None = None
     name: str = ""
     stop_ids: frozenset[int] | None = None
+    run_type: ClassVar[type[Run]] = Run
     _translated: Drafter | None = field(init=False, repr=False, compare=False, default=None)
     """The drafter in the target's ids."""
 
@@ -137,6 +138,20 @@ class SpeculativeDecoder:
         learns = self.drafter is not None and self.drafter.learns
         return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
+    def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
+        """Figures of constrained answers for a report, empty without a constraint: the share of
+        tokens that were drafted because a constraint forced them, masks, and the milliseconds of
+        masking, per token."""
+        tokens, masks = sum(len(trace.ids) for trace in traces), sum(t.masks for t in traces)
+        if not masks or not tokens:
+            return {}
+        seconds = sum(trace.mask_seconds for trace in traces)
+        return {
+            "forced_share": sum(trace.forced for trace in traces) / tokens,
+            "masks_per_token": masks / tokens,
+            "mask_ms_per_token": seconds / tokens * 1e3,
+        }
+
     def decode(
         self,
         prompts: list[list[int]],
@@ -181,6 +196,7 @@ class SpeculativeDecoder:
                 f"{self.target.name!r}: its tokenizer was given tokens that the model was not"
             )
         check_ids(sampling, size)
+        check_constraints(sampling, len(prompts))
         if longest + limit > self.target.max_positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
@@ -195,7 +211,7 @@ class SpeculativeDecoder:
             torch.Generator(self.target.device).manual_seed(sampling.seed + i)
             for i in range(len(prompts))
         ]
-        return Run(
+        return self.run_type(
             target=self.target,
             # A budget of 0 is plain decoding: nothing is drafted, and there is no state.
             drafter=self._translated if self.nodes else None,

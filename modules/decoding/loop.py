@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.processors import StopStrings, node_paths, prefix_processors
-from modules.acceptance.rules import AcceptanceRule, Draws
+from modules.acceptance.rules import AcceptanceRule, Draws, default_rule
+from modules.constraints.forced import constrained_proposal
+from modules.constraints.masking import ConstraintProcessor, States
 from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, proposal
 from modules.contracts.sampling import Prefixes, Sampling
 from modules.contracts.shapes import StateName
 from modules.contracts.target import Session, Target
-from modules.contracts.token_tree import TokenTree
+from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.timing import Clock
 
@@ -43,6 +45,8 @@ class Trace:
     the target included (`SlotCache.bytes_read`).
     answers: of a decoder that gives several, best first; `ids` is the first of them.
     figures: measured while decoding, by the names that the decoder's `quality_of` has for them.
+    forced: accepted drafts that a constraint forced. masks: of its constraint, one per node of
+    every tree, and mask_seconds, what they cost.
     """
 
     prompt_tokens: int
@@ -59,6 +63,9 @@ class Trace:
     kv_bytes: list[int] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
+    forced: int = 0
+    masks: int = 0
+    mask_seconds: float = 0.0
 
     @property
     def decode_seconds(self) -> float:
@@ -150,6 +157,11 @@ class Run:
         self._alive = list(range(len(self.prompts)))
         self.draws = Draws(self.sampling, self.generators)
         self._processors = prefix_processors(self.sampling, self.stop_ids, self.target.device)
+        constraints = [self.sampling.constraint_of(i) for i in range(len(self.prompts))]
+        self._states = States(constraints, self.stop_ids)
+        self._mask = ConstraintProcessor(self._states, self.stop_ids)
+        self._constrained = any(constraint is not None for constraint in constraints)
+        self._processors += [self._mask] if self._constrained else []
         self._stop_strings = StopStrings.of(self.sampling.stop_strings, self.target.tokenizer)
         self._stopped: set[int] = set()
         """Sequences that ended with a stop string."""
@@ -187,8 +199,7 @@ class Run:
             capacity = max(lengths) + self.limit + self.budget + 1
             self._session = self.target.open(len(lengths), capacity)
             logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
-            first_B1V = self._processed(logits_BV[:, None], None)
-            self._newest_B = self.draws.choose(first_B1V)[:, 0]
+            self._newest_B = self._first(self._processed(logits_BV[:, None], None))
         if self.observer is not None:
             self.observer.begin(logits_BV, states)
         # 3. The drafter starts from its target states.
@@ -219,19 +230,19 @@ class Run:
     def _step(self) -> None:
         before = self._session.cache.bytes_read
         with self.clock.phase("draft"):
-            tree = self._propose()
+            tree, forced = self._propose()
         with self.clock.phase("verify"):
             verified = self._session.verify(tree, self.states)
         with self.clock.phase("accept"):
             judged = replace(verified, logits_BNV=self._processed(verified.logits_BNV, tree))
-            accepted, results = read_to_host(tree, self.rule(tree, judged, self.draws))
+            accepted, results = read_to_host(tree, self._accept(judged, any(forced)))
         if self.observer is not None:
             self.observer.step(self._alive, verified, accepted)
         with self.clock.phase("commit"):
             self._session.commit(accepted)
         self._absorb(verified, accepted)
         read = (self._session.cache.bytes_read - before) // len(self._alive)
-        self._record(results, tree.computed, read)
+        self._record(results, tree.computed, read, forced)
         self._drop_finished()
 
     def _processed(self, logits_BNV: Tensor, tree: TokenTree | None) -> Tensor:
@@ -249,10 +260,36 @@ class Run:
             logits_BNV = processor(logits_BNV, prefixes)
         return logits_BNV
 
-    def _propose(self) -> TokenTree:
+    def _propose(self) -> tuple[TokenTree, list[int]]:
+        """The next tree, and how many tokens of each sequence a constraint forces in it."""
+        unforced = [0] * len(self._alive)
         if self.drafter is None or self._state is None:
-            return TokenTree.root(self._newest_B)
-        return proposal(self.drafter, self._state, self.budget, self.builder)
+            return TokenTree.root(self._newest_B), unforced
+        if not self._constrained:
+            return proposal(self.drafter, self._state, self.budget, self.builder), unforced
+        for sequence in self._alive:
+            self._states.follow(sequence, self.traces[sequence].ids)
+        return constrained_proposal(
+            self.drafter,
+            self._state,
+            self.budget,
+            self.builder,
+            self._states,
+            self._alive,
+            [self.limit - len(self.traces[sequence].ids) for sequence in self._alive],
+        )
+
+    def _first(self, logits_B1V: Tensor) -> Tensor:
+        """The first token of each answer, int64 [B]."""
+        return self.draws.choose(logits_B1V)[:, 0]
+
+    def _accept(self, verified: Verified, forced: bool) -> Accepted:
+        """What the rule accepts. Forced tokens are not drawn: where the rule refuses trees chosen
+        by value, the one for these judges them."""
+        rule = self.rule
+        if forced and SiblingDraw.BY_VALUE not in rule.sibling_draws:
+            rule = default_rule(SiblingDraw.BY_VALUE, self.sampling)
+        return rule(verified.tree, verified, self.draws)
 
     def _absorb(self, verified: Verified, accepted: Accepted) -> None:
         self._newest_B = accepted.next_B
@@ -260,8 +297,10 @@ class Run:
             with self.clock.phase("draft"):
                 self._state = self.drafter.absorb(self._state, verified, accepted)
 
-    def _record(self, results: list[StepResult], rows: int, kv_bytes: int) -> None:
-        for sequence, call in zip(self._alive, results, strict=True):
+    def _record(
+        self, results: list[StepResult], rows: int, kv_bytes: int, forced: list[int]
+    ) -> None:
+        for sequence, call, most in zip(self._alive, results, forced, strict=True):
             trace = self.traces[sequence]
             # 1. What was drafted.
             trace.nodes.append(call.nodes)
@@ -274,6 +313,7 @@ class Run:
             self._cut(sequence, earlier)
             # After a cut nothing was accepted or rejected.
             emitted = len(trace.ids) - earlier
+            trace.forced += min(emitted, len(call.tokens) - 1, most)
             trace.accepted.append(emitted)
             trace.offered.append(call.depth if emitted == len(call.tokens) else emitted - 1)
 
@@ -307,7 +347,10 @@ class Run:
         # 2. Times of the ended ones.
         for sequence in self._alive:
             if self._finished(sequence):
-                self.traces[sequence].seconds = self.clock.snapshot()
+                trace = self.traces[sequence]
+                trace.seconds = self.clock.snapshot()
+                trace.masks = self._mask.masks[sequence]
+                trace.mask_seconds = self._mask.seconds[sequence]
         # 3. Shrink cache, drafter state and generators.
         self._alive = [self._alive[row] for row in running]
         if self._alive:

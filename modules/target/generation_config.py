@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from modules.acceptance.processors import StopStrings, occurrence_penalties
+from modules.constraints.masking import States
 from modules.contracts.sampling import EXTRA_OPTIONS, Sampling
 
 NEUTRAL: dict[str, Any] = {
@@ -158,6 +159,7 @@ def sampling_options(sampling: Sampling) -> dict[str, Any]:
         }
     # What acts on sampling alone is left out when greedy; what has no entry is `extra_arguments`.
     extra = sampling.extra_options()
+    extra.pop("constraint", None)
     if sampling.temperature == 0:
         extra.pop("min_p", None)
     for name in ("presence_penalty", "frequency_penalty"):
@@ -169,17 +171,31 @@ def sampling_options(sampling: Sampling) -> dict[str, Any]:
     return {**options, **extra}
 
 
-def extra_arguments(sampling: Sampling, width: int, tokenizer: Any) -> dict[str, Any]:
+def extra_arguments(
+    sampling: Sampling, width: int, prompts: int, vocabulary: int, tokenizer: Any
+) -> dict[str, Any]:
     """Arguments of `generate` for settings without an entry in its config.
 
     Args:
         sampling: the settings.
-        width: tokens of the padded prompts.
+        width, prompts: tokens of the padded prompts, and their number.
+        vocabulary: V.
         tokenizer: whose text stop strings are.
     """
     arguments: dict[str, Any] = {"tokenizer": tokenizer} if sampling.stop_strings else {}
     if penalties := occurrence_penalties(sampling, width):
         arguments["logits_processor"] = LogitsProcessorList(penalties)
+    if sampling.constraint is not None:
+        states = States([sampling.constraint_of(sequence) for sequence in range(prompts)])
+
+        def allowed(sequence: int, ids_T: torch.Tensor) -> list[int]:
+            if states.follow(sequence, ids_T[width:].tolist()) is None:
+                return list(range(vocabulary))
+            state = states.after(sequence, ())
+            mask_V = None if state is None else state.allowed()
+            return list(range(vocabulary)) if mask_V is None else mask_V.nonzero()[:, 0].tolist()
+
+        arguments["prefix_allowed_tokens_fn"] = allowed
     return arguments
 
 
@@ -222,7 +238,8 @@ def stock_generate(
         **options or {},
     )
     # 3. Generate with a seed that does not touch torch's generators.
-    extra = extra_arguments(sampling, width, tokenizer)
+    vocabulary = model.config.get_text_config().vocab_size
+    extra = extra_arguments(sampling, width, len(prompts), vocabulary, tokenizer)
     if "assistant_tokenizer" in arguments:
         extra["tokenizer"] = tokenizer
     devices = [device] if device.type == "cuda" else []

@@ -57,7 +57,7 @@ def pair_probs(target: Target, prompt: list[int], sampling: Sampling, start: int
     texts = [
         [[*prompt, *more] for more in product(range(size), repeat=count)] for count in range(3)
     ]
-    first, second, third = (generate_probs(target, each, sampling) for each in texts)
+    first, second, third = (generate_probs(target, each, sampling, len(prompt)) for each in texts)
     pairs, third = first[0][:, None] * second, third.reshape(size, size, size)
     return (pairs if start == 0 else torch.einsum("ab,abc->bc", pairs, third)).flatten()
 
@@ -87,7 +87,22 @@ def goodness(
     return float(stats.chisquare(seen[:cells], wanted[:cells], sum_check=False).pvalue)
 
 
-def generate_probs(target: Target, texts: list[list[int]], sampling: Sampling) -> Tensor:
+def allowed_after(constraint: Any, prompt_length: int) -> Any:
+    """Hugging Face's form of a constraint: the tokens that may follow a text."""
+
+    def allowed(_: int, ids_T: Tensor) -> list[int]:
+        state = constraint.start()
+        for token in ids_T[prompt_length:].tolist():
+            state = None if state is None else state.advance(token)
+        # After a text that is not allowed anything goes: its own probability is 0.
+        return [0] if state is None else state.allowed().nonzero()[:, 0].tolist()
+
+    return None if constraint is None else allowed
+
+
+def generate_probs(
+    target: Target, texts: list[list[int]], sampling: Sampling, prompt_length: int = 0
+) -> Tensor:
     """The distributions [B,V] that Hugging Face's own `generate` draws the next token from, in
     float64.
     """
@@ -100,5 +115,10 @@ def generate_probs(target: Target, texts: list[list[int]], sampling: Sampling) -
     )
     model: Any = target.stock
     ids = torch.tensor(texts)
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        prefix_allowed_tokens_fn=allowed_after(sampling.constraint, prompt_length),
+    )
     return found.scores[0].double().softmax(-1)

@@ -98,8 +98,9 @@ class MomentumDraws(Draws):
             prob - self.alpha * self.resistances[text.repeated(token)]
             for prob, token in zip(probs_K, ids_K, strict=True)
         ]
-        # Of equal scores the first id's, as `argmax` takes.
-        _, token = max(zip(scores_K, ids_K, strict=True), key=lambda pair: (pair[0], -pair[1]))
+        # Of equal scores the first id's, as `argmax` takes; never a token of probability 0.
+        ranked = zip(probs_K, scores_K, ids_K, strict=True)
+        *_, token = max(ranked, key=lambda each: (each[0] > 0, each[1], -each[2]))
         text.append(token)
         return token
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +67,9 @@ class Lookahead(TextDrafter):
         window: columns of the window.
         guesses: n-grams stored per first token.
     """
+
+    absorbs_any_tree: ClassVar[bool] = False
+    """It reads the window's rows."""
 
     def __init__(
         self, shape: TargetShape, ngram: int = 4, window: int = 4, guesses: int = 4

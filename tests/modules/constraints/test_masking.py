@@ -1,0 +1,189 @@
+"""Constrained speculation is constrained plain decoding: the same greedy tokens, the same
+distribution, for trees chosen by value and drawn ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from modules.constraints.forced import ForcedTokens
+from modules.constraints.masking import MaskedDrafter, States
+from modules.constraints.predicate import Predicate
+from modules.contracts.drafter import Drafter
+from modules.contracts.sampling import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
+from modules.drafters.retrieval.lookahead import Lookahead
+from modules.drafters.retrieval.prompt_lookup import PromptLookup
+from modules.drafters.retrieval.suffix_automaton import Suffix
+from modules.drafters.retrieval.token_recycling import TokenRecycling
+from modules.drafters.small_models.independent import Independent
+from modules.target.generation_config import stock_generate
+from modules.target.target import Target
+from modules.trees.sampled.branching import branching_tree
+from modules.trees.sampled.chain import SampledChain
+from modules.trees.static import StaticTree
+from tests.fakes import ScriptedDrafter, tiny_target
+from tests.modules.constraints.automata import Remainders
+from tests.modules.sampling import goodness, small_target
+
+PROMPTS = [[7, 9, 11, 30], [12, 8], [9, 9, 9, 9, 9]]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(seed=3)
+
+
+def independent(target: Target, vocabulary: int | None = None) -> Drafter:
+    drafter = Independent(target.shape, layers=1, draft_vocabulary=vocabulary)
+    drafter.initialise(target)
+    return drafter.double().eval()
+
+
+def decoders(target: Target) -> dict[str, SpeculativeDecoder]:
+    shape, ends = target.shape, frozenset({-1})
+    made = independent(target)
+    return {
+        "scripted": SpeculativeDecoder(target, ScriptedDrafter(shape, 0.6, decoys=2)),
+        "lookup": SpeculativeDecoder(target, PromptLookup(shape)),
+        "tree": SpeculativeDecoder(target, made, builder=StaticTree([[0], [1], [0, 0]])),
+        "chain": SpeculativeDecoder(target, made, builder=SampledChain(3)),
+        "forced": SpeculativeDecoder(target, ForcedTokens(shape), stop_ids=ends),
+    }
+
+
+@pytest.mark.parametrize("name", ["scripted", "lookup", "tree", "chain", "forced"])
+def test_greedy_answers_are_those_of_plain_constrained_decoding(name: str, target) -> None:
+    constraint = Remainders(128)
+    sampling, decoder = Sampling(constraint=constraint), decoders(target)[name]
+    plain = SpeculativeDecoder(target, stop_ids=decoder.stop_ids)
+    expected = [plain.decode([prompt], sampling, 14)[0].ids for prompt in PROMPTS]
+    assert all(constraint.valid(ids[:-1]) for ids in expected)
+    assert expected != [trace.ids for trace in plain.decode(PROMPTS, Sampling(), 14)]
+    alone = [decoder.decode([prompt], sampling, 14)[0] for prompt in PROMPTS]
+    together = decoder.decode(PROMPTS, sampling, 14)
+    assert [trace.ids for trace in alone] == expected == [trace.ids for trace in together]
+    # One forced token in three places, drafted and accepted.
+    assert sum(trace.forced for trace in alone) >= 6
+    assert sum(trace.forced for trace in together) >= (0 if name == "chain" else 6)
+
+
+def test_plain_decoding_drafts_nothing_and_is_what_generate_gives(target) -> None:
+    sampling = Sampling(constraint=Remainders(128))
+    for prompt in PROMPTS:
+        trace = SpeculativeDecoder(target).decode([prompt], sampling, 12)[0]
+        assert trace.forced == 0 and set(trace.accepted) == {1} and trace.masks == len(trace.ids)
+        assert [trace.ids] == stock_generate(target.stock, [prompt], sampling, 12, target.eos_ids)
+
+
+def test_each_prompt_of_a_batch_has_its_own_constraint(target) -> None:
+    constraint, decoder = Remainders(128), decoders(target)["scripted"]
+    traces = decoder.decode(PROMPTS, Sampling(constraint=[constraint, None, constraint]), 10)
+    free = decoder.decode(PROMPTS, Sampling(), 10)
+    whole = decoder.decode(PROMPTS, Sampling(constraint=constraint), 10)
+    expected = [whole[0].ids, free[1].ids, whole[2].ids]
+    assert [trace.ids for trace in traces] == expected
+    with pytest.raises(ValueError, match="1 constraints for 3 prompts"):
+        decoder.decode(PROMPTS, Sampling(constraint=[constraint]), 10)
+
+
+BUILDERS = {
+    "point": StaticTree([[0], [1], [0, 0], [0, 1], [1, 0]]),
+    "ratio": SampledChain(3),
+    "recursive": branching_tree([2, 2]),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("vocabulary", [None, 4])
+def test_sampled_answers_have_the_constrained_distribution(name, vocabulary) -> None:
+    """Against the distributions that `generate` draws from under the same constraint."""
+    target = small_target()
+    sampling = Sampling(temperature=1.3, constraint=Remainders(6))
+    decoder = SpeculativeDecoder(
+        target,
+        independent(target, vocabulary),
+        builder=BUILDERS[name],
+        budget=6,
+        stop_ids=frozenset({-1}),
+    )
+    start = 2 if vocabulary is None else 1
+    assert goodness(decoder, [3, 1], sampling, 1000, start=start - 1) > 1e-3
+
+
+def test_builders_see_masked_distributions(target) -> None:
+    """Drafts follow the constraint at every depth, over a trimmed vocabulary too."""
+    for vocabulary in (None, 40):
+        drafter, constraint = independent(target, vocabulary), Remainders(128)
+        seen: list[list[int]] = []
+        builder = BUILDERS["recursive"]
+
+        class Watching:
+            sibling_draw, depth = builder.sibling_draw, builder.depth
+
+            def build(self, masked, state, budget, builder=builder, seen=seen):
+                assert isinstance(masked, MaskedDrafter)
+                tree = builder.build(masked, state, budget)
+                for tokens, usable in zip(tree.tokens_BN.tolist(), tree.acceptable_BN.tolist()):
+                    seen.append([t if use else -1 for t, use in zip(tokens, usable)])
+                return tree
+
+        decoder = SpeculativeDecoder(target, drafter, builder=Watching(), budget=6)
+        trace = decoder.decode([PROMPTS[0]], Sampling(1.0, constraint=constraint), 14)[0]
+        checked, place = 0, 1
+        trees = iter(seen)
+        for count, nodes in zip(trace.accepted, trace.nodes, strict=True):
+            if nodes > 1:
+                tree, parents = next(trees), [-1, 0, 0, 1, 1, 2, 2]
+                assert tree[0] == trace.ids[place - 1]
+                for node in range(1, len(tree)):
+                    path = [tree[node]]
+                    while (parent := parents[node]) > 0:
+                        path, node = [tree[parent], *path], parent
+                    if -1 not in path and vocabulary is None:
+                        assert constraint.valid([*trace.ids[:place], *path])
+                        checked += 1
+            place += count
+        assert checked > 5 or vocabulary is not None
+
+
+def test_nothing_allowed_ends_the_answer(target) -> None:
+    """A predicate may lead into a dead end; the answer ends there."""
+    dead = Predicate(lambda ids: len(ids) < 4, 128, target.eos_ids)
+    trace = SpeculativeDecoder(target).decode([[7, 9]], Sampling(constraint=dead), 10)[0]
+    assert len(trace.ids) == 4 and trace.ids[-1] in target.eos_ids and dead.calls == 4 * 128
+    with pytest.raises(ValueError, match="none ends an answer"):
+        SpeculativeDecoder(target, stop_ids=frozenset()).decode(
+            [[7, 9]], Sampling(constraint=dead), 10
+        )
+
+
+def test_states_are_those_of_the_whole_prefix() -> None:
+    states, constraint = States([Remainders(6), None]), Remainders(6)
+    answer: list[int] = []
+    for _ in range(4):
+        answer.append(int(walk(constraint, answer).allowed().nonzero()[0]))
+    assert states.follow(0, answer[:2]) == 0 and states.follow(1, answer) is None
+    assert states.after(0, tuple(answer[2:])) == walk(constraint, answer)
+    assert states.follow(0, answer) == 0 and states.follow(0, answer[:-1]) == 1
+    assert states.after(0, ()) == walk(constraint, answer)
+    assert states.after(0, (5 if walk(constraint, answer).advance(5) is None else 4, 1)) is None
+
+
+def walk(constraint: Remainders, ids: list[int]):
+    state = constraint.start()
+    for token in ids:
+        state = state.advance(token)
+        assert state is not None
+    return replace(state)
+
+
+@pytest.mark.parametrize("kind", [Lookahead, Suffix, TokenRecycling])
+def test_drafters_that_make_their_own_trees_stay_lossless(kind, target) -> None:
+    sampling = Sampling(constraint=Remainders(128))
+    expected = SpeculativeDecoder(target).decode(PROMPTS[:2], sampling, 12)
+    traces = SpeculativeDecoder(target, kind(target.shape)).decode(PROMPTS[:2], sampling, 12)
+    assert [trace.ids for trace in traces] == [trace.ids for trace in expected]
+    assert (kind is Lookahead) == (sum(trace.forced for trace in traces) == 0)
