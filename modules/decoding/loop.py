@@ -45,6 +45,7 @@ class Trace:
     the target included (`SlotCache.bytes_read`).
     answers: of a decoder that gives several, best first; `ids` is the first of them.
     figures: measured while decoding, by the names that the decoder's `quality_of` has for them.
+    log_weight: of the answer among particles (`modules.decoding.particles`).
     forced: accepted drafts that a constraint forced. masks: of its constraint, one per node of
     every tree, and mask_seconds, what they cost.
     """
@@ -63,6 +64,7 @@ class Trace:
     kv_bytes: list[int] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
+    log_weight: float = 0.0
     forced: int = 0
     masks: int = 0
     mask_seconds: float = 0.0
