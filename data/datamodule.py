@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from configs.command_line.work_share import Share
 from data.conversations import Tokens, TrainOn, hash_ids, tokenize_all
 from data.feature_cache.cache import CacheDtype, FeatureCache, cache_features
+from data.feature_cache.vllm_states import Computed
 from data.packing import collate, generator, pack
 from data.reading.files import Tally, local_files
 from data.reading.rows import load_conversations
@@ -341,9 +342,14 @@ class ConversationData(LightningDataModule):
         return cache
 
     def write_features(
-        self, target: Target, states: Sequence[StateName], share: Share | None = None
+        self,
+        target: Target,
+        states: Sequence[StateName],
+        share: Share | None = None,
+        computed: Computed | None = None,
     ) -> Path:
-        """Add missing documents, or a share of them, to the feature cache; returns its folder."""
+        """Add missing documents, or a share of them, to the feature cache; returns its folder.
+        `computed` gives their states instead of the target."""
         assert self.features is not None
         folder = self.features.replace("{target}", target.fingerprint()).replace(
             "{states}", "+".join(map(str, states))
@@ -356,6 +362,7 @@ class ConversationData(LightningDataModule):
             self.features_dtype,
             share=share,
             gib=self.features_gib,
+            computed=computed,
         )
 
     # -- batches -----------------------------------------------------------------------------------

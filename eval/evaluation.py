@@ -289,7 +289,7 @@ def _load_test(
         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
     )
     settings = {
-        "tasks": [task.name for task in tasks],
+        **asked_of(tasks, evaluation.chat_template),
         "engine": evaluation.engine,
         "url": evaluation.url,
         "serving": asdict(evaluation.serving),

@@ -20,7 +20,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,10 +163,11 @@ def cache_features(
     progress: bool = True,
     share: Share | None = None,
     gib: float | None = None,
+    computed: Callable[..., dict[str, Tensor]] | None = None,
 ) -> Path:
-    """Compute the target's states of all documents, or of a share of them, that are not cached yet.
-
-    The rounding error of the dtype is measured on every shard, stored in the manifest and printed.
+    """Compute the target's states of all documents, or of a share of them, that are not cached yet;
+    returns the folder. The rounding error of the dtype is measured on every shard, stored in the
+    manifest and printed.
 
     Args:
         names: state names, see `Target.features`; they are the same for all documents of a cache.
@@ -176,9 +177,7 @@ def cache_features(
         progress: whether the size and a progress bar are shown.
         share: the part to compute; a process without a share waits for those with one.
         gib: largest size of the folder in GiB, all shares of all documents together.
-
-    Returns:
-        The folder.
+        computed: gives states instead of the target (`data.feature_cache.vllm_states.Computed`).
 
     Raises:
         ValueError: a cache of another target, with other states or in another dtype, or one that
@@ -202,7 +201,11 @@ def cache_features(
         began = time.monotonic()
         with progress_of("target states", "documents", *counts, progress) as advance:
             for group in _groups(pending, shard_tokens):
-                states = _states(target, group, manifest, batch_tokens, advance)
+                states = (
+                    computed(group, advance)
+                    if computed
+                    else _states(target, group, manifest, batch_tokens, advance)
+                )
                 _append_shard(folder, manifest, group, states, target)
         if pending and progress:
             _tell_speed(folder, sum(map(len, pending)), time.monotonic() - began)

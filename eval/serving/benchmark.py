@@ -100,7 +100,8 @@ def questions_of(prompts: Sequence[Any], serving: Serving, load: Load, seed: int
     for number in range(count):
         prompt, again = prompts[number % len(prompts)], number // len(prompts)
         name = f"{prompt.id} again {again}" if again else prompt.id
-        chosen.append(Question(name, prompt.task, prompt.turns[0], seed + number))
+        said = prompt.turns[0], seed + number, prompt.system, prompt.tools, prompt.template
+        chosen.append(Question(name, prompt.task, *said))
     return chosen
 
 

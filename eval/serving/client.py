@@ -16,16 +16,36 @@ if TYPE_CHECKING:
 _LONGEST_TROUBLE = 300
 _REASONING = ("reasoning_content", "reasoning")
 """Fields of the reasoning in answers of servers with a reasoning parser."""
+_TEMPLATE = "chat_template_kwargs"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request: the prompt's id and task, and its turns."""
+    """One request: the prompt's id and task, its text and the seed.
+
+    system: system prompt. tools: functions that are offered. template: arguments of the chat
+    template beside the server's.
+    """
 
     prompt: str
     task: str
     text: str
     seed: int
+    system: str = ""
+    tools: list[Any] | None = None
+    template: dict[str, Any] | None = None
+
+    @property
+    def messages(self) -> list[Any]:
+        """The turns that are sent."""
+        before = [{"role": "system", "content": self.system}] if self.system else []
+        return [*before, {"role": "user", "content": self.text}]
+
+    def fields(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Further fields of the request, with this prompt's tools and arguments."""
+        tools = {"tools": self.tools} if self.tools else {}
+        arguments = {**extra.get(_TEMPLATE, {}), **(self.template or {})}
+        return {**extra, **tools, **({_TEMPLATE: arguments} if arguments else {})}
 
 
 @dataclass
@@ -82,14 +102,14 @@ class Server:
         try:
             stream = await self.client.chat.completions.create(
                 model=self.model,
-                messages=[{"role": "user", "content": question.text}],
+                messages=question.messages,
                 stream=True,
                 stream_options={"include_usage": True},
                 max_tokens=self.limit,
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
                 seed=question.seed,
-                extra_body=self.extra,
+                extra_body=question.fields(self.extra),
             )
             async for chunk in stream:
                 _note(timing, chunk)

@@ -54,6 +54,12 @@ class _Skip(nn.Module):
         return hidden_states
 
 
+def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add a weight's name, shape and float32 values to a hash."""
+    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+
+
 class Target(SteadyBuffers):
     """A frozen causal LM. Its weights are reached only through the methods below, so that it may be
     sharded, quantised or soft-capped.
@@ -149,10 +155,13 @@ class Target(SteadyBuffers):
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for name, tensor in sorted(self.model.state_dict().items()):
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+                add_to_digest(digest, name, tensor)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
+
+    def set_fingerprint(self, fingerprint: str) -> None:
+        """Set the fingerprint of a target that is only partly here."""
+        self._fingerprint = fingerprint
 
     def head_digest(self) -> str:
         """SHA-256 over the float32 values of embedding, final norm and LM head."""
@@ -160,8 +169,7 @@ class Target(SteadyBuffers):
         parts = (self.architecture.embedding, self.architecture.norm, self.architecture.head)
         for part in parts:
             for name, tensor in sorted((part.state_dict() if part is not None else {}).items()):
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+                add_to_digest(digest, name, tensor)
         return digest.hexdigest()[:16]
 
     # -- weights -----------------------------------------------------------------------------------

@@ -211,3 +211,18 @@ def test_the_report_shows_loads_and_curves() -> None:
 def test_mistakes(url: str | None, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_server(url, Serving(**settings))
+
+
+def test_a_request_has_its_prompts_system_prompt_tools_and_arguments() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    prompt = Prompt("q", "t", ("?",), system="brief", tools=[tool], template={"thinking": False})
+    (question,) = questions_of([prompt], Serving(requests=1), Load(1), 0)
+    assert question.messages == [
+        {"role": "system", "content": "brief"},
+        {"role": "user", "content": "?"},
+    ]
+    extra = {"top_k": -1, "chat_template_kwargs": {"thinking": True, "style": "short"}}
+    sent = {"chat_template_kwargs": {"thinking": False, "style": "short"}, "tools": [tool]}
+    assert question.fields(extra) == {"top_k": -1, **sent}
+    (plain,) = questions_of([Prompt("q", "t", ("?",))], Serving(requests=1), Load(1), 0)
+    assert plain.fields({"top_k": -1}) == {"top_k": -1} and len(plain.messages) == 1

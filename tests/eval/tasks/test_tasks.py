@@ -266,7 +266,7 @@ def test_assertions_and_cases_are_scored_by_running_them(tmp_path: Path) -> None
     prompt = one("mbpp", {**row, "test_setup_code": "import math"}, tmp_path)
     assert prompt.check is not None and "assert add(0, 0) == 0\n```" in prompt.turns[0]
     assert score("```python\ndef add(a, b):\n    return a + b\n```", prompt.check) == 1.0
-    assert score("```python\ndef add(a, b):\n    return a or b\n```", prompt.check) == 0.0
+    assert score("```python\ndef add(a, b):\n    return 3\n```", prompt.check) == 0.0
     cases = {"public_test_cases": json.dumps([{"input": "1", "output": "2"}])}
     row = {"question_content": "Add.", "starter_code": "", "private_test_cases": "gASV", **cases}
     for metadata, answer in (("{}", "print(int(input()) + 1)"), ('{"func_name": "f"}', "f = int")):
