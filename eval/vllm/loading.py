@@ -22,8 +22,11 @@ from checkpoints.folders import read_tensors
 
 NOT_READ = ("t2d",)
 """Tensors that the format requires and vLLM does not read."""
-NOT_USED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.")
-"""Parameters that vLLM makes and never uses: the first layer of an EAGLE-3 model alone has them."""
+NOT_USED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.|mask_embedding$")
+"""Parameters that vLLM makes and does not use: of an EAGLE-3 model the first layer alone has this
+norm, and a mask's embedding is read from a file of its own, if there is one."""
+TARGETS = ("embed_tokens.weight", "lm_head.weight")
+"""Tensors that vLLM takes from the target where a drafter ships none."""
 
 
 def watch(folder: str) -> dict[str, Any]:
@@ -79,7 +82,9 @@ def blank(model: nn.Module) -> None:
 @torch.no_grad()
 def compared(shipped: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Any]:
     """Compare the shipped tensors with the parameters, which were blank before loading."""
-    missing = [name for name, tensor in held.items() if bool(is_blank(tensor).any())]
+    blank_names = (name for name, tensor in held.items() if bool(is_blank(tensor).any()))
+    theirs = tuple(name for name in TARGETS if name not in shipped)
+    missing = [name for name in blank_names if not name.endswith(theirs)]
     unused = [
         name
         for name, tensor in shipped.items()

@@ -411,6 +411,7 @@ class Loaded(nn.Module):
         self.register_buffer("mask_hidden", torch.zeros(1, 12), persistent=False)
         self.layers = nn.ModuleList(nn.Module() for _ in range(2))
         self.layers[1].hidden_norm = nn.RMSNorm(4)
+        self.mask_embedding, self.embed_tokens = nn.Parameter(torch.ones(4)), nn.Embedding(3, 4)
 
 
 def fitting_tensors() -> dict[str, torch.Tensor]:
