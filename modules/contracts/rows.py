@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -169,6 +169,8 @@ def causal_rows(start_B: Tensor, count: int) -> Rows:
 
 def rows_at(rows_BNX: Tensor, index_BW: Tensor) -> Tensor:
     """Rows [B,N,X] at per-sequence indices [B,W,X]."""
+    if rows_BNX.shape[1] == index_BW.shape[1] == 1:
+        return rows_BNX
     return rows_BNX.gather(1, index_BW[..., None].expand(-1, -1, rows_BNX.shape[-1]))
 
 
@@ -179,9 +181,15 @@ def with_children(above_BRA: Tensor, parents_BW: Tensor) -> Tensor:
     `parents_BW` are not read where there are no rows yet (R = 0).
     """
     width = parents_BW.shape[1]
-    inherited = above_BRA.new_zeros(*parents_BW.shape, 0)
-    if above_BRA.shape[1]:
-        inherited = rows_at(above_BRA, parents_BW)
-    itself = torch.eye(width, dtype=torch.bool, device=above_BRA.device)
-    new_BWX = torch.cat([inherited, itself.expand(len(above_BRA), -1, -1)], dim=2)
+    itself = _identity(width, above_BRA.device).expand(len(above_BRA), -1, -1)
+    if not above_BRA.shape[1]:
+        return itself
+    inherited = rows_at(above_BRA, parents_BW)
+    new_BWX = torch.cat([inherited, itself], dim=2)
     return torch.cat([F.pad(above_BRA, (0, width)), new_BWX], dim=1)
+
+
+@lru_cache(maxsize=64)
+def _identity(width: int, device: torch.device) -> Tensor:
+    """bool [W,W]: rows that see themselves."""
+    return torch.eye(width, dtype=torch.bool, device=device)

@@ -253,7 +253,9 @@ class TokenTree:
         """
         assert self.auxiliary is None and self.already_run is None
         # 1. Real nodes first, in their order.
-        width = int(real_BN.sum(1).max())
+        fewest, width = map(int, torch.stack(real_BN.sum(1).aminmax()).tolist())
+        if fewest == self.size:
+            return self
         order = real_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
         # 2. Renumber the parents; padding is its own parent.
         above_BN = self.parents_BN.expand(len(order), -1)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from modules.contracts.rows import DocumentRows, Rows
 from modules.contracts.shapes import TargetShape
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.document_attention import document_attention, in_parts
+from modules.layers.rotary import Rotary
+from modules.target.kernels.cpu_kernels import MOST_ROWS, joint_linear
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -55,11 +55,11 @@ class LayerCache:
     `write` puts rows after the lengths without counting them. `keep` then counts the first rows of
     each sequence, and the next `write` overwrites the others.
 
-    keys_BCGD, values_BCGD: [B,C,G,D]; lengths_B: int64 [B].
+    keys_BGCD, values_BGCD: [B,G,C,D]; lengths_B: int64 [B].
     """
 
-    keys_BCGD: Tensor
-    values_BCGD: Tensor
+    keys_BGCD: Tensor
+    values_BGCD: Tensor
     lengths_B: Tensor
     _host_lengths: list[int] | None = field(default=None, init=False, repr=False)
     """The lengths on the host; None after a `keep` without them, until they are read from the
@@ -68,7 +68,7 @@ class LayerCache:
     @staticmethod
     def empty(shape: TargetShape, lengths_B: Tensor, dtype: torch.dtype) -> LayerCache:
         """A cache without rows for as many sequences as `lengths_B` has."""
-        size = (lengths_B.shape[0], 0, shape.num_kv_heads, shape.head_dim)
+        size = (lengths_B.shape[0], shape.num_kv_heads, 0, shape.head_dim)
         blank = torch.empty(size, dtype=dtype, device=lengths_B.device)
         cache = LayerCache(blank, blank, torch.zeros_like(lengths_B))
         cache._host_lengths = [0] * len(lengths_B)
@@ -77,15 +77,40 @@ class LayerCache:
     def select(self, sequences_S: Tensor) -> LayerCache:
         """The cache of these sequences alone (int64 [S])."""
         return LayerCache(
-            self.keys_BCGD[sequences_S], self.values_BCGD[sequences_S], self.lengths_B[sequences_S]
+            self.keys_BGCD[sequences_S], self.values_BGCD[sequences_S], self.lengths_B[sequences_S]
         )
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """The lengths on the host."""
+        if self._host_lengths is None:
+            self._host_lengths = self.lengths_B.tolist()
+        return self._host_lengths
 
     @property
     def longest(self) -> int:
         """The greatest length, on the host."""
-        if self._host_lengths is None:
-            self._host_lengths = self.lengths_B.tolist()
-        return max(self._host_lengths)
+        return max(self.host_lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all sequences have one length."""
+        return len(set(self.host_lengths)) == 1
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,S,G,D] of the first slots."""
+        keys, values = self.keys_BGCD[:, :, :count], self.values_BGCD[:, :, :count]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def counted(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B,S,G,D] of all that is counted, and where lengths differ a mask
+        [B,1,S] of it.
+        """
+        keys, values = self.first(self.longest)
+        if self.uniform:
+            return keys, values, None
+        slots = torch.arange(self.longest, device=self.lengths_B.device)
+        return keys, values, (slots < self.lengths_B[:, None])[:, None]
 
     def write(
         self, keys_BNGD: Tensor, values_BNGD: Tensor, ahead: int = 0
@@ -100,13 +125,16 @@ class LayerCache:
         used = self.longest + ahead + count
         self._grow(used)
         # 2. Write at each sequence's own slots.
-        sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
-        slots_BN = (
-            self.lengths_B[:, None] + ahead + torch.arange(count, device=self.lengths_B.device)
-        )
-        self.keys_BCGD[sequences, slots_BN] = keys_BNGD
-        self.values_BCGD[sequences, slots_BN] = values_BNGD
-        return self.keys_BCGD[:, :used], self.values_BCGD[:, :used]
+        if self.uniform:
+            self.keys_BGCD[:, :, used - count : used] = keys_BNGD.transpose(1, 2)
+            self.values_BGCD[:, :, used - count : used] = values_BNGD.transpose(1, 2)
+        else:
+            sequences = torch.arange(batch, device=self.lengths_B.device)[:, None]
+            rows = torch.arange(count, device=self.lengths_B.device)
+            slots_BN = self.lengths_B[:, None] + ahead + rows
+            self.keys_BGCD[sequences, :, slots_BN] = keys_BNGD
+            self.values_BGCD[sequences, :, slots_BN] = values_BNGD
+        return self.first(used)
 
     def keep(self, counts_B: Tensor, counts: list[int] | None = None) -> None:
         """Count the first `counts_B` of the rows written last. `counts` are the same on the host,
@@ -125,6 +153,8 @@ class LayerCache:
         written earlier.
         """
         new_rows, count = rows.visible_BNJ.shape[1:]
+        if rows.committed_BS is None and self.uniform and slots == self.longest + count:
+            return F.pad(rows.visible_BNJ, (slots - count, 0), value=True)
         # 1. Which column of `visible_BNJ` each slot is, if it is a recent row.
         offset_BS = torch.arange(slots, device=self.lengths_B.device) - self.lengths_B[:, None]
         inside_BS = (offset_BS >= 0) & (offset_BS < count)
@@ -166,13 +196,11 @@ class LayerCache:
         return counted_BS & chosen[:, :slots]
 
     def _grow(self, needed: int) -> None:
-        capacity = self.keys_BCGD.shape[1]
+        capacity = self.keys_BGCD.shape[2]
         if needed > capacity:
-            extra = (0, 0, 0, 0, 0, max(needed, 2 * capacity, 64) - capacity)
-            self.keys_BCGD, self.values_BCGD = (
-                F.pad(self.keys_BCGD, extra),
-                F.pad(self.values_BCGD, extra),
-            )
+            extra = (0, 0, 0, max(needed, 2 * capacity, 64) - capacity)
+            self.keys_BGCD = F.pad(self.keys_BGCD, extra)
+            self.values_BGCD = F.pad(self.values_BGCD, extra)
 
 
 class Attention(nn.Module):
@@ -198,7 +226,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries * shape.head_dim, shape.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
-        self.rotary = LlamaRotaryEmbedding(rotary_config(shape))
+        self.rotary = Rotary(shape)
 
     def forward(
         self,
@@ -231,27 +259,48 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BQND.transpose(1, 2).flatten(2))
 
     def mix(
-        self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor
+        self,
+        queries_BNQD: Tensor,
+        keys_BSGD: Tensor,
+        values_BSGD: Tensor,
+        visible_BNS: Tensor | None,
     ) -> Tensor:
         """Values mixed by attention, projected [B,N,H]."""
         return self.o_proj(self.attend(queries_BNQD, keys_BSGD, values_BSGD, visible_BNS))
 
     def attend(
-        self, queries_BNQD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, visible_BNS: Tensor
+        self,
+        queries_BNQD: Tensor,
+        keys_BSGD: Tensor,
+        values_BSGD: Tensor,
+        visible_BNS: Tensor | None,
     ) -> Tensor:
         """Values mixed by attention, the heads side by side [B,N,Q*D]. Queries and keys may be
-        wider than values, whose size scales the scores.
+        wider than values, whose size scales the scores. Without `visible_BNS` all slots are seen.
         """
-        size = values_BSGD.shape[-1]
+        keys, values = keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2)
+        count, heads, wide = queries_BNQD.shape[1:]
+        groups, size = keys.shape[1], values.shape[-1]
+        scale = None if wide == size else size**-0.5
+        if groups == heads or count > MOST_ROWS or torch.is_grad_enabled():
+            mixed = F.scaled_dot_product_attention(
+                queries_BNQD.transpose(1, 2),
+                keys,
+                values,
+                attn_mask=None if visible_BNS is None else visible_BNS[:, None],
+                scale=scale,
+                enable_gqa=groups != heads,
+            )
+            return mixed.transpose(1, 2).flatten(2)
+        # Few rows: the query heads of a group are further rows of their key/value head.
+        each = heads // groups
+        queries = queries_BNQD.unflatten(2, (groups, each)).transpose(1, 2).flatten(2, 3)
+        if visible_BNS is not None:
+            visible_BNS = visible_BNS[:, :, None].expand(-1, -1, each, -1).flatten(1, 2)[:, None]
         mixed = F.scaled_dot_product_attention(
-            queries_BNQD.transpose(1, 2),
-            keys_BSGD.transpose(1, 2),
-            values_BSGD.transpose(1, 2),
-            attn_mask=visible_BNS[:, None],
-            enable_gqa=queries_BNQD.shape[2] != keys_BSGD.shape[2],
-            scale=None if queries_BNQD.shape[-1] == size else size**-0.5,
+            queries, keys, values, attn_mask=visible_BNS, scale=scale
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.unflatten(2, (count, each)).transpose(1, 2).flatten(2)
 
     def project(
         self, hidden_BNX: Tensor, position_ids_BN: Tensor, asking_BNX: Tensor | None = None
@@ -260,35 +309,20 @@ class Attention(nn.Module):
         keys rotated to their positions.
         """
         asking_BNX = hidden_BNX if asking_BNX is None else asking_BNX
-        queries = self.q_norm(self.q_proj(asking_BNX).unflatten(-1, (self.heads, self.head_dim)))
-        return self._rotated(queries, hidden_BNX, position_ids_BN)
+        if asking_BNX is hidden_BNX:
+            parts = joint_linear(hidden_BNX, (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            parts = self.q_proj(asking_BNX), self.k_proj(hidden_BNX), self.v_proj(hidden_BNX)
+        queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        queries, keys = self.rotary.turned(self.q_norm(queries), self.k_norm(keys), position_ids_BN)
+        return queries, keys, values
 
     def keys_values(self, hidden_BNX: Tensor, position_ids_BN: Tensor) -> tuple[Tensor, Tensor]:
         """The same keys and values [B,N,G,D], of rows without a query."""
-        none_BN0D = hidden_BNX.new_empty(*hidden_BNX.shape[:2], 0, self.head_dim)
-        _, keys, values = self._rotated(none_BN0D, hidden_BNX, position_ids_BN)
-        return keys, values
-
-    def _rotated(
-        self, queries_BNQD: Tensor, hidden_BNX: Tensor, position_ids_BN: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values."""
-        keys = self.k_norm(self.k_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim)))
-        values = self.v_proj(hidden_BNX).unflatten(-1, (self.kv_heads, self.head_dim))
-        cosine, sine = self.rotary(values, position_ids_BN)
-        queries, keys = apply_rotary_pos_emb(queries_BNQD, keys, cosine, sine, unsqueeze_dim=2)
-        return queries, keys, values
-
-
-def rotary_config(shape: TargetShape) -> LlamaConfig:
-    """The configuration that Hugging Face's rotary embedding reads."""
-    return LlamaConfig(
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        rope_parameters=dict(shape.rope),
-    )
+        parts = joint_linear(hidden_BNX, (self.k_proj, self.v_proj))
+        keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        keys = self.k_norm(keys)
+        return self.rotary.turned(keys[:, :, :0], keys, position_ids_BN)[1], values
 
 
 class FeedForward(nn.Module):
@@ -307,7 +341,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """[..., H] -> [..., Y]."""
-        return self.down_proj(self.activation(self.gate_proj(hidden_NH)) * self.up_proj(hidden_NH))
+        gate, up = joint_linear(hidden_NH, (self.gate_proj, self.up_proj))
+        return self.down_proj(self.activation(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -393,7 +428,9 @@ class DecoderLayer(nn.Module):
     def after_attention(self, hidden: Tensor) -> Tensor:
         """The feed-forward half, [..., H] -> [..., Y]."""
         if self.mlp is not None and self.post_attention_layernorm is not None:
-            residual = hidden.repeat(*[1] * (hidden.dim() - 1), self.output_width)
+            residual = hidden
+            if self.output_width > 1:
+                residual = hidden.repeat(*[1] * (hidden.dim() - 1), self.output_width)
             hidden = residual + self.mlp(self.post_attention_layernorm(hidden))
         return hidden
 

@@ -30,13 +30,13 @@ from tests.modules.families import built
 WAITS = {"medusa": 1, "clover": 4, "clover2": 1, "hydra": 1, "eagle": 4, "eagle3": 4, "fspad": 5}
 """By family: how often a decoding step waits for the device, at most."""
 LAUNCHES = {
-    "medusa": 60,
-    "clover": 220,
-    "clover2": 290,
-    "hydra": 155,
-    "eagle": 240,
-    "eagle3": 260,
-    "fspad": 346,
+    "medusa": 55,
+    "clover": 180,
+    "clover2": 235,
+    "hydra": 125,
+    "eagle": 170,
+    "eagle3": 192,
+    "fspad": 270,
 }
 """By family: kernels that drafting launches per step, at most."""
 PROMPT, ENDLESS = [[7, 8, 9, 10, 11, 12]], frozenset({-1})

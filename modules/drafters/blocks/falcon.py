@@ -450,9 +450,7 @@ class Falcon(BlockDrafter):
         queries, _, _ = self.attention.project(block_BKH, positions)
         newest = lengths_B1.expand_as(positions) - 1 if self.relaxed_mask else positions
         visible = torch.arange(used, device=positions.device) <= newest[..., None]
-        mixed = self.attention.mix(
-            queries, state.cache.keys_BCGD[:, :used], state.cache.values_BCGD[:, :used], visible
-        )
+        mixed = self.attention.mix(queries, *state.cache.first(used), visible)
         # 2. Outputs, and the state from which further blocks start.
         features = self.layer.after_attention(block_BKH + mixed)
         nothing_above = visible.new_zeros(len(visible), 1, 0)

@@ -322,15 +322,19 @@ class FeatureDrafter(TrainedDrafter):
         rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
         queries, keys, values = self.attention.project(inputs, rows.position_ids_BN)
         keys, values = cache.write(keys, values)
-        place_B1 = rows.position_ids_BN.gather(1, last_B1)
-        seen = rows_at(rows.visible_BNJ, last_B1)
-        seen = self.in_window(seen, place_B1, rows.position_ids_BN)
-        last = Rows(place_B1, seen, self.reached_slots(place_B1, cache))
-        queries = self._queries(queries, inputs, rows.position_ids_BN)
-        keys, values, visible = cache.chosen(last, keys, values)
-        keys = self._keys(keys, self._slot_positions(last, rows.position_ids_BN, keys.shape[1]))
+        if self.window is not None:
+            place_B1 = rows.position_ids_BN.gather(1, last_B1)
+            seen = rows_at(rows.visible_BNJ, last_B1)
+            seen = self.in_window(seen, place_B1, rows.position_ids_BN)
+            last = Rows(place_B1, seen, self.reached_slots(place_B1, cache))
+            queries = self._queries(queries, inputs, rows.position_ids_BN)
+            keys, values, visible = cache.chosen(last, keys, values)
+            slots_BX = self._slot_positions(last, rows.position_ids_BN, keys.shape[1])
+            keys = self._keys(keys, slots_BX)
         cache.keep(counts_B, counts)
-        # 2. Outputs are needed at the last row only.
+        # 2. Outputs are needed at the last row only, which sees all that was kept.
+        if self.window is None:
+            keys, values, visible = cache.counted()
         newest = rows_at(queries.flatten(2), last_B1).view(len(counts_B), 1, *queries.shape[2:])
         mixed = self.attention.mix(newest, keys, values, visible)
         feature, carried = self.outputs(
@@ -379,7 +383,7 @@ class FeatureDrafter(TrainedDrafter):
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
         state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
         above = state.above_BRA[:, -frontier.tokens_BW.shape[1] :]
-        positions = state.cache.lengths_B[:, None] - 1 + frontier.depth
+        positions = state.cache.lengths_B[:, None] + (frontier.depth - 1)
         reached = self.reached_slots(positions, state.cache)
         rows = Rows(positions.expand_as(frontier.tokens_BW), above, reached)
         hidden = self.layer.after_attention(residual + self._attended(inputs, rows, state.cache))

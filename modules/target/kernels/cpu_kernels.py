@@ -20,6 +20,7 @@ import functools
 import inspect
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -50,6 +51,8 @@ GROUPED = "grouped_sdpa"
 
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weight -> (its version, place and precision when packed, the packed copy)."""
+_JOINT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""First weight -> (versions and places of all, the packed copy of all, their biases)."""
 
 
 # -- linear layers ---------------------------------------------------------------------------------
@@ -85,11 +88,11 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x, entry[1], bias, "none", [], "")
 
 
-def _packable(weight: Tensor) -> bool:
+def _packable(weight: Tensor, size: int | None = None) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in PACKED_DTYPES
-        and weight.numel() >= SMALLEST_WEIGHT
+        and (size or weight.numel()) >= SMALLEST_WEIGHT
     )
 
 
@@ -150,6 +153,57 @@ def _alternating_minima(weights: list[Tensor], x: Tensor, passes: int = 6) -> tu
                 function(x, weight)
             samples.append((time.perf_counter() - began) / len(weights))
     return min(taken[F.linear][1:]), min(taken[packed_linear][1:])
+
+
+def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
+    """Outputs [..., O] of linear layers that read the same x [..., I].
+
+    For few rows they are one product with a packed copy of all weights, parts of which are
+    returned: a call of a small layer takes longer than reading its weights does.
+    """
+    rows, weights = x.numel() // x.shape[-1], [linear.weight for linear in linears]
+    if not (
+        all("forward" in vars(linear) for linear in linears)
+        and joint_pays(rows, x.dtype, weights)
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+    ):
+        return [linear(x) for linear in linears]
+    sizes = [len(weight) for weight in weights]
+    return packed_joint(x, linears).split(sizes, -1)
+
+
+def joint_pays(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
+    """Whether a packed copy of weights [O, I] side by side is faster than `F.linear` here."""
+    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+    return (
+        0 < rows <= MOST_ROWS
+        and all(_packable(weight, outputs * inputs) and weight.dtype == dtype for weight in weights)
+        and packing_pays(rows, outputs, inputs, dtype)
+    )
+
+
+def packed_joint(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    """The outputs side by side [..., O + … + O], by a packed copy of all weights."""
+    first, biases = linears[0].weight, [linear.bias for linear in linears]
+    tensors = [part for linear in linears for part in (linear.weight, linear.bias)]
+    state = tuple(
+        (part._version, part.data_ptr(), part.dtype) for part in tensors if part is not None
+    )
+    entry = _JOINT.get(first)
+    if entry is None or entry[0] != state:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        bias = None
+        if any(part is not None for part in biases):
+            bias = torch.cat(
+                [
+                    weight.new_zeros(len(linear.weight)) if part is None else part.detach()
+                    for linear, part in zip(linears, biases, strict=True)
+                ]
+            )
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
+        entry = _JOINT[first] = (state, packed, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, entry[1], entry[2], "none", [], "")
 
 
 class NarrowLinear(nn.Linear):

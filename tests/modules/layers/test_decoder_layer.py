@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modules.contracts.rows import Rows, causal_rows
-from modules.layers.decoder_layer import DecoderLayer, LayerCache, ResBlock
+from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache, ResBlock
 from tests.fakes import tiny_batch, tiny_target
 
 
@@ -171,3 +171,45 @@ def test_widths_and_halves() -> None:
     assert {
         name.split(".")[0] for name, _ in DecoderLayer(shape, attention=False).named_parameters()
     } == {"post_attention_layernorm", "mlp"}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize("count", [1, 3, 70])
+def test_decoding_attends_as_training_does(arch: str, count: int) -> None:
+    """Looked-up positions, and query heads as rows of their key/value head."""
+    shape = tiny_target(arch).shape
+    attention, generator = Attention(shape).double(), torch.Generator().manual_seed(count)
+    hidden = torch.randn(2, count, shape.hidden_size, generator=generator).double()
+    positions = torch.randint(0, shape.max_positions, (2, count), generator=generator)
+    visible = torch.rand(2, count, count, generator=generator) < 0.4
+    rows = Rows(positions, visible | torch.eye(count, dtype=torch.bool))
+    assert shape.num_heads > shape.num_kv_heads
+    trained = attention(hidden, rows)
+    with torch.no_grad():
+        decoded = attention(hidden, rows)
+    assert trained.requires_grad
+    torch.testing.assert_close(decoded, trained.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_sequences_of_one_length_are_cached_as_ragged_ones_are() -> None:
+    shape, generator = tiny_target().shape, torch.Generator().manual_seed(0)
+    attention, before = Attention(shape).double(), torch.tensor([5, 5, 2])
+    hidden = torch.randn(3, 5, shape.hidden_size, generator=generator).double()
+    more = torch.randn(3, 4, shape.hidden_size, generator=generator).double()
+    visible = torch.tensor([[True, False, True, False], [True, True, False, True]])
+    found = []
+    for sequences in ([0, 1, 2], [0, 1]):
+        lengths_B = before[sequences]
+        cache = LayerCache.empty(shape, lengths_B, torch.float64)
+        with torch.no_grad():
+            attention(hidden[sequences], causal_rows(cache.lengths_B, 5), cache)
+            cache.keep(lengths_B, lengths_B.tolist())
+            steps = []
+            # The second call's rows see some of the first one's.
+            for start, seen in ((0, visible[:, 2:]), (2, visible)):
+                positions = lengths_B[:, None] + torch.arange(2)
+                rows = Rows(positions, seen.expand(len(sequences), -1, -1))
+                steps.append(attention(more[sequences, start : start + 2], rows, cache))
+        assert cache.uniform == (len(sequences) == 2)
+        found.append(torch.cat(steps, 1))
+    torch.testing.assert_close(found[0][:2], found[1])

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from modules.target.kernels import cpu_kernels as narrow
 from modules.target.kernels.cpu_kernels import (
     grouped_attention,
+    joint_linear,
     narrow_linear,
     use_fused_norms,
     use_narrow_linears,
@@ -56,6 +57,26 @@ def test_a_packed_copy_follows_a_cast(monkeypatch):
         linear.bfloat16()
         found = narrow_linear(x.bfloat16(), linear.weight)
         torch.testing.assert_close(found, x.bfloat16() @ linear.weight.T, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 6, 65])
+def test_layers_that_read_the_same_are_one_product(dtype, rows, monkeypatch):
+    """And the product follows each of the weights."""
+    monkeypatch.setattr(narrow, "packing_pays", lambda *_: True)
+    block = nn.ModuleList(nn.Linear(256, size, bias=size != 192) for size in (256, 192, 320))
+    block, x = block.to(dtype), torch.randn(2, rows, 256).to(dtype)
+    use_narrow_linears(block)
+    with torch.no_grad():
+        for layer in block:
+            layer.weight.mul_(2)
+            found = joint_linear(x, list(block))
+            for each, part in zip(block, found, strict=True):
+                expected = nn.functional.linear(x, each.weight, each.bias)
+                torch.testing.assert_close(part, expected, rtol=2e-2, atol=2e-2)
+        packed = block[0].weight in narrow._JOINT
+        assert packed == (dtype != torch.float64 and 2 * rows <= narrow.MOST_ROWS)
+    assert joint_linear(x, list(block))[0].requires_grad
 
 
 def test_float64_is_computed_by_the_stock_kernel(monkeypatch):
