@@ -23,7 +23,7 @@ from modules.contracts.token_tree import SiblingDraw
 from modules.decoding.loop import Observer, Run, Trace, check_limit
 from modules.decoding.timing import Clock
 from modules.decoding.translation import in_target_ids
-from modules.target.kernels.cpu_kernels import use_narrow_linears
+from modules.target.kernels.cpu_kernels import use_narrow_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class SpeculativeDecoder:
             self._translated = in_target_ids(self.drafter, self.target)
         # 3. Kernels for few rows, as the target has them.
         if self.drafter is not None and self.target.device.type == "cpu":
-            use_narrow_linears(self.drafter)
+            use_narrow_kernels(self.drafter)
         self.stop_ids = self.target.eos_ids if self.stop_ids is None else self.stop_ids
 
     @property

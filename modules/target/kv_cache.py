@@ -96,6 +96,8 @@ class SlotCache(Cache):
         self._stores: dict[Hashable, Tensor] = {}
         """[L,2,B,K,S,D] of the layers of each device, or of each layer; [L,1,B,K,S,D] of keys and
         of values where their shapes differ."""
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of the layers that have written, views of the stores."""
         if fixed is not None and fixed.store is not None:
             self._stores[fixed.store.device] = fixed.store
         self._slots: Tensor | None = None
@@ -198,7 +200,7 @@ class SlotCache(Cache):
             keys, values = self._chosen(keys), self._chosen(values)
         else:
             end = self.window(self.ahead + key_states.shape[2])
-            keys, values = keys[:, :, :end], values[:, :, :end]
+            keys, values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         self.bytes_read += 2 * keys.numel() * keys.element_size()
         return keys, values
 
@@ -214,11 +216,13 @@ class SlotCache(Cache):
         """Where a layer's keys and values [B,K,S,D] are, on the device where it computes. Their
         shapes may differ.
         """
-        alike = keys_BKND.shape == values_BKND.shape
-        return (
-            self._buffer(layer, keys_BKND, 0, alike),
-            self._buffer(layer, values_BKND, 1, alike),
-        )
+        if layer not in self._layers:
+            alike = keys_BKND.shape == values_BKND.shape
+            self._layers[layer] = (
+                self._buffer(layer, keys_BKND, 0, alike),
+                self._buffer(layer, values_BKND, 1, alike),
+            )
+        return self._layers[layer]
 
     def _buffer(self, layer: int, like_BKND: Tensor, side: int, alike: bool) -> Tensor:
         """The keys (`side` 0) or values (1) of a layer; `alike`: both are in one store."""
@@ -247,12 +251,13 @@ class SlotCache(Cache):
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `how(buffer)`, at another address."""
         self.fixed = None
+        self._layers.clear()
         self._stores = {place: how(store) for place, store in self._stores.items()}
 
     def _write(self, buffer_BKSD: Tensor, rows_BKND: Tensor) -> None:
         if self._slots is None:
             start = self.lengths[0] + self.ahead
-            buffer_BKSD[:, :, start : start + rows_BKND.shape[2]] = rows_BKND
+            buffer_BKSD.narrow(2, start, rows_BKND.shape[2]).copy_(rows_BKND)
         else:
             slots_BN = self._slots.to(rows_BKND.device)
             buffer_BKSD.scatter_(2, slots_BN[:, None, :, None].expand_as(rows_BKND), rows_BKND)

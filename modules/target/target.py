@@ -36,6 +36,7 @@ from modules.target.kernels.cpu_kernels import (
     use_narrow_kernels,
     uses_grouped_attention,
 )
+from modules.target.kernels.fused_blocks import use_fused_blocks
 from modules.target.kv_cache import SlotCache
 from modules.target.session import Session
 
@@ -90,6 +91,7 @@ class Target(SteadyBuffers):
         use_grouped_attention(model)
         if self.device.type == "cpu":
             use_narrow_kernels(model)
+            use_fused_blocks(model)
         self.layer_devices = [next(layer.parameters()).device for layer in self.architecture.layers]
         """Where each layer computes."""
         self._watch()

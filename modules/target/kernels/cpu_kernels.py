@@ -156,53 +156,49 @@ def _alternating_minima(weights: list[Tensor], x: Tensor, passes: int = 6) -> tu
 
 
 def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
-    """Outputs [..., O] of linear layers that read the same x [..., I].
+    """Outputs [..., O] of linear layers that read the same x [..., I]; for few rows they are parts
+    of one product with a packed copy of all weights.
 
-    For few rows they are one product with a packed copy of all weights, parts of which are
-    returned: a call of a small layer takes longer than reading its weights does.
+    A call of a small layer takes longer than reading its weights does.
     """
-    rows, weights = x.numel() // x.shape[-1], [linear.weight for linear in linears]
-    if not (
-        all("forward" in vars(linear) for linear in linears)
-        and joint_pays(rows, x.dtype, weights)
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not all("forward" in vars(linear) for linear in linears)
     ):
         return [linear(x) for linear in linears]
-    sizes = [len(weight) for weight in weights]
-    return packed_joint(x, linears).split(sizes, -1)
-
-
-def joint_pays(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    """Whether a packed copy of weights [O, I] side by side is faster than `F.linear` here."""
-    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
-    return (
-        0 < rows <= MOST_ROWS
-        and all(_packable(weight, outputs * inputs) and weight.dtype == dtype for weight in weights)
-        and packing_pays(rows, outputs, inputs, dtype)
-    )
+    # 1. One product, where its size is faster packed.
+    first, sizes = linears[0].weight, [linear.out_features for linear in linears]
+    rows, inputs = x.numel() // x.shape[-1], linears[0].in_features
+    if (
+        rows <= MOST_ROWS
+        and x.dtype == first.dtype
+        and _packable(first, sum(sizes) * inputs)
+        and packing_pays(rows, sum(sizes), inputs, first.dtype)
+    ):
+        return packed_joint(x, linears).split(sizes, -1)
+    # 2. Weights are packed together or one by one, not twice.
+    if first in _JOINT:
+        return [F.linear(x, linear.weight, linear.bias) for linear in linears]
+    return [linear(x) for linear in linears]
 
 
 def packed_joint(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
     """The outputs side by side [..., O + … + O], by a packed copy of all weights."""
-    first, biases = linears[0].weight, [linear.bias for linear in linears]
-    tensors = [part for linear in linears for part in (linear.weight, linear.bias)]
-    state = tuple(
-        (part._version, part.data_ptr(), part.dtype) for part in tensors if part is not None
-    )
-    entry = _JOINT.get(first)
+    weights, biases = zip(*((linear.weight, linear.bias) for linear in linears), strict=True)
+    tensors = [part for part in (*weights, *biases) if part is not None]
+    state = [(part._version, part.data_ptr(), part.dtype) for part in tensors]
+    entry = _JOINT.get(weights[0])
     if entry is None or entry[0] != state:
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        bias = None
-        if any(part is not None for part in biases):
-            bias = torch.cat(
-                [
-                    weight.new_zeros(len(linear.weight)) if part is None else part.detach()
-                    for linear, part in zip(linears, biases, strict=True)
-                ]
-            )
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
-        entry = _JOINT[first] = (state, packed, bias)
+        whole, bias = torch.cat([weight.detach() for weight in weights]), None
+        if len(tensors) > len(weights):
+            bias = [
+                whole.new_zeros(linear.out_features) if part is None else part.detach()
+                for linear, part in zip(linears, biases, strict=True)
+            ]
+            bias = torch.cat(bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(whole, 4)
+        entry = _JOINT[weights[0]] = (state, packed, bias)
     return torch.ops.mkldnn._linear_pointwise(x, entry[1], entry[2], "none", [], "")
 
 
@@ -251,31 +247,57 @@ def _plain_linears(model: nn.Module) -> list[nn.Linear]:
 def use_fused_norms(model: nn.Module) -> None:
     """Make every RMS norm that `_rms_norm` computes equally on random rows call it."""
     for module in model.modules():
-        if _is_rms_norm(module):
-            module.forward = functools.partial(_rms_norm, module)
+        if (forward := _fused_norm(module)) is not None:
+            module.forward = forward
 
 
-def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
+def _rms_norm(module: Any, epsilon: float, rounded: bool, hidden: Tensor) -> Tensor:
+    """The norm of `hidden`; at 16 bits rounded before the weight, if `rounded`, and after it."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or hidden.dtype not in NORM_DTYPES
+        or hidden.dtype != module.weight.dtype
+        or hidden.device.type != "cpu"
+    ):
         return type(module).forward(module, hidden)
-    weight, epsilon = module.weight, module.variance_epsilon
-    if hidden.dtype == torch.float32:
-        return F.rms_norm(hidden, weight.shape, weight, epsilon)
-    # At 16 bits the stock norm rounds once more, before the weight.
-    return weight * F.rms_norm(hidden.float(), weight.shape, None, epsilon).to(hidden.dtype)
+    # torch's own norm is a dozen operators on a CPU; the length of a row is one.
+    weight, wide = module.weight, hidden.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.addcmul(_scalar(epsilon), length, length, value=1 / len(weight)).rsqrt_()
+    if rounded:
+        return weight * (wide * scale).to(hidden.dtype)
+    return (wide * scale * weight).to(hidden.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module) -> bool:
-    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if epsilon is None or weight is None or weight.dim() != 1 or weight.dtype not in NORM_DTYPES:
-        return False
+def _fused_norm(module: Any) -> Any:
+    """The fused forward of a norm; None for what is no RMS norm, or computes otherwise."""
+    weight = getattr(module, "weight", None)
+    epsilon = module.eps if isinstance(module, nn.RMSNorm) else None
+    epsilon = getattr(module, "variance_epsilon", epsilon)
+    if "forward" in vars(module) or epsilon is None:
+        return None
+    if weight is None or weight.dim() != 1 or weight.dtype not in NORM_DTYPES:
+        return None
     rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    theirs, ours = module(rows), _rms_norm(module, rows)
-    if weight.dtype == torch.float32:
-        return torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
-    # Rounded at the same places: sums in another order rarely change a rounded value.
-    return float((theirs == ours).float().mean()) > 0.99
+    theirs = type(module).forward(module, rows)
+    for rounded in (True, False):
+        forward = functools.partial(_rms_norm, module, float(epsilon), rounded)
+        ours = forward(rows)
+        if weight.dtype == torch.float32:
+            equal = torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+        else:
+            # Sums in another order rarely change a rounded value.
+            equal = float((theirs == ours).float().mean()) > 0.99
+        if equal:
+            return forward
+    return None
 
 
 # -- attention -------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def ids(decoder: SpeculativeDecoder, limit: int = 14) -> list[list[int]]:
     return [decoder.decode([prompt], GREEDY, limit)[0].ids for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "qwen3", "opt"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "qwen3", "mistral", "opt"])
 def test_tokens_are_those_of_plain_decoding_and_every_width_is_compiled_once(
     arch: str, made: Counter[str]
 ) -> None:

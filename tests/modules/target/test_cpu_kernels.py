@@ -168,18 +168,22 @@ class RoundedOnce(LlamaRMSNorm):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_in_16_bits_round_where_the_stock_norm_does(dtype):
-    """A norm that rounds elsewhere stays."""
-    llama, once = LlamaRMSNorm(64).to(dtype), RoundedOnce(64).to(dtype)
-    with torch.no_grad():
-        llama.weight.copy_(torch.rand(64) + 0.5)
-        once.weight.copy_(torch.rand(64) + 0.5)
+    """A norm that rounds elsewhere too, torch's own among them."""
+    norms = LlamaRMSNorm(64).to(dtype), RoundedOnce(64).to(dtype), nn.RMSNorm(64, 1e-6).to(dtype)
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
     rows = torch.randn(200, 64).to(dtype)
     with torch.no_grad():
-        expected = llama(rows)
-        use_fused_norms(nn.ModuleList([llama, once]))
-        assert "forward" in vars(llama) and "forward" not in vars(once)
-        assert float((llama(rows) == expected).float().mean()) > 0.999
-        torch.testing.assert_close(llama(rows), expected)
+        expected = [norm(rows) for norm in norms]
+        assert float((expected[0] == RoundedOnce.forward(norms[0], rows)).float().mean()) < 0.95
+        use_fused_norms(nn.ModuleList(norms))
+        for norm, theirs in zip(norms, expected, strict=True):
+            assert "forward" in vars(norm)
+            assert float((norm(rows) == theirs).float().mean()) > 0.999
+            torch.testing.assert_close(norm(rows), theirs)
+            # Under autocast rows have another precision than the weights.
+            assert torch.equal(norm.float()(rows), type(norm).forward(norm, rows))
+            assert norm.double()(rows.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(6, 2, 1), (4, 4, 2), (4, 1, 3)])
