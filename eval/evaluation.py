@@ -406,7 +406,9 @@ def opened_rows(evaluation: Evaluation, target: Target, most: int) -> Iterator[l
         with vllm_rows(evaluation.rows, target, sampling, evaluation.dtype, most) as rows:
             yield rows
     else:
-        yield build_rows(evaluation.rows, target, sampling, evaluation.draft_precision)
+        yield build_rows(
+            evaluation.rows, target, sampling, evaluation.draft_precision, evaluation.batch_sizes[0]
+        )
 
 
 def samplings_on(evaluation: Evaluation, target: Target) -> list[Sampling]:

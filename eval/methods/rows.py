@@ -322,6 +322,7 @@ def build_rows(
     target: Target,
     sampling: Sampling,
     precision: Precision | None = None,
+    batch_size: int = 1,
 ) -> list[Row]:
     """Load the parts of every method, and add an autoregressive row for each pair of target and
     temperature.
@@ -332,6 +333,7 @@ def build_rows(
             baseline.
         sampling: the evaluation's sampling; a method may have its own temperature.
         precision: of drafters whose method names none; by default the target's.
+        batch_size: prompts decoded together, for which `budget: auto` is measured.
     """
     loaded: dict[str, tuple[Drafter, Target]] = {}
     rows = [_autoregressive(AUTOREGRESSIVE, target, sampling)]
@@ -351,6 +353,7 @@ def build_rows(
                 target,
                 row_sampling,
                 loaded,
+                batch_size,
             )
         )
         # The plain decoding that it is compared with, added where it is missing.
@@ -408,6 +411,7 @@ def _drafter_row(
     target: Target,
     sampling: Sampling,
     loaded: dict[str, tuple[Drafter, Target]],
+    batch_size: int,
 ) -> Row:
     where = f"methods: {label}"
     # Rows of one drafter and precision share its weights.
@@ -428,7 +432,7 @@ def _drafter_row(
     budget = None if method.budget == "auto" else method.budget
     decoder = SpeculativeDecoder(adapted, drafter, rule, builder, budget, label)
     if method.budget == "auto":
-        decoder.budget = automatic_budget(decoder, sampling)
+        decoder.budget = automatic_budget(decoder, sampling, batch_size)
     used = decoder.rule_for(sampling)
     return Row(
         label,
@@ -446,20 +450,22 @@ def _drafter_row(
     )
 
 
-def automatic_budget(decoder: SpeculativeDecoder, sampling: Sampling, prompts: int = 4) -> int:
-    """The tree size with the highest predicted speedup on this device, tried on training prompts
-    that no evaluation contains."""
-    rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), prompts)
+def automatic_budget(
+    decoder: SpeculativeDecoder, sampling: Sampling, batch_size: int = 1, prompts: int = 4
+) -> int:
+    """The tree size with the highest predicted speedup on this device for so many prompts at once,
+    tried on training prompts that no evaluation contains."""
+    rows = itertools.islice(read_jsonl(TRAINING_PROMPTS), max(prompts, batch_size))
     tokenizer, widths = (
         decoder.target.tokenizer,
         [1, *(n + 1 for n in budgets_on(decoder.target.device))],
     )
     # Times of calls by width, then acceptance at every size.
-    stored = stored_latency(decoder.target, widths=widths)
+    stored = stored_latency(decoder.target, widths=widths, batch=batch_size)
     conversations = [
         prompt_ids([{"role": "user", "content": row["prompt"]}], tokenizer) for row in rows
     ]
-    trials = try_budgets(decoder, stored, conversations, sampling)
+    trials = try_budgets(decoder, stored, conversations, sampling, batch=batch_size)
     for trial in trials:
         logger.info(
             "%s with %d nodes: %.2f tokens per call, drafting %.1f ms, %.2f times plain decoding",

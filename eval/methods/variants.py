@@ -58,8 +58,14 @@ def at_temperature(row: Row, sampling: Sampling) -> Row:
     changed = replace(changed, rule=rule.name, claims_lossless=rule.lossless)
     if not row.measured_budget:
         return changed
-    budget = automatic_budget(row.decoder, sampling)
-    return replace(changed, decoder=replace(row.decoder, budget=budget), budget=budget)
+    return with_measured_budget(changed)
+
+
+def with_measured_budget(row: Row) -> Row:
+    """The row with the tree size that pays most at its sampling and batch size."""
+    assert isinstance(row.decoder, SpeculativeDecoder)
+    budget = automatic_budget(row.decoder, row.sampling, row.batch_size)
+    return replace(row, decoder=replace(row.decoder, budget=budget), budget=budget)
 
 
 def in_batches(row: Row, size: int) -> Row:
@@ -67,10 +73,12 @@ def in_batches(row: Row, size: int) -> Row:
     smallest batch.
     """
     suffix = f", {size} at once"
-    return replace(
+    changed = replace(
         row,
         name=row.name + suffix,
         baseline=row.baseline + suffix,
         batch_size=size,
         yardstick=row.baseline,
     )
+    # The more sequences a call has, the more its further rows cost.
+    return with_measured_budget(changed) if row.measured_budget else changed

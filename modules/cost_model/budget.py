@@ -48,6 +48,7 @@ def try_budgets(
     sampling: Sampling,
     limit: int = 32,
     budgets: Sequence[int] | None = None,
+    batch: int = 1,
 ) -> list[BudgetTrial]:
     """Decode a few prompts with every tree size, and predict its speedup from the measured times of
     the target's calls.
@@ -60,6 +61,7 @@ def try_budgets(
         limit: new tokens per prompt.
         budgets: the tree sizes, ascending, by default those of the device; sizes too small for the
             drafter are left out, and those beyond the peak.
+        batch: prompts decoded together; `latency` is of calls of so many sequences.
 
     Raises:
         ValueError: the drafter needs more nodes than any of the sizes has.
@@ -75,7 +77,7 @@ def try_budgets(
     trials: list[BudgetTrial] = []
     for budget in possible:
         trials.append(
-            _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit)
+            _try(replace(decoder.fresh(), budget=budget), latency, prompts, sampling, limit, batch)
         )
         best = max(trial.predicted_speedup for trial in trials)
         # More rows cost more, and deeper nodes are accepted less: beyond the peak comes no other.
@@ -97,13 +99,18 @@ def _try(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     limit: int,
+    batch: int,
 ) -> BudgetTrial:
     assert decoder.budget is not None
-    # 1. Tokens and drafting time per call.
-    traces = [decoder.decode([prompt], sampling, limit)[0] for prompt in prompts]
-    calls = max(1, sum(len(trace.accepted) for trace in traces))
-    tokens = sum(sum(trace.accepted) for trace in traces) / calls
-    drafting = sum(trace.seconds.get("draft", 0.0) for trace in traces) / calls
+    # 1. Tokens per call of a sequence, and drafting time per call of a batch.
+    parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    batches = [decoder.decode(list(part), sampling, limit) for part in parts]
+    traces = [trace for together in batches for trace in together]
+    tokens = sum(sum(trace.accepted) for trace in traces)
+    tokens /= max(1, sum(len(trace.accepted) for trace in traces))
+    longest = [max(together, key=lambda trace: len(trace.accepted)) for together in batches]
+    drafting = sum(trace.seconds.get("draft", 0.0) for trace in longest)
+    drafting /= max(1, sum(len(trace.accepted) for trace in longest))
     # 2. Time of the target's calls, by the rows they really had.
     rows = [rows for trace in traces for rows in trace.rows] or [decoder.budget + 1]
     call = sum(map(latency.at, rows)) / len(rows) + drafting

@@ -192,7 +192,11 @@ def stock_step(target: Target, ids_BT: Tensor) -> Callable[[], object]:
 
 
 def stored_latency(
-    target: Target, folder: Path | None = None, widths: Sequence[int] = WIDTHS, repeats: int = 7
+    target: Target,
+    folder: Path | None = None,
+    widths: Sequence[int] = WIDTHS,
+    repeats: int = 7,
+    batch: int = 1,
 ) -> LatencyTable:
     """The table of this target on this device with as many threads: measured once, then read.
 
@@ -202,10 +206,10 @@ def stored_latency(
     Args:
         folder: where tables are stored; by default `latency` in `SLIPSTREAM_CACHE` or
             ~/.cache/slipstream.
-        widths, repeats: see `measure_latency`; a stored table without one of the widths is measured
-            anew.
+        widths, repeats, batch: see `measure_latency`; a stored table without one of the widths is
+            measured anew.
     """
-    # 1. One file per target, precision, device, threads and kind of call.
+    # 1. One file per target, precision, device, threads, kind of call and batch size.
     folder = folder or cache_folder() / "latency"
     on_gpu = target.device.type == "cuda"
     device = torch.cuda.get_device_name(target.device) if on_gpu else processor_name()
@@ -215,16 +219,19 @@ def stored_latency(
         device,
         str(torch.get_num_threads()),
         *(("compiled",) if target.compiled is not None else ()),
+        *((f"{batch}at-once",) if batch > 1 else ()),
     )
     file = folder / (re.sub(r"[^\w.()@-]", "_", "-".join(parts)) + ".json")
     # 2. Checked once per process.
     current = _current.setdefault(target, {})
     if file not in current or not set(widths) <= set(current[file].seconds):
-        current[file] = _reusable(target, file, widths) or _fresh(target, file, widths, repeats)
+        current[file] = _reusable(target, file, widths, batch) or _fresh(
+            target, file, widths, repeats, batch
+        )
     return current[file]
 
 
-def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable | None:
+def _reusable(target: Target, file: Path, widths: Sequence[int], batch: int) -> LatencyTable | None:
     """The stored table, if there is one for these widths and it is still valid."""
     # 1. A table for these widths.
     if not file.is_file():
@@ -237,7 +244,8 @@ def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable
     if not {1, *widths} <= set(table.seconds):
         return None
     # 2. Measured in the same state of the machine.
-    moved = measure_latency(target, (1,), table.context, _CHECKS).seconds[1] / table.seconds[1]
+    again = measure_latency(target, (1,), table.context, _CHECKS, batch)
+    moved = again.seconds[1] / table.seconds[1]
     if table.noise > STEADY or not 1 - STEADY <= moved <= 1 / (1 - STEADY):
         logger.warning(
             "stored t(rows) are measured again: t(1) is %.2f times what it was, its "
@@ -249,8 +257,10 @@ def _reusable(target: Target, file: Path, widths: Sequence[int]) -> LatencyTable
     return table
 
 
-def _fresh(target: Target, file: Path, widths: Sequence[int], repeats: int) -> LatencyTable:
-    table = measure_latency(target, sorted({1, *widths}), repeats=repeats)
+def _fresh(
+    target: Target, file: Path, widths: Sequence[int], repeats: int, batch: int
+) -> LatencyTable:
+    table = measure_latency(target, sorted({1, *widths}), repeats=repeats, batch=batch)
     if table.noise > STEADY:
         logger.warning(
             "t(rows) were measured while the machine was busy: the repeats of t(1) "

@@ -75,13 +75,36 @@ def test_an_evaluation_can_ask_for_it(tmp_path, monkeypatch):
     assert rows[-1].budget in (0, *BUDGETS)
 
 
+def test_prompts_decoded_together_are_tried_together(tmp_path, monkeypatch):
+    target, batches = tiny_target(), []
+    decode = SpeculativeDecoder.decode
+
+    def watched(self, prompts, sampling, limit, observer=None):
+        batches.append(len(prompts))
+        return decode(self, prompts, sampling, limit, observer)
+
+    monkeypatch.setattr(SpeculativeDecoder, "decode", watched)
+    decoder = SpeculativeDecoder(target, Obedient(target.shape, right=1.0, depth=3))
+    # Rows that are free for one sequence cost for three.
+    prompts = [[7, 8, 9], [5, 6], [9], [4, 4]]
+    table = LatencyTable(8, {1: 1.0, 2: 1.0})
+    dear = LatencyTable(8, {1: 3.0, 2: 30.0})
+    alone = try_budgets(decoder, table, prompts, Sampling(), 8, budgets=(1,))
+    together = try_budgets(decoder, dear, prompts, Sampling(), 8, budgets=(1,), batch=3)
+    assert batches == [1, 1, 1, 1, 3, 1] and (best_budget(alone), best_budget(together)) == (1, 0)
+    assert together[0].tokens_per_call == pytest.approx(alone[0].tokens_per_call)
+    # A table is of one batch size.
+    tables = [stored_latency(target, tmp_path, (1, 2), 1, batch) for batch in (1, 3, 1)]
+    assert len(list(tmp_path.iterdir())) == 2 and tables[0] is tables[2] is not tables[1]
+
+
 def test_drafters_in_shorthand_draft_what_pays_at_each_temperature(monkeypatch):
     """A chain of the engine's own is not measured here."""
-    measured = {0.0: 5, 1.0: 2}
+    measured = {(0.0, 1): 5, (1.0, 1): 2, (0.0, 4): 3, (1.0, 4): 0}
     for module in ("rows", "variants"):
         monkeypatch.setattr(
             f"eval.methods.{module}.automatic_budget",
-            lambda decoder, sampling: measured[sampling.temperature],
+            lambda decoder, sampling, batch: measured[sampling.temperature, batch],
         )
     assert Evaluation(drafters=["a"]).rows[0].budget == "auto"
     assert Evaluation(drafters=["a"], engine="vllm").rows[0].budget is None
@@ -89,10 +112,10 @@ def test_drafters_in_shorthand_draft_what_pays_at_each_temperature(monkeypatch):
     methods = [Method("a", drafter, budget="auto"), Method("b", drafter, budget=3)]
     rows = build_rows(methods, tiny_target(), Sampling())
     varied = vary(rows, [Sampling(), Sampling(1.0)], [1, 4])
-    budgets = {row.name: (row.budget, row.decoder.nodes) for row in varied if row.budget}
-    assert budgets["a"] == budgets["a, 4 at once"] == (5, 5)
-    assert budgets["a at 1"] == budgets["a at 1, 4 at once"] == (2, 2)
-    assert budgets["b"] == budgets["b at 1"] == (3, 3)
+    budgets = {row.name: (row.budget, row.decoder.nodes) for row in varied}
+    assert budgets["a"] == (5, 5) and budgets["a, 4 at once"] == (3, 3)
+    assert budgets["a at 1"] == (2, 2) and budgets["a at 1, 4 at once"] == (0, 0)
+    assert budgets["b"] == budgets["b at 1"] == budgets["b, 4 at once"] == (3, 3)
 
 
 def test_a_resumed_evaluation_keeps_the_budgets_that_it_measured(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ class Machine:
     def __init__(self, second=0.1, spread=0.0):
         self.second, self.spread, self.asked = second, spread, []
 
-    def __call__(self, target, widths, context=256, repeats=7):
+    def __call__(self, target, widths, context=256, repeats=7, batch=1):
         self.asked.append(tuple(widths))
         seconds = {width: self.second * width for width in widths}
         spread = dict.fromkeys(widths, self.spread * self.second)
