@@ -236,6 +236,7 @@ def test_every_shipped_task_reads_a_local_file(tmp_path: Path) -> None:
             }
         ],
         "translation": [{"translation": {"de": "Hund", "en": "dog"}}],
+        "json_schemas": [{"id": "a", "question": "How old?", "schema": {"type": "integer"}}],
     }
     assert {f"tasks/{name}" for name in rows} == set(shipped())
     for name, lines in rows.items():
