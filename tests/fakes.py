@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modules.contracts.batches import TextBatch
@@ -20,9 +25,10 @@ from modules.contracts.shapes import TargetShape
 from modules.contracts.token_tree import SiblingDraw, TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import Decoder
+from modules.target.architecture import reads_images
 from modules.target.seq2seq.target import Seq2SeqTarget
 from modules.target.target import Target
-from tests.architectures import ARCHITECTURES, DIMENSIONS, MORE, REFUSED
+from tests.architectures import ARCHITECTURES, DIMENSIONS, MORE, RECURRENT, REFUSED, SEEING
 
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -107,16 +113,21 @@ def tiny_target(
     """A random-weight target with distributions sharp enough to be told apart, every norm with a
     gain of its own.
     """
-    kind, extra = (ARCHITECTURES | MORE | REFUSED)[arch]
+    kind, extra = (ARCHITECTURES | MORE | RECURRENT | REFUSED | SEEING)[arch]
     dimensions = {**DIMENSIONS, "num_hidden_layers": layers} | (
         {"n_layer": layers} if arch == "gpt2" else {}
     )
     ids = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
-    settings = {**ids, **dimensions, **extra}
+    settings = {"vocab_size": vocab, **ids, **dimensions, **extra}
     settings = {name: value for name, value in settings.items() if value is not None}
-    config = CONFIG_MAPPING[kind](vocab_size=vocab, **settings)
+    if "text_config" in extra:
+        # Dimensions are those of the text decoder.
+        text = {"vocab_size": vocab, **ids, **dimensions, **extra["text_config"]}
+        settings = {**extra, "text_config": text}
+    config = CONFIG_MAPPING[kind](**settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    loader = AutoModelForImageTextToText if reads_images(kind) else AutoModelForCausalLM
+    model = loader.from_config(config).to(dtype)
     gains = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

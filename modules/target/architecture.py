@@ -11,21 +11,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from modules.contracts.rows import Rows
 from modules.contracts.shapes import TargetShape
 from modules.target.kv_cache import SlotCache
+from modules.target.stock.recurrent import Recurrence
 
 _WINDOWS = ("sliding_attention", "chunked_attention")
 """Kinds of layers that see a part of the context alone, as the library names them."""
-RECURRENT = ("linear_attention", "mamba", "conv", "hybrid")
-"""Kinds of layers that keep a state in place of keys and values, or beside them."""
 
 
 def is_causal(kind: Any) -> bool:
     """Whether transformers has causal language models of this `model_type`."""
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def reads_images(kind: Any) -> bool:
+    """Whether transformers has models of this `model_type` that need another loader because they
+    read images too.
+    """
+    return not is_causal(kind) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 class Architecture:
@@ -58,6 +67,8 @@ class Architecture:
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(self.config)
         self.kinds = _kinds(self.config)
+        # 4. Modules that keep a state.
+        self.recurrence = Recurrence(self.layers)
 
     def _config_of(self, model: Any) -> Any:
         """The config of the language model, which another model may contain."""
@@ -105,8 +116,8 @@ class Architecture:
             vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_kv_heads=_setting(config, "num_key_value_heads") or heads,
+            head_dim=self._head_dim(),
             intermediate_size=_first(config, _INNER, 4 * config.hidden_size),
             norm_eps=_first(config, _EPSILONS, 1e-5),
             max_positions=config.max_position_embeddings,
@@ -116,14 +127,17 @@ class Architecture:
             rope=_rope(config),
         )
 
+    def _head_dim(self) -> int:
+        config = self.config
+        return _setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
+
     def _has_attention_bias(self) -> bool:
         return self._first_weight("q_proj.bias") is not None
 
     def _has_head_norms(self) -> bool:
         """Whether queries are normalised head by head."""
-        weight, heads = self._first_weight("q_norm.weight"), self.config.num_attention_heads
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        return weight is not None and tuple(weight.shape) == (size,)
+        weight = self._first_weight("q_norm.weight")
+        return weight is not None and tuple(weight.shape) == (self._head_dim(),)
 
     def _first_weight(self, name: str) -> Tensor | None:
         """The first weight of the layers whose path ends so."""
@@ -154,9 +168,9 @@ class Architecture:
     @property
     def offset_norms(self) -> bool:
         """Whether its norms multiply by one plus their weight, as the final one shows."""
-        if self.norm is None:
+        stored_H = getattr(self.norm, "weight", None)
+        if self.norm is None or stored_H is None:
             return False
-        stored_H = self.norm.get_parameter("weight")
         return not torch.equal(_factor(self.norm, stored_H), stored_H)
 
     def scaled(self, logits: Tensor) -> Tensor:
@@ -190,7 +204,9 @@ class Architecture:
             masks["chunked_attention"] = additive(seen & inside, embeddings_BNH.dtype)
         # One tensor where all layers that attend are of one kind.
         kinds = {kind if kind in _WINDOWS else "full_attention" for kind in self.kinds}
-        return masks if len(kinds) > 1 else masks[kinds.pop()]
+        if len(kinds) > 1:
+            return {**dict.fromkeys(self.kinds), **masks}
+        return masks[kinds.pop()]
 
 
 _INNER = ("intermediate_size", "ffn_dim", "n_inner")
@@ -200,7 +216,14 @@ _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsil
 
 def _first(config: Any, names: Sequence[str], otherwise: Any) -> Any:
     """The first of these settings that a config has."""
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), otherwise)
+    return next((value for name in names if (value := _setting(config, name))), otherwise)
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A setting or None; that of the last layer where layers differ (Gemma 4)."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        config = config.per_layer_config[config.num_hidden_layers - 1]
+    return getattr(config, name, None)
 
 
 def _logit_scale(config: Any) -> float:

@@ -22,6 +22,7 @@ from modules.target.tokenizers.vocabulary import check_tokenizer
 
 MOST_POSITIONS = 1 << 27
 _NAMED = "drafter.model"
+_COUNTED = ("num_hidden_layers", "max_position_embeddings")
 _NOT_SAVED = (
     "_name_or_path",
     "architectures",
@@ -100,6 +101,11 @@ def _checked(config: Any, layers: int | None) -> Any:
             f"drafter.model has architecture {config.model_type!r}: use a causal language model of "
             "transformers"
         )
+    if missing := [name for name in _COUNTED if getattr(config, name, None) is None]:
+        raise ValueError(
+            f"drafter.model has architecture {config.model_type!r}, which is not supported: no "
+            f"{missing[0]} in its config, use another language model"
+        )
     if not 1 <= config.num_hidden_layers <= MOST["layers"]:
         raise ValueError(
             f"drafter.model has {config.num_hidden_layers} layers, expected 1 to {MOST['layers']}"
@@ -134,6 +140,11 @@ def load_named(
     # 1. The target's own first layers.
     if name is None:
         stock = target.stock
+        if stock.config.get_text_config() is not stock.config:
+            raise ValueError(
+                f"drafter.model is not set, and {target.name!r} is a language model within a "
+                "larger one, whose first layers are no model: name a small language model"
+            )
         return truncated_config(stock.config, kept_layers(layers, target.shape)), stock.state_dict()
     # 2. Another model, which must have the target's tokenizer.
     config, loader, folder = config_named(name, layers), AutoModelForCausalLM, locate(name)

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from modules.contracts.rows import Rows
 from modules.contracts.verification import Accepted
+from modules.target.stock.recurrent import RecurrentStates
 
 
 @dataclass
@@ -77,6 +78,7 @@ class SlotCache(Cache):
             layers.
         fixed: buffers at fixed addresses (`modules.target.kernels.compiled_calls`), new or used
             before; every call then sees all slots, and its mask excludes the unused ones.
+        apart: whether each layer has a buffer of its own, because not all of them write.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class SlotCache(Cache):
         capacity: int,
         devices: Sequence[torch.device] = (),
         fixed: Buffers | None = None,
+        apart: bool = False,
     ) -> None:
         super().__init__(layers=[])
+        self._apart = apart
         self.num_layers, self.capacity = num_layers, capacity
         self.lengths = [0] * batch_size
         self._lengths_B: Tensor | None = None
@@ -111,6 +115,10 @@ class SlotCache(Cache):
         self.bytes_read = 0
         """Bytes of keys and values that calls have read so far; calls through `torch.compile` are
         not counted."""
+        self.recurrent = RecurrentStates()
+        """Of layers that keep a state in place of keys and values."""
+        self.offsets_B: Tensor | None = None
+        """How far rotary positions are from slots, behind images."""
         self.encoded: EncodedSource | None = None
         """Of an encoder-decoder model, what its encoder read."""
 
@@ -228,9 +236,11 @@ class SlotCache(Cache):
         """The keys (`side` 0) or values (1) of a layer; `alike`: both are in one store."""
         device = like_BKND.device
         # 1. One store per device for all of its layers.
-        place: Hashable = device if alike else (device, side)
+        shared = layer if self._apart else device
+        place: Hashable = shared if alike else (shared, side)
         if place not in self._stores:
             layers = self._devices.count(device) if self._spread else self.num_layers
+            layers = 1 if self._apart else layers
             self._stores[place] = self._blank(layers, 2 if alike else 1, like_BKND)
             if self.fixed is not None:
                 if not alike:
@@ -265,6 +275,7 @@ class SlotCache(Cache):
     def commit(self, accepted: Accepted) -> None:
         """Keep, per sequence, the accepted rows of the last call, in the order of their path."""
         assert self._stores, "nothing was written yet"
+        self.recurrent.commit(accepted)
         for sequence, rows in enumerate(accepted.paths):
             # Rows at their final slots need not move.
             in_place = next((i for i, row in enumerate(rows) if row != i), len(rows))
@@ -280,7 +291,7 @@ class SlotCache(Cache):
         if not all(isinstance(place, torch.device) for place in self._stores):
             raise ValueError(
                 "slots are chosen by keys that are as large as values in every layer: use a target "
-                "without latent attention"
+                "whose layers all attend, without latent attention"
             )
         end = max(self.lengths)
         devices = self._devices if self._spread else [next(iter(self._stores))] * count
@@ -291,10 +302,21 @@ class SlotCache(Cache):
 
     def _row(self, layer: int, device: Hashable) -> int:
         """Where a layer lies in the store of its device."""
+        if self._apart:
+            return 0
         return self._devices[:layer].count(cast(Any, device)) if self._spread else layer
 
     def rewind(self, lengths: list[int]) -> None:
-        """Forget what is committed after so many tokens of each sequence."""
+        """Forget what is committed after so many tokens of each sequence.
+
+        Raises:
+            ValueError: layers keep a state, which cannot be taken back.
+        """
+        if self.recurrent.committed and lengths != self.lengths:
+            raise ValueError(
+                "committed tokens of a model with recurrent layers cannot be forgotten: use a "
+                "drafter that does not rewind, or one whose layers all attend"
+            )
         assert all(0 <= short <= now for short, now in zip(lengths, self.lengths, strict=True))
         self.lengths, self._lengths_B = list(lengths), None
 
@@ -309,12 +331,16 @@ class SlotCache(Cache):
 
     def select(self, sequences_S: Tensor) -> SlotCache:
         """A cache of these sequences alone (int64 [S]), without the rows that are not committed."""
-        chosen = SlotCache(self.num_layers, len(sequences_S), self.capacity, self._devices)
+        chosen = SlotCache(
+            self.num_layers, len(sequences_S), self.capacity, self._devices, apart=self._apart
+        )
         chosen.lengths = [self.lengths[i] for i in sequences_S.tolist()]
         chosen._stores = {
             place: store[:, :, sequences_S.to(store.device)]
             for place, store in self._stores.items()
         }
+        chosen.offsets_B = None if self.offsets_B is None else self.offsets_B[sequences_S]
+        chosen.recurrent = self.recurrent.chosen(sequences_S)
         chosen.encoded = None if self.encoded is None else self.encoded.select(sequences_S)
         return chosen
 
@@ -322,6 +348,8 @@ class SlotCache(Cache):
         """Keep only these sequences, which may repeat."""
         self.lengths, self._lengths_B = [self.lengths[i] for i in sequences], None
         self._change(lambda store: store[:, :, sequences].contiguous())
+        self.recurrent = self.recurrent.chosen(torch.tensor(sequences))
+        self.offsets_B = None if self.offsets_B is None else self.offsets_B[sequences]
         if self.encoded is not None:
             rows_S = torch.tensor(sequences, device=self.encoded.states_BSH.device)
             self.encoded = self.encoded.select(rows_S)

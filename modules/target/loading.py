@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -22,6 +23,7 @@ from transformers import (
 
 from modules.runtime.files import as_umask_says, scratch_beside
 from modules.runtime.progress_bars import one_line_each
+from modules.target.architecture import reads_images
 from modules.target.generation_config import unapplied_notice
 from modules.target.outline import check_config, named, read_tokenizer
 from modules.target.seq2seq.architecture import SEQ2SEQ
@@ -287,6 +289,8 @@ def _classes(config: Mapping[str, Any]) -> tuple[Any, type[Target]]:
     """The library's class that loads a model of this config, and ours around it."""
     if config["model_type"] in SEQ2SEQ:
         return AutoModelForSeq2SeqLM, Seq2SeqTarget
+    if reads_images(config["model_type"]):
+        return AutoModelForImageTextToText, Target
     return AutoModelForCausalLM, Target
 
 
@@ -317,10 +321,13 @@ def locate(name: str) -> str:
 
 def truncated_config(config: Any, layers: int) -> Any:
     """The config of a model of the same kind with the first `layers` layers alone."""
-    shallow = copy.deepcopy(config)
+    shallow, count = copy.deepcopy(config), config.num_hidden_layers
+    # Lists with an entry for each layer: kinds of attention, of experts, rotary positions.
+    for name, value in vars(config).items():
+        whole = isinstance(value, list | tuple) and len(value) == count
+        if whole and not name.endswith(("_id", "_ids")):
+            setattr(shallow, name, value[:layers])
     shallow.num_hidden_layers = layers
-    if getattr(shallow, "layer_types", None):
-        shallow.layer_types = shallow.layer_types[:layers]
     return shallow
 
 

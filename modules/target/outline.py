@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from modules.target.architecture import is_causal
+from modules.target.architecture import is_causal, reads_images
 from modules.target.seq2seq.architecture import SEQ2SEQ
 
 
@@ -40,7 +40,8 @@ def check_config(name: str, folder: str, what: str = "target") -> Mapping[str, A
             f"{label} has no config.json that names its architecture (model_type): give a whole "
             "model"
         )
-    if not is_causal(kind) and not (what == "target" and kind in SEQ2SEQ):
+    usable = is_causal(kind) or (what == "target" and (kind in SEQ2SEQ or reads_images(kind)))
+    if not usable:
         code = " and brings code of its own, which is never run" if values.get("auto_map") else ""
         raise ValueError(
             f"{label} has architecture {kind!r}, which is not supported{code}: use a causal "

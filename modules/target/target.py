@@ -315,8 +315,9 @@ class Target(SteadyBuffers):
         """
         if self._compiled is not None and batch_size == 1:
             return Session(self, self._compiled.open(capacity))
-        layers = self.shape.num_layers
-        return Session(self, SlotCache(layers, batch_size, capacity, self.layer_devices))
+        layers, apart = self.shape.num_layers, bool(self.architecture.recurrence.modules)
+        cache = SlotCache(layers, batch_size, capacity, self.layer_devices, apart=apart)
+        return Session(self, cache)
 
     @property
     def compiled(self) -> CompiledCalls | None:
@@ -329,6 +330,11 @@ class Target(SteadyBuffers):
         Raises:
             ValueError: a target that cannot be compiled whole.
         """
+        if self.architecture.recurrence.modules:
+            raise ValueError(
+                f"compile: {self.name} has recurrent layers, whose states have no fixed place: "
+                "leave it out"
+            )
         if len(set(self.layer_devices)) > 1 or self.quantisation:
             raise ValueError(
                 f"compile: {self.name} is {self.quantisation or 'on several devices'}: leave it "
@@ -347,6 +353,7 @@ class Target(SteadyBuffers):
         names: Sequence[StateName],
         cache: SlotCache | None = None,
         layers: tuple[int, int] | None = None,
+        rotary_RBN: Tensor | None = None,
     ) -> dict[StateName, Tensor]:
         """States `{name: [B,N,H]}` of one pass over rows.
 
@@ -356,7 +363,19 @@ class Target(SteadyBuffers):
             names: the states.
             cache: read, and written after the committed rows.
             layers: first layer, and the one before which the pass ends; None for all.
+            rotary_RBN: positions of the rotary embedding, of one axis or three; None: those of the
+                rows, behind images as far on as these ended.
+
+        Raises:
+            ValueError: rows that see chosen committed tokens alone, of a model with recurrent
+                layers, whose state holds all of them.
         """
+        recurrence = self.architecture.recurrence
+        if recurrence.modules and rows.committed_BS is not None:
+            raise ValueError(
+                f"{self.name} has recurrent layers, whose state holds the whole context: leave out "
+                "what lets rows see chosen tokens alone"
+            )
         # 1. Slots and mask; long texts have none of all pairs of tokens.
         if cache is not None:
             cache.begin(rows)
@@ -372,8 +391,13 @@ class Target(SteadyBuffers):
         )
         mask = self.architecture.mask(masked, cache, hidden_BNH)
         positions = rows.position_ids_BN.expand(hidden_BNH.shape[0], -1)
+        if rotary_RBN is not None:
+            positions = rotary_RBN[0] if len(rotary_RBN) == 1 else rotary_RBN
+        elif cache is not None and cache.offsets_B is not None:
+            positions = positions + cache.offsets_B[:, None]
         # 2. Run, and record the states.
-        with self.watching(names), self._restricted(layers, hidden_BNH), attending(hook):
+        reading, recorded = recurrence.reading(rows), self.watching(names)
+        with recorded, self._restricted(layers, hidden_BNH), attending(hook), reading:
             states = self.layer_states(hidden_BNH, positions, mask, cache, names)
         return {
             name: state.to(hidden_BNH.device) for name, state in zip(names, states, strict=True)

@@ -162,8 +162,9 @@ def load_head(
         logging.set_verbosity(before)
     # 3. The dimensions of the whole model, and where its layers are.
     model.config.num_hidden_layers = whole.num_hidden_layers
-    if getattr(whole, "layer_types", None):
-        model.config.layer_types = whole.layer_types
+    for setting, value in vars(whole).items():
+        if isinstance(value, list | tuple):
+            setattr(model.config, setting, value)
     target = HeadTarget(model.to(device), tokenizer, name, fingerprint)
     stack = target.architecture.layers
     prefix = next(path for path, module in model.named_modules() if module is stack)

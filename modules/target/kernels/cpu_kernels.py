@@ -364,8 +364,9 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 def use_grouped_attention(model: Any) -> None:
     """Switch a model from Hugging Face's `sdpa` to `grouped_attention`, and no other one."""
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
-        model.config._attn_implementation = GROUPED
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) == "sdpa":
+        config._attn_implementation = GROUPED
 
 
 def uses_grouped_attention(model: Any) -> bool:

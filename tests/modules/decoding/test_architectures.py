@@ -11,11 +11,14 @@ from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.feature.eagle3 import Eagle3
 from modules.drafters.heads.medusa import Medusa
-from tests.architectures import MORE
+from tests.architectures import MORE, RECURRENT
 from tests.fakes import ScriptedDrafter, ids_by_batch, many_prompts, tiny_batch, tiny_target
 
 KINDS = {"eagle3": Eagle3, "medusa": Medusa}
-TRAINED_ON = ("qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3", "granite", "gpt_neox", "cohere2")
+TRAINED_ON = (
+    "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3", "granite", "gpt_neox", "cohere2",
+    "qwen3_next", "granitemoehybrid", "lfm2",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", TRAINED_ON)
@@ -40,7 +43,7 @@ def test_a_drafter_learns_and_decodes_without_loss(kind: str, arch: str) -> None
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
-@pytest.mark.parametrize("arch", MORE)
+@pytest.mark.parametrize("arch", [*MORE, *RECURRENT])
 def test_accepted_drafts_of_every_length_change_nothing(arch: str) -> None:
     target, prompts = tiny_target(arch), many_prompts(5)
     plain = ids_by_batch(SpeculativeDecoder(target), prompts, 1, 9)

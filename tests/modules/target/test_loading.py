@@ -30,6 +30,7 @@ from modules.target.loading import (
     load_target,
     loading_options,
     outline,
+    truncated_config,
 )
 from tests.fakes import DIMENSIONS, ScriptedDrafter, tiny_target
 
@@ -207,3 +208,12 @@ def test_a_packed_target_verifies_trees(folder: str, dtype: str) -> None:
     with pytest.raises(ValueError, match="is packed"):
         target.copy_weight("layers.0.self_attn.q_proj.weight")
     assert SimpleNamespace(**describe(target)).dtype == f"bfloat16, {dtype}"
+
+
+def test_lists_by_layer_are_cut_with_the_layers() -> None:
+    """Kinds of attention and of experts; not lists of another length, nor ids."""
+    config = tiny_target("gpt_oss", layers=2).stock.config
+    config.eos_token_id = [0, 3]
+    shallow = truncated_config(config, 1)
+    assert shallow.layer_types == ["sliding_attention"] and shallow.num_hidden_layers == 1
+    assert shallow.eos_token_id == [0, 3] and len(config.layer_types) == 2

@@ -19,14 +19,15 @@ from modules.target.kv_cache import SlotCache
 from modules.target.loading import load_target
 from modules.target.stock import proof
 from modules.target.stock.proof import prove
+from modules.target.stock.recurrent import Paths, RecurrentStates, paths_of
 from modules.target.target import Target
-from tests.architectures import ARCHITECTURES, MORE
+from tests.architectures import ARCHITECTURES, MORE, RECURRENT
 from tests.fakes import tiny_target
 
 Patch = pytest.MonkeyPatch
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, *MORE])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *MORE, *RECURRENT])
 def test_every_architecture_is_proven(arch: str) -> None:
     prove(tiny_target(arch))
 
@@ -126,6 +127,32 @@ def test_rows_of_the_head_give_scaled_logits(arch: str) -> None:
         torch.testing.assert_close(hidden @ rows.T, target.logits(hidden)[:, ids])
 
 
+def read_in_a_row(target: Target, patch: Patch) -> None:
+    """Recurrent layers take a tree for a chain."""
+    found = target.architecture.recurrence.paths
+
+    def one_path(batch: int) -> Paths:
+        rows = target.architecture.recurrence._rows
+        if rows is None or rows.position_ids_BN.shape[1] != len(proof.PARENTS):
+            return found(batch)
+        visible = rows.visible_BNJ
+        chain = torch.ones(visible.shape[1:], dtype=torch.bool).tril()
+        return paths_of(chain.expand(batch, -1, -1))
+
+    patch.setattr(target.architecture.recurrence, "paths", one_path)
+
+
+def never_replay(_: Target, patch: Patch) -> None:
+    def forget(self: RecurrentStates, accepted: Any) -> None:
+        if self.committed:
+            self.inputs, self.after = {}, {}
+        else:
+            commit(self, accepted)
+
+    commit = RecurrentStates.commit
+    patch.setattr(RecurrentStates, "commit", forget)
+
+
 def lose_one_row(target: Target, patch: Patch) -> None:
     logits = target.logits
 
@@ -148,6 +175,8 @@ FAULTS: dict[str, tuple[str, Callable[[Target, Patch], None], str]] = {
     "documents": ("gpt2", join_documents, "layer 0 differs"),
     "moved rows": ("qwen3_moe", stay_in_place, "the KV cache after a commit differs"),
     "one row": ("llama", lose_one_row, "the LM head differs"),
+    "states": ("qwen3_next", read_in_a_row, "tree attention differs"),
+    "no replay": ("qwen3_next", never_replay, "the KV cache after a commit differs"),
     "lengths": ("llama", count_alike, "tree attention differs"),
 }
 
