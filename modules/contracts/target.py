@@ -8,7 +8,7 @@ Shape legend: B sequences, T tokens, H hidden size, V vocabulary, D draft vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -127,6 +127,7 @@ class Target(Protocol):
         names: Sequence[StateName],
         cache: Any = None,
         layers: tuple[int, int] | None = None,
+        rotary_RBN: Tensor | None = None,
     ) -> dict[StateName, Tensor]:
         """States `{name: [B,N,H]}` of one pass of rows through all layers or a range of them."""
         ...
@@ -196,6 +197,18 @@ class Session(Protocol):
     ) -> tuple[Tensor, dict[StateName, Tensor]]:
         """Append right-padded tokens: logits [B,V] of each sequence's last one, states [B,T,H]. Of
         an encoder-decoder model the first call is read by its encoder.
+        """
+        ...
+
+    def prefill_with_images(
+        self,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        states: Sequence[StateName],
+        images: Sequence[Mapping[str, Any] | None],
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """`prefill` of an empty session with what a vision-language model's processor gives beside
+        the ids of each prompt, or None.
         """
         ...
 

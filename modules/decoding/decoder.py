@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -158,9 +158,14 @@ class SpeculativeDecoder:
         sampling: Sampling,
         limit: int,
         observer: Observer | None = None,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[Trace]:
-        """Continue every prompt by at most `limit` tokens, as one batch."""
-        run = self.begin(prompts, sampling, limit, observer)
+        """Continue every prompt by at most `limit` tokens, as one batch.
+
+        `images` are what a vision-language target's processor gives beside the ids of each prompt
+        (`pixel_values`, …), or None.
+        """
+        run = self.begin(prompts, sampling, limit, observer, images)
         for _ in run:
             pass
         return run.traces
@@ -181,6 +186,7 @@ class SpeculativeDecoder:
         sampling: Sampling,
         limit: int,
         observer: Observer | None = None,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> Run:
         """One batch before its first step; iterate over it to decode."""
         # 1. Refuse what cannot be decoded.
@@ -225,4 +231,5 @@ class SpeculativeDecoder:
             generators=generators,
             clock=Clock(self.target.device),
             observer=observer,
+            images=images,
         )

@@ -6,9 +6,9 @@ V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -150,6 +150,8 @@ class Run:
     generators: list[torch.Generator]
     clock: Clock
     observer: Observer | None = None
+    images: Sequence[Mapping[str, Any] | None] = ()
+    """What a vision-language target's processor gives beside each prompt's ids, or None."""
     traces: list[Trace] = field(init=False)
     draws: Draws = field(init=False)
 
@@ -200,7 +202,7 @@ class Run:
         with self.clock.phase("prefill"):
             capacity = max(lengths) + self.limit + self.budget + 1
             self._session = self.target.open(len(lengths), capacity)
-            logits_BV, states = self._session.prefill(ids_BT, lengths_B, self.states)
+            logits_BV, states = self._read(ids_BT, lengths_B)
             self._newest_B = self._first(self._processed(logits_BV[:, None], None))
         if self.observer is not None:
             self.observer.begin(logits_BV, states)
@@ -228,6 +230,12 @@ class Run:
             trace.drafted.append(False)
             self._cut(sequence, 0)
         self._drop_finished()
+
+    def _read(self, ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """Logits [B,V] and states of the prompts."""
+        if not any(self.images):
+            return self._session.prefill(ids_BT, lengths_B, self.states)
+        return self._session.prefill_with_images(ids_BT, lengths_B, self.states, self.images)
 
     def _step(self) -> None:
         before = self._session.cache.bytes_read

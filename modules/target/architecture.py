@@ -5,6 +5,7 @@ Shape legend: B sequences, N rows of one call, S attended slots, H hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -251,7 +252,10 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    """Whether a module is a norm of its input alone; those of recurrent layers have a gate too."""
+    kind = type(module)
+    alone = len(inspect.signature(kind.forward).parameters) == 2
+    return "norm" in kind.__name__.lower() and alone
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.target.kernels.attention_hook import AttentionHook, attending
 from modules.target.kv_cache import SlotCache
+from modules.target.stock.images import Images, rows_with_images
 
 PROMPT_ROWS = 2048
 """Rows of a prompt that one call reads, so that no mask or score of a whole long prompt exists."""
@@ -88,6 +89,38 @@ class Session:
         order = torch.arange(ids_BN.shape[1], device=ids_BN.device)
         self.cache.commit(Accepted(order.expand(len(ids_BN), -1), counts_B, counts_B))
         return seen
+
+    @torch.no_grad()
+    def prefill_with_images(
+        self,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        states: Sequence[StateName],
+        images: Sequence[Images | None],
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
+        """`prefill` of an empty session with images: for each sequence what its model's processor
+        gives beside the ids, or None.
+
+        Raises:
+            ValueError: as `modules.target.stock.images.rows_with_images`; a session that is not
+                empty.
+        """
+        if any(self.cache.lengths):
+            raise ValueError("images: give them with the first prompt of a session")
+        read = rows_with_images(self.target, ids_BT, lengths_B, images)
+        self.cache.offsets_B = read.offsets_B
+        rows = replace(causal_rows(self.lengths_B, ids_BT.shape[1]), visible_BNJ=read.visible_BTT)
+        seen = self.target.forward_rows(
+            read.embeddings_BTH,
+            rows,
+            [*states, "final"],
+            self.cache,
+            rotary_RBN=read.rotary_RBT,
+        )
+        order = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        last = seen["final"][torch.arange(len(ids_BT), device=ids_BT.device), lengths_B - 1]
+        self.cache.commit(Accepted(order.expand(len(ids_BT), -1), lengths_B, lengths_B))
+        return self.target.logits(last), {name: seen[name] for name in states}
 
     def attend_by(self, hook: AttentionHook | None) -> None:
         """From the next call on, layers attend by `hook`; None: as the model does."""

@@ -315,9 +315,13 @@ class Target(SteadyBuffers):
         """
         if self._compiled is not None and batch_size == 1:
             return Session(self, self._compiled.open(capacity))
-        layers, apart = self.shape.num_layers, bool(self.architecture.recurrence.modules)
-        cache = SlotCache(layers, batch_size, capacity, self.layer_devices, apart=apart)
-        return Session(self, cache)
+        whole = not self.architecture.recurrence.modules
+        return Session(
+            self,
+            SlotCache(
+                self.shape.num_layers, batch_size, capacity, self.layer_devices, apart=not whole
+            ),
+        )
 
     @property
     def compiled(self) -> CompiledCalls | None:
@@ -370,8 +374,7 @@ class Target(SteadyBuffers):
             ValueError: rows that see chosen committed tokens alone, of a model with recurrent
                 layers, whose state holds all of them.
         """
-        recurrence = self.architecture.recurrence
-        if recurrence.modules and rows.committed_BS is not None:
+        if self.architecture.recurrence.modules and rows.committed_BS is not None:
             raise ValueError(
                 f"{self.name} has recurrent layers, whose state holds the whole context: leave out "
                 "what lets rows see chosen tokens alone"
@@ -396,8 +399,12 @@ class Target(SteadyBuffers):
         elif cache is not None and cache.offsets_B is not None:
             positions = positions + cache.offsets_B[:, None]
         # 2. Run, and record the states.
-        reading, recorded = recurrence.reading(rows), self.watching(names)
-        with recorded, self._restricted(layers, hidden_BNH), attending(hook), reading:
+        with (
+            self.watching(names),
+            self._restricted(layers, hidden_BNH),
+            attending(hook),
+            self.architecture.recurrence.reading(rows),
+        ):
             states = self.layer_states(hidden_BNH, positions, mask, cache, names)
         return {
             name: state.to(hidden_BNH.device) for name, state in zip(names, states, strict=True)

@@ -285,6 +285,9 @@ def _fused_norm(module: Any) -> Any:
         return None
     if weight is None or weight.dim() != 1 or weight.dtype not in NORM_DTYPES:
         return None
+    # Gated norms of recurrent layers read a second tensor.
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return None
     rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     theirs = type(module).forward(module, rows)
     for rounded in (True, False):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modules.target import loading
-from modules.target.hf_models import config_named, load_named
+from modules.target.hf_models import config_named, config_of_dict, load_named
 from modules.target.loading import load_target, outline
 from modules.target.outline import packing
 from tests.fakes import tiny_target
@@ -151,6 +151,12 @@ def test_how_weights_are_packed() -> None:
     assert packing({}) == packing({"quantization_config": None}) == ""
     assert packing({"compression_config": {"quant_method": "sparse"}}) == "sparse"
     assert packing({"quantization_config": {"bits": 4}}) == "by an unnamed method"
+
+
+def test_a_config_that_drafts_is_a_language_models() -> None:
+    for kind, words in (("mamba", "no max_position_embeddings in its config"), ("vit", "'vit'")):
+        with pytest.raises(ValueError, match=words):
+            config_of_dict({"model_type": kind}, None)
 
 
 def test_a_model_that_drafts_is_looked_at_too(folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_texts_too_long_for_one_mask_are_proven(arch: str, monkeypatch: Patch) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precisions_of_use_are_proven(dtype: torch.dtype) -> None:
-    for arch in ("llama", "gpt_oss", "qwen3_moe", "deepseek_v3", "gemma3"):
+    for arch in ("llama", "gpt_oss", "qwen3_moe", "deepseek_v3", "gemma3", "qwen3_next", "lfm2"):
         prove(tiny_target(arch, dtype))
 
 
