@@ -119,7 +119,8 @@ def test_a_training_step_gives_the_cpus_loss_and_leaves_gradients_on_the_device(
             gradients: list[Any] = [parameter.grad for parameter in drafter.declared_parameters()]
             assert all(type(each) is (There if there else Tensor) for each in (loss, *gradients))
             found[there] = float(loss), sum(float(gradient.abs().sum()) for gradient in gradients)
-    assert found[True] == pytest.approx(found[False], rel=1e-5)
+    # The target's states are of the CPU's own kernels there, which sum in another order.
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["eagle3", "clover", "medusa"])
