@@ -34,7 +34,7 @@ class TrackioLogger(Logger):
     ) -> None:
         super().__init__()
         try:
-            import trackio
+            import trackio  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("trackio is not installed: pip install trackio") from error
         self._trackio = trackio
