@@ -6,9 +6,9 @@ Shape legend: B sequences, N tree nodes, V vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -183,6 +183,7 @@ class MomentumDecoder(SpeculativeDecoder):
         sampling: Sampling,
         limit: int,
         observer: Observer | None = None,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> Run:
         """One batch before its first step."""
         if sampling.temperature > 0:
@@ -190,7 +191,7 @@ class MomentumDecoder(SpeculativeDecoder):
                 f"{self.name} draws nothing: give the row temperature 0, got "
                 f"{sampling.temperature:g}"
             )
-        run = super().begin(prompts, sampling, limit, observer)
+        run = super().begin(prompts, sampling, limit, observer, images)
         texts = [NGrams(len(self.resistances), prompt) for prompt in prompts]
         run.draws = MomentumDraws(sampling, texts, self.alpha, self.candidates, self.resistances)
         return run
