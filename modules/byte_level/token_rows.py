@@ -6,6 +6,7 @@ Shape legend: N new rows, J rows since the last commit, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class TokenRows:
         self._after: dict[Tokens, Tensor] = {(): logits_BV[0].double().log_softmax(-1)}
         self._numbers: dict[Tokens, int] = {}
         """Numbers of the rows since the last commit, by their tokens."""
+
+    def __deepcopy__(self, memo: dict) -> TokenRows:
+        """The committed rows, for a text that goes on otherwise; the target is shared."""
+        other = copy(self)
+        first_B = torch.zeros(1, dtype=torch.long, device=self.target.device)
+        other._session = self._session.select(first_B)
+        other._after, other._numbers = {(): self._after[()]}, {}
+        return other
 
     @torch.no_grad()
     def log_probs(self, contexts: Sequence[Tokens]) -> list[Tensor]:

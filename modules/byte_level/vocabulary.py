@@ -100,6 +100,10 @@ class ByteVocabulary:
         self.dummy_prefix = bool(first) and self.spelled(first) == b" a"
         """Whether a space is put before every text, as SentencePiece does."""
 
+    def __deepcopy__(self, memo: dict) -> ByteVocabulary:
+        """Itself: texts of one tokenizer share it."""
+        return self
+
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
         """One token for every string that is a token; a piece rather than SentencePiece's token of

@@ -136,13 +136,19 @@ def geometric(
 
 
 def best_token(logits_V: Tensor, allows: Callable[[int], bool]) -> WeightedToken:
-    """The allowed token of the highest logit: greedy decoding under a mask, with as few calls as
-    tokens rank above it."""
+    """The allowed token of the highest logit, of equal ones the first: greedy decoding under a
+    mask, with as few calls as tokens rank above it."""
+    token = next((token for token in _by_logit(logits_V) if allows(token)), None)
+    return DEAD if token is None else WeightedToken(token, 0.0)
+
+
+def _by_logit(logits_V: Tensor) -> Iterator[int]:
+    """Tokens of finite logit by falling logit, of equal ones the first; the best ones without
+    sorting all."""
     finite = int((logits_V > -torch.inf).sum())
-    tried = 0
-    for size in (min(_CHUNK, finite), finite):
-        for token in logits_V.topk(size).indices[tried:].tolist():
-            if allows(token):
-                return WeightedToken(token, 0.0)
-        tried = size
-    return DEAD
+    if not finite:
+        return
+    least = logits_V.topk(min(_CHUNK, finite)).values[-1]
+    for chosen_V in (logits_V >= least, (logits_V < least) & (logits_V > -torch.inf)):
+        ids = chosen_V.nonzero()[:, 0]
+        yield from ids[logits_V[ids].argsort(descending=True, stable=True)].tolist()

@@ -10,14 +10,15 @@ Shape legend: B sequences still running, N nodes, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from modules.acceptance.processors import check_constraints
 from modules.acceptance.rejection import children_of, families
 from modules.acceptance.rules import Draws, accepted_paths
 from modules.constraints.awrs import DEAD, Generated, WeightedToken, best_token, weighted_token
@@ -49,13 +50,16 @@ class ParticleRun(Run):
         super().__post_init__()
         self._processors = [each for each in self._processors if each is not self._mask]
         self.log_weights = [0.0] * len(self.prompts)
-        self._resampler = torch.Generator().manual_seed(self.sampling.seed)
+        # Not the seed of any particle, whose draws it would repeat.
+        seed = self.sampling.seed + len(self.prompts)
+        self._resampler = torch.Generator().manual_seed(seed)
 
     def _draw(self, sequence: int, logits_V: Tensor, path: tuple[int, ...]) -> int | None:
         """A token after the answer and a path, its weight multiplied into the particle's; None
         where nothing is allowed."""
         if self._states.follow(sequence, ()) is None:
-            return int(self.draws.choose(logits_V[None, None])[0, 0])
+            draws = Draws(self.sampling, [self.generators[sequence]])
+            return int(draws.choose(logits_V[None, None])[0, 0])
         state = self._states.after(sequence, path)
         drawn: WeightedToken = DEAD
         if state is not None and self.sampling.temperature == 0:
@@ -70,6 +74,15 @@ class ParticleRun(Run):
         """The token that ends a particle without a future."""
         self._stopped.add(sequence)
         return min(self.stop_ids - {-1}, default=0)
+
+    def _ends(self, sequence: int, path: tuple[int, ...]) -> bool:
+        """Whether the answer ends with this path. What is drawn later would be cut off, and must
+        not weigh."""
+        answer = [*self.traces[sequence].ids, *path]
+        if len(answer) >= self.limit or path[-1] in self.stop_ids:
+            return True
+        stops = self._stop_strings
+        return stops is not None and stops.end(answer, len(answer) - 1) is not None
 
     def _first(self, logits_B1V: Tensor) -> Tensor:
         tokens = [self._draw(b, logits_V, ()) for b, logits_V in enumerate(logits_B1V[:, 0])]
@@ -98,7 +111,7 @@ class ParticleRun(Run):
                     children = children_of(family, nodes)
                 path = (*path, token)
                 twins = [node for node in children if tokens_BN[b][node] == token]
-                if not twins or token in self.stop_ids:
+                if not twins or self._ends(sequence, path):
                     break
                 nodes = twins
             path_N = tree.topology.ancestors[b, nodes[0]]
@@ -191,12 +204,16 @@ class ParticleDecoder(SpeculativeDecoder):
         super().__post_init__()
 
     def weighted(
-        self, prompts: Sequence[list[int]], sampling: Sampling, limit: int
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        limit: int,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[list[Trace]]:
         """All particles of each prompt, with `log_weight`. The mean of exp(log_weight) · f over a
         prompt's particles has the expectation Σ p · ok · f over whole answers; its value for f = 1
         estimates the probability that an answer is allowed."""
-        run = self.begin(prompts, sampling, limit)
+        run = self.begin(prompts, sampling, limit, images=images)
         for _ in run:
             pass
         assert isinstance(run, ParticleRun)
@@ -211,17 +228,28 @@ class ParticleDecoder(SpeculativeDecoder):
         sampling: Sampling,
         limit: int,
         observer: Observer | None = None,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[Trace]:
         """One answer for every prompt, drawn from its particles by their weights."""
         assert observer is None, "particles are not observed"
-        generator = torch.Generator().manual_seed(sampling.seed)
+        # A seed that neither a particle nor resampling has.
+        seed = sampling.seed + len(prompts) * self.particles + 1
+        generator = torch.Generator().manual_seed(seed)
         answers = []
-        for traces in self.weighted(prompts, sampling, limit):
+        for traces in self.weighted(prompts, sampling, limit, images):
             weights = torch.tensor([trace.log_weight for trace in traces], dtype=torch.float64)
             dead = bool(weights.max() == -math.inf)
             chosen = 0 if dead else int(weights.softmax(0).multinomial(1, generator=generator))
             answers.append(traces[chosen])
         return answers
+
+    def stream(
+        self, prompt: list[int], sampling: Sampling, limit: int
+    ) -> Iterator[tuple[int, bool]]:
+        """The tokens of one answer, each with whether it was drafted; which answer it is is known
+        when all particles have ended."""
+        (trace,) = self.decode([prompt], sampling, limit)
+        yield from zip(trace.ids, trace.drafted, strict=True)
 
     def begin(
         self,
@@ -229,13 +257,17 @@ class ParticleDecoder(SpeculativeDecoder):
         sampling: Sampling,
         limit: int,
         observer: Observer | None = None,
+        images: Sequence[Mapping[str, Any] | None] = (),
     ) -> Run:
         """The particles of all prompts as one batch, before its first step."""
+        check_constraints(sampling, len(prompts))
         count = range(self.particles)
         if isinstance(sampling.constraint, Sequence):
             each = [constraint for constraint in sampling.constraint for _ in count]
             sampling = replace(sampling, constraint=each)
-        run = super().begin([each for each in prompts for _ in count], sampling, limit, observer)
+        images = [each for each in images for _ in count]
+        batch = [each for each in prompts for _ in count]
+        run = super().begin(batch, sampling, limit, observer, images)
         assert isinstance(run, ParticleRun)
         run.particles, run.threshold = self.particles, self.threshold
         return run

@@ -40,6 +40,10 @@ class Trigrams:
             np.zeros(0, np.int32) if tokens_M is None else tokens_M
         )
 
+    def __deepcopy__(self, memo: dict) -> Trigrams:
+        """Itself: it does not change."""
+        return self
+
     def successors(self, pair: Pair) -> Successors:
         """Third tokens and their conditional probabilities, in descending order."""
         key = (pair[0] << 32) + pair[1]

@@ -6,6 +6,7 @@ Shape legend: B sequences, T prompt tokens, L capacity, A accepted rows, K draft
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +29,12 @@ class PerSequence(list[Item]):
     """A list with one object per sequence, selected together with the sequences of a batch."""
 
     def select(self, sequences_S: Tensor) -> PerSequence[Item]:
-        """The objects of these sequences alone."""
-        return PerSequence(self[i] for i in sequences_S.tolist())
+        """The objects of these sequences alone; of one that is repeated copies, so that each text
+        goes on by itself."""
+        chosen = sequences_S.tolist()
+        return PerSequence(
+            deepcopy(self[i]) if i in chosen[:place] else self[i] for place, i in enumerate(chosen)
+        )
 
 
 @dataclass

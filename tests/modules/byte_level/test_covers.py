@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -218,6 +219,26 @@ def test_a_branch_goes_on_without_the_text() -> None:
     text.extend(b" hat")
     apart = ByteText(TokenRows(target, [0]), vocabulary, frozenset([0]), b"the hat", 0.0)
     torch.testing.assert_close(text.next_byte(), apart.next_byte())
+
+
+def test_a_copied_text_goes_on_by_itself() -> None:
+    """It shares the model and the vocabulary, and no rows."""
+    target = TARGETS["byte-level"]
+    vocabulary = ByteVocabulary(target.tokenizer, target.shape.vocab_size)
+
+    def text_of(data: bytes) -> ByteText:
+        return ByteText(TokenRows(target, [0]), vocabulary, frozenset([0]), data, 0.0)
+
+    text = text_of(b"the cat sat on")
+    text.next_byte()
+    other = deepcopy(text)
+    assert isinstance(other.model, TokenRows)
+    assert other.vocabulary is vocabulary and other.model.target is target
+    for each, more in ((text, b" the mat"), (other, b" that h")):
+        each.extend(more)
+        alone = text_of(b"the cat sat on" + more)
+        torch.testing.assert_close(each.next_byte(), alone.next_byte())
+        assert each.log_prob() == pytest.approx(alone.log_prob(), abs=1e-9)
 
 
 def test_single_bytes_are_the_plain_model() -> None:

@@ -153,3 +153,16 @@ def test_wide_vocabularies_are_not_cut() -> None:
     randomness = Generated(torch.Generator().manual_seed(2))
     assert sorted(randomness.order(probs)) == list(range(300))
     assert best_token(-torch.arange(300.0), lambda token: token == 250) == (250, 0.0)
+
+
+def test_of_equal_logits_the_first_is_best() -> None:
+    """As in `argmax` under a mask; none is left out."""
+    logits = torch.zeros(300, dtype=torch.bfloat16)
+    logits[100:200], logits[280:] = 1.0, -torch.inf
+    for first in (0, 3, 99, 130, 199, 200, 279):
+        masked = torch.where(torch.arange(300) >= first, logits, -torch.inf)
+        expected = int(masked.argmax())
+        assert best_token(logits, lambda token, first=first: token >= first) == (expected, 0.0)
+        assert best_token(logits, lambda token, first=first: token == first) == (first, 0.0)
+    assert best_token(logits, lambda token: token >= 280) == DEAD
+    assert best_token(torch.full((9,), -torch.inf), lambda token: True) == DEAD

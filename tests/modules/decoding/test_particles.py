@@ -14,6 +14,7 @@ from modules.constraints.predicate import Predicate
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.particles import ParticleDecoder, effective, systematic
+from modules.drafters.retrieval.suffix_automaton import Suffix, SuffixState
 from modules.drafters.small_models.independent import Independent
 from modules.target.target import Target
 from modules.trees.static import StaticTree
@@ -146,6 +147,72 @@ def test_an_impossible_constraint_leaves_weight_0() -> None:
     decoder = ParticleDecoder(target, stop_ids=ENDLESS, particles=3)
     (traces,) = decoder.weighted([PROMPT], Sampling(1.0, constraint=constraint), 4)
     assert [trace.log_weight for trace in traces] == [-math.inf] * 3
+
+
+def test_what_would_be_cut_off_does_not_weigh() -> None:
+    """Behind the limit and behind a stop string, where here nothing is allowed."""
+    target = tiny_target(seed=3)
+    plain = SpeculativeDecoder(target).decode([[7, 9]], Sampling(), 5)[0].ids
+    decoder = ParticleDecoder(target, ScriptedDrafter(target.shape, 1.0), particles=2)
+    constraint = Predicate(lambda ids: len(ids) < 3, 128, target.eos_ids)
+    for limit, stops in ((2, []), (5, [target.tokenizer.decode(plain[1:2])])):
+        sampling = Sampling(constraint=constraint, stop_strings=stops)
+        (traces,) = decoder.weighted([[7, 9]], sampling, limit)
+        assert [trace.log_weight for trace in traces] == [0.0, 0.0]
+        assert [trace.ids for trace in traces] == [plain[:2]] * 2
+
+
+def test_prompts_without_a_constraint_are_drawn_as_plain_decoding_draws() -> None:
+    """Each from its own generator, whatever stands beside it in the batch."""
+    target, prompts = small_target(), [PROMPT, [2, 4], [1, 5]]
+    sampling = Sampling(1.0, seed=5, constraint=[Predicate(accepts, SIZE), None, None])
+    decoder = ParticleDecoder(target, stop_ids=ENDLESS, particles=1)
+    traces = decoder.decode(prompts, sampling, LENGTH)
+    plain = SpeculativeDecoder(target, stop_ids=ENDLESS)
+    expected = plain.decode(prompts, Sampling(1.0, seed=5), LENGTH)
+    assert [trace.ids for trace in traces[1:]] == [trace.ids for trace in expected[1:]]
+    with pytest.raises(ValueError, match="3 constraints for 2 prompts"):
+        decoder.decode(prompts[:2], sampling, LENGTH)
+
+
+def test_which_particle_answers_does_not_depend_on_its_draws() -> None:
+    target, runs, counts = small_target(), 700, torch.zeros(SIZE)
+    with torch.no_grad():
+        probs = (target.model(torch.tensor([PROMPT])).logits[0, -1] / 5).softmax(-1)
+    decoder = ParticleDecoder(target, stop_ids=ENDLESS, particles=2)
+    for run in range(runs):
+        sampling = Sampling(5.0, seed=10 * run, constraint=Predicate(lambda ids: True, SIZE))
+        counts[decoder.decode([PROMPT], sampling, 1)[0].ids[0]] += 1
+    error = (probs * (1 - probs) / runs).sqrt()
+    assert float(((counts / runs - probs).abs() / error).max()) < 4
+
+
+def test_the_streamed_answer_is_the_decoded_one() -> None:
+    decoder = ParticleDecoder(small_target(), stop_ids=ENDLESS, particles=8)
+    for seed in range(6):
+        sampling = Sampling(1.4, seed=seed, constraint=Predicate(accepts, SIZE))
+        trace = decoder.decode([PROMPT], sampling, LENGTH)[0]
+        streamed = list(decoder.stream(PROMPT, sampling, LENGTH))
+        assert [token for token, _ in streamed] == trace.ids
+
+
+def test_resampled_particles_have_drafter_states_of_their_own() -> None:
+    class Watched(Suffix):
+        calls = 0
+
+        def propose(self, state, budget):
+            assert isinstance(state, SuffixState)
+            assert [automaton.text for automaton in state.automata] == state.texts()
+            Watched.calls += 1
+            return super().propose(state, budget)
+
+    target = small_target()
+    decoder = ParticleDecoder(
+        target, Watched(target.shape), stop_ids=ENDLESS, particles=6, threshold=1.0
+    )
+    sampling = Sampling(1.4, constraint=Predicate(accepts, SIZE))
+    decoder.weighted([PROMPT] * 4, sampling, 9)
+    assert Watched.calls > 4
 
 
 def test_resampling() -> None:
