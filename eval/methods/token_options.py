@@ -73,7 +73,8 @@ class TokenOptions:
         """The tasks.
 
         Raises:
-            ValueError: options, or schemas of prompts, that another engine does not apply.
+            ValueError: options, or schemas of prompts, that another engine does not apply; a
+                constraint beside such schemas.
         """
         schemas = [prompt.schema for task in tasks for prompt in task.prompts if prompt.schema]
         names = [*self.changed_options(), *(["schema"] if schemas else [])]
@@ -81,6 +82,11 @@ class TokenOptions:
             raise ValueError(
                 f"{names[0]} is for this project's own loop and Hugging Face's: leave it out with "
                 f"engine {engine!r}"
+            )
+        if schemas and self.constraint is not None:
+            raise ValueError(
+                f"constraint {self.constraint!r}: the prompts have JSON schemas of their own: "
+                "leave it out, or name other prompts"
             )
         return tasks
 

@@ -98,7 +98,8 @@ class ConstraintProcessor:
         """Masked logits [B,N,V]; rows whose own path is not allowed stay as they are.
 
         Raises:
-            ValueError: nothing is allowed, and no token ends an answer.
+            ValueError: a constraint of another vocabulary; nothing is allowed, and no token ends
+                an answer.
         """
         masked_BNV = logits_BNV.clone()
         for b, texts in enumerate(prefixes):
@@ -113,7 +114,13 @@ class ConstraintProcessor:
         return masked_BNV
 
     def _mask(self, logits_V: Tensor, state: ConstraintState) -> None:
-        logits_V.masked_fill_(~state.allowed().to(logits_V.device), -torch.inf)
+        allowed_V = state.allowed()
+        if allowed_V.shape != logits_V.shape:
+            raise ValueError(
+                f"constraint: it knows {len(allowed_V)} tokens, the target {len(logits_V)}: make "
+                "it with the target's shape.vocab_size"
+            )
+        logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
         if logits_V.max() == -torch.inf:
             if not self.eos_ids:
                 raise ValueError(

@@ -55,7 +55,9 @@ class PredicateState:
         self._answers: dict[int, bool] = {}
 
     def allows(self, token: int) -> bool:
-        """Whether the token may follow: one call of the predicate."""
+        """Whether the token may follow: one call of the predicate; nothing follows an end token."""
+        if self.ids and self.ids[-1] in self.predicate.eos_ids:
+            return False
         if token not in self._answers:
             self._answers[token] = self.predicate.ask((*self.ids, token))
         return self._answers[token]

@@ -10,7 +10,7 @@ Shape legend: B sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -172,7 +172,12 @@ def sampling_options(sampling: Sampling) -> dict[str, Any]:
 
 
 def extra_arguments(
-    sampling: Sampling, width: int, prompts: int, vocabulary: int, tokenizer: Any
+    sampling: Sampling,
+    width: int,
+    prompts: int,
+    vocabulary: int,
+    tokenizer: Any,
+    eos_ids: Collection[int] = (),
 ) -> dict[str, Any]:
     """Arguments of `generate` for settings without an entry in its config.
 
@@ -181,19 +186,23 @@ def extra_arguments(
         width, prompts: tokens of the padded prompts, and their number.
         vocabulary: V.
         tokenizer: whose text stop strings are.
+        eos_ids: end tokens, of which one is left where a constraint allows no token.
     """
     arguments: dict[str, Any] = {"tokenizer": tokenizer} if sampling.stop_strings else {}
     if penalties := occurrence_penalties(sampling, width):
         arguments["logits_processor"] = LogitsProcessorList(penalties)
     if sampling.constraint is not None:
-        states = States([sampling.constraint_of(sequence) for sequence in range(prompts)])
+        constraints = [sampling.constraint_of(sequence) for sequence in range(prompts)]
+        states = States(constraints, eos_ids)
 
         def allowed(sequence: int, ids_T: torch.Tensor) -> list[int]:
             if states.follow(sequence, ids_T[width:].tolist()) is None:
                 return list(range(vocabulary))
             state = states.after(sequence, ())
-            mask_V = None if state is None else state.allowed()
-            return list(range(vocabulary)) if mask_V is None else mask_V.nonzero()[:, 0].tolist()
+            # Behind its end token a row is padded.
+            if state is None:
+                return list(range(vocabulary))
+            return state.allowed().nonzero()[:, 0].tolist() or sorted(eos_ids)[:1]
 
         arguments["prefix_allowed_tokens_fn"] = allowed
     return arguments
@@ -239,7 +248,7 @@ def stock_generate(
     )
     # 3. Generate with a seed that does not touch torch's generators.
     vocabulary = model.config.get_text_config().vocab_size
-    extra = extra_arguments(sampling, width, len(prompts), vocabulary, tokenizer)
+    extra = extra_arguments(sampling, width, len(prompts), vocabulary, tokenizer, eos_ids)
     if "assistant_tokenizer" in arguments:
         extra["tokenizer"] = tokenizer
     devices = [device] if device.type == "cuda" else []

@@ -41,14 +41,16 @@ def check_one_prompt(
         supported: settings of the sampling beside temperature, top-k and top-p that it follows.
 
     Raises:
-        ValueError: a limit below 1; several prompts at once; another setting of the sampling; a
-            prompt that leaves no room for an answer.
+        ValueError: a limit below 1; several prompts at once, or one without tokens; another setting
+            of the sampling; a prompt that leaves no room for an answer.
     """
     check_limit(limit)
     if len(prompts) != 1:
         raise ValueError(
             f"{name} decodes one prompt at a time: set batch_size to 1 or leave it out"
         )
+    if not prompts[0]:
+        raise ValueError("a prompt has no tokens: give at least one")
     unknown = sorted(set(sampling.extra_options()) - set(supported))
     if unknown:
         raise ValueError(f"{name} does not follow {unknown[0]}: leave it out")

@@ -117,6 +117,13 @@ def test_rows_bring_a_schema_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(made) == sorted({prompt.schema for prompt in task.prompts})
 
 
+def test_a_constraint_beside_schemas_of_prompts_is_refused(tmp_path: Path) -> None:
+    tasks = load_tasks([str(task_file(tmp_path))])
+    with pytest.raises(ValueError, match="have JSON schemas of their own: leave it out"):
+        TokenOptions(constraint="a.regex").applied_by("slipstream", tasks)
+    assert TokenOptions().applied_by("slipstream", tasks) == tasks
+
+
 def test_jsonschema_decides_whether_an_answer_is_valid() -> None:
     text = json.dumps(SCHEMA)
     assert matches_schema('{"age": 3}', text)

@@ -160,6 +160,57 @@ def test_nothing_allowed_ends_the_answer(target) -> None:
         )
 
 
+def test_a_batch_of_generate_ends_as_ours(target) -> None:
+    """Rows that have ended are padded; where nothing is allowed, an end token is."""
+    ends = [Predicate(lambda ids, n=n: len(ids) < n, 128, target.eos_ids) for n in (3, 6)]
+    sampling = Sampling(constraint=ends)
+    traces = SpeculativeDecoder(target).decode(PROMPTS[:2], sampling, 10)
+    assert [len(trace.ids) for trace in traces] == [3, 6]
+    rows = stock_generate(target.stock, PROMPTS[:2], sampling, 10, target.eos_ids)
+    assert rows == [trace.ids for trace in traces]
+
+
+@pytest.mark.parametrize("name", ["scripted", "chain"])
+def test_other_settings_hold_under_a_constraint(name: str, target) -> None:
+    """Penalties and stop strings change drafted answers as plain ones."""
+    free = SpeculativeDecoder(target).decode(PROMPTS, Sampling(constraint=Remainders(128)), 14)
+    stops = [target.tokenizer.decode(free[0].ids[6:7])]
+    sampling = Sampling(
+        constraint=Remainders(128), repetition_penalty=1.4, presence_penalty=0.5, stop_strings=stops
+    )
+    expected = SpeculativeDecoder(target).decode(PROMPTS, sampling, 14)
+    assert [trace.ids for trace in expected] != [trace.ids for trace in free]
+    traces = decoders(target)[name].decode(PROMPTS, sampling, 14)
+    ids = [trace.ids for trace in traces]
+    assert ids == [trace.ids for trace in expected]
+
+
+def test_a_complete_answer_ends_before_its_least_length(target) -> None:
+    """Only an end token is allowed, and `min_new_tokens` forbids it: the constraint decides."""
+
+    def three(ids: tuple[int, ...]) -> bool:
+        return len(ids) < 4 or ids[3:] == (min(target.eos_ids),)
+
+    sampling = Sampling(constraint=Predicate(three, 128, target.eos_ids), min_new_tokens=8)
+    for decoder in (SpeculativeDecoder(target), decoders(target)["scripted"]):
+        (trace,) = decoder.decode([[7, 9]], sampling, 12)
+        assert len(trace.ids) == 4 and trace.ids[-1] in target.eos_ids
+        assert not set(trace.ids[:-1]) & target.eos_ids
+
+
+def test_nothing_follows_an_end_token() -> None:
+    predicate = Predicate(lambda ids: True, 8, {0})
+    ended = predicate.start().advance(0)
+    assert ended is not None and predicate.calls == 1
+    assert not ended.allows(3) and not ended.allowed().any() and predicate.calls == 1
+
+
+def test_a_constraint_of_another_vocabulary_is_refused(target) -> None:
+    constraint = Predicate(lambda ids: True, 100, target.eos_ids)
+    with pytest.raises(ValueError, match="it knows 100 tokens, the target 128"):
+        SpeculativeDecoder(target).decode([[7, 9]], Sampling(constraint=constraint), 4)
+
+
 def test_states_are_those_of_the_whole_prefix() -> None:
     states, constraint = States([Remainders(6), None]), Remainders(6)
     answer: list[int] = []

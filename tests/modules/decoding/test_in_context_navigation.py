@@ -101,5 +101,7 @@ def test_reading_another_text_keeps_the_common_beginning() -> None:
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="between 1 and candidates, got 0 and 100"):
         InContextNavigation(TARGET, 0)
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        InContextNavigation(TARGET).decode([[]], Sampling(), 4)
     with pytest.raises(ValueError, match="exceed the target's context of 512"):
         InContextNavigation(TARGET, 9, **LIST).decode([PROMPT], Sampling(), 100)
