@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from modules.byte_level.vocabulary import ByteVocabulary, unfinished, word_begins
+from modules.byte_level.vocabulary import ByteVocabulary, going_on, unfinished, word_begins
 
 END = 256
 """The outcome beside the 256 bytes: the text ends."""
@@ -143,6 +143,11 @@ class ByteText:
             if context.end == len(self._text) and self.end_ids:
                 ended = context.next_V[self.end_ids].logsumexp(0) + context.log_prob
                 probs[END] += float(ended.exp())
+        # Covers that were not checked may be no UTF-8, with which no text goes on.
+        opened = self._text[len(self._text) - unfinished(self._text)[0] :]
+        readable = torch.zeros_like(probs)
+        readable[[*going_on(opened), END]] = 1.0
+        probs *= readable
         if not float(probs.sum()) > 0:
             raise ValueError(
                 f"no token goes on with {self.text[-16:]!r}: the text is no UTF-8, or the "

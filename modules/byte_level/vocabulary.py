@@ -9,7 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -234,6 +234,25 @@ def unfinished(data: bytes) -> tuple[int, int]:
             length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return (count, length - count) if length > count else (0, 0)
     return 0, 0
+
+
+@lru_cache(maxsize=1024)
+def going_on(opened: bytes) -> tuple[int, ...]:
+    """The bytes that may follow in UTF-8 the bytes that are there of a character, or none."""
+
+    def decodes(data: bytes) -> bool:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    texts = {byte: opened + bytes([byte]) for byte in range(256)}
+    return tuple(
+        byte
+        for byte, text in texts.items()
+        if any(decodes(text + end) for end in completions(text))
+    )
 
 
 def completions(data: bytes) -> list[bytes]:

@@ -31,11 +31,11 @@ class GrammarState:
     """A state of llguidance's matcher, which is only ever copied.
 
     Args:
-        matcher: after the text. vocabulary: V.
+        matcher: after the text. vocabulary: V. eos_ids: end tokens.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: Any, vocabulary: int, eos_ids: frozenset[int]) -> None:
+        self._matcher, self._vocabulary, self._eos_ids = matcher, vocabulary, eos_ids
 
     @cached_property
     def _mask_V(self) -> Tensor:
@@ -49,14 +49,16 @@ class GrammarState:
 
     def allows(self, token: int) -> bool:
         """Whether the token may follow."""
-        if "_mask_V" in self.__dict__:
+        # The matcher's own answer leaves out end tokens, which its masks have.
+        if "_mask_V" in self.__dict__ or token in self._eos_ids:
             return bool(self._mask_V[token])
         return self._matcher.validate_tokens([token]) == 1
 
     def advance(self, token: int) -> GrammarState | None:
         """The state after one more token; None if it may not follow."""
         matcher = self._matcher.deep_copy()
-        return GrammarState(matcher, self._vocabulary) if matcher.consume_token(token) else None
+        taken = matcher.consume_token(token)
+        return GrammarState(matcher, self._vocabulary, self._eos_ids) if taken else None
 
     def forced(self) -> list[int]:
         """Tokens of the text that must follow."""
@@ -71,7 +73,8 @@ class Grammar:
         target: whose tokens they are.
 
     Raises:
-        ValueError: llguidance is not installed, or does not take the grammar.
+        ValueError: llguidance is not installed, or does not take the grammar; a target without end
+            tokens.
     """
 
     def __init__(self, grammar: str, target: Target) -> None:
@@ -81,7 +84,7 @@ class Grammar:
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise ValueError(f"constraint: the grammar cannot be used: {reason}")
-        self._start = GrammarState(matcher, self._vocabulary)
+        self._start = GrammarState(matcher, self._vocabulary, target.eos_ids)
 
     def start(self) -> GrammarState:
         """The state before the answer."""
@@ -173,6 +176,11 @@ def _library() -> Any:
 
 
 def _tokenizer(target: Target) -> Any:
+    if not target.eos_ids:
+        raise ValueError(
+            "constraint: the target has no token that ends an answer: give its tokenizer an "
+            "eos_token"
+        )
     if target.tokenizer not in _TOKENIZERS:
         _library()
         import llguidance.hf

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
+
 import pytest
 import torch
 
 from modules.byte_level.covers import END
 from modules.byte_level.decoding import ByteDecoder, fill_in_the_middle
+from modules.byte_level.vocabulary import going_on
 from modules.contracts.sampling import Sampling
 from tests.fakes import tiny_target
 from tests.modules.byte_level.test_covers import TARGETS
@@ -53,6 +56,20 @@ def _one(decoder: ByteDecoder, texts: list, sampling: Sampling) -> list[int]:
             self.next_byte, self.extend = text.next_byte, lambda data: None
 
     return list(decoder.stream([Kept(text) for text in texts], sampling, 1))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_answers_stay_readable_where_nothing_is_checked(kind: str) -> None:
+    """A random model gives much to tokens that are no UTF-8."""
+    decoder = ByteDecoder(TARGETS[kind], unchecked=1.0)
+    for seed in range(6):
+        trace = decoder.decode([[0]], Sampling(1.0, seed=seed), 6)[0]
+        # The limit may lie inside of a character.
+        data = decoder._vocabularies[0].spelled(trace.ids)
+        getincrementaldecoder("utf-8")().decode(data)
+        assert trace.ids
+    assert going_on(b"") == (*range(0x80), *range(0xC2, 0xF5))
+    assert going_on(b"\xed") == tuple(range(0x80, 0xA0)), "no surrogates"
 
 
 def test_an_ensemble_is_the_mean_of_its_models() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from modules.constraints.grammar import json_schema, lark, one_of, read_constraint, regex
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.decoding.particles import ParticleDecoder
 from modules.target.target import Target
 from tests.fakes import ScriptedDrafter, tiny_target
 
@@ -64,6 +66,28 @@ def test_answers_are_json_of_the_schema(target) -> None:
     assert state.allowed().nonzero()[:, 0].tolist() == [token] and state.allows(token)
     assert state.advance(token + 1) is None and state.advance(token) is not None
     assert state.advance(token) is not None, "states do not change"
+
+
+def test_end_tokens_are_allowed_alone_as_in_masks(target) -> None:
+    """A state that is asked before its mask was made; particles ask so."""
+    begun = regex("[ab]{2}", target).start()
+    for _ in range(3):
+        assert [begun.allows(end) for end in target.eos_ids] == [
+            bool(begun.allowed()[end]) for end in target.eos_ids
+        ]
+        last, begun = begun, begun.advance(int(begun.allowed().nonzero()[-1])) or begun
+    assert last.allows(0)
+    for heat in (0.0, 1.0):
+        sampling = Sampling(heat, constraint=regex("[ab]{2}", target))
+        (traces,) = ParticleDecoder(target, particles=2).weighted([[5, 6, 7]], sampling, 9)
+        for trace in traces:
+            assert trace.log_weight > -math.inf and len(trace.ids) == 3
+
+
+def test_a_target_without_end_tokens_is_refused(target, monkeypatch) -> None:
+    monkeypatch.setattr(Target, "eos_ids", frozenset())
+    with pytest.raises(ValueError, match="has no token that ends an answer"):
+        regex("[ab]", target)
 
 
 def test_the_other_kinds(target, tmp_path: Path) -> None:
