@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, DraftState
-from modules.contracts.rows import rows_at
+from modules.contracts.rows import Rows, rows_at
 from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Accepted, Verified
@@ -123,7 +123,6 @@ def alone(target, drafter: HiddenTransfer, ids: list[int], layers: list[int]) ->
     names = [*range(depth), "pre_norm"]
     real = target.features(batch, names)
     pseudo: dict[int, Tensor] = {}
-    rows = batch.rows()
     for k in range(depth + 1):
         for offset, first in enumerate(layers):
             if first == k:
@@ -139,7 +138,7 @@ def alone(target, drafter: HiddenTransfer, ids: list[int], layers: list[int]) ->
         if not drafter.interaction:
             visible[length:, length:] = torch.eye(len(inside)).bool()
         positions = torch.tensor([[*range(length), *(length + i for i in inside)]])
-        whole = replace(rows, position_ids_BN=positions, visible_BNJ=visible[None])
+        whole = Rows(positions, visible[None])
         after = target.forward_rows(hidden, whole, ("pre_norm",), None, (k, k + 1))["pre_norm"]
         pseudo |= {i: after[:, length + place] for place, i in enumerate(inside)}
     raise AssertionError
