@@ -7,7 +7,7 @@ S slots, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -34,6 +34,10 @@ class Rows:
     position_ids_BN: Tensor
     visible_BNJ: Tensor
     committed_BS: Tensor | None = None
+
+    def at(self, position_ids_BN: Tensor) -> Rows:
+        """The same rows at other positions."""
+        return replace(self, position_ids_BN=position_ids_BN)
 
     def beside(self, auxiliary: AuxiliaryRows) -> Rows:
         """These rows followed by the auxiliary ones, which these do not see."""
@@ -99,6 +103,10 @@ class DocumentRows(Rows):
         if window is not None:
             near = near & (back < window)
         return near | (back == 0)
+
+    def at(self, position_ids_BN: Tensor) -> DocumentRows:
+        """The same rows at other positions."""
+        return DocumentRows(position_ids_BN, self.document_ids_BT, self.padding)
 
     def sequence(self, number: int) -> DocumentRows:
         """The rows of one sequence alone."""

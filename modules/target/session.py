@@ -267,4 +267,4 @@ class Session:
     def _inside(self, rows: Rows) -> Rows:
         """The rows with positions limited to those of the target."""
         last = self.target.max_positions - 1
-        return replace(rows, position_ids_BN=rows.position_ids_BN.clamp(max=last))
+        return rows.at(rows.position_ids_BN.clamp(max=last))

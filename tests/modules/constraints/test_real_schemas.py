@@ -1,4 +1,6 @@
-"""Forty JSON schemas on the real 135M target, with and without drafters."""
+"""JSON schemas on the real 135M target, with and without drafters; `eval/json_schemas.yaml` has all
+forty.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_answers_are_valid_and_those_of_plain_constrained_decoding() -> None:
-    """Greedy, of 40 schemas; jsonschema decides what is valid."""
+    """Greedy, every fifth schema; jsonschema decides what is valid."""
     target = load_target("smollm2-135m")
     plain = SpeculativeDecoder(target)
     drafting = {
@@ -31,16 +33,16 @@ def test_answers_are_valid_and_those_of_plain_constrained_decoding() -> None:
         "scripted": SpeculativeDecoder(target, ScriptedDrafter(target.shape, right=0.7, decoys=1)),
     }
     rows, forced = list(read_jsonl(TRAINING_PROMPTS.parent / "json_schemas.jsonl")), 0
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows[::5]):
         sampling = Sampling(constraint=json_schema(row["schema"], target))
         ids = prompt_ids([{"role": "user", "content": row["question"]}], target.tokenizer)
         expected = plain.decode([ids], sampling, 160)[0].ids
         text = target.tokenizer.decode(expected, skip_special_tokens=True)
         jsonschema.validate(json.loads(text), row["schema"])
         for name, decoder in drafting.items():
-            if number % {"lookup": 1, "forced": 5, "scripted": 10}[name]:
+            if number % {"lookup": 1, "forced": 2, "scripted": 4}[name]:
                 continue
             trace = decoder.decode([ids], sampling, 160)[0]
             assert trace.ids == expected, (row["id"], name)
             forced += trace.forced
-    assert len(rows) == 40 and forced > 300
+    assert len(rows) == 40 and forced > 60

@@ -104,9 +104,11 @@ def test_the_distribution_in_16_bits_at_position_1500(name: str, target: Target)
     drafter = made(name, target)
     exact = probs(drafter, target)
     kept = probs(drafter.bfloat16(), target)
-    for tensor in frequencies(drafter):
+    # Tables of cosines are made of the frequencies once: another drafter has the rounded ones.
+    coarse = made(name, target).bfloat16()
+    for tensor in frequencies(coarse):
         tensor.copy_(tensor.bfloat16())
-    rounded = probs(drafter, target)
+    rounded = probs(coarse, target)
     off, before = ((one - exact).abs().sum() / 2 for one in (kept, rounded))
     assert off < 0.05 and off < before / 5
 

@@ -43,7 +43,8 @@ def test_a_drafter_learns_and_decodes_without_loss(kind: str, arch: str) -> None
     assert [trace.ids for trace in drafted] == [trace.ids for trace in plain]
 
 
-@pytest.mark.parametrize("arch", [*MORE, *RECURRENT])
+# The library's kimi_linear takes more than a minute; its layers are in the proof's tests.
+@pytest.mark.parametrize("arch", sorted({*MORE, *RECURRENT} - {"kimi_linear"}))
 def test_accepted_drafts_of_every_length_change_nothing(arch: str) -> None:
     target, prompts = tiny_target(arch), many_prompts(5)
     plain = ids_by_batch(SpeculativeDecoder(target), prompts, 1, 9)

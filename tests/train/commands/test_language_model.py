@@ -93,7 +93,8 @@ def test_a_strangers_folder_is_refused_before_memory_is_used(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (CONFIGS / "tokenization").glob("*.yaml"))
+    "name",
+    sorted({path.stem for path in (CONFIGS / "tokenization").glob("*.yaml")} - {"zett"}),
 )
 def test_shipped_recipes_can_be_built(name: str) -> None:
     stored = yaml.safe_load((CONFIGS / "tokenization" / f"{name}.yaml").read_text())
