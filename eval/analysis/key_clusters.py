@@ -45,6 +45,12 @@ def probe(target: Target, clusters: int, probes: Sequence[dict[str, Any]]) -> li
     return tokens
 
 
+def _complete(row: dict[str, Any]) -> bool:
+    answers = row.get("answers")
+    texts = [row.get("prompt"), *answers] if isinstance(answers, list) and answers else []
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
 def compare(
     target: str,
     clusters: int = 1000,
@@ -62,12 +68,14 @@ def compare(
         device: a torch device; by default the GPU if there is one.
 
     Raises:
-        ValueError: a row of `probes` without these keys.
+        ValueError: a row of `probes` without these keys, or with an empty text.
     """
     rows = list(read_jsonl(PROBES if probes is None else Path(probes)))
-    wrong = [row for row in rows if not isinstance(row.get("answers"), list) or "prompt" not in row]
-    if wrong or not rows:
-        raise ValueError(f"probes {probes!r}: give rows with `prompt` and a list of `answers`")
+    if not rows or not all(map(_complete, rows)):
+        raise ValueError(
+            f"probes {probes!r}: give rows with a text `prompt` and a list of texts `answers`, "
+            "none of them empty"
+        )
     tokens = probe(load_target(target, dtype, device, chats=False), clusters, rows)
     print(f"{len(rows)} probes, {clusters} clusters, {target}")
     for first, last in BANDS:

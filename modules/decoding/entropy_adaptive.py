@@ -81,7 +81,7 @@ class EntropyAdaptive:
 
         Raises:
             ValueError: settings that depend on the text; several prompts at once; a limit below 1;
-                a prompt that leaves one of the models no room for an answer.
+                a prompt without tokens, or one that leaves one of the models no room for an answer.
         """
         # 1. Refuse what cannot be decoded.
         check_limit(limit)
@@ -91,6 +91,8 @@ class EntropyAdaptive:
             raise ValueError(
                 f"{self.name} decodes one prompt at a time: set batch_size to 1 or leave it out"
             )
+        if not prompts[0]:
+            raise ValueError("a prompt has no tokens: give at least one")
         for model in (self.large, self.small):
             if len(prompts[0]) + limit > model.max_positions:
                 raise ValueError(

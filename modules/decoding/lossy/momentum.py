@@ -166,10 +166,12 @@ class MomentumDecoder(SpeculativeDecoder):
         """Check the settings of the method and of its parts."""
         if self.rule is not None:
             raise ValueError("momentum decoding has a rule of its own: leave `rule` out")
-        if self.candidates < 1 or self.alpha < 0 or not self.resistances:
+        least = min(self.resistances, default=-1.0)
+        if self.candidates < 1 or not self.alpha >= 0 or not least >= 0:
             raise ValueError(
-                "momentum decoding needs candidates of at least 1, alpha of at least 0 and a "
-                f"resistance, got {self.candidates}, {self.alpha} and {list(self.resistances)}"
+                "momentum decoding needs candidates of at least 1, alpha and resistances of at "
+                f"least 0, and one resistance, got {self.candidates}, {self.alpha} and "
+                f"{list(self.resistances)}"
             )
         super().__post_init__()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,3 +51,14 @@ def test_the_command_probes_a_target(
     printed = capsys.readouterr().out
     assert "16 probes, 4 clusters, tiny" in printed and "ranks 21-50: right inside" in printed
     assert right_tokens(target.tokenizer, ["ab"]) == set(target.tokenizer.encode("a "))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"answers": ["a"]}, {"prompt": "a", "answers": "b"}, {"prompt": "a", "answers": ["b", ""]}],
+)
+def test_probes_without_texts_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    """Before the target is loaded."""
+    (tmp_path / "probes.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="a list of texts `answers`, none of them empty"):
+        eval.analysis.key_clusters.compare("nowhere", probes=str(tmp_path / "probes.jsonl"))

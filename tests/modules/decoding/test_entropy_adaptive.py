@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 
+from modules.constraints.predicate import Predicate
 from modules.contracts.sampling import Sampling
 from modules.decoding import entropy_adaptive
 from modules.decoding.decoder import SpeculativeDecoder, Trace
@@ -164,5 +165,19 @@ def test_mistakes_are_refused() -> None:
         EntropyAdaptive(LARGE, SMALL).decode([PROMPT], Sampling(), 508)
     with pytest.raises(ValueError, match="one prompt at a time"):
         EntropyAdaptive(LARGE, SMALL).decode([PROMPT, PROMPT], Sampling(), 4)
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        EntropyAdaptive(LARGE, SMALL).decode([[]], Sampling(), 4)
+    for name, value in {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {4: 1.0},
+        "suppress_tokens": [4],
+        "min_new_tokens": 2,
+        "stop_strings": ["a"],
+        "constraint": Predicate(lambda ids: True, 128),
+    }.items():
+        with pytest.raises(ValueError, match=f"does not apply {name}: leave it out"):
+            EntropyAdaptive(LARGE, SMALL).decode([PROMPT], Sampling(**{name: value}), 4)
     with pytest.raises(ValueError, match="same tokenizer"):
         EntropyAdaptive(LARGE, tiny_target(vocab=96))

@@ -115,3 +115,6 @@ def test_mistakes_are_refused() -> None:
         MomentumDecoder(TARGET, rule=MomentumRule())
     with pytest.raises(ValueError, match="got 0, 0.2 and"):
         MomentumDecoder(TARGET, candidates=0)
+    for wrong in ({"alpha": float("nan")}, {"resistances": []}, {"resistances": [1.0, -1.0]}):
+        with pytest.raises(ValueError, match="needs candidates of at least 1"):
+            MomentumDecoder(TARGET, **wrong)
