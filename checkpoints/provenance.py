@@ -89,11 +89,13 @@ class Provenance:
 
 def command_line() -> str:
     """This process's command as it would be typed, without the script's folder and credentials, and
-    with `~` for the user's home.
+    with `~` for the user's home. The code of `python -c` is not told.
     """
     module, script = getattr(sys.modules["__main__"], "__spec__", None), Path(sys.argv[0])
     if module is not None:
         started = ["python", "-m", module.name.removesuffix(".__main__")]
+    elif sys.argv[0] == "-c":
+        started = ["python", "-c", "..."]
     else:
         # Console scripts have no ending and start Python themselves.
         started = ["python", script.name] if script.suffix == ".py" else [script.name]

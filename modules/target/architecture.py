@@ -28,14 +28,15 @@ _WINDOWS = ("sliding_attention", "chunked_attention")
 
 def is_causal(kind: Any) -> bool:
     """Whether transformers has causal language models of this `model_type`."""
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def reads_images(kind: Any) -> bool:
     """Whether transformers has models of this `model_type` that need another loader because they
     read images too.
     """
-    return not is_causal(kind) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = isinstance(kind, str) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return known and not is_causal(kind)
 
 
 class Architecture:

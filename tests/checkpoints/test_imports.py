@@ -325,7 +325,11 @@ def test_a_token_map_with_ids_beyond_the_vocabulary_or_twice_is_refused(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"speculators_model_type": "peagle"}, "speculators_model_type is 'peagle': only 'eagle3'"),
+        ({"speculators_model_type": "mtp"}, "speculators_model_type is 'mtp': only 'eagle3'"),
+        (
+            {"speculators_model_type": "peagle"},
+            "is not a whole peagle_speculators config: KeyError 'mask_token_id'",
+        ),
         ({"norm_before_fc": True, "fc_norm": True}, "fc_norm and norm_before_fc are both true"),
         ({"parallel_drafting": True}, "parallel_drafting is set, which is not supported"),
         (

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import modules.target.loading
 from eval.evaluation import Evaluation
@@ -125,7 +126,9 @@ def test_a_target_is_loaded_as_auto_says(
     monkeypatch.setattr(
         modules.target.loading,
         "AutoModelForCausalLM",
-        SimpleNamespace(from_pretrained=from_pretrained),
+        SimpleNamespace(
+            from_pretrained=from_pretrained, from_config=AutoModelForCausalLM.from_config
+        ),
     )
     for device, dtype in (("cuda:0", torch.bfloat16), ("cpu", torch.float32)):
         with pytest.raises(ValueError, match="enough"):

@@ -591,6 +591,8 @@ def test_a_module_is_named_as_it_was_started(monkeypatch: pytest.MonkeyPatch) ->
     assert command_line() == "python -m eval.verify_vllm --limit 1"
     monkeypatch.setattr(started, "__spec__", None)
     assert command_line() == "python verify_vllm.py --limit 1"
+    monkeypatch.setattr(sys, "argv", ["-c", "--limit", "1"])
+    assert command_line() == "python -c ... --limit 1"
 
 
 def test_nothing_to_verify_is_a_mistake(served: Path) -> None:
