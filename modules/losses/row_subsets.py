@@ -32,15 +32,18 @@ def some_rows(
     return rows.only(some_of_each(unit, most, randomly))
 
 
-def some_of_each(unit_M: Tensor, most: int, randomly: bool) -> Tensor:
-    """Indices of up to `most` rows of each unit (int64 [M]), evenly spaced or at random."""
+def some_of_each(unit_M: Tensor, most: int | Tensor, randomly: bool) -> Tensor:
+    """Indices of up to `most` rows of each unit (int64 [M]), evenly spaced or at random; `most` may
+    be a tensor [M] of each row's unit.
+    """
     count = len(unit_M)
     order = torch.randperm(count, device=unit_M.device) if randomly else torch.arange(count)
     order = order.to(unit_M.device)
     order = order[unit_M[order].argsort(stable=True)]
     _, inverse, sizes = unit_M[order].unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(count, device=unit_M.device) - (sizes.cumsum(0) - sizes)[inverse]
-    size, retained = sizes[inverse], sizes.clamp(max=most)[inverse]
+    size, most_M = sizes[inverse], torch.as_tensor(most, device=unit_M.device).expand(count)[order]
+    retained = torch.minimum(size, most_M)
     # Row r of c is chosen where the count of chosen ones, r * retained / c rounded down, goes up.
     chosen = (place + 1) * retained // size > place * retained // size
     return order[chosen].sort().values

@@ -66,8 +66,8 @@ class PEagle(Eagle3):
     reads [token ; feature], later ones are ordinary.
 
     Training expands a text to all slots of all rows. Conditional drop-out leaves of slot d only
-    max(ratio^d, least_ratio) of the rows, those of slot d + 1 among those of slot d. Loss: plain
-    mean of the cross-entropies to the target's distributions over all slots that are left.
+    max(ratio^d, least_ratio) of each packed row's rows, those of slot d + 1 among those of slot d.
+    Loss: plain mean of the cross-entropies to the target's distributions over all slots left.
 
     Args:
         shape: the target's dimensions.
@@ -204,12 +204,13 @@ class PEagle(Eagle3):
         # 1. The rows that train mask slots.
         packed_M = rows.flat_MK1[:, 0] // batch.input_ids.shape[1]
         pool = some_of_each(packed_M, self.anchors or len(packed_M), self.training)
-        count = len(pool)
-        # 2. Of those of each slot, some train the next.
+        # 2. Of those of each slot, some train the next. The share is of each packed row: which
+        #    slots train does not depend on the other rows of the batch.
+        count_M = packed_M[pool].bincount(minlength=len(batch.input_ids))[packed_M].double()
         for slot in range(1, self.draft_steps):
             pool = pool[rows.valid_MK[pool, slot]]
-            wanted = round(max(self.ratio**slot, self.least_ratio) * count)
-            pool = pool[some_of_each(torch.zeros_like(pool), wanted, self.training)]
+            wanted_M = (max(self.ratio**slot, self.least_ratio) * count_M).round().long()
+            pool = pool[some_of_each(packed_M[pool], wanted_M[pool], self.training)]
             chosen_MK[pool, slot] = True
         return chosen_MK
 

@@ -135,15 +135,17 @@ def test_each_slot_is_trained_by_a_share_of_the_rows_of_the_slot_before(training
     drafter = peagle(ratio=0.7, least_ratio=0.3).train(training)
     batch = documents([list(range(5, 47)), list(range(60, 80))])
     rows = training_rows(batch, 4)
-    count, drawn = len(rows.valid_MK), set()
+    count, drawn, packed_M = len(rows.valid_MK), set(), rows.flat_MK1[:, 0] // 42
     for _ in range(10):
         chosen_MK = drafter.chosen(rows, batch)
-        assert chosen_MK.sum(0).tolist() == [
-            58,
-            round(0.7 * 58),
-            round(0.49 * 58),
-            round(0.343 * 58),
-        ]
+        # The share is of each packed row, whichever other rows are in the batch.
+        for b, each in enumerate((40, 18)):
+            assert chosen_MK[packed_M == b].sum(0).tolist() == [
+                each,
+                round(0.7 * each),
+                round(0.49 * each),
+                round(0.343 * each),
+            ]
         assert bool((chosen_MK[:, 1:] <= (chosen_MK[:, :-1] & rows.valid_MK[:, 1:])).all())
         drawn.add(tuple(chosen_MK.flatten().tolist()))
     assert count == 58 and (len(drawn) > 5) == training
@@ -154,7 +156,6 @@ def test_each_slot_is_trained_by_a_share_of_the_rows_of_the_slot_before(training
     assert torch.equal(peagle(ratio=1.0).chosen(rows, batch), rows.valid_MK)
     # The cap is of each packed row, and the first slot has none.
     capped = peagle(ratio=1.0, anchors=5).train(training).chosen(rows, batch)
-    packed_M = rows.flat_MK1[:, 0] // 42
     assert int(capped[:, 0].sum()) == 58
     assert [int(capped[packed_M == b, 1].sum()) for b in (0, 1)] == pytest.approx([5, 5], abs=1)
 
