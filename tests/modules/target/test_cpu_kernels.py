@@ -172,15 +172,14 @@ def test_norms_in_16_bits_round_where_the_stock_norm_does(dtype):
     norms = LlamaRMSNorm(64).to(dtype), RoundedOnce(64).to(dtype), nn.RMSNorm(64, 1e-6).to(dtype)
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-    rows = torch.randn(200, 64).to(dtype)
+    rows = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         expected = [norm(rows) for norm in norms]
         assert float((expected[0] == RoundedOnce.forward(norms[0], rows)).float().mean()) < 0.95
         use_fused_norms(nn.ModuleList(norms))
         for norm, theirs in zip(norms, expected, strict=True):
             assert "forward" in vars(norm)
-            assert float((norm(rows) == theirs).float().mean()) > 0.999
-            torch.testing.assert_close(norm(rows), theirs)
+            assert torch.equal(norm(rows), theirs)
             # Under autocast rows have another precision than the weights.
             assert torch.equal(norm.float()(rows), type(norm).forward(norm, rows))
             assert norm.double()(rows.double()).dtype == torch.float64
