@@ -161,11 +161,7 @@ def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
 
     A call of a small layer takes longer than reading its weights does.
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or not all("forward" in vars(linear) for linear in linears)
-    ):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_joinable, linears)):
         return [linear(x) for linear in linears]
     # 1. One product, where its size is faster packed.
     first, sizes = linears[0].weight, [linear.out_features for linear in linears]
@@ -181,6 +177,16 @@ def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
     if first in _JOINT:
         return [F.linear(x, linear.weight, linear.bias) for linear in linears]
     return [linear(x) for linear in linears]
+
+
+def _joinable(linear: nn.Linear) -> bool:
+    """Whether a layer's weight may be read outside its `forward`.
+
+    At ZeRO-3 reading makes DeepSpeed gather it for the module around it from then on, and the next
+    step stops at another order of gathering than it has recorded. DeepSpeed numbers such modules.
+    """
+    attributes = vars(linear)
+    return "forward" in attributes and "ds_id" not in attributes
 
 
 def packed_joint(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:

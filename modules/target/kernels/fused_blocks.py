@@ -70,8 +70,8 @@ def use_fused_blocks(model: Any) -> None:
 
 
 def feed_forward(module: Any, hidden_BNH: Tensor, *more: Any, **options: Any) -> Tensor:
-    """down(act(gate(x)) * up(x)) [B,N,H]; calls with further arguments are the library's own."""
-    if more or options:
+    """down(act(gate(x)) * up(x)) [B,N,H]; with gradients or more arguments, the library's."""
+    if more or options or torch.is_grad_enabled():
         return type(module).forward(module, hidden_BNH, *more, **options)
     gate, up = joint_linear(hidden_BNH, (module.gate_proj, module.up_proj))
     return module.down_proj(module.act_fn(gate) * up)

@@ -94,10 +94,26 @@ def test_queries_keys_and_values_are_one_product_without_gradients_only(
     session = target.open(1, 9)
     session.prefill(torch.tensor([[3, 4, 5]]), torch.tensor([3]))
     assert made == [3, 2, 3, 2]
+    monkeypatch.setattr(fused_blocks, "joint_linear", None)
     embeddings = target.embed(torch.tensor([[3, 4, 5]])).requires_grad_()
     rows = TokenTree.chain(torch.tensor([[3, 4, 5]])).rows(torch.tensor([0]))
     target.forward_rows(embeddings, rows, ("final",))["final"].sum().backward()
     assert len(made) == 4 and embeddings.grad is not None
+
+
+def test_weights_in_shards_are_read_by_their_own_layers_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed numbers the modules whose weights it gathers; else a validation between two steps
+    ends the training."""
+    target, read = tiny_target("llama", torch.float32), []
+    monkeypatch.setattr(cpu_kernels, "packed_joint", None)
+    for number, (name, module) in enumerate(target.model.named_modules()):
+        vars(module)["ds_id"] = number
+        if ".layers.0." in name and name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda *inputs: read.append(inputs))
+    target.open(1, 9).prefill(torch.tensor([[3, 4, 5]]), torch.tensor([3]))
+    assert len(read) == 7
 
 
 def test_a_session_with_another_attention_has_it_in_every_layer() -> None:
