@@ -372,8 +372,10 @@ def strategy_named(name: str, accelerator: str) -> str | Strategy:
         cast(Any, strategy.config)["zero_force_ds_cpu_optimizer"] = False
     else:
         strategy = CpuDeepSpeedStrategy(**options, process_group_backend="gloo")
-    # Sums of gradients, over batches and processes, keep float32's digits under bf16-mixed.
-    cast(Any, strategy.config).update(
-        {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    )
+    # Sums of gradients, over batches and processes, keep float32's digits under bf16-mixed. Those
+    # over batches do not at stage 1: DeepSpeed would take another optimiser, with other parts.
+    config = cast(Any, strategy.config)
+    config["communication_data_type"] = "fp32"
+    if match[1] != "1":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return strategy

@@ -40,7 +40,9 @@ def test_deepspeed_is_asked_for_what_experts_ask(accelerator, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: accelerator == "cuda")
     config: Any = strategy_named("deepspeed_3_offload", accelerator).config
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert config["communication_data_type"] == "fp32"
+    first: Any = strategy_named("deepspeed_1", accelerator).config
+    assert "data_types" not in first
+    assert config["communication_data_type"] == first["communication_data_type"] == "fp32"
     assert config["zero_optimization"]["sub_group_size"] == 10**9
     if accelerator == "cuda":
         assert config["zero_optimization"]["offload_optimizer"]["pin_memory"]
