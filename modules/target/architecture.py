@@ -35,8 +35,8 @@ def reads_images(kind: Any) -> bool:
     """Whether transformers has models of this `model_type` that need another loader because they
     read images too.
     """
-    known = isinstance(kind, str) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return known and not is_causal(kind)
+    has_images = isinstance(kind, str) and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return has_images and not is_causal(kind)
 
 
 class Architecture:
