@@ -115,6 +115,7 @@ CASES = {
     "falcon_drawn": Case("falcon", drawn=True),
     # It always draws where the block of a document begins.
     "gad": Case("gad", drawn=True),
+    "peagle": Case("peagle", drawn=True),
     **{
         f"medusa_bf16_{stage}": Case("medusa", (), f"deepspeed_{stage}", "bf16-mixed")
         for stage in (1, 2, 3)
