@@ -90,9 +90,9 @@ class Case:
     aligned: bool = False
 
 
-FLAGS = {"independent": ("--drafter.layers", "1")}
-"""What a recipe needs beside a tiny target: all of its layers would be the target itself, with
-nothing to learn.
+FLAGS = {"independent": ("--drafter.layers", "1"), "peagle": ("--drafter.ratio", "1.0")}
+"""What a recipe needs: of a tiny target all layers would be the target itself, with nothing to
+learn; slots of P-EAGLE are dropped out at random.
 """
 TRIMMED = (
     *FLAGS["independent"],
@@ -115,7 +115,6 @@ CASES = {
     "falcon_drawn": Case("falcon", drawn=True),
     # It always draws where the block of a document begins.
     "gad": Case("gad", drawn=True),
-    "peagle": Case("peagle", drawn=True),
     **{
         f"medusa_bf16_{stage}": Case("medusa", (), f"deepspeed_{stage}", "bf16-mixed")
         for stage in (1, 2, 3)

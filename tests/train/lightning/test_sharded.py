@@ -19,7 +19,7 @@ from tests.train.lightning.processes import launch
 from tests.train.lightning.sharded_worker import CASES, STEPS, limit, train_case
 from train.cli import command
 
-WHOLE = ("judge", "gad", "peagle")
+WHOLE = ("judge", "gad")
 """Recipes without logits to cut into chunks, or with as many chunks on each process here."""
 
 
