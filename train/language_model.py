@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,20 @@ class LanguageModelSettings:
 class Report:
     """What a trained model does on held-out text.
 
-    backbone_steps_per_byte: positions of the widest part, per byte of text. multiply_adds_per_byte:
-    of one forward pass, per byte.
+    bits_per_byte, word_accuracy: of the text that is predicted, of masked models the masked words;
+    with_typos: of the same text with errors. backbone_steps_per_byte: positions of the widest part,
+    per byte of text. multiply_adds_per_byte: of one forward pass, per byte. details: the model's
+    own.
     """
 
     parameters: int
     bits_per_byte: float
-    word_accuracy: float
+    word_accuracy: float | None
     bits_per_byte_with_typos: float
-    word_accuracy_with_typos: float
+    word_accuracy_with_typos: float | None
     backbone_steps_per_byte: float
     multiply_adds_per_byte: float
-    details: dict[str, float] = field(default_factory=dict)
+    details: dict[str, float]
 
 
 class LanguageModelModule(LightningModule):
@@ -189,11 +191,14 @@ def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Sc
 
 
 def report(model: LanguageModel, texts: Sequence[str], settings: LanguageModelSettings) -> Report:
-    """Bits per byte and word accuracy on held-out texts, and on the same texts with typos."""
+    """Bits per byte and word accuracy on held-out texts, and on the same texts with typos; and the
+    model's own figures.
+    """
     score, steps, work = evaluate(model, texts, settings.batch)
     size = len("".join(texts).encode())
     spoiled = [with_typos(text, settings.typos, i) for i, text in enumerate(texts)]
     with_errors, _, _ = evaluate(model, spoiled, settings.batch)
+    rows = model.stacked([row for text in texts for row in model.rows(text)])
     return Report(
         sum(weights.numel() for weights in model.parameters()),
         score.bits_per_byte,
@@ -202,6 +207,7 @@ def report(model: LanguageModel, texts: Sequence[str], settings: LanguageModelSe
         with_errors.word_accuracy,
         steps / size,
         work / size,
+        model.details(rows.to(model.unit_bytes.device)),
     )
 
 

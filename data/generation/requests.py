@@ -35,7 +35,7 @@ class _Bounded(httpx2.AsyncByteStream):
             yield part
 
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Close the connections to the server."""
         await self.stream.aclose()
 
 

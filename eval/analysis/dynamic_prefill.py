@@ -7,7 +7,6 @@ merged, the answer's are not, and positions count merged tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,7 +166,7 @@ def command(arguments: Sequence[str]) -> int:
             f"({low:+.3f} to {high:+.3f}) |"
         )
     if asked_for.output is not None:
-        write_json(Path(asked_for.output), json.loads(json.dumps([asdict(line) for line in lines])))
+        write_json(Path(asked_for.output), [asdict(line) for line in lines])
     return 0
 
 

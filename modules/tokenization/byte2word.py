@@ -48,19 +48,7 @@ class Byte2Word(LanguageModel):
         share: float = 0.15,
         read: str = "bytes",
     ) -> None:
-        super().__init__(
-            units,
-            width=width,
-            layers=layers,
-            heads=heads,
-            byte_width=byte_width,
-            queries=queries,
-            slots=slots,
-            most_bytes=most_bytes,
-            length=length,
-            share=share,
-            read=read,
-        )
+        super().__init__(units)
         if read not in ("bytes", "pieces"):
             raise ValueError(f"read {read!r} is unknown: use bytes or pieces")
         if not 0 < share < 1:
@@ -103,6 +91,10 @@ class Byte2Word(LanguageModel):
         if not lines:
             return []
         return list(torch.tensor(lines).split(self.length))
+
+    def details(self, held_out: Tensor) -> dict[str, float]:
+        """How many weights make word vectors of units."""
+        return {"table_size": float(self.table_size)}
 
     def word_vectors(self, units_NC: Tensor) -> Tensor:
         """Vectors [N,H] of words, each from its own units alone."""

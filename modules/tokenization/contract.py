@@ -5,6 +5,7 @@ Shape legend: B rows, T words or tokens of a row, C units of a word.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Self
 
 from modules.tokenization.units import Units
 
@@ -47,9 +49,9 @@ class Score:
         return float(self.nll) / math.log(2) / max(1, self.bytes)
 
     @property
-    def word_accuracy(self) -> float:
-        """The share of words that are right."""
-        return self.right / max(1, self.words)
+    def word_accuracy(self) -> float | None:
+        """The share of words that are right; None where no words are counted."""
+        return self.right / self.words if self.words else None
 
     def __add__(self, other: Score) -> Score:
         return Score(
@@ -62,22 +64,36 @@ class Score:
 
 
 class LanguageModel(nn.Module):
-    """A language model with units of its own. The constructor takes `units` first and JSON-able
-    keyword arguments after it, as `settings` has them.
+    """A language model with units of its own.
+
+    A subclass's constructor takes `units` first and JSON-able keyword arguments after it; they are
+    remembered in `settings`, which is what a folder stores.
+
+    Raises:
+        ValueError: a count below one.
     """
 
-    units: Units
     settings: dict[str, Any]
     unit_bytes: Tensor
 
-    def __init__(self, units: Units, **settings: Any) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the constructor's arguments, defaults filled in."""
+        model = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        bound = signature.bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        settings = dict(list(bound.arguments.items())[2:])
+        for name, value in settings.items():
+            if signature.parameters[name].annotation == "int" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(model, "settings", settings)
+        return model
+
+    def __init__(self, units: Units) -> None:
         super().__init__()
-        self.units, self.settings = units, settings
+        self.units = units
         widths = torch.tensor([*units.widths, 0])
         self.register_buffer("unit_bytes", widths, persistent=False)
-        for name, value in settings.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
     def end(self) -> int:
@@ -97,10 +113,14 @@ class LanguageModel(nn.Module):
             draws: for models that draw masks or vectors.
         """
 
+    def details(self, held_out: Tensor) -> dict[str, float]:
+        """Further figures of a trained model, from padded rows [B,T, …] of held-out text."""
+        return {}
+
     def stacked(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows as one tensor, padded behind."""
         return pad_sequence(list(rows), batch_first=True, padding_value=PAD)
 
     def spelled(self, ids: Tensor) -> int:
         """Bytes of the text that ids spell, `PAD` and ends left out."""
-        return int(self.unit_bytes[ids.clamp(-1, self.end)][ids != PAD].sum())
+        return int(self.unit_bytes[ids[ids != PAD]].sum())

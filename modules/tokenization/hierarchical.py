@@ -37,11 +37,6 @@ class Hierarchical(WordModel):
             length=length,
             learned_positions=False,
         )
-        self.settings = {
-            key: value
-            for key, value in self.settings.items()
-            if key not in ("pooled", "learned_positions")
-        }
 
     def split(self, text: str) -> list[str]:
         """By Unicode's word boundaries, punctuation and capital letters."""

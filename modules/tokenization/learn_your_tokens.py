@@ -37,11 +37,6 @@ class LearnYourTokens(WordModel):
             length=length,
             learned_positions=True,
         )
-        self.settings = {
-            key: value
-            for key, value in self.settings.items()
-            if key not in ("unit_width", "unit_heads", "learned_positions")
-        }
 
     def split(self, text: str) -> list[str]:
         """At spaces, which begin the word behind them."""

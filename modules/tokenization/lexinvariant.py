@@ -38,14 +38,7 @@ class Lexinvariant(LanguageModel):
         length: int = 512,
         random_share: float = 1.0,
     ) -> None:
-        super().__init__(
-            units,
-            width=width,
-            layers=layers,
-            heads=heads,
-            length=length,
-            random_share=random_share,
-        )
+        super().__init__(units)
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share must be from 0 to 1, got {random_share}")
         self.width, self.length, self.random_share = width, length, random_share
@@ -96,41 +89,13 @@ class Lexinvariant(LanguageModel):
         losses_BT = self.token_losses(rows, draws)
         return Score(losses_BT.sum(), int((rows != PAD).sum()), self.spelled(rows), 0, 0)
 
-
-@torch.no_grad()
-def recovered_key(model: Lexinvariant, rows: Tensor, held_out: Tensor, seed: int = 0) -> float:
-    """How often a linear probe names the token behind a drawn vector: it reads the states at all
-    places of a token in a held-out row, and their mean log probability decides. A substitution
-    cipher changes nothing that the model reads, so this is the share of its key that is recovered
-    (section 4.2 of the paper).
-
-    Args:
-        model: trained, with drawn vectors only.
-        rows: [B,T] that the probe is fitted on. held_out: [B,T] that it is tried on.
-        seed: of the drawn vectors.
-    """
-    draws = torch.Generator(rows.device).manual_seed(seed)
-    states_MH, tokens_M = _states_of(model, rows, draws)
-    probe = nn.Linear(model.width, model.units.size + 1).to(rows.device)
-    with torch.enable_grad():
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2)
-        for _ in range(200):
-            loss = nn.functional.cross_entropy(probe(states_MH), tokens_M)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    right = total = 0
-    for row in held_out:
-        states_MH, tokens_M = _states_of(model, row[None], draws)
-        votes_MV = probe(states_MH).log_softmax(-1)
-        for token in tokens_M.unique():
-            chosen = votes_MV[tokens_M == token].mean(0).argmax()
-            right, total = right + int(chosen == token), total + 1
-    return right / total
-
-
-def _states_of(model: Lexinvariant, rows: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """States [M,H] at the tokens [M] of rows."""
-    states_BTH = model.states(rows, model.tables(len(rows), draws))
-    present_BT = rows != PAD
-    return states_BTH[present_BT].float(), rows[present_BT]
+    @torch.no_grad()
+    def details(self, held_out: Tensor) -> dict[str, float]:
+        """Nats per token in the first and the last quarter of held-out rows."""
+        draws = torch.Generator(held_out.device).manual_seed(0)
+        losses_BT, quarter = self.token_losses(held_out, draws), max(1, self.length // 4)
+        counted_BT = held_out != PAD
+        return {
+            f"loss_{name}_quarter": float(losses_BT[:, part].sum() / counted_BT[:, part].sum())
+            for name, part in (("first", slice(quarter)), ("last", slice(-quarter, None)))
+        }

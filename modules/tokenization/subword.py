@@ -26,7 +26,7 @@ class Subword(LanguageModel):
     def __init__(
         self, units: Units, width: int = 256, layers: int = 4, heads: int = 4, length: int = 192
     ) -> None:
-        super().__init__(units, width=width, layers=layers, heads=heads, length=length)
+        super().__init__(units)
         self.length = length
         self.embedding = nn.Embedding(units.size + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.02)

@@ -40,7 +40,7 @@ class WordModel(LanguageModel):
         learned_positions: of words, added to what the backbone reads; else rotary ones.
 
     Raises:
-        ValueError: a count below one, or a width that is no multiple of its heads.
+        ValueError: a width that is no multiple of its heads, or too large a count.
     """
 
     def __init__(
@@ -58,8 +58,7 @@ class WordModel(LanguageModel):
         length: int,
         learned_positions: bool,
     ) -> None:
-        settings = {key: value for key, value in locals().items() if key not in _NO_SETTINGS}
-        super().__init__(units, **settings)
+        super().__init__(units)
         if max(most_bytes, length, pooled) > MOST_POSITIONS:
             raise ValueError(f"most_bytes, length and pooled are at most {MOST_POSITIONS}")
         self.pooled, self.most_bytes, self.length = pooled, most_bytes, length
@@ -209,6 +208,3 @@ class WordModel(LanguageModel):
                 break
             ids.append(unit)
         return ids
-
-
-_NO_SETTINGS = ("self", "units", "__class__")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -24,6 +25,7 @@ from modules.tokenization.transfer.hypernetwork import Hypernetwork, save_networ
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from train.language_model import held_out_documents
 from train.tokenizer_transfer.result import (
+    Tables,
     bits_per_byte,
     mean_tables,
     original_tables,
@@ -137,8 +139,8 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     fit_on_text(settings, base, network, texts)
     figures.add("transferred")
     # 3. Write everything.
-    size = max(tokenizer.get_vocab().values()) + 1
-    save_model(base, predicted_tables(network, base, tokenizer, size), tokenizer, output / "model")
+    tables = predicted_tables(network, base, tokenizer, figures.size)
+    save_model(base, tables, tokenizer, output / "model")
     save_network(network, output)
     write_json(output / "metrics.json", {**figures.found_so_far, "settings": asdict(settings)})
     return figures.found_so_far
@@ -182,13 +184,13 @@ class _Figures:
         self,
         settings: TransferSettings,
         base: Base,
-        tokenizer: object,
+        tokenizer: Any,
         network: Hypernetwork,
         texts: Sequence[str],
     ) -> None:
         self.settings, self.base, self.tokenizer = settings, base, tokenizer
         self.network, self.texts = network, texts
-        self.size = max(tokenizer.get_vocab().values()) + 1  # type: ignore[attr-defined]
+        self.size = max(tokenizer.get_vocab().values()) + 1
         base_tokenizer = base.target.tokenizer
         self.found_so_far: dict[str, float] = {}
         self._add("original", original_tables(base), base_tokenizer)
@@ -205,7 +207,7 @@ class _Figures:
             tables = predicted_tables(self.network, self.base, tokenizer, size)
             self._add(label, tables, tokenizer)
 
-    def _add(self, name: str, tables: tuple, tokenizer: object) -> None:
+    def _add(self, name: str, tables: Tables, tokenizer: Any) -> None:
         bits, tokens = bits_per_byte(self.base, tables, tokenizer, self.texts, self.settings.length)
         self.found_so_far[f"bits_per_byte_{name}"] = bits
         self.found_so_far[f"tokens_per_byte_{name}"] = tokens

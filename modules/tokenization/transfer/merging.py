@@ -84,6 +84,7 @@ def validity(
         raise ValueError("boundary 'pretoken' needs the tokenizer's pre-tokenizer: use word")
 
     def valid(left: bytes, right: bytes) -> bool:
+        """Whether the two together stay within it."""
         # Parts of a character may always be joined.
         try:
             text = (left + right).decode()
@@ -118,8 +119,7 @@ class DynamicEmbeddings:
         self.network, self.base, self.originals = network, base, originals
         self.remembered = remembered
         self.cache: OrderedDict[bytes, Tensor] = OrderedDict()
-        vocabulary = base.target.tokenizer.get_vocab()
-        self.ids = {data: i for i, data in base.spelled.items() if i in set(vocabulary.values())}
+        self.ids = {data: i for i, data in base.spelled.items()}
         self.predicted = 0
 
     def vectors(self, pieces: Sequence[Piece]) -> Tensor:

@@ -222,7 +222,10 @@ def test_the_share_of_drawn_vectors() -> None:
     assert model.embedding_VH is not None
     drawn = (model.tables(50, draws()).double() != model.embedding_VH).any(-1)
     assert float(drawn.double().mean()) == pytest.approx(0.2, abs=0.02)
-    assert list(lexinvariant(1.0).named_parameters())[0][0].startswith("backbone")
+    # A whole number, as YAML writes it, is a share too: an ordinary model.
+    ordinary = Lexinvariant(ByteUnits(), **SIZES, random_share=0)
+    assert torch.equal(*ordinary.tables(2, draws()))
+    assert ordinary.settings == {**SIZES, "random_share": 0}
 
 
 def test_it_learns_to_read_repetition() -> None:
@@ -244,6 +247,8 @@ def test_it_learns_to_read_repetition() -> None:
         losses = model.token_losses(batch(32), generator).mean(0)
     assert float(losses[:4].mean()) > 0.9 * math.log(257)
     assert float(losses[12:].mean()) < 0.5 * math.log(257)
+    figures = model.details(batch(32))
+    assert figures["loss_last_quarter"] < 0.5 * figures["loss_first_quarter"]
 
 
 # -- pooled bytes ----------------------------------------------------------------------------------
@@ -300,6 +305,7 @@ def test_pieces_that_do_not_fit_the_slots_are_not_predicted() -> None:
         (lambda: Lexinvariant(ByteUnits(), random_share=2), "random_share must be from 0 to 1"),
         (lambda: Hierarchical(ByteUnits(), width=30), "width 30 must be an even multiple"),
         (lambda: Hierarchical(ByteUnits(), layers=0), "layers must be at least 1"),
+        (lambda: Lexinvariant(ByteUnits(), length=0), "length must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be_built_are_refused(make: Any, words: str) -> None:
