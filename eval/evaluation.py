@@ -87,6 +87,8 @@ class Evaluation(TokenOptions):
         top_p: sample within this probability mass.
         batch_size: prompts decoded together; a list such as [1, 4, 16] measures every row in each.
         repeats: passes over all prompts; medians are reported.
+        share_prompts: read a prompt once for all rows that read it alike (for long prompts; the
+            report counts its seconds in each).
         draft_precision: of drafters' weights: float32, bfloat16 or float16; by default the
             target's.
         dtype: of the target: float32, float64, bfloat16, float16; 8bit or 4bit where bitsandbytes
@@ -118,6 +120,7 @@ class Evaluation(TokenOptions):
     top_p: float = 1.0
     batch_size: int | list[int] = 1
     repeats: int = 1
+    share_prompts: bool = False
     draft_precision: Precision | None = None
     dtype: str = AUTO
     chat_template: dict[str, Any] | None = None
@@ -441,8 +444,8 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     )
     # Optional keys are left out at their default, so that older reports still compare.
     engine = {} if evaluation.engine != ENGINE else {"engine": ENGINE}
-    engine |= {"compile": evaluation.compile} if evaluation.compile else {}
-    engine |= {"chat_template": evaluation.chat_template} if evaluation.chat_template else {}
+    optional = ("compile", "chat_template", "share_prompts")
+    engine |= {name: getattr(evaluation, name) for name in optional if getattr(evaluation, name)}
     return {
         "prompts": [Path(name).name for name in evaluation.prompts],
         **engine,
@@ -474,6 +477,7 @@ def _measure(
                 evaluation.max_new_tokens,
                 evaluation.seed,
                 lambda unit: advance(1),
+                evaluation.share_prompts,
             )
             harness.run(share.of(batches), journal)
     # Records of all processes, in the order of one process.

@@ -11,6 +11,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from modules.constraints.grammar import json_schema
 from modules.contracts.sampling import Constraint
 from modules.contracts.target import Target
 from modules.decoding.decoder import Decoder, SpeculativeDecoder, Trace
+from modules.target.kv_cache import PromptMemory
 
 WARM_UP_TOKENS = 8
 SEEDS_PER_PROMPT = 1000
@@ -84,16 +86,20 @@ class Harness:
         max_new_tokens: per answer.
         seed: of sampling; each prompt has its own, the same for all rows and passes.
         finished: called after each unit that was measured (to show the progress).
+        share_prompts: read a prompt once for all rows that read it in the same way. Reports count
+            its seconds in each of them.
     """
 
     rows: Sequence[Row]
     max_new_tokens: int
     seed: int = 0
     finished: Callable[[Unit], None] = lambda unit: None
+    share_prompts: bool = False
 
     def __post_init__(self) -> None:
         """Start the first pass with fresh decoders."""
         self._grammars: dict[tuple[str, int], Constraint] = {}
+        self._prompts = PromptMemory()
         self.begin_pass()
 
     def begin_pass(self) -> None:
@@ -200,7 +206,10 @@ class Harness:
             constraints = [self._grammar(schema, row.target) for schema in schemas]
             sampling = replace(sampling, constraint=constraints)
         forget_peak(row.target)
-        traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
+        with self._prompts.used() if self.share_prompts else nullcontext():
+            traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
+        if self.share_prompts:
+            traces = [as_if_read(trace, self._prompts.spared) for trace in traces]
         if len(traces) != len(prompts):
             raise ValueError(
                 f"row {row.name!r} gave {len(traces)} answers to {len(prompts)} prompts: mend its "
@@ -257,6 +266,16 @@ def render(prompt: Prompt, answers: Sequence[str], target: Target) -> list[int]:
         ]
     messages.append({"role": "user", "content": prompt.turns[len(answers)]})
     return prompt_ids(messages, target.tokenizer, prompt.tools, prompt.template)
+
+
+def as_if_read(trace: Trace, spared: float) -> Trace:
+    """The trace with the seconds that a recalled prompt has spared."""
+    prefill = trace.seconds.get("prefill", 0.0) + spared
+    return replace(
+        trace,
+        time_to_first_token=trace.time_to_first_token + spared,
+        seconds={**trace.seconds, "prefill": prefill},
+    )
 
 
 def share(traces: Sequence[Trace]) -> list[Trace]:

@@ -82,6 +82,15 @@ class SparseSession(Session):
         """Raises ValueError: what a selection remembers cannot be taken back."""
         raise ValueError("a session of a sparse KV cache does not rewind: open another one")
 
+    def _like_any_other(self) -> bool:
+        """Whether the policy reads prompts in full, and does not look on."""
+        whole = type(self.reader.selection).choose_prompt is Selection.choose_prompt
+        hook, self._hook = self._hook, None
+        try:
+            return whole and super()._like_any_other()
+        finally:
+            self._hook = hook
+
     def _prompt_part(
         self, ids_BN: Tensor, counts_B: Tensor, names: Sequence[StateName]
     ) -> dict[StateName, Tensor]:

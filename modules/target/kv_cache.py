@@ -1,13 +1,16 @@
 """The target's KV cache: one preallocated buffer, written after each sequence's own length.
 
 Shape legend: L layers, B sequences, K key/value heads, S slots, D head size, N rows of one call,
-J rows since the last commit, A accepted rows,
-X slots that a call reads.
+J rows since the last commit, A accepted rows, X slots that a call reads, T prompt tokens, H hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 
-from modules.contracts.rows import Rows
+from modules.contracts.rows import Rows, causal_rows
+from modules.contracts.shapes import StateName
 from modules.contracts.verification import Accepted
 from modules.target.stock.recurrent import RecurrentStates
 
@@ -300,6 +304,16 @@ class SlotCache(Cache):
             for layer, device in enumerate(devices)
         ]
 
+    def committed_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the keys and values [B,K,S,D] of every layer, up to the longest committed
+        length.
+        """
+        end = max(self.lengths)
+        return [
+            (keys[:, :, :end].clone(), values[:, :, :end].clone())
+            for _, (keys, values) in sorted(self._layers.items())
+        ]
+
     def _row(self, layer: int, device: Hashable) -> int:
         """Where a layer lies in the store of its device."""
         if self._apart:
@@ -384,3 +398,91 @@ class AppendedCache(SlotCache):
         keys, values = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         self._appended[layer_idx] = (keys.detach(), values.detach())
         return keys, values
+
+
+# -- prompts that several decoders read ------------------------------------------------------------
+
+_IN_USE: ContextVar[PromptMemory | None] = ContextVar("prompts in use", default=None)
+
+
+def prompts_in_use() -> PromptMemory | None:
+    """The memory inside of `PromptMemory.used`."""
+    return _IN_USE.get()
+
+
+@dataclass
+class PromptMemory:
+    """Keys, values, states and logits after the prompts that a target read last, for the next
+    decoder that reads the same ones: at 16,000 tokens this takes longer than the answer.
+
+    seconds: that reading them took. spared: seconds that recalls have spared since `used` began.
+    """
+
+    seconds: float = 0.0
+    spared: float = 0.0
+    _model: Any = None
+    _ids_BT: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _lengths: list[int] = field(default_factory=list)
+    _layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _logits_BV: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _states: dict[StateName, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Prompts that are read inside are kept and recalled here."""
+        self.spared, before = 0.0, _IN_USE.set(self)
+        try:
+            yield
+        finally:
+            _IN_USE.reset(before)
+
+    def recall(
+        self,
+        model: Any,
+        cache: SlotCache,
+        ids_BT: Tensor,
+        counts_B: Tensor,
+        names: Sequence[StateName],
+    ) -> tuple[Tensor, dict[StateName, Tensor]] | None:
+        """Fill an empty cache with these prompts, of which the first `counts_B` tokens are no
+        padding; returns logits [B,V] and states [B,T,H], or None if others were read last, or
+        without these states.
+        """
+        same = model is self._model and counts_B.tolist() == self._lengths
+        if not same or not torch.equal(ids_BT, self._ids_BT):
+            return None
+        if not set(names) <= self._states.keys():
+            return None
+        # Written as a call of the layers writes them.
+        began, batch = time.perf_counter(), len(self._lengths)
+        order_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        cache.begin(causal_rows(torch.zeros_like(counts_B), ids_BT.shape[1]))
+        for layer, (keys, values) in enumerate(self._layers):
+            cache.update(keys, values, layer)
+        cache.commit(Accepted(order_T.expand(batch, -1), counts_B, counts_B))
+        self.spared += self.seconds - (time.perf_counter() - began)
+        return self._logits_BV.clone(), {name: self._states[name].clone() for name in names}
+
+    def keep(
+        self,
+        model: Any,
+        cache: SlotCache,
+        ids_BT: Tensor,
+        read: tuple[Tensor, dict[StateName, Tensor]],
+        seconds: float,
+    ) -> None:
+        """Remember what an empty cache holds after these prompts, and nothing else.
+
+        Args:
+            model: that read them.
+            cache: of their session.
+            ids_BT: the prompts, padded on the right.
+            read: logits [B,V] and states [B,T,H].
+            seconds: that it took.
+        """
+        self._model, self._ids_BT, self._lengths = model, ids_BT, list(cache.lengths)
+        self._layers = cache.committed_layers()
+        logits_BV, states = read
+        self._logits_BV = logits_BV.clone()
+        self._states = {name: state.clone() for name, state in states.items()}
+        self.seconds = seconds

@@ -6,6 +6,7 @@ hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.target.kernels.attention_hook import AttentionHook, attending
-from modules.target.kv_cache import SlotCache
+from modules.target.kv_cache import SlotCache, prompts_in_use
 from modules.target.stock.images import Images, rows_with_images
 
 PROMPT_ROWS = 2048
@@ -54,8 +55,35 @@ class Session:
         """Append right-padded tokens after the committed ones (also for second turns).
 
         A call reads `prompt_rows` tokens of each. Returns the logits [B,V] of each sequence's last
-        token and the requested states [B,T,H].
+        token and the requested states [B,T,H]. What a `PromptMemory` in use holds is not read
+        again.
         """
+        memory = prompts_in_use()
+        if memory is None or not self._like_any_other():
+            return self._read_prompts(ids_BT, lengths_B, states)
+        recalled = memory.recall(self.target.model, self.cache, ids_BT, lengths_B, states)
+        if recalled is not None:
+            return recalled
+        began = time.perf_counter()
+        read = self._read_prompts(ids_BT, lengths_B, states)
+        memory.keep(self.target.model, self.cache, ids_BT, read, time.perf_counter() - began)
+        return read
+
+    def _like_any_other(self) -> bool:
+        """Whether the next prompt leaves here what it leaves in any new session: the session is
+        empty, layers attend to all of it, and their keys and values are all that they keep.
+        """
+        stateless = not self.target.architecture.recurrence.modules
+        return (
+            stateless
+            and self._hook is None
+            and type(self.cache) is SlotCache
+            and not any(self.cache.lengths)
+        )
+
+    def _read_prompts(
+        self, ids_BT: Tensor, lengths_B: Tensor, states: Sequence[StateName]
+    ) -> tuple[Tensor, dict[StateName, Tensor]]:
         names: list[StateName] = [*dict.fromkeys((*states, "final"))]
         parts: dict[StateName, list[Tensor]] = {name: [] for name in states}
         last_BH = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from eval.tasks.tasks import Prompt, Task
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder, Trace
 from modules.drafters.retrieval.token_recycling import UNKNOWN, TokenRecycling
+from modules.target.session import Session
 from modules.target.target import Target
 from tests.fakes import tiny_target
 
@@ -211,3 +213,22 @@ def test_no_row_pass_or_batch_size_knows_answers_from_another(
     assert calls["a", "x/0"] == calls["b", "x/0"]
     assert isinstance(decoder.drafter, TokenRecycling)
     assert bool((decoder.drafter.successors_VK == UNKNOWN).all())
+
+
+def test_shared_prompts_are_read_once_and_counted_in_every_row(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, names = SpeculativeDecoder(target), ("autoregressive", "a", "b")
+    shared = [Row(name, decoder, target, Sampling(), names[0]) for name in names]
+    work, reads = units(tasks(1), 1, 1)[:1], []
+    part = Session._prompt_part
+    monkeypatch.setattr(
+        Session, "_prompt_part", lambda *given: (reads.append(1), time.sleep(0.2), part(*given))[2]
+    )
+    records = Harness(shared, 3, share_prompts=True).run(work, Journal(tmp_path / "j", {}, False))
+    # Warming up reads the prompt in every row; then the first of four runs reads it.
+    assert len(reads) == len(shared) + 1 and len(records) == 4
+    assert len({tuple(record.trace.ids) for record in records}) == 1
+    for record in records:
+        assert record.trace.seconds["prefill"] >= 0.19
+        assert record.trace.time_to_first_token >= 0.19
