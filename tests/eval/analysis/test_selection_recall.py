@@ -1,0 +1,85 @@
+"""The exact policy finds everything, others what they choose; answers are the target's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eval.analysis.selection_recall import Figures, command, measure, specs_at, table
+from modules.sparse_kv.exact import ExactTopK
+from modules.sparse_kv.full import Full
+from modules.sparse_kv.sentence_kv import SentenceKV
+from modules.sparse_kv.tidal import TidalDecode
+from modules.sparse_kv.token_select import TokenSelect
+from modules.sparse_kv.window import Window
+from tests.fakes import tiny_target
+
+PROMPT = [3, 5, 7, 9, 11, 2, 4, 6, 8, 10, 12, 5, 7, 31, 9, 14]
+
+
+def test_figures_of_one_token() -> None:
+    figures = Figures()
+    weights = torch.tensor([[0.5, 0.1, 0.3, 0.1]])
+    figures.add(weights, torch.tensor([[True, True, False, False]]))
+    assert figures.recall == [0.5] and figures.share == [0.5]
+    assert figures.mass == pytest.approx([0.6])
+
+
+def test_policies_by_layer() -> None:
+    target = tiny_target()
+    policies = {
+        "full": Full(),
+        "exact": ExactTopK(4, "key_value"),
+        "alone": ExactTopK(4, "query"),
+        "window": Window(window=3, sinks=1),
+        "tidal": TidalDecode(4, first=0, again=[]),
+        "token_select": TokenSelect(budget=2, initial=1, local=2, chunk=4),
+        "sentence_kv": SentenceKV(budget=8, start_tokens=1, recent=2, observed=2),
+    }
+    found = measure(target, policies, [PROMPT], 3)
+    layers = target.shape.num_layers
+    assert layers > 1 and {len(rows) for rows in found.values()} == {layers}
+    for layer in range(layers):
+        full = found["full"][layer]
+        assert full.recall == full.share == [1.0] * len(full.recall)
+        assert full.mass == pytest.approx([1.0] * len(full.mass))
+        # A row's own slot is read too, wherever it stands.
+        assert min(found["exact"][layer].recall) >= 4 / 5
+        assert min(found["alone"][layer].recall) >= 4 / 5
+        # Tokens 17, 18 and 19: three newest, one first, of 17 slots and more.
+        share = [4 / 17, 4 / 18, 4 / 19]
+        heads = target.shape.num_kv_heads
+        assert found["window"][layer].share == pytest.approx(
+            [value for value in share for _ in range(heads)]
+        )
+        assert sum(found["window"][layer].mass) < sum(found["exact"][layer].mass)
+    # TidalDecode reads all in its first layer, and then keeps what it chose there.
+    assert found["tidal"][0].share[0] == 1.0 and found["tidal"][1].share[0] < 0.5
+    assert "| exact |" in table(found) and table(found).count("\n") == len(policies) + 1
+
+
+def test_the_answer_is_plain_decoding_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, said = tiny_target(), []
+    verify = type(target.open(1, 4)).verify
+
+    def noted(session: object, tree: object, *others: object) -> object:
+        said.append(int(tree.tokens_BN[0, 0]))  # type: ignore[attr-defined]
+        return verify(session, tree, *others)  # type: ignore[arg-type]
+
+    from modules.contracts.sampling import Sampling
+    from modules.decoding.decoder import SpeculativeDecoder
+
+    plain = SpeculativeDecoder(target).decode([PROMPT], Sampling(), 4)[0].ids
+    monkeypatch.setattr(type(target.open(1, 4)), "verify", noted)
+    policies = {
+        "sentence_kv": SentenceKV(budget=8, start_tokens=1, recent=2, observed=2),
+        "window": Window(window=3, sinks=1),
+    }
+    measure(target, policies, [PROMPT], 4)
+    assert said == plain
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(specs_at(256)) == {"exact", "window", "tidal", "token_select", "sentence_kv"}
+    with pytest.raises(ValueError, match="tokens must be at least 1"):
+        command(["--tokens", "0"])
