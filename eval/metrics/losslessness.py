@@ -85,17 +85,20 @@ def _at(ids: Sequence[int], position: int) -> int | None:
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Teacher-forced logits [T,V] of the answer's T tokens, by one pass without a KV cache; of a
-    long text part by part, so that there is no mask of the whole.
+    long text part by part, so that there is no mask of the whole, and its prompt is read once for
+    all answers where a `PromptMemory` is in use.
     """
     # An encoder-decoder target reads from the loss mask where the answer begins.
     ids = torch.tensor([[*prompt, *answer]], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     batch = TextBatch(ids, positions >= len(prompt), positions, torch.zeros_like(ids))
     encodes = getattr(target.model.config, "is_encoder_decoder", False)
-    if ids.shape[1] > PROMPT_ROWS and not encodes:
-        count_B = torch.tensor([ids.shape[1]], device=target.device)
-        _, seen = target.open(1, ids.shape[1]).prefill(ids, count_B, ["final"])
-        return target.logits(seen["final"][0, len(prompt) - 1 : -1]).float().cpu()
+    if ids.shape[1] > PROMPT_ROWS and answer and not encodes:
+        session = target.open(1, ids.shape[1])
+        counts_B2 = torch.tensor([[len(prompt), len(answer)]], device=target.device)
+        first_BV, _ = session.prefill(ids[:, : len(prompt)], counts_B2[:, 0])
+        _, seen = session.prefill(ids[:, len(prompt) :], counts_B2[:, 1], ["final"])
+        return torch.cat([first_BV, target.logits(seen["final"][0, :-1])]).float().cpu()
     with torch.no_grad():
         states_TH = target.features(batch, ["final"])["final"][0, len(prompt) - 1 : -1]
         return target.logits(states_TH).float().cpu()

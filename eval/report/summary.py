@@ -21,7 +21,10 @@ from modules.cost_model.latency_table import LatencyTable
 from modules.decoding.decoder import Trace
 from modules.decoding.timing import PHASES
 from modules.target.gguf_name import title
+from modules.target.kv_cache import PromptMemory
 
+REMEMBERED = 2 << 30
+"""Bytes of keys and values of long prompts that answers are compared after."""
 Answers = Mapping[str, Record]
 """One row's answers by prompt id, passes folded into one."""
 
@@ -50,8 +53,14 @@ def summarise(
     size. Answers are scored according to `scoring`. `most` is the number of prompts in the largest
     batch: no larger one is timed.
     """
+    with PromptMemory(REMEMBERED).used():
+        return _summaries(rows, records, scoring or Scoring(), most)
+
+
+def _summaries(
+    rows: Sequence[Row], records: Sequence[Record], scoring: Scoring, most: int | None
+) -> list[Summary]:
     # 1. Fold repeated passes, and time the target's calls.
-    scoring = scoring or Scoring()
     folded = {
         row.name: fold([record for record in records if record.row == row.name]) for row in rows
     }

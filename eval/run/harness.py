@@ -11,7 +11,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,9 +157,14 @@ class Harness:
         """
         for row in self.rows:
             ids = [render(prompt, [], row.target) for prompt in unit.prompts]
-            self._decoders[row.name].decode(
-                ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens)
-            )
+            with self._sharing():
+                self._decoders[row.name].decode(
+                    ids, row.sampling, min(WARM_UP_TOKENS, self.max_new_tokens)
+                )
+
+    def _sharing(self) -> AbstractContextManager[None]:
+        """Inside, prompts are shared by rows, if that is asked for."""
+        return self._prompts.used() if self.share_prompts else nullcontext()
 
     def schedule(self, number: int) -> list[tuple[Row, bool]]:
         """Rows in the order of one unit, each with a flag for the second run of a baseline."""
@@ -206,7 +211,7 @@ class Harness:
             constraints = [self._grammar(schema, row.target) for schema in schemas]
             sampling = replace(sampling, constraint=constraints)
         forget_peak(row.target)
-        with self._prompts.used() if self.share_prompts else nullcontext():
+        with self._sharing():
             traces = self._decoders[row.name].decode(prompts, sampling, self.max_new_tokens)
         if self.share_prompts:
             traces = [as_if_read(trace, self._prompts.spared) for trace in traces]

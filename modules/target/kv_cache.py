@@ -402,39 +402,58 @@ class AppendedCache(SlotCache):
 
 # -- prompts that several decoders read ------------------------------------------------------------
 
-_IN_USE: ContextVar[PromptMemory | None] = ContextVar("prompts in use", default=None)
+PROMPTS_IN_USE: ContextVar[PromptMemory | None] = ContextVar("prompts in use", default=None)
+"""The memory inside of `PromptMemory.used`."""
 
 
-def prompts_in_use() -> PromptMemory | None:
-    """The memory inside of `PromptMemory.used`."""
-    return _IN_USE.get()
+@dataclass(frozen=True)
+class ReadPrompts:
+    """What a model's empty session holds after prompts: keys and values [B,K,S,D] by layer, logits
+    [B,V], states [B,T,H]; and the seconds that reading took.
+    """
+
+    model: Any
+    ids_BT: Tensor
+    lengths: list[int]
+    layers: list[tuple[Tensor, Tensor]]
+    logits_BV: Tensor
+    states: dict[StateName, Tensor]
+    seconds: float
+
+    def serves(
+        self, model: Any, ids_BT: Tensor, lengths: list[int], names: Sequence[StateName]
+    ) -> bool:
+        """Whether these are the prompts that a session is to read, and these states are there."""
+        same = model is self.model and lengths == self.lengths and set(names) <= self.states.keys()
+        return same and torch.equal(ids_BT, self.ids_BT)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values."""
+        return sum(rows.nbytes for layer in self.layers for rows in layer)
 
 
 @dataclass
 class PromptMemory:
-    """Keys, values, states and logits after the prompts that a target read last, for the next
-    decoder that reads the same ones: at 16,000 tokens this takes longer than the answer.
+    """The prompts that targets read last, for the next decoder that reads the same ones: at 16,000
+    tokens this takes longer than the answer.
 
-    seconds: that reading them took. spared: seconds that recalls have spared since `used` began.
+    limit: bytes of keys and values; the newest prompts are always kept. spared: seconds that
+    recalls have spared since `used` began.
     """
 
-    seconds: float = 0.0
+    limit: int = 0
     spared: float = 0.0
-    _model: Any = None
-    _ids_BT: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _lengths: list[int] = field(default_factory=list)
-    _layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _logits_BV: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _states: dict[StateName, Tensor] = field(default_factory=dict)
+    _read: list[ReadPrompts] = field(default_factory=list)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Prompts that are read inside are kept and recalled here."""
-        self.spared, before = 0.0, _IN_USE.set(self)
+        self.spared, before = 0.0, PROMPTS_IN_USE.set(self)
         try:
             yield
         finally:
-            _IN_USE.reset(before)
+            PROMPTS_IN_USE.reset(before)
 
     def recall(
         self,
@@ -445,23 +464,20 @@ class PromptMemory:
         names: Sequence[StateName],
     ) -> tuple[Tensor, dict[StateName, Tensor]] | None:
         """Fill an empty cache with these prompts, of which the first `counts_B` tokens are no
-        padding; returns logits [B,V] and states [B,T,H], or None if others were read last, or
-        without these states.
+        padding; returns logits [B,V] and states [B,T,H], or None where they are not kept.
         """
-        same = model is self._model and counts_B.tolist() == self._lengths
-        if not same or not torch.equal(ids_BT, self._ids_BT):
-            return None
-        if not set(names) <= self._states.keys():
+        began, lengths = time.perf_counter(), counts_B.tolist()
+        read = next((r for r in self._read if r.serves(model, ids_BT, lengths, names)), None)
+        if read is None:
             return None
         # Written as a call of the layers writes them.
-        began, batch = time.perf_counter(), len(self._lengths)
         order_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         cache.begin(causal_rows(torch.zeros_like(counts_B), ids_BT.shape[1]))
-        for layer, (keys, values) in enumerate(self._layers):
+        for layer, (keys, values) in enumerate(read.layers):
             cache.update(keys, values, layer)
-        cache.commit(Accepted(order_T.expand(batch, -1), counts_B, counts_B))
-        self.spared += self.seconds - (time.perf_counter() - began)
-        return self._logits_BV.clone(), {name: self._states[name].clone() for name in names}
+        cache.commit(Accepted(order_T.expand(len(lengths), -1), counts_B, counts_B))
+        self.spared += read.seconds - (time.perf_counter() - began)
+        return read.logits_BV.clone(), {name: read.states[name].clone() for name in names}
 
     def keep(
         self,
@@ -471,7 +487,7 @@ class PromptMemory:
         read: tuple[Tensor, dict[StateName, Tensor]],
         seconds: float,
     ) -> None:
-        """Remember what an empty cache holds after these prompts, and nothing else.
+        """Remember what an empty cache holds after these prompts.
 
         Args:
             model: that read them.
@@ -480,9 +496,9 @@ class PromptMemory:
             read: logits [B,V] and states [B,T,H].
             seconds: that it took.
         """
-        self._model, self._ids_BT, self._lengths = model, ids_BT, list(cache.lengths)
-        self._layers = cache.committed_layers()
-        logits_BV, states = read
-        self._logits_BV = logits_BV.clone()
-        self._states = {name: state.clone() for name, state in states.items()}
-        self.seconds = seconds
+        states = {name: state.clone() for name, state in read[1].items()}
+        layers, lengths = cache.committed_layers(), list(cache.lengths)
+        newest = ReadPrompts(model, ids_BT, lengths, layers, read[0].clone(), states, seconds)
+        self._read.append(newest)
+        while len(self._read) > 1 and sum(read.bytes for read in self._read) > self.limit:
+            del self._read[0]

@@ -19,7 +19,7 @@ from modules.contracts.target import Target
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.target.kernels.attention_hook import AttentionHook, attending
-from modules.target.kv_cache import SlotCache, prompts_in_use
+from modules.target.kv_cache import PROMPTS_IN_USE, SlotCache
 from modules.target.stock.images import Images, rows_with_images
 
 PROMPT_ROWS = 2048
@@ -58,7 +58,7 @@ class Session:
         token and the requested states [B,T,H]. What a `PromptMemory` in use holds is not read
         again.
         """
-        memory = prompts_in_use()
+        memory = PROMPTS_IN_USE.get()
         if memory is None or not self._like_any_other():
             return self._read_prompts(ids_BT, lengths_B, states)
         recalled = memory.recall(self.target.model, self.cache, ids_BT, lengths_B, states)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eval.metrics import losslessness
 from eval.metrics.acceptance import Identity
 from eval.metrics.losslessness import LOW_PRECISION_GAP, judge, teacher_forced_logits
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.target.kv_cache import PromptMemory
 from modules.target.target import Target
 from tests.fakes import SEQ2SEQ, tiny_seq2seq, tiny_target
 
@@ -32,6 +34,20 @@ def test_teacher_forcing_predicts_the_answer_that_greedy_decoding_gave(
 ) -> None:
     logits = teacher_forced_logits(target, PROMPT, answer)
     assert logits.shape == (12, target.shape.vocab_size) and logits.argmax(-1).tolist() == answer
+
+
+def test_a_long_prompt_is_read_once_for_all_answers(
+    target: Target, answer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = teacher_forced_logits(target, PROMPT, answer)
+    monkeypatch.setattr(losslessness, "PROMPT_ROWS", 4)
+    memory = PromptMemory()
+    for spared in (False, True):
+        with memory.used():
+            found = teacher_forced_logits(target, PROMPT, answer)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert (memory.spared != 0) == spared
+    assert teacher_forced_logits(target, PROMPT, []).shape[0] == 0
 
 
 def test_identical(target: Target, answer: list[int]) -> None:

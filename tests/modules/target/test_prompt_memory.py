@@ -104,3 +104,16 @@ def test_sparse_policies_share_prompts_that_they_read_in_full(
     with memory.used():
         assert decoder.decode(prompt, Sampling(), 6)[0].ids == expected
     assert (memory.spared != 0) == recalled
+
+
+def test_the_limit_keeps_some_prompts(target: Target) -> None:
+    def spared(memory: PromptMemory, ids: list[int]) -> bool:
+        with memory.used():
+            target.open(1, 8).prefill(torch.tensor([ids]), torch.tensor([len(ids)]))
+        return memory.spared != 0
+
+    one, two = [5, 9, 7], [4, 4, 8]
+    newest, both = PromptMemory(), PromptMemory(limit=1 << 20)
+    for memory in (newest, both):
+        assert not spared(memory, one) and not spared(memory, two) and spared(memory, two)
+    assert spared(both, one) and not spared(newest, one)
