@@ -21,7 +21,7 @@ from configs.command_line.outputs import claimed
 from modules.target.loading import load_target, locate
 from modules.target.outline import read_tokenizer
 from modules.tokenization.transfer.frozen_base import Base
-from modules.tokenization.transfer.hypernetwork import Hypernetwork, save_network
+from modules.tokenization.transfer.hypernetwork import Hypernetwork, check_byte_level, save_network
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from train.language_model import held_out_documents
 from train.tokenizer_transfer.result import (
@@ -116,6 +116,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
         settings.tokenizer, locate(settings.tokenizer), chats=False, what="settings.tokenizer"
     )
     base = Base(load_target(settings.target, "float32"))
+    check_byte_level(base.target.tokenizer)
     texts, held_out = held_out_documents(
         settings.train, settings.held_out, settings.limit, settings.seed
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 import torch
@@ -158,6 +159,14 @@ def load_network(folder: Path, embedding_VH: Tensor, head_VH: Tensor | None) -> 
     return network.eval()
 
 
+def check_byte_level(base: Any) -> None:
+    """ValueError for a tokenizer whose vocabulary does not have the bytes of plain text."""
+    table = {byte: character for character, byte in bytes_of_characters().items()}
+    vocabulary = base.get_vocab()
+    if not all(table[ord(letter)] in vocabulary for letter in f" {ascii_letters}{digits}"):
+        raise ValueError("the base model's tokenizer is no byte-level BPE: take another model")
+
+
 def pieces_of(tokens: Iterable[bytes], base: Any, length: int) -> Tensor:
     """The base tokenizer's pieces [V,L] of each token, by its model alone (no pre-tokenization, no
     special tokens), padded with `PAD`.
@@ -165,21 +174,21 @@ def pieces_of(tokens: Iterable[bytes], base: Any, length: int) -> Tensor:
     Args:
         tokens: bytes of each token.
         base: a fast tokenizer of byte-level BPE.
-        length: L; a token's further pieces are left out.
+        length: L; a token's further pieces are left out. So are bytes that the base has no token
+            for (SmolLM2 lacks 21); a token of nothing else is the base's end of text.
 
     Raises:
         ValueError: another kind of tokenizer.
     """
+    check_byte_level(base)
     table = {byte: character for character, byte in bytes_of_characters().items()}
     model = base.backend_tokenizer.model
-    vocabulary = base.get_vocab()
-    if not all(character in vocabulary for character in table.values()):
-        raise ValueError("the base model's tokenizer is no byte-level BPE: take another model")
-    rows = []
+    vocabulary, rows = base.get_vocab(), []
     for token in tokens:
         spelled = "".join(table[byte] for byte in token)
         exact = vocabulary.get(spelled)
         ids = [exact] if exact is not None else [part.id for part in model.tokenize(spelled)]
+        ids = ids or [base.eos_token_id or 0]
         rows.append([*ids[:length], *[PAD] * (length - len(ids))])
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 

@@ -4,8 +4,12 @@ alone.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from modules.tokenization.contract import PAD
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, mean_of_pieces, pieces_of
@@ -98,3 +102,29 @@ def test_frequent_strings_come_first_where_there_is_no_noise(
     vocabulary = sampler.sample().get_vocab()
     extra = [name for name in vocabulary if len(name) > 1]
     assert len(extra) == 270 - 256 and "at" in extra  # in cat, sat and mat, caterpillar
+
+
+def test_bytes_without_a_token_of_their_own_are_left_out() -> None:
+    """SmolLM2's vocabulary lacks 21 bytes."""
+    backend = Tokenizer.from_str(BASE.backend_tokenizer.to_str())
+    content = json.loads(backend.to_str())
+    removed = content["model"]["vocab"].pop("ÿ")
+    content["model"]["vocab"] = {
+        name: i - (i > removed) for name, i in content["model"]["vocab"].items()
+    }
+    base = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<end>"
+    )
+    names = base.get_vocab()
+    assert "ÿ" not in names
+    rows = pieces_of([b"a\xffb", b"\xff", b"a"], base, 4)
+    assert rows.tolist() == [
+        [names["a"], names["b"], PAD, PAD],
+        [base.eos_token_id, PAD, PAD, PAD],
+        [names["a"], PAD, PAD, PAD],
+    ]
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"the": 0, "<end>": 1}, "<end>"))
+    )
+    with pytest.raises(ValueError, match="no byte-level BPE"):
+        pieces_of([b"the"], words, 4)
