@@ -31,12 +31,18 @@ CONFIG_SHAPE = {
     "target": {
         "name": Maybe(str),
         "fingerprint": Maybe(str),
+        "dtype?": Maybe(str),
         "shape": Each(object),
         "chat_template?": Maybe(Each(object)),
     },
 }
 PROVENANCE_SHAPE = {
-    "target": {"name": str, "fingerprint": Maybe(str), "chat_template?": Each(object)},
+    "target": {
+        "name": str,
+        "fingerprint": Maybe(str),
+        "dtype?": Maybe(str),
+        "chat_template?": Each(object),
+    },
     "data?": Each(object),
     "measured?": Each(float),
     "settings?": Each(object),

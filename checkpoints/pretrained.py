@@ -387,9 +387,16 @@ def _aliases(text: str, file: Path) -> Mapping[str, str]:
 
 
 def trained_for(config: Config) -> TrainedFor:
-    """The target of a component's config: name, dimensions and fingerprint."""
-    target = config["target"]
-    return TrainedFor(target["name"], TargetShape(**target["shape"]), target["fingerprint"])
+    """The target of a component's config: name, dimensions, fingerprint and precision.
+
+    Raises:
+        ValueError: a precision that there is not.
+    """
+    target, dtype = config["target"], config["target"].get("dtype")
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"target: dtype {dtype!r} is unknown: write a name such as bfloat16")
+    shape = TargetShape(**target["shape"])
+    return TrainedFor(target["name"], shape, target["fingerprint"], dtype)
 
 
 def check_compatible(trainable: Trainable, target: Target, name: str) -> None:

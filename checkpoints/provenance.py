@@ -37,7 +37,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Provenance:
     """Content of `provenance.json`.
 
-    target: `name` and `fingerprint` of the target, and arguments of its `chat_template` if any.
+    target: `name`, `fingerprint` and `dtype` of the target, and arguments of its `chat_template` if
+        any.
     data: the training data (`train`, `fingerprint`, counts).
     measured: figures by name (`probe/tau`, `val/loss`, …).
     settings: the run's config.
@@ -61,7 +62,9 @@ class Provenance:
         """
         arguments = arguments_of(target.tokenizer)
         template = {"chat_template": arguments} if arguments else {}
-        return cls({"name": target.name, "fingerprint": target.fingerprint(), **template}, **values)
+        identity = {"name": target.name, "fingerprint": target.fingerprint()}
+        dtype = str(target.dtype).removeprefix("torch.")
+        return cls({**identity, "dtype": dtype, **template}, **values)
 
     @classmethod
     def read(cls, file: Path) -> Provenance:

@@ -112,16 +112,18 @@ class Footprint:
 class TrainedFor:
     """The target that a component was trained for.
 
-    fingerprint: of its weights; None where the component's format does not state it.
+    fingerprint: of its weights; None where the component's format does not state it. dtype: their
+    precision then, such as `bfloat16`; None where the folder is older.
     """
 
     name: str
     shape: TargetShape
     fingerprint: str | None
+    dtype: str | None = None
 
     def difference(self, target: Target) -> str | None:
-        """Why `target` is a different model, or None. A quantised or 16-bit target of the same name
-        counts as the same with rounded weights (see `rounded`).
+        """Why `target` is a different model, or None. Of the same name, a quantised target, and a
+        16-bit one beside an exact one, count as the same with rounded weights (see `rounded`).
         """
         # 1. Dimensions must agree, whatever the weights are.
         there, here = self.shape, target.shape
@@ -145,9 +147,12 @@ class TrainedFor:
         )
 
     def rounded(self, target: Target) -> bool:
-        """Whether `target` has its name and other weights at 16 bits, taken for the same ones."""
+        """Whether `target` has its name and other weights, of which these or those are rounded to
+        16 bits: taken for the same ones.
+        """
         named = self.name == target.name
-        coarse = target.dtype.itemsize < torch.float32.itemsize
+        trained_at = getattr(torch, self.dtype or "float32")
+        coarse = min(target.dtype.itemsize, trained_at.itemsize) < torch.float32.itemsize
         return named and coarse and not self._same_weights(target)
 
     def _same_weights(self, target: Target) -> bool:

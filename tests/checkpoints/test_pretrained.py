@@ -89,7 +89,8 @@ def test_card_and_provenance_say_what_was_measured_and_how(saved, target):
     assert "probe/tau | 1.2500" in card and target.fingerprint() in card
     assert "A drafter of one matrix, used twice." in card and "More about it" not in card
     found = json.loads((saved[1] / "provenance.json").read_text())
-    assert found["target"] == {"name": target.name, "fingerprint": target.fingerprint()}
+    trained_for = {"name": target.name, "fingerprint": target.fingerprint(), "dtype": "float64"}
+    assert found["target"] == trained_for
     assert found["packages"]["torch"] == torch.__version__ and found["command"].startswith(
         "python "
     )

@@ -137,6 +137,13 @@ def test_a_target_rounded_to_16_bits_is_known_by_its_name(caplog) -> None:
     drafter.trained_for = replace(drafter.trained_for, name="another")
     with pytest.raises(ValueError, match="'runs/x' was trained for another .* for this target"):
         check_compatible(drafter, rounded, "runs/x")
+    # The other way around: trained at 16 bits, used in float32.
+    drafter.trained_for = TrainedFor(rounded.name, exact.shape, rounded.fingerprint(), "bfloat16")
+    check_compatible(drafter, exact, "runs/x")
+    assert drafter.trained_for.rounded(exact) and not drafter.trained_for.rounded(rounded)
+    drafter.trained_for = replace(drafter.trained_for, dtype=None)
+    with pytest.raises(ValueError, match="train it for this target"):
+        check_compatible(drafter, exact, "runs/x")
 
 
 def test_packed_weights_are_not_copied() -> None:
