@@ -206,7 +206,7 @@ def test_studies_have_a_short_page_that_the_index_links() -> None:
     assert folders and all(re.fullmatch(r"\w+_[a-z]+\d*_20\d{4}", path.name) for path in folders)
     assert [path.name for path in folders if lines(path / "README.md") > 80] == []
     assert [path.name for path in folders if f"({path.name}/README.md)" not in index] == []
-    assert lines(BENCHMARKS / "README.md") <= 60
+    assert lines(BENCHMARKS / "README.md") <= 70
 
 
 def test_the_readme_is_short() -> None:
