@@ -48,7 +48,10 @@ class TransferSettings:
         limit: documents read at most.
         width: of the hypernetwork. layers: of its transformer. heads: of its attention.
         pieces: of a token that are read.
-        identity_steps: of the first stage. identity_lr: its peak learning rate.
+        residual: predict what is added to the mean of a token's pieces, which the base model's own
+            tokens are from the start.
+        identity_steps: of the first stage; 0, with `residual`, leaves it out. identity_lr: its peak
+            learning rate.
         identity_tokens: per step.
         steps: of the second stage. lr: its peak learning rate.
         batch: texts per step. length: tokens of a text.
@@ -68,6 +71,7 @@ class TransferSettings:
     layers: int = 3
     heads: int = 8
     pieces: int = 7
+    residual: bool = False
     identity_steps: int = 300
     identity_lr: float = 3e-4
     identity_tokens: int = 4096
@@ -85,8 +89,9 @@ class TransferSettings:
     def __post_init__(self) -> None:
         """Refuse counts below one."""
         for name in ("steps", "identity_steps", "batch", "pieces", "every", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "identity_steps" and self.residual else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.lexical < 0:
             raise ValueError(f"lexical must not be negative, got {self.lexical}")
 
@@ -127,6 +132,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
         settings.layers,
         settings.heads,
         settings.pieces,
+        residual=settings.residual,
     )
     figures = _Figures(settings, base, tokenizer, network, held_out)
     # 2. Identity, then text in tokenizers drawn at random.
@@ -134,9 +140,10 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     identity = IdentityStage(
         *shared, settings.identity_steps, tokens=settings.identity_tokens, seed=settings.seed
     )
-    steps = TensorDataset(torch.zeros(settings.identity_steps))
-    fit(identity, DataLoader(steps), settings.identity_steps)
-    figures.add("identity")
+    if settings.identity_steps:
+        steps = TensorDataset(torch.zeros(settings.identity_steps))
+        fit(identity, DataLoader(steps), settings.identity_steps)
+        figures.add("identity")
     fit_on_text(settings, base, network, texts)
     figures.add("transferred")
     # 3. Write everything.

@@ -72,6 +72,9 @@ class Hypernetwork(nn.Module):
         width: W. layers: of the transformer over pieces. heads: of its attention.
         length: L, pieces that are read of a token; further ones are left out.
         bias: also predict a number that is added to a token's logit.
+        residual: predict what is added to the mean of the pieces, at first nothing: the base
+            model's own tokens have their embeddings from the start (the paper's network learns
+            them).
     """
 
     def __init__(
@@ -83,10 +86,12 @@ class Hypernetwork(nn.Module):
         heads: int = 8,
         length: int = 7,
         bias: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.settings = {"width": width, "layers": layers, "heads": heads}
-        self.settings |= {"length": length, "bias": bias}
+        self.settings |= {"length": length, "bias": bias, "residual": residual}
+        self.residual = residual
         hidden, self.length = embedding_VH.shape[1], length
         self.tied = head_VH is None
         tables = [embedding_VH] if head_VH is None else [embedding_VH, head_VH]
@@ -99,6 +104,10 @@ class Hypernetwork(nn.Module):
         )
         self.scales = nn.ModuleList(Rescaler(table) for table in tables)
         self.bias = nn.Linear(width, 1) if bias else None
+        for last in (head[-1] for head in self.heads if isinstance(head, nn.Sequential)):
+            if residual and isinstance(last, nn.Linear):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def normalised(self, source_TS: Tensor, pieces_VL: Tensor) -> tuple[list[Tensor], Tensor]:
         """Predictions in the space of mean 0 and deviation 1: [V,H] for each table, and the states
@@ -112,7 +121,13 @@ class Hypernetwork(nn.Module):
         gathered = self.source.normalised(source_TS)[pieces_VL.clamp(min=0)]
         states_VLW = self.blocks(self.read(self.project(gathered)), valid_VL)
         states_VW = states_VLW[:, 0]
-        return [head(states_VW) for head in self.heads], states_VW
+        predicted = [head(states_VW) for head in self.heads]
+        if self.residual:
+            # The rescaler of the source is that of each of its tables.
+            means_VS = mean_over(gathered, valid_VL)
+            parts = means_VS.chunk(len(predicted), 1)
+            predicted = [new + mean for new, mean in zip(predicted, parts, strict=True)]
+        return predicted, states_VW
 
     def labels(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """Rows of the model's own tables in the space of `normalised`."""
@@ -197,6 +212,11 @@ def mean_of_pieces(table_TH: Tensor, pieces_VL: Tensor) -> Tensor:
     """The mean of the base embeddings of a token's pieces [V,H]: the usual initialisation without
     training, which the hypernetwork is compared with.
     """
-    valid_VL = (pieces_VL != PAD).to(table_TH)
-    sums_VH = torch.einsum("vlh,vl->vh", table_TH[pieces_VL.clamp(min=0)], valid_VL)
-    return sums_VH / valid_VL.sum(1, keepdim=True)
+    return mean_over(table_TH[pieces_VL.clamp(min=0)], pieces_VL != PAD)
+
+
+def mean_over(vectors_VLH: Tensor, valid_VL: Tensor) -> Tensor:
+    """The mean [V,H] of the valid vectors."""
+    weights_VL = valid_VL.to(vectors_VLH)
+    sums_VH = torch.einsum("vlh,vl->vh", vectors_VLH, weights_VL)
+    return sums_VH / weights_VL.sum(1, keepdim=True)

@@ -128,3 +128,16 @@ def test_bytes_without_a_token_of_their_own_are_left_out() -> None:
     )
     with pytest.raises(ValueError, match="no byte-level BPE"):
         pieces_of([b"the"], words, 4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_residual_network_begins_with_the_mean_of_pieces(tied: bool) -> None:
+    table, head = torch.randn(290, 8) + torch.arange(8.0), torch.randn(290, 8)
+    made = Hypernetwork(table, None if tied else head, 16, 2, 2, length=4, residual=True)
+    source = table if tied else torch.cat([table, head], 1)
+    pieces = pieces_of([b"the", b"cat on", b"mat", b"123"], BASE, 4)
+    embeddings, rows, _ = made(source, pieces)
+    assert torch.allclose(embeddings, mean_of_pieces(table, pieces), atol=1e-5)
+    assert torch.allclose(rows, mean_of_pieces(table if tied else head, pieces), atol=1e-5)
+    embeddings.square().sum().backward()
+    assert made.heads[0][-1].weight.grad.abs().sum() > 0  # type: ignore[index]
