@@ -80,9 +80,11 @@ class LanguageModel(nn.Module):
         """Remember the constructor's arguments, defaults filled in."""
         model = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
-        bound = signature.bind(None, *args, **kwargs)
+        # Copies are made without arguments, and get their settings afterwards.
+        bound = signature.bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        settings = dict(list(bound.arguments.items())[2:])
+        names = list(signature.parameters)[2:]
+        settings = {name: bound.arguments[name] for name in names if name in bound.arguments}
         for name, value in settings.items():
             if signature.parameters[name].annotation == "int" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -33,10 +33,16 @@ class Subword(LanguageModel):
         self.backbone = backbone(width, layers, heads)
 
     def rows(self, text: str) -> list[Tensor]:
-        """Rows [T,2]: the token, and the index of its word in the text; the end has one too."""
+        """Rows [T,2]: the token, and the index of its word in the text; the end has one too, and
+        pieces of a word that began in an earlier row have `PAD`.
+        """
         words = [*map(self.units.encode, unicode_words(text)), [self.end]]
         pairs = [(token, index) for index, word in enumerate(words) for token in word]
-        return list(torch.tensor(pairs).split(self.length))
+        rows = list(torch.tensor(pairs).split(self.length))
+        lasts = [int(row[-1, 1]) for row in rows]
+        for row, last in zip(rows[1:], lasts):
+            row[row[:, 1] == last, 1] = PAD
+        return rows
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B,T,V] of the token behind each."""
@@ -59,7 +65,7 @@ class Subword(LanguageModel):
 
     def _words(self, likeliest_BT: Tensor, tokens_BT: Tensor, words_BT: Tensor) -> tuple[int, int]:
         """How many words were predicted whole, and how many of them rightly. A row's last word may
-        go on in the next row: it does not count.
+        go on in the next row: it does not count, and neither do the pieces there.
         """
         count = right = 0
         for likeliest, tokens, words in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -185,6 +186,27 @@ def test_subwords_count_a_word_only_whole() -> None:
     parts = [float(model.score(rows[:, :t], draws()).nll) for t in (10, 11)]
     logits = model.logits(torch.cat([torch.tensor([model.end]), tokens[:10]])[None])[0, -1]
     assert parts[1] - parts[0] == pytest.approx(-float(logits.log_softmax(-1)[tokens[10]]))
+
+
+def test_a_word_in_several_rows_is_no_word() -> None:
+    model = seeded(Subword(SUBWORDS, **{**SIZES, "length": 5}))
+    words = unicode_words("sat extraordinary sat. sat")
+    pieces = [len(SUBWORDS.encode(word)) for word in words]
+    assert pieces[0] < 5 < pieces[1] - 5, "the second word has a row of its own"
+    ends = [sum(pieces[: i + 1]) for i in range(len(words))]
+    # Whole are words between two borders of rows, with a token of the next word behind them.
+    whole = sum((end - size) // 5 == end // 5 for end, size in zip(ends, pieces, strict=True))
+    rows = rows_of(model, "".join(words))
+    counted = model._words(rows[..., 0], rows[..., 0], rows[..., 1])
+    assert counted == (whole, whole) and 0 < whole < len(words)
+
+
+@pytest.mark.parametrize("make", [hierarchical, lambda: seeded(Subword(SUBWORDS, **SIZES))])
+def test_a_copy_scores_as_the_model(make: Any) -> None:
+    model = make()
+    copied, rows = deepcopy(model), rows_of(model)
+    assert torch.equal(copied.score(rows, draws()).nll, model.score(rows, draws()).nll)
+    assert copied.settings == model.settings and "units" not in copied.settings
 
 
 # -- without vectors -------------------------------------------------------------------------------
