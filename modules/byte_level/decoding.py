@@ -17,7 +17,7 @@ from modules.byte_level.covers import END, ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary
 from modules.contracts.sampling import Sampling, sample_probs, warped_probs
-from modules.decoding.loop import Trace
+from modules.decoding.loop import Trace, check_context
 from modules.decoding.lossy.several_answers import check_one_prompt
 from modules.decoding.timing import Clock
 from modules.target.loading import load_target
@@ -122,13 +122,19 @@ class ByteDecoder:
             before: the target's tokens that stand before it, at least one.
             begun: its first bytes.
         """
-        prompts = [list(before)]
-        if len(self.models) > 1:
-            prompt = self.target.tokenizer.decode(before)
-            prompts += [
-                model.tokenizer.encode(prompt, add_special_tokens=False)
-                for model in self.models[1:]
-            ]
+        return self._begun(self._prompts(before), begun)
+
+    def _prompts(self, before: Sequence[int]) -> list[list[int]]:
+        """What stands before the text, in the tokens of every model."""
+        if len(self.models) == 1:
+            return [list(before)]
+        prompt = self.target.tokenizer.decode(before)
+        others = [
+            model.tokenizer.encode(prompt, add_special_tokens=False) for model in self.models[1:]
+        ]
+        return [list(before), *others]
+
+    def _begun(self, prompts: Sequence[list[int]], begun: bytes = b"") -> list[ByteText]:
         return [
             ByteText(
                 TokenRows(model, ids),
@@ -173,14 +179,17 @@ class ByteDecoder:
         """Continue one prompt by at most `limit` tokens.
 
         Raises:
-            ValueError: as `check_one_prompt`.
+            ValueError: as `check_one_prompt`; a prompt that leaves another model no room.
         """
         # 1. Refuse what cannot be decoded; min-p is a warper.
         check_one_prompt(self.name, self.target, prompts, sampling, limit, ("min_p",))
+        each = self._prompts(prompts[0])
+        for model, ids in zip(self.models, each, strict=True):
+            check_context(model, len(ids), limit, model.name)
         # 2. Byte by byte, as long as the answer has fewer tokens.
         trace, clock = Trace(len(prompts[0])), Clock(self.target.device)
         with clock.phase("prefill"):
-            texts = self.texts(prompts[0])
+            texts = self._begun(each)
         ended = True
         for _ in self.stream(texts, sampling):
             trace.time_to_first_token = trace.time_to_first_token or clock.elapsed()
@@ -193,7 +202,6 @@ class ByteDecoder:
             trace.ids.append(self._end_id())
         trace.drafted = [False] * len(trace.ids)
         trace.seconds = clock.snapshot()
-        trace.figures["bytes"] = [float(len(texts[0].text))]
         return [trace]
 
     def _end_id(self) -> int:

@@ -20,7 +20,7 @@ from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.contracts.token_tree import SiblingDraw
-from modules.decoding.loop import Observer, Run, Trace, check_limit
+from modules.decoding.loop import Observer, Run, Trace, check_context, check_limit
 from modules.decoding.timing import Clock
 from modules.decoding.translation import in_target_ids
 from modules.target.kernels.cpu_kernels import use_narrow_kernels
@@ -203,11 +203,7 @@ class SpeculativeDecoder:
             )
         check_ids(sampling, size)
         check_constraints(sampling, len(prompts))
-        if longest + limit > self.target.max_positions:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {limit} new ones exceed the target's context of "
-                f"{self.target.max_positions}: shorten the prompt or lower max_new_tokens"
-            )
+        check_context(self.target, longest, limit)
         # 2. Warn about contexts that the drafter was not trained on.
         trained = None if self.drafter is None else self.drafter.trained_length
         if trained is not None and longest + limit > trained:

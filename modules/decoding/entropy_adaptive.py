@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modules.acceptance.rules import Draws
 from modules.contracts.sampling import Sampling
-from modules.decoding.loop import Trace, check_limit
+from modules.decoding.loop import Trace, check_context, check_limit
 from modules.decoding.timing import Clock
 from modules.target.loading import load_target
 from modules.target.session import Session
@@ -94,12 +94,7 @@ class EntropyAdaptive:
         if not prompts[0]:
             raise ValueError("a prompt has no tokens: give at least one")
         for model in (self.large, self.small):
-            if len(prompts[0]) + limit > model.max_positions:
-                raise ValueError(
-                    f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed "
-                    f"{model.name}'s context of {model.max_positions}: shorten the prompt or lower "
-                    "max_new_tokens"
-                )
+            check_context(model, len(prompts[0]), limit, model.name)
         # 2. Both models keep a cache of the same text.
         trace, clock = Trace(len(prompts[0])), Clock(self.large.device)
         draws = Draws(sampling, [torch.Generator(self.large.device).manual_seed(sampling.seed)])

@@ -121,6 +121,16 @@ def check_limit(limit: int) -> None:
         raise ValueError(f"limit must be at least 1 new token, got {limit}: raise max_new_tokens")
 
 
+def check_context(target: Target, length: int, limit: int, whose: str = "the target") -> None:
+    """ValueError for a prompt of `length` tokens that leaves no room for an answer; `whose` names
+    the model."""
+    if length + limit > target.max_positions:
+        raise ValueError(
+            f"a prompt of {length} tokens and {limit} new ones exceed {whose}'s context of "
+            f"{target.max_positions}: shorten the prompt or lower max_new_tokens"
+        )
+
+
 def kept_calls(emitted: Sequence[int], tokens: int) -> list[int]:
     """Tokens of each call among the first `tokens`; calls without one are left out."""
     counts = []

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from modules.contracts.sampling import Sampling
-from modules.decoding.loop import Trace, check_limit
+from modules.decoding.loop import Trace, check_context, check_limit
 from modules.decoding.timing import Clock
 from modules.target.target import Target
 
@@ -54,11 +54,7 @@ def check_one_prompt(
     unknown = sorted(set(sampling.extra_options()) - set(supported))
     if unknown:
         raise ValueError(f"{name} does not follow {unknown[0]}: leave it out")
-    if len(prompts[0]) + limit > target.max_positions:
-        raise ValueError(
-            f"a prompt of {len(prompts[0])} tokens and {limit} new ones exceed the target's "
-            f"context of {target.max_positions}: shorten the prompt or lower max_new_tokens"
-        )
+    check_context(target, len(prompts[0]), limit)
 
 
 class SeveralAnswers(ABC):

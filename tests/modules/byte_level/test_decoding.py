@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from copy import copy
 
 import pytest
 import torch
@@ -114,3 +115,8 @@ def test_mistakes_are_refused() -> None:
         decoder.decode([[0], [0]], Sampling(), 4)
     with pytest.raises(ValueError, match="1 tokens and 600 new ones exceed"):
         decoder.decode([[0]], Sampling(), 600)
+    short = copy(PIECES)
+    short.__class__ = type("Short", (type(PIECES),), {"max_positions": 20})
+    before = BYTES.tokenizer.encode("the hat the hat the hat")
+    with pytest.raises(ValueError, match=f"new ones exceed {PIECES.name}'s context of 20"):
+        ByteDecoder(BYTES, [short]).decode([before], Sampling(), 20)
