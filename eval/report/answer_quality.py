@@ -235,8 +235,15 @@ def program_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def constraint_lines(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What constraints forced, and what their masks cost, by method."""
-    return [
+    """How constrained answers ended, what was forced, and what the masks cost, by method."""
+    ends = [
+        f"{method['name']}: {quality['whole_share']:.0%} of the answers ended as their constraint "
+        f"allows, {quality['cut_share']:.0%} were cut before, {quality['dead_share']:.0%} ended "
+        "where it allowed nothing"
+        for method in methods
+        if "whole_share" in (quality := method["quality"])
+    ]
+    return ends + [
         f"{method['name']}: {quality['forced_share']:.0%} of the tokens were forced and drafted "
         f"for free; {quality['masks_per_token']:.2f} masks a token took "
         f"{quality['mask_ms_per_token']:.3f} ms"

@@ -20,7 +20,7 @@ from modules.contracts.drafter import Drafter, Part, TreeBuilder, check_depth
 from modules.contracts.sampling import Sampling
 from modules.contracts.target import Target
 from modules.contracts.token_tree import SiblingDraw
-from modules.decoding.loop import Observer, Run, Trace, check_context, check_limit
+from modules.decoding.loop import ENDS, Observer, Run, Trace, check_context, check_limit
 from modules.decoding.timing import Clock
 from modules.decoding.translation import in_target_ids
 from modules.target.kernels.cpu_kernels import use_narrow_kernels
@@ -139,14 +139,16 @@ class SpeculativeDecoder:
         return replace(self, drafter=deepcopy(self.drafter)) if learns else self
 
     def quality_of(self, traces: Sequence[Trace]) -> dict[str, float]:
-        """Figures of constrained answers for a report, empty without a constraint: the share of
-        tokens that were drafted because a constraint forced them, masks, and the milliseconds of
-        masking, per token."""
+        """Figures of constrained answers for a report, empty without a constraint: the shares of
+        answers that ended so (`ENDS`); the share of tokens that were drafted because a constraint
+        forced them, masks, and the milliseconds of masking, per token."""
         tokens, masks = sum(len(trace.ids) for trace in traces), sum(t.masks for t in traces)
+        ends = [trace.end for trace in traces if trace.end]
+        figures = {f"{end}_share": ends.count(end) / len(ends) for end in ENDS if ends}
         if not masks or not tokens:
-            return {}
+            return figures
         seconds = sum(trace.mask_seconds for trace in traces)
-        return {
+        return figures | {
             "forced_share": sum(trace.forced for trace in traces) / tokens,
             "masks_per_token": masks / tokens,
             "mask_ms_per_token": seconds / tokens * 1e3,

@@ -16,7 +16,7 @@ from torch import Tensor
 from modules.acceptance.processors import StopStrings, node_paths, prefix_processors
 from modules.acceptance.rules import AcceptanceRule, Draws, default_rule
 from modules.constraints.forced import constrained_proposal
-from modules.constraints.masking import ConstraintProcessor, States
+from modules.constraints.masking import ConstraintProcessor, States, allows
 from modules.contracts.drafter import Context, Drafter, DraftState, TreeBuilder, proposal
 from modules.contracts.sampling import Prefixes, Sampling
 from modules.contracts.shapes import StateName
@@ -24,6 +24,10 @@ from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import SiblingDraw, TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.timing import Clock
+
+ENDS = ("whole", "cut", "dead")
+"""Ends of answers under a constraint: with an end token that it allows; at the limit or a stop
+string, so that nobody knows whether it could have become whole; where it allowed no token."""
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Trace:
     log_weight: of the answer among particles (`modules.decoding.particles`).
     forced: accepted drafts that a constraint forced. masks: of its constraint, one per node of
     every tree, and mask_seconds, what they cost.
+    end: how an answer under a constraint ended, one of `ENDS`; empty without one.
     """
 
     prompt_tokens: int
@@ -68,6 +73,7 @@ class Trace:
     forced: int = 0
     masks: int = 0
     mask_seconds: float = 0.0
+    end: str = ""
 
     @property
     def decode_seconds(self) -> float:
@@ -358,6 +364,15 @@ class Run:
             or sequence in self._stopped
         )
 
+    def _end_of(self, sequence: int) -> str:
+        """How an answer ended under its constraint, one of `ENDS`; empty without one."""
+        *before, last = self.traces[sequence].ids
+        if self._states.follow(sequence, before) is None:
+            return ""
+        if last not in self.stop_ids:
+            return "cut"
+        return "whole" if allows(self._states.after(sequence, ()), last) else "dead"
+
     def _drop_finished(self) -> None:
         """Remove ended sequences from the cache, the drafter's state and the generators."""
         # 1. Rows of the batch that go on.
@@ -371,6 +386,7 @@ class Run:
                 trace.seconds = self.clock.snapshot()
                 trace.masks = self._mask.masks[sequence]
                 trace.mask_seconds = self._mask.seconds[sequence]
+                trace.end = self._end_of(sequence)
         # 3. Shrink cache, drafter state and generators.
         self._alive = [self._alive[row] for row in running]
         if self._alive:

@@ -9,6 +9,7 @@ Shape legend: B sequences still running, N nodes, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -28,6 +29,8 @@ from modules.contracts.token_tree import TokenTree
 from modules.contracts.verification import Accepted, Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.decoding.loop import Observer, Run, Trace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,6 +77,11 @@ class ParticleRun(Run):
         """The token that ends a particle without a future."""
         self._stopped.add(sequence)
         return min(self.stop_ids - {-1}, default=0)
+
+    def _end_of(self, sequence: int) -> str:
+        """As other runs; a particle without a future is dead, whatever its end token."""
+        dead = self.log_weights[sequence] == -math.inf
+        return "dead" if dead else super()._end_of(sequence)
 
     def _ends(self, sequence: int, path: tuple[int, ...]) -> bool:
         """Whether the answer ends with this path. What is drawn later would be cut off, and must
@@ -210,9 +218,10 @@ class ParticleDecoder(SpeculativeDecoder):
         limit: int,
         images: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[list[Trace]]:
-        """All particles of each prompt, with `log_weight`. The mean of exp(log_weight) · f over a
-        prompt's particles has the expectation Σ p · ok · f over whole answers; its value for f = 1
-        estimates the probability that an answer is allowed."""
+        """All particles of each prompt, with `log_weight`, -inf of dead ones. The mean of
+        exp(log_weight) · f over a prompt's particles has the expectation Σ p · ok · f over answers
+        up to the limit; its value for f = 1 estimates the probability that an answer is allowed as
+        far as it goes. Only those whose `end` is "whole" are known to be whole."""
         run = self.begin(prompts, sampling, limit, images=images)
         for _ in run:
             pass
@@ -230,7 +239,11 @@ class ParticleDecoder(SpeculativeDecoder):
         observer: Observer | None = None,
         images: Sequence[Mapping[str, Any] | None] = (),
     ) -> list[Trace]:
-        """One answer for every prompt, drawn from its particles by their weights."""
+        """One answer for every prompt, drawn from its particles by their weights.
+
+        Warns of prompts all of whose particles are dead: their answers are not allowed, and have
+        `log_weight` -inf and `end` "dead".
+        """
         assert observer is None, "particles are not observed"
         # A seed that neither a particle nor resampling has.
         seed = sampling.seed + len(prompts) * self.particles + 1
@@ -238,9 +251,19 @@ class ParticleDecoder(SpeculativeDecoder):
         answers = []
         for traces in self.weighted(prompts, sampling, limit, images):
             weights = torch.tensor([trace.log_weight for trace in traces], dtype=torch.float64)
-            dead = bool(weights.max() == -math.inf)
-            chosen = 0 if dead else int(weights.softmax(0).multinomial(1, generator=generator))
+            lost = bool(weights.max() == -math.inf)
+            chosen = 0 if lost else int(weights.softmax(0).multinomial(1, generator=generator))
             answers.append(traces[chosen])
+        dead = sum(trace.log_weight == -math.inf for trace in answers)
+        if dead:
+            logger.warning(
+                "%s: no particle of %d of %d prompts found an answer that the constraint allows; "
+                "theirs are cut where nothing was allowed: raise particles (%d)",
+                self.name,
+                dead,
+                len(answers),
+                self.particles,
+            )
         return answers
 
     def stream(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.report.answer_quality import Scoring, _scored, control_lines
+from eval.report.answer_quality import Scoring, _scored, constraint_lines, control_lines
 from eval.run.journal import Record
 from eval.tasks.answer_checks import Check
 from modules.decoding.loop import Trace
@@ -112,3 +112,18 @@ def test_the_best_of_several_answers_is_scored_too() -> None:
     for record in records.values():
         record.trace.answers = []
     assert "oracle" not in _scored(target, records, records, checks)["exact_match"]
+
+
+def test_ends_of_constrained_answers_are_stated_apart() -> None:
+    ends = {"whole_share": 0.5, "cut_share": 0.3, "dead_share": 0.2}
+    masks = {"forced_share": 0.1, "masks_per_token": 2.0, "mask_ms_per_token": 0.25}
+    rows = [
+        {"name": "free", "quality": {}},
+        {"name": "drafts", "quality": {**ends, **masks}},
+        {"name": "particles", "quality": ends},
+    ]
+    lines = constraint_lines(rows)
+    for line, name in zip(lines[:2], ("drafts", "particles"), strict=True):
+        assert line.startswith(f"{name}: 50% of the answers ended as") and "30% were cut" in line
+        assert "20% ended where it allowed nothing" in line
+    assert len(lines) == 3 and lines[2].startswith("drafts: 10% of the tokens were forced")

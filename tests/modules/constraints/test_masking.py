@@ -160,6 +160,27 @@ def test_nothing_allowed_ends_the_answer(target) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["plain", "scripted"])
+def test_ends_are_told_apart(name: str, target) -> None:
+    """Whole answers, those that the limit or a stop string cuts off, and dead ends."""
+    (end,) = target.eos_ids
+
+    def three(ids: tuple[int, ...]) -> bool:
+        return end not in ids[:3] and (len(ids) < 4 or ids[3:] == (end,))
+
+    made: dict[str, SpeculativeDecoder] = {"plain": SpeculativeDecoder(target), **decoders(target)}
+    each = [Predicate(three, 128, target.eos_ids), Predicate(lambda ids: len(ids) < 3, 128), None]
+    for limit, ends in ((8, ["whole", "dead", ""]), (3, ["cut", "dead", ""]), (2, ["cut"] * 2)):
+        traces = made[name].decode(PROMPTS, Sampling(constraint=each), limit)
+        assert [trace.end for trace in traces][: len(ends)] == ends
+    figures = made[name].quality_of(made[name].decode(PROMPTS, Sampling(constraint=each), 8))
+    assert [figures[f"{kind}_share"] for kind in ("whole", "cut", "dead")] == [0.5, 0.0, 0.5]
+    assert not made[name].quality_of(made[name].decode(PROMPTS, Sampling(), 3))
+    first = made[name].decode([PROMPTS[0]], Sampling(constraint=each[0]), 1)[0].ids
+    stopped = Sampling(constraint=each[0], stop_strings=[target.tokenizer.decode(first)])
+    assert made[name].decode([PROMPTS[0]], stopped, 8)[0].end == "cut"
+
+
 def test_a_batch_of_generate_ends_as_ours(target) -> None:
     """Rows that have ended are padded; where nothing is allowed, an end token is."""
     ends = [Predicate(lambda ids, n=n: len(ids) < n, 128, target.eos_ids) for n in (3, 6)]

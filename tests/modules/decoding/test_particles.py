@@ -5,6 +5,7 @@ inside change nothing of that.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -141,12 +142,29 @@ def test_one_particle_draws_as_under_a_mask() -> None:
     assert float((counts / counts.sum() - masked).abs().sum()) / 2 < 0.06
 
 
-def test_an_impossible_constraint_leaves_weight_0() -> None:
+def test_an_impossible_constraint_leaves_weight_0_and_a_warning(caplog) -> None:
     target = small_target()
-    constraint = Predicate(lambda ids: len(ids) < 2, SIZE)
+    impossible = Predicate(lambda ids: len(ids) < 2, SIZE)
+    sampling = Sampling(1.0, constraint=[impossible, Predicate(lambda ids: True, SIZE), None])
     decoder = ParticleDecoder(target, stop_ids=ENDLESS, particles=3)
-    (traces,) = decoder.weighted([PROMPT], Sampling(1.0, constraint=constraint), 4)
-    assert [trace.log_weight for trace in traces] == [-math.inf] * 3
+    dead, alive, free = decoder.weighted([PROMPT] * 3, sampling, 4)
+    assert [trace.log_weight for trace in dead] == [-math.inf] * 3
+    ends = [{trace.end for trace in traces} for traces in (dead, alive, free)]
+    assert ends == [{"dead"}, {"cut"}, {""}] and not caplog.text
+    traces = decoder.decode([PROMPT] * 3, sampling, 4)
+    assert "no particle of 1 of 3 prompts found an answer" in caplog.text
+    assert [trace.end for trace in traces] == ["dead", "cut", ""]
+    assert decoder.quality_of(traces) == {"whole_share": 0.0, "cut_share": 0.5, "dead_share": 0.5}
+
+
+def test_a_dead_particle_is_not_whole_where_it_ends_with_an_allowed_token() -> None:
+    """The end token has too little probability to be looked for."""
+    target = tiny_target(seed=3)
+    ends, rare = min(target.eos_ids), Sampling(1.0, logit_bias={min(tiny_target().eos_ids): -50})
+    constraint = Predicate(lambda ids: len(ids) < 3 or ids[2:] == (ends,), 128, target.eos_ids)
+    sampling = replace(rare, constraint=constraint)
+    (trace,) = ParticleDecoder(target, particles=2).decode([[7, 9]], sampling, 6)
+    assert (trace.end, trace.log_weight, trace.ids[2:]) == ("dead", -math.inf, [ends])
 
 
 def test_what_would_be_cut_off_does_not_weigh() -> None:
