@@ -52,8 +52,8 @@ class Question:
 class Timing:
     """One answer as it arrived; times are seconds of one clock.
 
-    sent, ended: of the request. pieces: arrival of each piece of text. tokens: as the server counts
-    them, or the number of pieces where it does not (`counted` False).
+    sent, ended: of the request. pieces: arrival of each piece of text, calls of functions included.
+    tokens: as the server counts them, or the number of pieces where it does not (`counted` False).
     drafted, accepted: draft tokens of this answer, where the server tells them (llama.cpp).
     trouble: why there is no answer; empty for a whole one.
     """
@@ -127,11 +127,9 @@ def _note(timing: Timing, chunk: Any) -> None:
     """Add one event of a stream to what is known of its answer."""
     now = time.perf_counter()
     for choice in chunk.choices or ():
-        thought = next((getattr(choice.delta, key, None) for key in _REASONING
-                        if getattr(choice.delta, key, None)), None)  # fmt: skip
-        if piece := choice.delta.content or thought:
+        if piece := _piece(choice.delta):
             timing.pieces.append(now)
-            timing.text += str(piece)
+            timing.text += piece
     if chunk.usage is not None and chunk.usage.completion_tokens:
         timing.tokens, timing.counted = chunk.usage.completion_tokens, True
     # llama.cpp tells a request's own drafts.
@@ -139,6 +137,17 @@ def _note(timing: Timing, chunk: Any) -> None:
     if isinstance(drafts, dict) and "draft_n" in drafts:
         timing.drafted = int(drafts["draft_n"])
         timing.accepted = int(drafts.get("draft_n_accepted", 0))
+
+
+def _piece(delta: Any) -> str:
+    """The text that an event adds: of the answer, of its reasoning, or of a call of a function,
+    which servers with a tool parser tell apart; empty for none.
+    """
+    for name in ("content", *_REASONING):
+        if piece := getattr(delta, name, None):
+            return str(piece)
+    calls = [call.function for call in getattr(delta, "tool_calls", None) or () if call.function]
+    return "".join(f"{call.name or ''}{call.arguments or ''}" for call in calls)
 
 
 def trouble_of(error: BaseException) -> str:

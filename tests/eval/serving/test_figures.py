@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,20 @@ def test_events_of_a_stream() -> None:
         _note(seen, chunk)
     assert seen.text == "hm yes" and len(seen.pieces) == 2 and seen.tokens == 7
     assert (seen.drafted, seen.accepted) == (4, 3)
+
+
+def test_a_call_of_a_function_is_an_answer() -> None:
+    """Servers with a tool parser stream it apart from the text. The last event may be empty."""
+    seen = Timing(Question("q0", "t", "?", 0), 0.0)
+    spelled = ([("f", None)], [(None, '{"a":'), (None, "1}")], [])
+    calls = [
+        [SimpleNamespace(function=SimpleNamespace(name=a, arguments=b)) for a, b in some]
+        for some in spelled
+    ]
+    for some in (*calls, [SimpleNamespace(function=None)]):
+        _note(seen, Chunk([Choice(tool_calls=some)]))
+    _note(seen, Chunk([SimpleNamespace(delta=None)]))
+    assert seen.text == 'f{"a":1}' and len(seen.pieces) == 2
 
 
 class Counting:
