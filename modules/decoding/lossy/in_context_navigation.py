@@ -23,6 +23,7 @@ from modules.target.session import Session
 from modules.target.target import Target
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+LINES = re.compile(r"\s*\n\s*")
 
 
 class KeptText:
@@ -61,6 +62,9 @@ class Exploring(SeveralAnswers):
         opening: text that begins the model's answer.
         item: text before each answer, with its `{number}`.
         candidates: likeliest first tokens that are looked at.
+
+    Raises:
+        ValueError: no answer, more answers than candidates, or another field in `item`.
     """
 
     def __init__(
@@ -71,12 +75,22 @@ class Exploring(SeveralAnswers):
             raise ValueError(
                 f"answers must lie between 1 and candidates, got {answers} and {candidates}"
             )
+        try:
+            item.format(number=1)
+        except (AttributeError, LookupError, ValueError) as error:
+            raise ValueError(
+                f"item {item!r} cannot be filled in ({error}): write {{number}} for the number of "
+                "an answer, and other braces twice"
+            ) from None
         self.count, self.opening, self.item, self.candidates = answers, opening, item, candidates
 
     def listed(self, prompt: list[int], answers: Sequence[str]) -> list[int]:
-        """The prompt, then the answers in a list that asks for another one."""
+        """The prompt, then the answers in a list that asks for another one. An answer of several
+        lines is listed on one.
+        """
         lines = [
-            self.item.format(number=n) + text.rstrip() + "\n" for n, text in enumerate(answers, 1)
+            self.item.format(number=n) + LINES.sub(" ", text.rstrip()) + "\n"
+            for n, text in enumerate(answers, 1)
         ]
         text = self.opening + "".join(lines) + self.item.format(number=len(answers) + 1)
         return [*prompt, *self.target.tokenizer.encode(text, add_special_tokens=False)]

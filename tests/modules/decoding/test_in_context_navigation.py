@@ -51,6 +51,20 @@ def test_answers_follow_the_list_and_go_on_without_it() -> None:
     assert text.replace(" ", "") == "see:\n1.ab\n2.c\n3."
 
 
+def test_an_answer_of_several_lines_is_one_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its own lists are taken for items."""
+    decoder, listed = InContextNavigation(TARGET, 2, **LIST), []
+    monkeypatch.setattr(TARGET.tokenizer, "encode", lambda text, **_: listed.append(text) or [1])
+    decoder.listed(PROMPT, [" a b\n2. c \n\n d\n", "\ne"])
+    assert listed == ["see:\n1.  a b 2. c d\n2.  e\n3. "]
+
+
+@pytest.mark.parametrize("item", ["{n}.", "{", "{}.", "{number.x}"])
+def test_an_item_with_another_field_is_refused(item: str) -> None:
+    with pytest.raises(ValueError, match="item .* write {number}"):
+        InContextNavigation(TARGET, 2, item=item)
+
+
 def test_cosines_with_the_keys_found_before_are_stated() -> None:
     decoder = InContextNavigation(TARGET, 3, **LIST)
     trace = decoder.decode([PROMPT], Sampling(), 5)[0]
