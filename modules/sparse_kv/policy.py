@@ -26,6 +26,7 @@ from typing_extensions import Self
 from modules.contracts.rows import rows_at
 from modules.contracts.target import Target
 from modules.target.session import PROMPT_ROWS
+from modules.target.stock.key_rotation import KeyRotation
 
 
 @dataclass
@@ -180,6 +181,11 @@ class Selection(ABC):
     B, dicts and lists of such, and parts with a `select` of their own.
     """
 
+    @property
+    def rotation(self) -> KeyRotation | None:
+        """What turns chosen slots to consecutive positions; None: they keep those of the text."""
+        return None
+
     @abstractmethod
     def choose(self, call: LayerCall) -> Tensor | None:
         """int64 [B,h,R,X]: the slots that each row reads, each once, -1 where there are fewer; or
@@ -219,12 +225,14 @@ class Policy(ABC):
 
     prompt_rows: tokens of a prompt in one call. observed: newest tokens of a prompt whose queries
     `Selection.end_prompt` wants to have seen. without_keys: whether rows are chosen without reading
-    the keys, so that these may lie in host memory.
+    the keys, so that these may lie in host memory. any_length: whether all that is read stands at
+    positions within the target's context, however long the text is.
     """
 
     prompt_rows: int = PROMPT_ROWS
     observed: int = 0
     without_keys: bool = False
+    any_length: bool = False
 
     @abstractmethod
     def start(self, target: Target, batch: int) -> Selection:

@@ -1,6 +1,7 @@
 """The attention of all policies: gather the chosen slots, and attend to them.
 
-Positions keep the angles they were rotated by: keys are gathered from the cache as they are.
+Keys are gathered from the cache with the angles of their positions; a selection may turn what was
+gathered to consecutive positions.
 
 Shape legend: B sequences, Q query heads, K key/value heads, G query heads that share a choice, h
 heads with a choice of their own, R rows with a choice of their own, N rows of one call, J rows
@@ -22,6 +23,7 @@ from modules.sparse_kv.offload import Fetcher, HostCache
 from modules.sparse_kv.policy import KVReads, LayerCall, Selection, Step, gathered_rows, selected
 from modules.target.kernels.attention_hook import LayerAttention
 from modules.target.kv_cache import SlotCache
+from modules.target.stock.key_rotation import KeyRotation
 
 
 class Phase(Enum):
@@ -115,7 +117,10 @@ class SparseReader:
         if slots is None:
             self.reads.attention += both
             return attention.stock()
-        return gathered_attention(call, slots, _on_device(call, attention.value_BKSD))
+        rows, rotation = _on_device(call, attention.value_BKSD), self.selection.rotation
+        if rotation is not None and self.cache.offsets_B is not None:
+            raise ValueError("positions: those behind images cannot be re-assigned: use original")
+        return gathered_attention(call, slots, rows, rotation)
 
     def _fetched(self, attention: LayerAttention, call: LayerCall, slots: Tensor | None) -> Tensor:
         """Attention to rows in host memory."""
@@ -230,11 +235,16 @@ def _on_device(call: LayerCall, value_BKSD: Tensor) -> RowsAt:
     return rows
 
 
-def gathered_attention(call: LayerCall, slots_BhRX: Tensor, rows_at_slots: RowsAt) -> Tensor:
+def gathered_attention(
+    call: LayerCall,
+    slots_BhRX: Tensor,
+    rows_at_slots: RowsAt,
+    rotation: KeyRotation | None = None,
+) -> Tensor:
     """Attention [B,N,Q,D] to chosen slots, for any numbers of heads and rows that choose alone.
 
     Every row reads itself as well, or where all rows share a choice, the rows since the last commit
-    that it sees.
+    that it sees. With a rotation, what a row reads stands at consecutive positions.
     """
     batch, heads, rows, size = call.query_BQND.shape
     alone = slots_BhRX.shape[2] == rows
@@ -258,6 +268,11 @@ def gathered_attention(call: LayerCall, slots_BhRX: Tensor, rows_at_slots: RowsA
     call.reads.attention += 2 * keys.numel() * keys.element_size()
     # 4. Heads, or rows of heads, as the heads of one call of the kernel.
     query = call.query_BQND.reshape(batch, apart, heads // apart, rows, size)
+    if rotation is not None:
+        keys_at, rows_at = consecutive(call, slots_BhRX, seen_BhNX)
+        keys = rotation.turned(call.layer, keys, places_of(call, slots_BhRX), keys_at)
+        here = call.positions_BN[:, None, None]
+        query = rotation.turned(call.layer, query, here, rows_at[:, :, None])
     seen = seen_BhNX.expand(-1, apart, -1, -1)[:, :, None].expand(-1, -1, query.shape[2], -1, -1)
     if alone:
         query, seen = query.transpose(2, 3), seen.transpose(2, 3)
@@ -275,3 +290,32 @@ def gathered_attention(call: LayerCall, slots_BhRX: Tensor, rows_at_slots: RowsA
     else:
         mixed = mixed.view(batch, apart, -1, rows, size).permute(0, 3, 1, 2, 4)
     return mixed.reshape(batch, rows, heads, size)
+
+
+def places_of(call: LayerCall, slots_BhRX: Tensor) -> Tensor:
+    """int64 [B,h,R,X]: positions in the text of slots, 0 for those below 0."""
+    places = call.positions_BS[:, None, None].expand(*slots_BhRX.shape[:3], -1)
+    return places.gather(3, slots_BhRX.clamp(min=0)).masked_fill(slots_BhRX < 0, 0)
+
+
+def consecutive(call: LayerCall, slots_BhRX: Tensor, seen_BhNX: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions from 0 on without a gap, in the order of the text: of the slots that are read
+    [B,h,R,X], and of the rows that read them [B,h,N].
+
+    seen_BhNX: which of the slots each row sees.
+    """
+    places = places_of(call, slots_BhRX)
+    # 1. Rows that choose alone: each is the last of what it sees.
+    if slots_BhRX.shape[2] == seen_BhNX.shape[2]:
+        return ranks(places, seen_BhNX), seen_BhNX.sum(-1) - 1
+    # 2. A choice that all rows share: what is committed, then the rows since, whatever each sees.
+    committed = (slots_BhRX >= 0) & (slots_BhRX < call.lengths_B[:, None, None, None])
+    moved_Bh1 = committed.sum(-1) - call.lengths_B[:, None, None]
+    after = torch.where(committed, ranks(places, committed), places + moved_Bh1[..., None])
+    return after, call.positions_BN[:, None] + moved_Bh1
+
+
+def ranks(places_X: Tensor, counted_X: Tensor) -> Tensor:
+    """int64 [..., X]: how many of the counted places are before each."""
+    last = torch.iinfo(places_X.dtype).max
+    return places_X.masked_fill(~counted_X, last).argsort(-1).argsort(-1)

@@ -50,7 +50,7 @@ class SparseSession(Session):
     def __init__(self, target: Any, cache: SlotCache, policy: Policy) -> None:
         super().__init__(target, cache)
         check_hooked(target)
-        self.prompt_rows = policy.prompt_rows
+        self.prompt_rows, self.any_length = policy.prompt_rows, policy.any_length
         selection = policy.start(target, cache.batch_size)
         self.reader = SparseReader(cache, selection)
         if isinstance(cache, HostCache):
@@ -133,3 +133,7 @@ class SparseSession(Session):
         super().keep(sequences)
         self.reader = self.reader.select(torch.tensor(sequences, device=self.target.device))
         self.attend_by(self.reader)
+
+    def _inside(self, rows: Rows) -> Rows:
+        """The rows, at positions beyond the target's context too if the policy reads none there."""
+        return rows if self.any_length else super()._inside(rows)

@@ -4,16 +4,22 @@
 A row reads the first tokens, the newest ones, and from between those with most votes. A head votes
 by its softmax over the tokens between, so that no head has more than one vote. The set is chosen
 again when the query has turned away from the one that it was chosen for. Scores are scaled as in
-attention. Positions stay those of the text: the paper's re-assigned ones, for texts longer than the
-trained context, are left out.
+attention.
 
-Shape legend: B sequences, Q query heads, N rows of one call, J rows since the last commit, S slots,
-X chosen slots, E = Q times head size, R rows that vote.
+For texts longer than the trained context, `positions: reassigned` lets every row read what it has
+chosen at consecutive positions, itself at the last, so that no distance is greater than the set.
+Votes are then cast without positions, as in the authors' release, which rotates keys after the
+choice: distances in the text would be beyond the trained ones.
+
+Shape legend: B sequences, Q query heads, K key/value heads, G query heads per key/value head, N
+rows of one call, J rows since the last commit, S slots, X chosen slots, E = Q times head size, R
+rows that vote.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +27,7 @@ from torch.nn import functional as F
 
 from modules.contracts.target import Target
 from modules.sparse_kv.policy import LayerCall, Policy, Selection, Step, checked, top_slots
+from modules.target.stock.key_rotation import KeyRotation, key_rotation
 
 
 def soft_vote(logits_BQRS: Tensor, candidates_BRS: Tensor, pool: int = 1) -> Tensor:
@@ -78,10 +85,19 @@ class Entries:
 
 @dataclass
 class TokenSelection(Selection):
-    """The votes' choice, and the newest one of every layer."""
+    """The votes' choice, and the newest one of every layer.
+
+    turns: how the target turns its keys, if positions are re-assigned.
+    """
 
     policy: TokenSelect
+    turns: KeyRotation | None = None
     entries: dict[int, Entries] = field(default_factory=dict)
+
+    @property
+    def rotation(self) -> KeyRotation | None:
+        """What turns chosen slots to consecutive positions, if they are re-assigned."""
+        return self.turns
 
     def choose(self, call: LayerCall) -> Tensor | None:
         """First, newest and elected slots of each row."""
@@ -91,7 +107,8 @@ class TokenSelection(Selection):
             self.entries.pop(call.layer, None)
             return None
         # 1. Entries that rows before these ones left.
-        query_BNE = call.query_BQND.transpose(1, 2).flatten(2)
+        voters = self._voters(call)
+        query_BNE = voters.query_BQND.transpose(1, 2).flatten(2)
         entries = self._entries(call, query_BNE)
         # 2. Each row takes its parent's choice, or makes one.
         elected: Tensor | None = None
@@ -103,7 +120,7 @@ class TokenSelection(Selection):
             reused_B = (near >= policy.threshold) & before.valid_BJ[:, 0] & long_BN[:, row]
             after = before
             if not bool(reused_B.all()):
-                elected = self._elected(call) if elected is None else elected
+                elected = self._elected(voters) if elected is None else elected
                 made = Entries(
                     query_BNE[:, row : row + 1],
                     elected[:, 0, row : row + 1],
@@ -138,8 +155,25 @@ class TokenSelection(Selection):
         age_BNS = call.positions_BN[..., None] - call.positions_BS[:, None]
         middle = call.visible_BNS & (age_BNS >= policy.local)
         middle = middle & (call.positions_BS >= policy.initial)[:, None]
-        votes = soft_vote(call.logits_BKGNS.flatten(1, 2), middle, policy.pool)
-        slots = top_slots(votes, middle, policy.budget, policy.pool > 1)
+        return self._most_votes(call, call.grouped_BKGND, middle)
+
+    def _voters(self, call: LayerCall) -> LayerCall:
+        """The call with the queries that vote: without positions, if these are re-assigned."""
+        if self.turns is None:
+            return call
+        places = call.positions_BN[:, None]
+        query = self.turns.turned(call.layer, call.query_BQND, places, torch.zeros_like(places))
+        return replace(call, query_BQND=query)
+
+    def _most_votes(self, call: LayerCall, query_BKGRD: Tensor, candidates_BRS: Tensor) -> Tensor:
+        """int64 [B,1,R,X]: the candidates with most votes of these queries."""
+        policy = self.policy
+        if self.turns is not None:
+            places = call.positions_BS[:, None]
+            keys = self.turns.turned(call.layer, call.keys_BKSD, places, torch.zeros_like(places))
+            call = replace(call, keys_BKSD=keys)
+        votes = soft_vote(call.products(query_BKGRD).flatten(1, 2), candidates_BRS, policy.pool)
+        slots = top_slots(votes, candidates_BRS, policy.budget, policy.pool > 1)
         assert slots is not None
         return slots
 
@@ -152,14 +186,12 @@ class TokenSelection(Selection):
         order = torch.arange(call.query_BQND.shape[2], device=before_B.device)
         real_BN = (order < call.counts_B[:, None]).to(call.query_BQND.dtype)
         shares = real_BN / real_BN.sum(1, keepdim=True).clamp(min=1)
-        mean = torch.einsum("bkgnd,bn->bkgd", call.grouped_BKGND, shares)[:, :, :, None]
+        voters = self._voters(call)
+        mean = torch.einsum("bkgnd,bn->bkgd", voters.grouped_BKGND, shares)[:, :, :, None]
         # 2. Votes for the slots between the first and the newest before these rows.
         slots_S = torch.arange(call.slots, device=before_B.device)
         middle = (slots_S >= policy.initial) & (slots_S < before_B[:, None] - policy.local)
-        logits = call.products(mean).flatten(1, 2)
-        votes = soft_vote(logits, middle[:, None], policy.pool)
-        elected = top_slots(votes, middle[:, None], policy.budget, policy.pool > 1)
-        assert elected is not None
+        elected = self._most_votes(voters, mean, middle[:, None])
         # 3. Beside those.
         newest = before_B[:, None] - 1 - torch.arange(policy.local, device=before_B.device)
         newest = torch.where(newest < policy.initial, -1, newest)[:, None, None]
@@ -208,9 +240,12 @@ class TokenSelect(Policy):
             -1 uses the first one always.
         pool: width of the maximum over the votes of neighbouring slots, odd; 1 is none.
         chunk: tokens of a prompt that choose together.
+        positions: at which a row reads its set: those of the text (`original`), or consecutive ones
+            (`reassigned`) for texts longer than the trained context. Texts that the set holds
+            whole are read alike.
 
     Raises:
-        ValueError: a setting below its least value, or an even `pool`.
+        ValueError: a setting below its least value, an even `pool`, or unknown `positions`.
     """
 
     def __init__(
@@ -221,6 +256,7 @@ class TokenSelect(Policy):
         threshold: float = 0.9,
         pool: int = 1,
         chunk: int = 8192,
+        positions: Literal["original", "reassigned"] = "original",
     ) -> None:
         checked(
             budget=(budget, 1),
@@ -231,9 +267,25 @@ class TokenSelect(Policy):
         )
         if pool % 2 == 0:
             raise ValueError(f"pool must be odd, so that it is centred, got {pool}")
+        if positions not in ("original", "reassigned"):
+            raise ValueError(f"positions {positions!r} is unknown: use original or reassigned")
         self.budget, self.initial, self.local = budget, initial, local
         self.threshold, self.pool, self.prompt_rows = threshold, pool, chunk
+        self.any_length = positions == "reassigned"
 
     def start(self, target: Target, batch: int) -> TokenSelection:
-        """A selection that has chosen nothing yet."""
-        return TokenSelection(self)
+        """A selection that has chosen nothing yet.
+
+        Raises:
+            ValueError: positions are re-assigned and go beyond the target's context, or the target
+                does not turn its keys as rotary positions do.
+        """
+        if not self.any_length:
+            return TokenSelection(self)
+        most = self.initial + self.budget + self.local + self.prompt_rows
+        if most > target.max_positions:
+            raise ValueError(
+                f"positions: reassigned ones reach {most} (initial, budget, local and chunk), the "
+                f"context of {target.max_positions}: lower chunk or budget"
+            )
+        return TokenSelection(self, key_rotation(target))

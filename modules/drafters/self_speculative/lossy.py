@@ -18,10 +18,14 @@ from modules.target.target import Target
 
 
 class OpensAs:
-    """A target whose sequences are opened by another function; all else is the target's."""
+    """A target whose sequences are opened by another function; all else is the target's.
 
-    def __init__(self, target: Any, opened: Any) -> None:
+    max_positions: tokens that such sequences may have; None: as many as the target's.
+    """
+
+    def __init__(self, target: Any, opened: Any, max_positions: int | None = None) -> None:
         self._target, self.open = target, opened
+        self.max_positions = target.max_positions if max_positions is None else max_positions
 
     def __getattr__(self, name: str) -> Any:
         """What the target has under this name."""

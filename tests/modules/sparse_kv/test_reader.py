@@ -10,7 +10,7 @@ from modules.drafters.self_speculative.sparse_kv.decoding import SparseDecoder
 from modules.sparse_kv.exact import ExactTopK
 from modules.sparse_kv.full import Full
 from modules.sparse_kv.policy import KVReads, LayerCall, Policy
-from modules.sparse_kv.reader import _on_device, gathered_attention
+from modules.sparse_kv.reader import _on_device, consecutive, gathered_attention
 from modules.sparse_kv.window import Window
 from tests.fakes import ARCHITECTURES, ScriptedDrafter, tiny_seq2seq, tiny_target
 from tests.modules.sparse_kv.checks import (
@@ -72,6 +72,23 @@ def test_gathered_attention_is_attention_under_a_mask(heads: int, alone: bool) -
     # Buffers that do not lie in rows are read too.
     call.keys_BKSD = call.keys_BKSD.transpose(2, 3).contiguous().transpose(2, 3)
     torch.testing.assert_close(gathered_attention(call, chosen, _on_device(call, values)), expected)
+
+
+def test_consecutive_positions_are_those_of_a_text_without_gaps() -> None:
+    """17 and 13 tokens are committed; the three rows since then are in a chain."""
+    call, _ = random_call()
+    slots = torch.tensor([9, -1, 3, 18, 17, 1]).expand(2, 1, 3, -1)
+    # 1. Each row counts what it sees of its own choice, and is the last of it.
+    seen = torch.tensor([[1, 0, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0]]).bool()
+    places, rows = consecutive(call, slots, seen.expand(2, 1, -1, -1))
+    assert rows[0, 0].tolist() == [3, 4, 2]
+    assert places[0, 0][seen].tolist() == [2, 1, 3, 0, 2, 1, 4, 3, 0, 0, 2, 1]
+    # 2. One choice for all: what is committed, then the rows, each at its depth.
+    slots = torch.tensor([[9, -1, 3, 17, 18, 19], [9, 2, 3, 13, 14, 15]])[:, None, None]
+    places, rows = consecutive(call, slots, (slots >= 0).expand(-1, -1, 3, -1))
+    assert places[0, 0, 0, [0, 2, 3, 4, 5]].tolist() == [1, 0, 2, 3, 4]
+    assert places[1, 0, 0].tolist() == [2, 0, 1, 3, 4, 5]
+    assert rows[:, 0].tolist() == [[2, 3, 4], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

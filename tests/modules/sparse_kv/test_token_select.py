@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from modules.sparse_kv.token_select import TokenSelect, soft_vote
+from modules.contracts.sampling import Sampling
+from modules.drafters.self_speculative.sparse_kv.decoding import SparseDecoder
+from modules.sparse_kv.policy import LayerCall
+from modules.sparse_kv.session import SparseSession
+from modules.sparse_kv.token_select import TokenSelect, TokenSelection, soft_vote
+from modules.target.kv_cache import SlotCache
+from modules.target.stock.key_rotation import key_rotation
 from tests.fakes import tiny_target
 from tests.modules.sparse_kv.checks import (
     Opened,
@@ -16,6 +23,7 @@ from tests.modules.sparse_kv.checks import (
     check_whole,
     differs,
     prompts_of,
+    step,
     step_bytes,
 )
 from tests.modules.sparse_kv.test_reader import random_call
@@ -32,12 +40,12 @@ def small(threshold: float = 0.6, **more: Any) -> TokenSelect:
 
 @pytest.mark.parametrize(
     "settings",
-    [(0.6, 64, 1), (1.01, 9, 1), (-1.0, 9, 3)],
-    ids=["reused", "fresh", "frozen"],
+    [(0.6, 64, 1), (1.01, 9, 1), (-1.0, 9, 3), (0.6, 24, 1, "reassigned")],
+    ids=["reused", "fresh", "frozen", "reassigned"],
 )
-def test_rows_decode_as_alone(settings: tuple[float, int, int], target: Any) -> None:
-    threshold, chunk, pool = settings
-    policy = small(threshold, chunk=chunk, pool=pool)
+def test_rows_decode_as_alone(settings: tuple[Any, ...], target: Any) -> None:
+    threshold, chunk, pool, *positions = settings
+    policy = small(threshold, chunk=chunk, pool=pool, positions=[*positions, "original"][0])
     check_tree(policy, target)
     check_batches(policy, target)
     assert differs(policy, target)
@@ -52,6 +60,76 @@ def test_contexts_that_grow_past_the_budget_decode_as_alone(target: Any) -> None
 def test_a_whole_budget_is_full_attention(target: Any) -> None:
     check_whole(small(budget=39), target)
     check_whole(small(budget=39, chunk=9), target)
+
+
+def test_re_assigned_positions_of_a_whole_text_are_its_own(target: Any) -> None:
+    """A text that the set holds is read as it is, alone and beside a longer one."""
+    for prompts in (prompts_of((40, 23)), prompts_of((60, 23))):
+        ours, theirs = (
+            Opened(target, small(budget=39, chunk=9, positions=positions)).plain(prompts, [9, 20])
+            for positions in ("reassigned", "original")
+        )
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
+        assert bool((ours[0] - theirs[0]).abs().max() > 1e-3) == (len(prompts[0]) == 60)
+
+
+@pytest.mark.parametrize("length", [60, 600])
+def test_a_set_is_read_as_a_text_of_its_own(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At consecutive positions. Keys of a first layer do not depend on the text before them: a
+    model of one layer answers as after the set alone, to texts beyond its context of 512 too.
+    """
+    target, sets = tiny_target(layers=1), []
+    for name in ("choose_prompt", "choose"):
+        choose = getattr(TokenSelection, name)
+
+        def watched(self: Any, call: LayerCall, choose: Any = choose) -> Any:
+            slots = choose(self, call)
+            sets.append([] if slots is None else sorted({*slots[0, 0, 0].tolist()} - {-1}))
+            return slots
+
+        monkeypatch.setattr(TokenSelection, name, watched)
+    policy = small(1.01, chunk=16, positions="reassigned")
+    session = SparseSession(target, SlotCache(1, 1, 1024), policy)
+    text = prompts_of((length,))[0]
+    # 1. The last part of a prompt reads its set and itself.
+    logits, _ = session.prefill(torch.tensor([text]), torch.tensor([length]))
+    seen = [text[slot] for slot in sets[-1]] + text[(length - 1) // 16 * 16 :]
+    whole, _ = target.open(1, 64).prefill(torch.tensor([seen]), torch.tensor([len(seen)]))
+    torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
+    assert len(sets[-1]) == 10
+    # 2. So does every token after it.
+    for token in (9, 20, 31):
+        text, logits = [*text, token], step(session, token)
+        seen = [text[slot] for slot in sets[-1]]
+        whole, _ = target.open(1, 64).prefill(torch.tensor([seen]), torch.tensor([len(seen)]))
+        torch.testing.assert_close(logits[:, 0], whole, rtol=1e-5, atol=1e-5)
+        assert len(seen) == 10 and sets[-1][-1] == len(text) - 1
+
+
+def test_decoding_goes_beyond_the_context_with_re_assigned_positions_alone(target: Any) -> None:
+    prompts = prompts_of((520,))
+    decoder = SparseDecoder(target, small(chunk=256, positions="reassigned"))
+    assert decoder.decode(prompts, Sampling(), 6)[0].prompt_tokens == 520
+    with pytest.raises(ValueError, match="exceed the target's context of 512"):
+        SparseDecoder(target, small(chunk=256)).decode(prompts, Sampling(), 6)
+    with pytest.raises(ValueError, match="reach 522 .* lower chunk"):
+        SparseDecoder(target, small(chunk=512, positions="reassigned"))
+
+
+def test_votes_for_re_assigned_positions_have_none(target: Any) -> None:
+    """The votes of a call before its queries and keys are turned."""
+    plain, _ = random_call(rows=1, slots=24)
+    rotation, none = key_rotation(target), torch.tensor(0)
+    turned = replace(
+        plain,
+        query_BQND=rotation.turned(0, plain.query_BQND, none, plain.positions_BN[:, None]),
+        keys_BKSD=rotation.turned(0, plain.keys_BKSD, none, plain.positions_BS[:, None]),
+    )
+    kept: Any = small(1.01, chunk=16)
+    moved: Any = small(1.01, chunk=16, positions="reassigned")
+    expected = kept.start(target, 2).choose(plain)
+    assert torch.equal(moved.start(target, 2).choose(turned), expected)
+    assert not torch.equal(kept.start(target, 2).choose(turned), expected)
 
 
 def test_heads_have_one_vote_each() -> None:
@@ -117,6 +195,9 @@ def test_a_hidden_token_is_read(target: Any) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
+    bad: Any = "other"
     for wrong in ({"budget": 0}, {"local": 0}, {"initial": -1}, {"pool": 2}, {"chunk": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             small(**wrong)
+    with pytest.raises(ValueError, match="positions 'other' is unknown"):
+        small(positions=bad)

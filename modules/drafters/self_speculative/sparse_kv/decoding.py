@@ -19,6 +19,9 @@ from modules.sparse_kv.session import SparseSession
 from modules.target.kv_cache import SlotCache
 from modules.target.target import Target
 
+ANY_LENGTH = 1 << 30
+"""Tokens of a text under a policy for texts of any length."""
+
 
 def whole_bytes(shape: TargetShape, itemsize: int, trace: Trace) -> list[int]:
     """Bytes of keys and values that full attention reads in each call of an answer.
@@ -82,7 +85,8 @@ class SparseDecoder:
 
     def decode(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> list[Trace]:
         """Continue every prompt by at most `limit` tokens, as one batch."""
-        target = cast(Any, OpensAs(self.target, self.opened))
+        most = ANY_LENGTH if self.policy.any_length else None
+        target = cast(Any, OpensAs(self.target, self.opened, most))
         decoder = SpeculativeDecoder(
             target,
             self.drafter,
