@@ -81,6 +81,11 @@ class LayerCache:
         )
 
     @property
+    def positions_B(self) -> Tensor:
+        """int64 [B]: positions that are counted, of which each has a slot here."""
+        return self.lengths_B
+
+    @property
     def host_lengths(self) -> list[int]:
         """The lengths on the host."""
         if self._host_lengths is None:
@@ -195,10 +200,14 @@ class LayerCache:
         chosen = F.pad(torch.zeros_like(counted_BS), (0, 1)).scatter(1, index, True)
         return counted_BS & chosen[:, :slots]
 
+    def _capacity(self, needed: int, capacity: int) -> int:
+        """Slots to allocate where more than the present ones are needed."""
+        return max(needed, 2 * capacity, 64)
+
     def _grow(self, needed: int) -> None:
         capacity = self.keys_BGCD.shape[2]
         if needed > capacity:
-            extra = (0, 0, 0, max(needed, 2 * capacity, 64) - capacity)
+            extra = (0, 0, 0, self._capacity(needed, capacity) - capacity)
             self.keys_BGCD = F.pad(self.keys_BGCD, extra)
             self.values_BGCD = F.pad(self.values_BGCD, extra)
 

@@ -32,6 +32,7 @@ from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import Attention, DecoderLayer, LayerCache
 from modules.layers.hanging_attention import MAX_SCORES, Prefix, Visible
 from modules.layers.rebased_sinks import sink_positions, wide_keys, wide_queries, wide_row
+from modules.layers.window_cache import WindowCache
 from modules.losses.chunked import TrainingRows
 from modules.trees.named_trees import Path
 from modules.trees.reranked import RerankedTree
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 class FeatureState(DraftState):
     """A feature drafter's knowledge of its sequences.
 
-    cache: its layer's keys and values of the prefix (one row per token the target has read).
+    cache: its layer's keys and values of the prefix (one row per token the target has read; with a
+    window, of those that later rows reach).
     carried_BH, feature_BH: outputs of the newest prefix row: the input of the next step and the
     input of the LM head.
     rows_BRH: the input of the next step from each row of this proposal; row 0 is the newest prefix
@@ -235,14 +237,14 @@ class FeatureDrafter(TrainedDrafter):
         return visible_BNS & (near | (slots_BS < self.sinks)[:, None])
 
     def reached_slots(self, positions_B1: Tensor, cache: LayerCache) -> Tensor | None:
-        """The committed slots that rows at a position reach (`Rows.committed_BS`)."""
+        """The committed positions that rows at a position reach (`Rows.committed_BS`)."""
         if self.window is None:
             return None
         within = torch.arange(min(self.window, cache.longest), device=positions_B1.device)
         slots_BS = (positions_B1 + 1 - self.window).clamp(min=self.sinks) + within
         first = torch.arange(min(self.sinks, cache.longest), device=positions_B1.device)
         slots_BS = torch.cat([first.expand(len(slots_BS), -1), slots_BS], 1)
-        return torch.where(slots_BS < cache.lengths_B[:, None], slots_BS, -1)
+        return torch.where(slots_BS < cache.positions_B[:, None], slots_BS, -1)
 
     def _draft(
         self,
@@ -276,7 +278,12 @@ class FeatureDrafter(TrainedDrafter):
 
     def start(self, context: Context) -> FeatureState:
         """State after the prompts, from the target's states of them."""
-        cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
+        if self.window is None:
+            cache = LayerCache.empty(self.shape, context.lengths_B, self.precision)
+        else:
+            cache = WindowCache.reaching(
+                self.window, self.sinks, self.shape, context.lengths_B, self.precision
+            )
         feature, carried = self._read_prefix(
             context.states, context.following_BT, context.lengths_B, context.target, cache
         )
@@ -319,7 +326,7 @@ class FeatureDrafter(TrainedDrafter):
         # 1. All rows enter the cache; it then drops those after the counts.
         features = self.read(states).to(self.precision)
         inputs, residual = self.fuse(self.vectors(next_BN, target), features)
-        rows, last_B1 = causal_rows(cache.lengths_B, next_BN.shape[1]), counts_B[:, None] - 1
+        rows, last_B1 = causal_rows(cache.positions_B, next_BN.shape[1]), counts_B[:, None] - 1
         queries, keys, values = self.attention.project(inputs, rows.position_ids_BN)
         keys, values = cache.write(keys, values)
         if self.window is not None:
@@ -361,7 +368,7 @@ class FeatureDrafter(TrainedDrafter):
         keys, values = cache.write(keys, values, drafted - positions.shape[1])
         keys, values, visible = cache.chosen(rows, keys, values)
         # Drafted rows come after the text, so that none is a sink.
-        after_BJ = cache.lengths_B[:, None].expand(-1, drafted) + self.sinks
+        after_BJ = cache.positions_B[:, None].expand(-1, drafted) + self.sinks
         keys = self._keys(keys, self._slot_positions(rows, after_BJ, keys.shape[1]))
         return self.attention.mix(queries, keys, values, visible)
 
@@ -383,7 +390,7 @@ class FeatureDrafter(TrainedDrafter):
         inputs, residual = self.fuse(self.vectors(frontier.tokens_BW, target), before)
         state.above_BRA = with_children(state.above_BRA, frontier.parents_BW)
         above = state.above_BRA[:, -frontier.tokens_BW.shape[1] :]
-        positions = state.cache.lengths_B[:, None] + (frontier.depth - 1)
+        positions = state.cache.positions_B[:, None] + (frontier.depth - 1)
         reached = self.reached_slots(positions, state.cache)
         rows = Rows(positions.expand_as(frontier.tokens_BW), above, reached)
         hidden = self.layer.after_attention(residual + self._attended(inputs, rows, state.cache))

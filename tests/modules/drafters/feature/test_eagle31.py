@@ -12,8 +12,12 @@ from torch import Tensor
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context, Frontier
 from modules.contracts.rows import Rows
+from modules.contracts.sampling import Sampling
+from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.feature.eagle3 import Eagle3
+from modules.layers import window_cache
 from modules.losses.chunked import training_rows
+from modules.trees.static import StaticTree
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built, documents, filled
 
@@ -201,6 +205,38 @@ def test_a_window_with_sinks_drafts_as_it_was_trained(rebase: bool) -> None:
             logits = drafter.expand(state, Frontier(token, torch.tensor([[0]]), 1))
             expected = drafter.head(1, TARGET)(steps[1][0][row])
             torch.testing.assert_close(logits[0, 0], expected)
+
+
+@pytest.mark.parametrize("rebase", [False, True])
+def test_slots_that_no_row_reaches_are_dropped(
+    rebase: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are bounded in a long text, and its drafts are those of a cache that keeps all."""
+    drafter = made(window=5, sinks=2, rebase=rebase)
+    prompts = [torch.randint(5, 120, (count,)).tolist() for count in (40, 13)]
+    logits: dict[int, list[Tensor]] = {}
+    slots: dict[int, int] = {}
+    expand = Eagle3.expand
+    for block in (24, 1 << 12):
+        monkeypatch.setattr(window_cache, "BLOCK", block)
+        seen, slots[block] = logits.setdefault(block, []), 0
+
+        def watched(
+            self: Any, state: Any, frontier: Frontier, b: int = block, s: Any = seen
+        ) -> Any:
+            s.append(expand(self, state, frontier))
+            slots[b] = max(slots[b], state.cache.keys_BGCD.shape[2])
+            return s[-1]
+
+        monkeypatch.setattr(Eagle3, "expand", watched)
+        decoder = SpeculativeDecoder(
+            TARGET, drafter, builder=StaticTree.chain(2), stop_ids=frozenset()
+        )
+        decoder.decode(prompts, Sampling(), 30)
+    assert len(logits[24]) == len(logits[1 << 12]) > 30
+    for one, other in zip(logits[24], logits[1 << 12], strict=True):
+        torch.testing.assert_close(one, other)
+    assert slots[24] <= 5 + 2 + 24 and slots[1 << 12] > 70
 
 
 def test_a_window_as_long_as_the_text_is_none() -> None:
