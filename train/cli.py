@@ -320,7 +320,11 @@ def settled(config: Namespace) -> Namespace:
 def quieten() -> None:
     """Suppress messages of libraries about themselves."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", "Checkpoint directory .* exists and is not empty"):
+    for message in (
+        ".*LeafSpec.*",
+        "Checkpoint directory .* exists and is not empty",
+        "It is recommended to use .self.log",
+    ):
         warnings.filterwarnings("ignore", message=message)
     # DeepSpeed sets the level of its logger when it is imported: a filter stays.
     logging.getLogger("DeepSpeed").addFilter(_not_about_devices)

@@ -22,6 +22,7 @@ from modules.contracts.drafter import Drafter, TreeBuilder
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, TrainingResult
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     IGNORED,
     Distributions,
@@ -75,6 +76,8 @@ class DraftStep:
     distributions: those distributions, if they are learnt.
     loss_name: of the losses among the metrics.
     every_label: whether labels outside the draft vocabulary count.
+    counts_2K: of all steps, rows with a label and rows with one in the draft vocabulary; None where
+        the step's losses are not averaged by `mean`.
     """
 
     depth: int
@@ -88,11 +91,29 @@ class DraftStep:
     distributions: Distributions | None
     loss_name: str = "cross_entropy"
     every_label: bool = False
+    counts_2K: SharedCount | None = None
 
     @property
     def counted_M(self) -> Tensor:
         """bool [M]: rows that the loss counts."""
-        return self.valid_M if self.every_label else self.labels_M != IGNORED
+        return self._rows(self.every_label)
+
+    def mean(self, values_M: Tensor, every_label: bool | None = None) -> Tensor:
+        """Mean over the rows that the loss counts, of all processes; 0 (with a gradient of 0)
+        without any.
+
+        Args:
+            values_M: one of each row.
+            every_label: whether labels outside the draft vocabulary count; None: as in the loss.
+        """
+        every = self.every_label if every_label is None else every_label
+        if self.counts_2K is None:
+            return masked_mean(values_M, self._rows(every))
+        divisor = self.counts_2K.divisor()[0 if every else 1, self.depth]
+        return (values_M * self._rows(every)).sum() / divisor
+
+    def _rows(self, every_label: bool) -> Tensor:
+        return self.valid_M if every_label else self.labels_M != IGNORED
 
     def metrics(self) -> dict[str, Mean]:
         """The loss, top-1 and top-5 accuracy (a label that cannot be drafted is a miss)."""
@@ -324,6 +345,7 @@ class TrainedDrafter(Drafter):
         one `DraftStep` per depth.
         """
         labels_MK = self.labels(batch, target, rows)
+        counted_2MK = torch.stack([rows.valid_MK, labels_MK != IGNORED])
         return self.compared(
             rows,
             labels_MK,
@@ -331,6 +353,7 @@ class TrainedDrafter(Drafter):
             outputs,
             lambda depth: self.head(depth, target),
             self.divergence,
+            counts_2K=SharedCount(counted_2MK.sum(1)),
         )
 
     def compared(
@@ -343,6 +366,7 @@ class TrainedDrafter(Drafter):
         divergence: Divergence,
         first: int = 0,
         ended_M: Tensor | None = None,
+        counts_2K: SharedCount | None = None,
     ) -> Iterator[DraftStep]:
         """The same with other labels, heads or another divergence than the drafter's.
 
@@ -350,6 +374,7 @@ class TrainedDrafter(Drafter):
             rows, labels_MK, distributions, outputs, heads, divergence: what is compared.
             first: the depth of the first outputs.
             ended_M: how often chains have ended before it (`ended`); None: never.
+            counts_2K: see `DraftStep`.
         """
         every = self.divergence_name in EVERY_LABEL
         loss_name = self.divergence_name if self.soft_labels else "cross_entropy"
@@ -384,6 +409,7 @@ class TrainedDrafter(Drafter):
                 distributions,
                 loss_name,
                 every,
+                counts_2K,
             )
 
     def divergence(self, logits_MD: Tensor, probs_MD: Tensor) -> Tensor:
@@ -411,7 +437,7 @@ class TrainedDrafter(Drafter):
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:
         """A step's loss before its weight."""
-        return masked_mean(step.losses_M, step.counted_M)
+        return step.mean(step.losses_M)
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """Σ_d decay^(d+first_exponent) · loss of step d; per-step accuracies as metrics."""

@@ -25,7 +25,7 @@ from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.token_tree import TokenTree
 from modules.contracts.trainable import Trainable, TrainingResult
 from modules.contracts.verification import Verified
-from modules.losses.averages import divisor, over_processes
+from modules.losses.averages import SharedCount
 from modules.losses.metrics import area_under_curve
 
 if TYPE_CHECKING:
@@ -118,16 +118,17 @@ class Judge(Trainable):
         within batches and the mean scores of both classes.
         """
         states_MH, labels_M = self._labelled(batch)
-        if self.training:
-            self._observe(states_MH)
+        # Moments and class counts of all processes, by one collective.
+        moments = SharedCount(moment_sums(states_MH)) if self.training else None
+        weights_M, weight = class_weights(labels_M, self.largest_weight)
+        if moments is not None:
+            self._observe(moments.mean())
         # Focal loss: (1 - p)^γ with p = exp(-loss), the probability of the label.
         logits_M = self.logits(states_MH)
         losses_M = F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="none")
         losses_M = losses_M * (1 - (-losses_M).exp()).pow(self.focus) if self.focus else losses_M
-        weights_M = class_weights(labels_M, self.largest_weight)
-        total = (weights_M * losses_M).sum() / divisor(weights_M.sum())
         return Losses(
-            total,
+            (weights_M * losses_M).sum() / weight,
             _metrics(
                 losses_M.detach() * weights_M, weights_M, logits_M.detach().sigmoid(), labels_M
             ),
@@ -139,17 +140,20 @@ class Judge(Trainable):
         return states_MH, batch.labels[counted_BT].to(states_MH.dtype)
 
     @torch.no_grad()
-    def _observe(self, states_MH: Tensor) -> None:
-        """Update mean and deviation by the states of all processes (Chan et al. 1979)."""
-        count = over_processes(states_MH.new_tensor(float(len(states_MH))))
+    def _observe(self, moments_4H: Tensor) -> None:
+        """Update mean and deviation by the states of all processes (Chan et al. 1979), of which
+        `moment_sums` are given.
+        """
+        counts_H, sums_H, between_H, within_H = moments_4H
+        count = counts_H[0].to(self.seen.dtype)
         if count < 2:
             return
-        mean_H = over_processes(states_MH.sum(0)) / count
-        # Sums of squares of both parts, corrected by the distance of their means.
+        # 1. The batch's mean, and its squares about that mean: inside of processes, between them.
+        mean_H = (sums_H / counts_H).to(self.mean_H.dtype)
+        batch_H = within_H + (between_H - sums_H.square() / counts_H).clamp(min=0)
+        # 2. Sums of squares of both parts, corrected by the distance of their means.
         total, shift_H = self.seen + count, mean_H - self.mean_H
-        squares_H = self.deviation_H.square() * self.seen + over_processes(
-            (states_MH - mean_H).square().sum(0)
-        )
+        squares_H = self.deviation_H.square() * self.seen + batch_H.to(self.mean_H.dtype)
         variance_H = (squares_H + shift_H.square() * self.seen * count / total) / total
         self.mean_H += shift_H * count / total
         self.deviation_H.copy_(variance_H.sqrt().clamp(min=1e-6))
@@ -311,13 +315,30 @@ def tokens_with_digits(ids_M: Tensor, target: Target) -> Tensor:
     return ids_M.new_tensor(digits)
 
 
-def class_weights(labels_M: Tensor, largest: float) -> Tensor:
+def moment_sums(states_MH: Tensor) -> Tensor:
+    """float64 [4,H] of a process's states: their number n, their sum S, S²/n, and the sum of
+    squares about their mean. Averages over processes determine mean and deviation of all states.
+    """
+    count = max(1, len(states_MH))
+    sums_H = states_MH.sum(0)
+    within_H = (states_MH - sums_H / count).square().sum(0).double()
+    sums_H = sums_H.double()
+    counts_H = torch.full_like(sums_H, len(states_MH))
+    return torch.stack([counts_H, sums_H, sums_H.square() / count, within_H])
+
+
+def class_weights(labels_M: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Weights [M]: 1 for right tokens (label 1), and n_right / n_wrong of all processes, within
-    [1, largest], for wrong ones.
+    [1, largest], for wrong ones; and the divisor of a weighted sum, their mean sum over processes.
     """
     right = labels_M.sum()
-    ratio = (divisor(right) / divisor(len(labels_M) - right)).clamp(1, largest)
-    return torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
+    classes = SharedCount(torch.stack([right, len(labels_M) - right]))
+    rights, wrongs = classes.divisor()
+    ratio = (rights / wrongs).clamp(1, largest)
+    rights, wrongs = classes.mean()
+    whole = rights + ratio * wrongs
+    weights_M = torch.where(labels_M > 0.5, torch.ones_like(labels_M), ratio)
+    return weights_M, torch.where(whole > 0, whole, torch.ones_like(whole))
 
 
 def calibrated_threshold(scores_M: Tensor, right_M: Tensor, precision: float) -> float:

@@ -97,6 +97,9 @@ class TrainingRows:
 
     def only(self, rows_R: Tensor) -> TrainingRows:
         """These rows alone (indices, or bool [M])."""
+        if rows_R.dtype == torch.bool:
+            # The device is waited for once, not for each of the three.
+            rows_R = rows_R.nonzero()[:, 0]
         return TrainingRows(self.flat_MK1[rows_R], self.tokens_MK1[rows_R], self.valid_MK[rows_R])
 
 

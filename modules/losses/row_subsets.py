@@ -28,7 +28,7 @@ def some_rows(
     unit = flat_M // batch.input_ids.shape[1]
     if per_document:
         documents = batch.document_ids
-        unit = unit * (int(documents.max()) + 1) + documents.flatten()[flat_M]
+        unit = unit * (documents.max() + 1) + documents.flatten()[flat_M]
     return rows.only(some_of_each(unit, most, randomly))
 
 
@@ -42,8 +42,8 @@ def some_of_each(unit_M: Tensor, most: int | Tensor, randomly: bool) -> Tensor:
     order = order[unit_M[order].argsort(stable=True)]
     _, inverse, sizes = unit_M[order].unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(count, device=unit_M.device) - (sizes.cumsum(0) - sizes)[inverse]
-    size, most_M = sizes[inverse], torch.as_tensor(most, device=unit_M.device).expand(count)[order]
-    retained = torch.minimum(size, most_M)
+    size = sizes[inverse]
+    retained = size.clamp(max=most[order] if isinstance(most, Tensor) else most)
     # Row r of c is chosen where the count of chosen ones, r * retained / c rounded down, goes up.
     chosen = (place + 1) * retained // size > place * retained // size
     return order[chosen].sort().values

@@ -23,7 +23,7 @@ from modules.contracts.batches import TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.trainable import Objective, Trainable
 from modules.drafters.trained import final_states
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     IGNORED,
     Head,
@@ -111,18 +111,19 @@ class AlignedDrafting(Objective):
         """The preference loss plus the anchor; metrics are its mean and the margin at the positions
         that diverge.
         """
+        # How many rows diverge depends on the drafts, and is shared with the anchor's own counts.
+        losses_M, margins_M = self.preferences(cast(Any, drafter), batch, target)
+        count = SharedCount(torch.as_tensor(len(losses_M), device=losses_M.device))
         anchor = (
             drafter.loss(batch, target, progress)
             if self.anchor
             else Losses(torch.zeros((), device=target.device))
         )
-        losses_M, margins_M = self.preferences(cast(Any, drafter), batch, target)
-        count = torch.as_tensor(len(losses_M), device=losses_M.device)
         metrics = {
-            "alignment": Mean(losses_M.detach().sum(), count),
-            "margin": Mean(margins_M.sum(), count),
+            "alignment": Mean(losses_M.detach().sum(), count.local),
+            "margin": Mean(margins_M.sum(), count.local),
         }
-        total = losses_M.sum() / divisor(count) + self.anchor * anchor.total
+        total = losses_M.sum() / count.divisor() + self.anchor * anchor.total
         return Losses(total, {**anchor.metrics, **metrics})
 
     def preferences(

@@ -16,7 +16,7 @@ from modules.contracts.batches import PreferenceBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Footprint, Stage, Trainable, TrainingResult
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import cross_entropy, full_precision, most_logits, next_token_rows
 from modules.losses.metrics import area_under_curve
 from modules.preference.highlight import TokenScores, highlight_page
@@ -81,15 +81,18 @@ class ContrastiveEstimator(Trainable):
 
     def loss(self, batch: PreferenceBatch, target: Target, progress: float) -> Losses:
         """Cross-entropy of P_p on the chosen responses plus that of P_n on the rejected ones."""
-        metrics, total = {}, torch.zeros((), device=batch.chosen.input_ids.device)
-        for name, adapters, text in (
-            ("positive", self.positive, batch.chosen),
-            ("negative", self.negative, batch.rejected),
-        ):
-            losses_M = _language_losses(text, adapters.twin(target))
-            count = torch.as_tensor(len(losses_M), device=losses_M.device)
-            total = total + losses_M.sum() / divisor(count)
-            metrics[f"{name}_cross_entropy"] = Mean(losses_M.detach().sum(), count)
+        positive_M = _language_losses(batch.chosen, self.positive.twin(target))
+        negative_M = _language_losses(batch.rejected, self.negative.twin(target))
+        # Both counts are shared by one collective.
+        metrics, total = {}, torch.zeros((), device=positive_M.device)
+        both = {"positive": positive_M, "negative": negative_M}
+        counts = [
+            SharedCount(torch.as_tensor(len(each_M), device=each_M.device))
+            for each_M in both.values()
+        ]
+        for (name, each_M), count in zip(both.items(), counts, strict=True):
+            total = total + each_M.sum() / count.divisor()
+            metrics[f"{name}_cross_entropy"] = Mean(each_M.detach().sum(), count.local)
         return Losses(total, metrics)
 
     @torch.no_grad()

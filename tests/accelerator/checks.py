@@ -6,7 +6,8 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,15 @@ import torch
 from torch import Tensor
 
 from modules.acceptance.rules import TypicalRule
-from modules.contracts.batches import TextBatch
 from modules.contracts.sampling import Sampling
 from modules.contracts.token_tree import TokenTree
 from modules.decoding.decoder import SpeculativeDecoder
-from modules.decoding.timing import Clock
 from modules.drafters.trained import TrainedDrafter
 from modules.layers import hanging_attention
 from modules.losses import chunked
 from modules.target.target import Target
-from tests.accelerator.pretend import DEVICE, LOG, Log, There, pretending
+from tests.accelerator.pretend import DEVICE, There, pretending
+from tests.accelerator.table import ENDLESS, PROMPT, costs, moved, on, phases, waits
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.families import built
 
@@ -39,13 +39,7 @@ LAUNCHES = {
     "fspad": 270,
 }
 """By family: kernels that drafting launches per step, at most."""
-PROMPT, ENDLESS = [[7, 8, 9, 10, 11, 12]], frozenset({-1})
-STEP = ("draft", "verify", "accept", "commit")
-
-
-def moved(target: Target) -> Target:
-    """The same model on the device, with the kernels that it has there."""
-    return Target(target.stock.to(DEVICE), target.tokenizer, target.name)
+TABLE = Path(__file__).resolve().parents[2] / "docs/scale.md"
 
 
 def pair(name: str, there: bool) -> tuple[Target, TrainedDrafter]:
@@ -56,26 +50,9 @@ def pair(name: str, there: bool) -> tuple[Target, TrainedDrafter]:
 
 
 @pytest.fixture(autouse=True)
-def phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder's phases are the log's; draws come from the CPU's generators."""
-    timed, generator = Clock.phase, torch.Generator
-
-    @contextmanager
-    def phase(self: Clock, name: str) -> Iterator[None]:
-        outer, LOG.phase = LOG.phase, name
-        try:
-            with timed(self, name):
-                yield
-        finally:
-            LOG.phase = outer
-
-    monkeypatch.setattr(Clock, "phase", phase)
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
-
-
-def waits(log: Log) -> int:
-    """In the phases of a step."""
-    return sum(count for (phase, _, _), count in log.waits.items() if phase in STEP)
+def logged_phases() -> Iterator[None]:
+    with phases():
+        yield
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -108,10 +85,7 @@ def test_a_training_step_gives_the_cpus_loss_and_leaves_gradients_on_the_device(
     with pretending():
         for there in (False, True):
             target, drafter = pair(name, there)
-            batch = tiny_batch(target)
-            parts = (batch.input_ids, batch.loss_mask, batch.position_ids, batch.document_ids)
-            ids, mask, positions, documents = (part.to(target.device) for part in parts)
-            batch = TextBatch(ids, mask, positions, documents)
+            batch = on(target.device, tiny_batch(target))
             batch.states = target.features(batch, drafter.training_states)
             loss = drafter.loss(batch, target, 0.5).total
             loss.backward()
@@ -134,14 +108,22 @@ def test_launches_of_a_training_step_hardly_grow_with_its_rows(
     with pretending() as log:
         target, drafter = pair(name, True)
         for length in (32, 64):
-            batch = tiny_batch(target, rows=1, length=length)
-            parts = (batch.input_ids, batch.loss_mask, batch.position_ids, batch.document_ids)
-            batch = TextBatch(*(part.to(target.device) for part in parts))
+            batch = on(DEVICE, tiny_batch(target, rows=1, length=length))
             batch.states = target.features(batch, drafter.training_states)
             log.clear()
             drafter.loss(batch, target, 0.5).total.backward()
             launches.append(sum(log.launches.values()))
     assert launches[1] <= 1.1 * launches[0], launches
+
+
+@pytest.mark.parametrize("recipe", ["medusa", "eagle3", "dflash"])
+def test_recipes_cost_what_the_table_says(recipe: str) -> None:
+    """`python -m tests.accelerator.table` prints it anew."""
+    (row,) = (line for line in TABLE.read_text().splitlines() if line.startswith(f"| {recipe} |"))
+    said = [float(cell.split()[-1]) for cell in row.split("|")[2:-1]]
+    found = astuple(costs(recipe))
+    # Another build of torch may take an operator more, in its gradients above all.
+    assert found == pytest.approx(said, rel=0.05, abs=0.6), (found, said)
 
 
 def test_verification_writes_as_much_behind_a_long_context_as_behind_a_short_one() -> None:

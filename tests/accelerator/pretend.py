@@ -69,6 +69,10 @@ class Hooks(backend_registration._DummyBackendModule):
         """The CPU's."""
         torch.set_rng_state(state)
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Those of autocast, which is only switched off here."""
+        return [torch.bfloat16, torch.float16]
+
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Hooks())
 DEVICE = torch.device(NAME, 0)
@@ -236,6 +240,8 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs).to(device)
         if not isinstance(first, There):
             return func(*args, **kwargs)
+        if func is torch.Tensor.new_tensor:
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", first.dtype)).to(DEVICE)
         if func is torch.Tensor.tolist:
             LOG.wait("tolist")
             return first.here.tolist()

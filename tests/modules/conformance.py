@@ -81,13 +81,15 @@ def check_gradients(trainable: Trainable, target: Target) -> None:
 
 def check_no_labels(trainable: Trainable, target: Target) -> None:
     """A batch without labels weighs nothing beside the batches of other processes: it has no loss
-    and no count, and every parameter a gradient of zero, which DDP waits for.
+    and no count, and every parameter a gradient of zero, which DDP waits for. Processes meet once.
     """
     batch = batch_for(trainable, target)
     for text in batch.texts():
         text.loss_mask = torch.zeros_like(text.loss_mask)
-    with shared_counts(lambda count: count + 5):
+    shared = []
+    with shared_counts(lambda counts: shared.append(counts) or counts + 5):
         losses = trainable.loss(batch, target, 0.5)
+    assert len(shared) == 1, f"{len(shared)} collectives: make every SharedCount before one is read"
     losses.total.backward()
     assert losses.total == 0 and not any(bool(mean.count) for mean in losses.metrics.values())
     assert all(p.grad is not None and not p.grad.any() for p in trainable.declared_parameters())

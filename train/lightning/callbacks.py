@@ -17,6 +17,7 @@ from configs.command_line.endings import ONE_SIGNAL, Stopped, signal_name
 from modules.contracts.drafter import Drafter
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
+from train.lightning.collectives import any_process, no_broadcast
 from train.lightning.deepspeed import unsharded
 from train.lightning.module import TrainableModule
 from train.settings import CheckpointSettings, ProbeSettings
@@ -134,6 +135,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
+            no_broadcast(trainer)
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, self._remember)
@@ -159,7 +161,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._due = False
             super().on_validation_end(trainer, pl_module)
         # A signal to any process ends all of them here.
-        if trainer.strategy.reduce_boolean_decision(bool(self._signalled), all=False):
+        if any_process(bool(self._signalled), trainer):
             assert self.dirpath is not None
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
             number = self._signalled or signal.SIGTERM

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from modules.contracts.batches import AnyBatch, TextBatch
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.trainable import Objective, Trainable
-from modules.losses.averages import divisor, shared_counts
+from modules.losses.averages import SharedCount, shared_counts
 from modules.target.target import Target
+from train.lightning.collectives import any_process, total
 from train.lightning.optimizers import adamw, decay_groups, split_hidden, with_muon
 from train.settings import OptimizerSettings
 
@@ -123,11 +124,14 @@ class TrainableModule(LightningModule):
 
     def _step(self, batch: AnyBatch, stage: str) -> Tensor:
         self.fill_states(batch)
-        # Divisors of means are averaged over processes, so that gradients are those of one batch.
-        with shared_counts(self._mean_over_processes):
+        # Divisors of means are averaged over processes, so that gradients are those of one batch;
+        # one collective for all of them, and for what the logged loss is weighted by.
+        with shared_counts(self._mean_over_processes if self.trainer.world_size > 1 else None):
+            labels = torch.stack([text.loss_mask.sum() for text in batch.texts()])
+            shared = SharedCount(labels.sum())
             # Validations are compared with each other, so all use the final value of a schedule.
             losses = self._losses(batch, self.progress if stage == "train" else 1.0)
-            count = divisor(torch.as_tensor(sum(text.loss_mask.sum() for text in batch.texts())))
+            count = shared.divisor()
         if not torch.isfinite(losses.total):
             raise self._not_finite(f"the {stage} loss is {losses.total.item()}")
         self.means[stage].add(
@@ -135,17 +139,8 @@ class TrainableModule(LightningModule):
         )
         return losses.total
 
-    def _mean_over_processes(self, count: Tensor) -> Tensor:
-        """The mean over the processes, on their devices: no process waits on its host.
-
-        Lightning's `reduce` would begin with a barrier, for which a GPU finishes all its work.
-        """
-        world = self.trainer.world_size
-        if world == 1:
-            return count
-        total = count.detach().clone().to(self.device)
-        dist.all_reduce(total)
-        return total / world
+    def _mean_over_processes(self, counts: Tensor) -> Tensor:
+        return total(counts, self.trainer) / self.trainer.world_size
 
     def _losses(self, batch: AnyBatch, progress: float) -> Losses:
         if self.objective is None:
@@ -192,7 +187,7 @@ class TrainableModule(LightningModule):
             [parameter.grad for parameter in parameters if parameter.grad is not None]
         )
         # All processes skip the same updates, or their weights would differ.
-        finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(norm)), all=True)
+        finite = not any_process(not bool(torch.isfinite(norm)), self.trainer)
         if not finite:
             for parameter in parameters:
                 parameter.grad = None
@@ -258,15 +253,12 @@ class TrainableModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means of the whole validation set."""
         self.validated_step = self.global_step
-        self.log_dict(self._take("val"), sync_dist=True)
+        # They are of all processes already: `sync_dist` would share them once more, one by one.
+        self.log_dict(self._take("val"))
 
     def _take(self, stage: str) -> dict[str, float]:
-        def total(tensor: Tensor) -> Tensor:
-            reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
-            assert isinstance(reduced, Tensor)
-            return reduced
-
-        return {f"{stage}/{name}": value for name, value in self.means[stage].take(total).items()}
+        means = self.means[stage].take(partial(total, trainer=self.trainer))
+        return {f"{stage}/{name}": value for name, value in means.items()}
 
     # -- optimiser ---------------------------------------------------------------------------------
 
@@ -308,7 +300,7 @@ class TrainableModule(LightningModule):
         finite = all(
             bool(torch.isfinite(tensor).all()) for name, tensor in state.items() if name in names
         )
-        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+        if any_process(not finite, self.trainer):
             raise self._not_finite("weights are not finite, so they are not saved,")
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,8 +198,8 @@ class CandidateDFlash(DFlash):
             lambda depth: self.head(depth, target),
             self.divergence,
         )
-        pairs = self.weighted(steps, batch)
-        return replace(pairs, total=base.total + self.pair_weight * pairs.total)
+        pairs = self.slot_losses(steps)
+        return Losses(base.mean() + self.pair_weight * pairs.mean(), pairs.metrics)
 
     def learnt(self, lattice: Lattice, labels_MK: Tensor, rows: TrainingRows) -> Tensor:
         """bool [M,K]: slots whose label is a candidate; with soft labels all that have one, since

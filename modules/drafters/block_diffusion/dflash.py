@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from modules.contracts.batches import TextBatch
 from modules.contracts.drafter import Context
-from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows, causal_rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.drafters.block_diffusion.context_attention import TrainingBlocks, run_block_layer
-from modules.drafters.blocks.base import BlockDrafter, BlockState
+from modules.drafters.blocks.base import BlockDrafter, BlockState, SlotLosses
 from modules.drafters.heads.base import refuse_unknown, soft_labels
 from modules.layers.activation_checkpointing import recomputed
 from modules.layers.decoder_layer import (
@@ -228,14 +227,14 @@ class DFlash(BlockDrafter):
         rows: TrainingRows,
         distributions: Distributions | None,
         outputs_MKH: Tensor,
-    ) -> Losses:
+    ) -> SlotLosses:
         """The loss of the logits of the outputs alone, for subclasses that add to them."""
         outputs = ((slot, slot) for slot in outputs_MKH.unbind(1))
         labels_MK, head = self.labels(batch, target, rows), self.base_head(target)
         steps = self.compared(
             rows, labels_MK, distributions, outputs, lambda _: head, soft_cross_entropy
         )
-        return self.weighted(steps, batch)
+        return self.slot_losses(steps)
 
     def slot_weights(self, losses_MK: Tensor, counted_MK: Tensor, valid_MK: Tensor) -> Tensor:
         """exp(-d/γ), or D-PACE's weights; a label that cannot be drafted has probability 0."""

@@ -28,7 +28,7 @@ from modules.drafters.block_diffusion.confidence import (
 )
 from modules.drafters.block_diffusion.low_rank import LowRankDFlash, PathState
 from modules.drafters.heads.base import refuse_unknown
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     IGNORED,
     Distributions,
@@ -225,7 +225,7 @@ class DSpark(LowRankDFlash):
         outputs_MKH = self.block_outputs(batch, target, rows)
         wide = list(self.conditional(rows, outputs_MKH, target))
         distributions = self.distributions(batch, target, rows)
-        losses = self.weighted(self.scored(batch, target, rows, distributions, wide), batch)
+        drafts = self.slot_losses(self.scored(batch, target, rows, distributions, wide))
         # Confidences learn how often their slots are accepted.
         logits_MK = self.confidence_logits(rows, outputs_MKH)
         rates_MK = self.acceptance_rates(batch, target, rows, distributions, wide)
@@ -234,14 +234,15 @@ class DSpark(LowRankDFlash):
         )
         slots = torch.arange(self.block, device=logits_MK.device)
         weights_MK = self.decay**slots * rows.valid_MK
-        confidence = (weights_MK * entropies_MK).sum() / divisor(weights_MK.sum())
+        weight = SharedCount(weights_MK.sum())
+        confidence = (weights_MK * entropies_MK).sum() / weight.divisor()
         counted_M = rows.valid_MK[:, 0]
         metrics = {
             "confidence": Mean((entropies_MK * rows.valid_MK).sum().detach(), rows.valid_MK.sum()),
             "acceptance_0": Mean((rates_MK[:, 0] * counted_M).sum(), counted_M.sum()),
         }
-        total = losses.total + self.confidence_weight * confidence
-        return Losses(total, losses.metrics | metrics)
+        total = drafts.mean() + self.confidence_weight * confidence
+        return Losses(total, drafts.metrics | metrics)
 
     def confidence_logits(self, rows: TrainingRows, outputs_MKH: Tensor) -> Tensor:
         """Logits [M,K] of the confidences, given the data's tokens."""

@@ -24,7 +24,7 @@ from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.verification import Accepted, Verified
 from modules.drafters.blocks.proposal import Proposal
 from modules.drafters.trained import DraftStep, TrainedDrafter
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import Head, TrainingRows
 
 if TYPE_CHECKING:
@@ -39,6 +39,23 @@ class BlockState(DraftState):
     """
 
     proposal: Proposal | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class SlotLosses:
+    """Losses of all slots of all blocks, not yet divided: the counts of a loss's other means may be
+    shared with theirs.
+
+    total: Σ w·loss. weight: Σ w. metrics: of the slots.
+    """
+
+    total: Tensor
+    weight: SharedCount
+    metrics: dict[str, Mean]
+
+    def mean(self) -> Tensor:
+        """Σ w·loss / Σ w, of all processes."""
+        return self.total / self.weight.divisor()
 
 
 class BlockDrafter(TrainedDrafter):
@@ -121,7 +138,12 @@ class BlockDrafter(TrainedDrafter):
         return (self.decay**slots).to(losses_MK.dtype).expand_as(losses_MK)
 
     def weighted(self, steps: Iterable[DraftStep], batch: TextBatch) -> Losses:
-        """Σ w·loss / Σ w over the slots with a label, and the metrics.
+        """Σ w·loss / Σ w over the slots with a label, and the metrics."""
+        slots = self.slot_losses(steps)
+        return Losses(slots.mean(), slots.metrics)
+
+    def slot_losses(self, steps: Iterable[DraftStep]) -> SlotLosses:
+        """Both sums over the slots with a label, and the metrics.
 
         `accepted` is the mean number of correct tokens at the beginning of a block. The slots'
         accuracies do not determine it.
@@ -132,14 +154,14 @@ class BlockDrafter(TrainedDrafter):
         counted_MK = torch.stack([step.counted_M for step in steps], 1)
         valid_MK = torch.stack([step.valid_M for step in steps], 1)
         weights_MK = self.slot_weights(losses_MK.detach(), counted_MK, valid_MK) * counted_MK
-        total = (weights_MK * losses_MK).sum() / divisor(weights_MK.sum())
+        total, weight = (weights_MK * losses_MK).sum(), SharedCount(weights_MK.sum())
         # A run of correct tokens ends at the first slot that is wrong or has no label.
         right_MK = torch.stack([(step.ranks_M < 1) & step.valid_M for step in steps], 1)
         runs_M = right_MK.int().cumprod(1).sum(1)
         metrics = {"accepted": Mean(runs_M.sum(), steps[0].valid_M.sum())}
         for step in steps:
             metrics |= step.metrics()
-        return Losses(total, metrics)
+        return SlotLosses(total, weight, metrics)
 
     # -- decoding ----------------------------------------------------------------------------------
 

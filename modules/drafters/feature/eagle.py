@@ -21,7 +21,7 @@ from modules.drafters.feature.base import FeatureDrafter
 from modules.drafters.trained import DraftStep
 from modules.layers.decoder_layer import DecoderLayer
 from modules.layers.token_scale import token_scale
-from modules.losses.chunked import Head, masked_mean, smooth_l1
+from modules.losses.chunked import Head, smooth_l1
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -158,8 +158,9 @@ def feature_and_token_loss(
     """feature_weight · SmoothL1 to the target's features, on all rows, + token_weight · the step's
     cross-entropy.
     """
-    loss = token_weight * masked_mean(step.losses_M, step.counted_M)
+    loss = token_weight * step.mean(step.losses_M)
     if feature_weight:
         truth = batch.states["final"].flatten(0, 1)[step.flat_M]
-        loss = loss + feature_weight * masked_mean(smooth_l1(step.carried_MH, truth), step.valid_M)
+        distances_M = smooth_l1(step.carried_MH, truth)
+        loss = loss + feature_weight * step.mean(distances_M, every_label=True)
     return loss

@@ -23,12 +23,10 @@ from modules.drafters.heads.base import refuse_unknown
 from modules.drafters.trained import DraftStep
 from modules.layers.decoder_layer import DecoderLayer, target_weight
 from modules.losses.chunked import (
-    IGNORED,
     Head,
     TrainingRows,
     cross_entropy,
     greedy_tokens,
-    masked_mean,
 )
 from modules.trees.named_trees import Path
 
@@ -189,8 +187,7 @@ class MTP(FeatureDrafter):
         loss = super().step_loss(step, batch)
         if not isinstance(step, TextStep):
             return loss
-        counted_M = step.labels_M != IGNORED
-        return loss + self.hard_weight * masked_mean(step.text_losses_M, counted_M)
+        return loss + self.hard_weight * step.mean(step.text_losses_M, every_label=False)
 
     def next_tokens(
         self, rows: TrainingRows, step: int, feature_MH: Tensor, target: Target

@@ -47,7 +47,6 @@ from modules.losses.chunked import (
     accuracy,
     cross_entropy,
     greedy_tokens,
-    masked_mean,
     smooth_l1,
 )
 
@@ -357,7 +356,7 @@ class Chimera(SteppedHeads):
         if step.depth or not self.feature_weight:
             return entropy
         states_MH = batch.states[self.reads].flatten(0, 1)[step.flat_M]
-        distance = masked_mean(smooth_l1(step.carried_MH, states_MH), step.valid_M)
+        distance = step.mean(smooth_l1(step.carried_MH, states_MH), every_label=True)
         return entropy + self.feature_weight * distance
 
     def scored(

@@ -23,7 +23,6 @@ from modules.layers.decoder_layer import DecoderLayer, LayerCache, target_weight
 from modules.losses.chunked import (
     TrainingRows,
     likely_tokens,
-    masked_mean,
     smooth_l1,
     target_distributions,
 )
@@ -225,9 +224,8 @@ class Clover2(HeadDrafter):
         does not depend on the draft vocabulary.
         """
         distance = smooth_l1(step.feature_MH, batch.states["final"].flatten(0, 1)[step.flat_M])
-        return self.feature_weight * masked_mean(distance, step.valid_M) + masked_mean(
-            step.losses_M, step.counted_M
-        )
+        distances = step.mean(distance, every_label=True)
+        return self.feature_weight * distances + step.mean(step.losses_M)
 
 
 class LinearFusion(nn.Module):

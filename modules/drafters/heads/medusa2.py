@@ -19,7 +19,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, GradientLayers, TrainingResult
 from modules.drafters.heads.medusa import Medusa
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import cross_entropy, entropies, next_token_rows, target_distributions
 from modules.target.adapters import Adapters, LowRank
 
@@ -113,27 +113,33 @@ class Medusa2(Medusa):
 
     def loss(self, batch: TextBatch, target: Target, progress: float) -> Losses:
         """Language loss of the adapted target plus the ramped losses of the heads."""
+        # The language loss is a mean over all rows of all processes.
+        flat_M, labels_M = next_token_rows(batch)
+        count = SharedCount(torch.as_tensor(len(flat_M), device=flat_M.device))
         # The heads read the adapted target's states, and their gradient reaches the adapters.
         twin = self.adapted_twin(target)
         final_BTH = twin.features(batch, ("final",), gradient=True)["final"]
         read = {"final": final_BTH.to(self.precision)}
         heads = super().loss(replace(batch, states=read), twin, progress)
-        # The language loss is a mean over all rows of all processes.
-        losses_M = self._language_losses(batch, target, twin, final_BTH)
-        count = torch.as_tensor(len(losses_M), device=losses_M.device)
+        features_MH = final_BTH.flatten(0, 1)[flat_M]
+        losses_M = self._language_losses(batch, target, twin, features_MH, flat_M, labels_M)
         total = (
-            losses_M.sum() / divisor(count)
+            losses_M.sum() / count.divisor()
             + self.coefficient * self.ramp_up(progress) * heads.total
         )
-        return Losses(
-            total, {**heads.metrics, "language_loss": Mean(losses_M.detach().sum(), count)}
-        )
+        language = Mean(losses_M.detach().sum(), count.local)
+        return Losses(total, {**heads.metrics, "language_loss": language})
 
     def _language_losses(
-        self, batch: TextBatch, target: Target, twin: Target, final_BTH: Tensor
+        self,
+        batch: TextBatch,
+        target: Target,
+        twin: Target,
+        features_MH: Tensor,
+        flat_M: Tensor,
+        labels_M: Tensor,
     ) -> Tensor:
-        flat_M, labels_M = next_token_rows(batch)
-        features_MH, size = final_BTH.flatten(0, 1)[flat_M], self.shape.vocab_size
+        size = self.shape.vocab_size
         if not self.self_distillation:
             return cross_entropy(features_MH, twin.logits, labels_M, size)[0]
         # KL(p_target ‖ p_adapted): the cross-entropy less the unchanged target's entropy.

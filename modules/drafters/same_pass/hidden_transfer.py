@@ -31,7 +31,7 @@ from modules.drafters.same_pass.base import SamePassDrafter
 from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
 from modules.drafters.same_pass.sparse_tree import SparseTrees, owned_trees, sparse_trees
 from modules.drafters.trained import DraftStep
-from modules.losses.chunked import Head, TrainingRows, masked_mean, smooth_l1
+from modules.losses.chunked import Head, TrainingRows, smooth_l1
 from modules.trees.named_trees import Path, optimised_size
 from modules.trees.static import StaticTree
 
@@ -247,7 +247,7 @@ class HiddenTransfer(SamePassDrafter):
             return loss
         real_MH = batch.states["pre_norm"].flatten(0, 1)[step.flat_M]
         distances_M = smooth_l1(step.feature_MH, real_MH)
-        return loss + self.state_weight * masked_mean(distances_M, step.counted_M)
+        return loss + self.state_weight * step.mean(distances_M)
 
     @torch.no_grad()
     def similarities(self, batch: TextBatch, target: Target) -> tuple[Tensor, Tensor]:

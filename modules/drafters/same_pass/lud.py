@@ -34,7 +34,7 @@ from modules.drafters.same_pass.base import (
 )
 from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
 from modules.drafters.same_pass.units import confident_tokens, repeating_nodes, unit_lengths
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     Head,
     TrainingRows,
@@ -216,7 +216,9 @@ class LUD(SamePassDrafter):
         steps = list(self.scored(batch, twin, rows, None, outputs))
         parallel = torch.stack([step.losses_M.sum() for step in steps]).sum()
         count = torch.stack([step.counted_M.sum() for step in steps]).sum()
-        total = text.total / divisor(text.count) + self.parallel_weight * parallel / divisor(count)
+        spoken, drafted = SharedCount(text.count), SharedCount(count)
+        total = text.total / spoken.divisor()
+        total = total + self.parallel_weight * parallel / drafted.divisor()
         metrics = {key: mean for step in steps for key, mean in step.metrics().items()}
         metrics["language_loss"] = Mean(text.total.detach(), text.count)
         return Losses(total, metrics)

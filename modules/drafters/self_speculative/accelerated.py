@@ -28,7 +28,7 @@ from modules.contracts.rows import Rows
 from modules.contracts.shapes import StateName, TargetShape
 from modules.contracts.trainable import Footprint, GradientLayers, Trainable
 from modules.drafters.heads.base import refuse_unknown
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     Distributions,
     accuracy,
@@ -305,6 +305,8 @@ class AcceleratedStream(Trainable):
             streams = self.streams(batch, target)
         labels = GateLabels.of(batch, streams, target)
         total, metrics = torch.zeros((), device=batch.input_ids.device), {}
+        count = torch.as_tensor(len(labels.flat_M), device=total.device)
+        shared = SharedCount(count)
         for (_, gate), weight, states in zip(
             self.intervals, self.gate_weights, streams.accelerated, strict=True
         ):
@@ -312,8 +314,7 @@ class AcceleratedStream(Trainable):
             losses_M, agreement = labels.compare(reached_MH, target, self.kl)
             if self.feature:
                 losses_M = losses_M + self.feature * smooth_l1(reached_MH, labels.last_MH)
-            count = torch.as_tensor(len(losses_M), device=losses_M.device)
-            total = total + weight * losses_M.sum() / divisor(count)
+            total = total + weight * losses_M.sum() / shared.divisor()
             metrics[f"loss_{gate}"] = Mean(losses_M.detach().sum(), count)
             metrics[f"agreement_{gate}"] = agreement
         return Losses(total, metrics)

@@ -24,7 +24,7 @@ from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Footprint, Trainable, TrainingResult
 from modules.drafters.self_speculative.accelerated import AcceleratedStream, Streams
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -200,12 +200,11 @@ class ExpertPredictor(Trainable):
         streams, chosen = self.both(batch, target)
         real_BT = batch.document_ids != PADDING_DOCUMENT
         total, metrics = torch.zeros((), device=real_BT.device), {}
-        listed = list(self.guesses(streams, target))
+        listed, count = list(self.guesses(streams, target)), SharedCount(real_BT.sum())
         for _, layer, logits in listed:
             experts_MK, logits_ME = chosen[layer][real_BT], logits[real_BT]
             losses_M = -logits_ME.log_softmax(-1).gather(1, experts_MK).mean(1)
-            count = torch.as_tensor(len(losses_M), device=losses_M.device)
-            total = total + losses_M.sum() / divisor(count) / len(listed)
+            total = total + losses_M.sum() / count.divisor() / len(listed)
             guessed_MK = logits_ME.topk(experts_MK.shape[1], dim=-1).indices
             right = (guessed_MK[..., None] == experts_MK[:, None]).any(1).sum()
             metrics[f"hit_rate_{layer}"] = Mean(right, experts_MK.numel() * torch.ones_like(right))

@@ -29,7 +29,7 @@ from modules.drafters.self_speculative.accelerated import (
 )
 from modules.drafters.self_speculative.base import SelfSpeculative, SelfState
 from modules.drafters.self_speculative.gate_report import GateReport
-from modules.losses.averages import divisor
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import Head
 from modules.trees.confident import ConfidentChain
 from modules.trees.static import StaticTree
@@ -188,12 +188,12 @@ class M2R2(SelfSpeculative):
         streams = self._streams(batch, target)
         labels = GateLabels.of(batch, streams, target)
         total, metrics = torch.zeros((), device=batch.input_ids.device), {}
-        gates = self.stream.gates
+        count = torch.as_tensor(len(labels.flat_M), device=total.device)
+        shared, gates = SharedCount(count), self.stream.gates
         for gate, (logits_M, right_M) in zip(gates, self.routed(streams, labels, target)):
             wanted_M = right_M.to(logits_M.dtype)
             losses_M = F.binary_cross_entropy_with_logits(logits_M, wanted_M, reduction="none")
-            count = torch.as_tensor(len(losses_M), device=losses_M.device)
-            total = total + losses_M.sum() / divisor(count) / len(self.routers)
+            total = total + losses_M.sum() / shared.divisor() / len(self.routers)
             metrics[f"router_loss_{gate}"] = Mean(losses_M.detach().sum(), count)
             metrics[f"router_top1_{gate}"] = Mean(((logits_M > 0) == right_M).sum(), count)
             metrics[f"agreement_{gate}"] = Mean(right_M.sum(), count)

@@ -31,7 +31,7 @@ from modules.drafters.small_models.on_policy import document_prompts, written
 from modules.drafters.small_models.own_cache import OwnCacheState
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET, DraftStep, final_states
-from modules.losses.chunked import Head, TrainingRows, accuracy, cross_entropy, masked_mean
+from modules.losses.chunked import Head, TrainingRows, accuracy, cross_entropy
 from modules.losses.divergences import checked_divergence, total_variation
 from modules.target.hf_models import (
     config_named,
@@ -222,7 +222,7 @@ class Independent(TokenDrafter):
                 accepted_M = (1 - self.rejected(step, batch, target)) * step.valid_M
             metrics["acceptance_0"] = Mean(accepted_M.sum(), step.valid_M.sum())
         metrics[f"{self.divergence_name}_0"] = Mean(losses_M.detach().sum(), counted_M.sum())
-        return Losses(masked_mean(losses_M, counted_M), metrics)
+        return Losses(step.mean(losses_M), metrics)
 
     def rejected(self, step: DraftStep, batch: TextBatch, target: Target) -> Tensor:
         """1 − Σ_v min(p, q) [M], p not renormalised, in every row with a label, drafted or not."""

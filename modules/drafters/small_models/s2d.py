@@ -31,13 +31,13 @@ from modules.drafters.small_models.exit_segments import Pending, Segment
 from modules.drafters.small_models.vocabularies import TokenDrafter
 from modules.drafters.trained import CHEAP_BUDGET
 from modules.layers.decoder_layer import DecoderLayer, run_layers, target_weight
+from modules.losses.averages import SharedCount
 from modules.losses.chunked import (
     IGNORED,
     Head,
     TrainingRows,
     accuracy,
     cross_entropy,
-    masked_mean,
     training_rows,
 )
 from modules.target.kernels.cpu_kernels import narrow_linear
@@ -205,6 +205,7 @@ class S2D(TokenDrafter):
         labels_M = self.labels(batch, target, rows)[:, 0].contiguous()
         flat_M = rows.flat_MK1[:, 1].contiguous()
         distributions, counted_M = self.distributions(batch, target, rows), labels_M != IGNORED
+        count = SharedCount(counted_M.sum())
         total, metrics = torch.zeros((), device=labels_M.device), {}
         # 2. One pass through the layers; exits without weight are only evaluated.
         for exit_index, feature in enumerate(self.exit_features(batch, rows)):
@@ -215,9 +216,9 @@ class S2D(TokenDrafter):
                 feature, self.head(0, target), labels_M, self.draft_size, distributions, flat_M
             )
             if weight:
-                total = total + weight * masked_mean(losses, counted_M)
+                total = total + weight * (losses * counted_M).sum() / count.divisor()
             name = f"exit_{self.exits[exit_index]}"
-            metrics[f"cross_entropy_{name}"] = Mean(losses.detach().sum(), counted_M.sum())
+            metrics[f"cross_entropy_{name}"] = Mean(losses.detach().sum(), count.local)
             metrics[f"top1_{name}"] = accuracy(ranks, rows.valid_MK[:, 0], 1)
         return Losses(total, metrics)
 

@@ -16,7 +16,14 @@ from modules.contracts.token_tree import TokenTree, Topology
 from modules.contracts.verification import Verified
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.medusa import Medusa
-from modules.judges.judge import NOTHING, Judge, calibrated_threshold, class_weights, repeats
+from modules.judges.judge import (
+    NOTHING,
+    Judge,
+    calibrated_threshold,
+    class_weights,
+    moment_sums,
+    repeats,
+)
 from modules.losses.metrics import area_under_curve
 from modules.target.target import Target
 from modules.trees.sampled.chain import SampledChain
@@ -348,11 +355,24 @@ def test_the_loss_against_a_slow_reference(target):
         )
 
 
+def test_moments_of_two_processes_are_those_of_all_states(target):
+    one, two = (Judge(target.shape).double() for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for count in (9, 12):
+        states = torch.randn(count, target.shape.hidden_size, generator=generator).double()
+        states[:4] += 30
+        one._observe(moment_sums(states))
+        two._observe((moment_sums(states[:4]) + moment_sums(states[4:])) / 2)
+    torch.testing.assert_close(two.mean_H, one.mean_H)
+    torch.testing.assert_close(two.deviation_H, one.deviation_H)
+    assert two.seen == one.seen / 2 and one.deviation_H.min() > 10
+
+
 def test_class_weights_are_capped():
     labels = torch.tensor([1.0] * 30 + [0.0])
-    assert class_weights(labels, 20.0).tolist() == [1.0] * 30 + [20.0]
-    assert class_weights(1 - labels, 20.0).tolist() == [1.0] * 31
-    assert class_weights(torch.ones(3), 20.0).tolist() == [1.0] * 3
+    assert class_weights(labels, 20.0)[0].tolist() == [1.0] * 30 + [20.0]
+    assert class_weights(1 - labels, 20.0)[0].tolist() == [1.0] * 31
+    assert class_weights(torch.ones(3), 20.0)[0].tolist() == [1.0] * 3
 
 
 def scored(seed: int) -> tuple[Tensor, Tensor]:

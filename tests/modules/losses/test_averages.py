@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from threading import Barrier, Lock
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor
 from modules.contracts.batches import LabelledBatch, PreferenceBatch, TextBatch
 from modules.contracts.trainable import Trainable
 from modules.judges.judge import Judge
-from modules.losses.averages import divisor, shared_counts
+from modules.losses.averages import SharedCount, divisor, shared_counts
+from modules.preference.aligned_drafting import AlignedDrafting
+from modules.preference.cdpo import ContrastiveEstimator
 from modules.preference.policy import PreferenceTrainable, Response
 from modules.target.target import Target
 from tests.fakes import tiny_batch, tiny_target
@@ -63,11 +67,13 @@ def gradients(trainable: Trainable, loss: Callable[[], Tensor]) -> tuple[Tensor,
 def on_two_processes(trainable: Trainable, batches: list) -> tuple[Tensor, list[Tensor]]:
     """The mean of what two threads compute, which meet wherever counts are shared."""
     counts: dict[int, Tensor] = {}
+    meetings = []
     barrier = Barrier(2, timeout=60)
 
     def process(rank: int) -> tuple[Tensor, list[Tensor]]:
         def mean(count: Tensor) -> Tensor:
             counts[rank] = count
+            meetings.append(rank)
             barrier.wait()
             found = (counts[0] + counts[1]) / 2
             barrier.wait()
@@ -78,7 +84,7 @@ def on_two_processes(trainable: Trainable, batches: list) -> tuple[Tensor, list[
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(process, range(2))
-    assert counts
+    assert sorted(meetings) == [0, 1]
     return (first[0] + second[0]) / 2, [
         (a + b) / 2 for a, b in zip(first[1], second[1], strict=True)
     ]
@@ -114,6 +120,32 @@ def test_a_judge_weighs_wrong_tokens_by_all_processes_labels() -> None:
     )
 
 
+def test_a_preference_and_its_anchor_are_shared_together() -> None:
+    drafter = built("medusa", TARGET, shake=0.1)
+    objective = AlignedDrafting()
+    objective.begin(drafter)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batch = unequal(drafter)
+    whole: Any = SimpleNamespace(
+        loss=lambda *given: objective.loss(drafter, *given),
+        declared_parameters=drafter.declared_parameters,
+    )
+    agree(whole, batch, halves(batch))
+
+
+def test_both_sides_of_an_estimator_are_shared_together() -> None:
+    estimator = ContrastiveEstimator(TARGET.shape, 2, dropout=0.0).double()
+    torch.manual_seed(0)
+    for parameter in estimator.parameters():
+        parameter.data.normal_(0, 0.1)
+    chosen, rejected = tiny_batch(TARGET), tiny_batch(TARGET, seed=1)
+    rejected.loss_mask[0, 5:] = False
+    sides = zip(halves(chosen), halves(rejected), strict=True)
+    agree(estimator, PreferenceBatch(chosen, rejected), [PreferenceBatch(*side) for side in sides])
+
+
 class Pairs(PreferenceTrainable):
     """Each pair's loss is its chosen log-ratio."""
 
@@ -139,6 +171,18 @@ def test_pairs_count_alike_on_processes_with_more_and_fewer() -> None:
         PreferenceBatch(whole, whole),
         [PreferenceBatch(two, two), PreferenceBatch(one, one)],
     )
+
+
+def test_counts_that_wait_are_shared_together_as_they_are() -> None:
+    flat: list[Tensor] = []
+    with shared_counts(lambda counts: flat.append(counts) or counts / 2):
+        one = SharedCount(torch.tensor(3))
+        many = SharedCount(torch.tensor([[1.5, 0.0], [4.0, 5.0]], dtype=torch.float64))
+        assert float(one.divisor()) == 1.5
+        assert many.divisor().tolist() == [[0.75, 1.0], [2.0, 2.5]]
+        SharedCount(torch.tensor(6)).mean()
+    assert [each.tolist() for each in flat] == [[3.0, 1.5, 0.0, 4.0, 5.0], [6.0]]
+    assert many.mean().dtype == torch.float64 and SharedCount(torch.tensor(3)).mean() == 3
 
 
 def test_nothing_counted_divides_by_one() -> None:

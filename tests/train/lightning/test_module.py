@@ -1,18 +1,22 @@
 import math
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from configs.command_line.loading import recipes
 from modules.contracts.losses import Losses, Mean
 from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Trainable
 from tests.fakes import tiny_batch, tiny_target
+from tests.modules.conformance import batch_for
+from tests.test_conformance import build
+from train.lightning.callbacks import LastCheckpoint
 from train.lightning.module import (
     MOST_SKIPPED,
     NonFinite,
@@ -262,17 +266,61 @@ def test_settings_out_of_range_are_refused_by_name(changes):
         OptimizerSettings(**changes)
 
 
-def test_counts_are_shared_without_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A barrier before each mean would let every GPU finish all its work, eight times a batch."""
-    shared: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.distributed, "barrier", lambda *_, **__: pytest.fail("a barrier"))
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda tensor: shared.append(tensor.mul_(4.0))
+class Collectives(Callback):
+    """Notes what is asked of `torch.distributed` after training began: the length of a sum, else a
+    name; DDP shares gradients without it.
+
+    Args:
+        monkeypatch: of the test.
+        world: processes, all with the same numbers.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+        self.asked: list[int | str] = []
+
+        def all_reduce(tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+            self.asked.append(tensor.numel())
+            tensor.mul_(world)
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_, **__: self.asked.append(name)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        for name in ("barrier", "broadcast", "all_gather", "reduce"):
+            monkeypatch.setattr(torch.distributed, name, note(name))
+        monkeypatch.setattr(Trainer, "world_size", world)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.asked.clear()
+
+
+@pytest.mark.parametrize(("recipe", "counts"), [("medusa", 7), ("eagle3", 7), ("judge", 131)])
+def test_a_batch_is_one_collective(target, tmp_path, monkeypatch, recipe: str, counts: int) -> None:
+    """Two batches to an optimiser step: of each batch a sum of all counts (2 a draft step, or a
+    judge's moments, and 1), of each step two flags, and a sum of all metrics when they are logged.
+    """
+    path = next(path for path in recipes() if path.stem == recipe)
+    trainable = build(path, target).float()
+    batches: Any = [batch_for(trainable, target) for _ in range(4)]
+    module = TrainableModule(trainable, target, OptimizerSettings(lr=1e-3), log_every=2)
+    noted = Collectives(monkeypatch, 2)
+    trainer = Trainer(
+        strategy="ddp_find_unused_parameters_true",
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=2,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[noted, LastCheckpoint(dirpath=tmp_path, every_n_train_steps=0)],
     )
-    trainer = SimpleNamespace(world_size=2, strategy=None)
-    module: Any = SimpleNamespace(trainer=trainer, device=torch.device("cpu"))
-    count = torch.tensor(3.0)
-    assert TrainableModule._mean_over_processes(module, count) == 6.0
-    assert count == 3.0 and len(shared) == 1
-    trainer.world_size = 1
-    assert TrainableModule._mean_over_processes(module, count) is count and len(shared) == 1
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, loader)
+    step = [counts, counts, 1, 1]
+    metrics = 2 * len(trainer.callback_metrics.keys() - {"loss"})
+    assert noted.asked[:9] == [*step, *step, metrics]
+    validated = 3 if recipe == "judge" else counts
+    assert noted.asked[9:14] == [*[validated] * 4, metrics]
