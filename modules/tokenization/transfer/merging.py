@@ -6,9 +6,11 @@ Shape legend: M merged tokens, L pieces of a token, H hidden size.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,45 +25,124 @@ _SPACE = re.compile(r"\s")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+\S")
 
 
-def merge(batch: Sequence[Sequence[Piece]], merges: int, valid: Callable) -> list[list[Piece]]:
+def merge(
+    batch: Sequence[Sequence[Any]], merges: int, valid: Callable[..., bool], least: int = 1
+) -> list[list[Any]]:
     """The batch after so many merges: each joins every occurrence, from left to right, of the pair
     of neighbours that is most frequent in the whole batch among the valid ones. Of pairs that are
     equally frequent the first to occur is taken. Ends early where no pair is left.
 
     Args:
-        batch: rows of pieces.
+        batch: rows of pieces: bytes, or tuples of ids; numbers are special and never joined.
         merges: at most.
         valid: whether two pieces may be joined; see `validity`.
+        least: times that a pair must occur to be joined.
     """
-    rows = [list(row) for row in batch]
-    allowed: dict[tuple[Piece, Piece], bool] = {}
+    pairs = _Pairs(batch, valid)
     for _ in range(merges):
-        # 1. Count pairs; a counter keeps the order of first occurrence.
-        counts: Counter[tuple[Piece, Piece]] = Counter()
-        for row in rows:
-            counts.update(zip(row, row[1:], strict=False))
-        for pair in counts:
-            if pair not in allowed:
-                allowed[pair] = all(isinstance(each, bytes) for each in pair) and valid(*pair)
-        best = max((pair for pair in counts if allowed[pair]), key=counts.__getitem__, default=None)
+        best = pairs.most_frequent(least)
         if best is None:
             break
-        # 2. Join them.
-        rows = [_joined(row, best) for row in rows]
-    return rows
+        pairs.join(best)
+    return pairs.rows()
 
 
-def _joined(row: list[Piece], pair: tuple[Piece, Piece]) -> list[Piece]:
-    joined: list[Piece] = []
-    place = 0
-    while place < len(row):
-        if tuple(row[place : place + 2]) == pair:
-            joined.append(row[place] + row[place + 1])  # type: ignore[operator]
-            place += 2
-        else:
-            joined.append(row[place])
-            place += 1
-    return joined
+class _Pairs:
+    """Pieces as linked lists, and where each valid pair of neighbours stands. A merge changes only
+    the pairs around its places, so that its cost does not grow with the text.
+
+    Args:
+        batch, valid: as in `merge`.
+    """
+
+    def __init__(self, batch: Sequence[Sequence[Any]], valid: Callable[..., bool]) -> None:
+        self.valid, self.allowed = valid, dict[tuple, bool]()
+        self.pieces: list[Any] = []
+        self.before: list[int] = []
+        self.after: list[int] = []
+        self.begins: list[int] = []
+        self.places: dict[tuple, set[int]] = {}
+        for row in batch:
+            first, last = len(self.pieces), len(self.pieces) + len(row) - 1
+            self.begins.append(first if row else -1)
+            self.pieces += row
+            self.before += [place - 1 if place > first else -1 for place in range(first, last + 1)]
+            self.after += [place + 1 if place < last else -1 for place in range(first, last + 1)]
+        for place in range(len(self.pieces)):
+            self._add(place)
+        # The most frequent pair first, then the one that occurs first.
+        self.heap = [(-len(places), min(places), pair) for pair, places in self.places.items()]
+        heapq.heapify(self.heap)
+
+    def most_frequent(self, least: int) -> tuple | None:
+        """The pair to be joined next; None where none occurs `least` times."""
+        # Counts in the heap are never too small: occurrences that a pair gains are pushed, those
+        # that it loses are looked up here.
+        while self.heap:
+            count, first, pair = self.heap[0]
+            places = self.places.get(pair)
+            if places and (-len(places), min(places)) == (count, first):
+                return pair if len(places) >= least else None
+            heapq.heappop(self.heap)
+            if places:
+                heapq.heappush(self.heap, (-len(places), min(places), pair))
+        return None
+
+    def join(self, pair: tuple) -> None:
+        """Join every occurrence of a pair, from left to right."""
+        joined, gained = pair[0] + pair[1], dict[tuple, None]()
+        for place in sorted(self.places.pop(pair)):
+            # The occurrence before it may have taken its first piece.
+            if self.pieces[place] != pair[0]:
+                continue
+            follower, earlier = self.after[place], self.before[place]
+            # 1. The pairs around it are gone.
+            self._remove(earlier)
+            self._remove(follower)
+            # 2. One piece stands for both.
+            later = self.after[follower]
+            self.pieces[place], self.pieces[follower] = joined, None
+            self.after[place] = later
+            if later >= 0:
+                self.before[later] = place
+            # 3. New pairs.
+            gained |= dict.fromkeys(self._add(earlier) + self._add(place))
+        for new in gained:
+            if places := self.places.get(new):
+                heapq.heappush(self.heap, (-len(places), min(places), new))
+
+    def rows(self) -> list[list[Any]]:
+        """The pieces of every row."""
+        rows = []
+        for place in self.begins:
+            row = []
+            while place >= 0:
+                row.append(self.pieces[place])
+                place = self.after[place]
+            rows.append(row)
+        return rows
+
+    def _pair(self, place: int) -> tuple | None:
+        """The valid pair that begins at a place."""
+        if place < 0 or self.after[place] < 0:
+            return None
+        pair = self.pieces[place], self.pieces[self.after[place]]
+        if pair not in self.allowed:
+            special = any(isinstance(each, int) for each in pair)
+            self.allowed[pair] = not special and self.valid(*pair)
+        return pair if self.allowed[pair] else None
+
+    def _add(self, place: int) -> list[tuple]:
+        pair = self._pair(place)
+        if pair is None:
+            return []
+        self.places.setdefault(pair, set()).add(place)
+        return [pair]
+
+    def _remove(self, place: int) -> None:
+        pair = self._pair(place)
+        if pair in self.places:
+            self.places[pair].discard(place)
 
 
 def validity(

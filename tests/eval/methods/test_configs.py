@@ -64,7 +64,12 @@ def test_drafting_without_training_is_whole() -> None:
         "lookahead",
         "input_guided",
     }
-    variants = {"token_recycling_cold", "suffix_corpus", "suffix_token_recycling"}
+    variants = {
+        "token_recycling_cold",
+        "suffix_corpus",
+        "suffix_token_recycling",
+        "merged_tokens",
+    }
     rows = methods("training_free")
     assert expected | variants == set(rows)
     assert not any(isinstance(row.get("drafter"), str) for row in rows.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -43,6 +45,37 @@ def test_the_most_frequent_pair_of_the_batch_is_merged_left_to_right() -> None:
     # Left to right without overlap.
     assert merge([[b"a"] * 5], 1, word) == [[b"aa", b"aa", b"a"]]
     assert merge(BATCH, 99, word) == merge(BATCH, 50, word)
+
+
+def counted_anew(batch: list[list[Any]], merges: int, least: int) -> list[list[Any]]:
+    """The definition, with all pairs counted for every merge; pieces are tuples of ids."""
+    rows = [list(row) for row in batch]
+    for _ in range(merges):
+        counts = Counter(pair for row in rows for pair in zip(row, row[1:], strict=False))
+        pairs = [pair for pair in counts if not any(isinstance(each, int) for each in pair)]
+        best = max((p for p in pairs if len(p[0] + p[1]) < 6), key=counts.__getitem__, default=None)
+        if best is None or counts[best] < least:
+            break
+        for row in rows:
+            place = 0
+            while place < len(row) - 1:
+                if (row[place], row[place + 1]) == best:
+                    row[place : place + 2] = [best[0] + best[1]]
+                place += 1
+    return rows
+
+
+@pytest.mark.parametrize("letters", [1, 2, 5])
+def test_counts_that_are_kept_up_to_date_are_those_of_counting_anew(letters: int) -> None:
+    draw = random.Random(letters)
+    for _ in range(10):
+        rows: list[list[Any]] = [
+            [(draw.randrange(letters),) if draw.random() < 0.95 else 7 for _ in range(length)]
+            for length in (0, 1, 12, 25)
+        ]
+        for merges, least in ((1, 1), (4, 1), (40, 1), (40, 2), (40, 3)):
+            fast = merge(rows, merges, lambda left, right: len(left + right) < 6, least)
+            assert fast == counted_anew(rows, merges, least)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)

@@ -1,0 +1,1 @@
+"""Merged tokens as drafts: units of several base tokens, drafted at once."""
