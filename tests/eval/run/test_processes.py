@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from eval.run.processes import Share, shared_out
 from modules.contracts.sampling import Sampling
 from tests.eval.test_cli import config, report, run, tiny
 from tests.fakes import tiny_target
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMED = {
@@ -41,14 +41,11 @@ __all__ = ["tiny"]
 
 def launch(arguments: list[str], count: int) -> list[tuple[int, str, str]]:
     """Several processes, as torchrun would start them: exit status and what they said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         **os.environ,
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT, GRACE = 1200.0, 60.0
@@ -23,9 +24,7 @@ def launch(
         module: what `python -m` runs. folder: its first argument. arguments: the others.
         limit: seconds.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {
         **os.environ,
         "WORLD_SIZE": "2",

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from checkpoints.pretrained import load_pretrained
 from tests.fakes import tiny_target
+from tests.ports import free_port
 from tests.train.conftest import WORDS
 from tests.train.lightning.deepspeed_worker import (
     CASES,
@@ -37,14 +37,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def launch(folder: Path, mode: str) -> list[tuple[int, str]]:
     """Two processes, as torchrun would start them; exit status and what they said on stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         **os.environ,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "tests",
         "LOCAL_WORLD_SIZE": "2",

@@ -15,6 +15,7 @@ from modules.contracts.shapes import TargetShape
 from modules.contracts.trainable import Trainable
 from tests.fakes import tiny_batch, tiny_target
 from tests.modules.conformance import batch_for
+from tests.ports import free_port
 from tests.test_conformance import build
 from train.lightning.callbacks import LastCheckpoint
 from train.lightning.module import (
@@ -304,6 +305,7 @@ def test_a_batch_is_one_collective(target, tmp_path, monkeypatch, recipe: str, c
     batches: Any = [batch_for(trainable, target) for _ in range(4)]
     module = TrainableModule(trainable, target, OptimizerSettings(lr=1e-3), log_every=2)
     noted = Collectives(monkeypatch, 2)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     trainer = Trainer(
         strategy="ddp_find_unused_parameters_true",
         max_epochs=1,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.fakes import tiny_target
+from tests.ports import free_port
 from train.lightning.deepspeed import CpuDeepSpeedStrategy, strategy_named
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,7 +77,7 @@ def losses(recipe: Path, output: Path, folder: Path, strategy: str) -> dict[str,
         text=True,
         capture_output=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
     )
     assert done.returncode == 0, done.stderr
     return json.loads((output / "drafter" / "provenance.json").read_text())["measured"]

@@ -23,6 +23,7 @@ from configs.command_line.loading import run
 from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.target.target import Target
+from tests.ports import free_port
 from tests.train.online.conftest import make_service, small_drafter
 from train.online.server import Endpoint
 from train.online.service import Service
@@ -65,12 +66,6 @@ def ask(
     status, content = response.status, response.read().decode()
     connection.close()
     return status, content
-
-
-def free_port() -> str:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        return str(place.getsockname()[1])
 
 
 @pytest.fixture
@@ -219,13 +214,13 @@ def test_a_signal_ends_with_a_drafter_and_a_report(
         raise Stopped(15)
 
     monkeypatch.setattr("uvicorn.Server.run", three_requests)
-    port = free_port()
+    port = str(free_port())
     assert run(lambda _: serve("--server.port", port), []) == 143
     assert "go on with --resume" in capsys.readouterr().err and statuses == [200] * 3
     output = tmp_path / "run"
     assert (output / "drafter" / "model.safetensors").exists()
     assert json.loads((output / "report.json").read_text())["requests"] == 3
-    assert run(lambda _: serve("--server.port", free_port(), "--resume"), []) == 143
+    assert run(lambda _: serve("--server.port", str(free_port()), "--resume"), []) == 143
     assert json.loads((output / "report.json").read_text())["requests"] == 6
 
 
@@ -243,5 +238,5 @@ def test_missing_libraries_are_named(
     serve: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("train.online.__main__.importlib.util.find_spec", lambda name: None)
-    assert run(lambda _: serve("--server.port", free_port()), []) == 2
+    assert run(lambda _: serve("--server.port", str(free_port())), []) == 2
     assert "server.port needs starlette, which is not installed" in capsys.readouterr().err
