@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -31,6 +31,8 @@ from modules.tokenization.saved import save_language_model
 from modules.tokenization.units import make_units
 from modules.tokenization.words import spaced_words, unicode_words, with_typos
 
+Precision = Literal["32-true", "bf16-mixed"]
+
 
 @dataclass
 class LanguageModelSettings:
@@ -49,6 +51,8 @@ class LanguageModelSettings:
         lr: peak learning rate of AdamW, with linear warm-up and a cosine down to 0.
         warmup_steps: of the learning rate.
         typos: share of the words with two letters swapped, in the evaluation's second text.
+        precision: of the training, as Lightning names it (`32-true`, `bf16-mixed`); figures are
+            always in float32.
         seed: of weights, order and draws.
     """
 
@@ -63,6 +67,7 @@ class LanguageModelSettings:
     lr: float = 1e-3
     warmup_steps: int = 50
     typos: float = 0.2
+    precision: Precision = "32-true"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -231,6 +236,7 @@ def train(settings: LanguageModelSettings, output: Path) -> Report:
         max_steps=settings.steps,
         max_epochs=-1,
         gradient_clip_val=1.0,
+        precision=settings.precision,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -23,7 +23,7 @@ from modules.target.outline import read_tokenizer
 from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, check_byte_level, save_network
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
-from train.language_model import held_out_documents
+from train.language_model import Precision, held_out_documents
 from train.tokenizer_transfer.result import (
     Tables,
     bits_per_byte,
@@ -59,6 +59,8 @@ class TransferSettings:
         negatives: tokens besides a batch's that the loss chooses among.
         every: steps with one tokenizer.
         lexical: weight of the regression on tokens of both vocabularies.
+        precision: of the training, `32-true` or `bf16-mixed` (the paper's); figures are always in
+            float32.
         seed: of weights, order and draws.
     """
 
@@ -84,6 +86,7 @@ class TransferSettings:
     negatives: int = 2048
     every: int = 8
     lexical: float = 0.5
+    precision: Precision = "32-true"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,12 +99,13 @@ class TransferSettings:
             raise ValueError(f"lexical must not be negative, got {self.lexical}")
 
 
-def fit(stage: LightningModule, loader: DataLoader, steps: int) -> None:
+def fit(stage: LightningModule, loader: DataLoader, steps: int, precision: Precision) -> None:
     """So many steps, with the paper's gradient clipping."""
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=0.1,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -142,7 +146,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     )
     if settings.identity_steps:
         steps = TensorDataset(torch.zeros(settings.identity_steps))
-        fit(identity, DataLoader(steps), settings.identity_steps)
+        fit(identity, DataLoader(steps), settings.identity_steps, settings.precision)
         figures.add("identity")
     fit_on_text(settings, base, network, texts)
     figures.add("transferred")
@@ -180,7 +184,7 @@ def fit_on_text(
         collate_fn=list,
         generator=order,
     )
-    fit(stage, loader, settings.steps)
+    fit(stage, loader, settings.steps, settings.precision)
 
 
 class _Figures:

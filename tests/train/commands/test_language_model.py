@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from configs.command_line.loading import CONFIGS
 from modules.tokenization.saved import load_language_model
-from train.language_model import LanguageModelSettings, command, documents, evaluate
+from train.language_model import (
+    LanguageModelModule,
+    LanguageModelSettings,
+    command,
+    documents,
+    evaluate,
+)
 
 FOLDER = "modules.tokenization"
 SIZES = {"width": 16, "layers": 1, "heads": 2, "length": 16}
@@ -59,6 +66,21 @@ def test_training_learns_and_a_seed_decides_all(tmp_path: Path) -> None:
         runs.append(run(place, path, train=str(text), steps=60, lr=1e-2))
     assert runs[0] == runs[1]
     assert runs[0]["bits_per_byte"] < 1.5 and runs[0]["word_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_precision_is_the_trainings(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = LanguageModelModule.training_step, set()
+
+    def noted(self: LanguageModelModule, batch: Any, index: int) -> Any:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(LanguageModelModule, "training_step", noted)
+    run(tmp_path, f"{FOLDER}.subword.Subword", precision=precision)
+    assert seen == {precision == "bf16-mixed"}
 
 
 def test_no_text_counts_twice(tmp_path: Path) -> None:

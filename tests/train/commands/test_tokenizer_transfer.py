@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from modules.target.loading import load_target
 from modules.tokenization.transfer.frozen_base import Base
+from modules.tokenization.transfer.hypernetwork import Hypernetwork
 from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
-from train.tokenizer_transfer.__main__ import TransferSettings, transfer
+from train.tokenizer_transfer.__main__ import TransferSettings, fit, transfer
 from train.tokenizer_transfer.result import bits_per_byte, original_tables
+from train.tokenizer_transfer.stages import IdentityStage
 
 NEW = bpe(["caterpillar times over the mat, " * 4], 275)
 
@@ -85,6 +88,21 @@ def test_both_stages_help_and_the_folder_is_an_ordinary_model(
     special = made.get_input_embeddings().weight[NEW.eos_token_id]
     original = LlamaForCausalLM.from_pretrained(base_folder).get_input_embeddings().weight
     assert torch.equal(special, original[BASE.eos_token_id])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_precision_is_the_trainings(base: Base, precision: Any) -> None:
+    seen = []
+
+    class Noted(IdentityStage):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().training_step(batch, index)
+
+    network = Hypernetwork(base.embedding, base.head, 32, 1, 2)
+    stage = Noted(network, base, 1e-2, 0, 2, tokens=64, seed=0)
+    fit(stage, DataLoader(TensorDataset(torch.zeros(2))), 2, precision)
+    assert seen == [precision == "bf16-mixed"] * 2
 
 
 def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
