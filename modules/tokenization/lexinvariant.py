@@ -64,11 +64,14 @@ class Lexinvariant(LanguageModel):
         random_BV = torch.rand(count, size, generator=draws, device=device) < self.random_share
         return torch.where(random_BV[..., None], drawn, self.embedding_VH)
 
-    def states(self, before_BT: Tensor, tables_BVH: Tensor) -> Tensor:
-        """The backbone's states [B,T,H]."""
+    def states(self, before_BT: Tensor, tables_BVH: Tensor, layer: int | None = None) -> Tensor:
+        """The backbone's states [B,T,H]; behind so many layers: 0 are the vectors, None all."""
         indices = before_BT.clamp(min=0)[..., None].expand(-1, -1, self.width)
         embedded_BTH = tables_BVH.to(self.dtype).gather(1, indices)
-        return self.backbone(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
+        output = self.backbone(
+            inputs_embeds=embedded_BTH, use_cache=False, output_hidden_states=layer is not None
+        )
+        return output.last_hidden_state if layer is None else output.hidden_states[layer]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -227,6 +227,10 @@ def test_permuted_tokens_with_permuted_vectors_change_nothing() -> None:
     moved = torch.where(rows == PAD, PAD, order[rows.clamp(min=0)])
     states, again = model.states(rows, tables), model.states(moved, permuted)
     assert torch.equal(states[rows != PAD], again[rows != PAD])
+    # By layer: the vectors themselves, and the states.
+    vectors = torch.stack([table[row] for table, row in zip(tables, rows.clamp(min=0))])
+    assert torch.equal(model.states(rows, tables, 0), vectors.to(model.dtype))
+    assert torch.equal(model.states(rows, tables, 2), states)
 
 
 def test_vectors_are_drawn_anew_for_every_row() -> None:
