@@ -1,8 +1,10 @@
-"""Ports of this machine for processes that tests start."""
+"""Ports of this machine for processes that tests start, and servers in threads."""
 
 import os
 import random
 import socket
+import threading
+from socketserver import BaseServer
 
 EPHEMERAL = 32768
 """The lowest port that Linux gives to a connection or to a bind to port 0, by default."""
@@ -28,3 +30,10 @@ def free_port() -> int:
                 continue
         return port
     raise OSError("no free port for a test")
+
+
+def serving(server: BaseServer) -> threading.Thread:
+    """Serve in a thread, which looks for the server's end often: every test waits for that."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
+    thread.start()
+    return thread

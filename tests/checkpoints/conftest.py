@@ -1,7 +1,7 @@
 """A local Hub that the real client talks to, and a trained drafter to publish on it."""
 
 import json
-import threading
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from modules.drafters.heads.medusa import Medusa
 from modules.target.target import Target
 from tests.checkpoints.hub_server import Hub
 from tests.fakes import tiny_target
+from tests.ports import serving
 
 TOKEN = "hf_" + "NeverToBeSeenAnywhere" * 2
 
@@ -28,7 +29,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     out.
     """
     server = Hub(TOKEN)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serving(server)
     home = tmp_path / "huggingface"
     for name, value in {
         "ENDPOINT": server.url,
@@ -78,11 +79,12 @@ def trained(tmp_path: Path, target: Target) -> Path:
     return tmp_path / "runs" / "heads"
 
 
-@pytest.fixture
-def evaluated(trained: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same run with a report that the harness made, greedy and sampled."""
-    monkeypatch.setattr(evaluation, "load_target", lambda *_: target)
-    prompts = trained.parent / "questions.jsonl"
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory, target: Target) -> Path:
+    """A run with a report that the harness made, greedy and sampled; tests change copies of it."""
+    run = tmp_path_factory.mktemp("measured") / "runs" / "heads"
+    save(run, target)
+    prompts = run.parent / "questions.jsonl"
     prompts.write_text(
         "".join(
             json.dumps({"id": i, "category": "ab"[i % 2], "turns": [f"question {i}"]}) + "\n"
@@ -93,15 +95,22 @@ def evaluated(trained: Path, target: Target, monkeypatch: pytest.MonkeyPatch) ->
         name="lookup",
         drafter={"class_path": "modules.drafters.retrieval.prompt_lookup.PromptLookup"},
     )
-    evaluate(
-        Evaluation(
-            drafters=[str(trained)],
-            methods=[other],
-            prompts=[str(prompts)],
-            max_new_tokens=12,
-            temperature=[0.0, 1.0],
-            dtype="float64",
-        ),
-        trained / "eval",
+    asked = Evaluation(
+        drafters=[str(run)],
+        methods=[other],
+        prompts=[str(prompts)],
+        max_new_tokens=12,
+        temperature=[0.0, 1.0],
+        dtype="float64",
     )
-    return trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_target", lambda *_: target)
+        evaluate(asked, run / "eval")
+    return run
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, measured: Path) -> Path:
+    """A copy of the run with a report, with the times of its files."""
+    shutil.copytree(measured.parent, tmp_path / "runs")
+    return tmp_path / "runs" / measured.name

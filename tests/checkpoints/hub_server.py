@@ -101,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    """A body that follows its head in a packet of its own is not held back for 40 ms."""
     server: Hub
 
     def handle_any(self) -> None:

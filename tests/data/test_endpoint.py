@@ -18,6 +18,7 @@ from data.generation.answering import placed
 from data.reading.files import Tally, read_jsonl
 from data.reading.rows import load_conversations
 from data.regenerate import Generation
+from tests.ports import serving
 
 PROMPTS = placed([{"category": "test", "prompt": f"number {i}"} for i in range(6)])
 
@@ -82,8 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     made = Server()
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
+    thread = serving(made)
     yield made
     made.shutdown()
     made.server_close()
@@ -406,7 +406,7 @@ def elsewhere() -> Iterator[Any]:
     made: Any = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
     made.stopped, made.mood, made.status, made.other = threading.Event(), "redirect", 302, ""
     made.url = f"http://127.0.0.1:{made.server_address[1]}/v1"
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    serving(made)
     yield made
     made.stopped.set()
     made.shutdown()
@@ -494,7 +494,7 @@ def test_another_address_of_the_same_model_goes_on(server: Server, tmp_path: Pat
         )
     assert server.url not in (tmp_path / "o.jsonl.journal").read_text()
     moved = Server()
-    threading.Thread(target=moved.serve_forever, daemon=True).start()
+    serving(moved)
     with pytest.raises(ValueError, match="target"):
         regenerate_by(Endpoint(moved.url, "other", retries=0), PROMPTS, tmp_path / "o.jsonl")
     regenerate_by(Endpoint(moved.url, "m", retries=0), PROMPTS, tmp_path / "o.jsonl")
