@@ -1,8 +1,8 @@
 """Zero-shot tokenizer transfer: embeddings for the tokens of any tokenizer (Minixhofer et al. 2024,
 arXiv 2405.07883).
 
-Shape legend: V tokens, L pieces of a token, S source width (H, or 2H where embedding and LM head
-differ), W width of the hypernetwork, H width of the language model.
+Shape legend: V tokens, U of them with P pieces, L pieces of a token at most, S source width (H, or
+2H where embedding and LM head differ), W width of the hypernetwork, H width of the language model.
 """
 
 from __future__ import annotations
@@ -115,16 +115,22 @@ class Hypernetwork(nn.Module):
 
         Args:
             source_TS: embeddings (and LM head behind them) of the base vocabulary.
-            pieces_VL: base ids, padded with `PAD`.
+            pieces_VL: base ids, one or more, with `PAD` behind them.
         """
-        valid_VL = pieces_VL != PAD
-        gathered = self.source.normalised(source_TS)[pieces_VL.clamp(min=0)]
-        states_VLW = self.blocks(self.read(self.project(gathered)), valid_VL)
-        states_VW = states_VLW[:, 0]
+        # 1. Tokens of equally many pieces are read together: no position is padding.
+        counts_V = (pieces_VL != PAD).sum(1)
+        groups, states, means = [], [], []
+        for count in counts_V.unique().tolist():
+            groups.append((counts_V == count).nonzero()[:, 0])
+            gathered_UPS = self.source.normalised(source_TS[pieces_VL[groups[-1], :count]])
+            states.append(self.blocks(self.read(self.project(gathered_UPS)))[:, 0])
+            means.append(gathered_UPS.mean(1))
+        # 2. In the order of the tokens.
+        place_V = torch.cat(groups).argsort()
+        states_VW, means_VS = (torch.cat(parts)[place_V] for parts in (states, means))
         predicted = [head(states_VW) for head in self.heads]
         if self.residual:
             # The rescaler of the source is that of each of its tables.
-            means_VS = mean_over(gathered, valid_VL)
             parts = means_VS.chunk(len(predicted), 1)
             predicted = [new + mean for new, mean in zip(predicted, parts, strict=True)]
         return predicted, states_VW
