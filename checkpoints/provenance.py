@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,10 +123,15 @@ def _git(*words: str) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that affect results."""
+    return {"python": sys.version.split()[0], **_installed()}
+
+
+@cache
+def _installed() -> Mapping[str, str]:
+    """Read once: a process keeps the packages that it began with."""
     installed = {
         package.metadata["Name"].lower()
         for package in metadata.distributions()
         if package.metadata["Name"]
     }
-    versions = {name: metadata.version(name) for name in _PACKAGES if name in installed}
-    return {"python": sys.version.split()[0], **versions}
+    return {name: metadata.version(name) for name in _PACKAGES if name in installed}

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,17 +49,24 @@ def target() -> Target:
     return tiny_target()
 
 
+@cache
+def component(recipe: Path) -> tuple[Any, dict[str, Any]]:
+    """The class that a recipe trains, and its arguments."""
+    drafter = parse(make_parser(), ["--config", str(recipe)]).drafter
+    module, name = drafter.class_path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name), drafter.init_args.as_dict()
+
+
 def build(recipe: Path, target: Target, shake: float = 0.05) -> Trainable:
     """The recipe's component for the tiny target, in float64, its weights moved off their special
     beginnings.
     """
-    drafter = parse(make_parser(), ["--config", str(recipe)]).drafter
-    module, name = drafter.class_path.rsplit(".", 1)
-    arguments = dict(drafter.init_args.as_dict())
+    kind, given = component(recipe)
+    arguments = dict(given)
     if arguments.get("draft_vocabulary"):
         arguments["draft_vocabulary"] = min(DRAFT_VOCABULARY, target.shape.vocab_size)
     torch.manual_seed(0)
-    trainable = getattr(importlib.import_module(module), name)(target.shape, **arguments)
+    trainable = kind(target.shape, **arguments)
     if arguments.get("draft_vocabulary"):
         trainable.set_vocabulary(torch.randperm(target.shape.vocab_size)[:DRAFT_VOCABULARY])
     trainable.initialise(target)
@@ -140,12 +149,10 @@ def test_batches_of_4_and_16_decode_the_same_ids_as_each_prompt_alone(recipe, ta
 
 
 def test_the_constructor_says_what_each_argument_is(recipe):
-    drafter = parse(make_parser(), ["--config", str(recipe)]).drafter
-    module, name = drafter.class_path.rsplit(".", 1)
-    found = getattr(importlib.import_module(module), name)
+    found, _ = component(recipe)
     arguments = list(inspect.signature(found.__init__).parameters)[1:]
     assert arguments[0] == "shape"
     described = inspect.getdoc(found) or ""
     assert all(argument in described for argument in arguments), (
-        f"{name}: an argument lacks a description"
+        f"{found.__name__}: an argument lacks a description"
     )

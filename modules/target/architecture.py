@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class Architecture:
             raise self._without(f"{missing[0]} in its config")
         # 1. The module that holds the decoder layers, and their list.
         self.stack, self._layers_name = self._stack_of(model)
+        self._all_layers = self.layers
         self.decoder: Any = self.stack
         self.norm: nn.Module | None = self._norm_of_stack()
         # 2. The library names these.
@@ -124,8 +126,8 @@ class Architecture:
             norm_eps=_first(config, _EPSILONS, 1e-5),
             max_positions=config.max_position_embeddings,
             activation=_first(config, _ACTIVATIONS, "silu"),
-            attention_bias=self._has_attention_bias(),
-            qk_norm=self._has_head_norms(),
+            attention_bias=self._has_attention_bias,
+            qk_norm=self._has_head_norms,
             rope=_rope(config),
         )
 
@@ -133,17 +135,20 @@ class Architecture:
         config = self.config
         return _setting(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
+    # Looked up once: decoding asks for the dimensions in every step.
+    @cached_property
     def _has_attention_bias(self) -> bool:
         return self._first_weight("q_proj.bias") is not None
 
+    @cached_property
     def _has_head_norms(self) -> bool:
         """Whether queries are normalised head by head."""
         weight = self._first_weight("q_norm.weight")
         return weight is not None and tuple(weight.shape) == (self._head_dim(),)
 
     def _first_weight(self, name: str) -> Tensor | None:
-        """The first weight of the layers whose path ends so."""
-        weights = self.layers.named_parameters()
+        """The first weight of all layers whose path ends so."""
+        weights = self._all_layers.named_parameters()
         return next((weight for path, weight in weights if path.endswith(f".{name}")), None)
 
     def weight(self, name: str) -> Tensor:
