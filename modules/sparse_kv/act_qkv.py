@@ -42,21 +42,24 @@ def activation_weights(states_BNE: Tensor, real_BN: Tensor, temperature: float) 
     return logits.softmax(-1).nan_to_num(0.0)
 
 
-def block_share(left: Tensor, density: Tensor, later: Tensor, layers: int) -> Tensor:
+def block_share(
+    left: Tensor, density: Tensor, later: Tensor, layers: int, present: Tensor
+) -> Tensor:
     """int64 [...]: how many of the blocks that are left a layer recalls, in proportion to its
-    density; evenly where nothing is known of later layers. The last layer takes all of them.
+    density; evenly where nothing is known of later layers. Every layer takes what those after it
+    cannot, and none more than there are.
 
     Args:
         left: int64 [...], blocks that no layer before it has taken.
         density: of this layer [...].
         later: summed over the layers after it [...].
         layers: this one and those after it.
+        present: int64 [...], blocks that a layer can recall.
     """
-    if layers == 1:
-        return left
     whole = density + later
     share = torch.where(later > 0, density / whole.clamp(min=1e-30), 1.0 / layers)
-    return (left * share).round().long()
+    count = (left * share).round().long()
+    return count.maximum(left - (layers - 1) * present).minimum(present)
 
 
 def entropy(scores_BRC: Tensor) -> Tensor:
@@ -151,13 +154,14 @@ class ActSelection(Selection):
             ~past_BRC, -torch.inf
         ), policy.initial + policy.block * number_BR
 
-    def _share(self, call: LayerCall, density_BR: Tensor) -> Tensor:
+    def _share(self, call: LayerCall, density_BR: Tensor, scores_BRC: Tensor) -> Tensor:
         """int64 [B,R]: blocks that each row recalls in this layer."""
         layers = self.densities_BL.shape[1]
         if call.layer == 0:
             self.left_BR = torch.full_like(density_BR, self.policy.blocks * layers).long()
         later_B1 = self.densities_BL[:, call.layer + 1 :].sum(1, keepdim=True)
-        count_BR = block_share(self.left_BR, density_BR, later_B1, layers - call.layer)
+        present_BR = (scores_BRC > -torch.inf).sum(-1)
+        count_BR = block_share(self.left_BR, density_BR, later_B1, layers - call.layer, present_BR)
         self.left_BR = self.left_BR - count_BR
         return count_BR
 
@@ -192,7 +196,7 @@ class ActSelection(Selection):
         # 2. Scores and their density.
         scores_B1C, ends_B1 = self._scores(call, probe, before_B1 - policy.local)
         density_B1 = entropy(scores_B1C).to(self.densities_BL.dtype)
-        count_B1 = self._share(call, density_B1)
+        count_B1 = self._share(call, density_B1, scores_B1C)
         column = self.densities_BL[:, call.layer]
         self.densities_BL = self.densities_BL.clone()
         self.densities_BL[:, call.layer] = torch.where(call.counts_B > 0, density_B1[:, 0], column)
@@ -212,7 +216,8 @@ class ActSelection(Selection):
         policy = self.policy
         before_BN = call.positions_BN + 1 - policy.local
         scores_BNC, ends_BN = self._scores(call, call.grouped_BKGND, before_BN)
-        count_BN = self._share(call, entropy(scores_BNC).to(self.densities_BL.dtype))
+        density_BN = entropy(scores_BNC).to(self.densities_BL.dtype)
+        count_BN = self._share(call, density_BN, scores_BNC)
         if call.slots <= policy.initial + policy.local + policy.block:
             return None
         # The first slots, the recalled ones, and those after the newest block.

@@ -40,7 +40,8 @@ class LayerMemory:
 
     slots_BKM: prompt tokens that stay, ascending, -1 where there are fewer. sentence_BKM: the
     sentence of each. means_BKCD: mean keys, the prompt's sentences first. filled_BKC: whether the
-    sentence has tokens. sum_BKD: of the queries of the sentence that is being written.
+    sentence has tokens. sum_BKD: of the queries of the sentence that is being written, at least in
+    float32.
     """
 
     slots_BKM: Tensor
@@ -189,15 +190,17 @@ class SentenceSelection(Selection):
         index = stay.clamp(max=slots - 1)
         sentence = sentence_BS[:, None].expand(-1, kv_heads, -1).gather(2, index)
         number = self.sentences
-        key = keys_BKSD.gather(2, index[..., None].expand(-1, -1, -1, size)) * real[..., None]
-        sums = keys_BKSD.new_zeros(batch, kv_heads, number, size)
+        # At 16 bits a sum of hundreds of keys, and even their number, would stop growing.
+        stored = keys_BKSD.gather(2, index[..., None].expand(-1, -1, -1, size))
+        key = widened(stored) * real[..., None]
+        sums = key.new_zeros(batch, kv_heads, number, size)
         sums = sums.scatter_add(2, sentence[..., None].expand_as(key), key)
         tokens = key.new_zeros(batch, kv_heads, number).scatter_add(2, sentence, real.to(key.dtype))
         means = sums / tokens.clamp(min=1)[..., None]
         return LayerMemory(
             torch.where(real, stay, -1),
             sentence,
-            means,
+            means.to(stored.dtype),
             tokens > 0,
             torch.zeros_like(means[:, :, 0]),
         )
@@ -259,7 +262,7 @@ class SentenceSelection(Selection):
         total = same.to(rows.query_BJX.dtype) @ rows.query_BJX
         total = total + going_on[..., None] * memory.sum_BKD.flatten(1)[:, None]
         count_BN = same.sum(-1) + torch.where(ended_BN == 0, self.count_B[:, None], 0)
-        mean = total / count_BN[..., None]
+        mean = (total / count_BN[..., None]).to(memory.means_BKCD.dtype)
         batch, kv_heads, size = memory.sum_BKD.shape
         return mean.view(batch, -1, kv_heads, size).transpose(1, 2), count_BN
 

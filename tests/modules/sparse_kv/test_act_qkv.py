@@ -49,6 +49,8 @@ def test_rows_decode_as_alone(more: dict[str, Any], target: Any) -> None:
 def test_a_budget_of_the_whole_history_is_full_attention(target: Any) -> None:
     check_whole(small(blocks=40, probe="mean", window=64), target)
     check_whole(small(blocks=40), target)
+    # 11 blocks are the history, whatever the layers' densities are.
+    check_whole(small(blocks=11), target)
 
 
 def test_weights_are_uniform_for_equal_states_and_point_at_an_outlier() -> None:
@@ -76,11 +78,12 @@ def test_weights_are_uniform_for_equal_states_and_point_at_an_outlier() -> None:
 def test_blocks_are_divided_in_proportion_and_none_is_lost() -> None:
     coin = torch.Generator().manual_seed(0)
     densities, layers, total = torch.rand(50, 7, generator=coin), 7, 700
+    present = torch.tensor(1000)
     for expected in (densities, torch.rand(50, 7, generator=coin), torch.zeros(50, 7)):
         left, counts = torch.full((50,), total), []
         for layer in range(layers):
             later = expected[:, layer + 1 :].sum(1)
-            counts.append(block_share(left, densities[:, layer], later, layers - layer))
+            counts.append(block_share(left, densities[:, layer], later, layers - layer, present))
             left = left - counts[-1]
         found = torch.stack(counts, 1)
         # Whatever later layers were expected to have, all are given out.
@@ -90,7 +93,11 @@ def test_blocks_are_divided_in_proportion_and_none_is_lost() -> None:
             assert ((found - exact).abs() < 2).all()
     # Without any density, evenly.
     none, left = torch.zeros(1), torch.full((1,), 14)
-    assert block_share(left, none, none, 7).tolist() == [2]
+    assert block_share(left, none, none, 7, present).tolist() == [2]
+    # No layer gets more than there are, and later layers no more than they can recall.
+    left, density = torch.tensor([20, 20, 6]), torch.tensor([9.0, 0.1, 0.1])
+    later, present = torch.tensor([1.0, 9.9, 9.9]), torch.tensor([8, 8, 8])
+    assert block_share(left, density, later, 3, present).tolist() == [8, 4, 0]
     # Flat scores are dense, and blocks that are not there count for nothing.
     scores = torch.tensor([[[1.0, 1.0, -torch.inf], [9.0, 1.0, 1.0]], [[-torch.inf] * 3] * 2])
     values = entropy(scores)
@@ -119,8 +126,8 @@ def test_layers_share_all_blocks_by_their_own_densities(
     policy, counts = small(), []
     share = ActSelection._share
 
-    def watched(self: ActSelection, call: LayerCall, density: torch.Tensor) -> torch.Tensor:
-        counts.append(share(self, call, density))
+    def watched(self: ActSelection, call: LayerCall, *scores: torch.Tensor) -> torch.Tensor:
+        counts.append(share(self, call, *scores))
         return counts[-1]
 
     session = Opened(target, policy).session(prompts_of((60,)))

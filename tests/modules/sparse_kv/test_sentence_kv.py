@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from modules.sparse_kv.sentence_kv import Observed, SentenceKV, SentenceSelection, importance
+from modules.sparse_kv.policy import Step
+from modules.sparse_kv.sentence_kv import (
+    Observed,
+    PendingRows,
+    SentenceKV,
+    SentenceSelection,
+    importance,
+)
 from modules.target.tokenizers.sentences import ending_ids
 from tests.fakes import tiny_target, tiny_tokenizer
 from tests.modules.sparse_kv.checks import (
@@ -51,6 +58,23 @@ def test_a_whole_budget_is_full_attention(target: Any) -> None:
     ours, theirs = opened.plain(prompts, tokens), opened.full(prompts, tokens)
     torch.testing.assert_close(ours[1], theirs[1])
     assert (ours[0] - theirs[0]).abs().max() > 1e-3
+
+
+def test_means_of_long_sentences_are_right_at_16_bits(target: Any) -> None:
+    policy, one = small(budget=600, factor=1.0), torch.ones(1, dtype=torch.int64)
+    selection, lengths = policy.start(target, 1), torch.tensor([600])
+    keys = torch.rand(1, 2, 600, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    selection.read_prompt(torch.full((1, 600), 20), lengths)
+    selection.observed = {0: Observed(torch.zeros(1, 4, 4, 8).bfloat16(), 0.3)}
+    selection.end_prompt([keys], lengths)
+    found = selection.layers[0].means_BKCD[:, :, 0]
+    torch.testing.assert_close(found, keys.float().mean(2).bfloat16())
+    # The queries of a sentence that is being written, a token at a time.
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    for written in range(400):
+        selection.pending = {0: PendingRows(torch.ones(1, 1, 16).bfloat16(), zero > 0, zero)}
+        selection.commit(Step(zero, one, torch.full((1, 1), 20), lengths + written))
+    assert (selection.layers[0].sum_BKD == 400).all()
 
 
 def test_endings_are_found_in_every_spelling() -> None:
