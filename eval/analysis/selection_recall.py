@@ -13,6 +13,7 @@ S slots, T prompt tokens, O observed tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from configs.command_line.class_paths import Kind
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.outputs import claimed_file
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
 from eval.cli import quieten
@@ -228,7 +230,7 @@ def compare(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     policies = {
-        f"{name}, {budget}": construct(spec, name, Kind.POLICY)
+        f"{name}, {budget}": construct(spec, f"budgets: {name} of {budget}", Kind.POLICY)
         for budget in budgets or [256, 1024]
         for name, spec in specs_at(budget).items()
     }
@@ -261,7 +263,9 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_function_arguments(compare, fail_untyped=True)
     settings = vars(parse(parser, arguments))
     quieten()
-    compare(**settings)
+    # A place that cannot be written to is refused before anything is measured.
+    with claimed_file(Path(settings["output"])) if settings["output"] else nullcontext():
+        compare(**settings)
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from checkpoints.pretrained import load_pretrained
-from configs.command_line.class_paths import Kind, named_class, part_kinds
+from configs.command_line.class_paths import Kind, check_scalars, named_class, part_kinds
 from data.conversations import prompt_ids
 from data.reading.files import read_jsonl
 from modules.acceptance.rules import RULES, AcceptanceRule, check_pairing, rule_named
@@ -158,6 +158,9 @@ def _check_class(spec: ClassSpec, where: str, kind: Kind, positional: int) -> No
     turn.
     """
     made, arguments = class_of(spec, where, kind, positional), spec.get("init_args") or {}
+    # A policy needs no target to refuse its settings.
+    if kind is Kind.POLICY:
+        construct(spec, where, kind)
     if kind not in (Kind.DRAFTER, Kind.DECODER):
         return
     # Arguments that are drafters or builders are specs themselves.
@@ -241,7 +244,7 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, positional: int = 0) -> Ca
 
     Raises:
         ValueError: an unknown key, a class that does not exist, is not allowed or of another kind,
-            an unknown or missing constructor argument.
+            an unknown or missing constructor argument, or one of another type.
     """
     unknown = sorted(set(spec) - {"class_path", "init_args"})
     path = spec.get("class_path")
@@ -256,12 +259,19 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, positional: int = 0) -> Ca
         inspect.signature(cls).bind(*[None] * positional, **dict(spec.get("init_args") or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: init_args of {path}: {error}") from error
+    check_scalars(cls, spec.get("init_args") or {}, where)
     return cls
 
 
 def construct(spec: ClassSpec, where: str, kind: Kind, *positional: Any) -> Any:
-    """An instance of the class that a spec names, with `positional` arguments first."""
-    return class_of(spec, where, kind, len(positional))(*positional, **spec.get("init_args") or {})
+    """An instance of the class that a spec names, with `positional` arguments first; `where` is in
+    front of what its constructor refuses, too.
+    """
+    made = class_of(spec, where, kind, len(positional))
+    try:
+        return made(*positional, **spec.get("init_args") or {})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @dataclass

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from eval.analysis import selection_recall
 from eval.analysis.selection_recall import Figures, command, measure, specs_at, table
 from modules.sparse_kv.exact import ExactTopK
 from modules.sparse_kv.full import Full
@@ -79,7 +82,12 @@ def test_the_answer_is_plain_decoding_s(monkeypatch: pytest.MonkeyPatch) -> None
     assert said == plain
 
 
-def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(specs_at(256)) == {"exact", "window", "tidal", "token_select", "sentence_kv"}
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         command(["--tokens", "0"])
+    with pytest.raises(ValueError, match="budgets: sentence_kv of 64: budget must be at least 65"):
+        command(["--budgets", "[256, 64]"])
+    monkeypatch.setattr(selection_recall, "load_target", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="cannot be written .No such file or directory"):
+        command(["--output", str(tmp_path / "none" / "table.md")])

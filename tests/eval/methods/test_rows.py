@@ -108,6 +108,23 @@ def test_settings_that_cannot_run_are_refused_before_anything_loads(settings, wo
         Method("x", source, **settings).check()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budget": 20}, "budget must be at least 65, got 20"),
+        ({"budget": "abc"}, "budget must be a whole number, got 'abc'"),
+        ({"budgte": 128}, "unexpected keyword argument 'budgte'"),
+    ],
+)
+def test_policies_are_refused_by_row_and_key(arguments: dict[str, Any], words: str) -> None:
+    """Without a target."""
+    policy = {"class_path": "modules.sparse_kv.sentence_kv.SentenceKV", "init_args": arguments}
+    decoder = "modules.drafters.self_speculative.sparse_kv.decoding.SparseDecoder"
+    row = Method("mine", decoder={"class_path": decoder, "init_args": {"policy": policy}})
+    with pytest.raises(ValueError, match=f"methods: mine: policy: .*{words}"):
+        row.check()
+
+
 def test_a_drafter_takes_the_targets_precision_and_not_any_target(
     target: Target, runs: Path
 ) -> None:
