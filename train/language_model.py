@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -25,12 +27,14 @@ from configs.command_line.class_paths import Kind
 from configs.command_line.loading import config_parser, exit_with, parse
 from configs.command_line.outputs import claimed
 from data.reading.rows import load_conversations
-from eval.methods.rows import class_of
+from eval.methods.rows import class_of, construct
+from modules.runtime.files import read_text
 from modules.tokenization.contract import PAD, LanguageModel, Score
 from modules.tokenization.saved import save_language_model
 from modules.tokenization.units import make_units
 from modules.tokenization.words import spaced_words, unicode_words, with_typos
 
+METRICS = "metrics.json"
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -77,6 +81,11 @@ class LanguageModelSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        # `--settings.model.init_args.width 64` arrives as a key beside `init_args`.
+        spec = {key: self.model[key] for key in ("class_path", "init_args") if key in self.model}
+        beside = {key: value for key, value in self.model.items() if key not in spec}
+        if beside:
+            self.model = {**spec, "init_args": {**(spec.get("init_args") or {}), **beside}}
         class_of(self.model, "model", Kind.LANGUAGE_MODEL, 1)
 
 
@@ -138,11 +147,11 @@ def held_out_documents(
         seed: of their order.
 
     Raises:
-        ValueError: no text, or none left to train on.
+        ValueError: no text that can be read, or none left to train on.
     """
     # 1. A conversation is a document of its turns.
     if train.endswith(".txt"):
-        texts = [Path(train).read_text(encoding="utf-8")]
+        texts = [read_text(Path(train), "train")]
     else:
         texts = [
             "\n\n".join(str(turn["content"]) for turn in conversation.messages)
@@ -171,8 +180,7 @@ def make_model(settings: LanguageModelSettings, texts: Iterable[str]) -> Languag
     """The model with random weights, and units made of the texts."""
     words = (word for text in texts for word in unicode_words(text))
     units = make_units(settings.units, words, settings.vocabulary)
-    made = class_of(settings.model, "model", Kind.LANGUAGE_MODEL, 1)
-    return made(units, **settings.model.get("init_args") or {})
+    return construct(settings.model, "model", Kind.LANGUAGE_MODEL, units)
 
 
 @torch.no_grad()
@@ -245,8 +253,32 @@ def train(settings: LanguageModelSettings, output: Path) -> Report:
     # 3. Held-out figures beside the weights.
     figures = report(model, held_out, settings)
     save_language_model(model.cpu(), output / "model", asdict(settings))
-    write_json(output / "metrics.json", asdict(figures))
+    write_json(output / METRICS, asdict(figures))
     return figures
+
+
+def add_output(parser: ArgumentParser) -> None:
+    """Add the flags that `fresh_output` reads."""
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the same output"
+    )
+
+
+@contextmanager
+def fresh_output(config: Namespace) -> Iterator[None]:
+    """Claim the output of a training inside of the `with` block.
+
+    Raises:
+        ValueError: it has a finished run, and `--overwrite` was not given.
+    """
+    with claimed(config.output):
+        if (config.output / METRICS).exists() and not config.overwrite:
+            raise ValueError(
+                f"output {str(config.output)!r} already holds a run: add --overwrite, or give "
+                "another --output"
+            )
+        yield
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -254,11 +286,11 @@ def command(arguments: Sequence[str]) -> int:
     parser = config_parser(
         "python -m train.language_model", "Train a small language model from scratch."
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_output(parser)
     parser.add_class_arguments(LanguageModelSettings, "settings", fail_untyped=True)
     config = parse(parser, arguments)
     settings = parser.instantiate(config).settings
-    with claimed(config.output):
+    with fresh_output(config):
         figures = train(settings, config.output)
     print(json.dumps(asdict(figures), indent=2))
     print(f"{config.output / 'model'}")

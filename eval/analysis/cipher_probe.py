@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from configs.command_line.loading import exit_with, parse
+from modules.runtime.files import read_text
 from modules.target.loading import own_device
 from modules.tokenization.lexinvariant import Lexinvariant
 from modules.tokenization.saved import CONFIG, load_language_model
@@ -174,9 +175,7 @@ def load(settings: CipherProbe) -> Lexinvariant:
 
 def rows_of(model: Lexinvariant, settings: CipherProbe) -> tuple[Tensor, Tensor]:
     """Full rows [B,T] to fit the probe to and others to judge it on; ValueError without a row."""
-    if not Path(settings.texts).is_file():
-        raise ValueError(f"texts {settings.texts!r} is no file: give a text file")
-    words = spaced_words(Path(settings.texts).read_text(encoding="utf-8"))
+    words = spaced_words(read_text(Path(settings.texts), "texts"))
     # Cut as `train.language_model` cuts a single document.
     cut, parts = len(words) - int(len(words) * settings.held_out), []
     for text in (words[:cut], words[cut:]):

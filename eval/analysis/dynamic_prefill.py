@@ -8,6 +8,7 @@ merged, the answer's are not, and positions count merged tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from checkpoints.folders import write_json
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.outputs import claimed_file
 from data.chat_tokens import answer_ids
 from data.reading.rows import load_conversations
 from eval.metrics.bootstrap import mean_interval
@@ -157,7 +159,9 @@ def command(arguments: Sequence[str]) -> int:
     )
     parser.add_class_arguments(Prefill, fail_untyped=True)
     asked_for = Prefill(**vars(parse(parser, arguments)))
-    lines = run(asked_for)
+    # A place that cannot be written to is refused before anything is measured.
+    with claimed_file(Path(asked_for.output)) if asked_for.output else nullcontext():
+        lines = run(asked_for)
     print("| merges | length | nats per token | more than without |\n|---:|---:|---:|---:|")
     for line in lines:
         low, high = line.interval

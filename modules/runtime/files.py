@@ -152,6 +152,20 @@ MOST_JSON = 1 << 26
 """The largest JSON file that is read, in bytes."""
 
 
+def read_text(file: Path, key: str) -> str:
+    """A whole text file, which the setting `key` names.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}: {file} is not UTF-8 ({error}): save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{key}: {file} cannot be read ({error.strerror}): name a file") from error
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

@@ -17,13 +17,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from checkpoints.folders import write_json
 from configs.command_line.loading import config_parser, exit_with, parse
-from configs.command_line.outputs import claimed
 from modules.target.loading import load_target, locate
 from modules.target.outline import read_tokenizer
 from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, check_byte_level, save_network
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
-from train.language_model import Precision, held_out_documents
+from modules.tokenization.units import BYTES
+from train.language_model import (
+    METRICS,
+    Precision,
+    add_output,
+    fresh_output,
+    held_out_documents,
+)
 from train.tokenizer_transfer.result import (
     Tables,
     bits_per_byte,
@@ -33,6 +39,9 @@ from train.tokenizer_transfer.result import (
     save_model,
 )
 from train.tokenizer_transfer.stages import IdentityStage, TransferStage
+
+COUNTS = "steps", "batch", "pieces", "every", "identity_tokens", "buffer"
+"""Settings of at least one."""
 
 
 @dataclass
@@ -90,13 +99,16 @@ class TransferSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse counts below one."""
-        for name in ("steps", "identity_steps", "batch", "pieces", "every", "length"):
-            least = 0 if name == "identity_steps" and self.residual else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        """Refuse what cannot run, before anything is loaded."""
+        least = {"identity_steps": 0 if self.residual else 1, "negatives": 0, "length": 2}
+        least |= {"vocabulary": BYTES, **dict.fromkeys(COUNTS, 1)}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.lexical < 0:
             raise ValueError(f"lexical must not be negative, got {self.lexical}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
 
 
 def fit(stage: LightningModule, loader: DataLoader, steps: int, precision: Precision) -> None:
@@ -119,16 +131,16 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     Raises:
         ValueError: a model or tokenizer that cannot be used, or too little text.
     """
-    # 1. The frozen model, the tokenizer, and text.
+    # 1. Text, the tokenizer, and the frozen model.
     seed_everything(settings.seed, verbose=False)
+    texts, held_out = held_out_documents(
+        settings.train, settings.held_out, settings.limit, settings.seed
+    )
     tokenizer = read_tokenizer(
         settings.tokenizer, locate(settings.tokenizer), chats=False, what="settings.tokenizer"
     )
     base = Base(load_target(settings.target, "float32"))
     check_byte_level(base.target.tokenizer)
-    texts, held_out = held_out_documents(
-        settings.train, settings.held_out, settings.limit, settings.seed
-    )
     network = Hypernetwork(
         base.embedding.float(),
         None if base.head is None else base.head.float(),
@@ -154,7 +166,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     tables = predicted_tables(network, base, tokenizer, figures.size)
     save_model(base, tables, tokenizer, output / "model")
     save_network(network, output)
-    write_json(output / "metrics.json", {**figures.found_so_far, "settings": asdict(settings)})
+    write_json(output / METRICS, {**figures.found_so_far, "settings": asdict(settings)})
     return figures.found_so_far
 
 
@@ -231,11 +243,11 @@ def command(arguments: Sequence[str]) -> int:
     parser = config_parser(
         "python -m train.tokenizer_transfer", "Give a language model another tokenizer."
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    add_output(parser)
     parser.add_class_arguments(TransferSettings, "settings", fail_untyped=True)
     config: Namespace = parse(parser, arguments)
     settings = parser.instantiate(config).settings
-    with claimed(config.output):
+    with fresh_output(config):
         figures = transfer(settings, config.output)
     print(json.dumps(figures, indent=2))
     print(f"{config.output / 'model'}")

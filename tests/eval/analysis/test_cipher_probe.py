@@ -156,7 +156,7 @@ def test_rows_are_of_both_parts_of_the_text(place: Path) -> None:
         ({"model": "nowhere"}, "model .*nowhere' cannot be loaded"),
         ({"state_layer": 3}, "state_layer must be from 0 to 2 for this model, got 3"),
         ({"held_out": 0.001}, "texts .*: give a longer file or another held_out"),
-        ({"texts": "none.txt"}, "texts .*none.txt' is no file"),
+        ({"texts": "none.txt"}, "texts: .*none.txt cannot be read"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
     ],

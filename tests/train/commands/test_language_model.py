@@ -31,6 +31,9 @@ TINY = {
 }
 
 
+HAT = {"class_path": f"{FOLDER}.hierarchical.Hierarchical"}
+
+
 def run(tmp_path: Path, path: str, **settings: Any) -> dict[str, float]:
     """The figures of a training of a few steps."""
     units, extra = TINY[path]
@@ -66,6 +69,28 @@ def test_training_learns_and_a_seed_decides_all(tmp_path: Path) -> None:
         runs.append(run(place, path, train=str(text), steps=60, lr=1e-2))
     assert runs[0] == runs[1]
     assert runs[0]["bits_per_byte"] < 1.5 and runs[0]["word_accuracy"] > 0.5
+
+
+def test_a_run_is_not_replaced_and_arguments_of_the_model_are_flags(tmp_path: Path) -> None:
+    recipe = ["--config", "tokenization/hierarchical.yaml", "--output", str(tmp_path / "run")]
+    recipe += ["--settings.limit", "12", "--settings.steps", "1"]
+    recipe += ["--settings.model.init_args.width", "16", "--settings.model.init_args.layers", "1"]
+    assert command(recipe) == 0
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["settings"]["width"] == 16 and config["settings"]["unit_width"] == 128
+    with pytest.raises(ValueError, match="already holds a run: add --overwrite"):
+        command([*recipe, "--settings.seed", "1"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text()) == config
+    assert command([*recipe, "--settings.seed", "1", "--overwrite"]) == 0
+    again = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert again["training"]["seed"] == 1
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name, words in (("none.txt", "none.txt cannot be read"), ("latin.txt", "is not UTF-8")):
+        (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        with pytest.raises(ValueError, match=f"train: .*{words}"):
+            documents(LanguageModelSettings(HAT, train=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -130,6 +155,9 @@ def test_shipped_recipes_can_be_built(name: str) -> None:
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
         ({"model": {"class_path": f"{FOLDER}.words.capped"}}, "is no language_model"),
         ({"model": {"class_path": "os.system"}}, "is in no package"),
+        ({"model": {**HAT, "init_args": {"width": "x"}}}, "width must be a whole number, got 'x'"),
+        ({"model": {**HAT, "init_args": {"width": 1.5}}}, "width must be a whole number, got 1.5"),
+        ({"model": {**HAT, "widht": 64}}, "unexpected keyword argument 'widht'"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(settings: dict[str, Any], words: str) -> None:

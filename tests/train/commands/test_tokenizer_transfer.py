@@ -113,5 +113,14 @@ def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
             Base(target)
     finally:
         target.stock.config.final_logit_softcapping = None
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        TransferSettings("x", steps=0)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"vocabulary": 200}, "vocabulary must be at least 256, got 200"),
+        ({"length": 1}, "length must be at least 2"),
+        ({"buffer": 0}, "buffer must be at least 1"),
+        ({"negatives": -1}, "negatives must be at least 0"),
+        ({"held_out": 1.5}, "held_out must be between 0 and 1"),
+    )
+    for wrong, words in cases:
+        with pytest.raises(ValueError, match=words):
+            TransferSettings("x", **wrong)
