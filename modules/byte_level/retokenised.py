@@ -23,10 +23,18 @@ class Retokenised:
         """Tokens that stay."""
         self.tail = b""
         """Bytes whose tokens may still change."""
-        # The last word of the text may go on.
-        data = text.encode()
-        border = next((i for i in range(len(data) - 1, 0, -1) if word_begins(data, i)), 0)
-        last = self._written(data[border:]) if border else []
+        # 1. What stands behind the last special token; only that may go on.
+        ordinary, special = 0, False
+        for i in reversed(self.fixed):
+            special = i not in vocabulary.data
+            if special:
+                break
+            ordinary += 1
+        data = vocabulary.spelled(self.fixed[len(self.fixed) - ordinary :])
+        # 2. Its last word, if that is tokenised alike alone.
+        starts = (i for i in range(len(data) - 1, 0, -1) if word_begins(data, i))
+        border = next(starts, 0)
+        last = self._written(data[border:]) if border or special else []
         if last and self.fixed[-len(last) :] == last:
             self.fixed, self.tail = self.fixed[: -len(last)], data[border:]
         self._loose = self._written(self.tail)
@@ -66,10 +74,11 @@ def continued(vocabulary: ByteVocabulary, before: bytes, data: bytes) -> list[in
     longest tokens that fit.
     """
     ids, place = words(vocabulary, before + data), 0
-    border = len(before) + (vocabulary.spelled(ids) == b" " + before + data)
+    # Special tokens in the text are there as it writes them.
+    pieces = [vocabulary.bytes_in_text(i) for i in ids]
+    border = len(before) + (b"".join(pieces) == b" " + before + data)
     rest: list[int] = []
-    for i in ids:
-        piece = vocabulary.data.get(i, b"")
+    for i, piece in zip(ids, pieces, strict=True):
         if place >= border:
             rest.append(i)
         elif place + len(piece) > border:

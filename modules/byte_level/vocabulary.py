@@ -133,6 +133,11 @@ class ByteVocabulary:
         """The bytes of tokens; special tokens have none."""
         return b"".join(self.data.get(i, b"") for i in ids)
 
+    def bytes_in_text(self, token: int) -> bytes:
+        """The bytes of a token in a text; of a special one those of its name."""
+        data = self.data.get(token)
+        return str(self.tokenizer.convert_ids_to_tokens(token)).encode() if data is None else data
+
     def begin(self, text: bytes) -> bytes:
         """The text as its tokens spell it."""
         return b" " + text if self.dummy_prefix else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -138,6 +139,49 @@ def test_a_growing_text_has_the_tokens_of_the_whole(kind: str) -> None:
     half = Retokenised(vocabulary, "the ")
     half.extend(b"\xc3")
     assert half.ids == vocabulary.tokenizer.encode("the ", add_special_tokens=False)
+
+
+def with_turns() -> tuple[ByteVocabulary, Target]:
+    """A tokenizer with a special token, and a tiny model of it that begins with a letter."""
+    tokenizer = copy.deepcopy(BYTES.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    model = tiny_target(vocab=len(tokenizer), seed=23).model
+    return ByteVocabulary(tokenizer, len(tokenizer)), Target(model, tokenizer, "turns")
+
+
+def test_a_text_goes_on_behind_its_last_special_token() -> None:
+    vocabulary, _ = with_turns()
+    encode = vocabulary.tokenizer.encode
+    text = Retokenised(vocabulary, "the cat<|turn|>sat")
+    assert text.tail == b"sat" and text.ids == encode("the cat<|turn|>sat")
+    text.extend(b" on the mat")
+    assert text.ids == encode("the cat<|turn|>sat on the mat")
+    assert Retokenised(vocabulary, "the cat<|turn|>").tail == b""
+    # As text of another tokenizer: its bytes count.
+    whole = encode(" cat<|turn|>sat on the")
+    drafted = continued(vocabulary, b" cat<|turn|>sat", b" on the")
+    assert vocabulary.spelled(drafted) == b" on the" and drafted == whole[-len(drafted) :]
+
+
+def test_drafts_begin_with_the_answer_of_a_chat() -> None:
+    """Its template has special tokens right before it."""
+    _, target = with_turns()
+    prompt = target.tokenizer.encode("the cat sat<|turn|>on")
+    strings = SpeculativeDecoder(target, drafter_of(StringMatching, target, target))
+    (trace,) = strings.decode([prompt], Sampling(temperature=0.0), 6)
+    assert min(trace.offered) > 0
+    # Without a string that goes on, the distribution would be uniform.
+    drafter, tables = drafter_of(ByteMatching, target, target), []
+    assert isinstance(drafter, ByteMatching)
+    distribution = drafter.distribution
+
+    def noted(text: ByteText, target: Target) -> torch.Tensor:
+        tables.append(distribution(text, target))
+        return tables[-1]
+
+    drafter.distribution = noted  # type: ignore[method-assign]
+    SpeculativeDecoder(target, drafter).decode([prompt], Sampling(temperature=0.0), 3)
+    assert float(tables[0].exp().sum()) <= 1 + 1e-6
 
 
 def test_a_drafted_string_is_written_after_the_last_words() -> None:
