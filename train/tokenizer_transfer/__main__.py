@@ -57,9 +57,9 @@ class TransferSettings:
         limit: documents read at most.
         width: of the hypernetwork. layers: of its transformer. heads: of its attention.
         pieces: of a token that are read.
-        residual: predict what is added to the mean of a token's pieces, which the base model's own
-            tokens are from the start.
-        identity_steps: of the first stage; 0, with `residual`, leaves it out. identity_lr: its peak
+        residual: predict what is added to the mean of a token's pieces; tokens that the base model
+            has keep their embeddings.
+        identity_steps: of the first stage, which `residual` does without. identity_lr: its peak
             learning rate.
         identity_tokens: per step.
         steps: of the second stage. lr: its peak learning rate.
@@ -67,7 +67,7 @@ class TransferSettings:
         vocabulary: tokens of a drawn tokenizer. buffer: texts it is made of.
         negatives: tokens besides a batch's that the loss chooses among.
         every: steps with one tokenizer.
-        lexical: weight of the regression on tokens of both vocabularies.
+        lexical: weight of the regression on tokens of both vocabularies; without `residual` only.
         precision: of the training, `32-true` or `bf16-mixed` (the paper's); figures are always in
             float32.
         seed: of weights, order and draws.
@@ -105,6 +105,11 @@ class TransferSettings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.residual and self.identity_steps:
+            raise ValueError(
+                f"identity_steps must be 0 with residual, got {self.identity_steps}: tokens of the "
+                "base model keep their embeddings"
+            )
         if self.lexical < 0:
             raise ValueError(f"lexical must not be negative, got {self.lexical}")
         if not 0 < self.held_out < 1:

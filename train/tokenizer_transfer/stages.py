@@ -126,11 +126,9 @@ class TransferStage(Stage):
         modelling = losses_BT.sum() / (ids_BT[:, 1:] != PAD).sum()
         base_ids_U = self.base_ids_V[tokens_U].to(self.device)
         both = base_ids_U != PAD
-        lexical = (
-            self.regression(pieces_UL[both], base_ids_U[both])
-            if bool(both.any())
-            else modelling.new_zeros(())
-        )
+        lexical = modelling.new_zeros(())
+        if not self.network.residual and bool(both.any()):
+            lexical = self.regression(pieces_UL[both], base_ids_U[both])
         self.log_dict({"modelling": modelling, "lexical": lexical}, prog_bar=True)
         return modelling + self.lexical * lexical
 

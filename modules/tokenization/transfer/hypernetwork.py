@@ -72,9 +72,8 @@ class Hypernetwork(nn.Module):
         width: W. layers: of the transformer over pieces. heads: of its attention.
         length: L, pieces that are read of a token; further ones are left out.
         bias: also predict a number that is added to a token's logit.
-        residual: predict what is added to the mean of the pieces, at first nothing: the base
-            model's own tokens have their embeddings from the start (the paper's network learns
-            them).
+        residual: predict what is added to the mean of the pieces, at first nothing. Tokens that the
+            base model has keep their embeddings (the paper's network learns them).
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Hypernetwork(nn.Module):
         # 1. Tokens of equally many pieces are read together: no position is padding.
         counts_V = (pieces_VL != PAD).sum(1)
         groups, states, means = [], [], []
-        for count in counts_V.unique().tolist():
+        for count in counts_V.unique().tolist() or [1]:
             groups.append((counts_V == count).nonzero()[:, 0])
             gathered_UPS = self.source.normalised(source_TS[pieces_VL[groups[-1], :count]])
             states.append(self.blocks(self.read(self.project(gathered_UPS)))[:, 0])
@@ -132,7 +131,11 @@ class Hypernetwork(nn.Module):
         if self.residual:
             # The rescaler of the source is that of each of its tables.
             parts = means_VS.chunk(len(predicted), 1)
-            predicted = [new + mean for new, mean in zip(predicted, parts, strict=True)]
+            several_V1 = (counts_V > 1)[:, None]
+            predicted = [
+                torch.where(several_V1, mean + new, mean)
+                for new, mean in zip(predicted, parts, strict=True)
+            ]
         return predicted, states_VW
 
     def labels(self, tables: Sequence[Tensor]) -> list[Tensor]:

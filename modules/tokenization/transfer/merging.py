@@ -218,7 +218,8 @@ class DynamicEmbeddings:
             vectors = self.network.all_of(self.base.source_TS, rows)[0].to(
                 self.base.embedding.dtype
             )
-            self.cache.update(zip(fresh, vectors, strict=True))
+            # A vector by itself: a view would keep all of them.
+            self.cache.update(zip(fresh, map(torch.clone, vectors), strict=True))
             self.predicted += len(fresh)
         made = torch.stack([self._vector(piece) for piece in pieces])
         while len(self.cache) > self.remembered:

@@ -136,3 +136,4 @@ def test_vectors_of_merged_tokens_are_kept(base: Base) -> None:
     assert torch.equal(dynamic.vectors([b"The cat"])[0], first[0]) and dynamic.predicted == 2
     dynamic.vectors([b"another one"])
     assert len(dynamic.cache) == 2 and b" sat on" not in dynamic.cache
+    assert all(len(kept.untyped_storage()) == kept.nbytes for kept in dynamic.cache.values())

@@ -142,3 +142,17 @@ def test_a_residual_network_begins_with_the_mean_of_pieces(tied: bool) -> None:
     assert torch.allclose(rows, mean_of_pieces(table if tied else head, pieces), atol=1e-5)
     embeddings.square().sum().backward()
     assert made.heads[0][-1].weight.grad.abs().sum() > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_residual_network_keeps_the_embeddings_of_the_base_models_tokens(tied: bool) -> None:
+    table, head = torch.randn(290, 8) + torch.arange(8.0), torch.randn(290, 8)
+    made = Hypernetwork(table, None if tied else head, 16, 2, 2, length=4, residual=True)
+    for last in (each[-1] for each in made.heads):  # type: ignore[index]
+        torch.nn.init.normal_(last.weight)
+    source = table if tied else torch.cat([table, head], 1)
+    pieces = torch.tensor([[7, 8, PAD, PAD], [5, PAD, PAD, PAD], [9, PAD, PAD, PAD]])
+    embeddings, rows, _ = made(source, pieces)
+    assert torch.allclose(embeddings[1:], table[[5, 9]], atol=1e-5)
+    assert torch.allclose(rows[1:], (table if tied else head)[[5, 9]], atol=1e-5)
+    assert not torch.allclose(embeddings[0], table[[7, 8]].mean(0), atol=0.1)

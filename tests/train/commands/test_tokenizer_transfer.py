@@ -120,6 +120,7 @@ def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
         ({"buffer": 0}, "buffer must be at least 1"),
         ({"negatives": -1}, "negatives must be at least 0"),
         ({"held_out": 1.5}, "held_out must be between 0 and 1"),
+        ({"residual": True, "identity_steps": 5}, "identity_steps must be 0 with residual, got 5"),
     )
     for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
