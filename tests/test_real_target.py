@@ -23,7 +23,10 @@ from modules.target.loading import load_target, locate
 from tests.fakes import ScriptedDrafter
 
 pytestmark = pytest.mark.slow
+TOKENS = 10
 QUESTIONS = ("Name three fruits.", "What is 12 times 3?")
+PROMPTS = 5
+"""Of the training data, of which settings are tried on."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_tree_and_chain_agree_to_rounding(target, prompts):
 
 def test_greedy_speculation_is_token_identical(target, prompts):
     expected = [
-        target.model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[
+        target.model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[
             0, len(ids) :
         ].tolist()
         for ids in prompts
@@ -71,10 +74,11 @@ def test_greedy_speculation_is_token_identical(target, prompts):
     drafters += [SkipDecode(target.shape, tuning="none").eval(), M2R2(target.shape).eval()]
     for drafter in drafters:
         traces = [
-            SpeculativeDecoder(target, drafter).decode([ids], Sampling(), 16)[0] for ids in prompts
+            SpeculativeDecoder(target, drafter).decode([ids], Sampling(), TOKENS)[0]
+            for ids in prompts
         ]
         assert [trace.ids for trace in traces] == expected
-    together = SpeculativeDecoder(target, drafters[-1]).decode(prompts, Sampling(), 16)
+    together = SpeculativeDecoder(target, drafters[-1]).decode(prompts, Sampling(), TOKENS)
     assert [trace.ids for trace in together] == expected
 
 
@@ -101,7 +105,9 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_give_the_tokens_of_generate(name, target):
     sampling, limit = Sampling(**SETTINGS[name]), 16
-    texts = [row["prompt"] for row, _ in zip(read_jsonl(TRAINING_PROMPTS), range(10), strict=False)]
+    texts = [
+        row["prompt"] for row, _ in zip(read_jsonl(TRAINING_PROMPTS), range(PROMPTS), strict=False)
+    ]
     ids = [prompt_ids([{"role": "user", "content": text}], target.tokenizer) for text in texts]
     plain = SpeculativeDecoder(target)
     drafting = SpeculativeDecoder(target, PromptLookup(target.shape))
@@ -115,4 +121,4 @@ def test_settings_give_the_tokens_of_generate(name, target):
     together = plain.decode(ids, sampling, limit)
     assert [trace.ids for trace in together] == expected
     unchanged = plain.decode(ids, Sampling(), limit)
-    assert len(ids) == 10 and [trace.ids for trace in unchanged] != expected
+    assert len(ids) == PROMPTS and [trace.ids for trace in unchanged] != expected

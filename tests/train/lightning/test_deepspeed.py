@@ -24,6 +24,7 @@ from tests.train.lightning.deepspeed_worker import (
     CASES,
     RESUMED,
     STEPS,
+    WHOLE,
     Signal,
     clover,
     recipe,
@@ -35,7 +36,7 @@ from train.run import Place, component_weights, resume_point, train
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def launch(folder: Path, mode: str) -> list[tuple[int, str]]:
+def launch(folder: Path) -> list[tuple[int, str]]:
     """Two processes, as torchrun would start them; exit status and what they said on stderr."""
     common = {
         **os.environ,
@@ -47,7 +48,7 @@ def launch(folder: Path, mode: str) -> list[tuple[int, str]]:
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.train.lightning.deepspeed_worker", str(folder), mode]
+    command = [sys.executable, "-m", "tests.train.lightning.deepspeed_worker", str(folder)]
     running = [
         subprocess.Popen(
             command,
@@ -99,10 +100,22 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder) -> Path:
-    """All cases, trained by two processes in one launch."""
-    for status, said in launch(folder, "stages"):
-        assert status == 0, said[-3000:]
+def ended(folder) -> list[tuple[int, str]]:
+    """Exit status of two processes that trained all cases, were asked to end, went on, and were
+    killed, in one launch, and what they said; one of the runs that go on was asked to end here.
+    """
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Terminated, match="after step 2"):
+        patch.setattr("train.run.RunProgress", lambda: Signal(signal.SIGTERM, 1, 0))
+        alone(folder, "one", clover)
+    found = launch(folder)
+    for _, text in found:
+        assert WHOLE in text, text[-3000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(folder, ended) -> Path:
+    """The folder of all cases."""
     return folder
 
 
@@ -155,11 +168,11 @@ def ended_as(run: Path, single: Path, since: int) -> None:
     assert torch.cat(close).float().mean() >= 0.99
 
 
-def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(folder, whole):
+def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(folder, whole, ended):
     """kill -9 of rank 1 in step 4: that step is lost, and two processes at stage 2 become one
     without DeepSpeed.
     """
-    statuses = [status for status, _ in launch(folder, "killed")]
+    statuses = [status for status, _ in ended]
     assert statuses[1] == -9 and statuses[0] != 0
     checkpoint = resume_point(folder / "killed", "last")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == STEPS - 1
@@ -167,19 +180,14 @@ def test_deepspeed_that_lost_a_rank_goes_on_in_one_process_where_it_stopped(fold
 
 
 def test_deepspeed_asked_to_end_saves_and_goes_on_at_another_stage_and_from_one_process(
-    folder, whole, monkeypatch
+    trained, whole, ended
 ):
     """SIGTERM to one of two ranks in step 2: both end well with that step saved. What stages 1 and
     3 saved goes on in one process; two go on at stage 3 from stage 2, and at stage 1 from what one
     process without DeepSpeed saved."""
-    for status, said in launch(folder, "terminated"):
-        assert status == 0 and said.count("stopped by SIGTERM after step 2") == 3, said[-3000:]
-    with monkeypatch.context() as patch, pytest.raises(Terminated, match="after step 2"):
-        patch.setattr("train.run.RunProgress", lambda: Signal(signal.SIGTERM, 1, 0))
-        alone(folder, "one", clover)
-    for status, said in launch(folder, "resumed"):
-        assert status == 0, said[-3000:]
+    for _, text in ended:
+        assert text.count("stopped by SIGTERM after step 2") == 3, text[-3000:]
     for name in ("terminated_1", "terminated_3"):
-        alone(folder, name, clover, resume=resume_point(folder / name, "last"))
+        alone(trained, name, clover, resume=resume_point(trained / name, "last"))
     for name in (*RESUMED, "terminated_1", "terminated_3"):
-        ended_as(folder / name, whole, 2)
+        ended_as(trained / name, whole, 2)

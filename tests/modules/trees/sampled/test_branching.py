@@ -312,7 +312,7 @@ def test_the_first_two_tokens_have_the_targets_distribution(rule, builder, budge
     assert first_two_tokens(Prefixes(budget), rule, builder, budget) > 1e-4
 
 
-def first_two_tokens(drafter, rule, builder, budget, runs=3000):
+def first_two_tokens(drafter, rule, builder, budget, runs=1500):
     """Chi-square p-value over random distributions of draft and target; shorter outputs are
     completed from the target."""
     p = drafter.distributions[1]
@@ -344,7 +344,7 @@ class RowDependent(Prefixes):
 @pytest.mark.parametrize("builder", [chains(3, 2), branching_tree([3, 2], "independent")])
 def test_children_of_twins_are_draws_from_one_distribution(builder):
     drafter = RowDependent(6)
-    assert first_two_tokens(drafter, "k_seq", builder, 9, runs=1500) > 1e-4
+    assert first_two_tokens(drafter, "k_seq", builder, 9) > 1e-4
     tree = builder.build(drafter, wide_state(200), 9)
     assert tree.probs_BRD is not None and tree.prob_rows_BN is not None
     probs_BND = tree.probs_BRD.gather(
