@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,15 @@ def refusal(recipe, output, *more) -> str:
     return str(caught.value)
 
 
-def test_ctrl_c_saves_the_steps_that_are_done(tiny, recipe, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_steps_that_are_done(tiny, recipe, tmp_path, monkeypatch, capsys, ctrl_c):
     monkeypatch.setattr("train.run.RunProgress", Interrupt)
     before = signal.getsignal(signal.SIGINT)
     assert one_line(recipe, tmp_path / "run", "--checkpoint.every_n_steps", "100") == 130
