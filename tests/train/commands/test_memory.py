@@ -42,6 +42,17 @@ def test_a_peak_is_forgotten_and_found_again():
         assert memory.resident("VmHWM") > before + size // 2
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
+def test_freed_memory_is_given_back():
+    """A block behind it keeps an allocator from doing so by itself."""
+    pieces = [bytearray(4096) for _ in range(40_000)]
+    kept = pieces.pop()
+    full = memory.resident("VmRSS")
+    del pieces
+    memory.give_back()
+    assert memory.resident("VmRSS") < full - 100 * 2**20 and kept is not None
+
+
 def test_a_failed_measurement_is_one_line():
     with pytest.raises(ValueError, match="measuring --of-head x naive failed: .*invalid literal"):
         memory._fresh(["--of-head", "x", "naive"])
