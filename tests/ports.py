@@ -6,15 +6,13 @@ import socket
 import threading
 from socketserver import BaseServer
 
-EPHEMERAL = 32768
-"""The lowest port that Linux gives to a connection or to a bind to port 0, by default."""
-
 
 def free_port() -> int:
     """A port on which a process may listen later.
 
-    It is below the ports that the system gives away by itself: one of those that is free now may
-    belong to some connection before the process listens. Test workers draw from different ranges.
+    It is below 32,768, where the ports begin that Linux gives away by itself: one of those that is
+    free now may belong to some connection before the process listens. Test workers draw from
+    different ranges.
 
     Raises:
         OSError: none of a hundred ports was free.
@@ -22,7 +20,7 @@ def free_port() -> int:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = 10_000 + 2_000 * (worker % 11)
     for _ in range(100):
-        port = random.SystemRandom().randrange(first, min(first + 2_000, EPHEMERAL))
+        port = random.SystemRandom().randrange(first, first + 2_000)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

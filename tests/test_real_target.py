@@ -23,9 +23,9 @@ from modules.target.loading import load_target, locate
 from tests.fakes import ScriptedDrafter
 
 pytestmark = pytest.mark.slow
-TOKENS = 10
+TOKENS = 16
 QUESTIONS = ("Name three fruits.", "What is 12 times 3?")
-PROMPTS = 5
+PROMPTS = 10
 """Of the training data, of which settings are tried on."""
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_answers_are_valid_and_those_of_plain_constrained_decoding() -> None:
-    """Greedy, every tenth schema; jsonschema decides what is valid."""
+    """Greedy, every fifth schema; jsonschema decides what is valid."""
     target = load_target("smollm2-135m")
     plain = SpeculativeDecoder(target)
     drafting = {
@@ -33,7 +33,7 @@ def test_answers_are_valid_and_those_of_plain_constrained_decoding() -> None:
         "scripted": SpeculativeDecoder(target, ScriptedDrafter(target.shape, right=0.7, decoys=1)),
     }
     rows, forced = list(read_jsonl(TRAINING_PROMPTS.parent / "json_schemas.jsonl")), 0
-    for number, row in enumerate(rows[::10]):
+    for number, row in enumerate(rows[::5]):
         sampling = Sampling(constraint=json_schema(row["schema"], target))
         ids = prompt_ids([{"role": "user", "content": row["question"]}], target.tokenizer)
         expected = plain.decode([ids], sampling, 160)[0].ids
@@ -45,4 +45,4 @@ def test_answers_are_valid_and_those_of_plain_constrained_decoding() -> None:
             trace = decoder.decode([ids], sampling, 160)[0]
             assert trace.ids == expected, (row["id"], name)
             forced += trace.forced
-    assert len(rows) == 40 and forced > 30
+    assert len(rows) == 40 and forced > 60

@@ -118,7 +118,7 @@ CASES = {
     "gad": Case("gad", drawn=True),
     **{
         f"medusa_bf16_{stage}": Case("medusa", (), f"deepspeed_{stage}", "bf16-mixed")
-        for stage in (1, 3)
+        for stage in (1, 2, 3)
     },
 }
 
