@@ -47,6 +47,7 @@ def specs_at(budget: int) -> dict[str, dict[str, Any]]:
     local = budget // 4
     chosen = budget - initial - local
     exact = {"budget": budget, "heads": "key_value"}
+    act_qkv = {"blocks": 5, "block": initial, "initial": initial, "local": local}
     token_select = {"budget": chosen, "initial": initial, "local": local, "chunk": 2048}
     return {
         "exact": {"class_path": f"{_PACKAGE}exact.ExactTopK", "init_args": exact},
@@ -63,6 +64,7 @@ def specs_at(budget: int) -> dict[str, dict[str, Any]]:
             "class_path": f"{_PACKAGE}sentence_kv.SentenceKV",
             "init_args": {"budget": budget},
         },
+        "act_qkv": {"class_path": f"{_PACKAGE}act_qkv.ActQKV", "init_args": act_qkv},
     }
 
 

@@ -264,6 +264,8 @@ class ActQKV(Policy):
             raise ValueError(f"temperature {temperature} and mass {mass} must be above 0")
         self.blocks, self.block, self.initial, self.local = blocks, block, initial, local
         self.prompt_rows, self.temperature, self.probe, self.mass = window, temperature, probe, mass
+        # Where a prompt was read in full, its newest window still tells the layers' densities.
+        self.observed = window
 
     def weights(self, states_BNE: Tensor, real_BN: Tensor) -> Tensor:
         """[B,N]: of the window's queries in its probe."""

@@ -223,10 +223,11 @@ class Selection(ABC):
 class Policy(ABC):
     """Settings of a way to choose slots.
 
-    prompt_rows: tokens of a prompt in one call. observed: newest tokens of a prompt whose queries
-    `Selection.end_prompt` wants to have seen. without_keys: whether rows are chosen without reading
-    the keys, so that these may lie in host memory. any_length: whether all that is read stands at
-    positions within the target's context, however long the text is.
+    prompt_rows: tokens of a prompt in one call. observed: newest tokens of a prompt whose queries a
+    selection wants to have seen, also where the prompt was read without it. without_keys: whether
+    rows are chosen without reading the keys, so that these may lie in host memory. any_length:
+    whether all that is read stands at positions within the target's context, however long the text
+    is.
     """
 
     prompt_rows: int = PROMPT_ROWS

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from eval.analysis import selection_recall
-from eval.analysis.selection_recall import Figures, command, measure, specs_at, table
+from eval.analysis.selection_recall import Figures, begin, command, measure, specs_at, table
+from modules.sparse_kv.act_qkv import ActQKV, ActSelection
 from modules.sparse_kv.exact import ExactTopK
 from modules.sparse_kv.full import Full
 from modules.sparse_kv.sentence_kv import SentenceKV
+from modules.sparse_kv.session import SparseSession
 from modules.sparse_kv.tidal import TidalDecode
 from modules.sparse_kv.token_select import TokenSelect
 from modules.sparse_kv.window import Window
@@ -38,6 +40,7 @@ def test_policies_by_layer() -> None:
         "tidal": TidalDecode(4, first=0, again=[]),
         "token_select": TokenSelect(budget=2, initial=1, local=2, chunk=4),
         "sentence_kv": SentenceKV(budget=8, start_tokens=1, recent=2, observed=2),
+        "act_qkv": ActQKV(blocks=1, block=2, initial=1, local=2, window=4),
     }
     found = measure(target, policies, [PROMPT], 3)
     layers = target.shape.num_layers
@@ -82,8 +85,25 @@ def test_the_answer_is_plain_decoding_s(monkeypatch: pytest.MonkeyPatch) -> None
     assert said == plain
 
 
+def test_act_qkv_knows_the_densities_of_a_prompt_that_was_read_without_it() -> None:
+    """The same as after a sparse reading that recalls every block; none of them is 0."""
+    target, ids = tiny_target(), torch.tensor([PROMPT])
+    lengths = torch.tensor([len(PROMPT)])
+    policy = ActQKV(blocks=9, block=2, initial=1, local=2, window=4)
+    session = target.open(1, 20)
+    session.prefill(ids, lengths)
+    selection = policy.start(target, 1)
+    begin(session, selection, policy, ids)
+    sparse = SparseSession(target, target.open(1, 20).cache, policy)
+    sparse.prefill(ids, lengths)
+    expected = sparse.reader.selection
+    assert isinstance(expected, ActSelection) and bool((expected.densities_BL > 0).all())
+    torch.testing.assert_close(selection.densities_BL, expected.densities_BL)
+
+
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(specs_at(256)) == {"exact", "window", "tidal", "token_select", "sentence_kv"}
+    names = {"exact", "window", "tidal", "token_select", "sentence_kv", "act_qkv"}
+    assert set(specs_at(256)) == names
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         command(["--tokens", "0"])
     with pytest.raises(ValueError, match="budgets: sentence_kv of 64: budget must be at least 65"):

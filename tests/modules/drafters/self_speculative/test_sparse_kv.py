@@ -43,11 +43,11 @@ def drafter(target: Any, policy: Policy, **settings: Any) -> SparseKVDrafter:
     return SparseKVDrafter(target.shape, policy, **settings).eval()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.parametrize("refresh", ["verification", "draft"])
 def test_answers_are_the_targets(name: str, refresh: Any) -> None:
     """Alone and in batches, as a chain and as a tree, in float64 and in float32."""
-    target, policy = tiny_target(), POLICIES[name]
+    target, policy = tiny_target(), SAMPLED[name]
     check_greedy(drafter(target, policy, refresh=refresh), target)
     prompts = many_prompts(6)
     plain = ids_by_batch(SpeculativeDecoder(target), prompts, 6, 12)
