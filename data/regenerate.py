@@ -49,7 +49,7 @@ class Generation:
     Args:
         max_new_tokens: answers are truncated there (and then marked as not finished).
         temperatures: answer j of prompt i is sampled at `temperatures[(i + j) % n]`; 0 is greedy.
-        answers: answers per prompt; at most the number of temperatures, if one of them is 0.
+        answers: answers per prompt, of which at most one may be greedy.
         top_p: nucleus of sampled answers.
         batch_size: prompts generated at a time.
         seed: of sampling.
@@ -74,10 +74,14 @@ class Generation:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if 0 in self.temperatures and self.answers > len(self.temperatures):
+        greedy = [
+            sum(self.temperature(index, number) == 0 for number in range(self.answers))
+            for index in range(len(self.temperatures))
+        ]
+        if max(greedy) > 1:
             raise ValueError(
-                f"answers is {self.answers}, but a greedy answer would repeat: give at most "
-                f"{len(self.temperatures)}, or no temperature 0"
+                f"answers is {self.answers}, but a greedy answer would repeat with temperatures "
+                f"{list(self.temperatures)}: give fewer answers, or temperature 0 less often"
             )
 
     def temperature(self, index: int, number: int) -> float:

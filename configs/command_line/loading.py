@@ -46,6 +46,8 @@ _SUBJECT = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")
 _CALLABLE = re.compile(r"Type \S*Callable\[.*\] expects a function or a callable class[:;.]?\s*")
 _NO_NUMBER = re.compile(r"expected (?:float|int)\. Got value: ([-+.]*(?:nan|inf)\w*)", re.I)
+_CHOICES = re.compile(r"[Ee]xpected (?:a )?typing\.Literal\[(.+?)\]\. Got value: ")
+_REQUIRED = re.compile(r"^the following arguments are required: (.+)$")
 _NAMESPACE = re.compile(r"\.? ?Got value: Namespace\(.*\)$", re.MULTILINE)
 _WRAPPING = (
     "Does not validate",
@@ -182,8 +184,10 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 def one_line(message: str) -> str:
     """A parser's message folded into one line: the innermost key, the problem, and the value."""
-    # A class outside of the allowed packages.
-    denied = _DENIED.search(message)
+    # What is missing, or a class outside of the allowed packages.
+    denied, required = _DENIED.search(message), _REQUIRED.search(message)
+    if required:
+        return "give " + " and ".join(f"--{key.strip()}" for key in required[1].split(","))
     if denied:
         keys = ".".join(dict.fromkeys(_SUBJECT.findall(message)))
         return f"{keys}: {classes.refused(denied[1])}".removeprefix(": ")
@@ -203,6 +207,7 @@ def one_line(message: str) -> str:
     # Without types in angle brackets, repetitions and the library's wrapping.
     text = "; ".join(dict.fromkeys(_SUBJECT.sub("", line).strip(": ") for line in reasons))
     text = _TYPE.sub(r"\1", text).replace("Expected a ", "expected ").strip("; ")
+    text = _CHOICES.sub(r"must be one of \1, got ", text)
     text = _NO_NUMBER.sub(r"expected a finite number, got \1", text)
     subject = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
     return f"{subject}{text}" + (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-"""A number with optional sign, thousands separators and fraction."""
+NUMBER = re.compile(r"(?:(?<![\w)\]])-)?\d[\d,]*(?:\.\d+)?")
+"""A number with optional sign, thousands separators and fraction; in `10-5` the hyphen is none."""
 
 
 def plain_number(number: str) -> str:

@@ -226,7 +226,8 @@ def compare(
         seed: of the prompts.
 
     Raises:
-        ValueError: a count below its least, or a prompt longer than the target's context.
+        ValueError: a count below its least, an unknown kind, or a prompt longer than the target's
+            context.
     """
     for name, value in (("prompts", prompts), ("tokens", tokens)):
         if value < 1:
@@ -236,20 +237,28 @@ def compare(
         for budget in budgets or [256, 1024]
         for name, spec in specs_at(budget).items()
     }
+    # Every prompt is made and checked before any of them is read.
+    texts = {
+        length: [prompt.text for prompt in generated(kind, length, prompts, seed)]
+        for length in lengths or [4096]
+    }
     loaded, parts = load_target(target, dtype, device), list[str]()
-    for length in lengths or [4096]:
-        texts = [
-            prompt_ids([{"role": "user", "content": prompt.text}], loaded.tokenizer)
-            for prompt in generated(kind, length, prompts, seed)
+    rows = {
+        length: [
+            prompt_ids([{"role": "user", "content": text}], loaded.tokenizer) for text in written
         ]
-        longest = max(map(len, texts)) + tokens
+        for length, written in texts.items()
+    }
+    for length, ids in rows.items():
+        longest = max(map(len, ids)) + tokens
         if longest > loaded.max_positions:
             raise ValueError(
                 f"lengths: {length} gives a prompt and answer of {longest} tokens, the target's "
                 f"context holds {loaded.max_positions}: lower it"
             )
-        title = f"{kind}, {max(map(len, texts))} tokens, {prompts} prompts of {tokens} tokens"
-        parts.append(f"{title}\n\n{table(measure(loaded, policies, texts, tokens))}\n")
+    for ids in rows.values():
+        title = f"{kind}, {max(map(len, ids))} tokens, {prompts} prompts of {tokens} tokens"
+        parts.append(f"{title}\n\n{table(measure(loaded, policies, ids, tokens))}\n")
         print(parts[-1], flush=True)
         if output is not None:
             Path(output).write_text("\n".join(parts), encoding="utf-8")

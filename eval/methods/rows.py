@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from checkpoints.pretrained import load_pretrained
 from configs.command_line.class_paths import Kind, check_scalars, named_class, part_kinds
+from configs.command_line.unknown_keys import meant
 from data.conversations import prompt_ids
 from data.reading.files import read_jsonl
 from modules.acceptance.rules import RULES, AcceptanceRule, check_pairing, rule_named
@@ -27,6 +29,7 @@ from modules.decoding.translation import in_target_ids
 from modules.target.loading import missing_here
 
 logger = logging.getLogger(__name__)
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 AUTOREGRESSIVE = "autoregressive"
 EXPORT_NOTES = "export_notes"
@@ -255,10 +258,14 @@ def class_of(spec: ClassSpec, where: str, kind: Kind, positional: int = 0) -> Ca
         )
     cls = named_class(path, kind, where)
     # Binding checks the argument names without constructing anything.
+    signature = inspect.signature(cls)
     try:
-        inspect.signature(cls).bind(*[None] * positional, **dict(spec.get("init_args") or {}))
+        signature.bind(*[None] * positional, **dict(spec.get("init_args") or {}))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: init_args of {path}: {error}") from error
+        unexpected = _UNEXPECTED.search(str(error))
+        names = list(signature.parameters)[positional:]
+        near = "" if unexpected is None else meant(unexpected[1], names)
+        raise ValueError(f"{where}: init_args of {path}: {error}{near}") from error
     check_scalars(cls, spec.get("init_args") or {}, where)
     return cls
 

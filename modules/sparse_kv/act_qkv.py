@@ -235,7 +235,8 @@ class ActQKV(Policy):
             number.
         block: tokens of a block.
         initial: first slots.
-        local: newest positions before a window, or of a row, its own included.
+        local: newest positions before a window, or of a row, its own included; at least the depth
+            of a tree, whose rows are in no block before they are committed.
         window: tokens of a prompt that recall together.
         temperature: of the softmax over activation biases.
         probe: `bias` weights, or the plain `mean` of the window.

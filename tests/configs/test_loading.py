@@ -20,6 +20,7 @@ from configs.command_line.loading import (
     run,
 )
 from eval.cli import make_parser as make_eval_parser
+from eval.generate import command as generate
 from train.cli import make_parser
 
 
@@ -211,6 +212,14 @@ def test_unknown_keys_of_an_evaluation(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as caught:
             parse(make_eval_parser(), ["--config", file])
         assert str(caught.value) == f"--config {file}: {words}"
+
+
+def test_choices_and_what_is_missing_are_told_without_the_librarys_words() -> None:
+    words = "data.train_on: must be one of 'all', 'last_turn', 'answer_without_reasoning', got answ"
+    with pytest.raises(ValueError, match=f"^{words}ers$"):
+        parse(make_parser(), ["--config", "medusa", "--data.train_on", "answers"])
+    with pytest.raises(ValueError, match="^give --drafter and --prompt$"):
+        generate([])
 
 
 @pytest.mark.parametrize(

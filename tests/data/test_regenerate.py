@@ -361,6 +361,16 @@ def test_prompts_of_every_kind_of_file_are_read(
     ]
 
 
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 0.8, 0.0)])
+def test_temperatures_that_would_repeat_a_greedy_answer_are_refused(
+    temperatures: tuple[float, ...],
+) -> None:
+    """Also where answers take them in turns: the last one, then the first."""
+    with pytest.raises(ValueError, match="greedy answer would repeat"):
+        Generation(temperatures=temperatures, answers=2)
+    assert Generation(temperatures=(0.0, 0.8, 0.0, 0.8), answers=2).answers == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,7 +22,7 @@ from modules.decoding.timing import Clock
 from modules.target.session import Session
 from modules.target.target import Target
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)\]])-)?\d[\d,]*(?:\.\d+)?")
 LINES = re.compile(r"\s*\n\s*")
 
 

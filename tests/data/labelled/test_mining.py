@@ -185,4 +185,7 @@ def test_tokens_of_another_tokenizer_are_refused():
 def test_the_final_number():
     assert final_number("first 3, then 1,200.5 in all.") == "1200.5"
     assert final_number("$1,200.00") == final_number("so 1200") == "1200"
+    # A hyphen after a number or a name is no sign.
+    assert final_number("10-5") == final_number("x-5") == final_number("(1+2)-5") == "5"
+    assert final_number("it is -5") == final_number("=-5") == final_number("$-5") == "-5"
     assert final_number("none") is None

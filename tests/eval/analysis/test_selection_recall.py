@@ -109,5 +109,20 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="budgets: sentence_kv of 64: budget must be at least 65"):
         command(["--budgets", "[256, 64]"])
     monkeypatch.setattr(selection_recall, "load_target", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="noodle"):
+        command(["--kind", "noodle"])
     with pytest.raises(ValueError, match="cannot be written .No such file or directory"):
         command(["--output", str(tmp_path / "none" / "table.md")])
+
+
+def test_a_length_beyond_the_context_is_refused_before_any_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tiny_target()
+    monkeypatch.setattr(selection_recall, "load_target", lambda *_: target)
+    monkeypatch.setattr(selection_recall, "measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(
+        selection_recall, "prompt_ids", lambda turns, _: [5] * (len(turns[0]["content"]) // 4)
+    )
+    with pytest.raises(ValueError, match=r"lengths: 900000 gives .* context holds .*: lower it"):
+        command(["--lengths", "[64, 900000]"])

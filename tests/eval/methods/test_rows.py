@@ -113,7 +113,7 @@ def test_settings_that_cannot_run_are_refused_before_anything_loads(settings, wo
     [
         ({"budget": 20}, "budget must be at least 65, got 20"),
         ({"budget": "abc"}, "budget must be a whole number, got 'abc'"),
-        ({"budgte": 128}, "unexpected keyword argument 'budgte'"),
+        ({"budgte": 128}, "unexpected keyword argument 'budgte': did you mean budget?"),
     ],
 )
 def test_policies_are_refused_by_row_and_key(arguments: dict[str, Any], words: str) -> None:

@@ -102,6 +102,7 @@ def test_the_majority_has_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = decoder.decode([PROMPT], Sampling(), 4)[0]
     assert trace.answers == [[8], [7], [9], [6]] and trace.figures == {"agreement": [0.5]}
     assert final_number("costs -1,234.50 now") == -1234.5 and final_number("none") is None
+    assert final_number("10-5") == 5 and final_number("=-5") == -5
 
 
 def test_reading_another_text_keeps_the_common_beginning() -> None:
