@@ -62,6 +62,8 @@ class Comparison:
             Sequoia's tree with the highest predicted speedup.
         only: names of the trials to run; by default all.
         seed: of all random draws.
+        dtype: of target and draft: float32, float64, bfloat16 or float16. Distributions are made of
+            their logits in float64.
         device: a torch device; by default the GPU if there is one.
         output: Markdown file to append the result to.
     """
@@ -79,6 +81,7 @@ class Comparison:
     fastest: bool = False
     only: list[str] | None = None
     seed: int = 0
+    dtype: str = "float32"
     device: str | None = None
     output: str | None = None
 
@@ -183,7 +186,7 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
     if isinstance(comparison.drafter, str):
         target = load_target(
             comparison.target,
-            "float32",
+            comparison.dtype,
             comparison.device,
             chat_arguments(None, [comparison.drafter]),
         )
@@ -191,7 +194,7 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
         served, name = drafter.adapt(target), read_config(find_folder(comparison.drafter))["class"]
         return served, in_target_ids(drafter, served), name
     check_room(comparison.target, comparison.max_new_tokens)
-    target = load_target(comparison.target, "float32", comparison.device)
+    target = load_target(comparison.target, comparison.dtype, comparison.device)
     # A class that needs no training.
     if comparison.drafter is not None:
         drafter = load_drafter(comparison.drafter, target)

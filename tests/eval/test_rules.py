@@ -64,8 +64,9 @@ def test_a_plain_model_drafts_as_it_is(tmp_path: Path) -> None:
     tiny_target(vocab=128).stock.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     small = {"class_path": SMALL, "init_args": {"model": str(tmp_path)}}
-    target, drafter, name = models(Comparison(target=str(tmp_path), drafter=small))
-    assert name == "independent"
+    wanted = Comparison(target=str(tmp_path), drafter=small, dtype="float64")
+    target, drafter, name = models(wanted)
+    assert name == "independent" and target.dtype == torch.float64
     _, firsts = measure(spots(target, drafter, PROMPTS, GRID), tree_trials([0.7, 0.2]), GRID)
     assert min(accepted for accepted, _ in firsts) > 1 - 1e-4
 
