@@ -4,6 +4,7 @@ engine.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def write(exported: Exported, out: Path) -> None:
                 )
             else:
                 write_tensors(fresh / name, exported.tensors)
+        for name, tensors in exported.shards.items():
+            write_tensors(fresh / name, tensors)
+        for file in exported.copied:
+            shutil.copyfile(file, fresh / file.name)
         if exported.tokenizer is not None:
             exported.tokenizer.save_pretrained(fresh)
 

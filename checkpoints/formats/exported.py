@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,8 @@ class Exported:
     usage: the command that starts the engine (`FOLDER` stands for the export's folder).
     notes: what its user must know.
     tokenizer: saved in the folder, for a drafter that is a complete model.
+    shards: weight files with other tensors, by name.
+    copied: files that belong to the folder as they are.
     """
 
     config: Mapping[str, Any]
@@ -27,6 +30,8 @@ class Exported:
     usage: str = ""
     notes: tuple[str, ...] = field(default=())
     tokenizer: Any = None
+    shards: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    copied: tuple[Path, ...] = ()
 
 
 def served_name(name: str) -> str:

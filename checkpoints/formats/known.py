@@ -15,6 +15,7 @@ from checkpoints.formats import (
     hf,
     medusa,
     medusa_reference,
+    mtp,
 )
 from checkpoints.formats.block_diffusion import (
     dflash,
@@ -39,12 +40,14 @@ FORMATS: dict[str, ModuleType] = {
     "medusa": medusa,
     "medusa_reference": medusa_reference,
     "hf": hf,
+    "mtp": mtp,
 }
 """Formats by name; if several match the same config.json, the first one is used."""
 _UNSERVED = {
     "Domino": "neither vLLM nor SGLang loads Domino",
     "DFlash2": "vLLM and SGLang load DFlash2, but no export in their format is written here",
-    "MTP": "engines read an MTP head from the target's own files, which are not written here",
+    "MTP": "vLLM reads an MTP head from its target's files (`checkpoints.export --format mtp`): "
+    "serve these and give --engine openai",
     "LiLiCorr": "SGLang loads no LiLiCorr, and no export in vLLM's format is written here",
 }
 """Why drafters that resemble served ones have no format, by the names of their classes."""

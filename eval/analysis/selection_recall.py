@@ -199,6 +199,18 @@ def table(figures: Mapping[str, Sequence[Figures]]) -> str:
     return "\n".join(lines)
 
 
+def ids_within(target: Target, length: int, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    """Prompts of a length as tokens; ValueError where one and its answer exceed the context."""
+    rows = [prompt_ids([{"role": "user", "content": text}], target.tokenizer) for text in texts]
+    longest = max(map(len, rows)) + tokens
+    if longest > target.max_positions:
+        raise ValueError(
+            f"lengths: {length} gives a prompt and answer of {longest} tokens, the target's "
+            f"context holds {target.max_positions}: lower it"
+        )
+    return rows
+
+
 def compare(
     target: str = "smollm2-135m",
     kind: str = "needle",
@@ -243,19 +255,7 @@ def compare(
         for length in lengths or [4096]
     }
     loaded, parts = load_target(target, dtype, device), list[str]()
-    rows = {
-        length: [
-            prompt_ids([{"role": "user", "content": text}], loaded.tokenizer) for text in written
-        ]
-        for length, written in texts.items()
-    }
-    for length, ids in rows.items():
-        longest = max(map(len, ids)) + tokens
-        if longest > loaded.max_positions:
-            raise ValueError(
-                f"lengths: {length} gives a prompt and answer of {longest} tokens, the target's "
-                f"context holds {loaded.max_positions}: lower it"
-            )
+    rows = {length: ids_within(loaded, length, each, tokens) for length, each in texts.items()}
     for ids in rows.values():
         title = f"{kind}, {max(map(len, ids))} tokens, {prompts} prompts of {tokens} tokens"
         parts.append(f"{title}\n\n{table(measure(loaded, policies, ids, tokens))}\n")

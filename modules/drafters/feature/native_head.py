@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
@@ -36,21 +38,48 @@ _SHARED = ("embed_tokens.", "shared_head.head.")
 """What DeepSeek's layout repeats of the target."""
 
 
-def native_head(target: Target) -> dict[str, Tensor]:
-    """The head's tensors under the drafter's names, norms as factors; empty if the checkpoint has
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the head in the target's files: its file, its name there, its values, and what is
+    added to them (1 for norms that are stored less one).
+    """
+
+    file: Path
+    name: str
+    tensor: Tensor
+    offset: float
+
+    @property
+    def values(self) -> Tensor:
+        """As the drafter holds them, in float32."""
+        return self.tensor.float() + self.offset
+
+    def bits_of(self, values: Tensor) -> Tensor:
+        """The drafter's values as they are stored; where they are the file's, its own bits."""
+        trained = (values.float() - self.offset).to(self.tensor.dtype)
+        return torch.where(values.float() == self.values, self.tensor, trained)
+
+
+def stored_head(target: Target) -> dict[str, Stored]:
+    """The head's tensors in the target's files by the drafter's names; empty if the files hold
     none. Of several heads the first.
     """
     layers = target.shape.num_layers
-    names = re.compile(rf"mtp\.|model\.layers\.{layers}\.")
-    tensors = {
-        name: tensor for file in weight_files(target.name) for name, tensor in _tensors(file, names)
-    }
+    wanted = re.compile(rf"mtp\.|model\.layers\.{layers}\.")
     offset = 1.0 if target.architecture.offset_norms else 0.0
     return {
-        ours: tensor.float() + offset * (tensor.dim() == 1 and "norm" in name)
-        for name, tensor in tensors.items()
+        ours: Stored(file, name, tensor, offset * (tensor.dim() == 1 and "norm" in name))
+        for file in weight_files(target.name)
+        for name, tensor in _tensors(file, wanted)
         if (ours := drafters_name(name, layers)) is not None
     }
+
+
+def native_head(target: Target) -> dict[str, Tensor]:
+    """The head's tensors under the drafter's names, norms as factors; empty if the checkpoint has
+    none.
+    """
+    return {ours: stored.values for ours, stored in stored_head(target).items()}
 
 
 def drafters_name(name: str, layers: int) -> str | None:
