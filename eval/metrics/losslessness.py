@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -70,7 +72,7 @@ def judge(
 def _judge_loosely(
     target: Target, prompt: Sequence[int], actual: Sequence[int], position: int | None, gap: float
 ) -> Verdict:
-    gaps_T = argmax_gaps(teacher_forced_logits(target, prompt, actual).double().numpy(), actual)
+    gaps_T = teacher_forced(target, prompt, actual).gaps_T
     flips = float(np.mean(gaps_T > 0)) if len(gaps_T) else 0.0
     if position is None:
         return Verdict(Identity.IDENTICAL, flips=flips)
@@ -81,6 +83,36 @@ def _judge_loosely(
 
 def _at(ids: Sequence[int], position: int) -> int | None:
     return ids[position] if position < len(ids) else None
+
+
+class Forced(NamedTuple):
+    """The teacher-forced target about an answer's tokens: distances [T] of their logits from the
+    likeliest's, log probabilities [T] at temperature 1, and whether each is the argmax [T].
+    """
+
+    gaps_T: np.ndarray
+    log_probs_T: Tensor
+    first_T: Tensor
+
+
+_FORCED: WeakKeyDictionary[Target, dict[tuple[tuple[int, ...], tuple[int, ...]], Forced]] = (
+    WeakKeyDictionary()
+)
+
+
+def teacher_forced(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
+    """What the target says about an answer. Rows that give the same answer share one pass."""
+    known = _FORCED.setdefault(target, {})
+    key = tuple(prompt), tuple(answer)
+    if key not in known:
+        logits_TV = teacher_forced_logits(target, prompt, answer)
+        ids_T = torch.tensor(answer, dtype=torch.int64)
+        known[key] = Forced(
+            argmax_gaps(logits_TV.double().numpy(), answer),
+            logits_TV.log_softmax(-1).gather(1, ids_T[:, None])[:, 0].double(),
+            logits_TV.argmax(-1) == ids_T,
+        )
+    return known[key]
 
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

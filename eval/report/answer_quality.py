@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-import torch
-
 from eval.methods.rows import Row
-from eval.metrics.losslessness import teacher_forced_logits
+from eval.metrics.losslessness import teacher_forced
 from eval.metrics.repetition import repetition
 from eval.run.journal import Record
 from eval.tasks.answer_checks import RUNS_CODE, Check, common_prefix, paired_outcome, score
@@ -69,17 +67,17 @@ class Agreement:
 
 
 def agreements(target: Target, answers: Answers) -> dict[str, Agreement]:
-    """The agreement of every non-empty answer, by prompt; each takes one pass of the target."""
+    """The agreement of every non-empty answer, by prompt."""
     return {
         prompt: _agreement(target, answer) for prompt, answer in answers.items() if answer.trace.ids
     }
 
 
 def _agreement(target: Target, answer: Record) -> Agreement:
-    logits_TV = teacher_forced_logits(target, answer.prompt_ids, answer.trace.ids)
-    ids_T = torch.tensor(answer.trace.ids)
-    likelihood = logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).double().sum()
-    return Agreement(float(likelihood), float((logits_TV.argmax(-1) == ids_T).sum()), len(ids_T))
+    forced = teacher_forced(target, answer.prompt_ids, answer.trace.ids)
+    return Agreement(
+        float(forced.log_probs_T.sum()), float(forced.first_T.sum()), len(answer.trace.ids)
+    )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,26 @@ def test_low_precision_is_judged_by_every_tokens_gap_to_the_argmax() -> None:
     assert judge(target, PROMPT, answer, [*answer[:4], worst]).identity is Identity.DIFFERENT
 
 
+def test_equal_answers_of_several_rows_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the target that gave them; another answer, prompt or target is read anew."""
+    target, read = tiny_target(dtype=torch.bfloat16), []
+    logits = losslessness.teacher_forced_logits
+    monkeypatch.setattr(
+        losslessness,
+        "teacher_forced_logits",
+        lambda target, *texts: read.append(texts) or logits(target, *texts),
+    )
+    answer = [5, 6, 7]
+    first = judge(target, PROMPT, answer, answer)
+    assert judge(target, PROMPT, answer, answer) == first and len(read) == 1
+    forced = losslessness.teacher_forced(target, PROMPT, answer)
+    assert len(read) == 1 and forced.first_T.double().mean() == 1 - (first.flips or 0)
+    judge(target, PROMPT, answer, [5, 6, 8])
+    judge(target, PROMPT[1:], answer, answer)
+    judge(tiny_target("qwen2", dtype=torch.bfloat16), PROMPT, answer, answer)
+    assert read == [(PROMPT, answer), (PROMPT, [5, 6, 8]), (PROMPT[1:], answer), (PROMPT, answer)]
+
+
 def teacher_greedy(target: Target, length: int) -> list[int]:
     answer: list[int] = []
     for _ in range(length):
