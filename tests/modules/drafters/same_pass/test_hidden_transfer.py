@@ -343,7 +343,10 @@ def test_training_ends_with_measured_accuracies():
 def test_it_decodes_losslessly_with_any_builder():
     check_decoding(drafter_for)
     target = small_target()
-    for builder in (StaticTree([(0,), (1,), (0, 0)]), DrawnTree([(0,), (1,), (0, 0)])):
+    paths = [(0,), (1,), (0, 0)]
+    # Draws with replacement give equal siblings.
+    drawn = DrawnTree(paths), DrawnTree(paths, "independent")
+    for builder in (StaticTree(paths), *drawn):
         decoder = SpeculativeDecoder(
             target, drafter_for(target), builder=builder, stop_ids=frozenset()
         )

@@ -143,7 +143,10 @@ def test_greedy_text_is_the_targets_own_in_other_architectures(arch):
 def test_it_decodes_losslessly_with_any_builder():
     check_decoding(drafter_for)
     target = small_target()
-    for builder in (StaticTree([(0,), (1,), (0, 0)]), DrawnTree([(0,), (1,), (0, 0)])):
+    paths = [(0,), (1,), (0, 0)]
+    # Draws with replacement give equal siblings.
+    drawn = DrawnTree(paths), DrawnTree(paths, "independent")
+    for builder in (StaticTree(paths), *drawn):
         decoder = SpeculativeDecoder(
             target, drafter_for(target), builder=builder, stop_ids=frozenset()
         )

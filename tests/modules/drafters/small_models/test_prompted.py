@@ -155,7 +155,10 @@ def test_after_the_text_prompt_tokens_guess_behind_its_newest_token():
 def test_it_decodes_losslessly_with_any_builder():
     check_decoding(drafter_for)
     target = small_target()
-    for builder in (None, StaticTree([(0,), (1,), (0, 0)]), DrawnTree([(0,), (1,), (0, 0)])):
+    paths = [(0,), (1,), (0, 0)]
+    # Draws with replacement give equal siblings.
+    drawn = DrawnTree(paths), DrawnTree(paths, "independent")
+    for builder in (None, StaticTree(paths), *drawn):
         decoder = SpeculativeDecoder(
             target, drafter_for(target), builder=builder, stop_ids=frozenset()
         )
