@@ -165,7 +165,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
         steps = TensorDataset(torch.zeros(settings.identity_steps))
         fit(identity, DataLoader(steps), settings.identity_steps, settings.precision)
         figures.add("identity")
-    fit_on_text(settings, base, network, texts)
+    fit_on_text(settings, base, network, texts, tokenizer)
     figures.add("transferred")
     # 3. Write everything.
     tables = predicted_tables(network, base, tokenizer, figures.size)
@@ -176,10 +176,17 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
 
 
 def fit_on_text(
-    settings: TransferSettings, base: Base, network: Hypernetwork, texts: Sequence[str]
+    settings: TransferSettings,
+    base: Base,
+    network: Hypernetwork,
+    texts: Sequence[str],
+    tokenizer: Any,
 ) -> None:
-    """The second stage, over shuffled texts."""
-    sampler = TokenizerSampler(texts[: settings.buffer], settings.vocabulary, settings.seed)
+    """The second stage, over shuffled texts; drawn tokenizers have words as GPT-2's or as the new
+    tokenizer's.
+    """
+    buffer = texts[: settings.buffer]
+    sampler = TokenizerSampler(buffer, settings.vocabulary, settings.seed, tokenizer)
     stage = TransferStage(
         network,
         base,

@@ -8,13 +8,13 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modules.tokenization.contract import PAD
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, mean_of_pieces, pieces_of
 from modules.tokenization.transfer.sampled_tokenizers import LONGEST, TokenizerSampler
-from tests.modules.tokenization.folders import BASE, TEXTS
+from tests.modules.tokenization.folders import BASE, TEXTS, bpe
 
 
 def network(tied: bool = True, bias: bool = False) -> Hypernetwork:
@@ -93,6 +93,28 @@ def test_drawn_tokenizers_write_any_text_and_differ() -> None:
     assert [each.get_vocab() for each in drawn] == [again.sample().get_vocab() for _ in drawn]
     with pytest.raises(ValueError, match="no room for all bytes"):
         TokenizerSampler(TEXTS, 255)
+
+
+def test_every_second_tokenizer_has_the_words_of_the_given_one() -> None:
+    """A pattern as Qwen's joins a full stop with line breaks, GPT-2's never does."""
+    texts, joined = ["It sat.\n\nThe end.\n\n"] * 4, ".ĊĊ"
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    cut = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    like = bpe(texts, 300)
+    like.backend_tokenizer.pre_tokenizer = cut
+    sampler = TokenizerSampler(texts, 300, like=like)
+    drawn = [sampler.sample().encode(texts[0]).tokens for _ in range(40)]
+    assert 4 < sum(joined in tokens for tokens in drawn) < 36
+    # Others, whose words are no bytes, are left out.
+    like.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    for other in (None, like):
+        sampler = TokenizerSampler(texts, 300, like=other)
+        assert not any(joined in sampler.sample().get_vocab() for _ in range(20))
 
 
 def test_frequent_strings_come_first_where_there_is_no_noise(
