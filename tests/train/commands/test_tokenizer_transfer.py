@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modules.target.loading import load_target
 from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork
 from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
 from train.tokenizer_transfer.__main__ import TransferSettings, fit, transfer
-from train.tokenizer_transfer.result import bits_per_byte, original_tables
+from train.tokenizer_transfer.result import bits_per_byte, mean_tables, original_tables
 from train.tokenizer_transfer.stages import IdentityStage
 
 NEW = bpe(["caterpillar times over the mat, " * 4], 275)
@@ -125,3 +127,55 @@ def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
     for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
             TransferSettings("x", **wrong)
+
+
+def ending(*special: str, **roles: str) -> Any:
+    """A tokenizer of bytes with these special tokens, the first ones of its vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=270,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(special),
+            show_progress=False,
+        ),
+    )
+    roles = {f"{role}_token": name for role, name in roles.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+CHAT = ending("<text>", "<turn>", "</turn>", eos="</turn>", bos="<turn>", pad="</turn>")
+OTHER_CHAT = ending("<new>", "<text>", "<turn>", "</turn>", eos="</turn>", pad="<text>")
+ONE_TOKEN = ending("<text>", eos="<text>", bos="<text>", unk="<text>", pad="<text>")
+NAMED = ending("<begin>", "<end>", "<pad>", eos="<end>", bos="<begin>", pad="<pad>")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        # What pads one vocabulary is a token of another use in the other.
+        (CHAT, OTHER_CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
+        (OTHER_CHAT, CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
+        # A token of all roles ends texts above all.
+        (NAMED, ONE_TOKEN, {"<text>": "<end>"}),
+        (CHAT, ONE_TOKEN, {"<text>": "</turn>"}),
+        (ONE_TOKEN, NAMED, {"<begin>": "<text>", "<end>": "<text>"}),
+        (NAMED, NAMED, {"<begin>": "<begin>", "<end>": "<end>", "<pad>": "<pad>"}),
+    ],
+)
+def test_special_tokens_have_the_embeddings_of_their_namesakes(
+    old: Any, new: Any, wanted: dict[str, str]
+) -> None:
+    table = torch.arange(270.0)[:, None]
+    base: Any = SimpleNamespace(
+        tables=[table],
+        embedding=table,
+        source_TS=table,
+        target=SimpleNamespace(tokenizer=old),
+    )
+    for rows in mean_tables(base, new, 270)[:2]:
+        kept = {name: float(rows[new.get_vocab()[name]]) for name in wanted}
+        assert kept == {name: old.get_vocab()[origin] for name, origin in wanted.items()}
