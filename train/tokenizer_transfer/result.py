@@ -38,6 +38,7 @@ def predicted_tables(network: Hypernetwork, base: Base, tokenizer: Any, size: in
         size: rows; those without a token have the mean embedding.
     """
     ids, pieces_VL = _spelled(base, tokenizer, network.length)
+    network.to(base.source_TS.device)  # Lightning leaves it on the CPU
     embeddings, rows, biases = network.all_of(base.source_TS, pieces_VL.to(base.source_TS.device))
     bias_V = None
     if biases is not None:

@@ -168,7 +168,7 @@ def save_network(network: Hypernetwork, folder: Path) -> None:
 
 
 def load_network(folder: Path, embedding_VH: Tensor, head_VH: Tensor | None) -> Hypernetwork:
-    """The hypernetwork of a run for the same base model, in evaluation mode.
+    """The hypernetwork of a run for the same base model, where that is, in evaluation mode.
 
     Raises:
         ValueError: no such files, or of another base model.
@@ -180,7 +180,7 @@ def load_network(folder: Path, embedding_VH: Tensor, head_VH: Tensor | None) -> 
     except (TypeError, RuntimeError, SafetensorError, OSError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{folder} holds no hypernetwork of this model: {line}") from error
-    return network.eval()
+    return network.to(embedding_VH.device).eval()
 
 
 def check_byte_level(base: Any) -> None:

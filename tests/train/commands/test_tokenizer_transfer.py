@@ -14,11 +14,17 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from modules.target.loading import load_target
 from modules.tokenization.transfer.frozen_base import Base
-from modules.tokenization.transfer.hypernetwork import Hypernetwork
+from modules.tokenization.transfer.hypernetwork import Hypernetwork, load_network, save_network
+from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
 from train.tokenizer_transfer.__main__ import TransferSettings, fit, transfer
-from train.tokenizer_transfer.result import bits_per_byte, mean_tables, original_tables
-from train.tokenizer_transfer.stages import IdentityStage
+from train.tokenizer_transfer.result import (
+    bits_per_byte,
+    mean_tables,
+    original_tables,
+    predicted_tables,
+)
+from train.tokenizer_transfer.stages import IdentityStage, TransferStage
 
 NEW = bpe(["caterpillar times over the mat, " * 4], 275)
 
@@ -179,3 +185,44 @@ def test_special_tokens_have_the_embeddings_of_their_namesakes(
     for rows in mean_tables(base, new, 270)[:2]:
         kept = {name: float(rows[new.get_vocab()[name]]) for name in wanted}
         assert kept == {name: old.get_vocab()[origin] for name, origin in wanted.items()}
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_the_network_is_where_the_model_is(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was read, and after Lightning has put it on the CPU."""
+    network = Hypernetwork(base.embedding, base.head, 16, 1, 2)
+    save_network(network, tmp_path)
+    table = base.embedding.to("meta")
+    loaded = load_network(tmp_path, table, None)
+    assert {weights.device.type for weights in loaded.state_dict().values()} == {"meta"}
+    seen = []
+
+    def all_of(source: torch.Tensor, pieces: torch.Tensor) -> Any:
+        seen.extend({weights.device.type for weights in network.state_dict().values()})
+        rows = source.new_zeros(len(pieces), source.shape[1])
+        return rows, rows, None
+
+    monkeypatch.setattr(network, "all_of", all_of)
+    there: Any = SimpleNamespace(tables=[table], source_TS=table, target=base.target)
+    predicted_tables(network, there, NEW, len(NEW))
+    assert seen == ["meta"]
+
+
+@pytest.mark.parametrize("texts", [["a", ""], [""], ["", TEXTS[0]]])
+def test_texts_without_a_second_token_teach_nothing(
+    base: Base, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Hypernetwork(base.embedding, base.head, 16, 1, 2)
+    drawn = TokenizerSampler(TEXTS, 300)
+    stage = TransferStage(
+        network, base, 1e-3, 1, 9, sampler=drawn, lexical=0, negatives=9, every=1, length=16, seed=0
+    )
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(stage, "log_dict", lambda values, **_: logged.update(values))
+    stage.training_step(texts, 0).backward()
+    modelling = float(logged["modelling"].detach())
+    assert modelling > 0 if TEXTS[0] in texts else modelling == 0
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    assert gradients and all(bool(gradient.isfinite().all()) for gradient in gradients)
