@@ -10,7 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from modules.target.loading import load_target
 from modules.tokenization.transfer.frozen_base import Base
@@ -114,6 +120,21 @@ def test_the_precision_is_the_trainings(base: Base, precision: Any) -> None:
 
 
 def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
+    scaled = AutoModelForCausalLM.from_config(
+        Gemma3TextConfig(
+            vocab_size=290,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=None,
+        )
+    )
+    there: Any = SimpleNamespace(stock=scaled, tokenizer=BASE, name="scaled")
+    with pytest.raises(ValueError, match="'scaled' scales its embeddings: not supported"):
+        Base(there)
     target = base.target
     target.stock.config.final_logit_softcapping = 30.0
     try:
