@@ -16,6 +16,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -183,6 +184,20 @@ def make_model(settings: LanguageModelSettings, texts: Iterable[str]) -> Languag
     return construct(settings.model, "model", Kind.LANGUAGE_MODEL, units)
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Encoders and attention by their plain operators, as multiply-adds of fused ones are not
+    counted.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 @torch.no_grad()
 def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Score, int, int]:
     """The score of texts, with the same masks and vectors at every call; also positions of the
@@ -193,12 +208,13 @@ def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Sc
     device = model.unit_bytes.device
     draws, total, steps = torch.Generator(device).manual_seed(0), None, 0
     counter = FlopCounterMode(display=False)
-    with counter:
+    with unfused(), counter:
         for start in range(0, len(rows), batch):
             stacked = model.stacked(rows[start : start + batch]).to(device)
             score = model.score(stacked, draws)
             total = score if total is None else total + score
-            steps += int((stacked.reshape(*stacked.shape[:2], -1)[..., 0] != PAD).sum())
+            present_BT = stacked.reshape(*stacked.shape[:2], -1)[..., 0] != PAD
+            steps += model.pooled * int(present_BT.sum())
     assert total is not None, "a held-out text has rows"
     return total, steps, counter.get_total_flops() // 2
 

@@ -75,6 +75,8 @@ class LanguageModel(nn.Module):
 
     settings: dict[str, Any]
     unit_bytes: Tensor
+    pooled = 1
+    """Positions that the widest part has for each word or token."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the constructor's arguments, defaults filled in."""

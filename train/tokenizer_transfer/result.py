@@ -17,7 +17,8 @@ from modules.runtime.files import whole_folder
 from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, mean_of_pieces, pieces_of
 
-ROLES = ("eos_token", "bos_token", "pad_token", "unk_token")
+ROLES = ("eos_token", "bos_token", "pad_token")
+"""Of special tokens, as the configs of models name them."""
 Tables = tuple[Tensor, Tensor, Tensor | None]
 """Embedding [V,H], LM head [V,H] and perhaps biases [V] of a vocabulary."""
 
@@ -37,6 +38,7 @@ def predicted_tables(network: Hypernetwork, base: Base, tokenizer: Any, size: in
         size: rows; those without a token have the mean embedding.
     """
     ids, pieces_VL = _spelled(base, tokenizer, network.length)
+    network.to(base.source_TS.device)  # Lightning leaves it on the CPU
     embeddings, rows, biases = network.all_of(base.source_TS, pieces_VL.to(base.source_TS.device))
     bias_V = None
     if biases is not None:
@@ -68,21 +70,37 @@ def _spelled(base: Base, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _placed(base: Base, tokenizer: Any, which: int, ids: Tensor, rows: Tensor, size: int) -> Tensor:
-    """A table of `size` rows. Special tokens of one role, or of one name, keep the base model's
-    embedding; ids without a token have the mean.
+    """A table of `size` rows. Special tokens of one name keep the base model's embedding. So does
+    the token that begins texts, and the one that ends them, under another name; an end token
+    that has the name of another special token of the base is its end token, if that has no
+    namesake. Other ids without bytes have the mean.
     """
     table = base.tables[which].float()
     placed = table.mean(0).expand(size, -1).clone()
     placed[ids] = rows.float()
-    base_ids = base.target.tokenizer.get_vocab()
-    for name, i in tokenizer.get_vocab().items():
-        if i in tokenizer.all_special_ids and name in base_ids:
-            placed[i] = table[base_ids[name]]
-    for role in ROLES:
-        new, old = (getattr(each, f"{role}_id") for each in (tokenizer, base.target.tokenizer))
-        if new is not None and old is not None:
-            placed[new] = table[old]
+    for i, base_id in _origins(base.target.tokenizer, tokenizer, set(ids.tolist())).items():
+        placed[i] = table[base_id]
     return placed
+
+
+def _origins(old: Any, new: Any, spelled: set[int]) -> dict[int, int]:
+    """The base's special token for special tokens of the new tokenizer.
+
+    Args:
+        old: the base's tokenizer.
+        new: the new one.
+        spelled: ids of the new one that have bytes.
+    """
+    names = old.get_vocab()
+    named = [(name, i) for name, i in new.get_vocab().items() if i not in spelled]
+    origins = {i: names[name] for name, i in named if name in names}
+    end, base_end = new.eos_token_id, old.eos_token_id
+    if end is not None and base_end is not None and base_end not in origins.values():
+        origins[end] = base_end
+    for i, base_id in ((end, base_end), (new.bos_token_id, old.bos_token_id)):
+        if i is not None and base_id is not None:
+            origins.setdefault(i, base_id)
+    return origins
 
 
 @torch.no_grad()
@@ -123,7 +141,7 @@ def save_model(base: Base, tables: Tables, tokenizer: Any, folder: Path) -> Path
     model.get_input_embeddings().weight.data.copy_(embedding_VH)
     if base.head is not None:
         model.get_output_embeddings().weight.data.copy_(head_VH)
-    ids = {f"{role}_id": getattr(tokenizer, f"{role}_id") for role in ROLES[:3]}
+    ids = {f"{role}_id": getattr(tokenizer, f"{role}_id") for role in ROLES}
     for name, i in ids.items():
         setattr(model.config, name, i)
     model.generation_config = GenerationConfig(**ids)

@@ -116,14 +116,15 @@ class TransferStage(Stage):
         others_V = torch.randperm(len(self.pieces_VL), generator=self.draws)[: self.negatives]
         tokens_U = torch.tensor([*occurring, *sorted(set(others_V.tolist()) - set(occurring))])
         places = {token: place for place, token in enumerate(occurring)}
-        ids_BT = torch.full((len(rows), max(map(len, rows))), PAD)
+        ids_BT = torch.full((len(rows), max([2, *map(len, rows)])), PAD)
         for line, row in zip(ids_BT, rows, strict=True):
             line[: len(row)] = torch.tensor([places[token] for token in row])
         pieces_UL, ids_BT = self.pieces_VL[tokens_U].to(self.device), ids_BT.to(self.device)
         embedding_UH, head_UH, bias_U = self.network(self.base.source_TS, pieces_UL)
         # 3. Its loss, and the regression.
         losses_BT = self.base.losses(ids_BT, embedding_UH, head_UH, bias_U)
-        modelling = losses_BT.sum() / (ids_BT[:, 1:] != PAD).sum()
+        # Texts of one token have nothing to predict.
+        modelling = losses_BT.sum() / (ids_BT[:, 1:] != PAD).sum().clamp(min=1)
         base_ids_U = self.base_ids_V[tokens_U].to(self.device)
         both = base_ids_U != PAD
         lexical = modelling.new_zeros(())

@@ -144,9 +144,6 @@ class MergedVocabularyDecoder:
         rules = UnitRules.of(target.tokenizer, boundary)
         texts = Datastore.load(datastore, target.shape.vocab_size).documents()
         base = Base(target)
-        first = torch.zeros(1, dtype=torch.long, device=target.device)
-        if not torch.equal(target.embed(first), base.embedding[first]):
-            raise ValueError(f"target {target.name!r} scales its embeddings: not supported")
         network = None
         if transfer is not None:
             network = load_network(Path(transfer), base.embedding.float(), base.head)

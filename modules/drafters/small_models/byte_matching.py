@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from modules.byte_level.covers import ByteText
-from modules.byte_level.retokenised import Retokenised
 from modules.byte_level.token_rows import TokenRows
 from modules.contracts.drafter import Context, DraftState, Frontier
 from modules.contracts.shapes import TargetShape
@@ -88,10 +87,10 @@ class ByteMatching(Universal):
     def start(self, context: Context) -> ByteState:
         """State with every text's beginning read and its last word open."""
         texts = PerSequence[ByteText]()
-        decode, model = context.target.tokenizer.decode, self.language_model
+        model = self.language_model
         rows = zip(context.input_ids_BT.tolist(), context.lengths_B.tolist(), strict=True)
         for (ids, length), newest in zip(rows, context.newest_B.tolist(), strict=True):
-            text = Retokenised(self.own, decode(ids[:length], clean_up_tokenization_spaces=False))
+            text = self.rewritten(ids[:length], context.target)
             before = text.fixed or [min(model.eos_ids)]
             spelled = text.tail + self.theirs.spelled([newest])
             begins = not text.tail and before[-1] not in self.own.data

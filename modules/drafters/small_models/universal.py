@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modules.byte_level.retokenised import Retokenised, continued
-from modules.byte_level.vocabulary import ByteVocabulary
+from modules.byte_level.vocabulary import ByteVocabulary, unfinished
 from modules.contracts.drafter import Context, Drafter, DraftState, Frontier
 from modules.contracts.losses import Losses
 from modules.contracts.rows import Rows
@@ -133,12 +133,22 @@ class Universal(Drafter):
 
     # -- reading -----------------------------------------------------------------------------------
 
+    def rewritten(self, ids: list[int], target: Target) -> Retokenised:
+        """A text of the target's tokens in the drafter's, behind the token that its tokenizer puts
+        before every text, if it does.
+        """
+        decoded = target.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text, names = Retokenised(self.own, decoded), self.own.tokenizer
+        if names.bos_token_id in names.encode("")[:1] and text.fixed[:1] != [names.bos_token_id]:
+            text.fixed = [names.bos_token_id, *text.fixed]
+        return text
+
     def start(self, context: Context) -> UniversalState:
         """State with the whole text unread, in the drafter's tokens."""
-        decode, texts = context.target.tokenizer.decode, PerSequence[ForeignText]()
+        texts = PerSequence[ForeignText]()
         rows = zip(context.input_ids_BT.tolist(), context.lengths_B.tolist(), strict=True)
         for (ids, length), newest in zip(rows, context.newest_B.tolist(), strict=True):
-            text = Retokenised(self.own, decode(ids[:length], clean_up_tokenization_spaces=False))
+            text = self.rewritten(ids[:length], context.target)
             text.extend(self.theirs.spelled([newest]))
             texts.append(ForeignText(text))
         room = max(len(text.text.ids) for text in texts) + 64
@@ -291,4 +301,10 @@ class StringMatching(Universal):
             self.own.spelled(ids[:special]),
             [ends[i] for i in ids[special:][:1] if i in ends],
         )
+        # The drafter has not read a character that is not whole yet: it writes all of it.
+        tail = text.text.tail
+        begun = tail[len(tail) - unfinished(tail)[0] :]
+        if not data.startswith(begun):
+            return []
+        data = data[len(begun) :]
         return continued(self.theirs, text.text.tail, data) + ending

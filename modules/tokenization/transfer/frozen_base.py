@@ -21,7 +21,8 @@ class Base:
     bytes of its tokens.
 
     Raises:
-        ValueError: an LM head with a bias, or logits that are capped or scaled.
+        ValueError: an LM head with a bias, logits that are capped or scaled, or an embedding that
+            scales its rows.
     """
 
     def __init__(self, target: Target) -> None:
@@ -31,7 +32,11 @@ class Base:
                 raise ValueError(f"target {target.name!r} has {key}: transfer does not support it")
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise ValueError(f"target {target.name!r} has an LM head with biases: not supported")
-        self.embedding = self.model.get_input_embeddings().weight.detach()
+        embed = self.model.get_input_embeddings()
+        self.embedding = embed.weight.detach()
+        first = torch.zeros(1, dtype=torch.long, device=self.embedding.device)
+        if not torch.equal(embed(first), self.embedding[first]):
+            raise ValueError(f"target {target.name!r} scales its embeddings: not supported")
         head = self.model.get_output_embeddings().weight.detach()
         self.head = None if head.data_ptr() == self.embedding.data_ptr() else head
         tables = [self.embedding] if self.head is None else [self.embedding, self.head]

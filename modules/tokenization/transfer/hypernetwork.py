@@ -168,7 +168,7 @@ def save_network(network: Hypernetwork, folder: Path) -> None:
 
 
 def load_network(folder: Path, embedding_VH: Tensor, head_VH: Tensor | None) -> Hypernetwork:
-    """The hypernetwork of a run for the same base model, in evaluation mode.
+    """The hypernetwork of a run for the same base model, where that is, in evaluation mode.
 
     Raises:
         ValueError: no such files, or of another base model.
@@ -180,7 +180,7 @@ def load_network(folder: Path, embedding_VH: Tensor, head_VH: Tensor | None) -> 
     except (TypeError, RuntimeError, SafetensorError, OSError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{folder} holds no hypernetwork of this model: {line}") from error
-    return network.eval()
+    return network.to(embedding_VH.device).eval()
 
 
 def check_byte_level(base: Any) -> None:
@@ -206,8 +206,12 @@ def pieces_of(tokens: Iterable[bytes], base: Any, length: int) -> Tensor:
     """
     check_byte_level(base)
     table = {byte: character for character, byte in bytes_of_characters().items()}
-    model = base.backend_tokenizer.model
-    vocabulary, rows = base.get_vocab(), []
+    model, added = base.backend_tokenizer.model, base.backend_tokenizer.get_added_tokens_decoder()
+    # Special tokens stand for no text; the names of other added ones are text.
+    ordinary = {i: token.content.encode() for i, token in added.items() if not token.special}
+    vocabulary = {"".join(map(table.__getitem__, data)): i for i, data in ordinary.items()}
+    left_out, rows = {*added, *base.all_special_ids}, []
+    vocabulary |= {piece: i for piece, i in base.get_vocab().items() if i not in left_out}
     for token in tokens:
         spelled = "".join(table[byte] for byte in token)
         exact = vocabulary.get(spelled)

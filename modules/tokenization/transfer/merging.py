@@ -151,8 +151,9 @@ def validity(
     """Which joined pieces stay within a boundary.
 
     Args:
-        boundary: `pretoken`: the joined text is one pre-token. `word`: no space inside, only in
-            front, or nothing but spaces without a double newline. `word_hyphen`: nor a hyphen
+        boundary: `pretoken`: the joined text is one pre-token, or as `word` where it ends inside
+            of a character. `word`: no space inside, only in front, or nothing but spaces without a
+            double newline. `word_hyphen`: nor a hyphen
             inside. `sentence`: no end of a sentence inside.
         pretokens: the tokenizer's pre-tokenizer, for `pretoken`.
 
@@ -166,20 +167,21 @@ def validity(
 
     def valid(left: bytes, right: bytes) -> bool:
         """Whether the two together stay within it."""
-        # Parts of a character may always be joined.
+        # Parts of a character may be joined, but take nothing beyond the boundary with them.
+        data, whole = left + right, True
         try:
-            text = (left + right).decode()
+            text = data.decode()
         except UnicodeDecodeError:
-            return True
+            text, whole = data.decode(errors="replace"), False
         if text.isspace():
             return "\n\n" not in text
-        if boundary == "pretoken":
+        if boundary == "pretoken" and whole:
             assert pretokens is not None
             return len(pretokens(text)) == 1
         if boundary == "sentence":
             return not _SENTENCE_END.search(text) and "\n\n" not in text
         inside = text[1:]
-        return not _SPACE.search(inside) and (boundary == "word" or "-" not in inside)
+        return not _SPACE.search(inside) and (boundary != "word_hyphen" or "-" not in inside)
 
     return valid
 

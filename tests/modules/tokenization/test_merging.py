@@ -99,6 +99,11 @@ def test_boundaries() -> None:
     assert word(b"  ", b" ") and not word(b"\n", b"\n") and not sentence(b"a\n", b"\nb")
     assert sentence(b"two", b" words") and not sentence(b"end.", b" New")
     assert word(b"\xe6\x9d", b"\xb1") and word(b"\xe6", b"\x9d")
+    # Parts of a character carry nothing over a boundary.
+    assert not word(b"\xa9", b" b") and not sentence(b"\xa9.", b" B") and sentence(b"\xa9", b" b")
+    assert not hyphen(b"\xa9-", b"b") and word(b"\xa9-", b"b") and not word(b"\xa9", b"\n")
+    pretoken = validity("pretoken", str.split)
+    assert pretoken(b"\xe6", b"\x9d") and not pretoken(b"\xa9", b" b")
     with pytest.raises(ValueError, match="boundary 'line' is unknown"):
         validity("line")
     with pytest.raises(ValueError, match="needs the tokenizer's pre-tokenizer"):

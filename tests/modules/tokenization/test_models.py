@@ -277,6 +277,23 @@ def test_it_learns_to_read_repetition() -> None:
     assert figures["loss_last_quarter"] < 0.5 * figures["loss_first_quarter"]
 
 
+def test_held_out_rows_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counts = lexinvariant(0.0), []
+    rows = rows_of(model, TEXT * 10)
+    losses = model.token_losses(rows, draws())
+    tables = model.tables
+
+    def noted(count: int, generator: torch.Generator) -> Tensor:
+        counts.append(count)
+        return tables(count, generator)
+
+    monkeypatch.setattr(model, "tables", noted)
+    figures = model.details(rows)
+    first = float(losses[:, :8].sum() / (rows[:, :8] != PAD).sum())
+    assert figures["loss_first_quarter"] == pytest.approx(first)
+    assert sum(counts) == len(rows) > 2 * max(counts)
+
+
 # -- pooled bytes ----------------------------------------------------------------------------------
 
 

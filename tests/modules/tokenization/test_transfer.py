@@ -178,3 +178,14 @@ def test_a_residual_network_keeps_the_embeddings_of_the_base_models_tokens(tied:
     assert torch.allclose(embeddings[1:], table[[5, 9]], atol=1e-5)
     assert torch.allclose(rows[1:], (table if tied else head)[[5, 9]], atol=1e-5)
     assert not torch.allclose(embeddings[0], table[[7, 8]].mean(0), atol=0.1)
+
+
+def test_added_tokens_are_text_and_special_ones_are_not() -> None:
+    base = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(BASE.backend_tokenizer.to_str()), eos_token="<end>"
+    )
+    base.add_tokens(["  \t x"])
+    added, special = pieces_of([b"  \t x", b"<end>"], base, 8).tolist()
+    assert added == [base.get_vocab()["  \t x"], *[PAD] * 7]
+    spelled = [i for i in special if i != PAD]
+    assert base.eos_token_id not in spelled and base.decode(spelled) == "<end>"

@@ -11,7 +11,10 @@ import torch
 import yaml
 
 from configs.command_line.loading import CONFIGS
+from modules.tokenization.hierarchical import Hierarchical
+from modules.tokenization.learn_your_tokens import LearnYourTokens
 from modules.tokenization.saved import load_language_model
+from modules.tokenization.units import ByteUnits
 from train.language_model import (
     LanguageModelModule,
     LanguageModelSettings,
@@ -164,3 +167,23 @@ def test_settings_that_cannot_run_are_refused(settings: dict[str, Any], words: s
     model = {"class_path": f"{FOLDER}.hierarchical.Hierarchical"}
     with pytest.raises(ValueError, match=words):
         LanguageModelSettings(**{"model": model, **settings})
+
+
+def test_all_multiply_adds_are_counted() -> None:
+    """By hand, those of fused layers too; rotations and what is no product are left out."""
+    model = Hierarchical(ByteUnits(), 16, 1, 2, unit_width=8, unit_layers=1, unit_heads=2)
+    text, inner = "The cat sat on the mat.", model.backbone.config.intermediate_size
+    (row,) = model.rows(text)
+    words, length, wide, narrow = len(row), model.most_bytes + 1, 16, 8
+    ends = words * length * (12 * narrow**2 + 2 * length * narrow)
+    backbone = words * (4 * wide**2 + 3 * wide * inner + 2 * words * wide)
+    between = 2 * words * wide * narrow + words * length * narrow * (model.units.size + 1)
+    _, steps, work = evaluate(model, [text], 1)
+    assert steps == words and work == pytest.approx(2 * ends + backbone + between, rel=0.01)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_every_state_of_a_word_is_a_position_of_the_backbone() -> None:
+    model = LearnYourTokens(ByteUnits(), 16, 1, 2, 1, pooled=3, length=8)
+    _, steps, _ = evaluate(model, ["The cat sat.", "A dog"], 2)
+    assert steps == 3 * ((3 + 1) + (2 + 1))

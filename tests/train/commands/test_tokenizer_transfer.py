@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from modules.target.loading import load_target
 from modules.tokenization.transfer.frozen_base import Base
-from modules.tokenization.transfer.hypernetwork import Hypernetwork
+from modules.tokenization.transfer.hypernetwork import Hypernetwork, load_network, save_network
+from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
 from train.tokenizer_transfer.__main__ import TransferSettings, fit, transfer
-from train.tokenizer_transfer.result import bits_per_byte, original_tables
-from train.tokenizer_transfer.stages import IdentityStage
+from train.tokenizer_transfer.result import (
+    bits_per_byte,
+    mean_tables,
+    original_tables,
+    predicted_tables,
+)
+from train.tokenizer_transfer.stages import IdentityStage, TransferStage
 
 NEW = bpe(["caterpillar times over the mat, " * 4], 275)
 
@@ -106,6 +120,21 @@ def test_the_precision_is_the_trainings(base: Base, precision: Any) -> None:
 
 
 def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
+    scaled = AutoModelForCausalLM.from_config(
+        Gemma3TextConfig(
+            vocab_size=290,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=None,
+        )
+    )
+    there: Any = SimpleNamespace(stock=scaled, tokenizer=BASE, name="scaled")
+    with pytest.raises(ValueError, match="'scaled' scales its embeddings: not supported"):
+        Base(there)
     target = base.target
     target.stock.config.final_logit_softcapping = 30.0
     try:
@@ -125,3 +154,96 @@ def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
     for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
             TransferSettings("x", **wrong)
+
+
+def ending(*special: str, **roles: str) -> Any:
+    """A tokenizer of bytes with these special tokens, the first ones of its vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=270,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(special),
+            show_progress=False,
+        ),
+    )
+    roles = {f"{role}_token": name for role, name in roles.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+CHAT = ending("<text>", "<turn>", "</turn>", eos="</turn>", bos="<turn>", pad="</turn>")
+OTHER_CHAT = ending("<new>", "<text>", "<turn>", "</turn>", eos="</turn>", pad="<text>")
+ONE_TOKEN = ending("<text>", eos="<text>", bos="<text>", unk="<text>", pad="<text>")
+NAMED = ending("<begin>", "<end>", "<pad>", eos="<end>", bos="<begin>", pad="<pad>")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        # What pads one vocabulary is a token of another use in the other.
+        (CHAT, OTHER_CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
+        (OTHER_CHAT, CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
+        # A token of all roles ends texts above all.
+        (NAMED, ONE_TOKEN, {"<text>": "<end>"}),
+        (CHAT, ONE_TOKEN, {"<text>": "</turn>"}),
+        (ONE_TOKEN, NAMED, {"<begin>": "<text>", "<end>": "<text>"}),
+        (NAMED, NAMED, {"<begin>": "<begin>", "<end>": "<end>", "<pad>": "<pad>"}),
+    ],
+)
+def test_special_tokens_have_the_embeddings_of_their_namesakes(
+    old: Any, new: Any, wanted: dict[str, str]
+) -> None:
+    table = torch.arange(270.0)[:, None]
+    base: Any = SimpleNamespace(
+        tables=[table],
+        embedding=table,
+        source_TS=table,
+        target=SimpleNamespace(tokenizer=old),
+    )
+    for rows in mean_tables(base, new, 270)[:2]:
+        kept = {name: float(rows[new.get_vocab()[name]]) for name in wanted}
+        assert kept == {name: old.get_vocab()[origin] for name, origin in wanted.items()}
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_the_network_is_where_the_model_is(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was read, and after Lightning has put it on the CPU."""
+    network = Hypernetwork(base.embedding, base.head, 16, 1, 2)
+    save_network(network, tmp_path)
+    table = base.embedding.to("meta")
+    loaded = load_network(tmp_path, table, None)
+    assert {weights.device.type for weights in loaded.state_dict().values()} == {"meta"}
+    seen = []
+
+    def all_of(source: torch.Tensor, pieces: torch.Tensor) -> Any:
+        seen.extend({weights.device.type for weights in network.state_dict().values()})
+        rows = source.new_zeros(len(pieces), source.shape[1])
+        return rows, rows, None
+
+    monkeypatch.setattr(network, "all_of", all_of)
+    there: Any = SimpleNamespace(tables=[table], source_TS=table, target=base.target)
+    predicted_tables(network, there, NEW, len(NEW))
+    assert seen == ["meta"]
+
+
+@pytest.mark.parametrize("texts", [["a", ""], [""], ["", TEXTS[0]]])
+def test_texts_without_a_second_token_teach_nothing(
+    base: Base, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Hypernetwork(base.embedding, base.head, 16, 1, 2)
+    drawn = TokenizerSampler(TEXTS, 300)
+    stage = TransferStage(
+        network, base, 1e-3, 1, 9, sampler=drawn, lexical=0, negatives=9, every=1, length=16, seed=0
+    )
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(stage, "log_dict", lambda values, **_: logged.update(values))
+    stage.training_step(texts, 0).backward()
+    modelling = float(logged["modelling"].detach())
+    assert modelling > 0 if TEXTS[0] in texts else modelling == 0
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    assert gradients and all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from eval.methods.huggingface import HuggingFaceUniversal
@@ -113,6 +113,26 @@ def test_the_text_is_read_in_the_drafters_own_tokens() -> None:
         torch.testing.assert_close(logits_D, whole_V[drafter.columns_D])
 
 
+def test_the_text_begins_as_the_drafters_tokenizer_begins_texts() -> None:
+    backend = copy.deepcopy(PIECES.tokenizer.backend_tokenizer)
+    begin = backend.token_to_id("<end>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", begin)]
+    )
+    names = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<end>")
+    drafter = drafter_of(Watched, BYTES, Target(PIECES.model, names, "begins"))
+    assert isinstance(drafter, Watched)
+    encode = BYTES.tokenizer.encode
+    for prompt in (encode(PROMPTS[0]), [BYTES.tokenizer.eos_token_id, *encode(PROMPTS[0])]):
+        drafter.texts = []
+        SpeculativeDecoder(BYTES, drafter).decode([prompt], Sampling(), 6)
+        wanted = names.encode(PROMPTS[0])
+        assert drafter.texts and all(ids[: len(wanted) - 1] == wanted[:-1] for ids in drafter.texts)
+    bytewise = drafter_of(ByteMatching, BYTES, drafter.language_model)
+    text = bytewise.rewritten(encode(PROMPTS[0]), BYTES)
+    assert text.ids == names.encode(PROMPTS[0])
+
+
 def test_only_tokens_of_the_same_bytes_are_shared() -> None:
     target, model = six_tokens()
     drafter = drafter_of(TokenIntersection, target, model)
@@ -199,6 +219,16 @@ def test_a_drafted_string_is_written_after_the_last_words() -> None:
         ids = continued(pieces, before.encode(), data.encode())
         assert pieces.spelled(ids) == data.encode()
     assert words.convert_ids_to_tokens(continued(pieces, b" the", b" the")) == ["\u2581the"]
+
+
+def test_a_character_that_is_not_whole_yet_is_finished() -> None:
+    drafter = drafter_of(StringMatching, BYTES, PIECES)
+    assert isinstance(drafter, StringMatching)
+    one = ForeignText(Retokenised(drafter.own))
+    one.text.extend(b" the \xc3")
+    letter = drafter.own.longest_matches("é t".encode())
+    assert drafter.theirs.spelled(drafter.written(one, letter, {})) == b"\xa9 t"
+    assert drafter.written(one, drafter.own.longest_matches(b"at"), {}) == []
 
 
 def test_byte_matching_draws_the_first_token_of_what_comes_next() -> None:
