@@ -102,17 +102,17 @@ _FORCED: WeakKeyDictionary[Target, dict[tuple[tuple[int, ...], tuple[int, ...]],
 
 def teacher_forced(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
     """What the target says about an answer. Rows that give the same answer share one pass."""
-    known = _FORCED.setdefault(target, {})
+    forced = _FORCED.setdefault(target, {})
     key = tuple(prompt), tuple(answer)
-    if key not in known:
+    if key not in forced:
         logits_TV = teacher_forced_logits(target, prompt, answer)
         ids_T = torch.tensor(answer, dtype=torch.int64)
-        known[key] = Forced(
+        forced[key] = Forced(
             argmax_gaps(logits_TV.double().numpy(), answer),
             logits_TV.log_softmax(-1).gather(1, ids_T[:, None])[:, 0].double(),
             logits_TV.argmax(-1) == ids_T,
         )
-    return known[key]
+    return forced[key]
 
 
 def teacher_forced_logits(target: Target, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

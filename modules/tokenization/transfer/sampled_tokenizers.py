@@ -83,9 +83,9 @@ class TokenizerSampler:
             raise ValueError(f"size {size} has no room for all bytes: use 256 or more")
         self.size, self.draws = size, np.random.default_rng(seed)
         cuts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        own = None if like is None else like.backend_tokenizer.pre_tokenizer
-        if own is not None and spells_bytes(own):
-            cuts.append(own)
+        its_cut = None if like is None else like.backend_tokenizer.pre_tokenizer
+        if its_cut is not None and spells_bytes(its_cut):
+            cuts.append(its_cut)
         self.vocabularies = [Substrings.of(texts, cut) for cut in cuts]
 
     def sample(self) -> Tokenizer:
