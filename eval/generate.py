@@ -109,8 +109,8 @@ def generate(settings: Generation, console: Console) -> None:
     Raises:
         ValueError: an empty prompt, no such drafter, another target's drafter, a prompt longer than
             the context.
-    # 1. Load the target and the drafter, and check the prompt.
     """
+    # 1. Load the target and the drafter, and check the prompt.
     if not settings.prompt.strip():
         raise ValueError("prompt is empty: give a question")
     sampling = settings.sampling(

@@ -4,13 +4,15 @@ each width breaks even.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
+from configs.command_line.loading import exit_with, parse
+from eval.cli import quieten
 from modules.cost_model.call_profile import BETWEEN, KINDS, OTHER, CallProfile, profile_call
-from modules.cost_model.latency_table import LatencyTable, measure_latency
+from modules.cost_model.latency_table import WIDTHS, LatencyTable, measure_latency
 from modules.cost_model.roofline import Roofline, measure_roofline
 from modules.target.loading import AUTO, load_target
 
@@ -65,7 +67,7 @@ def profile_table(profiles: Mapping[int, CallProfile]) -> str:
     )
 
 
-def main(
+def measure(
     target: str = "smollm2-135m",
     context: int = 256,
     repeats: int = 15,
@@ -85,9 +87,21 @@ def main(
         compile: let calls go through torch.compile.
         device: a torch device; by default the GPU if there is one.
         profile: print where the time of calls of 1, 8 and 16 rows goes instead (on a CPU).
+
+    Raises:
+        ValueError: a count below 1, no such target, or a context that its own does not hold.
     """
     # 1. Load, and measure what bounds a call.
+    for name, value in (("context", context), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     loaded = load_target(target, dtype, device, chats=False)
+    widest = max(PROFILED if profile else WIDTHS)
+    if context + widest > loaded.max_positions:
+        raise ValueError(
+            f"context {context} and {widest} rows exceed the target's context of "
+            f"{loaded.max_positions}: lower it"
+        )
     if compile:
         loaded.compile_calls()
     limits = measure_roofline(loaded)
@@ -115,5 +129,19 @@ def main(
         )
 
 
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line and measure; returns the exit status."""
+    parser = ArgumentParser(
+        prog="python -m eval.latency",
+        exit_on_error=False,
+        description="Cost of verification by tree width, and the τ at which each breaks even.",
+    )
+    parser.add_function_arguments(measure, fail_untyped=True)
+    settings = vars(parse(parser, arguments))
+    quieten()
+    measure(**settings)
+    return 0
+
+
 if __name__ == "__main__":
-    auto_cli(main)
+    exit_with(command)

@@ -9,6 +9,7 @@ Nothing is timed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.outputs import append_lines, claimed_file
 from data.conversations import prompt_ids
 from data.generation.answering import chats_of, prompt_rows
 from data.reading.files import Tally
@@ -60,7 +62,8 @@ class Comparison:
         draft_temperature: of whole trees that are drawn, instead.
         fastest: also time this device, which should be idle, and report the size and depth of
             Sequoia's tree with the highest predicted speedup.
-        only: names of the trials to run; by default all.
+        only: names of the trials to run, in quotes where they have a comma:
+            `--only '["chain of 3, ratio", DySpec]'`; by default all.
         seed: of all random draws.
         dtype: of target and draft: float32, float64, bfloat16 or float16. Distributions are made of
             their logits in float64.
@@ -97,7 +100,9 @@ class Comparison:
         check_temperature(self.draft_temperature)
         trials = {**level_trials(), **tree_trials([0.5])}
         if unknown := sorted(set(self.only or ()) - set(trials)):
-            raise ValueError(f"only {unknown[0]!r} is no trial: use some of {', '.join(trials)}")
+            raise ValueError(
+                f"only {unknown[0]!r} is no trial: use some of {', '.join(map(repr, trials))}"
+            )
         if not Path(self.prompts).is_file():
             raise ValueError(
                 f"prompts {self.prompts!r} does not exist: give a .jsonl or .jsonl.gz file"
@@ -200,6 +205,11 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
         drafter = load_drafter(comparison.drafter, target)
         return target, in_target_ids(drafter, target), Method("", comparison.drafter).label
     # None given: the target's own first layers.
+    if comparison.layers > target.shape.num_layers:
+        raise ValueError(
+            f"layers {comparison.layers} is more than the target's {target.shape.num_layers}: "
+            "lower it"
+        )
     drafter = S2D(target.shape, [comparison.layers], adaptive=False)
     drafter.initialise(target)
     drafter = drafter.to(target.device, target.dtype).eval()
@@ -216,11 +226,13 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(Comparison, fail_untyped=True)
     comparison = Comparison(**vars(parse(parser, arguments)))
     quieten()
-    text = compare(comparison)
-    print(text)
-    if comparison.output is not None:
-        with Path(comparison.output).open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+    output = None if comparison.output is None else Path(comparison.output)
+    # A place that cannot be written to is refused before anything is measured.
+    with nullcontext() if output is None else claimed_file(output):
+        text = compare(comparison)
+        print(text)
+        if output is not None:
+            append_lines(output, [text])
     return 0
 
 

@@ -60,7 +60,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], object], list[str]]] = {
         ],
     ),
     "eval.rules": (eval.rules.command, []),
-    "eval.latency": (lambda flags: eval.latency.main(device=flags[1] if flags else None), []),
+    "eval.latency": (eval.latency.command, []),
 }
 
 

@@ -32,8 +32,9 @@ from eval.methods.rows import class_of, construct
 from modules.runtime.files import read_text
 from modules.tokenization.contract import PAD, LanguageModel, Score
 from modules.tokenization.saved import save_language_model
-from modules.tokenization.units import make_units
+from modules.tokenization.units import check_units, make_units
 from modules.tokenization.words import spaced_words, unicode_words, with_typos
+from train.cli import quieten
 
 METRICS = "metrics.json"
 Precision = Literal["32-true", "bf16-mixed"]
@@ -50,7 +51,7 @@ class LanguageModelSettings:
         units: `bytes`, `characters` or `subwords`; of Byte2Word what it predicts.
         vocabulary: characters, or pieces of the BPE, made of the training text.
         held_out: share of the documents that is only evaluated (of a single one: its end).
-        limit: documents read at most.
+        limit: documents read at most; a `.txt` file is read whole.
         steps: of the optimiser.
         batch: rows per step.
         lr: peak learning rate of AdamW, with linear warm-up and a cosine down to 0.
@@ -77,11 +78,18 @@ class LanguageModelSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, before any text is read."""
-        for name in ("steps", "batch", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = {"steps": 1, "batch": 1, "vocabulary": 1, "limit": 1, "warmup_steps": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if not 0 <= self.typos <= 1:
+            raise ValueError(f"typos must be from 0 to 1, got {self.typos}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        check_units(self.units, self.vocabulary)
         # `--settings.model.init_args.width 64` arrives as a key beside `init_args`.
         spec = {key: self.model[key] for key in ("class_path", "init_args") if key in self.model}
         beside = {key: value for key, value in self.model.items() if key not in spec}
@@ -306,6 +314,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(LanguageModelSettings, "settings", fail_untyped=True)
     config = parse(parser, arguments)
     settings = parser.instantiate(config).settings
+    quieten()
     with fresh_output(config):
         figures = train(settings, config.output)
     print(json.dumps(asdict(figures), indent=2))

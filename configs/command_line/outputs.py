@@ -91,8 +91,12 @@ def claimed_file(output: Path) -> Iterator[None]:
     removed at the end.
 
     Raises:
-        ValueError: another run is creating it, or the folder cannot be written.
+        ValueError: another run is creating it, or it or its folder cannot be written.
     """
+    if output.is_dir():
+        raise ValueError(f"output {str(output)!r} is a folder: name a file in it")
+    if output.exists() and not os.access(output, os.W_OK):
+        raise _unwritable(output, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     place = output.with_name(f".{output.name}.lock")
     while True:
         try:
@@ -113,6 +117,22 @@ def claimed_file(output: Path) -> Iterator[None]:
             finally:
                 place.unlink(missing_ok=True)
             return
+
+
+@contextmanager
+def new_file(output: str | None) -> Iterator[None]:
+    """Lock a file of results, if one was asked for, that does not exist before the `with` block.
+
+    Raises:
+        ValueError: it exists already, or as `claimed_file`.
+    """
+    if output is None:
+        yield
+        return
+    with claimed_file(Path(output)):
+        if Path(output).exists():
+            raise ValueError(f"output {output!r} exists already: delete it or give another")
+        yield
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -67,6 +67,8 @@ class CipherProbe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
 def shares(guesses_BT: Tensor, tokens_BT: Tensor) -> list[float]:

@@ -8,7 +8,6 @@ merged, the answer's are not, and positions count merged tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from checkpoints.folders import write_json
 from configs.command_line.loading import exit_with, parse
-from configs.command_line.outputs import claimed_file
+from configs.command_line.outputs import new_file
 from data.chat_tokens import answer_ids
 from data.reading.rows import load_conversations
 from eval.metrics.bootstrap import mean_interval
@@ -44,9 +43,9 @@ class Prefill:
         prompts: chats with answers; see `data.reading`.
         limit: chats.
         merges: numbers of merges of the batch of all prompts, each a row of the result.
-        boundary: `word`, `word_hyphen` or `sentence`.
+        boundary: `pretoken`, `word`, `word_hyphen` or `sentence`.
         originals: single tokens keep the model's own embeddings; else all are predicted.
-        output: a `.json` file to write; by default nothing is written.
+        output: a new `.json` file to write; by default nothing is written.
     """
 
     transfer: str
@@ -136,10 +135,11 @@ def run(asked_for: Prefill) -> list[Line]:
     settings = read_object(folder / "metrics.json").get("settings") or {}
     if "target" not in settings:
         raise ValueError(f"transfer {asked_for.transfer!r} is no run of train.tokenizer_transfer")
+    conversations = list(load_conversations(asked_for.prompts, asked_for.limit))
     base = Base(load_target(str(settings["target"]), "float32"))
     network = load_network(folder, base.embedding.float(), base.head)
     chats = []
-    for chat in load_conversations(asked_for.prompts, asked_for.limit):
+    for chat in conversations:
         answer = answer_ids(
             chat, len(chat.messages) - 1, base.target.tokenizer, set(base.target.eos_ids)
         )
@@ -160,8 +160,10 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(Prefill, fail_untyped=True)
     asked_for = Prefill(**vars(parse(parser, arguments)))
     # A place that cannot be written to is refused before anything is measured.
-    with claimed_file(Path(asked_for.output)) if asked_for.output else nullcontext():
+    with new_file(asked_for.output):
         lines = run(asked_for)
+        if asked_for.output is not None:
+            write_json(Path(asked_for.output), [asdict(line) for line in lines])
     print("| merges | length | nats per token | more than without |\n|---:|---:|---:|---:|")
     for line in lines:
         low, high = line.interval
@@ -169,8 +171,6 @@ def command(arguments: Sequence[str]) -> int:
             f"| {line.merges} | {line.length:.3f} | {line.nats:.3f} | {line.more_nats:+.3f} "
             f"({low:+.3f} to {high:+.3f}) |"
         )
-    if asked_for.output is not None:
-        write_json(Path(asked_for.output), [asdict(line) for line in lines])
     return 0
 
 

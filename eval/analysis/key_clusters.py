@@ -68,8 +68,11 @@ def compare(
         device: a torch device; by default the GPU if there is one.
 
     Raises:
-        ValueError: a row of `probes` without these keys, or with an empty text.
+        ValueError: fewer than one cluster, or a row of `probes` without these keys, or with an
+            empty text.
     """
+    if clusters < 1:
+        raise ValueError(f"clusters must be at least 1, got {clusters}")
     rows = list(read_jsonl(PROBES if probes is None else Path(probes)))
     if not rows or not all(map(_complete, rows)):
         raise ValueError(

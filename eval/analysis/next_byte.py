@@ -21,6 +21,7 @@ from modules.byte_level.covers import END, ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary
 from modules.contracts.target import Target
+from modules.runtime.files import read_text
 from modules.target.loading import AUTO, load_target
 
 
@@ -103,14 +104,17 @@ def compare(
         limit: number of texts, from the beginning of the file.
         per_text: cuts of each text.
         seed: of the places.
-        dtype: of the target, as in `eval.divergences`.
+        dtype: of the target, float32, bfloat16, float16 or float64; auto is bfloat16 on a GPU that
+            multiplies it and float32 elsewhere.
         device: a torch device; by default the GPU if there is one.
 
     Raises:
-        ValueError: a file that does not exist or has no text.
+        ValueError: a count below 1, or a file that cannot be read or has no text.
     """
-    place = Path(texts)
-    lines = place.read_text("utf-8").splitlines() if place.is_file() else []
+    for name, value in (("limit", limit), ("per_text", per_text)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    lines = read_text(Path(texts), "texts").splitlines()
     strings = [line for line in lines if line.strip()][:limit]
     if not strings:
         raise ValueError(f"texts {texts!r} has no text: give a file with a text per line")
@@ -119,6 +123,8 @@ def compare(
     tokenizer = loaded.tokenizer
     before = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     cuts = list(cuts_inside_tokens(vocabulary, strings, per_text, random.Random(seed)))
+    if not cuts:
+        raise ValueError(f"texts {texts!r} has no token of several bytes: give longer texts")
     print(f"{len(cuts)} cuts inside of tokens, {len(strings)} texts, {target}")
     for name, (right, bits) in measure(loaded, cuts, before).items():
         print(f"{name:<6} next byte right {right:.3f}, log probability {bits:.2f} bits")

@@ -13,7 +13,6 @@ S slots, T prompt tokens, O observed tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from configs.command_line.class_paths import Kind
 from configs.command_line.loading import exit_with, parse
-from configs.command_line.outputs import claimed_file
+from configs.command_line.outputs import new_file
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
 from eval.cli import quieten
@@ -232,7 +231,7 @@ def compare(
         budgets: slots that a row reads; by default 256 and 1024.
         prompts: of each length.
         tokens: of an answer.
-        output: Markdown file that gets the tables as well.
+        output: a new Markdown file that gets the tables as well.
         dtype: of the target; auto is bfloat16 on a GPU that multiplies it and float32 elsewhere.
         device: a torch device; by default the GPU if there is one.
         seed: of the prompts.
@@ -244,6 +243,9 @@ def compare(
     for name, value in (("prompts", prompts), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for length in lengths or ():
+        if length < 1:
+            raise ValueError(f"lengths must be at least 1, got {length}")
     policies = {
         f"{name}, {budget}": construct(spec, f"budgets: {name} of {budget}", Kind.POLICY)
         for budget in budgets or [256, 1024]
@@ -275,7 +277,7 @@ def command(arguments: Sequence[str]) -> int:
     settings = vars(parse(parser, arguments))
     quieten()
     # A place that cannot be written to is refused before anything is measured.
-    with claimed_file(Path(settings["output"])) if settings["output"] else nullcontext():
+    with new_file(settings["output"]):
         compare(**settings)
     return 0
 

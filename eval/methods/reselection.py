@@ -6,10 +6,14 @@ for a model. Every needle text is read once; its answer is then one call for eac
 
 from __future__ import annotations
 
-from jsonargparse import auto_cli
+from collections.abc import Sequence
 
+from jsonargparse import ArgumentParser
+
+from configs.command_line.loading import exit_with, parse
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
+from eval.cli import quieten
 from modules.contracts.target import Target
 from modules.sparse_kv.tidal import TidalDecode, reselection_scores
 from modules.target.loading import AUTO, load_target
@@ -35,7 +39,7 @@ def table(scores: dict[int, tuple[float, float]]) -> str:
     return "\n".join(["| layer | first choices | log probability |", "|---|---|---|", *lines])
 
 
-def main(
+def compare(
     target: str = "smollm2-135m",
     tokens: int = 4096,
     count: int = 4,
@@ -56,8 +60,20 @@ def main(
         dtype: of the target; auto is bfloat16 on a GPU that multiplies it and float32 elsewhere.
         device: a torch device; by default the GPU if there is one.
         seed: of the texts.
+
+    Raises:
+        ValueError: a count below 1, no such target, a layer that it does not have, or a text longer
+            than its context.
     """
+    for name, value in (("tokens", tokens), ("count", count)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     policy, loaded = TidalDecode(budget, first), load_target(target, dtype, device)
+    if first + 1 >= loaded.shape.num_layers:
+        raise ValueError(
+            f"first {first} leaves none of the target's {loaded.shape.num_layers} layers to choose "
+            "anew: lower it"
+        )
     texts = needle_texts(loaded, tokens, count, seed)
     longest = max(len(prompt) + len(answer) for prompt, answer in texts)
     if longest > loaded.max_positions:
@@ -68,5 +84,19 @@ def main(
     print(table(reselection_scores(loaded, texts, policy)))
 
 
+def command(arguments: Sequence[str]) -> int:
+    """Parse the command line and compare; returns the exit status."""
+    parser = ArgumentParser(
+        prog="python -m eval.methods.reselection",
+        exit_on_error=False,
+        description="Which layer of a target should choose anew in TidalDecode.",
+    )
+    parser.add_function_arguments(compare, fail_untyped=True)
+    settings = vars(parse(parser, arguments))
+    quieten()
+    compare(**settings)
+    return 0
+
+
 if __name__ == "__main__":
-    auto_cli(main)
+    exit_with(command)

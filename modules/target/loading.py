@@ -203,7 +203,7 @@ def check_loading(dtype: str, device: str | None = None) -> None:
     """Check, before anything is loaded, that this machine can load a target so.
 
     Raises:
-        ValueError: an unknown dtype, or a library that is not installed.
+        ValueError: an unknown dtype, a library that is not installed, or no such device.
     """
     names = [*DTYPES, *QUANTISED, AUTO]
     if dtype not in names:
@@ -217,6 +217,22 @@ def check_loading(dtype: str, device: str | None = None) -> None:
                 f"{what} needs {library}, which is not installed: run `pip install {library}`, or "
                 f"{instead}"
             )
+    if device not in (None, EVERYWHERE):
+        _check_device(device)
+
+
+def _check_device(name: str) -> None:
+    """ValueError for a name that is no device, or a GPU that torch does not find."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device {name!r} is not there: torch finds {count} GPUs on this machine: use "
+            + ("cpu" if count == 0 else f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0")
+        )
 
 
 def loading_options(dtype: str, device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Blocks(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, length: int, causal: bool) -> None:
         super().__init__()
-        _check(width, layers, heads)
+        check_sizes(width, layers, heads)
         self.causal = causal
         self.positions_LH = nn.Parameter(torch.randn(length, width) * 0.02)
         block = nn.TransformerEncoderLayer(
@@ -56,7 +56,7 @@ class Blocks(nn.Module):
 
 def backbone(width: int, layers: int, heads: int) -> LlamaModel:
     """A causal transformer of Llama's type, which reads embeddings; its table has a single row."""
-    _check(width, layers, heads)
+    check_sizes(width, layers, heads)
     return LlamaModel(
         LlamaConfig(
             vocab_size=1,
@@ -73,7 +73,11 @@ def backbone(width: int, layers: int, heads: int) -> LlamaModel:
     )
 
 
-def _check(width: int, layers: int, heads: int) -> None:
+def check_sizes(width: int, layers: int, heads: int) -> None:
+    """ValueError for sizes that no transformer of these blocks has."""
+    for name, value in (("width", width), ("layers", layers), ("heads", heads)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if width % heads or (width // heads) % 2:
         raise ValueError(f"width {width} must be an even multiple of heads, got {heads} heads")
     if layers > MOST_LAYERS:

@@ -108,6 +108,14 @@ class SubwordUnits(Units):
         return [len(self.tokenizer.id_to_token(i) or "") for i in range(self.size)]
 
 
+def check_units(kind: str, vocabulary: int) -> None:
+    """ValueError for another kind, or without room for the 256 bytes in the BPE's vocabulary."""
+    if kind not in ("bytes", "characters", "subwords"):
+        raise ValueError(f"units {kind!r} is unknown: use bytes, characters or subwords")
+    if kind == "subwords" and vocabulary < BYTES:
+        raise ValueError(f"vocabulary {vocabulary} has no room for all bytes: use 256 or more")
+
+
 def make_units(kind: str, words: Iterable[str], vocabulary: int) -> Units:
     """Units for these words.
 
@@ -117,8 +125,9 @@ def make_units(kind: str, words: Iterable[str], vocabulary: int) -> Units:
         vocabulary: the most frequent so many characters, or pieces of the BPE.
 
     Raises:
-        ValueError: another kind, or no room for the 256 bytes in the BPE's vocabulary.
+        ValueError: as `check_units`.
     """
+    check_units(kind, vocabulary)
     if kind == "bytes":
         return ByteUnits()
     if kind == "characters":
@@ -127,10 +136,6 @@ def make_units(kind: str, words: Iterable[str], vocabulary: int) -> Units:
             counts[character] = counts.get(character, 0) + 1
         frequent = sorted(counts, key=lambda character: (-counts[character], character))
         return CharacterUnits("".join(sorted(frequent[: vocabulary - 1])))
-    if kind != "subwords":
-        raise ValueError(f"units {kind!r} is unknown: use bytes, characters or subwords")
-    if vocabulary < BYTES:
-        raise ValueError(f"vocabulary {vocabulary} has no room for all bytes: use 256 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

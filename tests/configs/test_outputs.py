@@ -183,3 +183,15 @@ def test_texts_are_written_all_or_none(tmp_path: Path) -> None:
         "a.json",
         "b.md",
     ]
+
+
+def test_a_file_that_may_not_be_written_is_refused_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "table.md"
+    output.write_text("earlier")
+    monkeypatch.setattr(outputs.os, "access", lambda *_: False)
+    refused = pytest.raises(ValueError, match="cannot be written .Permission denied")
+    with refused, outputs.claimed_file(output):
+        pytest.fail("it was claimed")
+    assert output.read_text() == "earlier" and list(tmp_path.iterdir()) == [output]

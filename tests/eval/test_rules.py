@@ -43,6 +43,15 @@ def target() -> Target:
     return tiny_target(vocab=40, layers=3)
 
 
+def test_more_layers_than_the_target_has_are_named(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.rules.check_room", lambda *_: None)
+    monkeypatch.setattr("eval.rules.load_target", lambda *_: target)
+    with pytest.raises(ValueError, match=r"layers 99 is more than the target's \d+: lower it"):
+        models(Comparison(layers=99))
+
+
 def test_the_target_as_its_own_drafter_is_accepted_whole(target: Target) -> None:
     trials = tree_trials([0.7, 0.2])
     values, firsts = measure(spots(target, drafted_by(target, 3), PROMPTS, GRID), trials, GRID)
@@ -174,12 +183,27 @@ def test_wrong_pairings_and_settings_are_refused_before_anything_is_loaded(
         ({"temperature": -1.0}, "temperature must be"),
         ({"prompts": "nowhere.jsonl"}, "does not exist"),
         ({"draft_temperature": 0.0}, "above 0"),
-        ({"only": ["luck"]}, "'luck' is no trial"),
+        ({"only": ["luck"]}, "'luck' is no trial: use some of .*'chain of 3, ratio', "),
     ):
         with pytest.raises(ValueError, match=message):
             Comparison(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draws"):
         command(["--draws", "0"])
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("eval.rules.compare", lambda _: pytest.fail("it was compared"))
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        command(["--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="cannot be written .No such file or directory"):
+        command(["--output", str(tmp_path / "none" / "rules.md")])
+    # A result is appended to what is there.
+    monkeypatch.setattr("eval.rules.compare", lambda _: "## Temperature 1\n")
+    for _ in range(2):
+        assert command(["--output", str(tmp_path / "rules.md")]) == 0
+    assert (tmp_path / "rules.md").read_text() == "## Temperature 1\n\n" * 2
 
 
 def test_methods_refuse_wrong_pairings_before_anything_is_loaded(tmp_path: Path) -> None:

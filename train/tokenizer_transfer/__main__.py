@@ -19,10 +19,12 @@ from checkpoints.folders import write_json
 from configs.command_line.loading import config_parser, exit_with, parse
 from modules.target.loading import load_target, locate
 from modules.target.outline import read_tokenizer
+from modules.tokenization.blocks import check_sizes
 from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, check_byte_level, save_network
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from modules.tokenization.units import BYTES
+from train.cli import quieten
 from train.language_model import (
     METRICS,
     Precision,
@@ -40,7 +42,7 @@ from train.tokenizer_transfer.result import (
 )
 from train.tokenizer_transfer.stages import IdentityStage, TransferStage
 
-COUNTS = "steps", "batch", "pieces", "every", "identity_tokens", "buffer"
+COUNTS = "steps", "batch", "pieces", "every", "identity_tokens", "buffer", "limit"
 """Settings of at least one."""
 
 
@@ -55,16 +57,21 @@ class TransferSettings:
         train: text; see `train.language_model`.
         held_out: share of the documents for the figures.
         limit: documents read at most.
-        width: of the hypernetwork. layers: of its transformer. heads: of its attention.
+        width: of the hypernetwork.
+        layers: of its transformer.
+        heads: of its attention.
         pieces: of a token that are read.
         residual: predict what is added to the mean of a token's pieces; tokens that the base model
             has keep their embeddings.
-        identity_steps: of the first stage, which `residual` does without. identity_lr: its peak
-            learning rate.
+        identity_steps: of the first stage, which `residual` does without.
+        identity_lr: its peak learning rate.
         identity_tokens: per step.
-        steps: of the second stage. lr: its peak learning rate.
-        batch: texts per step. length: tokens of a text.
-        vocabulary: tokens of a drawn tokenizer. buffer: texts it is made of.
+        steps: of the second stage.
+        lr: its peak learning rate.
+        batch: texts per step.
+        length: tokens of a text.
+        vocabulary: tokens of a drawn tokenizer.
+        buffer: texts it is made of.
         negatives: tokens besides a batch's that the loss chooses among.
         every: steps with one tokenizer.
         lexical: weight of the regression on tokens of both vocabularies; without `residual` only.
@@ -103,8 +110,13 @@ class TransferSettings:
         least = {"identity_steps": 0 if self.residual else 1, "negatives": 0, "length": 2}
         least |= {"vocabulary": BYTES, **dict.fromkeys(COUNTS, 1)}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        check_sizes(self.width, self.layers, self.heads)
+        for name in ("lr", "identity_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.residual and self.identity_steps:
             raise ValueError(
                 f"identity_steps must be 0 with residual, got {self.identity_steps}: tokens of the "
@@ -259,6 +271,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(TransferSettings, "settings", fail_untyped=True)
     config: Namespace = parse(parser, arguments)
     settings = parser.instantiate(config).settings
+    quieten()
     with fresh_output(config):
         figures = transfer(settings, config.output)
     print(json.dumps(figures, indent=2))

@@ -159,6 +159,7 @@ def test_rows_are_of_both_parts_of_the_text(place: Path) -> None:
         ({"texts": "none.txt"}, "texts: .*none.txt cannot be read"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
+        ({"lr": -1.0}, "lr must be above 0, got -1.0"),
     ],
 )
 def test_mistakes_name_the_key(place: Path, settings: dict[str, Any], words: str) -> None:

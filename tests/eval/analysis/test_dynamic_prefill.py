@@ -37,6 +37,8 @@ def test_more_merges_are_shorter_and_none_changes_nothing(folder: Path, tmp_path
     assert [line["merges"] for line in lines] == [0, 2, 40]
     assert lines[0]["length"] == 1 and lines[0]["more_nats"] == pytest.approx(0, abs=1e-6)
     assert 1 > lines[1]["length"] > lines[2]["length"]
+    with pytest.raises(ValueError, match="exists already: delete it or give another"):
+        command(arguments)
     predicted = run(Prefill(str(folder), chats, merges=(0,), originals=False))
     assert predicted[0].nats != pytest.approx(lines[0]["nats"], abs=1e-4)
 
@@ -52,6 +54,9 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path, tmp_path: Pa
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="is no run of train.tokenizer_transfer"):
         run(Prefill(str(tmp_path), "y"))
+    write_json(tmp_path / "metrics.json", {"settings": {"target": "no such model"}})
+    with pytest.raises(ValueError, match=r"missing\.jsonl"):
+        run(Prefill(str(tmp_path), "missing.jsonl"))
     base = Base(load_target(str(folder / "base"), "float32", "cpu"))
     with pytest.raises(ValueError, match="no hypernetwork of this model"):
         load_network(folder, base.embedding[:, :16].float(), None)

@@ -53,6 +53,11 @@ def test_the_command_probes_a_target(
     assert right_tokens(target.tokenizer, ["ab"]) == set(target.tokenizer.encode("a "))
 
 
+def test_no_cluster_is_refused_before_the_target_is_loaded() -> None:
+    with pytest.raises(ValueError, match="clusters must be at least 1, got 0"):
+        eval.analysis.key_clusters.compare("nowhere", clusters=0)
+
+
 @pytest.mark.parametrize(
     "row",
     [{"answers": ["a"]}, {"prompt": "a", "answers": "b"}, {"prompt": "a", "answers": ["b", ""]}],

@@ -51,6 +51,26 @@ def test_both_ways_are_measured_on_the_same_cuts(
     assert "4 cuts inside of tokens, 2 texts, tiny" in printed and "exact  next byte" in printed
 
 
-def test_a_file_without_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="'none' has no text"):
-        command(["--target", "tiny", "--texts", "none"])
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--per_text", "-1"], "per_text must be at least 1, got -1"),
+        (["--texts", "none"], "texts: none cannot be read"),
+        (["--texts", "latin"], "texts: latin is not UTF-8"),
+        (["--texts", "empty"], "texts 'empty' has no text"),
+        (["--texts", "letters"], "texts 'letters' has no token of several bytes"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(
+    flags: list[str], line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = TARGETS["byte-level"]
+    monkeypatch.setattr(eval.analysis.next_byte, "load_target", lambda *_, **__: target)
+    monkeypatch.chdir(tmp_path)
+    Path("texts").write_text("the cat sat on the mat\n")
+    Path("empty").write_text("\n")
+    Path("letters").write_text("t\n")
+    Path("latin").write_bytes(b"\xe9t\xe9\n")
+    with pytest.raises(ValueError, match=line):
+        command(["--target", "tiny", "--texts", "texts", *flags])

@@ -106,6 +106,8 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(specs_at(256)) == names
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         command(["--tokens", "0"])
+    with pytest.raises(ValueError, match="lengths must be at least 1, got -4"):
+        command(["--lengths", "[256, -4]"])
     with pytest.raises(ValueError, match="budgets: sentence_kv of 64: budget must be at least 65"):
         command(["--budgets", "[256, 64]"])
     monkeypatch.setattr(selection_recall, "load_target", lambda *_: pytest.fail("it was loaded"))
@@ -113,6 +115,18 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         command(["--kind", "noodle"])
     with pytest.raises(ValueError, match="cannot be written .No such file or directory"):
         command(["--output", str(tmp_path / "none" / "table.md")])
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        command(["--output", str(tmp_path)])
+
+
+def test_an_earlier_table_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection_recall, "load_target", lambda *_: pytest.fail("it was loaded"))
+    output = tmp_path / "table.md"
+    output.write_text("an earlier table")
+    with pytest.raises(ValueError, match="exists already: delete it or give another"):
+        command(["--output", str(output)])
+    assert output.read_text() == "an earlier table"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_length_beyond_the_context_is_refused_before_any_is_measured(

@@ -61,6 +61,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ),
         ("8bit", None, "dtype '8bit' needs bitsandbytes"),
         ("float32", "auto", "device 'auto' needs accelerate"),
+        ("float32", "gpu", "device 'gpu' is unknown: use cpu, cuda or cuda:1"),
+        ("float32", "cuda:7", "device 'cuda:7' is not there: torch finds 0 GPUs on this machine"),
         ("int3", "cpu", "dtype 'int3' is unknown: use one of float32, .* 4bit"),
     ],
 )
@@ -68,6 +70,7 @@ def test_what_is_missing_is_one_line_before_anything_is_loaded(
     dtype: str, device: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for call in (
         lambda: check_loading(dtype, device),
         lambda: load_target("nowhere", dtype, device or "cpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def run(tmp_path: Path, path: str, **settings: Any) -> dict[str, float]:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
     arguments = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]
     assert command(arguments) == 0
+    assert not logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO)
     return json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
@@ -156,6 +158,12 @@ def test_shipped_recipes_can_be_built(name: str) -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"typos": 20.0}, "typos must be from 0 to 1, got 20.0"),
+        ({"lr": -1.0}, "lr must be above 0, got -1.0"),
+        ({"units": "words"}, "units 'words' is unknown: use bytes, characters or subwords"),
+        ({"units": "subwords", "vocabulary": 200}, "vocabulary 200 has no room for all bytes"),
         ({"model": {"class_path": f"{FOLDER}.words.capped"}}, "is no language_model"),
         ({"model": {"class_path": "os.system"}}, "is in no package"),
         ({"model": {**HAT, "init_args": {"width": "x"}}}, "width must be a whole number, got 'x'"),

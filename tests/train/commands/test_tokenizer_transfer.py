@@ -149,6 +149,11 @@ def test_models_that_cannot_be_transferred_are_refused(base: Base) -> None:
         ({"buffer": 0}, "buffer must be at least 1"),
         ({"negatives": -1}, "negatives must be at least 0"),
         ({"held_out": 1.5}, "held_out must be between 0 and 1"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 7}, "width 512 must be an even multiple of heads, got 7 heads"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"identity_lr": -1.0}, "identity_lr must be above 0, got -1.0"),
         ({"residual": True, "identity_steps": 5}, "identity_steps must be 0 with residual, got 5"),
     )
     for wrong, words in cases:
