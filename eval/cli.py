@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from transformers.utils import logging
 
 from checkpoints.checks import strange_values
 from checkpoints.reports import load_report
 from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import write_whole
+from configs.command_line.progress import quieten
 from eval.evaluation import Evaluation, evaluate
 from eval.methods.rows import Method
 from eval.report.compare import comparison_lines, comparison_table
@@ -142,12 +142,6 @@ def render(path: str) -> int:
     write_whole({place: text})
     Console().print(f"report: {place}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def quieten() -> None:
-    """Keep the libraries' own progress bars and advice out of the output."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,10 +15,10 @@ from rich.progress import track
 
 from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.progress import quieten
 from data.generation.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
 from data.labelled.mining import mine
 from data.reading.files import Tally
-from eval.cli import quieten
 from eval.methods.rows import load_drafter
 from eval.methods.templates import chat_arguments
 from modules.decoding.translation import in_target_ids

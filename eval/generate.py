@@ -15,9 +15,9 @@ from rich.text import Text
 
 from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.progress import quieten
 from data.conversations import check_ids, prompt_ids
 from data.reading.files import clean
-from eval.cli import quieten
 from eval.methods.rows import Precision, load_drafter
 from eval.methods.templates import chat_arguments
 from eval.methods.token_options import TokenOptions

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from configs.command_line.loading import exit_with, parse
-from eval.cli import quieten
+from configs.command_line.progress import quieten
 from modules.cost_model.call_profile import BETWEEN, KINDS, OTHER, CallProfile, profile_call
 from modules.cost_model.latency_table import WIDTHS, LatencyTable, measure_latency
 from modules.cost_model.roofline import Roofline, measure_roofline

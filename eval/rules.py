@@ -20,11 +20,11 @@ from jsonargparse import ArgumentParser
 from checkpoints.pretrained import find_folder, read_config
 from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import append_lines, claimed_file
+from configs.command_line.progress import quieten
 from data.conversations import prompt_ids
 from data.generation.answering import chats_of, prompt_rows
 from data.reading.files import Tally
 from data.reading.rows import Message
-from eval.cli import quieten
 from eval.methods.rows import TRAINING_PROMPTS, Method, load_drafter
 from eval.methods.templates import chat_arguments
 from eval.rule_comparison.contexts import LEVEL_DRAWS, Grid, calibrate, measure, spots

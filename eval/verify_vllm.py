@@ -19,7 +19,7 @@ from rich.console import Console
 
 from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import claimed, write_whole
-from eval.cli import quieten
+from configs.command_line.progress import quieten
 from eval.evaluation import Evaluation, evaluate
 from eval.methods.rows import Method, load_drafter
 from eval.vllm.engine import ENGINE, Worker, engine_arguments, export_for_vllm

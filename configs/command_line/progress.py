@@ -71,3 +71,11 @@ def _lines(what: str, unit: str, done: int, total: int, console: Console) -> Adv
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return advance
+
+
+def quieten() -> None:
+    """Keep the libraries' own progress bars and advice out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -12,8 +12,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.progress import quieten
 from data.reading.files import read_jsonl
-from eval.cli import quieten
 from modules.contracts.target import Target
 from modules.decoding.lossy.key_clusters import Ranked, k_means, precision, ranked_tokens
 from modules.target.loading import AUTO, load_target

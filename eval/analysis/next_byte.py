@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from configs.command_line.loading import exit_with, parse
-from eval.cli import quieten
+from configs.command_line.progress import quieten
 from modules.byte_level.covers import END, ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary

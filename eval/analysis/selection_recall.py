@@ -25,9 +25,9 @@ from torch import Tensor
 from configs.command_line.class_paths import Kind
 from configs.command_line.loading import exit_with, parse
 from configs.command_line.outputs import new_file
+from configs.command_line.progress import quieten
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
-from eval.cli import quieten
 from eval.methods.rows import construct
 from modules.contracts.target import Session, Target
 from modules.contracts.token_tree import TokenTree

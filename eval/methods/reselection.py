@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from configs.command_line.loading import exit_with, parse
+from configs.command_line.progress import quieten
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
-from eval.cli import quieten
 from modules.contracts.target import Target
 from modules.sparse_kv.tidal import TidalDecode, reselection_scores
 from modules.target.loading import AUTO, load_target
