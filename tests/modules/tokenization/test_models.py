@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from modules.tokenization.byte2word import Byte2Word
 from modules.tokenization.contract import PAD, LanguageModel
@@ -125,6 +126,23 @@ def test_words_are_written_as_they_are_scored(make: Any) -> None:
     for place in range(len(ids) - len(written), len(ids)):
         expected = [*ids[place], model.end][: model.most_bytes]
         assert likeliest[place, : len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("make", WORD_MODELS)
+def test_word_by_word_and_unit_by_unit_the_logits_are_those_of_teacher_forcing(make: Any) -> None:
+    model = make()
+    rows, cache = rows_of(model), DynamicCache()
+    read = with_empty(model, rows)[:, :-1]
+    contexts = model.contexts(read)
+    parts = [model.contexts(read[:, t : t + 1], cache) for t in range(read.shape[1])]
+    torch.testing.assert_close(torch.cat(parts, 1), contexts)
+    logits = model.spell(contexts[0], rows[0])
+    for t, word in enumerate(rows[0]):
+        ids = [unit for unit in word.tolist() if unit != PAD]
+        for place in range(min(len(ids) + 1, model.most_bytes)):
+            units = torch.tensor([[*ids[:place], PAD]])
+            found = model.spell(contexts[0, t : t + 1], units)[0, -1]
+            torch.testing.assert_close(found, logits[t, place])
 
 
 def _ids(model: WordModel, prompt: str, limit: int) -> list[list[int]]:
@@ -315,6 +333,22 @@ def test_word_vectors_read_their_own_bytes_and_no_padding() -> None:
     new[0, :3], new[1, :3] = torch.tensor([200, 201, 202]), torch.tensor([202, 201, 200])
     first, second = model.word_vectors(new)
     assert not torch.allclose(first, second)
+
+
+def test_swapped_letters_move_pooled_bytes_less_than_subwords() -> None:
+    """At the beginning of the training, by the share of a vector's length."""
+    words = [" caterpillar", " remember", " something", " understand"]
+    units = make_units("subwords", words * 9, 330)
+    moved = {}
+    for read in ("bytes", "pieces"):
+        torch.manual_seed(0)
+        model = Byte2Word(units, width=64, layers=1, heads=2, most_bytes=16, read=read).eval()
+        pairs = [(word, word[:4] + word[5] + word[4] + word[6:]) for word in words]
+        ids = [[model.reads.encode(each) for each in pair] for pair in pairs]
+        rows = [[*each, *[PAD] * (16 - len(each))] for pair in ids for each in pair]
+        right, wrong = model.word_vectors(torch.tensor(rows)).unflatten(0, (-1, 2)).unbind(1)
+        moved[read] = float(((wrong - right).norm(dim=-1) / right.norm(dim=-1)).mean())
+    assert 3 * moved["bytes"] < moved["pieces"]
 
 
 def test_all_bytes_of_a_masked_word_are_hidden() -> None:

@@ -104,6 +104,20 @@ def test_both_stages_help_and_the_folder_is_an_ordinary_model(
     assert torch.equal(special, original[BASE.eos_token_id])
 
 
+def test_after_the_identity_stage_the_base_tokenizer_has_its_embeddings_back(base: Base) -> None:
+    """As the paper wants it: cosines above 0.9, the loss within a few percent."""
+    torch.manual_seed(0)
+    network, steps = Hypernetwork(base.embedding, base.head, 64, 1, 2), 250
+    stage = IdentityStage(network, base, 5e-3, 20, steps, tokens=290, seed=0)
+    fit(stage, DataLoader(TensorDataset(torch.zeros(steps))), steps, "32-true")
+    tables = predicted_tables(network.eval(), base, BASE, len(base.embedding))
+    cosines = torch.cosine_similarity(tables[0], base.embedding, dim=-1)
+    assert float(cosines.mean()) > 0.9
+    original, _ = bits_per_byte(base, original_tables(base), BASE, TEXTS[:2], 64)
+    found, _ = bits_per_byte(base, tables, BASE, TEXTS[:2], 64)
+    assert found < 1.05 * original + 0.02
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_precision_is_the_trainings(base: Base, precision: Any) -> None:
     seen = []
