@@ -322,8 +322,9 @@ def check_unquantised(dtype: str) -> None:
 
 def locate(name: str) -> str:
     """The folder or Hub id to load from; a GGUF file is dequantised once and cached as
-    safetensors.
+    safetensors. `~` is the user's home, as configs have no shell that says so.
     """
+    name = os.path.expanduser(name)
     if name == EMBEDDED:
         return str(_dequantised(_embedded_file()))
     if name.endswith(".gguf"):

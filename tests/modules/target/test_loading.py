@@ -227,3 +227,15 @@ def test_lists_by_layer_are_cut_with_the_layers() -> None:
     shallow = truncated_config(config, 1)
     assert shallow.layer_types == ["sliding_attention"] and shallow.num_hidden_layers == 1
     assert shallow.eos_token_id == [0, 3] and len(config.layer_types) == 2
+
+
+def test_a_home_folder_is_found_without_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stored = tiny_target()
+    stored.stock.save_pretrained(tmp_path / "model")
+    stored.tokenizer.save_pretrained(tmp_path / "model")
+    assert load_target("~/model", "float32", "cpu").shape == stored.shape
+    with pytest.raises(ValueError, match="none.gguf' does not exist"):
+        load_target("~/none.gguf")
