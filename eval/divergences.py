@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.progress import track
 
 from checkpoints.pretrained import find_folder, read_config
-from configs.command_line.loading import exit_with, parse
-from configs.command_line.progress import quieten
+from configs.command_line.loading import called, exit_with
 from data.generation.answering import Journal, Key, chats_of, prompt_rows, prompts_digest
 from data.labelled.mining import mine
 from data.reading.files import Tally
@@ -115,16 +113,9 @@ def write_mined(mined: Sequence[list[dict[str, Any]]], place: Path) -> None:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and mine; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.divergences",
-        exit_on_error=False,
-        description="Label where a drafter leaves its target.",
+    return called(
+        mine_file, arguments, "eval.divergences", "Label where a drafter leaves its target."
     )
-    parser.add_function_arguments(mine_file, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    mine_file(**settings)
-    return 0
 
 
 if __name__ == "__main__":

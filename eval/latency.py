@@ -7,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jsonargparse import ArgumentParser
 
-from configs.command_line.loading import exit_with, parse
-from configs.command_line.progress import quieten
+from configs.command_line.loading import called, exit_with
 from modules.cost_model.call_profile import BETWEEN, KINDS, OTHER, CallProfile, profile_call
 from modules.cost_model.latency_table import WIDTHS, LatencyTable, measure_latency
 from modules.cost_model.roofline import Roofline, measure_roofline
@@ -131,16 +129,12 @@ def measure(
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and measure; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.latency",
-        exit_on_error=False,
-        description="Cost of verification by tree width, and the τ at which each breaks even.",
+    return called(
+        measure,
+        arguments,
+        "eval.latency",
+        "Cost of verification by tree width, and the τ at which each breaks even.",
     )
-    parser.add_function_arguments(measure, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    measure(**settings)
-    return 0
 
 
 if __name__ == "__main__":

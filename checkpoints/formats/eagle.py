@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.folders import Ledger
-from checkpoints.formats.exported import Exported, served_name
+from checkpoints.formats.exported import Exported, served_name, trimmed_note
 from checkpoints.formats.llama import (
     embeddings,
     layer_config,
@@ -90,16 +90,6 @@ def layout(
         **tensors,
         "fc.bias": state.get("fc.bias", state["fc.weight"].new_zeros(shape.hidden_size)),
     }
-
-
-def trimmed_note(drafter: Eagle) -> tuple[str, ...]:
-    """A note about a trimmed draft vocabulary, which the format cannot express."""
-    if drafter.vocabulary_D is None:
-        return ()
-    return (
-        f"the engine drafts from all {drafter.shape.vocab_size} tokens, this project from "
-        f"{drafter.draft_size}: where the likeliest is none of these, drafts differ",
-    )
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

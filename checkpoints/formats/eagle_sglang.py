@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from checkpoints.formats import eagle
-from checkpoints.formats.exported import Exported, served_name
+from checkpoints.formats.exported import Exported, served_name, trimmed_note
 from modules.drafters.feature.eagle import Eagle
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ _USAGE = (
 def exported(drafter: Eagle, target: Target) -> Exported:
     """The drafter as SGLang loads it."""
     config, tensors = eagle.layout(drafter, target, biased=True)
-    return Exported(
-        config, tensors, usage=usage(drafter, target.name), notes=eagle.trimmed_note(drafter)
-    )
+    return Exported(config, tensors, usage=usage(drafter, target.name), notes=trimmed_note(drafter))
 
 
 def usage(drafter: Eagle, name: str) -> str:

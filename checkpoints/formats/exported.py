@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from modules.drafters.trained import TrainedDrafter
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,16 @@ class Exported:
     tokenizer: Any = None
     shards: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     copied: tuple[Path, ...] = ()
+
+
+def trimmed_note(drafter: TrainedDrafter) -> tuple[str, ...]:
+    """A note about a trimmed draft vocabulary, which the format cannot express."""
+    if drafter.vocabulary_D is None:
+        return ()
+    return (
+        f"the engine drafts from all {drafter.shape.vocab_size} tokens, this project from "
+        f"{drafter.draft_size}: where the likeliest is none of these, drafts differ",
+    )
 
 
 def served_name(name: str) -> str:

@@ -50,7 +50,7 @@ _UNSERVED = {
     "serve these and give --engine openai",
     "LiLiCorr": "SGLang loads no LiLiCorr, and no export in vLLM's format is written here",
 }
-"""Why drafters that resemble served ones have no format, by the names of their classes."""
+"""Why vLLM is not started with drafters that resemble served ones, by class."""
 _COMPONENT = {"arguments": Each(object), "shape": Each(object), "target": Maybe(str)}
 _ARCHITECTURES = {"architectures?": Maybe([str])}
 
@@ -61,7 +61,7 @@ def formats_of(kind: type) -> list[str]:
 
 
 def unserved(kind: type) -> str:
-    """Why no format holds drafters of this class, where there is something to say."""
+    """Why vLLM is not started with drafters of this class, where there is something to say."""
     return _UNSERVED.get(kind.__name__, "")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from checkpoints.folders import CONFIG
-from checkpoints.formats.exported import Exported
+from checkpoints.formats.exported import Exported, trimmed_note
 from modules.drafters.feature.mtp import MTP
 from modules.drafters.feature.native_head import Stored, stored_head, weight_files
 from modules.runtime.files import read_object
@@ -67,7 +67,7 @@ def exported(drafter: MTP, target: Target) -> Exported:
         shards=shards,
         copied=tuple(copied),
         usage=usage(drafter, target.name),
-        notes=_notes(drafter),
+        notes=trimmed_note(drafter),
     )
 
 
@@ -89,15 +89,6 @@ def _refuse_other_states(drafter: MTP, stored: Mapping[str, Stored]) -> None:
                 f"{key} is {drafter.arguments[key]}, and vLLM runs heads of {layout} layout with "
                 f"{value}: train it so"
             )
-
-
-def _notes(drafter: MTP) -> tuple[str, ...]:
-    if drafter.vocabulary_D is None:
-        return ()
-    return (
-        f"the engine drafts from all {drafter.shape.vocab_size} tokens, this project from "
-        f"{drafter.draft_size}: where the likeliest is none of these, drafts differ",
-    )
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

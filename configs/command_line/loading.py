@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from configs.command_line import class_paths as classes
 from configs.command_line.bounded_yaml import read_config
 from configs.command_line.endings import Stopped, disk_message, disk_trouble, stoppable
+from configs.command_line.progress import quieten
 from configs.command_line.redaction import printable, redacted
 from configs.command_line.unknown_keys import Config, check_keys, check_nulls, explained
 from configs.command_line.work_share import Share
@@ -242,6 +243,22 @@ def exit_with(
 ) -> None:
     """Call an entry point on the command line's arguments, and exit with its status."""
     sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
+
+
+def called(
+    function: Callable[..., None], arguments: Sequence[str], name: str, description: str
+) -> int:
+    """Call a function whose parameters are the flags of `python -m NAME`; returns the exit status.
+
+    Raises:
+        ValueError: as `parse`, and what the function raises.
+    """
+    parser = ArgumentParser(prog=f"python -m {name}", exit_on_error=False, description=description)
+    parser.add_function_arguments(function, fail_untyped=True)
+    settings = vars(parse(parser, arguments))
+    quieten()
+    function(**settings)
+    return 0
 
 
 def _fail(words: str) -> int:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.conversations import prompt_ids
-from data.labelled.numbers import final_number
 from data.reading.rows import Message
 from modules.acceptance.rules import Draws, GreedyRule, check_pairing
 from modules.contracts.drafter import Context, Drafter, DraftState, proposal
 from modules.contracts.sampling import Sampling
 from modules.contracts.verification import Accepted
 from modules.decoding.decoder import SpeculativeDecoder
+from modules.runtime.numbers import final_number
 
 if TYPE_CHECKING:
     from modules.contracts.target import Session, Target

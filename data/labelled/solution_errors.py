@@ -12,8 +12,8 @@ from math import isclose
 from typing import Any
 
 from data.corpora.word_problems import mistaken
-from data.labelled.numbers import plain_number
 from data.reading.files import Skipped
+from modules.runtime.numbers import plain_number
 
 CALCULATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 """A calculator annotation, as in GSM8K: `9 * 20 = <<9*20=180>>180`."""

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
-from configs.command_line.loading import exit_with, parse
-from configs.command_line.progress import quieten
+from configs.command_line.loading import called, exit_with
 from data.reading.files import read_jsonl
 from modules.contracts.target import Target
 from modules.decoding.lossy.key_clusters import Ranked, k_means, precision, ranked_tokens
@@ -91,16 +89,12 @@ def compare(
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.analysis.key_clusters",
-        exit_on_error=False,
-        description="Compare tokens of the likeliest one's key cluster with others.",
+    return called(
+        compare,
+        arguments,
+        "eval.analysis.key_clusters",
+        "Compare tokens of the likeliest one's key cluster with others.",
     )
-    parser.add_function_arguments(compare, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    compare(**settings)
-    return 0
 
 
 if __name__ == "__main__":

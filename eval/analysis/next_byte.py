@@ -12,11 +12,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from configs.command_line.loading import exit_with, parse
-from configs.command_line.progress import quieten
+from configs.command_line.loading import called, exit_with
 from modules.byte_level.covers import END, ByteText
 from modules.byte_level.token_rows import TokenRows
 from modules.byte_level.vocabulary import ByteVocabulary
@@ -132,16 +130,12 @@ def compare(
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.analysis.next_byte",
-        exit_on_error=False,
-        description="Compare exact next-byte probabilities with plain prompting.",
+    return called(
+        compare,
+        arguments,
+        "eval.analysis.next_byte",
+        "Compare exact next-byte probabilities with plain prompting.",
     )
-    parser.add_function_arguments(compare, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    compare(**settings)
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
-from configs.command_line.loading import exit_with, parse
-from configs.command_line.progress import quieten
+from configs.command_line.loading import called, exit_with
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
 from modules.contracts.target import Target
@@ -86,16 +83,12 @@ def compare(
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.methods.reselection",
-        exit_on_error=False,
-        description="Which layer of a target should choose anew in TidalDecode.",
+    return called(
+        compare,
+        arguments,
+        "eval.methods.reselection",
+        "Which layer of a target should choose anew in TidalDecode.",
     )
-    parser.add_function_arguments(compare, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    compare(**settings)
-    return 0
 
 
 if __name__ == "__main__":

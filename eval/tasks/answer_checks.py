@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from data.labelled.numbers import NUMBER, final_number, plain_number
 from eval.metrics.bootstrap import mean_interval
 from eval.tasks.answer_matches import chrf, same_calls, same_expression
 from eval.tasks.program_cases import case_script, cases_of
 from eval.tasks.programs import passes
+from modules.runtime.numbers import NUMBER, final_number, plain_number
 
 _WORD = re.compile(r"[a-z0-9]+")
 _BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)

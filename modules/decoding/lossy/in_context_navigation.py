@@ -19,10 +19,10 @@ from torch import Tensor
 from modules.decoding.loop import Trace
 from modules.decoding.lossy.several_answers import SeveralAnswers
 from modules.decoding.timing import Clock
+from modules.runtime.numbers import final_number
 from modules.target.session import Session
 from modules.target.target import Target
 
-NUMBER = re.compile(r"(?:(?<![\w)\]])-)?\d[\d,]*(?:\.\d+)?")
 LINES = re.compile(r"\s*\n\s*")
 
 
@@ -241,7 +241,7 @@ class SelfConsistency(Exploring):
             text.session.keep([0] * len(first))
             answers = greedy(text.session, first, limit, self.target.eos_ids)
         numbers = [
-            final_number(self.target.tokenizer.decode(ids, skip_special_tokens=True))
+            last_value(self.target.tokenizer.decode(ids, skip_special_tokens=True))
             for ids in answers
         ]
         votes = Counter(number for number in numbers if number is not None)
@@ -252,7 +252,7 @@ class SelfConsistency(Exploring):
         trace.figures["agreement"] = [votes[best] / len(answers) if best is not None else 0.0]
 
 
-def final_number(text: str) -> float | None:
+def last_value(text: str) -> float | None:
     """The last number of a text; None without one."""
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    number = final_number(text)
+    return None if number is None else float(number)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.byte_level.vocabulary import bytes_of_characters
+from modules.byte_level.vocabulary import bytes_of_characters, token_bytes
 from modules.runtime.files import read_object
 from modules.tokenization.blocks import Blocks
 from modules.tokenization.contract import PAD
@@ -206,16 +206,11 @@ def pieces_of(tokens: Iterable[bytes], base: Any, length: int) -> Tensor:
     """
     check_byte_level(base)
     table = {byte: character for character, byte in bytes_of_characters().items()}
-    model, added = base.backend_tokenizer.model, base.backend_tokenizer.get_added_tokens_decoder()
-    # Special tokens stand for no text; the names of other added ones are text.
-    ordinary = {i: token.content.encode() for i, token in added.items() if not token.special}
-    vocabulary = {"".join(map(table.__getitem__, data)): i for i, data in ordinary.items()}
-    left_out, rows = {*added, *base.all_special_ids}, []
-    vocabulary |= {piece: i for piece, i in base.get_vocab().items() if i not in left_out}
+    model, rows = base.backend_tokenizer.model, []
+    whole = {data: i for i, data in token_bytes(base).items()}
     for token in tokens:
         spelled = "".join(table[byte] for byte in token)
-        exact = vocabulary.get(spelled)
-        ids = [exact] if exact is not None else [part.id for part in model.tokenize(spelled)]
+        ids = [whole[token]] if token in whole else [part.id for part in model.tokenize(spelled)]
         ids = ids or [base.eos_token_id or 0]
         rows.append([*ids[:length], *[PAD] * (length - len(ids))])
     return torch.tensor(rows, dtype=torch.long).view(-1, length)

@@ -153,8 +153,8 @@ def validity(
     Args:
         boundary: `pretoken`: the joined text is one pre-token, or as `word` where it ends inside
             of a character. `word`: no space inside, only in front, or nothing but spaces without a
-            double newline. `word_hyphen`: nor a hyphen
-            inside. `sentence`: no end of a sentence inside.
+            double newline. `word_hyphen`: nor a hyphen inside. `sentence`: no end of a sentence
+            inside.
         pretokens: the tokenizer's pre-tokenizer, for `pretoken`.
 
     Raises:

@@ -71,7 +71,7 @@ class TokenizerSampler:
         texts: the buffer.
         size: tokens of a tokenizer, all bytes included.
         seed: of all draws.
-        like: a fast tokenizer whose words every second one has, so that tokens occur that GPT-2's
+        like: a fast tokenizer whose words half of them have, so that tokens occur that GPT-2's
             pattern never joins, such as a full stop with line breaks. Others have GPT-2's; so do
             all where it is None or not byte-level.
     """

@@ -8,8 +8,8 @@ import torch
 from data.conversations import prompt_ids
 from data.labelled.labelled import read_labelled, tokenize_labelled
 from data.labelled.mining import first_divergence, mine
-from data.labelled.numbers import final_number
 from modules.drafters.small_models.independent import Independent
+from modules.runtime.numbers import final_number
 from modules.target.target import Target
 from tests.fakes import ScriptedDrafter, tiny_target
 

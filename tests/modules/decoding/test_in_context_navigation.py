@@ -11,7 +11,7 @@ from modules.decoding.lossy.in_context_navigation import (
     InContextNavigation,
     KeptText,
     SelfConsistency,
-    final_number,
+    last_value,
 )
 from tests.fakes import tiny_target
 
@@ -101,8 +101,8 @@ def test_the_majority_has_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TARGET.tokenizer, "decode", lambda ids, **_: texts[ids[0]])
     trace = decoder.decode([PROMPT], Sampling(), 4)[0]
     assert trace.answers == [[8], [7], [9], [6]] and trace.figures == {"agreement": [0.5]}
-    assert final_number("costs -1,234.50 now") == -1234.5 and final_number("none") is None
-    assert final_number("10-5") == 5 and final_number("=-5") == -5
+    assert last_value("costs -1,234.50 now") == -1234.5 and last_value("none") is None
+    assert last_value("10-5") == 5 and last_value("=-5") == -5
 
 
 def test_reading_another_text_keeps_the_common_beginning() -> None:

@@ -95,7 +95,7 @@ def test_drawn_tokenizers_write_any_text_and_differ() -> None:
         TokenizerSampler(TEXTS, 255)
 
 
-def test_every_second_tokenizer_has_the_words_of_the_given_one() -> None:
+def test_half_of_the_tokenizers_have_the_words_of_the_given_one() -> None:
     """A pattern as Qwen's joins a full stop with line breaks, GPT-2's never does."""
     texts, joined = ["It sat.\n\nThe end.\n\n"] * 4, ".ĊĊ"
     pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|[^\s\p{L}\p{N}]+[\r\n]*|\s+")

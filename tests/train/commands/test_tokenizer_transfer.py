@@ -196,6 +196,7 @@ def ending(*special: str, **roles: str) -> Any:
 CHAT = ending("<text>", "<turn>", "</turn>", eos="</turn>", bos="<turn>", pad="</turn>")
 OTHER_CHAT = ending("<new>", "<text>", "<turn>", "</turn>", eos="</turn>", pad="<text>")
 ONE_TOKEN = ending("<text>", eos="<text>", bos="<text>", unk="<text>", pad="<text>")
+BASE_CHAT = ending("<text>", "</turn>", eos="<text>")
 NAMED = ending("<begin>", "<end>", "<pad>", eos="<end>", bos="<begin>", pad="<pad>")
 
 
@@ -205,6 +206,8 @@ NAMED = ending("<begin>", "<end>", "<pad>", eos="<end>", bos="<begin>", pad="<pa
         # What pads one vocabulary is a token of another use in the other.
         (CHAT, OTHER_CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
         (OTHER_CHAT, CHAT, {"<text>": "<text>", "<turn>": "<turn>", "</turn>": "</turn>"}),
+        # An end token of another name in the base stays that where the base's end has a namesake.
+        (OTHER_CHAT, BASE_CHAT, {"<text>": "<text>", "</turn>": "</turn>"}),
         # A token of all roles ends texts above all.
         (NAMED, ONE_TOKEN, {"<text>": "<end>"}),
         (CHAT, ONE_TOKEN, {"<text>": "</turn>"}),
