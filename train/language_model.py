@@ -16,24 +16,22 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoints.folders import write_json
 from configs.command_line.class_paths import Kind
 from configs.command_line.loading import config_parser, exit_with, parse
 from configs.command_line.outputs import claimed
-from data.reading.rows import load_conversations
+from data.reading.texts import read_texts
+from eval.analysis.language_text import Report, report
 from eval.methods.rows import class_of, construct
-from modules.runtime.files import read_text
-from modules.tokenization.contract import PAD, LanguageModel, Score
+from modules.tokenization.contract import LanguageModel
 from modules.tokenization.saved import save_language_model
 from modules.tokenization.units import check_units, make_units
-from modules.tokenization.words import spaced_words, unicode_words, with_typos
+from modules.tokenization.words import spaced_words, unicode_words
 from train.cli import quieten
 
 METRICS = "metrics.json"
@@ -98,26 +96,6 @@ class LanguageModelSettings:
         class_of(self.model, "model", Kind.LANGUAGE_MODEL, 1)
 
 
-@dataclass
-class Report:
-    """What a trained model does on held-out text.
-
-    bits_per_byte, word_accuracy: of the text that is predicted, of masked models the masked words;
-    with_typos: of the same text with errors. backbone_steps_per_byte: positions of the widest part,
-    per byte of text. multiply_adds_per_byte: of one forward pass, per byte. details: the model's
-    own.
-    """
-
-    parameters: int
-    bits_per_byte: float
-    word_accuracy: float | None
-    bits_per_byte_with_typos: float
-    word_accuracy_with_typos: float | None
-    backbone_steps_per_byte: float
-    multiply_adds_per_byte: float
-    details: dict[str, float]
-
-
 class LanguageModelModule(LightningModule):
     """Nats per prediction of the model's rows."""
 
@@ -158,15 +136,8 @@ def held_out_documents(
     Raises:
         ValueError: no text that can be read, or none left to train on.
     """
-    # 1. A conversation is a document of its turns.
-    if train.endswith(".txt"):
-        texts = [read_text(Path(train), "train")]
-    else:
-        texts = [
-            "\n\n".join(str(turn["content"]) for turn in conversation.messages)
-            for conversation in load_conversations(train, limit)
-        ]
-    # 2. Of one document its last words are held out, of many some documents.
+    texts = read_texts(train, limit, "train")
+    # Of one document its last words are held out, of many some documents.
     if len(texts) == 1:
         words = spaced_words(texts[0])
         cut = len(words) - int(len(words) * share)
@@ -190,62 +161,6 @@ def make_model(settings: LanguageModelSettings, texts: Iterable[str]) -> Languag
     words = (word for text in texts for word in unicode_words(text))
     units = make_units(settings.units, words, settings.vocabulary)
     return construct(settings.model, "model", Kind.LANGUAGE_MODEL, units)
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Encoders and attention by their plain operators, as multiply-adds of fused ones are not
-    counted.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@torch.no_grad()
-def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Score, int, int]:
-    """The score of texts, with the same masks and vectors at every call; also positions of the
-    backbone and multiply-adds.
-    """
-    model.eval()
-    rows = [row for text in texts for row in model.rows(text)]
-    device = model.unit_bytes.device
-    draws, total, steps = torch.Generator(device).manual_seed(0), None, 0
-    counter = FlopCounterMode(display=False)
-    with unfused(), counter:
-        for start in range(0, len(rows), batch):
-            stacked = model.stacked(rows[start : start + batch]).to(device)
-            score = model.score(stacked, draws)
-            total = score if total is None else total + score
-            present_BT = stacked.reshape(*stacked.shape[:2], -1)[..., 0] != PAD
-            steps += model.pooled * int(present_BT.sum())
-    assert total is not None, "a held-out text has rows"
-    return total, steps, counter.get_total_flops() // 2
-
-
-def report(model: LanguageModel, texts: Sequence[str], settings: LanguageModelSettings) -> Report:
-    """Bits per byte and word accuracy on held-out texts, and on the same texts with typos; and the
-    model's own figures.
-    """
-    score, steps, work = evaluate(model, texts, settings.batch)
-    size = len("".join(texts).encode())
-    spoiled = [with_typos(text, settings.typos, i) for i, text in enumerate(texts)]
-    with_errors, _, _ = evaluate(model, spoiled, settings.batch)
-    rows = model.stacked([row for text in texts for row in model.rows(text)])
-    return Report(
-        sum(weights.numel() for weights in model.parameters()),
-        score.bits_per_byte,
-        score.word_accuracy,
-        with_errors.bits_per_byte,
-        with_errors.word_accuracy,
-        steps / size,
-        work / size,
-        model.details(rows.to(model.unit_bytes.device)),
-    )
 
 
 def train(settings: LanguageModelSettings, output: Path) -> Report:
@@ -275,7 +190,7 @@ def train(settings: LanguageModelSettings, output: Path) -> Report:
     )
     trainer.fit(LanguageModelModule(model, settings), loader)
     # 3. Held-out figures beside the weights.
-    figures = report(model, held_out, settings)
+    figures = report(model, held_out, settings.batch, settings.typos)
     save_language_model(model.cpu(), output / "model", asdict(settings))
     write_json(output / METRICS, asdict(figures))
     return figures

@@ -22,7 +22,7 @@ from configs.command_line.loading import exit_with, parse
 from modules.runtime.files import read_text
 from modules.target.loading import own_device
 from modules.tokenization.lexinvariant import Lexinvariant
-from modules.tokenization.saved import CONFIG, load_language_model
+from modules.tokenization.saved import load_language_model
 from modules.tokenization.words import spaced_words
 
 NAMES = "probe, at each token", "probe, summed", "frequency matching", "most frequent character"
@@ -156,9 +156,8 @@ def measure(
 
 def load(settings: CipherProbe) -> Lexinvariant:
     """The model; ValueError where not all of its vectors are drawn, or without the layer."""
-    folder = Path(settings.model)
     try:
-        model = load_language_model(folder if (folder / CONFIG).is_file() else folder / "model")
+        model = load_language_model(settings.model)
     except ValueError as error:
         raise ValueError(f"model {settings.model!r} cannot be loaded: {error}") from error
     if not isinstance(model, Lexinvariant) or model.random_share < 1 or model.length < 5:

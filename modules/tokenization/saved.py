@@ -46,10 +46,15 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     """A saved model, in evaluation mode. Nothing of the size that a config claims is allocated
     before the weights were found to have it.
 
+    Args:
+        folder: of the model, or the run's, which has it as `model`.
+
     Raises:
         ValueError: a config that is no language model's, or weights that are not the config's.
     """
     place = Path(folder)
+    if not (place / CONFIG).is_file() and (place / "model" / CONFIG).is_file():
+        place /= "model"
     config, where = read_object(place / CONFIG), str(place / CONFIG)
     settings = config.get("settings")
     if not isinstance(settings, dict):

@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from configs.command_line.loading import CONFIGS
+from eval.analysis.language_text import command as read_command
+from eval.analysis.language_text import evaluate
 from modules.tokenization.hierarchical import Hierarchical
 from modules.tokenization.learn_your_tokens import LearnYourTokens
 from modules.tokenization.saved import load_language_model
@@ -21,7 +23,6 @@ from train.language_model import (
     LanguageModelSettings,
     command,
     documents,
-    evaluate,
 )
 
 FOLDER = "modules.tokenization"
@@ -61,6 +62,27 @@ def test_a_folder_scores_as_the_model_that_was_trained(tmp_path: Path, path: str
     assert score.bits_per_byte == pytest.approx(figures["bits_per_byte"], rel=1e-4)
     assert figures["bits_per_byte_with_typos"] != figures["bits_per_byte"]
     assert 0 < figures["backbone_steps_per_byte"] <= 1.2 < figures["multiply_adds_per_byte"]
+
+
+def test_other_text_is_scored_as_held_out_text_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 20)
+    figures = run(tmp_path, f"{FOLDER}.hierarchical.Hierarchical", train=str(text))
+    _, (held_out,) = documents(LanguageModelSettings(HAT, train=str(text)))
+    (tmp_path / "other.txt").write_text(held_out)
+    capsys.readouterr()
+    output = tmp_path / "figures.json"
+    arguments = ["--model", str(tmp_path / "run"), "--texts", str(tmp_path / "other.txt")]
+    assert read_command([*arguments, "--batch", "2", "--output", str(output)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(output.read_text()) == figures
+
+
+@pytest.mark.parametrize("wrong", [["--batch", "0"], ["--typos", "1.5"], ["--limit", "0"]])
+def test_other_text_is_refused_before_a_model_is_loaded(wrong: list[str]) -> None:
+    with pytest.raises(ValueError, match=wrong[0].removeprefix("--")):
+        read_command(["--model", "nowhere", *wrong])
 
 
 def test_training_learns_and_a_seed_decides_all(tmp_path: Path) -> None:
