@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -30,6 +30,7 @@ from configs.command_line.loading import config_parser, exit_with, parse
 from configs.command_line.outputs import claimed
 from data.chat_tokens import answer_ids
 from data.reading.rows import Conversation, load_conversations
+from train.lightning.steps import fit_steps
 
 SPECIAL, END = ["<pad>", "</s>", "<unk>"], 1
 """Pieces 0, 1 and 2, as in every T5, and the one that ends a text."""
@@ -82,16 +83,13 @@ class EncoderDecoderModule(LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         """The loss of one batch, padding left out."""
         logits = self.model(**batch).logits
-        return torch.nn.functional.cross_entropy(
+        loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1),
             batch["labels"].flatten(),
             label_smoothing=self.settings.smoothing,
         )
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A line every hundred steps."""
-        if self.global_step % 100 == 0:
-            print(f"step {self.global_step}: loss {float(outputs['loss']):.3f}", flush=True)
+        self.log("loss", loss, prog_bar=True)
+        return loss
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[dict[str, Any]]]:
         """AdamW and its schedule."""
@@ -160,16 +158,7 @@ def train(settings: EncoderDecoderSettings, output: Path) -> None:
         shuffle=True,
         collate_fn=collate,
     )
-    trainer = Trainer(
-        max_steps=settings.steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(EncoderDecoderModule(model, settings), loader)
+    fit_steps(EncoderDecoderModule(model, settings), loader, settings.steps)
     # 3. A folder like any other model's.
     model.eval().cpu().save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,9 +33,9 @@ from modules.tokenization.saved import save_language_model
 from modules.tokenization.units import check_units, make_units
 from modules.tokenization.words import spaced_words, unicode_words
 from train.cli import quieten
+from train.lightning.steps import Precision, fit_steps
 
 METRICS = "metrics.json"
-Precision = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass
@@ -179,16 +179,8 @@ def train(settings: LanguageModelSettings, output: Path) -> Report:
         generator=order,
     )
     # 2. As many steps as were asked for, over shuffled rows.
-    trainer = Trainer(
-        max_steps=settings.steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        precision=settings.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(LanguageModelModule(model, settings), loader)
+    module = LanguageModelModule(model, settings)
+    fit_steps(module, loader, settings.steps, precision=settings.precision)
     # 3. Held-out figures beside the weights.
     figures = report(model, held_out, settings.batch, settings.typos)
     save_language_model(model.cpu(), output / "model", asdict(settings))

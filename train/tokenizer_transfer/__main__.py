@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 from checkpoints.folders import write_json
@@ -27,11 +27,11 @@ from modules.tokenization.units import BYTES
 from train.cli import quieten
 from train.language_model import (
     METRICS,
-    Precision,
     add_output,
     fresh_output,
     held_out_documents,
 )
+from train.lightning.steps import Precision, fit_steps
 from train.tokenizer_transfer.result import (
     Tables,
     bits_per_byte,
@@ -42,6 +42,8 @@ from train.tokenizer_transfer.result import (
 )
 from train.tokenizer_transfer.stages import IdentityStage, TransferStage
 
+CLIP = 0.1
+"""Largest norm of the gradients, as in the paper."""
 COUNTS = "steps", "batch", "pieces", "every", "identity_tokens", "buffer", "limit"
 """Settings of at least one."""
 
@@ -128,20 +130,6 @@ class TransferSettings:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
 
 
-def fit(stage: LightningModule, loader: DataLoader, steps: int, precision: Precision) -> None:
-    """So many steps, with the paper's gradient clipping."""
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        gradient_clip_val=0.1,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(stage, loader)
-
-
 def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     """Train the hypernetwork and write it, the model with the new tokenizer, and `metrics.json`.
 
@@ -175,7 +163,7 @@ def transfer(settings: TransferSettings, output: Path) -> dict[str, float]:
     )
     if settings.identity_steps:
         steps = TensorDataset(torch.zeros(settings.identity_steps))
-        fit(identity, DataLoader(steps), settings.identity_steps, settings.precision)
+        fit_steps(identity, DataLoader(steps), settings.identity_steps, CLIP, settings.precision)
         figures.add("identity")
     fit_on_text(settings, base, network, texts, tokenizer)
     figures.add("transferred")
@@ -220,7 +208,7 @@ def fit_on_text(
         collate_fn=list,
         generator=order,
     )
-    fit(stage, loader, settings.steps, settings.precision)
+    fit_steps(stage, loader, settings.steps, CLIP, settings.precision)
 
 
 class _Figures:

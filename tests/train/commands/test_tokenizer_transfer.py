@@ -23,7 +23,8 @@ from modules.tokenization.transfer.frozen_base import Base
 from modules.tokenization.transfer.hypernetwork import Hypernetwork, load_network, save_network
 from modules.tokenization.transfer.sampled_tokenizers import TokenizerSampler
 from tests.modules.tokenization.folders import BASE, TEXTS, bpe, model_folder
-from train.tokenizer_transfer.__main__ import TransferSettings, fit, transfer
+from train.lightning.steps import fit_steps
+from train.tokenizer_transfer.__main__ import CLIP, TransferSettings, transfer
 from train.tokenizer_transfer.result import (
     bits_per_byte,
     mean_tables,
@@ -109,7 +110,7 @@ def test_after_the_identity_stage_the_base_tokenizer_has_its_embeddings_back(bas
     torch.manual_seed(0)
     network, steps = Hypernetwork(base.embedding, base.head, 64, 1, 2), 250
     stage = IdentityStage(network, base, 5e-3, 20, steps, tokens=290, seed=0)
-    fit(stage, DataLoader(TensorDataset(torch.zeros(steps))), steps, "32-true")
+    fit_steps(stage, DataLoader(TensorDataset(torch.zeros(steps))), steps, CLIP)
     tables = predicted_tables(network.eval(), base, BASE, len(base.embedding))
     cosines = torch.cosine_similarity(tables[0], base.embedding, dim=-1)
     assert float(cosines.mean()) > 0.9
@@ -129,7 +130,7 @@ def test_the_precision_is_the_trainings(base: Base, precision: Any) -> None:
 
     network = Hypernetwork(base.embedding, base.head, 32, 1, 2)
     stage = Noted(network, base, 1e-2, 0, 2, tokens=64, seed=0)
-    fit(stage, DataLoader(TensorDataset(torch.zeros(2))), 2, precision)
+    fit_steps(stage, DataLoader(TensorDataset(torch.zeros(2))), 2, CLIP, precision)
     assert seen == [precision == "bf16-mixed"] * 2
 
 
