@@ -1,6 +1,6 @@
 """Some of a batch's training rows, for drafters that compute many rows for each of them.
 
-Shape legend: M training rows.
+Shape legend: B sequences, T tokens of a packed row, M training rows.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modules.contracts.batches import TextBatch
+from modules.contracts.batches import PADDING_DOCUMENT, TextBatch
 from modules.losses.chunked import TrainingRows
 
 
 def some_rows(
-    rows: TrainingRows, batch: TextBatch, most: int, per_document: bool, randomly: bool
+    rows: TrainingRows, batch: TextBatch, most: int | Tensor, per_document: bool, randomly: bool
 ) -> TrainingRows:
     """Up to `most` of the rows of every packed row, or of every document.
 
     Args:
         rows: of the batch.
         batch: whose documents count.
-        most: rows of each unit.
+        most: rows of each unit, or int64 [B,T] of the unit that each token is in.
         per_document: the unit is a document instead of a packed row.
         randomly: random rows instead of evenly spaced ones.
     """
@@ -29,7 +29,16 @@ def some_rows(
     if per_document:
         documents = batch.document_ids
         unit = unit * (documents.max() + 1) + documents.flatten()[flat_M]
+    most = most.flatten()[flat_M] if isinstance(most, Tensor) else most
     return rows.only(some_of_each(unit, most, randomly))
+
+
+def document_sizes(batch: TextBatch) -> Tensor:
+    """int64 [B,T]: tokens of the document that each token is in, padding as one of its own."""
+    documents = batch.document_ids - PADDING_DOCUMENT
+    width = int(documents.max()) + 1
+    unit_BT = torch.arange(len(documents), device=documents.device)[:, None] * width + documents
+    return unit_BT.flatten().bincount()[unit_BT]
 
 
 def some_of_each(unit_M: Tensor, most: int | Tensor, randomly: bool) -> Tensor:

@@ -157,9 +157,9 @@ class SamePassDrafter(TrainedDrafter):
         layers = GradientLayers(self.shape, adapted=True)
         return replace(super().footprint(rows, length), layers=layers)
 
-    def cuts(self, batch: TextBatch, most: int) -> TrainingRows:
-        """Up to so many positions of every packed row or document: random ones in training,
-        otherwise evenly spaced.
+    def cuts(self, batch: TextBatch, most: int | Tensor) -> TrainingRows:
+        """Up to so many positions of every packed row or document (or int64 [B,T], of that of each
+        token): random ones in training, otherwise evenly spaced.
         """
         rows = training_rows(batch, self.draft_steps)
         drawn = self.training and self.random_cuts

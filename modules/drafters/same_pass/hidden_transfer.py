@@ -32,6 +32,7 @@ from modules.drafters.same_pass.guess_rows import GuessRows, guess_rows
 from modules.drafters.same_pass.sparse_tree import SparseTrees, owned_trees, sparse_trees
 from modules.drafters.trained import DraftStep
 from modules.losses.chunked import Head, TrainingRows, smooth_l1
+from modules.losses.row_subsets import document_sizes
 from modules.trees.named_trees import Path, optimised_size
 from modules.trees.static import StaticTree
 
@@ -82,9 +83,10 @@ class HiddenTransfer(SamePassDrafter):
         interaction: whether pseudo states of a token see its earlier ones; else themselves alone.
         labels: `soft` learns the target's distribution, `hard` the tokens of the data.
         state_weight: μ, of the distance to the real state after the last layer.
-        anchor_share: positions that are trained, as a share of a row's tokens: random ones in the
+        anchor_share: positions that are trained, as a share of the tokens: random ones in the
             answers, evenly spaced in validation.
-        groups_per: whether that share is of each packed `row` or of each `document` in it.
+        groups_per: whether that share is of each packed `row` or of each `document` in it, by its
+            own length.
         draft_vocabulary: how many token ids can be drafted; null for all.
         tree: paths, or a name of `modules.trees.named_trees`; null is the tree with the most
             expected tokens by the measured accuracies, as Medusa's.
@@ -237,7 +239,10 @@ class HiddenTransfer(SamePassDrafter):
         return sum(parameter.numel() for parameter in self.maps.parameters())
 
     def rows(self, batch: TextBatch, target: Target) -> TrainingRows:
-        """The share `anchor_share` of the positions."""
+        """The share `anchor_share` of the positions of each packed row or document."""
+        if self.groups_per == "document":
+            counts_BT = (self.anchor_share * document_sizes(batch)).long()
+            return self.cuts(batch, counts_BT.clamp(min=1))
         return self.cuts(batch, max(1, int(self.anchor_share * batch.input_ids.shape[1])))
 
     def step_loss(self, step: DraftStep, batch: TextBatch) -> Tensor:

@@ -267,6 +267,20 @@ def test_anchors_are_a_share_of_the_tokens_and_drawn_anew_in_training():
     assert len({tuple(chosen()) for _ in range(8)}) > 1
 
 
+def test_a_share_of_each_document_is_of_its_own_tokens():
+    """Twelve and nine tokens, of which a quarter; one at least."""
+    target = tiny_target()
+    drafter, batch = drafter_for(target, groups_per="document"), tiny_batch(target)
+    for training in (True, False):
+        drafter.train(training)
+        for share, counts in ((0.25, [3, 2]), (0.5, [6, 4]), (0.01, [1, 1])):
+            drafter.anchor_share = share
+            flat_M = drafter.rows(batch, target).flat_MK1[:, 0]
+            for row in range(2):
+                documents = batch.document_ids[row, flat_M[flat_M // 24 == row] % 24]
+                assert documents.bincount().tolist() == counts
+
+
 def noisy_cycle(generator: torch.Generator, rows: int) -> TextBatch:
     """Texts whose tokens mostly follow one permutation of the vocabulary."""
     following = torch.randperm(32, generator=torch.Generator().manual_seed(5))
