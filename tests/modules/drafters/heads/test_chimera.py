@@ -17,6 +17,7 @@ from modules.contracts.sampling import Sampling
 from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.heads.chimera import Chimera, ChimeraState
 from modules.drafters.heads.trigrams import TrigramMemo, document_trigrams, trigram_encoder
+from modules.layers.token_scale import token_scale
 from modules.losses.chunked import training_rows
 from modules.trees.sampled.branching import DrawnTree
 from tests.fakes import tiny_batch, tiny_target
@@ -105,6 +106,30 @@ def test_heads_start_as_the_targets_own_twice(lm_head) -> None:
     labels_M = batch.input_ids[0, 2:]
     slowly = F.cross_entropy(TARGET.logits(final_TH[: len(labels_M)]), labels_M)
     torch.testing.assert_close(drafter.step_loss(step, batch), slowly, check_dtype=False)
+
+
+@torch.no_grad()
+def test_embeddings_are_scaled_unless_they_are_the_releases() -> None:
+    """Alone and in trigrams: W_o (c + SiLU(W c + b))."""
+    assert token_scale(TARGET) != 1
+    ids = torch.tensor([[7, 8, 9], [30, 31, 32]])
+    vectors = TARGET.embed(ids)
+    for scaled, scale in ((True, token_scale(TARGET)), (False, 1.0)):
+        single = chimera(scale_tokens=scaled, trigrams=False)
+        torch.testing.assert_close(single.encode(ids, TARGET), scale * vectors[:, 2])
+        three = chimera(scale_tokens=scaled)
+        inner, outer = three.trigrams[0].linear, three.trigrams[1]
+        joined = scale * vectors.flatten(1)
+        mixed = joined + F.silu(joined @ inner.weight.T + inner.bias)
+        torch.testing.assert_close(three.encode(ids, TARGET), mixed @ outer.weight.T)
+
+
+@torch.no_grad()
+def test_the_layer_starts_at_random_or_as_the_targets_last_one() -> None:
+    for start in ("random", "target"):
+        for name, parameter in chimera(shake=0.0, block_start=start).block.named_parameters():
+            theirs = TARGET.copy_weight(f"layers.1.{name}")
+            assert torch.equal(parameter, theirs) == (start == "target"), name
 
 
 @torch.no_grad()
