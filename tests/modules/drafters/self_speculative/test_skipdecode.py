@@ -159,6 +159,19 @@ def test_the_loss_is_the_language_models_under_the_schedule():
     torch.testing.assert_close(drafter.loss(batch, target, 1.0).total, expected)
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_soft_labels_are_the_targets_own_distributions(tuning):
+    """Of all of its layers, untuned and without a schedule."""
+    target = deep_target()
+    drafter = drafter_for(target, budgets=BUDGETS, tuning=tuning, labels="soft")
+    batch, model = tiny_batch(target), drafter.model(target)
+    flat_M, _ = next_token_rows(batch)
+    states = drafter.sliced_states(batch, model).flatten(0, 1)[flat_M]
+    whole = target.features(batch, ("final",))["final"].flatten(0, 1)[flat_M]
+    expected = F.cross_entropy(model.logits(states), target.logits(whole).softmax(-1))
+    torch.testing.assert_close(drafter.loss(batch, target, 1.0).total, expected)
+
+
 @pytest.mark.parametrize("prompt", ["full", "scheduled"])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("labels", ["hard", "soft"])
