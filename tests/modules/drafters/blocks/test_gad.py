@@ -110,6 +110,21 @@ def test_every_slot_sees_the_prompt_and_the_whole_answer(target: Target) -> None
         assert ((after - before).abs().amax(-1) > 1e-9).all()
 
 
+def test_rows_beyond_the_table_of_positions_share_its_last_one() -> None:
+    """The order of two of them means nothing, that of earlier ones does."""
+    target = TARGETS["llama"]
+    drafter = made(target, positions=4).eval()
+    prompt, answer = [7, 8, 9, 10, 11, 12], [30, 31, 32, 33, 34]
+    before = block_after(drafter, target, [prompt], [answer])
+    for text, beyond in ((prompt, 3), (answer, 2)):
+        for place in range(len(text) - 1):
+            text[place : place + 2] = reversed(text[place : place + 2])
+            after = block_after(drafter, target, [prompt], [answer])
+            assert torch.allclose(after, before) == (place >= beyond), place
+            text[place : place + 2] = reversed(text[place : place + 2])
+    check_greedy(drafter, target)
+
+
 def test_a_revealed_token_is_seen_by_all_slots(target: Target) -> None:
     drafter = made(target).eval()
     memory = drafter.read_sources(torch.tensor([[7, 8]]), torch.tensor([2]))
