@@ -97,7 +97,7 @@ def test_an_answer_that_is_cut_keeps_only_its_own_positions() -> None:
 
 @pytest.mark.parametrize("bonus", [True, False])
 def test_a_drafter_equal_to_its_target_learns_nothing(bonus: bool) -> None:
-    """Every draft is accepted, and every divergence is 0."""
+    """Every draft is accepted, every divergence is 0, and cross-entropy the target's entropy."""
     settings = LearningSettings(top_k=None, bonus=bonus)
     same = near(0.0, layers=4)
     recorder, ids, trace = record(same, settings, WARM, SampledChain(3), limit=13)
@@ -105,18 +105,27 @@ def test_a_drafter_equal_to_its_target_learns_nothing(bonus: bool) -> None:
     assert trace.accepted == [4, 4, 4]
     item = recorder.item(0, ids)
     assert item.positions_P.tolist() == ([9, 13, 17] if bonus else [])
-    for name in DIVERGENCES.keys() - {"cross_entropy"} if bonus else ():
+    entropy = float(torch.special.entr(item.probs_PK).sum(-1).mean()) if bonus else 0.0
+    for name in DIVERGENCES if bonus else ():
         same.divergence_name = name
         batch = batch_of([item], 128, torch.float64, TARGET.device)
-        assert abs(same.loss(batch, TARGET, 1.0).total.item()) < 1e-6
+        expected = entropy if name == "cross_entropy" else 0.0
+        assert same.loss(batch, TARGET, 1.0).total.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_acceptance_is_the_overlap_of_both_distributions() -> None:
-    """At every tested position Σ_v min(p, q), of both models' passes over the text."""
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 0.0])
+def test_acceptance_is_the_overlap_of_both_distributions(temperature: float) -> None:
+    """At every tested position Σ_v min(p, q) at the request's temperature, of both models' passes
+    over the text.
+    """
     drafter = near()
-    recorder, ids, trace = record(drafter, FULL, WARM, SampledChain(3))
+    recorder, ids, trace = record(drafter, FULL, Sampling(temperature, seed=5), SampledChain(3))
     text = torch.tensor([[*PROMPT, *ids]])
-    p, q = (model(input_ids=text).logits[0].softmax(-1) for model in (TARGET.model, drafter.stock))
+    # At temperature 0 both are certain of a token.
+    p, q = (
+        (model(input_ids=text).logits[0] / max(temperature, 1e-6)).softmax(-1)
+        for model in (TARGET.model, drafter.stock)
+    )
     overlap = torch.minimum(p, q).sum(-1)
     # Tested: the tokens of a call, but not its bonus.
     places, start = [], len(PROMPT) + 1
