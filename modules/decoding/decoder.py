@@ -210,7 +210,8 @@ class SpeculativeDecoder:
         trained = None if self.drafter is None else self.drafter.trained_length
         if trained is not None and longest + limit > trained:
             _warn_beyond(self.name, trained)
-        # 3. One generator per sequence, so that answers do not depend on the batch.
+        # 3. One generator per sequence: no sequence takes another's draws. How many a call takes
+        # follows the widest tree of the batch, so trees of varying size give other samples there.
         generators = [
             torch.Generator(self.target.device).manual_seed(sampling.seed + i)
             for i in range(len(prompts))

@@ -12,23 +12,25 @@ from modules.contracts.token_tree import SiblingDraw, TokenTree, packed
 
 
 class ConfidentChain:
-    """The likeliest token of each step, as long as its probability is at least `least`.
+    """The likeliest token of each step, as long as the drafter gives it `confidence` or more; LUD's
+    adaptive span (Sun et al. 2024, arXiv 2405.15208).
 
     Chosen by value, hence point masses. A batch drafts until all of its sequences are unsure.
 
     Args:
         depth: tokens at most.
-        least: probability below which a token is not drafted, in [0, 1].
+        confidence: β, the least probability of a drafted token; above 1 nothing is drafted.
     """
 
     sibling_draw = SiblingDraw.BY_VALUE
 
-    def __init__(self, depth: int, least: float = 0.5) -> None:
-        if depth < 1 or not 0 <= least <= 1:
+    def __init__(self, depth: int, confidence: float = 0.9) -> None:
+        if depth < 1 or confidence < 0:
             raise ValueError(
-                f"depth must be at least 1 and least lie in [0, 1], got {depth} and {least}"
+                f"chain depth must be at least 1 and confidence 0 or above, got {depth} and "
+                f"{confidence}"
             )
-        self.depth, self.least = depth, least
+        self.depth, self.confidence = depth, confidence
 
     def build(self, drafter: Drafter, state: DraftState, budget: int) -> TokenTree:
         """A chain of at most `budget` drafted nodes."""
@@ -39,7 +41,7 @@ class ConfidentChain:
             parents_B1 = torch.full_like(root, depth - 1)
             logits_B1D = drafter.expand(state, Frontier(tokens[-1], parents_B1, depth))
             probability_B1, best_B1 = logits_B1D.softmax(-1).max(-1)
-            sure_B1 = real[-1] & (probability_B1 >= self.least)
+            sure_B1 = real[-1] & (probability_B1 >= self.confidence)
             if not bool(sure_B1.any()):
                 break
             # 2. Append it.

@@ -44,7 +44,7 @@ from modules.losses.chunked import (
 )
 from modules.losses.row_subsets import some_of_each
 from modules.target.adapters import Adapters
-from modules.trees.threshold import ConfidentChain
+from modules.trees.confident import ConfidentChain
 
 if TYPE_CHECKING:
     from modules.contracts.target import Target
@@ -84,7 +84,7 @@ class LUD(SamePassDrafter):
         unit_confidence: α, the probability that the target gives each token of a unit but the first
             at least (inferred: 0.9); above 1 there are no units.
         span_confidence: β, the probability of a guess at which a span goes on (inferred: 0.9).
-            Evaluations may name another by the builder `modules.trees.threshold.ConfidentChain`.
+            Evaluations may name another by the builder `modules.trees.confident.ConfidentChain`.
         placeholder: its embedding starts as that of this text's first token; null: random.
         units: units of a packed row that placeholders follow: random ones in training, evenly
             spaced in validation.

@@ -110,6 +110,8 @@ class M2R2(SelfSpeculative):
                 "stream_epochs, latent and draft_length must be at least 1 and stream_lr above 0, "
                 f"got {stream_epochs}, {latent}, {draft_length} and {stream_lr}"
             )
+        if not 0 <= least_confidence <= 1:
+            raise ValueError(f"least_confidence must be from 0 to 1, got {least_confidence}")
         super().__init__(shape, 1, draft_vocabulary, decay=1.0)
         # 2. The stream, which has a stage of its own, and the routers.
         self.stream = AcceleratedStream(

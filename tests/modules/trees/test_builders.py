@@ -9,10 +9,11 @@ from modules.contracts.drafter import Context, Drafter, DraftState
 from modules.contracts.losses import Losses
 from modules.contracts.sampling import Sampling
 from modules.contracts.shapes import TargetShape
+from modules.trees.confident import ConfidentChain
 from modules.trees.reranked import RerankedTree
 from modules.trees.sampled.chain import SampledChain
 from modules.trees.static import StaticTree
-from modules.trees.threshold import ConfidentChain, ThresholdTree
+from modules.trees.threshold import ThresholdTree
 from tests.fakes import tiny_target
 
 SHAPE = TargetShape(32, 10, 2, 4, 2, 8, 64)

@@ -21,9 +21,9 @@ from modules.decoding.decoder import SpeculativeDecoder
 from modules.drafters.same_pass.lud import LUD
 from modules.drafters.same_pass.units import confident_tokens, unit_lengths
 from modules.target.target import Target
+from modules.trees.confident import ConfidentChain
 from modules.trees.sampled.branching import DrawnTree
 from modules.trees.static import StaticTree
-from modules.trees.threshold import ConfidentChain
 from tests.fakes import ScriptedDrafter, many_prompts, tiny_batch, tiny_target
 from tests.modules.conformance import check_decoding
 from tests.modules.drafters.same_pass.test_units import lud, repeats

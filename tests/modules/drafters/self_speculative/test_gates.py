@@ -128,8 +128,8 @@ def test_a_confident_chain_ends_where_it_is_unsure():
             )
         ]
     assert counts[0] > counts[1] > counts[2] == 0
-    with pytest.raises(ValueError, match="least lie in"):
-        ConfidentChain(3, 1.5)
+    with pytest.raises(ValueError, match="confidence 0 or above"):
+        ConfidentChain(3, -0.1)
 
 
 # -- early exits -----------------------------------------------------------------------------------
