@@ -32,7 +32,11 @@ class Byte2Word(LanguageModel):
         length: words of a row.
         share: of the words that are masked.
         read: `bytes`, or `pieces` to pool a word's subwords instead: the table of a subword model.
+            Either way a masked word is shown as a mask for each of its bytes, so both are given the
+            same of it.
     """
+
+    read_bytes: Tensor
 
     def __init__(
         self,
@@ -55,8 +59,9 @@ class Byte2Word(LanguageModel):
             raise ValueError(f"share must be between 0 and 1, got {share}")
         self.slots, self.most_bytes, self.length = slots, most_bytes, length
         self.share, self.reads = share, ByteUnits() if read == "bytes" else units
-        # 1. The units that are read; the last id is the mask, which all units of a word become.
+        # 1. The units that are read, padding counted as no byte; the last id is the mask.
         self.embedding = nn.Embedding(self.reads.size + 1, byte_width)
+        self.register_buffer("read_bytes", torch.tensor([*self.reads.widths, 0]), persistent=False)
         self.positions_CE = nn.Parameter(torch.randn(most_bytes, byte_width) * 0.02)
         self.queries_QE = nn.Parameter(torch.randn(queries, byte_width) * 0.02)
         self.pool = nn.MultiheadAttention(byte_width, 1, batch_first=True)
@@ -116,12 +121,15 @@ class Byte2Word(LanguageModel):
 
     def score(self, rows: Tensor, draws: torch.Generator) -> Score:
         """Of the pieces of masked words in rows [B,T,C+K+1], given all words that are not."""
+        # 1. Masks, one for each byte of a chosen word.
         units_BTC, pieces_BTK = rows.split([self.most_bytes, self.slots + 1], 2)
         chances_BT = torch.rand(rows.shape[:2], generator=draws, device=rows.device)
         chosen_BT = (chances_BT < self.share) & (pieces_BTK[:, :, 0] != PAD)
-        masked_BTC = torch.where(
-            chosen_BT[..., None] & (units_BTC != PAD), self.reads.size, units_BTC
-        )
+        bytes_BT1 = self.read_bytes[units_BTC].sum(-1, keepdim=True)
+        places_C = torch.arange(self.most_bytes, device=rows.device)
+        masks_BTC = torch.where(places_C < bytes_BT1, self.reads.size, PAD)
+        masked_BTC = torch.where(chosen_BT[..., None], masks_BTC, units_BTC)
+        # 2. The pieces of the chosen words.
         logits_NKV, pieces_NK = self.logits(masked_BTC, chosen_BT), pieces_BTK[chosen_BT]
         nll = nn.functional.cross_entropy(
             logits_NKV.flatten(0, 1), pieces_NK.flatten(), ignore_index=PAD, reduction="sum"

@@ -366,6 +366,21 @@ def test_all_bytes_of_a_masked_word_are_hidden() -> None:
     assert not (units[~chosen] == 256).any()
 
 
+def test_a_model_that_reads_pieces_is_told_as_much_of_a_masked_word() -> None:
+    """As many masks as bytes, not as pieces: fewer pieces would tell which word it is."""
+    masks = []
+    for read in ("bytes", "pieces"):
+        model, seen = byte2word(share=0.9, read=read), []
+        logits = model.logits
+        spy = lambda units, chosen: seen.append((units, chosen)) or logits(units, chosen)  # noqa: E731, B023
+        pytest.MonkeyPatch().setattr(model, "logits", spy)
+        model.score(rows_of(model), draws())
+        ((units, chosen),) = seen
+        masks.append((units[chosen] == model.reads.size).sum(-1).tolist())
+        assert not (units[~chosen] == model.reads.size).any()
+    assert masks[0] == masks[1] and len(set(masks[0])) > 1
+
+
 def test_pieces_that_do_not_fit_the_slots_are_not_predicted() -> None:
     model = byte2word(slots=1)
     rows = rows_of(model, "cat zzqqxx")
