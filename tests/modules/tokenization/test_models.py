@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -354,12 +355,10 @@ def test_swapped_letters_move_pooled_bytes_less_than_subwords() -> None:
 def test_all_bytes_of_a_masked_word_are_hidden() -> None:
     """Another word in a masked place: the same logits. In an unmasked place: others."""
     model = byte2word(share=0.3)
-    rows, seen = rows_of(model), []
-    logits = model.logits
-    spy = lambda units, chosen: seen.append((units, chosen)) or logits(units, chosen)  # noqa: E731
-    pytest.MonkeyPatch().setattr(model, "logits", spy)
-    score = model.score(rows, draws())
-    units, chosen = seen[0]
+    rows = rows_of(model)
+    with patch.object(model, "logits", wraps=model.logits) as spy:
+        score = model.score(rows, draws())
+    units, chosen = spy.call_args.args
     assert 0 < int(chosen.sum()) == score.words < rows.shape[1]
     hidden = units[chosen]
     assert set(hidden.flatten().tolist()) <= {256, PAD}
@@ -370,12 +369,10 @@ def test_a_model_that_reads_pieces_is_told_as_much_of_a_masked_word() -> None:
     """As many masks as bytes, not as pieces: fewer pieces would tell which word it is."""
     masks = []
     for read in ("bytes", "pieces"):
-        model, seen = byte2word(share=0.9, read=read), []
-        logits = model.logits
-        spy = lambda units, chosen: seen.append((units, chosen)) or logits(units, chosen)  # noqa: E731, B023
-        pytest.MonkeyPatch().setattr(model, "logits", spy)
-        model.score(rows_of(model), draws())
-        ((units, chosen),) = seen
+        model = byte2word(share=0.9, read=read)
+        with patch.object(model, "logits", wraps=model.logits) as spy:
+            model.score(rows_of(model), draws())
+        units, chosen = spy.call_args.args
         masks.append((units[chosen] == model.reads.size).sum(-1).tolist())
         assert not (units[~chosen] == model.reads.size).any()
     assert masks[0] == masks[1] and len(set(masks[0])) > 1
