@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
 from checkpoints.pretrained import find_folder, read_config
-from configs.command_line.loading import exit_with, parse
+from configs.command_line.loading import exit_with, flags
 from configs.command_line.outputs import append_lines, claimed_file
-from configs.command_line.progress import quieten
 from data.conversations import prompt_ids
 from data.generation.answering import chats_of, prompt_rows
 from data.reading.files import Tally
@@ -218,14 +216,8 @@ def models(comparison: Comparison) -> tuple[Target, Drafter, str]:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse, compare and print; also append to the output file."""
-    parser = ArgumentParser(
-        prog="python -m eval.rules",
-        exit_on_error=False,
-        description="Compare acceptance rules and tree builders on recorded contexts.",
-    )
-    parser.add_class_arguments(Comparison, fail_untyped=True)
-    comparison = Comparison(**vars(parse(parser, arguments)))
-    quieten()
+    title = "Compare acceptance rules and tree builders on recorded contexts."
+    comparison = Comparison(**flags(Comparison, arguments, "eval.rules", title))
     output = None if comparison.output is None else Path(comparison.output)
     # A place that cannot be written to is refused before anything is measured.
     with nullcontext() if output is None else claimed_file(output):

@@ -245,6 +245,25 @@ def exit_with(
     sys.exit(run(command, sys.argv[1:] if arguments is None else arguments))
 
 
+def flags(
+    source: Callable[..., Any], arguments: Sequence[str], name: str, description: str
+) -> dict[str, Any]:
+    """The values of the flags of `python -m NAME`, which are the parameters of a function or of a
+    settings class.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    parser = ArgumentParser(prog=f"python -m {name}", exit_on_error=False, description=description)
+    if isinstance(source, type):
+        parser.add_class_arguments(source, fail_untyped=True)
+    else:
+        parser.add_function_arguments(source, fail_untyped=True)
+    values = vars(parse(parser, arguments))
+    quieten()
+    return values
+
+
 def called(
     function: Callable[..., None], arguments: Sequence[str], name: str, description: str
 ) -> int:
@@ -253,11 +272,7 @@ def called(
     Raises:
         ValueError: as `parse`, and what the function raises.
     """
-    parser = ArgumentParser(prog=f"python -m {name}", exit_on_error=False, description=description)
-    parser.add_function_arguments(function, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
-    function(**settings)
+    function(**flags(function, arguments, name, description))
     return 0
 
 

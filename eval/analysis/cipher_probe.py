@@ -15,10 +15,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from configs.command_line.loading import exit_with, parse
+from configs.command_line.loading import exit_with, flags
 from modules.runtime.files import read_text
 from modules.target.loading import own_device
 from modules.tokenization.lexinvariant import Lexinvariant
@@ -194,9 +193,7 @@ def rows_of(model: Lexinvariant, settings: CipherProbe) -> tuple[Tensor, Tensor]
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line, measure, and print a table."""
     name, title = "eval.analysis.cipher_probe", "Whether a lexinvariant model deciphers its rows."
-    parser = ArgumentParser(prog=f"python -m {name}", exit_on_error=False, description=title)
-    parser.add_class_arguments(CipherProbe, fail_untyped=True)
-    settings = CipherProbe(**vars(parse(parser, arguments)))
+    settings = CipherProbe(**flags(CipherProbe, arguments, name, title))
     fitted_BT, judged_BT = rows_of(model := load(settings), settings)
     print(f"probe of {len(fitted_BT)} rows, judged on {len(judged_BT)}, {settings.model}")
     print("| guesses | 1st quarter | 2nd | 3rd | 4th | text | symbols |\n|---|" + "---:|" * 6)

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from checkpoints.folders import write_json
-from configs.command_line.loading import exit_with, parse
+from configs.command_line.loading import exit_with, flags
 from configs.command_line.outputs import new_file
 from data.chat_tokens import answer_ids
 from data.reading.rows import load_conversations
@@ -152,13 +151,8 @@ def run(asked_for: Prefill) -> list[Line]:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line, measure, and print a table."""
-    parser = ArgumentParser(
-        prog="python -m eval.analysis.dynamic_prefill",
-        exit_on_error=False,
-        description="Shorter prompts by merged tokens, and what that costs.",
-    )
-    parser.add_class_arguments(Prefill, fail_untyped=True)
-    asked_for = Prefill(**vars(parse(parser, arguments)))
+    title = "Shorter prompts by merged tokens, and what that costs."
+    asked_for = Prefill(**flags(Prefill, arguments, "eval.analysis.dynamic_prefill", title))
     # A place that cannot be written to is refused before anything is measured.
     with new_file(asked_for.output):
         lines = run(asked_for)

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.folders import write_json
-from configs.command_line.loading import exit_with, parse
+from configs.command_line.loading import exit_with, flags
 from configs.command_line.outputs import new_file
 from data.reading.texts import read_texts
 from modules.target.loading import own_device
@@ -92,6 +91,9 @@ def unfused() -> Iterator[None]:
 def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Score, int, int]:
     """The score of texts, with the same masks and vectors at every call; also positions of the
     backbone and multiply-adds.
+
+    Raises:
+        ValueError: nothing is predicted, as of empty texts.
     """
     model.eval()
     rows = [row for text in texts for row in model.rows(text)]
@@ -105,7 +107,8 @@ def evaluate(model: LanguageModel, texts: Sequence[str], batch: int) -> tuple[Sc
             total = score if total is None else total + score
             present_BT = stacked.reshape(*stacked.shape[:2], -1)[..., 0] != PAD
             steps += model.pooled * int(present_BT.sum())
-    assert total is not None, "a held-out text has rows"
+    if total is None or not total.bytes:
+        raise ValueError("the texts have nothing to predict: name longer ones")
     return total, steps, counter.get_total_flops() // 2
 
 
@@ -138,13 +141,8 @@ def report(model: LanguageModel, texts: Sequence[str], batch: int, typos: float)
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line, read the texts, and print the figures."""
-    parser = ArgumentParser(
-        prog="python -m eval.analysis.language_text",
-        exit_on_error=False,
-        description="Bits per byte and word accuracy of a small language model on other text.",
-    )
-    parser.add_class_arguments(Reading, fail_untyped=True)
-    reading = Reading(**vars(parse(parser, arguments)))
+    title = "Bits per byte and word accuracy of a small language model on other text."
+    reading = Reading(**flags(Reading, arguments, "eval.analysis.language_text", title))
     # A place that cannot be written to is refused before anything is measured.
     with new_file(reading.output):
         texts = read_texts(reading.texts, reading.limit, "texts")

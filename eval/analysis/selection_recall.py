@@ -19,13 +19,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from configs.command_line.class_paths import Kind
-from configs.command_line.loading import exit_with, parse
+from configs.command_line.loading import exit_with, flags
 from configs.command_line.outputs import new_file
-from configs.command_line.progress import quieten
 from data.conversations import prompt_ids
 from data.corpora.long_context import generated
 from eval.methods.rows import construct
@@ -268,14 +266,8 @@ def compare(
 
 def command(arguments: Sequence[str]) -> int:
     """Parse the command line and compare; returns the exit status."""
-    parser = ArgumentParser(
-        prog="python -m eval.analysis.selection_recall",
-        exit_on_error=False,
-        description="Recall of the largest attention weights by policies of sparse KV caches.",
-    )
-    parser.add_function_arguments(compare, fail_untyped=True)
-    settings = vars(parse(parser, arguments))
-    quieten()
+    title = "Recall of the largest attention weights by policies of sparse KV caches."
+    settings = flags(compare, arguments, "eval.analysis.selection_recall", title)
     # A place that cannot be written to is refused before anything is measured.
     with new_file(settings["output"]):
         compare(**settings)

@@ -85,6 +85,17 @@ def test_other_text_is_refused_before_a_model_is_loaded(wrong: list[str]) -> Non
         read_command(["--model", "nowhere", *wrong])
 
 
+def test_texts_without_a_word_are_refused(tmp_path: Path) -> None:
+    path = f"{FOLDER}.byte2word.Byte2Word"
+    run(tmp_path, path)
+    (tmp_path / "empty.txt").write_text("")
+    output = tmp_path / "figures.json"
+    arguments = ["--model", str(tmp_path / "run"), "--texts", str(tmp_path / "empty.txt")]
+    with pytest.raises(ValueError, match="texts have nothing to predict"):
+        read_command([*arguments, "--output", str(output)])
+    assert not output.exists()
+
+
 def test_training_learns_and_a_seed_decides_all(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten. " * 60)

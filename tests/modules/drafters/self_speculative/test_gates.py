@@ -130,6 +130,9 @@ def test_a_confident_chain_ends_where_it_is_unsure():
     assert counts[0] > counts[1] > counts[2] == 0
     with pytest.raises(ValueError, match="confidence 0 or above"):
         ConfidentChain(3, -0.1)
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"least_confidence must be from 0 to 1, got {wrong}"):
+            drafter_for(target, least_confidence=wrong)
 
 
 # -- early exits -----------------------------------------------------------------------------------
