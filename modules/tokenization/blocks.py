@@ -5,9 +5,12 @@ Shape legend: N sequences, L positions, H width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 MOST_LAYERS = 256
 
@@ -54,10 +57,41 @@ class Blocks(nn.Module):
         )
 
 
-def backbone(width: int, layers: int, heads: int) -> LlamaModel:
-    """A causal transformer of Llama's type, which reads embeddings; its table has a single row."""
+class SmearedKeys(nn.Module):
+    """A projection to keys that are mixed with those of the position before, by a learned share
+    per head: s·k_t + (1 - s)·k_(t-1), s from 0 to 1 (Olsson et al. 2022, arXiv 2209.11895,
+    "smeared keys"). A single layer can then find what followed a token before. It reads whole
+    rows: there is no cache.
+
+    Args:
+        keys: the projection, H to all heads' keys.
+        heads: of the attention.
+    """
+
+    def __init__(self, keys: nn.Linear, heads: int) -> None:
+        super().__init__()
+        self.keys, self.heads = keys, heads
+        self.shares = nn.Parameter(torch.zeros(heads))
+        """Before the sigmoid: half and half at first."""
+
+    def forward(self, states_NLH: Tensor) -> Tensor:
+        """Keys [N,L,heads * width of a head]; the first position's has nothing before it."""
+        keys = self.keys(states_NLH).unflatten(-1, (self.heads, -1))
+        before = nn.functional.pad(keys[:, :-1], (0, 0, 0, 0, 1, 0))
+        share = self.shares.sigmoid()[:, None].to(keys.dtype)
+        return (share * keys + (1 - share) * before).flatten(-2)
+
+
+def backbone(width: int, layers: int, heads: int, induction: bool = False) -> LlamaModel:
+    """A causal transformer of Llama's type, which reads embeddings; its table has a single row.
+
+    Args:
+        width: H. layers: of it. heads: of its attention.
+        induction: attention that soon learns to copy what followed a token before: `SmearedKeys`,
+            and value and output maps that begin as half the identity.
+    """
     check_sizes(width, layers, heads)
-    return LlamaModel(
+    model = LlamaModel(
         LlamaConfig(
             vocab_size=1,
             hidden_size=width,
@@ -71,6 +105,12 @@ def backbone(width: int, layers: int, heads: int) -> LlamaModel:
             eos_token_id=None,
         )
     )
+    for layer in model.layers if induction else ():
+        attention = cast(LlamaAttention, cast(nn.Module, layer).self_attn)
+        attention.k_proj = SmearedKeys(attention.k_proj, heads)  # type: ignore[assignment]
+        for projection in (attention.v_proj, attention.o_proj):
+            projection.weight.data = torch.eye(width) / 2
+    return model
 
 
 def check_sizes(width: int, layers: int, heads: int) -> None:

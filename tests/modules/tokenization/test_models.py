@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from copy import deepcopy
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from modules.tokenization.blocks import backbone
 from modules.tokenization.byte2word import Byte2Word
 from modules.tokenization.contract import PAD, LanguageModel
 from modules.tokenization.hierarchical import Hierarchical
@@ -270,7 +272,27 @@ def test_the_share_of_drawn_vectors() -> None:
     # A whole number, as YAML writes it, is a share too: an ordinary model.
     ordinary = Lexinvariant(ByteUnits(), **SIZES, random_share=0)
     assert torch.equal(*ordinary.tables(2, draws()))
-    assert ordinary.settings == {**SIZES, "random_share": 0}
+    assert ordinary.settings == {
+        **SIZES,
+        "random_share": 0,
+        "orthonormal": False,
+        "curriculum": False,
+        "induction": False,
+    }
+
+
+def test_a_curriculum_draws_each_row_s_share_in_training_alone() -> None:
+    model = seeded(Lexinvariant(ByteUnits(), **SIZES, curriculum=True))
+    assert model.embedding_VH is not None
+    tables = model.tables(5, draws())
+    assert torch.equal(tables, lexinvariant().tables(5, draws()))  # as it is evaluated: all drawn
+    drawn = (model.train().tables(400, draws()).double() != model.embedding_VH).any(-1)
+    shares = drawn.double().mean(1)
+    assert float((shares == 1).double().mean()) == pytest.approx(0.25, abs=0.05)
+    # Else from 0 to 1, with the density 2s: squares are even.
+    squares = shares[shares < 1].sort().values.square()
+    even = torch.linspace(0, 1, len(squares), dtype=torch.float64)
+    assert torch.allclose(squares, even, atol=0.08)
 
 
 def test_it_learns_to_read_repetition() -> None:
@@ -294,6 +316,68 @@ def test_it_learns_to_read_repetition() -> None:
     assert float(losses[12:].mean()) < 0.5 * math.log(257)
     figures = model.details(batch(32))
     assert figures["loss_last_quarter"] < 0.5 * figures["loss_first_quarter"]
+
+
+def test_orthonormal_vectors_are_drawn_evenly() -> None:
+    units = make_units("characters", ["abcde"], 6)
+    model = Lexinvariant(units, **SIZES, orthonormal=True)
+    tables = model.tables(4000, draws())
+    size = units.size + 1
+    assert torch.allclose(tables @ tables.mT, torch.eye(size).expand(4000, -1, -1), atol=1e-5)
+    # Also the first ones, of which a decomposition fixes signs: mean 0, variance 1/16.
+    assert float(tables.mean(0).abs().max()) < 5 / 4 / 4000**0.5
+    assert torch.allclose(tables.var(0), torch.full((size, 16), 1 / 16), rtol=0.15)
+
+
+def test_smeared_keys_mix_each_key_with_the_one_before() -> None:
+    torch.manual_seed(0)
+    plain, smeared = backbone(8, 1, 2), backbone(8, 1, 2, induction=True)
+    attention, other = smeared.layers[0].self_attn, plain.layers[0].self_attn
+    shares = attention.k_proj.shares
+    assert torch.equal(shares.sigmoid(), torch.full((2,), 0.5))  # half and half before training
+    assert torch.equal(attention.v_proj.weight, torch.eye(8) / 2)
+    assert torch.equal(attention.o_proj.weight, torch.eye(8) / 2)
+    shares.data = torch.tensor([-1.0, 3.0])
+    attention.k_proj.keys.weight.data = other.k_proj.weight.data
+    states = torch.randn(3, 5, 8)
+    keys, mixed = other.k_proj(states), attention.k_proj(states)
+    for row, position, head in itertools.product(range(3), range(5), range(2)):
+        part = slice(4 * head, 4 * head + 4)
+        share = 1 / (1 + math.exp(-float(shares.detach()[head])))
+        expected = share * keys[row, position, part]
+        if position > 0:
+            expected = expected + (1 - share) * keys[row, position - 1, part]
+        assert torch.allclose(mixed[row, position, part], expected, atol=1e-6)
+
+
+def test_one_layer_with_smeared_keys_reads_what_followed() -> None:
+    """Pairs of letters in an order that is new each time. A single layer of plain attention knows
+    at best which eight letters there are: log 8 nats, 2.08.
+    """
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 32, "layers": 1, "heads": 2, "length": 24}
+    model = Lexinvariant(ByteUnits(), **sizes, induction=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(count: int) -> Tensor:
+        return torch.stack([pairs_shuffled(generator) for _ in range(count)])
+
+    for _ in range(300):
+        loss = model.score(batch(16), generator).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        losses = model.token_losses(batch(64), generator)
+    # The second letter of a pair, in the last round.
+    assert float(losses[:, 17::2].mean()) < 1.8
+
+
+def pairs_shuffled(generator: torch.Generator) -> Tensor:
+    """A row [24]: four pairs of letters, three times, each time in another order."""
+    pairs = torch.randperm(256, generator=generator)[:8].view(4, 2)
+    return torch.cat([pairs[torch.randperm(4, generator=generator)].flatten() for _ in range(3)])
 
 
 def test_held_out_rows_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +476,14 @@ def test_pieces_that_do_not_fit_the_slots_are_not_predicted() -> None:
         (lambda: Byte2Word(SUBWORDS, read="letters"), "read 'letters' is unknown"),
         (lambda: Byte2Word(SUBWORDS, share=1.0), "share must be between 0 and 1"),
         (lambda: Lexinvariant(ByteUnits(), random_share=2), "random_share must be from 0 to 1"),
+        (
+            lambda: Lexinvariant(ByteUnits(), random_share=0.5, curriculum=True),
+            "curriculum needs random_share 1, got 0.5",
+        ),
+        (
+            lambda: Lexinvariant(ByteUnits(), width=256, orthonormal=True),
+            "orthonormal needs a width above the vocabulary of 256, got 256",
+        ),
         (lambda: Hierarchical(ByteUnits(), width=30), "width 30 must be an even multiple"),
         (lambda: Hierarchical(ByteUnits(), layers=0), "layers must be at least 1"),
         (lambda: Lexinvariant(ByteUnits(), length=0), "length must be at least 1"),
