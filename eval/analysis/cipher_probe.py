@@ -42,7 +42,7 @@ class CipherProbe:
         steps: of AdamW, each on `batch` rows with new vectors: no row's key can be learnt by heart.
         batch: rows of a step.
         lr: of AdamW; it falls to 0.
-        untrained: give the model random weights, for comparison.
+        untrained: give the model its weights before training, drawn anew, for comparison.
         seed: of rows, vectors and weights.
     """
 
@@ -162,7 +162,7 @@ def load(settings: CipherProbe) -> Lexinvariant:
     if not isinstance(model, Lexinvariant) or model.random_share < 1 or model.length < 5:
         raise ValueError(
             f"model {settings.model!r} is no lexinvariant model of random_share 1 and length 5 or "
-            "more: train one with `--config tokenization/lexinvariant.yaml`"
+            "more: train one with `--config tokenization/lexinvariant_small.yaml`"
         )
     layer, last = settings.state_layer, model.settings["layers"]
     if layer is not None and not 0 <= layer <= last:

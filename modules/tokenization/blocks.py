@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from modules.tokenization.contract import MOST_LENGTH
+
 MOST_LAYERS = 256
 
 
@@ -60,8 +62,8 @@ class Blocks(nn.Module):
 class SmearedKeys(nn.Module):
     """A projection to keys that are mixed with those of the position before, by a learned share
     per head: s·k_t + (1 - s)·k_(t-1), s from 0 to 1 (Olsson et al. 2022, arXiv 2209.11895,
-    "smeared keys"). A single layer can then find what followed a token before. It reads whole
-    rows: there is no cache.
+    "smeared keys"). A single layer can then find what followed a token before. Whole rows only:
+    with a KV cache the key before the first new position would be taken as 0.
 
     Args:
         keys: the projection, H to all heads' keys.
@@ -72,10 +74,10 @@ class SmearedKeys(nn.Module):
         super().__init__()
         self.keys, self.heads = keys, heads
         self.shares = nn.Parameter(torch.zeros(heads))
-        """Before the sigmoid: half and half at first."""
+        """Logits of s, one per head; 0 is a half."""
 
     def forward(self, states_NLH: Tensor) -> Tensor:
-        """Keys [N,L,heads * width of a head]; the first position's has nothing before it."""
+        """Keys [N,L,heads * width of a head]; at the first position k_(t-1) is 0."""
         keys = self.keys(states_NLH).unflatten(-1, (self.heads, -1))
         before = nn.functional.pad(keys[:, :-1], (0, 0, 0, 0, 1, 0))
         share = self.shares.sigmoid()[:, None].to(keys.dtype)
@@ -87,8 +89,8 @@ def backbone(width: int, layers: int, heads: int, induction: bool = False) -> Ll
 
     Args:
         width: H. layers: of it. heads: of its attention.
-        induction: attention that soon learns to copy what followed a token before: `SmearedKeys`,
-            and value and output maps that begin as half the identity.
+        induction: for learning to copy what followed a token before: `SmearedKeys`, and value and
+            output maps that begin as half the identity.
     """
     check_sizes(width, layers, heads)
     model = LlamaModel(
@@ -99,7 +101,7 @@ def backbone(width: int, layers: int, heads: int, induction: bool = False) -> Ll
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            max_position_embeddings=1 << 16,
+            max_position_embeddings=MOST_LENGTH,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,

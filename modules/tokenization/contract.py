@@ -22,6 +22,9 @@ from modules.tokenization.units import Units
 PAD = -1
 """In rows, where a word or a row has ended. A target of the loss that does not count."""
 
+MOST_LENGTH = 1 << 16
+"""Positions of a row at most; attention's time grows with their square."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -63,6 +66,20 @@ class Score:
         )
 
 
+def _check(name: str, value: Any, annotation: str) -> None:
+    """Refuse an argument that is not of its annotated type, such as a stranger's file may hold."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    wanted = kinds.get(annotation, object)
+    if not isinstance(value, wanted) or (
+        isinstance(value, bool) and annotation in ("int", "float")
+    ):
+        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
+    if annotation == "int" and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if name == "length" and value > MOST_LENGTH:
+        raise ValueError(f"length must be at most {MOST_LENGTH}, got {value}")
+
+
 class LanguageModel(nn.Module):
     """A language model with units of its own.
 
@@ -70,7 +87,7 @@ class LanguageModel(nn.Module):
     remembered in `settings`, which is what a folder stores.
 
     Raises:
-        ValueError: a count below one.
+        ValueError: an argument of another type, a count below one, or a length above `MOST_LENGTH`.
     """
 
     settings: dict[str, Any]
@@ -88,8 +105,7 @@ class LanguageModel(nn.Module):
         names = list(signature.parameters)[2:]
         settings = {name: bound.arguments[name] for name in names if name in bound.arguments}
         for name, value in settings.items():
-            if signature.parameters[name].annotation == "int" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            _check(name, value, signature.parameters[name].annotation)
         object.__setattr__(model, "settings", settings)
         return model
 

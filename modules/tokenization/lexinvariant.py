@@ -30,19 +30,20 @@ class Lexinvariant(LanguageModel):
         length: tokens of a training row.
         random_share: of the tokens of a row that have a drawn vector, the others have a learned
             one: 1 is lexinvariant, 0.2 the paper's regularisation, 0 an ordinary model.
-        orthonormal: a row's vectors are a random orthonormal set, drawn evenly among all of them,
-            instead of Gaussian vectors, which disturb each other in a small width.
-        curriculum: in training each row has a share s of its own, 1 in a quarter of the rows, else
-            with the density 2s: from rows in which few tokens are unknown, a model learns step by
-            step to decipher those in which all are.
-        induction: attention that soon learns to copy what followed a token; see `backbone`.
+        orthonormal: the drawn vectors of a row are orthonormal, uniformly distributed, instead of
+            Gaussian ones, which overlap in a small width.
+        curriculum: in training each row draws a share s, 1 with probability 1/4, else from 0 to 1
+            with density 2s, and each token of it has a drawn vector with probability s, else a
+            learned one. Rows of all shares are mixed; those with few unknown tokens are learnt
+            first. In evaluation all vectors are drawn.
+        induction: attention that is made for copying what followed a token; see `backbone`.
 
-    The last three are not the paper's, which has 150 million weights; they let a model of 0.2
-    million decipher after minutes.
+    The last three are not the paper's, whose models have 150 million weights: with them one of 0.2
+    million deciphers a text of few words.
 
     Raises:
-        ValueError: a share outside of 0 to 1; a curriculum for another share than 1; more tokens
-            than orthonormal vectors.
+        ValueError: a share outside of 0 to 1, a curriculum with another random_share than 1, or
+            orthonormal vectors that are more than the width (the end has one too).
     """
 
     def __init__(
@@ -61,10 +62,13 @@ class Lexinvariant(LanguageModel):
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share must be from 0 to 1, got {random_share}")
         if curriculum and random_share != 1:
-            raise ValueError(f"curriculum needs random_share 1, got {random_share}")
+            raise ValueError(
+                f"curriculum needs random_share 1, got {random_share}: leave one of them out"
+            )
         if orthonormal and width <= units.size:
             raise ValueError(
-                f"orthonormal needs a width above the vocabulary of {units.size}, got {width}"
+                f"orthonormal needs a width above the {units.size} units, got {width}: raise "
+                "width, lower vocabulary, or set orthonormal to false"
             )
         self.width, self.length = width, length
         self.random_share, self.curriculum = random_share, curriculum
@@ -82,11 +86,11 @@ class Lexinvariant(LanguageModel):
         return list(torch.tensor([*tokens, self.end]).split(self.length))
 
     def tables(self, count: int, draws: torch.Generator) -> Tensor:
-        """An embedding [B,V,H] for each row; of a model in training, by its curriculum."""
+        """An embedding [B,V,H] for each row; with a curriculum, in training, partly learned."""
         size, device = self.units.size + 1, self.unit_bytes.device
         drawn = torch.randn(count, size, self.width, generator=draws, device=device)
         if self.orthonormal:
-            # Q of a Gaussian matrix, its columns' signs made R's: even among all orthonormal sets.
+            # Q of a Gaussian matrix is uniformly distributed once its signs are R's.
             vectors_BHV, right_BVV = torch.linalg.qr(drawn.mT)
             drawn = (vectors_BHV * right_BVV.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
         else:
@@ -96,8 +100,8 @@ class Lexinvariant(LanguageModel):
             return drawn
         share_B1: Tensor | float = self.random_share
         if in_curriculum:
-            evenly_B1 = torch.rand(count, 1, generator=draws, device=device)
-            share_B1 = (evenly_B1 / 0.75).sqrt().clamp(max=1)
+            # Above 1 in a quarter of the rows: all of their vectors are drawn.
+            share_B1 = (torch.rand(count, 1, generator=draws, device=device) / 0.75).sqrt()
         random_BV = torch.rand(count, size, generator=draws, device=device) < share_B1
         return torch.where(random_BV[..., None], drawn, self.embedding_VH)
 

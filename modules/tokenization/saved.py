@@ -66,7 +66,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
         with torch.device("meta"):
             outline = kind(units, **settings)
         outline.load_state_dict(tensors, assign=True)
-    except (TypeError, RuntimeError, SafetensorError, OSError) as error:
+    except (TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{place}: settings and weights do not fit: {line}") from error
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):

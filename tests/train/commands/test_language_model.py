@@ -23,6 +23,7 @@ from train.language_model import (
     LanguageModelSettings,
     command,
     documents,
+    make_model,
 )
 
 FOLDER = "modules.tokenization"
@@ -32,7 +33,10 @@ TINY = {
     f"{FOLDER}.learn_your_tokens.LearnYourTokens": ("characters", {}),
     f"{FOLDER}.subword.Subword": ("subwords", {}),
     f"{FOLDER}.byte2word.Byte2Word": ("subwords", {"byte_width": 8}),
-    f"{FOLDER}.lexinvariant.Lexinvariant": ("bytes", {}),
+    f"{FOLDER}.lexinvariant.Lexinvariant": (
+        "characters",
+        {"width": 288, "orthonormal": True, "curriculum": True, "induction": True},
+    ),
 }
 
 
@@ -168,6 +172,10 @@ def test_a_strangers_folder_is_refused_before_memory_is_used(tmp_path: Path) -> 
         (huge, "do not fit: .*size mismatch"),
         ({**config, "class": "words.capped"}, "is no language model of ours"),
         ({**config, "settings": {**config["settings"], "colour": 1}}, "do not fit: .*colour"),
+        (
+            {**config, "settings": {**config["settings"], "width": 16.0}},
+            "width must be of type int",
+        ),
         ({**config, "units": {"kind": "letters"}}, "units cannot be read"),
         ({**config, "class": "units.ByteUnits"}, "is no language model of ours"),
         ({"units": config["units"]}, "no language model of ours"),
@@ -183,7 +191,9 @@ def test_a_strangers_folder_is_refused_before_memory_is_used(tmp_path: Path) -> 
 )
 def test_shipped_recipes_can_be_built(name: str) -> None:
     stored = yaml.safe_load((CONFIGS / "tokenization" / f"{name}.yaml").read_text())
-    LanguageModelSettings(**stored["settings"])
+    settings = LanguageModelSettings(**stored["settings"])
+    with torch.device("meta"):
+        make_model(settings, ["".join(map(chr, range(33, 300)))])
 
 
 @pytest.mark.parametrize(
