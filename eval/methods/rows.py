@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 
 from checkpoints.pretrained import load_pretrained
-from configs.command_line.class_paths import Kind, check_scalars, named_class, part_kinds
+from configs.command_line.class_paths import Kind, named_class, part_kinds
 from configs.command_line.unknown_keys import meant
 from data.conversations import prompt_ids
 from data.reading.files import read_jsonl
@@ -26,6 +26,7 @@ from modules.cost_model.budget import best_budget, budgets_on, try_budgets
 from modules.cost_model.latency_table import stored_latency
 from modules.decoding.decoder import Composite, Decoder, SpeculativeDecoder
 from modules.decoding.translation import in_target_ids
+from modules.runtime.argument_types import check_scalars
 from modules.target.loading import missing_here
 
 logger = logging.getLogger(__name__)

@@ -66,20 +66,6 @@ class Score:
         )
 
 
-def _check(name: str, value: Any, annotation: str) -> None:
-    """Refuse an argument that is not of its annotated type, such as a stranger's file may hold."""
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    wanted = kinds.get(annotation, object)
-    if not isinstance(value, wanted) or (
-        isinstance(value, bool) and annotation in ("int", "float")
-    ):
-        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
-    if annotation == "int" and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    if name == "length" and value > MOST_LENGTH:
-        raise ValueError(f"length must be at most {MOST_LENGTH}, got {value}")
-
-
 class LanguageModel(nn.Module):
     """A language model with units of its own.
 
@@ -87,7 +73,7 @@ class LanguageModel(nn.Module):
     remembered in `settings`, which is what a folder stores.
 
     Raises:
-        ValueError: an argument of another type, a count below one, or a length above `MOST_LENGTH`.
+        ValueError: a count below one, or a length above `MOST_LENGTH`.
     """
 
     settings: dict[str, Any]
@@ -105,7 +91,10 @@ class LanguageModel(nn.Module):
         names = list(signature.parameters)[2:]
         settings = {name: bound.arguments[name] for name in names if name in bound.arguments}
         for name, value in settings.items():
-            _check(name, value, signature.parameters[name].annotation)
+            if signature.parameters[name].annotation == "int" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name == "length" and value > MOST_LENGTH:
+                raise ValueError(f"length must be at most {MOST_LENGTH}, got {value}")
         object.__setattr__(model, "settings", settings)
         return model
 

@@ -39,7 +39,7 @@ class Lexinvariant(LanguageModel):
         induction: attention that is made for copying what followed a token; see `backbone`.
 
     The last three are not the paper's, whose models have 150 million weights: with them one of 0.2
-    million deciphers a text of few words.
+    million deciphers a part of a text of few words.
 
     Raises:
         ValueError: a share outside of 0 to 1, a curriculum with another random_share than 1, or

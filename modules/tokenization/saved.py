@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from modules.runtime.argument_types import check_scalars
 from modules.runtime.files import as_umask_says, read_object, whole_folder
 from modules.tokenization.contract import LanguageModel
 from modules.tokenization.units import units_of
@@ -60,6 +61,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     if not isinstance(settings, dict):
         raise ValueError(f"{where} has no `settings`: it is no language model of ours")
     kind, units = _class_of(config.get("class"), where), units_of(config.get("units") or {})
+    check_scalars(kind, settings, where)
     # 1. An outline without memory takes the file's tensors, if they are of its shapes.
     try:
         tensors = load_file(place / WEIGHTS)

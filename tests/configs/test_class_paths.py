@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from configs.command_line import class_paths as classes
-from configs.command_line.class_paths import Kind, check_scalars, named_class
+from configs.command_line.class_paths import Kind, named_class
 from configs.command_line.loading import parse, without_packages
 from eval import cli, evaluation
 from train.cli import command, make_parser
@@ -82,30 +82,6 @@ def test_classes_of_the_kind_are_found(path: str, kind: Kind, only_packages: Non
     for other in set(Kind) - {kind, Kind.TRAINABLE, Kind.DRAFTER}:
         with pytest.raises(ValueError, match="is no"):
             named_class(path, other, "methods: x")
-
-
-class Typed:
-    def __init__(self, width: int, share: float = 0.5, name: str | None = None, of: Any = 0):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"width": "x"}, "width must be a whole number, got 'x'"),
-        ({"width": 1.5}, "width must be a whole number"),
-        ({"width": True}, "width must be a whole number"),
-        ({"share": "1"}, "share must be a number"),
-        ({"name": 3}, "name must be text or null, got 3"),
-        ({"width": 1, "share": 1, "name": None, "of": "x", "unknown": 3}, None),
-    ],
-)
-def test_values_of_another_type_are_refused(arguments: dict[str, Any], words: str | None) -> None:
-    if words is None:
-        check_scalars(Typed, arguments, "methods: x")
-        return
-    with pytest.raises(ValueError, match=f"methods: x: {words}"):
-        check_scalars(Typed, arguments, "methods: x")
 
 
 def medusa(more: str) -> str:

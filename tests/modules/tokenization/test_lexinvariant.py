@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,21 +85,27 @@ def test_a_curriculum_draws_each_row_s_share_in_training_alone() -> None:
     assert fresh is not None and float(fresh.var()) == pytest.approx(1 / 16, rel=0.1)
 
 
+def train(
+    model: Lexinvariant, batch: Callable[[], Tensor], steps: int, generator: torch.Generator
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = model.score(batch(), generator).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def test_it_learns_to_read_repetition() -> None:
     """Rows that repeat random letters: late tokens become likely, first ones stay near uniform."""
     torch.manual_seed(0)
     model = Lexinvariant(ByteUnits(), width=32, layers=2, heads=2, length=24)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
 
     def batch(count: int) -> Tensor:
         return torch.randint(0, 256, (count, 4), generator=generator).repeat(1, 6)
 
-    for _ in range(250):
-        loss = model.score(batch(16), generator).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train(model, lambda: batch(16), 250, generator)
     with torch.no_grad():
         losses = model.token_losses(batch(32), generator).mean(0)
     assert float(losses[:4].mean()) > 0.9 * math.log(257)
@@ -151,17 +158,12 @@ def test_one_layer_with_smeared_keys_reads_what_followed() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"width": 32, "layers": 1, "heads": 2, "length": 24}
     model = Lexinvariant(ByteUnits(), **sizes, induction=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
 
     def batch(count: int) -> Tensor:
         return torch.stack([pairs_shuffled(generator) for _ in range(count)])
 
-    for _ in range(300):
-        loss = model.score(batch(16), generator).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train(model, lambda: batch(16), 300, generator)
     with torch.no_grad():
         losses = model.token_losses(batch(64), generator)
     # The second letter of a pair, in the last round.

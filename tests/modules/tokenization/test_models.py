@@ -301,9 +301,6 @@ def test_pieces_that_do_not_fit_the_slots_are_not_predicted() -> None:
         (lambda: Hierarchical(ByteUnits(), layers=0), "layers must be at least 1"),
         (lambda: Lexinvariant(ByteUnits(), length=0), "length must be at least 1"),
         (lambda: Lexinvariant(ByteUnits(), length=1 << 17), "length must be at most 65536"),
-        (lambda: Hierarchical(ByteUnits(), width=64.0), "width must be of type int, got 64.0"),
-        (lambda: Byte2Word(SUBWORDS, share="half"), "share must be of type float, got 'half'"),
-        (lambda: Lexinvariant(ByteUnits(), induction=1), "induction must be of type bool, got 1"),
     ],
 )
 def test_settings_that_cannot_be_built_are_refused(make: Any, words: str) -> None:

@@ -172,9 +172,10 @@ def test_a_strangers_folder_is_refused_before_memory_is_used(tmp_path: Path) -> 
         (huge, "do not fit: .*size mismatch"),
         ({**config, "class": "words.capped"}, "is no language model of ours"),
         ({**config, "settings": {**config["settings"], "colour": 1}}, "do not fit: .*colour"),
+        ({**config, "settings": {**config["settings"], "width": 16.0}}, "width must be a whole"),
         (
-            {**config, "settings": {**config["settings"], "width": 16.0}},
-            "width must be of type int",
+            {**config, "settings": {**config["settings"], "length": 1 << 17}},
+            "length must be at most",
         ),
         ({**config, "units": {"kind": "letters"}}, "units cannot be read"),
         ({**config, "class": "units.ByteUnits"}, "is no language model of ours"),
